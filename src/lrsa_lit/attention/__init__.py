@@ -1,0 +1,6 @@
+"""The Hugging Face seam: ``enable(model, LRSAConfig(…))`` and the compressed cache for generation."""
+
+from lrsa_lit.attention.cache import LRSACache
+from lrsa_lit.attention.interface import disable, enable, enabled_config, using
+
+__all__ = ["LRSACache", "disable", "enable", "enabled_config", "using"]

@@ -1,0 +1,163 @@
+"""How the rows of one forward call lie: padding, packing and positions, worked out once for all layers.
+
+Dimensions: B rows, T tokens a row in this call, N sequences, R real tokens of all rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from lrsa_lit.attention.cache import LRSACache
+
+PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""query, key, value and cu_seqlens -> output, all (B, heads, T, D)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sequences of a call.
+
+    Attributes:
+        real: (R,) int64, where the real tokens stand in the flattened (B T) rows; None where all are real and no
+            sequence starts inside a row.
+        cu_seqlens: (N + 1,) int32 on the CPU, boundaries of the sequences among the real tokens; None with ``real``.
+        row_spans: for each row the columns [start, stop) of its real keys; None where all are. Columns count from the
+            first one that the mask covered.
+        cache: the compressed cache that this call reads and extends.
+    """
+
+    real: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    row_spans: tuple[tuple[int, int], ...] | None = None
+    cache: LRSACache | None = None
+
+    def apply(self, attend: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Run ``attend`` so that each sequence is alone; outputs of pads are 0.
+
+        Args:
+            attend: the attention of whole or packed sequences.
+            query: (B, Hq, T, D).
+            key: (B, H, T or more, D): more where an uncompressed cache holds the past.
+            value: like key.
+
+        Returns:
+            (B, Hq, T, D).
+        """
+        if query.shape[2] != key.shape[2] and self.row_spans is not None:
+            return self._row_by_row(attend, query, key, value)
+        if self.real is None:
+            return attend(query, key, value, None)
+        output = torch.zeros_like(query).transpose(1, 2).contiguous()
+        if len(self.real):
+            real = self.real
+            packed = attend(_pack(query, real), _pack(key, real), _pack(value, real), self.cu_seqlens)
+            attended = packed.squeeze(0).transpose(0, 1)
+            output = output.flatten(0, 1).index_copy(0, self.real, attended).view_as(output)
+        return output.transpose(1, 2)
+
+    def _row_by_row(self, attend: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last T columns of longer rows, each row cut to its real keys."""
+        assert self.row_spans is not None
+        output = torch.zeros_like(query)
+        past = key.shape[2] - query.shape[2]
+        for row, (start, stop) in enumerate(self.row_spans):
+            columns = slice(max(start - past, 0), stop - past)
+            one = slice(row, row + 1)
+            if columns.start < columns.stop:
+                keys, values = key[one, :, start:stop], value[one, :, start:stop]
+                output[one, :, columns] = attend(query[one, :, columns], keys, values, None)
+        return output
+
+
+def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], past: int) -> Layout:
+    """The layout of a call, from what Hugging Face models are given.
+
+    Args:
+        mask: (B, past + T), 1 for real tokens, or None for real ones only.
+        positions: (B or 1, T) position ids; a real token whose position does not follow its neighbour's starts a
+            sequence. None: positions run on.
+        shape: (B, T).
+        past: columns of earlier calls whose keys the attention is handed again.
+
+    Raises:
+        UserError: a mask of another shape, a mask with holes, or packed sequences over a cache.
+    """
+    batch, length = shape
+    if positions is not None and positions.ndim != 2:
+        raise UserError(f"position_ids: shape {tuple(positions.shape)} is not allowed; it must be (B, T)")
+    mask = _checked(mask, batch, past + length)
+    spans = None if mask is None else _row_spans(mask)
+    if positions is not None:
+        positions = positions.expand(batch, length)
+    starts = _sequence_starts(mask, positions, shape, past)
+    if past and len(starts) > batch:
+        raise UserError("position_ids: they restart inside a row, but packed sequences cannot continue a cache")
+    if spans is None and len(starts) <= batch:
+        return Layout()
+    real = torch.arange(batch * length, device="cpu") if mask is None else mask[:, past:].flatten().nonzero()[:, 0]
+    order = torch.searchsorted(real.cpu(), torch.tensor(starts, dtype=torch.int64))
+    cu_seqlens = torch.cat([order, torch.tensor([len(real)])]).to(torch.int32)
+    device = mask.device if mask is not None else (positions.device if positions is not None else "cpu")
+    return Layout(real.to(device), cu_seqlens, spans)
+
+
+def positions_from_mask(mask: Tensor, length: int) -> Tensor:
+    """(B, T) positions that count from each row's first real token; pads get 0."""
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+
+
+def _checked(mask: Tensor | None, batch: int, columns: int) -> Tensor | None:
+    """The mask as bool, or None where nothing is masked."""
+    if mask is None:
+        return None
+    if mask.ndim != 2 or tuple(mask.shape) != (batch, columns):
+        raise UserError(f"attention_mask: shape {tuple(mask.shape)} is not allowed; it must be ({batch}, {columns})")
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask
+
+
+def _row_spans(mask: Tensor) -> tuple[tuple[int, int], ...]:
+    """Columns [start, stop) of the real tokens of each row; a row of pads alone gives (0, 0)."""
+    columns = mask.shape[1]
+    count = mask.sum(dim=-1)
+    start = torch.where(count > 0, mask.int().argmax(dim=-1), 0)
+    stop = torch.where(count > 0, columns - mask.flip(-1).int().argmax(dim=-1), 0)
+    holes = (stop - start != count).tolist()
+    if any(holes):
+        raise UserError(f"attention_mask: row {holes.index(True)} has a hole; only left and right padding are allowed")
+    return tuple(zip(start.tolist(), stop.tolist(), strict=True))
+
+
+def _sequence_starts(mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], past: int) -> list[int]:
+    """Places in the flattened (B T) rows where a sequence, or its part in this call, begins."""
+    batch, length = shape
+    if mask is None and positions is None:
+        return [row * length for row in range(batch)]
+    device = mask.device if mask is not None else positions.device  # type: ignore[union-attr]
+    real = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask[:, past:]
+    first = real.clone()
+    if positions is None:
+        first[:, 1:] &= ~real[:, :-1]
+    else:
+        first[:, 1:] &= ~real[:, :-1] | (positions[:, 1:] != positions[:, :-1] + 1).to(device)
+    places: list[int] = first.flatten().nonzero()[:, 0].tolist()
+    return places
+
+
+def _pack(tensor: Tensor, real: Tensor) -> Tensor:
+    """(B, heads, T, D) -> the real tokens as one row (1, heads, R, D)."""
+    return tensor.transpose(1, 2).flatten(0, 1)[real].transpose(0, 1).unsqueeze(0)
+
+
+def split_boundaries(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """[start, stop) of each packed sequence."""
+    return list(itertools.pairwise(cu_seqlens.tolist()))

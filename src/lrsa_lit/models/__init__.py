@@ -1,0 +1,1 @@
+"""Base LLMs: where they come from and how they are loaded."""

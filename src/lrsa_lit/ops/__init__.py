@@ -1,0 +1,1 @@
+"""Operators: pure PyTorch, no transformers, no Lightning."""

@@ -1,0 +1,32 @@
+"""Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
+
+from lrsa_lit.ops.sparse_attention.api import Impl, select, sparse_attention, visibility_mask
+from lrsa_lit.ops.sparse_attention.compressors import (
+    Compressor,
+    LagRelative,
+    MeanPool,
+    Partitions,
+    RandomTokens,
+    Recency,
+    Selector,
+    Strided,
+)
+from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+from lrsa_lit.ops.sparse_attention.selection import Selection
+
+__all__ = [
+    "Compressor",
+    "Impl",
+    "LRSAConfig",
+    "LagRelative",
+    "MeanPool",
+    "Partitions",
+    "RandomTokens",
+    "Recency",
+    "Selection",
+    "Selector",
+    "Strided",
+    "select",
+    "sparse_attention",
+    "visibility_mask",
+]

@@ -1,0 +1,153 @@
+"""The public operator: check the arguments once, pick an implementation, run it.
+
+Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, N packed sequences, P partitions.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start
+from lrsa_lit.ops.sparse_attention.impl import reference
+from lrsa_lit.ops.sparse_attention.selection import Selection, select_packed
+
+Impl = Literal["auto", "reference", "triton"]
+
+_log = logging.getLogger(__name__)
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LRSAConfig,
+    *,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    selection: Selection | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Lag-relative sparse attention (arXiv 2506.11498): causal attention over sinks, kept pairs and recent tokens.
+
+    Args:
+        query: (B, Hq, Tq, D). Usually Tq = T; with Tq < T the queries are the last Tq of the T tokens.
+        key: (B, H, T, D), rotated, H dividing Hq.
+        value: (B, H, T, D).
+        config: the rule; ``config.replace(top_k=…)`` may change from call to call at no cost.
+        cu_seqlens: int32 (N + 1,), boundaries 0 … T of N sequences packed in one row (B = 1); none sees another.
+        scale: factor of the scores; default D ** -0.5.
+        selection: what the partitions keep, as :func:`select` returned it; default: the config's compressor decides.
+        impl: ``"reference"``, ``"triton"``, or ``"auto"`` for the fastest that the device has.
+
+    Returns:
+        (B, Hq, Tq, D) in the query's dtype.
+
+    Raises:
+        UserError: arguments that do not fit together, or an implementation that cannot run here.
+    """
+    _check_tensors(query, key, value)
+    boundaries = _boundaries(cu_seqlens, key, query)
+    forward = _implementation(impl, query.device.type)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return forward(query, key, value, config, boundaries=boundaries, scale=scale, selection=selection)
+
+
+def select(key: Tensor, value: Tensor, config: LRSAConfig, *, cu_seqlens: Tensor | None = None) -> Selection:
+    """Positions and scores of what each partition keeps by the time the last token attends.
+
+    Args:
+        key: (B, H, T, D), rotated.
+        value: (B, H, T, D).
+        config: the rule, with a compressor that selects.
+        cu_seqlens: int32 (N + 1,) boundaries of packed sequences (B = 1).
+
+    Raises:
+        UserError: arguments that do not fit together, or a compressor that makes new pairs.
+    """
+    _check_tensors(key, key, value)
+    return select_packed(key, value, config, _boundaries(cu_seqlens, key, key))
+
+
+@torch.no_grad()
+def visibility_mask(key: Tensor, value: Tensor, config: LRSAConfig, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Which keys each query sees: bool (B, H, T queries, T keys). For tests and analysis; memory T x T per head."""
+    _check_tensors(key, key, value)
+    batch, heads, length, _ = key.shape
+    mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=key.device)
+    for start, stop in itertools.pairwise(_boundaries(cu_seqlens, key, key)):
+        block = slice(start, stop)
+        mask[:, :, block, block] = _visible(key[:, :, block], value[:, :, block], config)
+    return mask
+
+
+def _visible(key: Tensor, value: Tensor, config: LRSAConfig) -> Tensor:
+    """The mask of one sequence, written as the definition reads: (B, H, T, T)."""
+    batch, heads, length, _ = key.shape
+    position = torch.arange(length, device=key.device)
+    compressed = torch.tensor([compressed_at(t, config) for t in range(length)], device=key.device)[:, None]
+    raw_from = torch.tensor([raw_start(compressed_at(t, config), config) for t in range(length)], device=key.device)
+    kept = torch.zeros(batch, heads, length, dtype=torch.bool, device=key.device)
+    kept.scatter_(2, select_packed(key, value, config, (0, length)).indices.flatten(2), True)
+    partition = (position - config.sink_size).div(config.lag_size, rounding_mode="floor")
+    sink = position < config.sink_size
+    raw = position >= raw_from[:, None]
+    compact = kept[:, :, None, :] & (partition >= 0) & (partition < compressed)
+    return (position <= position[:, None]) & (sink | raw | compact)
+
+
+@functools.lru_cache
+def _implementation(impl: str, device: str) -> Callable[..., Tensor]:
+    """What runs the operator; cached, so that the choice of ``auto`` is logged once per device."""
+    if impl not in get_args(Impl):
+        raise UserError(f"impl: {impl!r} is not allowed; it must be one of {', '.join(get_args(Impl))}")
+    if impl == "triton":
+        raise UserError("impl: 'triton' is not part of this version; use 'reference' or 'auto'")
+    if impl == "auto":
+        _log.info("sparse_attention on %s runs impl=reference", device)
+    return reference.forward
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.ndim != 4 or key.ndim != 4:
+        raise UserError(f"query, key: shapes {_shape(query)} and {_shape(key)}; both must be (B, heads, T, D)")
+    if key.shape != value.shape:
+        raise UserError(f"value: shape {_shape(value)} differs from key's {_shape(key)}; they must be equal")
+    batch, query_heads, queries, dim = query.shape
+    if (batch, dim) != (key.shape[0], key.shape[3]):
+        raise UserError(f"key: shape {_shape(key)} does not fit query {_shape(query)}; B and D must be equal")
+    if key.shape[1] == 0 or query_heads % key.shape[1]:
+        raise UserError(f"query: {query_heads} heads are no multiple of the {key.shape[1]} key-value heads")
+    if not 1 <= queries <= key.shape[2]:
+        raise UserError(f"query: {queries} tokens over {key.shape[2]} keys; allowed are 1 to the number of keys")
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise UserError(f"dtype: {query.dtype}, {key.dtype}, {value.dtype}; all three must be one floating dtype")
+    if not query.device == key.device == value.device:
+        raise UserError(f"device: {query.device}, {key.device}, {value.device}; all three must be on one device")
+
+
+def _boundaries(cu_seqlens: Tensor | None, key: Tensor, query: Tensor) -> Sequence[int]:
+    """Sequence boundaries as integers, 0 … T; empty sequences are dropped."""
+    length = key.shape[2]
+    if cu_seqlens is None:
+        return (0, length)
+    if key.shape[0] != 1 or query.shape[2] != length:
+        raise UserError(f"cu_seqlens: packed rows need B = 1 and a query for each key, got B = {key.shape[0]}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise UserError(f"cu_seqlens: {cu_seqlens.dtype} {_shape(cu_seqlens)}; it must be int32 (N + 1,)")
+    values: list[int] = cu_seqlens.tolist()
+    if not values or values[0] != 0 or values[-1] != length or any(b < a for a, b in itertools.pairwise(values)):
+        raise UserError(f"cu_seqlens: {values} must start at 0, never decrease and end at T = {length}")
+    return sorted(set(values))
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -1,0 +1,174 @@
+"""Compressors: how the L key-value pairs of a partition become K pairs of the compact buffer.
+
+A *selector* scores the L tokens and keeps the K highest; a *synthesizer* makes K new pairs. To add one, subclass
+:class:`Selector` with ``score`` or :class:`Compressor` with ``compress`` and name the class in YAML
+(``model.lrsa.compressor: my_package.MyCompressor``).
+
+Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.scoring import lag_relative_scores, token_hash
+
+if TYPE_CHECKING:
+    from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+
+
+@dataclass(frozen=True)
+class Partitions:
+    """Consecutive partitions of one sequence, each with its reference (the partition after it) at hand.
+
+    Attributes:
+        key: (B, H, P, L, D), rotated keys of the partitions to compress.
+        value: (B, H, P, L, D).
+        next_key: (B, H, P, L, D), keys of each partition's reference.
+        next_value: (B, H, P, L, D).
+        first: ordinal of the first of them in its sequence, so that chunk-wise compression can tell where it is.
+    """
+
+    key: Tensor
+    value: Tensor
+    next_key: Tensor
+    next_value: Tensor
+    first: int = 0
+
+
+class Compressor(ABC):
+    """Maps each partition to K key-value pairs. Subclasses are frozen dataclasses, so that they compare and hash."""
+
+    @abstractmethod
+    def compress(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+        """Compact keys and values, both (B, H, P, K, D) in the dtype of the partitions, with gradient to them."""
+
+    def for_layer(self, layer: int) -> Compressor:
+        """The compressor of one layer; differs from self only where layers must not choose alike."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Class name and arguments, as in YAML."""
+        arguments: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Compressor:
+        """The compressor that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
+        known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(Compressor)}  # type: ignore[type-abstract]
+        path = values.get("class_path")
+        if path not in known:
+            raise UserError(f"lrsa.compressor: {path!r} is not an imported compressor; there are {', '.join(known)}")
+        return known[path](**values.get("init_args", {}))
+
+
+class Selector(Compressor):
+    """A compressor that keeps K of the L original pairs."""
+
+    @abstractmethod
+    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+        """Scores (B, H, P, L), at least float32; the K highest are kept, ties go to the earlier token."""
+
+    @torch.no_grad()
+    def keep(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+        """Indices within the partition (B, H, P, K), ascending, and the scores (B, H, P, L)."""
+        scores = self.score(partitions, config)
+        # A stable sort, because torch.topk promises nothing about ties.
+        ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+        return ranked[..., : config.top_k].sort(dim=-1).values, scores
+
+    def compress(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+        """Gather the kept pairs; the indices are constants for the gradient."""
+        indices, _ = self.keep(partitions, config)
+        return gather_kept(partitions.key, indices), gather_kept(partitions.value, indices)
+
+
+@dataclass(frozen=True)
+class LagRelative(Selector):
+    """Score a token by its spread over channels, normalised with the range of the next partition (LagKV, eq. 3-8)."""
+
+    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+        """Key score plus ``value_weight`` times value score."""
+        scores = lag_relative_scores(partitions.key, partitions.next_key)
+        if config.value_weight:
+            scores = scores + config.value_weight * lag_relative_scores(partitions.value, partitions.next_value)
+        return scores
+
+
+@dataclass(frozen=True)
+class RandomTokens(Selector):
+    """Keep K tokens at random: a hash of seed, head, partition and token, so each device and split agrees.
+
+    Args:
+        seed: another seed keeps other tokens; each layer of a model derives its own.
+    """
+
+    seed: int = 0
+
+    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+        """Uniform in [0, 1), the same for every row of the batch."""
+        batch, heads, count, lag, _ = partitions.key.shape
+        head = torch.arange(heads, device=partitions.key.device).view(1, heads, 1, 1)
+        ordinal = torch.arange(count, device=partitions.key.device).view(1, 1, count, 1) + partitions.first
+        token = torch.arange(lag, device=partitions.key.device).view(1, 1, 1, lag)
+        return token_hash(self.seed, head, ordinal, token).expand(batch, -1, -1, -1)
+
+    def for_layer(self, layer: int) -> RandomTokens:
+        """Another seed for each layer: otherwise all layers would lose the same tokens."""
+        return dataclasses.replace(self, seed=self.seed * 1_000_003 + layer)
+
+
+@dataclass(frozen=True)
+class Recency(Selector):
+    """Keep the last K tokens of each partition."""
+
+    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+        """The token's place in the partition."""
+        return _places(partitions).float().expand(partitions.key.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Strided(Selector):
+    """Keep every L/K-th token: the places floor(i L / K)."""
+
+    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+        """One at the K places, zero elsewhere."""
+        lag, kept = config.lag_size, config.top_k
+        scores = torch.zeros(lag, device=partitions.key.device)
+        scores[torch.arange(kept, device=scores.device) * lag // max(kept, 1)] = 1.0
+        return scores.expand(partitions.key.shape[:-1])
+
+
+@dataclass(frozen=True)
+class MeanPool(Compressor):
+    """Average groups of L/K consecutive keys and values: K new pairs, each with gradient to its whole group."""
+
+    def compress(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+        """Token l belongs to group floor(l K / L); where K does not divide L, group sizes differ by at most one."""
+        lag, kept = config.lag_size, config.top_k
+        group = torch.arange(lag, device=partitions.key.device) * kept // lag
+        member = group == torch.arange(kept, device=group.device)[:, None]  # (K, L)
+        dtype = torch.promote_types(partitions.key.dtype, torch.float32)
+        weights = member.to(dtype) / member.sum(dim=-1, keepdim=True)
+        pooled_key = (weights @ partitions.key.to(dtype)).to(partitions.key.dtype)
+        return pooled_key, (weights @ partitions.value.to(dtype)).to(partitions.value.dtype)
+
+
+def gather_kept(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Rows ``indices`` (…, K) of ``tokens`` (…, L, D) -> (…, K, D), differentiable in the tokens."""
+    return torch.take_along_dim(tokens, indices.unsqueeze(-1), dim=-2)
+
+
+def _places(partitions: Partitions) -> Tensor:
+    return torch.arange(partitions.key.shape[-2], device=partitions.key.device)
+
+
+def _subclasses(cls: type[Compressor]) -> list[type[Compressor]]:
+    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]

@@ -1,0 +1,1 @@
+"""The place of the Triton kernels. Importing this package must be the first thing that imports triton."""

@@ -1,0 +1,110 @@
+"""Which tokens each partition keeps, for whole sequences and packed ones.
+
+Dimensions: B batch, H key-value heads, T tokens, P partitions, L lag_size, K top_k, D head_dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.compressors import Partitions, Selector, gather_kept
+from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+from lrsa_lit.ops.sparse_attention.geometry import compressed_at
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was kept.
+
+    Attributes:
+        indices: (B, H, P, K) int64, positions in the row, ascending within a partition. The partitions of packed
+            sequences stand one after the other, and positions count from the row's start.
+        scores: (B, H, P, L), what the tokens were ranked by.
+    """
+
+    indices: Tensor
+    scores: Tensor
+
+
+def partitions_of(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: int = 0) -> Partitions:
+    """Views of ``count`` partitions, with their references.
+
+    Args:
+        key: (B, H, T', D), of which the tokens of the partitions start at 0.
+        value: (B, H, T', D).
+        config: the rule.
+        count: how many partitions.
+        first: ordinal of the first of them in its sequence.
+    """
+    stop = (count + 1) * config.lag_size
+    keys = key[:, :, :stop].unflatten(2, (count + 1, config.lag_size))
+    values = value[:, :, :stop].unflatten(2, (count + 1, config.lag_size))
+    return Partitions(keys[:, :, :-1], values[:, :, :-1], keys[:, :, 1:], values[:, :, 1:], first)
+
+
+def select_sequence(key: Tensor, value: Tensor, config: LRSAConfig) -> Selection:
+    """What the partitions of one sequence (B, H, T, D) keep by the time of its last query."""
+    if not isinstance(config.compressor, Selector):
+        name = type(config.compressor).__name__
+        raise UserError(f"lrsa.compressor: {name} makes new pairs and selects none; use a Selector")
+    batch, heads, length, _ = key.shape
+    count = compressed_at(length - 1, config)
+    if count == 0:
+        empty = key.new_empty((batch, heads, 0, config.lag_size), dtype=torch.float32)
+        return Selection(empty.new_empty((batch, heads, 0, config.top_k), dtype=torch.int64), empty)
+    sink = config.sink_size
+    partitions = partitions_of(key[:, :, sink:], value[:, :, sink:], config, count)
+    indices, scores = config.compressor.keep(partitions, config)
+    starts = config.sink_size + config.lag_size * torch.arange(count, device=key.device)
+    return Selection(indices + starts[:, None], scores)
+
+
+def select_packed(key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> Selection:
+    """:func:`select_sequence` of each sequence [boundaries[n], boundaries[n+1]) of a packed row."""
+    parts = [
+        (start, select_sequence(key[:, :, start:stop], value[:, :, start:stop], config))
+        for start, stop in itertools.pairwise(boundaries)
+    ]
+    return Selection(
+        torch.cat([part.indices + start for start, part in parts], dim=2),
+        torch.cat([part.scores for _, part in parts], dim=2),
+    )
+
+
+def of_sequence(selection: Selection, config: LRSAConfig, boundaries: Sequence[int], index: int) -> Selection:
+    """The part of a packed row's selection that belongs to one sequence, counted from that sequence's start."""
+    counts = [compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries[: index + 2])]
+    part = slice(sum(counts[:-1]), sum(counts))
+    return Selection(selection.indices[:, :, part] - boundaries[index], selection.scores[:, :, part])
+
+
+def compact_buffer(
+    key: Tensor, value: Tensor, config: LRSAConfig, selection: Selection | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sinks and compressed partitions of one sequence: keys and values (B, H, S + K P, D), empty where P = 0.
+
+    A ready selection replaces the compressor's own; its positions count from the sequence's start.
+    """
+    count = compressed_at(key.shape[2] - 1, config)
+    if count == 0:
+        return key[:, :, :0], value[:, :, :0]
+    sink = config.sink_size
+    if selection is None:
+        kept = compress(partitions_of(key[:, :, sink:], value[:, :, sink:], config, count), config)
+    else:
+        indices = selection.indices.flatten(2, 3)
+        kept = gather_kept(key, indices), gather_kept(value, indices)
+    sinks = key[:, :, :sink], value[:, :, :sink]
+    return torch.cat([sinks[0], kept[0]], dim=2), torch.cat([sinks[1], kept[1]], dim=2)
+
+
+def compress(partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+    """The compressor's pairs, laid out one partition after the other: keys and values (B, H, P K, D)."""
+    key, value = config.compressor.compress(partitions, config)
+    return key.flatten(2, 3), value.flatten(2, 3)

