@@ -25,6 +25,13 @@ from lrsa_lit.tracking import RecordConfig
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'")
 _UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
 _UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\(key='(.*?)', val=(.*)\)|(.*))$")
+_NOISE = (
+    ".*args parameter is intended.*",
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    # Evaluating a checkpoint in another folder is no reason for concern.
+    "The dirpath has changed.*",
+)
 _LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
 
 
@@ -135,5 +142,5 @@ def _quiet_libraries() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.loggers.mlflow", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for pattern in (".*args parameter is intended.*", ".*does not have many workers.*", ".*LeafSpec.*"):
+    for pattern in _NOISE:
         warnings.filterwarnings("ignore", message=pattern)
