@@ -95,7 +95,8 @@ def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
     """First and last entry side by side: a row for each attention, as ``LRSA`` (the run's own rule) or by its name."""
     (first_step, first), (last_step, last) = history[0], history[-1]
     questions = int(last.get("val/count", 0))
-    table = Table(title=f"Validation on {questions} questions, step {first_step} → step {last_step}")
+    plural = "" if questions == 1 else "s"
+    table = Table(title=f"Validation on {questions} question{plural}, step {first_step} → step {last_step}")
     table.add_column("inference")
     for label in _SHOWN.values():
         table.add_column(label, justify="right")
