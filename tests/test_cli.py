@@ -162,6 +162,7 @@ def test_print_config_resolves_interpolation(capfd):
 
 def bad_inputs():
     broken = '{"id": "a", "passages": [{"title": "t", "text": "x"}], "question": "q", "answers": ["x"]}\n{"id": \n'
+    record = '{"id": "a", "passages": [{"title": "t", "text": "x"}], "question": "q", "answers": ["x"]}\n'
     rule = "model.lrsa"
     yield "lag size negative", [f"--{rule}.lag_size", "-3"], {}, ["lrsa.lag_size", "-3", ">= 2"]
     yield "lag size one", [f"--{rule}.lag_size", "1"], {}, ["lrsa.lag_size", "1", ">= 2"]
@@ -233,6 +234,21 @@ def bad_inputs():
         ["tracking_uri", "file:./x", "sqlite:///"],
     )
     yield "missing checkpoint", ["--ckpt_path", "nowhere.ckpt"], {}, ["ckpt_path", "nowhere.ckpt"]
+    yield "junk checkpoint", ["--ckpt_path", "x.pt"], {"x.pt": "no"}, ["ckpt_path", "x.pt"]
+    yield "checkpoint by a word", ["--ckpt_path", "last"], {}, ["ckpt_path", "last"]
+    yield "twice the same id", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": record + record}, ["'a'", "train"]
+    yield "more tokens than positions", ["--data.init_args.max_tokens", "9000"], {}, ["max_tokens", "9000", "8192"]
+    yield "rounded positions", ["--trainer.precision", "bf16-true"], {}, ["trainer.precision", "model.backbone.dtype"]
+    yield "evaluation name", ["--model.evaluate", "{a/b: null}"], {}, ["model.evaluate", "a/b"]
+    yield "rule of null", ["--config", "x.yaml"], {"x.yaml": "model: {lrsa: null}"}, ["lrsa"]
+    yield "budget of null", ["--config", "x.yaml"], {"x.yaml": "data: {init_args: {max_tokens: null}}"}, ["max_tokens"]
+    yield "no such adapters", ["--model.backbone.lora", "{target_modules: [nope]}"], {}, ["lora.target_modules", "nope"]
+    yield (
+        "store that is none",
+        ["--trainer.logger", "lrsa_lit.tracking.MLflowRun", "--trainer.logger.tracking_uri", "sqlite:///x.db"],
+        {"x.db": "no database"},
+        ["tracking_uri", "x.db"],
+    )
     yield "endless schedule", ["--trainer.max_steps", "-1"], {}, ["model.lr_scheduler", "-1"]
     yield "lora rank", ["--model.backbone.lora.rank", "0"], {}, ["model.backbone.lora.rank", "0", ">= 1"]
 
@@ -251,6 +267,57 @@ def test_bad_input_is_one_line(options, files, named, tmp_path, capfd):
     assert "Traceback" not in errors[0]
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not [path for path in tmp_path.rglob("*.arrow") if "broken" in str(path)]
+
+
+def test_bad_input_leaves_no_run_behind(tmp_path, capfd):
+    for options in (
+        ["--model.lrsa.lag_size", "-3"],
+        ["--data.init_args.max_tokens", "20"],
+        ["--model.lrsa.dense_layers", "[7]"],
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", *DEBUG, *options])
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert not client.search_runs([found.experiment_id for found in client.search_experiments()])
+
+
+def test_checkpoint_of_another_kind_of_training(tmp_path, capfd):
+    main(["fit", *DEBUG, *NO_LOGGER])
+    full = str(next((tmp_path / "runs").rglob("last.ckpt")))
+    for options in (["--model.backbone.lora", "{rank: 4}"], ["--trainer.max_steps", "8"]):
+        command = "test" if "lora" in options[0] else "fit"
+        with pytest.raises(SystemExit) as stop:
+            main([command, *DEBUG, *NO_LOGGER, *options, "--ckpt_path", full])
+        assert stop.value.code == 2
+        assert "lrsa: error: ckpt_path: " in capfd.readouterr().err
+
+
+def test_after_is_measured_after_the_last_step(capfd):
+    main(["fit", *DEBUG, *NO_LOGGER, "--trainer.max_steps", "3"])
+    assert "step 0 → step 3" in capfd.readouterr().out
+
+
+def test_seed_changes_the_order_but_not_the_examples(tmp_path):
+    losses = []
+    for seed in ("0", "3"):
+        main(["fit", *DEBUG, "--seed_everything", seed, "--trainer.max_steps", "2", "--validate_first", "false"])
+    for run in run_metrics(tmp_path / "runs/mlflow.db", "debug"):
+        losses.append(run.data.metrics["train/loss"])
+        assert run.info.status == "FINISHED"
+    assert len({run.data.tags["data"] for run in run_metrics(tmp_path / "runs/mlflow.db", "debug")}) == 1
+    assert losses[0] != losses[1]
+
+
+def test_mixed_precision_runs(capfd):
+    main(["fit", *DEBUG, *NO_LOGGER, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "2"])
+    assert "step 0 → step 2" in capfd.readouterr().out
+
+
+def test_training_without_validation_data(capfd):
+    main(["fit", *DEBUG, *NO_LOGGER, "--data.init_args.val", "null", "--trainer.max_steps", "2"])
+    assert "lrsa: error" not in capfd.readouterr().err
 
 
 def test_unsupported_family_is_one_line(tmp_path, capfd):

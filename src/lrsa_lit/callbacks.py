@@ -19,14 +19,13 @@ _SHOWN = {"loss": "answer loss", "f1": "F1", "em": "exact match"}
 
 
 class FitSummary(Callback):
-    """Close a fit with a table: each attention's answer loss, F1 and exact match before and after training.
+    """Keep what each validation found, for a table: every attention's scores before and after training.
 
     "Before" is the validation that ran at step 0, "after" the last one.
     """
 
     def __init__(self) -> None:
         self.history: list[tuple[int, dict[str, float]]] = []
-        self._finished = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of a whole validation."""
@@ -35,16 +34,13 @@ class FitSummary(Callback):
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self.history.append((trainer.global_step, values))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the fit came to its end."""
-        self._finished = True
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def show(self, trainer: Trainer) -> None:
         """Print the summary on the first process, once the progress bar is gone."""
-        if not (self._finished and self.history and trainer.is_global_zero):
+        if not trainer.is_global_zero:
             return
         console = Console()
-        console.print(summary_table(self.history))
+        if self.history:
+            console.print(summary_table(self.history))
         for line in where_recorded(trainer):
             # One fact a line, unwrapped, so that paths and commands can be copied.
             console.print(line, soft_wrap=True, highlight=False)
@@ -65,6 +61,8 @@ class PredictionWriter(BasePredictionWriter):
         """Fail before the predictions are made, not after, where the folder cannot be written."""
         if stage != "predict":
             return
+        if self.path.is_dir():
+            raise UserError(f"PredictionWriter.path: {self.path} is a folder; it must be a file")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial(trainer).touch()

@@ -38,7 +38,7 @@ every command takes:
   --help                 all settings of a command, with their meaning
 
 example:
-  lrsa fit --config configs/experiment/quickstart.yaml --model.lrsa.top_k 16
+  lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
 """
 
 

@@ -6,8 +6,10 @@ import difflib
 import logging
 import os
 import re
+import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -17,10 +19,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 from rich.logging import RichHandler
 
+from lrsa_lit.callbacks import FitSummary
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
 from lrsa_lit.tasks import LongContextQA
-from lrsa_lit.tracking import RecordConfig
+from lrsa_lit.tracking import MLflowRun, RecordConfig
 
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'")
 _UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
@@ -32,7 +35,6 @@ _NOISE = (
     # Evaluating a checkpoint in another folder is no reason for concern.
     "The dirpath has changed.*",
 )
-_LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -62,21 +64,58 @@ class LRSACLI(LightningCLI):
         """Keep what the user asked for: Lightning would override it with the checkpoint's settings."""
 
     def before_instantiate_classes(self) -> None:
-        """Check the files that a run reads and writes before anything is loaded."""
-        checkpoint = self._get(self.config, "ckpt_path")
-        if checkpoint and checkpoint not in _LIGHTNING_CHECKPOINTS and not Path(checkpoint).exists():
-            raise UserError(f"ckpt_path: {checkpoint} does not exist; it must be a checkpoint file")
-        folder = Path(self._get(self.config, "trainer").get("default_root_dir") or ".")
+        """Check what a run reads and writes before anything is loaded."""
+        trainer = self._get(self.config, "trainer")
+        _check_checkpoint(self._get(self.config, "ckpt_path"))
+        _check_writable("trainer.default_root_dir", Path(trainer.get("default_root_dir") or "."))
+        precision = str(trainer.get("precision") or "")
+        if precision in ("bf16-true", "16-true"):
+            # It would round the rotary frequencies too, and with them the long positions.
+            raise UserError(f"trainer.precision: {precision} is not allowed; use model.backbone.dtype instead")
+
+    def instantiate_classes(self) -> None:
+        """Build the parts; what their constructors complain about is the user's to mend."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UserError(f"trainer.default_root_dir: {folder} cannot be written ({error.strerror})") from None
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            raise _first_user_error(error) or UserError(one_line(str(error))) from error
+
+    def after_instantiate_classes(self) -> None:
+        """Check what two parts must agree on, and prepare the data, before the run is recorded."""
+        config, model = self.model.backbone.config, self.model
+        if unknown := [layer for layer in model.lrsa.dense_layers if layer >= config.num_hidden_layers]:
+            allowed = f"0 to {config.num_hidden_layers - 1}"
+            raise UserError(f"model.lrsa.dense_layers: {unknown} is not allowed; this model has layers {allowed}")
+        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        if self.datamodule.max_tokens + model.max_new_tokens > positions:
+            raise UserError(
+                f"data.init_args.max_tokens: {self.datamodule.max_tokens} is not allowed; {model.backbone.name} has "
+                f"{positions} positions and model.max_new_tokens takes {model.max_new_tokens} of them"
+            )
+        if self.trainer.is_global_zero:
+            self.datamodule.prepare_data(self.subcommand)
 
     def before_fit(self) -> None:
         """Validate at step 0; a resumed run has done so."""
         if self._get(self.config, "validate_first") and self._get(self.config, "ckpt_path") is None:
+            self._validate()
+            if isinstance(self.trainer.logger, MLflowRun):
+                self.trainer.logger.reopen()
+
+    def after_fit(self) -> None:
+        """Close with what the training changed, validating once more if it went on after the last validation."""
+        summaries = [
+            callback
+            for callback in self._get(self.config_init, "trainer")["callbacks"] or []
+            if isinstance(callback, FitSummary)
+        ]
+        for summary in summaries[:1]:
+            if not summary.history or summary.history[-1][0] != self.trainer.global_step:
+                self._validate()
+            summary.show(self.trainer)
+
+    def _validate(self) -> None:
+        if "val" in self.datamodule.splits():
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
@@ -105,8 +144,7 @@ def run(arguments: Sequence[str]) -> None:
     except OmegaConfBaseException as error:
         raise UserError(one_line(str(error))) from error
     except ValueError as error:
-        # jsonargparse wraps what a constructor raised, several times over.
-        raise next((cause for cause in _causes(error) if isinstance(cause, UserError)), error) from None
+        raise _first_user_error(error) or error from None
 
 
 def one_line(message: str) -> str:
@@ -128,10 +166,31 @@ def _settings(parser: LightningArgumentParser) -> Iterator[str]:
         yield str(action.dest)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _first_user_error(error: BaseException | None) -> UserError | None:
+    """The UserError among an error's causes: jsonargparse wraps what a constructor raised, several times over."""
     while error is not None:
-        yield error
+        if isinstance(error, UserError):
+            return UserError(re.sub(r"^lrsa\.", "model.lrsa.", str(error)))
         error = error.__cause__
+    return None
+
+
+def _check_checkpoint(path: str | None) -> None:
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated one")
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be written ({error.strerror})") from None
 
 
 def _quiet_libraries() -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lrsa_lit.errors import UserError
 
 _SQLITE = "sqlite:///"
+_SQLITE_HEADER = b"SQLite format 3\0"
 _SCHEMES = (_SQLITE, "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
 _PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
 _MAX_PARAM = 250
@@ -67,6 +69,10 @@ class MLflowRun(MLFlowLogger):
         """Name of the experiment; Lightning's ``name`` is its id."""
         return str(self._experiment_name)
 
+    def reopen(self) -> None:
+        """Mark the run as running again: a validation before the fit closed it."""
+        self.experiment.update_run(self.run_id, status="RUNNING")
+
     @property
     def named(self) -> bool:
         """Whether the user named the run."""
@@ -106,10 +112,13 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
     key = prefix.rstrip(".")
     if key in ("trainer.logger", "trainer.callbacks"):
         return {}
-    if not isinstance(values, Mapping):
+    if not isinstance(values, Mapping) or not values:
         return {key: str(values)[:_MAX_PARAM]}
     if "class_path" in values:
-        return {key: str(values["class_path"]), **flatten(values.get("init_args") or {}, prefix)}
+        return {
+            key: str(values["class_path"]),
+            **(flatten(values["init_args"], prefix) if values.get("init_args") else {}),
+        }
     parts = [flatten(value, f"{prefix}{name}.") for name, value in values.items()]
     return {name: value for part in parts for name, value in part.items()}
 
@@ -163,16 +172,21 @@ def _checked_uri(uri: str) -> str:
     """The URI with an absolute SQLite path whose folder exists."""
     key = "trainer.logger.init_args.tracking_uri"
     if not uri.startswith(_SCHEMES):
-        raise UserError(f"{key}: {uri!r} is not allowed; it must be sqlite:///PATH or a server's http(s):// address")
+        raise UserError(
+            f"{key}: {uri!r} is not allowed; it must be sqlite:///PATH, a database or a server's http(s):// address"
+        )
     if not uri.startswith(_SQLITE):
         return uri
     path = Path(uri.removeprefix(_SQLITE)).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
+        header = path.open("rb").read(len(_SQLITE_HEADER)) if path.exists() else b""
     except OSError as error:
         raise UserError(f"{key}: {uri} cannot be written ({error.strerror})") from None
+    if header not in (b"", _SQLITE_HEADER):
+        raise UserError(f"{key}: {path} is no SQLite file; name another one")
     return f"{_SQLITE}{path}"
 
 

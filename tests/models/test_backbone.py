@@ -80,7 +80,7 @@ def test_rule_travels_in_the_saved_config(folder, tmp_path, caplog):
     assert "attn_implementation" not in json.loads((tmp_path / "trained/config.json").read_text())
 
     enable(Backbone(str(tmp_path / "trained")).build(), rule)
-    assert not caplog.records
+    assert "trained with" not in caplog.text
     enable(Backbone(str(tmp_path / "trained")).build(), rule.replace(top_k=4))
     assert "'top_k': 3" in caplog.text
     assert "'top_k': 4" in caplog.text

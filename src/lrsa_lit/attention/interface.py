@@ -239,6 +239,9 @@ def _attention(
     _refuse(dropout, kwargs)
     rule.state.called.add(rule.layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):
+        # RoPE leaves queries and keys in float32, the projection of the values does not.
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     cache: LRSACache | None = kwargs.get(_CACHE)
     if cache is not None:
         output = cache.layers[rule.layer].attend(query, scale)

@@ -125,10 +125,10 @@ class QADataModule(lightning.LightningDataModule):
                 raise UserError(f"model.tokenizer: {self.tokenizer.name_or_path or 'the tokenizer'} has no {name}")
         return self.tokenizer
 
-    def prepare_data(self) -> None:
-        """Tokenise and cache the splits that the trainer's stage needs, or all without a trainer."""
-        stage = self.trainer.state.fn if self.trainer else None
-        for split in self._needed(stage.value if stage else None):
+    def prepare_data(self, stage: str | None = None) -> None:
+        """Tokenise and cache the splits of a stage; by default the trainer's stage, or all without a trainer."""
+        running = self.trainer.state.fn if self.trainer else None
+        for split in self._needed(stage or (running.value if running else None)):
             folder = self._folder(split)
             if not cache.is_built(folder):
                 self.report[split].clear()
@@ -137,13 +137,15 @@ class QADataModule(lightning.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the cached splits of a stage ("fit", "validate", "test", "predict"), or all of them."""
         for split in self._needed(stage):
+            if split in self._examples:
+                continue
             self._examples[split], self.report[split] = cache.load(self._folder(split))
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.report[split].items()))
             _log.info("%s %s (at most %d tokens): %s", type(self).__name__, split, self.max_tokens, counts)
 
     def train_dataloader(self) -> DataLoader[Example]:
-        """Training batches, in an order that ``seed`` decides."""
-        order = torch.Generator().manual_seed(self.seed)
+        """Training batches, in an order that the run's seed decides: ``seed`` keeps the examples themselves fixed."""
+        order = torch.Generator().manual_seed(torch.initial_seed())
         return self._loader("train", batch_size=self.batch_size, shuffle=True, generator=order)
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
@@ -182,7 +184,11 @@ class QADataModule(lightning.LightningDataModule):
             raise UserError(self._empty(split))
 
     def _kept(self, split: Split, records: Iterable[QARecord], limit: int | None) -> Iterator[Example]:
+        seen: set[str] = set()
         for record in records:
+            if record.id in seen:
+                raise UserError(f"{type(self).__name__}: the id {record.id!r} stands twice in the split {split!r}")
+            seen.add(record.id)
             example = self.to_example(record)
             if isinstance(example, TooLong):
                 self.exclude(split, example)
@@ -244,7 +250,7 @@ def at_least(name: str, value: int, least: int) -> int:
     Raises:
         UserError: it is.
     """
-    if value < least:
+    if not isinstance(value, int) or value < least:
         raise UserError(f"data.init_args.{name} is {value}, allowed is {least} or more")
     return value
 

@@ -13,7 +13,7 @@ from lrsa_lit.paths import PACKAGE_SCHEME, resolve
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = "tiny"
 """This source is a tiny random Llama, for tests and dry runs."""
@@ -114,6 +114,22 @@ class Backbone:
             )
         return self.source
 
+    @functools.cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, read without its weights."""
+        from transformers import AutoConfig
+
+        from lrsa_lit.models.tiny import tiny_config
+
+        if self.source == TINY:
+            return tiny_config()
+        location = self.location
+        try:
+            config = AutoConfig.from_pretrained(location, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise self._unloadable(error) from error
+        return config.get_text_config()
+
     def build(self) -> nn.Module:
         """Load the model, in training mode, with adapters and gradient checkpointing as configured.
 
@@ -136,6 +152,7 @@ class Backbone:
 
     def _load(self) -> PreTrainedModel:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         from lrsa_lit.models.tiny import tiny_model
@@ -148,14 +165,14 @@ class Backbone:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 location, dtype=dtype, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise self._unloadable(error) from error
         _log.info("%s: %.0f M parameters, %s", self.name, model.num_parameters() / 1e6, self.dtype)
         return model
 
     def _unloadable(self, error: Exception) -> UserError:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return UserError(f"model.backbone.source: {self.source} cannot be loaded: {first_line}")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return UserError(f"model.backbone.source: {self.source} cannot be loaded: {reason[:300]}")
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
@@ -170,5 +187,8 @@ def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
         target_modules=lora.target_modules,
         task_type=peft.TaskType.CAUSAL_LM,
     )
-    adapted: nn.Module = peft.get_peft_model(model, config)
+    try:
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"model.backbone.lora.target_modules: {lora.target_modules} is not allowed: {error}") from error
     return adapted

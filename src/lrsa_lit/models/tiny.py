@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _SPECIAL_TOKENS = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 _CHAT_TEMPLATE = (
@@ -34,20 +34,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(
-    *,
-    hidden_size: int = 64,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    max_positions: int = 4096,
-    seed: int = 0,
-) -> LlamaForCausalLM:
-    """A Llama with random weights over :func:`tiny_tokenizer`'s vocabulary, the same for the same seed."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_config(
+    *, hidden_size: int = 64, num_layers: int = 2, num_heads: int = 4, num_kv_heads: int = 2, max_positions: int = 8192
+) -> LlamaConfig:
+    """The configuration of :func:`tiny_model`."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(_SPECIAL_TOKENS) + 256,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -60,6 +53,13 @@ def tiny_model(
         pad_token_id=2,
         initializer_range=0.2,
     )
+
+
+def tiny_model(*, seed: int = 0, **sizes: int) -> LlamaForCausalLM:
+    """A Llama with random weights over :func:`tiny_tokenizer`'s vocabulary, the same for the same seed."""
+    import torch
+    from transformers import LlamaForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(tiny_config(**sizes))

@@ -5,6 +5,7 @@ Dimensions: B examples, T tokens of the longest example, Tp tokens of the longes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
@@ -33,6 +34,8 @@ Attention = dict[str, Any] | None
 Made = TypeVar("Made")
 
 IGNORE_INDEX = -100
+_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Plain greedy decoding, whatever the model's own generation_config.json says."""
 
 
 class Prediction(TypedDict):
@@ -85,6 +88,8 @@ class LongContextQA(lightning.LightningModule):
         self.train_config = _derived("model.train_attention", lrsa, train_attention)
         self.attentions: dict[str, LRSAConfig | None] = {"": lrsa}
         for name, changes in evaluate.items():
+            if not re.fullmatch(r"[\w-]+", name):
+                raise UserError(f"model.evaluate: the name {name!r} is not allowed; use letters, digits, - and _")
             self.attentions[f"{name}/"] = _derived(f"model.evaluate.{name}", lrsa, changes)
         self.meters = nn.ModuleList(AnswerMeter() for _ in self.attentions)
         self.max_new_tokens = max_new_tokens
@@ -113,6 +118,34 @@ class LongContextQA(lightning.LightningModule):
             return optimizer
         scheduler = _made("model.lr_scheduler", self.make_scheduler, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another kind of training: parts of it would be left out without a word.
+
+        Raises:
+            UserError: its weights are not the ones that this configuration trains, or its schedule has another length.
+        """
+        saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        if self.backbone.lora is None:
+            needed = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        else:
+            needed = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        if saved != needed:
+            kinds = [
+                "adapters" if any("lora_" in name for name in names) else "all weights" for names in (saved, needed)
+            ]
+            differing = sorted(name for name in saved.keys() | needed.keys() if saved.get(name) != needed.get(name))
+            raise UserError(
+                f"ckpt_path: it holds {kinds[0]} of another shape than this configuration, which trains {kinds[1]}; "
+                f"they differ in {len(differing)} tensors, such as {differing[0]}"
+            )
+        steps = [state.get("total_steps") for state in checkpoint.get("lr_schedulers", [])]
+        planned = self.trainer.max_steps
+        if self.trainer.training and steps and steps[0] not in (None, planned):
+            raise UserError(
+                f"ckpt_path: its learning-rate schedule is {steps[0]} steps long and cannot go on to "
+                f"trainer.max_steps={planned}; resume with trainer.max_steps={steps[0]}"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, if that is adapters."""
@@ -188,10 +221,10 @@ class LongContextQA(lightning.LightningModule):
                 attention_mask=batch["prompt_mask"],
                 past_key_values=cache,
                 max_new_tokens=self.max_new_tokens,
-                do_sample=False,
                 use_cache=True,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
+                **_GREEDY,
             )
         answers = tokens[:, prompt.shape[1] :]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
