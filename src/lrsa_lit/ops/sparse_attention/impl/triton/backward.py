@@ -114,8 +114,7 @@ def _query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale
         value,
         saved.compact_key,
         saved.compact_value,
-        row_descriptor(saved.compact_key, tile.columns, padded),
-        row_descriptor(saved.compact_value, tile.columns, padded),
+        *(row_descriptor(tensor, tile.columns, padded) for tensor in saved[1:5]),
         saved.output,
         output_grad,
         saved.denominator,
@@ -168,10 +167,13 @@ def _key_gradient(
     source = (saved.compact_key, saved.compact_value) if compact else (key, value)
     target = (key, value) if key_grad is None or value_grad is None else (key_grad, value_grad)
     splits = partial[0].shape[0]
+    padded = triton.next_power_of_2(dim)
     _key_kernel[(len(table) * batch * heads * (splits if compact else 1),)](
         query,
         *source,
         output_grad,
+        row_descriptor(query, tile.columns, padded),
+        row_descriptor(output_grad, tile.columns, padded),
         saved.denominator,
         delta,
         *partial,
@@ -197,7 +199,7 @@ def _key_gradient(
         scale,
         COMPACT=compact,
         DIM=dim,
-        PADDED=triton.next_power_of_2(dim),
+        PADDED=padded,
         BLOCK_M=tile.columns,
         BLOCK_N=tile.rows,
         num_warps=tile.warps,
@@ -212,6 +214,8 @@ def _query_kernel(
     p_value,
     p_compact_key,
     p_compact_value,
+    d_key,
+    d_value,
     d_compact_key,
     d_compact_value,
     p_output,
@@ -298,7 +302,8 @@ def _query_kernel(
         DIM,
         d_compact_key,
         d_compact_value,
-        i_head.to(tl.int32),
+        i_b.to(tl.int32),
+        i_kv.to(tl.int32),
         tl.load(p_sequence + COMPACT_ROW),
         o_t,
         i_low,
@@ -323,9 +328,10 @@ def _query_kernel(
         p_value + i_b * stride_vb + i_kv * stride_vh,
         stride_kt,
         stride_vt,
-        None,
-        None,
-        0,
+        d_key,
+        d_value,
+        i_b.to(tl.int32),
+        i_kv.to(tl.int32),
         tl.load(p_sequence + KEY_ROW),
         o_t,
         i_low,
@@ -357,6 +363,7 @@ def _query_source(
     stride_v,
     d_key,
     d_value,
+    i_b,
     i_head,
     i_row,
     o_t,
@@ -393,8 +400,8 @@ def _query_source(
             b_key = load_rows(p_key, i_row + i_n, stride_k, BLOCK_N, DIM, BLOCK_N, PADDED, False)
             b_value = load_rows(p_value, i_row + i_n, stride_v, BLOCK_N, DIM, BLOCK_N, PADDED, False)
         else:
-            b_key = d_key.load([i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
-            b_value = d_value.load([i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+            b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+            b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
         b_query_grad = _query_block(
             b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, None, scale_log2
         )
@@ -429,6 +436,8 @@ def _key_kernel(
     p_key,
     p_value,
     p_gradient,
+    d_query,
+    d_gradient,
     p_denominator,
     p_delta,
     p_partial_key,
@@ -536,8 +545,16 @@ def _key_kernel(
             )  # fmt: skip
         for i_m in range(i_begin, i_end, BLOCK_M):
             # [BLOCK_M, PADDED]
-            b_query = load_rows(p_q, i_query_row + i_m, stride_qt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
-            b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
+            if d_query is None:
+                b_query = load_rows(p_q, i_query_row + i_m, stride_qt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
+            else:
+                b_query = d_query.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
+                b_query = b_query.reshape(BLOCK_M, PADDED)
+            if d_gradient is None:
+                b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
+            else:
+                b_gradient = d_gradient.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
+                b_gradient = b_gradient.reshape(BLOCK_M, PADDED)
             o_m = i_query_row + i_m + tl.arange(0, BLOCK_M)
             b_denominator, b_delta = tl.load(p_l + o_m), tl.load(p_d + o_m)
             b_key_grad, b_value_grad = _key_block(

@@ -61,8 +61,7 @@ def attend_forward(
         value,
         compact_key,
         compact_value,
-        row_descriptor(compact_key, tile.columns, padded),
-        row_descriptor(compact_value, tile.columns, padded),
+        *(row_descriptor(tensor, tile.columns, padded) for tensor in (key, value, compact_key, compact_value)),
         output,
         denominator,
         table,
@@ -88,12 +87,12 @@ def attend_forward(
     return output, denominator
 
 
-def row_descriptor(buffer: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """A TMA descriptor of a contiguous (B, H, M, D) buffer's rows, head by head; None if it has no rows."""
-    batch, heads, count, dim = buffer.shape
-    if count == 0:
+def row_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """A TMA descriptor for blocks of rows of one head of (B, H, T, D); None where the copy engine cannot express it."""
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:3])
+    if not aligned or tensor.numel() == 0 or 0 in tensor.stride():
         return None
-    return TensorDescriptor(buffer, [batch * heads, count, dim], [count * dim, dim, 1], [1, rows, columns])
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -103,6 +102,8 @@ def _forward_kernel(
     p_value,
     p_compact_key,
     p_compact_value,
+    d_key,
+    d_value,
     d_compact_key,
     d_compact_value,
     p_output,
@@ -174,7 +175,8 @@ def _forward_kernel(
         DIM,
         d_compact_key,
         d_compact_value,
-        i_head.to(tl.int32),
+        i_b.to(tl.int32),
+        i_kv.to(tl.int32),
         i_compact_row,
         o_t,
         i_low,
@@ -198,9 +200,10 @@ def _forward_kernel(
         p_value + i_b * stride_vb + i_kv * stride_vh,
         stride_kt,
         stride_vt,
-        None,
-        None,
-        0,
+        d_key,
+        d_value,
+        i_b.to(tl.int32),
+        i_kv.to(tl.int32),
         tl.load(p_sequence + KEY_ROW),
         o_t,
         i_low,
@@ -234,6 +237,7 @@ def _attend_source(
     stride_v,
     d_key,
     d_value,
+    i_b,
     i_head,
     i_row,
     o_t,
@@ -270,8 +274,8 @@ def _attend_source(
             b_key = load_rows(p_key, i_row + i_n, stride_k, BLOCK_N, DIM, BLOCK_N, PADDED, False)
             b_value = load_rows(p_value, i_row + i_n, stride_v, BLOCK_N, DIM, BLOCK_N, PADDED, False)
         else:
-            b_key = d_key.load([i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
-            b_value = d_value.load([i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+            b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+            b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
         b_output, b_sum, b_max = _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, None, scale_log2)
     for i_n in range(i_end, i_stop, BLOCK_N):
         # [BLOCK_N, PADDED]
