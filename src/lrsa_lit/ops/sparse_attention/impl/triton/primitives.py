@@ -66,19 +66,27 @@ def first_seen_by(column, sink, lag, keep, chunk, COMPACT: tl.constexpr):
 def lost_to(column, sink, lag, chunk, COMPACT: tl.constexpr):
     """First query that no longer sees the column; compact columns are never lost."""
     if COMPACT:
-        return 2147483647
+        return column * 0 + 2147483647
     return first_query(tl.maximum(column - sink, 0) // lag + 1, sink, lag, chunk)
 
 
 @triton.jit
 def split_blocks(start, full_from, full_to, stop, BLOCK: tl.constexpr):
-    """Cut blocks from ``start`` to ``stop`` into masked, full and masked ones: where the full ones begin and end.
+    """Cut [start, stop) into blocks: full ones [begin, end) within [full_from, full_to), masked ones on both sides.
 
-    Full blocks lie within [full_from, full_to).
+    Returns begin, end, and BLOCK times the number of masked blocks.
     """
-    begin = tl.minimum(start + (tl.maximum(full_from - start, 0) + BLOCK - 1) // BLOCK * BLOCK, tl.maximum(stop, start))
-    count = tl.maximum(tl.minimum(full_to, stop) - begin, 0) // BLOCK
-    return begin, begin + count * BLOCK
+    stop = tl.maximum(start, stop)
+    begin = tl.minimum(start + (tl.maximum(full_from - start, 0) + BLOCK - 1) // BLOCK * BLOCK, stop)
+    end = begin + tl.maximum(tl.minimum(full_to, stop) - begin, 0) // BLOCK * BLOCK
+    behind = (stop - end + BLOCK - 1) // BLOCK * BLOCK
+    return begin, end, (begin - start + BLOCK - 1) // BLOCK * BLOCK + behind
+
+
+@triton.jit
+def masked_block(step, start, begin, end):
+    """Where the masked block at ``step`` stands: from ``start`` on before the full ones, then from ``end`` on."""
+    return tl.where(step < begin - start, start + step, end + step - (begin - start))
 
 
 @triton.jit
