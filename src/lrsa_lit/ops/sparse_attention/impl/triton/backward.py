@@ -43,8 +43,6 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
 )
 from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
 
-import os
-MODE = tl.constexpr(int(os.environ.get("MODE", "0")))
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
 ]  # fmt: skip
@@ -382,21 +380,12 @@ def _query_source(
     PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What one source adds to dQ: blocks with masks, then full ones (see primitives.py)."""
+    """What one source adds to dQ: full blocks, then those with masks (see primitives.py)."""
     i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
     i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
     i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
     o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, COMPACT)
     o_n = tl.arange(0, BLOCK_N)
-    for i_step in range(0, n_masked, BLOCK_N):
-        i_n = masked_block(i_step, i_start, i_begin, i_end)
-        # [BLOCK_N, PADDED]
-        b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
-        b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
-        m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
-        b_query_grad = _query_block(
-            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2
-        )
     for i_n in range(i_begin, i_end, BLOCK_N):
         # [BLOCK_N, PADDED]
         if d_key is None:
@@ -407,6 +396,15 @@ def _query_source(
             b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
         b_query_grad = _query_block(
             b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, None, scale_log2
+        )
+    for i_step in range(0, n_masked, BLOCK_N):
+        i_n = masked_block(i_step, i_start, i_begin, i_end)
+        # [BLOCK_N, PADDED]
+        b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
+        b_query_grad = _query_block(
+            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2
         )
     return b_query_grad
 
@@ -530,41 +528,49 @@ def _key_kernel(
     o_seen = first_seen_by(o_n, sink, lag, keep, chunk, COMPACT)
     o_lost = lost_to(o_n, sink, lag, chunk, COMPACT)
     n_group = group // n_splits if COMPACT else group
-    for i_member in range(0, n_group):
-        i_query_head = i_h * group + i_split * n_group + i_member
-        p_q = p_query + i_b * stride_qb + i_query_head * stride_qh
-        p_g = p_gradient + i_b * stride_gb + i_query_head * stride_gh
-        o_scalars = (i_b * heads * group + i_query_head) * n_queries
-        p_l, p_d = p_denominator + o_scalars + i_query_row, p_delta + o_scalars + i_query_row
-        for i_step in range(0, n_masked, BLOCK_M):
-            i_m = masked_block(i_step, i_start, i_begin, i_end)
-            # [BLOCK_M, PADDED]
-            b_query = load_rows(p_q, i_query_row + i_m, stride_qt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
-            b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
-            o_t = i_m + o_m
-            b_denominator = tl.load(p_l + o_t, mask=o_t < i_stop, other=float("inf"))
-            b_delta = tl.load(p_d + o_t, mask=o_t < i_stop, other=0.0)
-            m_visible = (o_t[None, :] >= o_seen[:, None]) & (o_t[None, :] < o_lost[:, None])
-            b_key_grad, b_value_grad = _key_block(
-                b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible,
-                scale_log2,
-            )  # fmt: skip
-        for i_m in range(i_begin, i_end, BLOCK_M):
-            # [BLOCK_M, PADDED]
-            if d_query is None:
-                b_query = load_rows(p_q, i_query_row + i_m, stride_qt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
-            else:
-                b_query = d_query.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
-                b_query = b_query.reshape(BLOCK_M, PADDED)
-            if d_gradient is None:
-                b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
-            else:
-                b_gradient = d_gradient.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
-                b_gradient = b_gradient.reshape(BLOCK_M, PADDED)
-            b_denominator, b_delta = tl.load(p_l + i_m + o_m), tl.load(p_d + i_m + o_m)
-            b_key_grad, b_value_grad = _key_block(
-                b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, None, scale_log2
-            )
+    i_group = i_h * group + i_split * n_group
+    p_query += i_b * stride_qb
+    p_gradient += i_b * stride_gb
+    o_scalars = i_b * heads * group * n_queries + i_query_row
+    # One loop over the blocks of all heads, so that loads run ahead across heads too.
+    n_full = i_end - i_begin
+    for i_step in range(0, n_group * n_full, BLOCK_M):
+        i_query_head = i_group + i_step // n_full
+        i_m = i_begin + i_step % n_full
+        # [BLOCK_M, PADDED]
+        if d_query is None:
+            p_q = p_query + i_query_head * stride_qh
+            b_query = load_rows(p_q, i_query_row + i_m, stride_qt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
+        else:
+            b_query = d_query.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
+            b_query = b_query.reshape(BLOCK_M, PADDED)
+        if d_gradient is None:
+            p_g = p_gradient + i_query_head * stride_gh
+            b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
+        else:
+            b_gradient = d_gradient.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
+            b_gradient = b_gradient.reshape(BLOCK_M, PADDED)
+        o_scalar = o_scalars + i_query_head * n_queries + i_m + o_m
+        b_denominator, b_delta = tl.load(p_denominator + o_scalar), tl.load(p_delta + o_scalar)
+        b_key_grad, b_value_grad = _key_block(
+            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, None, scale_log2
+        )
+    for i_step in range(0, n_group * n_masked, BLOCK_M):
+        i_query_head = i_group + i_step // n_masked
+        i_m = masked_block(i_step % n_masked, i_start, i_begin, i_end)
+        # [BLOCK_M, PADDED]
+        p_q = p_query + i_query_head * stride_qh
+        b_query = load_rows(p_q, i_query_row + i_m, stride_qt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
+        p_g = p_gradient + i_query_head * stride_gh
+        b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
+        o_t = i_m + o_m
+        o_scalar = o_scalars + i_query_head * n_queries + o_t
+        b_denominator = tl.load(p_denominator + o_scalar, mask=o_t < i_stop, other=float("inf"))
+        b_delta = tl.load(p_delta + o_scalar, mask=o_t < i_stop, other=0.0)
+        m_visible = (o_t[None, :] >= o_seen[:, None]) & (o_t[None, :] < o_lost[:, None])
+        b_key_grad, b_value_grad = _key_block(
+            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible, scale_log2
+        )
 
     b_key_grad *= scale
     if COMPACT:
@@ -598,51 +604,17 @@ def _key_block(
     b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible, scale_log2
 ):  # fmt: skip
     """What one block of queries adds to dK (before the scale) and dV. Scores stand transposed: keys are the rows."""
-    if MODE == 0:
-        b_score = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
-        b_share = tl.dot(b_value, tl.trans(b_gradient), input_precision="ieee")
-        b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
-        if m_visible is not None:
-            b_power = tl.where(m_visible, b_power, 0.0)
-        b_value_grad = tl.dot(b_power.to(b_gradient.dtype), b_gradient, b_value_grad, input_precision="ieee")
-        b_score_grad = b_power * (b_share - b_delta[None, :])
-        b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision="ieee")
-    elif MODE == 1:
-        b_score = tl.dot(b_query, tl.trans(b_key))
-        b_power = tl.exp2(b_score * scale_log2 - b_denominator[:, None])
-        if m_visible is not None:
-            b_power = tl.where(tl.trans(m_visible), b_power, 0.0)
-        b_value_grad = tl.dot(tl.trans(b_power.to(b_gradient.dtype)), b_gradient, b_value_grad)
-        b_share = tl.dot(b_gradient, tl.trans(b_value))
-        b_score_grad = b_power * (b_share - b_delta[:, None])
-        b_key_grad = tl.dot(tl.trans(b_score_grad.to(b_query.dtype)), b_query, b_key_grad)
-    elif MODE == 2:
-        b_score = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
-        b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
-        if m_visible is not None:
-            b_power = tl.where(m_visible, b_power, 0.0)
-        b_value_grad = tl.dot(b_power.to(b_gradient.dtype), b_gradient, b_value_grad, input_precision="ieee")
-        b_share = tl.dot(b_value, tl.trans(b_gradient), input_precision="ieee")
-        b_score_grad = b_power * (b_share - b_delta[None, :])
-        b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision="ieee")
-    elif MODE == 3:
-        b_score = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
-        b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
-        if m_visible is not None:
-            b_power = tl.where(m_visible, b_power, 0.0)
-        b_low = b_power.to(b_gradient.dtype)
-        b_value_grad = tl.dot(b_low, b_gradient, b_value_grad, input_precision="ieee")
-        b_share = tl.dot(b_value, tl.trans(b_gradient), input_precision="ieee")
-        b_score_grad = b_low.to(tl.float32) * (b_share - b_delta[None, :])
-        b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision="ieee")
-    elif MODE == 4:
-        b_score = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
-        b_minus = tl.broadcast_to(-b_delta[None, :], b_score.shape)
-        b_share = tl.dot(b_value, tl.trans(b_gradient), b_minus, input_precision="ieee")
-        b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
-        if m_visible is not None:
-            b_power = tl.where(m_visible, b_power, 0.0)
-        b_value_grad = tl.dot(b_power.to(b_gradient.dtype), b_gradient, b_value_grad, input_precision="ieee")
-        b_score_grad = b_power * b_share
-        b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision="ieee")
+    # In this order fewer values are alive at a time: dV takes in the powers before their gradient is computed.
+    # [BLOCK_N, BLOCK_M]
+    b_score = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
+    b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
+    if m_visible is not None:
+        b_power = tl.where(m_visible, b_power, 0.0)
+    # [BLOCK_N, PADDED]
+    b_value_grad = tl.dot(b_power.to(b_gradient.dtype), b_gradient, b_value_grad, input_precision="ieee")
+    # [BLOCK_N, BLOCK_M]
+    b_share = tl.dot(b_value, tl.trans(b_gradient), input_precision="ieee")
+    b_score_grad = b_power * (b_share - b_delta[None, :])
+    # [BLOCK_N, PADDED]
+    b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision="ieee")
     return b_key_grad, b_value_grad

@@ -53,7 +53,7 @@ def attend_forward(
     heads = key.shape[1]
     tile = tiles_for(dim, query.dtype).forward
     output = torch.empty_like(query)
-    denominator = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    denominator = query.new_empty((batch, query_heads, queries), dtype=torch.float32)
     table = query_tiles(geometry, query.device, tile.rows)
     padded = triton.next_power_of_2(dim)
     _forward_kernel[(len(table) * batch * query_heads,)](
@@ -254,19 +254,12 @@ def _attend_source(
     PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Take in one source: blocks with masks, then full ones (see primitives.py)."""
+    """Take in one source: full blocks, then those with masks (see primitives.py)."""
     i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
     i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
     i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
     o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, COMPACT)
     o_n = tl.arange(0, BLOCK_N)
-    for i_step in range(0, n_masked, BLOCK_N):
-        i_n = masked_block(i_step, i_start, i_begin, i_end)
-        # [BLOCK_N, PADDED]
-        b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
-        b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
-        m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
-        b_output, b_sum, b_max = _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, scale_log2)
     for i_n in range(i_begin, i_end, BLOCK_N):
         # [BLOCK_N, PADDED]
         if d_key is None:
@@ -276,6 +269,13 @@ def _attend_source(
             b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
             b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
         b_output, b_sum, b_max = _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, None, scale_log2)
+    for i_step in range(0, n_masked, BLOCK_N):
+        i_n = masked_block(i_step, i_start, i_begin, i_end)
+        # [BLOCK_N, PADDED]
+        b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
+        b_output, b_sum, b_max = _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, scale_log2)
     return b_output, b_sum, b_max
 
 

@@ -15,7 +15,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COLUMNS, KEY_RO
 from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL
 
 _INTEGERS = ["heads", "n_partitions", "sink", "lag", "keep"]
-_TOKENS = 64
+_TOKENS = 32
 
 
 def select_ranks(key: Tensor, value: Tensor, geometry: Geometry, weight: float) -> tuple[Tensor, Tensor]:
@@ -117,29 +117,32 @@ def _spread_kernel(
     o_row = tl.arange(0, BLOCK)
     m_dim = o_dim < DIM
     o_tile = o_row[:, None] * stride + o_dim[None, :]
-    b_low = tl.full([PADDED], float("inf"), tl.float32)
-    b_high = tl.full([PADDED], float("-inf"), tl.float32)
+    b_lows = tl.full([BLOCK, PADDED], float("inf"), tl.float32)
+    b_highs = tl.full([BLOCK, PADDED], float("-inf"), tl.float32)
     for i_block in range(0, lag, BLOCK):
         # [BLOCK, PADDED]
         m_tile = (i_block + o_row < lag)[:, None] & m_dim[None, :]
-        b_tile = tl.load(p_reference + tl.cast(i_block, tl.int64) * stride + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        b_low = tl.minimum(b_low, tl.min(tl.where(m_tile, b_tile, float("inf")), axis=0))
-        b_high = tl.maximum(b_high, tl.max(tl.where(m_tile, b_tile, float("-inf")), axis=0))
+        p_tile = p_reference + tl.cast(i_block, tl.int64) * stride + o_tile
+        b_tile = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_lows = tl.minimum(b_lows, tl.where(m_tile, b_tile, float("inf")))
+        b_highs = tl.maximum(b_highs, tl.where(m_tile, b_tile, float("-inf")))
+    b_low, b_high = tl.min(b_lows, axis=0), tl.max(b_highs, axis=0)
 
-    b_span = b_high - b_low
-    m_varies = (b_span > CONSTANT * tl.maximum(tl.abs(b_low), tl.abs(b_high))) & m_dim
-    b_span = tl.where(m_varies, b_span, 1.0)
+    # A constant channel's value is 0 whatever its tokens are: its factor is.
+    m_varies = b_high - b_low > CONSTANT * tl.maximum(tl.abs(b_low), tl.abs(b_high))
+    b_factor = tl.where(m_varies, 1.0 / tl.where(m_varies, b_high - b_low, 1.0), 0.0)
     b_low = tl.where(m_varies, b_low, 0.0)
     p_spread = p_spreads + ((i_source * tl.num_programs(1) + i_bh) * n_partitions + i_partition) * lag
     for i_block in range(0, lag, BLOCK):
         # [BLOCK, PADDED]
         m_row = i_block + o_row < lag
         m_tile = m_row[:, None] & m_varies[None, :]
-        b_tile = tl.load(p_tokens + tl.cast(i_block, tl.int64) * stride + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        b_tile = tl.where(m_tile, tl.div_rn(b_tile - b_low[None, :], tl.broadcast_to(b_span[None, :], BLOCK, PADDED)), 0.0)
+        p_tile = p_tokens + tl.cast(i_block, tl.int64) * stride + o_tile
+        b_tile = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_tile = (b_tile - b_low[None, :]) * b_factor[None, :]
         b_mean = tl.sum(b_tile, axis=1) / DIM
         b_centred = tl.where(m_dim[None, :], b_tile - b_mean[:, None], 0.0)
-        b_spread = tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / (DIM - 1))
+        b_spread = tl.sqrt(tl.sum(b_centred * b_centred, axis=1) / (DIM - 1))
         tl.store(p_spread + i_block + o_row, b_spread, mask=m_row)
 
 
