@@ -26,16 +26,15 @@ from lrsa_lit.ops.sparse_attention.selection import Selection, compact_buffer, s
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def unsupported(query: Tensor) -> str | None:
-    """Why these kernels cannot run on such a tensor, in one line that names the argument; None if they can."""
+def unsupported(device: str, dtype: torch.dtype, dim: int) -> str | None:
+    """Why these kernels cannot run on such tensors, in one line that names the argument; None if they can."""
     interpreted = triton.knobs.runtime.interpret
-    if query.device.type != "cuda" and not interpreted:
-        return f"device: impl='triton' runs on cuda, or with TRITON_INTERPRET=1 on the CPU; got {query.device}"
-    if query.dtype not in _DTYPES:
-        return f"dtype: {query.dtype} is not allowed with impl='triton'; it must be bfloat16, float16 or float32"
-    if interpreted and query.dtype == torch.bfloat16:
+    if device != "cuda" and not interpreted:
+        return f"device: impl='triton' runs on cuda, or on the CPU with TRITON_INTERPRET=1; got {device}"
+    if dtype not in _DTYPES:
+        return f"dtype: {dtype} is not allowed with impl='triton'; it must be bfloat16, float16 or float32"
+    if interpreted and dtype == torch.bfloat16:
         return "dtype: Triton's interpreter computes bfloat16 products wrongly; use float32 or float16 with it"
-    dim = query.shape[-1]
     if dim % 8 or not 16 <= dim <= 256:
         return f"query: head size {dim} is not allowed with impl='triton'; it must be a multiple of 8 from 16 to 256"
     return None
@@ -67,7 +66,7 @@ def forward(
             for start, stop in itertools.pairwise(boundaries)
         ]
         compact = torch.cat([keys for keys, _ in pieces], dim=2), torch.cat([values for _, values in pieces], dim=2)
-    return _attend(query, key, value, *compact, ranks, boundaries, numbers, scale)
+    return _attend(query, key, value, compact[0], compact[1], ranks, boundaries, numbers, scale)
 
 
 def attend(
@@ -96,7 +95,7 @@ def attend(
     """
     boundaries = 0, query_offset + query.shape[2]
     numbers = _numbers(config, queries_from=query_offset, keys_from=raw_offset)
-    return _attend(query, *raw, *compact, None, boundaries, numbers, scale)
+    return _attend(query, raw[0], raw[1], compact[0], compact[1], None, boundaries, numbers, scale)
 
 
 @torch.no_grad()
@@ -130,7 +129,10 @@ def _select_lag_relative(
     key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
-    return ops.select_lag_relative(key, value, boundaries, _numbers(config), config.value_weight, partitions)
+    ranks, scores = ops.select_lag_relative(
+        key, value, boundaries, _numbers(config), float(config.value_weight), partitions
+    )
+    return ranks, scores
 
 
 def _attend(

@@ -70,8 +70,9 @@ def attend_backward(
     Args:
         saved: inputs and outputs of the forward.
         output_grad: (B, Hq, Tq, D), any strides but the last.
-        ranks: (B, H, P, L) int32 where the buffer holds copies of tokens: their gradient is then added to the tokens',
-            each of which gets at most one, and the gradients returned for the buffer are empty. None: they are returned.
+        ranks: (B, H, P, L) int32 where the buffer holds copies of tokens: their gradient is then added to that of the
+            tokens, each of which gets at most one, and the gradients returned for the buffer are empty. None where
+            the buffer is an input of its own.
         geometry: of the call.
         scale: factor of the scores.
     """

@@ -33,7 +33,13 @@ _INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "
 
 
 def attend_forward(
-    query: Tensor, key: Tensor, value: Tensor, compact_key: Tensor, compact_value: Tensor, geometry: Geometry, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compact_key: Tensor,
+    compact_value: Tensor,
+    geometry: Geometry,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over its prefix of the compact buffer and its range of raw tokens.
 

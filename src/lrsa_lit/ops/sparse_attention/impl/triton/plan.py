@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Concatenate, NamedTuple, ParamSpec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
 
-_Args = ParamSpec("_Args")
 _TABLES = 64
 
 
@@ -69,16 +68,16 @@ class Geometry(NamedTuple):
         return [stop - start for start, stop in itertools.pairwise(self.boundaries)]
 
 
-def _table(build: Callable[Concatenate[Geometry, _Args], Tensor]) -> Callable[Concatenate[Geometry, torch.device, _Args], Tensor]:
-    """Keep what ``build`` returns on the device, for the most recent calls."""
+def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep on the device what ``build`` makes of a geometry and further integers, for the most recent calls."""
     captured: list[Tensor] = []
 
     @functools.lru_cache(maxsize=_TABLES)
-    def cached(geometry: Geometry, device: torch.device, *args: _Args.args, **kwargs: _Args.kwargs) -> Tensor:
-        return build(geometry, *args, **kwargs).to(torch.int32).to(device)
+    def cached(geometry: Geometry, device: torch.device, *sizes: int) -> Tensor:
+        return build(geometry, *sizes).to(torch.int32).to(device)
 
-    def lookup(geometry: Geometry, device: torch.device, *args: _Args.args, **kwargs: _Args.kwargs) -> Tensor:
-        table = cached(geometry, device, *args, **kwargs)
+    def lookup(geometry: Geometry, device: torch.device, *sizes: int) -> Tensor:
+        table = cached(geometry, device, *sizes)
         # A CUDA graph remembers the address, so a table that it uses must outlive the cache.
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             captured.append(table)

@@ -1,9 +1,9 @@
 """What the kernels share: the rule's arithmetic on the device, tile bounds, and row loads.
 
 Every query sees one contiguous range of a *source*, and so the same few numbers serve all kernels. There are two
-sources: the compact buffer (``COMPACT``), seen from 0 to S + K P(t), and the raw tokens, seen from their start S + P(t) L
-to t. Both ends of both ranges never fall as t grows: the queries of a tile see from(first query) … to(last query), and
-all of them see from(last query) … to(first query), where no mask is needed.
+sources: the compact buffer (``COMPACT``), seen from 0 to S + K P(t), and the raw tokens, seen from their start
+S + P(t) L to t. Both ends of both ranges never fall as t grows: the queries of a tile see from(first query) …
+to(last query), and all of them see from(last query) … to(first query), where no mask is needed.
 
 Prefixes of kernel locals: i index, n count, p pointer, o offsets, m mask, b block of values, d TMA descriptor.
 Symbols: S sink, L lag, K keep, C chunk, t a query's position in its sequence, P(t) partitions compressed by then.
@@ -90,8 +90,10 @@ def masked_block(step, start, begin, end):
 
 
 @triton.jit
-def load_rows(p_base, row, stride, count, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
-    """Rows ``row`` … of a matrix: [BLOCK, PADDED], zero in columns from DIM on and, if MASKED, in rows from ``count`` on.
+def load_rows(
+    p_base, row, stride, count, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows ``row`` … of a matrix: [BLOCK, PADDED], zero in columns from DIM on; if MASKED, in rows from ``count`` on.
 
     Offsets of whole rows are 64-bit: a million tokens of 32 heads overflow 32.
     """

@@ -28,7 +28,8 @@ def select_ranks(key: Tensor, value: Tensor, geometry: Geometry, weight: float) 
         weight: w, the weight of the value score.
 
     Returns:
-        Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped; scores (B, H, P, L) float32.
+        Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped; and the scores
+        (B, H, P, L) float32.
     """
     batch, heads, _, dim = key.shape
     shape = batch, heads, sum(geometry.partitions()), geometry.lag
