@@ -533,11 +533,12 @@ def _key_kernel(
     p_query += i_b * stride_qb
     p_gradient += i_b * stride_gb
     o_scalars = i_b * heads * group * n_queries + i_query_row
-    # One loop over the blocks of all heads, so that loads run ahead across heads too.
+    # One loop over the blocks of all heads, so that loads run ahead across heads too. It goes backwards: programs that
+    # run together then start at the same queries, the last ones, and share them in L2.
     n_full = i_end - i_begin
     for i_step in range(0, n_group * n_full, BLOCK_M):
         i_query_head = i_group + i_step // n_full
-        i_m = i_begin + i_step % n_full
+        i_m = i_end - BLOCK_M - i_step % n_full
         # [BLOCK_M, PADDED]
         if d_query is None:
             p_q = p_query + i_query_head * stride_qh

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, partition_table, sequence_table
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, compact_rows, partition_table, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     COLUMNS,
     COMPACT_ROW,
@@ -36,7 +36,7 @@ def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry
         Keys and values (B, H, M, D), contiguous; one sequence's rows after the other's.
     """
     batch, heads, _, dim = key.shape
-    shape = batch, heads, sum(geometry.compact_rows()), dim
+    shape = batch, heads, sum(compact_rows(geometry)), dim
     compact_key, compact_value = key.new_empty(shape), value.new_empty(shape)
     if compact_key.numel() == 0:
         return compact_key, compact_value

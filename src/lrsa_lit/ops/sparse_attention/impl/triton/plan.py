@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,19 +53,24 @@ class Geometry(NamedTuple):
         """N."""
         return len(self.boundaries) - 1
 
-    def partitions(self) -> list[int]:
-        """Partitions that each sequence has compressed by its end."""
-        return [compressed_at(length - 1, self._config()) for length in self._lengths()]
-
-    def compact_rows(self) -> list[int]:
-        """Rows of the compact buffer that each sequence owns."""
-        return [compact_size(count, self._config()) for count in self.partitions()]
-
-    def _config(self) -> LRSAConfig:
-        return LRSAConfig(self.sink, self.lag, self.keep, self.chunk)
-
-    def _lengths(self) -> list[int]:
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
         return [stop - start for start, stop in itertools.pairwise(self.boundaries)]
+
+
+@functools.lru_cache(maxsize=_TABLES)
+def partitions(geometry: Geometry) -> tuple[int, ...]:
+    """Partitions that each sequence has compressed by its end."""
+    config = LRSAConfig(*geometry.rule)
+    return tuple(compressed_at(length - 1, config) for length in geometry.lengths)
+
+
+@functools.lru_cache(maxsize=_TABLES)
+def compact_rows(geometry: Geometry) -> tuple[int, ...]:
+    """Rows of the compact buffer that each sequence owns."""
+    config = LRSAConfig(*geometry.rule)
+    return tuple(compact_size(count, config) for count in partitions(geometry))
 
 
 def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -95,7 +100,7 @@ def sequence_table(geometry: Geometry) -> Tensor:
     rows = []
     compact_row = partition_row = 0
     for start, length, count, size in zip(
-        geometry.boundaries, geometry._lengths(), geometry.partitions(), geometry.compact_rows(), strict=False
+        geometry.boundaries, geometry.lengths, partitions(geometry), compact_rows(geometry), strict=False
     ):
         queries = start - geometry.queries_from, geometry.queries_from, length
         keys = start - geometry.keys_from, geometry.keys_from, length
@@ -107,7 +112,7 @@ def sequence_table(geometry: Geometry) -> Tensor:
 @_table
 def partition_table(geometry: Geometry) -> Tensor:
     """(P + N, 2): sequence and ordinal of each partition; then, for the sinks of each sequence, ordinal -1."""
-    rows = [[index, ordinal] for index, count in enumerate(geometry.partitions()) for ordinal in range(count)]
+    rows = [[index, ordinal] for index, count in enumerate(partitions(geometry)) for ordinal in range(count)]
     return torch.tensor(rows + [[index, -1] for index in range(geometry.sequences)])
 
 
@@ -118,8 +123,8 @@ def query_tiles(geometry: Geometry, block: int) -> Tensor:
     Tiles start at S modulo the block size: if it divides L and C, no tile straddles a compression.
     """
     tiles = _tiles(geometry, block, aligned=True, first=geometry.queries_from)
-    partitions = _compressed_at(tiles[:, 1] + block - 1, geometry)
-    compact, raw = partitions * geometry.keep, tiles[:, 1] - partitions * geometry.lag
+    compressed = _compressed_at(tiles[:, 1] + block - 1, geometry)
+    compact, raw = compressed * geometry.keep, tiles[:, 1] - compressed * geometry.lag
     return _longest_first(tiles, compact + raw)
 
 
@@ -132,17 +137,17 @@ def raw_tiles(geometry: Geometry, block: int) -> Tensor:
 @_table
 def compact_tiles(geometry: Geometry, block: int) -> Tensor:
     """(tiles, 2): sequence and first column of tiles of the compact buffer, the most seen first."""
-    tiles = _tiles(geometry, block, aligned=False, lengths=geometry.compact_rows())
-    lengths = torch.tensor(geometry._lengths())[tiles[:, 0]]
+    tiles = _tiles(geometry, block, aligned=False, lengths=compact_rows(geometry))
+    lengths = torch.tensor(geometry.lengths)[tiles[:, 0]]
     unseen = (tiles[:, 1] - geometry.sink).clamp(min=0) // max(geometry.keep, 1) * geometry.lag
     return _longest_first(tiles, lengths - unseen)
 
 
 def _tiles(
-    geometry: Geometry, block: int, *, aligned: bool, first: int = 0, lengths: list[int] | None = None
+    geometry: Geometry, block: int, *, aligned: bool, first: int = 0, lengths: Sequence[int] | None = None
 ) -> Tensor:
     pieces = []
-    for index, length in enumerate(geometry._lengths() if lengths is None else lengths):
+    for index, length in enumerate(geometry.lengths if lengths is None else lengths):
         start = first - (first - geometry.sink) % block if aligned else first
         starts = torch.arange(start, length, block)
         pieces.append(torch.stack([torch.full_like(starts, index), starts], dim=1))

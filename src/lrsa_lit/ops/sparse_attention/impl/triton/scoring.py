@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, partition_table, sequence_table
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, partition_table, partitions, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COLUMNS, KEY_ROW
 from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL
 
@@ -32,7 +32,7 @@ def select_ranks(key: Tensor, value: Tensor, geometry: Geometry, weight: float) 
         (B, H, P, L) float32.
     """
     batch, heads, _, dim = key.shape
-    shape = batch, heads, sum(geometry.partitions()), geometry.lag
+    shape = batch, heads, sum(partitions(geometry)), geometry.lag
     ranks = torch.empty(shape, dtype=torch.int32, device=key.device)
     scores = torch.empty(shape, dtype=torch.float32, device=key.device)
     if ranks.numel() == 0:

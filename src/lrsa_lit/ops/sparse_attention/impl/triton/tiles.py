@@ -41,4 +41,4 @@ def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
         return Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2))
     if dim > 64:
         return Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
-    return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2))
+    return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
