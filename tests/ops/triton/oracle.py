@@ -56,8 +56,8 @@ def assert_as_exact_as_eager(tensors, config: LRSAConfig, boundaries=None, cappe
         assert got.isfinite().all(), f"{name}: not finite"
         size, error, eager_error = truth.square().mean().sqrt(), _rms(got, truth), _rms(allowed, truth)
         if size < 1e-9:
-            # With a single visible key dQ and dK are zero, and each implementation leaves another rounding error.
-            assert error < 1e-5, f"{name}: {error:.2e} instead of zero"
+            # Where dQ or dK is zero in truth, each implementation leaves its own rounding error.
+            assert error <= FACTOR * eager_error + 1e-5, f"{name}: {error:.2e} instead of zero"
             continue
         assert error <= FACTOR * eager_error + 1e-9, f"{name}: error {error:.2e}, eager has {eager_error:.2e}"
         if capped:
