@@ -53,7 +53,10 @@ def test_length(length, dtype):
     ],
 )
 def test_rule(changes):
-    assert_as_exact_as_eager(inputs(1, 4, 2, 3001, 64, torch.bfloat16), LRSAConfig().replace(**changes))
+    # The reference needs a step for each compression: keep their number in bounds.
+    config = LRSAConfig().replace(**changes)
+    length = min(3001, 150 * config.lag_size)
+    assert_as_exact_as_eager(inputs(1, 4, 2, length, 64, torch.bfloat16), config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

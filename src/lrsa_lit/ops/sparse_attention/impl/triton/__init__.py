@@ -149,6 +149,8 @@ def _attend(
     # The kernels take the maximum of the scores before they scale them.
     if scale < 0:
         query, scale = -query, -scale
+    # Masked scores are minus infinity, which zero would turn into NaN.
+    scale = max(scale, 1e-30)
     output: Tensor = ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)[0]
     return output
 
