@@ -108,7 +108,7 @@ def _query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale
     tile = tiles_for(dim, query.dtype).query
     padded = triton.next_power_of_2(dim)
     query_grad = torch.empty_like(query)
-    delta = torch.empty_like(saved.denominator[0])
+    delta = torch.empty_like(saved.denominator)
     table = query_tiles(geometry, query.device, tile.rows)
     _query_kernel[(len(table) * batch * query_heads,)](
         query,
@@ -285,9 +285,7 @@ def _query_kernel(
     o_rows = i_bh.to(tl.int64) * n_queries + o_row
     tl.store(p_delta + o_rows, b_delta, mask=m_t)
     # An infinite denominator makes rows without a query count for nothing.
-    b_top = tl.load(p_denominator + o_rows, mask=m_t, other=float("inf"))
-    o_sums = n_batch_heads.to(tl.int64) * n_queries
-    b_sum = tl.load(p_denominator + o_sums + o_rows, mask=m_t, other=0.0)
+    b_denominator = tl.load(p_denominator + o_rows, mask=m_t, other=float("inf"))
     p_query += i_b * stride_qb + i_h * stride_qh
     b_query = tl.load(p_query + o_row[:, None] * stride_qt + o_dim[None, :], mask=m_tile, other=0.0)
     b_query_grad = tl.zeros([BLOCK_M, PADDED], tl.float32)
@@ -298,8 +296,7 @@ def _query_kernel(
         b_query_grad,
         b_query,
         b_gradient,
-        b_top,
-        b_sum,
+        b_denominator,
         b_delta,
         p_compact_key + o_compact,
         p_compact_value + o_compact,
@@ -327,8 +324,7 @@ def _query_kernel(
         b_query_grad,
         b_query,
         b_gradient,
-        b_top,
-        b_sum,
+        b_denominator,
         b_delta,
         p_key + i_b * stride_kb + i_kv * stride_kh,
         p_value + i_b * stride_vb + i_kv * stride_vh,
@@ -361,8 +357,7 @@ def _query_source(
     b_query_grad,
     b_query,
     b_gradient,
-    b_top,
-    b_sum,
+    b_denominator,
     b_delta,
     p_key,
     p_value,
@@ -401,7 +396,7 @@ def _query_source(
             b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
             b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
         b_query_grad = _query_block(
-            b_query_grad, b_query, b_gradient, b_top, b_sum, b_delta, b_key, b_value, None, scale_log2
+            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, None, scale_log2
         )
     for i_step in range(0, n_masked, BLOCK_N):
         i_n = masked_block(i_step, i_start, i_begin, i_end)
@@ -410,18 +405,18 @@ def _query_source(
         b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
         m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
         b_query_grad = _query_block(
-            b_query_grad, b_query, b_gradient, b_top, b_sum, b_delta, b_key, b_value, m_visible, scale_log2
+            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2
         )
     return b_query_grad
 
 
 @triton.jit
-def _query_block(b_query_grad, b_query, b_gradient, b_top, b_sum, b_delta, b_key, b_value, m_visible, scale_log2):
+def _query_block(b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2):
     """What one block of keys adds to dQ, before the scale."""
     # [BLOCK_M, BLOCK_N]
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
     b_share = tl.dot(b_gradient, tl.trans(b_value), input_precision="ieee")
-    b_power = tl.exp2(b_score * scale_log2 - b_top[:, None] - b_sum[:, None])
+    b_power = tl.exp2(b_score * scale_log2 - b_denominator[:, None])
     if m_visible is not None:
         b_power = tl.where(m_visible, b_power, 0.0)
     b_score_grad = b_power * (b_share - b_delta[:, None])
@@ -538,7 +533,6 @@ def _key_kernel(
     p_query += i_b * stride_qb
     p_gradient += i_b * stride_gb
     o_scalars = i_b * heads * group * n_queries + i_query_row
-    p_sum = p_denominator + tl.cast(n_batch_heads * group, tl.int64) * n_queries
     # One loop over the blocks of all heads, so that loads run ahead across heads too. It goes backwards: programs that
     # run together then start at the same queries, the last ones, and share them in L2.
     n_full = i_end - i_begin
@@ -559,10 +553,9 @@ def _key_kernel(
             b_gradient = d_gradient.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
             b_gradient = b_gradient.reshape(BLOCK_M, PADDED)
         o_scalar = o_scalars + i_query_head * n_queries + i_m + o_m
-        b_top, b_sum = tl.load(p_denominator + o_scalar), tl.load(p_sum + o_scalar)
-        b_delta = tl.load(p_delta + o_scalar)
+        b_denominator, b_delta = tl.load(p_denominator + o_scalar), tl.load(p_delta + o_scalar)
         b_key_grad, b_value_grad = _key_block(
-            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_top, b_sum, b_delta, None, scale_log2
+            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, None, scale_log2
         )
     for i_step in range(0, n_group * n_masked, BLOCK_M):
         i_query_head = i_group + i_step // n_masked
@@ -574,12 +567,11 @@ def _key_kernel(
         b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
         o_t = i_m + o_m
         o_scalar = o_scalars + i_query_head * n_queries + o_t
-        b_top = tl.load(p_denominator + o_scalar, mask=o_t < i_stop, other=float("inf"))
-        b_sum = tl.load(p_sum + o_scalar, mask=o_t < i_stop, other=0.0)
+        b_denominator = tl.load(p_denominator + o_scalar, mask=o_t < i_stop, other=float("inf"))
         b_delta = tl.load(p_delta + o_scalar, mask=o_t < i_stop, other=0.0)
         m_visible = (o_t[None, :] >= o_seen[:, None]) & (o_t[None, :] < o_lost[:, None])
         b_key_grad, b_value_grad = _key_block(
-            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_top, b_sum, b_delta, m_visible, scale_log2
+            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible, scale_log2
         )
 
     b_key_grad *= scale
@@ -611,13 +603,13 @@ def _key_kernel(
 
 @triton.jit
 def _key_block(
-    b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_top, b_sum, b_delta, m_visible, scale_log2
+    b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible, scale_log2
 ):  # fmt: skip
     """What one block of queries adds to dK (before the scale) and dV. Scores stand transposed: keys are the rows."""
     # In this order fewer values are alive at a time: dV takes in the powers before their gradient is computed.
     # [BLOCK_N, BLOCK_M]
     b_score = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
-    b_power = tl.exp2(b_score * scale_log2 - b_top[None, :] - b_sum[None, :])
+    b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
     if m_visible is not None:
         b_power = tl.where(m_visible, b_power, 0.0)
     # [BLOCK_N, PADDED]

@@ -53,14 +53,13 @@ def attend_forward(
         scale: factor of the scores, not negative.
 
     Returns:
-        Output (B, Hq, Tq, D), laid out as the query. The softmax's denominator in base 2 as (2, B, Hq, Tq) float32: the
-        highest score, and the logarithm of the sum over it. Their sum would lose the latter where scores are large.
+        Output (B, Hq, Tq, D), laid out as the query; base-2 logarithm of the softmax's denominator (B, Hq, Tq) float32.
     """
     batch, query_heads, queries, dim = query.shape
     heads = key.shape[1]
     tile = tiles_for(dim, query.dtype).forward
     output = torch.empty_like(query)
-    denominator = query.new_empty((2, batch, query_heads, queries), dtype=torch.float32)
+    denominator = query.new_empty((batch, query_heads, queries), dtype=torch.float32)
     table = query_tiles(geometry, query.device, tile.rows)
     padded = triton.next_power_of_2(dim)
     _forward_kernel[(len(table) * batch * query_heads,)](
@@ -228,11 +227,13 @@ def _forward_kernel(
     )
 
     p_output += i_b * stride_ob + i_h * stride_oh
-    b_output = tl.div_rn(b_output, tl.broadcast_to(b_sum[:, None], BLOCK_M, PADDED))
+    if b_query.dtype == tl.float32:
+        b_output = tl.div_rn(b_output, tl.broadcast_to(b_sum[:, None], BLOCK_M, PADDED))
+    else:
+        b_output *= (1.0 / b_sum)[:, None]
     store_rows(p_output, i_query_row + i_first, stride_ot, m_t, b_output, DIM, BLOCK_M, PADDED)
     p_denominator += i_bh.to(tl.int64) * n_queries
-    tl.store(p_denominator + o_row, b_max, mask=m_t)
-    tl.store(p_denominator + n_batch_heads.to(tl.int64) * n_queries + o_row, tl.log2(b_sum), mask=m_t)
+    tl.store(p_denominator + o_row, b_max + tl.log2(b_sum), mask=m_t)
 
 
 @triton.jit
@@ -300,6 +301,11 @@ def _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, sc
     b_power = tl.exp2(b_score * scale_log2 - b_top[:, None])
     b_decay = tl.exp2(b_max - b_top)
     b_sum = b_sum * b_decay + tl.sum(b_power, axis=1)
+    b_output = b_output * b_decay[:, None]
     # [BLOCK_M, PADDED]
-    b_output = tl.dot(b_power.to(b_value.dtype), b_value, b_output * b_decay[:, None], input_precision="ieee")
+    if b_value.dtype == tl.float32:
+        # Without tensor cores a running sum over all keys rounds at each; summing blocks first rounds less.
+        b_output += tl.dot(b_power, b_value, input_precision="ieee")
+    else:
+        b_output = tl.dot(b_power.to(b_value.dtype), b_value, b_output)
     return b_output, b_sum, b_top

@@ -68,7 +68,7 @@ def attend(
     numbers: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Tq, D) and the softmax's denominator (2, B, Hq, Tq); see ``forward``.
+    """Output (B, Hq, Tq, D) and log2 of the softmax's denominator (B, Hq, Tq); see ``forward``.
 
     With ``ranks`` the compact buffer holds copies of raw tokens: their gradient goes to the tokens, not to the buffer.
     """
@@ -78,7 +78,7 @@ def attend(
 
 @attend.register_fake
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty((2, *query.shape[:3]), dtype=torch.float32)
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("lrsa_lit::attend_backward", mutates_args=(), tags=_TAGS)
