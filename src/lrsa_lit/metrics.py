@@ -12,17 +12,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
-
-if TYPE_CHECKING:
-    from lrsa_lit.qa_score import QAScore
+from typing import Literal, TypeAlias
 
 Match: TypeAlias = Literal["any", "all"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-__all__ = ["Match", "QAScore", "exact_match", "f1_score", "normalize_answer", "recall"]
+__all__ = ["Match", "exact_match", "f1_score", "normalize_answer", "recall"]
 
 
 def normalize_answer(text: str) -> str:
@@ -69,12 +66,3 @@ def _f1(predicted: list[str], expected: list[str]) -> float:
         return float(predicted == expected)
     shared = (Counter(predicted) & Counter(expected)).total()
     return 2 * shared / (len(predicted) + len(expected))
-
-
-def __getattr__(name: str) -> object:
-    # QAScore needs torch and torchmetrics; the functions above are also used where neither is loaded.
-    if name == "QAScore":
-        from lrsa_lit.qa_score import QAScore
-
-        return QAScore
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

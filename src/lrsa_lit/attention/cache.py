@@ -31,7 +31,8 @@ class LRSACache(Cache):
 
     def begin(self, layout: Layout, batch: int) -> None:
         """Tell all layers which columns of the next call are real; called once per forward, before the layers."""
-        if layout.real is not None and layout.row_spans is None:
+        rows = batch if layout.row_spans is None else sum(start < stop for start, stop in layout.row_spans)
+        if layout.cu_seqlens is not None and len(layout.cu_seqlens) - 1 > rows:
             raise UserError("position_ids: they restart inside a row, but packed sequences cannot be cached")
         for layer in self.layers:
             layer.begin(layout, batch)
@@ -59,6 +60,7 @@ class LRSACacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self._streams: list[KeyValueStream] = []
         self._columns = 0
+        self._begun = False
         self._pending: tuple[Tensor, Tensor] | None = None
         self._spans: tuple[tuple[int, int], ...] | None = None
 
@@ -69,6 +71,7 @@ class LRSACacheLayer(CacheLayerMixin):
             self._streams = [KeyValueStream(self.config)]
         elif batch != self._batch:
             raise UserError(f"cache: it holds {self._batch} rows and cannot continue {batch}; make a new one")
+        self._begun = True
         self._spans = layout.row_spans
         if self._spans is not None and len(set(self._spans)) > 1 and len(self._streams) < batch:
             (shared,) = self._streams
@@ -76,9 +79,9 @@ class LRSACacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hold the new keys and values (B, H, N, D) until :meth:`attend` takes them in; returns them unchanged."""
-        if not self._streams:
+        if not self._begun:
             raise UserError("cache: LRSACache needs a model with LRSA attention; call lrsa_lit.attention.enable first")
-        self.is_initialized = True
+        self.is_initialized, self._begun = True, False
         self._pending = key_states, value_states
         self._columns += key_states.shape[2]
         return key_states, value_states
@@ -143,6 +146,20 @@ class LRSACacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: dropped tokens cannot come back."""
         raise UserError("cache: LRSACache cannot be cropped (assisted decoding needs that); use a dense cache for it")
+
+
+def compressed_cache(cache: Any, config: LRSAConfig, num_layers: int) -> LRSACache | None:
+    """The cache if it is a compressed one, which must have the model's rule; None if it keeps everything."""
+    if not isinstance(cache, LRSACache):
+        if getattr(cache, "is_compileable", False):
+            raise UserError("past_key_values: static caches are not allowed; use LRSACache or a dynamic cache")
+        return None
+    if (len(cache.layers), cache.config) != (num_layers, config):
+        has, needs = (
+            f"{count} layers, {rule}" for count, rule in ((len(cache.layers), cache.config), (num_layers, config))
+        )
+        raise UserError(f"past_key_values: the LRSACache has {has}; this model needs {needs}")
+    return cache
 
 
 def _place(output: Tensor, query: Tensor, start: int) -> Tensor:

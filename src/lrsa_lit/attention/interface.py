@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -16,15 +16,17 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lrsa_lit.attention.cache import LRSACache
-from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, split_boundaries
+from lrsa_lit.attention.cache import LRSACache, compressed_cache
+from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions, split_boundaries
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig, sparse_attention
 
 NAME = "lrsa"
 """Under this name the attention and its mask function are registered with transformers."""
 
-_LAYOUT = "lrsa_layout"
+_LAYOUT, _CACHE = "lrsa_layout", "lrsa_cache"
+"""Keywords that carry each forward's layout and compressed cache down to the attention of every layer."""
+
 _RULE = "_lrsa_rule"
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
 
@@ -37,8 +39,10 @@ class _Enabled:
     """What :func:`enable` changed on a model, so that :func:`disable` can put it back."""
 
     config: LRSAConfig
+    impl: Impl
     implementation: str
     modules: list[nn.Module]
+    trained_with: dict[str, Any] | None
     handles: list[Any] = field(default_factory=list)
     called: set[int] = field(default_factory=set)
     checked: bool = False
@@ -51,7 +55,6 @@ class _Rule:
     state: _Enabled
     config: LRSAConfig | None
     layer: int
-    impl: Impl
 
 
 def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
@@ -63,7 +66,7 @@ def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
 
     Args:
         model: a model whose attention goes through transformers' ``AttentionInterface``.
-        config: the rule; ``dense_layers`` keep the attention that the model has now.
+        config: the rule; ``dense_layers`` keep ordinary causal attention (sdpa).
         impl: implementation of the operator.
 
     Returns:
@@ -74,18 +77,21 @@ def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
             own, or has no such dense layer. What only shows when it runs is raised by the first forward.
     """
     inner = _base(model)
-    disable(inner)
     modules = _attention_modules(inner)
     if unknown := [layer for layer in config.dense_layers if layer >= len(modules)]:
         raise UserError(f"lrsa.dense_layers: {unknown} is not allowed; this model has layers 0 to {len(modules) - 1}")
+    disable(inner)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    state = _Enabled(config, inner.config._attn_implementation, modules)
+    trained_with = getattr(inner.config, "lrsa", None)
+    if trained_with not in (None, config.to_dict()):
+        _warn_once(f"the weights were trained with {trained_with} and now run with {config.to_dict()}")
+    state = _Enabled(config, impl, inner.config._attn_implementation, modules, trained_with)
     for layer, module in enumerate(modules):
-        setattr(module, _RULE, _Rule(state, config.for_layer(layer), layer, impl))
+        setattr(module, _RULE, _Rule(state, config.for_layer(layer), layer))
     decoder = inner.base_model
     state.handles = [
-        decoder.register_forward_pre_hook(_prepare, with_kwargs=True),
+        decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
         decoder.register_forward_hook(lambda *_: _check_calls(state, type(inner).__name__)),
     ]
     inner.set_attn_implementation(NAME)
@@ -104,7 +110,10 @@ def disable(model: PreTrainedModel) -> None:
     for module in state.modules:
         delattr(module, _RULE)
     model.set_attn_implementation(state.implementation)
-    del model.config.lrsa
+    if state.trained_with is None:
+        del model.config.lrsa
+    else:
+        model.config.lrsa = state.trained_with
 
 
 def enabled_config(model: PreTrainedModel) -> LRSAConfig | None:
@@ -116,14 +125,15 @@ def enabled_config(model: PreTrainedModel) -> LRSAConfig | None:
 @contextlib.contextmanager
 def using(model: PreTrainedModel, config: LRSAConfig | None, *, impl: Impl = "auto") -> Iterator[None]:
     """Run a block under another rule (None: dense) and restore the model's own one, whatever happens."""
-    before = enabled_config(model)
+    before = _state(model)
+    if (None if before is None else (before.config, before.impl)) == (None if config is None else (config, impl)):
+        yield
+        return
     try:
-        if config != before:
-            disable(model) if config is None else enable(model, config, impl=impl)
+        disable(model) if config is None else enable(model, config, impl=impl)
         yield
     finally:
-        if config != before:
-            disable(model) if before is None else enable(model, before, impl=impl)
+        disable(model) if before is None else enable(model, before.config, impl=before.impl)
 
 
 def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -139,7 +149,10 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         raise UserError(
             f"model: {name} does not route all its {layers} layers through transformers' attention interface"
         )
-    windowed = [t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"]
+    types = getattr(config, "layer_types", None) or []
+    windowed = any(layer_type != "full_attention" for layer_type in types)
+    if not types and getattr(config, "use_sliding_window", True):
+        windowed = getattr(config, "sliding_window", None) is not None
     if windowed or any(getattr(module, "sliding_window", None) for module in modules):
         raise UserError(f"model: {name} uses sliding-window or linear layers, which LRSA does not support")
     if getattr(config, "attn_logit_softcapping", None):
@@ -164,18 +177,20 @@ def _state(model: PreTrainedModel) -> _Enabled | None:
     return None
 
 
-def _prepare(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+def _prepare(
+    state: _Enabled, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: read padding and packing once, and hand the layout down to every layer."""
     given = _by_name(decoder, args, kwargs)
     tokens = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
     batch, length = tokens.shape[:2]
     cache = given.get("past_key_values")
-    compressed = cache if isinstance(cache, LRSACache) else None
+    compressed = compressed_cache(cache, state.config, len(state.modules))
     past = 0 if cache is None else int(cache.get_seq_length())
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     boundaries = given.get("cu_seq_lens_q")
-    if boundaries is not None and positions is None:
-        positions = given["position_ids"] = _restarting_positions(boundaries, length).to(tokens.device)
+    if boundaries is not None:
+        positions = given["position_ids"] = restarting_positions(boundaries, positions, length).to(tokens.device)
     if mask is not None and mask.ndim == 2 and positions is None:
         given["position_ids"] = positions_from_mask(mask, length)
     if compressed is not None and mask is not None and mask.ndim == 2:
@@ -185,8 +200,7 @@ def _prepare(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         layout = read_layout(mask, positions, (batch, length), past if compressed is None else 0)
     if compressed is not None:
         compressed.begin(layout, batch)
-        layout = dataclasses.replace(layout, cache=compressed)
-    return (), {**given, _LAYOUT: layout}
+    return (), {**given, _LAYOUT: layout, _CACHE: compressed}
 
 
 def _by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -196,15 +210,6 @@ def _by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     extra = [name for name, item in signature.parameters.items() if item.kind is item.VAR_KEYWORD]
     keywords = given.pop(extra[0], {}) if extra else {}
     return {**given, **keywords}
-
-
-def _restarting_positions(boundaries: Tensor, length: int) -> Tensor:
-    """(1, T) positions that restart at each boundary."""
-    parts = [torch.arange(stop - start) for start, stop in split_boundaries(boundaries)]
-    positions = torch.cat(parts) if parts else torch.arange(0)
-    if len(positions) != length:
-        raise UserError(f"cu_seq_lens_q: it ends at {len(positions)}; it must end at the {length} tokens of the row")
-    return positions[None]
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -225,17 +230,20 @@ def _attention(
     """The registered attention: (B, Hq, T, D) queries in, (B, T, Hq, D) out."""
     rule: _Rule | None = getattr(module, _RULE, None)
     layout: Layout | None = kwargs.get(_LAYOUT)
-    if rule is None or layout is None:
+    if rule is None:
         raise UserError("model: its attention is set to 'lrsa' but not by lrsa_lit.attention.enable; call that instead")
+    if layout is None:
+        raise UserError("model: it hands no keywords down to its attention layers; this family is not supported")
     if attention_mask is not None:
         raise UserError("attention_mask: masks prepared in 4-D are not allowed; pass the (B, T) mask of the tokens")
     _refuse(dropout, kwargs)
     rule.state.called.add(rule.layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layout.cache is not None:
-        output = layout.cache.layers[rule.layer].attend(query, scale)
+    cache: LRSACache | None = kwargs.get(_CACHE)
+    if cache is not None:
+        output = cache.layers[rule.layer].attend(query, scale)
     else:
-        attend = _dense(module, rule, scale) if rule.config is None else _sparse(rule.config, rule.impl, scale)
+        attend = _dense(module, scale) if rule.config is None else _sparse(rule.config, rule.state.impl, scale)
         output = layout.apply(attend, query, key, value)
     return output.transpose(1, 2).contiguous(), None
 
@@ -255,10 +263,11 @@ def _sparse(config: LRSAConfig, impl: Impl, scale: float) -> Any:
     return attend
 
 
-def _dense(module: nn.Module, rule: _Rule, scale: float) -> Any:
-    """The attention that the model had before, one packed sequence at a time."""
-    # "eager" is a function of each model file, and without a mask it is not causal: sdpa is the same attention.
-    own = ALL_ATTENTION_FUNCTIONS.get(rule.state.implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
+def _dense(module: nn.Module, scale: float) -> Any:
+    """Ordinary causal attention by transformers' sdpa, one packed sequence at a time."""
+    # Whatever the model had: "eager" is a function of each model file, and without a mask it is no more causal than
+    # "flex_attention".
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         pieces = [(0, query.shape[2])] if cu_seqlens is None else split_boundaries(cu_seqlens)
@@ -278,6 +287,12 @@ def _causal_mask(query: Tensor, key: Tensor) -> Tensor | None:
     if count in (1, total):
         return None
     return torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
+
+
+@functools.lru_cache
+def _warn_once(message: str) -> None:
+    """An evaluation switches back and forth between rules; each is worth one line."""
+    _log.warning("%s", message)
 
 
 def _check_calls(state: _Enabled, name: str) -> None:

@@ -8,15 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
-
-if TYPE_CHECKING:
-    from lrsa_lit.attention.cache import LRSACache
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """query, key, value and cu_seqlens -> output, all (B, heads, T, D)."""
@@ -32,13 +28,11 @@ class Layout:
         cu_seqlens: (N + 1,) int32 on the CPU, boundaries of the sequences among the real tokens; None with ``real``.
         row_spans: for each row the columns [start, stop) of its real keys; None where all are. Columns count from the
             first one that the mask covered.
-        cache: the compressed cache that this call reads and extends.
     """
 
     real: Tensor | None = None
     cu_seqlens: Tensor | None = None
     row_spans: tuple[tuple[int, int], ...] | None = None
-    cache: LRSACache | None = None
 
     def apply(self, attend: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Run ``attend`` so that each sequence is alone; outputs of pads are 0.
@@ -92,14 +86,15 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
         UserError: a mask of another shape, a mask with holes, or packed sequences over a cache.
     """
     batch, length = shape
-    if positions is not None and positions.ndim != 2:
-        raise UserError(f"position_ids: shape {tuple(positions.shape)} is not allowed; it must be (B, T)")
+    if positions is not None and tuple(positions.shape) not in ((1, length), (batch, length)):
+        raise UserError(f"position_ids: shape {tuple(positions.shape)} is not allowed; it must be ({batch}, {length})")
     mask = _checked(mask, batch, past + length)
     spans = None if mask is None else _row_spans(mask)
     if positions is not None:
         positions = positions.expand(batch, length)
     starts = _sequence_starts(mask, positions, shape, past)
-    if past and len(starts) > batch:
+    rows = batch if mask is None else int(mask[:, past:].any(dim=-1).sum())
+    if past and len(starts) > rows:
         raise UserError("position_ids: they restart inside a row, but packed sequences cannot continue a cache")
     if spans is None and len(starts) <= batch:
         return Layout()
@@ -113,6 +108,18 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
 def positions_from_mask(mask: Tensor, length: int) -> Tensor:
     """(B, T) positions that count from each row's first real token; pads get 0."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+
+
+def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: int) -> Tensor:
+    """(1, T) positions that restart at each boundary, which given ones must do too."""
+    values: list[int] = boundaries.tolist()
+    pairs = list(itertools.pairwise(values))
+    if not pairs or values[0] != 0 or values[-1] != length or any(stop < start for start, stop in pairs):
+        raise UserError(f"cu_seq_lens_q: {values} must start at 0, never decrease and end at T = {length}")
+    restarting = torch.cat([torch.arange(stop - start) for start, stop in pairs])[None]
+    if positions is not None and not (positions.shape[-1] == length and bool((positions.cpu() == restarting).all())):
+        raise UserError(f"cu_seq_lens_q: position_ids must count from 0 in each of its sequences {values}")
+    return restarting
 
 
 def _checked(mask: Tensor | None, batch: int, columns: int) -> Tensor | None:

@@ -140,8 +140,7 @@ def test_gradient_checkpointing():
     assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
 
 
-def test_one_graph_under_torch_compile(monkeypatch):
-    monkeypatch.undo()  # the tracer cannot see through poisoned allocations
+def test_one_graph_under_torch_compile():
     tensors = inputs(1, 2, 1, 75, 16)
     call = lambda *args: sparse_attention(*args, SMALL, impl="triton")  # noqa: E731
     results = []

@@ -58,6 +58,8 @@ def sparse_attention(
     """
     _check_tensors(query, key, value)
     boundaries = _boundaries(cu_seqlens, key, query)
+    if selection is not None:
+        _check_selection(selection, key, config, boundaries)
     forward = _implementation(impl, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return forward(query, key, value, config, boundaries=boundaries, scale=scale, selection=selection)
@@ -121,10 +123,13 @@ def _implementation(impl: str, query: Tensor) -> Callable[..., Tensor]:
     return forward
 
 
-@torch.compiler.assume_constant_result
 def _choose(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
     """The implementation's name; a constant for torch.compile, which traces neither the cache nor the checks."""
     return _decide(impl, device, dtype, dim)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which would import triton.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache
@@ -170,7 +175,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     batch, query_heads, queries, dim = query.shape
     if (batch, dim) != (key.shape[0], key.shape[3]):
         raise UserError(f"key: shape {_shape(key)} does not fit query {_shape(query)}; B and D must be equal")
-    if key.shape[1] == 0 or query_heads % key.shape[1]:
+    if min(query_heads, key.shape[1]) == 0 or query_heads % key.shape[1]:
         raise UserError(f"query: {query_heads} heads are no multiple of the {key.shape[1]} key-value heads")
     if not 1 <= queries <= key.shape[2]:
         raise UserError(f"query: {queries} tokens over {key.shape[2]} keys; allowed are 1 to the number of keys")
@@ -185,14 +190,25 @@ def _boundaries(cu_seqlens: Tensor | None, key: Tensor, query: Tensor) -> Sequen
     length = key.shape[2]
     if cu_seqlens is None:
         return (0, length)
+    if not isinstance(cu_seqlens, Tensor):
+        raise UserError(f"cu_seqlens: {type(cu_seqlens).__name__}; it must be int32 (N + 1,)")
     if key.shape[0] != 1 or query.shape[2] != length:
-        raise UserError(f"cu_seqlens: packed rows need B = 1 and a query for each key, got B = {key.shape[0]}")
+        given = f"got B = {key.shape[0]}, {query.shape[2]} queries and {length} keys"
+        raise UserError(f"cu_seqlens: packed rows need B = 1 and a query for each key, {given}")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise UserError(f"cu_seqlens: {cu_seqlens.dtype} {_shape(cu_seqlens)}; it must be int32 (N + 1,)")
     values: list[int] = cu_seqlens.tolist()
     if not values or values[0] != 0 or values[-1] != length or any(b < a for a, b in itertools.pairwise(values)):
         raise UserError(f"cu_seqlens: {values} must start at 0, never decrease and end at T = {length}")
     return sorted(set(values))
+
+
+def _check_selection(selection: Selection, key: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> None:
+    """Too few indices would shorten the compact buffer without a word."""
+    partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
+    needed = (*key.shape[:2], partitions, config.top_k)
+    if _shape(selection.indices) != needed:
+        raise UserError(f"selection: indices {_shape(selection.indices)}; this rule and these keys need {needed}")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D hea
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,11 +63,15 @@ class Compressor(ABC):
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Compressor:
         """The compressor that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
-        known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(Compressor)}  # type: ignore[type-abstract]
+        classes = [cls for cls in _subclasses(Compressor) if not inspect.isabstract(cls)]  # type: ignore[type-abstract]
+        known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
         path = values.get("class_path")
         if path not in known:
             raise UserError(f"lrsa.compressor: {path!r} is not an imported compressor; there are {', '.join(known)}")
-        return known[path](**values.get("init_args", {}))
+        try:
+            return known[path](**values.get("init_args", {}))
+        except TypeError as error:
+            raise UserError(f"lrsa.compressor: init_args of {path}: {error}") from None
 
 
 class Selector(Compressor):

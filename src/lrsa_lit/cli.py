@@ -1,0 +1,115 @@
+"""The command line: ``lrsa fit|validate|test|predict``, a LightningCLI over the shipped defaults."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import lrsa_lit
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import shipped
+
+COMMANDS = {
+    "fit": "train, with validation before, during and after",
+    "validate": "evaluate on the validation split",
+    "test": "evaluate on the test split",
+    "predict": "answer the test split's questions into a JSONL file",
+}
+
+HELP = """\
+usage: lrsa [-h] [--version] COMMAND [options]
+
+Fine-tune and evaluate LLMs with Lag-Relative Sparse Attention on long-context question answering.
+
+commands:
+{commands}
+
+every command takes:
+  --config FILE          YAML, may be given several times; later ones win. A shipped file is found from anywhere:
+                         --config configs/model/smollm2.yaml
+  --model.lrsa.lag_size L, --model.lrsa.top_k K, --model.lrsa.chunk_size C
+                         the rule: tokens of a partition, kept of it, between two compressions
+  --model.KEY, --data.KEY, --trainer.KEY, --seed_everything N
+                         any other setting of the YAML files
+  --ckpt_path FILE       weights to evaluate, or the run to resume; settings stay what you ask for
+  --print_config         print the resolved settings and exit
+  --help                 all settings of a command, with their meaning
+
+example:
+  lrsa fit --config configs/experiment/quickstart.yaml --model.lrsa.top_k 16
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: arguments as on the command line; default: ``sys.argv``.
+
+    Raises:
+        SystemExit: code 2 after a one-line message for a user's mistake, code 0 for help and version.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())), end="")
+        return
+    if arguments[0] == "--version":
+        print(f"lrsa-lit {lrsa_lit.__version__}")
+        return
+    if arguments[0] not in COMMANDS:
+        _fail(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS)}")
+    try:
+        # Lightning and transformers take seconds to import: not before there is something to run.
+        from lrsa_lit.lightning_cli import run
+
+        run([arguments[0], "--config", str(shipped("cli.yaml")), *_find_configs(arguments[1:])])
+    except UserError as error:
+        _fail(str(error))
+
+
+def _find_configs(arguments: Sequence[str]) -> list[str]:
+    """Replace config files that are not in the working directory by the shipped ones of that name."""
+    found = []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        flag, assigned, value = (
+            argument.partition("=") if argument.startswith(("--config=", "-c=")) else ("", "", argument)
+        )
+        if assigned or previous in ("--config", "-c"):
+            found.append(flag + assigned + _config_path(value))
+        else:
+            found.append(argument)
+    return found
+
+
+def _config_path(value: str) -> str:
+    if Path(value).is_file():
+        _check_yaml(value)
+        return value
+    try:
+        return str(shipped(value if value.startswith("configs/") else f"configs/{value}"))
+    except FileNotFoundError:
+        raise UserError(f"--config: {value} is no file here, nor a shipped one under configs/") from None
+
+
+def _check_yaml(path: str) -> None:
+    """Name the file and line of a syntax error: the parser, which merges all files, no longer knows them."""
+    import yaml
+
+    try:
+        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"--config: {path}, line {line}: {error.problem}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {path} cannot be read as YAML ({error})") from None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"lrsa: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

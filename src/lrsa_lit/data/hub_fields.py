@@ -1,0 +1,80 @@
+"""Rows of other people's data sets as canonical records: renamed, unpacked and wrapped, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.errors import UserError
+
+_FIELDS = tuple(QARecord.__dataclass_fields__)
+_OPTIONAL = ("id", "supporting_titles", "match")
+
+
+def check_fields(fields: Mapping[str, str]) -> None:
+    """Refuse a mapping of fields that do not exist.
+
+    Raises:
+        UserError: a key is no canonical field.
+    """
+    if wrong := [name for name in fields if name not in _FIELDS]:
+        raise UserError(f"data.init_args.fields has the key {wrong[0]!r}, allowed are {', '.join(_FIELDS)}")
+
+
+def canonical(row: Mapping[str, Any], fields: Mapping[str, str], default_id: str) -> dict[str, Any]:
+    """A row as the dictionary :meth:`QARecord.from_dict` takes.
+
+    Args:
+        row: of the data set; columns that are neither named by ``fields`` nor called like a canonical field are
+            ignored.
+        fields: where to find a canonical field; dots lead into nested columns ("answers.text").
+        default_id: the id of a row that has none.
+
+    Raises:
+        UserError: a field that is needed, or that ``fields`` names, is not there.
+    """
+    record: dict[str, Any] = {"id": default_id}
+    for name in _FIELDS:
+        if name in fields or name in row or name not in _OPTIONAL:
+            record[name] = _shaped(name, _find(row, fields.get(name, name)))
+    return record
+
+
+def _find(row: Mapping[str, Any], path: str) -> object:
+    value: Any = row
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise UserError(f"no column {path!r}, there are {', '.join(row)}; data.init_args.fields can name another")
+        value = value[name]
+    return value
+
+
+def _shaped(name: str, value: object) -> object:
+    """One string may stand for a list of one, one or several plain texts for passages, and any id for its text."""
+    if name == "id":
+        return str(value)
+    if name in ("answers", "supporting_titles"):
+        texts = [value] if isinstance(value, str) else value
+        return _without_repeats(texts) if isinstance(texts, list) else texts
+    return _passages(value) if name == "passages" else value
+
+
+def _without_repeats(values: list[Any]) -> list[Any]:
+    return [value for place, value in enumerate(values) if value not in values[:place]]
+
+
+def _passages(value: object) -> object:
+    if isinstance(value, Mapping):  # how `datasets` stores a list of objects: an object of lists
+        rows = zip(value.get("title", ()), value.get("text", value.get("sentences", ())), strict=True)
+        value = [{"title": title, "text": text} for title, text in rows]
+    items = [value] if isinstance(value, str) else value
+    return [_passage(item) for item in items] if isinstance(items, list) else items
+
+
+def _passage(item: object) -> object:
+    if isinstance(item, str):
+        return {"title": "", "text": item}
+    if isinstance(item, Mapping) and isinstance(item.get("text"), list):  # sentences
+        return {**item, "text": "".join(item["text"])}
+    return item

@@ -1,0 +1,257 @@
+"""The base of every data set: records become cached examples, examples become batches.
+
+A new data set is one subclass with one method, :meth:`QADataModule.records`, and one YAML. Every parameter of its
+constructor is stored under its own name; those names and values are the key of its cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sized
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import datasets
+import lightning
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lrsa_lit.data import cache
+from lrsa_lit.data.collate import collate
+from lrsa_lit.data.prompts import Example, TooLong, encode
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import cache_dir
+
+Split: TypeAlias = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+_log = logging.getLogger("lrsa_lit.data")
+_STAGES: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+# These decide how examples are handed out, not which examples there are.
+_NOT_IN_KEY = {"self", "kwargs", "tokenizer", "batch_size", "eval_batch_size", "num_workers"}
+
+
+class QADataModule(lightning.LightningDataModule):
+    """Question answering over long contexts.
+
+    Args:
+        tokenizer: the model's; the command line hands it over.
+        max_tokens: most tokens of one example, prompt and answer together. What does not fit is left out.
+        batch_size: examples in a training batch, on each device.
+        eval_batch_size: examples in a validation, test or prediction batch, on each device.
+        num_workers: processes that load batches; 0 loads them in the main process.
+        seed: decides splits, contexts and the order of training.
+        limit: at most this many examples of a split, as in {train: 64, val: 16}.
+
+    Attributes:
+        report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens
+            one of those needs (``shortest_too_long``), with a data set's own counts.
+
+    Raises:
+        UserError: a parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_tokens: int = 1024,
+        batch_size: int = 1,
+        eval_batch_size: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        limit: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.max_tokens = at_least("max_tokens", max_tokens, 1)
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.eval_batch_size = at_least("eval_batch_size", eval_batch_size, 1)
+        self.num_workers = at_least("num_workers", num_workers, 0)
+        self.seed = seed
+        self.limit = _checked_limit(limit or {})
+        self.report: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._examples: dict[Split, datasets.Dataset] = {}
+
+    def records(self, split: Split) -> Iterable[QARecord]:
+        """The records of a split in their final order; read only as far as ``limit`` asks."""
+        raise NotImplementedError(f"{type(self).__name__} must define records(split)")
+
+    def to_example(self, record: QARecord) -> Example | TooLong:
+        """The example of a record. Data sets that fill contexts up to ``max_tokens`` override this."""
+        return encode(record, self.checked_tokenizer, self.max_tokens)
+
+    def sources(self) -> dict[str, str]:
+        """What else decides the records, such as the SHA-256 of the files they come from."""
+        return {}
+
+    def splits(self) -> tuple[Split, ...]:
+        """The splits this data set has."""
+        return SPLITS
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the examples: the same for the same code version, parameters, sources and tokenizer."""
+        parts = {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "parameters": self._parameters(),
+            "sources": self.sources(),
+            "tokenizer": cache.tokenizer_fingerprint(self.checked_tokenizer),
+        }
+        return f"{type(self).__name__}-{cache.digest(parts)}"
+
+    @property
+    def checked_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, known to be fast and to have a chat template and an end-of-sequence token."""
+        if self.tokenizer is None:
+            raise UserError("data.init_args.tokenizer is null; a tokenizer is needed, the model's when run by `lrsa`")
+        for name, value in (
+            ("backend_tokenizer (it is not a fast tokenizer)", getattr(self.tokenizer, "backend_tokenizer", None)),
+            ("chat_template", self.tokenizer.chat_template),
+            ("eos_token", self.tokenizer.eos_token),
+        ):
+            if not value:
+                raise UserError(f"model.tokenizer: {self.tokenizer.name_or_path or 'the tokenizer'} has no {name}")
+        return self.tokenizer
+
+    def prepare_data(self) -> None:
+        """Tokenise and cache the splits that the trainer's stage needs, or all without a trainer."""
+        stage = self.trainer.state.fn if self.trainer else None
+        for split in self._needed(stage.value if stage else None):
+            folder = self._folder(split)
+            if not cache.is_built(folder):
+                self.report[split].clear()
+                cache.build(folder, self._build(split), self.report[split])
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the cached splits of a stage ("fit", "validate", "test", "predict"), or all of them."""
+        for split in self._needed(stage):
+            self._examples[split], self.report[split] = cache.load(self._folder(split))
+            counts = ", ".join(f"{name} {count}" for name, count in sorted(self.report[split].items()))
+            _log.info("%s %s (at most %d tokens): %s", type(self).__name__, split, self.max_tokens, counts)
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        """Training batches, in an order that ``seed`` decides."""
+        order = torch.Generator().manual_seed(self.seed)
+        return self._loader("train", batch_size=self.batch_size, shuffle=True, generator=order)
+
+    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
+        """Validation batches in a fixed order; an empty list if there is no such split."""
+        return self._loader("val", batch_size=self.eval_batch_size) if "val" in self.splits() else []
+
+    def test_dataloader(self) -> DataLoader[Example]:
+        """Test batches in a fixed order."""
+        return self._loader("test", batch_size=self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Example]:
+        """The test batches."""
+        return self.test_dataloader()
+
+    def exclude(self, split: Split, example: TooLong, records: int = 1) -> None:
+        """Count records that are left out because they do not fit."""
+        report = self.report[split]
+        shortest = min(report["shortest_too_long"] or example.tokens, example.tokens)
+        report["too_long"] += records
+        report["shortest_too_long"] = shortest
+
+    def _build(self, split: Split) -> Iterator[Example]:
+        records = self.records(split)
+        limit = self.limit.get(split)
+        total = min(limit or len(records), len(records)) if isinstance(records, Sized) else limit
+        console = Console(stderr=True)
+        yield from track(
+            self._kept(split, records, limit),
+            f"Tokenising {split}",
+            total=total,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        if not self.report[split]["kept"]:
+            raise UserError(self._empty(split))
+
+    def _kept(self, split: Split, records: Iterable[QARecord], limit: int | None) -> Iterator[Example]:
+        for record in records:
+            example = self.to_example(record)
+            if isinstance(example, TooLong):
+                self.exclude(split, example)
+                continue
+            self.report[split]["kept"] += 1
+            yield example
+            if self.report[split]["kept"] == limit:
+                return
+
+    def _empty(self, split: Split) -> str:
+        report = self.report[split]
+        if not report["too_long"]:
+            return f"{type(self).__name__}: the split {split!r} has no records, at least one is needed"
+        return (
+            f"data.init_args.max_tokens is {self.max_tokens}, which leaves the split {split!r} empty: each of its "
+            f"{report['too_long']} questions needs more; allowed is {report['shortest_too_long']} or more"
+        )
+
+    def _needed(self, stage: str | None) -> tuple[Split, ...]:
+        needed = _STAGES.get(stage, SPLITS) if stage else SPLITS
+        present = self.splits()
+        missing = [split for split in needed if split not in present]
+        # Training can do without validation, and a call without a stage takes what there is.
+        if stage and missing and (stage, missing) != ("fit", ["val"]):
+            raise UserError(f"data.init_args.{missing[0]} is not set, but {stage} needs that split")
+        return tuple(split for split in needed if split in present)
+
+    def _folder(self, split: Split) -> Path:
+        return cache_dir("data", self.fingerprint, split)
+
+    def _loader(self, split: Split, **options: Any) -> DataLoader[Example]:
+        if split not in self._examples:
+            raise RuntimeError(f"the {split} split is not open: call prepare_data() and setup() first")
+        tokenizer = self.checked_tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return DataLoader(
+            cast("Dataset[Example]", self._examples[split]),
+            collate_fn=partial(collate, pad_token_id=pad),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _parameters(self) -> dict[str, object]:
+        """Every constructor parameter of the class and its bases that decides the examples."""
+        names = {
+            name
+            for cls in type(self).__mro__
+            if issubclass(cls, QADataModule)
+            for name in inspect.signature(cls.__init__).parameters
+        }
+        return {name: getattr(self, name) for name in sorted(names - _NOT_IN_KEY)}
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """The value of a parameter that may not be smaller than ``least``.
+
+    Raises:
+        UserError: it is.
+    """
+    if value < least:
+        raise UserError(f"data.init_args.{name} is {value}, allowed is {least} or more")
+    return value
+
+
+def _checked_limit(limit: dict[str, int]) -> dict[str, int]:
+    for split, count in limit.items():
+        if split not in SPLITS:
+            raise UserError(f"data.init_args.limit has the key {split!r}, allowed are {', '.join(SPLITS)}")
+        at_least(f"limit.{split}", count, 1)
+    return limit

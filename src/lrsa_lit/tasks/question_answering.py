@@ -1,0 +1,269 @@
+"""Fine-tune and evaluate a causal language model on long-context question answering.
+
+Dimensions: B examples, T tokens of the longest example, Tp tokens of the longest prompt, A answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+
+from lrsa_lit.attention import LRSACache, disable, enable, using
+from lrsa_lit.errors import UserError
+from lrsa_lit.metrics import exact_match, f1_score
+from lrsa_lit.models import Backbone
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.qa_score import QAScore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lrsa_lit.data.collate import Batch
+
+Attention = dict[str, Any] | None
+"""What a further attention changes of the run's own rule, as in ``{top_k: 16}``; null is dense attention."""
+
+Made = TypeVar("Made")
+
+IGNORE_INDEX = -100
+
+
+class Prediction(TypedDict):
+    """One line of the predictions file."""
+
+    id: str
+    prediction: str
+    gold: list[str]
+    f1: float
+    exact_match: float
+    prompt_tokens: int
+    new_tokens: int
+    config: str
+
+
+class LongContextQA(lightning.LightningModule):
+    """A base LLM with lag-relative sparse attention, trained to answer questions over long contexts.
+
+    The loss is the cross-entropy of the answer's tokens. Validation and test generate the answers greedily, with the
+    compressed cache, and log ``val/loss``, ``val/f1``, ``val/em`` and ``val/recall`` for the run's own rule, and the
+    same under ``val/NAME/…`` for each further attention.
+
+    Args:
+        backbone: the base LLM.
+        lrsa: the rule that the run trains and evaluates with.
+        optimizer: made from the trainable parameters.
+        lr_scheduler: made from the optimizer and stepped after each optimizer step; null keeps the rate.
+        train_attention: what training changes of the rule ({} nothing, {top_k: 64} another K); null trains dense.
+        evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}.
+        max_new_tokens: most tokens of a generated answer.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        lrsa: LRSAConfig = LRSAConfig(),  # noqa: B008 - frozen
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = torch.optim.AdamW,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        train_attention: dict[str, Any] | None = {},  # noqa: B006 - read only
+        evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
+        max_new_tokens: int = 32,
+    ) -> None:
+        super().__init__()
+        if max_new_tokens < 1:
+            raise UserError(f"model.max_new_tokens: {max_new_tokens} is not allowed; it must be an integer >= 1")
+        self.backbone = backbone
+        self.lrsa = lrsa
+        self.make_optimizer = optimizer
+        self.make_scheduler = lr_scheduler
+        self.train_config = _derived("model.train_attention", lrsa, train_attention)
+        self.attentions: dict[str, LRSAConfig | None] = {"": lrsa}
+        for name, changes in evaluate.items():
+            self.attentions[f"{name}/"] = _derived(f"model.evaluate.{name}", lrsa, changes)
+        self.meters = nn.ModuleList(AnswerMeter() for _ in self.attentions)
+        self.max_new_tokens = max_new_tokens
+        # Checkpoints of adapters leave the frozen base out; it is loaded from its source.
+        self.strict_loading = backbone.lora is None
+        self.model: Any = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        return self.backbone.tokenizer
+
+    def configure_model(self) -> None:
+        """Load the base LLM and give it the training attention; runs once, on the trainer's first use."""
+        if self.model is not None:
+            return
+        self.model = self.backbone.build()
+        enable(self.model, self.train_config or self.lrsa)
+        if self.train_config is None:
+            disable(self.model)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the trainable parameters, and its schedule in steps."""
+        optimizer = _made("model.optimizer", self.make_optimizer, [p for p in self.parameters() if p.requires_grad])
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = _made("model.lr_scheduler", self.make_scheduler, optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what was trained, if that is adapters."""
+        if self.backbone.lora is not None:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def answer_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy over the answer tokens of a batch, and their number.
+
+        Only the positions that some row predicts an answer token at get logits, not the whole context.
+        """
+        targets = batch["labels"][:, 1:]
+        columns = (targets != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            logits_to_keep=columns,
+            use_cache=False,
+        )
+        targets = targets[:, columns]
+        loss = nn.functional.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+        return loss, (targets != IGNORE_INDEX).sum()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The answer loss under the training attention."""
+        loss, _ = self.answer_loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]))
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Answer loss and generated answers under each attention."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation."""
+        self._evaluate(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
+        """The run's own answers, ready to be written as JSON lines."""
+        texts, lengths = self.generate(batch, self.lrsa)
+        return [
+            Prediction(
+                id=batch["id"][row],
+                prediction=text,
+                gold=list(batch["answers"][row]),
+                f1=f1_score(text, batch["answers"][row], batch["match"][row]),
+                exact_match=exact_match(text, batch["answers"][row], batch["match"][row]),
+                prompt_tokens=batch["prompt_length"][row],
+                new_tokens=lengths[row],
+                config=self.lrsa.digest(),
+            )
+            for row, text in enumerate(texts)
+        ]
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, config: LRSAConfig | None) -> tuple[list[str], list[int]]:
+        """Greedy answers to a batch of prompts.
+
+        Args:
+            batch: prompts (B, Tp), padded on the left.
+            config: the rule to decode with, compressing as it goes; None decodes densely.
+
+        Returns:
+            The answers and their lengths in tokens.
+        """
+        prompt = batch["prompt_ids"]
+        with using(self.model, config):
+            cache = None if config is None else LRSACache(config, self.model.config.num_hidden_layers)
+            tokens = self.model.generate(
+                input_ids=prompt,
+                attention_mask=batch["prompt_mask"],
+                past_key_values=cache,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        answers = tokens[:, prompt.shape[1] :]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in texts], [_until_eos(row, self.tokenizer.eos_token_id) for row in answers]
+
+    def _evaluate(self, batch: Batch) -> None:
+        for meter, config in zip(self._meters, self.attentions.values(), strict=True):
+            with using(self.model, config):
+                meter.loss.update(*self.answer_loss(batch))
+            texts, _ = self.generate(batch, config)
+            meter.score.update(texts, batch["answers"], batch["match"])
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the epoch's metrics."""
+        self._reset_metrics()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the epoch's metrics."""
+        self._reset_metrics()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the epoch's metrics."""
+        self._log_metrics("test")
+
+    @property
+    def _meters(self) -> list[AnswerMeter]:
+        return cast("list[AnswerMeter]", list(self.meters))
+
+    def _reset_metrics(self) -> None:
+        # At the start and not at the end: states made under trainer.validate's inference mode cannot be updated in fit.
+        for meter in self._meters:
+            meter.loss.reset()
+            meter.score.reset()
+
+    def _log_metrics(self, stage: str) -> None:
+        for meter, prefix in zip(self._meters, self.attentions, strict=True):
+            self.log(f"{stage}/{prefix}loss", meter.loss.compute())
+            for name, value in meter.score.compute().items():
+                self.log(f"{stage}/{prefix}{name}", value, prog_bar=prefix == "" and name == "f1")
+
+
+class AnswerMeter(nn.Module):
+    """What is measured under one attention: the loss, averaged over answer tokens, and the scores of the answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.score = QAScore()
+
+
+def _derived(key: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
+    """The rule with some values changed; an error names the key of the YAML that asked for it."""
+    if changes is None:
+        return None
+    try:
+        return own.replace(**changes)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def _made(key: str, make: Callable[[Any], Made], argument: Any) -> Made:
+    """What a constructor from the YAML makes; its complaint becomes one line that names the key."""
+    try:
+        return make(argument)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _until_eos(tokens: Tensor, eos: int) -> int:
+    ended = (tokens == eos).nonzero()
+    return int(ended[0]) if len(ended) else len(tokens)

@@ -1,0 +1,147 @@
+"""Attaching the rule to a model, taking it off, running a block under another one, saving and loading."""
+
+import logging
+
+import pytest
+import torch
+from helpers import one_line
+from transformers import AutoModelForCausalLM
+
+from lrsa_lit.attention import disable, enable, enabled_config, interface, using
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens, Recency
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids, use_cache=False).logits
+
+
+def test_enable_returns_the_model_and_writes_the_rule(tiny, rule):
+    model = tiny("Llama")
+    assert enabled_config(model) is None
+    assert enable(model, rule) is model
+    assert enabled_config(model) == rule
+    assert LRSAConfig.from_dict(model.config.lrsa) == rule
+
+
+def test_enabling_again_replaces_the_rule(tiny, tokens, rule):
+    ids, other = tokens(1, 70), rule.replace(top_k=1)
+    twice = enable(enable(tiny("Llama"), rule), other)
+    assert enabled_config(twice) == other
+    assert logits(twice, ids).equal(logits(enable(tiny("Llama"), other), ids))
+    disable(twice)
+    assert logits(twice, ids).equal(logits(tiny("Llama"), ids))
+
+
+def test_disable_leaves_no_trace(tiny, tokens, rule):
+    model = tiny("Llama")
+    before, attributes = model.config.to_dict(), [set(vars(module)) for module in model.modules()]
+    disable(enable(model, rule))
+    disable(model)
+    assert model.config.to_dict() == before
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    assert logits(model, tokens(1, 70)).equal(logits(tiny("Llama"), tokens(1, 70)))
+
+
+def test_a_refused_rule_leaves_the_rule_before_it(tiny, tokens, rule):
+    model = enable(tiny("Llama"), rule)
+    before = logits(model, tokens(1, 70))
+    with pytest.raises(UserError) as caught:
+        enable(model, rule.replace(dense_layers=(1, 3)))
+    assert one_line(caught.value) == "lrsa.dense_layers: [3] is not allowed; this model has layers 0 to 2"
+    assert enabled_config(model) == rule
+    assert logits(model, tokens(1, 70)).equal(before)
+
+
+@pytest.mark.parametrize("own", [None, LRSAConfig(2, 8, 3)], ids=["dense", "enabled"])
+@pytest.mark.parametrize("inside", [None, LRSAConfig(2, 8, 1), LRSAConfig(2, 8, 3)], ids=["dense", "K=1", "K=3"])
+def test_using_restores_even_after_an_exception(own, inside, tiny, tokens):
+    model, ids = tiny("Llama"), tokens(1, 70)
+    if own is not None:
+        enable(model, own)
+    before = logits(model, ids)
+    fresh = tiny("Llama")
+    expected = logits(fresh if inside is None else enable(fresh, inside), ids)
+
+    def fail_inside():
+        with using(model, inside):
+            assert enabled_config(model) == inside
+            assert logits(model, ids).equal(expected)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert enabled_config(model) == own
+    assert logits(model, ids).equal(before)
+
+
+def test_using_restores_when_the_rule_is_refused(tiny, rule):
+    model = enable(tiny("Llama"), rule)
+    with pytest.raises(UserError), using(model, rule.replace(dense_layers=(9,))):
+        raise AssertionError("unreachable")
+    assert enabled_config(model) == rule
+
+
+def test_using_restores_the_implementation_too(tiny, rule, monkeypatch, tokens):
+    asked = []
+
+    def spy(*args, impl, **kwargs):
+        asked.append(impl)
+        return args[0]
+
+    monkeypatch.setattr(interface, "sparse_attention", spy)
+    model = enable(tiny("Llama"), rule, impl="reference")
+    for inside in (rule.replace(top_k=1), None):
+        with using(model, inside, impl="auto"):
+            logits(model, tokens(1, 5))
+        logits(model, tokens(1, 5))
+    with using(model, rule, impl="auto"):
+        logits(model, tokens(1, 5))
+    assert asked == ["auto"] * 3 + ["reference"] * 6 + ["auto"] * 3
+
+
+def test_the_rule_is_saved_and_a_reloaded_model_runs_it(tiny, tokens, rule, tmp_path):
+    config = rule.replace(dense_layers=(1,), compressor=RandomTokens(seed=5))
+    model, ids = enable(tiny("Llama", dtype=torch.float32), config), tokens(1, 70)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert enabled_config(again) is None
+    assert logits(again, ids).equal(logits(tiny("Llama", dtype=torch.float32), ids))
+    enable(again, LRSAConfig.from_dict(again.config.lrsa))
+    assert enabled_config(again) == config
+    assert logits(again, ids).equal(logits(model, ids))
+
+
+def test_a_reloaded_model_keeps_the_rule_it_was_trained_with_in_its_config(tiny, rule, tmp_path, caplog):
+    enable(tiny("Llama"), rule).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger=interface.__name__):
+        enable(again, rule)
+        assert not caplog.records
+        enable(again, rule.replace(top_k=1))
+    assert "trained with" in caplog.text
+    disable(again)
+    assert again.config.lrsa == rule.to_dict()
+
+
+def test_random_layers_lose_different_tokens(tiny, rule):
+    model = enable(tiny("Llama"), rule.replace(compressor=RandomTokens(seed=5)))
+    rules = [vars(module)["_lrsa_rule"] for module in model.modules() if "_lrsa_rule" in vars(module)]
+    assert len({each.config.compressor.seed for each in rules}) == 3
+
+
+def test_the_compressor_of_the_rule_is_the_one_that_runs(tiny, tokens, rule):
+    ids = tokens(1, 70)
+    recent = logits(enable(tiny("Llama"), rule.replace(compressor=Recency())), ids)
+    assert not torch.allclose(recent, logits(enable(tiny("Llama"), rule), ids), atol=1e-2)
+
+
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_the_attention_before_is_the_attention_after(own, tiny, rule):
+    model = tiny("Llama")
+    model.set_attn_implementation(own)
+    disable(enable(model, rule))
+    assert model.config._attn_implementation == own

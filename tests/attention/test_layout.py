@@ -1,0 +1,244 @@
+"""Padding and packing: every real token gets what its sequence gets alone, and pads get nothing."""
+
+import pytest
+import torch
+from helpers import one_line
+
+from lrsa_lit.attention import enable
+from lrsa_lit.errors import UserError
+
+LENGTHS = [70, 5, 41, 1]
+PADDED = 75
+FAMILIES = ["Llama", "GPTNeoX", "SmolLM3"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tiny, rule):
+    return enable(tiny(request.param), rule)
+
+
+@pytest.fixture(scope="module", params=[(), (1,), (0, 1, 2)], ids=["sparse", "one-dense", "all-dense"])
+def mixed(request, tiny, rule):
+    return enable(tiny("Llama"), rule.replace(dense_layers=request.param))
+
+
+@pytest.fixture(scope="module")
+def sequences(tokens):
+    return [tokens(1, length, seed=length) for length in LENGTHS]
+
+
+def alone(model, sequences):
+    return [model(ids, use_cache=False).logits for ids in sequences]
+
+
+def pad(sequences, side, columns=PADDED):
+    """ids and mask (B, columns), padded on the left, the right, or both sides."""
+    ids, mask = torch.zeros(len(sequences), columns, dtype=torch.long), torch.zeros(len(sequences), columns)
+    starts = []
+    for row, sequence in enumerate(sequences):
+        length = sequence.shape[1]
+        starts.append({"left": columns - length, "right": 0, "both": (columns - length) // 2}[side])
+        ids[row, starts[-1] : starts[-1] + length] = sequence
+        mask[row, starts[-1] : starts[-1] + length] = 1
+    return ids, mask.long(), starts
+
+
+def assert_rows(logits, starts, expected):
+    for row, (start, one) in enumerate(zip(starts, expected, strict=True)):
+        torch.testing.assert_close(logits[row, None, start : start + one.shape[1]], one, rtol=0, atol=1e-5)
+    assert logits.isfinite().all()
+
+
+def check_padding(model, sequences, side, **options):
+    ids, mask, starts = pad(sequences, side)
+    expected = alone(model, sequences)
+    assert_rows(model(ids, attention_mask=mask, **options).logits, starts, expected)
+    ids[mask == 0] = 33
+    assert_rows(model(ids, attention_mask=mask, **options).logits, starts, expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "dynamic-cache"])
+@torch.no_grad()
+def test_padded_rows_get_what_each_gets_alone_from_a_mask_only(model, sequences, side, use_cache):
+    check_padding(model, sequences, side, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_rows_with_dense_layers(mixed, sequences, side):
+    check_padding(mixed, sequences, side, use_cache=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32], ids=str)
+@torch.no_grad()
+def test_the_masks_dtype_does_not_matter(dtype, model, sequences):
+    ids, mask, starts = pad(sequences, "left")
+    logits = model(ids, attention_mask=mask.to(dtype), use_cache=False).logits
+    assert_rows(logits, starts, alone(model, sequences))
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_ids(model, sequences):
+    ids, mask, starts = pad(sequences, "left")
+    embedded = model.get_input_embeddings()(ids)
+    logits = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits
+    assert_rows(logits, starts, alone(model, sequences))
+
+
+@torch.no_grad()
+def test_arguments_by_place(model, sequences):
+    ids, mask, starts = pad(sequences, "left")
+    assert_rows(model(ids, mask).logits, starts, alone(model, sequences))
+    decoder = model.base_model
+    by_name = decoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert decoder(ids, mask).last_hidden_state.equal(by_name)
+
+
+@torch.no_grad()
+def test_a_row_of_pads_alone_is_finite_and_moves_no_other_row(model, sequences):
+    ids, mask, starts = pad(sequences, "left")
+    ids, mask = torch.cat([ids, ids[:1]]), torch.cat([mask, torch.zeros_like(mask[:1])])
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    assert logits.isfinite().all()
+    assert_rows(logits[:-1], starts, alone(model, sequences))
+    assert model(ids[-1:], attention_mask=mask[-1:], use_cache=False).logits.isfinite().all()
+
+
+def test_attention_outputs_at_pads_are_zero(model, sequences):
+    ids, mask, _ = pad(sequences, "left")
+    outputs = []
+    layer = (model.model.layers if hasattr(model, "model") else model.gpt_neox.layers)[1]
+    projection = layer.self_attn.o_proj if hasattr(layer, "self_attn") else layer.attention.dense
+    handle = projection.register_forward_pre_hook(lambda _, args: outputs.append(args[0].detach()))
+    model(ids, attention_mask=mask, use_cache=False)
+    handle.remove()
+    (attended,) = outputs
+    assert attended[mask == 0].eq(0).all()
+    assert attended[mask == 1].abs().amax(dim=-1).gt(0).all()
+
+
+def pack(sequences):
+    """ids and restarting positions (1, T), boundaries and starts."""
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in sequences])[None]
+    starts = [0]
+    for ids in sequences:
+        starts.append(starts[-1] + ids.shape[1])
+    return torch.cat(sequences, dim=1), positions, torch.tensor(starts, dtype=torch.int32)
+
+
+def assert_packed(logits, boundaries, expected):
+    joined = torch.cat(expected, dim=1)
+    assert boundaries[-1] == joined.shape[1]
+    torch.testing.assert_close(logits, joined, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "dynamic-cache"])
+@torch.no_grad()
+def test_positions_that_restart_separate_packed_sequences(model, sequences, use_cache):
+    ids, positions, boundaries = pack(sequences)
+    logits = model(ids, position_ids=positions, use_cache=use_cache).logits
+    assert_packed(logits, boundaries, alone(model, sequences))
+    one = model(ids, use_cache=False).logits
+    assert (logits - one)[:, LENGTHS[0] :].abs().max() > 0.1, "the row as one sequence is something else"
+
+
+@pytest.mark.parametrize("positions", ["given", "not-given"])
+@torch.no_grad()
+def test_cu_seq_lens_separate_packed_sequences(model, sequences, positions):
+    ids, restarting, boundaries = pack(sequences)
+    given = {"position_ids": restarting} if positions == "given" else {}
+    logits = model(ids, cu_seq_lens_q=boundaries, use_cache=False, **given).logits
+    assert_packed(logits, boundaries, alone(model, sequences))
+
+
+@torch.no_grad()
+def test_packing_with_dense_layers(mixed, sequences):
+    ids, positions, boundaries = pack(sequences)
+    logits = mixed(ids, position_ids=positions, use_cache=False).logits
+    assert_packed(logits, boundaries, alone(mixed, sequences))
+
+
+@torch.no_grad()
+def test_packed_rows_of_a_padded_batch(model, sequences):
+    rows = [sequences[:2], sequences[2:]]
+    packed = [pack(row) for row in rows]
+    ids, mask, starts = pad([ids for ids, _, _ in packed], "right", columns=80)
+    positions = torch.zeros(2, 80, dtype=torch.long)
+    for row, (_, restarting, _) in enumerate(packed):
+        positions[row, : restarting.shape[1]] = restarting
+    logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert_rows(logits, starts, [torch.cat(alone(model, row), dim=1) for row in rows])
+
+
+def test_gradients_do_not_cross_packed_sequences(model, sequences):
+    ids, positions, boundaries = pack(sequences)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, position_ids=positions, use_cache=False).logits
+    start, stop = boundaries[2:4].tolist()
+    logits[:, start:stop].square().sum().backward()
+    assert embedded.grad[:, start:stop].abs().amax(dim=-1).gt(0).all()
+    embedded.grad[:, start:stop] = 0
+    assert embedded.grad.eq(0).all()
+
+
+@torch.no_grad()
+def test_positions_that_run_on_from_elsewhere_are_one_sequence(model, tokens):
+    ids = tokens(1, 60)
+    shifted = model(ids, position_ids=torch.arange(60)[None] + 9, use_cache=False).logits
+    assert shifted.isfinite().all()
+    plain = model(ids, position_ids=torch.arange(60)[None], use_cache=False).logits
+    assert plain.equal(model(ids, use_cache=False).logits)
+
+
+def mask_of(rows):
+    return {"attention_mask": torch.tensor(rows)}
+
+
+REFUSED = {
+    "hole": (mask_of([[1] * 12, [1, 1, 0, 1] * 3]), "attention_mask: row 1 has a hole"),
+    "hole-between-pads": (mask_of([[0, 1, 0, 1] + [0] * 8, [1] * 12]), "attention_mask: row 0 has a hole"),
+    "4d-mask": (
+        {"attention_mask": torch.zeros(2, 1, 12, 12)},
+        "attention_mask: shape (2, 1, 12, 12) is not allowed; it must be (2, 12)",
+    ),
+    "short-mask": (mask_of([[1] * 11] * 2), "attention_mask: shape (2, 11) is not allowed"),
+    "long-mask": (mask_of([[1] * 13] * 2), "attention_mask: shape (2, 13) is not allowed"),
+    "one-row-mask": (mask_of([[1] * 11 + [0]]), "attention_mask: shape (1, 12) is not allowed"),
+    "flat-positions": ({"position_ids": torch.arange(12)}, "position_ids: shape (12,) is not allowed"),
+    "short-positions": ({"position_ids": torch.arange(11)[None]}, "position_ids: shape (1, 11) is not allowed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_laid_out_is_refused(case, tiny, tokens, rule):
+    given, message = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        enable(tiny("Llama"), rule)(tokens(2, 12), **given)
+    assert one_line(caught.value).startswith(message)
+
+
+BAD_BOUNDARIES = {
+    "short": ([0, 5, 11], {}),
+    "long": ([0, 13], {}),
+    "late-start": ([3, 15], {}),
+    "decreasing": ([0, 9, 4, 12], {}),
+    "positions-run-on": ([0, 5, 12], {"position_ids": torch.arange(12)[None]}),
+    "positions-restart-elsewhere": ([0, 5, 12], {"position_ids": torch.tensor([[*range(6), *range(6)]])}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BOUNDARIES)
+def test_boundaries_that_do_not_fit_are_refused(case, tiny, tokens, rule):
+    boundaries, given = BAD_BOUNDARIES[case]
+    with pytest.raises(UserError) as caught:
+        enable(tiny("Llama"), rule)(
+            tokens(1, 12), cu_seq_lens_q=torch.tensor(boundaries, dtype=torch.int32), use_cache=False, **given
+        )
+    assert one_line(caught.value).startswith("cu_seq_lens_q: ")
+
+
+@torch.no_grad()
+def test_the_same_4d_mask_is_fine_without_the_rule(tiny, tokens):
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    assert tiny("Llama")(tokens(2, 12), attention_mask=mask).logits.isfinite().all()

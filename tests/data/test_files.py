@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lrsa_lit.data.files import QAFiles
+from lrsa_lit.data.hub_fields import canonical
+from lrsa_lit.data.records import QARecord, read_records
+from lrsa_lit.errors import UserError
+
+SAMPLE = Path(__file__).parents[2] / "data" / "sample.jsonl"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> str:
+    """A local data set with SQuAD's fields."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for split, count in (("train", 3), ("validation", 2)):
+        rows = [
+            {"id": n, "context": f"Town {n} has wells.", "question": "What?", "answers": {"text": ["wells"] * 2}}
+            for n in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_the_sample_fits_a_byte_tokenizer_at_1024(tokenizer: PreTrainedTokenizerFast):
+    data = QAFiles(train=str(SAMPLE), test=str(SAMPLE), tokenizer=tokenizer)
+    data.prepare_data()
+    data.setup()
+    assert data.report["test"] == {"kept": 8}
+    ids = [record.id for record in read_records(SAMPLE)]
+    assert [name for batch in data.test_dataloader() for name in batch["id"]] == ids
+
+
+def test_records_that_do_not_fit_are_counted(jsonl: Path, tokenizer: PreTrainedTokenizerFast):
+    whole = QAFiles(test=str(jsonl), tokenizer=tokenizer)
+    lengths = [len(whole.to_example(record)["input_ids"]) for record in whole.records("test")]
+    data = QAFiles(test=str(jsonl), tokenizer=tokenizer, max_tokens=lengths[4])
+    data.prepare_data()
+    assert data.report["test"] == {"kept": 5, "too_long": 7, "shortest_too_long": lengths[5]}
+
+
+def test_validation_is_optional_and_other_splits_are_missed(jsonl: Path, tokenizer: PreTrainedTokenizerFast):
+    data = QAFiles(train=str(jsonl), tokenizer=tokenizer)
+    data.prepare_data()
+    data.setup("fit")
+    assert len(data.train_dataloader()) == 12
+    assert data.val_dataloader() == []
+    with pytest.raises(UserError, match=r"^data.init_args.test is not set, but predict needs that split$"):
+        data.setup("predict")
+
+
+def test_a_changed_file_is_another_data_set(jsonl: Path, tokenizer: PreTrainedTokenizerFast):
+    before = QAFiles(train=str(jsonl), tokenizer=tokenizer).fingerprint
+    assert QAFiles(train=str(jsonl), tokenizer=tokenizer).fingerprint == before
+    jsonl.write_text(jsonl.read_text() + "\n")
+    assert QAFiles(train=str(jsonl), tokenizer=tokenizer).fingerprint != before
+
+
+def test_a_missing_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    path = tmp_path / "none.jsonl"
+    with pytest.raises(UserError, match=f"^{path}: no such file"):
+        QAFiles(train=str(path), tokenizer=tokenizer).prepare_data()
+
+
+def test_a_broken_line_leaves_no_cache(jsonl: Path, tokenizer: PreTrainedTokenizerFast, cache: Path):
+    jsonl.write_text(jsonl.read_text() + "{broken\n")
+    with pytest.raises(UserError, match=f"^{jsonl}, line 13: not valid JSON"):
+        QAFiles(train=str(jsonl), tokenizer=tokenizer).prepare_data()
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({}, "data.init_args: neither train, val, test nor hub is set, allowed is either files or hub"),
+        ({"val": "x", "hub": "y"}, "data.init_args: both val and hub are set, allowed is either files or hub"),
+        (
+            {"hub": "y", "hub_splits": {"dev": "x"}},
+            "data.init_args.hub_splits has the key 'dev', allowed are train, val, test",
+        ),
+        (
+            {"hub": "y", "fields": {"context": "x"}},
+            "data.init_args.fields has the key 'context', "
+            "allowed are id, passages, question, answers, supporting_titles, match",
+        ),
+    ],
+)
+def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], message: str):
+    with pytest.raises(UserError) as error:
+        QAFiles(**parameters)
+    assert str(error.value) == message
+
+
+def test_a_data_set_of_the_hub_is_mapped(hub: str, tokenizer: PreTrainedTokenizerFast):
+    fields = {"passages": "context", "answers": "answers.text"}
+    hub_splits = {"train": "train", "val": "validation"}
+    data = QAFiles(hub=hub, hub_splits=hub_splits, fields=fields, tokenizer=tokenizer)
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    assert (batch["id"], batch["answers"], len(data.train_dataloader())) == (["0"], [("wells",)], 3)
+    assert "Town 0 has wells." in tokenizer.decode(batch["prompt_ids"][0])
+
+
+def test_a_changed_data_set_of_the_hub_is_noticed(hub: str, tokenizer: PreTrainedTokenizerFast):
+    before = QAFiles(hub=hub, tokenizer=tokenizer).fingerprint
+    assert QAFiles(hub=hub, tokenizer=tokenizer).fingerprint == before
+    path = Path(hub) / "train.jsonl"
+    path.write_text(path.read_text().replace("Town", "City"))
+    assert QAFiles(hub=hub, tokenizer=tokenizer).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            {"fields": {"passages": "text"}},
+            ", train row 0: no column 'text', there are id, context, question, answers; ",
+        ),
+        (
+            {"fields": {"passages": "context"}, "hub_splits": {"val": "validation"}},
+            ", validation row 0: field 'answers' must be a list, got dict",
+        ),
+        ({"hub_splits": {"train": "dev"}}, "cannot be loaded (Unknown split"),
+        ({"hub": "/nowhere/at/all"}, "cannot be loaded ("),
+    ],
+    ids=["column", "type", "split", "folder"],
+)
+def test_a_bad_data_set_of_the_hub_is_one_line(
+    hub: str, tokenizer: PreTrainedTokenizerFast, parameters: dict[str, Any], message: str
+):
+    data = QAFiles(**{"hub": hub, "tokenizer": tokenizer, **parameters})
+    with pytest.raises(UserError) as error:
+        data.prepare_data()
+    assert str(error.value).startswith(f"data.init_args.hub {data.hub}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_shapes_that_other_data_sets_have():
+    row = {
+        "question": "Q?",
+        "answer": "yes",
+        "context": {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]},
+        "supporting_facts": {"title": ["B", "B"], "sent_id": [0, 1]},
+        "level": "hard",
+    }
+    fields = {"passages": "context", "answers": "answer", "supporting_titles": "supporting_facts.title"}
+    record = QARecord.from_dict(canonical(row, fields, "train-0"))
+    assert [(passage.title, passage.text) for passage in record.passages] == [("A", "One. Two."), ("B", "Three.")]
+    assert (record.id, record.answers, record.supporting_titles) == ("train-0", ("yes",), ("B",))
+
+
+def test_canonical_rows_need_no_mapping():
+    for record in read_records(SAMPLE):
+        assert QARecord.from_dict(canonical(record.to_dict(), {}, "unused")) == record

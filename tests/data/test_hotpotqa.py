@@ -1,0 +1,175 @@
+import json
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lrsa_lit.data.hotpotqa import HotpotQA, load_questions, paragraph_pool
+from lrsa_lit.data.module import SPLITS
+from lrsa_lit.data.prompts import INSTRUCTION
+from lrsa_lit.errors import UserError
+from lrsa_lit.metrics import normalize_answer
+
+MAX_TOKENS = 3000
+
+
+@pytest.fixture(scope="module")
+def questions() -> dict[str, dict[str, Any]]:
+    return {question["_id"]: question for question in load_questions()}
+
+
+@pytest.fixture(scope="module")
+def built(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> HotpotQA:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRSA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        data = HotpotQA(tokenizer=tokenizer, max_tokens=MAX_TOKENS, limit={"train": 12, "val": 24, "test": 24})
+        data.prepare_data()
+        data.setup()
+    return data
+
+
+@pytest.fixture(scope="module")
+def batches(built: HotpotQA) -> dict[str, list[dict[str, Any]]]:
+    loaders = {"train": built.train_dataloader, "val": built.val_dataloader, "test": built.test_dataloader}
+    return {split: list(loaders[split]()) for split in SPLITS}
+
+
+def gold_titles(question: dict[str, Any]) -> set[str]:
+    return {title for title, _ in question["supporting_facts"]}
+
+
+def paragraphs(tokenizer: PreTrainedTokenizerFast, batch: dict[str, Any]) -> list[str]:
+    prompt = tokenizer.decode(batch["prompt_ids"][0])
+    return prompt.partition(f"\n\n{INSTRUCTION}")[0].removeprefix("<|im_start|>user\n").split("\n\n")
+
+
+def test_the_pool_has_a_paragraph_for_each_title(questions: dict[str, dict[str, Any]]):
+    pool = paragraph_pool(list(questions.values())).passages
+    assert len(pool) == len({passage.title for passage in pool}) == 66_581
+
+
+def test_splits_share_no_gold_paragraph(built: HotpotQA, questions: dict[str, dict[str, Any]]):
+    ids = {split: [record.id for record in built.records(split)] for split in SPLITS}
+    assert sorted(chain.from_iterable(ids.values())) == sorted(questions)
+    gold = [{title for name in ids[split] for title in gold_titles(questions[name])} for split in SPLITS]
+    assert all(first.isdisjoint(second) for first, second in combinations(gold, 2))
+    assert {split: len(names) for split, names in ids.items()} == {"train": 5923, "val": 741, "test": 741}
+
+
+def test_the_budget_holds_and_is_used(batches: dict[str, list[dict[str, Any]]]):
+    lengths = [batch["input_ids"].shape[1] for split in SPLITS for batch in batches[split]]
+    assert len(lengths) == 60
+    assert max(lengths) <= MAX_TOKENS
+    assert sum(lengths) / len(lengths) > 0.95 * MAX_TOKENS
+
+
+def test_gold_spans_decode_to_the_gold_paragraphs(
+    batches: dict[str, list[dict[str, Any]]],
+    questions: dict[str, dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+):
+    for batch in batches["test"]:
+        question = questions[batch["id"][0]]
+        shown = {tokenizer.decode(batch["input_ids"][0, start:end]) for start, end in batch["gold_spans"][0]}
+        context = {title: "".join(sentences).strip() for title, sentences in question["context"]}
+        assert shown == {f"{title}\n{context[title]}" for title in gold_titles(question)}
+        for start, end in batch["answer_spans"][0]:
+            assert tokenizer.decode(batch["input_ids"][0, start:end]).lower() == question["answer"].lower()
+
+
+def test_labels_decode_to_the_answer(
+    batches: dict[str, list[dict[str, Any]]],
+    questions: dict[str, dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+):
+    for batch in batches["val"]:
+        learnt = batch["labels"][0][batch["labels"][0] != -100]
+        assert tokenizer.decode(learnt) == questions[batch["id"][0]]["answer"] + "<|im_end|>"
+
+
+def test_distractors_neither_answer_nor_belong_to_another_split(
+    built: HotpotQA,
+    batches: dict[str, list[dict[str, Any]]],
+    questions: dict[str, dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+):
+    gold = {s: {t for record in built.records(s) for t in gold_titles(questions[record.id])} for s in SPLITS}
+    drawn: list[str] = []
+    for split in SPLITS:
+        foreign = set().union(*(gold[other] for other in SPLITS if other != split))
+        for batch in batches[split]:
+            question = questions[batch["id"][0]]
+            answer = normalize_answer(question["answer"])
+            shown = {text.partition("\n")[0]: text for text in paragraphs(tokenizer, batch)}
+            assert gold_titles(question) < set(shown)
+            for title in set(shown) - gold_titles(question):
+                drawn.append(title)
+                assert title not in foreign
+                assert answer in ("yes", "no") or f" {answer} " not in f" {normalize_answer(shown[title])} "
+    assert len(drawn) > 120
+    assert len(set(drawn)) > 0.95 * len(drawn)
+
+
+def test_neither_the_gold_again_nor_what_gives_the_answer_away_is_drawn(
+    small: Path, tokenizer: PreTrainedTokenizerFast
+):
+    data = HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None, max_tokens=4096, val_fraction=0.3)
+    record = next(record for split in SPLITS for record in data.records(split) if record.id == "q0")
+    text = tokenizer.decode(data.to_example(record)["input_ids"])
+    assert "harmless 0" in text
+    assert "gives away 0" not in text
+    assert text.count("Gold 0a\n") == text.count("Gold 0b\n") == 1
+
+
+def test_gold_lies_anywhere(batches: dict[str, list[dict[str, Any]]]):
+    depths = [start / batch["prompt_length"][0] for batch in batches["test"] for start, _ in batch["gold_spans"][0]]
+    assert min(depths) < 0.2
+    assert max(depths) > 0.6
+
+
+def test_a_context_depends_on_the_seed_and_the_question_alone(
+    tokenizer: PreTrainedTokenizerFast, batches: dict[str, list[dict[str, Any]]]
+):
+    again = HotpotQA(tokenizer=tokenizer, max_tokens=MAX_TOKENS)
+    wanted = {batch["id"][0]: batch["input_ids"][0].tolist() for batch in batches["val"][3:6]}
+    records = [record for record in again.records("val") if record.id in wanted]
+    assert {record.id: again.to_example(record)["input_ids"] for record in reversed(records)} == wanted
+    again.seed = 1
+    assert all(again.to_example(record)["input_ids"] != wanted[record.id] for record in records)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Ten questions, each with a distractor that contains its answer and one that does not."""
+    questions = []
+    for n in range(10):
+        titles = [f"Gold {n}a", f"Gold {n}b", f"gives away {n}", f"harmless {n}"]
+        texts = ["First.", f"It is Vilnius {n}.", f"Vilnius {n}!", "Nothing."]
+        context = [[title, [text]] for title, text in zip(titles, texts, strict=True)]
+        facts = [[titles[0], 0], [titles[1], 0]]
+        question = {"_id": f"q{n}", "question": "Where?", "answer": f"Vilnius {n}"}
+        questions.append({**question, "supporting_facts": facts, "context": context})
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(questions))
+    return path
+
+
+def test_a_changed_file_is_another_data_set(small: Path, tokenizer: PreTrainedTokenizerFast):
+    before = HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None).fingerprint
+    small.write_text(small.read_text() + "\n")
+    assert HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None).fingerprint != before
+
+
+def test_a_file_that_is_not_what_it_should_be_is_refused(small: Path, tokenizer: PreTrainedTokenizerFast):
+    with pytest.raises(UserError, match="the file is corrupt or another version"):
+        HotpotQA(tokenizer=tokenizer, source=str(small)).prepare_data()
+    small.write_text('[{"_id": "1", "question": "Q?"}]')
+    with pytest.raises(UserError, match=r"question 1 has no 'answer', needed are _id, question, answer"):
+        load_questions(str(small), None)
+
+
+def test_fractions_are_checked_at_once():
+    with pytest.raises(UserError, match=r"data.init_args.val_fraction is 1.5"):
+        HotpotQA(val_fraction=1.5)

@@ -1,0 +1,228 @@
+import logging
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import lrsa_lit.data
+from lrsa_lit.data.module import QADataModule, Split
+from lrsa_lit.data.prompts import TooLong, encode
+from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.tiny import tiny_tokenizer
+
+LENGTHS = {"train": range(0, 100, 10), "val": range(0, 30, 10), "test": range(0, 40, 10)}
+BARE = len(encode(QARecord("", (Passage("T", "y"),), "Q?", ("a",)), tiny_tokenizer(), 1024)["input_ids"])
+
+
+class Words(QADataModule):
+    """Records of BARE + 0, BARE + 10, ... tokens."""
+
+    def __init__(self, word: str = "x", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.word = word
+        self.asked: list[str] = []
+
+    def records(self, split: Split) -> Iterable[QARecord]:
+        for number in LENGTHS[split]:
+            self.asked.append(f"{split}{number}")
+            yield QARecord(f"{split}{number}", (Passage("T", "y" + self.word * number),), "Q?", ("a",), ("T",))
+
+
+def built(**kwargs: Any) -> Words:
+    data = Words(**kwargs)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def ids(loader: Iterable[dict[str, Any]]) -> list[str]:
+    return [name for batch in loader for name in batch["id"]]
+
+
+def test_every_record_becomes_an_example_in_order(tokenizer: PreTrainedTokenizerFast):
+    data = built(tokenizer=tokenizer, eval_batch_size=2)
+    assert ids(data.val_dataloader()) == ["val0", "val10", "val20"]
+    assert ids(data.test_dataloader()) == ids(data.predict_dataloader()) == [f"test{n}" for n in LENGTHS["test"]]
+    assert sorted(ids(data.train_dataloader())) == sorted(f"train{n}" for n in LENGTHS["train"])
+    assert [len(batch["id"]) for batch in data.val_dataloader()] == [2, 1]
+
+
+def test_the_seed_decides_the_order_of_training(tokenizer: PreTrainedTokenizerFast):
+    first, second, other = (built(tokenizer=tokenizer, seed=seed).train_dataloader() for seed in (1, 1, 2))
+    epochs = [ids(first), ids(first)]
+    assert epochs == [ids(second), ids(second)]
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != ids(other)
+
+
+def test_what_does_not_fit_is_left_out_and_said(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "lrsa_lit.data"):
+        data = built(tokenizer=tokenizer, max_tokens=BARE + 20)
+    assert data.report["train"] == {"kept": 3, "too_long": 7, "shortest_too_long": BARE + 30}
+    assert data.report["val"] == {"kept": 3}
+    assert f"Words train (at most {BARE + 20} tokens): kept 3, shortest_too_long {BARE + 30}, too_long 7" in caplog.text
+    assert ids(data.test_dataloader()) == ["test0", "test10", "test20"]
+
+
+def test_the_report_is_there_when_the_cache_is_used(tokenizer: PreTrainedTokenizerFast):
+    first = built(tokenizer=tokenizer, max_tokens=BARE + 20)
+    second = built(tokenizer=tokenizer, max_tokens=BARE + 20)
+    assert second.asked == []
+    assert second.report == first.report
+
+
+def test_a_build_counts_from_zero(tokenizer: PreTrainedTokenizerFast):
+    data = Words(tokenizer=tokenizer)
+    data.exclude("train", TooLong(5), records=3)
+    data.prepare_data()
+    assert data.report["train"] == {"kept": 10}
+
+
+def test_a_limit_stops_reading(tokenizer: PreTrainedTokenizerFast):
+    data = built(tokenizer=tokenizer, limit={"train": 2})
+    assert data.report["train"]["kept"] == 2
+    assert [name for name in data.asked if name.startswith("train")] == ["train0", "train10"]
+    assert data.report["val"]["kept"] == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_tokens": 1000}, {"seed": 1}, {"limit": {"val": 2}}, {"word": "y"}, {"tokenizer": "other"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_decides_the_examples_decides_the_fingerprint(change: dict[str, Any]):
+    other = tiny_tokenizer()
+    other.chat_template += "\n"
+    same = Words(tokenizer=tiny_tokenizer(), batch_size=4, eval_batch_size=2, num_workers=1)
+    if "tokenizer" in change:
+        change = {"tokenizer": other}
+    assert Words(tokenizer=tiny_tokenizer()).fingerprint == same.fingerprint
+    assert Words(**{"tokenizer": tiny_tokenizer(), **change}).fingerprint != same.fingerprint
+
+
+def test_sources_and_class_decide_the_fingerprint(tokenizer: PreTrainedTokenizerFast):
+    class Others(Words):
+        def sources(self) -> dict[str, str]:
+            return {"sha256": self.word}
+
+    class Namesake(Words):
+        pass
+
+    plain = Words(tokenizer=tokenizer).fingerprint
+    assert plain.startswith("Words-")
+    assert len({plain, Others(tokenizer=tokenizer).fingerprint, Namesake(tokenizer=tokenizer).fingerprint}) == 3
+
+
+def test_a_parameter_that_is_not_stored_is_noticed(tokenizer: PreTrainedTokenizerFast):
+    class Forgetful(QADataModule):
+        def __init__(self, colour: str = "red", **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+
+    with pytest.raises(AttributeError, match="colour"):
+        _ = Forgetful(tokenizer=tokenizer).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"max_tokens": 0}, "data.init_args.max_tokens is 0, allowed is 1 or more"),
+        ({"batch_size": 0}, "data.init_args.batch_size is 0, allowed is 1 or more"),
+        ({"eval_batch_size": -1}, "data.init_args.eval_batch_size is -1, allowed is 1 or more"),
+        ({"num_workers": -1}, "data.init_args.num_workers is -1, allowed is 0 or more"),
+        ({"limit": {"dev": 3}}, "data.init_args.limit has the key 'dev', allowed are train, val, test"),
+        ({"limit": {"val": 0}}, "data.init_args.limit.val is 0, allowed is 1 or more"),
+    ],
+)
+def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], message: str):
+    with pytest.raises(UserError) as error:
+        Words(**parameters)
+    assert str(error.value) == message
+
+
+def test_a_split_that_nothing_fits_says_what_would(tokenizer: PreTrainedTokenizerFast, cache: Path):
+    class Long(Words):
+        def records(self, split: Split) -> Iterable[QARecord]:
+            return list(super().records(split))[1:]
+
+    data = Long(tokenizer=tokenizer, max_tokens=BARE)
+    with pytest.raises(UserError) as error:
+        data.prepare_data()
+    assert str(error.value) == (
+        f"data.init_args.max_tokens is {BARE}, which leaves the split 'train' empty: each of its 9 questions "
+        f"needs more; allowed is {BARE + 10} or more"
+    )
+    assert not list(cache.rglob("*.arrow"))
+
+
+def test_a_split_without_records_is_refused(tokenizer: PreTrainedTokenizerFast):
+    class Nothing(QADataModule):
+        def records(self, split: Split) -> Iterable[QARecord]:
+            return []
+
+    with pytest.raises(UserError, match=r"^Nothing: the split 'train' has no records, at least one is needed$"):
+        Nothing(tokenizer=tokenizer).prepare_data()
+
+
+def test_an_unusable_tokenizer_is_refused():
+    with pytest.raises(UserError, match=r"^data.init_args.tokenizer is null"):
+        Words().prepare_data()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"^model.tokenizer: .* has no chat_template$"):
+        Words(tokenizer=tokenizer).prepare_data()
+
+
+def test_an_unwritable_cache_is_the_users_to_mend(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"^LRSA_CACHE_DIR: cannot write .*file/data/Words-"):
+        Words(tokenizer=tokenizer).prepare_data()
+
+
+def test_a_loader_before_setup_is_a_mistake_of_the_caller(tokenizer: PreTrainedTokenizerFast):
+    with pytest.raises(RuntimeError, match="val split is not open"):
+        Words(tokenizer=tokenizer).val_dataloader()
+
+
+class Recorder(LightningModule):
+    """Keeps the ids it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def test_step(self, batch: dict[str, Any]) -> None:
+        assert isinstance(batch["input_ids"], Tensor)
+        self.seen += batch["id"]
+
+
+def test_a_trainer_builds_only_what_its_stage_needs(tokenizer: PreTrainedTokenizerFast, cache: Path):
+    data, model = Words(tokenizer=tokenizer, num_workers=1), Recorder()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(accelerator="cpu", **quiet).test(model, data, verbose=False)
+    assert model.seen == [f"test{n}" for n in LENGTHS["test"]]
+    assert [path.name for path in (cache / "data" / data.fingerprint).iterdir()] == ["test"]
+
+
+def test_the_package_is_light_until_a_data_set_is_asked_for():
+    code = (
+        "import sys, lrsa_lit.data as d; assert not {'torch', 'datasets', 'lightning'} & set(sys.modules);"
+        "assert d.HotpotQA.__name__ == 'HotpotQA' and 'lightning' in sys.modules;"
+        "assert not [m for m in sys.modules if m.startswith(('lrsa_lit.models', 'lrsa_lit.tasks'))]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_export_is_there_and_others_are_not():
+    assert all(issubclass(getattr(lrsa_lit.data, name), QADataModule) for name in lrsa_lit.data.__all__)
+    with pytest.raises(AttributeError, match="Nope"):
+        _ = lrsa_lit.data.Nope

@@ -1,0 +1,114 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from lrsa_lit.data.prompts import (
+    INSTRUCTION,
+    TooLong,
+    encode,
+    find_answers,
+    render_passage,
+    render_prompt,
+    token_span,
+)
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.tiny import tiny_tokenizer
+
+
+def test_the_context_comes_first_and_the_question_last(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+    prompt, _ = render_prompt(record, tokenizer)
+    assert prompt == (
+        "<|im_start|>user\n"
+        "Isk\nThe Isk is 212 kilometres long.\n\n"
+        "Café Grün\nLe café naît à Tesmar: TESMAR, not Tesmarville.\n\n"
+        "Nobody lives in Tesmar.\n\n"
+        f"{INSTRUCTION}\n\n"
+        "Question: Where is the café?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_training_sees_the_prompt_that_generation_starts_from(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+    example = encode(record, tokenizer, 1024)
+    prompt, _ = render_prompt(record, tokenizer)
+    ids, length = example["input_ids"], example["prompt_length"]
+    assert ids[:length] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids[length:]) == "Tesmar<|im_end|>"
+    assert ids[length:].count(tokenizer.eos_token_id) == 1
+
+
+def test_spans_decode_to_the_evidence(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+    example = encode(record, tokenizer, 1024)
+    gold = [tokenizer.decode(example["input_ids"][start:end]) for start, end in example["gold_spans"]]
+    answers = [tokenizer.decode(example["input_ids"][start:end]) for start, end in example["answer_spans"]]
+    assert gold == [render_passage(record.passages[1])]
+    assert answers == ["Tesmar", "TESMAR"]  # neither Tesmarville nor the town of a passage that is not gold
+
+
+def test_all_answers_are_the_target_when_all_are_required(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+    example = encode(replace(record, match="all"), tokenizer, 1024)
+    assert tokenizer.decode(example["input_ids"][example["prompt_length"] :]) == "Tesmar, in Tesmar<|im_end|>"
+    assert (example["answers"], example["match"]) == (["Tesmar", "in Tesmar"], "all")
+
+
+def test_the_budget_is_exact(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+    length = len(encode(record, tokenizer, 1024)["input_ids"])
+    assert len(encode(record, tokenizer, length)["input_ids"]) == length
+    assert encode(record, tokenizer, length - 1) == TooLong(length)
+
+
+def test_a_question_that_fits_no_budget_says_what_it_needs(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+    bare = len(encode(replace(record, passages=(), supporting_titles=()), tokenizer, 1024)["input_ids"])
+    assert isinstance(encode(record, tokenizer, bare), TooLong)
+    with pytest.raises(UserError) as error:
+        encode(record, tokenizer, bare - 1)
+    assert str(error.value) == (
+        f"data.init_args.max_tokens is {bare - 1}, but question r1 needs {bare} tokens even without any context; "
+        f"allowed is {bare} or more"
+    )
+
+
+def test_a_chat_template_that_alters_text_is_refused(record: QARecord):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
+    with pytest.raises(UserError, match="chat template changes the text"):
+        encode(record, tokenizer, 1024)
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "expected"),
+    [
+        ("Paris, paris; Parisian", ["Paris"], ["Paris", "paris"]),
+        ("New York City", ["York", "New York"], ["New York"]),
+        ("C++ or C", ["C++"], ["C++"]),
+        ("no one said yes", ["yes"], []),
+        ("no one said yes", ["No "], []),
+    ],
+)
+def test_answers_are_whole_words(text: str, answers: list[str], expected: list[str]):
+    assert [text[start:end] for start, end in find_answers(text, answers, (0, len(text)))] == expected
+
+
+def test_answers_do_not_reach_over_the_edges():
+    assert list(find_answers("Paris Paris", ["Paris"], (1, 8))) == []
+    assert list(find_answers("XParis Y", ["Paris"], (1, 6))) == []
+
+
+@given(st.text(min_size=1, max_size=40), st.data())
+def test_token_spans_cover_exactly_the_characters(text: str, data: st.DataObject):
+    tokenizer = tiny_tokenizer()
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start = data.draw(st.integers(0, len(text) - 1))
+    end = data.draw(st.integers(start + 1, len(text)))
+    first, last = token_span(encoding["offset_mapping"], (start, end))
+    assert bytes(tokenizer.decode(encoding["input_ids"][first:last]), "utf-8") == text[start:end].encode("utf-8")
+
+
+def test_a_token_across_the_edge_belongs_to_the_span():
+    offsets = [(0, 4), (4, 8), (8, 9), (9, 12)]
+    assert token_span(offsets, (5, 9)) == (1, 3)
+    assert token_span(offsets, (4, 10)) == (1, 4)

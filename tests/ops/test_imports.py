@@ -1,0 +1,34 @@
+"""What importing the operator brings along, seen from a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after ``code``."""
+    script = f"{code}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def loaded() -> set[str]:
+    return modules_after(
+        "import torch\n"
+        "from lrsa_lit.ops.sparse_attention import LRSAConfig, sparse_attention\n"
+        "from lrsa_lit.ops.sparse_attention import stream\n"
+        "x = torch.randn(1, 1, 20, 4)\n"
+        "sparse_attention(x, x, x, LRSAConfig(1, 4, 2))"
+    )
+
+
+@pytest.mark.parametrize("name", ["transformers", "lightning", "triton", "peft", "datasets", "mlflow"])
+def test_running_the_operator_does_not_import(name, loaded):
+    assert {"torch", "lrsa_lit"} <= loaded, "the probe must have run"
+    assert name not in loaded
+
+
+def test_importing_the_package_imports_no_torch():
+    assert "torch" not in modules_after("import lrsa_lit")

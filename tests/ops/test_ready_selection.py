@@ -1,0 +1,68 @@
+"""``sparse_attention(…, selection=…)``: what was selected before, by another call or another rule."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import boundaries, oracle_attention, random_qkv
+
+from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, Selection, select, sparse_attention
+
+RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
+PACKINGS = [None, [60], [10, 50], [1, 5, 0, 40, 14]]
+
+
+@pytest.mark.parametrize("lengths", PACKINGS, ids=str)
+def test_a_ready_selection_gives_the_same_bits(lengths):
+    query, key, value = random_qkv(60)
+    packed = {} if lengths is None else {"cu_seqlens": boundaries(lengths)}
+    selection = select(key, value, RULE, **packed)
+    ours = sparse_attention(query, key, value, RULE, selection=selection, **packed)
+    assert ours.equal(sparse_attention(query, key, value, RULE, **packed))
+
+
+@pytest.mark.parametrize("lengths", PACKINGS, ids=str)
+def test_the_selection_of_another_rule_is_obeyed(lengths):
+    query, key, value = random_qkv(60)
+    packed = {} if lengths is None else {"cu_seqlens": boundaries(lengths)}
+    recent = RULE.replace(compressor=Recency())
+    ours = sparse_attention(query, key, value, RULE, selection=select(key, value, recent, **packed), **packed)
+    assert ours.equal(sparse_attention(query, key, value, recent, **packed))
+    assert not torch.allclose(ours, sparse_attention(query, key, value, RULE, **packed))
+
+
+def test_a_ready_selection_serves_fewer_queries_and_passes_gradient():
+    query, key, value = random_qkv(60, queries=7, grad=True)
+    selection = select(key, value, RULE)
+    ours = sparse_attention(query, key, value, RULE, selection=selection)
+    theirs = oracle_attention(query, key, value, RULE)
+    torch.testing.assert_close(ours, theirs)
+    for mine, reference in zip(
+        torch.autograd.grad(ours.square().sum(), (key, value)),
+        torch.autograd.grad(theirs.square().sum(), (key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda s: Selection(s.indices[:, :, :-1], s.scores[:, :, :-1]),
+        lambda s: Selection(s.indices[..., :-1], s.scores),
+        lambda s: Selection(s.indices[:, :1], s.scores[:, :1]),
+        lambda s: Selection(s.indices.expand(2, -1, -1, -1), s.scores),
+    ],
+    ids=["partitions", "top_k", "heads", "batch"],
+)
+def test_a_selection_of_another_shape_is_refused(cut):
+    query, key, value = random_qkv(60)
+    wrong = cut(select(key, value, RULE))
+    with pytest.raises(ValueError, match=r"^selection: indices \(.*\); .*\(1, 2, 6, 3\)$"):
+        sparse_attention(query, key, value, RULE, selection=wrong)
+
+
+def test_a_selection_is_frozen():
+    selection = select(*random_qkv(60)[1:], RULE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        selection.indices = selection.indices + 1

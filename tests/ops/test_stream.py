@@ -1,0 +1,131 @@
+"""The operator over several calls: any split gives the parallel pass, and only what the rule keeps is held."""
+
+import pytest
+import torch
+from helpers import random_qkv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, Recency, sparse_attention
+from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start, stored_size
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+
+SCALE = 0.4
+RULE = LRSAConfig(sink_size=3, lag_size=8, top_k=3)
+
+
+def run(config, tensors, sizes):
+    """Outputs of the calls joined, and the stream; what is stored is checked after each call."""
+    stream, outputs, start = KeyValueStream(config), [], 0
+    for size in sizes:
+        outputs.append(stream.attend(*(tensor[:, :, start : start + size] for tensor in tensors), SCALE))
+        start += size
+        assert stream.seen == start
+        stored = start if config is None else stored_size(start, config)
+        assert [pair.shape[2] for pair in stream.stored] == [stored, stored]
+    return torch.cat(outputs, dim=2), stream
+
+
+@st.composite
+def splits(draw):
+    lag = draw(st.integers(2, 8))
+    config = LRSAConfig(
+        sink_size=draw(st.integers(0, 5)),
+        lag_size=lag,
+        top_k=draw(st.integers(0, lag)),
+        chunk_size=draw(st.one_of(st.none(), st.integers(1, 2 * lag + 1))),
+        compressor=draw(st.sampled_from([RULE.compressor, RandomTokens(2), Recency(), MeanPool()])),
+    )
+    return config, draw(st.lists(st.integers(1, 25), min_size=1, max_size=12))
+
+
+@settings(max_examples=200)
+@given(splits())
+def test_any_split_gives_the_parallel_pass(case):
+    config, sizes = case
+    tensors = random_qkv(sum(sizes), batch=2)
+    output, _ = run(config, tensors, sizes)
+    torch.testing.assert_close(output, sparse_attention(*tensors, config, scale=SCALE), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[100], [7] * 14 + [2], [8] * 12 + [4], [1] * 100, [19, 1, 80], [18, 2, 80]], ids=str)
+@pytest.mark.parametrize("chunk", [None, 1, 12, 16, 5])
+def test_splits_that_end_on_and_around_the_chunks(chunk, sizes):
+    config, tensors = RULE.replace(chunk_size=chunk), random_qkv(100)
+    output, _ = run(config, tensors, sizes)
+    torch.testing.assert_close(output, sparse_attention(*tensors, config, scale=SCALE))
+
+
+def test_gradients_pass_through_the_calls():
+    tensors = random_qkv(60, grad=True)
+    ours, _ = run(RULE, tensors, [20, 1, 30, 9])
+    theirs = sparse_attention(*tensors, RULE, scale=SCALE)
+    for mine, reference in zip(
+        torch.autograd.grad(ours.square().sum(), tensors),
+        torch.autograd.grad(theirs.square().sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference)
+
+
+def held_bytes(stream) -> int:
+    """Memory behind all tensors of the stream, whole storages counted once."""
+    pairs = [value for value in vars(stream).values() if isinstance(value, tuple)]
+    storages = {tensor.untyped_storage() for pair in pairs for tensor in pair}
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize(
+    "sizes", [[200], [150, 50], [1] * 200, [30] * 6 + [20]], ids=["once", "two", "ones", "thirties"]
+)
+@pytest.mark.parametrize("config", [RULE, RULE.replace(top_k=0, sink_size=0), None], ids=["rule", "window", "dense"])
+def test_the_memory_of_dropped_tokens_is_freed(config, sizes):
+    tensors = random_qkv(200, batch=1, heads=2, dim=5)
+    _, stream = run(config, tensors, sizes)
+    stored = 200 if config is None else stored_size(200, config)
+    assert held_bytes(stream) == 2 * stored * 2 * 5 * 8
+    assert held_bytes(stream.rows(torch.tensor([0]))) == held_bytes(stream)
+
+
+def test_the_first_calls_hold_no_more_than_their_tokens():
+    _, stream = run(RULE, random_qkv(12), [5, 7])
+    assert held_bytes(stream) == 2 * 12 * 2 * 5 * 8
+
+
+def test_stored_pairs_are_sinks_then_kept_then_raw():
+    config = RULE.replace(compressor=Recency())
+    tensors = random_qkv(45)
+    _, stream = run(config, tensors, [45])
+    count = compressed_at(44, config)
+    assert count == 4
+    kept = [3 + 8 * p + place for p in range(count) for place in (5, 6, 7)]
+    positions = [0, 1, 2, *kept, *range(raw_start(count, config), 45)]
+    for held, tensor in zip(stream.stored, tensors[1:], strict=True):
+        assert held.equal(tensor[:, :, positions])
+
+
+def test_an_empty_stream_stores_nothing():
+    stream = KeyValueStream(RULE)
+    assert stream.stored is None
+    assert stream.seen == 0
+    assert stream.rows(torch.tensor([0])).stored is None
+
+
+def test_a_dense_stream_is_causal_attention():
+    tensors = random_qkv(60)
+    output, _ = run(None, tensors, [25, 1, 34])
+    dense = RULE.replace(top_k=RULE.lag_size)
+    torch.testing.assert_close(output, sparse_attention(*tensors, dense, scale=SCALE))
+
+
+@pytest.mark.parametrize("indices", [[2, 0, 0], [1], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("seen", [10, 50], ids=["before-compression", "after"])
+def test_rows_continue_as_the_rows_they_were_taken_from(indices, seen):
+    tensors = random_qkv(70, batch=3)
+    _, stream = run(RULE, [tensor[:, :, :seen] for tensor in tensors], [seen])
+    chosen = stream.rows(torch.tensor(indices))
+    assert chosen.seen == seen
+    later = chosen.attend(*(tensor[indices, :, seen:] for tensor in tensors), SCALE)
+    whole = sparse_attention(*tensors, RULE, scale=SCALE)
+    torch.testing.assert_close(later, whole[indices, :, seen:])
+    assert stream.stored[0].shape[2] == stored_size(seen, RULE), "the stream itself is left alone"

@@ -1,0 +1,102 @@
+"""The task alone, on a tiny model and batches made by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lrsa_lit.attention import enabled_config
+from lrsa_lit.data.collate import collate
+from lrsa_lit.errors import UserError
+from lrsa_lit.models import Backbone
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.tasks import LongContextQA
+
+RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
+
+
+def task(**options):
+    made = LongContextQA(Backbone("tiny"), RULE, **options)
+    made.configure_model()
+    return made
+
+
+def batch(*lengths, answer=5):
+    torch.manual_seed(0)
+    examples = [
+        {
+            "id": f"q{length}",
+            "input_ids": torch.randint(3, 259, (length + answer,)).tolist(),
+            "prompt_length": length,
+            "gold_spans": [],
+            "answer_spans": [],
+            "answers": ["an answer"],
+            "match": "any",
+        }
+        for length in lengths
+    ]
+    return collate(examples, pad_token_id=2)
+
+
+def test_loss_is_the_answers_cross_entropy():
+    made, rows = task(), batch(150, 90)
+    loss, count = made.answer_loss(rows)
+    logits = made.model(rows["input_ids"], attention_mask=rows["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=-100
+    )
+    assert count == 10
+    torch.testing.assert_close(loss, expected)
+
+
+def test_loss_of_a_batch_is_that_of_its_rows():
+    made = task()
+    together, _ = made.answer_loss(batch(150, 90))
+    alone = []
+    for row in range(2):
+        rows = batch(150, 90)
+        length = int(rows["attention_mask"][row].sum())
+        one = {k: rows[k][row : row + 1, :length] for k in ("input_ids", "attention_mask", "labels")}
+        alone.append(made.answer_loss(one)[0])
+    torch.testing.assert_close(together, sum(alone) / 2)
+
+
+def test_training_attention_stands_and_evaluation_restores_it():
+    made = task(train_attention={"top_k": 8}, evaluate={"dense": None, "k2": {"top_k": 2}})
+    assert enabled_config(made.model) == RULE.replace(top_k=8)
+    made._evaluate(batch(100))
+    assert enabled_config(made.model) == RULE.replace(top_k=8)
+    losses = {float(meter.loss.compute()) for meter in made.meters}
+    assert len(losses) == 3
+
+
+def test_dense_training_leaves_the_models_own_attention():
+    made = task(train_attention=None)
+    assert enabled_config(made.model) is None
+
+
+def test_batched_answers_equal_single_ones():
+    made = task(max_new_tokens=12)
+    made.eval()
+    for rule in (RULE, None):
+        together, _ = made.generate(batch(150, 40, 90), rule)
+        rows = batch(150, 40, 90)
+        for row, length in enumerate((150, 40, 90)):
+            one = {
+                "prompt_ids": rows["prompt_ids"][row : row + 1, -length:],
+                "prompt_mask": rows["prompt_mask"][row : row + 1, -length:],
+            }
+            assert made.generate(one, rule)[0] == [together[row]]
+
+
+def test_predictions_state_what_they_were_made_with():
+    made = task(max_new_tokens=3)
+    (line,) = made.predict_step(batch(60), 0)
+    assert line["prompt_tokens"] == 60
+    assert 0 <= line["new_tokens"] <= 3
+    assert line["config"] == RULE.digest()
+
+
+def test_evaluation_with_an_unknown_setting():
+    with pytest.raises(UserError, match=r"model\.evaluate\.x: lrsa\.topk"):
+        task(evaluate={"x": {"topk": 3}})

@@ -1,0 +1,43 @@
+"""Files of packages, of the project and of the user."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import cache_dir, resolve, sha256_of, shipped
+
+
+def test_file_inside_a_package():
+    path = resolve("package://pytest/pytest/py.typed")
+    assert path.name == "py.typed"
+
+
+def test_package_without_that_file():
+    with pytest.raises(UserError, match="holds no file"):
+        resolve("package://pytest/nowhere.bin")
+
+
+def test_digest_is_checked(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(b"abc")
+    good = hashlib.sha256(b"abc").hexdigest()
+    assert sha256_of(file) == good
+    assert resolve(str(file), good) == file
+    with pytest.raises(UserError, match="expected 00"):
+        resolve(str(file), "00")
+
+
+def test_own_file_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("data/sample.jsonl") == shipped("data/sample.jsonl")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/sample.jsonl").write_text("mine")
+    assert resolve("data/sample.jsonl").read_text() == "mine"
+
+
+def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path))
+    assert cache_dir("a", "b") == tmp_path / "a" / "b"
