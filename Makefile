@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 QUICKSTART := --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --config configs/experiment/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test test-fast lint format ui clean
+.PHONY: help setup fit test test-fast test-gpu lint format ui clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -26,6 +26,9 @@ test: setup ## Run all tests that a CPU can run
 
 test-fast: setup ## Run the tests without the slow ones (real model and data)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-gpu: ## Run the kernels' grid with your own CUDA build of torch; PYTEST="-n 8" compiles in parallel
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops/triton $(PYTEST)
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

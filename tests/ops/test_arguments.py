@@ -61,7 +61,6 @@ CASES = {
         "cu_seqlens: packed rows need B = 1 and a query for each key, got B = 1, 19 queries and 20 keys",
     ),
     "impl": (lambda q, k, v: (q, k, v), {"impl": "cuda"}, "impl: 'cuda' is not allowed; it must be one of auto, "),
-    "impl-triton": (lambda q, k, v: (q, k, v), {"impl": "triton"}, "impl: 'triton'"),
 }
 
 
@@ -90,7 +89,7 @@ def test_the_implementations_that_run_here_agree():
 
 
 def test_auto_logs_its_choice_once(caplog):
-    api._implementation.cache_clear()
+    api._decide.cache_clear()
     with caplog.at_level(logging.INFO, logger=api.__name__):
         for _ in range(3):
             sparse_attention(*tensors(), RULE)

@@ -6,9 +6,11 @@ Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, N 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -58,12 +60,14 @@ def sparse_attention(
     boundaries = _boundaries(cu_seqlens, key, query)
     if selection is not None:
         _check_selection(selection, key, config, boundaries)
-    forward = _implementation(impl, query.device.type)
+    forward = _implementation(impl, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return forward(query, key, value, config, boundaries=boundaries, scale=scale, selection=selection)
 
 
-def select(key: Tensor, value: Tensor, config: LRSAConfig, *, cu_seqlens: Tensor | None = None) -> Selection:
+def select(
+    key: Tensor, value: Tensor, config: LRSAConfig, *, cu_seqlens: Tensor | None = None, impl: Impl = "auto"
+) -> Selection:
     """Positions and scores of what each partition keeps by the time the last token attends.
 
     Args:
@@ -71,12 +75,18 @@ def select(key: Tensor, value: Tensor, config: LRSAConfig, *, cu_seqlens: Tensor
         value: (B, H, T, D).
         config: the rule, with a compressor that selects.
         cu_seqlens: int32 (N + 1,) boundaries of packed sequences (B = 1).
+        impl: as in :func:`sparse_attention`, which keeps the same tokens.
 
     Raises:
         UserError: arguments that do not fit together, or a compressor that makes new pairs.
     """
     _check_tensors(key, key, value)
-    return select_packed(key, value, config, _boundaries(cu_seqlens, key, key))
+    boundaries = _boundaries(cu_seqlens, key, key)
+    chosen = _choose(impl, key.device.type, key.dtype, key.shape[-1])
+    if chosen == "reference":
+        return select_packed(key, value, config, boundaries)
+    selection: Selection = _triton().select(key, value, config, boundaries)
+    return selection
 
 
 @torch.no_grad()
@@ -106,16 +116,55 @@ def _visible(key: Tensor, value: Tensor, config: LRSAConfig) -> Tensor:
     return (position <= position[:, None]) & (sink | raw | compact)
 
 
+def _implementation(impl: str, query: Tensor) -> Callable[..., Tensor]:
+    """What runs the operator on such tensors."""
+    chosen = _choose(impl, query.device.type, query.dtype, query.shape[-1])
+    forward: Callable[..., Tensor] = reference.forward if chosen == "reference" else _triton().forward
+    return forward
+
+
+def _choose(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
+    """The implementation's name; a constant for torch.compile, which traces neither the cache nor the checks."""
+    return _decide(impl, device, dtype, dim)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which would import triton.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.lru_cache
-def _implementation(impl: str, device: str) -> Callable[..., Tensor]:
-    """What runs the operator; cached, so that the choice of ``auto`` is logged once per device."""
+def _decide(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
+    """Cached, so that the choice of ``auto`` and its reason are logged once."""
     if impl not in get_args(Impl):
         raise UserError(f"impl: {impl!r} is not allowed; it must be one of {', '.join(get_args(Impl))}")
-    if impl == "triton":
-        raise UserError("impl: 'triton' is not part of this version; use 'reference' or 'auto'")
-    if impl == "auto":
+    if impl == "reference":
+        return impl
+    if impl == "auto" and device != "cuda":
         _log.info("sparse_attention on %s runs impl=reference", device)
-    return reference.forward
+        return "reference"
+    reason = _no_triton(device, dtype, dim)
+    if impl == "triton" and reason is not None:
+        raise UserError(reason)
+    if reason is not None:
+        _log.warning("sparse_attention on %s runs impl=reference, which is slow: %s", device, reason)
+        return "reference"
+    _log.info("sparse_attention on %s runs impl=triton", device)
+    return "triton"
+
+
+def _no_triton(device: str, dtype: torch.dtype, dim: int) -> str | None:
+    """Why the Triton kernels cannot run, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "impl: 'triton' needs the package triton, which is not installed; use 'reference'"
+    reason: str | None = _triton().unsupported(device, dtype, dim)
+    return reason
+
+
+def _triton() -> ModuleType:
+    """The Triton implementation, imported where one is asked for: there is no triton wheel for every platform."""
+    from lrsa_lit.ops.sparse_attention.impl import triton
+
+    return triton
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

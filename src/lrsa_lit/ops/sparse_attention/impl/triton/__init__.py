@@ -1,1 +1,164 @@
-"""The place of the Triton kernels. Importing this package must be the first thing that imports triton."""
+"""Triton kernels for CUDA devices, and for the CPU under Triton's interpreter. The one package that imports triton.
+
+``forward`` is the operator, ``attend`` the kernel beneath it for callers that keep their own compact buffer, ``select``
+the fused selection. Gradients flow to everything that floats.
+
+Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, K top_k, M compact rows, D head_dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.compressors import LagRelative, Selector
+from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
+from lrsa_lit.ops.sparse_attention.impl.triton import ops
+from lrsa_lit.ops.sparse_attention.impl.triton.gather import ranks_of
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
+from lrsa_lit.ops.sparse_attention.selection import Selection, compact_buffer, select_packed
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def unsupported(device: str, dtype: torch.dtype, dim: int) -> str | None:
+    """Why these kernels cannot run on such tensors, in one line that names the argument; None if they can."""
+    interpreted = triton.knobs.runtime.interpret
+    if device != "cuda" and not interpreted:
+        return f"device: impl='triton' runs on cuda, or on the CPU with TRITON_INTERPRET=1; got {device}"
+    if dtype not in _DTYPES:
+        return f"dtype: {dtype} is not allowed with impl='triton'; it must be bfloat16, float16 or float32"
+    if interpreted and dtype == torch.bfloat16:
+        return "dtype: Triton's interpreter computes bfloat16 products wrongly; use float32 or float16 with it"
+    if dim % 8 or not 16 <= dim <= 256:
+        return f"query: head size {dim} is not allowed with impl='triton'; it must be a multiple of 8 from 16 to 256"
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: LRSAConfig,
+    *,
+    boundaries: Sequence[int],
+    scale: float,
+    selection: Selection | None,
+) -> Tensor:
+    """The operator; arguments as in ``api.sparse_attention``, already checked.
+
+    ``boundaries`` are 0 … T of the sequences; with fewer queries than keys there is one sequence.
+    """
+    numbers = _numbers(config, queries_from=key.shape[2] - query.shape[2])
+    if isinstance(config.compressor, Selector):
+        with torch.no_grad():
+            ranks = _ranks(key, value, config, boundaries, selection)
+            compact = ops.gather(key, value, ranks, boundaries, numbers, _compact_rows(config, boundaries))
+    else:
+        ranks = None
+        pieces = [
+            compact_buffer(key[:, :, start:stop], value[:, :, start:stop], config)
+            for start, stop in itertools.pairwise(boundaries)
+        ]
+        compact = torch.cat([keys for keys, _ in pieces], dim=2), torch.cat([values for _, values in pieces], dim=2)
+    return _attend(query, key, value, compact[0], compact[1], ranks, boundaries, numbers, scale)
+
+
+def attend(
+    query: Tensor,
+    compact: tuple[Tensor, Tensor],
+    raw: tuple[Tensor, Tensor],
+    config: LRSAConfig,
+    *,
+    scale: float,
+    query_offset: int = 0,
+    raw_offset: int = 0,
+) -> Tensor:
+    """Attention of one sequence's queries over its compact buffer and its raw tokens.
+
+    Args:
+        query: (B, Hq, Tq, D), the tokens at positions ``query_offset`` … of their sequence.
+        compact: keys and values (B, H, M, D): sinks, then the pairs kept of each partition.
+        raw: keys and values (B, H, Tr, D) of the tokens at positions ``raw_offset`` … up to the last query.
+        config: the rule.
+        scale: factor of the scores before the softmax.
+        query_offset: position of the first query.
+        raw_offset: position of the first raw token, at most the raw start of the first query.
+
+    Returns:
+        (B, Hq, Tq, D) in the query's dtype.
+    """
+    boundaries = 0, query_offset + query.shape[2]
+    numbers = _numbers(config, queries_from=query_offset, keys_from=raw_offset)
+    return _attend(query, raw[0], raw[1], compact[0], compact[1], None, boundaries, numbers, scale)
+
+
+@torch.no_grad()
+def select(key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> Selection:
+    """What :func:`forward` keeps; other compressors than lag-relative ones select in PyTorch."""
+    if not isinstance(config.compressor, LagRelative):
+        return select_packed(key, value, config, boundaries)
+    ranks, scores = _select_lag_relative(key, value, config, boundaries)
+    batch, heads, count, lag = ranks.shape
+    # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
+    tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(batch, heads, count, config.top_k)
+    starts = [
+        start + config.sink_size + ordinal * lag
+        for start, stop in itertools.pairwise(boundaries)
+        for ordinal in range(compressed_at(stop - start - 1, config))
+    ]
+    return Selection(tokens + torch.tensor(starts, device=key.device, dtype=torch.int64)[:, None], scores)
+
+
+def _ranks(
+    key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int], selection: Selection | None
+) -> Tensor:
+    """Ranks (B, H, P, L) of the given selection, else of the config's."""
+    if selection is None and isinstance(config.compressor, LagRelative):
+        return _select_lag_relative(key, value, config, boundaries)[0]
+    chosen = select_packed(key, value, config, boundaries) if selection is None else selection
+    return ranks_of(chosen.indices, Geometry(tuple(boundaries), *_numbers(config)))
+
+
+def _select_lag_relative(
+    key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
+    ranks, scores = ops.select_lag_relative(
+        key, value, boundaries, _numbers(config), float(config.value_weight), partitions
+    )
+    return ranks, scores
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compact_key: Tensor,
+    compact_value: Tensor,
+    ranks: Tensor | None,
+    boundaries: Sequence[int],
+    numbers: Sequence[int],
+    scale: float,
+) -> Tensor:
+    # The kernels take the maximum of the scores before they scale them.
+    if scale < 0:
+        query, scale = -query, -scale
+    # Masked scores are minus infinity, which zero would turn into NaN.
+    scale = max(scale, 1e-30)
+    output: Tensor = ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)[0]
+    return output
+
+
+def _compact_rows(config: LRSAConfig, boundaries: Sequence[int]) -> int:
+    lengths = [stop - start for start, stop in itertools.pairwise(boundaries)]
+    return sum(compact_size(compressed_at(length - 1, config), config) for length in lengths)
+
+
+def _numbers(config: LRSAConfig, *, queries_from: int = 0, keys_from: int = 0) -> list[int]:
+    return [queries_from, keys_from, config.sink_size, config.lag_size, config.top_k, config.chunk]

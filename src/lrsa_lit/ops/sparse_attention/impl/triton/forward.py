@@ -1,0 +1,311 @@
+"""The attention forward: one pass over the compact prefix and the raw range of each tile of queries.
+
+Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+    COLUMNS,
+    COMPACT_ROW,
+    KEY_ROW,
+    LOWEST,
+    QUERY_FROM,
+    QUERY_ROW,
+    QUERY_TO,
+    load_rows,
+    masked_block,
+    split_blocks,
+    store_rows,
+    visible_range,
+)
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
+
+LOG2_E = 1.4426950408889634
+_INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"]
+
+
+def attend_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compact_key: Tensor,
+    compact_value: Tensor,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query over its prefix of the compact buffer and its range of raw tokens.
+
+    Args:
+        query: (B, Hq, Tq, D).
+        key: (B, H, T, D), raw.
+        value: (B, H, T, D), raw.
+        compact_key: (B, H, M, D), contiguous.
+        compact_value: (B, H, M, D), contiguous.
+        geometry: of the call.
+        scale: factor of the scores, not negative.
+
+    Returns:
+        Output (B, Hq, Tq, D), laid out as the query; base-2 logarithm of the softmax's denominator (B, Hq, Tq) float32.
+    """
+    batch, query_heads, queries, dim = query.shape
+    heads = key.shape[1]
+    tile = tiles_for(dim, query.dtype).forward
+    output = torch.empty_like(query)
+    denominator = query.new_empty((batch, query_heads, queries), dtype=torch.float32)
+    table = query_tiles(geometry, query.device, tile.rows)
+    padded = triton.next_power_of_2(dim)
+    _forward_kernel[(len(table) * batch * query_heads,)](
+        query,
+        key,
+        value,
+        compact_key,
+        compact_value,
+        *(row_descriptor(tensor, tile.columns, padded) for tensor in (key, value, compact_key, compact_value)),
+        output,
+        denominator,
+        table,
+        sequence_table(geometry, query.device),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *output.stride()[:3],
+        batch * query_heads,
+        query_heads,
+        query_heads // heads,
+        queries,
+        compact_key.shape[2],
+        *geometry.rule,
+        scale * LOG2_E,
+        DIM=dim,
+        PADDED=padded,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return output, denominator
+
+
+def row_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """A TMA descriptor for blocks of rows of one head of (B, H, T, D); None where the copy engine cannot express it."""
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:3])
+    if not aligned or tensor.numel() == 0 or 0 in tensor.stride():
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _forward_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_compact_key,
+    p_compact_value,
+    d_key,
+    d_value,
+    d_compact_key,
+    d_compact_value,
+    p_output,
+    p_denominator,
+    p_tiles,
+    p_sequences,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    n_batch_heads,
+    heads,
+    group,
+    n_queries,
+    n_rows,
+    sink,
+    lag,
+    keep,
+    chunk,
+    scale_log2,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per tile of queries and query head; the heads of a tile run together and share its keys in L2."""
+    i_tile, i_bh = tl.program_id(0) // n_batch_heads, tl.program_id(0) % n_batch_heads
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    i_kv = i_h // group
+    p_sequence = p_sequences + tl.load(p_tiles + i_tile * 2) * COLUMNS
+    i_first = tl.load(p_tiles + i_tile * 2 + 1)
+    i_query_row = tl.load(p_sequence + QUERY_ROW)
+    i_low = tl.maximum(i_first, tl.load(p_sequence + QUERY_FROM))
+    i_high = tl.minimum(i_first + BLOCK_M, tl.load(p_sequence + QUERY_TO))
+    # Rows in front of the first query repeat it: they are never stored.
+    o_t = tl.maximum(i_first + tl.arange(0, BLOCK_M), i_low)
+    m_t = (i_first + tl.arange(0, BLOCK_M) >= i_low) & (o_t < i_high)
+    o_row = (i_query_row + o_t).to(tl.int64)
+    o_dim = tl.arange(0, PADDED)
+
+    p_query += i_b * stride_qb + i_h * stride_qh
+    # [BLOCK_M, PADDED]
+    b_query = tl.load(
+        p_query + o_row[:, None] * stride_qt + o_dim[None, :], mask=m_t[:, None] & (o_dim < DIM)[None, :], other=0.0
+    )
+    b_output = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+
+    i_head = i_b * (heads // group) + i_kv
+    i_compact_row = tl.load(p_sequence + COMPACT_ROW)
+    o_compact = i_head * n_rows * DIM
+    b_output, b_sum, b_max = _attend_source(
+        b_output,
+        b_sum,
+        b_max,
+        b_query,
+        p_compact_key + o_compact,
+        p_compact_value + o_compact,
+        DIM,
+        DIM,
+        d_compact_key,
+        d_compact_value,
+        i_b.to(tl.int32),
+        i_kv.to(tl.int32),
+        i_compact_row,
+        o_t,
+        i_low,
+        i_high,
+        sink,
+        lag,
+        keep,
+        chunk,
+        scale_log2,
+        True,
+        DIM,
+        PADDED,
+        BLOCK_N,
+    )
+    b_output, b_sum, b_max = _attend_source(
+        b_output,
+        b_sum,
+        b_max,
+        b_query,
+        p_key + i_b * stride_kb + i_kv * stride_kh,
+        p_value + i_b * stride_vb + i_kv * stride_vh,
+        stride_kt,
+        stride_vt,
+        d_key,
+        d_value,
+        i_b.to(tl.int32),
+        i_kv.to(tl.int32),
+        tl.load(p_sequence + KEY_ROW),
+        o_t,
+        i_low,
+        i_high,
+        sink,
+        lag,
+        keep,
+        chunk,
+        scale_log2,
+        False,
+        DIM,
+        PADDED,
+        BLOCK_N,
+    )
+
+    p_output += i_b * stride_ob + i_h * stride_oh
+    if b_query.dtype == tl.float32:
+        b_output = tl.div_rn(b_output, tl.broadcast_to(b_sum[:, None], BLOCK_M, PADDED))
+    else:
+        b_output *= (1.0 / b_sum)[:, None]
+    store_rows(p_output, i_query_row + i_first, stride_ot, m_t, b_output, DIM, BLOCK_M, PADDED)
+    p_denominator += i_bh.to(tl.int64) * n_queries
+    tl.store(p_denominator + o_row, b_max + tl.log2(b_sum), mask=m_t)
+
+
+@triton.jit
+def _attend_source(
+    b_output,
+    b_sum,
+    b_max,
+    b_query,
+    p_key,
+    p_value,
+    stride_k,
+    stride_v,
+    d_key,
+    d_value,
+    i_b,
+    i_head,
+    i_row,
+    o_t,
+    i_low,
+    i_high,
+    sink,
+    lag,
+    keep,
+    chunk,
+    scale_log2,
+    COMPACT: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Take in one source: full blocks, then those with masks (see primitives.py)."""
+    i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
+    i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
+    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
+    o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, COMPACT)
+    o_n = tl.arange(0, BLOCK_N)
+    for i_n in range(i_begin, i_end, BLOCK_N):
+        # [BLOCK_N, PADDED]
+        if d_key is None:
+            b_key = load_rows(p_key, i_row + i_n, stride_k, BLOCK_N, DIM, BLOCK_N, PADDED, False)
+            b_value = load_rows(p_value, i_row + i_n, stride_v, BLOCK_N, DIM, BLOCK_N, PADDED, False)
+        else:
+            b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+            b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+        b_output, b_sum, b_max = _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, None, scale_log2)
+    for i_step in range(0, n_masked, BLOCK_N):
+        i_n = masked_block(i_step, i_start, i_begin, i_end)
+        # [BLOCK_N, PADDED]
+        b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
+        b_output, b_sum, b_max = _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, scale_log2)
+    return b_output, b_sum, b_max
+
+
+@triton.jit
+def _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, scale_log2):
+    """One step of the online softmax, in base 2."""
+    # [BLOCK_M, BLOCK_N]
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+    if m_visible is not None:
+        b_score = tl.where(m_visible, b_score, float("-inf"))
+    # Scale and subtract in one rounding: at scores of 1e5 the product alone would lose what the softmax needs.
+    b_top = tl.maximum(b_max, tl.max(b_score, axis=1) * scale_log2)
+    b_power = tl.exp2(b_score * scale_log2 - b_top[:, None])
+    b_decay = tl.exp2(b_max - b_top)
+    b_sum = b_sum * b_decay + tl.sum(b_power, axis=1)
+    b_output = b_output * b_decay[:, None]
+    # [BLOCK_M, PADDED]
+    if b_value.dtype == tl.float32:
+        # Without tensor cores a running sum over all keys rounds at each; summing blocks first rounds less.
+        b_output += tl.dot(b_power, b_value, input_precision="ieee")
+    else:
+        b_output = tl.dot(b_power.to(b_value.dtype), b_value, b_output)
+    return b_output, b_sum, b_top

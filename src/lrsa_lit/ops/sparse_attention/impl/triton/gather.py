@@ -1,0 +1,134 @@
+"""The compact buffer of a selection: sinks, then the kept tokens of each partition.
+
+Dimensions: B batch, H key-value heads, T tokens, P partitions, L lag_size, K top_k, M rows of the buffer, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, compact_rows, partition_table, sequence_table
+from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+    COLUMNS,
+    COMPACT_ROW,
+    KEY_ROW,
+    PARTITION_ROW,
+    PARTITIONS,
+)
+
+_INTEGERS = ["heads", "n_partitions", "n_rows", "sink", "lag", "keep"]
+_BLOCK = 32
+
+
+def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Copy the pairs that stay visible.
+
+    Args:
+        key: (B, H, T, D).
+        value: (B, H, T, D).
+        ranks: (B, H, P, L) int32, the place of a token among the K kept of its partition, -1 where it is dropped.
+        geometry: of the call.
+
+    Returns:
+        Keys and values (B, H, M, D), contiguous; one sequence's rows after the other's.
+    """
+    batch, heads, _, dim = key.shape
+    shape = batch, heads, sum(compact_rows(geometry)), dim
+    compact_key, compact_value = key.new_empty(shape), value.new_empty(shape)
+    if compact_key.numel() == 0:
+        return compact_key, compact_value
+    table = partition_table(geometry, key.device)
+    _gather_kernel[(len(table), batch * heads)](
+        key,
+        value,
+        ranks,
+        compact_key,
+        compact_value,
+        table,
+        sequence_table(geometry, key.device),
+        *key.stride()[:3],
+        *value.stride()[:3],
+        heads,
+        ranks.shape[2],
+        shape[2],
+        geometry.sink,
+        geometry.lag,
+        geometry.keep,
+        DIM=dim,
+        BLOCK=_BLOCK,
+        PADDED=triton.next_power_of_2(dim),
+    )
+    return compact_key, compact_value
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _gather_kernel(
+    p_key,
+    p_value,
+    p_ranks,
+    p_compact_key,
+    p_compact_value,
+    p_table,
+    p_sequences,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    heads,
+    n_partitions,
+    n_rows,
+    sink,
+    lag,
+    keep,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """One program per partition (or sequence's sinks) and head."""
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    p_entry = p_table + tl.program_id(0) * 2
+    i_sequence, i_partition = tl.load(p_entry), tl.load(p_entry + 1)
+    p_sequence = p_sequences + i_sequence * COLUMNS
+    i_key, i_compact = tl.load(p_sequence + KEY_ROW), tl.load(p_sequence + COMPACT_ROW)
+    is_sink = i_partition < 0
+    p_rank = p_ranks + (i_bh * n_partitions + tl.load(p_sequence + PARTITION_ROW) + i_partition) * lag
+
+    # Sinks stay in place; the kept tokens of partition p follow those of p - 1.
+    n_tokens = tl.where(is_sink, tl.where(tl.load(p_sequence + PARTITIONS) > 0, sink, 0), lag)
+    n_ranked = tl.where(is_sink, 0, lag)
+    i_token = i_key + tl.where(is_sink, 0, sink + i_partition * lag)
+    i_slot = i_compact + tl.where(is_sink, 0, sink + i_partition * keep)
+
+    p_key += i_b * stride_kb + i_h * stride_kh + i_token.to(tl.int64) * stride_kt
+    p_value += i_b * stride_vb + i_h * stride_vh + i_token.to(tl.int64) * stride_vt
+    o_slots = (i_bh * n_rows + i_slot) * DIM
+    o_dim = tl.arange(0, PADDED)
+    for i_block in range(0, n_tokens, BLOCK):
+        o_token = i_block + tl.arange(0, BLOCK)
+        m_token = o_token < n_tokens
+        b_kept = tl.load(p_rank + o_token, mask=o_token < n_ranked, other=-1)
+        b_rank = tl.where(is_sink, o_token, b_kept)
+        # [BLOCK, PADDED]: only kept rows are read
+        m_rows = (m_token & (b_rank >= 0))[:, None] & (o_dim < DIM)[None, :]
+        o_out = o_slots + b_rank[:, None] * DIM + o_dim[None, :]
+        b_key = tl.load(p_key + o_token.to(tl.int64)[:, None] * stride_kt + o_dim[None, :], mask=m_rows)
+        tl.store(p_compact_key + o_out, b_key, mask=m_rows)
+        b_value = tl.load(p_value + o_token.to(tl.int64)[:, None] * stride_vt + o_dim[None, :], mask=m_rows)
+        tl.store(p_compact_value + o_out, b_value, mask=m_rows)
+
+
+def ranks_of(indices: Tensor, geometry: Geometry) -> Tensor:
+    """The ranks (B, H, P, L) int32 of a selection's positions (B, H, P, K), ascending within a partition."""
+    batch, heads, count, keep = indices.shape
+    rows = sequence_table(geometry, indices.device)[:, KEY_ROW.value]
+    table = partition_table(geometry, indices.device)[:count].long()
+    starts = rows[table[:, 0]] + geometry.sink + table[:, 1] * geometry.lag
+    places = torch.arange(keep, dtype=torch.int32, device=indices.device).expand(batch, heads, count, keep)
+    ranks = places.new_full((batch, heads, count, geometry.lag), -1)
+    return ranks.scatter_(3, indices - starts[:, None], places)

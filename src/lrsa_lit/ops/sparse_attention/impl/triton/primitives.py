@@ -1,0 +1,121 @@
+"""What the kernels share: the rule's arithmetic on the device, tile bounds, and row loads.
+
+Every query sees one contiguous range of a *source*, and so the same few numbers serve all kernels. There are two
+sources: the compact buffer (``COMPACT``), seen from 0 to S + K P(t), and the raw tokens, seen from their start
+S + P(t) L to t. Both ends of both ranges never fall as t grows: the queries of a tile see from(first query) …
+to(last query), and all of them see from(last query) … to(first query), where no mask is needed.
+
+Prefixes of kernel locals: i index, n count, p pointer, o offsets, m mask, b block of values, d TMA descriptor.
+Symbols: S sink, L lag, K keep, C chunk, t a query's position in its sequence, P(t) partitions compressed by then.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Columns of the sequence table (plan.sequence_table).
+QUERY_ROW = tl.constexpr(0)
+QUERY_FROM = tl.constexpr(1)
+QUERY_TO = tl.constexpr(2)
+KEY_ROW = tl.constexpr(3)
+KEY_FROM = tl.constexpr(4)
+KEY_TO = tl.constexpr(5)
+COMPACT_ROW = tl.constexpr(6)
+PARTITION_ROW = tl.constexpr(7)
+PARTITIONS = tl.constexpr(8)
+COLUMNS = tl.constexpr(9)
+
+LOWEST = tl.constexpr(-3.3e38)
+"""Running maximum before the first key: finite, so that a row that sees nothing of a block needs no special case."""
+
+
+@triton.jit
+def compressed_at(t, sink, lag, chunk):
+    """P(t), for scalars and blocks; 0 for negative positions."""
+    first = sink + 2 * lag
+    start = first + tl.maximum(t - first, 0) // chunk * chunk
+    return tl.where(t >= first, (start - sink) // lag - 1, 0)
+
+
+@triton.jit
+def first_query(count, sink, lag, chunk):
+    """First position at which ``count`` >= 1 partitions are compressed."""
+    return sink + 2 * lag + ((count - 1) * lag + chunk - 1) // chunk * chunk
+
+
+@triton.jit
+def visible_range(t, sink, lag, keep, chunk, COMPACT: tl.constexpr):
+    """Columns [from, to) of the source that queries at t see."""
+    count = compressed_at(t, sink, lag, chunk)
+    if COMPACT:
+        return count * 0, tl.where(count > 0, sink + count * keep, 0)
+    return tl.where(count > 0, sink + count * lag, 0), t + 1
+
+
+@triton.jit
+def first_seen_by(column, sink, lag, keep, chunk, COMPACT: tl.constexpr):
+    """First query that sees the column."""
+    if COMPACT:
+        kept = tl.maximum(column - sink, 0) // tl.maximum(keep, 1)
+        return first_query(kept + 1, sink, lag, chunk)
+    return column
+
+
+@triton.jit
+def lost_to(column, sink, lag, chunk, COMPACT: tl.constexpr):
+    """First query that no longer sees the column; compact columns are never lost."""
+    if COMPACT:
+        return column * 0 + 2147483647
+    return first_query(tl.maximum(column - sink, 0) // lag + 1, sink, lag, chunk)
+
+
+@triton.jit
+def split_blocks(start, full_from, full_to, stop, BLOCK: tl.constexpr):
+    """Cut [start, stop) into blocks: full ones [begin, end) within [full_from, full_to), masked ones on both sides.
+
+    Returns begin, end, and BLOCK times the number of masked blocks.
+    """
+    stop = tl.maximum(start, stop)
+    begin = tl.minimum(start + (tl.maximum(full_from - start, 0) + BLOCK - 1) // BLOCK * BLOCK, stop)
+    end = begin + tl.maximum(tl.minimum(full_to, stop) - begin, 0) // BLOCK * BLOCK
+    behind = (stop - end + BLOCK - 1) // BLOCK * BLOCK
+    return begin, end, (begin - start + BLOCK - 1) // BLOCK * BLOCK + behind
+
+
+@triton.jit
+def masked_block(step, start, begin, end):
+    """Where the masked block at ``step`` stands: from ``start`` on before the full ones, then from ``end`` on."""
+    return tl.where(step < begin - start, start + step, end + step - (begin - start))
+
+
+@triton.jit
+def load_rows(
+    p_base, row, stride, count, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows ``row`` … of a matrix: [BLOCK, PADDED], zero in columns from DIM on; if MASKED, in rows from ``count`` on.
+
+    Offsets of whole rows are 64-bit: a million tokens of 32 heads overflow 32.
+    """
+    o_row = tl.arange(0, BLOCK)
+    o_dim = tl.arange(0, PADDED)
+    # [BLOCK, PADDED]
+    p_rows = p_base + tl.cast(row, tl.int64) * stride + o_row[:, None] * stride + o_dim[None, :]
+    if MASKED and PADDED > DIM:
+        b_rows = tl.load(p_rows, mask=(o_row < count)[:, None] & (o_dim < DIM)[None, :], other=0.0)
+    elif MASKED:
+        b_rows = tl.load(p_rows, mask=(o_row < count)[:, None], other=0.0)
+    elif PADDED > DIM:
+        b_rows = tl.load(p_rows, mask=(o_dim < DIM)[None, :], other=0.0)
+    else:
+        b_rows = tl.load(p_rows)
+    return b_rows
+
+
+@triton.jit
+def store_rows(p_base, row, stride, m_row, b_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """Store [BLOCK, PADDED] as rows ``row`` … of a matrix of DIM columns, where ``m_row``."""
+    o_row = tl.arange(0, BLOCK)
+    o_dim = tl.arange(0, PADDED)
+    p_rows = p_base + tl.cast(row, tl.int64) * stride + o_row[:, None] * stride + o_dim[None, :]
+    tl.store(p_rows, b_rows.to(p_base.dtype.element_ty), mask=m_row[:, None] & (o_dim < DIM)[None, :])

@@ -1,0 +1,186 @@
+"""Lag-relative selection in float32: one kernel for the spread of each token, one that keeps the K highest.
+
+Dimensions: B batch, H key-value heads, T tokens, P partitions, L lag_size, K top_k, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, partition_table, partitions, sequence_table
+from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COLUMNS, KEY_ROW
+from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL
+
+_INTEGERS = ["heads", "n_partitions", "sink", "lag", "keep"]
+_TOKENS = 32
+
+
+def select_ranks(key: Tensor, value: Tensor, geometry: Geometry, weight: float) -> tuple[Tensor, Tensor]:
+    """Score the tokens of all partitions and rank the K highest by position.
+
+    Args:
+        key: (B, H, T, D), rotated.
+        value: (B, H, T, D).
+        geometry: of the call.
+        weight: w, the weight of the value score.
+
+    Returns:
+        Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped; and the scores
+        (B, H, P, L) float32.
+    """
+    batch, heads, _, dim = key.shape
+    shape = batch, heads, sum(partitions(geometry)), geometry.lag
+    ranks = torch.empty(shape, dtype=torch.int32, device=key.device)
+    scores = torch.empty(shape, dtype=torch.float32, device=key.device)
+    if ranks.numel() == 0:
+        return ranks, scores
+    sources = 2 if weight else 1
+    spreads = scores.new_empty((sources, *shape))
+    grid = shape[2], batch * heads
+    _spread_kernel[(*grid, sources)](
+        key,
+        value,
+        spreads,
+        partition_table(geometry, key.device),
+        sequence_table(geometry, key.device),
+        *key.stride()[:3],
+        *value.stride()[:3],
+        heads,
+        shape[2],
+        geometry.sink,
+        geometry.lag,
+        DIM=dim,
+        BLOCK=_TOKENS,
+        PADDED=triton.next_power_of_2(dim),
+        CONSTANT=CONSTANT_CHANNEL,
+    )
+    _keep_kernel[grid](
+        spreads,
+        scores,
+        ranks,
+        shape[2],
+        geometry.lag,
+        geometry.keep,
+        float(weight),
+        VALUES=sources == 2,
+        BLOCK=triton.next_power_of_2(geometry.lag),
+        num_warps=1 if geometry.lag <= 128 else 4,
+    )
+    return ranks, scores
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _spread_kernel(
+    p_key,
+    p_value,
+    p_spreads,
+    p_partitions,
+    p_sequences,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    heads,
+    n_partitions,
+    sink,
+    lag,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+    CONSTANT: tl.constexpr,
+):
+    """Unbiased standard deviation over channels of each token, in the range of the next partition.
+
+    One program per partition, head and source. Neighbouring programs run together, so that a partition is read from
+    memory once: as the reference of the one before it, it comes from the cache.
+    """
+    i_partition = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    i_source = tl.program_id(2)
+    i_sequence = tl.load(p_partitions + i_partition * 2)
+    i_ordinal = tl.load(p_partitions + i_partition * 2 + 1)
+    i_token = tl.load(p_sequences + i_sequence * COLUMNS + KEY_ROW) + sink + i_ordinal * lag
+    stride = stride_kt
+    p_tokens = p_key + i_b * stride_kb + i_h * stride_kh
+    if i_source == 1:
+        stride = stride_vt
+        p_tokens = p_value + i_b * stride_vb + i_h * stride_vh
+    p_tokens += i_token.to(tl.int64) * stride
+    p_reference = p_tokens + tl.cast(lag, tl.int64) * stride
+
+    o_dim = tl.arange(0, PADDED)
+    o_row = tl.arange(0, BLOCK)
+    m_dim = o_dim < DIM
+    o_tile = o_row[:, None] * stride + o_dim[None, :]
+    b_lows = tl.full([BLOCK, PADDED], float("inf"), tl.float32)
+    b_highs = tl.full([BLOCK, PADDED], float("-inf"), tl.float32)
+    for i_block in range(0, lag, BLOCK):
+        # [BLOCK, PADDED]
+        m_tile = (i_block + o_row < lag)[:, None] & m_dim[None, :]
+        p_tile = p_reference + tl.cast(i_block, tl.int64) * stride + o_tile
+        b_tile = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_lows = tl.minimum(b_lows, tl.where(m_tile, b_tile, float("inf")))
+        b_highs = tl.maximum(b_highs, tl.where(m_tile, b_tile, float("-inf")))
+    b_low, b_high = tl.min(b_lows, axis=0), tl.max(b_highs, axis=0)
+
+    # A constant channel's value is 0 whatever its tokens are: its factor is.
+    m_varies = b_high - b_low > CONSTANT * tl.maximum(tl.abs(b_low), tl.abs(b_high))
+    b_factor = tl.where(m_varies, 1.0 / tl.where(m_varies, b_high - b_low, 1.0), 0.0)
+    b_low = tl.where(m_varies, b_low, 0.0)
+    p_spread = p_spreads + ((i_source * tl.num_programs(1) + i_bh) * n_partitions + i_partition) * lag
+    for i_block in range(0, lag, BLOCK):
+        # [BLOCK, PADDED]
+        m_row = i_block + o_row < lag
+        m_tile = m_row[:, None] & m_varies[None, :]
+        p_tile = p_tokens + tl.cast(i_block, tl.int64) * stride + o_tile
+        b_tile = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_tile = (b_tile - b_low[None, :]) * b_factor[None, :]
+        b_mean = tl.sum(b_tile, axis=1) / DIM
+        b_centred = tl.where(m_dim[None, :], b_tile - b_mean[:, None], 0.0)
+        b_spread = tl.sqrt(tl.sum(b_centred * b_centred, axis=1) / (DIM - 1))
+        tl.store(p_spread + i_block + o_row, b_spread, mask=m_row)
+
+
+@triton.jit
+def _softmax(p_spread, o_token, m_token):
+    b_spread = tl.load(p_spread + o_token, mask=m_token, other=float("-inf"))
+    b_power = tl.exp(b_spread - tl.max(b_spread, axis=0))
+    return b_power / tl.sum(b_power, axis=0)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _keep_kernel(
+    p_spreads, p_scores, p_ranks, n_partitions, lag, keep, weight, VALUES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per partition and head: both softmaxes, then the K highest, ties to the earlier token."""
+    n_heads = tl.num_programs(1)
+    o_partition = (tl.program_id(1).to(tl.int64) * n_partitions + tl.program_id(0)) * lag
+    o_token = tl.arange(0, BLOCK)
+    m_token = o_token < lag
+    b_score = _softmax(p_spreads + o_partition, o_token, m_token)
+    if VALUES:
+        o_values = tl.cast(n_heads, tl.int64) * n_partitions * lag
+        b_score += weight * _softmax(p_spreads + o_values + o_partition, o_token, m_token)
+    tl.store(p_scores + o_partition + o_token, b_score, mask=m_token)
+
+    # Scores are not negative, so their bits order as integers do. NaN goes first, as torch sorts it; padding last.
+    b_bits = b_score.to(tl.int32, bitcast=True)
+    b_order = tl.where(m_token, tl.where(b_score == b_score, b_bits, 2147483647), -1)
+    # The K-th highest, bit by bit: exact for any L without sorting.
+    cut = 0
+    for i_bit in range(31):
+        raised = cut | (1 << (30 - i_bit))
+        count = tl.sum((b_order >= raised).to(tl.int32), axis=0)
+        cut = tl.where(count >= keep, raised, cut)
+    m_above = b_order > cut
+    m_tied = b_order == cut
+    left = keep - tl.sum(m_above.to(tl.int32), axis=0)
+    m_kept = m_above | (m_tied & (tl.cumsum(m_tied.to(tl.int32), axis=0) <= left))
+    b_rank = tl.cumsum(m_kept.to(tl.int32), axis=0) - 1
+    tl.store(p_ranks + o_partition + o_token, tl.where(m_kept, b_rank, -1), mask=m_token)

@@ -1,0 +1,44 @@
+"""Block sizes and launch options, by head size and dtype; measured in benchmarks/LOG.md."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """How one kernel is cut.
+
+    Attributes:
+        rows: queries (forward, dQ) or keys (dK and dV) that a program owns.
+        columns: keys or queries that it takes in per step.
+        warps: num_warps.
+        stages: num_stages.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of the three attention kernels."""
+
+    forward: Tile
+    query: Tile
+    key: Tile
+
+
+def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
+    """The tiles for a head size and dtype. float32 has no tensor cores: small blocks that fit the registers."""
+    if dtype == torch.float32:
+        if dim > 128:
+            return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
+        return Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+    if dim > 128:
+        return Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2))
+    if dim > 64:
+        return Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
+    return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))

@@ -1,0 +1,67 @@
+"""Fused selection against the reference in float64: equal where the scores at the cut differ by more than rounding."""
+
+import pytest
+import torch
+from ops.triton.oracle import DEVICE, inputs
+
+from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, select
+
+CLOSE = 1e-6
+"""Relative distance of the K-th and the next score under which two correct implementations may differ."""
+
+
+def assert_same_selection(key, value, config, cu_seqlens=None):
+    exact = select(key.double(), value.double(), config, cu_seqlens=cu_seqlens, impl="reference")
+    got = select(key, value, config, cu_seqlens=cu_seqlens, impl="triton")
+    torch.testing.assert_close(got.scores.double(), exact.scores, rtol=1e-4, atol=1e-7)
+    assert got.indices.shape == exact.indices.shape
+    differ = (got.indices != exact.indices).any(dim=-1)
+    if 0 < config.top_k < config.lag_size:
+        ranked = exact.scores.sort(dim=-1, descending=True).values
+        at_cut, next_one = ranked[..., config.top_k - 1], ranked[..., config.top_k]
+        assert not (differ & (at_cut - next_one > CLOSE * at_cut)).any()
+    assert differ.sum() <= max(1, 0.002 * differ.numel())
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize(("lag", "keep"), [(16, 5), (7, 3), (100, 33), (128, 0), (32, 32)])
+def test_same_tokens_as_the_reference(lag, keep, weight):
+    _, key, value, _ = inputs(2, 2, 2, 4 * lag + 11, 24)
+    assert_same_selection(key, value, LRSAConfig(5, lag, keep, value_weight=weight))
+
+
+def test_packed_sequences():
+    _, key, value, _ = inputs(1, 2, 2, 206, 16)
+    boundaries = torch.tensor([0, 1, 6, 106, 206], dtype=torch.int32)
+    assert_same_selection(key, value, LRSAConfig(4, 16, 4), boundaries)
+
+
+def test_ties_go_to_the_earlier_token():
+    key = torch.ones(1, 1, 52, 16, device=DEVICE)
+    indices = select(key, key, LRSAConfig(4, 16, 4), impl="triton").indices
+    assert indices.tolist() == [[[[4, 5, 6, 7], [20, 21, 22, 23]][: indices.shape[2]]]]
+
+
+def test_constant_channels_count_as_zero():
+    _, key, value, _ = inputs(1, 2, 2, 90, 16)
+    key[..., :3] = 7.0
+    value[..., 5] = 0.0
+    assert_same_selection(key, value, LRSAConfig(4, 16, 4))
+
+
+def test_scores_that_are_not_finite_keep_k_tokens():
+    _, key, value, _ = inputs(1, 2, 2, 90, 16)
+    key[:, :, 30:40] = float("nan")
+    value[:, :, 50:60, 2] = float("inf")
+    config = LRSAConfig(4, 16, 4)
+    indices = select(key, value, config, impl="triton").indices
+    starts = config.sink_size + config.lag_size * torch.arange(indices.shape[2], device=DEVICE)[:, None]
+    assert ((indices >= starts) & (indices < starts + config.lag_size)).all()
+    assert (indices.diff(dim=-1) > 0).all()
+
+
+def test_other_compressors_select_as_they_do():
+    _, key, value, _ = inputs(1, 2, 2, 90, 16)
+    config = LRSAConfig(4, 16, 4, compressor=Recency())
+    chosen = [select(key, value, config, impl=impl).indices for impl in ("triton", "reference")]
+    assert torch.equal(*chosen)
