@@ -93,14 +93,14 @@ def test_selection(lag, keep, dtype):
 
 
 def test_a_new_top_k_does_not_compile_again():
-    from lrsa_lit.ops.sparse_attention.impl.triton import backward, scoring
+    from lrsa_lit.ops.sparse_attention.impl.triton import key_gradient, query_gradient, scoring
 
     tensors = inputs(1, 4, 2, 1025, 64, torch.bfloat16)
     compiled = []
     for keep in (32, 16, 1, 77):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
         sparse_attention(*leaves, RULE.replace(top_k=keep), impl="triton").backward(tensors[3])
-        kernels = backward._query_kernel, backward._key_kernel, scoring._keep_kernel
+        kernels = query_gradient._query_kernel, key_gradient._key_kernel, scoring._keep_kernel
         compiled.append([len(kernel.device_caches[0][0]) for kernel in kernels])
     assert all(count == compiled[0] for count in compiled)
 

@@ -5,6 +5,8 @@ Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,18 @@ from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
 
 LOG2_E = 1.4426950408889634
 _INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"]
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward; shapes as in :func:`attend_forward`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    compact_key: Tensor
+    compact_value: Tensor
+    output: Tensor
+    denominator: Tensor
 
 
 def attend_forward(

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.backward import Saved, attend_backward
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
+from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
+from lrsa_lit.ops.sparse_attention.impl.triton.forward import Saved, attend_forward
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import gather_compact
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
 from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks

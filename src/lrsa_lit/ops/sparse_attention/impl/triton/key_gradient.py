@@ -1,0 +1,295 @@
+"""The gradient of keys and values, of the compact buffer and of the raw tokens: one program per tile of keys.
+
+Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, T tokens, M rows of the compact buffer, D head_dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.impl.triton.forward import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, sequence_table
+from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+    COLUMNS,
+    COMPACT_ROW,
+    KEY_FROM,
+    KEY_ROW,
+    KEY_TO,
+    PARTITION_ROW,
+    PARTITIONS,
+    QUERY_FROM,
+    QUERY_ROW,
+    QUERY_TO,
+    first_seen_by,
+    load_rows,
+    lost_to,
+    masked_block,
+    split_blocks,
+    store_rows,
+)
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
+
+_INTEGERS = [
+    "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
+]  # fmt: skip
+
+
+def key_gradient(
+    saved: Saved,
+    output_grad: Tensor,
+    delta: Tensor,
+    partial: tuple[Tensor, Tensor],
+    ranks: Tensor | None,
+    key_grad: Tensor | None,
+    value_grad: Tensor | None,
+    table: Tensor,
+    geometry: Geometry,
+    scale: float,
+) -> None:
+    """dK and dV of one source: of the compact buffer into ``partial``, or of the raw tokens into their gradients."""
+    query, key, value = saved.query, saved.key, saved.value
+    batch, query_heads, queries, dim = query.shape
+    heads, rows = key.shape[1], saved.compact_key.shape[2]
+    tile = tiles_for(dim, query.dtype).key
+    compact = key_grad is None or value_grad is None
+    source = (saved.compact_key, saved.compact_value) if compact else (key, value)
+    target = (key, value) if key_grad is None or value_grad is None else (key_grad, value_grad)
+    splits = partial[0].shape[0]
+    padded = triton.next_power_of_2(dim)
+    _key_kernel[(len(table) * batch * heads * (splits if compact else 1),)](
+        query,
+        *source,
+        output_grad,
+        row_descriptor(query, tile.columns, padded),
+        row_descriptor(output_grad, tile.columns, padded),
+        saved.denominator,
+        delta,
+        *partial,
+        ranks,
+        *target,
+        table,
+        sequence_table(geometry, query.device),
+        *query.stride()[:3],
+        *source[0].stride()[:3],
+        *source[1].stride()[:3],
+        *output_grad.stride()[:3],
+        *target[0].stride()[:3],
+        *target[1].stride()[:3],
+        batch * heads,
+        heads,
+        query_heads // heads,
+        queries,
+        rows,
+        0 if ranks is None else ranks.shape[2],
+        splits,
+        *geometry.rule,
+        scale * LOG2_E,
+        scale,
+        COMPACT=compact,
+        DIM=dim,
+        PADDED=padded,
+        BLOCK_M=tile.columns,
+        BLOCK_N=tile.rows,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _key_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_gradient,
+    d_query,
+    d_gradient,
+    p_denominator,
+    p_delta,
+    p_partial_key,
+    p_partial_value,
+    p_ranks,
+    p_key_grad,
+    p_value_grad,
+    p_tiles,
+    p_sequences,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_gb,
+    stride_gh,
+    stride_gt,
+    stride_ab,
+    stride_ah,
+    stride_at,
+    stride_cb,
+    stride_ch,
+    stride_ct,
+    n_batch_heads,
+    heads,
+    group,
+    n_queries,
+    n_rows,
+    n_partitions,
+    n_splits,
+    sink,
+    lag,
+    keep,
+    chunk,
+    scale_log2,
+    scale,
+    COMPACT: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dK and dV of one tile of compact rows or raw tokens of one key-value head, over all queries that see it.
+
+    COMPACT: the heads of the group are spread over ``n_splits`` programs, and float32 sums go to their own buffers.
+    Otherwise the gradient of the compact copy of a token, if it has one, is added before the only rounding.
+    """
+    n_programs = n_batch_heads
+    i_split = 0
+    if COMPACT:
+        n_programs = n_batch_heads * n_splits
+        i_split = tl.program_id(0) % n_splits
+    i_tile = tl.program_id(0) // n_programs
+    i_bh = tl.program_id(0) % n_programs
+    if COMPACT:
+        i_bh = i_bh // n_splits
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    p_sequence = p_sequences + tl.load(p_tiles + i_tile * 2) * COLUMNS
+    i_first = tl.load(p_tiles + i_tile * 2 + 1)
+    n_compressed = tl.load(p_sequence + PARTITIONS)
+    i_query_row = tl.load(p_sequence + QUERY_ROW)
+    i_query_from, i_query_to = tl.load(p_sequence + QUERY_FROM), tl.load(p_sequence + QUERY_TO)
+    if COMPACT:
+        i_row = tl.load(p_sequence + COMPACT_ROW)
+        i_low = i_first
+        i_high = tl.minimum(i_first + BLOCK_N, sink + n_compressed * keep)
+    else:
+        i_row = tl.load(p_sequence + KEY_ROW)
+        i_low = tl.maximum(i_first, tl.load(p_sequence + KEY_FROM))
+        i_high = tl.minimum(i_first + BLOCK_N, tl.load(p_sequence + KEY_TO))
+    o_n = i_first + tl.arange(0, BLOCK_N)
+    m_n = (o_n >= i_low) & (o_n < i_high)
+    o_row = (i_row + o_n).to(tl.int64)
+    o_dim = tl.arange(0, PADDED)
+    m_tile = m_n[:, None] & (o_dim < DIM)[None, :]
+
+    # [BLOCK_N, PADDED]
+    p_key += i_b * stride_kb + i_h * stride_kh
+    b_key = tl.load(p_key + o_row[:, None] * stride_kt + o_dim[None, :], mask=m_tile, other=0.0)
+    p_value += i_b * stride_vb + i_h * stride_vh
+    b_value = tl.load(p_value + o_row[:, None] * stride_vt + o_dim[None, :], mask=m_tile, other=0.0)
+    b_key_grad = tl.zeros([BLOCK_N, PADDED], tl.float32)
+    b_value_grad = tl.zeros([BLOCK_N, PADDED], tl.float32)
+
+    i_start = tl.maximum(first_seen_by(i_low, sink, lag, keep, chunk, COMPACT), i_query_from)
+    i_full_from = first_seen_by(i_high - 1, sink, lag, keep, chunk, COMPACT)
+    i_full_to = tl.minimum(lost_to(i_low, sink, lag, chunk, COMPACT), i_query_to)
+    i_stop = tl.minimum(lost_to(i_high - 1, sink, lag, chunk, COMPACT), i_query_to)
+    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_M)
+    o_m = tl.arange(0, BLOCK_M)
+    o_seen = first_seen_by(o_n, sink, lag, keep, chunk, COMPACT)
+    o_lost = lost_to(o_n, sink, lag, chunk, COMPACT)
+    n_group = group // n_splits if COMPACT else group
+    i_group = i_h * group + i_split * n_group
+    p_query += i_b * stride_qb
+    p_gradient += i_b * stride_gb
+    o_scalars = i_b * heads * group * n_queries + i_query_row
+    # One loop over the blocks of all heads, so that loads run ahead across heads too. It goes backwards: programs that
+    # run together then start at the same queries, the last ones, and share them in L2.
+    n_full = i_end - i_begin
+    for i_step in range(0, n_group * n_full, BLOCK_M):
+        i_query_head = i_group + i_step // n_full
+        i_m = i_end - BLOCK_M - i_step % n_full
+        # [BLOCK_M, PADDED]
+        if d_query is None:
+            p_q = p_query + i_query_head * stride_qh
+            b_query = load_rows(p_q, i_query_row + i_m, stride_qt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
+        else:
+            b_query = d_query.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
+            b_query = b_query.reshape(BLOCK_M, PADDED)
+        if d_gradient is None:
+            p_g = p_gradient + i_query_head * stride_gh
+            b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
+        else:
+            b_gradient = d_gradient.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
+            b_gradient = b_gradient.reshape(BLOCK_M, PADDED)
+        o_scalar = o_scalars + i_query_head * n_queries + i_m + o_m
+        b_denominator, b_delta = tl.load(p_denominator + o_scalar), tl.load(p_delta + o_scalar)
+        b_key_grad, b_value_grad = _key_block(
+            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, None, scale_log2
+        )
+    for i_step in range(0, n_group * n_masked, BLOCK_M):
+        i_query_head = i_group + i_step // n_masked
+        i_m = masked_block(i_step % n_masked, i_start, i_begin, i_end)
+        # [BLOCK_M, PADDED]
+        p_q = p_query + i_query_head * stride_qh
+        b_query = load_rows(p_q, i_query_row + i_m, stride_qt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
+        p_g = p_gradient + i_query_head * stride_gh
+        b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
+        o_t = i_m + o_m
+        o_scalar = o_scalars + i_query_head * n_queries + o_t
+        b_denominator = tl.load(p_denominator + o_scalar, mask=o_t < i_stop, other=float("inf"))
+        b_delta = tl.load(p_delta + o_scalar, mask=o_t < i_stop, other=0.0)
+        m_visible = (o_t[None, :] >= o_seen[:, None]) & (o_t[None, :] < o_lost[:, None])
+        b_key_grad, b_value_grad = _key_block(
+            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible, scale_log2
+        )
+
+    b_key_grad *= scale
+    if COMPACT:
+        o_head = ((i_split * n_batch_heads + i_bh).to(tl.int64) * n_rows + i_row) * DIM
+        store_rows(p_partial_key + o_head, i_first, DIM, m_n, b_key_grad, DIM, BLOCK_N, PADDED)
+        store_rows(p_partial_value + o_head, i_first, DIM, m_n, b_value_grad, DIM, BLOCK_N, PADDED)
+    else:
+        if p_ranks is not None:
+            # [BLOCK_N]: the token's row in the buffer, -1 if it has none
+            o_partitioned = o_n - sink
+            m_compressed = m_n & (o_partitioned >= 0) & (o_partitioned < n_compressed * lag)
+            o_rank = (i_bh.to(tl.int64) * n_partitions + tl.load(p_sequence + PARTITION_ROW)) * lag + o_partitioned
+            b_rank = tl.load(p_ranks + o_rank, mask=m_compressed, other=-1)
+            b_slot = tl.where(b_rank >= 0, sink + o_partitioned // lag * keep + b_rank, -1)
+            b_slot = tl.where((o_n < sink) & (n_compressed > 0), o_n, b_slot)
+            m_kept = m_tile & (b_slot >= 0)[:, None]
+            i_compact_row = tl.load(p_sequence + COMPACT_ROW)
+            for i_part in range(0, n_splits):
+                o_head = ((i_part * n_batch_heads + i_bh).to(tl.int64) * n_rows + i_compact_row) * DIM
+                o_kept = o_head + b_slot[:, None] * DIM + o_dim[None, :]
+                b_key_grad += tl.load(p_partial_key + o_kept, mask=m_kept, other=0.0)
+                b_value_grad += tl.load(p_partial_value + o_kept, mask=m_kept, other=0.0)
+        p_key_grad += i_b * stride_ab + i_h * stride_ah
+        store_rows(p_key_grad, i_row + i_first, stride_at, m_n, b_key_grad, DIM, BLOCK_N, PADDED)
+        p_value_grad += i_b * stride_cb + i_h * stride_ch
+        store_rows(p_value_grad, i_row + i_first, stride_ct, m_n, b_value_grad, DIM, BLOCK_N, PADDED)
+
+
+@triton.jit
+def _key_block(
+    b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible, scale_log2
+):  # fmt: skip
+    """What one block of queries adds to dK (before the scale) and dV. Scores stand transposed: keys are the rows."""
+    # In this order fewer values are alive at a time: dV takes in the powers before their gradient is computed.
+    # [BLOCK_N, BLOCK_M]
+    b_score = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
+    b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
+    if m_visible is not None:
+        b_power = tl.where(m_visible, b_power, 0.0)
+    # [BLOCK_N, PADDED]
+    b_value_grad = tl.dot(b_power.to(b_gradient.dtype), b_gradient, b_value_grad, input_precision="ieee")
+    # [BLOCK_N, BLOCK_M]
+    b_share = tl.dot(b_value, tl.trans(b_gradient), input_precision="ieee")
+    b_score_grad = b_power * (b_share - b_delta[None, :])
+    # [BLOCK_N, PADDED]
+    b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision="ieee")
+    return b_key_grad, b_value_grad

@@ -1,0 +1,294 @@
+"""The gradient of the queries: one program per tile of queries and query head.
+
+Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, T tokens, M rows of the compact buffer, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.impl.triton.forward import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+    COLUMNS,
+    COMPACT_ROW,
+    KEY_ROW,
+    QUERY_FROM,
+    QUERY_ROW,
+    QUERY_TO,
+    load_rows,
+    masked_block,
+    split_blocks,
+    store_rows,
+    visible_range,
+)
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
+
+_INTEGERS = [
+    "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
+]  # fmt: skip
+
+
+def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
+    """dQ (B, Hq, Tq, D), and the row sums of output x gradient (B, Hq, Tq) that the other kernel needs too."""
+    query, key, value = saved.query, saved.key, saved.value
+    batch, query_heads, queries, dim = query.shape
+    tile = tiles_for(dim, query.dtype).query
+    padded = triton.next_power_of_2(dim)
+    query_grad = torch.empty_like(query)
+    delta = torch.empty_like(saved.denominator)
+    table = query_tiles(geometry, query.device, tile.rows)
+    _query_kernel[(len(table) * batch * query_heads,)](
+        query,
+        key,
+        value,
+        saved.compact_key,
+        saved.compact_value,
+        *(row_descriptor(tensor, tile.columns, padded) for tensor in saved[1:5]),
+        saved.output,
+        output_grad,
+        saved.denominator,
+        delta,
+        query_grad,
+        table,
+        sequence_table(geometry, query.device),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *saved.output.stride()[:3],
+        *output_grad.stride()[:3],
+        *query_grad.stride()[:3],
+        batch * query_heads,
+        query_heads,
+        query_heads // key.shape[1],
+        queries,
+        saved.compact_key.shape[2],
+        *geometry.rule,
+        scale * LOG2_E,
+        scale,
+        DIM=dim,
+        PADDED=padded,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return query_grad, delta
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _query_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_compact_key,
+    p_compact_value,
+    d_key,
+    d_value,
+    d_compact_key,
+    d_compact_value,
+    p_output,
+    p_gradient,
+    p_denominator,
+    p_delta,
+    p_query_grad,
+    p_tiles,
+    p_sequences,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_gb,
+    stride_gh,
+    stride_gt,
+    stride_db,
+    stride_dh,
+    stride_dt,
+    n_batch_heads,
+    heads,
+    group,
+    n_queries,
+    n_rows,
+    sink,
+    lag,
+    keep,
+    chunk,
+    scale_log2,
+    scale,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dQ of one tile of queries of one query head; programs are laid out as in the forward."""
+    i_tile, i_bh = tl.program_id(0) // n_batch_heads, tl.program_id(0) % n_batch_heads
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    i_kv = i_h // group
+    p_sequence = p_sequences + tl.load(p_tiles + i_tile * 2) * COLUMNS
+    i_first = tl.load(p_tiles + i_tile * 2 + 1)
+    i_query_row = tl.load(p_sequence + QUERY_ROW)
+    i_low = tl.maximum(i_first, tl.load(p_sequence + QUERY_FROM))
+    i_high = tl.minimum(i_first + BLOCK_M, tl.load(p_sequence + QUERY_TO))
+    o_t = tl.maximum(i_first + tl.arange(0, BLOCK_M), i_low)
+    m_t = (i_first + tl.arange(0, BLOCK_M) >= i_low) & (o_t < i_high)
+    o_row = (i_query_row + o_t).to(tl.int64)
+    o_dim = tl.arange(0, PADDED)
+    m_tile = m_t[:, None] & (o_dim < DIM)[None, :]
+
+    # [BLOCK_M, PADDED]
+    p_gradient += i_b * stride_gb + i_h * stride_gh
+    b_gradient = tl.load(p_gradient + o_row[:, None] * stride_gt + o_dim[None, :], mask=m_tile, other=0.0)
+    p_output += i_b * stride_ob + i_h * stride_oh
+    b_output = tl.load(p_output + o_row[:, None] * stride_ot + o_dim[None, :], mask=m_tile, other=0.0)
+    b_delta = tl.sum(b_output.to(tl.float32) * b_gradient.to(tl.float32), axis=1)
+    o_rows = i_bh.to(tl.int64) * n_queries + o_row
+    tl.store(p_delta + o_rows, b_delta, mask=m_t)
+    # An infinite denominator makes rows without a query count for nothing.
+    b_denominator = tl.load(p_denominator + o_rows, mask=m_t, other=float("inf"))
+    p_query += i_b * stride_qb + i_h * stride_qh
+    b_query = tl.load(p_query + o_row[:, None] * stride_qt + o_dim[None, :], mask=m_tile, other=0.0)
+    b_query_grad = tl.zeros([BLOCK_M, PADDED], tl.float32)
+
+    i_head = i_b * (heads // group) + i_kv
+    o_compact = i_head * n_rows * DIM
+    b_query_grad = _query_source(
+        b_query_grad,
+        b_query,
+        b_gradient,
+        b_denominator,
+        b_delta,
+        p_compact_key + o_compact,
+        p_compact_value + o_compact,
+        DIM,
+        DIM,
+        d_compact_key,
+        d_compact_value,
+        i_b.to(tl.int32),
+        i_kv.to(tl.int32),
+        tl.load(p_sequence + COMPACT_ROW),
+        o_t,
+        i_low,
+        i_high,
+        sink,
+        lag,
+        keep,
+        chunk,
+        scale_log2,
+        True,
+        DIM,
+        PADDED,
+        BLOCK_N,
+    )
+    b_query_grad = _query_source(
+        b_query_grad,
+        b_query,
+        b_gradient,
+        b_denominator,
+        b_delta,
+        p_key + i_b * stride_kb + i_kv * stride_kh,
+        p_value + i_b * stride_vb + i_kv * stride_vh,
+        stride_kt,
+        stride_vt,
+        d_key,
+        d_value,
+        i_b.to(tl.int32),
+        i_kv.to(tl.int32),
+        tl.load(p_sequence + KEY_ROW),
+        o_t,
+        i_low,
+        i_high,
+        sink,
+        lag,
+        keep,
+        chunk,
+        scale_log2,
+        False,
+        DIM,
+        PADDED,
+        BLOCK_N,
+    )
+    p_query_grad += i_b * stride_db + i_h * stride_dh
+    store_rows(p_query_grad, i_query_row + i_first, stride_dt, m_t, b_query_grad * scale, DIM, BLOCK_M, PADDED)
+
+
+@triton.jit
+def _query_source(
+    b_query_grad,
+    b_query,
+    b_gradient,
+    b_denominator,
+    b_delta,
+    p_key,
+    p_value,
+    stride_k,
+    stride_v,
+    d_key,
+    d_value,
+    i_b,
+    i_head,
+    i_row,
+    o_t,
+    i_low,
+    i_high,
+    sink,
+    lag,
+    keep,
+    chunk,
+    scale_log2,
+    COMPACT: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What one source adds to dQ: full blocks, then those with masks (see primitives.py)."""
+    i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
+    i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
+    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
+    o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, COMPACT)
+    o_n = tl.arange(0, BLOCK_N)
+    for i_n in range(i_begin, i_end, BLOCK_N):
+        # [BLOCK_N, PADDED]
+        if d_key is None:
+            b_key = load_rows(p_key, i_row + i_n, stride_k, BLOCK_N, DIM, BLOCK_N, PADDED, False)
+            b_value = load_rows(p_value, i_row + i_n, stride_v, BLOCK_N, DIM, BLOCK_N, PADDED, False)
+        else:
+            b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+            b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+        b_query_grad = _query_block(
+            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, None, scale_log2
+        )
+    for i_step in range(0, n_masked, BLOCK_N):
+        i_n = masked_block(i_step, i_start, i_begin, i_end)
+        # [BLOCK_N, PADDED]
+        b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
+        b_query_grad = _query_block(
+            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2
+        )
+    return b_query_grad
+
+
+@triton.jit
+def _query_block(b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2):
+    """What one block of keys adds to dQ, before the scale."""
+    # [BLOCK_M, BLOCK_N]
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+    b_share = tl.dot(b_gradient, tl.trans(b_value), input_precision="ieee")
+    b_power = tl.exp2(b_score * scale_log2 - b_denominator[:, None])
+    if m_visible is not None:
+        b_power = tl.where(m_visible, b_power, 0.0)
+    b_score_grad = b_power * (b_share - b_delta[:, None])
+    # [BLOCK_M, PADDED]
+    return tl.dot(b_score_grad.to(b_key.dtype), b_key, b_query_grad, input_precision="ieee")
