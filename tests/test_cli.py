@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,29 @@ def test_seed_changes_the_order_but_not_the_examples(tmp_path):
         assert run.info.status == "FINISHED"
     assert len({run.data.tags["data"] for run in run_metrics(tmp_path / "runs/mlflow.db", "debug")}) == 1
     assert losses[0] != losses[1]
+
+
+def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, capfd, monkeypatch):
+    from lrsa_lit.tasks import LongContextQA
+
+    training_step = LongContextQA.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return training_step(self, batch, batch_idx)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(LongContextQA, "training_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, *NO_LOGGER])
+    # Lightning ignores further Ctrl-C from here on.
+    signal.signal(signal.SIGINT, handler)
+    monkeypatch.setattr(LongContextQA, "training_step", training_step)
+    assert stop.value.code == 130
+    said = re.search(r"interrupted at step 2; go on with --ckpt_path (\S+)", capfd.readouterr().err)
+    main(["fit", *DEBUG, *NO_LOGGER, "--ckpt_path", said[1]])
+    assert "step 4" in capfd.readouterr().out
 
 
 def test_mixed_precision_runs(capfd):

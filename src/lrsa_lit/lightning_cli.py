@@ -95,6 +95,18 @@ class LRSACLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; after Ctrl-C say where the run can be taken up again."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+            resume = f"; go on with --ckpt_path {saved}" if saved else ""
+            print(f"lrsa: interrupted at step {self.trainer.global_step}{resume}", file=sys.stderr)
+            raise SystemExit(130) from None
+
     def before_fit(self) -> None:
         """Validate at step 0; a resumed run has done so."""
         if self._get(self.config, "validate_first") and self._get(self.config, "ckpt_path") is None:
