@@ -1,0 +1,171 @@
+"""A user's mistake ends in one line and exit code 2, with nothing half-written."""
+
+from __future__ import annotations
+
+import pytest
+from cli_helpers import DEBUG, NO_LOGGER
+
+from lrsa_lit.cli import main
+
+
+def bad_inputs():
+    broken = '{"id": "a", "passages": [{"title": "t", "text": "x"}], "question": "q", "answers": ["x"]}\n{"id": \n'
+    record = '{"id": "a", "passages": [{"title": "t", "text": "x"}], "question": "q", "answers": ["x"]}\n'
+    rule = "model.lrsa"
+    yield "lag size negative", [f"--{rule}.lag_size", "-3"], {}, ["lrsa.lag_size", "-3", ">= 2"]
+    yield "lag size one", [f"--{rule}.lag_size", "1"], {}, ["lrsa.lag_size", "1", ">= 2"]
+    yield "lag size text", [f"--{rule}.lag_size", "abc"], {}, ["model.lrsa.lag_size", "abc", "int"]
+    yield "top k negative", [f"--{rule}.top_k", "-1"], {}, ["lrsa.top_k", "-1", "0 to lag_size (32)"]
+    yield "top k above lag size", [f"--{rule}.top_k", "33"], {}, ["lrsa.top_k", "33", "0 to lag_size (32)"]
+    yield "chunk zero", [f"--{rule}.chunk_size", "0"], {}, ["lrsa.chunk_size", "0", ">= 1"]
+    yield "unknown key", [f"--{rule}.topk", "3"], {}, ["model.lrsa.topk", "model.lrsa.top_k"]
+    yield (
+        "unknown key in YAML",
+        ["--config", "x.yaml"],
+        {"x.yaml": "model: {lrsa: {lag: 3}}"},
+        ["model.lrsa.lag", "lag_size"],
+    )
+    yield "broken YAML", ["--config", "x.yaml"], {"x.yaml": "model: ["}, ["--config", "x.yaml", "line 1"]
+    yield "missing config", ["--config", "nowhere.yaml"], {}, ["--config", "nowhere.yaml"]
+    yield (
+        "unknown evaluation setting",
+        ["--model.evaluate", "{k: {topk: 1}}"],
+        {},
+        ["model.evaluate.k", "topk", "top_k"],
+    )
+    yield "dense layer too high", [f"--{rule}.dense_layers", "[7]"], {}, ["lrsa.dense_layers", "7", "0 to 1"]
+    yield (
+        "missing model package",
+        ["--model.backbone.source", "package://no-such-dist/x.gguf"],
+        {},
+        ["no-such-dist", "pip install"],
+    )
+    yield "missing model folder", ["--model.backbone.source", "./nowhere"], {}, ["model.backbone.source", "./nowhere"]
+    yield (
+        "corrupt model",
+        ["--model.backbone.source", "x.gguf", "--model.backbone.sha256", "00"],
+        {"x.gguf": "no"},
+        ["x.gguf", "sha256"],
+    )
+    yield (
+        "unreadable model",
+        ["--model.backbone.source", "x.gguf"],
+        {"x.gguf": "no"},
+        ["model.backbone.source", "x.gguf"],
+    )
+    yield (
+        "corrupt data package",
+        ["--data.class_path", "lrsa_lit.data.HotpotQA", "--data.init_args.sha256", "00"],
+        {},
+        ["hotpotqa.json", "sha256"],
+    )
+    yield "broken JSON line", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": broken}, ["x.jsonl", "line 2"]
+    yield "missing data file", ["--data.init_args.val", "nowhere.jsonl"], {}, ["nowhere.jsonl"]
+    yield "empty split", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": ""}, ["train"]
+    yield "question above the budget", ["--data.init_args.max_tokens", "20"], {}, ["data.init_args.max_tokens", "20"]
+    yield (
+        "unwritable output",
+        ["--trainer.default_root_dir", "/proc/nowhere"],
+        {},
+        ["trainer.default_root_dir", "/proc/nowhere"],
+    )
+    yield (
+        "unwritable store",
+        ["--trainer.logger", "lrsa_lit.tracking.MLflowRun", "--trainer.logger.tracking_uri", "sqlite:////proc/x/y.db"],
+        {},
+        ["tracking_uri", "/proc/x/y.db"],
+    )
+    yield (
+        "file store",
+        ["--trainer.logger", "lrsa_lit.tracking.MLflowRun", "--trainer.logger.tracking_uri", "file:./x"],
+        {},
+        ["tracking_uri", "file:./x", "sqlite:///"],
+    )
+    yield "missing checkpoint", ["--ckpt_path", "nowhere.ckpt"], {}, ["ckpt_path", "nowhere.ckpt"]
+    yield "junk checkpoint", ["--ckpt_path", "x.pt"], {"x.pt": "no"}, ["ckpt_path", "x.pt"]
+    yield "checkpoint by a word", ["--ckpt_path", "last"], {}, ["ckpt_path", "last"]
+    yield "twice the same id", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": record + record}, ["'a'", "train"]
+    yield "more tokens than positions", ["--data.init_args.max_tokens", "9000"], {}, ["max_tokens", "9000", "8192"]
+    yield "rounded positions", ["--trainer.precision", "bf16-true"], {}, ["trainer.precision", "model.backbone.dtype"]
+    yield "evaluation name", ["--model.evaluate", "{a/b: null}"], {}, ["model.evaluate", "a/b"]
+    yield "rule of null", ["--config", "x.yaml"], {"x.yaml": "model: {lrsa: null}"}, ["lrsa"]
+    yield "budget of null", ["--config", "x.yaml"], {"x.yaml": "data: {init_args: {max_tokens: null}}"}, ["max_tokens"]
+    yield "no such adapters", ["--model.backbone.lora", "{target_modules: [nope]}"], {}, ["lora.target_modules", "nope"]
+    yield (
+        "store that is none",
+        ["--trainer.logger", "lrsa_lit.tracking.MLflowRun", "--trainer.logger.tracking_uri", "sqlite:///x.db"],
+        {"x.db": "no database"},
+        ["tracking_uri", "x.db"],
+    )
+    yield "endless schedule", ["--trainer.max_steps", "-1"], {}, ["model.lr_scheduler", "-1"]
+    yield "lora rank", ["--model.backbone.lora.rank", "0"], {}, ["model.backbone.lora.rank", "0", ">= 1"]
+
+
+@pytest.mark.parametrize(("options", "files", "named"), [pytest.param(*case[1:], id=case[0]) for case in bad_inputs()])
+def test_bad_input_is_one_line(options, files, named, tmp_path, capfd):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", *options])
+    assert stop.value.code == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error:")]
+    assert len(errors) == 1
+    for part in named:
+        assert part in errors[0]
+    assert "Traceback" not in errors[0]
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not [path for path in tmp_path.rglob("*.arrow") if "broken" in str(path)]
+
+
+def test_bad_input_leaves_no_run_behind(tmp_path, capfd):
+    for options in (
+        ["--model.lrsa.lag_size", "-3"],
+        ["--data.init_args.max_tokens", "20"],
+        ["--model.lrsa.dense_layers", "[7]"],
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", *DEBUG, *options])
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert not client.search_runs([found.experiment_id for found in client.search_experiments()])
+
+
+def test_checkpoint_of_another_kind_of_training(tmp_path, capfd):
+    main(["fit", *DEBUG, *NO_LOGGER])
+    full = str(next((tmp_path / "runs").rglob("last.ckpt")))
+    for options in (["--model.backbone.lora", "{rank: 4}"], ["--trainer.max_steps", "8"]):
+        command = "test" if "lora" in options[0] else "fit"
+        with pytest.raises(SystemExit) as stop:
+            main([command, *DEBUG, *NO_LOGGER, *options, "--ckpt_path", full])
+        assert stop.value.code == 2
+        assert "lrsa: error: ckpt_path: " in capfd.readouterr().err
+
+
+def test_unsupported_family_is_one_line(tmp_path, capfd):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from lrsa_lit.models.tiny import tiny_tokenizer
+
+    BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=2)).save_pretrained(
+        tmp_path / "bloom"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "bloom")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, *NO_LOGGER, "--model.backbone.source", "./bloom"])
+    assert stop.value.code == 2
+    assert "BloomForCausalLM" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_predictions_into_an_unwritable_folder(capfd):
+    writer = "[{class_path: lrsa_lit.callbacks.PredictionWriter, init_args: {path: /proc/x/p.jsonl}}]"
+    with pytest.raises(SystemExit):
+        main(["predict", *DEBUG, *NO_LOGGER, "--trainer.callbacks", writer])
+    assert "/proc/x/p.jsonl cannot be written" in capfd.readouterr().err
+
+
+def test_unknown_command(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["train"])
+    assert stop.value.code == 2
+    assert "'train'" in capfd.readouterr().err

@@ -1,0 +1,67 @@
+"""What the command line says of itself, and the YAMLs it ships."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_helpers import DEBUG
+
+import lrsa_lit
+from lrsa_lit.cli import COMMANDS, HELP, main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_print_config_resolves_interpolation(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, "--model.optimizer.init_args.lr", "0.5", "--trainer.max_steps", "7", "--print_config"])
+    assert stop.value.code == 0
+    shown = capfd.readouterr().out
+    assert "max_lr: 0.5" in shown
+    assert "total_steps: 7" in shown
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = "import sys; from lrsa_lit.cli import main; main(sys.argv[1:]); print(sorted(sys.modules))"
+    for argument in ("--help", "--version"):
+        shown = subprocess.run(
+            [sys.executable, "-c", code, argument], capture_output=True, text=True, check=True
+        ).stdout
+        assert "'torch'" not in shown
+        assert "'lightning'" not in shown
+    assert lrsa_lit.__version__ in shown
+
+
+def test_help_names_what_the_real_parser_has(capfd):
+    named = set(re.findall(r"--(model\.lrsa\.\w+|config|ckpt_path|print_config|seed_everything)", HELP))
+    assert {"model.lrsa.lag_size", "model.lrsa.top_k", "model.lrsa.chunk_size", "config", "ckpt_path"} <= named
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        shown = capfd.readouterr().out
+        for option in named:
+            assert f"--{option}" in shown, (command, option)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_each_shipped_config_parses_as_its_first_line_says(path, capfd):
+    command = path.read_text().splitlines()[0].removeprefix("# lrsa ").split()
+    assert str(path.relative_to(CONFIGS.parent)) in command
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                *command,
+                "--model.backbone.source",
+                "tiny",
+                "--data.class_path",
+                "lrsa_lit.data.HotpotQA",
+                "--print_config",
+            ]
+        )
+    assert stop.value.code == 0
+    assert "lag_size" in capfd.readouterr().out

@@ -1,0 +1,17 @@
+"""What the tests of the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DEBUG = ["--config", "configs/debug/tiny.yaml"]
+NO_LOGGER = ["--trainer.logger", "false"]
+
+
+def recorded_runs(store: Path, experiment: str) -> list:
+    """The runs of an experiment in an SQLite store, latest first."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store}")
+    found = client.get_experiment_by_name(experiment)
+    return client.search_runs([found.experiment_id])
