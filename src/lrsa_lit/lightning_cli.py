@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from rich.logging import RichHandler
 from lrsa_lit.callbacks import FitSummary
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
+from lrsa_lit.paths import check_writable
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import MLflowRun, RecordConfig
 
@@ -67,7 +67,8 @@ class LRSACLI(LightningCLI):
         """Check what a run reads and writes before anything is loaded."""
         trainer = self._get(self.config, "trainer")
         _check_checkpoint(self._get(self.config, "ckpt_path"))
-        _check_writable("trainer.default_root_dir", Path(trainer.get("default_root_dir") or "."))
+        folder = Path(trainer.get("default_root_dir") or ".")
+        check_writable("trainer.default_root_dir", folder, folder)
         precision = str(trainer.get("precision") or "")
         if precision in ("bf16-true", "16-true"):
             # It would round the rotary frequencies too, and with them the long positions.
@@ -83,9 +84,7 @@ class LRSACLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check what two parts must agree on, and prepare the data, before the run is recorded."""
         config, model = self.model.backbone.config, self.model
-        if unknown := [layer for layer in model.lrsa.dense_layers if layer >= config.num_hidden_layers]:
-            allowed = f"0 to {config.num_hidden_layers - 1}"
-            raise UserError(f"model.lrsa.dense_layers: {unknown} is not allowed; this model has layers {allowed}")
+        model.lrsa.check_layers(config.num_hidden_layers)
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         if self.datamodule.max_tokens + model.max_new_tokens > positions:
             raise UserError(
@@ -194,15 +193,6 @@ def _check_checkpoint(path: str | None) -> None:
         raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written")
     if not zipfile.is_zipfile(path):
         raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated one")
-
-
-def _check_writable(key: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{key}: {folder} cannot be written ({error.strerror})") from None
 
 
 def _quiet_libraries() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +27,20 @@ def shipped(name: str) -> Path:
         if (root / name).exists():
             return root / name
     raise FileNotFoundError(f"{name} ships with lrsa-lit but is neither in {_PACKAGE_DIR} nor in {_CHECKOUT_DIR}")
+
+
+def check_writable(key: str, value: object, folder: Path) -> None:
+    """Make a folder if need be and try a file in it.
+
+    Raises:
+        UserError: that fails; the message names the setting ``key`` and the ``value`` that led to the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: {value} cannot be written ({error.strerror})") from None
 
 
 def sha256_of(path: Path) -> str:

@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.paths import check_writable
 
 _SQLITE = "sqlite:///"
 _SQLITE_HEADER = b"SQLite format 3\0"
@@ -178,16 +178,19 @@ def _checked_uri(uri: str) -> str:
     if not uri.startswith(_SQLITE):
         return uri
     path = Path(uri.removeprefix(_SQLITE)).absolute()
+    check_writable(key, uri, path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        header = path.open("rb").read(len(_SQLITE_HEADER)) if path.exists() else b""
+        header = _first_bytes(path, len(_SQLITE_HEADER)) if path.exists() else b""
     except OSError as error:
-        raise UserError(f"{key}: {uri} cannot be written ({error.strerror})") from None
+        raise UserError(f"{key}: {uri} cannot be read ({error.strerror})") from None
     if header not in (b"", _SQLITE_HEADER):
         raise UserError(f"{key}: {path} is no SQLite file; name another one")
     return f"{_SQLITE}{path}"
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
 
 
 def _artifact_location(uri: str) -> str | None:

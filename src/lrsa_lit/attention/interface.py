@@ -78,8 +78,7 @@ def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
     """
     inner = _base(model)
     modules = _attention_modules(inner)
-    if unknown := [layer for layer in config.dense_layers if layer >= len(modules)]:
-        raise UserError(f"lrsa.dense_layers: {unknown} is not allowed; this model has layers 0 to {len(modules) - 1}")
+    config.check_layers(len(modules))
     disable(inner)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)

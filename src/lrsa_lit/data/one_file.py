@@ -37,4 +37,5 @@ class OneFileDataModule(QADataModule):
 
     def sources(self) -> dict[str, str]:
         """The digest of the file in use."""
-        return {"sha256": sha256_of(resolve(self.source, self.sha256))}
+        path = resolve(self.source, self.sha256)
+        return {"sha256": self.sha256 or sha256_of(path)}

@@ -6,7 +6,7 @@ import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import PACKAGE_SCHEME, resolve
@@ -84,11 +84,7 @@ class Backbone:
 
         if self.source == TINY:
             return tiny_tokenizer()
-        location = self.location
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise self._unloadable(error) from error
+        tokenizer: PreTrainedTokenizerBase = self._pretrained(AutoTokenizer)
         if tokenizer.chat_template is None:
             raise UserError(
                 f"model.backbone.source: {self.source} has no chat template; use an instruction-tuned model"
@@ -123,12 +119,7 @@ class Backbone:
 
         if self.source == TINY:
             return tiny_config()
-        location = self.location
-        try:
-            config = AutoConfig.from_pretrained(location, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise self._unloadable(error) from error
-        return config.get_text_config()
+        return self._pretrained(AutoConfig).get_text_config()
 
     def build(self) -> nn.Module:
         """Load the model, in training mode, with adapters and gradient checkpointing as configured.
@@ -152,7 +143,6 @@ class Backbone:
 
     def _load(self) -> PreTrainedModel:
         import torch
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         from lrsa_lit.models.tiny import tiny_model
@@ -160,19 +150,20 @@ class Backbone:
         dtype = getattr(torch, self.dtype)
         if self.source == TINY:
             return tiny_model().to(dtype)
-        location = self.location
-        try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, trust_remote_code=self.trust_remote_code
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise self._unloadable(error) from error
+        model: PreTrainedModel = self._pretrained(AutoModelForCausalLM, dtype=dtype)
         _log.info("%s: %.0f M parameters, %s", self.name, model.num_parameters() / 1e6, self.dtype)
         return model
 
-    def _unloadable(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return UserError(f"model.backbone.source: {self.source} cannot be loaded: {reason[:300]}")
+    def _pretrained(self, auto_class: Any, **options: Any) -> Any:
+        """What one of transformers' Auto classes loads from the source."""
+        from safetensors import SafetensorError
+
+        location = self.location
+        try:
+            return auto_class.from_pretrained(location, trust_remote_code=self.trust_remote_code, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"model.backbone.source: {self.source} cannot be loaded: {reason[:300]}") from error
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:

@@ -126,10 +126,7 @@ class LongContextQA(lightning.LightningModule):
             UserError: its weights are not the ones that this configuration trains, or its schedule has another length.
         """
         saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
-        if self.backbone.lora is None:
-            needed = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
-        else:
-            needed = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        needed = {name: tuple(weight.shape) for name, weight in self._trained(self.state_dict()).items()}
         if saved != needed:
             kinds = [
                 "adapters" if any("lora_" in name for name in names) else "all weights" for names in (saved, needed)
@@ -149,9 +146,14 @@ class LongContextQA(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, if that is adapters."""
-        if self.backbone.lora is not None:
-            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["state_dict"] = self._trained(checkpoint["state_dict"])
+
+    def _trained(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds of a state dict: all of it, or the adapters where only those are trained."""
+        if self.backbone.lora is None:
+            return weights
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: weight for name, weight in weights.items() if name in trained}
 
     def answer_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over the answer tokens of a batch, and their number.

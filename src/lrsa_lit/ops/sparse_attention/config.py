@@ -90,6 +90,11 @@ class LRSAConfig:
                 raise UserError(f"lrsa.{name}: no such setting; there are {', '.join(known)}")
         return dataclasses.replace(self, **changes)
 
+    def check_layers(self, count: int) -> None:
+        """Raise a UserError if a dense layer is none of a model's ``count`` layers."""
+        if unknown := [layer for layer in self.dense_layers if layer >= count]:
+            raise UserError(f"lrsa.dense_layers: {unknown} is not allowed; this model has layers 0 to {count - 1}")
+
     def for_layer(self, layer: int) -> LRSAConfig | None:
         """The rule of one layer of a model, or None where the layer stays dense."""
         if layer in self.dense_layers:
