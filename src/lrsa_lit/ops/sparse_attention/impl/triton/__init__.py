@@ -129,10 +129,7 @@ def _select_lag_relative(
     key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
-    ranks, scores = ops.select_lag_relative(
-        key, value, boundaries, _numbers(config), float(config.value_weight), partitions
-    )
-    return ranks, scores
+    return ops.select_lag_relative(key, value, boundaries, _numbers(config), float(config.value_weight), partitions)
 
 
 def _attend(
@@ -151,8 +148,7 @@ def _attend(
         query, scale = -query, -scale
     # Masked scores are minus infinity, which zero would turn into NaN.
     scale = max(scale, 1e-30)
-    output: Tensor = ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)[0]
-    return output
+    return ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)
 
 
 def _compact_rows(config: LRSAConfig, boundaries: Sequence[int]) -> int:

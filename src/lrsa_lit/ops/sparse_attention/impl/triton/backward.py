@@ -48,9 +48,11 @@ def attend_backward(
     key_grad, value_grad = torch.empty_like(saved.key), torch.empty_like(saved.value)
     table = raw_tiles(geometry, saved.key.device, tile.rows)
     key_gradient(saved, output_grad, delta, partial, ranks, key_grad, value_grad, table, geometry, scale)
-    shown = 0 if ranks is not None else rows
-    compact_grads = [source[:, :, :, :shown].sum(dim=0).to(key_grad.dtype) for source in partial]
-    return query_grad, key_grad, value_grad, compact_grads[0], compact_grads[1]
+    if ranks is not None:
+        nothing = batch, heads, 0, dim
+        return query_grad, key_grad, value_grad, key_grad.new_empty(nothing), value_grad.new_empty(nothing)
+    compact_key_grad, compact_value_grad = (source.sum(dim=0).to(key_grad.dtype) for source in partial)
+    return query_grad, key_grad, value_grad, compact_key_grad, compact_value_grad
 
 
 def _splits(programs: int, group: int) -> int:

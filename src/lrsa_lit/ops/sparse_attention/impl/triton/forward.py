@@ -28,7 +28,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     store_rows,
     visible_range,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
 
 LOG2_E = 1.4426950408889634
 _INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"]
@@ -100,6 +100,7 @@ def attend_forward(
         scale * LOG2_E,
         DIM=dim,
         PADDED=padded,
+        PRECISION=precision_of(dim),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         num_warps=tile.warps,
@@ -155,6 +156,7 @@ def _forward_kernel(
     scale_log2,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -210,6 +212,7 @@ def _forward_kernel(
         True,
         DIM,
         PADDED,
+        PRECISION,
         BLOCK_N,
     )
     b_output, b_sum, b_max = _attend_source(
@@ -237,6 +240,7 @@ def _forward_kernel(
         False,
         DIM,
         PADDED,
+        PRECISION,
         BLOCK_N,
     )
 
@@ -247,7 +251,7 @@ def _forward_kernel(
         b_output *= (1.0 / b_sum)[:, None]
     store_rows(p_output, i_query_row + i_first, stride_ot, m_t, b_output, DIM, BLOCK_M, PADDED)
     p_denominator += i_bh.to(tl.int64) * n_queries
-    tl.store(p_denominator + o_row, b_max + tl.log2(b_sum), mask=m_t)
+    tl.store(p_denominator + o_row, b_max * scale_log2 + tl.log2(b_sum), mask=m_t)
 
 
 @triton.jit
@@ -276,6 +280,7 @@ def _attend_source(
     COMPACT: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Take in one source: full blocks, then those with masks (see primitives.py)."""
@@ -292,34 +297,39 @@ def _attend_source(
         else:
             b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
             b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
-        b_output, b_sum, b_max = _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, None, scale_log2)
+        b_output, b_sum, b_max = _attend_block(
+            b_output, b_sum, b_max, b_query, b_key, b_value, None, scale_log2, PRECISION
+        )
     for i_step in range(0, n_masked, BLOCK_N):
         i_n = masked_block(i_step, i_start, i_begin, i_end)
         # [BLOCK_N, PADDED]
         b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
         b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
         m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
-        b_output, b_sum, b_max = _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, scale_log2)
+        b_output, b_sum, b_max = _attend_block(
+            b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, scale_log2, PRECISION
+        )
     return b_output, b_sum, b_max
 
 
 @triton.jit
-def _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, scale_log2):
+def _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, scale_log2, PRECISION: tl.constexpr):
     """One step of the online softmax, in base 2."""
     # [BLOCK_M, BLOCK_N]
-    b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
     if m_visible is not None:
         b_score = tl.where(m_visible, b_score, float("-inf"))
-    # Scale and subtract in one rounding: at scores of 1e5 the product alone would lose what the softmax needs.
-    b_top = tl.maximum(b_max, tl.max(b_score, axis=1) * scale_log2)
-    b_power = tl.exp2(b_score * scale_log2 - b_top[:, None])
-    b_decay = tl.exp2(b_max - b_top)
+    # Subtract, then scale: the power of the highest score is then 1 exactly. With the two in one multiply-add it is off
+    # by the rounding of the highest score, which at scores of 1e5 is more than half precision loses.
+    b_top = tl.maximum(b_max, tl.max(b_score, axis=1))
+    b_power = tl.exp2((b_score - b_top[:, None]) * scale_log2)
+    b_decay = tl.exp2((b_max - b_top) * scale_log2)
     b_sum = b_sum * b_decay + tl.sum(b_power, axis=1)
     b_output = b_output * b_decay[:, None]
     # [BLOCK_M, PADDED]
     if b_value.dtype == tl.float32:
-        # Without tensor cores a running sum over all keys rounds at each; summing blocks first rounds less.
-        b_output += tl.dot(b_power, b_value, input_precision="ieee")
+        # A running sum over all keys rounds at each; summing blocks first rounds less.
+        b_output += tl.dot(b_power, b_value, input_precision=PRECISION)
     else:
         b_output = tl.dot(b_power.to(b_value.dtype), b_value, b_output)
     return b_output, b_sum, b_top

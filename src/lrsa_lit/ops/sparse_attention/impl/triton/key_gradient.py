@@ -29,7 +29,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     split_blocks,
     store_rows,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
@@ -90,6 +90,7 @@ def key_gradient(
         COMPACT=compact,
         DIM=dim,
         PADDED=padded,
+        PRECISION=precision_of(dim),
         BLOCK_M=tile.columns,
         BLOCK_N=tile.rows,
         num_warps=tile.warps,
@@ -148,6 +149,7 @@ def _key_kernel(
     COMPACT: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -228,7 +230,17 @@ def _key_kernel(
         o_scalar = o_scalars + i_query_head * n_queries + i_m + o_m
         b_denominator, b_delta = tl.load(p_denominator + o_scalar), tl.load(p_delta + o_scalar)
         b_key_grad, b_value_grad = _key_block(
-            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, None, scale_log2
+            b_key_grad,
+            b_value_grad,
+            b_key,
+            b_value,
+            b_query,
+            b_gradient,
+            b_denominator,
+            b_delta,
+            None,
+            scale_log2,
+            PRECISION,
         )
     for i_step in range(0, n_group * n_masked, BLOCK_M):
         i_query_head = i_group + i_step // n_masked
@@ -244,7 +256,17 @@ def _key_kernel(
         b_delta = tl.load(p_delta + o_scalar, mask=o_t < i_stop, other=0.0)
         m_visible = (o_t[None, :] >= o_seen[:, None]) & (o_t[None, :] < o_lost[:, None])
         b_key_grad, b_value_grad = _key_block(
-            b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible, scale_log2
+            b_key_grad,
+            b_value_grad,
+            b_key,
+            b_value,
+            b_query,
+            b_gradient,
+            b_denominator,
+            b_delta,
+            m_visible,
+            scale_log2,
+            PRECISION,
         )
 
     b_key_grad *= scale
@@ -276,20 +298,30 @@ def _key_kernel(
 
 @triton.jit
 def _key_block(
-    b_key_grad, b_value_grad, b_key, b_value, b_query, b_gradient, b_denominator, b_delta, m_visible, scale_log2
-):  # fmt: skip
+    b_key_grad,
+    b_value_grad,
+    b_key,
+    b_value,
+    b_query,
+    b_gradient,
+    b_denominator,
+    b_delta,
+    m_visible,
+    scale_log2,
+    PRECISION: tl.constexpr,
+):
     """What one block of queries adds to dK (before the scale) and dV. Scores stand transposed: keys are the rows."""
     # In this order fewer values are alive at a time: dV takes in the powers before their gradient is computed.
     # [BLOCK_N, BLOCK_M]
-    b_score = tl.dot(b_key, tl.trans(b_query), input_precision="ieee")
+    b_score = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION)
     b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
     if m_visible is not None:
         b_power = tl.where(m_visible, b_power, 0.0)
     # [BLOCK_N, PADDED]
-    b_value_grad = tl.dot(b_power.to(b_gradient.dtype), b_gradient, b_value_grad, input_precision="ieee")
+    b_value_grad = tl.dot(b_power.to(b_gradient.dtype), b_gradient, b_value_grad, input_precision=PRECISION)
     # [BLOCK_N, BLOCK_M]
-    b_share = tl.dot(b_value, tl.trans(b_gradient), input_precision="ieee")
+    b_share = tl.dot(b_value, tl.trans(b_gradient), input_precision=PRECISION)
     b_score_grad = b_power * (b_share - b_delta[None, :])
     # [BLOCK_N, PADDED]
-    b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision="ieee")
+    b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision=PRECISION)
     return b_key_grad, b_value_grad

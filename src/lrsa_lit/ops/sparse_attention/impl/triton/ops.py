@@ -1,7 +1,9 @@
 """The kernels as registered operators, with fake implementations and autograd: torch.compile sees three opaque calls.
 
 Operators take integers and tensors only: ``numbers`` are queries_from, keys_from, S, L, K and C of a
-:class:`~lrsa_lit.ops.sparse_attention.impl.triton.plan.Geometry`.
+:class:`~lrsa_lit.ops.sparse_attention.impl.triton.plan.Geometry`. ``select_lag_relative``, ``gather`` and ``attend`` go
+through them only where somebody traces or watches the calls: the dispatcher's bookkeeping costs the host more than the
+launches, and short sequences wait for the host.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, L lag_size, M compact rows, D head_dim.
 """
@@ -13,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
 from lrsa_lit.ops.sparse_attention.impl.triton.forward import Saved, attend_forward
@@ -24,39 +28,24 @@ from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("lrsa_lit::select_lag_relative", mutates_args=(), tags=_TAGS)
 def select_lag_relative(
     key: Tensor, value: Tensor, boundaries: Sequence[int], numbers: Sequence[int], weight: float, partitions: int
 ) -> tuple[Tensor, Tensor]:
     """Ranks (B, H, P, L) int32 and scores (B, H, P, L) float32 of lag-relative selection; see ``scoring``."""
-    return select_ranks(_rows(key), _rows(value), _geometry(boundaries, numbers), weight)
+    run = _select_op if _watched(key) else _select
+    ranks, scores = run(key, value, boundaries, numbers, weight, partitions)
+    return ranks, scores
 
 
-@select_lag_relative.register_fake
-def _(
-    key: Tensor, value: Tensor, boundaries: Sequence[int], numbers: Sequence[int], weight: float, partitions: int
-) -> tuple[Tensor, Tensor]:
-    shape = key.shape[0], key.shape[1], partitions, numbers[3]
-    return key.new_empty(shape, dtype=torch.int32), key.new_empty(shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("lrsa_lit::gather_compact", mutates_args=(), tags=_TAGS)
 def gather(
     key: Tensor, value: Tensor, ranks: Tensor, boundaries: Sequence[int], numbers: Sequence[int], rows: int
 ) -> tuple[Tensor, Tensor]:
     """Compact keys and values (B, H, M, D) of a selection; see ``gather``. Not differentiable: ``attend`` is."""
-    return gather_compact(_rows(key), _rows(value), ranks, _geometry(boundaries, numbers))
+    run = _gather_op if _watched(key) else _gather
+    compact_key, compact_value = run(key, value, ranks, boundaries, numbers, rows)
+    return compact_key, compact_value
 
 
-@gather.register_fake
-def _(
-    key: Tensor, value: Tensor, ranks: Tensor, boundaries: Sequence[int], numbers: Sequence[int], rows: int
-) -> tuple[Tensor, Tensor]:
-    shape = key.shape[0], key.shape[1], rows, key.shape[3]
-    return key.new_empty(shape), value.new_empty(shape)
-
-
-@torch.library.custom_op("lrsa_lit::attend", mutates_args=(), tags=_TAGS)
 def attend(
     query: Tensor,
     key: Tensor,
@@ -67,22 +56,50 @@ def attend(
     boundaries: Sequence[int],
     numbers: Sequence[int],
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Tq, D) and log2 of the softmax's denominator (B, Hq, Tq); see ``forward``.
+) -> Tensor:
+    """Output (B, Hq, Tq, D); see ``forward``.
 
     With ``ranks`` the compact buffer holds copies of raw tokens: their gradient goes to the tokens, not to the buffer.
     """
+    run = _attend_op if _watched(query) else _Attend.apply
+    output: Tensor = run(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)[0]
+    return output
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether the call must go through the dispatcher: under torch.compile, fake tensors, or a dispatch mode."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_in_torch_dispatch_mode()
+
+
+def _select(
+    key: Tensor, value: Tensor, boundaries: Sequence[int], numbers: Sequence[int], weight: float, partitions: int
+) -> tuple[Tensor, Tensor]:
+    return select_ranks(_rows(key), _rows(value), _geometry(boundaries, numbers), weight)
+
+
+def _gather(
+    key: Tensor, value: Tensor, ranks: Tensor, boundaries: Sequence[int], numbers: Sequence[int], rows: int
+) -> tuple[Tensor, Tensor]:
+    return gather_compact(_rows(key), _rows(value), ranks, _geometry(boundaries, numbers))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compact_key: Tensor,
+    compact_value: Tensor,
+    ranks: Tensor | None,
+    boundaries: Sequence[int],
+    numbers: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, Hq, Tq, D) and log2 of the softmax's denominator (B, Hq, Tq), which the backward reads."""
     compact = compact_key.contiguous(), compact_value.contiguous()
     return attend_forward(_rows(query), _rows(key), _rows(value), *compact, _geometry(boundaries, numbers), scale)
 
 
-@attend.register_fake
-def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("lrsa_lit::attend_backward", mutates_args=(), tags=_TAGS)
-def attend_grad(
+def _attend_grad(
     saved: Sequence[Tensor],
     output_grad: Tensor,
     ranks: Tensor | None,
@@ -97,7 +114,34 @@ def attend_grad(
     return attend_backward(results, _rows(output_grad), ranks, _geometry(boundaries, numbers), scale)
 
 
-@attend_grad.register_fake
+_select_op = torch.library.custom_op("lrsa_lit::select_lag_relative", _select, mutates_args=(), tags=_TAGS)
+_gather_op = torch.library.custom_op("lrsa_lit::gather_compact", _gather, mutates_args=(), tags=_TAGS)
+_attend_op = torch.library.custom_op("lrsa_lit::attend", _attend, mutates_args=(), tags=_TAGS)
+_attend_grad_op = torch.library.custom_op("lrsa_lit::attend_backward", _attend_grad, mutates_args=(), tags=_TAGS)
+
+
+@_select_op.register_fake
+def _(
+    key: Tensor, value: Tensor, boundaries: Sequence[int], numbers: Sequence[int], weight: float, partitions: int
+) -> tuple[Tensor, Tensor]:
+    shape = key.shape[0], key.shape[1], partitions, numbers[3]
+    return key.new_empty(shape, dtype=torch.int32), key.new_empty(shape, dtype=torch.float32)
+
+
+@_gather_op.register_fake
+def _(
+    key: Tensor, value: Tensor, ranks: Tensor, boundaries: Sequence[int], numbers: Sequence[int], rows: int
+) -> tuple[Tensor, Tensor]:
+    shape = key.shape[0], key.shape[1], rows, key.shape[3]
+    return key.new_empty(shape), value.new_empty(shape)
+
+
+@_attend_op.register_fake
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@_attend_grad_op.register_fake
 def _(saved: Sequence[Tensor], output_grad: Tensor, ranks: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     query, key, value, compact_key, compact_value = saved[:5]
     rows = compact_key.shape[2] if ranks is None else 0
@@ -108,17 +152,27 @@ def _(saved: Sequence[Tensor], output_grad: Tensor, ranks: Tensor | None, *_: An
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ranks, ctx.boundaries, ctx.numbers, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output, ranks)
 
 
 def _backward(ctx: Any, output_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *saved, ranks = ctx.saved_tensors
-    grads = attend_grad(saved, output_grad, ranks, ctx.boundaries, ctx.numbers, ctx.scale)
+    run = _attend_grad_op if _watched(output_grad) else _attend_grad
+    grads = run(saved, output_grad, ranks, ctx.boundaries, ctx.numbers, ctx.scale)
     raw, compact = grads[:3], grads[3:]
     return *raw, *((None, None) if ranks is not None else compact), None, None, None, None
 
 
-attend.register_autograd(_backward, setup_context=_keep_for_backward)
+_attend_op.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+class _Attend(torch.autograd.Function):
+    """The same as the registered operator ``attend``, straight from autograd to the kernels."""
+
+    forward = staticmethod(_attend)
+    setup_context = staticmethod(_keep_for_backward)
+    backward = staticmethod(_backward)
 
 
 def _geometry(boundaries: Sequence[int], numbers: Sequence[int]) -> Geometry:

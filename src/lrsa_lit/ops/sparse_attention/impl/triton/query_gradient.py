@@ -25,7 +25,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     store_rows,
     visible_range,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
@@ -71,6 +71,7 @@ def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale:
         scale,
         DIM=dim,
         PADDED=padded,
+        PRECISION=precision_of(dim),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         num_warps=tile.warps,
@@ -128,6 +129,7 @@ def _query_kernel(
     scale,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -188,6 +190,7 @@ def _query_kernel(
         True,
         DIM,
         PADDED,
+        PRECISION,
         BLOCK_N,
     )
     b_query_grad = _query_source(
@@ -216,6 +219,7 @@ def _query_kernel(
         False,
         DIM,
         PADDED,
+        PRECISION,
         BLOCK_N,
     )
     p_query_grad += i_b * stride_db + i_h * stride_dh
@@ -249,6 +253,7 @@ def _query_source(
     COMPACT: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """What one source adds to dQ: full blocks, then those with masks (see primitives.py)."""
@@ -266,7 +271,7 @@ def _query_source(
             b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
             b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
         b_query_grad = _query_block(
-            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, None, scale_log2
+            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, None, scale_log2, PRECISION
         )
     for i_step in range(0, n_masked, BLOCK_N):
         i_n = masked_block(i_step, i_start, i_begin, i_end)
@@ -275,20 +280,31 @@ def _query_source(
         b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
         m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
         b_query_grad = _query_block(
-            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2
+            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2, PRECISION
         )
     return b_query_grad
 
 
 @triton.jit
-def _query_block(b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2):
+def _query_block(
+    b_query_grad,
+    b_query,
+    b_gradient,
+    b_denominator,
+    b_delta,
+    b_key,
+    b_value,
+    m_visible,
+    scale_log2,
+    PRECISION: tl.constexpr,
+):
     """What one block of keys adds to dQ, before the scale."""
     # [BLOCK_M, BLOCK_N]
-    b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
-    b_share = tl.dot(b_gradient, tl.trans(b_value), input_precision="ieee")
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    b_share = tl.dot(b_gradient, tl.trans(b_value), input_precision=PRECISION)
     b_power = tl.exp2(b_score * scale_log2 - b_denominator[:, None])
     if m_visible is not None:
         b_power = tl.where(m_visible, b_power, 0.0)
     b_score_grad = b_power * (b_share - b_delta[:, None])
     # [BLOCK_M, PADDED]
-    return tl.dot(b_score_grad.to(b_key.dtype), b_key, b_query_grad, input_precision="ieee")
+    return tl.dot(b_score_grad.to(b_key.dtype), b_key, b_query_grad, input_precision=PRECISION)

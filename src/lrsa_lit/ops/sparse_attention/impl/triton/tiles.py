@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles for a head size and dtype. float32 has no tensor cores: small blocks that fit the registers."""
+    """The tiles for a head size and dtype. float32: small blocks that fit the registers."""
     if dtype == torch.float32:
         if dim > 128:
             return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
@@ -42,3 +42,12 @@ def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
     if dim > 64:
         return Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
     return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
+
+
+def precision_of(dim: int) -> str:
+    """How float32 matrices are multiplied: as three TF32 products on tensor cores, or as a chain of multiply-adds.
+
+    The chain rounds at every step and so is the less exact of the two, and 3 to 5 times slower; beyond 128 channels
+    what the three products leave out weighs more (measured in benchmarks/LOG.md).
+    """
+    return "tf32x3" if dim <= 128 else "ieee"
