@@ -1,5 +1,7 @@
 """The operator over several calls: any split gives the parallel pass, and only what the rule keeps is held."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import random_qkv
@@ -69,10 +71,8 @@ def test_gradients_pass_through_the_calls():
 
 
 def held_bytes(stream) -> int:
-    """Memory behind all tensors of the stream, whole storages counted once."""
-    pairs = [value for value in vars(stream).values() if isinstance(value, tuple)]
-    storages = {tensor.untyped_storage() for pair in pairs for tensor in pair}
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """Memory behind the tensors of the stream: whole storages, whatever views show of them."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in stream.buffer.whole)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,20 @@ def held_bytes(stream) -> int:
 def test_the_memory_of_dropped_tokens_is_freed(config, sizes):
     tensors = random_qkv(200, batch=1, heads=2, dim=5)
     _, stream = run(config, tensors, sizes)
-    stored = 200 if config is None else stored_size(200, config)
-    assert held_bytes(stream) == 2 * stored * 2 * 5 * 8
-    assert held_bytes(stream.rows(torch.tensor([0]))) == held_bytes(stream)
+    most = max(200 if config is None else stored_size(length, config) for length in range(1, 201))
+    for held in (stream, stream.rows(torch.tensor([0]))):
+        assert held_bytes(held) <= 2 * most * 33 / 32 * 2 * 5 * 8
+
+
+def test_memory_is_allocated_for_many_tokens_at_a_time():
+    tensors, addresses = random_qkv(2000, batch=1), []
+    stream = KeyValueStream(RULE)
+    with torch.no_grad():
+        for position in range(2000):
+            stream.attend(*(tensor[:, :, position, None] for tensor in tensors), SCALE)
+            addresses.append(stream.buffer.whole[0].data_ptr())
+    moves = sum(first != second for first, second in itertools.pairwise(addresses[1000:]))
+    assert moves <= 32, "a thousand tokens keep 375 rows: at 1/32 spare that is about 25 moves"
 
 
 def test_the_first_calls_hold_no_more_than_their_tokens():

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -60,9 +60,11 @@ def sparse_attention(
     boundaries = _boundaries(cu_seqlens, key, query)
     if selection is not None:
         _check_selection(selection, key, config, boundaries)
-    forward = _implementation(impl, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return forward(query, key, value, config, boundaries=boundaries, scale=scale, selection=selection)
+    output: Tensor = implementation(impl, query).forward(
+        query, key, value, config, boundaries=boundaries, scale=scale, selection=selection
+    )
+    return output
 
 
 def select(
@@ -116,11 +118,14 @@ def _visible(key: Tensor, value: Tensor, config: LRSAConfig) -> Tensor:
     return (position <= position[:, None]) & (sink | raw | compact)
 
 
-def _implementation(impl: str, query: Tensor) -> Callable[..., Tensor]:
-    """What runs the operator on such tensors."""
+def implementation(impl: str, query: Tensor) -> ModuleType:
+    """The module that runs the operator on such tensors, with ``forward``, ``attend`` and ``compress``.
+
+    Raises:
+        UserError: no such implementation, or one that cannot run here.
+    """
     chosen = _choose(impl, query.device.type, query.dtype, query.shape[-1])
-    forward: Callable[..., Tensor] = reference.forward if chosen == "reference" else _triton().forward
-    return forward
+    return reference if chosen == "reference" else _triton()
 
 
 def _choose(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:

@@ -96,7 +96,7 @@ def compact_buffer(
         return key[:, :, :0], value[:, :, :0]
     sink = config.sink_size
     if selection is None:
-        kept = compress(partitions_of(key[:, :, sink:], value[:, :, sink:], config, count), config)
+        kept = compress_partitions(partitions_of(key[:, :, sink:], value[:, :, sink:], config, count), config)
     else:
         indices = selection.indices.flatten(2, 3)
         kept = gather_kept(key, indices), gather_kept(value, indices)
@@ -104,7 +104,7 @@ def compact_buffer(
     return torch.cat([sinks[0], kept[0]], dim=2), torch.cat([sinks[1], kept[1]], dim=2)
 
 
-def compress(partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+def compress_partitions(partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
     """The compressor's pairs, laid out one partition after the other: keys and values (B, H, P K, D)."""
     key, value = config.compressor.compress(partitions, config)
     return key.flatten(2, 3), value.flatten(2, 3)

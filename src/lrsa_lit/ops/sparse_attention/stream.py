@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrsa_lit.ops.sparse_attention.api import Impl, implementation
+from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start
 from lrsa_lit.ops.sparse_attention.impl import reference
-from lrsa_lit.ops.sparse_attention.selection import compress, partitions_of
 
-Pair = tuple[Tensor, Tensor]
+_KEEP_ALL = LRSAConfig(sink_size=0, lag_size=1 << 29, top_k=0)
+"""Dense attention as a rule: partitions so long that none is ever full."""
 
 
 class KeyValueStream:
@@ -25,20 +27,20 @@ class KeyValueStream:
 
     Args:
         config: the rule; None keeps everything (a dense layer).
+        impl: implementation of the operator.
     """
 
-    def __init__(self, config: LRSAConfig | None) -> None:
-        self.config = config
+    def __init__(self, config: LRSAConfig | None, impl: Impl = "auto") -> None:
+        self.rule = _KEEP_ALL if config is None else config
+        self.impl = impl
         self.seen = 0
-        self._compact: Pair | None = None
-        self._raw: Pair | None = None
+        self.partitions = 0
+        self.buffer: PairBuffer | None = None
 
     @property
     def stored(self) -> Pair | None:
         """Keys and values (B, H, stored, D), compact ones first; None before the first token."""
-        if self._raw is None or self._compact is None:
-            return None
-        return _join(self._compact, self._raw)
+        return None if self.buffer is None else self.buffer.filled
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Take in N new tokens and attend from them.
@@ -52,46 +54,95 @@ class KeyValueStream:
         Returns:
             (B, Hq, N, D).
         """
-        start, self.seen = self.seen, self.seen + key.shape[2]
-        # New tensors, not views of length 0: a view would keep the first call's tokens in memory.
-        empty = key[:, :, :0].clone(), value[:, :, :0].clone()
-        raw = _join(self._raw or empty, (key, value))
-        compact = self._compact or empty
-        if self.config is None:
-            self._compact, self._raw = compact, raw
+        count = key.shape[2]
+        if self.crosses(count):
+            return self._attend_across(query, key, value, scale)
+        # All that is stored is visible to all new tokens, up to themselves.
+        visible = self.extend(key, value)
+        if count == 1:
             grouped = query.unflatten(1, (key.shape[1], -1))
-            return reference.causal_attention(grouped, *raw, scale).flatten(1, 2)
-        before, now = compressed_at(start - 1, self.config), compressed_at(self.seen - 1, self.config)
-        offset = raw_start(before, self.config)
-        if now > before:
-            compact = self._compressed(compact, raw, before, now)
-        output = reference.attend(query, compact, raw, self.config, scale=scale, query_offset=start, raw_offset=offset)
-        # A copy, not a view: a view would keep the dropped tokens in memory.
-        drop = raw_start(now, self.config) - offset
-        self._compact = compact
-        self._raw = raw if drop == 0 else (raw[0][:, :, drop:].clone(), raw[1][:, :, drop:].clone())
+            return reference.causal_attention(grouped, *visible, scale).flatten(1, 2)
+        nothing, past = (key[:, :, :0], value[:, :, :0]), visible[0].shape[2] - count
+        attend = implementation(self.impl, query).attend
+        output: Tensor = attend(query, nothing, visible, _KEEP_ALL, scale=scale, query_offset=past)
         return output
 
-    def _compressed(self, compact: Pair, raw: Pair, before: int, now: int) -> Pair:
-        """The compact buffer with partitions ``before`` … ``now`` - 1 added, the sinks in front."""
-        assert self.config is not None
-        key, value = raw
-        if before == 0:
-            sink = self.config.sink_size
-            compact = key[:, :, :sink], value[:, :, :sink]
-            key, value = key[:, :, sink:], value[:, :, sink:]
-        assert compact[0].shape[2] == max(compact_size(before, self.config), self.config.sink_size)
-        return _join(compact, compress(partitions_of(key, value, self.config, now - before, before), self.config))
+    def _attend_across(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """:meth:`attend` of tokens that see different numbers of compressed partitions."""
+        self.advance()
+        buffer, start, offset = self._buffer(key, value), self.seen, raw_start(self.partitions, self.rule)
+        raw = _join(buffer.cut(compact_size(self.partitions, self.rule)), (key, value))
+        self.seen += key.shape[2]
+        recent = self._compress(buffer, raw, compressed_at(self.seen - 1, self.rule))
+        attend = implementation(self.impl, query).attend
+        output: Tensor = attend(query, buffer.whole, raw, self.rule, scale=scale, query_offset=start, raw_offset=offset)
+        buffer.append(recent)
+        return output
+
+    def crosses(self, count: int) -> bool:
+        """Whether something must be compressed between the next token and the one ``count`` - 1 later."""
+        return compressed_at(self.seen, self.rule) != compressed_at(self.seen + count - 1, self.rule)
+
+    def extend(self, key: Tensor, value: Tensor) -> Pair:
+        """Take in N new tokens, between which nothing is compressed, and leave the attention to the caller.
+
+        Args:
+            key: (B, H, N, D), rotated at their true positions.
+            value: (B, H, N, D).
+
+        Returns:
+            Keys and values (B, H, stored, D): the new tokens see all but their successors. Views of the store.
+        """
+        assert not self.crosses(key.shape[2])
+        self.advance()
+        buffer = self._buffer(key, value)
+        buffer.append((key, value))
+        self.seen += key.shape[2]
+        return buffer.filled
+
+    def advance(self) -> None:
+        """Compress what the rule says must be compressed when the next token attends."""
+        partitions = compressed_at(self.seen, self.rule)
+        if partitions > self.partitions:
+            assert self.buffer is not None
+            raw = self.buffer.cut(compact_size(self.partitions, self.rule))
+            self.buffer.append(self._compress(self.buffer, raw, partitions))
+
+    def count(self, tokens: int) -> None:
+        """Take note of tokens that somebody wrote behind the filled rows of the :attr:`buffer`."""
+        assert self.buffer is not None
+        self.buffer.length += tokens
+        self.seen += tokens
 
     def rows(self, indices: Tensor) -> KeyValueStream:
         """A stream of some of the rows, in the given order and multiplicity (beam search, splitting a batch)."""
-        other = KeyValueStream(self.config)
-        other.seen = self.seen
-        if self._compact is not None and self._raw is not None:
-            other._compact = self._compact[0][indices], self._compact[1][indices]
-            other._raw = self._raw[0][indices], self._raw[1][indices]
+        other = KeyValueStream(self.rule, self.impl)
+        other.seen, other.partitions = self.seen, self.partitions
+        other.buffer = None if self.buffer is None else self.buffer.rows(indices)
         return other
+
+    def _buffer(self, key: Tensor, value: Tensor) -> PairBuffer:
+        """The store, made for pairs like these by the first call."""
+        if self.buffer is None:
+            self.buffer = PairBuffer(key[:, :, :0], value[:, :, :0])
+        return self.buffer
+
+    def _compress(self, buffer: PairBuffer, raw: Pair, partitions: int) -> Pair:
+        """Append all partitions up to P = ``partitions`` to the compact rows; returns the tokens that stay raw."""
+        (key, value), sink, before = raw, self.rule.sink_size, self.partitions
+        dropped = raw_start(partitions, self.rule) - raw_start(before, self.rule)
+        recent = key[:, :, dropped:], value[:, :, dropped:]
+        buffer.reserve(compact_size(partitions, self.rule) + recent[0].shape[2])
+        if before == 0:
+            buffer.append((key[:, :, :sink], value[:, :, :sink]))
+            key, value = key[:, :, sink:], value[:, :, sink:]
+        run = implementation(self.impl, key)
+        buffer.append(run.compress(key, value, self.rule, partitions - before, before))
+        self.partitions = partitions
+        return recent
 
 
 def _join(first: Pair, second: Pair) -> Pair:
+    if first[0].shape[2] == 0:
+        return second
     return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)

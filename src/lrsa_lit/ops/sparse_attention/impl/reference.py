@@ -18,7 +18,13 @@ from torch.nn import functional
 
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import Span, compact_size, raw_start, spans
-from lrsa_lit.ops.sparse_attention.selection import Selection, compact_buffer, of_sequence
+from lrsa_lit.ops.sparse_attention.selection import (
+    Selection,
+    compact_buffer,
+    compress_partitions,
+    of_sequence,
+    partitions_of,
+)
 
 
 def forward(
@@ -80,6 +86,43 @@ def attend(
     return torch.cat(parts, dim=-2).flatten(1, 2)
 
 
+def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
+    """Attention of one query per row over the filled rows of a buffer.
+
+    Args:
+        query: (B, Hq, 1, D).
+        key: (B, H, capacity, D).
+        value: (B, H, capacity, D).
+        length: int32 (1,), filled rows; on the device, so that its value may change under a CUDA graph.
+        scale: factor of the scores.
+
+    Returns:
+        (B, Hq, 1, D).
+    """
+    filled = torch.arange(key.shape[2], device=key.device) < length
+    # What stands in spare rows may be NaN, which no weight of zero takes out.
+    clean = value.masked_fill(~filled[:, None], 0.0)
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    output: Tensor = functional.scaled_dot_product_attention(grouped, key, clean, attn_mask=filled[None], scale=scale)
+    return output.reshape(query.shape)
+
+
+def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: int) -> tuple[Tensor, Tensor]:
+    """What ``count`` partitions of a sequence become.
+
+    Args:
+        key: (B, H, T, D), T >= (count + 1) L, from the start of the first of them on.
+        value: the same of the values.
+        config: the rule.
+        count: partitions to compress; each is judged against the one after it.
+        first: ordinal of the first of them in its sequence.
+
+    Returns:
+        Keys and values (B, H, count K, D).
+    """
+    return compress_partitions(partitions_of(key, value, config, count, first), config)
+
+
 def _visible(compact: Tensor, raw: Tensor, span: Span, config: LRSAConfig, raw_offset: int) -> Tensor:
     """Keys (or values) that some query of the span sees, in order: (B, H, S + K P + raw, D)."""
     recent = raw[:, :, raw_start(span.partitions, config) - raw_offset : span.stop - raw_offset]
@@ -101,9 +144,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         (B, H, G, N, D).
     """
     group, count = query.shape[2:4]
-    visible = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - count)
+    visible = None
+    if count > 1:
+        mask = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - count)
+        visible = mask.repeat(group, 1)
     # The query heads of a group share their keys: fold them into the rows of one product instead of repeating keys.
     folded: Tensor = functional.scaled_dot_product_attention(
-        query.flatten(2, 3), key, value, attn_mask=visible.repeat(group, 1), scale=scale
+        query.flatten(2, 3), key, value, attn_mask=visible, scale=scale
     )
     return folded.reshape(*query.shape[:-1], value.shape[-1])

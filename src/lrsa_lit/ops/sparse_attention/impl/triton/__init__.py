@@ -1,7 +1,7 @@
 """Triton kernels for CUDA devices, and for the CPU under Triton's interpreter. The one package that imports triton.
 
-``forward`` is the operator, ``attend`` the kernel beneath it for callers that keep their own compact buffer, ``select``
-the fused selection. Gradients flow to everything that floats.
+``forward`` is the operator; ``attend`` and ``compress`` are its parts, for callers that keep their own compact buffer;
+``select`` is the fused selection. Gradients flow to everything that floats.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, K top_k, M compact rows, D head_dim.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.compressors import LagRelative, Selector
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
+from lrsa_lit.ops.sparse_attention.impl import reference
 from lrsa_lit.ops.sparse_attention.impl.triton import ops
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import ranks_of
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
@@ -96,6 +97,18 @@ def attend(
     boundaries = 0, query_offset + query.shape[2]
     numbers = _numbers(config, queries_from=query_offset, keys_from=raw_offset)
     return _attend(query, raw[0], raw[1], compact[0], compact[1], None, boundaries, numbers, scale)
+
+
+def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: int) -> tuple[Tensor, Tensor]:
+    """What ``count`` partitions of a sequence become; arguments as in ``reference.compress``."""
+    grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+    if grads or not isinstance(config.compressor, LagRelative):
+        return reference.compress(key, value, config, count, first)
+    # A sequence of its own, without sinks, that is just long enough to have compressed them.
+    whole = config.replace(sink_size=0, chunk_size=config.lag_size)
+    boundaries = 0, (count + 1) * config.lag_size + 1
+    ranks = _select_lag_relative(key, value, whole, boundaries)[0]
+    return ops.gather(key, value, ranks, boundaries, _numbers(whole), count * config.top_k)
 
 
 @torch.no_grad()

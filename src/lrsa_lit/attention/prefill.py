@@ -1,0 +1,73 @@
+"""Take a long text in, call by call, into a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.attention.cache import LRSACache
+from lrsa_lit.attention.rules import base_of, enabled_state
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.geometry import spans
+
+
+@torch.no_grad()
+def prefill(
+    model: Any,
+    input_ids: Tensor,
+    cache: Any,
+    *,
+    attention_mask: Tensor | None = None,
+    tokens_per_call: int = 8192,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Feed tokens to a cache in calls of bounded length, so that memory does not grow with the text.
+
+    With LRSA attention the length of the calls changes nothing. With stock attention and an :class:`LRSACache` no call
+    reaches over a compression, whatever ``tokens_per_call``.
+
+    Args:
+        model: a causal language model, LRSA enabled or not.
+        input_ids: (B, T) new tokens, behind those that the cache has seen.
+        cache: the cache that takes them in; any of transformers, compressed or not.
+        attention_mask: (B, seen + T), 1 for real tokens, as ``generate`` takes it; None: all are real.
+        tokens_per_call: most tokens of a call.
+        progress: called after each call with the tokens taken in so far.
+
+    Returns:
+        Logits (B, 1, V) of the last column.
+
+    Raises:
+        UserError: nothing to feed, or a length that is not positive.
+    """
+    if input_ids.shape[1] == 0 or tokens_per_call < 1:
+        raise UserError(
+            f"input_ids, tokens_per_call: {input_ids.shape[1]} tokens by {tokens_per_call}; both must be at least 1"
+        )
+    seen, logits = int(cache.get_seq_length()), input_ids.new_empty(0)
+    for start, stop in _calls(model, cache, seen, seen + input_ids.shape[1], tokens_per_call):
+        mask = None if attention_mask is None else attention_mask[:, :stop]
+        output = model(
+            input_ids=input_ids[:, start - seen : stop - seen],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1:]
+        if progress is not None:
+            progress(stop - seen)
+    return logits
+
+
+def _calls(model: Any, cache: Any, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in pieces of at most ``most``; where attention is the model's own, none over a compression."""
+    pieces = [(start, stop)]
+    if isinstance(cache, LRSACache) and enabled_state(base_of(model)) is None:
+        pieces = [(span.start, span.stop) for span in spans(start, stop, cache.config)]
+    for first, last in pieces:
+        for begin in range(first, last, most):
+            yield begin, min(begin + most, last)

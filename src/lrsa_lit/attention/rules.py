@@ -1,0 +1,107 @@
+"""What LRSA attaches to a model's attention modules, and which models can carry it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
+
+RULE = "_lrsa_rule"
+"""The attribute of an attention module that holds its :class:`Rule`."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Enabled:
+    """What ``enable`` changed on a model, so that ``disable`` can put it back."""
+
+    config: LRSAConfig
+    impl: Impl
+    implementation: str
+    modules: list[nn.Module]
+    trained_with: dict[str, Any] | None
+    handles: list[Any] = field(default_factory=list)
+    called: set[int] = field(default_factory=set)
+    checked: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """The rule of one attention module; a None config means that the layer stays dense."""
+
+    state: Enabled
+    config: LRSAConfig | None
+    layer: int
+
+
+def enabled_state(model: PreTrainedModel) -> Enabled | None:
+    """What is attached to the model, or None."""
+    for module in model.modules():
+        rule: Rule | None = getattr(module, RULE, None)
+        if rule is not None:
+            return rule.state
+    return None
+
+
+def base_of(model: Any) -> Any:
+    """The Hugging Face model inside a peft wrapper; any other model is its own."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention of each layer, in order, if all of them can run LRSA."""
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    modules = sorted(
+        (module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")),
+        key=lambda module: module.layer_idx,
+    )
+    layers = config.num_hidden_layers
+    if not model._can_set_attn_implementation() or [m.layer_idx for m in modules] != list(range(layers)):
+        raise UserError(
+            f"model: {name} does not route all its {layers} layers through transformers' attention interface"
+        )
+    types = getattr(config, "layer_types", None) or []
+    windowed = any(layer_type != "full_attention" for layer_type in types)
+    if not types and getattr(config, "use_sliding_window", True):
+        windowed = getattr(config, "sliding_window", None) is not None
+    if windowed or any(getattr(module, "sliding_window", None) for module in modules):
+        raise UserError(f"model: {name} uses sliding-window or linear layers, which LRSA does not support")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UserError(f"model: {name} caps its attention scores (softcap), which LRSA does not support")
+    if any(getattr(module, "sinks", None) is not None for module in modules):
+        raise UserError(f"model: {name} learns attention sinks (s_aux), which LRSA does not support")
+    if getattr(config, "attention_dropout", 0.0):
+        raise UserError(f"model: attention_dropout={config.attention_dropout}; LRSA supports 0 only")
+    return modules
+
+
+def arguments_by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call as keywords."""
+    signature = inspect.signature(decoder.forward)
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    extra = [name for name, item in signature.parameters.items() if item.kind is item.VAR_KEYWORD]
+    keywords = given.pop(extra[0], {}) if extra else {}
+    return {**given, **keywords}
+
+
+def warn_if_trained_otherwise(model: PreTrainedModel, config: LRSAConfig) -> None:
+    """One line if the weights say that they were trained with another rule."""
+    trained_with = getattr(model.config, "lrsa", None)
+    if trained_with not in (None, config.to_dict()):
+        _warn_once(f"the weights were trained with {trained_with} and now run with {config.to_dict()}")
+
+
+@functools.lru_cache
+def _warn_once(message: str) -> None:
+    """An evaluation switches back and forth between rules; each is worth one line."""
+    _log.warning("%s", message)
