@@ -370,7 +370,7 @@ def _consume(
         )
         # All that the next tile needs to know is looked up while the tensor cores are busy.
         b_factor = 1.0 / b_sum
-        b_denominator = b_max + gl.log2(b_sum)
+        b_denominator = b_max * scale_log2 + gl.log2(b_sum)
         i_row = gl.load(p_sequence + QUERY_ROW)
         i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = _tile(i_round + 1, work)
         n_full, n_all, cuts = _blocks(i_next_low, i_next_high, rule, BLOCK_N)
@@ -425,9 +425,9 @@ def _take(i_step, m_wait, b_output, b_factor, key_full, value_free):
 @gluon.jit
 def _softmax(b_score, b_sum, b_max, scale_log2):
     """One step of the online softmax, as in ``forward._attend_block``."""
-    b_top = gl.maximum(b_max, gl.max(b_score, axis=1) * scale_log2)
-    b_power = gl.exp2(b_score * scale_log2 - b_top[:, None])
-    b_decay = gl.exp2(b_max - b_top)
+    b_top = gl.maximum(b_max, gl.max(b_score, axis=1))
+    b_power = gl.exp2((b_score - b_top[:, None]) * scale_log2)
+    b_decay = gl.exp2((b_max - b_top) * scale_log2)
     return b_power, b_sum * b_decay + gl.sum(b_power, axis=1), b_top, b_decay
 
 

@@ -1,0 +1,231 @@
+"""Attention of one new query over a buffer whose filled length stands on the device.
+
+The keys are split among programs, each of which leaves what its slice adds up to, and a second kernel joins the slices.
+Grids and memory depend on the buffer's capacity alone and the slices are cut on the device: the host never waits for
+the length, and a CUDA graph of the call stays right while the length grows.
+
+Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.impl.triton.forward import LOG2_E, _attend_block
+from lrsa_lit.ops.sparse_attention.impl.triton.primitives import LOWEST, load_rows
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of
+
+_PROGRAMS = 2 * 132
+"""Programs wanted: enough loads under way to saturate the memory of a GPU with 132 multiprocessors."""
+_MOST_SPLITS = 128
+_CHANNELS = 32
+"""Channels that one program of the second kernel joins."""
+_INTEGERS = ["heads", "group"]
+
+
+class _Cut(NamedTuple):
+    """How the first kernel is cut.
+
+    Attributes:
+        rows: query heads of one group that a program holds, at least the 16 that a matrix product needs.
+        columns: keys that it takes in per step.
+        stages: num_stages.
+        splits: programs among which the keys of one head are divided.
+    """
+
+    rows: int
+    columns: int
+    stages: int
+    splits: int
+
+
+@torch.library.custom_op("lrsa_lit::attend_one", mutates_args=())
+def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
+    """Attention of one query per row over the filled rows of a key-value buffer. Not differentiable.
+
+    Args:
+        query: (B, Hq, 1, D).
+        key: (B, H, capacity, D), read up to row ``length`` - 1: the others may hold anything.
+        value: (B, H, capacity, D), the same.
+        length: (1,) int32 on the same device, 1 … capacity; read when the kernels run, not when they are launched.
+        scale: factor of the scores before the softmax.
+
+    Returns:
+        (B, Hq, 1, D) in the query's dtype, contiguous.
+    """
+    # The kernels take the maximum of the scores before they scale them.
+    if scale < 0:
+        query, scale = -query, -scale
+    # Masked scores are minus infinity, which zero would turn into NaN.
+    scale_log2 = max(scale, 1e-30) * LOG2_E
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    batch, query_heads, _, dim = query.shape
+    heads, capacity = key.shape[1:3]
+    group, rows = query_heads // heads, batch * query_heads
+    cut = _cut_for(dim, query.dtype, group, batch * heads, capacity)
+    padded = triton.next_power_of_2(dim)
+    partial_output = query.new_empty((cut.splits, rows, dim), dtype=torch.float32)
+    # Maximum and sum, not the logarithm of the softmax's denominator: see _join_kernel.
+    partial_max, partial_sum = query.new_empty((2, cut.splits, rows), dtype=torch.float32)
+    _slice_kernel[(cut.splits, batch * heads, triton.cdiv(group, cut.rows))](
+        query,
+        key,
+        value,
+        length,
+        partial_output,
+        partial_max,
+        partial_sum,
+        *query.stride()[:2],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        heads,
+        group,
+        scale_log2,
+        DIM=dim,
+        PADDED=padded,
+        PRECISION=precision_of(dim),
+        BLOCK_M=cut.rows,
+        BLOCK_N=cut.columns,
+        num_warps=4,
+        num_stages=cut.stages,
+    )
+    output = query.new_empty(query.shape)
+    block = min(padded, _CHANNELS)
+    _join_kernel[(rows, triton.cdiv(dim, block))](
+        partial_output,
+        partial_max,
+        partial_sum,
+        output,
+        scale_log2,
+        DIM=dim,
+        BLOCK=block,
+        SPLITS=cut.splits,
+        num_warps=4,
+    )
+    return output
+
+
+@attend_one.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacity: int) -> _Cut:
+    """Blocks that fit registers and shared memory twice per multiprocessor; splits that fill the device."""
+    rows = max(16, triton.next_power_of_2(group))
+    if dtype == torch.float32:
+        rows, columns, stages = (min(rows, 16), 16, 2) if dim > 128 else (min(rows, 32), 32, 2)
+    elif dim > 128:
+        rows, columns, stages = min(rows, 32), 32, 3
+    else:
+        rows, columns, stages = min(rows, 64), 128 if dim <= 64 and rows == 16 else 64, 3
+    wanted = max(_PROGRAMS // max(batch_heads * triton.cdiv(group, rows), 1), 1)
+    # The power of two at or below what is wanted, at most one split per block.
+    splits = 1 << (wanted.bit_length() - 1)
+    return _Cut(
+        rows, columns, stages, min(splits, triton.next_power_of_2(triton.cdiv(capacity, columns)), _MOST_SPLITS)
+    )
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _slice_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_length,
+    p_partial_output,
+    p_partial_max,
+    p_partial_sum,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    heads,
+    group,
+    scale_log2,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per slice of the keys, key-value head, and BLOCK_M of its query heads: keys and values are read once.
+
+    Leaves per query head the highest score, the sum of the powers relative to it, and the values weighted by them.
+    """
+    i_split, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_kv = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    n_keys = tl.load(p_length)
+    # A slice is whole blocks, so only the last one that holds keys has a block that is not full.
+    n_slice = tl.cdiv(tl.cdiv(n_keys, tl.num_programs(0)), BLOCK_N) * BLOCK_N
+    i_from = i_split * n_slice
+    i_to = tl.minimum(i_from + n_slice, n_keys)
+
+    o_g = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_g = o_g < group
+    o_dim = tl.arange(0, PADDED)
+    o_n = tl.arange(0, BLOCK_N)
+    o_h = i_kv * group + o_g
+    m_query = m_g[:, None] & (o_dim < DIM)[None, :]
+    # [BLOCK_M, PADDED]
+    b_query = tl.load(p_query + i_b * stride_qb + o_h[:, None] * stride_qh + o_dim[None, :], mask=m_query, other=0.0)
+    b_output = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    p_key += i_b * stride_kb + i_kv * stride_kh
+    p_value += i_b * stride_vb + i_kv * stride_vh
+    for i_n in range(i_from, i_to, BLOCK_N):
+        # [BLOCK_N, PADDED]
+        b_key = load_rows(p_key, i_n, stride_kt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
+        b_value = load_rows(p_value, i_n, stride_vt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
+        m_filled = (i_n + o_n < i_to)[None, :]
+        b_output, b_sum, b_max = _attend_block(
+            b_output, b_sum, b_max, b_query, b_key, b_value, m_filled, scale_log2, PRECISION
+        )
+
+    o_row = (i_split.to(tl.int64) * (tl.num_programs(1) // heads) + i_b) * heads * group + o_h
+    tl.store(p_partial_max + o_row, b_max, mask=m_g)
+    tl.store(p_partial_sum + o_row, b_sum, mask=m_g)
+    # An empty slice is known by its sum, zero, and its output never read.
+    p_partial_output += o_row[:, None] * DIM + o_dim[None, :]
+    tl.store(p_partial_output, b_output, mask=m_query & (i_from < i_to))
+
+
+@triton.jit
+def _join_kernel(
+    p_partial_output,
+    p_partial_max,
+    p_partial_sum,
+    p_output,
+    scale_log2,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One program per query head and BLOCK of its channels.
+
+    Slices are weighted by the difference of their maxima, subtracted before it is scaled as within a slice: logarithms
+    of their sums would carry the rounding of the highest score.
+    """
+    i_row, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    o_slice = tl.arange(0, SPLITS) * tl.cast(n_rows, tl.int64) + i_row
+    o_dim = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # [SPLITS]
+    b_max = tl.load(p_partial_max + o_slice)
+    b_sum = tl.load(p_partial_sum + o_slice)
+    b_weight = tl.exp2((b_max - tl.max(b_max, axis=0)) * scale_log2)
+    # [SPLITS, BLOCK]
+    m_partial = (b_sum > 0)[:, None] & (o_dim < DIM)[None, :]
+    b_partial = tl.load(p_partial_output + o_slice[:, None] * DIM + o_dim[None, :], mask=m_partial, other=0.0)
+    b_total = tl.sum(b_weight * b_sum, axis=0)
+    b_output = tl.div_rn(tl.sum(b_weight[:, None] * b_partial, axis=0), tl.zeros([BLOCK], tl.float32) + b_total)
+    tl.store(p_output + i_row * DIM + o_dim, b_output.to(p_output.dtype.element_ty), mask=o_dim < DIM)
