@@ -100,10 +100,10 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
         (B, Hq, 1, D).
     """
     filled = torch.arange(key.shape[2], device=key.device) < length
-    # What stands in spare rows may be NaN, which no weight of zero takes out.
-    clean = value.masked_fill(~filled[:, None], 0.0)
+    # What stands in spare rows may be NaN, which neither a mask nor a weight of zero takes out.
+    key, value = (rows.masked_fill(~filled[:, None], 0.0) for rows in (key, value))
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    output: Tensor = functional.scaled_dot_product_attention(grouped, key, clean, attn_mask=filled[None], scale=scale)
+    output: Tensor = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=filled[None], scale=scale)
     return output.reshape(query.shape)
 
 

@@ -1,7 +1,7 @@
 """Triton kernels for CUDA devices, and for the CPU under Triton's interpreter. The one package that imports triton.
 
 ``forward`` is the operator; ``attend`` and ``compress`` are its parts, for callers that keep their own compact buffer;
-``select`` is the fused selection. Gradients flow to everything that floats.
+``attend_one`` is the kernel for decoding, ``select`` the fused selection. Gradients flow to everything that floats.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, K top_k, M compact rows, D head_dim.
 """
@@ -20,9 +20,12 @@ from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
 from lrsa_lit.ops.sparse_attention.impl import reference
 from lrsa_lit.ops.sparse_attention.impl.triton import ops
+from lrsa_lit.ops.sparse_attention.impl.triton.decoding import attend_one
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import ranks_of
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
 from lrsa_lit.ops.sparse_attention.selection import Selection, compact_buffer, select_packed
+
+__all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -61,8 +61,8 @@ def attend(
 
     With ``ranks`` the compact buffer holds copies of raw tokens: their gradient goes to the tokens, not to the buffer.
     """
-    run = _attend_op if _watched(query) else _Attend.apply
-    output: Tensor = run(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)[0]
+    inputs = query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale
+    output: Tensor = _attend_op(*inputs)[0] if _watched(query) else _Attend.apply(*inputs)
     return output
 
 
@@ -156,7 +156,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(*tensors, *output, ranks)
 
 
-def _backward(ctx: Any, output_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, output_grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *saved, ranks = ctx.saved_tensors
     run = _attend_grad_op if _watched(output_grad) else _attend_grad
     grads = run(saved, output_grad, ranks, ctx.boundaries, ctx.numbers, ctx.scale)
@@ -170,9 +170,17 @@ _attend_op.register_autograd(_backward, setup_context=_keep_for_backward)
 class _Attend(torch.autograd.Function):
     """The same as the registered operator ``attend``, straight from autograd to the kernels."""
 
-    forward = staticmethod(_attend)
-    setup_context = staticmethod(_keep_for_backward)
-    backward = staticmethod(_backward)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Output (B, Hq, Tq, D). A ``setup_context`` would read the signature of this method at each call."""
+        results = _attend(*inputs)
+        _keep_for_backward(ctx, inputs, results)
+        return results[0]
+
+    @staticmethod
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs of :meth:`forward`."""
+        return _backward(ctx, output_grad, None)
 
 
 def _geometry(boundaries: Sequence[int], numbers: Sequence[int]) -> Geometry:

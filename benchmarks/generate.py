@@ -1,0 +1,338 @@
+"""What does the compressed cache save when a model reads and answers?
+
+Run ``python benchmarks/generate.py`` on a CUDA device.
+A model of Llama-3.2-1B's shape with random weights, bf16, batch 1. Beside LRSA (L=128, K=16) the same model with sdpa
+and a DynamicCache, with a StaticCache and torch.compile for single tokens, and, where they are installed, transformers'
+QuantizedCache and kvpress' LagKVPress (dense prefill, compressed afterwards). Checks first that chunked reading and
+single-token steps give the logits of the parallel pass. Writes ``results/generate.json`` and ``generate.png``.
+
+Parts: ``prefill`` (time to the first token and memory of the cache), ``decode`` (time per token), ``million``
+(1,048,576 tokens read chunk by chunk, the dense model up to ``--dense-tokens`` and extrapolated). Parts add to the
+same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from lrsa_lit.attention import LRSACache, prefill, using
+from lrsa_lit.attention.decoding import Decoder
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+RESULTS = Path(__file__).parent / "results"
+RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
+NEW_TOKENS = 64
+Cell = dict[str, Any]
+
+
+def main(args: list[str] | None = None) -> int:
+    options = _parse(args)
+    model = _model(options.layers)
+    if not _gate(model):
+        print("correctness gate: RED")
+        return 1
+    print("correctness gate: green")
+    path = options.out / "generate.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
+    about = {"date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
+    record.update(
+        about | versions, model=f"Llama-3.2-1B shape, {options.layers} layers, random weights", rule=str(RULE)
+    )
+    parts = {"prefill": _prefill_rows, "decode": _decode_rows, "million": _million_rows}
+    for part in options.parts:
+        for row in parts[part](model, options):
+            print(json.dumps({"part": part, **row}), flush=True)
+            same = [old for old in record["rows"] if _key(old) == _key({"part": part, **row})]
+            record["rows"] = [old for old in record["rows"] if old not in same] + [{"part": part, **row}]
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    _summary(record["rows"])
+    _plot(record, options.out / "generate.png")
+    return 0
+
+
+def _parse(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["prefill", "decode", "million"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--million", type=int, default=1 << 20, help="tokens of the last part")
+    parser.add_argument("--dense-tokens", type=int, default=1 << 18, help="tokens that the dense model reads there")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", default=["quantized", "kvpress"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args(args)
+
+
+def _model(layers: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=1 << 21,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=True,
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    # Casting the module would cast the rotary frequencies too.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model.eval()
+
+
+def _tokens(count: int) -> Tensor:
+    return torch.randint(0, 128256, (1, count), generator=torch.Generator().manual_seed(1)).cuda()
+
+
+@torch.no_grad()
+def _gate(model: Any) -> bool:
+    """Next tokens of the parallel pass, of reading in chunks and of graphed steps agree as dense ones do."""
+    ids, shares = _tokens(3000), []
+    for rule in (None, RULE):
+        with using(model, rule):
+            whole = model(ids, use_cache=False).logits[0]
+            cache = DynamicCache() if rule is None else LRSACache.of(model)
+            chunks = [model(ids[:, at : at + 500], past_key_values=cache).logits[0] for at in range(0, 2900, 500)]
+            shares.append(_agreement(whole, torch.cat(chunks)))
+            if rule is not None:
+                cache = LRSACache.of(model)
+                prefill(model, ids[:, :2800], cache)
+                decoder = Decoder(model, cache)
+                steps = torch.cat([decoder.step(ids[:, at, None])[0].clone() for at in range(2800, 3000)])
+                near = (steps.float() - whole[2800:].float()).norm() / whole[2800:].float().norm()
+    print(f"same next token, chunks and parallel: dense {shares[0]:.4f}, LRSA {shares[1]:.4f}; steps differ {near:.4f}")
+    return shares[1] >= shares[0] - 0.01 and bool(near < 0.05)
+
+
+def _agreement(first: Tensor, second: Tensor) -> float:
+    return float((first.argmax(-1) == second.argmax(-1)).float().mean())
+
+
+def _prefill_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
+    for length in options.tokens:
+        ids = _tokens(length)
+        with using(model, RULE):
+            yield {"who": "lrsa", "tokens": length, **_read(model, ids, lambda: LRSACache.of(model), options.repeats)}
+        yield {"who": "dense", "tokens": length, **_read(model, ids, DynamicCache, options.repeats)}
+        if "quantized" in options.peers:
+            yield {
+                "who": "quantized",
+                "tokens": length,
+                **_tried(lambda ids=ids: _read(model, ids, _quantized(model), 1)),
+            }
+        if "kvpress" in options.peers:
+            yield {"who": "kvpress", "tokens": length, **_tried(lambda ids=ids: _kvpress(model, ids))}
+
+
+def _read(model: Any, ids: Tensor, make: Callable[[], Any], repeats: int) -> Cell:
+    """Seconds to the first token, read in one call, and memory of the cache."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        cache = make()
+        prefill(model, ids, cache, tokens_per_call=ids.shape[1]).argmax(-1).item()
+        times.append(time.perf_counter() - start)
+    return {"first_token_s": statistics.median(times[1:]), "cache_mib": _cache_bytes(cache) / 2**20}
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Memory behind the keys and values, spare rows included."""
+    if isinstance(cache, LRSACache):
+        return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in layer.stream.buffer.whole)
+    return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in (layer.keys, layer.values))
+
+
+def _quantized(model: Any) -> Callable[[], Any]:
+    from transformers import QuantizedCache
+
+    return lambda: QuantizedCache("quanto", model.config)
+
+
+def _kvpress(model: Any, ids: Tensor) -> Cell:
+    from kvpress import LagKVPress
+
+    press = LagKVPress(compression_ratio=1 - RULE.top_k / RULE.lag_size, n_sink=RULE.sink_size, lag_size=RULE.lag_size)
+    with press(model):
+        return _read(model, ids, DynamicCache, 1)
+
+
+def _tried(run: Callable[[], Cell]) -> Cell:
+    try:
+        return run()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"}
+
+
+@torch.no_grad()
+def _decode_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
+    for length in options.tokens:
+        ids = _tokens(length)
+        with using(model, RULE):
+            for fuse in (False, True):
+                cache = LRSACache.of(model)
+                prefill(model, ids, cache, tokens_per_call=32768)
+                decoder = Decoder(model, cache, fuse=fuse)
+                name = "lrsa, graph" + (" and torch.compile" if fuse else "")
+                yield {"who": name, "tokens": length, "token_ms": _per_token(decoder.step, ids[:, -1:])}
+        yield {
+            "who": "dense, DynamicCache",
+            "tokens": length,
+            "token_ms": _per_token(_dynamic(model, ids), ids[:, -1:]),
+        }
+        yield {"who": "dense, StaticCache and torch.compile", "tokens": length,
+               **_tried(lambda ids=ids: {"token_ms": _per_token(_static(model, ids), ids[:, -1:])})}  # fmt: skip
+
+
+def _dynamic(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    cache = DynamicCache()
+    prefill(model, ids, cache, tokens_per_call=ids.shape[1])
+    return lambda token: model(token, past_key_values=cache, logits_to_keep=1).logits
+
+
+def _static(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """The dense model's fastest form: everything static, compiled, replayed as a CUDA graph."""
+    length = ids.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=length + 4 * NEW_TOKENS)
+    prefill(model, ids, cache, tokens_per_call=length)
+    compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    position = torch.full((1, 1), length, device="cuda")
+
+    def step(token: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = compiled(token, past_key_values=cache, position_ids=position, logits_to_keep=1).logits.clone()
+        position.add_(1)
+        return logits
+
+    return step
+
+
+def _per_token(step: Callable[[Tensor], Tensor], token: Tensor) -> float:
+    """Milliseconds of one greedy token, median over NEW_TOKENS, compilation and capture left out."""
+    token = token.clone()
+    times = []
+    for _ in range(NEW_TOKENS + 8):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        token = step(token)[:, -1].argmax(-1, keepdim=True)
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times[8:])
+
+
+@torch.no_grad()
+def _million_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
+    weights = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ids = _tokens(options.million)
+    with using(model, RULE):
+        cache, seconds = LRSACache.of(model), []
+        seconds = _chunked(model, ids, cache, 32768)
+        decoder = Decoder(model, cache)
+        ms = _per_token(decoder.step, ids[:, -1:])
+        yield {"who": "lrsa", "tokens": options.million, "read_s": seconds[-1][1], "token_ms": ms,
+               "peak_gib": (torch.cuda.max_memory_allocated() - weights) / 2**30, "curve": seconds}  # fmt: skip
+        del cache, decoder
+    for who, rule in (
+        ("dense, sdpa", None),
+        ("dense, our kernel", RULE.replace(dense_layers=tuple(range(options.layers)))),
+    ):
+        torch.cuda.reset_peak_memory_stats()
+        with using(model, rule):
+            cache = DynamicCache() if rule is None else LRSACache.of(model)
+            # A mask of 8,192 queries is what sdpa needs over a past; more would not fit.
+            curve = _chunked(model, ids[:, : options.dense_tokens], cache, 8192 if rule is None else 32768)
+        yield {"who": who, "tokens": curve[-1][0], "read_s": curve[-1][1], "curve": curve,
+               "extrapolated_s": _extrapolated(curve, options.million),
+               "peak_gib": (torch.cuda.max_memory_allocated() - weights) / 2**30}  # fmt: skip
+
+
+def _chunked(model: Any, ids: Tensor, cache: Any, size: int) -> list[tuple[int, float]]:
+    """Tokens read and seconds since the start, after each call."""
+    torch.cuda.synchronize()
+    start, curve = time.perf_counter(), []
+
+    def note(count: int) -> None:
+        torch.cuda.synchronize()
+        curve.append((count, time.perf_counter() - start))
+
+    prefill(model, ids, cache, tokens_per_call=size, progress=note)
+    return curve
+
+
+def _extrapolated(curve: list[tuple[int, float]], tokens: int) -> float:
+    """Seconds for more tokens by a least-squares parabola through zero: linear layers and attention."""
+    count = torch.tensor([point[0] for point in curve], dtype=torch.float64)
+    seconds = torch.tensor([point[1] for point in curve], dtype=torch.float64)
+    terms = torch.stack([count, count.square()], dim=1)
+    linear, quadratic = torch.linalg.lstsq(terms, seconds[:, None]).solution[:, 0].tolist()
+    return float(linear * tokens + quadratic * tokens**2)
+
+
+def _key(row: Cell) -> tuple[Any, ...]:
+    return row["part"], row["who"], row["tokens"]
+
+
+def _summary(rows: list[Cell]) -> None:
+    """The comparisons that matter, one line each."""
+    by = {_key(row): row for row in rows}
+    for length in sorted({row["tokens"] for row in rows}):
+        ours, dense = by.get(("prefill", "lrsa", length)), by.get(("prefill", "dense", length))
+        if ours and dense:
+            print(f"{length} tokens: first token {dense['first_token_s'] / ours['first_token_s']:.2f}x faster,",
+                  f"cache 1/{dense['cache_mib'] / ours['cache_mib']:.2f}")  # fmt: skip
+        decode = {row["who"]: row["token_ms"] for row in rows if row["part"] == "decode" and row["tokens"] == length
+                  and "token_ms" in row}  # fmt: skip
+        if decode:
+            best = {side: min(ms for who, ms in decode.items() if who.startswith(side)) for side in ("lrsa", "dense")}
+            print(f"{length} tokens: a token {best['lrsa']:.2f} ms, dense {best['dense']:.2f} ms")
+    for row in rows:
+        if row["part"] == "million":
+            extra = f", extrapolated {row['extrapolated_s']:.0f} s" if "extrapolated_s" in row else ""
+            print(
+                f"{row['who']}: {row['tokens']} tokens in {row['read_s']:.1f} s{extra}, peak {row['peak_gib']:.1f} GiB"
+            )
+
+
+def _plot(record: dict[str, Any], path: Path) -> None:
+    """Seconds to read, over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for row in record["rows"]:
+        if "curve" in row:
+            axes.plot(*zip(*row["curve"], strict=True), label=row["who"])
+    axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel="seconds")
+    axes.set_title(f"{record['device']}, {record['model']},\nbf16, read chunk by chunk")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
