@@ -1,4 +1,4 @@
-"""The command line: ``lrsa fit|validate|test|predict``, a LightningCLI over the shipped defaults."""
+"""The command line: ``lrsa fit|validate|test|predict``, a LightningCLI over the shipped defaults, and ``lrsa ask``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ COMMANDS = {
     "test": "evaluate on the test split",
     "predict": "answer the test split's questions into a JSONL file",
 }
+"""Runs of the LightningCLI: one set of options."""
+
+ASK = "ask"
+ASK_HELP = "answer your questions about a text file of any length"
 
 HELP = """\
 usage: lrsa [-h] [--version] COMMAND [options]
@@ -26,7 +30,7 @@ Fine-tune and evaluate LLMs with Lag-Relative Sparse Attention on long-context q
 commands:
 {commands}
 
-every command takes:
+{runs} take:
   --config FILE          YAML, may be given several times; later ones win. A shipped file is found from anywhere:
                          --config configs/model/smollm2.yaml
   --model.lrsa.lag_size L, --model.lrsa.top_k K, --model.lrsa.chunk_size C
@@ -37,8 +41,11 @@ every command takes:
   --print_config         print the resolved settings and exit
   --help                 all settings of a command, with their meaning
 
-example:
+{ask} takes a text file, questions and what `lrsa {ask} --help` lists.
+
+examples:
   lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
+  lrsa {ask} README.md "What is this?"
 """
 
 
@@ -49,18 +56,26 @@ def main(args: Sequence[str] | None = None) -> None:
         args: arguments as on the command line; default: ``sys.argv``.
 
     Raises:
-        SystemExit: code 2 after a one-line message for a user's mistake, code 0 for help and version.
+        SystemExit: code 2 after a one-line message for a user's mistake, code 130 after Ctrl-C, code 0 for help and
+            version.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP.format(commands="\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())), end="")
+        commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | {ASK: ASK_HELP}).items())
+        *first, last = COMMANDS
+        print(HELP.format(commands=commands, runs=f"{', '.join(first)} and {last}", ask=ASK), end="")
         return
     if arguments[0] == "--version":
         print(f"lrsa-lit {lrsa_lit.__version__}")
         return
-    if arguments[0] not in COMMANDS:
-        _fail(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS)}")
+    if arguments[0] not in (*COMMANDS, ASK):
+        _fail(f"{arguments[0]!r} is no command; there are {', '.join([*COMMANDS, ASK])}")
     try:
+        if arguments[0] == ASK:
+            from lrsa_lit import ask
+
+            ask.run(arguments[1:])
+            return
         # Lightning and transformers take seconds to import: not before there is something to run.
         from lrsa_lit.lightning_cli import run
 

@@ -20,6 +20,8 @@ from lrsa_lit.attention import LRSACache, disable, enable, using
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import exact_match, f1_score
 from lrsa_lit.models import Backbone
+from lrsa_lit.models.checkpoint import describe
+from lrsa_lit.models.generation import GREEDY
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.qa_score import QAScore
 
@@ -34,8 +36,6 @@ Attention = dict[str, Any] | None
 Made = TypeVar("Made")
 
 IGNORE_INDEX = -100
-_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Plain greedy decoding, whatever the model's own generation_config.json says."""
 
 
 class Prediction(TypedDict):
@@ -145,8 +145,9 @@ class LongContextQA(lightning.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained, if that is adapters."""
+        """Keep only what was trained, if that is adapters, and say what it is."""
         checkpoint["state_dict"] = self._trained(checkpoint["state_dict"])
+        describe(checkpoint, self.backbone, None if self.train_config is None else self.train_config.to_dict())
 
     def _trained(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a checkpoint holds of a state dict: all of it, or the adapters where only those are trained."""
@@ -226,7 +227,7 @@ class LongContextQA(lightning.LightningModule):
                 use_cache=True,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
-                **_GREEDY,
+                **GREEDY,
             )
         answers = tokens[:, prompt.shape[1] :]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)

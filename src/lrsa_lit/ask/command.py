@@ -1,0 +1,289 @@
+"""``lrsa ask FILE "question"``: read a text of any length into one cache and answer questions from what it kept.
+
+The text is read before the question, as in the training prompts, so further questions reuse the cache: each is a turn
+more of the same conversation. Nothing heavy is imported before the arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lrsa_lit.ask.dialogue import Dialogue
+from lrsa_lit.ask.reader import Reader
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.checkpoint import SUFFIX, Trained, load_trained
+from lrsa_lit.paths import shipped
+
+if TYPE_CHECKING:
+    import torch
+
+    from lrsa_lit.models import Backbone
+    from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+DEFAULT_MODEL = "configs/model/smollm2.yaml"
+"""The shipped file that names the model of a command without ``--model``."""
+
+STDIN = "-"
+_RULE_FLAGS = ("lag_size", "top_k", "sink_size", "chunk_size")
+_FLAGS = dict.fromkeys(("model", "model.backbone.source", "model.tokenizer"), "--model") | {
+    f"lrsa.{name}": f"--{name.replace('_', '-')}" for name in _RULE_FLAGS
+}
+"""What this command calls the settings that messages name as the YAML files do."""
+
+EPILOG = """\
+The answer is printed as it is generated, then how many tokens were read and how many the cache kept. With a terminal on
+stdin further questions can be typed; an empty line or Ctrl-D ends.
+
+examples:
+  lrsa ask README.md "What is this?"
+  lrsa ask --model last.ckpt --top-k 32 book.txt "Who is Ishmael?" "Where does he sail from?"
+  pdftotext paper.pdf - | lrsa ask --json - "What is the main result?"
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; see lrsa ask --help")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: what follows ``lrsa ask``.
+
+    Raises:
+        UserError: a mistake in the arguments, the text or the model.
+        SystemExit: code 130 after Ctrl-C, code 0 for help.
+    """
+    try:
+        _run(_parse(arguments))
+    except UserError as error:
+        key, colon, rest = str(error).partition(":")
+        raise UserError(_FLAGS.get(key, key) + colon + rest) from error
+    except KeyboardInterrupt:
+        print("\nlrsa: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(options: argparse.Namespace) -> None:
+    text = read_text(options.file)
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=notes, show_path=False, show_time=False)])
+    logging.getLogger("lrsa_lit").setLevel(logging.INFO)
+    device = _device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    trained = _trained(options.model, dtype)
+    backbone = trained.backbone
+    dialogue = Dialogue(backbone.tokenizer, text)
+    # Without a question yet, an empty one: it is the shortest.
+    _check_length(backbone, dialogue, options.questions or [""], options)
+    rule = None if options.dense else _rule(trained, options, notes)
+    model, cache = _loaded(trained, rule, device)
+    reader = Reader(model, cache, backbone.tokenizer, dialogue, options.max_new_tokens)
+    reader.read(notes)
+    several = len(options.questions) > 1
+    for question in _questions(options, notes):
+        try:
+            _check_length(backbone, dialogue, [question], options)
+        except UserError as error:
+            # Only a typed question comes this far: the given ones were checked together.
+            notes.print(f"lrsa: {error}", markup=False)
+            continue
+        if several and not options.json:
+            print(f"> {question}", flush=True)
+        answer = reader.answer(question, show=not options.json)
+        print(
+            json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if options.json else answer.summary(),
+            flush=True,
+        )
+
+
+def read_text(name: str) -> str:
+    """The text of a UTF-8 file, or of stdin for ``-``, without white space around it.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8 or holds nothing but white space.
+    """
+    shown = _shown(name)
+    try:
+        data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
+        # A byte order mark is no part of the text.
+        text = data.decode("utf-8-sig").strip()
+    except OSError as error:
+        raise UserError(f"FILE: {shown} cannot be read ({error.strerror}); it must be a text file, or -") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"FILE: {shown} is not UTF-8 text (byte {error.start}); only that is allowed") from None
+    if not text:
+        raise UserError(f"FILE: {shown} is empty; it must hold the text that the question is about")
+    return text
+
+
+def _shown(name: str) -> str:
+    return "stdin" if name == STDIN else name
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="lrsa ask",
+        description="Answer questions about a text of any length from a compressed cache.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", help="the text, UTF-8; - reads it from stdin")
+    add("questions", metavar="QUESTION", nargs="*", help="answered in order, each knowing the ones before it")
+    add(
+        "--model",
+        metavar="SOURCE",
+        help=f"a fit's .ckpt, a folder, hub name, GGUF file, package://…, or tiny (default: {_source()})",
+    )
+    rule = "(default: what the model was trained with, else {})"
+    add("--lag-size", type=_integer(), metavar="L", help=f"tokens of a partition {rule.format('128')}")
+    add("--top-k", type=_integer(), metavar="K", help=f"tokens kept of each {rule.format('L/4')}")
+    add("--sink-size", type=_integer(), metavar="S", help=f"first tokens, all kept {rule.format('16')}")
+    add("--chunk-size", type=_integer(), metavar="C", help=f"tokens between compressions {rule.format('L')}")
+    add("--dense", action="store_true", help="keep everything and attend densely, for comparison")
+    add("--max-new-tokens", type=_integer(1), default=128, metavar="N", help="most tokens of an answer (default: 128)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
+    add("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    add("--json", action="store_true", help="one JSON object for each question, progress on stderr, no further asking")
+    options = parser.parse_intermixed_args(arguments)
+    for number, question in enumerate(options.questions, start=1):
+        if not question.strip():
+            raise UserError(f"QUESTION: number {number} is empty; it must be some text")
+    ignored = [name for name in _RULE_FLAGS if options.dense and getattr(options, name) is not None]
+    if ignored:
+        raise UserError(f"{_FLAGS[f'lrsa.{ignored[0]}']}: it is not allowed with --dense, which compresses nothing")
+    if not options.questions and not _asks(options):
+        raise UserError("QUESTION: none is given; at least one is needed where none can be typed")
+    return options
+
+
+def _integer(minimum: int | None = None) -> Any:
+    """A type of argparse: an integer, from ``minimum`` on. The bounds of the rule are LRSAConfig's to check."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or (minimum is not None and int(text) < minimum):
+            bound = "" if minimum is None else f" >= {minimum}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be an integer{bound}")
+        return int(text)
+
+    return parse
+
+
+def _asks(options: argparse.Namespace) -> bool:
+    """Whether further questions can be typed. Scripts (``--json``) are never kept waiting for one."""
+    return not options.json and options.file != STDIN and sys.stdin is not None and sys.stdin.isatty()
+
+
+def _questions(options: argparse.Namespace, notes: Console) -> Iterator[str]:
+    """The questions given, then those typed, until an empty line or the end of input."""
+    yield from options.questions
+    while _asks(options):
+        notes.print("\nQuestion (an empty line ends): ", end="")
+        try:
+            question = input()
+        except EOFError:
+            notes.print()
+            return
+        if not question.strip():
+            return
+        yield question
+
+
+def _default_backbone() -> dict[str, Any]:
+    """The backbone's settings in the shipped YAML of the default model."""
+    import yaml
+
+    settings: dict[str, Any] = yaml.safe_load(shipped(DEFAULT_MODEL).read_text(encoding="utf-8"))["model"]["backbone"]
+    return settings
+
+
+def _source() -> str:
+    return str(_default_backbone()["source"])
+
+
+def _trained(source: str | None, dtype: Any) -> Trained:
+    """The model of a checkpoint, or that of a source, whose config.json may hold a rule; not loaded yet."""
+    from lrsa_lit.models import Backbone
+
+    if source is not None and source.endswith(SUFFIX):
+        return load_trained(Path(source), dtype)
+    backbone = Backbone(**(_default_backbone() if source is None else {"source": source}), dtype=dtype)
+    return Trained(backbone, getattr(backbone.config, "lrsa", None), None)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, tried out."""
+    import torch
+
+    count = torch.cuda.device_count()
+    try:
+        device = torch.device(name or ("cuda" if count else "cpu"))
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        allowed = f"cpu, or cuda:0 to cuda:{count - 1}" if count else "cpu here"
+        raise UserError(f"--device: {name} is not allowed; it must be {allowed}") from None
+    return device
+
+
+def _rule(model: Trained, options: argparse.Namespace, notes: Console) -> LRSAConfig:
+    """The rule that the model was trained with, else the defaults with K = L/4, with what the options change of it."""
+    from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+    changes = {name: value for name in _RULE_FLAGS if (value := getattr(options, name)) is not None}
+    if model.rule is None:
+        line = f"{model.backbone.name} was never trained with LRSA: its answers may be worse than with --dense."
+        notes.print(line, markup=False)
+        quarter = changes.get("lag_size", LRSAConfig.lag_size) // 4
+        return LRSAConfig().replace(**{"top_k": quarter} | changes)
+    try:
+        rule = LRSAConfig.from_dict(model.rule)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model: {model.backbone.source} has no valid rule: {error}") from None
+    return rule.replace(**changes)
+
+
+def _check_length(
+    backbone: Backbone, dialogue: Dialogue, questions: Sequence[str], options: argparse.Namespace
+) -> None:
+    """Refuse what the model has no positions for: nothing is cut."""
+    positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
+    needed = dialogue.tokens_with(questions, options.max_new_tokens)
+    if needed > positions:
+        raise UserError(
+            f"FILE: {_shown(options.file)} needs {needed:,} tokens with the questions and {options.max_new_tokens:,} "
+            f"for each answer, but {backbone.name} has {positions:,} positions; shorten the text, lower "
+            "--max-new-tokens or choose another --model"
+        )
+
+
+def _loaded(trained: Trained, rule: LRSAConfig | None, device: torch.device) -> tuple[Any, Any]:
+    """The model with the rule enabled and an empty compressed cache, or as it is and a dense one."""
+    from transformers import DynamicCache
+
+    from lrsa_lit.attention import LRSACache, enable
+
+    if rule is not None:
+        # Before the weights are loaded.
+        rule.check_layers(trained.backbone.config.num_hidden_layers)
+    model: Any = trained.build().eval().to(device)
+    if rule is None:
+        return model, DynamicCache(config=model.config)
+    enable(model, rule)
+    return model, LRSACache.of(model)

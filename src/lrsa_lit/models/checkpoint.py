@@ -1,0 +1,73 @@
+"""A fit's checkpoint as a model: the backbone, the rule and the trained weights that it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.backbone import Backbone, LoRA
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SUFFIX = ".ckpt"
+_KEY = "lrsa_lit"
+_PREFIX = "model."
+"""Where LongContextQA keeps the LLM among its weights."""
+
+
+class Trained(NamedTuple):
+    """What a checkpoint says about its model.
+
+    Attributes:
+        backbone: where the base LLM comes from, with the adapters that were trained.
+        rule: the LRSAConfig that it was trained with, as a dict; None where it was trained densely.
+        weights: all weights, or those of the adapters; None for the base LLM's own.
+    """
+
+    backbone: Backbone
+    rule: dict[str, Any] | None
+    weights: dict[str, Tensor] | None
+
+    def build(self) -> nn.Module:
+        """The model with the trained weights, in training mode."""
+        model = self.backbone.build()
+        if self.weights is not None:
+            model.load_state_dict(self.weights, strict=self.backbone.lora is None)
+        return model
+
+
+def describe(checkpoint: dict[str, Any], backbone: Backbone, rule: dict[str, Any] | None) -> None:
+    """Write into a checkpoint what :func:`load_trained` needs beside the weights."""
+    checkpoint[_KEY] = {"backbone": dataclasses.asdict(backbone), "rule": rule}
+
+
+def load_trained(path: Path, dtype: Any = None) -> Trained:
+    """Read a checkpoint that a fit has written.
+
+    Args:
+        path: the file.
+        dtype: dtype to load the weights in; None: that of the training.
+
+    Raises:
+        UserError: it is none, it is truncated, or it was written by an earlier version that described nothing.
+    """
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        about, weights = checkpoint[_KEY], checkpoint["state_dict"]
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"model: {path} is no checkpoint that a fit has written, or a truncated one ({reason})"
+        ) from None
+    settings = dict(about["backbone"])
+    lora = settings.pop("lora")
+    # Memory that only training needs to save.
+    settings.update({"gradient_checkpointing": False} | ({} if dtype is None else {"dtype": dtype}))
+    backbone = Backbone(**settings, lora=None if lora is None else LoRA(**lora))
+    return Trained(backbone, about["rule"], {name.removeprefix(_PREFIX): weight for name, weight in weights.items()})
