@@ -24,6 +24,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.paths import check_writable
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import MLflowRun, RecordConfig
+from lrsa_lit.tracking.record import run_of
 
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'")
 _UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
@@ -93,6 +94,11 @@ class LRSACLI(LightningCLI):
             )
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
+        logger, checkpoint = self.trainer.logger, self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit" and checkpoint is not None and isinstance(logger, MLflowRun):
+            run_id, step = run_of(Path(checkpoint))
+            if run_id is not None:
+                logger.continue_run(run_id, step)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C say where the run can be taken up again."""
@@ -110,8 +116,7 @@ class LRSACLI(LightningCLI):
         """Validate at step 0; a resumed run has done so."""
         if self._get(self.config, "validate_first") and self._get(self.config, "ckpt_path") is None:
             self._validate()
-            if isinstance(self.trainer.logger, MLflowRun):
-                self.trainer.logger.reopen()
+            self._reopen()
 
     def after_fit(self) -> None:
         """Close with what the training changed, validating once more if it went on after the last validation."""
@@ -122,8 +127,14 @@ class LRSACLI(LightningCLI):
         ]
         for summary in summaries[:1]:
             if not summary.history or summary.history[-1][0] != self.trainer.global_step:
+                self._reopen()
                 self._validate()
             summary.show(self.trainer)
+
+    def _reopen(self) -> None:
+        """Lightning closes the run after each stage; another one follows."""
+        if isinstance(self.trainer.logger, MLflowRun):
+            self.trainer.logger.reopen()
 
     def _validate(self) -> None:
         if "val" in self.datamodule.splits():

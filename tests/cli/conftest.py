@@ -12,5 +12,6 @@ def elsewhere(tmp_path, monkeypatch):
     """Each test runs in a folder of its own, as a user far from the checkout would, with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(sys, "argv", ["lrsa"])
     return tmp_path

