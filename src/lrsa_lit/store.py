@@ -106,13 +106,22 @@ def answering(uri: str, key: str = URI_KEY) -> Iterator[None]:
     Raises:
         UserError: the store did not answer, or refused.
     """
+    import alembic.util
     import requests
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
 
+    failures = (
+        MlflowException,
+        requests.RequestException,
+        sqlalchemy.exc.SQLAlchemyError,
+        # A database of another version.
+        alembic.util.CommandError,
+        OSError,
+    )
     try:
         yield
-    except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+    except failures as error:
         advice = "start the server, or name another store" if uri.startswith(SERVER) else "name another store"
         raise UserError(f"{key}: {uri} does not answer ({reason(error)}); {advice}") from error
 

@@ -180,13 +180,17 @@ class LongContextQA(lightning.LightningModule):
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Answer loss and generated answers under each attention."""
-        self._evaluate(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
+        """Answer loss and generated answers under each attention.
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        Returns:
+            The answers by the attention's name, "" being the run's own rule; for callbacks.
+        """
+        return self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
         """As validation."""
-        self._evaluate(batch)
+        return self._evaluate(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
         """The run's own answers, ready to be written as JSON lines."""
@@ -233,12 +237,15 @@ class LongContextQA(lightning.LightningModule):
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts], [_until_eos(row, self.tokenizer.eos_token_id) for row in answers]
 
-    def _evaluate(self, batch: Batch) -> None:
-        for meter, config in zip(self._meters, self.attentions.values(), strict=True):
+    def _evaluate(self, batch: Batch) -> dict[str, list[str]]:
+        answers = {}
+        for meter, (prefix, config) in zip(self._meters, self.attentions.items(), strict=True):
             with using(self.model, config):
                 meter.loss.update(*self.answer_loss(batch))
             texts, _ = self.generate(batch, config)
             meter.score.update(texts, batch["answers"], batch["match"])
+            answers[prefix.removesuffix("/")] = texts
+        return answers
 
     def on_validation_epoch_start(self) -> None:
         """Start the epoch's metrics."""

@@ -1,0 +1,110 @@
+"""How fast a fit is: tokens a second, seconds a step, peak memory, and the share of the device's arithmetic it uses."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lrsa_lit.flops import Shape, peak_flops, training_flops
+from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks.question_answering import IGNORE_INDEX
+
+_GIB = 2**30
+
+
+class Throughput(Callback):
+    """Log ``perf/tokens_per_second``, ``perf/step_seconds``, ``perf/peak_memory_gib`` and ``perf/mfu``.
+
+    Each is of one device and over the steps since the last logged one, waiting for data included, validation and
+    checkpoints not. Tokens are those without padding. The peak is that of PyTorch's allocator on a GPU and of the whole
+    process elsewhere. MFU is the rate of :func:`lrsa_lit.flops.training_flops` by the device's 16-bit peak; it is left
+    out where that is not known.
+    """
+
+    def __init__(self) -> None:
+        self._shape: Shape | None = None
+        self._first = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the model, which is whole by now."""
+        if isinstance(pl_module, LongContextQA):
+            self._shape = Shape.of(pl_module.model)
+        self._restart(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock, at first and after each pause."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and log at the steps where Lightning logs."""
+        if self._shape is None:
+            return
+        # Tensors on the device: reading them here would make each step wait.
+        columns = (batch["labels"][:, 1:] != IGNORE_INDEX).any(dim=0).sum()
+        self._batches.append((batch["attention_mask"].sum(dim=1), columns * len(batch["labels"])))
+        step = trainer.global_step
+        if step > self._first and step % trainer.log_every_n_steps == 0:
+            pl_module.log_dict(self._measured(pl_module, step - self._first))
+            self._restart(step)
+            self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock until the next training batch."""
+        self._stop(pl_module.device)
+
+    def _measured(self, module: LightningModule, steps: int) -> dict[str, float]:
+        assert self._shape is not None
+        assert isinstance(module, LongContextQA)
+        self._stop(module.device)
+        counts = [(lengths.tolist(), int(logits)) for lengths, logits in self._batches]
+        values = {
+            "perf/tokens_per_second": sum(sum(lengths) for lengths, _ in counts) / self._seconds,
+            "perf/step_seconds": self._seconds / steps,
+        }
+        if (memory := _peak_memory(module.device)) is not None:
+            values["perf/peak_memory_gib"] = memory / _GIB
+        if (peak := peak_flops(_device_name(module.device))) is not None:
+            done = sum(training_flops(self._shape, *count, module.train_config) for count in counts)
+            values["perf/mfu"] = done / self._seconds / peak
+        return values
+
+    def _stop(self, device: torch.device) -> None:
+        if self._since is None:
+            return
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def _restart(self, step: int) -> None:
+        self._first = step
+        self._seconds = 0.0
+        self._since = None
+        self._batches = []
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    # Kibibytes, but bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

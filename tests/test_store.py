@@ -1,0 +1,125 @@
+"""Opening a store, and the runs in it that died without a word."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from lrsa_lit import heartbeat
+from lrsa_lit.errors import UserError
+from lrsa_lit.store import checked_uri, connect, default_uri, existing_uri, find_experiment
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def silent_run(client, experiment, seconds):
+    run = client.create_run(experiment, tags={heartbeat.TAG: str(time.time() - seconds)})
+    return run.info.run_id
+
+
+def test_the_default_is_the_one_of_cli_yaml(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert default_uri() == "sqlite:///runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere:5000")
+    assert default_uri() == "http://somewhere:5000"
+
+
+def test_silent_runs_are_marked_when_the_store_is_opened(uri):
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("e")
+    dead = silent_run(client, experiment, heartbeat.STALE + 60)
+    alive = silent_run(client, experiment, heartbeat.STALE - 60)
+    foreign = client.create_run(experiment).info.run_id
+    ended = silent_run(client, experiment, heartbeat.STALE + 60)
+    client.set_terminated(ended)
+
+    connect(uri)
+    status = {run: client.get_run(run).info.status for run in (dead, alive, foreign, ended)}
+    assert status == {dead: "FAILED", alive: "RUNNING", foreign: "RUNNING", ended: "FINISHED"}
+    assert "no sign of life since" in client.get_run(dead).data.tags[heartbeat.DIED]
+    assert heartbeat.mark_dead(client) == []
+
+
+def test_a_run_that_was_only_asleep_comes_back(uri):
+    client = MlflowClient(uri)
+    run_id = silent_run(client, client.create_experiment("e"), heartbeat.STALE + 60)
+    assert heartbeat.mark_dead(client) == [run_id]
+    heartbeat.beat(client, run_id)
+    run = client.get_run(run_id)
+    assert run.info.status == "RUNNING"
+    assert heartbeat.DIED not in run.data.tags
+    assert heartbeat.mark_dead(client) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        # Port 9 (discard) is never a tracking server, and nothing listens there.
+        ("http://127.0.0.1:9", "Connection refused"),
+        ("http://no-such-host.invalid", "Name or service not known|No address|failure in name"),
+    ],
+)
+def test_a_server_that_is_not_there(uri, why):
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=rf"^k: {uri} does not answer \(.*({why}).*start the server"):
+        connect(uri, "k")
+    assert time.monotonic() - begun < 30
+
+
+def test_a_database_that_is_no_store(tmp_path, uri):
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("create table alembic_version (version_num text)")
+        database.execute("insert into alembic_version values ('nonsense')")
+    database.close()
+    with pytest.raises(UserError, match=r"^k: sqlite:///.*mlflow\.db does not answer"):
+        connect(uri, "k")
+
+
+@pytest.mark.parametrize(("content", "why"), [(None, "does not exist"), (b"", "is empty")])
+def test_a_store_that_must_be_there(content, why, tmp_path, uri):
+    if content is not None:
+        (tmp_path / "mlflow.db").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^--store: {uri} {why}.*lrsa fit"):
+        existing_uri(uri, "--store")
+
+
+@pytest.mark.parametrize("locked", ["file", "folder"])
+def test_a_read_only_store(locked):
+    """Root may write everywhere, so this is somebody else for a moment."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, store = Path(name), Path(name) / "mlflow.db"
+        store.write_bytes(b"SQLite format 3\0")
+        store.chmod(0o444 if locked == "file" else 0o666)
+        folder.chmod(0o777 if locked == "file" else 0o555)
+        effective = os.geteuid()
+        try:
+            if effective == 0:
+                os.seteuid(65534)
+            with pytest.raises(UserError, match=r"^--store: sqlite:///\S+ cannot be written"):
+                existing_uri(f"sqlite:///{store}", "--store")
+        finally:
+            os.seteuid(effective)
+            folder.chmod(0o777)
+
+
+def test_what_names_no_store():
+    with pytest.raises(UserError, match=r"--store: 'file:./x' is not allowed; it must be sqlite:///PATH"):
+        checked_uri("file:./x", "--store")
+
+
+def test_the_nearest_experiments_are_named(uri):
+    client = MlflowClient(uri)
+    for name in ("quickstart", "debug"):
+        client.create_experiment(name)
+    assert find_experiment(client, "debug", "k").name == "debug"
+    with pytest.raises(UserError, match=r"^--experiment: quikstart is no experiment .* the nearest are quickstart"):
+        find_experiment(client, "quikstart", "--experiment")

@@ -1,0 +1,211 @@
+"""Runs on a real tracking server, which may go away."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from cli_helpers import DEBUG
+from mlflow.artifacts import download_artifacts
+from mlflow.tracking import MlflowClient
+
+from lrsa_lit.cli import main
+from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tracking import delivery, logger
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The address of an `mlflow server` on a free loopback port."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = ["server", "--backend-store-uri", f"sqlite:///{folder}/store.db", "--port", str(port), "--workers", "1"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *command],
+        cwd=folder,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=(folder / "log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    uri, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
+    while True:
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
+            break
+        except OSError:
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, "the server did not come up"
+            time.sleep(0.2)
+    yield uri
+    process.terminate()
+    process.wait(30)
+
+
+class Line:
+    """A way to the server that can be cut and mended: a relay of connections."""
+
+    def __init__(self, uri):
+        self._target = ("127.0.0.1", int(uri.rpartition(":")[2]))
+        self._lock, self._open = threading.Lock(), []
+        self._port = free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self.mend()
+
+    def mend(self):
+        self._listener = socket.create_server(("127.0.0.1", self._port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self):
+        # Not close alone, which leaves a waiting accept with the port.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            for end in self._open:
+                end.close() if end.fileno() < 0 else end.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
+
+    def _accept(self, listener):
+        while True:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            with self._lock:
+                self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _relay(source, sink):
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+
+@pytest.fixture
+def line(server):
+    line = Line(server)
+    yield line
+    line.cut()
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something before a training step."""
+
+    def arrange(number, action):
+        step = LongContextQA.training_step
+
+        def acting(self, batch, batch_idx):
+            if self.global_step == number:
+                action()
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(LongContextQA, "training_step", acting)
+
+    return arrange
+
+
+def runs_of(uri, experiment):
+    client = MlflowClient(uri)
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+
+
+def fit(name, uri, *options):
+    logger = ["--trainer.logger.init_args.experiment_name", name, "--trainer.logger.init_args.tracking_uri", uri]
+    main(["fit", *DEBUG, *logger, *options])
+
+
+def test_a_fit_on_a_server(server, elsewhere, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    main(["fit", *DEBUG, "--trainer.logger.init_args.experiment_name", "environment"])
+    (run,) = runs_of(server, "environment")
+    assert run.info.status == "FINISHED"
+    assert {"train/loss", "val/f1", "perf/step_seconds"} <= set(run.data.metrics)
+    assert [entry.dataset.name for entry in run.inputs.dataset_inputs]
+    folder = download_artifacts(run_id=run.info.run_id, tracking_uri=server)
+    assert "top_k: 8" in open(f"{folder}/config.yaml").read()
+    assert len(json.load(open(f"{folder}/predictions.json"))["data"]) == 16
+    assert not (elsewhere / "runs/mlflow.db").exists()
+    assert f"in {server}" in capfd.readouterr().out
+
+
+def test_no_server_stops_the_run_at_its_start(elsewhere, capfd):
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        fit("none", "http://127.0.0.1:9")
+    assert stop.value.code == 2
+    assert time.monotonic() - begun < 30
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error:")]
+    assert "trainer.logger.init_args.tracking_uri: http://127.0.0.1:9 does not answer (Connection refused)" in said
+    assert not list(elsewhere.rglob("*.ckpt"))
+
+
+def test_what_is_no_tracking_server(capfd, tmp_path):
+    import functools
+    import http.server
+
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Silent, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(SystemExit) as stop:
+            fit("none", f"http://127.0.0.1:{other.server_port}")
+        other.shutdown()
+    assert stop.value.code == 2
+    assert f"http://127.0.0.1:{other.server_port} does not answer" in capfd.readouterr().err
+
+
+def test_a_server_that_dies_does_not_stop_the_training(line, server, at_step, monkeypatch, caplog, elsewhere):
+    monkeypatch.setattr(logger, "_FLUSH_SECONDS", 1.0)
+    at_step(2, line.cut)
+    fit("cut", line.uri, "--validate_first", "false")
+    assert list((elsewhere / "runs").rglob("last.ckpt"))
+    said = [record.message for record in caplog.records if record.name == "lrsa_lit.tracking"]
+    assert len([text for text in said if "does not answer (" in text and "sent late" in text]) == 1
+    lost = [text for text in said if text.startswith(f"Not delivered to {line.uri}")]
+    assert re.search(r"\d+ metric values, .*predictions\.json.*the status FINISHED", lost[-1])
+    (run,) = runs_of(server, "cut")
+    assert run.info.status == "RUNNING"
+
+
+def test_a_server_that_comes_back_misses_nothing(line, server, at_step, monkeypatch, caplog):
+    monkeypatch.setattr(delivery, "_RETRY_SECONDS", 0.1)
+    noticed = threading.Event()
+    late = delivery.reason
+
+    def noticing(error):
+        noticed.set()
+        return late(error)
+
+    monkeypatch.setattr(delivery, "reason", noticing)
+    at_step(1, line.cut)
+    at_step(3, lambda: (noticed.wait(60), line.mend()))
+    fit("mended", line.uri, "--validate_first", "false")
+    (run,) = runs_of(server, "mended")
+    assert run.info.status == "FINISHED"
+    history = MlflowClient(server).get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(metric.step for metric in history) == [0, 1, 2, 3]
+    assert "val/f1" in run.data.metrics
+    assert "answers again" in caplog.text
