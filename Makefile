@@ -39,8 +39,8 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-ui: setup ## Open the MLflow UI on the runs recorded here
-	$(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///runs/mlflow.db
+ui: setup ## Compare the runs recorded here in the MLflow UI
+	$(BIN)/lrsa ui
 
 clean: ## Remove the environment and the recorded runs
 	rm -rf .venv runs

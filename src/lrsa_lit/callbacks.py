@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,5 +116,5 @@ def where_recorded(trainer: Trainer) -> list[str]:
     if uri is not None and trainer.logger is not None:
         experiment = getattr(trainer.logger, "experiment_name", trainer.logger.name)
         lines.append(f"Run {trainer.logger.version} of experiment {experiment!r} in {uri}")
-        lines.append(f"Open the UI: mlflow ui --workers 1 --backend-store-uri {uri}")
+        lines.append(f"Compare its runs: lrsa ui --store {uri} --experiment {shlex.quote(experiment)}")
     return lines

@@ -1,9 +1,10 @@
-"""The command line: ``lrsa fit|validate|test|predict``, a LightningCLI over the shipped defaults, and ``lrsa ask``."""
+"""The command line: ``lrsa fit|validate|test|predict``, a LightningCLI over the shipped defaults, and lighter tools."""
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,8 +20,11 @@ COMMANDS = {
 }
 """Runs of the LightningCLI: one set of options."""
 
-ASK = "ask"
-ASK_HELP = "answer your questions about a text file of any length"
+TOOLS = {
+    "ask": "answer your questions about a text file of any length",
+    "ui": "open the MLflow UI on the recorded runs",
+}
+"""Commands with options of their own: each is a module of that name with a function ``run``."""
 
 HELP = """\
 usage: lrsa [-h] [--version] COMMAND [options]
@@ -41,11 +45,12 @@ commands:
   --print_config         print the resolved settings and exit
   --help                 all settings of a command, with their meaning
 
-{ask} takes a text file, questions and what `lrsa {ask} --help` lists.
+{tools} have options of their own, which --help lists.
 
 examples:
   lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
-  lrsa {ask} README.md "What is this?"
+  lrsa ask README.md "What is this?"
+  lrsa ui
 """
 
 
@@ -61,20 +66,17 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
-        commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | {ASK: ASK_HELP}).items())
-        *first, last = COMMANDS
-        print(HELP.format(commands=commands, runs=f"{', '.join(first)} and {last}", ask=ASK), end="")
+        commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | TOOLS).items())
+        print(HELP.format(commands=commands, runs=_listed(COMMANDS), tools=_listed(TOOLS)), end="")
         return
     if arguments[0] == "--version":
         print(f"lrsa-lit {lrsa_lit.__version__}")
         return
-    if arguments[0] not in (*COMMANDS, ASK):
-        _fail(f"{arguments[0]!r} is no command; there are {', '.join([*COMMANDS, ASK])}")
+    if arguments[0] not in COMMANDS | TOOLS:
+        _fail(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS | TOOLS)}")
     try:
-        if arguments[0] == ASK:
-            from lrsa_lit import ask
-
-            ask.run(arguments[1:])
+        if arguments[0] in TOOLS:
+            importlib.import_module(f"lrsa_lit.{arguments[0]}").run(arguments[1:])
             return
         # Lightning and transformers take seconds to import: not before there is something to run.
         from lrsa_lit.lightning_cli import run
@@ -82,6 +84,14 @@ def main(args: Sequence[str] | None = None) -> None:
         run([arguments[0], "--config", str(shipped("cli.yaml")), *_find_configs(arguments[1:])])
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nlrsa: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}"
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:

@@ -210,8 +210,8 @@ def _quiet_libraries() -> None:
     """Log this project's lines through rich; silence what no user can act on."""
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
     logging.getLogger("lrsa_lit").setLevel(logging.INFO)
-    # Lightning's start-up hints, mlflow's "Creating it.", and retries whose outcome is raised anyway.
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.loggers.mlflow", "huggingface_hub"):
+    # Lightning's start-up hints, and retries whose outcome is raised or said anyway.
+    for name in ("lightning.pytorch.utilities.rank_zero", "urllib3.connectionpool", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for pattern in _NOISE:

@@ -29,7 +29,11 @@ SERVER = ("http://", "https://")
 _SQLITE_HEADER = b"SQLite format 3\0"
 _SCHEMES = (SQLITE, *SERVER, "postgresql", "mysql", "mssql", "databricks")
 # MLflow's own defaults try 7 times with growing pauses, two minutes each. Metrics are kept and sent again anyway.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 
 def default_uri() -> str:
@@ -88,7 +92,7 @@ def connect(uri: str, key: str = URI_KEY) -> MlflowClient:
     Raises:
         UserError: it does not answer.
     """
-    for name, value in _PATIENCE.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 from cli_helpers import DEBUG, recorded_runs
@@ -31,9 +32,10 @@ def stopped(monkeypatch):
                 raise KeyboardInterrupt
             return step(self, batch, batch_idx)
 
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        with monkeypatch.context() as patch:
             patch.setattr(LongContextQA, "training_step", interrupted)
-            main([*FIT, *options])
+            with pytest.raises(SystemExit) as stop:
+                main([*FIT, *options])
         # Lightning ignores further Ctrl-C from here on.
         signal.signal(signal.SIGINT, handler)
         assert stop.value.code == 130
@@ -77,7 +79,7 @@ def test_a_run_that_went_on_is_left_alone(elsewhere, store, stopped):
     stopped()
     first = last(elsewhere)
     kept = elsewhere / "kept.ckpt"
-    kept.write_bytes(open(first, "rb").read())
+    kept.write_bytes(Path(first).read_bytes())
     main([*FIT, "--ckpt_path", first])
     main([*FIT, "--ckpt_path", str(kept)])
     second, original = recorded_runs(store, "debug")

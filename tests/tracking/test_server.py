@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from cli_helpers import DEBUG
@@ -70,12 +72,12 @@ class Line:
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def cut(self):
-        # Not close alone, which leaves a waiting accept with the port.
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
         with self._lock:
-            for end in self._open:
-                end.close() if end.fileno() < 0 else end.shutdown(socket.SHUT_RDWR)
+            # Not close alone, which leaves the port to an accept that waits.
+            for end in [self._listener, *self._open]:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
             self._open.clear()
 
     def _accept(self, listener):
@@ -141,9 +143,9 @@ def test_a_fit_on_a_server(server, elsewhere, monkeypatch, capfd):
     assert run.info.status == "FINISHED"
     assert {"train/loss", "val/f1", "perf/step_seconds"} <= set(run.data.metrics)
     assert [entry.dataset.name for entry in run.inputs.dataset_inputs]
-    folder = download_artifacts(run_id=run.info.run_id, tracking_uri=server)
-    assert "top_k: 8" in open(f"{folder}/config.yaml").read()
-    assert len(json.load(open(f"{folder}/predictions.json"))["data"]) == 16
+    folder = Path(download_artifacts(run_id=run.info.run_id, tracking_uri=server))
+    assert "top_k: 8" in (folder / "config.yaml").read_text()
+    assert len(json.loads((folder / "predictions.json").read_text())["data"]) == 16
     assert not (elsewhere / "runs/mlflow.db").exists()
     assert f"in {server}" in capfd.readouterr().out
 

@@ -14,11 +14,12 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lrsa_lit.arguments import Parser
 from lrsa_lit.ask.dialogue import Dialogue
 from lrsa_lit.ask.reader import Reader
 from lrsa_lit.errors import UserError
@@ -50,13 +51,6 @@ examples:
   lrsa ask --model last.ckpt --top-k 32 book.txt "Who is Ishmael?" "Where does he sail from?"
   pdftotext paper.pdf - | lrsa ask --json - "What is the main result?"
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; see lrsa ask --help")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -137,12 +131,10 @@ def _shown(name: str) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="lrsa ask",
+    parser = Parser(
+        "lrsa ask",
         description="Answer questions about a text of any length from a compressed cache.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("file", metavar="FILE", help="the text, UTF-8; - reads it from stdin")

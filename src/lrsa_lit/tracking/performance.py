@@ -54,7 +54,7 @@ class Throughput(Callback):
         columns = (batch["labels"][:, 1:] != IGNORE_INDEX).any(dim=0).sum()
         self._batches.append((batch["attention_mask"].sum(dim=1), columns * len(batch["labels"])))
         step = trainer.global_step
-        if step > self._first and step % trainer.log_every_n_steps == 0:
+        if step > self._first and step % getattr(trainer, "log_every_n_steps", 1) == 0:
             pl_module.log_dict(self._measured(pl_module, step - self._first))
             self._restart(step)
             self._since = time.perf_counter()

@@ -71,6 +71,10 @@ class RecordConfig(SaveConfigCallback):
             for name, value in circumstances(values, trainer).items():
                 client.set_tag(run_id, name, value)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Number the steps of a resumed fit without a gap: Lightning counts the batch that Ctrl-C cut short as done."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Name the run in its checkpoints."""
         if isinstance(trainer.logger, MLflowRun):

@@ -1,0 +1,199 @@
+"""``lrsa ui``: the MLflow UI on the project's store, with the runs of an experiment side by side."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import webbrowser
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING
+
+from lrsa_lit.arguments import Parser, terminable
+from lrsa_lit.errors import UserError
+from lrsa_lit.store import (
+    SERVER,
+    answering,
+    artifact_location,
+    connect,
+    default_uri,
+    existing_uri,
+    find_experiment,
+)
+
+if TYPE_CHECKING:
+    from mlflow.entities import Experiment
+    from mlflow.tracking import MlflowClient
+
+HOST = "127.0.0.1"
+"""Loopback only: the UI lets anybody who reaches it delete runs."""
+
+_STORE = "--store"
+_START_SECONDS = 180.0
+_STOP_SECONDS = 15.0
+_MOST_COMPARED = 50
+"""Runs in the address of a comparison, the latest; more can be chosen in the UI."""
+
+EPILOG = """\
+examples:
+  lrsa ui
+  lrsa ui --experiment quickstart --port 5001
+  lrsa ui --store http://tracking.example:5000     prints the address of the comparison on a server that runs already
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command until Ctrl-C.
+
+    Args:
+        arguments: what follows ``lrsa ui``.
+
+    Raises:
+        UserError: a mistake in the arguments, a store without runs, or a server that does not start.
+    """
+    options = _parse(arguments)
+    uri = existing_uri(options.store or default_uri(), _STORE)
+    served = uri.startswith(SERVER)
+    port = None if served else _free_port(options.port)
+    client = connect(uri, _STORE)
+    with answering(uri, _STORE):
+        experiment = _experiment(client, uri, options.experiment)
+        page = compare_page(client, experiment)
+    base = uri.rstrip("/") if port is None else f"http://{HOST}:{port}"
+    address = f"{base}/{page}"
+    if port is None:
+        _show(experiment.name, address, options.browser)
+        return
+    with contextlib.suppress(KeyboardInterrupt), terminable(), _server(uri, port) as (process, log):
+        print(f"Starting the MLflow server on {uri}; Ctrl-C stops it", file=sys.stderr, flush=True)
+        _wait(process, base, log)
+        _show(experiment.name, address, options.browser)
+        process.wait()
+        raise UserError(f"the MLflow server has ended by itself: {_last_line(log)}")
+
+
+def compare_page(client: MlflowClient, experiment: Experiment) -> str:
+    """The UI's page that compares the latest runs of an experiment, as the end of an address.
+
+    Raises:
+        UserError: the experiment has no runs.
+    """
+    found = client.search_runs([experiment.experiment_id], max_results=_MOST_COMPARED)
+    # The parent of a sweep has nothing of its own to compare.
+    parents = {run.data.tags.get("mlflow.parentRunId") for run in found}
+    runs = [run.info.run_id for run in found if run.info.run_id not in parents]
+    if not runs:
+        raise UserError(f"--experiment: {experiment.name} has no runs; name another one")
+    query = {"runs": json.dumps(runs), "experiments": json.dumps([experiment.experiment_id])}
+    return f"#/compare-runs?{urllib.parse.urlencode(query)}"
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("lrsa ui", description="Open the MLflow UI on the recorded runs.", epilog=EPILOG)
+    add = parser.add_argument
+    store = f"sqlite:///FILE or a server's http(s):// address (default: {default_uri()})"
+    add(_STORE, metavar="URI", help=store)
+    add(
+        "--port", type=_port, default=5000, metavar="N", help="port on this machine (default: 5000); 0 takes a free one"
+    )
+    add("--experiment", metavar="NAME", help="whose runs to compare (default: that of the latest run)")
+    add("--no-browser", dest="browser", action="store_false", help="print the address only")
+    return parser.parse_args(arguments)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be an integer from 0 to 65535")
+    return int(text)
+
+
+def _free_port(port: int) -> int:
+    """The port, known to be free, or any free one for 0."""
+    with socket.socket() as probe:
+        # As the server does: a port that was in use a minute ago counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"--port: {port} is not free ({error.strerror}); name another one, or 0 for any") from None
+        return int(probe.getsockname()[1])
+
+
+def _experiment(client: MlflowClient, uri: str, name: str | None) -> Experiment:
+    """The experiment of that name, or the one with the latest run."""
+    if name is not None:
+        return find_experiment(client, name, "--experiment")
+    experiments = {found.experiment_id: found for found in client.search_experiments()}
+    latest = client.search_runs(list(experiments), order_by=["attributes.start_time DESC"], max_results=1)
+    if not latest:
+        raise UserError(f"{_STORE}: {uri} holds no runs yet; `lrsa fit` records one")
+    return experiments[latest[0].info.experiment_id]
+
+
+@contextlib.contextmanager
+def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """An ``mlflow server`` with its log; stopped with all its workers at the end of the block."""
+    # Not for its own clients: the server would ask itself. And no workers for jobs that this project has none of.
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    with tempfile.TemporaryFile() as log:
+        # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
+        process = subprocess.Popen(
+            _command(uri, port), env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process, log
+        finally:
+            _stop(process)
+
+
+def _command(uri: str, port: int) -> list[str]:
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", HOST, "--port", str(port), "--workers", "1"]
+    location = artifact_location(uri)
+    return command if location is None else [*command, "--default-artifact-root", location]
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server, then by force what is left of its process group: a worker can outlive its supervisor."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+
+
+def _wait(process: subprocess.Popen[bytes], base: str, log: IO[bytes]) -> None:
+    """Wait until the server answers, which takes up to a minute on a slow machine."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        if process.poll() is not None:
+            raise UserError(f"the MLflow server did not start: {_last_line(log)}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{base}/health", timeout=5):
+            return
+        if time.monotonic() > deadline:
+            raise UserError(f"the MLflow server does not answer after {_START_SECONDS:.0f} s: {_last_line(log)}")
+        time.sleep(0.3)
+
+
+def _last_line(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _show(experiment: str, address: str, browser: bool) -> None:
+    print(f"Runs of {experiment!r}, side by side:\n{address}", flush=True)
+    # Without a screen, webbrowser would start a text browser in this terminal.
+    if browser and (os.name == "nt" or sys.platform == "darwin" or os.environ.get("DISPLAY")):
+        webbrowser.open(address)
