@@ -114,7 +114,7 @@ def where_recorded(trainer: Trainer) -> list[str]:
         lines.append(f"Best checkpoint: {checkpoint}")
     uri = getattr(trainer.logger, "tracking_uri", None)
     if uri is not None and trainer.logger is not None:
-        experiment = getattr(trainer.logger, "experiment_name", trainer.logger.name)
+        experiment = str(getattr(trainer.logger, "experiment_name", trainer.logger.name))
         lines.append(f"Run {trainer.logger.version} of experiment {experiment!r} in {uri}")
         lines.append(f"Compare its runs: lrsa ui --store {uri} --experiment {shlex.quote(experiment)}")
     return lines

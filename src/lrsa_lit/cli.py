@@ -22,6 +22,7 @@ COMMANDS = {
 
 TOOLS = {
     "ask": "answer your questions about a text file of any length",
+    "sweep": "fit once for each point of a grid of settings",
     "ui": "open the MLflow UI on the recorded runs",
 }
 """Commands with options of their own: each is a module of that name with a function ``run``."""
@@ -81,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # Lightning and transformers take seconds to import: not before there is something to run.
         from lrsa_lit.lightning_cli import run
 
-        run([arguments[0], "--config", str(shipped("cli.yaml")), *_find_configs(arguments[1:])])
+        run(lightning_arguments(arguments[0], arguments[1:]))
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -92,6 +93,15 @@ def main(args: Sequence[str] | None = None) -> None:
 def _listed(names: Iterable[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}"
+
+
+def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
+    """What the LightningCLI is told: the command, the shipped defaults, then the user's arguments.
+
+    Raises:
+        UserError: a config file is missing or no YAML.
+    """
+    return [command, "--config", str(shipped("cli.yaml")), *_find_configs(arguments)]
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:

@@ -140,6 +140,22 @@ def reason(error: BaseException) -> str:
     return text[:160] or type(error).__name__
 
 
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """The id of an experiment, which is made if need be.
+
+    Raises:
+        UserError: it was deleted.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return str(client.create_experiment(name, artifact_location=artifact_location(uri)))
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"trainer.logger.init_args.experiment_name: {name} was deleted in {uri}; restore it or name another"
+        )
+    return str(found.experiment_id)
+
+
 def find_experiment(client: MlflowClient, name: str, key: str) -> Experiment:
     """The experiment of that name.
 

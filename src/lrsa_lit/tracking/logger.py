@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lrsa_lit import heartbeat
 from lrsa_lit.errors import UserError
-from lrsa_lit.store import answering, artifact_location, checked_uri, connect
+from lrsa_lit.store import answering, checked_uri, connect, experiment_id
 from lrsa_lit.tracking.delivery import Delivery
 
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
@@ -57,7 +57,6 @@ class MLflowRun(MLFlowLogger):
             experiment_name=experiment_name,
             run_name=run_name,
             tracking_uri=uri,
-            artifact_location=artifact_location(uri),
             run_id=run_id,
             tags=dict(tags or {}),
             # Every checkpoint would be copied and never deleted.
@@ -192,17 +191,7 @@ class MLflowRun(MLFlowLogger):
             self._experiment_name = client.get_experiment(self._experiment_id).name
             client.update_run(self._run_id, status="RUNNING")
             return
-        found = client.get_experiment_by_name(self._experiment_name)
-        if found is not None and found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"trainer.logger.init_args.experiment_name: {self._experiment_name} was deleted in "
-                f"{self.tracking_uri}; restore it or name another"
-            )
-        self._experiment_id = (
-            found.experiment_id
-            if found is not None
-            else client.create_experiment(self._experiment_name, artifact_location=self._artifact_location)
-        )
+        self._experiment_id = experiment_id(client, self.experiment_name, self.tracking_uri)
         # With what the environment says: a sweep names the parent run in MLFLOW_RUN_CONTEXT.
         tags = resolve_tags({**(self.tags or {}), heartbeat.TAG: f"{time.time():.0f}"})
         self._run_id = client.create_run(self._experiment_id, tags=tags, run_name=self._run_name).info.run_id

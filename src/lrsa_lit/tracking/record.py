@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import pickle
 import platform
 import re
 import subprocess
@@ -90,7 +91,11 @@ def run_of(checkpoint: Path) -> tuple[str | None, int]:
     """The MLflow run that wrote a checkpoint, None where there was none, and the checkpoint's optimizer steps."""
     import torch
 
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        # What is wrong with it is said where it is loaded.
+        return None, 0
     return content.get(CHECKPOINT_KEY), int(content.get("global_step", 0))
 
 

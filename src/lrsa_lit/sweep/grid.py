@@ -1,0 +1,108 @@
+"""The points of a grid: read from the command line, and checked as the fits that they will be."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lrsa_lit.errors import UserError
+
+FLAG = "--grid"
+_LOGGER = "trainer.logger"
+
+
+class Point(NamedTuple):
+    """One fit of a sweep.
+
+    Attributes:
+        values: the grid's settings and this point's values, as text.
+        arguments: what follows ``lrsa fit``.
+        config: the whole resolved config.
+        digest: changes whenever the config does.
+    """
+
+    values: dict[str, str]
+    arguments: list[str]
+    config: dict[str, Any]
+    digest: str
+
+    @property
+    def label(self) -> str:
+        """As in ``model.lrsa.top_k=16 model.lrsa.lag_size=128``."""
+        return " ".join(f"{key}={value}" for key, value in self.values.items())
+
+
+def parse(axes: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each setting, from texts such as ``model.lrsa.top_k=16,32``; values are YAML.
+
+    Raises:
+        UserError: no axis, no or empty values, or something that stands twice.
+    """
+    import yaml
+
+    if not axes:
+        raise UserError(f"{FLAG}: none is given; at least one KEY=VALUE,VALUE is needed")
+    grid: dict[str, list[str]] = {}
+    for axis in axes:
+        key, _, text = axis.partition("=")
+        if key in grid:
+            raise UserError(f"{FLAG}: {key} stands twice; give all its values in one {FLAG}")
+        if key.startswith(_LOGGER):
+            raise UserError(f"{FLAG}: {key} is not allowed; the runs of a sweep stand in one store and experiment")
+        try:
+            values = yaml.safe_load(f"[{text}]")
+        except yaml.YAMLError:
+            values = []
+        # YAML allows a comma at the end, which rather is a value that was forgotten.
+        if not key or not values or text.rstrip().endswith(","):
+            raise UserError(f"{FLAG}: {axis!r} is not allowed; it must be KEY=VALUE,VALUE without empty values")
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        if doubled := [value for value in texts if texts.count(value) > 1]:
+            raise UserError(f"{FLAG}: {key} has the value {doubled[0]} twice; each must be another one")
+        grid[key] = texts
+    return grid
+
+
+def points(grid: dict[str, list[str]], arguments: Sequence[str]) -> list[Point]:
+    """All combinations, each parsed as its fit would be.
+
+    Args:
+        grid: values of each setting.
+        arguments: what all fits share.
+
+    Raises:
+        UserError: a fit would refuse a point; none has run by then.
+    """
+    made = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        own = [*arguments, *(part for key, value in chosen.items() for part in (f"--{key}", value))]
+        text, config = _resolved(own)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        made.append(Point(chosen, own, config, digest))
+    return made
+
+
+def _resolved(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The config that a fit with these arguments runs, as ``--print_config`` shows it and as values."""
+    import yaml
+
+    from lrsa_lit.cli import lightning_arguments
+    from lrsa_lit.lightning_cli import run
+    from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        run(lightning_arguments("fit", [*arguments, "--print_config"]))
+    config: dict[str, Any] = yaml.safe_load(shown.getvalue())
+    try:
+        # Bounds that depend on each other are the rule's own to check.
+        LRSAConfig(**{name: value for name, value in config["model"]["lrsa"].items() if name != "compressor"})
+    except UserError as error:
+        raise UserError(f"model.{error}") from None
+    return shown.getvalue(), config

@@ -1,0 +1,234 @@
+"""``lrsa sweep``: what it refuses, what it runs, and what it does not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from cli_helpers import DEBUG, recorded_runs
+
+from lrsa_lit import heartbeat
+from lrsa_lit.cli import main
+from lrsa_lit.errors import UserError
+from lrsa_lit.sweep import command
+from lrsa_lit.sweep.grid import parse
+
+SHORT = ["--trainer.max_steps", "1", "--validate_first", "false"]
+TWO = ["sweep", *DEBUG, "--grid", "model.lrsa.top_k=4,8"]
+
+
+class Fits:
+    """Stand-ins for fits: processes that record a run, and end as they are told for their value of K."""
+
+    CODE = """
+import json, os, signal, sys, time
+from mlflow.tracking import MlflowClient
+store, top_k, end = sys.argv[1:]
+client = MlflowClient(store)
+tags = json.loads(os.environ["MLFLOW_RUN_CONTEXT"])
+run = client.create_run(client.get_experiment_by_name("debug").experiment_id, tags=tags, run_name=f"K{top_k}")
+run_id = run.info.run_id
+client.log_metric(run_id, "val/f1", int(top_k) / 100)
+print("begun", top_k, flush=True)
+if end == "hang":
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        client.set_terminated(run_id, "KILLED")
+        print("saved", flush=True)
+        sys.exit(130)
+if end == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+client.set_terminated(run_id, "FAILED" if end == "fails" else "FINISHED")
+sys.exit(end == "fails")
+"""
+
+    def __init__(self, folder):
+        self.store = f"sqlite:///{folder}/runs/mlflow.db"
+        self.ends = {}
+        self.ran = []
+
+    def command(self, point):
+        top_k = point.values["model.lrsa.top_k"]
+        self.ran.append(top_k)
+        return [sys.executable, "-c", self.CODE, self.store, top_k, self.ends.get(top_k, "well")]
+
+
+@pytest.fixture
+def fits(elsewhere, monkeypatch):
+    fits = Fits(elsewhere)
+    monkeypatch.setattr(command, "_command", fits.command)
+    return fits
+
+
+@pytest.fixture
+def runs(elsewhere):
+    """The runs by name; of several of one name the latest."""
+
+    def read():
+        found = recorded_runs(elsewhere / "runs/mlflow.db", "debug")
+        return {run.info.run_name: run for run in reversed(found)}
+
+    return read
+
+
+def rows(shown):
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if line[:1] == "│"]
+
+
+@pytest.mark.slow
+def test_real_fits_one_of_which_fails(runs, capfd):
+    # No question fits into 20 tokens, which the config alone does not show.
+    sweep = ["sweep", *DEBUG, *SHORT, "--grid", "data.init_args.max_tokens=20,4096"]
+    with pytest.raises(SystemExit) as stop:
+        main(sweep)
+    assert stop.value.code == 1
+    failed, finished = rows(capfd.readouterr().out)[-2:]
+    assert failed[0] == "20"
+    assert failed[-2:] == ["failed (exit code 2)", "-"]
+    assert finished[0] == "4096"
+    assert finished[-2:] == ["finished", "tiny-L32-K8-s0"]
+    child, parent = runs()["tiny-L32-K8-s0"], runs()["sweep-max_tokens"]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params["data.max_tokens"] == "4096"
+    assert finished[1] == child.data.params["kv_ratio"]
+    assert finished[3] == f"{child.data.metrics['val/f1']:.3f}"
+    assert (child.info.status, parent.info.status) == ("FINISHED", "FAILED")
+    assert json.loads(parent.data.tags["sweep.grid"]) == {"data.init_args.max_tokens": ["20", "4096"]}
+
+    with pytest.raises(SystemExit) as stop:
+        main(sweep)
+    assert stop.value.code == 1
+    failed, finished = rows(capfd.readouterr().out)[-2:]
+    assert failed[-2] == "failed (exit code 2)"
+    assert finished[-2] == "finished before"
+    assert set(runs()) == {"tiny-L32-K8-s0", "sweep-max_tokens"}
+    assert runs()["sweep-max_tokens"].info.run_id == parent.info.run_id
+
+
+def test_all_combinations_and_never_twice(fits, runs, capfd):
+    sweep = [*TWO, "--grid", "model.lrsa.lag_size=16,32"]
+    main(sweep)
+    assert fits.ran == ["4", "4", "8", "8"]
+    table = rows(capfd.readouterr().out)[-4:]
+    assert [row[:2] for row in table] == [["4", "16"], ["4", "32"], ["8", "16"], ["8", "32"]]
+    assert {row[-2] for row in table} == {"finished"}
+    assert runs()["sweep-top_k-lag_size"].info.status == "FINISHED"
+    main(sweep)
+    assert len(fits.ran) == 4
+    assert {row[-2] for row in rows(capfd.readouterr().out)[-4:]} == {"finished before"}
+    # A larger grid runs what is new, another setting beside it everything.
+    main([*TWO[:-1], "model.lrsa.top_k=4,8,12", "--grid", "model.lrsa.lag_size=16,32"])
+    assert fits.ran[4:] == ["12", "12"]
+    main([*TWO, "--seed_everything", "1"])
+    assert fits.ran[6:] == ["4", "8"]
+
+
+@pytest.mark.parametrize(("end", "said"), [("fails", "failed (exit code 1)"), ("dies", "failed (exit code -9)")])
+def test_one_that_fails_leaves_the_others_alone(end, said, fits, runs, capfd):
+    fits.ends["4"] = end
+    with pytest.raises(SystemExit) as stop:
+        main(TWO)
+    assert stop.value.code == 1
+    assert fits.ran == ["4", "8"]
+    assert [row[-2] for row in rows(capfd.readouterr().out)[-2:]] == [said, "finished"]
+    assert runs()["K4"].info.status == runs()["sweep-top_k"].info.status == "FAILED"
+    assert ("without a word" in runs()["K4"].data.tags.get(heartbeat.DIED, "")) == (end == "dies")
+
+    fits.ends.clear()
+    main(TWO)
+    assert fits.ran[2:] == ["4"]
+    assert runs()["K4"].info.status == runs()["sweep-top_k"].info.status == "FINISHED"
+    assert heartbeat.DIED not in runs()["sweep-top_k"].data.tags
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_ctrl_c_stops_the_fit_in_order_and_keeps_what_is_done(number, elsewhere, runs):
+    code = f"""
+import sys
+sys.path.append({os.path.dirname(__file__)!r})
+from test_sweep import Fits
+from lrsa_lit.cli import main
+from lrsa_lit.sweep import command
+fits = Fits({str(elsewhere)!r})
+fits.ends["8"] = "hang"
+command._command = fits.command
+main(sys.argv[1:])
+"""
+    sweep = [*TWO[:-1], "model.lrsa.top_k=4,8,12"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *sweep],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        lines = iter(process.stdout.readline, "")
+        assert any(line == "begun 8\n" for line in lines)
+        process.send_signal(number)
+        rest = "".join(lines)
+        assert process.wait(60) == 130
+        said = process.stderr.read()
+    assert "saved" in rest
+    assert [row[-2] for row in rows(rest)] == ["finished", "stopped"]
+    assert "1 of 3 points finished" in rest
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+    status = {name: run.info.status for name, run in runs().items()}
+    assert status == {"sweep-top_k": "KILLED", "K4": "FINISHED", "K8": "KILLED"}
+
+
+def bad_inputs():
+    yield "no grid", [], ["--grid: none is given"]
+    yield "unknown key", ["--grid", "model.lrsa.topk=1,2"], ["model.lrsa.topk", "model.lrsa.top_k"]
+    yield "no values", ["--grid", "model.lrsa.top_k="], ["--grid", "'model.lrsa.top_k='", "KEY=VALUE"]
+    yield "no key", ["--grid", "=1"], ["--grid", "'=1'"]
+    yield "empty value", ["--grid", "model.lrsa.top_k=1,,2"], ["'model.lrsa.top_k=1,,2'", "without empty values"]
+    yield "empty last value", ["--grid", "model.lrsa.top_k=1,"], ["'model.lrsa.top_k=1,'", "without empty values"]
+    yield "value twice", ["--grid", "model.lrsa.top_k=1,2,1"], ["model.lrsa.top_k", "value 1 twice"]
+    yield (
+        "key twice",
+        ["--grid", "model.lrsa.top_k=1", "--grid", "model.lrsa.top_k=2"],
+        ["model.lrsa.top_k stands twice"],
+    )
+    yield "value of another type", ["--grid", "model.lrsa.top_k=4,abc"], ["model.lrsa.top_k", "abc", "int"]
+    yield (
+        "value out of bounds at one point",
+        ["--grid", "model.lrsa.top_k=4,20", "--grid", "model.lrsa.lag_size=16,32"],
+        ["model.lrsa.top_k: 20", "0 to lag_size (16)"],
+    )
+    yield "store", ["--grid", "trainer.logger.init_args.tracking_uri=a,b"], ["trainer.logger", "one store"]
+    yield "no logger", ["--grid", "model.lrsa.top_k=4", "--trainer.logger", "false"], ["trainer.logger: false"]
+    yield "checkpoint", ["--grid", "model.lrsa.top_k=4", "--ckpt_path", "x.ckpt"], ["--ckpt_path"]
+    yield "missing config", ["--grid", "model.lrsa.top_k=4", "--config", "nowhere.yaml"], ["nowhere.yaml"]
+
+
+@pytest.mark.parametrize(("arguments", "named"), [pytest.param(*case[1:], id=case[0]) for case in bad_inputs()])
+def test_bad_input_is_one_line_before_anything_runs(arguments, named, fits, elsewhere, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *DEBUG, *arguments])
+    assert stop.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "INFO" not in line]
+    assert line.startswith("lrsa: error: ")
+    for part in named:
+        assert part in line
+    assert not fits.ran
+    assert not (elsewhere / "runs/mlflow.db").exists()
+
+
+def test_values_are_yaml():
+    assert parse(["a.b=1e-4,null,true,[1,2],{x: y}"]) == {"a.b": ["1e-4", "null", "true", "[1, 2]", '{"x": "y"}']}
+    with pytest.raises(UserError, match="none is given"):
+        parse([])
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from lrsa_lit.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code, "sweep", "--help"], capture_output=True, text=True, check=True)
+    assert "--grid KEY=V1,V2" in run.stdout
+    for module in ("torch", "transformers", "lightning", "mlflow"):
+        assert f"'{module}'" not in run.stdout
