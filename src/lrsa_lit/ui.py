@@ -94,8 +94,9 @@ def compare_page(client: MlflowClient, experiment: Experiment) -> str:
     runs = [run.info.run_id for run in found if run.info.run_id not in parents]
     if not runs:
         raise UserError(f"--experiment: {experiment.name} has no runs; name another one")
-    query = {"runs": json.dumps(runs), "experiments": json.dumps([experiment.experiment_id])}
-    return f"#/compare-runs?{urllib.parse.urlencode(query)}"
+    query = {"runs": runs, "experiments": [experiment.experiment_id]}
+    encoded = {name: json.dumps(ids, separators=(",", ":")) for name, ids in query.items()}
+    return f"#/compare-runs?{urllib.parse.urlencode(encoded)}"
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

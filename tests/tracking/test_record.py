@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 from cli_helpers import DEBUG, recorded_runs
 
+from lrsa_lit import heartbeat
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.flops import kv_ratio
@@ -82,6 +84,23 @@ def test_store_is_made_beside_its_artifacts(tmp_path):
     assert run.info.status == "FINISHED"
 
 
+def test_a_run_that_fell_silent_is_marked_by_the_next_one(tmp_path):
+    uri = f"sqlite:///{tmp_path}/store.db"
+    first = MLflowRun(tracking_uri=uri)
+    client, run_id = first.experiment, first.run_id
+    assert abs(float(client.get_run(run_id).data.tags[heartbeat.TAG]) - time.time()) < 60
+    MLflowRun(tracking_uri=uri)
+    assert client.get_run(run_id).info.status == "RUNNING"
+    client.set_tag(run_id, heartbeat.TAG, str(time.time() - heartbeat.STALE - 1))
+    MLflowRun(tracking_uri=uri)
+    assert client.get_run(run_id).info.status == "FAILED"
+    # It was only suspended, and has something to say.
+    first.log_metrics({"train/loss": 1.0})
+    first.reopen()
+    assert first._delivery.flush(30) == []
+    assert client.get_run(run_id).info.status == "RUNNING"
+
+
 def test_lightnings_epoch_belongs_to_the_training(tmp_path):
     logger = MLflowRun(tracking_uri=f"sqlite:///{tmp_path}/store.db")
     logger.log_metrics({"train/loss": 0.5, "epoch": 3}, step=2)
@@ -136,6 +155,6 @@ def test_the_environment_names_another_store_and_a_flag_overrides_it(elsewhere, 
     main(short)
     assert len(recorded_runs(elsewhere / "shared.db", "debug")) == 1
     assert not (elsewhere / "runs/mlflow.db").exists()
-    main([*short, "--trainer.logger.init_args.tracking_uri", f"sqlite:///{elsewhere}/own.db"])
+    main([*short, "--trainer.logger.tracking_uri", f"sqlite:///{elsewhere}/own.db"])
     assert len(recorded_runs(elsewhere / "own.db", "debug")) == 1
     assert len(recorded_runs(elsewhere / "shared.db", "debug")) == 1
