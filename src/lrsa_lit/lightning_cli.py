@@ -35,6 +35,8 @@ _NOISE = (
     ".*LeafSpec.*",
     # Evaluating a checkpoint in another folder is no reason for concern.
     "The dirpath has changed.*",
+    # Nor is a resumed run's folder, which holds what it wrote before.
+    "Checkpoint directory .* exists and is not empty.*",
 )
 
 

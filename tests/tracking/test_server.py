@@ -211,3 +211,12 @@ def test_a_server_that_comes_back_misses_nothing(line, server, at_step, monkeypa
     assert sorted(metric.step for metric in history) == [0, 1, 2, 3]
     assert "val/f1" in run.data.metrics
     assert "answers again" in caplog.text
+
+
+def test_the_ui_of_a_server_is_its_own(server, capfd):
+    client = MlflowClient(server)
+    run = client.create_run(client.create_experiment("served"))
+    main(["ui", "--store", server, "--experiment", "served", "--no-browser"])
+    address = capfd.readouterr().out.splitlines()[-1]
+    assert address.startswith(f"{server}/#/compare-runs?")
+    assert run.info.run_id in address
