@@ -56,3 +56,8 @@ def precision_of(dim: int) -> str:
 def hopper_tile(dim: int) -> Tile | None:
     """The tile of the Hopper forward, its warps those of one consumer; None where the plain forward is as fast."""
     return Tile(128, 128, 4, 2) if dim == 128 else None
+
+
+def hopper_key_tile(dim: int) -> Tile | None:
+    """The same for the dK and dV of the compact buffer."""
+    return Tile(128, 64, 4, 4) if dim == 128 else None
