@@ -10,6 +10,19 @@ pytestmark = pytest.mark.gpu
 
 RULE = 16, 128, 32, 128
 LENGTHS = [[1], [17], [271], [272], [273], [1025], [4097]]
+CASES = [
+    *(pytest.param(lengths, RULE, 4, 2, 0, id=f"T={lengths[0]}") for lengths in LENGTHS),
+    *(pytest.param([1025], RULE, 2 * group, 2, 0, id=f"group of {group}") for group in (1, 3, 4, 8)),
+    pytest.param([3000], (16, 128, 32, 37), 4, 2, 0, id="C=37"),
+    pytest.param([2500], (3, 24, 7, 50), 4, 2, 0, id="L=24"),
+    pytest.param([2500], (0, 300, 299, 1), 4, 2, 0, id="C=1"),
+    pytest.param([2000], (0, 128, 0, 128), 4, 2, 0, id="no compact rows"),
+    pytest.param([1, 5, 300, 4000], RULE, 4, 2, 0, id="packed"),
+    pytest.param([300, 5, 1, 700, 64, 128, 129], (16, 64, 16, 64), 4, 2, 0, id="packed, L=64"),
+    pytest.param([3000], RULE, 4, 2, 1777, id="fewer queries"),
+    pytest.param([3000], RULE, 4, 2, 2999, id="one query"),
+]
+"""Lengths of the sequences, rule, query heads, heads, position of the first query."""
 
 
 def tensors(geometry, query_heads, heads, dtype, batch=1):
@@ -38,21 +51,7 @@ def both(monkeypatch, arguments, geometry):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("lengths", "rule", "query_heads", "heads", "queries_from"),
-    [
-        *(pytest.param(lengths, RULE, 4, 2, 0, id=f"T={lengths[0]}") for lengths in LENGTHS),
-        *(pytest.param([1025], RULE, 2 * group, 2, 0, id=f"group of {group}") for group in (1, 3, 8)),
-        pytest.param([3000], (16, 128, 32, 37), 4, 2, 0, id="C=37"),
-        pytest.param([2500], (3, 24, 7, 50), 4, 2, 0, id="L=24"),
-        pytest.param([2500], (0, 300, 299, 1), 4, 2, 0, id="C=1"),
-        pytest.param([2000], (0, 128, 0, 128), 4, 2, 0, id="no compact rows"),
-        pytest.param([1, 5, 300, 4000], RULE, 4, 2, 0, id="packed"),
-        pytest.param([300, 5, 1, 700, 64, 128, 129], (16, 64, 16, 64), 4, 2, 0, id="packed, L=64"),
-        pytest.param([3000], RULE, 4, 2, 1777, id="fewer queries"),
-        pytest.param([3000], RULE, 4, 2, 2999, id="one query"),
-    ],
-)
+@pytest.mark.parametrize(("lengths", "rule", "query_heads", "heads", "queries_from"), CASES)
 def test_agrees_with_the_plain_forward(monkeypatch, lengths, rule, query_heads, heads, queries_from, dtype):
     boundaries = tuple(sum(lengths[:count]) for count in range(len(lengths) + 1))
     geometry = Geometry(boundaries, queries_from, 0, *rule)

@@ -61,3 +61,8 @@ def hopper_tile(dim: int) -> Tile | None:
 def hopper_key_tile(dim: int) -> Tile | None:
     """The same for the dK and dV of the compact buffer."""
     return Tile(128, 64, 4, 4) if dim == 128 else None
+
+
+def hopper_query_tile(dim: int) -> Tile | None:
+    """The same for dQ. Stages are those of the keys; values have half as many, which is all that fits."""
+    return Tile(128, 64, 4, 4) if dim == 128 else None
