@@ -1,9 +1,10 @@
-"""The gradient of the queries on Hopper, in Gluon: one warp loads, two warpgroups take turns at the tensor cores.
+"""The gradient of the queries on Hopper, in Gluon: one warp loads, two warpgroups of 64 queries each compute.
 
 Programs, tiles, the order of blocks and the way from one tile to the next are those of hopper.py. A block takes three
 products: scores Q K^T, *shares* dO V^T (the gradient of the powers), and what the block adds to dQ. A consumer queues
-scores and shares of the next block, then this block's part of dQ, and computes beside it. Keys serve two of the
-products, values one and for a shorter time: there are twice as many buffers for keys.
+scores and shares of the next block, then this block's part of dQ, and computes beside it. That keeps the tensor cores
+busy without turns. Keys serve two of the products, values one and for a shorter time: there are twice as many buffers
+for keys.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
 Prefixes of kernel locals are those of primitives.py, and s a buffer in shared memory.
@@ -135,7 +136,6 @@ def _hopper_kernel(
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(query_full.index(i), count=1)
         mbarrier.init(query_free.index(i), count=1)
@@ -145,8 +145,6 @@ def _hopper_kernel(
     for i in gl.static_range(STAGES // 2):
         mbarrier.init(value_full.index(i), count=1)
         mbarrier.init(value_free.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
 
     buffers = (s_query, s_gradient, s_key, s_value)
@@ -159,8 +157,8 @@ def _hopper_kernel(
     descriptors = (d_query, d_gradient, d_key, d_value, d_compact_key, d_compact_value)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, full, free, turn, work, rule, rows, results, scale_log2)),
-            (_consume, (1, buffers, full, free, turn, work, rule, rows, results, scale_log2)),
+            (_consume, (0, buffers, full, free, work, rule, rows, results, scale_log2)),
+            (_consume, (1, buffers, full, free, work, rule, rows, results, scale_log2)),
             (_produce, (buffers, full, free, descriptors, work, rule, group)),
         ],
         [4, 1],
@@ -215,7 +213,7 @@ def _copy(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
 
 
 @gluon.jit
-def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, rows, results, scale_log2):
+def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results, scale_log2):
     """dQ of half of every tile."""
     s_query, s_gradient, s_key, s_value = buffers
     query_full, key_full, value_full = full
@@ -265,14 +263,14 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, rows, r
             i_buffer, i_parity = _around(i_step + 1, n_values)
             mbarrier.wait(value_full.index(i_buffer), i_parity)
         for i_block in range(1, n_full):
-            queued = _queue(WHICH, i_step, b_query, s_mine, b_left, b_query_grad, n_columns, s_key, s_value, turn)
+            queued = _queue(i_step, b_query, s_mine, b_left, b_query_grad, n_columns, s_key, s_value)
             b_score_grad, b_query_grad = _take(
                 i_step, i_block + 1 < n_all, queued, b_denominator, b_delta, scale_log2, full, free
             )
             b_left = gl.convert_layout(b_score_grad.to(dtype), left_layout)
             i_step += 1
         for i_block in range(gl.maximum(n_full, 1), n_all):
-            queued = _queue(WHICH, i_step, b_query, s_mine, b_left, b_query_grad, n_own, s_key, s_value, turn)
+            queued = _queue(i_step, b_query, s_mine, b_left, b_query_grad, n_own, s_key, s_value)
             b_score_grad, b_query_grad = _take(
                 i_step, i_block + 1 < n_all, queued, b_denominator, b_delta, scale_log2, full, free
             )
@@ -292,9 +290,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, rows, r
         mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_more)
         i_buffer, i_parity = _around(i_step + 1, n_values)
         mbarrier.wait(value_full.index(i_buffer), i_parity, pred=m_more)
-        queued = _queue(
-            WHICH, i_step, b_query, s_gradient.index(i_next), b_left, b_query_grad, n_own, s_key, s_value, turn
-        )
+        queued = _queue(i_step, b_query, s_gradient.index(i_next), b_left, b_query_grad, n_own, s_key, s_value)
         # All that the next tile needs to know is looked up while the tensor cores are busy.
         i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = _tile(i_round + 1, work)
         n_full, n_all, cuts = _blocks(i_next_low, i_next_high, rule, n_columns)
@@ -334,20 +330,16 @@ def _queue_scores(b_query, s_gradient, s_keys, s_values):
 
 
 @gluon.jit
-def _queue(WHICH: gl.constexpr, i_step, b_query, s_gradient, b_left, b_query_grad, n_own, s_key, s_value, turn):
+def _queue(i_step, b_query, s_gradient, b_left, b_query_grad, n_own, s_key, s_value):
     """Queue scores and shares of the next block, and what this one adds to dQ."""
     n_keys: gl.constexpr = s_key.shape[0]
     n_values: gl.constexpr = s_value.shape[0]
     s_keys = s_key.index(i_step % n_keys).reshape([s_key.shape[3], s_key.shape[4]])
     if n_own < s_key.shape[3]:
         _clear(s_keys, n_own)
-    # The first consumer has the first turn, though nobody hands it over.
-    mbarrier.wait(turn.index(WHICH), (i_step & 1) ^ (1 - WHICH))
     b_score, b_share = _queue_scores(
         b_query, s_gradient, s_key.index((i_step + 1) % n_keys), s_value.index((i_step + 1) % n_values)
     )
-    # The other's turn begins beside the last product of this one, and not behind it: no gap where it is handed over.
-    mbarrier.arrive(turn.index(1 - WHICH))
     b_query_grad = warpgroup_mma(b_left, s_keys, b_query_grad, is_async=True)
     return b_score, b_share, b_query_grad
 
