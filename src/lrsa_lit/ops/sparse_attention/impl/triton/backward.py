@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import Saved
 from lrsa_lit.ops.sparse_attention.impl.triton.key_gradient import compact_tile, key_gradient
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, compact_tiles, raw_tiles
 from lrsa_lit.ops.sparse_attention.impl.triton.query_gradient import query_gradient
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved
 from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
 
 _PROGRAMS = 512

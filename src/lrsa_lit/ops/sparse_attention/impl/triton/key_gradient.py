@@ -5,15 +5,11 @@ Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, T tokens, M 
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import LOG2_E, Saved, _suits_hopper, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton import hopper
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     COLUMNS,
@@ -33,12 +29,8 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     split_blocks,
     store_rows,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile, hopper_key_tile, precision_of, tiles_for
-
-hopper_keys: Any = None
-# As hopper.py, which it builds on.
-with contextlib.suppress(ImportError, AttributeError):
-    hopper_keys = importlib.import_module("lrsa_lit.ops.sparse_attention.impl.triton.hopper_keys")
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile, precision_of, tiles_for
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
@@ -47,17 +39,14 @@ _INTEGERS = [
 
 def compact_tile(saved: Saved, output_grad: Tensor) -> Tile:
     """The tile by which :func:`key_gradient` expects the compact buffer to be cut."""
-    return _hopper_tile(saved, output_grad) or tiles_for(saved.query.shape[3], saved.query.dtype).key
+    if _suits_hopper(saved, output_grad):
+        return hopper.keys.TILE
+    return tiles_for(saved.query.shape[3], saved.query.dtype).key
 
 
-def _hopper_tile(saved: Saved, output_grad: Tensor) -> Tile | None:
-    """The tile of the kernel of hopper_keys.py if that takes the compact buffer; None if the kernel below does.
-
-    The former takes what suits the forward of hopper.py, at the head sizes that it is faster for.
-    """
-    if hopper_keys is None or not _suits_hopper(saved.query, saved.compact_key, saved.compact_value, output_grad):
-        return None
-    return hopper_key_tile(saved.query.shape[3])
+def _suits_hopper(saved: Saved, output_grad: Tensor) -> bool:
+    """Whether the compact buffer goes to the kernel of hopper/keys.py."""
+    return hopper.suits(saved.query, saved.compact_key, saved.compact_value, output_grad)
 
 
 def key_gradient(
@@ -81,10 +70,9 @@ def key_gradient(
     heads, rows = key.shape[1], saved.compact_key.shape[2]
     tile = tiles_for(dim, query.dtype).key
     compact = key_grad is None or value_grad is None
-    hopper_tile = _hopper_tile(saved, output_grad) if compact else None
-    if hopper_tile is not None:
+    if compact and _suits_hopper(saved, output_grad):
         arguments = query, saved.compact_key, saved.compact_value, output_grad, saved.denominator, delta, partial
-        hopper_keys.launch(*arguments, table, geometry, hopper_tile, scale * LOG2_E, scale)
+        hopper.keys.launch(*arguments, table, geometry, scale * LOG2_E, scale)
         return
     source = (saved.compact_key, saved.compact_value) if compact else (key, value)
     target = (key, value) if key_grad is None or value_grad is None else (key_grad, value_grad)

@@ -5,16 +5,12 @@ Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, T tokens, M 
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import LOG2_E, Saved, _suits_hopper, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton import hopper
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     COLUMNS,
@@ -29,12 +25,8 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     store_rows,
     visible_range,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import hopper_query_tile, precision_of, tiles_for
-
-hopper_queries: Any = None
-# As in forward.py.
-with contextlib.suppress(ImportError, AttributeError):
-    hopper_queries = importlib.import_module("lrsa_lit.ops.sparse_attention.impl.triton.hopper_queries")
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
@@ -47,8 +39,8 @@ def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale:
     batch, query_heads, queries, dim = query.shape
     query_grad = torch.empty_like(query)
     delta = torch.empty_like(saved.denominator)
-    if _suits_hopper_queries(saved, output_grad):
-        hopper_queries.launch(saved, output_grad, delta, query_grad, geometry, scale * LOG2_E, scale)
+    if hopper.suits(*saved[:5], output_grad):
+        hopper.queries.launch(saved, output_grad, delta, query_grad, geometry, scale * LOG2_E, scale)
         return query_grad, delta
     tile = tiles_for(dim, query.dtype).query
     padded = triton.next_power_of_2(dim)
@@ -90,15 +82,6 @@ def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale:
         num_stages=tile.stages,
     )
     return query_grad, delta
-
-
-def _suits_hopper_queries(saved: Saved, output_grad: Tensor) -> bool:
-    """Whether the call goes to the kernel of hopper_queries.py; every other one goes to the kernel below.
-
-    That takes what ``_suits_hopper`` takes, of the gradient too, and a head size that this kernel is faster for.
-    """
-    written_for = hopper_queries is not None and hopper_query_tile(saved.query.shape[3]) is not None
-    return written_for and _suits_hopper(*saved[:5], output_grad)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)

@@ -1,18 +1,17 @@
 """The gradient of the queries on Hopper, in Gluon: one warp loads, two warpgroups of 64 queries each compute.
 
-Programs, tiles, the order of blocks and the way from one tile to the next are those of hopper.py. A block takes three
+Programs, tiles, the order of blocks and the way from one tile to the next are those of forward.py. A block takes three
 products: scores Q K^T, *shares* dO V^T (the gradient of the powers), and what the block adds to dQ. A consumer queues
 scores and shares of the next block, then this block's part of dQ, and computes beside it. That keeps the tensor cores
 busy without turns. Keys serve two of the products, values one and for a shorter time: there are twice as many buffers
 for keys.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
-Prefixes of kernel locals are those of primitives.py, and s a buffer in shared memory.
+Names in the kernel are explained in shared.py.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,21 +23,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import Saved
-from lrsa_lit.ops.sparse_attention.impl.triton.hopper import (
+from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
     HALF,
-    _around,
-    _block,
-    _blocks,
-    _clear,
-    _count_rounds,
-    _descriptor,
-    _tile,
-    _visible_range,
+    around,
+    block_at,
+    blocks_of,
+    clear,
+    count_rounds,
+    descriptor,
+    multiprocessors,
+    tile_of,
+    visible_range,
 )
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COMPACT_ROW, KEY_ROW, KEY_TO, PARTITIONS, QUERY_ROW
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import hopper_query_tile
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile
+
+TILE = Tile(128, 64, 4, 4)
+"""Warps are those of one consumer, stages those of the keys; values have half as many, which is all that fits."""
 
 _INTEGERS = ["n_work", "n_batch_heads", "heads", "group", "n_queries", "sink", "lag", "keep", "chunk"]
 
@@ -58,14 +61,12 @@ def launch(
     """
     query, key = saved.query, saved.key
     batch, query_heads, queries, dim = query.shape
-    tile = hopper_query_tile(dim)
-    assert tile is not None
-    table = query_tiles(geometry, query.device, tile.rows)
+    table = query_tiles(geometry, query.device, TILE.rows)
     n_work = len(table) * batch * query_heads
     raw = saved[1:3]
-    _hopper_kernel[(min(n_work, torch.cuda.get_device_properties(query.device).multi_processor_count),)](
-        *(_descriptor(tensor, HALF.value) for tensor in (query, output_grad)),
-        *(_descriptor(tensor, tile.columns) for tensor in (*raw, *(saved[3:5] if saved.compact_key.numel() else raw))),
+    _hopper_kernel[(min(n_work, multiprocessors(query.device)),)](
+        *(descriptor(tensor, HALF.value) for tensor in (query, output_grad)),
+        *(descriptor(tensor, TILE.columns) for tensor in (*raw, *(saved[3:5] if saved.compact_key.numel() else raw))),
         saved.output,
         saved.denominator,
         delta,
@@ -83,9 +84,9 @@ def launch(
         scale_log2,
         scale,
         DIM=dim,
-        BLOCK_N=tile.columns,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        BLOCK_N=TILE.columns,
+        STAGES=TILE.stages,
+        num_warps=TILE.warps,
     )
 
 
@@ -162,7 +163,7 @@ def _hopper_kernel(
             (_produce, (buffers, full, free, descriptors, work, rule, group)),
         ],
         [4, 1],
-        # As in hopper.py: the first consumer gets what these leave of 504.
+        # As in forward.py: the first consumer gets what these leave of 504.
         [240, 24],
     )
 
@@ -176,12 +177,12 @@ def _produce(buffers, full, free, descriptors, work, rule, group):
     d_query, d_gradient, d_key, d_value, d_compact_key, d_compact_value = descriptors
     n_columns: gl.constexpr = s_key.shape[3]
     i_step = 0
-    for i_round in range(_count_rounds(work[2])):
-        i_b, i_h, p_sequence, i_first, i_low, i_high = _tile(i_round, work)
-        n_full, n_all, cuts = _blocks(i_low, i_high, rule, n_columns)
+    for i_round in range(count_rounds(work[2])):
+        i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(i_round, work)
+        n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
         i_kv = i_h // group
         i_row = gl.load(p_sequence + QUERY_ROW) + i_first
-        i_buffer, i_parity = _around(i_round, 2)
+        i_buffer, i_parity = around(i_round, 2)
         for i_half in gl.static_range(2):
             i_query = i_buffer * 2 + i_half
             b_full = query_full.index(i_query)
@@ -193,7 +194,7 @@ def _produce(buffers, full, free, descriptors, work, rule, group):
         i_raw_row = gl.load(p_sequence + KEY_ROW)
         i_compact_row = gl.load(p_sequence + COMPACT_ROW)
         for i_block in range(n_all):
-            m_compact, i_column = _block(i_block, n_full, cuts, n_columns)
+            m_compact, i_column = block_at(i_block, n_full, cuts, n_columns)
             i_row = gl.where(m_compact, i_compact_row, i_raw_row) + i_column
             _copy(i_step, [i_b, i_kv, i_row, 0], m_compact, d_key, d_compact_key, s_key, key_full, key_free)
             _copy(i_step, [i_b, i_kv, i_row, 0], m_compact, d_value, d_compact_value, s_value, value_full, value_free)
@@ -203,7 +204,7 @@ def _produce(buffers, full, free, descriptors, work, rule, group):
 @gluon.jit
 def _copy(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
     """Copy a block of the raw or the compact source into the buffer of the step, once that is free."""
-    i_buffer, i_parity = _around(i_step, s_rows.shape[0])
+    i_buffer, i_parity = around(i_step, s_rows.shape[0])
     mbarrier.wait(free.index(i_buffer), i_parity ^ 1)
     mbarrier.expect(full.index(i_buffer), d_raw.block_type.nbytes)
     if m_compact:
@@ -230,9 +231,9 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
     dtype: gl.constexpr = s_query.dtype
 
     i_step = 0
-    n_rounds = _count_rounds(work[2])
-    i_b, i_h, p_sequence, i_first, i_low, i_high = _tile(0, work)
-    n_full, n_all, cuts = _blocks(i_low, i_high, rule, n_columns)
+    n_rounds = count_rounds(work[2])
+    i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(0, work)
+    n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
     i_first += WHICH * HALF
     i_row = gl.load(p_sequence + QUERY_ROW) + i_first
     b_output, b_denominator = _load_rows(i_b, i_h, i_row, i_first, i_low, i_high, rows, n_dim, score_layout)
@@ -258,9 +259,9 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
             b_score_grad = gl.where(m_visible, b_score_grad, 0.0)
         b_left = gl.convert_layout(b_score_grad.to(dtype), left_layout)
         if n_all > 1:
-            i_buffer, i_parity = _around(i_step + 1, n_keys)
+            i_buffer, i_parity = around(i_step + 1, n_keys)
             mbarrier.wait(key_full.index(i_buffer), i_parity)
-            i_buffer, i_parity = _around(i_step + 1, n_values)
+            i_buffer, i_parity = around(i_step + 1, n_values)
             mbarrier.wait(value_full.index(i_buffer), i_parity)
         for i_block in range(1, n_full):
             queued = _queue(i_step, b_query, s_mine, b_left, b_query_grad, n_columns, s_key, s_value)
@@ -282,18 +283,18 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
 
         # The first scores of the next tile; after the last one, products of what the buffers still hold.
         m_more = i_round + 1 < n_rounds
-        i_buffer, i_parity = _around(i_round + 1, 2)
+        i_buffer, i_parity = around(i_round + 1, 2)
         i_next = i_buffer * 2 + WHICH
         mbarrier.wait(query_full.index(i_next), i_parity, pred=m_more)
         b_query = s_query.index(i_next).reshape([HALF, n_dim]).load(query_layout)
-        i_buffer, i_parity = _around(i_step + 1, n_keys)
+        i_buffer, i_parity = around(i_step + 1, n_keys)
         mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_more)
-        i_buffer, i_parity = _around(i_step + 1, n_values)
+        i_buffer, i_parity = around(i_step + 1, n_values)
         mbarrier.wait(value_full.index(i_buffer), i_parity, pred=m_more)
         queued = _queue(i_step, b_query, s_gradient.index(i_next), b_left, b_query_grad, n_own, s_key, s_value)
         # All that the next tile needs to know is looked up while the tensor cores are busy.
-        i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = _tile(i_round + 1, work)
-        n_full, n_all, cuts = _blocks(i_next_low, i_next_high, rule, n_columns)
+        i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = tile_of(i_round + 1, work)
+        n_full, n_all, cuts = blocks_of(i_next_low, i_next_high, rule, n_columns)
         # Behind the last tile stands one of no queries.
         i_next_high = gl.where(m_more, i_next_high, i_next_low)
         i_next_first += WHICH * HALF
@@ -336,7 +337,7 @@ def _queue(i_step, b_query, s_gradient, b_left, b_query_grad, n_own, s_key, s_va
     n_values: gl.constexpr = s_value.shape[0]
     s_keys = s_key.index(i_step % n_keys).reshape([s_key.shape[3], s_key.shape[4]])
     if n_own < s_key.shape[3]:
-        _clear(s_keys, n_own)
+        clear(s_keys, n_own)
     b_score, b_share = _queue_scores(
         b_query, s_gradient, s_key.index((i_step + 1) % n_keys), s_value.index((i_step + 1) % n_values)
     )
@@ -354,13 +355,13 @@ def _take(i_step, m_wait, queued, b_denominator, b_delta, scale_log2, full, free
     b_score, b_share, b_query_grad = queued
     b_score = warpgroup_mma_wait(2, deps=[b_score])
     b_power = gl.exp2(b_score * scale_log2 - b_denominator[:, None])
-    # As in hopper.py: only the loop of another wait keeps a wait for products where it is written.
-    i_buffer, i_parity = _around(i_step + 2, n_keys)
+    # As in forward.py: only the loop of another wait keeps a wait for products where it is written.
+    i_buffer, i_parity = around(i_step + 2, n_keys)
     mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_wait)
     b_share = warpgroup_mma_wait(1, deps=[b_share])
     mbarrier.arrive(value_free.index((i_step + 1) % n_values))
     b_score_grad = b_power * (b_share - b_delta[:, None])
-    i_buffer, i_parity = _around(i_step + 2, n_values)
+    i_buffer, i_parity = around(i_step + 2, n_values)
     mbarrier.wait(value_full.index(i_buffer), i_parity, pred=m_wait)
     b_query_grad = warpgroup_mma_wait(0, deps=[b_query_grad])
     mbarrier.arrive(key_free.index(i_step % n_keys))
@@ -372,8 +373,8 @@ def _bounds(p_sequence, i_first, rule, layout: gl.constexpr):
     """Ends of the compact columns that queries see, starts of the raw ones; numbers of what the sequence owns."""
     sink, lag, keep, chunk = rule
     o_t = i_first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
-    _, o_compact_to = _visible_range(o_t, sink, lag, keep, chunk, True)
-    o_raw_from, _ = _visible_range(o_t, sink, lag, keep, chunk, False)
+    _, o_compact_to = visible_range(o_t, sink, lag, keep, chunk, True)
+    o_raw_from, _ = visible_range(o_t, sink, lag, keep, chunk, False)
     n_compact = sink + gl.load(p_sequence + PARTITIONS) * keep
     return o_compact_to, o_raw_from, n_compact, gl.load(p_sequence + KEY_TO)
 
@@ -382,7 +383,7 @@ def _bounds(p_sequence, i_first, rule, layout: gl.constexpr):
 def _visible(i_block, n_full, cuts, i_first, bounds, BLOCK_N: gl.constexpr, layout: gl.constexpr):
     """Which columns of a block the consumer's queries see, and how many of its rows belong to their sequence."""
     o_compact_to, o_raw_from, n_compact, n_raw = bounds
-    m_compact, i_column = _block(i_block, n_full, cuts, BLOCK_N)
+    m_compact, i_column = block_at(i_block, n_full, cuts, BLOCK_N)
     o_t = i_first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
     o_from = gl.where(m_compact, 0, o_raw_from) - i_column
     o_to = gl.where(m_compact, o_compact_to, o_t + 1) - i_column

@@ -8,12 +8,11 @@ powers' gradients are multiplied while a consumer computes the powers, and dV wh
 scores; at the end of a block, where it waits for dK, the other one's products keep the tensor cores busy.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
-Prefixes of kernel locals and names of barriers are those of hopper.py.
+Names in the kernel are explained in shared.py.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,16 +25,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrsa_lit.ops.sparse_attention.impl.triton import primitives
-from lrsa_lit.ops.sparse_attention.impl.triton.hopper import (
+from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
     HALF,
-    _around,
-    _clear,
-    _count_rounds,
-    _descriptor,
-    _masked_block,
-    _place,
-    _split_blocks,
+    around,
+    clear,
+    count_rounds,
+    descriptor,
+    first_seen_by,
+    masked_block,
+    multiprocessors,
+    place,
+    split_blocks,
 )
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
@@ -48,11 +48,12 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
 )
 from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile
 
+TILE = Tile(128, 64, 4, 4)
+"""Warps are those of one consumer."""
+
 _INTEGERS = [
     "n_work", "n_batch_heads", "heads", "group", "n_splits", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"
 ]  # fmt: skip
-
-_first_seen_by = gluon.jit(primitives.first_seen_by.fn)
 
 
 def launch(
@@ -65,7 +66,6 @@ def launch(
     partial: tuple[Tensor, Tensor],
     table: Tensor,
     geometry: Geometry,
-    tile: Tile,
     scale_log2: float,
     scale: float,
 ) -> None:
@@ -74,9 +74,9 @@ def launch(
     heads, rows = compact_key.shape[1:3]
     splits = partial[0].shape[0]
     n_work = len(table) * batch * heads * splits
-    _hopper_kernel[(min(n_work, torch.cuda.get_device_properties(query.device).multi_processor_count),)](
-        *(_descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
-        *(_descriptor(tensor, tile.columns) for tensor in (query, output_grad)),
+    _hopper_kernel[(min(n_work, multiprocessors(query.device)),)](
+        *(descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
+        *(descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),
         denominator,
         delta,
         *partial,
@@ -93,9 +93,9 @@ def launch(
         scale_log2,
         scale,
         DIM=dim,
-        BLOCK_M=tile.columns,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        BLOCK_M=TILE.columns,
+        STAGES=TILE.stages,
+        num_warps=TILE.warps,
     )
 
 
@@ -173,7 +173,7 @@ def _hopper_kernel(
 def _tile(i_round, work):
     """Batch x head, split, row of the sequence table, and first column of the tile that a round brings."""
     p_tiles, p_sequences, _, n_batch_heads, _, _, n_splits = work
-    i_work = i_round * gl.num_programs(0) + _place(i_round)
+    i_work = i_round * gl.num_programs(0) + place(i_round)
     n_programs = n_batch_heads * n_splits
     p_tile = p_tiles + i_work // n_programs * 2
     i_program = i_work % n_programs
@@ -190,9 +190,9 @@ def _blocks(p_sequence, i_first, work, rule, BLOCK_M: gl.constexpr):
     sink, lag, keep, chunk = rule
     i_end_row = gl.minimum(i_first + 2 * HALF, sink + gl.load(p_sequence + PARTITIONS) * keep)
     i_stop = gl.load(p_sequence + QUERY_TO)
-    i_start = gl.maximum(_first_seen_by(i_first, sink, lag, keep, chunk, True), gl.load(p_sequence + QUERY_FROM))
-    i_full_from = _first_seen_by(i_end_row - 1, sink, lag, keep, chunk, True)
-    i_begin, i_end, n_masked = _split_blocks(i_start, i_full_from, i_stop, i_stop, BLOCK_M)
+    i_start = gl.maximum(first_seen_by(i_first, sink, lag, keep, chunk, True), gl.load(p_sequence + QUERY_FROM))
+    i_full_from = first_seen_by(i_end_row - 1, sink, lag, keep, chunk, True)
+    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_stop, i_stop, BLOCK_M)
     n_group = work[5] // work[6]
     n_full = (i_end - i_begin) // BLOCK_M
     n_masked = n_masked // BLOCK_M
@@ -213,7 +213,7 @@ def _full_block(i_block, cuts, BLOCK_M: gl.constexpr):
 def _partial_block(i_block, cuts, BLOCK_M: gl.constexpr):
     """The same for a masked block."""
     _, n_masked, i_start, i_begin, i_end, _ = cuts
-    return i_block // n_masked, _masked_block(i_block % n_masked * BLOCK_M, i_start, i_begin, i_end)
+    return i_block // n_masked, masked_block(i_block % n_masked * BLOCK_M, i_start, i_begin, i_end)
 
 
 @gluon.jit
@@ -227,7 +227,7 @@ def _produce(buffers, barriers, descriptors, scalars, work, rule):
     n_block: gl.constexpr = s_query.shape[3]
     o_m = gl.arange(0, n_block, gl.BlockedLayout([1], [32], [1], [0]))
     i_step = 0
-    for i_round in range(_count_rounds(work[2])):
+    for i_round in range(count_rounds(work[2])):
         i_bh, i_split, p_sequence, i_first = _tile(i_round, work)
         n_full, n_masked, cuts = _blocks(p_sequence, i_first, work, rule, n_block)
         heads, group = work[4], work[5]
@@ -248,7 +248,7 @@ def _produce(buffers, barriers, descriptors, scalars, work, rule):
             else:
                 i_head, i_m = _partial_block(i_block - n_full, cuts, n_block)
             i_head += i_group
-            i_buffer, i_parity = _around(i_step, n_stages)
+            i_buffer, i_parity = around(i_step, n_stages)
             b_full = block_full.index(i_buffer)
             mbarrier.wait(block_free.index(i_buffer), i_parity ^ 1)
             mbarrier.expect(b_full, d_query.block_type.nbytes + d_gradient.block_type.nbytes)
@@ -280,14 +280,14 @@ def _consume(WHICH: gl.constexpr, buffers, barriers, work, rule, results, scale_
     s_values = s_value.index(WHICH).reshape([HALF, n_dim])
     sink, lag, keep, chunk = rule
     i_step = 0
-    for i_round in range(_count_rounds(work[2])):
+    for i_round in range(count_rounds(work[2])):
         i_bh, i_split, p_sequence, i_first = _tile(i_round, work)
         n_full, n_masked, cuts = _blocks(p_sequence, i_first, work, rule, n_block)
         b_key_grad = gl.zeros([HALF, n_dim], gl.float32, layout)
         b_value_grad = gl.zeros([HALF, n_dim], gl.float32, layout)
         mbarrier.wait(key_full.index(WHICH), i_round & 1)
         for _ in range(n_full):
-            i_buffer, i_parity = _around(i_step, n_stages)
+            i_buffer, i_parity = around(i_step, n_stages)
             mbarrier.wait(block_full.index(i_buffer), i_parity)
             b_key_grad, b_value_grad = _step(
                 i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_log2, None, 0
@@ -295,12 +295,12 @@ def _consume(WHICH: gl.constexpr, buffers, barriers, work, rule, results, scale_
             mbarrier.arrive(block_free.index(i_buffer))
             i_step += 1
         o_n = i_first + WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, score_layout))
-        o_seen = _first_seen_by(o_n, sink, lag, keep, chunk, True)
+        o_seen = first_seen_by(o_n, sink, lag, keep, chunk, True)
         for i_block in range(n_masked):
             i_m = _partial_block(i_block, cuts, n_block)[1]
             # Queries from here on in the block belong to another sequence, or to nobody.
             n_own = cuts[5] - i_m
-            i_buffer, i_parity = _around(i_step, n_stages)
+            i_buffer, i_parity = around(i_step, n_stages)
             mbarrier.wait(block_full.index(i_buffer), i_parity)
             b_key_grad, b_value_grad = _step(
                 i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_log2, o_seen - i_m, n_own
@@ -327,8 +327,8 @@ def _step(i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_l
     s_queries = s_query.index(i_buffer).reshape([n_block, n_dim])
     s_gradients = s_gradient.index(i_buffer).reshape([n_block, n_dim])
     if o_seen is not None and n_own < n_block:
-        _clear(s_queries, n_own)
-        _clear(s_gradients, n_own)
+        clear(s_queries, n_own)
+        clear(s_gradients, n_own)
     # [HALF, n_block]
     b_zero = gl.zeros([HALF, n_block], gl.float32, score_layout)
     b_score = warpgroup_mma(s_keys, s_queries.permute([1, 0]), b_zero, use_acc=False, is_async=True)
