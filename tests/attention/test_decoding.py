@@ -90,11 +90,12 @@ def test_generate_is_served_but_for_its_first_tokens(rows, tiny, tokens, rule):
     assert len(steps) == 38
 
 
-def test_a_second_turn_and_sampling_go_on(tiny, tokens, rule):
+@pytest.mark.parametrize("room", [1, 256])
+def test_a_second_turn_and_sampling_go_on(room, tiny, tokens, rule):
     model, texts = enable(tiny("Llama"), rule), []
     for fast in (False, True):
         cache, text = LRSACache.of(model), tokens(1, 30)
-        decoder = Decoder(model, cache)
+        decoder = Decoder(model, cache, room=room)
         with served(model, decoder) if fast else contextlib.nullcontext():
             for turn in range(3):
                 torch.manual_seed(turn)
@@ -106,6 +107,31 @@ def test_a_second_turn_and_sampling_go_on(tiny, tokens, rule):
                 )
         texts.append(text)
     assert texts[0].equal(texts[1])
+
+
+@pytest.mark.parametrize("change", ["reset", "reorder", "select"])
+def test_new_memory_is_noticed(change, tiny, tokens, rule):
+    model, ids = enable(tiny("Llama"), rule), tokens(2, 60)
+    cache = LRSACache.of(model)
+    decoder = Decoder(model, cache)
+    prefill(model, ids[:, :40], cache)
+    for at in range(40, 45):
+        decoder.step(ids[:, at, None])
+    kept = ids[:, :45]
+    if change == "reset":
+        cache.reset()
+        prefill(model, kept, cache)
+    else:
+        order = torch.tensor([1, 0] if change == "reorder" else [1])
+        cache.reorder_cache(order)
+        ids = ids[order]
+    # Twice, as a search asks: the second time the memory is the one of the call before.
+    ready = [decoder.ready(), decoder.ready()]
+    assert ready == [False, True]
+    logits = [decoder.step(ids[:, at, None]).clone() for at in range(45, 60)]
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, 45:]
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)
 
 
 def test_rows_that_are_reordered_or_unequal_are_not_served(tiny, tokens, rule):

@@ -86,14 +86,15 @@ class Decoder:
         self.layers: list[_Slot] = []
         self._forward = torch.compile(self._run, dynamic=False) if fuse else self._run
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._addresses: list[int] = []
+        self._seen: list[int] = []
+        self._prepared: list[int] = []
 
     def ready(self) -> bool:
         """Whether the next token can be served: rows that share their length, in the memory of the call before."""
         if any(layer.stream is None or layer.stream.buffer is None for layer in self.cache.layers):
             return False
-        before, self._addresses = self._addresses, [stream.buffer.address for stream in self._streams()]
-        return before == self._addresses
+        before, self._seen = self._seen, self._addresses()
+        return before == self._seen
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
@@ -110,10 +111,10 @@ class Decoder:
             stream.advance()
             if stream.buffer.length == stream.buffer.capacity:
                 stream.buffer.reserve(stream.buffer.length + self.room)
-        addresses = [stream.buffer.address for stream in streams]
-        if not self.layers or addresses != self._addresses:
-            self._addresses = addresses
+        self._seen = self._addresses()
+        if self._seen != self._prepared or ids.shape != self._ids.shape:
             self._prepare(ids, streams)
+            self._prepared = self._seen
         self._write(ids, streams)
         if self._graph is None:
             self._logits = self._forward()
@@ -126,6 +127,9 @@ class Decoder:
 
     def _streams(self) -> list[Any]:
         return [layer.stream for layer in self.cache.layers]
+
+    def _addresses(self) -> list[int]:
+        return [stream.buffer.address for stream in self._streams()]
 
     def _prepare(self, ids: Tensor, streams: list[Any]) -> None:
         """Make the tensors that steps write into and, on CUDA, capture the graph that reads them."""
