@@ -6,22 +6,13 @@ import pytest
 import torch
 from helpers import one_line
 
-from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill
-from lrsa_lit.attention.decoding import Decoder, _served
+from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
+from lrsa_lit.attention.decoding import Decoder, serving
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def served(model, decoder):
-    """What ``graphed_decoding`` does, on any device."""
-    plain = model.forward
-    model.forward = _served(plain, decoder, decoder.cache)
-    yield
-    model.forward = plain
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +75,7 @@ def test_generate_is_served_but_for_its_first_tokens(rows, tiny, tokens, rule):
     plain = model.generate(ids, past_key_values=LRSACache.of(model), **options)
     decoder = Decoder(model, LRSACache.of(model))
     steps = counting(decoder)
-    with served(model, decoder):
+    with serving(model, decoder):
         assert model.generate(ids, past_key_values=decoder.cache, **options).equal(plain)
     # The prompt is a call of its own, and the first token after it finds new memory.
     assert len(steps) == 38
@@ -96,7 +87,7 @@ def test_a_second_turn_and_sampling_go_on(room, tiny, tokens, rule):
     for fast in (False, True):
         cache, text = LRSACache.of(model), tokens(1, 30)
         decoder = Decoder(model, cache, room=room)
-        with served(model, decoder) if fast else contextlib.nullcontext():
+        with serving(model, decoder) if fast else contextlib.nullcontext():
             for turn in range(3):
                 torch.manual_seed(turn)
                 more = tokens(1, 9, seed=turn)
@@ -144,9 +135,21 @@ def test_rows_that_are_reordered_or_unequal_are_not_served(tiny, tokens, rule):
         plain = model.generate(ids, past_key_values=LRSACache.of(model), **options)
         decoder = Decoder(model, LRSACache.of(model))
         steps = counting(decoder)
-        with served(model, decoder):
+        with serving(model, decoder):
             assert model.generate(ids, past_key_values=decoder.cache, **options).equal(plain)
         assert not steps
+
+
+def test_another_rule_is_refused_in_the_block_too(tiny, tokens, rule):
+    model, ids = enable(tiny("Llama"), rule), tokens(1, 50)
+    decoder = Decoder(model, LRSACache.of(model))
+    with serving(model, decoder):
+        for at in (40, 41, 42):
+            model(input_ids=ids[:, :40] if at == 40 else ids[:, at - 1, None], past_key_values=decoder.cache)
+        with using(model, rule.replace(top_k=1)), pytest.raises(UserError) as caught:
+            model(input_ids=ids[:, 42, None], past_key_values=decoder.cache)
+    assert one_line(caught.value).startswith("past_key_values: the LRSACache has 3 layers")
+    assert "forward" not in vars(model)
 
 
 def test_without_a_graph_to_replay_nothing_changes(tiny, rule):

@@ -29,8 +29,9 @@ _PLAIN = Layout()
 def graphed_decoding(model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: bool = False) -> Iterator[None]:
     """Serve the single-token calls of a block (``model.generate(…, past_key_values=cache)``) by a CUDA graph.
 
-    All other calls, and those of rows of unequal lengths or that a beam search has just reordered, run as ever.
-    On other devices than CUDA all calls do: there is no graph to replay.
+    The tokens of such calls are taken as real ones, whatever the mask. All other calls, and those of rows of unequal
+    lengths or that a beam search has just reordered, run as ever. On other devices than CUDA all calls do: there is no
+    graph to replay.
 
     Args:
         model: a causal language model with LRSA enabled.
@@ -48,12 +49,22 @@ def graphed_decoding(model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: b
         yield
         return
     decoder = Decoder(inner, cache, room=room, fuse=fuse)
-    plain = inner.forward
-    inner.forward = _served(plain, decoder, cache)
+    with serving(inner, decoder):
+        yield
+
+
+@contextlib.contextmanager
+def serving(model: Any, decoder: Decoder) -> Iterator[None]:
+    """Let a decoder answer those calls of the model that it is ready for."""
+    own = vars(model).get("forward")
+    model.forward = _served(model.forward, decoder, decoder.cache)
     try:
         yield
     finally:
-        inner.forward = plain
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Callable[..., Any]:
@@ -90,7 +101,10 @@ class Decoder:
         self._prepared: list[int] = []
 
     def ready(self) -> bool:
-        """Whether the next token can be served: rows that share their length, in the memory of the call before."""
+        """Whether the next token can be served: rows of one length, in the memory of the last call, under one rule."""
+        state = enabled_state(self.model)
+        if state is None or state.config != self.cache.config:
+            return False
         if any(layer.stream is None or layer.stream.buffer is None for layer in self.cache.layers):
             return False
         before, self._seen = self._seen, self._addresses()
