@@ -90,7 +90,8 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
             found = metrics.survival(record, evidence)
             colour = OKABE_ITO[number % len(OKABE_ITO)]
             axes.plot(record.layers, found.by_layer, "o-", markersize=3, color=colour, label=_name(record))
-            axes.axhline(found.chance, linestyle=":", color=colour, label=f"chance, K/L = {found.chance:g}")
+        for chance in sorted({record.top_k / record.lag_size for record in records}):
+            axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
         tokens = metrics.survival(records[0], evidence).tokens
         axes.set(xlabel="layer", title=f"{title} ({tokens} tokens)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,8 +65,11 @@ def open_store(uri: str | None = None) -> MlflowClient:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _nearest_store()
     if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
         raise UserError(f"tracking_uri: {uri} does not exist; record a run first, or name another store")
-    from mlflow.tracking import MlflowClient
-
+    # Downloads of some kilobytes need no progress bars, and tqdm misses ipywidgets in a notebook.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from mlflow.tracking import MlflowClient
     return MlflowClient(uri)
 
 
