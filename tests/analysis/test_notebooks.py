@@ -42,7 +42,7 @@ def checkout(tmp_path_factory):
         # A random model answers nothing, so its scores are drawn.
         f1 = np.random.default_rng(number).integers(0, 2, 8).astype(float).tolist()
         text = [f"text {n}" for n in range(8)]
-        answers = {"id": [f"q{n}" for n in range(8)], "prediction": text, "gold": [[t] for t in text], "f1": f1}
+        answers = {"step": [9] * 8, "id": text, "question": text, "gold": text, "LRSA": text, "LRSA F1": f1}
         store.log_table(run, answers, runs.QUESTIONS)
     return folder
 

@@ -6,6 +6,7 @@ Dimensions: R runs that differ in their seed only, Q questions.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,8 @@ SELECTIONS = "selections"
 """Folder of a run's artifacts that holds its selection records."""
 
 QUESTIONS = "predictions.json"
-"""Artifact with the table of a run's answers: a row a question, with the columns of ``Prediction``."""
+"""Artifact with the table of a run's answers, a row for each validation and question: ``step``, ``id``, ``question``,
+``gold`` and, for each attention (``LRSA`` is the run's own), the answer under its name and the score (``LRSA F1``)."""
 
 MEASURES = {
     "f1": "val/f1",
@@ -147,18 +149,30 @@ def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def questions(store: MlflowClient, runs: Iterable[str]) -> pd.DataFrame:
-    """What each run answered: indexed by run id and question id, with the columns of ``Prediction``.
+def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = "LRSA") -> pd.DataFrame:
+    """What each run answered at its last validation, by run id and question id.
+
+    Columns: ``question``, ``gold``, ``prediction``, ``f1``.
+
+    Args:
+        store: where the runs are.
+        runs: run ids.
+        attention: under which attention, by its name in ``model.evaluate``; ``LRSA`` is the run's own rule.
 
     Raises:
-        UserError: a run recorded no answers.
+        UserError: a run recorded no answers, or none under that attention.
     """
     tables = {}
     for run_id in runs:
         if QUESTIONS not in [item.path for item in store.list_artifacts(run_id)]:
             raise UserError(f"run: {run_id} has no artifact {QUESTIONS}, so its questions cannot be compared")
-        split = Path(store.download_artifacts(run_id, QUESTIONS))
-        tables[run_id] = pd.read_json(split, orient="split", dtype={"id": str}).set_index("id")
+        # Not by pandas' own reader, which takes answers such as 1911 for numbers.
+        rows = pd.DataFrame(**json.loads(Path(store.download_artifacts(run_id, QUESTIONS)).read_text(encoding="utf-8")))
+        columns = {attention: "prediction", f"{attention} F1": "f1"}
+        if not columns.keys() <= set(rows.columns):
+            raise UserError(f"run: {run_id} recorded no answers under the attention {attention!r}")
+        last = rows[rows["step"] == rows["step"].max()].rename(columns=columns).set_index("id")
+        tables[run_id] = last[["question", "gold", "prediction", "f1"]]
     return pd.concat(tables, names=["run", "id"])
 
 
@@ -212,8 +226,8 @@ def answered_by_one(answers: pd.DataFrame, first: str, second: str, *, threshold
         second: another.
         threshold: a question is answered from this F1 on.
     """
-    one, other = (answers.loc[run, ["prediction", "f1", "gold"]] for run in (first, second))
-    both = one.join(other.drop(columns="gold"), how="inner", lsuffix="_first", rsuffix="_second")
+    one, other = answers.loc[first], answers.loc[second, ["prediction", "f1"]]
+    both = one.join(other, how="inner", lsuffix="_first", rsuffix="_second")
     answered = both[["f1_first", "f1_second"]] >= threshold
     return both[answered["f1_first"] != answered["f1_second"]].sort_values("f1_first")
 
