@@ -1,7 +1,8 @@
 """Do the ways to run a model agree? Next tokens of the parallel pass and of reading chunk by chunk through a cache.
 
-Run ``python benchmarks/agreement.py --text FILE``: contexts of 4,096 tokens are cut from the file. In bf16 two orders of
-summation give different logits and, now and then, another next token; the dense model's own two ways are the yardstick.
+Run ``python benchmarks/agreement.py --text FILE``: contexts of 4,096 tokens are cut from the file. In bf16 two orders
+of summation give different logits and, now and then, another next token: the dense model's own two ways are the
+yardstick.
 Prints one line per attention and how often the next tokens agree.
 """
 

@@ -283,11 +283,11 @@ def _chunked(model: Any, ids: Tensor, cache: Any, size: int) -> list[tuple[int, 
 
 
 def _extrapolated(curve: list[tuple[int, float]], tokens: int) -> float:
-    """Seconds for more tokens by a least-squares parabola through zero: linear layers and attention."""
+    """Seconds for more tokens by a least-squares parabola: linear layers and attention, without what the start took."""
     count = torch.tensor([point[0] for point in curve], dtype=torch.float64)
     seconds = torch.tensor([point[1] for point in curve], dtype=torch.float64)
-    terms = torch.stack([count, count.square()], dim=1)
-    linear, quadratic = torch.linalg.lstsq(terms, seconds[:, None]).solution[:, 0].tolist()
+    terms = torch.stack([torch.ones_like(count), count, count.square()], dim=1)
+    _, linear, quadratic = torch.linalg.lstsq(terms, seconds[:, None]).solution[:, 0].tolist()
     return float(linear * tokens + quadratic * tokens**2)
 
 

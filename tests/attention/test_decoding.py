@@ -6,22 +6,13 @@ import pytest
 import torch
 from helpers import one_line
 
-from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill
-from lrsa_lit.attention.decoding import Decoder, _served
+from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
+from lrsa_lit.attention.decoding import Decoder, serving
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def served(model, decoder):
-    """What ``graphed_decoding`` does, on any device."""
-    plain = model.forward
-    model.forward = _served(plain, decoder, decoder.cache)
-    yield
-    model.forward = plain
 
 
 @pytest.fixture(autouse=True)
@@ -84,18 +75,19 @@ def test_generate_is_served_but_for_its_first_tokens(rows, tiny, tokens, rule):
     plain = model.generate(ids, past_key_values=LRSACache.of(model), **options)
     decoder = Decoder(model, LRSACache.of(model))
     steps = counting(decoder)
-    with served(model, decoder):
+    with serving(model, decoder):
         assert model.generate(ids, past_key_values=decoder.cache, **options).equal(plain)
     # The prompt is a call of its own, and the first token after it finds new memory.
     assert len(steps) == 38
 
 
-def test_a_second_turn_and_sampling_go_on(tiny, tokens, rule):
+@pytest.mark.parametrize("room", [1, 256])
+def test_a_second_turn_and_sampling_go_on(room, tiny, tokens, rule):
     model, texts = enable(tiny("Llama"), rule), []
     for fast in (False, True):
         cache, text = LRSACache.of(model), tokens(1, 30)
-        decoder = Decoder(model, cache)
-        with served(model, decoder) if fast else contextlib.nullcontext():
+        decoder = Decoder(model, cache, room=room)
+        with serving(model, decoder) if fast else contextlib.nullcontext():
             for turn in range(3):
                 torch.manual_seed(turn)
                 more = tokens(1, 9, seed=turn)
@@ -108,6 +100,31 @@ def test_a_second_turn_and_sampling_go_on(tiny, tokens, rule):
     assert texts[0].equal(texts[1])
 
 
+@pytest.mark.parametrize("change", ["reset", "reorder", "select"])
+def test_new_memory_is_noticed(change, tiny, tokens, rule):
+    model, ids = enable(tiny("Llama"), rule), tokens(2, 60)
+    cache = LRSACache.of(model)
+    decoder = Decoder(model, cache)
+    prefill(model, ids[:, :40], cache)
+    for at in range(40, 45):
+        decoder.step(ids[:, at, None])
+    kept = ids[:, :45]
+    if change == "reset":
+        cache.reset()
+        prefill(model, kept, cache)
+    else:
+        order = torch.tensor([1, 0] if change == "reorder" else [1])
+        cache.reorder_cache(order)
+        ids = ids[order]
+    # Twice, as a search asks: the second time the memory is the one of the call before.
+    ready = [decoder.ready(), decoder.ready()]
+    assert ready == [False, True]
+    logits = [decoder.step(ids[:, at, None]).clone() for at in range(45, 60)]
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, 45:]
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)
+
+
 def test_rows_that_are_reordered_or_unequal_are_not_served(tiny, tokens, rule):
     model, ids = enable(tiny("Llama"), rule), tokens(2, 40)
     mask = torch.ones_like(ids)
@@ -118,9 +135,21 @@ def test_rows_that_are_reordered_or_unequal_are_not_served(tiny, tokens, rule):
         plain = model.generate(ids, past_key_values=LRSACache.of(model), **options)
         decoder = Decoder(model, LRSACache.of(model))
         steps = counting(decoder)
-        with served(model, decoder):
+        with serving(model, decoder):
             assert model.generate(ids, past_key_values=decoder.cache, **options).equal(plain)
         assert not steps
+
+
+def test_another_rule_is_refused_in_the_block_too(tiny, tokens, rule):
+    model, ids = enable(tiny("Llama"), rule), tokens(1, 50)
+    decoder = Decoder(model, LRSACache.of(model))
+    with serving(model, decoder):
+        for at in (40, 41, 42):
+            model(input_ids=ids[:, :40] if at == 40 else ids[:, at - 1, None], past_key_values=decoder.cache)
+        with using(model, rule.replace(top_k=1)), pytest.raises(UserError) as caught:
+            model(input_ids=ids[:, 42, None], past_key_values=decoder.cache)
+    assert one_line(caught.value).startswith("past_key_values: the LRSACache has 3 layers")
+    assert "forward" not in vars(model)
 
 
 def test_without_a_graph_to_replay_nothing_changes(tiny, rule):

@@ -1,11 +1,16 @@
 """The seam over the Triton kernels: ``make test-gpu``. The reference on the same device is what it is held to."""
 
+import contextlib
+
 import pytest
 import torch
 
-from lrsa_lit.attention import LRSACache, enable, using
+from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
+from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.ops.sparse_attention.geometry import stored_size
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -82,3 +87,51 @@ def test_generation_of_unequal_rows(model):
         cache = LRSACache(RULE, model.config.num_hidden_layers)
         alone = model.generate(ids[1:, 90:], past_key_values=cache, **settings)
     assert (together[1:, 200:] == alone[:, 110:]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_graph_generates_what_launches_do(model, rows):
+    # Past 200 tokens a partition is compressed every 32 tokens, and the buffers outgrow their room twice.
+    ids, texts = tokens(rows, 200), []
+    settings = {"max_new_tokens": 150, "min_new_tokens": 150, "do_sample": False, "pad_token_id": 2}
+    enable(model, RULE)
+    for served in (False, True):
+        cache = LRSACache.of(model)
+        with graphed_decoding(model, cache, room=40) if served else contextlib.nullcontext():
+            texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings))
+        assert cache.stored_tokens()[0] == rows * stored_size(349, RULE)
+    assert (texts[0] == texts[1]).float().mean() > 0.9
+
+
+def test_steps_of_a_graph_give_the_parallel_pass(model):
+    ids = tokens(2, 330)
+    enable(model, RULE)
+    cache = LRSACache.of(model)
+    parts = [prefill(model, ids[:, :200], cache)]
+    decoder = Decoder(model, cache, room=40)
+    parts += [decoder.step(ids[:, at, None]).clone() for at in range(200, 330)]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits[:, 199:], atol=1e-2, rtol=1e-2)
+
+
+def test_stock_attention_sees_the_same_keys(model):
+    ids = tokens(2, 300)
+    stock = tiny_model(hidden_size=256).cuda().eval()
+    cache = LRSACache.of(stock, RULE)
+    ours = prefill(stock, ids, cache)
+    with torch.no_grad(), using(model, RULE):
+        torch.testing.assert_close(ours, model(ids).logits[:, -1:], atol=1e-2, rtol=1e-2)
+
+
+def test_allocated_memory_is_what_the_rule_says():
+    stream, per_token = KeyValueStream(RULE), 2 * 2 * 2 * 64
+    pairs = [torch.randn(1, 2, 60_000, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    query = torch.randn(1, 4, 60_000, 64, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        stream.attend(query[:, :, :1000], *(pair[:, :, :1000] for pair in pairs), 0.125)
+        before, held = torch.cuda.memory_allocated(), stored_size(1000, RULE)
+        for start in range(1000, 60_000, 1000):
+            part = slice(start, start + 1000)
+            stream.attend(query[:, :, part], *(pair[:, :, part] for pair in pairs), 0.125)
+    grown = torch.cuda.memory_allocated() - before
+    assert grown <= (stored_size(60_000, RULE) * 33 / 32 - held) * per_token + 2**20

@@ -29,8 +29,9 @@ _PLAIN = Layout()
 def graphed_decoding(model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: bool = False) -> Iterator[None]:
     """Serve the single-token calls of a block (``model.generate(…, past_key_values=cache)``) by a CUDA graph.
 
-    All other calls, and those of rows of unequal lengths or that a beam search has just reordered, run as ever.
-    On other devices than CUDA all calls do: there is no graph to replay.
+    The tokens of such calls are taken as real ones, whatever the mask. All other calls, and those of rows of unequal
+    lengths or that a beam search has just reordered, run as ever. On other devices than CUDA all calls do: there is no
+    graph to replay.
 
     Args:
         model: a causal language model with LRSA enabled.
@@ -48,12 +49,22 @@ def graphed_decoding(model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: b
         yield
         return
     decoder = Decoder(inner, cache, room=room, fuse=fuse)
-    plain = inner.forward
-    inner.forward = _served(plain, decoder, cache)
+    with serving(inner, decoder):
+        yield
+
+
+@contextlib.contextmanager
+def serving(model: Any, decoder: Decoder) -> Iterator[None]:
+    """Let a decoder answer those calls of the model that it is ready for."""
+    own = vars(model).get("forward")
+    model.forward = _served(model.forward, decoder, decoder.cache)
     try:
         yield
     finally:
-        inner.forward = plain
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Callable[..., Any]:
@@ -86,14 +97,18 @@ class Decoder:
         self.layers: list[_Slot] = []
         self._forward = torch.compile(self._run, dynamic=False) if fuse else self._run
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._addresses: list[int] = []
+        self._seen: list[int] = []
+        self._prepared: list[int] = []
 
     def ready(self) -> bool:
-        """Whether the next token can be served: rows that share their length, in the memory of the call before."""
+        """Whether the next token can be served: rows of one length, in the memory of the last call, under one rule."""
+        state = enabled_state(self.model)
+        if state is None or state.config != self.cache.config:
+            return False
         if any(layer.stream is None or layer.stream.buffer is None for layer in self.cache.layers):
             return False
-        before, self._addresses = self._addresses, [stream.buffer.address for stream in self._streams()]
-        return before == self._addresses
+        before, self._seen = self._seen, self._addresses()
+        return before == self._seen
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
@@ -110,10 +125,10 @@ class Decoder:
             stream.advance()
             if stream.buffer.length == stream.buffer.capacity:
                 stream.buffer.reserve(stream.buffer.length + self.room)
-        addresses = [stream.buffer.address for stream in streams]
-        if not self.layers or addresses != self._addresses:
-            self._addresses = addresses
+        self._seen = self._addresses()
+        if self._seen != self._prepared or ids.shape != self._ids.shape:
             self._prepare(ids, streams)
+            self._prepared = self._seen
         self._write(ids, streams)
         if self._graph is None:
             self._logits = self._forward()
@@ -126,6 +141,9 @@ class Decoder:
 
     def _streams(self) -> list[Any]:
         return [layer.stream for layer in self.cache.layers]
+
+    def _addresses(self) -> list[int]:
+        return [stream.buffer.address for stream in self._streams()]
 
     def _prepare(self, ids: Tensor, streams: list[Any]) -> None:
         """Make the tensors that steps write into and, on CUDA, capture the graph that reads them."""

@@ -19,6 +19,7 @@ from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, 
 from lrsa_lit.attention.rules import (
     RULE,
     Enabled,
+    Observe,
     Rule,
     arguments_by_name,
     attention_modules,
@@ -31,6 +32,9 @@ from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig, sparse_attention
 
 NAME = "lrsa"
 """Under this name the attention and its mask function are registered with transformers."""
+
+OBSERVED = "lrsa_observed"
+"""The same attention while somebody observes it. Its name of its own leaves nothing to ask on the path of the first."""
 
 LAYOUT, CACHE = "lrsa_layout", "lrsa_cache"
 """Keywords that carry each forward's layout and compressed cache down to the attention of every layer."""
@@ -118,6 +122,41 @@ def using(model: PreTrainedModel, config: LRSAConfig | None, *, impl: Impl = "au
         disable(model) if before is None else enable(model, before.config, impl=before.impl)
 
 
+@contextlib.contextmanager
+def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
+    """Show somebody the queries, keys and values of every layer, as the attention sees them, while a block runs.
+
+    Outside of such a block no call and no check is left on the path of the attention. The block must not switch the
+    rule (``enable``, ``disable``, ``using``).
+
+    Args:
+        model: a model that LRSA is enabled on.
+        observe: called once a layer and forward with the layer's rule, the call's layout, query (B, Hq, T, D), key and
+            value (B, H, T, D); again where gradient checkpointing runs a layer again.
+
+    Raises:
+        UserError: LRSA is not enabled, the block switched the rule, or a forward in it continued an LRSACache, which no
+            longer holds all keys.
+    """
+    inner = base_of(model)
+    state = enabled_state(inner)
+    if state is None:
+        raise UserError("model: LRSA is not enabled on it, so it selects nothing; call lrsa_lit.attention.enable first")
+    AttentionInterface.register(OBSERVED, _observed)
+    AttentionMaskInterface.register(OBSERVED, _no_mask)
+    before = state.observe, inner.config._attn_implementation
+    state.observe = observe
+    inner.set_attn_implementation(OBSERVED)
+    try:
+        yield
+        if enabled_state(inner) is not state:
+            raise UserError("model: its rule was switched while it was observed; switch it around the block instead")
+    finally:
+        state.observe = before[0]
+        if enabled_state(inner) is state:
+            inner.set_attn_implementation(before[1])
+
+
 def _prepare(
     state: Enabled, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]] | None:
@@ -174,9 +213,7 @@ def _attention(
     if not rule.state.checked:
         rule.state.called.add(rule.layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.is_autocast_enabled(query.device.type):
-        # RoPE leaves queries and keys in float32, the projection of the values does not.
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    query, key, value = _in_one_dtype(query, key, value)
     cache: LRSACache | None = kwargs.get(CACHE)
     if cache is not None:
         output = cache.layers[rule.layer].attend(query, key, value, scale)
@@ -184,6 +221,29 @@ def _attention(
         attend = _dense(module, scale) if rule.config is None else _sparse(rule.config, rule.state.impl, scale)
         output = layout.apply(attend, query, key, value)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _observed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """:func:`_attention`, and a look at what it was given."""
+    output = _attention(module, query, key, value, attention_mask, **kwargs)
+    if kwargs[CACHE] is not None:
+        raise UserError(
+            "past_key_values: an LRSACache cannot be observed; run the whole text in one forward without it"
+        )
+    state: Enabled = getattr(module, RULE).state
+    assert state.observe is not None
+    state.observe(getattr(module, RULE), kwargs[LAYOUT], *_in_one_dtype(query, key, value))
+    return output
+
+
+def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All in autocast's dtype: RoPE leaves queries and keys in float32, the projection of the values does not."""
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:

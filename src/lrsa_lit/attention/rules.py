@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
 
@@ -18,6 +20,9 @@ RULE = "_lrsa_rule"
 """The attribute of an attention module that holds its :class:`Rule`."""
 
 _log = logging.getLogger(__name__)
+
+Observe = Callable[["Rule", Layout, Tensor, Tensor, Tensor], None]
+"""Sees a layer's rule, the layout of the call, query, key and value."""
 
 
 @dataclass(eq=False)
@@ -32,6 +37,7 @@ class Enabled:
     handles: list[Any] = field(default_factory=list)
     called: set[int] = field(default_factory=set)
     checked: bool = False
+    observe: Observe | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,12 +18,17 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.compressors import LagRelative, Selector
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
-from lrsa_lit.ops.sparse_attention.impl import reference
 from lrsa_lit.ops.sparse_attention.impl.triton import ops
 from lrsa_lit.ops.sparse_attention.impl.triton.decoding import attend_one
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import ranks_of
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
-from lrsa_lit.ops.sparse_attention.selection import Selection, compact_buffer, select_packed
+from lrsa_lit.ops.sparse_attention.selection import (
+    Selection,
+    compact_buffer,
+    compress_partitions,
+    partitions_of,
+    select_packed,
+)
 
 __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
 
@@ -106,7 +111,7 @@ def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: 
     """What ``count`` partitions of a sequence become; arguments as in ``reference.compress``."""
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     if grads or not isinstance(config.compressor, LagRelative):
-        return reference.compress(key, value, config, count, first)
+        return compress_partitions(partitions_of(key, value, config, count, first), config)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     whole = config.replace(sink_size=0, chunk_size=config.lag_size)
     boundaries = 0, (count + 1) * config.lag_size + 1

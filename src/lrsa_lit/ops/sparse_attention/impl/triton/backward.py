@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import Saved
-from lrsa_lit.ops.sparse_attention.impl.triton.key_gradient import key_gradient
+from lrsa_lit.ops.sparse_attention.impl.triton.key_gradient import compact_tile, key_gradient
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, compact_tiles, raw_tiles
 from lrsa_lit.ops.sparse_attention.impl.triton.query_gradient import query_gradient
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved
 from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
 
 _PROGRAMS = 512
@@ -38,15 +38,14 @@ def attend_backward(
     rows = saved.compact_key.shape[2]
     batch, query_heads = saved.query.shape[:2]
     heads, dim = saved.key.shape[1], saved.key.shape[3]
-    tile = tiles_for(dim, saved.query.dtype).key
-    table = compact_tiles(geometry, saved.key.device, tile.rows)
+    table = compact_tiles(geometry, saved.key.device, compact_tile(saved, output_grad).rows)
     splits = _splits(len(table) * batch * heads, query_heads // heads)
     shape = splits, batch, heads, rows, dim
     partial = query_grad.new_empty(shape, dtype=torch.float32), query_grad.new_empty(shape, dtype=torch.float32)
     if len(table):
         key_gradient(saved, output_grad, delta, partial, None, None, None, table, geometry, scale)
     key_grad, value_grad = torch.empty_like(saved.key), torch.empty_like(saved.value)
-    table = raw_tiles(geometry, saved.key.device, tile.rows)
+    table = raw_tiles(geometry, saved.key.device, tiles_for(dim, saved.query.dtype).key.rows)
     key_gradient(saved, output_grad, delta, partial, ranks, key_grad, value_grad, table, geometry, scale)
     if ranks is not None:
         nothing = batch, heads, 0, dim

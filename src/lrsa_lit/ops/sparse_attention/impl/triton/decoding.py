@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import LOG2_E, _attend_block
+from lrsa_lit.ops.sparse_attention.impl.triton.forward import _attend_block
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import LOWEST, load_rows
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E
 from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of
 
 _PROGRAMS = 2 * 132

@@ -5,16 +5,12 @@ Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the 
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lrsa_lit.ops.sparse_attention.impl.triton import hopper
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     COLUMNS,
@@ -30,27 +26,10 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     store_rows,
     visible_range,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import hopper_tile, precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
 
-hopper: Any = None
-# Gluon is experimental: some versions of Triton lack it, and others differ.
-with contextlib.suppress(ImportError, AttributeError):
-    hopper = importlib.import_module("lrsa_lit.ops.sparse_attention.impl.triton.hopper")
-
-LOG2_E = 1.4426950408889634
 _INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"]
-
-
-class Saved(NamedTuple):
-    """What the forward leaves for the backward; shapes as in :func:`attend_forward`."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    compact_key: Tensor
-    compact_value: Tensor
-    output: Tensor
-    denominator: Tensor
 
 
 def attend_forward(
@@ -81,8 +60,8 @@ def attend_forward(
     output = torch.empty_like(query)
     denominator = query.new_empty((batch, query_heads, queries), dtype=torch.float32)
     tensors = query, key, value, compact_key, compact_value
-    if _suits_hopper(*tensors):
-        hopper.launch(*tensors, output, denominator, geometry, scale * LOG2_E)
+    if hopper.suits(*tensors):
+        hopper.forward.launch(*tensors, output, denominator, geometry, scale * LOG2_E)
         return output, denominator
     tile = tiles_for(dim, query.dtype).forward
     table = query_tiles(geometry, query.device, tile.rows)
@@ -118,32 +97,6 @@ def attend_forward(
         num_stages=tile.stages,
     )
     return output, denominator
-
-
-def row_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """A TMA descriptor for blocks of rows of one head of (B, H, T, D); None where the copy engine cannot express it."""
-    if not _expressible(tensor):
-        return None
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
-
-
-def _expressible(tensor: Tensor) -> bool:
-    """Whether the copy engine can express blocks of rows of the tensor."""
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:3])
-    return aligned and tensor.numel() > 0 and 0 not in tensor.stride()
-
-
-def _suits_hopper(query: Tensor, *sources: Tensor) -> bool:
-    """Whether the call goes to the kernel of hopper.py; every other one goes to the kernel below.
-
-    That takes a Hopper device, a Triton whose Gluon the kernel was checked with, 16 bits, a head size that it is faster
-    for, and tensors that the copy engine can express; compact buffers may be empty.
-    """
-    if hopper is None or not hopper.CHECKED or triton.knobs.runtime.interpret or not query.is_cuda:
-        return False
-    suits = torch.cuda.get_device_capability(query.device) == (9, 0) and query.dtype in (torch.bfloat16, torch.float16)
-    written_for = hopper_tile(query.shape[3]) is not None
-    return suits and written_for and all(_expressible(tensor) or not tensor.numel() for tensor in (query, *sources))
 
 
 @triton.jit(do_not_specialize=_INTEGERS)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton import hopper
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     COLUMNS,
@@ -29,11 +29,24 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     split_blocks,
     store_rows,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile, precision_of, tiles_for
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
 ]  # fmt: skip
+
+
+def compact_tile(saved: Saved, output_grad: Tensor) -> Tile:
+    """The tile by which :func:`key_gradient` expects the compact buffer to be cut."""
+    if _suits_hopper(saved, output_grad):
+        return hopper.keys.TILE
+    return tiles_for(saved.query.shape[3], saved.query.dtype).key
+
+
+def _suits_hopper(saved: Saved, output_grad: Tensor) -> bool:
+    """Whether the compact buffer goes to the kernel of hopper/keys.py."""
+    return hopper.suits(saved.query, saved.compact_key, saved.compact_value, output_grad)
 
 
 def key_gradient(
@@ -48,12 +61,19 @@ def key_gradient(
     geometry: Geometry,
     scale: float,
 ) -> None:
-    """dK and dV of one source: of the compact buffer into ``partial``, or of the raw tokens into their gradients."""
+    """dK and dV of one source: of the compact buffer into ``partial``, or of the raw tokens into their gradients.
+
+    ``table`` holds the source's tiles: of the compact buffer by :func:`compact_tile`, raw ones by ``tiles_for``.
+    """
     query, key, value = saved.query, saved.key, saved.value
     batch, query_heads, queries, dim = query.shape
     heads, rows = key.shape[1], saved.compact_key.shape[2]
     tile = tiles_for(dim, query.dtype).key
     compact = key_grad is None or value_grad is None
+    if compact and _suits_hopper(saved, output_grad):
+        arguments = query, saved.compact_key, saved.compact_value, output_grad, saved.denominator, delta, partial
+        hopper.keys.launch(*arguments, table, geometry, scale * LOG2_E, scale)
+        return
     source = (saved.compact_key, saved.compact_value) if compact else (key, value)
     target = (key, value) if key_grad is None or value_grad is None else (key_grad, value_grad)
     splits = partial[0].shape[0]

@@ -19,10 +19,11 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import Saved, attend_forward
+from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import gather_compact
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
 from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved
 
 # The tables of plan.py outlive a call: memory that CUDA graph trees must not recycle.
 _TAGS = (torch.Tag.cudagraph_unsafe,)

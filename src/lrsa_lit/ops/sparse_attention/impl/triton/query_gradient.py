@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.impl.triton import hopper
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     COLUMNS,
@@ -25,6 +25,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     store_rows,
     visible_range,
 )
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E, Saved, row_descriptor
 from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
 
 _INTEGERS = [
@@ -36,10 +37,13 @@ def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale:
     """dQ (B, Hq, Tq, D), and the row sums of output x gradient (B, Hq, Tq) that the other kernel needs too."""
     query, key, value = saved.query, saved.key, saved.value
     batch, query_heads, queries, dim = query.shape
-    tile = tiles_for(dim, query.dtype).query
-    padded = triton.next_power_of_2(dim)
     query_grad = torch.empty_like(query)
     delta = torch.empty_like(saved.denominator)
+    if hopper.suits(*saved[:5], output_grad):
+        hopper.queries.launch(saved, output_grad, delta, query_grad, geometry, scale * LOG2_E, scale)
+        return query_grad, delta
+    tile = tiles_for(dim, query.dtype).query
+    padded = triton.next_power_of_2(dim)
     table = query_tiles(geometry, query.device, tile.rows)
     _query_kernel[(len(table) * batch * query_heads,)](
         query,

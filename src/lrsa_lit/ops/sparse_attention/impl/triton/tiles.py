@@ -51,8 +51,3 @@ def precision_of(dim: int) -> str:
     what the three products leave out weighs more (measured in benchmarks/LOG.md).
     """
     return "tf32x3" if dim <= 128 else "ieee"
-
-
-def hopper_tile(dim: int) -> Tile | None:
-    """The tile of the Hopper forward, its warps those of one consumer; None where the plain forward is as fast."""
-    return Tile(128, 128, 4, 2) if dim == 128 else None

@@ -7,14 +7,11 @@ to each other keeps them out of step. Within a consumer the next block's scores 
 powers and values of this one, and so are those of the next tile's first block.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
-Prefixes of kernel locals are those of primitives.py, and s a buffer in shared memory. ``*_full`` and ``*_free`` are the
-barriers at which a buffer is handed to the consumers and back; both count how often it went round.
+Names in the kernel are explained in shared.py.
 """
 
 from __future__ import annotations
 
-import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,34 +22,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lrsa_lit.ops.sparse_attention.impl.triton import primitives
+from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
+    HALF,
+    around,
+    block_at,
+    blocks_of,
+    clear,
+    count_rounds,
+    descriptor,
+    multiprocessors,
+    tile_of,
+    visible_range,
+)
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
-    COLUMNS,
     COMPACT_ROW,
     KEY_ROW,
     KEY_TO,
     LOWEST,
     PARTITIONS,
-    QUERY_FROM,
     QUERY_ROW,
-    QUERY_TO,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import hopper_tile
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile
 
-CHECKED = triton.__version__.startswith("3.6.")
-"""Gluon is experimental: whether this is a Triton that the kernel was checked with."""
-
-HALF = gl.constexpr(64)
-"""Queries of a consumer: the rows of one warpgroup's product."""
+TILE = Tile(128, 128, 4, 2)
+"""Warps are those of one consumer."""
 
 _INTEGERS = ["n_work", "n_batch_heads", "heads", "group", "n_queries", "sink", "lag", "keep", "chunk"]
-
-_visible_range = gluon.jit(primitives.visible_range.fn)
-_split_blocks = gluon.jit(primitives.split_blocks.fn)
-_masked_block = gluon.jit(primitives.masked_block.fn)
 
 
 def launch(
@@ -71,14 +68,12 @@ def launch(
     A compact buffer of no rows is never read.
     """
     batch, query_heads, queries, dim = query.shape
-    tile = hopper_tile(dim)
-    assert tile is not None
-    table = query_tiles(geometry, query.device, tile.rows)
+    table = query_tiles(geometry, query.device, TILE.rows)
     n_work = len(table) * batch * query_heads
     compact = (compact_key, compact_value) if compact_key.numel() else (key, value)
-    _hopper_kernel[(min(n_work, torch.cuda.get_device_properties(query.device).multi_processor_count),)](
-        _descriptor(query, HALF.value),
-        *(_descriptor(tensor, tile.columns) for tensor in (key, value, *compact)),
+    _hopper_kernel[(min(n_work, multiprocessors(query.device)),)](
+        descriptor(query, HALF.value),
+        *(descriptor(tensor, TILE.columns) for tensor in (key, value, *compact)),
         output,
         denominator,
         table,
@@ -92,16 +87,10 @@ def launch(
         *geometry.rule,
         scale_log2,
         DIM=dim,
-        BLOCK_N=tile.columns,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        BLOCK_N=TILE.columns,
+        STAGES=TILE.stages,
+        num_warps=TILE.warps,
     )
-
-
-def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """For blocks of rows of one head of (B, H, T, D)."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, tensor.shape[3]], layout)
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
@@ -176,71 +165,6 @@ def _hopper_kernel(
 
 
 @gluon.jit
-def _place(i_round):
-    """Which of a round's tiles this program takes: there and back, as tiles are sorted by length."""
-    return gl.where(i_round % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-
-
-@gluon.jit
-def _count_rounds(n_work):
-    """Number of tiles that this program takes."""
-    n_whole = n_work // gl.num_programs(0)
-    return n_whole + (_place(n_whole) < n_work % gl.num_programs(0)).to(gl.int32)
-
-
-@gluon.jit
-def _tile(i_round, work):
-    """Batch, query head, row of the sequence table, first position, and the tile's queries [low, high)."""
-    p_tiles, p_sequences, n_work, n_batch_heads, heads = work
-    # The next tile is looked up before it is known whether there is one.
-    i_work = gl.minimum(i_round * gl.num_programs(0) + _place(i_round), n_work - 1)
-    i_tile, i_bh = i_work // n_batch_heads, i_work % n_batch_heads
-    p_sequence = p_sequences + gl.load(p_tiles + i_tile * 2) * COLUMNS
-    i_first = gl.load(p_tiles + i_tile * 2 + 1)
-    i_low = gl.maximum(i_first, gl.load(p_sequence + QUERY_FROM))
-    i_high = gl.minimum(i_first + 2 * HALF, gl.load(p_sequence + QUERY_TO))
-    return i_bh // heads, i_bh % heads, p_sequence, i_first, i_low, i_high
-
-
-@gluon.jit
-def _blocks(i_low, i_high, rule, BLOCK_N: gl.constexpr):
-    """How the tile's sources are cut: numbers of full blocks, of all, of compact ones among full and masked; raw cuts.
-
-    Full blocks come first, and compact ones before raw ones in both.
-    """
-    sink, lag, keep, chunk = rule
-    _, i_full_to = _visible_range(i_low, sink, lag, keep, chunk, True)
-    _, i_stop = _visible_range(i_high - 1, sink, lag, keep, chunk, True)
-    n_compact_full = i_full_to // BLOCK_N
-    n_compact_masked = (i_stop - n_compact_full * BLOCK_N + BLOCK_N - 1) // BLOCK_N
-    i_start, i_full_to = _visible_range(i_low, sink, lag, keep, chunk, False)
-    i_full_from, i_stop = _visible_range(i_high - 1, sink, lag, keep, chunk, False)
-    i_begin, i_end, n_masked = _split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
-    n_full = n_compact_full + (i_end - i_begin) // BLOCK_N
-    n_all = n_full + n_compact_masked + n_masked // BLOCK_N
-    return n_full, n_all, (n_compact_full, n_compact_masked, i_start, i_begin, i_end)
-
-
-@gluon.jit
-def _block(i_block, n_full, cuts, BLOCK_N: gl.constexpr):
-    """Whether the tile's block lies in the compact buffer, and its first column there or in the raw tokens."""
-    n_compact_full, n_compact_masked, i_start, i_begin, i_end = cuts
-    i_masked = i_block - n_full
-    i_raw = _masked_block((i_masked - n_compact_masked) * BLOCK_N, i_start, i_begin, i_end)
-    m_full = i_block < n_full
-    m_compact = gl.where(m_full, i_block < n_compact_full, i_masked < n_compact_masked)
-    i_compact = gl.where(m_full, i_block, n_compact_full + i_masked) * BLOCK_N
-    i_raw = gl.where(m_full, i_begin + (i_block - n_compact_full) * BLOCK_N, i_raw)
-    return m_compact, gl.where(m_compact, i_compact, i_raw)
-
-
-@gluon.jit
-def _around(i_step, STAGES: gl.constexpr):
-    """Buffer of a step, and the parity of how often it went round."""
-    return i_step % STAGES, (i_step // STAGES) & 1
-
-
-@gluon.jit
 def _produce(buffers, full, free, descriptors, work, rule, group, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Load what the consumers read, in the order in which they read it."""
     s_query, s_key, s_value = buffers
@@ -248,12 +172,12 @@ def _produce(buffers, full, free, descriptors, work, rule, group, BLOCK_N: gl.co
     query_free, key_free, value_free = free
     d_query, d_key, d_value, d_compact_key, d_compact_value = descriptors
     i_step = 0
-    for i_round in range(_count_rounds(work[2])):
-        i_b, i_h, p_sequence, i_first, i_low, i_high = _tile(i_round, work)
-        n_full, n_all, cuts = _blocks(i_low, i_high, rule, BLOCK_N)
+    for i_round in range(count_rounds(work[2])):
+        i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(i_round, work)
+        n_full, n_all, cuts = blocks_of(i_low, i_high, rule, BLOCK_N)
         i_kv = i_h // group
         i_row = gl.load(p_sequence + QUERY_ROW) + i_first
-        i_buffer, i_parity = _around(i_round, 2)
+        i_buffer, i_parity = around(i_round, 2)
         for i_half in gl.static_range(2):
             i_query = i_buffer * 2 + i_half
             mbarrier.wait(query_free.index(i_query), i_parity ^ 1)
@@ -264,8 +188,8 @@ def _produce(buffers, full, free, descriptors, work, rule, group, BLOCK_N: gl.co
         i_raw_row = gl.load(p_sequence + KEY_ROW)
         i_compact_row = gl.load(p_sequence + COMPACT_ROW)
         for i_block in range(n_all):
-            m_compact, i_column = _block(i_block, n_full, cuts, BLOCK_N)
-            i_buffer, i_parity = _around(i_step, STAGES)
+            m_compact, i_column = block_at(i_block, n_full, cuts, BLOCK_N)
+            i_buffer, i_parity = around(i_step, STAGES)
             b_full, s_rows = key_full.index(i_buffer), s_key.index(i_buffer)
             mbarrier.wait(key_free.index(i_buffer), i_parity ^ 1)
             mbarrier.expect(b_full, d_key.block_type.nbytes)
@@ -311,9 +235,9 @@ def _consume(
     dtype: gl.constexpr = s_query.dtype
 
     i_step = 0
-    n_rounds = _count_rounds(work[2])
-    i_b, i_h, p_sequence, i_first, i_low, i_high = _tile(0, work)
-    n_full, n_all, cuts = _blocks(i_low, i_high, rule, BLOCK_N)
+    n_rounds = count_rounds(work[2])
+    i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(0, work)
+    n_full, n_all, cuts = blocks_of(i_low, i_high, rule, BLOCK_N)
     mbarrier.wait(query_full.index(WHICH), 0)
     mbarrier.wait(key_full.index(0), 0)
     s_keys = s_key.index(0).reshape([BLOCK_N, DIM]).permute([1, 0])
@@ -336,7 +260,7 @@ def _consume(
         b_power, b_sum, b_max, _ = _softmax(b_score, b_sum, b_max, scale_log2)
         b_left = gl.convert_layout(b_power.to(dtype), left_layout)
         if n_all > 1:
-            i_buffer, i_parity = _around(i_step + 1, STAGES)
+            i_buffer, i_parity = around(i_step + 1, STAGES)
             mbarrier.wait(key_full.index(i_buffer), i_parity)
         for i_block in range(1, n_full):
             b_score, b_output = _queue(
@@ -360,10 +284,10 @@ def _consume(
 
         # The first scores of the next tile; after the last one, a product of what the buffers still hold.
         m_more = i_round + 1 < n_rounds
-        i_buffer, i_parity = _around(i_round + 1, 2)
+        i_buffer, i_parity = around(i_round + 1, 2)
         i_query = i_buffer * 2 + WHICH
         mbarrier.wait(query_full.index(i_query), i_parity, pred=m_more)
-        i_buffer, i_parity = _around(i_step + 1, STAGES)
+        i_buffer, i_parity = around(i_step + 1, STAGES)
         mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_more)
         b_score, b_output = _queue(
             WHICH, i_query, i_step, b_left, b_output, n_own, s_query, s_key, s_value, key_free, value_full, turn
@@ -372,8 +296,8 @@ def _consume(
         b_factor = 1.0 / b_sum
         b_denominator = b_max * scale_log2 + gl.log2(b_sum)
         i_row = gl.load(p_sequence + QUERY_ROW)
-        i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = _tile(i_round + 1, work)
-        n_full, n_all, cuts = _blocks(i_next_low, i_next_high, rule, BLOCK_N)
+        i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = tile_of(i_round + 1, work)
+        n_full, n_all, cuts = blocks_of(i_next_low, i_next_high, rule, BLOCK_N)
         b_output = _take(i_step, False, b_output, b_factor, key_full, value_free)
         i_step += 1
         _store(b_output.to(dtype), b_denominator, i_b, i_h, i_row, i_first, i_low, i_high, results, work[4])
@@ -389,8 +313,8 @@ def _queue(
     n_columns: gl.constexpr = s_key.shape[3]
     n_dim: gl.constexpr = s_key.shape[4]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_columns, 16])
-    i_next, _ = _around(i_step + 1, n_stages)
-    i_buffer, i_parity = _around(i_step, n_stages)
+    i_next, _ = around(i_step + 1, n_stages)
+    i_buffer, i_parity = around(i_step, n_stages)
     s_mine = s_query.index(i_query).reshape([HALF, n_dim])
     s_keys = s_key.index(i_next).reshape([n_columns, n_dim]).permute([1, 0])
     s_values = s_value.index(i_buffer).reshape([n_columns, n_dim])
@@ -400,7 +324,7 @@ def _queue(
     b_score = warpgroup_mma(s_mine, s_keys, b_score, use_acc=False, is_async=True)
     mbarrier.wait(value_full.index(i_buffer), i_parity)
     if n_own < n_columns:
-        _clear(s_values, n_own)
+        clear(s_values, n_own)
     b_output = warpgroup_mma(b_left, s_values, b_output, is_async=True)
     mbarrier.arrive(turn.index(1 - WHICH))
     b_score = warpgroup_mma_wait(1, deps=[b_score])
@@ -415,10 +339,10 @@ def _take(i_step, m_wait, b_output, b_factor, key_full, value_free):
     layout: gl.constexpr = gl.SliceLayout(1, b_output.type.tensor_type.layout)
     # ptxas moves the wait for a product in front of the softmax that should run beside it, but not over the loop of
     # another wait: that for the keys of the block after the next one stands here and not where they are needed.
-    i_next, i_parity = _around(i_step + 2, n_stages)
+    i_next, i_parity = around(i_step + 2, n_stages)
     mbarrier.wait(key_full.index(i_next), i_parity, pred=m_wait)
     b_output = warpgroup_mma_wait(0, deps=[b_output])
-    mbarrier.arrive(value_free.index(_around(i_step, n_stages)[0]))
+    mbarrier.arrive(value_free.index(around(i_step, n_stages)[0]))
     return b_output * gl.convert_layout(b_factor, layout)[:, None]
 
 
@@ -435,35 +359,17 @@ def _softmax(b_score, b_sum, b_max, scale_log2):
 def _visible(i_block, n_full, cuts, p_sequence, i_first, rule, BLOCK_N: gl.constexpr, layout: gl.constexpr):
     """Which columns of a block the consumer's queries see, and how many of its rows belong to their sequence."""
     sink, lag, keep, chunk = rule
-    m_compact, i_column = _block(i_block, n_full, cuts, BLOCK_N)
+    m_compact, i_column = block_at(i_block, n_full, cuts, BLOCK_N)
     o_t = i_first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
     if m_compact:
-        o_from, o_to = _visible_range(o_t, sink, lag, keep, chunk, True)
+        o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, True)
         n_rows = sink + gl.load(p_sequence + PARTITIONS) * keep
     else:
-        o_from, o_to = _visible_range(o_t, sink, lag, keep, chunk, False)
+        o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, False)
         n_rows = gl.load(p_sequence + KEY_TO)
     o_column = i_column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
     m_visible = (o_column[None, :] >= o_from[:, None]) & (o_column[None, :] < o_to[:, None])
     return m_visible, n_rows - i_column
-
-
-@gluon.jit
-def _clear(s_rows, count):
-    """Zero the rows from ``count`` on: powers of zero do not hide what is not finite there.
-
-    Both consumers do this, each before its own product, and write the same bits.
-    """
-    n_rows: gl.constexpr = s_rows.shape[0]
-    n_dim: gl.constexpr = s_rows.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // n_dim, n_dim // 8], [4, 1], [1, 0])
-    for i_row in gl.static_range(0, n_rows, 32):
-        s_part = s_rows.slice(i_row, 32)
-        b_rows = s_part.load(layout)
-        o_row = i_row + gl.arange(0, 32, gl.SliceLayout(1, layout))
-        s_part.store(gl.where((o_row < count)[:, None], b_rows, gl.zeros_like(b_rows)))
-    fence_async_shared()
-    gl.thread_barrier()
 
 
 @gluon.jit

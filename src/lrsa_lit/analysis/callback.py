@@ -1,0 +1,135 @@
+"""A callback that records, before and after training, what the layers keep of some validation samples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lrsa_lit.analysis import metrics, plots
+from lrsa_lit.analysis.capture import first_rows, record
+from lrsa_lit.analysis.record import SelectionRecord
+from lrsa_lit.analysis.runs import SELECTIONS
+from lrsa_lit.attention import using
+from lrsa_lit.errors import UserError
+from lrsa_lit.tracking import MLflowRun
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.collate import Batch
+
+_log = logging.getLogger(__name__)
+
+
+class CaptureSelections(Callback):
+    """Record the selections of the first validation samples at step 0 and at the end of training.
+
+    Each record stands as ``selections/step000000.npz`` beside the run's checkpoints, with figures, and all of them are
+    artifacts of an MLflow run. Logged as ``selection/…`` are the shares of the gold passages' and
+    the answers' tokens that were kept on average and by any head, and what chance gives. It costs one more forward of
+    those samples each time, and none of any other. Of several processes the first one records its own samples.
+
+    Args:
+        samples: how many validation samples.
+        figures: whether to draw the first sample's positions and the survival by layer.
+    """
+
+    def __init__(self, samples: int = 8, figures: bool = True) -> None:
+        if samples < 1:
+            raise UserError(f"CaptureSelections.samples: {samples} is not allowed; it must be an integer >= 1")
+        self.samples = samples
+        self.figures = figures
+        self._batches: list[Batch] = []
+        self._recorded: int | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the samples anew: a validation by itself is another loop over the same data."""
+        self._batches = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Put the first samples aside."""
+        missing = self.samples - sum(len(kept["id"]) for kept in self._batches)
+        if missing > 0 and trainer.is_global_zero:
+            self._batches.append(first_rows(batch, missing))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record what weights keep that this run has not trained."""
+        if trainer.global_step == 0 and not trainer.sanity_checking:
+            self._record(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record what the trained weights keep."""
+        self._record(trainer, pl_module)
+
+    def _record(self, trainer: Trainer, pl_module: Any) -> None:
+        """Run the samples, unless there are none or this step was recorded, then save and log."""
+        if not self._batches or self._recorded == trainer.global_step:
+            return
+        self._recorded = trainer.global_step
+        with using(pl_module.model, pl_module.lrsa), trainer.precision_plugin.forward_context():
+            made = record(
+                pl_module.model,
+                self._batches,
+                pl_module.tokenizer,
+                name=pl_module.backbone.name,
+                step=trainer.global_step,
+            )
+        files = self._write(made, _run_folder(trainer))
+        if isinstance(trainer.logger, MLflowRun):
+            _upload(trainer.logger, files)
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(logged(made), step=trainer.global_step)
+
+    def _write(self, made: SelectionRecord, folder: Path) -> list[Path]:
+        """The record and its figures, named by the step."""
+        stem = folder / f"step{made.step:06d}"
+        files = [stem.with_suffix(".npz")]
+        made.save(files[0])
+        if self.figures:
+            figures = {"positions": plots.positions(made), "survival": plots.survival_by_layer([made])}
+            for name, figure in figures.items():
+                files.append(stem.with_name(f"{stem.name}-{name}.png"))
+                figure.savefig(files[-1])
+        _log.info("Selections of %d samples at step %d: %s", len(made.samples), made.step, files[0])
+        return files
+
+
+def logged(made: SelectionRecord) -> dict[str, float]:
+    """The metrics of a record; evidence that no compressed partition holds gives none."""
+    values: dict[str, float] = {}
+    evidence: metrics.Evidence
+    for evidence in ("gold", "answer"):
+        found = metrics.survival(made, evidence)
+        if found.tokens:
+            values[f"selection/{evidence}_kept"] = found.mean
+            values[f"selection/{evidence}_kept_anywhere"] = found.anywhere
+            values["selection/chance"] = found.chance
+            values["selection/chance_anywhere"] = found.chance_anywhere
+    return values
+
+
+def _run_folder(trainer: Trainer) -> Path:
+    """Beside the run's checkpoints."""
+    run = () if trainer.logger is None else (str(trainer.logger.name), str(trainer.logger.version))
+    return Path(trainer.default_root_dir).joinpath(*run, SELECTIONS)
+
+
+def _upload(logger: MLflowRun, files: Sequence[Path]) -> None:
+    """Make files artifacts of the run; a store that does not take them is no reason to stop training."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        for file in files:
+            logger.experiment.log_artifact(logger.run_id, str(file), SELECTIONS)
+    except (MlflowException, OSError) as error:
+        _log.warning("The store did not take %s (%s)", ", ".join(map(str, files)), " ".join(str(error).split())[:160])

@@ -1,0 +1,228 @@
+"""Figures and coloured text, the same in notebooks and in the runs of MLflow.
+
+Colours are cividis and Okabe-Ito's, which colour-blind readers can tell apart. Figures are made without pyplot, so
+that a training run gathers none.
+Dimensions: N layers with LRSA, H key-value heads, T tokens.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lrsa_lit.analysis import metrics
+from lrsa_lit.analysis.record import SelectionRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_SHADES = colormaps["cividis_r"]
+_UNCOMPRESSED = "#e8e8e8"
+_PIXELS = 800
+"""Width of a heatmap on the screen, about."""
+
+
+def context_html(record: SelectionRecord, index: int = 0) -> str:
+    """A sample's text as HTML: the darker a token, the more heads of all layers kept it.
+
+    Tokens that nobody chose about (sinks and the raw window) are grey and italic; gold passages are underlined, answers
+    are bold.
+
+    Args:
+        record: the selections.
+        index: which of its samples.
+    """
+    sample = record.samples[index]
+    region = record.compressed(sample)
+    share = np.full(sample.length, np.nan)
+    share[region] = record.kept(sample).mean(axis=(0, 1))
+    gold, answer = (_member(sample.length, spans) for spans in (sample.gold_spans, sample.answer_spans))
+    words = [_word(text, share[t], bool(gold[t]), bool(answer[t])) for t, text in enumerate(record.tokens(sample))]
+    return f'<div style="white-space: pre-wrap; line-height: 1.7">{"".join(words)}</div>'
+
+
+def positions(record: SelectionRecord, index: int = 0) -> Figure:
+    """Layer by position: the share of a layer's heads that kept a token, gold passages and answers marked above."""
+    sample = record.samples[index]
+    region = record.compressed(sample)
+    shares = record.kept(sample).mean(axis=1)
+    layers = record.layers
+    height = 1.2 + max(1.2, 0.16 * len(layers))
+    figure, (marks, axes) = _figure(2, 1, size=(10, height), gridspec_kw={"height_ratios": [1, 4]}, sharex=True)
+    if region.stop > region.start:
+        extent = (region.start - 0.5, region.stop - 0.5, len(layers) - 0.5, -0.5)
+        # Where a pixel holds several tokens their mean is shown; else nothing is to blur the layers.
+        smooth = "auto" if sample.length > _PIXELS else "nearest"
+        scale = {"cmap": _SHADES, "vmin": 0, "vmax": 1}
+        image = axes.imshow(shares, aspect="auto", extent=extent, interpolation=smooth, **scale)
+        figure.colorbar(image, ax=[marks, axes], label="kept by share of heads")
+    axes.set_facecolor(_UNCOMPRESSED)
+    axes.set(xlim=(-0.5, sample.length - 0.5), ylim=(len(layers) - 0.5, -0.5))
+    axes.set(xlabel="position in the prompt, tokens (grey: never compressed)", ylabel="layer")
+    ticks = range(0, len(layers), max(1, len(layers) // 8))
+    axes.set_yticks(list(ticks), [str(layers[tick]) for tick in ticks])
+    for row, (spans, colour) in enumerate(((sample.gold_spans, OKABE_ITO[0]), (sample.answer_spans, OKABE_ITO[1]))):
+        marks.broken_barh([(start - 0.5, end - start) for start, end in spans], (row - 0.4, 0.8), color=colour)
+    marks.set_yticks([0, 1], ["gold", "answer"])
+    marks.set_ylim(1.6, -0.6)
+    marks.spines[:].set_visible(False)
+    marks.tick_params(length=0, labelbottom=False)
+    marks.set_title(f"{_name(record)}, sample {sample.id}", loc="left")
+    return figure
+
+
+def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
+    """Share of the evidence that each layer's heads keep on average, a line for each record, against chance."""
+    figure, panels = _figure(1, 2, size=(10, 3.4), sharey=True)
+    shown: list[tuple[metrics.Evidence, str]] = [("gold", "gold passages"), ("answer", "answers")]
+    for axes, (evidence, title) in zip(panels, shown, strict=True):
+        for number, record in enumerate(records):
+            found = metrics.survival(record, evidence)
+            colour = OKABE_ITO[number % len(OKABE_ITO)]
+            axes.plot(record.layers, found.by_layer, "o-", markersize=3, color=colour, label=_name(record))
+        for chance in sorted({record.top_k / record.lag_size for record in records}):
+            axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
+        tokens = metrics.survival(records[0], evidence).tokens
+        axes.set(xlabel="layer", title=f"{title} ({tokens} tokens)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_ylabel("kept share of tokens, mean of heads")
+    panels[0].set_ylim(bottom=0)
+    _legend(panels[1])
+    return figure
+
+
+def kinds(records: Sequence[SelectionRecord]) -> Figure:
+    """What kinds of tokens are kept, against their share of the text (a token may be of several kinds)."""
+    figure, axes = _figure(1, 1, size=(8, 3.4))
+    shares = [metrics.kinds_kept(record) for record in records]
+    columns = [("all tokens", OKABE_ITO[-1], [share.of_all for share in shares[0]])] + [
+        (f"kept, {_name(record)}", OKABE_ITO[number % len(OKABE_ITO)], [share.of_kept for share in found])
+        for number, (record, found) in enumerate(zip(records, shares, strict=True))
+    ]
+    width = 0.8 / len(columns)
+    for number, (label, colour, values) in enumerate(columns):
+        places = np.arange(len(values)) + (number - (len(columns) - 1) / 2) * width
+        axes.bar(places, values, width, color=colour, label=label)
+    axes.set_xticks(range(len(metrics.KINDS)), metrics.KINDS)
+    axes.set(ylabel="share of the tokens")
+    _legend(axes)
+    return figure
+
+
+def agreement(record: SelectionRecord) -> Figure:
+    """Cohen's kappa between the heads of each two layers; on the diagonal between the heads of one layer."""
+    heads = record.samples[0].positions.shape[1]
+    means = metrics.between_layers(metrics.agreement(record).kappa, heads)
+    figure, axes = _figure(1, 1, size=(5, 4))
+    image = axes.imshow(means, cmap="cividis", vmin=min(0.0, float(np.nanmin(means, initial=0))))
+    figure.colorbar(image, ax=axes, label="Cohen's kappa (0: chance, 1: the same tokens)")
+    ticks = range(0, len(record.layers), max(1, len(record.layers) // 8))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(list(ticks), [str(record.layers[tick]) for tick in ticks])
+    axes.set(xlabel="layer", ylabel="layer", title=_name(record))
+    return figure
+
+
+def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
+    """How much of a head's choice is the same in two records, layer by layer.
+
+    Raises:
+        UserError: records of other models or other samples.
+    """
+    kappa = metrics.agreement_between(first, second).kappa
+    figure, axes = _figure(1, 1, size=(6, 3.4))
+    for head in range(kappa.shape[1]):
+        axes.plot(
+            first.layers, kappa[:, head], "o", color=OKABE_ITO[0], alpha=0.6, label="a head" if head == 0 else None
+        )
+    axes.plot(first.layers, kappa.mean(axis=1), "-", color=OKABE_ITO[1], label="mean of the layer")
+    axes.axhline(0, linestyle=":", color="grey", label="chance")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="layer", ylabel="Cohen's kappa", title=f"{_name(first)} against {_name(second)}")
+    _legend(axes)
+    return figure
+
+
+def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
+    """F1 of each rule with its interval against another column of :func:`~lrsa_lit.analysis.runs.by_rule`.
+
+    Args:
+        rules: a row for each rule.
+        column: what to lay it against.
+        label: the column's name and unit.
+    """
+    figure, axes = _figure(1, 1, size=(6, 3.6))
+    lines = rules.dropna(subset=[column]).sort_values(column).groupby(["model", "lag_size"])
+    for number, ((model, lag_size), line) in enumerate(lines):
+        errors = np.stack([line["f1"] - line["f1_low"], line["f1_high"] - line["f1"]])
+        axes.errorbar(
+            line[column],
+            line["f1"],
+            errors,
+            fmt="o-",
+            capsize=3,
+            color=OKABE_ITO[number % len(OKABE_ITO)],
+            label=f"{model} L{lag_size}",
+        )
+        for _, row in line.iterrows():
+            axes.annotate(f"K{row['top_k']}", (row[column], row["f1"]), xytext=(5, 4), textcoords="offset points")
+    axes.set(xlabel=label, ylabel="F1 (bars: 95 % over seeds and questions)")
+    if lines.ngroups:
+        _legend(axes)
+    else:
+        axes.text(0.5, 0.5, f"no run recorded {column}", ha="center", transform=axes.transAxes)
+    return figure
+
+
+def differences(pairs: pd.DataFrame) -> Figure:
+    """Paired differences of :func:`~lrsa_lit.analysis.runs.differences`; what reaches over 0 may be chance."""
+    figure, axes = _figure(1, 1, size=(7, 1.4 + 0.35 * len(pairs)))
+    rows = np.arange(len(pairs))
+    errors = np.stack([pairs["mean"] - pairs["low"], pairs["high"] - pairs["mean"]])
+    axes.errorbar(pairs["mean"], rows, xerr=errors, fmt="o", capsize=3, color=OKABE_ITO[0])
+    axes.axvline(0, linestyle=":", color="grey")
+    axes.set_yticks(rows, [f"{one} less {other}" for one, other in zip(pairs["first"], pairs["second"], strict=True)])
+    axes.set(xlabel="difference in F1 on the same questions (bars: 95 %)", ylim=(len(pairs) - 0.5, -0.5))
+    return figure
+
+
+def _figure(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _name(record: SelectionRecord) -> str:
+    return f"{record.model} L{record.lag_size} K{record.top_k}, step {record.step}"
+
+
+def _member(length: int, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    member = np.zeros(length, dtype=bool)
+    for start, end in spans:
+        member[start:end] = True
+    return member
+
+
+def _word(text: str, share: float, gold: bool, answer: bool) -> str:
+    """One token as HTML, which no text can break out of."""
+    if np.isnan(share):
+        style = f"background: {_UNCOMPRESSED}; color: #555; font-style: italic"
+    else:
+        style = f"background: {to_hex(_SHADES(share))}; color: {'#fff' if share > 0.45 else '#000'}"
+    style += "; text-decoration: underline" if gold else ""
+    style += "; font-weight: bold" if answer else ""
+    kept = "never compressed" if np.isnan(share) else f"kept by {share:.0%} of the heads"
+    return f'<span style="{style}" title="{kept}">{html.escape(text)}</span>'

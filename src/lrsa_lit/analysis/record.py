@@ -1,0 +1,240 @@
+"""What the layers kept of some samples, as a file that needs neither the model nor PyTorch to be read.
+
+Dimensions: N layers with LRSA, H key-value heads, T tokens of a sample, P compressed partitions, K top_k.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrsa_lit.errors import UserError
+
+SCHEMA = 1
+"""Version of the file format; a reader takes its own only."""
+
+Span: TypeAlias = tuple[int, int]
+
+_HEADER = "header"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSelection:
+    """What one layer kept of one sample by the time of its last token.
+
+    Attributes:
+        positions: (H, P, K) int32, counted from the sample's first token, ascending within a partition.
+        scores: (H, P, K) float32, what those tokens were ranked by.
+    """
+
+    positions: NDArray[np.int32]
+    scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One text and what each layer kept of it.
+
+    Attributes:
+        id: the example's.
+        token_ids: (T,) int32, without padding.
+        gold_spans: positions [start, end) of the supporting passages.
+        answer_spans: positions [start, end) of the answers within those passages.
+        layers: one for each layer of the model; None where the layer is dense.
+    """
+
+    id: str
+    token_ids: NDArray[np.int32]
+    gold_spans: tuple[Span, ...]
+    answer_spans: tuple[Span, ...]
+    layers: tuple[LayerSelection | None, ...]
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return len(self.token_ids)
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """(N, H, P, K) of the layers with LRSA."""
+        return np.stack([layer.positions for layer in self.layers if layer is not None])
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """(N, H, P, K) of the layers with LRSA."""
+        return np.stack([layer.scores for layer in self.layers if layer is not None])
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionRecord:
+    """What a model with one set of weights kept of some samples under one rule.
+
+    Attributes:
+        samples: at least one; all by the same layers and heads.
+        rule: the rule, as ``LRSAConfig.to_dict`` gives it.
+        model: name of the model.
+        digest: twelve hex digits of the model's shape; records of one digest can be laid beside each other.
+        step: training steps that the weights had seen.
+        texts: the text of each token id that occurs.
+    """
+
+    samples: tuple[Sample, ...]
+    rule: Mapping[str, Any]
+    model: str
+    digest: str
+    step: int
+    texts: Mapping[int, str]
+
+    @property
+    def sink_size(self) -> int:
+        """S."""
+        return int(self.rule["sink_size"])
+
+    @property
+    def lag_size(self) -> int:
+        """L."""
+        return int(self.rule["lag_size"])
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return int(self.rule["top_k"])
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the N layers with LRSA."""
+        return [index for index, layer in enumerate(self.samples[0].layers) if layer is not None]
+
+    def compressed(self, sample: Sample) -> slice:
+        """The tokens that lie in compressed partitions: behind the sinks, before the raw window."""
+        partitions = sample.positions.shape[2]
+        return slice(self.sink_size, self.sink_size + partitions * self.lag_size)
+
+    def kept(self, sample: Sample) -> NDArray[np.bool_]:
+        """(N, H, P L): which of the :meth:`compressed` tokens each head kept."""
+        positions, region = sample.positions, self.compressed(sample)
+        kept = np.zeros((*positions.shape[:2], region.stop - region.start), dtype=bool)
+        np.put_along_axis(kept, positions.reshape(*kept.shape[:2], -1) - region.start, True, axis=-1)
+        return kept
+
+    def tokens(self, sample: Sample) -> list[str]:
+        """The text of each token (T)."""
+        return [self.texts[int(token)] for token in sample.token_ids]
+
+    def save(self, path: Path) -> None:
+        """Write the record; the file appears only when it is complete."""
+        arrays: dict[str, NDArray[Any]] = {_HEADER: np.frombuffer(json.dumps(self._header()).encode(), dtype=np.uint8)}
+        for index, sample in enumerate(self.samples):
+            arrays[f"tokens{index}"] = _smallest(sample.token_ids)
+            arrays[f"positions{index}"] = _smallest(sample.positions)
+            arrays[f"scores{index}"] = sample.scores
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            try:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+                os.fchmod(file.fileno(), 0o644)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "rule": dict(self.rule),
+            "model": self.model,
+            "digest": self.digest,
+            "step": self.step,
+            "texts": {str(token): text for token, text in self.texts.items()},
+            "layers": [layer is not None for layer in self.samples[0].layers],
+            "samples": [
+                {"id": sample.id, "gold_spans": sample.gold_spans, "answer_spans": sample.answer_spans}
+                for sample in self.samples
+            ],
+        }
+
+    @classmethod
+    def load(cls, path: Path, *, model: str | None = None) -> SelectionRecord:
+        """Read a record.
+
+        Args:
+            path: the file.
+            model: name or digest that the record must have; None takes any.
+
+        Raises:
+            UserError: no such file, no record or a truncated one, another version of the format, another model.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                header = json.loads(file[_HEADER].tobytes())
+                if header["schema"] != SCHEMA:
+                    raise UserError(
+                        f"{path}: a selection record of version {header['schema']}; only {SCHEMA} can be read here"
+                    )
+                samples = tuple(
+                    _sample(file, index, about, header["layers"]) for index, about in enumerate(header["samples"])
+                )
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except UserError:
+            raise
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            reason = " ".join(str(error).split())[:80]
+            raise UserError(f"{path}: not a selection record, or a truncated one ({reason})") from None
+        if model not in (None, header["model"], header["digest"]):
+            raise UserError(f"{path}: recorded with {header['model']} ({header['digest']}), not with {model}")
+        texts = {int(token): text for token, text in header["texts"].items()}
+        return cls(samples, header["rule"], header["model"], header["digest"], header["step"], texts)
+
+
+def check_comparable(first: SelectionRecord, second: SelectionRecord) -> None:
+    """Raise a UserError unless two records are of one model's layers and heads and of the same samples."""
+    if first.digest != second.digest:
+        raise UserError(
+            f"selections: recorded with {first.model} ({first.digest}) and {second.model} ({second.digest}); "
+            "only records of one model can be compared"
+        )
+    if first.layers != second.layers:
+        raise UserError(f"selections: layers {first.layers} and {second.layers} were compressed; they must be the same")
+    ids = [[sample.id for sample in record.samples] for record in (first, second)]
+    if ids[0] != ids[1]:
+        raise UserError(f"selections: recorded of the samples {_listed(ids[0])} and {_listed(ids[1])}; they differ")
+    for one, other in zip(first.samples, second.samples, strict=True):
+        if not np.array_equal(one.token_ids, other.token_ids):
+            raise UserError(f"selections: sample {one.id} has other tokens in the two records")
+
+
+def _sample(file: Any, index: int, about: Mapping[str, Any], compressed: Sequence[bool]) -> Sample:
+    positions, scores = file[f"positions{index}"].astype(np.int32), file[f"scores{index}"]
+    pairs = iter(zip(positions, scores, strict=True))
+    return Sample(
+        id=about["id"],
+        token_ids=file[f"tokens{index}"].astype(np.int32),
+        gold_spans=_spans(about["gold_spans"]),
+        answer_spans=_spans(about["answer_spans"]),
+        layers=tuple(LayerSelection(*next(pairs)) if here else None for here in compressed),
+    )
+
+
+def _spans(spans: Sequence[Sequence[int]]) -> tuple[Span, ...]:
+    return tuple((start, end) for start, end in spans)
+
+
+def _smallest(values: NDArray[Any]) -> NDArray[Any]:
+    """The same non-negative integers in the smallest dtype that holds them."""
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
+
+
+def _listed(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")

@@ -1,0 +1,330 @@
+"""Runs out of MLflow: tables of what was set and what came of it, selections, and the answers to single questions.
+
+Dimensions: R runs that differ in their seed only, Q questions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lrsa_lit.analysis.record import SelectionRecord
+from lrsa_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Experiment, Run
+    from mlflow.tracking import MlflowClient
+
+SELECTIONS = "selections"
+"""Folder of a run's artifacts that holds its selection records."""
+
+QUESTIONS = "predictions.json"
+"""Artifact with the table of a run's answers, a row for each validation and question: ``step``, ``id``, ``question``,
+``gold`` and, for each attention (``LRSA`` is the run's own), the answer under its name and the score (``LRSA F1``)."""
+
+MEASURES = {
+    "f1": "val/f1",
+    "em": "val/em",
+    "loss": "val/loss",
+    "step_seconds": "perf/step_seconds",
+    "peak_memory_gib": "perf/peak_memory_gib",
+}
+"""Columns of a table of runs, and the metrics that they show."""
+
+RULE = ["model", "lag_size", "top_k"]
+"""Runs with equal values here are repetitions of one another."""
+
+_SQLITE = "sqlite:///"
+_DEFAULT = Path("runs/mlflow.db")
+
+
+class Interval(NamedTuple):
+    """A mean and the middle 95 % of what resampling gives."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def open_store(uri: str | None = None) -> MlflowClient:
+    """The store of the runs.
+
+    Args:
+        uri: a tracking URI; by default MLFLOW_TRACKING_URI, else ``runs/mlflow.db`` in this folder or one above.
+
+    Raises:
+        UserError: the file does not exist.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _nearest_store()
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
+        raise UserError(f"tracking_uri: {uri} does not exist; record a run first, or name another store")
+    # Downloads of some kilobytes need no progress bars, and tqdm misses ipywidgets in a notebook.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from mlflow.tracking import MlflowClient
+    return MlflowClient(uri)
+
+
+def find_experiment(store: MlflowClient, name: str) -> Experiment:
+    """An experiment by its name.
+
+    Raises:
+        UserError: there is none; the message lists the nearest names.
+    """
+    found = store.get_experiment_by_name(name)
+    if found is None:
+        raise UserError(_unknown("experiment", name, [each.name for each in store.search_experiments()]))
+    return found
+
+
+def find_run(store: MlflowClient, experiment: str, name: str) -> Run:
+    """A run by its name or id; of several runs of one name the latest.
+
+    Raises:
+        UserError: there is none; the message lists the nearest names.
+    """
+    runs = _runs(store, experiment)
+    for run in runs:
+        if name in (run.info.run_name, run.info.run_id):
+            return run
+    raise UserError(_unknown("run", name, [run.info.run_name for run in runs]))
+
+
+def latest_with_selections(store: MlflowClient, experiment: str) -> Run:
+    """The latest run that recorded selections.
+
+    Raises:
+        UserError: none did.
+    """
+    for run in _runs(store, experiment):
+        if store.list_artifacts(run.info.run_id, SELECTIONS):
+            return run
+    raise UserError(
+        f"experiment: no run of {experiment!r} recorded selections; "
+        "train with --config configs/experiment/selections.yaml"
+    )
+
+
+def selections(store: MlflowClient, run: Run, *, model: str | None = None) -> list[SelectionRecord]:
+    """The selections of a run, by step: the first before training, the last after it.
+
+    Args:
+        store: where the run is.
+        run: the run.
+        model: name or digest of the model that they must be of; None takes any.
+
+    Raises:
+        UserError: it recorded none, or they cannot be read.
+    """
+    found = [item.path for item in store.list_artifacts(run.info.run_id, SELECTIONS) if item.path.endswith(".npz")]
+    if not found:
+        raise UserError(f"run: {run.info.run_name} recorded no selections")
+    paths = [Path(store.download_artifacts(run.info.run_id, path)) for path in found]
+    return sorted((SelectionRecord.load(path, model=model) for path in paths), key=lambda record: record.step)
+
+
+def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
+    """The validated runs of an experiment, latest first: a row each, by run id.
+
+    Columns: ``name``, ``model`` (``-dense`` where it was trained so), ``lag_size``, ``top_k``, ``kept_share`` (K/L),
+    ``seed`` and those of :data:`MEASURES`, NaN where a run did not record one.
+
+    Raises:
+        UserError: no such experiment, or no run in it has a validation.
+    """
+    runs = _runs(store, experiment)
+    rows = {run.info.run_id: _row(run) for run in runs if MEASURES["f1"] in run.data.metrics}
+    if not rows:
+        raise UserError(f"experiment: none of the {len(runs)} runs of {experiment!r} has recorded {MEASURES['f1']}")
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = "LRSA") -> pd.DataFrame:
+    """What each run answered at its last validation, by run id and question id.
+
+    Columns: ``question``, ``gold``, ``prediction``, ``f1``.
+
+    Args:
+        store: where the runs are.
+        runs: run ids.
+        attention: under which attention, by its name in ``model.evaluate``; ``LRSA`` is the run's own rule.
+
+    Raises:
+        UserError: a run recorded no answers, or none under that attention.
+    """
+    tables = {}
+    for run_id in runs:
+        if QUESTIONS not in [item.path for item in store.list_artifacts(run_id)]:
+            raise UserError(f"run: {run_id} has no artifact {QUESTIONS}, so its questions cannot be compared")
+        # Not by pandas' own reader, which takes answers such as 1911 for numbers.
+        rows = pd.DataFrame(**json.loads(Path(store.download_artifacts(run_id, QUESTIONS)).read_text(encoding="utf-8")))
+        columns = {attention: "prediction", f"{attention} F1": "f1"}
+        if not columns.keys() <= set(rows.columns):
+            raise UserError(f"run: {run_id} recorded no answers under the attention {attention!r}")
+        last = rows[rows["step"] == rows["step"].max()].rename(columns=columns).set_index("id")
+        tables[run_id] = last[["question", "gold", "prediction", "f1"]]
+    return pd.concat(tables, names=["run", "id"])
+
+
+def shared_scores(answers: pd.DataFrame) -> pd.DataFrame:
+    """F1 of each run (R) on the questions (Q) that all of them answered.
+
+    Raises:
+        UserError: they share no question.
+    """
+    scores = answers["f1"].unstack("run").dropna().T
+    if scores.shape[1] == 0:
+        raise UserError("runs: they have no question in common; compare runs on the same data")
+    return scores
+
+
+def by_rule(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """A row for each model and rule: F1 over seeds and questions with its interval, and means of the other measures.
+
+    Args:
+        runs: as :func:`table` gives it.
+        scores: (R, Q), as :func:`shared_scores` gives it.
+    """
+    rows = []
+    for key, group in runs.loc[scores.index].groupby(RULE, sort=True):
+        interval = bootstrap(scores.loc[group.index].to_numpy())
+        means = group[[name for name in MEASURES if name != "f1"]].mean()
+        rows.append(
+            {**dict(zip(RULE, key, strict=True)), "kept_share": group["kept_share"].iloc[0], "runs": len(group)}
+            | {"f1": interval.mean, "f1_low": interval.low, "f1_high": interval.high, **means}
+        )
+    return pd.DataFrame(rows)
+
+
+def differences(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """A row for each two rules: the first's F1 less the second's, on the same questions, with its interval."""
+    groups = {key: scores.loc[group.index].to_numpy() for key, group in runs.loc[scores.index].groupby(RULE, sort=True)}
+    keys, rows = list(groups), []
+    for index, one in enumerate(keys):
+        for other in keys[index + 1 :]:
+            interval = paired_bootstrap(groups[one], groups[other])
+            rows.append({"first": rule_name(one), "second": rule_name(other), **interval._asdict()})
+    return pd.DataFrame(rows, columns=["first", "second", *Interval._fields])
+
+
+def answered_by_one(answers: pd.DataFrame, first: str, second: str, *, threshold: float = 0.5) -> pd.DataFrame:
+    """The questions that exactly one of two runs answers, with both answers.
+
+    Args:
+        answers: as :func:`questions` gives it.
+        first: a run id.
+        second: another.
+        threshold: a question is answered from this F1 on.
+    """
+    one, other = answers.loc[first], answers.loc[second, ["prediction", "f1"]]
+    both = one.join(other, how="inner", lsuffix="_first", rsuffix="_second")
+    answered = both[["f1_first", "f1_second"]] >= threshold
+    return both[answered["f1_first"] != answered["f1_second"]].sort_values("f1_first")
+
+
+def rule_name(key: Sequence[Any]) -> str:
+    """A readable name of a model and rule."""
+    model, lag_size, top_k = key
+    return f"{model} L{lag_size} K{top_k}"
+
+
+def bootstrap(scores: NDArray[np.float64], *, draws: int = 2000, seed: int = 0) -> Interval:
+    """Mean of scores (R, Q) and its interval, drawing seeds and questions with replacement."""
+    rng = np.random.default_rng(seed)
+    return _interval(scores.mean(), _resampled(scores, _weights(rng, draws, scores.shape[1]), rng))
+
+
+def paired_bootstrap(
+    first: NDArray[np.float64], second: NDArray[np.float64], *, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean of first (R, Q) less that of second (R', Q) and its interval.
+
+    Each draw takes the same questions on both sides, which removes what makes a question easy for both. Seeds are drawn
+    apart, because equal seeds of two rules have nothing in common.
+    """
+    if first.shape[1] != second.shape[1]:
+        raise UserError(f"scores: of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones")
+    rng = np.random.default_rng(seed)
+    questions = _weights(rng, draws, first.shape[1])
+    drawn = _resampled(first, questions, rng) - _resampled(second, questions, rng)
+    return _interval(first.mean() - second.mean(), drawn)
+
+
+def _weights(rng: np.random.Generator, draws: int, count: int) -> NDArray[np.float64]:
+    """(draws, count): how often each of ``count`` items is drawn with replacement, as shares."""
+    return rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
+
+
+def _resampled(
+    scores: NDArray[np.float64], questions: NDArray[np.float64], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """(draws,) means of scores (R, Q) under weights of the questions (draws, Q) and fresh ones of the runs."""
+    runs = _weights(rng, len(questions), len(scores))
+    means: NDArray[np.float64] = ((runs @ scores) * questions).sum(axis=1)
+    return means
+
+
+def _interval(mean: Any, drawn: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(float(mean), float(low), float(high))
+
+
+def _runs(store: MlflowClient, experiment: str) -> list[Run]:
+    """The runs of an experiment, latest first, at least one."""
+    found = find_experiment(store, experiment)
+    pages = list(_pages(store, found.experiment_id))
+    if not pages:
+        raise UserError(f"experiment: {experiment!r} has no runs yet")
+    return pages
+
+
+def _pages(store: MlflowClient, experiment_id: str) -> Iterator[Run]:
+    token = None
+    while True:
+        page = store.search_runs([experiment_id], order_by=["attributes.start_time DESC"], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _row(run: Run) -> dict[str, Any]:
+    params, metrics = run.data.params, run.data.metrics
+    lag_size, top_k = (int(params[f"model.lrsa.{name}"]) for name in ("lag_size", "top_k"))
+    model = params["model.backbone.source"].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+    if params.get("model.train_attention") == "None":
+        model += "-dense"
+    return {
+        "name": run.info.run_name,
+        "model": model,
+        "lag_size": lag_size,
+        "top_k": top_k,
+        "kept_share": top_k / lag_size,
+        "seed": run.data.tags.get("seed"),
+        **{column: metrics.get(metric, np.nan) for column, metric in MEASURES.items()},
+    }
+
+
+def _nearest_store() -> str:
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / _DEFAULT).is_file():
+            return f"{_SQLITE}{folder / _DEFAULT}"
+    raise UserError(f"tracking_uri: no {_DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI")
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    if not known:
+        return f"{kind}: {name!r} does not exist, and there are none yet"
+    nearest = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0) or list(known)[:3]
+    return f"{kind}: {name!r} does not exist; the nearest are {', '.join(map(repr, nearest))}"

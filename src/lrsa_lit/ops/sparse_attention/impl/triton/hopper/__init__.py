@@ -1,0 +1,50 @@
+"""Warp-specialised kernels for Hopper GPUs in Gluon, Triton's lower-level language: forward, dQ, dK and dV.
+
+:func:`suits` decides what goes to them; everything else runs the plain kernels, to the same accuracy. Gluon is
+experimental, and so only versions of Triton that the kernels were run with are let in.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import expressible
+
+__all__ = ["CHECKED", "DIM", "ENOUGH", "forward", "keys", "queries", "suits"]
+
+CHECKED = triton.__version__.startswith("3.6.")
+"""Whether the kernels were run with this version of Triton."""
+
+if CHECKED:
+    from lrsa_lit.ops.sparse_attention.impl.triton.hopper import forward, keys, queries
+
+DIM = 128
+"""The head size that the kernels are faster for; at 64 the plain ones are."""
+
+ENOUGH = 1 << 18
+"""Rows of queries of all heads below which the plain kernels are faster: a program here lives for many tiles."""
+
+
+def suits(query: Tensor, *sources: Tensor) -> bool:
+    """Whether a call goes to these kernels.
+
+    That takes a Hopper device, a Triton that they were run with, 16 bits, a head size and a number of rows that they
+    are faster for, and tensors that the copy engine can express; compact buffers may be empty.
+
+    Args:
+        query: (B, Hq, Tq, D).
+        sources: all other tensors that are loaded in blocks.
+    """
+    if not CHECKED or query.shape[3] != DIM or query.numel() < ENOUGH * DIM or not query.is_cuda:
+        return False
+    fits = _is_hopper(query.device) and query.dtype in (torch.bfloat16, torch.float16)
+    return fits and all(expressible(tensor) or not tensor.numel() for tensor in (query, *sources))
+
+
+@functools.lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)

@@ -1,0 +1,366 @@
+"""dK and dV of the compact buffer on Hopper, in Gluon: one warp loads, two warpgroups own half a tile of keys each.
+
+One program per multiprocessor walks tiles of 128 keys. Its *producer* warp loads a tile's keys and values once, and
+blocks of queries and output gradients, with their denominators and deltas, as far ahead as the ring of buffers reaches.
+Its two *consumers* add what each block gives to dK and dV of their 64 keys, in registers. Scores stand transposed:
+keys are the rows, so that powers and the gradients of scores are left operands of the next products as they stand. The
+powers' gradients are multiplied while a consumer computes the powers, and dV while it computes the gradients of the
+scores; at the end of a block, where it waits for dK, the other one's products keep the tensor cores busy.
+
+Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
+Names in the kernel are explained in shared.py.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
+    HALF,
+    around,
+    clear,
+    count_rounds,
+    descriptor,
+    first_seen_by,
+    masked_block,
+    multiprocessors,
+    place,
+    split_blocks,
+)
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, sequence_table
+from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+    COLUMNS,
+    COMPACT_ROW,
+    PARTITIONS,
+    QUERY_FROM,
+    QUERY_ROW,
+    QUERY_TO,
+)
+from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile
+
+TILE = Tile(128, 64, 4, 4)
+"""Warps are those of one consumer."""
+
+_INTEGERS = [
+    "n_work", "n_batch_heads", "heads", "group", "n_splits", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"
+]  # fmt: skip
+
+
+def launch(
+    query: Tensor,
+    compact_key: Tensor,
+    compact_value: Tensor,
+    output_grad: Tensor,
+    denominator: Tensor,
+    delta: Tensor,
+    partial: tuple[Tensor, Tensor],
+    table: Tensor,
+    geometry: Geometry,
+    scale_log2: float,
+    scale: float,
+) -> None:
+    """Fill ``partial``; the tensors are those of ``key_gradient.key_gradient``, all fit for the copy engine."""
+    batch, query_heads, queries, dim = query.shape
+    heads, rows = compact_key.shape[1:3]
+    splits = partial[0].shape[0]
+    n_work = len(table) * batch * heads * splits
+    _hopper_kernel[(min(n_work, multiprocessors(query.device)),)](
+        *(descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
+        *(descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),
+        denominator,
+        delta,
+        *partial,
+        table,
+        sequence_table(geometry, query.device),
+        n_work,
+        batch * heads,
+        heads,
+        query_heads // heads,
+        splits,
+        queries,
+        rows,
+        *geometry.rule,
+        scale_log2,
+        scale,
+        DIM=dim,
+        BLOCK_M=TILE.columns,
+        STAGES=TILE.stages,
+        num_warps=TILE.warps,
+    )
+
+
+@gluon.jit(do_not_specialize=_INTEGERS)
+def _hopper_kernel(
+    d_key,
+    d_value,
+    d_query,
+    d_gradient,
+    p_denominator,
+    p_delta,
+    p_key_grad,
+    p_value_grad,
+    p_tiles,
+    p_sequences,
+    n_work,
+    n_batch_heads,
+    heads,
+    group,
+    n_splits,
+    n_queries,
+    n_rows,
+    sink,
+    lag,
+    keep,
+    chunk,
+    scale_log2,
+    scale,
+    DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Allocate buffers and barriers, then run the three roles side by side."""
+    # One tile's keys and values, of two consumers each.
+    s_key = gl.allocate_shared_memory(d_key.dtype, [2, 1, 1, HALF, DIM], d_key.layout)
+    s_value = gl.allocate_shared_memory(d_value.dtype, [2, 1, 1, HALF, DIM], d_value.layout)
+    s_query = gl.allocate_shared_memory(d_query.dtype, [STAGES, 1, 1, BLOCK_M, DIM], d_query.layout)
+    s_gradient = gl.allocate_shared_memory(d_gradient.dtype, [STAGES, 1, 1, BLOCK_M, DIM], d_gradient.layout)
+    scalar_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    s_denominator = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
+    key_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    key_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    block_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    block_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(key_full.index(i), count=1)
+        mbarrier.init(key_free.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        # The copy engine's bytes, and each of the producer's 32 threads for what it copies itself.
+        mbarrier.init(block_full.index(i), count=33)
+        mbarrier.init(block_free.index(i), count=2)
+    fence_async_shared()
+
+    buffers = (s_key, s_value, s_query, s_gradient, s_denominator, s_delta)
+    barriers = (key_full, key_free, block_full, block_free)
+    work = (p_tiles, p_sequences, n_work, n_batch_heads, heads, group, n_splits)
+    rule = (sink, lag, keep, chunk)
+    scalars = (p_denominator, p_delta, n_queries)
+    results = (p_key_grad, p_value_grad, n_rows, scale)
+    descriptors = (d_key, d_value, d_query, d_gradient)
+    gl.warp_specialize(
+        [
+            (_consume, (0, buffers, barriers, work, rule, results, scale_log2)),
+            (_consume, (1, buffers, barriers, work, rule, results, scale_log2)),
+            (_produce, (buffers, barriers, descriptors, scalars, work, rule)),
+        ],
+        [4, 1],
+        # Of 504 registers for a thread of each warpgroup the first consumer gets what these leave: 240.
+        [240, 24],
+    )
+
+
+@gluon.jit
+def _tile(i_round, work):
+    """Batch x head, split, row of the sequence table, and first column of the tile that a round brings."""
+    p_tiles, p_sequences, _, n_batch_heads, _, _, n_splits = work
+    i_work = i_round * gl.num_programs(0) + place(i_round)
+    n_programs = n_batch_heads * n_splits
+    p_tile = p_tiles + i_work // n_programs * 2
+    i_program = i_work % n_programs
+    p_sequence = p_sequences + gl.load(p_tile) * COLUMNS
+    return i_program // n_splits, i_program % n_splits, p_sequence, gl.load(p_tile + 1)
+
+
+@gluon.jit
+def _blocks(p_sequence, i_first, work, rule, BLOCK_M: gl.constexpr):
+    """How the queries that see the tile are cut: numbers of full and of masked blocks of all heads; cuts.
+
+    There is at least one: no row stands in the buffer before a query sees it.
+    """
+    sink, lag, keep, chunk = rule
+    i_end_row = gl.minimum(i_first + 2 * HALF, sink + gl.load(p_sequence + PARTITIONS) * keep)
+    i_stop = gl.load(p_sequence + QUERY_TO)
+    i_start = gl.maximum(first_seen_by(i_first, sink, lag, keep, chunk, True), gl.load(p_sequence + QUERY_FROM))
+    i_full_from = first_seen_by(i_end_row - 1, sink, lag, keep, chunk, True)
+    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_stop, i_stop, BLOCK_M)
+    n_group = work[5] // work[6]
+    n_full = (i_end - i_begin) // BLOCK_M
+    n_masked = n_masked // BLOCK_M
+    return n_group * n_full, n_group * n_masked, (n_full, n_masked, i_start, i_begin, i_end, i_stop)
+
+
+@gluon.jit
+def _full_block(i_block, cuts, BLOCK_M: gl.constexpr):
+    """Which of the tile's heads a full block belongs to, and its first query.
+
+    Backwards: programs that run together then start at the same queries, the last ones, and share them in L2.
+    """
+    n_full, _, _, _, i_end, _ = cuts
+    return i_block // n_full, i_end - (i_block % n_full + 1) * BLOCK_M
+
+
+@gluon.jit
+def _partial_block(i_block, cuts, BLOCK_M: gl.constexpr):
+    """The same for a masked block."""
+    _, n_masked, i_start, i_begin, i_end, _ = cuts
+    return i_block // n_masked, masked_block(i_block % n_masked * BLOCK_M, i_start, i_begin, i_end)
+
+
+@gluon.jit
+def _produce(buffers, barriers, descriptors, scalars, work, rule):
+    """Load what the consumers read, in the order in which they read it."""
+    s_key, s_value, s_query, s_gradient, s_denominator, s_delta = buffers
+    key_full, key_free, block_full, block_free = barriers
+    d_key, d_value, d_query, d_gradient = descriptors
+    p_denominator, p_delta, n_queries = scalars
+    n_stages: gl.constexpr = s_query.shape[0]
+    n_block: gl.constexpr = s_query.shape[3]
+    o_m = gl.arange(0, n_block, gl.BlockedLayout([1], [32], [1], [0]))
+    i_step = 0
+    for i_round in range(count_rounds(work[2])):
+        i_bh, i_split, p_sequence, i_first = _tile(i_round, work)
+        n_full, n_masked, cuts = _blocks(p_sequence, i_first, work, rule, n_block)
+        heads, group = work[4], work[5]
+        i_b, i_h = i_bh // heads, i_bh % heads
+        i_row = gl.load(p_sequence + COMPACT_ROW) + i_first
+        for i_half in gl.static_range(2):
+            b_full = key_full.index(i_half)
+            mbarrier.wait(key_free.index(i_half), (i_round & 1) ^ 1)
+            mbarrier.expect(b_full, d_key.block_type.nbytes + d_value.block_type.nbytes)
+            i_half_row = i_row + i_half * HALF
+            tma.async_copy_global_to_shared(d_key, [i_b, i_h, i_half_row, 0], b_full, s_key.index(i_half))
+            tma.async_copy_global_to_shared(d_value, [i_b, i_h, i_half_row, 0], b_full, s_value.index(i_half))
+        i_query_row = gl.load(p_sequence + QUERY_ROW)
+        i_group = i_h * group + i_split * (group // work[6])
+        for i_block in range(n_full + n_masked):
+            if i_block < n_full:
+                i_head, i_m = _full_block(i_block, cuts, n_block)
+            else:
+                i_head, i_m = _partial_block(i_block - n_full, cuts, n_block)
+            i_head += i_group
+            i_buffer, i_parity = around(i_step, n_stages)
+            b_full = block_full.index(i_buffer)
+            mbarrier.wait(block_free.index(i_buffer), i_parity ^ 1)
+            mbarrier.expect(b_full, d_query.block_type.nbytes + d_gradient.block_type.nbytes)
+            i_m_row = i_query_row + i_m
+            tma.async_copy_global_to_shared(d_query, [i_b, i_head, i_m_row, 0], b_full, s_query.index(i_buffer))
+            tma.async_copy_global_to_shared(d_gradient, [i_b, i_head, i_m_row, 0], b_full, s_gradient.index(i_buffer))
+            # Rows start anywhere, and the copy engine only where 16 bytes do.
+            i_scalar = (i_b * heads * group + i_head).to(gl.int64) * n_queries + i_m_row
+            m_m = i_m + o_m < cuts[5]
+            async_copy.async_copy_global_to_shared(
+                s_denominator.index(i_buffer), p_denominator + i_scalar + o_m, mask=m_m
+            )
+            async_copy.async_copy_global_to_shared(s_delta.index(i_buffer), p_delta + i_scalar + o_m, mask=m_m)
+            async_copy.mbarrier_arrive(b_full, increment_count=False)
+            i_step += 1
+
+
+@gluon.jit
+def _consume(WHICH: gl.constexpr, buffers, barriers, work, rule, results, scale_log2):
+    """dK and dV of half of every tile."""
+    s_key, s_value, s_query = buffers[:3]
+    key_full, key_free, block_full, block_free = barriers
+    n_stages: gl.constexpr = s_query.shape[0]
+    n_block: gl.constexpr = s_query.shape[3]
+    n_dim: gl.constexpr = s_query.shape[4]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_dim, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_block, 16])
+    s_keys = s_key.index(WHICH).reshape([HALF, n_dim])
+    s_values = s_value.index(WHICH).reshape([HALF, n_dim])
+    sink, lag, keep, chunk = rule
+    i_step = 0
+    for i_round in range(count_rounds(work[2])):
+        i_bh, i_split, p_sequence, i_first = _tile(i_round, work)
+        n_full, n_masked, cuts = _blocks(p_sequence, i_first, work, rule, n_block)
+        b_key_grad = gl.zeros([HALF, n_dim], gl.float32, layout)
+        b_value_grad = gl.zeros([HALF, n_dim], gl.float32, layout)
+        mbarrier.wait(key_full.index(WHICH), i_round & 1)
+        for _ in range(n_full):
+            i_buffer, i_parity = around(i_step, n_stages)
+            mbarrier.wait(block_full.index(i_buffer), i_parity)
+            b_key_grad, b_value_grad = _step(
+                i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_log2, None, 0
+            )
+            mbarrier.arrive(block_free.index(i_buffer))
+            i_step += 1
+        o_n = i_first + WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, score_layout))
+        o_seen = first_seen_by(o_n, sink, lag, keep, chunk, True)
+        for i_block in range(n_masked):
+            i_m = _partial_block(i_block, cuts, n_block)[1]
+            # Queries from here on in the block belong to another sequence, or to nobody.
+            n_own = cuts[5] - i_m
+            i_buffer, i_parity = around(i_step, n_stages)
+            mbarrier.wait(block_full.index(i_buffer), i_parity)
+            b_key_grad, b_value_grad = _step(
+                i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_log2, o_seen - i_m, n_own
+            )
+            mbarrier.arrive(block_free.index(i_buffer))
+            i_step += 1
+        mbarrier.arrive(key_free.index(WHICH))
+        _store(b_key_grad * results[3], b_value_grad, WHICH, i_bh, i_split, p_sequence, i_first, work, rule, results)
+
+
+@gluon.jit
+def _step(i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_log2, o_seen, n_own):
+    """Add what one block of queries gives to dK (before the scale) and dV, as ``key_gradient._key_block``.
+
+    Key n is seen by the block's queries ``o_seen[n]`` … ``n_own``; by all of them if ``o_seen`` is None.
+    """
+    s_query, s_gradient, s_denominator, s_delta = buffers[2:]
+    n_block: gl.constexpr = s_query.shape[3]
+    n_dim: gl.constexpr = s_query.shape[4]
+    dtype: gl.constexpr = s_query.dtype
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_block, 16])
+    left_layout: gl.constexpr = gl.DotOperandLayout(0, b_key_grad.type.layout, 2)
+    column_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
+    s_queries = s_query.index(i_buffer).reshape([n_block, n_dim])
+    s_gradients = s_gradient.index(i_buffer).reshape([n_block, n_dim])
+    if o_seen is not None and n_own < n_block:
+        clear(s_queries, n_own)
+        clear(s_gradients, n_own)
+    # [HALF, n_block]
+    b_zero = gl.zeros([HALF, n_block], gl.float32, score_layout)
+    b_score = warpgroup_mma(s_keys, s_queries.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+    b_share = warpgroup_mma(s_values, s_gradients.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+    b_denominator = s_denominator.index(i_buffer).load(column_layout)
+    b_score = warpgroup_mma_wait(1, deps=[b_score])
+    b_power = gl.exp2(b_score * scale_log2 - b_denominator[None, :])
+    if o_seen is not None:
+        o_m = gl.arange(0, n_block, column_layout)
+        b_power = gl.where((o_m[None, :] >= o_seen[:, None]) & (o_m < n_own)[None, :], b_power, 0.0)
+    b_left = gl.convert_layout(b_power.to(dtype), left_layout)
+    b_value_grad = warpgroup_mma(b_left, s_gradients, b_value_grad, is_async=True)
+    b_delta = s_delta.index(i_buffer).load(column_layout)
+    b_share = warpgroup_mma_wait(1, deps=[b_share])
+    b_left = gl.convert_layout((b_power * (b_share - b_delta[None, :])).to(dtype), left_layout)
+    b_key_grad = warpgroup_mma(b_left, s_queries, b_key_grad, is_async=True)
+    return warpgroup_mma_wait(0, deps=[b_key_grad, b_value_grad])
+
+
+@gluon.jit
+def _store(b_key_grad, b_value_grad, WHICH: gl.constexpr, i_bh, i_split, p_sequence, i_first, work, rule, results):
+    """Store the rows of the consumer's keys that belong to the sequence."""
+    p_key_grad, p_value_grad, n_rows, _ = results
+    sink, _, keep, _ = rule
+    n_dim: gl.constexpr = b_key_grad.shape[1]
+    layout: gl.constexpr = b_key_grad.type.layout
+    o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
+    i_first += WHICH * HALF
+    m_row = i_first + o_row < sink + gl.load(p_sequence + PARTITIONS) * keep
+    i_row = (i_split * work[3] + i_bh).to(gl.int64) * n_rows + gl.load(p_sequence + COMPACT_ROW) + i_first
+    # Straight from where the products leave them: four threads fill a sector, and shared memory is full.
+    o_rows = (o_row * n_dim)[:, None] + o_dim[None, :]
+    gl.store(p_key_grad + i_row * n_dim + o_rows, b_key_grad, mask=m_row[:, None])
+    gl.store(p_value_grad + i_row * n_dim + o_rows, b_value_grad, mask=m_row[:, None])

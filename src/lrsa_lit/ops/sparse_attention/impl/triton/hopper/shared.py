@@ -1,0 +1,123 @@
+"""What the Hopper kernels share: how a program walks its tiles, and how a tile of queries is cut into blocks of keys.
+
+Prefixes of kernel locals are those of primitives.py, and s a buffer in shared memory. ``*_full`` and ``*_free`` are the
+barriers at which a buffer is handed to the consumers and back; both count how often it went round.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lrsa_lit.ops.sparse_attention.impl.triton import primitives
+from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COLUMNS, QUERY_FROM, QUERY_TO
+
+HALF = gl.constexpr(64)
+"""Queries of a consumer: the rows of one warpgroup's product."""
+
+visible_range = gluon.jit(primitives.visible_range.fn)
+split_blocks = gluon.jit(primitives.split_blocks.fn)
+masked_block = gluon.jit(primitives.masked_block.fn)
+first_seen_by = gluon.jit(primitives.first_seen_by.fn)
+
+_ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at a time: one on each multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """For blocks of rows of one head of (B, H, T, D)."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, tensor.shape[3]], _ROWS)
+
+
+@gluon.jit
+def place(i_round):
+    """Which of a round's tiles this program takes: there and back, as tiles are sorted by length."""
+    return gl.where(i_round % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def count_rounds(n_work):
+    """Number of tiles that this program takes."""
+    n_whole = n_work // gl.num_programs(0)
+    return n_whole + (place(n_whole) < n_work % gl.num_programs(0)).to(gl.int32)
+
+
+@gluon.jit
+def tile_of(i_round, work):
+    """Batch, query head, row of the sequence table, first position, and the tile's queries [low, high)."""
+    p_tiles, p_sequences, n_work, n_batch_heads, heads = work
+    # The next tile is looked up before it is known whether there is one.
+    i_work = gl.minimum(i_round * gl.num_programs(0) + place(i_round), n_work - 1)
+    i_tile, i_bh = i_work // n_batch_heads, i_work % n_batch_heads
+    p_sequence = p_sequences + gl.load(p_tiles + i_tile * 2) * COLUMNS
+    i_first = gl.load(p_tiles + i_tile * 2 + 1)
+    i_low = gl.maximum(i_first, gl.load(p_sequence + QUERY_FROM))
+    i_high = gl.minimum(i_first + 2 * HALF, gl.load(p_sequence + QUERY_TO))
+    return i_bh // heads, i_bh % heads, p_sequence, i_first, i_low, i_high
+
+
+@gluon.jit
+def blocks_of(i_low, i_high, rule, BLOCK_N: gl.constexpr):
+    """How the tile's sources are cut: numbers of full blocks, of all, of compact ones among full and masked; raw cuts.
+
+    Full blocks come first, and compact ones before raw ones in both.
+    """
+    sink, lag, keep, chunk = rule
+    _, i_full_to = visible_range(i_low, sink, lag, keep, chunk, True)
+    _, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, True)
+    n_compact_full = i_full_to // BLOCK_N
+    n_compact_masked = (i_stop - n_compact_full * BLOCK_N + BLOCK_N - 1) // BLOCK_N
+    i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, False)
+    i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, False)
+    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
+    n_full = n_compact_full + (i_end - i_begin) // BLOCK_N
+    n_all = n_full + n_compact_masked + n_masked // BLOCK_N
+    return n_full, n_all, (n_compact_full, n_compact_masked, i_start, i_begin, i_end)
+
+
+@gluon.jit
+def block_at(i_block, n_full, cuts, BLOCK_N: gl.constexpr):
+    """Whether the tile's block lies in the compact buffer, and its first column there or in the raw tokens."""
+    n_compact_full, n_compact_masked, i_start, i_begin, i_end = cuts
+    i_masked = i_block - n_full
+    i_raw = masked_block((i_masked - n_compact_masked) * BLOCK_N, i_start, i_begin, i_end)
+    m_full = i_block < n_full
+    m_compact = gl.where(m_full, i_block < n_compact_full, i_masked < n_compact_masked)
+    i_compact = gl.where(m_full, i_block, n_compact_full + i_masked) * BLOCK_N
+    i_raw = gl.where(m_full, i_begin + (i_block - n_compact_full) * BLOCK_N, i_raw)
+    return m_compact, gl.where(m_compact, i_compact, i_raw)
+
+
+@gluon.jit
+def around(i_step, STAGES: gl.constexpr):
+    """Buffer of a step, and the parity of how often it went round."""
+    return i_step % STAGES, (i_step // STAGES) & 1
+
+
+@gluon.jit
+def clear(s_rows, count):
+    """Zero the rows from ``count`` on: powers of zero do not hide what is not finite there.
+
+    Both consumers do this, each before its own product, and write the same bits.
+    """
+    n_rows: gl.constexpr = s_rows.shape[0]
+    n_dim: gl.constexpr = s_rows.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // n_dim, n_dim // 8], [4, 1], [1, 0])
+    for i_row in gl.static_range(0, n_rows, 32):
+        s_part = s_rows.slice(i_row, 32)
+        b_rows = s_part.load(layout)
+        o_row = i_row + gl.arange(0, 32, gl.SliceLayout(1, layout))
+        s_part.store(gl.where((o_row < count)[:, None], b_rows, gl.zeros_like(b_rows)))
+    fence_async_shared()
+    gl.thread_barrier()

@@ -1,0 +1,36 @@
+"""What launches hand over: the tensors that the backward reads, and descriptors for the copy engine (TMA)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = 1.4426950408889634
+"""Scores times this are exponents of 2, the base that the hardware has."""
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward; shapes as in ``forward.attend_forward``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    compact_key: Tensor
+    compact_value: Tensor
+    output: Tensor
+    denominator: Tensor
+
+
+def row_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """A TMA descriptor for blocks of rows of one head of (B, H, T, D); None where the copy engine cannot express it."""
+    if not expressible(tensor):
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
+
+
+def expressible(tensor: Tensor) -> bool:
+    """Whether the copy engine can express blocks of rows of the tensor."""
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:3])
+    return aligned and tensor.numel() > 0 and 0 not in tensor.stride()

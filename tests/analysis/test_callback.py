@@ -1,0 +1,116 @@
+"""The callback, by runs of the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
+from helpers import one_line
+from transformers import LlamaModel
+
+from lrsa_lit.analysis.callback import CaptureSelections
+from lrsa_lit.analysis.capture import record
+from lrsa_lit.analysis.metrics import survival
+from lrsa_lit.analysis.record import SelectionRecord
+from lrsa_lit.attention import enable
+from lrsa_lit.cli import main
+from lrsa_lit.data.collate import collate
+from lrsa_lit.data.prompts import encode
+from lrsa_lit.data.records import read_records
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.checkpoint import load_trained
+from lrsa_lit.models.tiny import tiny_tokenizer
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.paths import shipped
+
+CAPTURE = ["--config", "configs/experiment/selections.yaml"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["lrsa"])
+
+
+def test_before_and_after_training_are_artifacts_and_metrics(tmp_path):
+    main(["fit", *DEBUG, *CAPTURE])
+    (run,) = recorded_runs(tmp_path / "runs/mlflow.db", "debug")
+    folder = next((tmp_path / "runs/artifacts").rglob("selections"))
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        f"step00000{step}{kind}" for step in (0, 4) for kind in (".npz", "-positions.png", "-survival.png")
+    )
+    before, after = (SelectionRecord.load(folder / f"step00000{step}.npz", model="tiny") for step in (0, 4))
+    assert (before.step, after.step) == (0, 4)
+
+    found = survival(after, "gold")
+    metrics = {name: value for name, value in run.data.metrics.items() if name.startswith("selection/")}
+    assert metrics["selection/gold_kept"] == pytest.approx(found.mean)
+    assert metrics["selection/gold_kept_anywhere"] == pytest.approx(found.anywhere)
+    assert metrics["selection/answer_kept"] == pytest.approx(survival(after, "answer").mean)
+    assert metrics["selection/chance"] == 0.25
+    assert metrics["selection/chance_anywhere"] == pytest.approx(1 - 0.75**4)
+
+    # The weights that the run saved keep what the run says, under its rule and not under a training one.
+    model = enable(load_trained(next((tmp_path / "runs").rglob("last.ckpt"))).build(), LRSAConfig(4, 32, 8))
+    examples = [encode(each, tiny_tokenizer(), 4096) for each in read_records(shipped("data/sample.jsonl"))]
+    again = record(model, [collate(examples, 2)], tiny_tokenizer(), name="tiny", step=4)
+    for ours, theirs in zip(again.samples, after.samples, strict=True):
+        assert (ours.id, ours.gold_spans, ours.answer_spans) == (theirs.id, theirs.gold_spans, theirs.answer_spans)
+        np.testing.assert_array_equal(ours.positions, theirs.positions)
+        np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+
+
+def forwards(monkeypatch, *arguments):
+    """Calls of the decoder in a fit."""
+    count = [0]
+    original = LlamaModel.forward
+
+    def counted(self, *args, **kwargs):
+        count[0] += 1
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", counted)
+        main(["fit", *DEBUG, *NO_LOGGER, "--data.init_args.eval_batch_size", "2", *arguments])
+    return count[0]
+
+
+def test_it_costs_a_forward_of_the_samples_and_no_other(tmp_path, monkeypatch):
+    Path("three.yaml").write_text(
+        "trainer:\n  callbacks+:\n    - class_path: lrsa_lit.analysis.callback.CaptureSelections\n"
+        "      init_args: {samples: 3, figures: false}\n"
+    )
+    without = forwards(monkeypatch)
+    assert not list(tmp_path.rglob("selections"))
+    # Three samples lie in two batches, and are recorded twice.
+    assert forwards(monkeypatch, "--config", "three.yaml") == without + 4
+    files = sorted((tmp_path / "runs/selections").iterdir())
+    assert [file.name for file in files] == ["step000000.npz", "step000004.npz"]
+    ids = [each.id for each in read_records(shipped("data/sample.jsonl"))]
+    assert [sample.id for sample in SelectionRecord.load(files[0]).samples] == ids[:3]
+
+
+def test_a_store_that_takes_no_artifacts_does_not_stop_training(tmp_path, monkeypatch, caplog):
+    from mlflow.tracking import MlflowClient
+
+    log_artifact = MlflowClient.log_artifact
+
+    def refuse(self, run_id, path, artifact_path=None):
+        if artifact_path == "selections":
+            raise ConnectionError("no route to the store")
+        log_artifact(self, run_id, path, artifact_path)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    main(["fit", *DEBUG, *CAPTURE])
+    assert len(list(tmp_path.rglob("selections/step*.npz"))) == 2
+    assert any("no route to the store" in message for message in caplog.messages)
+
+
+def test_a_number_of_samples_that_is_none():
+    with pytest.raises(UserError, match="samples: 0 is not allowed") as caught:
+        CaptureSelections(samples=0)
+    one_line(caught.value)

@@ -1,0 +1,92 @@
+"""The notebooks run on recorded runs, and the two files of each say the same."""
+
+from __future__ import annotations
+
+import sys
+
+import jupytext
+import nbformat
+import numpy as np
+import pytest
+from cli_helpers import DEBUG
+from nbclient import NotebookClient
+
+from lrsa_lit.analysis import runs
+from lrsa_lit.cli import main
+from lrsa_lit.paths import shipped
+
+NOTEBOOKS = shipped("notebooks")
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
+
+
+def read(name):
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder with the runs of two rules, one of them with two seeds and selections, and the notebooks' folder."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "notebooks").mkdir()
+    experiment = ["--trainer.logger.init_args.experiment_name", "quickstart"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LRSA_CACHE_DIR", str(folder / "cache"))
+        patch.setattr(sys, "argv", ["lrsa"])
+        selections = ["--config", "configs/experiment/selections.yaml"]
+        for options in ([], ["--seed_everything", "1"], ["--model.lrsa.top_k", "16"]):
+            capture = selections if not options else []
+            main(["fit", *DEBUG, *capture, *experiment, "--model.evaluate", "{}", *options])
+    store = runs.open_store(f"sqlite:///{folder}/runs/mlflow.db")
+    for number, run in enumerate(runs.table(store, "quickstart").index):
+        # A random model answers nothing, so its scores are drawn.
+        f1 = np.random.default_rng(number).integers(0, 2, 8).astype(float).tolist()
+        text = [f"text {n}" for n in range(8)]
+        answers = {"step": [9] * 8, "id": text, "question": text, "gold": text, "LRSA": text, "LRSA F1": f1}
+        store.log_table(run, answers, runs.QUESTIONS)
+    return folder
+
+
+def kinds_shown(notebook):
+    """The richest type of what each code cell shows."""
+    ranks = ("image/png", "text/html", "text/plain")
+    shown = [{kind for output in cell.outputs for kind in output.get("data", {})} for cell in code_cells(notebook)]
+    return [next((kind for kind in ranks if kind in kinds), None) for kinds in shown]
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_notebooks_run_on_recorded_runs(checkout, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    where = {"metadata": {"path": str(checkout / "notebooks")}}
+    done = {}
+    for name in NAMES:
+        done[name] = NotebookClient(read(name), timeout=60, kernel_name="python3", resources=where).execute()
+    image, page, text = "image/png", "text/html", "text/plain"
+    assert {name: kinds_shown(notebook) for name, notebook in done.items()} == {
+        "attention_selections": [None, text, page, image, image, page, image, image, image],
+        "compare_runs": [None, page, page, image, image, image, page, image, page, page],
+    }
+    outputs = [cell.outputs for notebook in done.values() for cell in code_cells(notebook)]
+    assert not [output for each in outputs for output in each if output.output_type == "stream"], "noise"
+    (chosen,) = code_cells(done["attention_selections"])[1].outputs
+    assert chosen["data"][text] == "('tiny-L32-K8-s0', [0, 4])"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_two_files_of_a_notebook_are_in_step(name):
+    written, kept = jupytext.read(NOTEBOOKS / f"{name}.py"), read(name)
+    cells = [[(cell.cell_type, cell.source) for cell in notebook.cells] for notebook in (written, kept)]
+    assert cells[0] == cells[1], f"run: jupytext --sync notebooks/{name}.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebooks_hold_no_outputs_and_define_nothing(name):
+    for cell in code_cells(read(name)):
+        assert cell.outputs == []
+        assert cell.execution_count is None
+        assert not [
+            line for line in cell.source.splitlines() if line.lstrip().startswith(("def ", "class ", "lambda "))
+        ]

@@ -1,0 +1,163 @@
+"""Figures show the numbers of the metrics, labelled; text cannot break out of its HTML."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lrsa_lit.analysis import metrics, plots
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+
+class Words(HTMLParser):
+    """Text and attributes of each span."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attrs = dict(attrs)
+
+    def handle_data(self, data):
+        self.words.append((data, self.attrs))
+
+
+def brightness(style):
+    red, green, blue = (int(re.search(r"background: #(\w{6})", style)[1][i : i + 2], 16) for i in (0, 2, 4))
+    return 0.3 * red + 0.6 * green + 0.1 * blue
+
+
+def test_text_is_darker_where_more_heads_kept_it(drawn):
+    record = drawn((70,))
+    sample, region = record.samples[0], record.compressed(record.samples[0])
+    shares = record.kept(sample).mean(axis=(0, 1))
+    words = Words(plots.context_html(record)).words
+    assert [text for text, _ in words] == record.tokens(sample)
+    shown = [brightness(attrs["style"]) for _, attrs in words[region]]
+    order = np.argsort(shares, kind="stable")
+    assert (np.diff(np.array(shown)[order]) <= 0).all()
+    assert len(set(shown)) == len(set(shares)) > 2
+    for t, (_, attrs) in enumerate(words):
+        assert (attrs["title"] == "never compressed") == (not region.start <= t < region.stop)
+        assert ("underline" in attrs["style"]) == any(a <= t < b for a, b in sample.gold_spans)
+        assert ("bold" in attrs["style"]) == any(a <= t < b for a, b in sample.answer_spans)
+
+
+def test_text_cannot_break_out(drawn):
+    record = drawn((30,))
+    record.texts[int(record.samples[0].token_ids[5])] = "</span><script>alert(1)</script>"
+    parsed = Words(plots.context_html(record))
+    assert set(parsed.tags) == {"div", "span"}
+
+
+def labels(figure):
+    """Every axes that draws data says what it shows."""
+    return [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes]
+
+
+@pytest.mark.parametrize("length", [70, 1500], ids=["short", "longer-than-the-screen"])
+def test_positions_shows_the_share_of_heads(drawn, length, tmp_path):
+    record = drawn((length,), rule=LRSAConfig(sink_size=2, lag_size=8, top_k=3, dense_layers=(1,)))
+    figure = plots.positions(record)
+    figure.savefig(tmp_path / "f.png")
+    marks, axes, bar = figure.axes
+    np.testing.assert_array_equal(axes.images[0].get_array(), record.kept(record.samples[0]).mean(axis=1))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2"], "layers are named, not counted"
+    assert "tokens" in axes.get_xlabel()
+    assert "share" in bar.get_ylabel()
+    spans = record.samples[0].gold_spans
+    shown = [path.vertices[:, 0] for path in marks.collections[0].get_paths()]
+    assert [(x.min() + 0.5, x.max() + 0.5) for x in shown] == list(spans)
+
+
+def test_a_sample_too_short_to_be_compressed_is_still_drawn(drawn, tmp_path):
+    record = drawn((9,))
+    assert plots.context_html(record).count("never compressed") == 9
+    for figure in (plots.positions(record), plots.survival_by_layer([record]), plots.kinds([record])):
+        figure.savefig(tmp_path / "f.png")
+        assert all(not axes.images for axes in figure.axes)
+
+
+def test_survival_is_drawn_against_chance(drawn):
+    records = [drawn(seed=seed, step=seed) for seed in range(2)]
+    gold, answer = plots.survival_by_layer(records).axes
+    for axes, evidence in ((gold, "gold"), (answer, "answer")):
+        lines = axes.get_lines()
+        np.testing.assert_array_equal(lines[0].get_ydata(), metrics.survival(records[0], evidence).by_layer)
+        np.testing.assert_array_equal(lines[1].get_ydata(), metrics.survival(records[1], evidence).by_layer)
+        assert [line.get_ydata() for line in lines[2:]] == [[3 / 8, 3 / 8]]
+    assert "38 tokens" in gold.get_title()
+    assert lines[0].get_color() != lines[1].get_color()
+
+
+def test_kinds_stand_beside_their_share_of_the_text(drawn):
+    record = drawn()
+    (axes,) = plots.kinds([record]).axes
+    shares = metrics.kinds_kept(record)
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == [share.of_all for share in shares] + [share.of_kept for share in shares]
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(metrics.KINDS)
+
+
+def test_agreement_and_change(drawn):
+    first, second = drawn(seed=0), drawn(seed=1, step=5)
+    image = plots.agreement(first).axes[0].images[0].get_array()
+    np.testing.assert_array_equal(image, metrics.between_layers(metrics.agreement(first).kappa, 2))
+    (axes,) = plots.change(first, second).axes
+    kappa = metrics.agreement_between(first, second).kappa
+    np.testing.assert_array_equal(axes.get_lines()[2].get_ydata(), kappa.mean(axis=1))
+    assert axes.get_title() == "tiny L8 K3, step 0 against tiny L8 K3, step 5"
+
+
+RULES = pd.DataFrame(
+    {
+        "model": ["a", "a", "b"],
+        "lag_size": [32, 32, 32],
+        "top_k": [16, 8, 8],
+        "kept_share": [0.5, 0.25, 0.25],
+        "f1": [0.6, 0.4, 0.3],
+        "f1_low": [0.5, 0.2, 0.2],
+        "f1_high": [0.65, 0.5, 0.5],
+        "peak_memory_gib": [np.nan] * 3,
+    }
+)
+
+
+def test_f1_has_a_line_for_each_model_and_lag_size():
+    (axes,) = plots.f1_against(RULES, "kept_share", "K/L").axes
+    first, second = axes.containers
+    assert first.lines[0].get_xydata().tolist() == [[0.25, 0.4], [0.5, 0.6]]
+    assert second.lines[0].get_xydata().tolist() == [[0.25, 0.3]]
+    bars = [segment[:, 1].tolist() for segment in first.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[0.2, 0.5], [0.5, 0.65]])
+    assert axes.get_xlabel() == "K/L"
+    assert [text.get_text() for text in axes.texts] == ["K8", "K16", "K8"]
+
+
+def test_what_no_run_recorded_is_said_and_not_drawn():
+    (axes,) = plots.f1_against(RULES, "peak_memory_gib", "peak memory, GiB").axes
+    assert not axes.containers
+    assert [text.get_text() for text in axes.texts] == ["no run recorded peak_memory_gib"]
+
+
+def test_differences_are_drawn_about_zero():
+    pairs = pd.DataFrame([{"first": "a", "second": "b", "mean": 0.2, "low": -0.1, "high": 0.3}])
+    (axes,) = plots.differences(pairs).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a less b"]
+    (bar,) = axes.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(bar[:, 0], [-0.1, 0.3])
+    assert any(line.get_xdata() == [0, 0] for line in axes.get_lines() if line.get_linestyle() == ":")
+
+
+def test_figures_leave_nothing_in_pyplot(drawn):
+    from matplotlib import pyplot
+
+    plots.positions(drawn())
+    assert pyplot.get_fignums() == []

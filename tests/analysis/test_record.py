@@ -1,0 +1,134 @@
+"""Selection records as files."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import one_line
+
+from lrsa_lit.analysis.record import SCHEMA, SelectionRecord, check_comparable
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3, dense_layers=(1,))
+
+
+def rewritten(path, **header):
+    """The same file with other values in its header."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    about = json.loads(arrays["header"].tobytes()) | header
+    np.savez(path, **arrays | {"header": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)})
+
+
+@pytest.mark.parametrize("lengths", [(70, 40), (12,), (300, 5)])
+def test_what_is_loaded_is_what_was_saved(drawn, tmp_path, lengths):
+    record = drawn(lengths, rule=RULE, step=7)
+    record.save(tmp_path / "deep/r.npz")
+    loaded = SelectionRecord.load(tmp_path / "deep/r.npz", model="tiny")
+    assert (loaded.rule, loaded.model, loaded.digest, loaded.step) == (record.rule, "tiny", record.digest, 7)
+    assert LRSAConfig.from_dict(loaded.rule) == RULE
+    assert loaded.texts == record.texts
+    assert loaded.layers == [0, 2]
+    for ours, theirs in zip(record.samples, loaded.samples, strict=True):
+        assert (ours.id, ours.gold_spans, ours.answer_spans) == (theirs.id, theirs.gold_spans, theirs.answer_spans)
+        assert theirs.layers[1] is None
+        for name in ("token_ids", "positions", "scores"):
+            mine, read = getattr(ours, name), getattr(theirs, name)
+            np.testing.assert_array_equal(mine, read)
+            assert mine.dtype == read.dtype
+
+
+def test_file_holds_small_integers_and_no_mask(drawn, tmp_path):
+    drawn((200, 300)).save(tmp_path / "r.npz")
+    with np.load(tmp_path / "r.npz") as file:
+        assert file["tokens0"].dtype == np.uint8
+        assert file["positions0"].dtype == np.uint8
+        assert file["positions1"].dtype == np.uint16
+        assert file["positions1"].shape == (3, 2, 36, 3)
+
+
+def test_file_is_whole_or_absent(drawn, tmp_path, monkeypatch):
+    path = tmp_path / "r.npz"
+    drawn().save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    before = path.read_bytes()
+
+    def full_disk(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numpy.savez_compressed", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        drawn(seed=1).save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["r.npz"]
+
+
+def test_reading_needs_no_torch(drawn, tmp_path):
+    drawn().save(tmp_path / "r.npz")
+    script = (
+        "import sys; from pathlib import Path; from lrsa_lit.analysis import metrics, plots, record, runs;"
+        f"r = record.SelectionRecord.load(Path({str(tmp_path / 'r.npz')!r}));"
+        "print(metrics.survival(r, 'gold').tokens, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["38", "False"]
+
+
+def test_bad_files_are_told_in_one_line(drawn, tmp_path):
+    path = tmp_path / "r.npz"
+    drawn().save(path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:-30], b"", b"PK\x03\x04nothing", b"no archive at all"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="truncated") as caught:
+            SelectionRecord.load(path)
+        assert str(path) in one_line(caught.value)
+    np.savez(path, something=np.zeros(3))
+    with pytest.raises(UserError, match="not a selection record"):
+        SelectionRecord.load(path)
+    with pytest.raises(UserError, match="no such file"):
+        SelectionRecord.load(tmp_path / "none.npz")
+
+
+def test_another_version_or_model(drawn, tmp_path):
+    path = tmp_path / "r.npz"
+    drawn().save(path)
+    with pytest.raises(UserError, match=r"recorded with tiny \(0123456789ab\), not with SmolLM2"):
+        SelectionRecord.load(path, model="SmolLM2")
+    assert SelectionRecord.load(path, model="0123456789ab").model == "tiny"
+    rewritten(path, schema=SCHEMA + 1)
+    with pytest.raises(UserError, match=f"version {SCHEMA + 1}; only {SCHEMA} can be read"):
+        SelectionRecord.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"digest": "f" * 12, "model": "other"}, "records of one model"),
+        ({"rule": RULE}, r"layers \[0, 1, 2\] and \[0, 2\]"),
+        ({"lengths": (70,)}, "samples q0, q1 and q0"),
+        ({"token_seed": 1}, "sample q0 has other tokens"),
+    ],
+)
+def test_records_that_cannot_be_compared(drawn, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_comparable(drawn(), drawn(**changes))
+    one_line(caught.value)
+
+
+def test_kept_marks_exactly_the_positions(drawn):
+    record = drawn()
+    for sample in record.samples:
+        kept, region = record.kept(sample), record.compressed(sample)
+        assert kept.shape[2] == sample.positions.shape[2] * 8
+        for layer in range(3):
+            for head in range(2):
+                marked = set(np.flatnonzero(kept[layer, head]) + region.start)
+                assert marked == set(sample.layers[layer].positions[head].flatten())

@@ -1,0 +1,193 @@
+"""Tables out of a store, and the statistics of runs and questions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import one_line
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrsa_lit.analysis import runs
+from lrsa_lit.errors import UserError
+
+
+def add_run(store, experiment, name, *, top_k=8, seed=0, train="{}", answers=None, **metrics):
+    run = store.create_run(experiment, run_name=name, tags={"seed": str(seed)})
+    params = {"lrsa.lag_size": 32, "lrsa.top_k": top_k, "train_attention": train}
+    params["backbone.source"] = "package://d/SmolLM2-135M-Instruct.Q4_1.gguf"
+    for key, value in params.items():
+        store.log_param(run.info.run_id, f"model.{key}", value)
+    for key, value in metrics.items():
+        store.log_metric(run.info.run_id, key.replace("_", "/", 1), value)
+    if answers is not None:
+        # As at each validation: the scores of the first one must not count.
+        for step, scores in ((0, dict.fromkeys(answers, 0.25)), (4, answers)):
+            rows = [
+                {"step": step, "id": key, "question": f"{key}?", "gold": key}
+                | {"LRSA": f"{name} {key}", "LRSA F1": f1, "dense": "d", "dense F1": 0.125}
+                for key, f1 in scores.items()
+            ]
+            columns = {column: [row[column] for row in rows] for column in rows[0]}
+            store.log_table(run.info.run_id, columns, runs.QUESTIONS)
+    return run.info.run_id
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A store of five runs in ``sweep``, one of them never validated, one without answers; ``idle`` has none."""
+    from mlflow.tracking import MlflowClient
+
+    folder = tmp_path_factory.mktemp("store") / "runs"
+    folder.mkdir()
+    store = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment, _ = (store.create_experiment(name, (folder / "artifacts").as_uri()) for name in ("sweep", "idle"))
+    ids = {
+        "k8-s0": add_run(store, experiment, "k8-s0", answers={"1": 1.0, "2": 0.0, "3": 0.5}, val_f1=0.5, val_em=0.25),
+        "k8-s1": add_run(store, experiment, "k8-s1", seed=1, answers={"1": 0.5, "2": 0.5}, val_f1=0.5),
+        "k16": add_run(
+            store, experiment, "k16", top_k=16, answers={"2": 1.0, "1": 1.0}, val_f1=1.0, perf_step_seconds=2.0
+        ),
+        "dense": add_run(store, experiment, "dense", train="None", val_f1=0.3),
+        "died": add_run(store, experiment, "died", train_loss=3.0),
+    }
+    return store, ids, folder
+
+
+def test_store_is_found_from_a_folder_below_and_by_the_environment(recorded, monkeypatch, tmp_path):
+    _, ids, folder = recorded
+    (folder.parent / "notebooks").mkdir(exist_ok=True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder.parent / "notebooks")
+    assert runs.find_run(runs.open_store(), "sweep", "k16").info.run_id == ids["k16"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no runs/mlflow\.db in .* or above; record a run first") as caught:
+        runs.open_store()
+    one_line(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    assert runs.find_experiment(runs.open_store(), "idle").name == "idle"
+    with pytest.raises(UserError, match="does not exist; record a run"):
+        runs.open_store(f"sqlite:///{tmp_path}/none.db")
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_runs_are_found_by_name_and_id(recorded):
+    store, ids, _ = recorded
+    for name in ("k16", ids["k16"]):
+        assert runs.find_run(store, "sweep", name).info.run_id == ids["k16"]
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda store: runs.find_experiment(store, "sweeep"), r"'sweeep' does not exist; the nearest are 'sweep'"),
+        (lambda store: runs.find_run(store, "sweep", "k8-s2"), r"the nearest are 'k8-s[01]', 'k8-s[01]'"),
+        (lambda store: runs.table(store, "idle"), "'idle' has no runs yet"),
+        (lambda store: runs.latest_with_selections(store, "sweep"), "no run of 'sweep' recorded selections"),
+        (lambda store: runs.selections(store, runs.find_run(store, "sweep", "k16")), "k16 recorded no selections"),
+        (lambda store: runs.questions(store, [runs.find_run(store, "sweep", "dense").info.run_id]), "no artifact"),
+    ],
+    ids=["experiment", "run", "empty", "no-selections", "none-of-this-run", "no-answers"],
+)
+def test_what_is_not_there_is_told_in_one_line(recorded, ask, message):
+    with pytest.raises(UserError, match=message) as caught:
+        ask(recorded[0])
+    one_line(caught.value)
+
+
+def test_experiment_whose_runs_were_never_validated(recorded):
+    store, _, folder = recorded
+    add_run(store, store.create_experiment("early", (folder / "artifacts").as_uri()), "a", train_loss=1.0)
+    with pytest.raises(UserError, match=r"none of the 1 runs of 'early' has recorded val/f1"):
+        runs.table(store, "early")
+
+
+def test_table_has_a_row_for_each_validated_run(recorded):
+    store, ids, _ = recorded
+    table = runs.table(store, "sweep")
+    assert set(table.index) == set(ids.values()) - {ids["died"]}
+    row = table.loc[ids["k8-s0"]]
+    assert (row["name"], row["model"], row["lag_size"], row["top_k"], row["kept_share"]) == (
+        "k8-s0", "SmolLM2-135M-Instruct", 32, 8, 0.25)  # fmt: skip
+    assert (row["seed"], row["f1"], row["em"]) == ("0", 0.5, 0.25)
+    assert math.isnan(row["step_seconds"])
+    assert table.loc[ids["k16"], "step_seconds"] == 2.0
+    assert table.loc[ids["dense"], "model"] == "SmolLM2-135M-Instruct-dense"
+
+
+def test_answers_become_scores_of_the_shared_questions(recorded):
+    store, ids, _ = recorded
+    answers = runs.questions(store, [ids[name] for name in ("k8-s0", "k8-s1", "k16")])
+    scores = runs.shared_scores(answers)
+    assert list(scores.columns) == ["1", "2"], "question 3 was asked of one run only"
+    assert scores.loc[ids["k16"]].tolist() == [1.0, 1.0]
+    assert scores.loc[ids["k8-s0"]].tolist() == [1.0, 0.0]
+
+    rules = runs.by_rule(runs.table(store, "sweep"), scores).set_index("top_k")
+    assert rules["runs"].to_dict() == {8: 2, 16: 1}
+    assert rules["f1"].to_dict() == {8: 0.5, 16: 1.0}
+    assert rules.loc[8, "f1_low"] < 0.5 < rules.loc[8, "f1_high"]
+    (row,) = runs.differences(runs.table(store, "sweep"), scores).to_dict("records")
+    assert (row["first"], row["second"]) == ("SmolLM2-135M-Instruct L32 K8", "SmolLM2-135M-Instruct L32 K16")
+    assert row["mean"] == -0.5
+    assert row["low"] <= -0.5 <= row["high"]
+
+    found = runs.answered_by_one(answers, ids["k8-s0"], ids["k16"])
+    assert list(found.index) == ["2"]
+    assert found.loc["2", ["prediction_first", "prediction_second", "gold"]].tolist() == ["k8-s0 2", "k16 2", "2"]
+    assert set(runs.questions(store, [ids["k16"]], attention="dense")["f1"]) == {0.125}
+    with pytest.raises(UserError, match="no answers under the attention 'k4'"):
+        runs.questions(store, [ids["k16"]], attention="k4")
+    assert runs.answered_by_one(answers, ids["k16"], ids["k16"]).empty
+
+
+def test_runs_of_different_data_share_nothing():
+    answers = pd.concat({run: pd.DataFrame({"f1": [1.0]}, index=[run]) for run in "ab"}, names=["run", "id"])
+    with pytest.raises(UserError, match="no question in common"):
+        runs.shared_scores(answers)
+
+
+scores = st.integers(1, 4).flatmap(
+    lambda r: st.integers(1, 6).map(lambda q: np.random.default_rng(r * 10 + q).random((r, q)))
+)
+
+
+@given(scores)
+def test_bootstrap_is_what_drawing_one_by_one_gives(table):
+    """The weights stand for runs and questions drawn with replacement: each draw's mean is that of a drawn table."""
+    rng = np.random.default_rng(3)
+    questions, rows = (rng.multinomial(n, np.full(n, 1 / n), size=20) for n in (table.shape[1], table.shape[0]))
+    drawn = [
+        np.mean([table[r, q] for r in np.repeat(np.arange(len(table)), i) for q in np.repeat(np.arange(len(j)), j)])
+        for i, j in zip(rows, questions, strict=True)
+    ]
+    rng = np.random.default_rng(3)
+    weights = runs._weights(rng, 20, table.shape[1])
+    np.testing.assert_allclose(runs._resampled(table, weights, rng), drawn, rtol=1e-12)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    covered = 0
+    for trial in range(200):
+        rng = np.random.default_rng(trial)
+        interval = runs.bootstrap(rng.normal(0.4, 1.0, size=(1, 60)), draws=400, seed=trial)
+        covered += interval.low <= 0.4 <= interval.high
+    assert 180 <= covered <= 198
+
+
+def test_pairing_removes_what_makes_a_question_easy():
+    rng = np.random.default_rng(0)
+    difficulty = rng.random(80)
+    better, worse = difficulty + 0.05 + rng.normal(0, 0.01, 80), difficulty + rng.normal(0, 0.01, 80)
+    paired = runs.paired_bootstrap(better[None], worse[None])
+    assert 0.04 < paired.low < paired.mean < paired.high < 0.06
+    apart = [runs.bootstrap(each[None]) for each in (better, worse)]
+    assert apart[1].high > apart[0].low, "without pairing the difference drowns"
+
+
+def test_pairing_needs_the_same_questions():
+    with pytest.raises(UserError, match="of 3 and 2 questions"):
+        runs.paired_bootstrap(np.zeros((1, 3)), np.zeros((1, 2)))
