@@ -28,7 +28,7 @@ def imported(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
     if path.parent.name == "analysis":
-        allowed = {"analysis", "ops", "attention", "models", "data", "errors", "tracking"}
+        allowed = {"analysis", "ops", "attention", "models", "data", "store", "errors", "tracking"}
         assert imported(path) <= allowed
     else:
         assert "analysis" not in imported(path)

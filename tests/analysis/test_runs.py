@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lrsa_lit.analysis import runs
 from lrsa_lit.errors import UserError
+from lrsa_lit.store import find_experiment
 
 
 def add_run(store, experiment, name, *, top_k=8, seed=0, train="{}", answers=None, **metrics):
@@ -68,8 +69,8 @@ def test_store_is_found_from_a_folder_below_and_by_the_environment(recorded, mon
         runs.open_store()
     one_line(caught.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    assert runs.find_experiment(runs.open_store(), "idle").name == "idle"
-    with pytest.raises(UserError, match="does not exist; record a run"):
+    assert find_experiment(runs.open_store(), "idle", "experiment").name == "idle"
+    with pytest.raises(UserError, match="does not exist"):
         runs.open_store(f"sqlite:///{tmp_path}/none.db")
     assert not (tmp_path / "none.db").exists()
 
@@ -83,7 +84,7 @@ def test_runs_are_found_by_name_and_id(recorded):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda store: runs.find_experiment(store, "sweeep"), r"'sweeep' does not exist; the nearest are 'sweep'"),
+        (lambda store: runs.find_run(store, "sweeep", "a"), "experiment: sweeep is no experiment .* nearest are sweep"),
         (lambda store: runs.find_run(store, "sweep", "k8-s2"), r"the nearest are 'k8-s[01]', 'k8-s[01]'"),
         (lambda store: runs.table(store, "idle"), "'idle' has no runs yet"),
         (lambda store: runs.latest_with_selections(store, "sweep"), "no run of 'sweep' recorded selections"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,11 +126,7 @@ def _run_folder(trainer: Trainer) -> Path:
 
 
 def _upload(logger: MLflowRun, files: Sequence[Path]) -> None:
-    """Make files artifacts of the run; a store that does not take them is no reason to stop training."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        for file in files:
-            logger.experiment.log_artifact(logger.run_id, str(file), SELECTIONS)
-    except (MlflowException, OSError) as error:
-        _log.warning("The store did not take %s (%s)", ", ".join(map(str, files)), " ".join(str(error).split())[:160])
+    """Make files artifacts of the run, in the background; the files stay where they are."""
+    for file in files:
+        send = functools.partial(logger.experiment.log_artifact, logger.run_id, str(file), SELECTIONS)
+        logger.deliver(f"{SELECTIONS}/{file.name}", send)

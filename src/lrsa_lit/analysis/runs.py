@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.errors import UserError
+from lrsa_lit.store import SQLITE, connect, existing_uri, find_experiment
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 SELECTIONS = "selections"
@@ -43,7 +44,6 @@ MEASURES = {
 RULE = ["model", "lag_size", "top_k"]
 """Runs with equal values here are repetitions of one another."""
 
-_SQLITE = "sqlite:///"
 _DEFAULT = Path("runs/mlflow.db")
 
 
@@ -62,29 +62,13 @@ def open_store(uri: str | None = None) -> MlflowClient:
         uri: a tracking URI; by default MLFLOW_TRACKING_URI, else ``runs/mlflow.db`` in this folder or one above.
 
     Raises:
-        UserError: the file does not exist.
+        UserError: it does not exist, is empty, or does not answer.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _nearest_store()
-    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
-        raise UserError(f"tracking_uri: {uri} does not exist; record a run first, or name another store")
-    # Downloads of some kilobytes need no progress bars, and tqdm misses ipywidgets in a notebook.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with warnings.catch_warnings():
+        # Of tqdm, which misses ipywidgets in a notebook.
         warnings.filterwarnings("ignore", message="IProgress not found")
-        from mlflow.tracking import MlflowClient
-    return MlflowClient(uri)
-
-
-def find_experiment(store: MlflowClient, name: str) -> Experiment:
-    """An experiment by its name.
-
-    Raises:
-        UserError: there is none; the message lists the nearest names.
-    """
-    found = store.get_experiment_by_name(name)
-    if found is None:
-        raise UserError(_unknown("experiment", name, [each.name for each in store.search_experiments()]))
-    return found
+        return connect(existing_uri(uri, "tracking_uri"), "tracking_uri")
 
 
 def find_run(store: MlflowClient, experiment: str, name: str) -> Run:
@@ -281,7 +265,7 @@ def _interval(mean: Any, drawn: NDArray[np.float64]) -> Interval:
 
 def _runs(store: MlflowClient, experiment: str) -> list[Run]:
     """The runs of an experiment, latest first, at least one."""
-    found = find_experiment(store, experiment)
+    found = find_experiment(store, experiment, "experiment")
     pages = list(_pages(store, found.experiment_id))
     if not pages:
         raise UserError(f"experiment: {experiment!r} has no runs yet")
@@ -319,7 +303,7 @@ def _nearest_store() -> str:
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / _DEFAULT).is_file():
-            return f"{_SQLITE}{folder / _DEFAULT}"
+            return f"{SQLITE}{folder / _DEFAULT}"
     raise UserError(f"tracking_uri: no {_DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI")
 
 
