@@ -43,10 +43,19 @@ def compared(client, address):
     return [client.get_experiment(found).name for found in asked["experiments"]], names
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Start children as from a terminal: background jobs of a shell, this run maybe, ignore Ctrl-C and pass that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_the_server_answers_and_leaves_nothing_behind(store, number):
     command = [sys.executable, "-m", "lrsa_lit.cli", "ui", "--port", "0", "--no-browser", "--experiment", "old"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with interruptible():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "Runs of 'old', side by side:\n"
         address = process.stdout.readline().strip()
