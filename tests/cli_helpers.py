@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from pathlib import Path
 
 DEBUG = ["--config", "configs/debug/tiny.yaml"]
@@ -15,3 +17,11 @@ def recorded_runs(store: Path, experiment: str) -> list:
     client = MlflowClient(f"sqlite:///{store}")
     found = client.get_experiment_by_name(experiment)
     return client.search_runs([found.experiment_id])
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Start children as from a terminal: background jobs of a shell, this run maybe, ignore Ctrl-C and pass that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

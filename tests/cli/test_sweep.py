@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from cli_helpers import DEBUG, recorded_runs
+from cli_helpers import DEBUG, interruptible, recorded_runs
 
 from lrsa_lit import heartbeat
 from lrsa_lit.cli import main
@@ -160,13 +160,16 @@ command._command = fits.command
 main(sys.argv[1:])
 """
     sweep = [*TWO[:-1], "model.lrsa.top_k=4,8,12"]
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *sweep],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as process:
+    with (
+        interruptible(),
+        subprocess.Popen(
+            [sys.executable, "-c", code, *sweep],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        ) as process,
+    ):
         lines = iter(process.stdout.readline, "")
         assert any(line == "begun 8\n" for line in lines)
         process.send_signal(number)

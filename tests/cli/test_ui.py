@@ -14,6 +14,7 @@ import urllib.request
 
 import psutil
 import pytest
+from cli_helpers import interruptible
 from mlflow.tracking import MlflowClient
 
 from lrsa_lit import ui
@@ -41,14 +42,6 @@ def compared(client, address):
     asked = {name: json.loads(values[0]) for name, values in urllib.parse.parse_qs(query).items()}
     names = {client.get_run(run_id).info.run_name for run_id in asked["runs"]}
     return [client.get_experiment(found).name for found in asked["experiments"]], names
-
-
-@contextlib.contextmanager
-def interruptible():
-    """Start children as from a terminal: background jobs of a shell, this run maybe, ignore Ctrl-C and pass that on."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
