@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from lrsa_lit.ops.sparse_attention import LRSAConfig, select, sparse_attention
-from lrsa_lit.ops.sparse_attention.geometry import attended_pairs, compressed_at, raw_start
+from lrsa_lit.ops.sparse_attention.geometry import attended_pairs, compact_size, compressed_at, raw_start
 
 RESULTS = Path(__file__).parent / "results"
 GRAPHED = 32768
@@ -158,22 +158,31 @@ def _dense(backend: SDPBackend, tensors: list[Tensor], time: Callable[..., Times
 
 
 def _flex(tensors: list[Tensor], config: LRSAConfig, time: Callable[..., Times]) -> Times:
-    """FlexAttention given the rule. Its block mask and the visibility lookup are built outside of the timing."""
+    """FlexAttention given the rule in the form that suits it best: over [sinks and kept tokens | all tokens].
+
+    Selection, block mask and the lookup of what is visible are built outside of the timing; the gather is inside.
+    """
     key, value = tensors[1:3]
-    length = key.shape[2]
-    indices = select(key, value, config).indices
-    kept = torch.zeros(key.shape[1], length, dtype=torch.bool, device="cuda")
-    kept.scatter_(1, indices[0].flatten(1), True)
+    length, group = key.shape[2], tensors[0].shape[1] // key.shape[1]
     compressed = [compressed_at(t, config) for t in range(length)]
     starts = torch.tensor([raw_start(count, config) for count in compressed], device="cuda")
-    group = tensors[0].shape[1] // key.shape[1]
+    compact_ends = torch.tensor([compact_size(count, config) for count in compressed], device="cuda")
+    kept = select(key, value, config).indices.flatten(2)
+    sinks = torch.arange(config.sink_size, device="cuda").expand(*kept.shape[:2], -1)
+    rows = torch.cat([sinks, kept], dim=2)[..., None].expand(-1, -1, -1, key.shape[3])
+    n_compact = rows.shape[2]
 
     def visible(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
-        return (t >= j) & ((j >= starts[t]) | (j < config.sink_size) | kept[h // group, j])
+        return (j < compact_ends[t]) | ((j >= n_compact + starts[t]) & (j <= n_compact + t))
 
-    mask = create_block_mask(visible, 1, tensors[0].shape[1], length, length, device="cuda", _compile=True)
+    mask = create_block_mask(visible, None, None, length, n_compact + length, device="cuda", _compile=True)
     compiled = torch.compile(flex_attention)
-    return time(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=group > 1))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (torch.cat([part.gather(2, rows), part], dim=2) for part in (k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=group > 1)
+
+    return time(attend)
 
 
 def _time(tensors: list[Tensor], attend: Callable[..., Tensor], *, repeats: int, graphed: bool) -> Times:
