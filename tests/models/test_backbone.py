@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 from lrsa_lit.attention import enable
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
+from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 
@@ -84,6 +85,39 @@ def test_rule_travels_in_the_saved_config(folder, tmp_path, caplog):
     enable(Backbone(str(tmp_path / "trained")).build(), rule.replace(top_k=4))
     assert "'top_k': 3" in caplog.text
     assert "'top_k': 4" in caplog.text
+
+
+SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
+
+
+def test_random_weights_need_a_shape_only(tmp_path):
+    tiny_config(num_layers=3).save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    first, second = (Backbone(str(tmp_path), dtype="bfloat16", random_weights=True).build() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(first.model.layers) == 3
+    assert first.training
+    assert first.dtype == torch.bfloat16
+    # Rounded frequencies would destroy long positions.
+    assert first.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(UserError, match=r"model\.backbone\.source"):
+        Backbone(str(tmp_path)).build()
+
+
+def test_random_weights_of_a_whole_folder_keep_its_tokenizer(folder, tmp_path):
+    backbone = Backbone(folder, random_weights=True)
+    assert not torch.equal(backbone.build().lm_head.weight, tiny_model(seed=3).lm_head.weight)
+    assert backbone.tokenizer.name_or_path == folder
+
+
+@pytest.mark.parametrize(("shape", "millions"), [("llama-3.2-1b", 1235.8), ("llama-3.1-8b", 8030.3)])
+def test_shapes_of_the_benchmarks(shape, millions):
+    backbone = Backbone(str(SHAPES / shape), random_weights=True, dtype="bfloat16")
+    with torch.device("meta"):
+        model = backbone.build()
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
+    assert backbone.config.eos_token_id == backbone.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(

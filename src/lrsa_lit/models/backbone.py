@@ -12,6 +12,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.paths import PACKAGE_SCHEME, resolve
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -57,6 +58,8 @@ class Backbone:
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
         lora: train LoRA adapters only; null trains all weights.
         trust_remote_code: run code that comes with a hub model.
+        random_weights: take the shape alone from the source's config.json and draw the weights, the same ones each time
+            on the same kind of device. For measurements: without tokenizer files the tokenizer is tiny's, of bytes.
     """
 
     source: str
@@ -65,6 +68,7 @@ class Backbone:
     gradient_checkpointing: bool = False
     lora: LoRA | None = None
     trust_remote_code: bool = False
+    random_weights: bool = False
 
     @property
     def name(self) -> str:
@@ -82,7 +86,7 @@ class Backbone:
 
         from lrsa_lit.models.tiny import tiny_tokenizer
 
-        if self.source == TINY:
+        if self.source == TINY or (self.random_weights and _is_bare(Path(self.location))):
             return tiny_tokenizer()
         tokenizer: PreTrainedTokenizerBase = self._pretrained(AutoTokenizer)
         if tokenizer.chat_template is None:
@@ -150,8 +154,25 @@ class Backbone:
         dtype = getattr(torch, self.dtype)
         if self.source == TINY:
             return tiny_model().to(dtype)
+        if self.random_weights:
+            return self._random(dtype)
         model: PreTrainedModel = self._pretrained(AutoModelForCausalLM, dtype=dtype)
         _log.info("%s: %.0f M parameters, %s", self.name, model.num_parameters() / 1e6, self.dtype)
+        return model
+
+    def _random(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A model of the source's shape with random weights, made on torch's default device."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = self._pretrained(AutoConfig)
+        # Lightning sets it to the one that trains: on a CPU a large model takes minutes to draw.
+        device = torch.get_default_device()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=self.trust_remote_code
+            )
         return model
 
     def _pretrained(self, auto_class: Any, **options: Any) -> Any:
@@ -164,6 +185,11 @@ class Backbone:
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"model.backbone.source: {self.source} cannot be loaded: {reason[:300]}") from error
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether it is a folder without a tokenizer."""
+    return folder.is_dir() and not any(folder.glob("tokenizer*"))
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
