@@ -2,7 +2,19 @@
 
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.decoding import graphed_decoding
-from lrsa_lit.attention.interface import disable, enable, enabled_config, observing, using
+from lrsa_lit.attention.interface import LAYOUT, disable, enable, enabled_config, observing, using
+from lrsa_lit.attention.layout import packed_layout
 from lrsa_lit.attention.prefill import prefill
 
-__all__ = ["LRSACache", "disable", "enable", "enabled_config", "graphed_decoding", "observing", "prefill", "using"]
+__all__ = [
+    "LAYOUT",
+    "LRSACache",
+    "disable",
+    "enable",
+    "enabled_config",
+    "graphed_decoding",
+    "observing",
+    "packed_layout",
+    "prefill",
+    "using",
+]

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lrsa_lit.attention.cache import LRSACache, compressed_cache
@@ -31,7 +30,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig, sparse_attention
 
 NAME = "lrsa"
-"""Under this name the attention and its mask function are registered with transformers."""
+"""Under this name the attention is registered with transformers."""
 
 OBSERVED = "lrsa_observed"
 """The same attention while somebody observes it. Its name of its own leaves nothing to ask on the path of the first."""
@@ -68,8 +67,9 @@ def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
     modules = attention_modules(inner)
     config.check_layers(len(modules))
     disable(inner)
+    # Without a mask function of that name transformers makes no mask, for which there is the layout. With one it would
+    # look for packed sequences in the positions, and wait for the GPU.
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
     trained_with = getattr(inner.config, "lrsa", None)
     warn_if_trained_otherwise(inner, config)
     state = Enabled(config, impl, inner.config._attn_implementation, modules, trained_with)
@@ -143,7 +143,6 @@ def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
     if state is None:
         raise UserError("model: LRSA is not enabled on it, so it selects nothing; call lrsa_lit.attention.enable first")
     AttentionInterface.register(OBSERVED, _observed)
-    AttentionMaskInterface.register(OBSERVED, _no_mask)
     before = state.observe, inner.config._attn_implementation
     state.observe = observe
     inner.set_attn_implementation(OBSERVED)
@@ -185,10 +184,8 @@ def _prepare(
     return (), {**given, LAYOUT: layout, CACHE: compressed}
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask function of LRSA: padding and packing travel in the layout instead."""
-
-
+# A compiled layer calls it as it is: each layer's rule would else be a reason to compile that layer anew.
+@torch.compiler.disable
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -223,12 +220,13 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+@torch.compiler.disable
 def _observed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """:func:`_attention`, and a look at what it was given."""
-    output = _attention(module, query, key, value, attention_mask, **kwargs)
-    if kwargs[CACHE] is not None:
+    output: tuple[Tensor, None] = _attention(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get(CACHE) is not None:
         raise UserError(
             "past_key_values: an LRSACache cannot be observed; run the whole text in one forward without it"
         )

@@ -6,7 +6,7 @@ Dimensions: B rows, T tokens a row in this call, N sequences, R real tokens of a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,10 @@ class Layout:
     """The sequences of a call.
 
     Attributes:
-        real: (R,) int64, where the real tokens stand in the flattened (B T) rows; None where all are real and no
-            sequence starts inside a row.
-        cu_seqlens: (N + 1,) int32 on the CPU, boundaries of the sequences among the real tokens; None with ``real``.
+        real: (R,) int64, where the real tokens stand in the flattened (B T) rows; None where all are real and either
+            no sequence starts inside a row or there is one row.
+        cu_seqlens: (N + 1,) int32 on the CPU, boundaries of the sequences among the real tokens; None where each row is
+            a sequence.
         row_spans: for each row the columns [start, stop) of its real keys; None where all are. Columns count from the
             first one that the mask covered.
     """
@@ -49,7 +50,7 @@ class Layout:
         if query.shape[2] != key.shape[2] and self.row_spans is not None:
             return self._row_by_row(attend, query, key, value)
         if self.real is None:
-            return attend(query, key, value, None)
+            return attend(query, key, value, self.cu_seqlens)
         output = torch.zeros_like(query).transpose(1, 2).contiguous()
         if len(self.real):
             real = self.real
@@ -70,6 +71,18 @@ class Layout:
                 keys, values = key[one, :, start:stop], value[one, :, start:stop]
                 output[one, :, columns] = attend(query[one, :, columns], keys, values, None)
         return output
+
+
+def packed_layout(boundaries: Sequence[int]) -> Layout:
+    """The layout of one row without padding in which sequences follow each other.
+
+    Handed to a model as the keyword ``lrsa_layout``, together with positions that restart, it spares each forward the
+    reading of these positions, for which a GPU would have to be waited for.
+
+    Args:
+        boundaries: 0 … T, where the sequences start and end.
+    """
+    return Layout(cu_seqlens=torch.tensor(boundaries, dtype=torch.int32, device="cpu"))
 
 
 def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], past: int) -> Layout:
@@ -98,6 +111,8 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
         raise UserError("position_ids: they restart inside a row, but packed sequences cannot continue a cache")
     if spans is None and len(starts) <= batch:
         return Layout()
+    if spans is None and batch == 1:
+        return packed_layout([*starts, length])
     real = torch.arange(batch * length, device="cpu") if mask is None else mask[:, past:].flatten().nonzero()[:, 0]
     order = torch.searchsorted(real.cpu(), torch.tensor(starts, dtype=torch.int64))
     cu_seqlens = torch.cat([order, torch.tensor([len(real)])]).to(torch.int32)
