@@ -1,0 +1,220 @@
+"""How long a training step takes, and how much memory, with LRSA and with dense attention in the same trainer.
+
+Random weights of a real shape, bf16, AdamW, gradients clipped, layers compiled, every layer checkpointed unless
+``--keep-activations``, a loss at the last tokens of each context. Prints a table and writes
+``results/train_step_DATE_DEVICE.json``.
+
+    python benchmarks/train_step.py --tokens 32768 131072 --attention lrsa cudnn flash
+    python benchmarks/train_step.py --shape smollm2-135m --tokens 8192 --batch 8 --top-k 32 --keep-activations
+    python benchmarks/train_step.py --tokens 262144 327680 393216 --steps 1 --attention lrsa    # the longest that fits
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import functools
+import gc
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+import triton
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+
+from lrsa_lit.data.collate import TrainBatch
+from lrsa_lit.flops import Shape, peak_flops, training_flops
+from lrsa_lit.models import Backbone
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.tasks import LongContextQA
+
+HERE = Path(__file__).parent
+LABELS = 256
+"""Answer tokens of a context."""
+
+WARM_UP = 2
+"""Steps that are not timed."""
+
+_DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def main(args: list[str] | None = None) -> int:
+    options = _parse(args)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "lightning": lightning.__version__,
+        "command": " ".join(["python benchmarks/train_step.py", *(sys.argv[1:] if args is None else args)]),
+    }
+    rows = []
+    for tokens in options.tokens:
+        for attention in options.attention:
+            rows.append(measure(attention, tokens, options))
+            print(_line(rows[-1]), flush=True)
+            options.out.mkdir(parents=True, exist_ok=True)
+            name = f"train_step_{about['date']}_{device.split()[1].lower() if ' ' in device else device}.json"
+            (options.out / name).write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    return 0
+
+
+def _parse(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.2-1b", help="a folder of shapes/")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--attention", nargs="+", default=["lrsa", "cudnn", "flash"], choices=["lrsa", *_DENSE])
+    parser.add_argument("--batch", type=int, default=1, help="contexts in a step")
+    parser.add_argument("--lag-size", type=int, default=128)
+    parser.add_argument("--top-k", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after two others")
+    parser.add_argument("--keep-activations", action="store_true", help="no checkpointing")
+    parser.add_argument("--eager", action="store_true", help="do not compile the layers")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    return parser.parse_args(args)
+
+
+def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train for a few steps; out of memory is a result too."""
+    rule = LRSAConfig(sink_size=16, lag_size=options.lag_size, top_k=options.top_k)
+    row: dict[str, Any] = {
+        "shape": options.shape,
+        "attention": attention,
+        "tokens": tokens,
+        "batch": options.batch,
+        "rule": rule.to_dict() if attention == "lrsa" else None,
+        "dtype": options.dtype,
+        "compiled": not options.eager,
+        "checkpointing": not options.keep_activations,
+    }
+    try:
+        row |= _train(attention, rule, tokens, options)
+    except torch.cuda.OutOfMemoryError:
+        row["out_of_memory"] = True
+    # What is compiled remembers one dense attention.
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return row
+
+
+def _train(attention: str, rule: LRSAConfig, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    backbone = Backbone(
+        str(HERE / "shapes" / options.shape),
+        random_weights=True,
+        dtype=options.dtype,
+        gradient_checkpointing=not options.keep_activations,
+        compile_layers=not options.eager,
+    )
+    task = LongContextQA(
+        backbone,
+        rule,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-5, fused=torch.cuda.is_available()),
+        train_attention={} if attention == "lrsa" else None,
+    )
+    watch = Watch()
+    trainer = Trainer(
+        accelerator="auto",
+        devices=1,
+        max_steps=WARM_UP + options.steps,
+        gradient_clip_val=1.0,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batch = _batch(backbone.config.vocab_size, tokens, options.batch)
+    loader = DataLoader([batch] * trainer.max_steps, collate_fn=lambda rows: rows[0], batch_size=1)
+    with contextlib.ExitStack() as stack:
+        if attention in _DENSE and torch.cuda.is_available():
+            stack.enter_context(sdpa_kernel(_DENSE[attention]))
+        trainer.fit(task, loader)
+    work = training_flops(
+        Shape.of(task.model), [tokens] * options.batch, LABELS * options.batch, rule if attention == "lrsa" else None
+    )
+    row = {
+        "seconds": watch.seconds,
+        "tokens_per_second": tokens * options.batch / watch.seconds,
+        "tflops": work / watch.seconds / 1e12,
+        "loss": watch.loss,
+    }
+    if torch.cuda.is_available():
+        peak = peak_flops(torch.cuda.get_device_name())
+        row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "mfu": peak and work / watch.seconds / peak}
+    return row
+
+
+class Watch(Callback):
+    """Seconds of the steps from the third on, the device being waited for before and behind all of them alone.
+
+    The first ones compile, and need memory that only that needs.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.loss = float("nan")
+        self._since = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Start the clock once the first steps are done."""
+        if batch_idx == 1 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if batch_idx == WARM_UP:
+            self._since = _now()
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        """Stop the clock."""
+        self.seconds = (_now() - self._since) / (trainer.max_steps - WARM_UP)
+        self.loss = float(trainer.callback_metrics["train/loss"])
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _batch(vocabulary: int, tokens: int, count: int) -> TrainBatch:
+    ids = torch.randint(vocabulary, (count, tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :-LABELS] = -100
+    columns: Tensor = torch.arange(tokens - LABELS - 1, tokens - 1)
+    return TrainBatch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=labels,
+        label_columns=columns,
+        position_ids=None,
+        boundaries=None,
+        id=[str(row) for row in range(count)],
+    )
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['shape']:14} {row['attention']:6} T={row['tokens']:<7} B={row['batch']}"
+    if row.get("out_of_memory"):
+        return f"{head} out of memory"
+    mfu = f", MFU {row['mfu']:.3f}" if row.get("mfu") else ""
+    memory = f", {row['peak_gib']:.2f} GiB" if "peak_gib" in row else ""
+    return (
+        f"{head} {row['seconds']:.3f} s, {row['tokens_per_second']:.0f} tokens/s{memory}{mfu}, loss {row['loss']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
