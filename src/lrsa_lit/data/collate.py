@@ -14,32 +14,46 @@ from lrsa_lit.metrics import Match
 IGNORE_INDEX = -100
 
 
-class Batch(TypedDict):
-    """What a data loader yields.
+class TrainBatch(TypedDict):
+    """What training needs of a batch.
 
     Attributes:
         input_ids: (B, T) int64, prompt and answer, padded on the right.
         attention_mask: (B, T) int64, 1 on tokens and 0 on padding.
         labels: (B, T) int64, ``input_ids`` on answer tokens and -100 elsewhere; not shifted, as Hugging Face has it.
-        prompt_ids: (B, Tp) int64, the prompt alone, padded on the left for generation.
-        prompt_mask: (B, Tp) int64, 1 on tokens and 0 on padding.
-        prompt_length: prompt tokens of each example.
-        gold_spans: positions [start, end) in ``input_ids`` of each example's supporting passages.
-        answer_spans: positions [start, end) in ``input_ids`` of the answers within those passages.
+        label_columns: (N,) int64, the columns of which the next one is a label in some row.
+        position_ids: (B, T) int64 that restart with each sequence; None where each row is one.
+        boundaries: where the sequences packed in the one row start and end, 0 … T; None where each row is one.
         id: the records' ids.
-        answers: the records' reference answers.
-        match: how each record's answers are matched.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    label_columns: Tensor
+    position_ids: Tensor | None
+    boundaries: list[int] | None
+    id: list[str]
+
+
+class Batch(TrainBatch):
+    """What a data loader yields.
+
+    Attributes:
+        prompt_ids: (B, Tp) int64, the prompt alone, padded on the left for generation.
+        prompt_mask: (B, Tp) int64, 1 on tokens and 0 on padding.
+        prompt_length: prompt tokens of each example.
+        gold_spans: positions [start, end) in ``input_ids`` of each example's supporting passages.
+        answer_spans: positions [start, end) in ``input_ids`` of the answers within those passages.
+        answers: the records' reference answers.
+        match: how each record's answers are matched.
+    """
+
     prompt_ids: Tensor
     prompt_mask: Tensor
     prompt_length: list[int]
     gold_spans: list[list[Span]]
     answer_spans: list[list[Span]]
-    id: list[str]
     answers: list[tuple[str, ...]]
     match: list[Match]
 
@@ -50,10 +64,14 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     sequences = [torch.as_tensor(example["input_ids"], dtype=torch.int64) for example in examples]
     prompts = [ids[:length] for ids, length in zip(sequences, lengths, strict=True)]
     labels = [ids.index_fill(0, torch.arange(n), IGNORE_INDEX) for ids, n in zip(sequences, lengths, strict=True)]
+    padded_labels = _pad(labels, IGNORE_INDEX)
     return Batch(
         input_ids=_pad(sequences, pad_token_id),
         attention_mask=_pad([torch.ones_like(ids) for ids in sequences], 0),
-        labels=_pad(labels, IGNORE_INDEX),
+        labels=padded_labels,
+        label_columns=(padded_labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0],
+        position_ids=None,
+        boundaries=None,
         prompt_ids=_pad(prompts, pad_token_id, side="left"),
         prompt_mask=_pad([torch.ones_like(ids) for ids in prompts], 0, side="left"),
         prompt_length=lengths,

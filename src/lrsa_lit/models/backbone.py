@@ -57,6 +57,7 @@ class Backbone:
         dtype: dtype of the weights. Float32 is 3x faster than bfloat16 on most CPUs.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
         lora: train LoRA adapters only; null trains all weights.
+        compile_layers: compile each decoder layer with torch.compile for training; evaluation stays eager.
         trust_remote_code: run code that comes with a hub model.
         random_weights: take the shape alone from the source's config.json and draw the weights, the same ones each time
             on the same kind of device. For measurements: without tokenizer files the tokenizer is tiny's, of bytes.
@@ -67,6 +68,7 @@ class Backbone:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     lora: LoRA | None = None
+    compile_layers: bool = False
     trust_remote_code: bool = False
     random_weights: bool = False
 
@@ -137,13 +139,17 @@ class Backbone:
         model = self._load()
         # from_pretrained returns eval mode and Lightning keeps it, which silently turns gradient checkpointing off.
         model.train()
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing and not self.compile_layers:
             # transformers 5.2x renamed it; both take checkpoint()'s keywords first.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+        if self.gradient_checkpointing:
             # The cache and recomputation exclude each other; generation switches the cache on by itself.
             model.config.use_cache = False
-        return model if self.lora is None else _with_adapters(model, self.lora)
+        trained = model if self.lora is None else _with_adapters(model, self.lora)
+        if self.compile_layers:
+            _compile_layers(trained, self.gradient_checkpointing)
+        return trained
 
     def _load(self) -> PreTrainedModel:
         import torch
@@ -190,6 +196,31 @@ class Backbone:
 def _is_bare(folder: Path) -> bool:
     """Whether it is a folder without a tokenizer."""
     return folder.is_dir() and not any(folder.glob("tokenizer*"))
+
+
+def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
+    """Compile layer by layer: all share one compilation, and what a GPU must be asked for stays outside.
+
+    Checkpointing goes around what is compiled. Transformers' own would stand inside, where the attention, which is not
+    compiled, may not interrupt it.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def wrap(layer: nn.Module) -> Any:
+        compiled = torch.compile(layer.forward)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if checkpointing and layer.training and torch.is_grad_enabled():
+                return checkpoint(compiled, *args, use_reentrant=False, **kwargs)
+            return compiled(*args, **kwargs)
+
+        return forward
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = wrap(layer)
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:

@@ -16,26 +16,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from lrsa_lit.attention import LRSACache, disable, enable, using
+from lrsa_lit.attention import LAYOUT, LRSACache, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import exact_match, f1_score
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.checkpoint import describe
 from lrsa_lit.models.generation import GREEDY
+from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.qa_score import QAScore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lrsa_lit.data.collate import Batch
+    from lrsa_lit.data.collate import Batch, TrainBatch
 
 Attention = dict[str, Any] | None
 """What a further attention changes of the run's own rule, as in ``{top_k: 16}``; null is dense attention."""
 
 Made = TypeVar("Made")
-
-IGNORE_INDEX = -100
 
 
 class Prediction(TypedDict):
@@ -93,6 +92,8 @@ class LongContextQA(lightning.LightningModule):
             self.attentions[f"{name}/"] = _derived(f"model.evaluate.{name}", lrsa, changes)
         self.meters = nn.ModuleList(AnswerMeter() for _ in self.attentions)
         self.max_new_tokens = max_new_tokens
+        # Of the batches since the last optimizer step. No buffer, which DDP would overwrite with the first process's.
+        self._answer_tokens: list[Tensor] = []
         # Checkpoints of adapters leave the frozen base out; it is loaded from its source.
         self.strict_loading = backbone.lora is None
         self.model: Any = None
@@ -156,29 +157,43 @@ class LongContextQA(lightning.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: weight for name, weight in weights.items() if name in trained}
 
-    def answer_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy over the answer tokens of a batch, and their number.
+    def answer_loss(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of the answer tokens of a batch, float32, and their number; neither waits for a GPU.
 
-        Only the positions that some row predicts an answer token at get logits, not the whole context.
+        Only the positions that some row predicts an answer token at reach the output head, not the whole context.
         """
-        targets = batch["labels"][:, 1:]
-        columns = (targets != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
-        output = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            logits_to_keep=columns,
-            use_cache=False,
+        columns = batch["label_columns"]
+        targets = batch["labels"][:, 1:][:, columns]
+        # No mask: pads stand behind the tokens, and neither attention looks ahead.
+        loss = summed_loss(
+            self.model, targets, columns, input_ids=batch["input_ids"], use_cache=False, **_packed(batch)
         )
-        targets = targets[:, columns]
-        loss = nn.functional.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
         return loss, (targets != IGNORE_INDEX).sum()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The answer loss under the training attention."""
-        loss, _ = self.answer_loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["id"]))
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """The summed answer loss under the training attention; :meth:`on_before_optimizer_step` makes it a mean."""
+        if batch["boundaries"] is not None and self.train_config is None and enabled_config(self.model) is None:
+            # Packed sequences must not see each other, which the model's own attention needs a mask of T x T for.
+            layers = range(self.model.config.num_hidden_layers)
+            enable(self.model, self.lrsa.replace(dense_layers=tuple(layers)))
+        loss, count = self.answer_loss(batch)
+        self._answer_tokens.append(count)
+        self.log("train/loss", loss.detach() / count, prog_bar=True, batch_size=len(batch["id"]))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+        # Lightning divides by it.
+        return loss * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the answer tokens of all batches that they come from, on all devices.
+
+        So every answer token weighs the same, however they are spread over batches and devices: a mean over batches of
+        their means would favour short answers. The strategy has averaged over the devices.
+        """
+        tokens = self.trainer.strategy.reduce(torch.stack(self._answer_tokens).sum(), reduce_op="sum")
+        factor = self.trainer.world_size / tokens
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        torch._foreach_mul_([getattr(part, "to_local", lambda part=part: part)() for part in gradients], factor)
+        self._answer_tokens.clear()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
         """Answer loss and generated answers under each attention.
@@ -221,7 +236,7 @@ class LongContextQA(lightning.LightningModule):
             The answers and their lengths in tokens.
         """
         prompt = batch["prompt_ids"]
-        with using(self.model, config):
+        with using(self.model, config), _eager():
             cache = None if config is None else LRSACache(config, self.model.config.num_hidden_layers)
             tokens = self.model.generate(
                 input_ids=prompt,
@@ -240,8 +255,9 @@ class LongContextQA(lightning.LightningModule):
     def _evaluate(self, batch: Batch) -> dict[str, list[str]]:
         answers = {}
         for meter, (prefix, config) in zip(self._meters, self.attentions.items(), strict=True):
-            with using(self.model, config):
-                meter.loss.update(*self.answer_loss(batch))
+            with using(self.model, config), _eager():
+                loss, count = self.answer_loss(batch)
+                meter.loss.update(loss / count, count)
             texts, _ = self.generate(batch, config)
             meter.score.update(texts, batch["answers"], batch["match"])
             answers[prefix.removesuffix("/")] = texts
@@ -287,6 +303,18 @@ class AnswerMeter(nn.Module):
         super().__init__()
         self.loss = MeanMetric()
         self.score = QAScore()
+
+
+def _eager() -> Any:
+    """Run compiled layers as they are: evaluation hands them ever other lengths, rules and caches."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def _packed(batch: TrainBatch) -> dict[str, Any]:
+    """What a model is told of several sequences in one row; nothing where each row is one."""
+    if batch["boundaries"] is None:
+        return {}
+    return {"position_ids": batch["position_ids"], LAYOUT: packed_layout(batch["boundaries"])}
 
 
 def _derived(key: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from lrsa_lit.flops import Shape, peak_flops, training_flops
 from lrsa_lit.tasks import LongContextQA
-from lrsa_lit.tasks.question_answering import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.collate import TrainBatch
 
 _GIB = 2**30
 
@@ -31,7 +34,7 @@ class Throughput(Callback):
         self._first = 0
         self._seconds = 0.0
         self._since: float | None = None
-        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._batches: list[tuple[Tensor | list[int], int]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, which is whole by now."""
@@ -50,9 +53,7 @@ class Throughput(Callback):
         """Count the batch, and log at the steps where Lightning logs."""
         if self._shape is None:
             return
-        # Tensors on the device: reading them here would make each step wait.
-        columns = (batch["labels"][:, 1:] != IGNORE_INDEX).any(dim=0).sum()
-        self._batches.append((batch["attention_mask"].sum(dim=1), columns * len(batch["labels"])))
+        self._batches.append((_lengths(batch), batch["label_columns"].numel() * len(batch["labels"])))
         step = trainer.global_step
         if step > self._first and step % getattr(trainer, "log_every_n_steps", 1) == 0:
             pl_module.log_dict(self._measured(pl_module, step - self._first))
@@ -67,7 +68,9 @@ class Throughput(Callback):
         assert self._shape is not None
         assert isinstance(module, LongContextQA)
         self._stop(module.device)
-        counts = [(lengths.tolist(), int(logits)) for lengths, logits in self._batches]
+        counts = [
+            (lengths.tolist() if isinstance(lengths, Tensor) else lengths, logits) for lengths, logits in self._batches
+        ]
         values = {
             "perf/tokens_per_second": sum(sum(lengths) for lengths, _ in counts) / self._seconds,
             "perf/step_seconds": self._seconds / steps,
@@ -92,6 +95,13 @@ class Throughput(Callback):
         self._seconds = 0.0
         self._since = None
         self._batches = []
+
+
+def _lengths(batch: TrainBatch) -> Tensor | list[int]:
+    """Tokens of each sequence; where they are padded rows, on the device, as reading them would make the step wait."""
+    if batch["boundaries"] is None:
+        return batch["attention_mask"].sum(dim=1)
+    return [stop - start for start, stop in itertools.pairwise(batch["boundaries"])]
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,110 @@
+"""The loss of a causal language model at chosen positions, without ever holding their logits all at once.
+
+Dimensions: B examples, N positions of each that get a target, D width of the model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+"""Targets of this value count for nothing."""
+
+ROWS = 1024
+"""Positions whose logits exist at a time, where no fused kernel does the work; it is not asked for fewer than that."""
+
+# What models do to logits behind their head, by the name in their configuration, and the value that leaves them alone.
+_AFTERWARDS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+_log = logging.getLogger(__name__)
+
+
+def summed_loss(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
+    """Sum of the cross-entropies of a model's next tokens.
+
+    The hidden states at ``columns`` alone reach the head, and there they become the loss at once. A model that changes
+    its logits behind the head (a scale, a soft cap) or whose head is no plain linear layer makes them, in float32.
+
+    Args:
+        model: a causal language model of transformers, or peft's wrapper around it.
+        targets: (B, N) int64, the tokens to predict; -100 where there is none.
+        columns: (N,) int64, the positions that predict them, on the model's device.
+        **inputs: what else the model's forward takes.
+
+    Returns:
+        float32, no dimensions.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or _changes_logits(model.config.get_text_config()):
+        logits = model(**inputs, logits_to_keep=columns).logits
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+    def lose(hidden: Tensor) -> Tensor:
+        total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, targets.flatten())
+        return total.reshape(1, 1, 1)
+
+    # Inside of the model's own forward, because only there do sharded weights stand together.
+    head.forward = lose  # type: ignore[method-assign, assignment]
+    try:
+        loss: Tensor = model(**inputs, logits_to_keep=columns).logits
+    finally:
+        del head.forward
+    return loss.squeeze()
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of ``hidden @ weight.T + bias``, fused by liger-kernel on a GPU, else piece by piece.
+
+    The fused kernel waits for the GPU once, to count the targets. Few positions are not worth that.
+
+    Args:
+        hidden: (B N, D).
+        weight: (V, D).
+        bias: (V,) or None.
+        targets: (B N,) int64, -100 where there is none.
+
+    Returns:
+        float32, no dimensions.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if device == "cuda" and len(targets) > ROWS and _has_liger():
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+            loss: Tensor = liger_fused_linear_cross_entropy(
+                hidden, weight, targets, bias, ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            return loss.float()
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+            # Computed again in the backward pass: B N x V numbers are what must not be kept.
+            total = total + checkpoint(_loss_of_rows, rows, weight, bias, wanted, use_reentrant=False)
+        return total
+
+
+def _loss_of_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    logits = nn.functional.linear(hidden, weight, bias).float()
+    return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _changes_logits(config: Any) -> bool:
+    return any(getattr(config, name, neutral) not in (None, neutral) for name, neutral in _AFTERWARDS.items())
+
+
+@functools.cache
+def _has_liger() -> bool:
+    if importlib.util.find_spec("liger_kernel"):
+        return True
+    _log.info("liger-kernel is not installed: the loss takes %d positions at a time instead", ROWS)
+    return False

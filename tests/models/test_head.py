@@ -1,0 +1,85 @@
+"""The loss inside the output head against logits made whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lrsa_lit.models import Backbone, head
+from lrsa_lit.models.backbone import LoRA
+from lrsa_lit.models.tiny import tiny_model
+
+
+def reference(model, ids, targets, columns):
+    logits = model(input_ids=ids).logits[:, columns].double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+@pytest.fixture
+def tokens():
+    torch.manual_seed(0)
+    ids, columns = torch.randint(259, (2, 60)), torch.tensor([3, 4, 30, 50])
+    return ids, ids[:, columns + 1].index_fill(1, torch.tensor([1]), head.IGNORE_INDEX), columns
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1024])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+def test_loss_and_gradients_are_those_of_whole_logits(tokens, rows, tied, monkeypatch):
+    monkeypatch.setattr(head, "ROWS", rows)
+    ids, targets, columns = tokens
+    model = tiny_model().double()
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    expected = reference(model, ids, targets, columns)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    loss = head.summed_loss(model, targets, columns, input_ids=ids)
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_only_the_chosen_positions_reach_the_head(tokens):
+    ids, targets, columns = tokens
+    model = tiny_model()
+    seen = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    head.summed_loss(model, targets, columns, input_ids=ids)
+    handle.remove()
+    assert seen == [(2, 4, 64)]
+    assert model(input_ids=ids).logits.shape == (2, 60, 259), "the head is itself again"
+
+
+def test_the_head_is_itself_again_after_an_error(tokens):
+    ids, targets, columns = tokens
+    model = tiny_model()
+    with pytest.raises(IndexError):
+        head.summed_loss(model, targets, columns + 1000, input_ids=ids)
+    assert model(input_ids=ids).logits.shape == (2, 60, 259)
+
+
+def test_a_model_that_scales_its_logits_is_asked_for_them(tokens):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    ids, targets, columns = tokens
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GraniteConfig(vocab_size=259, num_key_value_heads=1, logits_scaling=4.0, **small)
+    model = GraniteForCausalLM(config)
+    loss = head.summed_loss(model, targets, columns, input_ids=ids)
+    torch.testing.assert_close(loss.double(), reference(model, ids, targets, columns), rtol=1e-5, atol=0)
+
+
+def test_adapters_on_a_model(tokens):
+    ids, targets, columns = tokens
+    model = Backbone("tiny", lora=LoRA(rank=2)).build().eval()
+    loss = head.summed_loss(model, targets, columns, input_ids=ids)
+    torch.testing.assert_close(loss.double(), reference(model, ids, targets, columns), rtol=1e-5, atol=0)
+
+
+def test_under_autocast_the_head_computes_in_its_dtype(tokens):
+    ids, targets, columns = tokens
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head.summed_loss(model, targets, columns, input_ids=ids)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), reference(model, ids, targets, columns), rtol=0.05, atol=0)

@@ -1,0 +1,80 @@
+"""The training step on a GPU: ``make test-gpu``."""
+
+import itertools
+
+import pytest
+import torch
+
+from lrsa_lit.data.collate import TrainBatch
+from lrsa_lit.models import Backbone, head
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.tasks import LongContextQA
+
+pytestmark = pytest.mark.gpu
+
+RULE = LRSAConfig(sink_size=16, lag_size=64, top_k=16)
+
+
+@pytest.fixture(autouse=True)
+def device():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with torch.device("cuda"):
+        yield
+
+
+def batch(boundaries):
+    """One row of 1,000 tokens, as the trainer hands it over: tensors on the device, integers on the host."""
+    ids = torch.randint(3, 259, (1, 1000))
+    labels = torch.full_like(ids, -100)
+    columns = torch.arange(300, 340)
+    labels[:, columns + 1] = ids[:, columns + 1]
+    positions = None
+    if boundaries is not None:
+        pieces = [torch.arange(stop - start) for start, stop in itertools.pairwise(boundaries)]
+        positions = torch.cat(pieces)[None]
+    return TrainBatch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=labels,
+        label_columns=columns,
+        position_ids=positions,
+        boundaries=boundaries,
+        id=["0"],
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("boundaries", [None, [0, 400, 1000]], ids=["one", "packed"])
+def test_a_step_never_waits_for_the_device(boundaries, checkpointing):
+    task = LongContextQA(Backbone("tiny", dtype="bfloat16", gradient_checkpointing=checkpointing), RULE)
+    task.configure_model()
+    task.cuda()
+    rows = batch(boundaries)
+    for _ in range(2):
+        loss, _ = task.answer_loss(rows)
+        loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = task.answer_loss(rows)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_fused_loss_is_as_exact_as_float32_logits(monkeypatch):
+    pytest.importorskip("liger_kernel")
+    monkeypatch.setattr(head, "ROWS", 0)
+    states, weight = torch.randn(300, 128), torch.randn(5000, 128) / 8
+    targets = torch.randint(5000, (300,)).index_fill(0, torch.arange(0, 300, 7), head.IGNORE_INDEX)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [part.to(torch.bfloat16).to(dtype).requires_grad_() for part in (states, weight)]
+        if dtype == torch.bfloat16:
+            loss = head.linear_cross_entropy(*leaves, None, targets)
+        else:
+            logits = leaves[0] @ leaves[1].T
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        results.append([loss.detach().double(), *(part.double() for part in torch.autograd.grad(loss, leaves))])
+    for got, truth in zip(*results, strict=True):
+        assert (got - truth).norm() <= 0.02 * truth.norm()
