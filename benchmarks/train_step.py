@@ -50,6 +50,8 @@ _DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTI
 
 def main(args: list[str] | None = None) -> int:
     options = _parse(args)
+    # It would hand the dense attention that was compiled first to all of them.
+    torch._functorch.config.enable_autograd_cache = False
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     about = {
@@ -105,7 +107,6 @@ def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[st
         row |= _train(attention, rule, tokens, options)
     except torch.cuda.OutOfMemoryError:
         row["out_of_memory"] = True
-    # What is compiled remembers one dense attention.
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
