@@ -33,6 +33,7 @@ _NOISE = (
     ".*args parameter is intended.*",
     ".*does not have many workers.*",
     ".*LeafSpec.*",
+    ".*set_vital.*",
     # Evaluating a checkpoint in another folder is no reason for concern.
     "The dirpath has changed.*",
     # Nor is a resumed run's folder, which holds what it wrote before.

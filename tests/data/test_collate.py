@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrsa_lit.data.collate import collate
+from lrsa_lit.data.collate import TrainBatch, collate, collate_training
 from lrsa_lit.data.prompts import Example
 
 PAD = 0
@@ -30,6 +30,8 @@ def test_a_batch_by_hand():
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, -100, 4, 5], [-100, 7, -100, -100, -100]]
+    assert batch["label_columns"].tolist() == [0, 2, 3]
+    assert batch["position_ids"] is batch["boundaries"] is None
     assert batch["prompt_ids"].tolist() == [[1, 2, 3], [0, 0, 6]]
     assert batch["prompt_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch["prompt_length"] == [3, 1]
@@ -54,6 +56,20 @@ def test_masks_recover_what_went_in(examples: list[Example]):
 
 
 @given(batches)
+def test_logits_are_needed_where_the_next_token_of_some_row_is_learnt(examples: list[Example]):
+    batch = collate_training(examples, PAD)
+    needed = {j - 1 for row in batch["labels"].tolist() for j, label in enumerate(row) if label != -100 and j}
+    assert batch["label_columns"].tolist() == sorted(needed)
+
+
+@given(batches)
+def test_a_training_batch_is_the_same_without_what_only_evaluation_needs(examples: list[Example]):
+    training, evaluation = collate_training(examples, PAD), collate(examples, PAD)
+    assert set(training) == set(TrainBatch.__annotations__)
+    assert all(str(training[name]) == str(evaluation[name]) for name in training)
+
+
+@given(batches)
 def test_padding_is_on_the_right_for_training_and_on_the_left_for_generation(examples: list[Example]):
     batch = collate(examples, PAD)
     assert (batch["attention_mask"].diff(dim=1) <= 0).all()
@@ -62,7 +78,9 @@ def test_padding_is_on_the_right_for_training_and_on_the_left_for_generation(exa
     assert batch["prompt_mask"].sum(1).max() == batch["prompt_ids"].shape[1]
 
 
-@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask"])
+@pytest.mark.parametrize(
+    "name", ["input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "label_columns"]
+)
 def test_tensors_are_int64(name: str):
     assert collate([example([1], [2])], PAD)[name].dtype == torch.int64
 

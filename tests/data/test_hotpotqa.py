@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lrsa_lit.data.collate import IGNORE_INDEX
 from lrsa_lit.data.hotpotqa import HotpotQA, load_questions, paragraph_pool
 from lrsa_lit.data.module import SPLITS
 from lrsa_lit.data.prompts import INSTRUCTION
@@ -41,7 +42,7 @@ def gold_titles(question: dict[str, Any]) -> set[str]:
 
 
 def paragraphs(tokenizer: PreTrainedTokenizerFast, batch: dict[str, Any]) -> list[str]:
-    prompt = tokenizer.decode(batch["prompt_ids"][0])
+    prompt = tokenizer.decode(batch["input_ids"][0][batch["labels"][0] == IGNORE_INDEX])
     return prompt.partition(f"\n\n{INSTRUCTION}")[0].removeprefix("<|im_start|>user\n").split("\n\n")
 
 

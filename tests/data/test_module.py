@@ -7,44 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from data_helpers import BARE, LENGTHS, Words, built, ids
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import lrsa_lit.data
 from lrsa_lit.data.module import QADataModule, Split
-from lrsa_lit.data.prompts import TooLong, encode
-from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.data.prompts import TooLong
+from lrsa_lit.data.records import QARecord
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_tokenizer
-
-LENGTHS = {"train": range(0, 100, 10), "val": range(0, 30, 10), "test": range(0, 40, 10)}
-BARE = len(encode(QARecord("", (Passage("T", "y"),), "Q?", ("a",)), tiny_tokenizer(), 1024)["input_ids"])
-
-
-class Words(QADataModule):
-    """Records of BARE + 0, BARE + 10, ... tokens."""
-
-    def __init__(self, word: str = "x", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.word = word
-        self.asked: list[str] = []
-
-    def records(self, split: Split) -> Iterable[QARecord]:
-        for number in LENGTHS[split]:
-            self.asked.append(f"{split}{number}")
-            yield QARecord(f"{split}{number}", (Passage("T", "y" + self.word * number),), "Q?", ("a",), ("T",))
-
-
-def built(**kwargs: Any) -> Words:
-    data = Words(**kwargs)
-    data.prepare_data()
-    data.setup()
-    return data
-
-
-def ids(loader: Iterable[dict[str, Any]]) -> list[str]:
-    return [name for batch in loader for name in batch["id"]]
 
 
 def test_every_record_becomes_an_example_in_order(tokenizer: PreTrainedTokenizerFast):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
+import pyarrow.compute
 from datasets.arrow_writer import ArrowWriter
 
 from lrsa_lit.data.prompts import Example
@@ -90,6 +91,12 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
 def load(folder: Path) -> tuple[datasets.Dataset, Counter[str]]:
     """A finished split, memory-mapped, and its report."""
     return datasets.Dataset.from_file(str(folder / _EXAMPLES)), Counter(json.loads((folder / _REPORT).read_text()))
+
+
+def lengths(examples: datasets.Dataset) -> list[int]:
+    """Tokens of each example, without reading the tokens themselves."""
+    column = examples.data.column("input_ids")
+    return [int(length) for length in pyarrow.compute.list_value_length(column).to_pylist()]
 
 
 def _write(folder: Path, examples: Iterable[Example]) -> None:

@@ -1,4 +1,4 @@
-"""From examples to a batch. B: batch, T: longest example of the batch, Tp: longest prompt of the batch."""
+"""From examples to a batch. B: batch, T: longest example of the batch, Tp: longest prompt, N: predicting columns."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ IGNORE_INDEX = -100
 
 
 class TrainBatch(TypedDict):
-    """What training needs of a batch.
+    """What the training loader yields.
 
     Attributes:
         input_ids: (B, T) int64, prompt and answer, padded on the right.
         attention_mask: (B, T) int64, 1 on tokens and 0 on padding.
         labels: (B, T) int64, ``input_ids`` on answer tokens and -100 elsewhere; not shifted, as Hugging Face has it.
-        label_columns: (N,) int64, the columns of which the next one is a label in some row.
-        position_ids: (B, T) int64 that restart with each sequence; None where each row is one.
-        boundaries: where the sequences packed in the one row start and end, 0 … T; None where each row is one.
-        id: the records' ids.
+        label_columns: (N,) int64, ascending: columns j where some row has a label at j + 1, so where logits are needed.
+        position_ids: (1, T) int64, counting from 0 in each example of a packed row; None if nothing is packed.
+        boundaries: where the examples of a packed row start, and its length: [0, n1, n1 + n2, …, T]; None if nothing
+            is packed. Plain integers, so that no step waits for the device to tell them.
+        id: the records' ids, in the order of the rows or, packed, within the row.
     """
 
     input_ids: Tensor
@@ -37,7 +38,7 @@ class TrainBatch(TypedDict):
 
 
 class Batch(TrainBatch):
-    """What a data loader yields.
+    """What the loaders of validation, test and prediction yield: never packed, and with what generation needs.
 
     Attributes:
         prompt_ids: (B, Tp) int64, the prompt alone, padded on the left for generation.
@@ -58,29 +59,49 @@ class Batch(TrainBatch):
     match: list[Match]
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad examples, at least one, into a batch."""
-    lengths = [example["prompt_length"] for example in examples]
-    sequences = [torch.as_tensor(example["input_ids"], dtype=torch.int64) for example in examples]
-    prompts = [ids[:length] for ids, length in zip(sequences, lengths, strict=True)]
-    labels = [ids.index_fill(0, torch.arange(n), IGNORE_INDEX) for ids, n in zip(sequences, lengths, strict=True)]
-    padded_labels = _pad(labels, IGNORE_INDEX)
-    return Batch(
+def collate_training(examples: Sequence[Example], pad_token_id: int) -> TrainBatch:
+    """Pad examples, at least one, into a batch to train on."""
+    sequences = [token_ids(example) for example in examples]
+    labels = _pad([answer_labels(example) for example in examples], IGNORE_INDEX)
+    return TrainBatch(
         input_ids=_pad(sequences, pad_token_id),
         attention_mask=_pad([torch.ones_like(ids) for ids in sequences], 0),
-        labels=padded_labels,
-        label_columns=(padded_labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0],
+        labels=labels,
+        label_columns=predicting_columns(labels),
         position_ids=None,
         boundaries=None,
+        id=[example["id"] for example in examples],
+    )
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Pad examples, at least one, into a batch to evaluate on."""
+    prompts = [token_ids(example)[: example["prompt_length"]] for example in examples]
+    return Batch(
+        **collate_training(examples, pad_token_id),
         prompt_ids=_pad(prompts, pad_token_id, side="left"),
         prompt_mask=_pad([torch.ones_like(ids) for ids in prompts], 0, side="left"),
-        prompt_length=lengths,
+        prompt_length=[example["prompt_length"] for example in examples],
         gold_spans=[_spans(example["gold_spans"]) for example in examples],
         answer_spans=[_spans(example["answer_spans"]) for example in examples],
-        id=[example["id"] for example in examples],
         answers=[tuple(example["answers"]) for example in examples],
         match=[example["match"] for example in examples],
     )
+
+
+def token_ids(example: Example) -> Tensor:
+    """(T,) int64 tokens of an example."""
+    return torch.as_tensor(example["input_ids"], dtype=torch.int64)
+
+
+def answer_labels(example: Example) -> Tensor:
+    """(T,) int64: the answer's tokens, and -100 on the prompt."""
+    return token_ids(example).index_fill(0, torch.arange(example["prompt_length"]), IGNORE_INDEX)
+
+
+def predicting_columns(labels: Tensor) -> Tensor:
+    """(N,) columns whose logits some row of (B, T) labels is compared with: those before a label."""
+    return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
 
 
 def _pad(sequences: list[Tensor], value: int, side: str = "right") -> Tensor:

@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lrsa_lit.data import cache
-from lrsa_lit.data.collate import collate
+from lrsa_lit.data.collate import Batch, collate, collate_training
+from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.prompts import Example, TooLong, encode
 from lrsa_lit.data.records import QARecord
+from lrsa_lit.data.sampler import EpochSampler, ResumableLoader
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import cache_dir
 
@@ -143,20 +145,34 @@ class QADataModule(lightning.LightningDataModule):
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.report[split].items()))
             _log.info("%s %s (at most %d tokens): %s", type(self).__name__, split, self.max_tokens, counts)
 
-    def train_dataloader(self) -> DataLoader[Example]:
-        """Training batches, in an order that the run's seed decides: ``seed`` keeps the examples themselves fixed."""
-        order = torch.Generator().manual_seed(torch.initial_seed())
-        return self._loader("train", batch_size=self.batch_size, shuffle=True, generator=order)
+    def train_dataloader(self) -> ResumableLoader:
+        """This rank's training batches, in an order that the run's seed decides: ``seed`` keeps the examples fixed.
 
-    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
+        The loader's ``state_dict`` says where it stands; ``load_state_dict`` goes on from there, mid-epoch too.
+        """
+        examples = self._opened("train")
+        lengths = cache.lengths(examples)
+        rank, ranks = _rank(self.trainer)
+        plan = EpochPlan(lengths, self.batch_size, ranks)
+        same_order = bool(getattr(self.trainer, "overfit_batches", 0))
+        return ResumableLoader(
+            cast("Dataset[Example]", examples),
+            batch_sampler=EpochSampler(plan, torch.initial_seed(), rank, ranks, same_order),
+            collate_fn=partial(collate_training, pad_token_id=self._pad_token_id),
+            # Workers are seeded from a generator of their own, so that batches do not disturb the run's random state.
+            generator=torch.Generator(),
+            **self._worker_options(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Validation batches in a fixed order; an empty list if there is no such split."""
-        return self._loader("val", batch_size=self.eval_batch_size) if "val" in self.splits() else []
+        return self._evaluation_loader("val") if "val" in self.splits() else []
 
-    def test_dataloader(self) -> DataLoader[Example]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches in a fixed order."""
-        return self._loader("test", batch_size=self.eval_batch_size)
+        return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Example]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """The test batches."""
         return self.test_dataloader()
 
@@ -219,19 +235,31 @@ class QADataModule(lightning.LightningDataModule):
     def _folder(self, split: Split) -> Path:
         return cache_dir("data", self.fingerprint, split)
 
-    def _loader(self, split: Split, **options: Any) -> DataLoader[Example]:
+    def _opened(self, split: Split) -> datasets.Dataset:
         if split not in self._examples:
             raise RuntimeError(f"the {split} split is not open: call prepare_data() and setup() first")
+        return self._examples[split]
+
+    @property
+    def _pad_token_id(self) -> int:
         tokenizer = self.checked_tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    def _evaluation_loader(self, split: Split) -> DataLoader[Batch]:
         return DataLoader(
-            cast("Dataset[Example]", self._examples[split]),
-            collate_fn=partial(collate, pad_token_id=pad),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
+            cast("Dataset[Batch]", self._opened(split)),
+            batch_size=self.eval_batch_size,
+            collate_fn=partial(collate, pad_token_id=self._pad_token_id),
+            generator=torch.Generator(),
+            **self._worker_options(),
         )
+
+    def _worker_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
     def _parameters(self) -> dict[str, object]:
         """Every constructor parameter of the class and its bases that decides the examples."""
@@ -242,6 +270,13 @@ class QADataModule(lightning.LightningDataModule):
             for name in inspect.signature(cls.__init__).parameters
         }
         return {name: getattr(self, name) for name in sorted(names - _NOT_IN_KEY)}
+
+
+def _rank(trainer: lightning.Trainer | None) -> tuple[int, int]:
+    """This process among those that share the batches, and how many they are."""
+    # Not the global rank: processes that hold parts of one model train on the same batches.
+    shared = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)
 
 
 def at_least(name: str, value: int, least: int) -> int:

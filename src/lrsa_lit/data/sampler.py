@@ -1,0 +1,150 @@
+"""Training batches that can be taken up again at any point, on any number of devices.
+
+The batches of an epoch follow from the run's seed and the epoch's number alone. Where a run stands is therefore two
+numbers, the epoch and the batches of it that were handed out; with the seed and what else decides the batches they are
+its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch.utils.data import Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lrsa_lit.data.collate import TrainBatch
+from lrsa_lit.errors import UserError
+
+
+class Plan(Protocol):
+    """Decides the batches of each epoch, for all ranks together."""
+
+    def __len__(self) -> int:
+        """Batches of any epoch: always the same number, a multiple of the ranks, as Lightning counts them once."""
+
+    def batches(self, seed: int, epoch: int) -> Sequence[Sequence[int]]:
+        """The batches of an epoch; of R ranks, rank r trains on every R-th from the r-th on."""
+
+    def key(self) -> Mapping[str, str | int | float | bool | None]:
+        """What else decides the batches, by the names that a user knows them by."""
+
+
+class EpochSampler(Sampler[list[int]]):
+    """The batches of one rank, an epoch for each pass.
+
+    A pass that hands out a batch begins its epoch, and the next pass is the next epoch, whether the former came to its
+    end or not.
+
+    Args:
+        plan: decides the batches.
+        seed: the run's.
+        rank: this process among those that share the batches.
+        ranks: how many they are.
+        same_order: every epoch is the first one, to overfit on some batches.
+    """
+
+    def __init__(self, plan: Plan, seed: int, rank: int = 0, ranks: int = 1, same_order: bool = False) -> None:
+        self.plan = plan
+        self.seed = seed
+        self.rank = rank
+        self.ranks = ranks
+        self.same_order = same_order
+        self.epoch = 0
+        self.batch = 0
+
+    def __len__(self) -> int:
+        return len(self.plan) // self.ranks
+
+    def __iter__(self) -> EpochIterator:
+        return EpochIterator(self, self.epoch, self.batch)
+
+    def batches(self, epoch: int) -> Sequence[Sequence[int]]:
+        """This rank's batches of an epoch."""
+        return self.plan.batches(self.seed, 0 if self.same_order else epoch)[self.rank :: self.ranks]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next pass begins, and what the batches depend on."""
+        return self.state(self.epoch, self.batch)
+
+    def state(self, epoch: int, batch: int) -> dict[str, Any]:
+        """The state after ``batch`` batches of an epoch: plain types, so that a checkpoint loads with weights_only."""
+        return {"seed": self.seed, "epoch": epoch, "batch": batch, "made_of": self._made_of()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next pass go on where a state was taken.
+
+        Raises:
+            UserError: the batches of this run are not the ones that the state counts.
+        """
+        saved, own = state["made_of"], self._made_of()
+        differing = [name for name in own if saved.get(name) != own[name]]
+        if differing:
+            listed = ", ".join(f"{name} was {saved.get(name)} and is {own[name]}" for name in differing)
+            raise UserError(
+                f"ckpt_path: its place in the training data has no meaning here: {listed}; "
+                "resume with the former values, or start a new fit from its weights"
+            )
+        self.seed, self.epoch, self.batch = state["seed"], state["epoch"], state["batch"]
+        if self.batch >= len(self):
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def _made_of(self) -> dict[str, Any]:
+        return {**self.plan.key(), "number of devices": self.ranks}
+
+
+class EpochIterator(Iterator[list[int]]):
+    """One pass of an :class:`EpochSampler`, whose state a data loader keeps with each batch that it prefetches."""
+
+    def __init__(self, sampler: EpochSampler, epoch: int, batch: int) -> None:
+        self._sampler = sampler
+        self._epoch = epoch
+        self._batch = batch
+        self._batches: Sequence[Sequence[int]] | None = None
+
+    def __iter__(self) -> EpochIterator:
+        return self
+
+    def __next__(self) -> list[int]:
+        if self._batches is None:
+            self._batches = self._sampler.batches(self._epoch)
+            self._sampler.epoch, self._sampler.batch = self._epoch + 1, 0
+        if self._batch == len(self._batches):
+            raise StopIteration
+        self._batch += 1
+        return list(self._batches[self._batch - 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's state after the batches handed out so far."""
+        return self._sampler.state(self._epoch, self._batch)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Part of torchdata's protocol, without which it would not ask for the state."""
+        raise NotImplementedError("load the state of the sampler")
+
+
+class ResumableLoader(StatefulDataLoader[TrainBatch]):
+    """A data loader whose state is its sampler's, at the batch that was handed out last.
+
+    torchdata keeps the sampler's state with each batch, however many are prefetched. The rest of its state is that of
+    its workers, which would tie a run to their number; examples are read by position, so there is nothing in it.
+    """
+
+    batch_sampler: EpochSampler
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of :class:`EpochSampler`."""
+        if self._iterator is None:
+            return self.batch_sampler.state_dict()
+        state = super().state_dict()
+        main = state["_snapshot"]["_main_snapshot"] if self.num_workers else state
+        return dict(main["_sampler_iter_state"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the batch that was handed out last, in the middle of an epoch or at its end.
+
+        Raises:
+            UserError: the state belongs to other batches.
+        """
+        super().load_state_dict({})
+        self.batch_sampler.load_state_dict(state_dict)
