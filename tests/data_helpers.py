@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from hypothesis import strategies as st
+
 from lrsa_lit.data.module import QADataModule, Split
-from lrsa_lit.data.prompts import encode
+from lrsa_lit.data.prompts import Example, encode
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.models.tiny import tiny_tokenizer
 
@@ -37,3 +39,20 @@ def built(**kwargs: Any) -> Words:
 
 def ids(loader: Iterable[dict[str, Any]]) -> list[str]:
     return [name for batch in loader for name in batch["id"]]
+
+
+def example(prompt: list[int], answer: list[int], name: str = "r") -> Example:
+    return Example(
+        id=name,
+        input_ids=prompt + answer,
+        prompt_length=len(prompt),
+        gold_spans=[[0, 1]],
+        answer_spans=[],
+        answers=["a", "b"],
+        match="any",
+    )
+
+
+def examples() -> st.SearchStrategy[Example]:
+    tokens = st.lists(st.integers(0, 9), min_size=1, max_size=8)
+    return st.builds(example, tokens, tokens)

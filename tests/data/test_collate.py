@@ -1,5 +1,6 @@
 import pytest
 import torch
+from data_helpers import example, examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,22 +8,7 @@ from lrsa_lit.data.collate import TrainBatch, collate, collate_training
 from lrsa_lit.data.prompts import Example
 
 PAD = 0
-
-
-def example(prompt: list[int], answer: list[int], name: str = "r") -> Example:
-    return Example(
-        id=name,
-        input_ids=prompt + answer,
-        prompt_length=len(prompt),
-        gold_spans=[[0, 1]],
-        answer_spans=[],
-        answers=["a", "b"],
-        match="any",
-    )
-
-
-ids = st.lists(st.integers(0, 9), min_size=1, max_size=8)
-batches = st.lists(st.builds(example, ids, ids), min_size=1, max_size=4)
+batches = st.lists(examples(), min_size=1, max_size=4)
 
 
 def test_a_batch_by_hand():

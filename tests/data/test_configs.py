@@ -5,6 +5,8 @@ from jsonargparse import ArgumentParser
 
 import lrsa_lit.data
 from lrsa_lit.data import QADataModule
+from lrsa_lit.data.curriculum import Stage
+from lrsa_lit.data.policies import FixedSize, Packed
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
 
@@ -24,3 +26,20 @@ def test_a_shipped_config_builds_its_data_set(path: Path):
 def test_every_data_set_has_a_config():
     named = {line.split(".")[-1] for path in CONFIGS for line in path.read_text().split() if "lrsa_lit.data." in line}
     assert named == set(lrsa_lit.data.__all__) - {"QADataModule"}
+
+
+def test_how_to_batch_is_yaml(tmp_path: Path):
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(QADataModule, "data")
+    (tmp_path / "batches.yaml").write_text(
+        "data: {init_args: {packing: {tokens: 8192}, curriculum: [{max_tokens: 2048, until_step: 200}, "
+        "{max_tokens: 4096}]}}\n"
+    )
+    given = ["--config", str(CONFIGS[0]), "--config", str(tmp_path / "batches.yaml")]
+    data = parser.instantiate_classes(parser.parse_args([*given, "--data.init_args.packing.tokens=9000"])).data
+    assert data.packing == Packed(9000)
+    assert data.curriculum == [Stage(2048, 200), Stage(4096)]
+    turned_off = ["--data.init_args.packing=null", "--data.init_args.group_by_length=true"]
+    data = parser.instantiate_classes(parser.parse_args([*given, *turned_off])).data
+    assert data.policy == FixedSize(1, by_length=True)

@@ -11,11 +11,14 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lrsa_lit.data.plan import EpochPlan
+from lrsa_lit.data.plan import EpochPlan, shuffled
+from lrsa_lit.data.policies import FixedSize
 from lrsa_lit.data.sampler import EpochSampler
 from lrsa_lit.errors import UserError
 
-lengths = st.lists(st.integers(1, 40), min_size=1, max_size=40)
+
+def plan(examples: int, batch_size: int, ranks: int = 1) -> EpochPlan:
+    return EpochPlan([1] * examples, FixedSize(batch_size), shuffled(examples), ranks)
 
 
 def flat(batches: Sequence[Sequence[int]]) -> list[int]:
@@ -30,49 +33,18 @@ def stored(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@given(lengths, st.integers(1, 5), st.integers(0, 9), st.integers(0, 3))
-def test_each_example_comes_once_an_epoch(lengths: list[int], size: int, seed: int, epoch: int):
-    batches = EpochPlan(lengths, size).batches(seed, epoch)
-    assert sorted(flat(batches)) == list(range(len(lengths)))
-    assert all(1 <= len(batch) <= size for batch in batches)
-
-
-@given(lengths, st.integers(1, 5), st.integers(2, 4), st.integers(0, 3))
-def test_ranks_get_as_many_batches_and_share_nothing(lengths: list[int], size: int, ranks: int, epoch: int):
-    if len(lengths) < ranks:
-        return
-    plan = EpochPlan(lengths, size, ranks)
-    own = [EpochSampler(plan, 0, rank, ranks).batches(epoch) for rank in range(ranks)]
-    assert {len(batches) for batches in own} == {len(plan) // ranks}
-    seen = [position for batches in own for position in flat(batches)]
-    assert len(seen) == len(set(seen))
-    assert all(1 <= len(batch) <= size for batches in own for batch in batches)
-    assert len(seen) == len(lengths) or (len(seen) > len(lengths) - ranks and {*map(len, own[0])} == {1})
-
-
-def test_the_order_is_decided_by_seed_and_epoch_alone():
-    plan = EpochPlan([1] * 30, 2)
-    assert plan.batches(1, 4) == EpochPlan([1] * 30, 2).batches(1, 4)
-    assert len({str(plan.batches(seed, epoch)) for seed in range(2) for epoch in range(2)}) == 4
-
-
-def test_fewer_examples_than_devices_are_refused():
-    with pytest.raises(UserError, match=r"^trainer.devices: 4 devices cannot share 3 training examples$"):
-        EpochPlan([1, 1, 1], 1, 4)
-
-
 @given(st.integers(1, 20), st.integers(1, 4), st.data())
 def test_a_sampler_goes_on_where_a_state_was_taken(examples: int, size: int, data: st.DataObject):
-    plan = EpochPlan([1] * examples, size)
-    taken = data.draw(st.integers(0, 3 * len(plan)))
-    whole = EpochSampler(plan, seed=5)
+    made = plan(examples, size)
+    taken = data.draw(st.integers(0, 3 * len(made)))
+    whole = EpochSampler(made, seed=5)
     batches, states = [], [whole.state_dict()]
     for _ in range(4):
         iterator = iter(whole)
         for batch in iterator:
             batches.append(batch)
             states.append(iterator.state_dict())
-    resumed = EpochSampler(plan, seed=6)
+    resumed = EpochSampler(made, seed=6)
     resumed.load_state_dict(stored(states[taken]))
     rest = list(resumed)
     while len(rest) < len(batches) - taken:
@@ -81,7 +53,7 @@ def test_a_sampler_goes_on_where_a_state_was_taken(examples: int, size: int, dat
 
 
 def test_an_epoch_begins_with_its_first_batch_and_not_with_a_pass():
-    sampler = EpochSampler(EpochPlan([1] * 8, 2), seed=0)
+    sampler = EpochSampler(plan(8, 2), seed=0)
     first = list(EpochSampler(sampler.plan, seed=0))
     unused, cut_short = iter(sampler), iter(sampler)
     assert next(cut_short) == first[0]
@@ -90,7 +62,7 @@ def test_an_epoch_begins_with_its_first_batch_and_not_with_a_pass():
 
 
 def test_the_same_order_can_be_kept():
-    sampler = EpochSampler(EpochPlan([1] * 8, 2), seed=0, same_order=True)
+    sampler = EpochSampler(plan(8, 2), seed=0, same_order=True)
     assert list(sampler) == list(sampler)
 
 
@@ -98,15 +70,15 @@ def test_the_same_order_can_be_kept():
     ("other", "difference"),
     [
         ({"batch_size": 3}, "data.init_args.batch_size was 2 and is 3"),
-        ({"lengths": [1] * 9}, "number of training examples was 8 and is 9"),
+        ({"examples": 9}, "number of training examples was 8 and is 9"),
         ({"ranks": 2}, "number of devices was 1 and is 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_state_of_other_batches_is_refused(other: Mapping[str, Any], difference: str):
-    state = EpochSampler(EpochPlan([1] * 8, 2), seed=0).state_dict()
-    options = {"lengths": [1] * 8, "batch_size": 2, "ranks": 1, **other}
-    sampler = EpochSampler(EpochPlan(**options), seed=0, ranks=options["ranks"])
+    state = EpochSampler(plan(8, 2), seed=0).state_dict()
+    options = {"examples": 8, "batch_size": 2, "ranks": 1, **other}
+    sampler = EpochSampler(plan(**options), seed=0, ranks=options["ranks"])
     with pytest.raises(UserError) as error:
         sampler.load_state_dict(state)
     assert str(error.value) == (
@@ -189,7 +161,7 @@ def test_a_fit_goes_on_mid_epoch_and_at_the_end_of_one(tokenizer: PreTrainedToke
 def test_an_epoch_that_is_cut_short_is_not_begun_again(tokenizer: PreTrainedTokenizerFast):
     torch.manual_seed(0)
     seen = trained(Words(tokenizer=tokenizer), Seen(), limit_train_batches=3, max_steps=9)
-    order = EpochPlan([1] * 10, 1)
+    order = plan(10, 1)
     assert seen == [[f"train{10 * n}"] for epoch in range(3) for (n,) in order.batches(0, epoch)[:3]]
 
 

@@ -48,6 +48,8 @@ class Batch(TrainBatch):
         answer_spans: positions [start, end) in ``input_ids`` of the answers within those passages.
         answers: the records' reference answers.
         match: how each record's answers are matched.
+        source: the name of each record's data set within a mixture, "" where there is none.
+        repeated: whether a row only fills up this device's share; it counts on another device already.
     """
 
     prompt_ids: Tensor
@@ -57,6 +59,8 @@ class Batch(TrainBatch):
     answer_spans: list[list[Span]]
     answers: list[tuple[str, ...]]
     match: list[Match]
+    source: list[str]
+    repeated: list[bool]
 
 
 def collate_training(examples: Sequence[Example], pad_token_id: int) -> TrainBatch:
@@ -86,6 +90,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         answer_spans=[_spans(example["answer_spans"]) for example in examples],
         answers=[tuple(example["answers"]) for example in examples],
         match=[example["match"] for example in examples],
+        source=[example.get("source", "") for example in examples],
+        repeated=[example.get("repeated", False) for example in examples],
     )
 
 

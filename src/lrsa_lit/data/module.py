@@ -10,24 +10,26 @@ import inspect
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sized
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import datasets
 import lightning
-import torch
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lrsa_lit.data import cache
-from lrsa_lit.data.collate import Batch, collate, collate_training
-from lrsa_lit.data.plan import EpochPlan
+from lrsa_lit.data.collate import Batch
+from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages
+from lrsa_lit.data.loading import TrainerSettings, evaluation_loader, training_loader
+from lrsa_lit.data.plan import EpochPlan, Order, shuffled
+from lrsa_lit.data.policies import Packed, checked_policy
 from lrsa_lit.data.prompts import Example, TooLong, encode
 from lrsa_lit.data.records import QARecord
-from lrsa_lit.data.sampler import EpochSampler, ResumableLoader
+from lrsa_lit.data.sampler import ResumableLoader
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import cache_dir
 
@@ -42,7 +44,17 @@ _STAGES: dict[str, tuple[Split, ...]] = {
     "predict": ("test",),
 }
 # These decide how examples are handed out, not which examples there are.
-_NOT_IN_KEY = {"self", "kwargs", "tokenizer", "batch_size", "eval_batch_size", "num_workers"}
+_NOT_IN_KEY = {
+    "self",
+    "kwargs",
+    "tokenizer",
+    "batch_size",
+    "eval_batch_size",
+    "num_workers",
+    "packing",
+    "group_by_length",
+    "curriculum",
+}
 
 
 class QADataModule(lightning.LightningDataModule):
@@ -54,10 +66,16 @@ class QADataModule(lightning.LightningDataModule):
         batch_size: examples in a training batch, on each device.
         eval_batch_size: examples in a validation, test or prediction batch, on each device.
         num_workers: processes that load batches; 0 loads them in the main process.
-        seed: decides splits, contexts and the order of training.
+        seed: decides splits and contexts; the order of training is up to the run's own seed.
         limit: at most this many examples of a split, as in {train: 64, val: 16}.
+        packing: train on several examples in one sequence of at most so many tokens, as in {tokens: 32768}, none of
+            which sees another; then batch_size stays 1.
+        group_by_length: train on batches of examples of similar lengths, which saves padding.
+        curriculum: train on shorter examples first, as in [{max_tokens: 2048, until_step: 200}, {max_tokens: 4096}].
 
     Attributes:
+        padding: of the training batches in the first epoch, the share of tokens that is padding or, packed, the share
+            of the budget that is unused; None before there is a training loader.
         report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens
             one of those needs (``shortest_too_long``), with a data set's own counts.
 
@@ -74,6 +92,9 @@ class QADataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         limit: dict[str, int] | None = None,
+        packing: Packed | None = None,
+        group_by_length: bool = False,
+        curriculum: list[Stage] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -83,6 +104,12 @@ class QADataModule(lightning.LightningDataModule):
         self.num_workers = at_least("num_workers", num_workers, 0)
         self.seed = seed
         self.limit = _checked_limit(limit or {})
+        self.packing = packing
+        self.group_by_length = group_by_length
+        self.curriculum = curriculum or []
+        self.policy = checked_policy(batch_size, packing, group_by_length)
+        check_stages(self.curriculum)
+        self.padding: float | None = None
         self.report: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._examples: dict[Split, datasets.Dataset] = {}
 
@@ -135,6 +162,8 @@ class QADataModule(lightning.LightningDataModule):
             if not cache.is_built(folder):
                 self.report[split].clear()
                 cache.build(folder, self._build(split), self.report[split])
+            if split == "train":
+                self._training_lengths(cache.load(folder)[0])
 
     def setup(self, stage: str | None = None) -> None:
         """Open the cached splits of a stage ("fit", "validate", "test", "predict"), or all of them."""
@@ -150,19 +179,20 @@ class QADataModule(lightning.LightningDataModule):
 
         The loader's ``state_dict`` says where it stands; ``load_state_dict`` goes on from there, mid-epoch too.
         """
-        examples = self._opened("train")
-        lengths = cache.lengths(examples)
-        rank, ranks = _rank(self.trainer)
-        plan = EpochPlan(lengths, self.batch_size, ranks)
-        same_order = bool(getattr(self.trainer, "overfit_batches", 0))
-        return ResumableLoader(
-            cast("Dataset[Example]", examples),
-            batch_sampler=EpochSampler(plan, torch.initial_seed(), rank, ranks, same_order),
-            collate_fn=partial(collate_training, pad_token_id=self._pad_token_id),
-            # Workers are seeded from a generator of their own, so that batches do not disturb the run's random state.
-            generator=torch.Generator(),
-            **self._worker_options(),
-        )
+        examples, settings = self._opened("train"), TrainerSettings.of(self.trainer)
+        lengths = self._training_lengths(examples)
+        order = self.order(len(examples))
+        plan = EpochPlan(lengths, self.policy, order, settings.ranks, self.curriculum, settings.batches_a_step)
+        loader = training_loader(examples, plan, settings, self._pad_token_id, self.num_workers)
+        self.padding = plan.padding(loader.batch_sampler.seed, epoch=0)
+        if settings.rank == 0:
+            share, what = f"{self.padding:.1%}", "the budget is unused" if self.packing else "their tokens is padding"
+            _log.info("%s train: %d batches an epoch, %s of %s", type(self).__name__, len(plan), share, what)
+        return loader
+
+    def order(self, examples: int) -> Order:
+        """The order in which the examples of the training split are taken."""
+        return shuffled(examples)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Validation batches in a fixed order; an empty list if there is no such split."""
@@ -246,20 +276,17 @@ class QADataModule(lightning.LightningDataModule):
         return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Batch]:
-        return DataLoader(
-            cast("Dataset[Batch]", self._opened(split)),
-            batch_size=self.eval_batch_size,
-            collate_fn=partial(collate, pad_token_id=self._pad_token_id),
-            generator=torch.Generator(),
-            **self._worker_options(),
+        settings = TrainerSettings.of(self.trainer)
+        return evaluation_loader(
+            self._opened(split), self.eval_batch_size, settings, self._pad_token_id, self.num_workers
         )
 
-    def _worker_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+    def _training_lengths(self, examples: datasets.Dataset) -> list[int]:
+        """Tokens of each example, known to suit packing and curriculum."""
+        lengths = cache.lengths(examples)
+        self.policy.check(lengths)
+        check_lengths(self.curriculum, lengths)
+        return lengths
 
     def _parameters(self) -> dict[str, object]:
         """Every constructor parameter of the class and its bases that decides the examples."""
@@ -270,13 +297,6 @@ class QADataModule(lightning.LightningDataModule):
             for name in inspect.signature(cls.__init__).parameters
         }
         return {name: getattr(self, name) for name in sorted(names - _NOT_IN_KEY)}
-
-
-def _rank(trainer: lightning.Trainer | None) -> tuple[int, int]:
-    """This process among those that share the batches, and how many they are."""
-    # Not the global rank: processes that hold parts of one model train on the same batches.
-    shared = trainer.distributed_sampler_kwargs if trainer is not None else None
-    return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)
 
 
 def at_least(name: str, value: int, least: int) -> int:

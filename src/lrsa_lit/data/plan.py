@@ -3,44 +3,126 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
-from lrsa_lit.data.batching import Batches, batches_an_epoch, chunks, split_into
+from lrsa_lit.data.batching import Batches, batches_an_epoch
+from lrsa_lit.data.curriculum import Stage, segments
+from lrsa_lit.data.policies import Key, Policy
 from lrsa_lit.errors import UserError
+
+Order = Callable[[int, int], list[int]]
+"""From the run's seed and an epoch's number to the examples of the epoch, in random order."""
 
 
 class EpochPlan:
-    """Shuffled batches of ``batch_size`` examples, each example once an epoch.
+    """Each example of an epoch's order in one batch, the same number of batches in every epoch.
 
     With several ranks, some batches are halved so that each rank gets as many. Only where batches hold one example each
     may this not do: then up to ``ranks`` - 1 examples are left out, others in each epoch.
 
+    A curriculum puts examples that are too long for a stage behind those of it. Where an epoch has more batches in a
+    stage than there are examples for, these come again, and as many of the longer ones have to wait for the next epoch.
+
     Args:
         lengths: tokens of each example.
-        batch_size: examples in a batch.
+        policy: puts examples together.
+        order: of the examples of an epoch; every epoch has as many.
         ranks: data-parallel processes.
+        curriculum: its stages, none for all examples at any time.
+        batches_a_step: that gradients are accumulated over.
 
     Raises:
         UserError: there are fewer examples than ranks.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        policy: Policy,
+        order: Order,
+        ranks: int = 1,
+        curriculum: Sequence[Stage] = (),
+        batches_a_step: int = 1,
+    ) -> None:
         self.lengths = lengths
-        self.batch_size = batch_size
+        self.policy = policy
+        self.order = order
         self.ranks = ranks
-        self._length = batches_an_epoch(-(-len(lengths) // batch_size), len(lengths), ranks)
+        self.curriculum = curriculum
+        self.batches_a_step = batches_a_step
+        # Independent of the run's seed, which a checkpoint may bring after Lightning has asked for the length.
+        first = order(0, 0)
+        self._length = batches_an_epoch(policy.count(first, lengths), len(first), ranks)
         if not self._length:
-            raise UserError(f"trainer.devices: {ranks} devices cannot share {len(lengths)} training examples")
+            raise UserError(f"trainer.devices: {ranks} devices cannot share {len(first)} training examples")
 
     def __len__(self) -> int:
         return self._length
 
-    def key(self) -> Mapping[str, str | int | float | bool | None]:
+    def key(self) -> Key:
         """What decides the batches beside the seed."""
-        return {"number of training examples": len(self.lengths), "data.init_args.batch_size": self.batch_size}
+        key: Key = {"number of training examples": len(self.lengths), **self.policy.key()}
+        if self.curriculum:
+            stages = ", ".join(f"{stage.max_tokens} tokens until {stage.until_step}" for stage in self.curriculum)
+            key |= {"data.init_args.curriculum": stages, "trainer.accumulate_grad_batches": self.batches_a_step}
+        return key
 
     def batches(self, seed: int, epoch: int) -> Batches:
         """The batches of an epoch, for all ranks in turn."""
-        order = list(range(len(self.lengths)))
-        random.Random(f"{seed}:{epoch}").shuffle(order)
-        return split_into(chunks(order, self.batch_size), len(self))
+        rng = random.Random(f"{seed}:{epoch}:batches")
+        order = self.order(seed, epoch)
+        if not self.curriculum:
+            return self.policy.batches(order, self.lengths, len(self), self.ranks, rng)
+        batches: Batches = []
+        waiting = order
+        for max_tokens, count in segments(self.curriculum, epoch, len(self) // self.ranks, self.batches_a_step):
+            count *= self.ranks
+            pool = self._pool(order, waiting, max_tokens, count, rng)
+            made = self.policy.batches(pool, self.lengths, count, self.ranks, rng)
+            waiting = _without(waiting, made)
+            batches += made
+        return batches
+
+    def padding(self, seed: int, epoch: int) -> float:
+        """The share of an epoch's tokens that is padding or, packed, of its budget that is unused."""
+        return self.policy.padding(self.batches(seed, epoch), self.lengths)
+
+    def _pool(
+        self, order: Sequence[int], waiting: Sequence[int], max_tokens: int, count: int, rng: random.Random
+    ) -> list[int]:
+        """Examples for ``count`` batches of a stage: those that wait and, if they are too few, more of the same."""
+        pool = [position for position in waiting if self.lengths[position] <= max_tokens]
+        enough = self.policy.enough(pool, self.lengths, count)
+        # Where nothing longer is put off, the epoch simply nears its end.
+        if len(pool) < count or (enough > len(pool) and len(pool) < len(waiting)):
+            allowed = [position for position in order if self.lengths[position] <= max_tokens]
+            while enough > len(pool):
+                # As much again each time, so that many repetitions of few examples take few turns.
+                for _ in range(max(1, len(pool) // len(allowed))):
+                    pool += rng.sample(allowed, len(allowed))
+                enough = self.policy.enough(pool, self.lengths, count)
+        return pool[:enough]
+
+
+def shuffled(examples: int) -> Order:
+    """The order of a data set: all of it, shuffled."""
+
+    def order(seed: int, epoch: int) -> list[int]:
+        positions = list(range(examples))
+        random.Random(f"{seed}:{epoch}").shuffle(positions)
+        return positions
+
+    return order
+
+
+def _without(order: Sequence[int], batches: Batches) -> list[int]:
+    """The order less what is in the batches, as often as it is in them."""
+    taken = Counter(position for batch in batches for position in batch)
+    left = []
+    for position in order:
+        if taken[position]:
+            taken[position] -= 1
+        else:
+            left.append(position)
+    return left

@@ -13,7 +13,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypeAlias, TypedDict
 
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.errors import UserError
@@ -40,6 +40,8 @@ class Example(TypedDict):
         answer_spans: token positions [start, end) of the answers' occurrences within those passages.
         answers: the record's.
         match: the record's.
+        source: the name, within a mixture, of the data set that it comes from.
+        repeated: whether it only fills up the share of one of several devices, and must not be counted.
     """
 
     id: str
@@ -49,6 +51,8 @@ class Example(TypedDict):
     answer_spans: Sequence[Span]
     answers: Sequence[str]
     match: Match
+    source: NotRequired[str]
+    repeated: NotRequired[bool]
 
 
 @dataclass(frozen=True)

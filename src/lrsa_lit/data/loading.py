@@ -1,0 +1,145 @@
+"""From examples to data loaders: what the trainer decides about batches, and what a loader is made with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from lrsa_lit.data.collate import Batch, collate, collate_training
+from lrsa_lit.data.packing import collate_packed
+from lrsa_lit.data.plan import EpochPlan
+from lrsa_lit.data.policies import Packed
+from lrsa_lit.data.sampler import EpochSampler, ResumableLoader
+from lrsa_lit.errors import UserError
+
+if TYPE_CHECKING:
+    import lightning
+
+    from lrsa_lit.data.prompts import Example
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """What the trainer decides about batches; the defaults are those of no trainer at all.
+
+    Attributes:
+        rank: this process among those that share the batches.
+        ranks: how many they are.
+        batches_a_step: that gradients are accumulated over.
+        whole_epochs: whether an epoch ends only with its last batch.
+        same_order: whether every epoch is the first one, to overfit on some batches.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    batches_a_step: int = 1
+    whole_epochs: bool = True
+    same_order: bool = False
+
+    @classmethod
+    def of(cls, trainer: lightning.Trainer | None) -> TrainerSettings:
+        """Those of a trainer that the data module is attached to."""
+        if trainer is None:
+            return cls()
+        # Not the global rank: processes that hold parts of one model train on the same batches.
+        shared = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        values = vars(trainer)
+        limit = values["limit_train_batches"]
+        return cls(
+            rank=shared["rank"],
+            ranks=shared["num_replicas"],
+            batches_a_step=values["accumulate_grad_batches"],
+            # The integer 1 is one batch, the float all of them.
+            whole_epochs=isinstance(limit, float) and limit == 1.0 and not values["overfit_batches"],
+            same_order=bool(values["overfit_batches"]),
+        )
+
+
+def training_loader(
+    examples: datasets.Dataset, plan: EpochPlan, settings: TrainerSettings, pad_token_id: int, workers: int
+) -> ResumableLoader:
+    """This rank's training batches, in an order that the run's seed decides.
+
+    Args:
+        examples: of the training split.
+        plan: of their batches.
+        settings: of the trainer.
+        pad_token_id: what fills rows.
+        workers: processes that load batches ahead.
+
+    Raises:
+        UserError: a curriculum counts steps that the trainer does not make.
+    """
+    if plan.curriculum and not settings.whole_epochs:
+        raise UserError(
+            "data.init_args.curriculum: it counts steps by whole epochs; "
+            "allowed are only trainer.limit_train_batches=1.0 and trainer.overfit_batches=0"
+        )
+    packed = isinstance(plan.policy, Packed)
+    sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, settings.ranks, settings.same_order)
+    return ResumableLoader(
+        cast("Dataset[Example]", examples),
+        batch_sampler=sampler,
+        collate_fn=collate_packed if packed else partial(collate_training, pad_token_id=pad_token_id),
+        **_options(workers),
+    )
+
+
+def evaluation_loader(
+    examples: datasets.Dataset, batch_size: int, settings: TrainerSettings, pad_token_id: int, workers: int
+) -> DataLoader[Batch]:
+    """Batches in a fixed order; of R ranks, each gets every R-th example.
+
+    Every rank gets as many, which sharded models need: those that come again for it are marked as ``repeated``.
+    """
+    return DataLoader(
+        cast("Dataset[Batch]", _Repeating(examples)),
+        batch_size=batch_size,
+        sampler=EvaluationSampler(len(examples), settings.rank, settings.ranks),
+        collate_fn=partial(collate, pad_token_id=pad_token_id),
+        **_options(workers),
+    )
+
+
+class EvaluationSampler(DistributedSampler[Any]):
+    """Every R-th position; those beyond the last example stand for repeated ones, so that all ranks have as many.
+
+    It is of a type that Lightning does not wrap into another sampler.
+    """
+
+    def __init__(self, examples: int, rank: int, ranks: int) -> None:
+        super().__init__(cast("Dataset[Any]", range(examples)), num_replicas=ranks, rank=rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.total_size, self.num_replicas))
+
+
+class _Repeating(Dataset[Any]):
+    """Examples by position, from the first on again after the last."""
+
+    def __init__(self, examples: datasets.Dataset) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, position: int) -> Any:
+        turn, position = divmod(position, len(self._examples))
+        return {**self._examples[position], "repeated": turn > 0}
+
+
+def _options(workers: int) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        # Workers are seeded from a generator of their own, so that loading leaves the run's random state alone.
+        "generator": torch.Generator(),
+    }

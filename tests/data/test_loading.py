@@ -1,0 +1,173 @@
+"""Loaders as the data modules make them: packing, grouping and curricula, with workers, on several devices."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from data_helpers import BARE, LENGTHS, Words, built
+from lightning import Trainer
+from torch.utils.data.distributed import DistributedSampler
+from transformers import PreTrainedTokenizerFast
+
+from lrsa_lit.data.curriculum import Stage
+from lrsa_lit.data.loading import TrainerSettings
+from lrsa_lit.data.policies import Packed
+from lrsa_lit.errors import UserError
+
+LONGEST = BARE + max(LENGTHS["train"])
+STAGES = [Stage(BARE + 40, until_step=6), Stage(LONGEST)]
+WAYS = {
+    "packed": {"packing": Packed(LONGEST + BARE)},
+    "grouped": {"batch_size": 3, "group_by_length": True},
+    "curriculum": {"batch_size": 2, "curriculum": STAGES},
+    "packed curriculum": {"packing": Packed(LONGEST + BARE), "curriculum": STAGES},
+}
+
+
+def plain(batch: dict[str, Any]) -> str:
+    """A batch in a form that compares."""
+    return str({name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in batch.items()})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_way_of_batching_goes_on_exactly(tokenizer: PreTrainedTokenizerFast, way: dict[str, Any], workers: int):
+    options = {"tokenizer": tokenizer, "num_workers": workers, **way}
+    loader = built(**options).train_dataloader()
+    batches, states = [], []
+    for _ in range(3):
+        for batch in loader:
+            batches.append(plain(batch))
+            states.append(loader.state_dict())
+    assert len(batches) == 3 * len(loader)
+    middle = len(loader) + 2
+    resumed = built(**options).train_dataloader()
+    resumed.load_state_dict(states[middle - 1])
+    assert [plain(batch) for _ in range(2) for batch in resumed] == batches[middle:]
+
+
+def test_a_packed_loader_yields_one_row_of_several_examples(tokenizer: PreTrainedTokenizerFast):
+    budget = 2 * LONGEST
+    data = built(tokenizer=tokenizer, packing=Packed(budget))
+    batches = list(data.train_dataloader())
+    assert sorted(name for batch in batches for name in batch["id"]) == sorted(f"train{n}" for n in LENGTHS["train"])
+    for batch in batches:
+        assert batch["input_ids"].shape == (1, batch["boundaries"][-1])
+        assert batch["boundaries"][-1] <= budget
+        assert len(batch["boundaries"]) == len(batch["id"]) + 1
+    tokens = sum(batch["boundaries"][-1] for batch in batches)
+    assert data.padding == pytest.approx(1 - tokens / (budget * len(batches)))
+    assert all(batch["boundaries"] is None for batch in data.val_dataloader())
+
+
+def test_padding_is_said_once_and_kept(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture):
+    data = built(tokenizer=tokenizer, batch_size=4)
+    assert data.padding is None
+    with caplog.at_level(logging.INFO, "lrsa_lit.data"):
+        batches = list(data.train_dataloader())
+    masks = [batch["attention_mask"] for batch in batches]
+    assert data.padding == pytest.approx(1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks))
+    assert caplog.messages == [f"Words train: 3 batches an epoch, {data.padding:.1%} of their tokens is padding"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "lrsa_lit.data"):
+        data = built(tokenizer=tokenizer, packing=Packed(LONGEST))
+        data.train_dataloader()
+    assert caplog.messages[-1].endswith(f" batches an epoch, {data.padding:.1%} of the budget is unused")
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        (
+            {"packing": Packed(LONGEST - 1)},
+            f"data.init_args.packing.tokens is {LONGEST - 1}, but the longest training example has {LONGEST} tokens "
+            f"and is not cut; allowed is {LONGEST} or more, or a smaller data.init_args.max_tokens",
+        ),
+        (
+            {"curriculum": [Stage(BARE - 1, until_step=9), Stage(LONGEST)]},
+            f"data.init_args.curriculum.0.max_tokens is {BARE - 1}, but the shortest training example has {BARE} "
+            f"tokens; allowed is {BARE} or more",
+        ),
+    ],
+    ids=["packing", "curriculum"],
+)
+def test_what_does_not_suit_the_examples_is_refused_before_training(
+    tokenizer: PreTrainedTokenizerFast, way: dict[str, Any], message: str
+):
+    with pytest.raises(UserError) as error:
+        Words(tokenizer=tokenizer, **way).prepare_data("fit")
+    assert str(error.value) == message
+    Words(tokenizer=tokenizer, **way).prepare_data("test")
+
+
+def test_how_batches_are_made_does_not_decide_the_examples(tokenizer: PreTrainedTokenizerFast):
+    fingerprints = {Words(tokenizer=tokenizer, **way).fingerprint for way in ({}, *WAYS.values())}
+    assert len(fingerprints) == 1
+
+
+def on_rank(rank: int, ranks: int) -> SimpleNamespace:
+    """What a data module asks of a trainer on one of several devices."""
+    shared = {"rank": rank, "num_replicas": ranks} if ranks > 1 else None
+    return SimpleNamespace(
+        distributed_sampler_kwargs=shared, accumulate_grad_batches=1, limit_train_batches=1.0, overfit_batches=0.0
+    )
+
+
+@pytest.mark.parametrize("way", [{"batch_size": 2}, *WAYS.values()], ids=["plain", *WAYS.keys()])
+def test_devices_share_the_training_batches(tokenizer: PreTrainedTokenizerFast, way: dict[str, Any]):
+    seen = []
+    for rank in range(3):
+        data = built(tokenizer=tokenizer, **way)
+        data.trainer = on_rank(rank, 3)
+        seen.append([batch["id"] for batch in data.train_dataloader()])
+    assert len({len(batches) for batches in seen}) == 1
+    if "curriculum" not in way:
+        names = [name for batches in seen for batch in batches for name in batch]
+        assert sorted(names) == sorted(f"train{n}" for n in LENGTHS["train"])
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 5])
+def test_devices_share_the_evaluation_and_know_what_counts_elsewhere(tokenizer: PreTrainedTokenizerFast, ranks: int):
+    shares, counted = [], []
+    for rank in range(ranks):
+        data = built(tokenizer=tokenizer, eval_batch_size=2)
+        data.trainer = on_rank(rank, ranks)
+        rows = [
+            (name, repeated)
+            for batch in data.test_dataloader()
+            for name, repeated in zip(batch["id"], batch["repeated"], strict=True)
+        ]
+        shares.append(len(rows))
+        counted += [name for name, repeated in rows if not repeated]
+    assert len(set(shares)) == 1
+    assert sorted(counted) == sorted(f"test{n}" for n in LENGTHS["test"])
+
+
+def test_lightning_leaves_the_loaders_alone(tokenizer: PreTrainedTokenizerFast):
+    data = built(tokenizer=tokenizer)
+    assert isinstance(data.test_dataloader().sampler, DistributedSampler)
+
+
+@pytest.mark.parametrize(
+    ("options", "whole", "same"),
+    [
+        ({}, True, False),
+        ({"limit_train_batches": 1}, False, False),
+        ({"limit_train_batches": 0.5}, False, False),
+        ({"overfit_batches": 2}, False, True),
+    ],
+    ids=str,
+)
+def test_what_a_trainer_decides(options: dict[str, Any], whole: bool, same: bool):
+    trainer = Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=3, **options)
+    assert TrainerSettings.of(trainer) == TrainerSettings(0, 1, 3, whole, same)
+
+
+def test_a_curriculum_needs_whole_epochs(tokenizer: PreTrainedTokenizerFast):
+    data = built(tokenizer=tokenizer, curriculum=STAGES)
+    data.trainer = on_rank(0, 1)
+    data.trainer.limit_train_batches = 3
+    with pytest.raises(UserError, match=r"^data.init_args.curriculum: it counts steps by whole epochs; allowed"):
+        data.train_dataloader()
