@@ -13,7 +13,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml")
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_builds_its_data_set(path: Path):
-    parser = ArgumentParser()
+    parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(QADataModule, "data")
     parsed = parser.parse_args(["--config", str(path), "--data.init_args.batch_size=2"])
@@ -29,7 +29,7 @@ def test_every_data_set_has_a_config():
 
 
 def test_how_to_batch_is_yaml(tmp_path: Path):
-    parser = ArgumentParser()
+    parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(QADataModule, "data")
     (tmp_path / "batches.yaml").write_text(

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lrsa_lit.data.batching import best_fit_decreasing
 from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages, segments
-from lrsa_lit.data.plan import EpochPlan, shuffled
+from lrsa_lit.data.order import Shuffled
+from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import FixedSize, Packed, Policy, checked_policy
 from lrsa_lit.data.sampler import EpochSampler
 from lrsa_lit.errors import UserError
@@ -25,7 +26,7 @@ ranks = st.integers(1, 4)
 
 
 def made(lengths: Sequence[int], policy: Policy, ranks: int = 1, **options: Any) -> EpochPlan:
-    return EpochPlan(lengths, policy, shuffled(len(lengths)), ranks, **options)
+    return EpochPlan(lengths, policy, Shuffled(len(lengths)), ranks, **options)
 
 
 def flat(batches: Sequence[Sequence[int]]) -> list[int]:

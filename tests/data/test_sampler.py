@@ -11,14 +11,15 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lrsa_lit.data.plan import EpochPlan, shuffled
+from lrsa_lit.data.order import Shuffled
+from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import FixedSize
 from lrsa_lit.data.sampler import EpochSampler
 from lrsa_lit.errors import UserError
 
 
 def plan(examples: int, batch_size: int, ranks: int = 1) -> EpochPlan:
-    return EpochPlan([1] * examples, FixedSize(batch_size), shuffled(examples), ranks)
+    return EpochPlan([1] * examples, FixedSize(batch_size), Shuffled(examples), ranks)
 
 
 def flat(batches: Sequence[Sequence[int]]) -> list[int]:
@@ -70,7 +71,7 @@ def test_the_same_order_can_be_kept():
     ("other", "difference"),
     [
         ({"batch_size": 3}, "data.init_args.batch_size was 2 and is 3"),
-        ({"examples": 9}, "number of training examples was 8 and is 9"),
+        ({"examples": 9}, "training examples was 8 (lengths "),
         ({"ranks": 2}, "number of devices was 1 and is 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -81,10 +82,10 @@ def test_a_state_of_other_batches_is_refused(other: Mapping[str, Any], differenc
     sampler = EpochSampler(plan(**options), seed=0, ranks=options["ranks"])
     with pytest.raises(UserError) as error:
         sampler.load_state_dict(state)
-    assert str(error.value) == (
-        f"ckpt_path: its place in the training data has no meaning here: {difference}; "
-        "resume with the former values, or start a new fit from its weights"
-    )
+    message = str(error.value)
+    assert message.startswith(f"ckpt_path: its place in the training data has no meaning here: {difference}")
+    assert message.endswith("; resume with the former values, or start a new fit from its weights")
+    assert message.count(" was ") == 1
 
 
 def names(batches: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lrsa_lit.data.files import QAFiles
     from lrsa_lit.data.hotpotqa import HotpotQA
+    from lrsa_lit.data.mixture import Mixture
     from lrsa_lit.data.module import QADataModule
     from lrsa_lit.data.needle import Needles
     from lrsa_lit.data.squad import SquadArticles
 
-__all__ = ["HotpotQA", "Needles", "QADataModule", "QAFiles", "SquadArticles"]
+__all__ = ["HotpotQA", "Mixture", "Needles", "QADataModule", "QAFiles", "SquadArticles"]
 
 _MODULES = {
     "HotpotQA": "hotpotqa",
+    "Mixture": "mixture",
     "Needles": "needle",
     "QADataModule": "module",
     "QAFiles": "files",

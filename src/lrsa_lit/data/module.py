@@ -25,7 +25,8 @@ from lrsa_lit.data import cache
 from lrsa_lit.data.collate import Batch
 from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages
 from lrsa_lit.data.loading import TrainerSettings, evaluation_loader, training_loader
-from lrsa_lit.data.plan import EpochPlan, Order, shuffled
+from lrsa_lit.data.order import Order, Shuffled
+from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import Packed, checked_policy
 from lrsa_lit.data.prompts import Example, TooLong, encode
 from lrsa_lit.data.records import QARecord
@@ -44,7 +45,7 @@ _STAGES: dict[str, tuple[Split, ...]] = {
     "predict": ("test",),
 }
 # These decide how examples are handed out, not which examples there are.
-_NOT_IN_KEY = {
+NOT_IN_KEY = {
     "self",
     "kwargs",
     "tokenizer",
@@ -158,21 +159,30 @@ class QADataModule(lightning.LightningDataModule):
         """Tokenise and cache the splits of a stage; by default the trainer's stage, or all without a trainer."""
         running = self.trainer.state.fn if self.trainer else None
         for split in self._needed(stage or (running.value if running else None)):
-            folder = self._folder(split)
-            if not cache.is_built(folder):
-                self.report[split].clear()
-                cache.build(folder, self._build(split), self.report[split])
+            self.prepare_split(split)
             if split == "train":
-                self._training_lengths(cache.load(folder)[0])
+                self._training_lengths(self.open_split(split))
+
+    def prepare_split(self, split: Split) -> None:
+        """Tokenise and cache a split, unless that has been done."""
+        folder = self._folder(split)
+        if not cache.is_built(folder):
+            self.report[split].clear()
+            cache.build(folder, self._build(split), self.report[split])
 
     def setup(self, stage: str | None = None) -> None:
         """Open the cached splits of a stage ("fit", "validate", "test", "predict"), or all of them."""
         for split in self._needed(stage):
             if split in self._examples:
                 continue
-            self._examples[split], self.report[split] = cache.load(self._folder(split))
+            self._examples[split] = self.open_split(split)
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.report[split].items()))
             _log.info("%s %s (at most %d tokens): %s", type(self).__name__, split, self.max_tokens, counts)
+
+    def open_split(self, split: Split) -> datasets.Dataset:
+        """The examples of a cached split, whose report is known from then on."""
+        examples, self.report[split] = cache.load(self._folder(split))
+        return examples
 
     def train_dataloader(self) -> ResumableLoader:
         """This rank's training batches, in an order that the run's seed decides: ``seed`` keeps the examples fixed.
@@ -186,13 +196,15 @@ class QADataModule(lightning.LightningDataModule):
         loader = training_loader(examples, plan, settings, self._pad_token_id, self.num_workers)
         self.padding = plan.padding(loader.batch_sampler.seed, epoch=0)
         if settings.rank == 0:
-            share, what = f"{self.padding:.1%}", "the budget is unused" if self.packing else "their tokens is padding"
-            _log.info("%s train: %d batches an epoch, %s of %s", type(self).__name__, len(plan), share, what)
+            what = "of the budget unused" if self.packing else "padding"
+            _log.info(
+                "%s train: %d batches an epoch, %.1f %% %s", type(self).__name__, len(plan), 100 * self.padding, what
+            )
         return loader
 
     def order(self, examples: int) -> Order:
         """The order in which the examples of the training split are taken."""
-        return shuffled(examples)
+        return Shuffled(examples)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Validation batches in a fixed order; an empty list if there is no such split."""
@@ -296,7 +308,7 @@ class QADataModule(lightning.LightningDataModule):
             if issubclass(cls, QADataModule)
             for name in inspect.signature(cls.__init__).parameters
         }
-        return {name: getattr(self, name) for name in sorted(names - _NOT_IN_KEY)}
+        return {name: getattr(self, name) for name in sorted(names - NOT_IN_KEY)}
 
 
 def at_least(name: str, value: int, least: int) -> int:

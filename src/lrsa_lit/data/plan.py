@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lrsa_lit.data.batching import Batches, batches_an_epoch
 from lrsa_lit.data.curriculum import Stage, segments
-from lrsa_lit.data.policies import Key, Policy
+from lrsa_lit.data.order import Key, Order
+from lrsa_lit.data.policies import Policy
 from lrsa_lit.errors import UserError
-
-Order = Callable[[int, int], list[int]]
-"""From the run's seed and an epoch's number to the examples of the epoch, in random order."""
 
 
 class EpochPlan:
@@ -27,7 +27,7 @@ class EpochPlan:
     Args:
         lengths: tokens of each example.
         policy: puts examples together.
-        order: of the examples of an epoch; every epoch has as many.
+        order: of the examples of an epoch.
         ranks: data-parallel processes.
         curriculum: its stages, none for all examples at any time.
         batches_a_step: that gradients are accumulated over.
@@ -62,7 +62,10 @@ class EpochPlan:
 
     def key(self) -> Key:
         """What decides the batches beside the seed."""
-        key: Key = {"number of training examples": len(self.lengths), **self.policy.key()}
+        # Other texts of exactly the same lengths would go unnoticed.
+        digest = hashlib.sha256(array("Q", self.lengths).tobytes()).hexdigest()[:8]
+        examples = f"{len(self.lengths)} (lengths {digest})"
+        key: Key = {"training examples": examples, **self.order.key(), **self.policy.key()}
         if self.curriculum:
             stages = ", ".join(f"{stage.max_tokens} tokens until {stage.until_step}" for stage in self.curriculum)
             key |= {"data.init_args.curriculum": stages, "trainer.accumulate_grad_batches": self.batches_a_step}
@@ -103,17 +106,6 @@ class EpochPlan:
                     pool += rng.sample(allowed, len(allowed))
                 enough = self.policy.enough(pool, self.lengths, count)
         return pool[:enough]
-
-
-def shuffled(examples: int) -> Order:
-    """The order of a data set: all of it, shuffled."""
-
-    def order(seed: int, epoch: int) -> list[int]:
-        positions = list(range(examples))
-        random.Random(f"{seed}:{epoch}").shuffle(positions)
-        return positions
-
-    return order
 
 
 def _without(order: Sequence[int], batches: Batches) -> list[int]:

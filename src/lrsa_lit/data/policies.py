@@ -16,6 +16,7 @@ from lrsa_lit.data.batching import (
     sorted_in_windows,
     split_into,
 )
+from lrsa_lit.data.order import Key
 from lrsa_lit.errors import UserError
 
 # Sorting or packing more at once wastes less and mixes less. HF's Trainer sorts as many batches at a time.
@@ -23,9 +24,6 @@ _WINDOW = 50
 
 # In the words of the YAML.
 _PACKING = "data.init_args.packing"
-
-Key = dict[str, str | int | float | bool | None]
-"""What decides the batches, by the names that a user knows it by."""
 
 
 class Policy(Protocol):

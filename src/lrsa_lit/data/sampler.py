@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lrsa_lit.data.collate import TrainBatch
+from lrsa_lit.data.order import Key
 from lrsa_lit.errors import UserError
 
 
@@ -26,7 +27,7 @@ class Plan(Protocol):
     def batches(self, seed: int, epoch: int) -> Sequence[Sequence[int]]:
         """The batches of an epoch; of R ranks, rank r trains on every R-th from the r-th on."""
 
-    def key(self) -> Mapping[str, str | int | float | bool | None]:
+    def key(self) -> Key:
         """What else decides the batches, by the names that a user knows them by."""
 
 

@@ -1,0 +1,164 @@
+"""Several data sets in one, each with its share of the training."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from lrsa_lit.data import cache
+from lrsa_lit.data.curriculum import Stage
+from lrsa_lit.data.module import NOT_IN_KEY, SPLITS, QADataModule, Split, at_least
+from lrsa_lit.data.order import Mixed, Order, shares
+from lrsa_lit.data.policies import Packed
+from lrsa_lit.errors import UserError
+
+_KEY = "data.init_args"
+
+
+class Mixture(QADataModule):
+    """Trains on shares of several data sets, and evaluates on all of them or on chosen ones.
+
+    The weights hold in every epoch: each data set is gone through at its own pace, in another order each time. Packed,
+    every epoch has the same number of sequences, and the few examples that do not fit into them are left out.
+
+    Args:
+        data_sets: by name, each with a class_path; how batches are made is up to the mixture.
+        weights: the share of each, in any unit; 0 for one to evaluate on only.
+        examples_per_epoch: how long an epoch is; null for as many as the data sets with a weight have together.
+        evaluate_on: names of the data sets to validate and test on; null for all. A batch tells the name of each row.
+        tokenizer: the model's, handed on to all.
+        max_tokens: most tokens of one example, which no data set may exceed.
+        batch_size: see QADataModule.
+        eval_batch_size: see QADataModule.
+        num_workers: see QADataModule.
+        packing: see QADataModule.
+        group_by_length: see QADataModule.
+        curriculum: see QADataModule.
+
+    Raises:
+        UserError: a parameter is out of range, or one of a data set contradicts the mixture's.
+    """
+
+    def __init__(
+        self,
+        data_sets: dict[str, QADataModule],
+        weights: dict[str, float],
+        examples_per_epoch: int | None = None,
+        evaluate_on: list[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_tokens: int = 1024,
+        batch_size: int = 1,
+        eval_batch_size: int = 1,
+        num_workers: int = 0,
+        packing: Packed | None = None,
+        group_by_length: bool = False,
+        curriculum: list[Stage] | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            packing=packing,
+            group_by_length=group_by_length,
+            curriculum=curriculum,
+        )
+        self.data_sets = data_sets
+        self.weights = weights
+        self.examples_per_epoch = examples_per_epoch
+        self.evaluate_on = list(data_sets) if evaluate_on is None else evaluate_on
+        self._check()
+        for data_set in data_sets.values():
+            data_set.tokenizer = tokenizer
+        self._counts: list[int] = []
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the examples of all data sets."""
+        parts = {name: data_set.fingerprint for name, data_set in self.data_sets.items()}
+        return f"{type(self).__name__}-{cache.digest({'data_sets': parts, 'evaluate_on': self.evaluate_on})}"
+
+    def sources(self) -> dict[str, str]:
+        """Those of all data sets, after their names."""
+        return {
+            f"{name}.{source}": value
+            for name, data_set in self.data_sets.items()
+            for source, value in data_set.sources().items()
+        }
+
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that some data set serves."""
+        return tuple(split for split in SPLITS if self._serving(split))
+
+    def prepare_split(self, split: Split) -> None:
+        """Tokenise and cache it in each data set that serves it."""
+        for name in self._serving(split):
+            self.data_sets[name].prepare_split(split)
+
+    def open_split(self, split: Split) -> datasets.Dataset:
+        """The data sets that serve a split, one behind the other, each example with the name of its own."""
+        opened = {name: self.data_sets[name].open_split(split) for name in self._serving(split)}
+        for name in opened:
+            for count, value in self.data_sets[name].report[split].items():
+                self.report[split][f"{name}/{count}"] = value
+        if split == "train":
+            self._counts = [len(examples) for examples in opened.values()]
+        return datasets.concatenate_datasets(
+            [examples.add_column("source", [name] * len(examples)) for name, examples in opened.items()]
+        )
+
+    def order(self, examples: int) -> Order:
+        """Shares of the data sets, mixed."""
+        names = self._serving("train")
+        quotas = shares([self.weights[name] for name in names], self.examples_per_epoch or examples)
+        for name, quota in zip(names, quotas, strict=True):
+            if not quota:
+                raise UserError(
+                    f"{_KEY}.weights.{name} is {self.weights[name]}, which is less than one example of an epoch of "
+                    f"{sum(quotas)}; allowed is 0, more, or more {_KEY}.examples_per_epoch"
+                )
+        return Mixed(tuple(self._counts), quotas)
+
+    def _serving(self, split: Split) -> list[str]:
+        """Names of the data sets that a split is made of."""
+        if split == "train":
+            return [name for name in self.data_sets if self.weights[name]]
+        return [name for name in self.evaluate_on if split in self.data_sets[name].splits()]
+
+    def _check(self) -> None:
+        names = ", ".join(self.data_sets)
+        for key, given in (("weights", self.weights), ("evaluate_on", self.evaluate_on)):
+            if unknown := [name for name in given if name not in self.data_sets]:
+                raise UserError(f"{_KEY}.{key} has {unknown[0]!r}, allowed are the names in {_KEY}.data_sets: {names}")
+        if missing := [name for name in self.data_sets if name not in self.weights]:
+            raise UserError(f"{_KEY}.weights has no {missing[0]!r}, needed are all of {names}")
+        for name, weight in self.weights.items():
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"{_KEY}.weights.{name} is {weight}, allowed is 0 or more")
+        if not any(self.weights.values()):
+            raise UserError(f"{_KEY}.weights are all 0, allowed is at least one above")
+        if self.examples_per_epoch is not None:
+            at_least("examples_per_epoch", self.examples_per_epoch, 1)
+        for name, data_set in self.data_sets.items():
+            self._check_data_set(name, data_set)
+
+    def _check_data_set(self, name: str, data_set: QADataModule) -> None:
+        key = f"{_KEY}.data_sets.{name}"
+        if isinstance(data_set, Mixture):
+            raise UserError(f"{key} is a Mixture, allowed are other data sets")
+        if data_set.max_tokens > self.max_tokens:
+            raise UserError(
+                f"{key}.init_args.max_tokens is {data_set.max_tokens}, "
+                f"allowed is {self.max_tokens} ({_KEY}.max_tokens) or less"
+            )
+        if self.weights[name] and "train" not in data_set.splits():
+            raise UserError(f"{_KEY}.weights.{name} is {self.weights[name]}, allowed is 0, as it has no training split")
+        defaults = inspect.signature(QADataModule.__init__).parameters
+        for setting in sorted(NOT_IN_KEY & defaults.keys() - {"self", "tokenizer"}):
+            value = getattr(data_set, setting) or defaults[setting].default
+            if value != defaults[setting].default:
+                raise UserError(f"{key}.init_args.{setting} is {value}, allowed is to set {_KEY}.{setting} only")

@@ -1,0 +1,171 @@
+from collections import Counter
+from typing import Any
+
+import pytest
+from data_helpers import BARE, LENGTHS, Words
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from lrsa_lit.data.mixture import Mixture
+from lrsa_lit.data.module import Split
+from lrsa_lit.data.order import Mixed, shares
+from lrsa_lit.data.policies import Packed
+from lrsa_lit.errors import UserError
+
+TRAIN = len(LENGTHS["train"])
+
+
+class TestOnly(Words):
+    """Has nothing to train on."""
+
+    __test__ = False
+
+    def splits(self) -> tuple[Split, ...]:
+        return ("test",)
+
+
+def mixture(weights: dict[str, float], **options: Any) -> Mixture:
+    return Mixture({name: Words(word=name) for name in weights}, weights, **options)
+
+
+def opened(data: Mixture) -> Mixture:
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def names(loader: Any) -> list[str]:
+    return [name for batch in loader for name in batch["id"]]
+
+
+@given(st.lists(st.floats(0.01, 9), min_size=1, max_size=5), st.integers(0, 200))
+def test_shares_are_as_near_as_whole_numbers_can_be(weights: list[float], total: int):
+    parts = shares(weights, total)
+    assert sum(parts) == total
+    assert all(abs(part - total * weight / sum(weights)) < 1 for part, weight in zip(parts, weights, strict=True))
+
+
+counts_and_quotas = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=4)
+
+
+@given(counts_and_quotas, st.integers(0, 3))
+def test_an_epoch_has_its_quota_of_each_and_all_examples_are_used_alike(parts: list[tuple[int, int]], seed: int):
+    order = Mixed(*map(tuple, zip(*parts, strict=True)))
+    seen: Counter[int] = Counter()
+    for epoch in range(4):
+        drawn = order(seed, epoch)
+        seen.update(drawn)
+        start = 0
+        for count, quota in parts:
+            assert sum(start <= position < start + count for position in drawn) == quota
+            uses = [seen[position] for position in range(start, start + count)]
+            assert max(uses) - min(uses) <= 1
+            start += count
+
+
+def test_the_order_is_decided_by_seed_and_epoch_alone():
+    order = Mixed((20, 30), (10, 5))
+    order(7, 7)
+    assert order(1, 4) == Mixed((20, 30), (10, 5))(1, 4)
+    assert len({str(order(seed, epoch)) for seed in range(2) for epoch in range(2)}) == 4
+
+
+def test_training_takes_shares_and_evaluation_takes_all(tokenizer: PreTrainedTokenizerFast):
+    data = opened(mixture({"x": 3, "yy": 1}, tokenizer=tokenizer, examples_per_epoch=8))
+    assert len(data.train_dataloader()) == 8
+    lengths = [batch["input_ids"].shape[1] - BARE for batch in data.train_dataloader()]
+    assert len(lengths) == 8
+    rows = [row for batch in data.val_dataloader() for row in zip(batch["source"], batch["id"], strict=True)]
+    assert rows == [(name, f"val{n}") for name in ("x", "yy") for n in LENGTHS["val"]]
+    assert data.report["train"] == {"x/kept": TRAIN, "yy/kept": TRAIN}
+    assert data.fingerprint.startswith("Mixture-")
+
+
+def test_an_epoch_is_as_long_as_the_data_sets_unless_said(tokenizer: PreTrainedTokenizerFast):
+    data = opened(mixture({"x": 3, "yy": 1, "z": 0}, tokenizer=tokenizer))
+    assert len(data.train_dataloader()) == 2 * TRAIN
+    assert len(names(data.test_dataloader())) == 3 * len(LENGTHS["test"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("way", [{"batch_size": 3}, {"packing": Packed(2 * BARE + 300)}], ids=["plain", "packed"])
+def test_a_mixture_goes_on_exactly(tokenizer: PreTrainedTokenizerFast, way: dict[str, Any], workers: int):
+    def loader() -> Any:
+        options = {"examples_per_epoch": 15, "num_workers": workers, **way}
+        return opened(mixture({"x": 3, "yy": 1}, tokenizer=tokenizer, **options)).train_dataloader()
+
+    whole = loader()
+    batches, states = [], []
+    for _ in range(3):
+        for batch in whole:
+            batches.append(batch["input_ids"].tolist())
+            states.append(whole.state_dict())
+    middle = len(whole) + 1
+    resumed = loader()
+    resumed.load_state_dict(states[middle - 1])
+    assert [batch["input_ids"].tolist() for _ in range(2) for batch in resumed] == batches[middle:]
+
+
+def test_other_shares_are_other_batches(tokenizer: PreTrainedTokenizerFast):
+    state = opened(mixture({"x": 3, "yy": 1}, tokenizer=tokenizer)).train_dataloader().state_dict()
+    other = opened(mixture({"x": 1, "yy": 1}, tokenizer=tokenizer)).train_dataloader()
+    with pytest.raises(UserError, match=r"examples of each data set in an epoch was 15, 5 and is 10, 10"):
+        other.load_state_dict(state)
+
+
+def test_evaluation_can_be_of_chosen_data_sets(tokenizer: PreTrainedTokenizerFast):
+    data = opened(mixture({"x": 3, "yy": 1}, tokenizer=tokenizer, evaluate_on=["yy"]))
+    assert {name for batch in data.val_dataloader() for name in batch["source"]} == {"yy"}
+    assert mixture({"x": 3, "yy": 1}, evaluate_on=[]).splits() == ("train",)
+
+
+def test_a_data_set_that_is_only_evaluated_needs_no_weight(tokenizer: PreTrainedTokenizerFast):
+    parts = {"x": Words(), "y": TestOnly()}
+    data = opened(Mixture(parts, {"x": 1, "y": 0}, tokenizer=tokenizer))
+    assert len(names(data.train_dataloader())) == TRAIN
+    assert len(names(data.test_dataloader())) == 2 * len(LENGTHS["test"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": {"x": 1}}, "weights has no 'yy', needed are all of x, yy"),
+        (
+            {"weights": {"x": 1, "yy": 1, "z": 1}},
+            "weights has 'z', allowed are the names in data.init_args.data_sets: x, yy",
+        ),
+        ({"evaluate_on": ["z"]}, "evaluate_on has 'z', allowed are the names in data.init_args.data_sets: x, yy"),
+        ({"weights": {"x": 1, "yy": -1}}, "weights.yy is -1, allowed is 0 or more"),
+        ({"weights": {"x": 0, "yy": 0}}, "weights are all 0, allowed is at least one above"),
+        ({"examples_per_epoch": 0}, "examples_per_epoch is 0, allowed is 1 or more"),
+        (
+            {"data_sets": {"x": Words(max_tokens=2000), "yy": Words()}},
+            "data_sets.x.init_args.max_tokens is 2000, allowed is 1024 (data.init_args.max_tokens) or less",
+        ),
+        (
+            {"data_sets": {"x": Words(batch_size=4), "yy": Words()}},
+            "data_sets.x.init_args.batch_size is 4, allowed is to set data.init_args.batch_size only",
+        ),
+        (
+            {"data_sets": {"x": Words(), "yy": mixture({"z": 1})}},
+            "data_sets.yy is a Mixture, allowed are other data sets",
+        ),
+        (
+            {"data_sets": {"x": Words(), "yy": TestOnly()}},
+            "weights.yy is 1, allowed is 0, as it has no training split",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:40],
+)
+def test_a_bad_mixture_is_refused_at_once(change: dict[str, Any], message: str):
+    options = {"data_sets": {"x": Words(), "yy": Words()}, "weights": {"x": 1, "yy": 1}, **change}
+    with pytest.raises(UserError) as error:
+        Mixture(**options)
+    assert str(error.value) == f"data.init_args.{message}"
+
+
+def test_a_share_of_less_than_one_example_is_refused(tokenizer: PreTrainedTokenizerFast):
+    data = opened(mixture({"x": 999, "yy": 1}, tokenizer=tokenizer, examples_per_epoch=10))
+    with pytest.raises(UserError, match=r"^data.init_args.weights.yy is 1, which is less than one example"):
+        data.train_dataloader()
