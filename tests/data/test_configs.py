@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,15 @@ def test_how_to_batch_is_yaml(tmp_path: Path):
     turned_off = ["--data.init_args.packing=null", "--data.init_args.group_by_length=true"]
     data = parser.instantiate_classes(parser.parse_args([*given, *turned_off])).data
     assert data.policy == FixedSize(1, by_length=True)
+
+
+def test_the_mixture_of_the_readme_is_one(tmp_path: Path):
+    readme = (Path(__file__).parents[2] / "data" / "README.md").read_text()
+    block = next(block for block in re.findall("```yaml\n(.*?)```", readme, re.DOTALL) if "Mixture" in block)
+    (tmp_path / "mixture.yaml").write_text(block)
+    parser = ArgumentParser(parser_mode="omegaconf+")
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(QADataModule, "data")
+    data = parser.instantiate_classes(parser.parse_args(["--config", str(tmp_path / "mixture.yaml")])).data
+    assert data.policy == Packed(8192)
+    assert list(data.data_sets) == ["short", "long", "needle"]

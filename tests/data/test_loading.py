@@ -111,7 +111,11 @@ def on_rank(rank: int, ranks: int) -> SimpleNamespace:
     """What a data module asks of a trainer on one of several devices."""
     shared = {"rank": rank, "num_replicas": ranks} if ranks > 1 else None
     return SimpleNamespace(
-        distributed_sampler_kwargs=shared, accumulate_grad_batches=1, limit_train_batches=1.0, overfit_batches=0.0
+        distributed_sampler_kwargs=shared,
+        accumulate_grad_batches=1,
+        limit_train_batches=1.0,
+        overfit_batches=0.0,
+        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
     )
 
 
@@ -145,24 +149,34 @@ def test_devices_share_the_evaluation_and_know_what_counts_elsewhere(tokenizer: 
     assert sorted(counted) == sorted(f"test{n}" for n in LENGTHS["test"])
 
 
-def test_lightning_leaves_the_loaders_alone(tokenizer: PreTrainedTokenizerFast):
+def test_lightning_must_not_divide_batches_again(tokenizer: PreTrainedTokenizerFast):
+    data = built(tokenizer=tokenizer)
+    data.trainer = on_rank(0, 2)
+    data.trainer._accelerator_connector.use_distributed_sampler = True
+    with pytest.raises(UserError, match=r"^trainer.use_distributed_sampler is true, allowed is false"):
+        data.train_dataloader()
+
+
+def test_lightning_leaves_the_evaluation_alone(tokenizer: PreTrainedTokenizerFast):
     data = built(tokenizer=tokenizer)
     assert isinstance(data.test_dataloader().sampler, DistributedSampler)
 
 
 @pytest.mark.parametrize(
-    ("options", "whole", "same"),
+    ("options", "batches", "same"),
     [
-        ({}, True, False),
-        ({"limit_train_batches": 1}, False, False),
-        ({"limit_train_batches": 0.5}, False, False),
-        ({"overfit_batches": 2}, False, True),
+        ({}, 8, False),
+        ({"limit_train_batches": 1}, 1, False),
+        ({"limit_train_batches": 9}, 8, False),
+        ({"limit_train_batches": 0.5}, 4, False),
+        ({"overfit_batches": 2}, 2, True),
     ],
     ids=str,
 )
-def test_what_a_trainer_decides(options: dict[str, Any], whole: bool, same: bool):
-    trainer = Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=3, **options)
-    assert TrainerSettings.of(trainer) == TrainerSettings(0, 1, 3, whole, same)
+def test_what_a_trainer_decides(options: dict[str, Any], batches: int, same: bool):
+    settings = TrainerSettings.of(Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=3, **options))
+    assert (settings.rank, settings.ranks, settings.batches_a_step, settings.same_order) == (0, 1, 3, same)
+    assert settings.batches_of(8) == batches
 
 
 def test_a_curriculum_needs_whole_epochs(tokenizer: PreTrainedTokenizerFast):

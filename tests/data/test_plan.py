@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lrsa_lit.data.batching import best_fit_decreasing
 from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages, segments
-from lrsa_lit.data.order import Shuffled
+from lrsa_lit.data.order import Mixed, Order, Shuffled
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import FixedSize, Packed, Policy, checked_policy
 from lrsa_lit.data.sampler import EpochSampler
@@ -25,8 +25,10 @@ epochs = st.integers(0, 5)
 ranks = st.integers(1, 4)
 
 
-def made(lengths: Sequence[int], policy: Policy, ranks: int = 1, **options: Any) -> EpochPlan:
-    return EpochPlan(lengths, policy, Shuffled(len(lengths)), ranks, **options)
+def made(
+    lengths: Sequence[int], policy: Policy, ranks: int = 1, order: Order | None = None, **options: Any
+) -> EpochPlan:
+    return EpochPlan(lengths, policy, order or Shuffled(len(lengths)), ranks, **options)
 
 
 def flat(batches: Sequence[Sequence[int]]) -> list[int]:
@@ -159,14 +161,17 @@ def curricula(draw: st.DrawFn) -> tuple[list[int], list[Stage]]:
     return drawn, [*stages, Stage(BUDGET + 1)]
 
 
-@given(curricula(), policies, ranks, st.integers(1, 3))
+@given(curricula(), policies, ranks, st.integers(1, 3), st.booleans())
 def test_no_step_has_an_example_too_long_for_its_stage(
-    drawn: tuple[list[int], list[Stage]], policy: Policy, ranks: int, batches_a_step: int
+    drawn: tuple[list[int], list[Stage]], policy: Policy, ranks: int, batches_a_step: int, mixed: bool
 ):
     lengths, stages = drawn
+    # Two data sets, of which an epoch has four examples each, however many there are.
+    half = len(lengths) // 2
+    order = Mixed((half, len(lengths) - half), (4, 4)) if mixed and half else None
     if len(lengths) < ranks:
         return
-    plan = made(lengths, policy, ranks, curriculum=stages, batches_a_step=batches_a_step)
+    plan = made(lengths, policy, ranks, order, curriculum=stages, batches_a_step=batches_a_step)
     step = 0
     for epoch in range(4):
         batches = plan.batches(0, epoch)

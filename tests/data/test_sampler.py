@@ -147,16 +147,22 @@ def trained(data: Words, module: Seen, ckpt_path: str | None = None, **options: 
     return module.seen
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_fit_goes_on_mid_epoch_and_at_the_end_of_one(tokenizer: PreTrainedTokenizerFast, tmp_path: Any, workers: int):
+@pytest.mark.parametrize(
+    ("workers", "limits"),
+    [(0, {}), (2, {}), (0, {"limit_train_batches": 4}), (2, {"limit_train_batches": 0.8})],
+    ids=["no workers", "workers", "shorter epochs", "shorter epochs with workers"],
+)
+def test_a_fit_goes_on_mid_epoch_and_at_the_end_of_one(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Any, workers: int, limits: dict[str, Any]
+):
     options = {"tokenizer": tokenizer, "batch_size": 2, "num_workers": workers}
-    save = {step: str(tmp_path / f"{step}.ckpt") for step in (2, 5, 7, 10)}
+    save = {step: str(tmp_path / f"{step}.ckpt") for step in (2, 4, 5, 7, 8, 10)}
     torch.manual_seed(3)
-    whole = trained(Words(**options), Seen(save))
+    whole = trained(Words(**options), Seen(save), **limits)
     assert len(whole) == 14
     for step, path in save.items():
         torch.manual_seed(4)
-        assert trained(Words(**options), Seen(), path) == whole[step:]
+        assert trained(Words(**options), Seen(), path, **limits) == whole[step:]
 
 
 def test_an_epoch_that_is_cut_short_is_not_begun_again(tokenizer: PreTrainedTokenizerFast):

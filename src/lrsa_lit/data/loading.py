@@ -33,33 +33,44 @@ class TrainerSettings:
         rank: this process among those that share the batches.
         ranks: how many they are.
         batches_a_step: that gradients are accumulated over.
-        whole_epochs: whether an epoch ends only with its last batch.
+        limit: the batches after which an epoch is cut short, or the share of them; the float 1.0 leaves it whole.
         same_order: whether every epoch is the first one, to overfit on some batches.
     """
 
     rank: int = 0
     ranks: int = 1
     batches_a_step: int = 1
-    whole_epochs: bool = True
+    limit: int | float = 1.0
     same_order: bool = False
 
     @classmethod
     def of(cls, trainer: lightning.Trainer | None) -> TrainerSettings:
-        """Those of a trainer that the data module is attached to."""
+        """Those of a trainer that the data module is attached to.
+
+        Raises:
+            UserError: Lightning would divide what has been divided.
+        """
         if trainer is None:
             return cls()
         # Not the global rank: processes that hold parts of one model train on the same batches.
         shared = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        if shared["num_replicas"] > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError(
+                "trainer.use_distributed_sampler is true, allowed is false: the data module divides the batches itself"
+            )
         values = vars(trainer)
-        limit = values["limit_train_batches"]
         return cls(
             rank=shared["rank"],
             ranks=shared["num_replicas"],
             batches_a_step=values["accumulate_grad_batches"],
-            # The integer 1 is one batch, the float all of them.
-            whole_epochs=isinstance(limit, float) and limit == 1.0 and not values["overfit_batches"],
+            limit=values["limit_train_batches"],
             same_order=bool(values["overfit_batches"]),
         )
+
+    def batches_of(self, epoch: int) -> int:
+        """How many of an epoch's batches Lightning takes."""
+        # The integer 1 is one batch, the float all of them.
+        return min(self.limit, epoch) if isinstance(self.limit, int) else int(self.limit * epoch)
 
 
 def training_loader(
@@ -77,13 +88,14 @@ def training_loader(
     Raises:
         UserError: a curriculum counts steps that the trainer does not make.
     """
-    if plan.curriculum and not settings.whole_epochs:
+    cut_at = settings.batches_of(len(plan) // settings.ranks)
+    sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, settings.ranks, cut_at, settings.same_order)
+    if plan.curriculum and cut_at < len(sampler):
         raise UserError(
             "data.init_args.curriculum: it counts steps by whole epochs; "
             "allowed are only trainer.limit_train_batches=1.0 and trainer.overfit_batches=0"
         )
     packed = isinstance(plan.policy, Packed)
-    sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, settings.ranks, settings.same_order)
     return ResumableLoader(
         cast("Dataset[Example]", examples),
         batch_sampler=sampler,

@@ -95,17 +95,21 @@ class EpochPlan:
         self, order: Sequence[int], waiting: Sequence[int], max_tokens: int, count: int, rng: random.Random
     ) -> list[int]:
         """Examples for ``count`` batches of a stage: those that wait and, if they are too few, more of the same."""
-        pool = [position for position in waiting if self.lengths[position] <= max_tokens]
+        pool = self._up_to(max_tokens, waiting)
         enough = self.policy.enough(pool, self.lengths, count)
         # Where nothing longer is put off, the epoch simply nears its end.
         if len(pool) < count or (enough > len(pool) and len(pool) < len(waiting)):
-            allowed = [position for position in order if self.lengths[position] <= max_tokens]
+            # An epoch of a mixture may have none that is short enough.
+            allowed = self._up_to(max_tokens, order) or self._up_to(max_tokens, range(len(self.lengths)))
             while enough > len(pool):
                 # As much again each time, so that many repetitions of few examples take few turns.
                 for _ in range(max(1, len(pool) // len(allowed))):
                     pool += rng.sample(allowed, len(allowed))
                 enough = self.policy.enough(pool, self.lengths, count)
         return pool[:enough]
+
+    def _up_to(self, max_tokens: int, positions: Sequence[int]) -> list[int]:
+        return [position for position in positions if self.lengths[position] <= max_tokens]
 
 
 def _without(order: Sequence[int], batches: Batches) -> list[int]:

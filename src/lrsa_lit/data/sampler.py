@@ -42,14 +42,25 @@ class EpochSampler(Sampler[list[int]]):
         seed: the run's.
         rank: this process among those that share the batches.
         ranks: how many they are.
+        cut_at: after how many batches the trainer ends an epoch, and a state is that of the next one's start; None for
+            after all of them.
         same_order: every epoch is the first one, to overfit on some batches.
     """
 
-    def __init__(self, plan: Plan, seed: int, rank: int = 0, ranks: int = 1, same_order: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        cut_at: int | None = None,
+        same_order: bool = False,
+    ) -> None:
         self.plan = plan
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
+        self.cut_at = len(self) if cut_at is None else cut_at
         self.same_order = same_order
         self.epoch = 0
         self.batch = 0
@@ -87,7 +98,7 @@ class EpochSampler(Sampler[list[int]]):
                 "resume with the former values, or start a new fit from its weights"
             )
         self.seed, self.epoch, self.batch = state["seed"], state["epoch"], state["batch"]
-        if self.batch >= len(self):
+        if self.batch >= self.cut_at:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _made_of(self) -> dict[str, Any]:
