@@ -84,7 +84,7 @@ def test_a_state_of_other_batches_is_refused(other: Mapping[str, Any], differenc
         sampler.load_state_dict(state)
     message = str(error.value)
     assert message.startswith(f"ckpt_path: its place in the training data has no meaning here: {difference}")
-    assert message.endswith("; resume with the former values, or start a new fit from its weights")
+    assert message.endswith("; resume with the former values, or start a new fit")
     assert message.count(" was ") == 1
 
 

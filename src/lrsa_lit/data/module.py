@@ -28,7 +28,7 @@ from lrsa_lit.data.loading import TrainerSettings, evaluation_loader, training_l
 from lrsa_lit.data.order import Order, Shuffled
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import Packed, checked_policy
-from lrsa_lit.data.prompts import Example, TooLong, encode
+from lrsa_lit.data.prompts import Example, TooLong, checked, encode
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.sampler import ResumableLoader
 from lrsa_lit.errors import UserError
@@ -144,16 +144,7 @@ class QADataModule(lightning.LightningDataModule):
     @property
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, known to be fast and to have a chat template and an end-of-sequence token."""
-        if self.tokenizer is None:
-            raise UserError("data.init_args.tokenizer is null; a tokenizer is needed, the model's when run by `lrsa`")
-        for name, value in (
-            ("backend_tokenizer (it is not a fast tokenizer)", getattr(self.tokenizer, "backend_tokenizer", None)),
-            ("chat_template", self.tokenizer.chat_template),
-            ("eos_token", self.tokenizer.eos_token),
-        ):
-            if not value:
-                raise UserError(f"model.tokenizer: {self.tokenizer.name_or_path or 'the tokenizer'} has no {name}")
-        return self.tokenizer
+        return checked(self.tokenizer)
 
     def prepare_data(self, stage: str | None = None) -> None:
         """Tokenise and cache the splits of a stage; by default the trainer's stage, or all without a trainer."""

@@ -66,6 +66,24 @@ class TooLong:
     tokens: int
 
 
+def checked(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, known to be fast and to have a chat template and an end-of-sequence token.
+
+    Raises:
+        UserError: it lacks one of them, or there is none.
+    """
+    if tokenizer is None:
+        raise UserError("data.init_args.tokenizer is null; a tokenizer is needed, the model's when run by `lrsa`")
+    for name, value in (
+        ("backend_tokenizer (it is not a fast tokenizer)", getattr(tokenizer, "backend_tokenizer", None)),
+        ("chat_template", tokenizer.chat_template),
+        ("eos_token", tokenizer.eos_token),
+    ):
+        if not value:
+            raise UserError(f"model.tokenizer: {tokenizer.name_or_path or 'the tokenizer'} has no {name}")
+    return tokenizer
+
+
 def encode(record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Example | TooLong:
     """Tokenise a record.
 

@@ -95,7 +95,7 @@ class EpochSampler(Sampler[list[int]]):
             listed = ", ".join(f"{name} was {saved.get(name)} and is {own[name]}" for name in differing)
             raise UserError(
                 f"ckpt_path: its place in the training data has no meaning here: {listed}; "
-                "resume with the former values, or start a new fit from its weights"
+                "resume with the former values, or start a new fit"
             )
         self.seed, self.epoch, self.batch = state["seed"], state["epoch"], state["batch"]
         if self.batch >= self.cut_at:
