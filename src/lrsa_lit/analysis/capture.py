@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from lrsa_lit.data.collate import Batch
 
+# Of a batch as a whole.
+_NO_ROWS = ("label_columns", "position_ids", "boundaries")
 _SHAPE = (
     "model_type",
     "vocab_size",
@@ -144,8 +146,11 @@ def record(
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
-    """The first ``count`` rows of a batch, of all its fields."""
-    return {name: values[:count] for name, values in batch.items()}  # type: ignore[return-value,index]
+    """The first ``count`` rows of a batch, of all its fields that have rows."""
+    return {  # type: ignore[return-value]
+        name: values if name in _NO_ROWS else values[:count]  # type: ignore[index]
+        for name, values in batch.items()
+    }
 
 
 def shape_digest(config: Any) -> str:
