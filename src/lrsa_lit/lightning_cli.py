@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import re
 import sys
@@ -90,10 +91,12 @@ class LRSACLI(LightningCLI):
         config, model = self.model.backbone.config, self.model
         model.lrsa.check_layers(config.num_hidden_layers)
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        if self.datamodule.max_tokens + model.max_new_tokens > positions:
+        needed = self.datamodule.max_tokens + model.max_new_tokens
+        if needed > positions:
             raise UserError(
                 f"data.init_args.max_tokens: {self.datamodule.max_tokens} is not allowed; {model.backbone.name} has "
-                f"{positions} positions and model.max_new_tokens takes {model.max_new_tokens} of them"
+                f"{positions} positions and model.max_new_tokens takes {model.max_new_tokens} of them; more are had by "
+                f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
             )
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)

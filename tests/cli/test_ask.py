@@ -207,6 +207,15 @@ def test_a_typed_question_that_does_not_fit_is_refused_and_the_next_one_answered
     assert f"lrsa: FILE: text.txt needs {len(prompt_of(FIRST)) + NEW + len(FIRST) + 1:,} tokens" in shown.err
 
 
+def test_scaled_positions_take_the_text_that_did_not_fit(ask, capfd, tmp_path):
+    model = saved(tmp_path / "model", max_positions=len(prompt_of(FIRST)) // 2)
+    with pytest.raises(SystemExit):
+        ask(*FLAGS, "--model", model, "text.txt", FIRST)
+    suggested = re.search(r"--rope-scaling yarn:\d+", capfd.readouterr().err)[0].split()
+    ((seen, _, _),) = counts(ask(*FLAGS, "--model", model, *suggested, "text.txt", FIRST).out)
+    assert seen > len(prompt_of(FIRST)) - 1
+
+
 def test_scripts_are_never_asked(ask, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal("", interrupted=True))
     assert len(ask(*FLAGS, "--json", "text.txt", FIRST).out.splitlines()) == 1
@@ -259,6 +268,8 @@ def bad_inputs():
     yield "device without data", ["--device", "meta", *given], ["--device", "meta", "cpu"]
     yield "unknown option", ["--topk", "3", *given], ["--topk"]
     yield "too long", ["long.txt", FIRST], ["FILE", "long.txt", "8,192 positions", "tiny", "max-new-tokens"]
+    yield "scaling", ["--rope-scaling", "ntk:2", "text.txt", FIRST], ["--rope-scaling", "ntk:2", "yarn:FACTOR"]
+    yield "scaling down", ["--rope-scaling", "yarn:0.5", "text.txt", FIRST], ["--rope-scaling", "0.5", ">= 1"]
     yield "follow-ups too long", ["fitting.txt", FIRST, SECOND], ["FILE", "fitting.txt", "8,192 positions"]
 
 

@@ -85,7 +85,30 @@ def bad_inputs():
     yield "junk checkpoint", ["--ckpt_path", "x.pt"], {"x.pt": "no"}, ["ckpt_path", "x.pt"]
     yield "checkpoint by a word", ["--ckpt_path", "last"], {}, ["ckpt_path", "last"]
     yield "twice the same id", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": record + record}, ["'a'", "train"]
-    yield "more tokens than positions", ["--data.init_args.max_tokens", "9000"], {}, ["max_tokens", "9000", "8192"]
+    yield (
+        "more tokens than positions",
+        ["--data.init_args.max_tokens", "9000"],
+        {},
+        ["max_tokens", "9000", "8192", "rope_scaling"],
+    )
+    yield (
+        "more tokens than scaled positions",
+        ["--data.init_args.max_tokens", "18000", "--model.backbone.rope_scaling", "{rope_type: linear, factor: 2}"],
+        {},
+        ["max_tokens", "18000", "16384"],
+    )
+    yield (
+        "rope type",
+        ["--model.backbone.rope_scaling", "{rope_type: ntk, factor: 2}"],
+        {},
+        ["model.backbone.rope_scaling", "ntk", "yarn"],
+    )
+    yield (
+        "rope factor",
+        ["--model.backbone.rope_scaling", "{rope_type: yarn, factor: 0}"],
+        {},
+        ["model.backbone.rope_scaling.factor", "0"],
+    )
     yield "rounded positions", ["--trainer.precision", "bf16-true"], {}, ["trainer.precision", "model.backbone.dtype"]
     yield "evaluation name", ["--model.evaluate", "{a/b: null}"], {}, ["model.evaluate", "a/b"]
     yield "rule of null", ["--config", "x.yaml"], {"x.yaml": "model: {lrsa: null}"}, ["lrsa"]

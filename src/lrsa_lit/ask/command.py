@@ -24,6 +24,7 @@ from lrsa_lit.ask.dialogue import Dialogue
 from lrsa_lit.ask.reader import Reader
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import SUFFIX, Trained, load_trained
+from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import shipped
 
 if TYPE_CHECKING:
@@ -37,9 +38,14 @@ DEFAULT_MODEL = "configs/model/smollm2.yaml"
 
 STDIN = "-"
 _RULE_FLAGS = ("lag_size", "top_k", "sink_size", "chunk_size")
-_FLAGS = dict.fromkeys(("model", "model.backbone.source", "model.tokenizer"), "--model") | {
-    f"lrsa.{name}": f"--{name.replace('_', '-')}" for name in _RULE_FLAGS
-}
+_FLAGS = (
+    dict.fromkeys(("model", "model.backbone.source", "model.tokenizer"), "--model")
+    | {
+        "model.backbone.rope_scaling": "--rope-scaling",
+        "model.backbone.rope_scaling.factor": "--rope-scaling",
+    }
+    | {f"lrsa.{name}": f"--{name.replace('_', '-')}" for name in _RULE_FLAGS}
+)
 """What this command calls the settings that messages name as the YAML files do."""
 
 EPILOG = """\
@@ -81,6 +87,8 @@ def _run(options: argparse.Namespace) -> None:
     device = _device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     trained = _trained(options.model, dtype)
+    if options.rope_scaling is not None:
+        trained = trained._replace(backbone=dataclasses.replace(trained.backbone, rope_scaling=options.rope_scaling))
     backbone = trained.backbone
     dialogue = Dialogue(backbone.tokenizer, text)
     # Without a question yet, an empty one: it is the shortest.
@@ -150,6 +158,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--sink-size", type=_integer(), metavar="S", help=f"first tokens, all kept {rule.format('16')}")
     add("--chunk-size", type=_integer(), metavar="C", help=f"tokens between compressions {rule.format('L')}")
     add("--dense", action="store_true", help="keep everything and attend densely, for comparison")
+    add("--rope-scaling", type=_scaling, metavar="TYPE:FACTOR", help="more positions, as in yarn:4 or linear:2.5")
     add("--max-new-tokens", type=_integer(1), default=128, metavar="N", help="most tokens of an answer (default: 128)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
@@ -176,6 +185,15 @@ def _integer(minimum: int | None = None) -> Any:
         return int(text)
 
     return parse
+
+
+def _scaling(text: str) -> RopeScaling:
+    """A type of argparse: ``yarn:4``."""
+    found = re.fullmatch(r"(yarn|linear):(\d+(?:\.\d+)?)", text)
+    if not found or float(found[2]) < 1:
+        message = f"{text!r} is not allowed; it must be yarn:FACTOR or linear:FACTOR, with a FACTOR >= 1"
+        raise argparse.ArgumentTypeError(message)
+    return RopeScaling("yarn" if found[1] == "yarn" else "linear", float(found[2]))
 
 
 def _asks(options: argparse.Namespace) -> bool:
@@ -261,7 +279,7 @@ def _check_length(
         raise UserError(
             f"FILE: {_shown(options.file)} needs {needed:,} tokens with the questions and {options.max_new_tokens:,} "
             f"for each answer, but {backbone.name} has {positions:,} positions; shorten the text, lower "
-            "--max-new-tokens or choose another --model"
+            f"--max-new-tokens, choose another --model or scale this one: --rope-scaling yarn:{-(-needed // positions)}"
         )
 
 

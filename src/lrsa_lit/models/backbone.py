@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import PACKAGE_SCHEME, resolve
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Backbone:
         lora: train LoRA adapters only; null trains all weights.
         compile_layers: compile each decoder layer with torch.compile for training; evaluation stays eager.
         trust_remote_code: run code that comes with a hub model.
+        rope_scaling: more positions than the model has; null keeps them.
         random_weights: take the shape alone from the source's config.json and draw the weights, the same ones each time
             on the same kind of device. For measurements: without tokenizer files the tokenizer is tiny's, of bytes.
     """
@@ -70,6 +73,7 @@ class Backbone:
     lora: LoRA | None = None
     compile_layers: bool = False
     trust_remote_code: bool = False
+    rope_scaling: RopeScaling | None = None
     random_weights: bool = False
 
     @property
@@ -118,14 +122,20 @@ class Backbone:
 
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
-        """The model's configuration, read without its weights."""
+        """The text model's configuration, read without its weights, rotary positions scaled as configured."""
+        return self._whole_config.get_text_config()
+
+    @functools.cached_property
+    def _whole_config(self) -> PreTrainedConfig:
+        """What a model is made from; the text model's config may be a part of it."""
         from transformers import AutoConfig
 
         from lrsa_lit.models.tiny import tiny_config
 
-        if self.source == TINY:
-            return tiny_config()
-        return self._pretrained(AutoConfig).get_text_config()
+        config: PreTrainedConfig = tiny_config() if self.source == TINY else self._pretrained(AutoConfig)
+        if self.rope_scaling is not None:
+            self.rope_scaling.apply(config.get_text_config())
+        return config
 
     def build(self) -> nn.Module:
         """Load the model, in training mode, with adapters and gradient checkpointing as configured.
@@ -155,29 +165,26 @@ class Backbone:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from lrsa_lit.models.tiny import tiny_model
-
         dtype = getattr(torch, self.dtype)
-        if self.source == TINY:
-            return tiny_model().to(dtype)
-        if self.random_weights:
+        if self.source == TINY or self.random_weights:
             return self._random(dtype)
-        model: PreTrainedModel = self._pretrained(AutoModelForCausalLM, dtype=dtype)
+        model: PreTrainedModel = self._pretrained(
+            AutoModelForCausalLM, dtype=dtype, config=copy.deepcopy(self._whole_config)
+        )
         _log.info("%s: %.0f M parameters, %s", self.name, model.num_parameters() / 1e6, self.dtype)
         return model
 
     def _random(self, dtype: torch.dtype) -> PreTrainedModel:
         """A model of the source's shape with random weights, made on torch's default device."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = self._pretrained(AutoConfig)
         # Lightning sets it to the one that trains: on a CPU a large model takes minutes to draw.
         device = torch.get_default_device()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=self.trust_remote_code
+                copy.deepcopy(self._whole_config), dtype=dtype, trust_remote_code=self.trust_remote_code
             )
         return model
 

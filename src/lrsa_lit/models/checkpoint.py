@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.backbone import Backbone, LoRA
+from lrsa_lit.models.rope import RopeScaling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,9 +66,17 @@ def load_trained(path: Path, dtype: Any = None) -> Trained:
         raise UserError(
             f"model: {path} is no checkpoint that a fit has written, or a truncated one ({reason})"
         ) from None
-    settings = dict(about["backbone"])
-    lora = settings.pop("lora")
     # Memory that only training needs to save.
-    settings.update({"gradient_checkpointing": False} | ({} if dtype is None else {"dtype": dtype}))
-    backbone = Backbone(**settings, lora=None if lora is None else LoRA(**lora))
-    return Trained(backbone, about["rule"], {name.removeprefix(_PREFIX): weight for name, weight in weights.items()})
+    changes = {"gradient_checkpointing": False} | ({} if dtype is None else {"dtype": dtype})
+    return Trained(
+        _backbone(about["backbone"] | changes),
+        about["rule"],
+        {name.removeprefix(_PREFIX): weight for name, weight in weights.items()},
+    )
+
+
+def _backbone(settings: dict[str, Any]) -> Backbone:
+    """The backbone of a description, whose parts are dicts."""
+    parts = {"lora": LoRA, "rope_scaling": RopeScaling}
+    built = {name: kind(**settings[name]) for name, kind in parts.items() if settings.get(name) is not None}
+    return Backbone(**settings | built)

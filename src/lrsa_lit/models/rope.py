@@ -1,0 +1,81 @@
+"""More positions than a model was trained with, by scaling its rotary frequencies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lrsa_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_KEY = "model.backbone.rope_scaling"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Give a model more positions than it was trained with; fine-tuning at the new length then makes them good ones.
+
+    It becomes the ``rope_parameters`` and ``max_position_embeddings`` of transformers' config, and so part of what is
+    saved.
+
+    Args:
+        rope_type: "yarn" (arXiv 2309.00071: slow frequencies are interpolated, fast ones kept, attention tempered) or
+            "linear" (all are interpolated).
+        factor: how many times the original positions there are to be.
+        original_max_position_embeddings: positions of the pre-training; null takes the model's. A model that is scaled
+            already needs it said, for its scaling is replaced.
+    """
+
+    rope_type: Literal["yarn", "linear"]
+    factor: float
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the bounds once."""
+        if not self.factor >= 1.0:
+            raise UserError(f"{_KEY}.factor: {self.factor} is not allowed; it must be a number >= 1")
+        original = self.original_max_position_embeddings
+        if original is not None and original < 1:
+            raise UserError(
+                f"{_KEY}.original_max_position_embeddings: {original} is not allowed; it must be an integer >= 1"
+            )
+
+    def apply(self, config: PreTrainedConfig) -> None:
+        """Write the scaling into a text model's config, in place; one that has it already stays as it is.
+
+        Raises:
+            UserError: the model has no rotary positions of one kind for all layers, or is scaled otherwise.
+        """
+        present = getattr(config, "rope_parameters", None)
+        positions = getattr(config, "max_position_embeddings", None)
+        if not positions or not present or "rope_type" not in present:
+            raise UserError(
+                f"{_KEY}: {config.model_type} has no rotary positions of one kind for all layers that could be scaled"
+            )
+        if self._is_in(present):
+            return
+        if present["rope_type"] != "default" and self.original_max_position_embeddings is None:
+            raise UserError(
+                f"{_KEY}: the model is scaled already ({_shown(present)}, {positions} positions); to replace that give "
+                f"original_max_position_embeddings, too"
+            )
+        original = self.original_max_position_embeddings or positions
+        kept = {name: present[name] for name in ("rope_theta", "partial_rotary_factor") if name in present}
+        scaled: dict[str, Any] = {**kept, "rope_type": self.rope_type, "factor": float(self.factor)}
+        if self.rope_type == "yarn":
+            scaled["original_max_position_embeddings"] = original
+        config.rope_parameters = scaled
+        config.max_position_embeddings = int(original * self.factor)
+        config.standardize_rope_params()
+        config.validate_rope()
+
+    def _is_in(self, present: dict[str, Any]) -> bool:
+        asked, found = self.original_max_position_embeddings, present.get("original_max_position_embeddings")
+        same = (present["rope_type"], present.get("factor")) == (self.rope_type, self.factor)
+        return same and (asked is None or found is None or asked == found)
+
+
+def _shown(rope_parameters: dict[str, Any]) -> str:
+    return f"{rope_parameters['rope_type']}, factor {rope_parameters.get('factor')}"
