@@ -42,7 +42,6 @@ _FLAGS = (
     dict.fromkeys(("model", "model.backbone.source", "model.tokenizer"), "--model")
     | {
         "model.backbone.rope_scaling": "--rope-scaling",
-        "model.backbone.rope_scaling.factor": "--rope-scaling",
     }
     | {f"lrsa.{name}": f"--{name.replace('_', '-')}" for name in _RULE_FLAGS}
 )
