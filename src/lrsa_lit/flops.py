@@ -63,7 +63,7 @@ class Shape(NamedTuple):
             layers=config.num_hidden_layers,
             query_heads=heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            linear=sum(weight.numel() for weight in inner),
+            linear=sum(_numel(weight) for weight in inner),
             trained=sum(weight.numel() for weight in inner if weight.requires_grad),
             head=head.numel(),
             head_trained=head.numel() if head.requires_grad else 0,
@@ -116,6 +116,12 @@ def peak_flops(device: str) -> float | None:
         if re.search(rf"\b{name}\b", device):
             return tflops * 1e12
     return None
+
+
+def _numel(weight: Any) -> int:
+    """Numbers that a weight stands for: bitsandbytes packs two of them into a byte."""
+    state = getattr(weight, "quant_state", None)
+    return int(weight.numel() if state is None else state.shape.numel())
 
 
 def _pairs_of_layers(length: int, layers: int, rule: LRSAConfig | None) -> int:

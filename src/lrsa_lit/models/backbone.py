@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ class Backbone:
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
         lora: train LoRA adapters only; null trains all weights.
         compile_layers: compile each decoder layer with torch.compile for training; evaluation stays eager.
+        quantization: "nf4" holds the frozen weights below the adapters in 4 bits (QLoRA, arXiv 2305.14314, through
+            bitsandbytes: the extra qlora); null holds them in ``dtype``.
         trust_remote_code: run code that comes with a hub model.
         rope_scaling: more positions than the model has; null keeps them.
         random_weights: take the shape alone from the source's config.json and draw the weights, the same ones each time
@@ -72,9 +75,30 @@ class Backbone:
     gradient_checkpointing: bool = False
     lora: LoRA | None = None
     compile_layers: bool = False
+    quantization: Literal["nf4"] | None = None
     trust_remote_code: bool = False
     rope_scaling: RopeScaling | None = None
     random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what does not go together, and that what is asked for is installed."""
+        if self.quantization is None:
+            return
+        if self.lora is None:
+            raise UserError(
+                f"model.backbone.quantization: {self.quantization} is not allowed without model.backbone.lora; weights "
+                "of 4 bits cannot be trained"
+            )
+        if self.source == TINY or self.random_weights:
+            raise UserError(
+                f"model.backbone.quantization: {self.quantization} is not allowed for random weights; it needs a "
+                "model.backbone.source that is loaded"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"model.backbone.quantization: {self.quantization} needs bitsandbytes, which is not installed; "
+                "pip install 'lrsa-lit[qlora]'"
+            )
 
     @property
     def name(self) -> str:
@@ -168,8 +192,9 @@ class Backbone:
         dtype = getattr(torch, self.dtype)
         if self.source == TINY or self.random_weights:
             return self._random(dtype)
+        options = {} if self.quantization is None else {"quantization_config": _four_bits(dtype)}
         model: PreTrainedModel = self._pretrained(
-            AutoModelForCausalLM, dtype=dtype, config=copy.deepcopy(self._whole_config)
+            AutoModelForCausalLM, dtype=dtype, config=copy.deepcopy(self._whole_config), **options
         )
         _log.info("%s: %.0f M parameters, %s", self.name, model.num_parameters() / 1e6, self.dtype)
         return model
@@ -228,6 +253,15 @@ def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = wrap(layer)
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    """What transformers is told to hold the linear layers in NF4; the paper's double quantisation included."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
