@@ -22,6 +22,7 @@ from rich.logging import RichHandler
 from lrsa_lit.callbacks import FitSummary
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
+from lrsa_lit.models.sharding import is_sharded_checkpoint
 from lrsa_lit.paths import check_writable
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import MLflowRun, RecordConfig
@@ -205,6 +206,8 @@ def _first_user_error(error: BaseException | None) -> UserError | None:
 
 def _check_checkpoint(path: str | None) -> None:
     if path is None:
+        return
+    if is_sharded_checkpoint(Path(path)):
         return
     if not Path(path).is_file():
         raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +42,23 @@ def check_writable(key: str, value: object, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}: {value} cannot be written ({error.strerror})") from None
+
+
+def put_in_place(complete: Path, target: Path) -> None:
+    """Give a complete folder its final name, in place of what bears it now; both are on one file system.
+
+    A folder that is not empty cannot be renamed over, so for a moment there is none of that name.
+    """
+    old = target.with_name(f".{target.name}.old")
+    _remove(old)
+    if target.exists():
+        target.rename(old)
+    complete.rename(target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -23,6 +23,7 @@ from lrsa_lit.models import Backbone
 from lrsa_lit.models.checkpoint import describe
 from lrsa_lit.models.generation import GREEDY
 from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
+from lrsa_lit.models.sharding import is_sharded, shard
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.qa_score import QAScore
 
@@ -111,6 +112,9 @@ class LongContextQA(lightning.LightningModule):
         enable(self.model, self.train_config or self.lrsa)
         if self.train_config is None:
             disable(self.model)
+        if self.device_mesh is not None:
+            mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            shard(self.model, self.device_mesh["data_parallel"], dtype=mixed)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule in steps."""
@@ -244,6 +248,8 @@ class LongContextQA(lightning.LightningModule):
                 past_key_values=cache,
                 max_new_tokens=self.max_new_tokens,
                 use_cache=True,
+                # All devices of a sharded model go on until the last one has its answers: each step takes them all.
+                synced_gpus=is_sharded(self.model),
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **GREEDY,
