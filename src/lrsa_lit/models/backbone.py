@@ -161,8 +161,11 @@ class Backbone:
             self.rope_scaling.apply(config.get_text_config())
         return config
 
-    def build(self) -> nn.Module:
+    def build(self, *, dequantize: bool = False) -> nn.Module:
         """Load the model, in training mode, with adapters and gradient checkpointing as configured.
+
+        Args:
+            dequantize: hold quantised weights in ``dtype`` again, with the values that quantisation left them.
 
         Returns:
             A ``PreTrainedModel``, or a ``PeftModel`` around it.
@@ -171,6 +174,8 @@ class Backbone:
             UserError: the model cannot be loaded.
         """
         model = self._load()
+        if dequantize and self.quantization is not None:
+            model = model.dequantize(dtype=model.dtype)
         # from_pretrained returns eval mode and Lightning keeps it, which silently turns gradient checkpointing off.
         model.train()
         if self.gradient_checkpointing and not self.compile_layers:

@@ -33,11 +33,17 @@ class Trained(NamedTuple):
     rule: dict[str, Any] | None
     weights: dict[str, Tensor] | None
 
-    def build(self) -> nn.Module:
-        """The model with the trained weights, in training mode."""
-        model = self.backbone.build()
+    def build(self, *, dequantize: bool = False) -> nn.Module:
+        """The model with the trained weights, in training mode.
+
+        Args:
+            dequantize: as :meth:`Backbone.build` has it.
+        """
+        model = self.backbone.build(dequantize=dequantize)
         if self.weights is not None:
-            model.load_state_dict(self.weights, strict=self.backbone.lora is None)
+            unknown = model.load_state_dict(self.weights, strict=self.backbone.lora is None).unexpected_keys
+            if unknown:
+                raise UserError(f"model: its adapters have no place in {self.backbone.source}, such as {unknown[0]}")
         return model
 
 
@@ -50,16 +56,14 @@ def load_trained(path: Path, dtype: Any = None) -> Trained:
     """Read a checkpoint that a fit has written.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a sharded checkpoint.
         dtype: dtype to load the weights in; None: that of the training.
 
     Raises:
         UserError: it is none, it is truncated, or it was written by an earlier version that described nothing.
     """
-    import torch
-
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = _read(path)
         about, weights = checkpoint[_KEY], checkpoint["state_dict"]
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -73,6 +77,17 @@ def load_trained(path: Path, dtype: Any = None) -> Trained:
         about["rule"],
         {name.removeprefix(_PREFIX): weight for name, weight in weights.items()},
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import torch
+
+    from lrsa_lit.models.sharding import WEIGHTS, read_meta, read_weights
+
+    if path.is_dir():
+        return {**read_meta(path), WEIGHTS: read_weights(path)}
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint
 
 
 def _backbone(settings: dict[str, Any]) -> Backbone:

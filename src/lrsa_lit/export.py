@@ -1,0 +1,123 @@
+"""``lrsa export CKPT --out DIR``: a fit's checkpoint as a folder that transformers loads.
+
+Nothing heavy is imported before the arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lrsa_lit.arguments import Parser
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.checkpoint import Trained, load_trained
+from lrsa_lit.paths import check_writable, put_in_place
+
+_MODEL_FILES = ("config.json", "adapter_config.json")
+"""One of them stands in every folder that this command writes."""
+
+EPILOG = """\
+CKPT is a file, or the folder that several devices have written (configs/trainer/fsdp.yaml). DIR will hold safetensors,
+the tokenizer and a config.json with the rule as "lrsa": AutoModelForCausalLM loads it, and so do lrsa ask --model and
+model.backbone.source. Adapters are merged into the weights below them.
+
+examples:
+  lrsa export runs/checkpoints/last.ckpt --out my-model
+  lrsa export runs/checkpoints/last.ckpt --out my-adapters --adapters
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: what follows ``lrsa export``.
+
+    Raises:
+        UserError: a mistake in the arguments, the checkpoint or the folder.
+    """
+    options = _parse(arguments)
+    _check_out(options.out, force=options.force)
+    logging.basicConfig(
+        format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)]
+    )
+    logging.getLogger("lrsa_lit").setLevel(logging.INFO)
+    try:
+        trained = load_trained(options.checkpoint, options.dtype)
+    except UserError as error:
+        raise UserError(str(error).replace("model: ", "CKPT: ", 1)) from error
+    _check_adapters(trained, options)
+    model = _model(trained, merge=not options.adapters)
+    _write(model, trained, options.out)
+    kind = "Adapters" if options.adapters else "Model"
+    Console().print(f"{kind} of {options.checkpoint} in {options.out}", soft_wrap=True, highlight=False)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("lrsa export", description="Write a checkpoint as a folder that transformers loads.", epilog=EPILOG)
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", type=Path, help="a checkpoint that a fit has written")
+    add("--out", metavar="DIR", type=Path, required=True, help="the folder; it appears only when it is complete")
+    add("--adapters", action="store_true", help="write the LoRA adapters alone, unmerged, as peft loads them")
+    add("--force", action="store_true", help="replace a model that is in the folder already")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the one of the training")
+    return parser.parse_args(arguments)
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    """Refuse to delete what is not ours, or not asked for."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is no folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise UserError(f"--out: {out} is not empty; give another folder, or --force to replace the model in it")
+        if not any((out / name).is_file() for name in _MODEL_FILES):
+            raise UserError(f"--out: {out} holds no model, and --force replaces nothing else")
+    check_writable("--out", out, out.absolute().parent)
+
+
+def _check_adapters(trained: Trained, options: argparse.Namespace) -> None:
+    if not options.adapters:
+        return
+    if trained.backbone.lora is None:
+        raise UserError(f"--adapters: {options.checkpoint} holds all weights and no adapters")
+    if trained.backbone.rope_scaling is not None:
+        raise UserError(
+            "--adapters: a folder of adapters cannot hold the positions of model.backbone.rope_scaling; export the "
+            "merged model"
+        )
+
+
+def _model(trained: Trained, *, merge: bool) -> Any:
+    """The trained model with its rule in the config; adapters merged or not."""
+    from lrsa_lit.attention.rules import base_of
+
+    # Merged into weights of 4 bits, most of what the adapters learned would be rounded away.
+    model: Any = trained.build(dequantize=merge)
+    config = base_of(model).config
+    if trained.rule is not None:
+        config.lrsa = trained.rule
+    elif hasattr(config, "lrsa"):
+        del config.lrsa
+    return model.merge_and_unload() if merge and trained.backbone.lora is not None else model
+
+
+def _write(model: Any, trained: Trained, out: Path) -> None:
+    from lrsa_lit.models.folder import save_folder
+
+    complete = out.with_name(f".{out.name}.complete")
+    shutil.rmtree(complete, ignore_errors=True)
+    try:
+        save_folder(model.eval(), trained.backbone.tokenizer, complete)
+        put_in_place(complete, out)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(complete, ignore_errors=True)
