@@ -36,6 +36,8 @@ _NOISE = (
     ".*does not have many workers.*",
     ".*LeafSpec.*",
     ".*set_vital.*",
+    # The metrics of a validation are of all devices already.
+    ".*when logging on epoch level in distributed setting.*",
     # Evaluating a checkpoint in another folder is no reason for concern.
     "The dirpath has changed.*",
     # Nor is a resumed run's folder, which holds what it wrote before.
@@ -72,10 +74,15 @@ class LRSACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what a run reads and writes before anything is loaded."""
         trainer = self._get(self.config, "trainer")
-        _check_checkpoint(self._get(self.config, "ckpt_path"))
+        _check_checkpoint(self._get(self.config, "ckpt_path"), trainer.get("strategy"))
         folder = Path(trainer.get("default_root_dir") or ".")
         check_writable("trainer.default_root_dir", folder, folder)
         precision = str(trainer.get("precision") or "")
+        if self.subcommand == "predict" and "FullySharded" in str(trainer.get("strategy")):
+            raise UserError(
+                "trainer.strategy: FullySharded is not allowed for predict, where devices get unequal shares; predict "
+                "with a model that lrsa export has written, on one device or with configs/trainer/ddp.yaml"
+            )
         if precision in ("bf16-true", "16-true"):
             # It would round the rotary frequencies too, and with them the long positions.
             raise UserError(f"trainer.precision: {precision} is not allowed; use model.backbone.dtype instead")
@@ -204,10 +211,15 @@ def _first_user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _check_checkpoint(path: str | None) -> None:
+def _check_checkpoint(path: str | None, strategy: object) -> None:
     if path is None:
         return
     if is_sharded_checkpoint(Path(path)):
+        if "FullySharded" not in str(strategy):
+            raise UserError(
+                f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
+                "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
+            )
         return
     if not Path(path).is_file():
         raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written")
@@ -218,7 +230,9 @@ def _check_checkpoint(path: str | None) -> None:
 def _quiet_libraries() -> None:
     """Log this project's lines through rich; silence what no user can act on."""
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
-    logging.getLogger("lrsa_lit").setLevel(logging.INFO)
+    # Of several processes one says what all of them do.
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+    logging.getLogger("lrsa_lit").setLevel(logging.INFO if first else logging.WARNING)
     # Lightning's start-up hints, and retries whose outcome is raised or said anyway.
     for name in ("lightning.pytorch.utilities.rank_zero", "urllib3.connectionpool", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -180,6 +180,13 @@ def test_unsupported_family_is_one_line(tmp_path, capfd):
     assert "BloomForCausalLM" in capfd.readouterr().err.splitlines()[-1]
 
 
+def test_predictions_of_a_sharded_model(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *DEBUG, *NO_LOGGER, "--config", "configs/trainer/fsdp.yaml"])
+    assert stop.value.code == 2
+    assert "trainer.strategy" in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_predictions_into_an_unwritable_folder(capfd):
     writer = "[{class_path: lrsa_lit.callbacks.PredictionWriter, init_args: {path: /proc/x/p.jsonl}}]"
     with pytest.raises(SystemExit):

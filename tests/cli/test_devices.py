@@ -1,0 +1,86 @@
+"""Runs on several devices, which are processes on the CPU here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_helpers import DEBUG, NO_LOGGER
+
+from lrsa_lit.cli import main
+from lrsa_lit.models.checkpoint import load_trained
+
+# Two questions, one for each device, whose answers have as many tokens: the mean of two devices is that of one.
+RECORDS = [
+    {"id": name, "passages": [{"title": name, "text": f"The {name} is {km} km long."}], "question": f"{name}?",
+     "answers": [f"{km} km"]}
+    for name, km in (("Isk", 212), ("Umbra", 377))
+]  # fmt: skip
+FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--data.init_args.val", "null"]
+STEPS = ["--model.lr_scheduler", "null", "--model.optimizer.init_args.lr", "0.001"]
+DATA = ["--data.init_args.train", "two.jsonl", "--trainer.accelerator", "cpu"]
+LORA = ["--model.backbone.lora", "{rank: 4}", "--model.backbone.gradient_checkpointing", "true"]
+
+
+# Each process takes its time to start.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def records(tmp_path):
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+
+
+def command(*options, folder, steps):
+    return [*FIT, *STEPS, *DATA, *options, "--trainer.default_root_dir", folder, "--trainer.max_steps", str(steps)]
+
+
+def on_two(config, *options, folder, steps, cwd):
+    """Fit with two processes that Lightning starts; returns the last checkpoint."""
+    arguments = command("--config", f"configs/trainer/{config}.yaml", "--trainer.devices", "2", *options,
+                        folder=folder, steps=steps)  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lrsa_lit.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return cwd / folder / "checkpoints" / "last.ckpt"
+
+
+def on_one(*options, tmp_path, steps):
+    main(command("--data.init_args.batch_size", "2", *options, folder="one", steps=steps))
+    return tmp_path / "one" / "checkpoints" / "last.ckpt"
+
+
+def assert_same(checkpoint, expected):
+    found, wanted = load_trained(checkpoint).weights, load_trained(expected).weights
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, atol=2e-5, rtol=1e-3)
+
+
+def test_ddp_trains_what_one_device_trains(tmp_path):
+    alone = on_one(tmp_path=tmp_path, steps=3)
+    assert_same(on_two("ddp", folder="two", steps=3, cwd=tmp_path), alone)
+
+
+def test_fsdp_resumes_and_trains_what_one_device_trains(tmp_path, capfd):
+    alone = on_one(*LORA, tmp_path=tmp_path, steps=4)
+    half = on_two("fsdp", *LORA, folder="half", steps=2, cwd=tmp_path)
+    assert sorted(path.name for path in half.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    whole = on_two("fsdp", *LORA, "--ckpt_path", str(half), folder="whole", steps=4, cwd=tmp_path)
+    assert_same(whole, alone)
+    assert all("lora_" in name for name in load_trained(whole).weights)
+    assert not [path for path in tmp_path.rglob(".*") if path.suffix in (".partial", ".old")]
+
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["test", *DEBUG, *NO_LOGGER, *LORA, "--ckpt_path", str(whole)])
+    assert stop.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert "configs/trainer/fsdp.yaml" in line
+    assert "lrsa export" in line

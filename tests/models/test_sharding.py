@@ -1,0 +1,154 @@
+"""A model split over two processes computes what it computes whole."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from lrsa_lit.attention import LRSACache, enable, using
+from lrsa_lit.errors import UserError
+from lrsa_lit.models import Backbone, LoRA
+from lrsa_lit.models.generation import GREEDY
+from lrsa_lit.models.sharding import is_sharded, shard
+from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
+PROCESSES = 2
+CLIP = 0.5
+
+
+def backbone(**options):
+    return enable(Backbone("tiny", **options).build(), RULE)
+
+
+def tied():
+    config = tiny_model().config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return enable(type(tiny_model())(copy.deepcopy(config)).train(), RULE)
+
+
+MODELS = {
+    "full": lambda: backbone(),
+    "tied": tied,
+    "recomputed": lambda: backbone(gradient_checkpointing=True),
+    "lora": lambda: backbone(lora=LoRA(rank=4), gradient_checkpointing=True),
+    # Adapters are in float32 above a frozen base in bfloat16.
+    "lora on bf16": lambda: backbone(lora=LoRA(rank=4), dtype="bfloat16"),
+}
+
+
+def rows(count=PROCESSES):
+    return torch.randint(3, 259, (count, 120), generator=torch.Generator().manual_seed(0))
+
+
+def trained(model, batch):
+    """The model after two clipped steps; and the norms of its gradients."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    norms = []
+    for _ in range(2):
+        loss = model(batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.grad is not None], CLIP)
+        norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def answers(model, prompts, **options):
+    with torch.no_grad(), using(model, RULE.replace(top_k=6)):
+        cache = LRSACache(RULE.replace(top_k=6), 2)
+        made = model.eval().generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            past_key_values=cache,
+            max_new_tokens=8,
+            use_cache=True,
+            pad_token_id=2,
+            **GREEDY,
+            **options,
+        )
+    return made[:, prompts.shape[1] :]
+
+
+def of_one_process(rank, port, found):
+    """Train and generate with sharded models; what came out goes to the parent."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(PROCESSES))
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    results = {}
+    for name, make in MODELS.items():
+        model = make()
+        shard(model, mesh)
+        assert is_sharded(model)
+        assert all(isinstance(weight, DTensor) for weight in model.parameters())
+        norms = trained(model, rows()[rank : rank + 1])
+        weights = {key: w.full_tensor() for key, w in model.named_parameters() if w.requires_grad}
+        results[name] = norms, weights
+    # Prompts of two lengths, one of which ends at once: the other process goes on alone.
+    model = backbone()
+    shard(model, mesh)
+    prompt = rows()[rank : rank + 1, : 100 - 30 * rank]
+    first = int(answers(model, prompt, synced_gpus=True)[0, 0])
+    results["answers"] = answers(model, prompt, synced_gpus=True, eos_token_id=first if rank == 0 else 2)
+    torch.save(results, found / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = tmp_path_factory.mktemp("sharded")
+    torch.multiprocessing.spawn(of_one_process, (port, found), nprocs=PROCESSES)
+    return [torch.load(found / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_are_those_of_the_whole_model(name, results):
+    model = MODELS[name]()
+    before = {key: weight.detach().clone() for key, weight in model.named_parameters() if weight.requires_grad}
+    norms = trained(model, rows())
+    coarse = {"atol": 2e-3, "rtol": 2e-2} if "bf16" in name else {"atol": 1e-5, "rtol": 1e-4}
+    for found_norms, weights in (result[name] for result in results):
+        assert found_norms == pytest.approx(norms, rel=coarse["rtol"])
+        assert min(found_norms) > CLIP
+        assert weights.keys() == before.keys()
+        for key, weight in model.named_parameters():
+            if weight.requires_grad:
+                torch.testing.assert_close(weights[key], weight.detach(), **coarse)
+    assert any(not torch.equal(model.get_parameter(key), weight) for key, weight in before.items())
+
+
+def test_answers_are_those_of_the_whole_model_and_nobody_waits(results):
+    for rank, result in enumerate(results):
+        alone = answers(backbone(), rows()[rank : rank + 1, : 100 - 30 * rank])
+        made = result["answers"]
+        if rank == 0:
+            assert made.shape[1] == 1
+        assert torch.equal(made, alone[:, : made.shape[1]])
+    assert results[1]["answers"].shape[1] > 1
+
+
+def test_models_that_cannot_be_sharded():
+    model = tiny_model()
+    model._no_split_modules = None
+    with pytest.raises(UserError, match="LlamaForCausalLM does not say what its layers are"):
+        shard(model, None)
+    model = tiny_model()
+    model.register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False))
+    with pytest.raises(UserError, match=r"model\.backbone\.quantization cannot be sharded"):
+        shard(model, None)
