@@ -1,8 +1,8 @@
 """How much faster do two GPUs train than one, and what do they train together that one cannot hold?
 
 Run ``python benchmarks/two_gpus.py`` on a machine with two GPUs. Random weights of real shapes (``shapes/``), bf16,
-LRSA with L=128 and K=16, AdamW, activations recomputed, one sequence a device and step, an answer of 64 tokens at its end.
-Cases: ``ddp`` (Llama-3.2-1B, all weights, on 1 and 2 devices), ``lora`` and ``full`` (Llama-3.1-8B under FSDP2,
+LRSA with L=128 and K=16, AdamW, activations recomputed, one sequence a device and step, an answer of 64 tokens at its
+end. Cases: ``ddp`` (Llama-3.2-1B, all weights, on 1 and 2 devices), ``lora`` and ``full`` (Llama-3.1-8B under FSDP2,
 adapters or all weights, on 2 devices). Each runs in processes of its own through the same Trainer, strategies and task
 as ``lrsa fit``. Writes ``results/two_gpus.json``; ``--smoke`` runs all of it with tiny models on a CPU.
 """

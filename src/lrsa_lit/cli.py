@@ -44,6 +44,7 @@ commands:
   --model.KEY, --data.KEY, --trainer.KEY, --seed_everything N
                          any other setting of the YAML files
   --ckpt_path FILE       weights to evaluate, or the run to resume; settings stay what you ask for
+  --estimate             say what memory and time a fit will take, and do not start it
   --print_config         print the resolved settings and exit
   --help                 all settings of a command, with their meaning
 

@@ -12,11 +12,12 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 from rich.logging import RichHandler
 
 from lrsa_lit.callbacks import FitSummary
@@ -66,6 +67,9 @@ class LRSACLI(LightningCLI):
         parser.add_argument(
             "--validate_first", type=bool, default=True, help="Validate before training, so that a fit shows its gain."
         )
+        parser.add_argument(
+            "--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it."
+        )
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -74,6 +78,9 @@ class LRSACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what a run reads and writes before anything is loaded."""
         trainer = self._get(self.config, "trainer")
+        if self._get(self.config, "estimate"):
+            self._record_nothing(trainer)
+            return
         _check_checkpoint(self._get(self.config, "ckpt_path"), trainer.get("strategy"))
         folder = Path(trainer.get("default_root_dir") or ".")
         check_writable("trainer.default_root_dir", folder, folder)
@@ -86,6 +93,12 @@ class LRSACLI(LightningCLI):
         if precision in ("bf16-true", "16-true"):
             # It would round the rotary frequencies too, and with them the long positions.
             raise UserError(f"trainer.precision: {precision} is not allowed; use model.backbone.dtype instead")
+
+    def _record_nothing(self, trainer: Any) -> None:
+        """An estimate leaves no trace."""
+        if self.subcommand != "fit":
+            raise UserError(f"--estimate: it is not allowed for {self.subcommand}; only a fit is estimated")
+        trainer.logger, trainer.callbacks = False, []
 
     def instantiate_classes(self) -> None:
         """Build the parts; what their constructors complain about is the user's to mend."""
@@ -106,6 +119,8 @@ class LRSACLI(LightningCLI):
                 f"{positions} positions and model.max_new_tokens takes {model.max_new_tokens} of them; more are had by "
                 f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
             )
+        if self._get(self.config, "estimate"):
+            return
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
         logger, checkpoint = self.trainer.logger, self._get(self.config, "ckpt_path")
@@ -116,6 +131,12 @@ class LRSACLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C say where the run can be taken up again."""
+        if self._get(self.config, "estimate"):
+            from lrsa_lit.estimate import estimate, table
+
+            settings = dict(self._get(self.config, "trainer"))
+            Console().print(table(estimate(self.model, self.datamodule, self.trainer, settings)))
+            return
         try:
             super()._run_subcommand(subcommand)
         except SystemExit:

@@ -156,7 +156,7 @@ class QADataModule(lightning.LightningDataModule):
 
     def prepare_split(self, split: Split) -> None:
         """Tokenise and cache a split, unless that has been done."""
-        folder = self._folder(split)
+        folder = self.folder(split)
         if not cache.is_built(folder):
             self.report[split].clear()
             cache.build(folder, self._build(split), self.report[split])
@@ -172,7 +172,7 @@ class QADataModule(lightning.LightningDataModule):
 
     def open_split(self, split: Split) -> datasets.Dataset:
         """The examples of a cached split, whose report is known from then on."""
-        examples, self.report[split] = cache.load(self._folder(split))
+        examples, self.report[split] = cache.load(self.folder(split))
         return examples
 
     def train_dataloader(self) -> ResumableLoader:
@@ -265,7 +265,8 @@ class QADataModule(lightning.LightningDataModule):
             raise UserError(f"data.init_args.{missing[0]} is not set, but {stage} needs that split")
         return tuple(split for split in needed if split in present)
 
-    def _folder(self, split: Split) -> Path:
+    def folder(self, split: Split) -> Path:
+        """Where a split lies once it is tokenised."""
         return cache_dir("data", self.fingerprint, split)
 
     def _opened(self, split: Split) -> datasets.Dataset:

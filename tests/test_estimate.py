@@ -1,0 +1,154 @@
+"""What a fit will take, from a few of its layers."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from cli_helpers import DEBUG
+
+from lrsa_lit import estimate
+from lrsa_lit.cli import main
+from lrsa_lit.data.collate import collate
+from lrsa_lit.errors import UserError
+from lrsa_lit.estimate import Cost, Layers, extrapolate
+from lrsa_lit.models import Backbone, LoRA
+from lrsa_lit.models.tiny import tiny_config
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.tasks import LongContextQA
+
+CPU = {"accelerator": "cpu", "gradient_clip_val": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def batches(tokens=160):
+    example = {
+        "id": "",
+        "input_ids": [5] * tokens,
+        "prompt_length": tokens - 8,
+        "gold_spans": [],
+        "answer_spans": [],
+        "answers": [""],
+        "match": "any",
+    }
+    batch = collate([example], pad_token_id=0)
+    return estimate._Batches(batch, [batch])
+
+
+def task(folder, dense_layers=(), layers=7, **options):
+    tiny_config(num_layers=layers).save_pretrained(folder)
+    rule = LRSAConfig(sink_size=4, lag_size=16, top_k=4, dense_layers=dense_layers)
+    backbone = Backbone(str(folder), random_weights=True, **options)
+    return LongContextQA(backbone, rule, functools.partial(torch.optim.AdamW, lr=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("options", "dense_layers"),
+    [({}, ()), ({"gradient_checkpointing": True}, ()), ({"lora": LoRA(rank=4)}, (1, 4, 5))],
+    ids=["full", "recomputed", "lora and dense layers"],
+)
+def test_parameters_and_memory_are_those_of_all_layers(options, dense_layers, tmp_path):
+    made = task(tmp_path / "shape", dense_layers, **options)
+    whole = estimate._layers(made)
+    assert whole == (len(dense_layers), 7 - len(dense_layers))
+    measured = estimate._measure_few(
+        whole, lambda layers: estimate._measure(estimate._shortened(made, layers), batches(), CPU)
+    )
+    assert whole not in measured
+    assert all(sum(layers) <= 4 for layers in measured)
+    found = extrapolate(whole, measured)
+    model = made.backbone.build()
+    assert found.parameters == sum(weight.numel() for weight in model.parameters())
+    assert found.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert found.weights == 4 * found.parameters
+    # Two moments for each weight, and the number of steps.
+    assert found.optimizer == pytest.approx(2 * found.gradients, rel=0.01)
+    together = estimate._measure(estimate._shortened(made, whole), batches(), CPU)
+    assert found.peak_passes == pytest.approx(together.peak_passes, rel=0.02)
+    assert found.peak_step == pytest.approx(together.peak_step, rel=0.02)
+    assert found.peak > found.weights + found.gradients + found.optimizer
+    assert made.model is None
+
+
+def test_recomputing_saves_memory_and_longer_texts_cost_it(tmp_path):
+    kept, recomputed = (
+        estimate._measure(task(tmp_path / "shape", layers=4, gradient_checkpointing=on), batches(), CPU).peak
+        for on in (False, True)
+    )
+    longer = estimate._measure(task(tmp_path / "shape", layers=4), batches(320), CPU).peak
+    assert recomputed < kept < longer
+
+
+def cost(dense, sparse):
+    """Every field another line through both numbers of layers."""
+    return Cost(*(10.0 * field + (2 + field) * dense + (1 + 3 * field) * sparse for field in range(len(Cost._fields))))
+
+
+@pytest.mark.parametrize("whole", [Layers(0, 16), Layers(3, 29), Layers(12, 0), Layers(5, 1), Layers(1, 2)])
+def test_extrapolation_is_a_line_in_each_kind_of_layer(whole):
+    measured = {layers: cost(*layers) for layers in estimate._to_measure(whole, 2, 4)}
+    assert extrapolate(whole, measured) == pytest.approx(cost(*whole))
+
+
+def test_fewer_layers_are_measured_where_four_do_not_fit():
+    tried = []
+
+    def measure(layers):
+        tried.append(sum(layers))
+        if sum(layers) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return cost(*layers)
+
+    most = 2
+    assert list(estimate._measure_few(Layers(0, 16), measure)) == [(0, 1), (0, 2)]
+    assert tried == [2, 4, 1, 2]
+    most = 0
+    with pytest.raises(UserError, match=r"--estimate: even 2 layers do not fit .*data\.init_args\.batch_size"):
+        estimate._measure_few(Layers(0, 16), measure)
+
+
+def test_the_command_says_what_a_fit_takes_and_leaves_no_trace(tmp_path, capfd):
+    main(["fit", *DEBUG, "--estimate", "--data.init_args.max_tokens", "400"])
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "parameters │ 107,200" in shown
+    for part in ("trained", "optimizer", "peak", "free on cpu", "fits", "seconds a step", "hours for all steps"):
+        assert part in shown
+    assert "not tokenised yet: 400" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lengths_of_data_that_is_tokenised(tmp_path, capfd):
+    from lrsa_lit.data import QAFiles
+    from lrsa_lit.models.tiny import tiny_tokenizer
+
+    data = QAFiles(
+        tokenizer=tiny_tokenizer(), max_tokens=4096, **dict.fromkeys(("train", "val", "test"), "data/sample.jsonl")
+    )
+    data.prepare_data("fit")
+    before = sorted(tmp_path.rglob("*"))
+    main(["fit", *DEBUG, "--estimate", "--trainer.accumulate_grad_batches", "3"])
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "lengths of 8 batches" in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "named"),
+    [
+        ("test", [], ["--estimate", "test"]),
+        ("fit", ["--config", "configs/trainer/fsdp.yaml"], ["--estimate", "sharded"]),
+    ],
+)
+def test_what_is_not_estimated(command, options, named, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main([command, *DEBUG, *options, "--estimate"])
+    assert stop.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert all(part in last for part in named)
+    assert list(tmp_path.iterdir()) == []
