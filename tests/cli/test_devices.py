@@ -51,9 +51,9 @@ def on_two(config, *options, folder, steps, cwd):
     return cwd / folder / "checkpoints" / "last.ckpt"
 
 
-def on_one(*options, tmp_path, steps):
-    main(command("--data.init_args.batch_size", "2", *options, folder="one", steps=steps))
-    return tmp_path / "one" / "checkpoints" / "last.ckpt"
+def on_one(*options, folder="one", tmp_path, steps):
+    main(command("--data.init_args.batch_size", "2", *options, folder=folder, steps=steps))
+    return tmp_path / folder / "checkpoints" / "last.ckpt"
 
 
 def assert_same(checkpoint, expected):
@@ -84,3 +84,10 @@ def test_fsdp_resumes_and_trains_what_one_device_trains(tmp_path, capfd):
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
     assert "configs/trainer/fsdp.yaml" in line
     assert "lrsa export" in line
+
+
+def test_fsdp_goes_on_from_a_checkpoint_of_one_device(tmp_path):
+    alone = on_one(tmp_path=tmp_path, steps=4)
+    half = on_one(folder="half", tmp_path=tmp_path, steps=2)
+    whole = on_two("fsdp", "--ckpt_path", str(half), folder="whole", steps=4, cwd=tmp_path)
+    assert_same(whole, alone)

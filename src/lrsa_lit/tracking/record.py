@@ -91,8 +91,13 @@ def run_of(checkpoint: Path) -> tuple[str | None, int]:
     """The MLflow run that wrote a checkpoint, None where there was none, and the checkpoint's optimizer steps."""
     import torch
 
+    from lrsa_lit.models.sharding import is_sharded_checkpoint, read_meta
+
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        if is_sharded_checkpoint(checkpoint):
+            content = read_meta(checkpoint)
+        else:
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError):
         # What is wrong with it is said where it is loaded.
         return None, 0
