@@ -14,11 +14,11 @@ from cli_helpers import DEBUG, NO_LOGGER
 from lrsa_lit.cli import main
 from lrsa_lit.models.checkpoint import load_trained
 
-# Two questions, one for each device, whose answers have as many tokens: the mean of two devices is that of one.
+# Two questions, one for each device: every answer token weighs the same, however they are spread over devices.
 RECORDS = [
     {"id": name, "passages": [{"title": name, "text": f"The {name} is {km} km long."}], "question": f"{name}?",
      "answers": [f"{km} km"]}
-    for name, km in (("Isk", 212), ("Umbra", 377))
+    for name, km in (("Isk", 212), ("Umbra", 13770))
 ]  # fmt: skip
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--data.init_args.val", "null"]
 STEPS = ["--model.lr_scheduler", "null", "--model.optimizer.init_args.lr", "0.001"]

@@ -70,8 +70,8 @@ def load_trained(path: Path, dtype: Any = None) -> Trained:
         raise UserError(
             f"model: {path} is no checkpoint that a fit has written, or a truncated one ({reason})"
         ) from None
-    # Memory that only training needs to save.
-    changes = {"gradient_checkpointing": False} | ({} if dtype is None else {"dtype": dtype})
+    # What only training has a use for.
+    changes = {"gradient_checkpointing": False, "compile_layers": False} | ({} if dtype is None else {"dtype": dtype})
     return Trained(
         _backbone(about["backbone"] | changes),
         about["rule"],
