@@ -38,7 +38,7 @@ def batches(tokens=160):
         "match": "any",
     }
     batch = collate([example], pad_token_id=0)
-    return estimate._Batches(batch, [batch])
+    return estimate.Batches(batch, [batch])
 
 
 def task(folder, dense_layers=(), layers=7, **options):
@@ -58,7 +58,7 @@ def test_parameters_and_memory_are_those_of_all_layers(options, dense_layers, tm
     whole = estimate._layers(made)
     assert whole == (len(dense_layers), 7 - len(dense_layers))
     measured = estimate._measure_few(
-        whole, lambda layers: estimate._measure(estimate._shortened(made, layers), batches(), CPU)
+        whole, lambda layers: estimate.measure(estimate._shortened(made, layers), batches(), CPU)
     )
     assert whole not in measured
     assert all(sum(layers) <= 4 for layers in measured)
@@ -69,7 +69,7 @@ def test_parameters_and_memory_are_those_of_all_layers(options, dense_layers, tm
     assert found.weights == 4 * found.parameters
     # Two moments for each weight, and the number of steps.
     assert found.optimizer == pytest.approx(2 * found.gradients, rel=0.01)
-    together = estimate._measure(estimate._shortened(made, whole), batches(), CPU)
+    together = estimate.measure(estimate._shortened(made, whole), batches(), CPU)
     assert found.peak_passes == pytest.approx(together.peak_passes, rel=0.02)
     assert found.peak_step == pytest.approx(together.peak_step, rel=0.02)
     assert found.peak > found.weights + found.gradients + found.optimizer
@@ -78,10 +78,10 @@ def test_parameters_and_memory_are_those_of_all_layers(options, dense_layers, tm
 
 def test_recomputing_saves_memory_and_longer_texts_cost_it(tmp_path):
     kept, recomputed = (
-        estimate._measure(task(tmp_path / "shape", layers=4, gradient_checkpointing=on), batches(), CPU).peak
+        estimate.measure(task(tmp_path / "shape", layers=4, gradient_checkpointing=on), batches(), CPU).peak
         for on in (False, True)
     )
-    longer = estimate._measure(task(tmp_path / "shape", layers=4), batches(320), CPU).peak
+    longer = estimate.measure(task(tmp_path / "shape", layers=4), batches(320), CPU).peak
     assert recomputed < kept < longer
 
 

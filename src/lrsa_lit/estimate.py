@@ -91,6 +91,13 @@ class Cost(NamedTuple):
         return max(self.peak_passes, self.peak_step)
 
 
+class Batches(NamedTuple):
+    """Batches to measure with: the largest for memory, some of ordinary sizes for time."""
+
+    largest: Any
+    typical: list[Any]
+
+
 class Estimate(NamedTuple):
     """What a fit will take.
 
@@ -134,10 +141,8 @@ def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer
     """
     _check(task, trainer)
     batches, lengths = _batches(data)
-    whole = _layers(task)
     options = {name: settings[name] for name in _TRAINER if settings.get(name) is not None}
-    measured = _measure_few(whole, lambda layers: _measure(_shortened(task, layers), batches, options))
-    cost = extrapolate(whole, measured)
+    cost, measured = cost_of(task, batches, options)
     passes = trainer.accumulate_grad_batches
     seconds = passes * cost.pass_seconds + cost.step_seconds
     device = trainer.strategy.root_device
@@ -148,9 +153,25 @@ def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer
         hours=seconds * trainer.max_steps / 3600 if trainer.max_steps > 0 else None,
         free=_free(device),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        measured=list(measured),
+        measured=measured,
         lengths=lengths,
     )
+
+
+def cost_of(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> tuple[Cost, list[Layers]]:
+    """The cost of training a task's model, from a few of its layers; and the layers of the models that were run.
+
+    Args:
+        task: configured, its model not loaded yet.
+        batches: to measure with.
+        options: for the Trainer of Lightning that runs them.
+
+    Raises:
+        UserError: not even a few layers fit on the device.
+    """
+    whole = _layers(task)
+    measured = _measure_few(whole, lambda layers: measure(_shortened(task, layers), batches, options))
+    return extrapolate(whole, measured), list(measured)
 
 
 def extrapolate(whole: Layers, measured: dict[Layers, Cost]) -> Cost:
@@ -216,14 +237,7 @@ def _check(task: LongContextQA, trainer: lightning.Trainer) -> None:
         raise UserError("--estimate: model.backbone.quantization is not estimated; it needs the weights themselves")
 
 
-class _Batches(NamedTuple):
-    """Batches to measure with: the largest for memory, some of ordinary sizes for time."""
-
-    largest: Any
-    typical: list[Any]
-
-
-def _batches(data: QADataModule) -> tuple[_Batches, str]:
+def _batches(data: QADataModule) -> tuple[Batches, str]:
     """Batches as the fit will see them, and where they are from."""
     if not cache.is_built(data.folder("train")):
         tokens = min(_ANSWER, data.max_tokens - 1)
@@ -237,11 +251,11 @@ def _batches(data: QADataModule) -> tuple[_Batches, str]:
             "match": "any",
         }
         batch = collate([example] * data.batch_size, pad_token_id=0)  # type: ignore[list-item]
-        return _Batches(batch, [batch]), f"the data is not tokenised yet: {data.max_tokens:,} tokens for each example"
+        return Batches(batch, [batch]), f"the data is not tokenised yet: {data.max_tokens:,} tokens for each example"
     data.setup("fit")
     found = sorted((batch for _, batch in zip(range(_BATCHES), data.train_dataloader(), strict=False)), key=_area)
     typical = [found[math.floor(len(found) * part)] for part in (1 / 6, 1 / 2, 5 / 6)]
-    return _Batches(found[-1], typical), f"lengths of {len(found):,} batches of the data"
+    return Batches(found[-1], typical), f"lengths of {len(found):,} batches of the data"
 
 
 def _area(batch: Any) -> int:
@@ -317,8 +331,8 @@ def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
     return short
 
 
-def _measure(task: LongContextQA, batches: _Batches, options: dict[str, Any]) -> Cost:
-    """Train for some steps."""
+def measure(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> Cost:
+    """Train for some steps, with all layers that the task's model has; the arguments are those of :func:`cost_of`."""
     probe = _Probe()
     # Gradients and the optimizer's state exist from the second step on.
     planned = [batches.largest] * 2 + [batch for batch in batches.typical for _ in range(_REPEATS)]

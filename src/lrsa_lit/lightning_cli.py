@@ -39,6 +39,8 @@ _NOISE = (
     ".*set_vital.*",
     # The metrics of a validation are of all devices already.
     ".*when logging on epoch level in distributed setting.*",
+    # The loss is a view of itself, and nobody changes it in place.
+    "FSDP2-wrapped module .* returned a view tensor.*",
     # Evaluating a checkpoint in another folder is no reason for concern.
     "The dirpath has changed.*",
     # Nor is a resumed run's folder, which holds what it wrote before.
