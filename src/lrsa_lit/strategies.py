@@ -49,7 +49,12 @@ class FullySharded(ModelParallelStrategy):
         return self._weights(cpu_offload=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a sharded checkpoint beside its place and rename it there once it is complete."""
+        """Write a sharded checkpoint beside its place and rename it there once it is complete.
+
+        Raises:
+            OSError: on all processes, if one of them cannot write; what was there before still is.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -61,7 +66,13 @@ class FullySharded(ModelParallelStrategy):
         self.barrier()
         tensors = {WEIGHTS: checkpoint.pop(WEIGHTS)}
         tensors |= {_optimizer(index): state for index, state in enumerate(checkpoint.pop("optimizer_states", []))}
-        save(tensors, storage_writer=FileSystemWriter(scratch))
+        try:
+            save(tensors, storage_writer=FileSystemWriter(scratch))
+        except CheckpointException as error:
+            if self.is_global_zero:
+                shutil.rmtree(scratch, ignore_errors=True)
+            # It is no Exception, and would pass by all who wait for one.
+            raise OSError(f"{path} cannot be written ({next(iter(error.failures.values()))[0]})") from error
         if self.is_global_zero:
             _write_meta(checkpoint, scratch / META)
             put_in_place(scratch, path)
