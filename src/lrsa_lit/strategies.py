@@ -33,6 +33,7 @@ class FullySharded(ModelParallelStrategy):
         self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
     ) -> None:
         super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
+        self._loading = Path()
 
     @property
     def lightning_restore_optimizer(self) -> bool:
