@@ -8,11 +8,11 @@ import pytest
 import torch
 from cli_helpers import DEBUG
 
-from lrsa_lit import estimate
 from lrsa_lit.cli import main
 from lrsa_lit.data.collate import collate
 from lrsa_lit.errors import UserError
-from lrsa_lit.estimate import Cost, Layers, extrapolate
+from lrsa_lit.estimate import Batches, Cost, Layers, extrapolate, measure
+from lrsa_lit.estimate import layers as few
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_config
 from lrsa_lit.ops.sparse_attention import LRSAConfig
@@ -38,7 +38,7 @@ def batches(tokens=160):
         "match": "any",
     }
     batch = collate([example], pad_token_id=0)
-    return estimate.Batches(batch, [batch])
+    return Batches(batch, [batch])
 
 
 def task(folder, dense_layers=(), layers=7, **options):
@@ -55,11 +55,9 @@ def task(folder, dense_layers=(), layers=7, **options):
 )
 def test_parameters_and_memory_are_those_of_all_layers(options, dense_layers, tmp_path):
     made = task(tmp_path / "shape", dense_layers, **options)
-    whole = estimate._layers(made)
+    whole = few._layers(made)
     assert whole == (len(dense_layers), 7 - len(dense_layers))
-    measured = estimate._measure_few(
-        whole, lambda layers: estimate.measure(estimate._shortened(made, layers), batches(), CPU)
-    )
+    measured = few._measure_few(whole, lambda layers: measure(few._shortened(made, layers), batches(), CPU))
     assert whole not in measured
     assert all(sum(layers) <= 4 for layers in measured)
     found = extrapolate(whole, measured)
@@ -69,7 +67,7 @@ def test_parameters_and_memory_are_those_of_all_layers(options, dense_layers, tm
     assert found.weights == 4 * found.parameters
     # Two moments for each weight, and the number of steps.
     assert found.optimizer == pytest.approx(2 * found.gradients, rel=0.01)
-    together = estimate.measure(estimate._shortened(made, whole), batches(), CPU)
+    together = measure(few._shortened(made, whole), batches(), CPU)
     assert found.peak_passes == pytest.approx(together.peak_passes, rel=0.02)
     assert found.peak_step == pytest.approx(together.peak_step, rel=0.02)
     assert found.peak > found.weights + found.gradients + found.optimizer
@@ -78,10 +76,10 @@ def test_parameters_and_memory_are_those_of_all_layers(options, dense_layers, tm
 
 def test_recomputing_saves_memory_and_longer_texts_cost_it(tmp_path):
     kept, recomputed = (
-        estimate.measure(task(tmp_path / "shape", layers=4, gradient_checkpointing=on), batches(), CPU).peak
+        measure(task(tmp_path / "shape", layers=4, gradient_checkpointing=on), batches(), CPU).peak
         for on in (False, True)
     )
-    longer = estimate.measure(task(tmp_path / "shape", layers=4), batches(320), CPU).peak
+    longer = measure(task(tmp_path / "shape", layers=4), batches(320), CPU).peak
     assert recomputed < kept < longer
 
 
@@ -92,7 +90,7 @@ def cost(dense, sparse):
 
 @pytest.mark.parametrize("whole", [Layers(0, 16), Layers(3, 29), Layers(12, 0), Layers(5, 1), Layers(1, 2)])
 def test_extrapolation_is_a_line_in_each_kind_of_layer(whole):
-    measured = {layers: cost(*layers) for layers in estimate._to_measure(whole, 2, 4)}
+    measured = {layers: cost(*layers) for layers in few._to_measure(whole, 2, 4)}
     assert extrapolate(whole, measured) == pytest.approx(cost(*whole))
 
 
@@ -106,11 +104,11 @@ def test_fewer_layers_are_measured_where_four_do_not_fit():
         return cost(*layers)
 
     most = 2
-    assert list(estimate._measure_few(Layers(0, 16), measure)) == [(0, 1), (0, 2)]
+    assert list(few._measure_few(Layers(0, 16), measure)) == [(0, 1), (0, 2)]
     assert tried == [2, 4, 1, 2]
     most = 0
     with pytest.raises(UserError, match=r"--estimate: even 2 layers do not fit .*data\.init_args\.batch_size"):
-        estimate._measure_few(Layers(0, 16), measure)
+        few._measure_few(Layers(0, 16), measure)
 
 
 def test_the_command_says_what_a_fit_takes_and_leaves_no_trace(tmp_path, capfd):

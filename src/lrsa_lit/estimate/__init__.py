@@ -1,0 +1,13 @@
+"""``lrsa fit … --estimate``: what memory and time a fit will take, measured on a few layers of its model.
+
+Every layer of a kind costs the same. So the configured training runs for some steps on models of the configured width
+with two and four layers and random weights, and the rest follows: seconds, and the peaks of memory in the passes and in
+the optimizer's step, grow linearly with the layers. Nothing is loaded but the model's config and tokenizer, nothing is
+recorded or written.
+"""
+
+from lrsa_lit.estimate.layers import Layers, cost_of, extrapolate
+from lrsa_lit.estimate.probe import Batches, Cost, measure
+from lrsa_lit.estimate.report import Estimate, estimate, table
+
+__all__ = ["Batches", "Cost", "Estimate", "Layers", "cost_of", "estimate", "extrapolate", "measure", "table"]
