@@ -134,7 +134,7 @@ class LRSACLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C say where the run can be taken up again."""
         if self._get(self.config, "estimate"):
-            from lrsa_lit.estimate import estimate, table
+            from lrsa_lit.estimate.report import estimate, table
 
             settings = dict(self._get(self.config, "trainer"))
             Console().print(table(estimate(self.model, self.datamodule, self.trainer, settings)))

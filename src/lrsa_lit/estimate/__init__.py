@@ -8,6 +8,5 @@ recorded or written.
 
 from lrsa_lit.estimate.layers import Layers, cost_of, extrapolate
 from lrsa_lit.estimate.probe import Batches, Cost, measure
-from lrsa_lit.estimate.report import Estimate, estimate, table
 
-__all__ = ["Batches", "Cost", "Estimate", "Layers", "cost_of", "estimate", "extrapolate", "measure", "table"]
+__all__ = ["Batches", "Cost", "Layers", "cost_of", "extrapolate", "measure"]
