@@ -101,3 +101,28 @@ def test_predictions_state_what_they_were_made_with():
 def test_evaluation_with_an_unknown_setting():
     with pytest.raises(UserError, match=r"model\.evaluate\.x: lrsa\.topk"):
         task(evaluate={"x": {"topk": 3}})
+
+
+def test_a_row_that_counts_on_another_device_changes_no_score():
+    made = task(max_new_tokens=3)
+    alone, both = batch(60), batch(60, 90)
+    both["repeated"] = [False, True]
+    results = []
+    for rows in (alone, both):
+        meter = made.meters[0]
+        meter.reset([])
+        made._evaluate(rows)
+        results.append((float(meter.loss.compute()), float(meter.score.compute()["count"])))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    assert results[0][1] == 1
+
+
+def test_the_data_sets_of_a_mixture_have_scores_of_their_own():
+    made = task(max_new_tokens=3)
+    rows = batch(60, 90, 75)
+    rows["source"] = ["a", "b", "a"]
+    meter = made.meters[0]
+    meter.reset(["a", "b"])
+    made._evaluate(rows)
+    assert {name: float(score.compute()["count"]) for name, score in meter.sources.items()} == {"a": 2, "b": 1}
+    assert float(meter.score.compute()["count"]) == 3

@@ -6,7 +6,7 @@ Dimensions: B examples, T tokens of the longest example, Tp tokens of the longes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import lightning
@@ -56,7 +56,7 @@ class LongContextQA(lightning.LightningModule):
 
     The loss is the cross-entropy of the answer's tokens. Validation and test generate the answers greedily, with the
     compressed cache, and log ``val/loss``, ``val/f1``, ``val/em`` and ``val/recall`` for the run's own rule, and the
-    same under ``val/NAME/…`` for each further attention.
+    same under ``val/NAME/…`` for each further attention and each data set of a mixture.
 
     Args:
         backbone: the base LLM.
@@ -226,6 +226,7 @@ class LongContextQA(lightning.LightningModule):
                 config=self.lrsa.digest(),
             )
             for row, text in enumerate(texts)
+            if not batch["repeated"][row]
         ]
 
     @torch.no_grad()
@@ -260,12 +261,14 @@ class LongContextQA(lightning.LightningModule):
 
     def _evaluate(self, batch: Batch) -> dict[str, list[str]]:
         answers = {}
+        own = torch.tensor([not repeated for repeated in batch["repeated"]], device=self.device)
+        counted = cast("Batch", {**batch, "labels": batch["labels"].where(own[:, None], IGNORE_INDEX)})
         for meter, (prefix, config) in zip(self._meters, self.attentions.items(), strict=True):
             with using(self.model, config), _eager():
-                loss, count = self.answer_loss(batch)
-                meter.loss.update(loss / count, count)
+                loss, count = self.answer_loss(counted)
+                meter.loss.update(loss / count.clamp(min=1), count)
             texts, _ = self.generate(batch, config)
-            meter.score.update(texts, batch["answers"], batch["match"])
+            meter.update(texts, batch)
             answers[prefix.removesuffix("/")] = texts
         return answers
 
@@ -292,23 +295,45 @@ class LongContextQA(lightning.LightningModule):
     def _reset_metrics(self) -> None:
         # At the start and not at the end: states made under trainer.validate's inference mode cannot be updated in fit.
         for meter in self._meters:
-            meter.loss.reset()
-            meter.score.reset()
+            meter.reset(getattr(getattr(self.trainer, "datamodule", None), "evaluate_on", []))
 
     def _log_metrics(self, stage: str) -> None:
         for meter, prefix in zip(self._meters, self.attentions, strict=True):
             self.log(f"{stage}/{prefix}loss", meter.loss.compute())
             for name, value in meter.score.compute().items():
                 self.log(f"{stage}/{prefix}{name}", value, prog_bar=prefix == "" and name == "f1")
+            for source, score in meter.sources.items():
+                for name, value in score.compute().items():
+                    self.log(f"{stage}/{prefix}{source}/{name}", value)
 
 
 class AnswerMeter(nn.Module):
-    """What is measured under one attention: the loss, averaged over answer tokens, and the scores of the answers."""
+    """What is measured under one attention: the loss, averaged over answer tokens, and the scores of the answers.
+
+    Attributes:
+        sources: the scores of each data set of a mixture.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.loss = MeanMetric()
         self.score = QAScore()
+        self.sources: dict[str, QAScore] = {}
+
+    def reset(self, sources: Sequence[str]) -> None:
+        """Start anew, with scores of their own for these data sets if they are several."""
+        self.loss.reset()
+        self.score.reset()
+        self.sources = {name: QAScore().to(self.score.f1.device) for name in sources if len(sources) > 1}
+
+    def update(self, texts: Sequence[str], batch: Batch) -> None:
+        """Add answers, but not to rows that count on another device."""
+        for row, text in enumerate(texts):
+            if batch["repeated"][row]:
+                continue
+            scores = (self.score, self.sources.get(batch["source"][row]))
+            for score in [score for score in scores if score is not None]:
+                score.update([text], [batch["answers"][row]], [batch["match"][row]])
 
 
 def _eager() -> Any:

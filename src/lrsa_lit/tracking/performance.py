@@ -21,12 +21,13 @@ _GIB = 2**30
 
 
 class Throughput(Callback):
-    """Log ``perf/tokens_per_second``, ``perf/step_seconds``, ``perf/peak_memory_gib`` and ``perf/mfu``.
+    """Log tokens a second, seconds a step, peak memory, padding and MFU as ``perf/…``.
 
     Each is of one device and over the steps since the last logged one, waiting for data included, validation and
     checkpoints not. Tokens are those without padding. The peak is that of PyTorch's allocator on a GPU and of the whole
-    process elsewhere. MFU is the rate of :func:`lrsa_lit.flops.training_flops` by the device's 16-bit peak; it is left
-    out where that is not known.
+    process elsewhere. Padding is its share of the training batches or, packed, the unused share of the budget.
+    MFU is the rate of :func:`lrsa_lit.flops.training_flops` by the device's 16-bit peak; it is left out where that is
+    not known.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,10 @@ class Throughput(Callback):
         self._batches.append((_lengths(batch), batch["label_columns"].numel() * len(batch["labels"])))
         step = trainer.global_step
         if step > self._first and step % getattr(trainer, "log_every_n_steps", 1) == 0:
-            pl_module.log_dict(self._measured(pl_module, step - self._first))
+            values = self._measured(pl_module, step - self._first)
+            if (padding := getattr(getattr(trainer, "datamodule", None), "padding", None)) is not None:
+                values["perf/padding"] = padding
+            pl_module.log_dict(values)
             self._restart(step)
             self._since = time.perf_counter()
 
