@@ -28,6 +28,14 @@ class FitSummary(Callback):
     def __init__(self) -> None:
         self.history: list[tuple[int, dict[str, float]]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit goes on from, so that its table begins where the run began."""
+        return {"history": [[step, values] for step, values in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the validations of the run so far."""
+        self.history = [(step, values) for step, values in state_dict["history"]]
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of a whole validation."""
         if trainer.sanity_checking:

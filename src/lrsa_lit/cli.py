@@ -43,7 +43,8 @@ commands:
                          the rule: tokens of a partition, kept of it, between two compressions
   --model.KEY, --data.KEY, --trainer.KEY, --seed_everything N
                          any other setting of the YAML files
-  --ckpt_path FILE       weights to evaluate, or the run to resume; settings stay what you ask for
+  --ckpt_path FILE       weights to evaluate, or the run to resume; settings stay what you ask for. "last" takes the
+                         newest good checkpoint of the same settings, if there is one
   --estimate             say what memory and time a fit will take, and do not start it
   --print_config         print the resolved settings and exit
   --help                 all settings of a command, with their meaning
@@ -64,8 +65,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: arguments as on the command line; default: ``sys.argv``.
 
     Raises:
-        SystemExit: code 2 after a one-line message for a user's mistake, code 130 after Ctrl-C, code 0 for help and
-            version.
+        SystemExit: code 2 after a one-line message for a user's mistake, code 130 after Ctrl-C, code 143 after SIGTERM,
+            code 0 for help and version.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -9,18 +9,23 @@ import os
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
 from lrsa_lit.callbacks import FitSummary
+from lrsa_lit.checkpoints import AtomicCheckpointIO, ExactState, FiniteLoss, GracefulStop, resume
+from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.sharding import is_sharded_checkpoint
@@ -29,6 +34,7 @@ from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import MLflowRun, RecordConfig
 from lrsa_lit.tracking.record import run_of
 
+_log = logging.getLogger("lrsa_lit")
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'")
 _UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
 _UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\(key='(.*?)', val=(.*)\)|(.*))$")
@@ -80,11 +86,13 @@ class LRSACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what a run reads and writes before anything is loaded."""
         trainer = self._get(self.config, "trainer")
+        self.settings = self._settings()
         if self._get(self.config, "estimate"):
             self._record_nothing(trainer)
             return
-        _check_checkpoint(self._get(self.config, "ckpt_path"), trainer.get("strategy"))
         folder = Path(trainer.get("default_root_dir") or ".")
+        self._choose_checkpoint(folder)
+        _check_shards(self._get(self.config, "ckpt_path"), trainer.get("strategy"))
         check_writable("trainer.default_root_dir", folder, folder)
         precision = str(trainer.get("precision") or "")
         if self.subcommand == "predict" and "FullySharded" in str(trainer.get("strategy")):
@@ -126,13 +134,53 @@ class LRSACLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
         logger, checkpoint = self.trainer.logger, self._get(self.config, "ckpt_path")
-        if self.subcommand == "fit" and checkpoint is not None and isinstance(logger, MLflowRun):
+        if self.subcommand == "fit" and checkpoint is not None:
+            same = resume.check_continues(Path(checkpoint), self.settings, self.trainer.world_size)
             run_id, step = run_of(Path(checkpoint))
-            if run_id is not None:
-                logger.continue_run(run_id, step)
+            if run_id is not None and isinstance(logger, MLflowRun):
+                logger.continue_run(run_id, step, same)
+
+    def _settings(self) -> dict[str, str]:
+        """What decides the weights, for checkpoints to be compared with."""
+        subcommand = str(self.subcommand)
+        text = self._parser(subcommand).dump(
+            self.config[subcommand], skip_none=False, skip_link_targets=True, skip_validation=True, format="yaml"
+        )
+        return resume.settings_of(yaml.safe_load(text))
+
+    def _choose_checkpoint(self, root: Path) -> None:
+        """Check the checkpoint that was named, or find the one that is meant."""
+        options = self.config[str(self.subcommand)]
+        path = options.get("ckpt_path")
+        if path != resume.LAST:
+            if path is not None:
+                resume.named(Path(path))
+            return
+        fit = self.subcommand == "fit"
+        found = resume.last(self._run_folders(root), self.settings, "" if fit else "model.backbone")
+        if found is None and not fit:
+            raise UserError(f"ckpt_path: {resume.LAST} finds no checkpoint of this model under {root}")
+        _log.info("ckpt_path: %s", found or "no checkpoint to resume from yet, so this is a new run")
+        options["ckpt_path"] = found and str(found)
+
+    def _run_folders(self, root: Path) -> list[Path]:
+        """Where runs of this configuration save their checkpoints."""
+        callbacks = self._get(self.config, "trainer").get("callbacks") or []
+        named = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
+        return [root / "checkpoints", *root.glob("*/*/checkpoints"), *(Path(path) for path in named if path)]
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Add what every run has."""
+        self.graceful_stop = GracefulStop()
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, AtomicCheckpointIO()]
+        always = [ExactState(self.settings), FiniteLoss(), self.graceful_stop]
+        return super()._instantiate_trainer(config, [*callbacks, *always])
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it; after Ctrl-C say where the run can be taken up again."""
+        """Run it; after Ctrl-C or SIGTERM say where the run can be taken up again."""
         if self._get(self.config, "estimate"):
             from lrsa_lit.estimate.report import estimate, table
 
@@ -140,14 +188,17 @@ class LRSACLI(LightningCLI):
             Console().print(table(estimate(self.model, self.datamodule, self.trainer, settings)))
             return
         try:
-            super()._run_subcommand(subcommand)
-        except SystemExit:
+            with self.graceful_stop.listening():
+                super()._run_subcommand(subcommand)
+        except SystemExit as error:
             if not self.trainer.interrupted:
                 raise
-            saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
-            resume = f"; go on with --ckpt_path {saved}" if saved else ""
-            print(f"lrsa: interrupted at step {self.trainer.global_step}{resume}", file=sys.stderr)
-            raise SystemExit(130) from None
+            saved = last_good(self.trainer) if subcommand == "fit" else ""
+            how = f"; go on with --ckpt_path {saved}" if saved else ""
+            what, code = ("terminated", 143) if isinstance(error, SIGTERMException) else ("interrupted", 130)
+            if self.trainer.is_global_zero:
+                print(f"lrsa: {what} at step {self.trainer.global_step}{how}", file=sys.stderr)
+            raise SystemExit(code) from None
 
     def before_fit(self) -> None:
         """Validate at step 0; a resumed run has done so."""
@@ -234,20 +285,12 @@ def _first_user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _check_checkpoint(path: str | None, strategy: object) -> None:
-    if path is None:
-        return
-    if is_sharded_checkpoint(Path(path)):
-        if "FullySharded" not in str(strategy):
-            raise UserError(
-                f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
-                "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
-            )
-        return
-    if not Path(path).is_file():
-        raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated one")
+def _check_shards(path: str | None, strategy: object) -> None:
+    if path is not None and is_sharded_checkpoint(Path(path)) and "FullySharded" not in str(strategy):
+        raise UserError(
+            f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
+            "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
+        )
 
 
 def _quiet_libraries() -> None:

@@ -83,7 +83,7 @@ def bad_inputs():
     )
     yield "missing checkpoint", ["--ckpt_path", "nowhere.ckpt"], {}, ["ckpt_path", "nowhere.ckpt"]
     yield "junk checkpoint", ["--ckpt_path", "x.pt"], {"x.pt": "no"}, ["ckpt_path", "x.pt"]
-    yield "checkpoint by a word", ["--ckpt_path", "last"], {}, ["ckpt_path", "last"]
+    yield "checkpoint by a word", ["--ckpt_path", "best"], {}, ["ckpt_path", "best", "last"]
     yield "twice the same id", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": record + record}, ["'a'", "train"]
     yield (
         "more tokens than positions",

@@ -65,6 +65,7 @@ class MLflowRun(MLFlowLogger):
             synchronous=True,
         )
         self.continues = run_id is not None
+        self._recorded: dict[str, int] = {}
         self._user_stopped = False
 
     @property
@@ -101,14 +102,17 @@ class MLflowRun(MLFlowLogger):
             self._deliver_status("RUNNING")
             self._delivery.rest(False)
 
-    def continue_run(self, run_id: str, step: int) -> bool:
-        """Take up the run that a checkpoint was written in, if its metrics end where the checkpoint begins.
+    def continue_run(self, run_id: str, step: int, same: bool = True) -> bool:
+        """Take up the run that a checkpoint was written in.
 
-        A run that went on after the checkpoint, or that lives elsewhere, is left as it is and a new one made.
+        One that went on after the checkpoint is left as it is and a new one made if it came to its end, or if what
+        follows will not be the same again. Otherwise it was killed: what it has recorded is not recorded twice. A run
+        of another store becomes a new one.
 
         Args:
             run_id: the checkpoint's run.
             step: the checkpoint's optimizer steps.
+            same: whether the settings are the run's.
 
         Returns:
             Whether the run is continued.
@@ -119,16 +123,22 @@ class MLflowRun(MLFlowLogger):
             return self.continues
         client = self._mlflow_client
         try:
-            client.get_run(run_id)
-            last = max((metric.step for metric in client.get_metric_history(run_id, "train/loss")), default=0)
+            run = client.get_run(run_id)
+            recorded = {
+                name: max(metric.step for metric in client.get_metric_history(run_id, name))
+                for name in run.data.metrics
+                if not name.startswith("system/")
+            }
         except MlflowException:
             # Recorded in another store.
             return False
-        if last > step:
+        # The first step after the checkpoint is logged under the number of those before it.
+        went_on = recorded.get("train/loss", -1) >= step
+        if went_on and (run.info.status == "FINISHED" or not same):
             self.tags = {**(self.tags or {}), "resumed_from": run_id}
             _log.info("A new run, as %s went on after this checkpoint", run_id)
             return False
-        self._run_id, self.continues = run_id, True
+        self._run_id, self.continues, self._recorded = run_id, True, recorded
         return True
 
     def stopped_by_user(self) -> None:
@@ -148,10 +158,10 @@ class MLflowRun(MLFlowLogger):
         epoch = values.pop("epoch", None)
         if epoch is not None and any(name.startswith("train/") for name in values):
             values["train/epoch"] = epoch
-        self._delivery.metrics(
-            # What MLflow allows in names.
-            [Metric(re.sub(r"[^\w/. -]", "", name), float(value), now, step or 0) for name, value in values.items()]
-        )
+        # What MLflow allows in names.
+        named = {re.sub(r"[^\w/. -]", "", name): float(value) for name, value in values.items()}
+        new = {name: value for name, value in named.items() if (step or 0) > self._recorded.get(name, -1)}
+        self._delivery.metrics([Metric(name, value, now, step or 0) for name, value in new.items()])
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:

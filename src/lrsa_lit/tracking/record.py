@@ -16,6 +16,8 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lrsa_lit.checkpoints.files import SHARDS_REST
+from lrsa_lit.checkpoints.stop import Terminated
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.flops import kv_ratio
 from lrsa_lit.store import answering
@@ -83,7 +85,7 @@ class RecordConfig(SaveConfigCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell a run that was stopped from one that failed."""
-        if isinstance(trainer.logger, MLflowRun) and isinstance(exception, KeyboardInterrupt):
+        if isinstance(trainer.logger, MLflowRun) and isinstance(exception, KeyboardInterrupt | Terminated):
             trainer.logger.stopped_by_user()
 
 
@@ -91,13 +93,9 @@ def run_of(checkpoint: Path) -> tuple[str | None, int]:
     """The MLflow run that wrote a checkpoint, None where there was none, and the checkpoint's optimizer steps."""
     import torch
 
-    from lrsa_lit.models.sharding import is_sharded_checkpoint, read_meta
-
     try:
-        if is_sharded_checkpoint(checkpoint):
-            content = read_meta(checkpoint)
-        else:
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        file = checkpoint / SHARDS_REST if checkpoint.is_dir() else checkpoint
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError):
         # What is wrong with it is said where it is loaded.
         return None, 0

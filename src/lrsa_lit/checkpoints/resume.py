@@ -1,0 +1,169 @@
+"""Which checkpoint a command takes, and whether a run can go on from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lrsa_lit.checkpoints.exact_state import KEY, other_processes
+from lrsa_lit.checkpoints.files import SHARDS_REST, damage, newest_first, tidy
+from lrsa_lit.errors import UserError
+
+LAST = "last"
+"""As a path: the newest good checkpoint of this configuration."""
+
+_log = logging.getLogger("lrsa_lit.checkpoints")
+_ELSEWHERE = ("model.evaluate", "model.max_new_tokens")
+# Data that is not trained on, and the workers, which do not change the order.
+_INDIFFERENT = {"val", "test", "eval_batch_size", "num_workers"}
+_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+
+
+class About(NamedTuple):
+    """What a checkpoint says about the run that wrote it.
+
+    Attributes:
+        settings: by dotted name; None where it does not say.
+        processes: how many wrote it; None where it does not say.
+    """
+
+    settings: dict[str, str] | None
+    processes: int | None
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """What of a resolved config decides the weights, by dotted name, as JSON."""
+    kept = {name: config.get(name) for name in ("seed_everything", "model", "data")}
+    trainer = config.get("trainer") or {}
+    kept["trainer"] = {name: trainer.get(name) for name in _TRAINER}
+    values = dict(_leaves("", kept))
+    return {name: value for name, value in values.items() if not name.startswith(_ELSEWHERE) and not _indifferent(name)}
+
+
+def about(path: Path) -> About:
+    """Read what a checkpoint says about its run, without its tensors.
+
+    Raises:
+        OSError: it cannot be read, nor can what torch raises for a file that is no checkpoint.
+    """
+    import torch
+
+    file = path / SHARDS_REST if path.is_dir() else path
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get(KEY)
+    if state is None:
+        return About(None, None)
+    return About(state["settings"] or None, len(state["random"]))
+
+
+def named(path: Path) -> Path:
+    """A checkpoint that somebody has named.
+
+    Raises:
+        UserError: it is missing, or damaged; the line names the newest good one beside it.
+    """
+    if not path.exists():
+        raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written, or {LAST}")
+    if (reason := damage(path)) is not None:
+        others = (other for other in newest_first([path.parent]) if other != path and damage(other) is None)
+        previous = next((f"; the newest good one beside it is {other}" for other in others), "")
+        raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated or damaged one ({reason}){previous}")
+    return path
+
+
+def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "") -> Path | None:
+    """The newest good checkpoint of a configuration; those that are damaged are named and passed over.
+
+    Args:
+        folders: where to look.
+        settings: what :func:`settings_of` says of the configuration.
+        prefix: only settings whose names begin so must be the same.
+
+    Returns:
+        None where no run of this configuration has saved one; the log names the newest one of another.
+
+    Raises:
+        UserError: there are some, and all are damaged.
+    """
+    damaged: list[Path] = []
+    other = ""
+    folders = [folder for folder in folders if folder.is_dir()]
+    for folder in folders:
+        tidy(folder)
+    for path in newest_first(folders):
+        changes = []
+        try:
+            found = about(path)
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            reason: str | None = " ".join(str(error).split())[:120]
+        else:
+            changes = differences(found.settings, settings, prefix)
+            reason = None if changes else damage(path)
+        if reason is not None:
+            _log.warning("%s is truncated or damaged (%s) and passed over", path, reason)
+            damaged.append(path)
+        elif changes:
+            other = other or f"; the newest, {path}, has {_listed(changes)}"
+        else:
+            return path
+    if damaged:
+        raise UserError(f"ckpt_path: {LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}{other}")
+    if other:
+        _log.warning("No checkpoint of this configuration%s", other)
+    return None
+
+
+def check_continues(path: Path, settings: Mapping[str, str], processes: int) -> bool:
+    """Check that a fit can go on from a checkpoint, and say what differs.
+
+    Returns:
+        Whether it goes on with the same settings.
+
+    Raises:
+        UserError: its position in the data would be another one here.
+    """
+    found = about(path)
+    if found.processes is not None and found.processes != processes:
+        raise UserError(other_processes(found.processes, processes))
+    changes = differences(found.settings, settings)
+    order = [change for change in changes if change.startswith(("data.", "seed_everything"))]
+    if order:
+        raise UserError(
+            f"ckpt_path: {path} was written with {_listed(order)}, which decides the order of the training data; "
+            "resume with that, or `lrsa export` it and start a new fit from its weights"
+        )
+    if changes:
+        _log.warning("Resumed with other settings, so not as an uninterrupted run: %s", _listed(changes))
+    return not changes
+
+
+def differences(before: Mapping[str, str] | None, now: Mapping[str, str], prefix: str = "") -> list[str]:
+    """Settings that changed, such as ``model.lrsa.top_k 8 (here 4)``; none where nothing is known."""
+    if before is None:
+        return []
+    names = sorted(name for name in before.keys() | now.keys() if name.startswith(prefix))
+    return [
+        f"{name} {before.get(name, 'null')} (here {now.get(name, 'null')})"
+        for name in names
+        if before.get(name, "null") != now.get(name, "null")
+    ]
+
+
+def _listed(changes: list[str]) -> str:
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return ", ".join(changes[:3]) + more
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from _leaves(f"{name}.{key}" if name else str(key), part)
+    else:
+        yield name, json.dumps(value, sort_keys=True, default=str)
+
+
+def _indifferent(name: str) -> bool:
+    return name.startswith("data.") and name.rpartition(".")[2] in _INDIFFERENT

@@ -1,0 +1,184 @@
+"""Lightning's ModelCheckpoint, held to what a resumed run needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lrsa_lit.checkpoints.errors import CheckpointNotSaved, NonFiniteLoss, system_error
+from lrsa_lit.checkpoints.exact_state import accumulating, validation_is_due
+from lrsa_lit.checkpoints.files import PARTIAL, remove, replace_folder
+from lrsa_lit.checkpoints.stop import StoppedByUser, Terminated
+from lrsa_lit.errors import UserError
+
+_log = logging.getLogger("lrsa_lit.checkpoints")
+
+Saver = Callable[[Trainer, dict[str, Tensor]], None]
+
+
+class SafeModelCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that saves between optimizer steps only, and survives what goes wrong while it saves.
+
+    What is due between the batches of one step is saved after that step, and what is due where a validation follows,
+    after the validation. A run that ends after its last validation still saves its end as ``last``. Folders of shards
+    get their name only when they are whole.
+
+    Args:
+        on_save_error: what a checkpoint that cannot be written means for the run: ``stop`` ends it, ``continue`` says
+            so and goes on. Either way the checkpoints before it stay.
+        kwargs: those of :class:`lightning.pytorch.callbacks.ModelCheckpoint`.
+    """
+
+    def __init__(self, on_save_error: Literal["stop", "continue"] = "stop", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if on_save_error not in ("stop", "continue"):
+            raise UserError(
+                f"SafeModelCheckpoint.on_save_error: {on_save_error!r} is not allowed; it is stop or continue"
+            )
+        self.on_save_error = on_save_error
+        self._put_off = False
+        self._owed = False
+
+    @property
+    def last_good(self) -> str:
+        """The checkpoint to go on from; empty if there is none."""
+        return str(self._last_checkpoint_saved or self.last_model_path)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what Lightning saves, of which it forgets one value."""
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict["current_score"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is due, or after the validation that follows."""
+        if accumulating(trainer):
+            return
+        if validation_is_due(trainer):
+            with self._putting_off():
+                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._defer_save_until_validation |= self._owed
+            self._owed = False
+            return
+        if self._owed:
+            self._owed = False
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if it is due, or after the step that has begun."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and accumulating(trainer):
+            with self._putting_off():
+                super().on_validation_end(trainer, pl_module)
+        else:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of the run, where that is not what was saved last."""
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the last boundary between two steps, unless there is reason not to trust it."""
+        stopped = isinstance(exception, StoppedByUser | Terminated)
+        # Of several processes only a stop is known to reach all, and saving needs them all.
+        if (
+            not self._should_save_on_exception(trainer)
+            or isinstance(exception, CheckpointNotSaved | NonFiniteLoss)
+            or (trainer.world_size > 1 and not stopped)
+        ):
+            return
+        candidates = self._monitor_candidates(trainer)
+        try:
+            if self.save_last:
+                super()._save_last_checkpoint(trainer, candidates)
+            else:
+                self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+        except (CheckpointNotSaved, NonFiniteLoss) as error:
+            # The exception is what ends the run; this is what it has cost.
+            _log.warning("%s", error)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._save(super()._save_topk_checkpoint, trainer, monitor_candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._save(super()._save_last_checkpoint, trainer, monitor_candidates)
+
+    def _save(self, save: Saver, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
+        """Save with Lightning's bookkeeping, which is taken back where that fails."""
+        if self._put_off:
+            self._owed = True
+            return
+        before = vars(self) | {"best_k_models": dict(self.best_k_models)}
+        try:
+            save(trainer, candidates)
+        except CheckpointNotSaved as error:
+            vars(self).update(before)
+            kept = f"; {self.last_good} is intact" if self.last_good else ""
+            if self.on_save_error == "stop":
+                raise CheckpointNotSaved(f"{error}{kept}") from error
+            _log.warning("%s%s; the training goes on", error, kept)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Save, and let every process know if that has failed on one."""
+        failure = None
+        try:
+            if writes_folders(trainer):
+                self._save_folder(trainer, Path(filepath))
+            else:
+                super()._save_checkpoint(trainer, filepath)
+        except CheckpointNotSaved as error:
+            failure = error
+        except CheckpointException as error:
+            causes = [system_error(cause) for cause, _ in error.failures.values()]
+            reason = next((cause.strerror for cause in causes if cause is not None), " ".join(str(error).split()))
+            failure = CheckpointNotSaved(f"checkpoint {filepath}: not saved ({reason})")
+        if failure is not None:
+            # Where the others wait that had nothing to write.
+            trainer.strategy.barrier("Trainer.save_checkpoint")
+        message = trainer.strategy.broadcast(failure and str(failure))
+        if message is not None:
+            raise failure or CheckpointNotSaved(message)
+
+    def _save_folder(self, trainer: Trainer, path: Path) -> None:
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        if trainer.is_global_zero:
+            remove(partial)
+        trainer.strategy.barrier("SafeModelCheckpoint.removed")
+        super()._save_checkpoint(trainer, str(partial))
+        if trainer.is_global_zero:
+            replace_folder(partial, path)
+        trainer.strategy.barrier("SafeModelCheckpoint.replaced")
+        self._last_checkpoint_saved = str(path)
+
+    @contextmanager
+    def _putting_off(self) -> Iterator[None]:
+        self._put_off = True
+        try:
+            yield
+        finally:
+            self._put_off = False
+
+
+def writes_folders(trainer: Trainer) -> bool:
+    """Whether the strategy saves a folder of shards, past the CheckpointIO plugin."""
+    return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
+
+
+def last_good(trainer: Trainer) -> str:
+    """The checkpoint that a run can be taken up from; empty if there is none."""
+    found = [
+        callback.last_good for callback in trainer.checkpoint_callbacks if isinstance(callback, SafeModelCheckpoint)
+    ]
+    return next(filter(None, found), str(trainer.ckpt_path or ""))

@@ -1,0 +1,185 @@
+"""Which checkpoint a command takes, what it says of one that it cannot take, and a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+
+import pytest
+import torch
+from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
+from mlflow.tracking import MlflowClient
+
+from lrsa_lit.checkpoints import atomic_io
+from lrsa_lit.cli import main
+
+FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.limit_val_batches", "1"]
+LAST = ["--ckpt_path", "last"]
+CHECKPOINTS = "runs/checkpoints"
+
+
+@pytest.fixture
+def fitted(elsewhere):
+    """A finished fit of two checkpoints: that of its best validation, and the last."""
+    main([*FIT, "--trainer.val_check_interval", "3"])
+    return elsewhere / CHECKPOINTS
+
+
+def failed(arguments, capfd):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error: ")]
+    return line
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def best(folder):
+    return next(folder.glob("step*.ckpt"))
+
+
+def test_the_end_of_a_run_is_saved(fitted):
+    assert torch.load(fitted / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert torch.load(best(fitted), weights_only=True)["global_step"] == 3
+
+
+def test_a_damaged_last_one_is_named_and_passed_over(fitted, caplog):
+    truncate(fitted / "last.ckpt")
+    main([*FIT, *LAST])
+    assert "last.ckpt is truncated or damaged" in caplog.text
+    assert f"ckpt_path: {CHECKPOINTS}/{best(fitted).name}" in caplog.text
+    # The damaged one is somebody's file, and left as it is.
+    assert torch.load(fitted / "last-v1.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_damaged_one_that_was_named_is_refused(fitted, capfd):
+    truncate(fitted / "last.ckpt")
+    line = failed([*FIT, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt"], capfd)
+    assert "is no checkpoint, or a truncated or damaged one" in line
+    assert f"the newest good one beside it is {CHECKPOINTS}/{best(fitted).name}" in line
+
+
+def test_all_are_damaged(fitted, capfd):
+    truncate(fitted / "last.ckpt")
+    truncate(best(fitted))
+    assert "finds no good checkpoint; damaged: " in failed([*FIT, *LAST], capfd)
+
+
+def test_none_yet(elsewhere, caplog):
+    main([*FIT, *LAST])
+    assert "no checkpoint to resume from yet, so this is a new run" in caplog.text
+    assert torch.load(f"{CHECKPOINTS}/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_another_configuration_has_none(fitted, caplog):
+    main([*FIT, *LAST, "--model.lrsa.top_k", "4", "--trainer.max_steps", "1"])
+    assert "model.lrsa.top_k 8 (here 4)" in caplog.text
+    assert "so this is a new run" in caplog.text
+
+
+def test_evaluation_takes_the_last_of_any_rule(fitted, capfd, caplog):
+    main(["test", *DEBUG, *NO_LOGGER, *LAST, "--model.lrsa.top_k", "4", "--trainer.limit_test_batches", "1"])
+    assert f"ckpt_path: {CHECKPOINTS}/last.ckpt" in caplog.text
+    assert "test/f1" in capfd.readouterr().out
+
+
+def test_evaluation_of_none(capfd):
+    assert "last finds no checkpoint" in failed(["test", *DEBUG, *NO_LOGGER, *LAST], capfd)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--data.init_args.batch_size", "2", "data.init_args.batch_size 1 (here 2)"),
+        ("--data.init_args.train", "other.jsonl", "data.init_args.train"),
+        ("--seed_everything", "5", "seed_everything 0 (here 5)"),
+    ],
+)
+def test_other_data(fitted, elsewhere, capfd, option, value, said):
+    from lrsa_lit.paths import shipped
+
+    shutil.copy(shipped("data/sample.jsonl"), "other.jsonl")
+    line = failed([*FIT, option, value, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt"], capfd)
+    assert said in line
+    assert "decides the order of the training data; resume with that, or" in line
+
+
+def test_other_settings_are_said(fitted, caplog):
+    main([*FIT, "--model.lrsa.top_k", "4", "--ckpt_path", str(best(fitted))])
+    assert "not as an uninterrupted run: model.lrsa.top_k 8 (here 4)" in caplog.text
+
+
+def test_another_number_of_processes(fitted, capfd):
+    path = fitted / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    state["exact_state"]["random"] *= 2
+    torch.save(state, path)
+    line = failed([*FIT, "--ckpt_path", str(path)], capfd)
+    assert "it was written by 2 processes and cannot go on with 1" in line
+    assert "trainer.devices x trainer.num_nodes = 2" in line
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk without room for the second checkpoint of a run and all after it."""
+    write, written = atomic_io.write_atomically, []
+
+    def writing(path, content):
+        written.append(path)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(atomic_io, "write_atomically", writing)
+    return written
+
+
+def test_a_full_disk_stops_the_run(elsewhere, full_disk, capfd):
+    line = failed([*FIT, "--trainer.val_check_interval", "2"], capfd)
+    assert f"checkpoint {CHECKPOINTS}/last.ckpt: not saved (No space left on device); {CHECKPOINTS}/step000002" in line
+    assert "is intact" in line
+    assert len(full_disk) == 2
+    (kept,) = (elsewhere / CHECKPOINTS).iterdir()
+    assert torch.load(kept, weights_only=True)["global_step"] == 2
+
+
+def test_a_full_disk_does_not_stop_the_run(elsewhere, full_disk, capfd, caplog, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "trainer: {callbacks: [{class_path: lrsa_lit.checkpoints.SafeModelCheckpoint, init_args: "
+        "{monitor: val/loss, save_last: true, on_save_error: continue}}]}"
+    )
+    main([*FIT, "--config", "mine.yaml", "--trainer.val_check_interval", "2"])
+    assert "No space left on device" in caplog.text
+    assert "is intact; the training goes on" in caplog.text
+    (kept,) = (elsewhere / CHECKPOINTS).iterdir()
+    assert torch.load(kept, weights_only=True)["global_step"] == 2
+
+
+def test_a_killed_run_goes_on_in_its_own(elsewhere, monkeypatch):
+    """What it had recorded after the checkpoint is not recorded twice."""
+    fit = ["fit", *DEBUG, "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "2"]
+    from lrsa_lit.tasks import LongContextQA
+
+    step = LongContextQA.training_step
+
+    def killed(self, batch, batch_idx):
+        if self.global_step == 3:
+            raise SystemError("as if killed")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LongContextQA, "training_step", killed)
+        patch.setattr("lrsa_lit.checkpoints.SafeModelCheckpoint.on_exception", lambda *arguments: None)
+        with pytest.raises(SystemError):
+            main(fit)
+    main([*fit, *LAST])
+    (run,) = recorded_runs(elsewhere / "runs/mlflow.db", "debug")
+    client = MlflowClient(f"sqlite:///{elsewhere}/runs/mlflow.db")
+    for name in ("train/loss", "train/lr"):
+        assert [metric.step for metric in client.get_metric_history(run.info.run_id, name)] == [0, 1, 2, 3]
+    assert run.info.status == "FINISHED"

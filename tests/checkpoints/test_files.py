@@ -1,0 +1,160 @@
+"""Files are there as a whole or not at all, and what is wrong with one is noticed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+
+import pytest
+import torch
+
+from lrsa_lit.checkpoints import AtomicCheckpointIO
+from lrsa_lit.checkpoints.errors import CheckpointNotSaved
+from lrsa_lit.checkpoints.files import damage, newest_first, replace_folder, tidy, write_atomically
+from lrsa_lit.errors import UserError
+
+
+class Full:
+    """A disk that is full after some bytes."""
+
+    def __init__(self, file, left):
+        self.file, self.left = file, left
+
+    def write(self, data):
+        if len(data) > self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.left -= len(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+@pytest.fixture
+def checkpoint():
+    return {"weights": torch.arange(50_000.0), "step": 3}
+
+
+@pytest.fixture
+def saved(tmp_path, checkpoint):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+    return path
+
+
+def test_saves_and_loads(saved, checkpoint):
+    loaded = AtomicCheckpointIO().load_checkpoint(saved)
+    assert torch.equal(loaded["weights"], checkpoint["weights"])
+    assert damage(saved) is None
+    assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_permissions_are_those_of_any_file(saved, tmp_path):
+    (tmp_path / "other").touch()
+    assert stat.S_IMODE(saved.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+@pytest.mark.parametrize("left", [0, 1_000, 100_000])
+def test_full_disk_leaves_the_previous_checkpoint(saved, checkpoint, monkeypatch, left):
+    before, save = saved.read_bytes(), torch.save
+    monkeypatch.setattr(torch, "save", lambda value, file: save(value, Full(file, left)))
+    with pytest.raises(CheckpointNotSaved, match=r"last\.ckpt: not saved \(No space left on device\)"):
+        AtomicCheckpointIO().save_checkpoint({**checkpoint, "step": 4}, saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_other_errors_are_not_taken_for_the_disk(saved, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda value, file: exec("raise RuntimeError('a bug')"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        AtomicCheckpointIO().save_checkpoint({}, saved)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 1_000, -1])
+def test_truncation_is_damage(saved, kept):
+    content = saved.read_bytes()
+    saved.write_bytes(content[:kept])
+    assert damage(saved)
+
+
+def test_a_changed_bit_is_damage(saved):
+    content = bytearray(saved.read_bytes())
+    content[len(content) // 2] ^= 1
+    saved.write_bytes(content)
+    assert "CRC" in damage(saved)
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    """The one is killed while it writes; the other writes while the first one's file is tidied away."""
+    told, tell = os.pipe()
+
+    def die(file):
+        file.write(b"half")
+        file.flush()
+        os.write(tell, b"!")
+        signal.pause()
+
+    if not (child := os.fork()):
+        write_atomically(tmp_path / "last.ckpt", die)
+        os._exit(0)
+    os.read(told, 1)
+    (partial,) = tmp_path.iterdir()
+
+    tidy(tmp_path)
+    assert partial.exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    tidy(tmp_path)
+    assert not partial.exists()
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    def shards(path, content):
+        path.mkdir()
+        for name in (".metadata", "__0_0.distcp"):
+            (path / name).write_text(content)
+        torch.save({}, path / "meta.pt")
+
+    target, partial = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.partial"
+    shards(target, "old")
+    shards(partial, "new")
+    assert damage(target) is None
+    replace_folder(partial, target)
+    assert (target / "__0_0.distcp").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+    (target / "meta.pt").unlink()
+    assert "meta.pt" in damage(target)
+
+
+def test_a_replacement_cut_short_is_taken_back(tmp_path):
+    (tmp_path / ".last.ckpt.replaced").mkdir()
+    (tmp_path / ".last.ckpt.replaced" / "content").touch()
+    tidy(tmp_path)
+    assert (tmp_path / "last.ckpt" / "content").exists()
+
+
+def test_a_folder_needs_another_strategy(tmp_path):
+    with pytest.raises(UserError, match="folder of shards"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path)
+
+
+def test_newest_first(tmp_path):
+    for time, name in enumerate(["b.ckpt", "c.ckpt", "a.ckpt"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time, time))
+    (tmp_path / ".last.ckpt.1.partial").touch()
+    assert [path.name for path in newest_first([tmp_path])] == ["a.ckpt", "c.ckpt", "b.ckpt"]
