@@ -1,0 +1,213 @@
+"""A fit that is stopped anywhere goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from typing import NamedTuple
+
+import kill
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from lrsa_lit.checkpoints import rng
+from lrsa_lit.cli import main
+from lrsa_lit.tasks import LongContextQA
+
+STEPS = 12
+
+
+class Fit(NamedTuple):
+    """A config, and the run of it that nothing stops."""
+
+    arguments: list[str]
+    expected: kill.Reference
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """Of five batches an epoch: one step each and a validation at each epoch's end, or a step for two of them."""
+    root = tmp_path_factory.mktemp("fits")
+    kill.write_records(root / "records.jsonl", 10)
+    (root / "common.yaml").write_text(yaml.safe_dump(kill.common(root / "records.jsonl", STEPS)))
+    changes = {"plain": {"data": {"init_args": {"num_workers": 0}}}, "accumulating": {"trainer": {"max_steps": 8}}}
+    made = {}
+    for (name, change), case in zip(changes.items(), kill.cases(), strict=True):
+        saving = {"save_on_exception": True, "save_last": True, "monitor": "val/loss"}
+        callbacks = case.config["trainer"]["callbacks"]
+        callbacks[0]["init_args"] = saving
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(case.config))
+        (root / f"{name}-changes.yaml").write_text(yaml.safe_dump(change))
+        configs = [root / "common.yaml", root / f"{name}.yaml", root / f"{name}-changes.yaml"]
+        made[name] = ["fit", *(part for path in configs for part in ("--config", str(path)))]
+    return made
+
+
+@pytest.fixture(scope="module")
+def references(fits, tmp_path_factory):
+    """The runs that nothing stops, made when they are asked for."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                patch.setenv("LRSA_CACHE_DIR", str(folder / "cache"))
+                main(fits[name])
+            events = {(event["kind"], event["key"]): event["value"] for event in kill.events(folder)}
+            made[name] = kill.Reference(events, torch.load(folder / kill.LAST, weights_only=True), 0, 0, 0, 0.0)
+        return Fit(fits[name], made[name])
+
+    return of
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Do something when a fit records an event, the first time that it does."""
+
+    def at(kind, key, what):
+        record, done = kill.record, []
+
+        def watching(*event):
+            record(*event)
+            if event[:2] == (kind, key) and not done:
+                done.append(event)
+                what()
+
+        monkeypatch.setattr(kill, "record", watching)
+
+    return at
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+STOPS = {
+    "mid-epoch": ("plain", "ids", "epoch 1, batch 2"),
+    "before a validation at the end of an epoch": ("plain", "loss", "epoch 0, batch 4"),
+    "within a validation at the end of an epoch": ("plain", "validation", "step 5, batch 2"),
+    "after the validation at the end of an epoch": ("plain", "ids", "epoch 1, batch 0"),
+    "between the batches of a step": ("accumulating", "loss", "epoch 1, batch 0"),
+    "at the end of an epoch without validation": ("accumulating", "loss", "epoch 1, batch 4"),
+    "before a validation between the batches of a step": ("accumulating", "loss", "epoch 1, batch 1"),
+    "within a validation between the batches of a step": ("accumulating", "validation", "step 8, batch 1"),
+}
+
+
+@pytest.mark.parametrize(("name", "kind", "key"), STOPS.values(), ids=STOPS)
+def test_a_stopped_fit_goes_on(elsewhere, references, at, capfd, name, kind, key):
+    fit = references(name)
+    assert (kind, key) in fit.expected.events
+    at(kind, key, terminate)
+    with pytest.raises(SystemExit) as stop:
+        main(fit.arguments)
+    assert stop.value.code == 143
+    assert f"; go on with --ckpt_path {kill.LAST}" in capfd.readouterr().err
+    main([*fit.arguments, "--ckpt_path", "last"])
+    assert kill.differences(fit.expected, elsewhere) == []
+
+
+def test_ctrl_c_waits_for_the_batch(elsewhere, references, at, capfd):
+    fit = references("plain")
+    at("loss", "epoch 1, batch 2", lambda: os.kill(os.getpid(), signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        main(fit.arguments)
+    signal.signal(signal.SIGINT, handler)
+    assert stop.value.code == 130
+    assert "interrupted at step 8; go on with" in capfd.readouterr().err
+    main([*fit.arguments, "--ckpt_path", "last"])
+    assert kill.differences(fit.expected, elsewhere) == []
+
+
+def test_a_crash_in_a_batch_loses_nothing(elsewhere, references, monkeypatch):
+    fit, step = references("plain"), LongContextQA.training_step
+
+    def broken(self, batch, batch_idx):
+        loss = step(self, batch, batch_idx)
+        if self.global_step == 7:
+            raise RuntimeError("out of memory")
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LongContextQA, "training_step", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            main(fit.arguments)
+    assert torch.load(kill.LAST, weights_only=True)["global_step"] == 7
+    main([*fit.arguments, "--ckpt_path", "last"])
+    assert kill.differences(fit.expected, elsewhere) == []
+
+
+def test_half_a_step_is_not_saved(elsewhere, references, monkeypatch, caplog):
+    step = torch.optim.AdamW.step
+
+    def broken(self, *arguments, **options):
+        step(self, *arguments, **options)
+        if next(iter(self.state.values()))["step"] == 7:
+            raise RuntimeError("in the middle of it")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(RuntimeError, match="in the middle of it"):
+        main(references("plain").arguments)
+    assert torch.load(kill.LAST, weights_only=True)["global_step"] == 5
+    assert "in the middle of an optimizer step" in caplog.text
+
+
+def test_data_that_were_asked_for_too_early(elsewhere, references, at, monkeypatch):
+    """Lightning loses the position in the data where configure_optimizers reads the number of steps."""
+    fit, configure = references("plain"), LongContextQA.configure_optimizers
+
+    def early(self):
+        assert self.trainer.estimated_stepping_batches
+        return configure(self)
+
+    monkeypatch.setattr(LongContextQA, "configure_optimizers", early)
+    at("ids", "epoch 1, batch 2", terminate)
+    with pytest.raises(SystemExit):
+        main(fit.arguments)
+    main([*fit.arguments, "--ckpt_path", "last"])
+    assert kill.differences(fit.expected, elsewhere) == []
+
+
+def test_random_states_survive_a_safe_load(tmp_path):
+    device = torch.device("cpu")
+    np.random.standard_normal()
+    random.gauss(0, 1)
+    torch.save(rng.capture(device), tmp_path / "state")
+
+    def draw():
+        return random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()
+
+    expected = draw()
+    draw()
+    rng.restore(torch.load(tmp_path / "state", weights_only=True), device)
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("trials", [4])
+def test_killed_fits_go_on(tmp_path, trials):
+    """In short: python benchmarks/kill.py --trials 30."""
+
+    command = [
+        sys.executable,
+        kill.__file__,
+        "--trials",
+        str(trials),
+        "--steps",
+        "12",
+        "--json",
+        str(tmp_path / "found"),
+    ]
+    subprocess.run(command, check=False, capture_output=True)
+    found = json.loads((tmp_path / "found").read_text())
+    assert [result["differences"] for result in found["results"]] == [[]] * trials
+    assert found["inside_a_write"]
+    assert found["mid_epoch_after_checkpoint"]
