@@ -192,8 +192,8 @@ def test_random_states_survive_a_safe_load(tmp_path):
     assert draw() == expected
 
 
-@pytest.mark.parametrize("trials", [4])
-def test_killed_fits_go_on(tmp_path, trials):
+@pytest.mark.slow
+def test_killed_fits_go_on(tmp_path, trials=3):
     """In short: python benchmarks/kill.py --trials 30."""
 
     command = [

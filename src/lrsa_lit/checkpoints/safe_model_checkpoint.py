@@ -27,9 +27,9 @@ Saver = Callable[[Trainer, dict[str, Tensor]], None]
 class SafeModelCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that saves between optimizer steps only, and survives what goes wrong while it saves.
 
-    What is due between the batches of one step is saved after that step, and what is due where a validation follows,
-    after the validation. A run that ends after its last validation still saves its end as ``last``. Folders of shards
-    get their name only when they are whole.
+    What is due between the batches of one step is saved after that step, what is due where a validation follows, after
+    the validation, and all of it when the loggers have what was logged until then. A run that ends after its last
+    validation still saves its end as ``last``. Folders of shards get their name only when they are whole.
 
     Args:
         on_save_error: what a checkpoint that cannot be written means for the run: ``stop`` ends it, ``continue`` says
@@ -44,8 +44,7 @@ class SafeModelCheckpoint(ModelCheckpoint):
                 f"SafeModelCheckpoint.on_save_error: {on_save_error!r} is not allowed; it is stop or continue"
             )
         self.on_save_error = on_save_error
-        self._put_off = False
-        self._owed = False
+        self._put_off = self._due = self._between_steps = False
 
     @property
     def last_good(self) -> str:
@@ -57,24 +56,27 @@ class SafeModelCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
         self.current_score = state_dict["current_score"]
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save what the batch before has made due: only now is recorded what it has logged."""
+        self._save_due(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is due, or after the validation that follows."""
+        """See whether a checkpoint is due, and when it can be saved."""
         if accumulating(trainer):
             return
+        with self._putting_off():
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if validation_is_due(trainer):
-            with self._putting_off():
-                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            self._defer_save_until_validation |= self._owed
-            self._owed = False
-            return
-        if self._owed:
-            self._owed = False
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._defer_save_until_validation |= self._due
+            self._due = False
+        self._between_steps = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what the last batch has made due, or the epoch."""
+        self._save_due(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if it is due, or after the step that has begun."""
@@ -86,6 +88,7 @@ class SafeModelCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run, where that is not what was saved last."""
+        self._save_due(trainer)
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -115,10 +118,18 @@ class SafeModelCheckpoint(ModelCheckpoint):
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._save(super()._save_last_checkpoint, trainer, monitor_candidates)
 
+    def _save_due(self, trainer: Trainer) -> None:
+        if self._due and self._between_steps:
+            self._due = False
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+        self._between_steps = False
+
     def _save(self, save: Saver, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
         """Save with Lightning's bookkeeping, which is taken back where that fails."""
         if self._put_off:
-            self._owed = True
+            self._due = True
             return
         before = vars(self) | {"best_k_models": dict(self.best_k_models)}
         try:
@@ -133,6 +144,9 @@ class SafeModelCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Save, and let every process know if that has failed on one."""
         failure = None
+        for logger in trainer.loggers:
+            # A run that is killed goes on after the checkpoint: what was logged before it must have arrived.
+            logger.save()
         try:
             if writes_folders(trainer):
                 self._save_folder(trainer, Path(filepath))

@@ -23,6 +23,9 @@ _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 _FLUSH_SECONDS = 15.0
 """How long the end of a run waits for a store that does not answer."""
 
+_SAVE_SECONDS = 2.0
+"""How long a checkpoint waits for it."""
+
 _log = logging.getLogger("lrsa_lit.tracking")
 
 
@@ -162,6 +165,12 @@ class MLflowRun(MLFlowLogger):
         named = {re.sub(r"[^\w/. -]", "", name): float(value) for name, value in values.items()}
         new = {name: value for name, value in named.items() if (step or 0) > self._recorded.get(name, -1)}
         self._delivery.metrics([Metric(name, value, now, step or 0) for name, value in new.items()])
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Send what is queued, as a checkpoint is about to be saved; a store that does not answer gets it later."""
+        if self._initialized:
+            self._delivery.flush(_SAVE_SECONDS)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
