@@ -2,13 +2,14 @@
 
     python benchmarks/kill.py --trials 30 --json benchmarks/results/kill.json
 
-Each trial is a real process of `lrsa fit` on the CPU: a tiny model with dropout, shuffled data, workers. It is killed
-either at a random moment of a random batch or validation, or by itself after a random number of bytes of a checkpoint.
-Then the same command runs with `--ckpt_path last`. Compared with the run that was not killed are, for each batch, the
-sample ids, the loss, the random number generators, and the weights after it; each logged metric; and, in the last
-checkpoint, all there is: weights, optimizer, schedule, counters, callbacks, positions in the data.
+Each trial is a real process of `lrsa fit` on the CPU: a tiny model with dropout, on shuffled and packed data that two
+workers make. It is killed either at a random moment of a random batch or validation, or by itself after a random number
+of bytes of a checkpoint. Then the same command runs with `--ckpt_path last`. Compared with the run that was not killed
+are, for each batch, the sample ids, the loss, the random number generators, and the weights after it; each logged
+metric; and, in the last checkpoint, all there is: weights, optimizer, schedule, counters, callbacks, positions in the
+data.
 
-Arguments after `--` go to every fit, for example: -- --data.init_args.packing true
+Arguments after `--` go to every fit, for example: -- --data.init_args.num_workers 0
 """
 
 from __future__ import annotations
@@ -109,13 +110,12 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Full training with workers and validations, and LoRA with accumulation and checkpoints by steps."""
+    """Full training, saved after validations, and LoRA, accumulating, saved by steps; both packed and with workers."""
     full = {
         "trainer": {
             "val_check_interval": 5,
             "callbacks": [*callbacks({"monitor": "val/loss"}), {"class_path": f"{MODULE}.HiddenDropout"}],
         },
-        "data": {"init_args": {"num_workers": 2}},
     }
     lora = {
         "trainer": {
@@ -125,7 +125,8 @@ def cases() -> list[Case]:
         },
         "model": {"backbone": {"lora": {"rank": 4, "dropout": 0.2}}},
     }
-    return [Case("full, 2 workers", full), Case("LoRA, accumulating", lora)]
+    made = {"data": {"init_args": {"packing": {"tokens": 512}, "num_workers": 2}}}
+    return [Case("full", full | made), Case("LoRA, accumulating", lora | made)]
 
 
 def callbacks(saving: dict[str, Any]) -> list[dict[str, Any]]:
@@ -158,7 +159,6 @@ def common(data: Path, steps: int) -> dict[str, Any]:
             "class_path": "lrsa_lit.data.QAFiles",
             "init_args": {
                 "max_tokens": 512,
-                "batch_size": 2,
                 "train": str(data),
                 "val": str(data),
                 "limit": {"val": 4},
@@ -167,7 +167,7 @@ def common(data: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def write_records(path: Path, count: int = 19) -> None:
+def write_records(path: Path, count: int = 30) -> None:
     """Questions over contexts of different lengths."""
     chance = random.Random(0)
     with path.open("w", encoding="utf-8") as file:

@@ -12,7 +12,7 @@ import torch
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved
-from lrsa_lit.checkpoints.files import damage, newest_first, replace_folder, tidy, write_atomically
+from lrsa_lit.checkpoints.files import damage, newest_first, tidy, write_atomically
 from lrsa_lit.errors import UserError
 
 
@@ -121,28 +121,17 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
     assert not partial.exists()
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path):
-    def shards(path, content):
-        path.mkdir()
-        for name in (".metadata", "__0_0.distcp"):
-            (path / name).write_text(content)
-        torch.save({}, path / "meta.pt")
-
-    target, partial = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.partial"
-    shards(target, "old")
-    shards(partial, "new")
-    assert damage(target) is None
-    replace_folder(partial, target)
-    assert (target / "__0_0.distcp").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-
-    (target / "meta.pt").unlink()
-    assert "meta.pt" in damage(target)
+def test_a_folder_without_its_last_part_is_damaged(tmp_path):
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / name).touch()
+    assert "meta.pt" in damage(tmp_path)
+    torch.save({}, tmp_path / "meta.pt")
+    assert damage(tmp_path) is None
 
 
 def test_a_replacement_cut_short_is_taken_back(tmp_path):
-    (tmp_path / ".last.ckpt.replaced").mkdir()
-    (tmp_path / ".last.ckpt.replaced" / "content").touch()
+    (tmp_path / ".last.ckpt.old").mkdir()
+    (tmp_path / ".last.ckpt.old" / "content").touch()
     tidy(tmp_path)
     assert (tmp_path / "last.ckpt" / "content").exists()
 

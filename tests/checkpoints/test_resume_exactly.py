@@ -36,7 +36,8 @@ def fits(tmp_path_factory):
     root = tmp_path_factory.mktemp("fits")
     kill.write_records(root / "records.jsonl", 10)
     (root / "common.yaml").write_text(yaml.safe_dump(kill.common(root / "records.jsonl", STEPS)))
-    changes = {"plain": {"data": {"init_args": {"num_workers": 0}}}, "accumulating": {"trainer": {"max_steps": 8}}}
+    unpacked = {"data": {"init_args": {"packing": None, "batch_size": 2, "num_workers": 0}}}
+    changes = {"plain": unpacked, "accumulating": unpacked | {"trainer": {"max_steps": 8}}}
     made = {}
     for (name, change), case in zip(changes.items(), kill.cases(), strict=True):
         saving = {"save_on_exception": True, "save_last": True, "monitor": "val/loss"}
@@ -193,21 +194,11 @@ def test_random_states_survive_a_safe_load(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_fits_go_on(tmp_path, trials=3):
+def test_killed_fits_go_on(tmp_path):
     """In short: python benchmarks/kill.py --trials 30."""
-
-    command = [
-        sys.executable,
-        kill.__file__,
-        "--trials",
-        str(trials),
-        "--steps",
-        "12",
-        "--json",
-        str(tmp_path / "found"),
-    ]
-    subprocess.run(command, check=False, capture_output=True)
+    options = ["--trials", "3", "--steps", "12", "--json", str(tmp_path / "found")]
+    subprocess.run([sys.executable, kill.__file__, *options], check=False, capture_output=True)
     found = json.loads((tmp_path / "found").read_text())
-    assert [result["differences"] for result in found["results"]] == [[]] * trials
+    assert [result["differences"] for result in found["results"]] == [[]] * 3
     assert found["inside_a_write"]
     assert found["mid_epoch_after_checkpoint"]

@@ -1,8 +1,8 @@
 """Checkpoint files: written whole or not at all, checked before they are trusted, and found again.
 
-A checkpoint is one file, or a folder of shards (``.metadata``, ``*.distcp``, ``meta.pt``). While it is written it has a
-hidden name that ends in ``.partial``. Its writer holds a lock on that file, so that others can tell a file in progress
-from one that a dead process has left.
+A checkpoint is one file, or a folder of shards (``.metadata``, ``*.distcp``, ``meta.pt``), which a strategy writes.
+While a file is written it has a hidden name that ends in ``.partial``, and its writer has a lock on it: so others know
+it from what a dead process has left. A folder that is being replaced has a name that ends in ``.old``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ImportError:  # Windows, where what a dead process left stays.
 
 SUFFIX = ".ckpt"
 PARTIAL = ".partial"
-REPLACED = ".replaced"
+REPLACED = ".old"
 SHARDS_INDEX = ".metadata"
 SHARDS_REST = "meta.pt"
 """What Lightning writes beside the shards, and after them."""
@@ -48,20 +48,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    sync_folder(path.parent)
-
-
-def replace_folder(partial: Path, path: Path) -> None:
-    """Give a folder that was written under another name its own, in the place of the one before it."""
-    for file in partial.iterdir():
-        _sync(file)
-    sync_folder(partial)
-    replaced = path.with_name(f".{path.name}{REPLACED}")
-    if path.exists():
-        os.replace(path, replaced)
-    os.replace(partial, path)
-    sync_folder(path.parent)
-    remove(replaced)
+    _sync_names(path.parent)
 
 
 def tidy(folder: Path) -> None:
@@ -74,7 +61,7 @@ def tidy(folder: Path) -> None:
     for replaced in folder.glob(f".*{SUFFIX}{REPLACED}"):
         path = replaced.with_name(replaced.name[1 : -len(REPLACED)])
         if path.exists():
-            remove(replaced)
+            shutil.rmtree(replaced)
         else:
             os.replace(replaced, path)
 
@@ -107,22 +94,11 @@ def newest_first(folders: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
+def _sync_names(folder: Path) -> None:
     """Bring the names in a folder to the disk."""
-    if fcntl is not None:
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

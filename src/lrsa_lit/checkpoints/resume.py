@@ -19,7 +19,7 @@ LAST = "last"
 _log = logging.getLogger("lrsa_lit.checkpoints")
 _ELSEWHERE = ("model.evaluate", "model.max_new_tokens")
 # Data that is not trained on, and the workers, which do not change the order.
-_INDIFFERENT = {"val", "test", "eval_batch_size", "num_workers"}
+_INDIFFERENT = {"val", "test", "evaluate_on", "eval_batch_size", "num_workers"}
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 

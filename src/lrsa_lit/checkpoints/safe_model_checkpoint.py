@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +14,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved, NonFiniteLoss, system_error
 from lrsa_lit.checkpoints.exact_state import accumulating, validation_is_due
-from lrsa_lit.checkpoints.files import PARTIAL, remove, replace_folder
 from lrsa_lit.checkpoints.stop import StoppedByUser, Terminated
 from lrsa_lit.errors import UserError
 
@@ -29,7 +27,7 @@ class SafeModelCheckpoint(ModelCheckpoint):
 
     What is due between the batches of one step is saved after that step, what is due where a validation follows, after
     the validation, and all of it when the loggers have what was logged until then. A run that ends after its last
-    validation still saves its end as ``last``. Folders of shards get their name only when they are whole.
+    validation still saves its end as ``last``.
 
     Args:
         on_save_error: what a checkpoint that cannot be written means for the run: ``stop`` ends it, ``continue`` says
@@ -148,33 +146,18 @@ class SafeModelCheckpoint(ModelCheckpoint):
             # A run that is killed goes on after the checkpoint: what was logged before it must have arrived.
             logger.save()
         try:
-            if writes_folders(trainer):
-                self._save_folder(trainer, Path(filepath))
-            else:
-                super()._save_checkpoint(trainer, filepath)
+            super()._save_checkpoint(trainer, filepath)
         except CheckpointNotSaved as error:
             failure = error
-        except CheckpointException as error:
-            causes = [system_error(cause) for cause, _ in error.failures.values()]
-            reason = next((cause.strerror for cause in causes if cause is not None), " ".join(str(error).split()))
-            failure = CheckpointNotSaved(f"checkpoint {filepath}: not saved ({reason})")
+        except (OSError, CheckpointException) as error:
+            # Of a strategy that writes a folder of shards, on all processes.
+            failure = CheckpointNotSaved(f"checkpoint {filepath}: not saved ({_reason(error)})")
         if failure is not None:
             # Where the others wait that had nothing to write.
             trainer.strategy.barrier("Trainer.save_checkpoint")
         message = trainer.strategy.broadcast(failure and str(failure))
         if message is not None:
             raise failure or CheckpointNotSaved(message)
-
-    def _save_folder(self, trainer: Trainer, path: Path) -> None:
-        partial = path.with_name(f".{path.name}{PARTIAL}")
-        if trainer.is_global_zero:
-            remove(partial)
-        trainer.strategy.barrier("SafeModelCheckpoint.removed")
-        super()._save_checkpoint(trainer, str(partial))
-        if trainer.is_global_zero:
-            replace_folder(partial, path)
-        trainer.strategy.barrier("SafeModelCheckpoint.replaced")
-        self._last_checkpoint_saved = str(path)
 
     @contextmanager
     def _putting_off(self) -> Iterator[None]:
@@ -185,9 +168,10 @@ class SafeModelCheckpoint(ModelCheckpoint):
             self._put_off = False
 
 
-def writes_folders(trainer: Trainer) -> bool:
-    """Whether the strategy saves a folder of shards, past the CheckpointIO plugin."""
-    return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
+def _reason(error: OSError | CheckpointException) -> str:
+    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    causes = [system_error(cause) for cause, _ in failures]
+    return next((cause.strerror for cause in causes if cause and cause.strerror), " ".join(str(error).split()))
 
 
 def last_good(trainer: Trainer) -> str:
