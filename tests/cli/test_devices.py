@@ -39,14 +39,19 @@ def command(*options, folder, steps):
     return [*FIT, *STEPS, *DATA, *options, "--trainer.default_root_dir", folder, "--trainer.max_steps", str(steps)]
 
 
-def on_two(config, *options, folder, steps, cwd):
-    """Fit with two processes that Lightning starts; returns the last checkpoint."""
+def started(config, *options, folder, steps, cwd):
+    """A fit with two processes that Lightning starts, at its end."""
     arguments = command("--config", f"configs/trainer/{config}.yaml", "--trainer.devices", "2", *options,
                         folder=folder, steps=steps)  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "lrsa_lit.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
+
+
+def on_two(config, *options, folder, steps, cwd):
+    """Fit with two processes; returns the last checkpoint."""
+    done = started(config, *options, folder=folder, steps=steps, cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]
     return cwd / folder / "checkpoints" / "last.ckpt"
 
@@ -86,8 +91,10 @@ def test_fsdp_resumes_and_trains_what_one_device_trains(tmp_path, capfd):
     assert "lrsa export" in line
 
 
-def test_fsdp_goes_on_from_a_checkpoint_of_one_device(tmp_path):
-    alone = on_one(tmp_path=tmp_path, steps=4)
+def test_a_fit_goes_on_with_as_many_processes_as_it_had(tmp_path):
     half = on_one(folder="half", tmp_path=tmp_path, steps=2)
-    whole = on_two("fsdp", "--ckpt_path", str(half), folder="whole", steps=4, cwd=tmp_path)
-    assert_same(whole, alone)
+    done = started("fsdp", "--ckpt_path", str(half), folder="whole", steps=4, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "lrsa: error: " in line]
+    assert "it was written by 1 process and cannot go on with 2" in line
+    assert not (tmp_path / "whole" / "checkpoints").exists()
