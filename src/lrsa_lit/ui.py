@@ -44,11 +44,21 @@ _STOP_SECONDS = 15.0
 _MOST_COMPARED = 50
 """Runs in the address of a comparison, the latest; more can be chosen in the UI."""
 
+_COLUMNS = [
+    *(f"params.`{name}`" for name in ("model.lrsa.lag_size", "model.lrsa.top_k", "kv_ratio")),
+    *(f"metrics.`{name}`" for name in ("val/f1", "val/loss", "perf/step_seconds")),
+]
+"""What the table of runs shows; more can be chosen in the UI."""
+
+_VIEW = "lrsa"
+_TRAINING = "workflowType=machine_learning"
+"""Part of an address: a fresh browser would open MLflow's pages for GenAI, which show no runs."""
+
 EPILOG = """\
 examples:
   lrsa ui
   lrsa ui --experiment quickstart --port 5001
-  lrsa ui --store http://tracking.example:5000     prints the address of the comparison on a server that runs already
+  lrsa ui --store http://tracking.example:5000     prints the addresses on a server that runs already
 """
 
 
@@ -68,16 +78,16 @@ def run(arguments: Sequence[str]) -> None:
     client = connect(uri, _STORE)
     with answering(uri, _STORE):
         experiment = _experiment(client, uri, options.experiment)
-        page = compare_page(client, experiment)
+        pages = (compare_page(client, experiment), table_page(client, experiment))
     base = uri.rstrip("/") if port is None else f"http://{HOST}:{port}"
-    address = f"{base}/{page}"
+    addresses = [f"{base}/{page}" for page in pages]
     if port is None:
-        _show(experiment.name, address, options.browser)
+        _show(experiment.name, addresses, options.browser)
         return
     with contextlib.suppress(KeyboardInterrupt), terminable(), _server(uri, port) as (process, log):
         print(f"Starting the MLflow server on {uri}; Ctrl-C stops it", file=sys.stderr, flush=True)
         _wait(process, base, log)
-        _show(experiment.name, address, options.browser)
+        _show(experiment.name, addresses, options.browser)
         process.wait()
         raise UserError(f"the MLflow server has ended by itself: {_last_line(log)}")
 
@@ -96,7 +106,17 @@ def compare_page(client: MlflowClient, experiment: Experiment) -> str:
         raise UserError(f"--experiment: {experiment.name} has no runs; name another one")
     query = {"runs": runs, "experiments": [experiment.experiment_id]}
     encoded = {name: json.dumps(ids, separators=(",", ":")) for name, ids in query.items()}
-    return f"#/compare-runs?{urllib.parse.urlencode(encoded)}"
+    return f"#/compare-runs?{urllib.parse.urlencode(encoded)}&{_TRAINING}"
+
+
+def table_page(client: MlflowClient, experiment: Experiment) -> str:
+    """The UI's page with all runs of an experiment in a table, best first, as the end of an address.
+
+    MLflow keeps the chosen columns as a shared view, which is a tag of the experiment.
+    """
+    view = {"selectedColumns": _COLUMNS, "orderByKey": "metrics.`val/f1`", "orderByAsc": False}
+    client.set_experiment_tag(experiment.experiment_id, f"mlflow.sharedViewState.{_VIEW}", json.dumps(view))
+    return f"#/experiments/{experiment.experiment_id}/runs?{_TRAINING}&viewStateShareKey={_VIEW}"
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -193,8 +213,9 @@ def _last_line(log: IO[bytes]) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def _show(experiment: str, address: str, browser: bool) -> None:
-    print(f"Runs of {experiment!r}, side by side:\n{address}", flush=True)
+def _show(experiment: str, addresses: Sequence[str], browser: bool) -> None:
+    compared, table = addresses
+    print(f"Runs of {experiment!r}, side by side:\n{compared}\nIn a table:\n{table}", flush=True)
     # Without a screen, webbrowser would start a text browser in this terminal.
     if browser and (os.name == "nt" or sys.platform == "darwin" or os.environ.get("DISPLAY")):
-        webbrowser.open(address)
+        webbrowser.open(compared)

@@ -39,9 +39,9 @@ def compared(client, address):
     """Experiment and run names that an address compares."""
     page, _, query = address.partition("#/")[2].partition("?")
     assert page == "compare-runs"
-    asked = {name: json.loads(values[0]) for name, values in urllib.parse.parse_qs(query).items()}
-    names = {client.get_run(run_id).info.run_name for run_id in asked["runs"]}
-    return [client.get_experiment(found).name for found in asked["experiments"]], names
+    asked = urllib.parse.parse_qs(query)
+    names = {client.get_run(run_id).info.run_name for run_id in json.loads(asked["runs"][0])}
+    return [client.get_experiment(found).name for found in json.loads(asked["experiments"][0])], names
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -54,6 +54,12 @@ def test_the_server_answers_and_leaves_nothing_behind(store, number):
         address = process.stdout.readline().strip()
         assert compared(MlflowClient(store), address) == (["old"], {"child0", "child1"})
         base = address.partition("/#")[0]
+        assert process.stdout.readline() == "In a table:\n"
+        table = process.stdout.readline()
+        experiment = MlflowClient(store).get_experiment_by_name("old")
+        assert table.startswith(f"{base}/#/experiments/{experiment.experiment_id}/runs?")
+        (shared,) = [name for name in experiment.tags if name.startswith("mlflow.sharedViewState.")]
+        assert f"viewStateShareKey={shared.rpartition('.')[2]}" in table
         assert base.startswith("http://127.0.0.1:")
         assert b"<html" in urllib.request.urlopen(base, timeout=60).read()
         assert {found.name for found in MlflowClient(base).search_experiments()} == {"Default", "old", "new", "none"}
@@ -150,7 +156,7 @@ def test_the_browser_is_opened_only_where_there_is_a_screen(monkeypatch, capfd):
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(monkeypatch.context())
             patch.setenv("DISPLAY", display) if display else patch.delenv("DISPLAY", raising=False)
-            ui._show("e", f"http://x/{browser}{display}", browser)
+            ui._show("e", [f"http://x/{browser}{display}", "http://x/table"], browser)
     assert opened == ["http://x/True:0"]
     assert os.linesep.join(["Runs of 'e', side by side:", "http://x/TrueNone"]) in capfd.readouterr().out
 

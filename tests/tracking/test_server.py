@@ -217,6 +217,6 @@ def test_the_ui_of_a_server_is_its_own(server, capfd):
     client = MlflowClient(server)
     run = client.create_run(client.create_experiment("served"))
     main(["ui", "--store", server, "--experiment", "served", "--no-browser"])
-    address = capfd.readouterr().out.splitlines()[-1]
+    address = capfd.readouterr().out.splitlines()[1]
     assert address.startswith(f"{server}/#/compare-runs?")
     assert run.info.run_id in address

@@ -1,0 +1,42 @@
+"""Make the screenshots of this folder from the runs of a store; needs what `make setup browser` installs.
+
+    lrsa sweep --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml \\
+               --config configs/experiment/quickstart.yaml --trainer.max_steps 16 --trainer.val_check_interval 16 \\
+               --validate_first false --grid model.lrsa.top_k=8,32
+    PYTHONPATH=tests python docs/screenshots.py sqlite:///runs/mlflow.db quickstart
+"""
+
+import io
+import sys
+from pathlib import Path
+
+from browser import HEIGHT, Page, chromium, serving
+from PIL import Image
+from selenium.webdriver.common.keys import Keys
+
+
+def save(page: Page, name: str, height: int = HEIGHT) -> None:
+    """The upper part of what the page shows now, as a PNG of few colours."""
+    shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png()))
+    image = shot.convert("RGB").crop((0, 0, shot.width, height))
+    image.quantize(128, dither=Image.Dither.NONE).save(Path(__file__).with_name(f"{name}.png"), optimize=True)
+
+
+def main(store: str, experiment: str) -> None:
+    """Save the comparison and the table."""
+    with chromium() as page, serving(store, "--experiment", experiment) as (comparison, table):
+        page.open(table)
+        page.find("//*[@role='row']//a[contains(@href, '/runs/')]")
+        page.close_assistant()
+        page.find("//*[@role='columnheader'][contains(., 'lrsa.lag_size')]")
+        save(page, "runs-table", height=420)
+        page.open(comparison)
+        # In place of the metric that MLflow chose.
+        page.click("//*[normalize-space()='Metrics:']/following::*[contains(@class, 'select-selector')][1]")
+        page.driver.switch_to.active_element.send_keys(Keys.BACKSPACE, "val/f1", Keys.ENTER, Keys.ESCAPE)
+        page.find("//*[contains(@class, 'axis-title')][.='val/f1']")
+        save(page, "compare-runs")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
