@@ -1,10 +1,10 @@
-"""Make the screenshots of this folder from the runs of a store; needs what `make setup browser` installs.
+"""Make the screenshots of this folder from the runs of a store: ``docs/screenshots.py STORE EXPERIMENT``."""
 
-    lrsa sweep --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml \\
-               --config configs/experiment/quickstart.yaml --trainer.max_steps 16 --trainer.val_check_interval 16 \\
-               --validate_first false --grid model.lrsa.top_k=8,32
-    PYTHONPATH=tests python docs/screenshots.py sqlite:///runs/mlflow.db quickstart
-"""
+# They need what `make setup browser` installs, and were made by:
+#   lrsa sweep --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml \
+#              --config configs/experiment/quickstart.yaml --trainer.max_steps 16 --trainer.val_check_interval 16 \
+#              --validate_first false --grid model.lrsa.top_k=8,32
+#   PYTHONPATH=tests python docs/screenshots.py sqlite:///runs/mlflow.db quickstart
 
 import io
 import sys

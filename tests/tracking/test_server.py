@@ -18,6 +18,7 @@ import pytest
 from cli_helpers import DEBUG
 from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
+from transformers import AutoModelForCausalLM
 
 from lrsa_lit.cli import main
 from lrsa_lit.tasks import LongContextQA
@@ -146,6 +147,8 @@ def test_a_fit_on_a_server(server, elsewhere, monkeypatch, capfd):
     folder = Path(download_artifacts(run_id=run.info.run_id, tracking_uri=server))
     assert "top_k: 8" in (folder / "config.yaml").read_text()
     assert len(json.loads((folder / "predictions.json").read_text())["data"]) == 16
+    assert AutoModelForCausalLM.from_pretrained(folder / "model").config.lrsa["top_k"] == 8
+    assert not list((elsewhere / "runs").rglob("*.safetensors")), "uploaded, and not kept twice"
     assert not (elsewhere / "runs/mlflow.db").exists()
     assert f"in {server}" in capfd.readouterr().out
 

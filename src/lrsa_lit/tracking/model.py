@@ -1,0 +1,77 @@
+"""The trained model in its run, as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.checkpoint import load_trained
+from lrsa_lit.models.folder import save_folder
+from lrsa_lit.store import answering, reason
+from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tracking.logger import MLflowRun
+
+FOLDER = "model"
+"""The artifact's name in MLflow."""
+
+_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+_log = logging.getLogger("lrsa_lit.tracking")
+
+
+class LogModel(Callback):
+    """Log the best checkpoint's model once, at the end of a fit, as the artifact folder ``model/``.
+
+    It holds what :func:`lrsa_lit.models.folder.save_folder` writes: all weights, or the adapters where those were
+    trained. Without a best checkpoint it is the model as the training left it. A store on this machine has the folder
+    written in its place; to any other it is uploaded. A fit that was stopped logs none. Weights that a strategy has
+    sharded are left to their checkpoint.
+
+    Args:
+        what: ``all`` trained weights, which take as much room as the model; ``adapters`` leaves out models whose
+            weights were all trained; ``none``.
+    """
+
+    def __init__(self, what: Literal["all", "adapters", "none"] = "all") -> None:
+        self.what = what
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and log the folder; a failure is said and costs the run nothing else."""
+        logger = trainer.logger
+        if not isinstance(logger, MLflowRun) or not isinstance(pl_module, LongContextQA) or not self._wanted(pl_module):
+            return
+        if isinstance(trainer.strategy, _SHARDED) or not trainer.is_global_zero:
+            return
+        scratch = Path(trainer.default_root_dir, str(logger.name), str(logger.version), FOLDER)
+        try:
+            with answering(logger.tracking_uri):
+                local = _local_artifacts(logger)
+                target = scratch if local is None else local / FOLDER
+                # A run that was taken up again may have logged one before.
+                shutil.rmtree(target, ignore_errors=True)
+                best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+                weights = load_trained(Path(best)).weights if best else None
+                save_folder(pl_module.model, pl_module.tokenizer, target, weights=weights)
+                if local is None:
+                    logger.experiment.log_artifacts(logger.run_id, str(scratch), FOLDER)
+                    shutil.rmtree(scratch)
+        except UserError as error:
+            kept = f"; it stands in {scratch}" if scratch.is_dir() else ""
+            _log.warning("The model folder was not logged: %s%s", reason(error.__cause__ or error), kept)
+
+    def _wanted(self, module: Any) -> bool:
+        return self.what == "all" or (self.what == "adapters" and module.backbone.lora is not None)
+
+
+def _local_artifacts(logger: MLflowRun) -> Path | None:
+    """The folder of the run's artifacts, if the store is on this machine."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    uri = str(logger.experiment.get_run(logger.run_id).info.artifact_uri)
+    return Path(local_file_uri_to_path(uri)) if uri.startswith("file:") else None
