@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import jupytext
@@ -41,9 +42,12 @@ def checkout(tmp_path_factory):
     for number, run in enumerate(runs.table(store, "quickstart").index):
         # A random model answers nothing, so its scores are drawn.
         f1 = np.random.default_rng(number).integers(0, 2, 8).astype(float).tolist()
-        text = [f"text {n}" for n in range(8)]
-        answers = {"step": [9] * 8, "id": text, "question": text, "gold": text, "LRSA": text, "LRSA F1": f1}
-        store.log_table(run, answers, runs.QUESTIONS)
+        rows = [
+            dict.fromkeys(("id", "question", "gold"), f"text {n}")
+            | {"LRSA": {"prediction": f"text {n}", "f1": score, "em": score}}
+            for n, score in enumerate(f1)
+        ]
+        store.log_text(run, "".join(json.dumps(row) + "\n" for row in rows), runs.ANSWERS)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -143,6 +144,25 @@ def test_answers_become_scores_of_the_shared_questions(recorded):
     with pytest.raises(UserError, match="no answers under the attention 'k4'"):
         runs.questions(store, [ids["k16"]], attention="k4")
     assert runs.answered_by_one(answers, ids["k16"], ids["k16"]).empty
+
+
+def test_all_answers_come_before_the_table(recorded):
+    store, ids, folder = recorded
+    experiment = store.create_experiment("all", (folder / "artifacts").as_uri())
+    run = add_run(store, experiment, "a", answers={"1": 0.0}, val_f1=0.5)
+    rows = [
+        {"step": 4, "id": str(n), "question": "q", "gold": "1911"}
+        | {"LRSA": {"prediction": "1911", "f1": n / 10, "em": 0.0}, "dense": {"prediction": "d", "f1": 1.0, "em": 1.0}}
+        for n in range(10)
+    ]
+    store.log_text(run, "".join(json.dumps(row) + "\n" for row in rows), runs.ANSWERS)
+    answers = runs.questions(store, [run, ids["k16"]])
+    assert answers.loc[run, "f1"].tolist() == [n / 10 for n in range(10)]
+    assert set(answers.loc[run, "prediction"]) == {"1911"}
+    assert list(runs.shared_scores(answers).columns) == ["1", "2"]
+    assert runs.questions(store, [run], attention="dense")["f1"].mean() == 1.0
+    with pytest.raises(UserError, match="no answers under the attention 'k4'"):
+        runs.questions(store, [run], attention="k4")
 
 
 def test_runs_of_different_data_share_nothing():

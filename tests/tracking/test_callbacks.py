@@ -19,6 +19,7 @@ from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import performance
 
 RULE = LRSAConfig(sink_size=4, lag_size=32, top_k=8)
+ONE_IN_THE_TABLE = "[{class_path: lrsa_lit.tracking.SamplePredictions, init_args: {count: 1}}]"
 QUIET = ["--validate_first", "false"]
 
 
@@ -112,6 +113,21 @@ def test_sample_predictions_of_each_validation(elsewhere):
     for row in rows:
         assert by_id[row["id"]]["question"][-20:] in row["question"]
         assert row["gold"] == " | ".join(by_id[row["id"]]["answers"])
+
+
+def test_all_answers_of_the_last_validation(elsewhere):
+    main(["fit", *DEBUG, "--data.init_args.eval_batch_size", "3", "--trainer.callbacks", ONE_IN_THE_TABLE])
+    (run,) = recorded_runs(elsewhere / "runs/mlflow.db", "debug")
+    (path,) = (elsewhere / "runs/artifacts").rglob("val.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4] * 8
+    assert len({row["id"] for row in rows}) == 8
+    for name in ("LRSA", "dense"):
+        assert set(rows[0][name]) == {"prediction", "f1", "em"}
+    for metric in ("f1", "em"):
+        assert sum(row["dense"][metric] for row in rows) / 8 == pytest.approx(run.data.metrics[f"val/dense/{metric}"])
+    (table,) = (elsewhere / "runs/artifacts").rglob("predictions.json")
+    assert len(json.loads(table.read_text())["data"]) == 2
 
 
 @pytest.fixture(autouse=True)

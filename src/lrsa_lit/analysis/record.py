@@ -34,7 +34,7 @@ class LayerSelection:
 
     Attributes:
         positions: (H, P, K) int32, counted from the sample's first token, ascending within a partition.
-        scores: (H, P, K) float32, what those tokens were ranked by.
+        scores: (H, P, K) float32, what those tokens were ranked by; a file keeps three digits of them.
     """
 
     positions: NDArray[np.int32]
@@ -136,8 +136,9 @@ class SelectionRecord:
         arrays: dict[str, NDArray[Any]] = {_HEADER: np.frombuffer(json.dumps(self._header()).encode(), dtype=np.uint8)}
         for index, sample in enumerate(self.samples):
             arrays[f"tokens{index}"] = _smallest(sample.token_ids)
-            arrays[f"positions{index}"] = _smallest(sample.positions)
-            arrays[f"scores{index}"] = sample.scores
+            # Within their partitions, where a byte mostly holds them.
+            arrays[f"places{index}"] = _smallest(sample.positions - _starts(self.rule, sample.positions))
+            arrays[f"scores{index}"] = _halved(sample.scores)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             try:
@@ -182,9 +183,7 @@ class SelectionRecord:
                     raise UserError(
                         f"{path}: a selection record of version {header['schema']}; only {SCHEMA} can be read here"
                     )
-                samples = tuple(
-                    _sample(file, index, about, header["layers"]) for index, about in enumerate(header["samples"])
-                )
+                samples = tuple(_sample(file, index, about, header) for index, about in enumerate(header["samples"]))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except UserError:
@@ -215,20 +214,37 @@ def check_comparable(first: SelectionRecord, second: SelectionRecord) -> None:
             raise UserError(f"selections: sample {one.id} has other tokens in the two records")
 
 
-def _sample(file: Any, index: int, about: Mapping[str, Any], compressed: Sequence[bool]) -> Sample:
-    positions, scores = file[f"positions{index}"].astype(np.int32), file[f"scores{index}"]
-    pairs = iter(zip(positions, scores, strict=True))
+def _sample(file: Any, index: int, about: Mapping[str, Any], header: Mapping[str, Any]) -> Sample:
+    if f"places{index}" in file:
+        places = file[f"places{index}"]
+        positions = (places + _starts(header["rule"], places)).astype(np.int32)
+    else:
+        # Written before positions were counted within their partitions.
+        positions = file[f"positions{index}"].astype(np.int32)
+    pairs = iter(zip(positions, file[f"scores{index}"].astype(np.float32), strict=True))
     return Sample(
         id=about["id"],
         token_ids=file[f"tokens{index}"].astype(np.int32),
         gold_spans=_spans(about["gold_spans"]),
         answer_spans=_spans(about["answer_spans"]),
-        layers=tuple(LayerSelection(*next(pairs)) if here else None for here in compressed),
+        layers=tuple(LayerSelection(*next(pairs)) if here else None for here in header["layers"]),
     )
 
 
 def _spans(spans: Sequence[Sequence[int]]) -> tuple[Span, ...]:
     return tuple((start, end) for start, end in spans)
+
+
+def _starts(rule: Mapping[str, Any], positions: NDArray[Any]) -> NDArray[Any]:
+    """(P, 1): the first token of each partition of positions (N, H, P, K)."""
+    starts: NDArray[Any] = rule["sink_size"] + rule["lag_size"] * np.arange(positions.shape[2])[:, None]
+    return starts
+
+
+def _halved(scores: NDArray[np.float32]) -> NDArray[Any]:
+    """Scores as float16, three digits of them, unless one is too large for it."""
+    largest = np.finfo(np.float16).max
+    return scores.astype(np.float16) if np.abs(scores).max(initial=0.0) <= largest else scores
 
 
 def _smallest(values: NDArray[Any]) -> NDArray[Any]:

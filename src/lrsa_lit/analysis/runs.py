@@ -28,9 +28,14 @@ if TYPE_CHECKING:
 SELECTIONS = "selections"
 """Folder of a run's artifacts that holds its selection records."""
 
+ANSWERS = "predictions/val.jsonl"
+"""Artifact with all answers of the last validation, a line for each question: ``id``, ``question``, ``gold`` and, for
+each attention, an object with ``prediction`` and ``f1``."""
+
 QUESTIONS = "predictions.json"
-"""Artifact with the table of a run's answers, a row for each validation and question: ``step``, ``id``, ``question``,
-``gold`` and, for each attention (``LRSA`` is the run's own), the answer under its name and the score (``LRSA F1``)."""
+"""Artifact with a table of some of a run's answers, read where the other one is missing: a row for each validation and
+question with ``step``, ``id``, ``question``, ``gold`` and, for each attention, the answer under its name and the score
+(``LRSA F1``)."""
 
 MEASURES = {
     "f1": "val/f1",
@@ -148,15 +153,8 @@ def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = "LRS
     """
     tables = {}
     for run_id in runs:
-        if QUESTIONS not in [item.path for item in store.list_artifacts(run_id)]:
-            raise UserError(f"run: {run_id} has no artifact {QUESTIONS}, so its questions cannot be compared")
-        # Not by pandas' own reader, which takes answers such as 1911 for numbers.
-        rows = pd.DataFrame(**json.loads(Path(store.download_artifacts(run_id, QUESTIONS)).read_text(encoding="utf-8")))
-        columns = {attention: "prediction", f"{attention} F1": "f1"}
-        if not columns.keys() <= set(rows.columns):
-            raise UserError(f"run: {run_id} recorded no answers under the attention {attention!r}")
-        last = rows[rows["step"] == rows["step"].max()].rename(columns=columns).set_index("id")
-        tables[run_id] = last[["question", "gold", "prediction", "f1"]]
+        found = _all_answers(store, run_id, attention)
+        tables[run_id] = _some_answers(store, run_id, attention) if found is None else found
     return pd.concat(tables, names=["run", "id"])
 
 
@@ -261,6 +259,33 @@ def _resampled(
 def _interval(mean: Any, drawn: NDArray[np.float64]) -> Interval:
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(float(mean), float(low), float(high))
+
+
+def _all_answers(store: MlflowClient, run_id: str, attention: str) -> pd.DataFrame | None:
+    """A row for each question of the last validation, by id; None where the run did not record all of them."""
+    folder = ANSWERS.rpartition("/")[0]
+    if ANSWERS not in [item.path for item in store.list_artifacts(run_id, folder)]:
+        return None
+    lines = Path(store.download_artifacts(run_id, ANSWERS)).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    if attention not in rows[0]:
+        raise UserError(f"run: {run_id} recorded no answers under the attention {attention!r}")
+    about = ("id", "question", "gold")
+    table = pd.DataFrame([{name: row[name] for name in about} | row[attention] for row in rows])
+    return table.set_index("id")[["question", "gold", "prediction", "f1"]]
+
+
+def _some_answers(store: MlflowClient, run_id: str, attention: str) -> pd.DataFrame:
+    """The same of the questions in the run's table."""
+    if QUESTIONS not in [item.path for item in store.list_artifacts(run_id)]:
+        raise UserError(f"run: {run_id} has no artifact {QUESTIONS}, so its questions cannot be compared")
+    # Not by pandas' own reader, which takes answers such as 1911 for numbers.
+    rows = pd.DataFrame(**json.loads(Path(store.download_artifacts(run_id, QUESTIONS)).read_text(encoding="utf-8")))
+    columns = {attention: "prediction", f"{attention} F1": "f1"}
+    if not columns.keys() <= set(rows.columns):
+        raise UserError(f"run: {run_id} recorded no answers under the attention {attention!r}")
+    last = rows[rows["step"] == rows["step"].max()].rename(columns=columns).set_index("id")
+    return last[["question", "gold", "prediction", "f1"]]
 
 
 def _runs(store: MlflowClient, experiment: str) -> list[Run]:

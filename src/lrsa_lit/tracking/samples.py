@@ -1,32 +1,46 @@
-"""What the model answers, as a table in the run: the same questions at each validation."""
+"""What the model answers: a few questions of each validation as a table in the run, and all of the last as a file."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lrsa_lit.metrics import f1_score
+from lrsa_lit.metrics import exact_match, f1_score
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
 
 FILE = "predictions.json"
 """The table's name in MLflow."""
 
+ALL_FILE = "predictions/val.jsonl"
+"""Artifact with a line for each question of the last validation: ``step``, ``id``, ``question``, ``gold`` and, for each
+attention (``LRSA`` is the run's own), an object with ``prediction``, ``f1`` and ``em``."""
+
 _QUESTION_TOKENS = 64
 """The end of a prompt that is shown: the question stands last."""
 
 
 class SamplePredictions(Callback):
-    """Log the answers to the first questions of each validation, under each attention, as a table.
+    """Log the answers of each validation, under each attention.
+
+    The first ones are added to the table ``predictions.json``; all of them are ``predictions/val.jsonl``, which the
+    next validation replaces. Of several processes the first one logs its own questions.
 
     Args:
-        count: questions; 0 logs nothing.
+        count: questions in the table; 0 logs none.
+        all_answers: whether to log the file.
     """
 
-    def __init__(self, count: int = 8) -> None:
+    def __init__(self, count: int = 8, all_answers: bool = True) -> None:
         self.count = count
+        self.all_answers = all_answers
         self._rows: list[dict[str, Any]] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew, whatever became of the validation before."""
+        self._rows = []
 
     def on_validation_batch_end(
         self,
@@ -37,25 +51,41 @@ class SamplePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first rows."""
+        """Keep what is to be logged."""
         if trainer.sanity_checking or not isinstance(pl_module, LongContextQA):
             return
-        for row in range(min(len(batch["id"]), self.count - len(self._rows))):
+        rows = len(batch["id"])
+        for row in range(rows if self.all_answers else min(rows, self.count - len(self._rows))):
             question = pl_module.tokenizer.decode(
                 batch["prompt_ids"][row][-_QUESTION_TOKENS:], skip_special_tokens=True
             )
-            gold = batch["answers"][row]
+            gold, match = batch["answers"][row], batch["match"][row]
             values = {"step": trainer.global_step, "id": batch["id"][row], "question": question.strip()}
             values["gold"] = " | ".join(gold)
             for name, texts in outputs.items():
-                values[name or "LRSA"] = texts[row]
-                values[f"{name or 'LRSA'} F1"] = f1_score(texts[row], gold, batch["match"][row])
+                text = texts[row]
+                scores = {"f1": f1_score(text, gold, match), "em": exact_match(text, gold, match)}
+                values[name or "LRSA"] = {"prediction": text, **scores}
             self._rows.append(values)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the rows to the table."""
+        """Add to the table, and replace the file."""
         rows, self._rows, logger = self._rows, [], trainer.logger
         if not rows or not isinstance(logger, MLflowRun) or not trainer.is_global_zero:
             return
-        table = {name: [row[name] for row in rows] for name in rows[0]}
-        logger.deliver(FILE, lambda: logger.experiment.log_table(logger.run_id, table, FILE))
+        client, run_id = logger.experiment, logger.run_id
+        if self.count:
+            shown = [_flat(row) for row in rows[: self.count]]
+            table = {name: [row[name] for row in shown] for name in shown[0]}
+            logger.deliver(FILE, lambda: client.log_table(run_id, table, FILE))
+        if self.all_answers:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            logger.deliver(ALL_FILE, lambda: client.log_text(run_id, lines, ALL_FILE))
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table: an attention's answer under its name, and the F1 beside it."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        flat |= {name: value["prediction"], f"{name} F1": value["f1"]} if isinstance(value, dict) else {name: value}
+    return flat
