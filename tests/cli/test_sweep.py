@@ -10,12 +10,14 @@ import sys
 
 import pytest
 from cli_helpers import DEBUG, interruptible, recorded_runs
+from mlflow.tracking import MlflowClient
 
 from lrsa_lit import heartbeat
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.sweep import command
-from lrsa_lit.sweep.grid import parse
+from lrsa_lit.sweep.grid import parse, points
+from lrsa_lit.tasks import LongContextQA
 
 SHORT = ["--trainer.max_steps", "1", "--validate_first", "false"]
 TWO = ["sweep", *DEBUG, "--grid", "model.lrsa.top_k=4,8"]
@@ -52,7 +54,7 @@ sys.exit(end == "fails")
         self.ends = {}
         self.ran = []
 
-    def command(self, point):
+    def command(self, point, checkpoint):
         top_k = point.values["model.lrsa.top_k"]
         self.ran.append(top_k)
         return [sys.executable, "-c", self.CODE, self.store, top_k, self.ends.get(top_k, "well")]
@@ -144,6 +146,39 @@ def test_one_that_fails_leaves_the_others_alone(end, said, fits, runs, capfd):
     assert fits.ran[2:] == ["4"]
     assert runs()["K4"].info.status == runs()["sweep-top_k"].info.status == "FINISHED"
     assert heartbeat.DIED not in runs()["sweep-top_k"].data.tags
+
+
+@pytest.mark.slow
+def test_a_stopped_fit_goes_on_from_its_checkpoint_in_its_run(elsewhere, runs, monkeypatch, capfd):
+    (point,) = points(parse(["model.lrsa.top_k=4"]), DEBUG)
+    handler, step = signal.getsignal(signal.SIGINT), LongContextQA.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LongContextQA, "training_step", interrupted)
+        patch.setenv("MLFLOW_RUN_CONTEXT", json.dumps({command.POINT: point.digest}))
+        with pytest.raises(SystemExit):
+            main(["fit", *point.arguments])
+    signal.signal(signal.SIGINT, handler)
+    stopped = runs()["tiny-L32-K4-s0"]
+    assert stopped.info.status == "KILLED"
+    # Of a run that died while it wrote.
+    next((elsewhere / "runs").rglob("last.ckpt")).with_name("last-v1.ckpt").write_bytes(b"PK")
+
+    main(["sweep", *DEBUG, "--grid", "model.lrsa.top_k=4"])
+    assert "model.lrsa.top_k=4: goes on from runs/" in capfd.readouterr().out
+    found = runs()
+    assert set(found) == {"tiny-L32-K4-s0", "sweep-top_k"}
+    child = found["tiny-L32-K4-s0"]
+    assert (child.info.run_id, child.info.status) == (stopped.info.run_id, "FINISHED")
+    assert child.data.tags["mlflow.parentRunId"] == found["sweep-top_k"].info.run_id
+    client = MlflowClient(f"sqlite:///{elsewhere}/runs/mlflow.db")
+    history = client.get_metric_history(child.info.run_id, "train/loss")
+    assert [metric.step for metric in history] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])

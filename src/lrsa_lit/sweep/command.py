@@ -2,7 +2,8 @@
 
 A point is a ``lrsa fit`` in a process of its own, so that one that fails, or runs out of memory, leaves the others
 alone. Its MLflow run is a child of the sweep's. What is finished is told by the digest of the whole resolved config, so
-that the same command goes on where it was stopped, and a larger grid runs only what is new.
+that the same command goes on where it was stopped, within a point from its last checkpoint, and a larger grid runs only
+what is new.
 
 No sweeper library is used. Optuna's GridSampler would add its own store of trials beside MLflow's, its MLflow callback
 a second run for each fit that has one already, and its resuming knows nothing of the fit's other settings; hydra's
@@ -20,7 +21,9 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lrsa_lit import heartbeat
@@ -47,7 +50,7 @@ _STOP_SECONDS = 120.0
 
 EPILOG = f"""\
 All other options are those of `lrsa fit`. Values are YAML, so {FLAG} 'data.init_args.limit={{train: 8}},{{train: 64}}'
-has two. The same command again runs what is not finished yet.
+has two. The same command again runs what is not finished yet, from its last checkpoint.
 
 example:
   lrsa sweep --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml \\
@@ -143,7 +146,9 @@ def _run_point(store: _Store, parent: str, point: Point, number: str, outcomes: 
         print(f"[{number}] {point.label}: finished as {finished.info.run_name}", flush=True)
         outcomes.append(Outcome(point, "finished before", finished))
         return
-    print(f"[{number}] {point.label}", flush=True)
+    with answering(store.uri):
+        checkpoint = _left_behind(store, parent, point)
+    print(f"[{number}] {point.label}" + (f": goes on from {checkpoint}" if checkpoint else ""), flush=True)
 
     def beat() -> None:
         with contextlib.suppress(UserError), answering(store.uri):
@@ -151,7 +156,7 @@ def _run_point(store: _Store, parent: str, point: Point, number: str, outcomes: 
 
     code = 130
     try:
-        code = _fit(point, parent, beat)
+        code = _fit(point, checkpoint, parent, beat)
     finally:
         own = None
         with contextlib.suppress(UserError), answering(store.uri):
@@ -160,12 +165,12 @@ def _run_point(store: _Store, parent: str, point: Point, number: str, outcomes: 
         outcomes.append(Outcome(point, state, own, failed=code != 0))
 
 
-def _fit(point: Point, parent: str, beat: Callable[[], None]) -> int:
+def _fit(point: Point, checkpoint: Path | None, parent: str, beat: Callable[[], None]) -> int:
     """Run a fit and return its exit code; Ctrl-C stops it in order first."""
     # MLflow adds these tags to the runs of the process; the fit's own config stays what it is.
     tags = json.loads(os.environ.get(_CONTEXT) or "{}") | {PARENT: parent, POINT: point.digest}
     process = subprocess.Popen(
-        _command(point),
+        _command(point, checkpoint),
         env=os.environ | {_CONTEXT: json.dumps(tags)},
         stdin=subprocess.DEVNULL,
         # Ctrl-C reaches this process alone, which hands it on: once.
@@ -186,8 +191,22 @@ def _fit(point: Point, parent: str, beat: Callable[[], None]) -> int:
         raise
 
 
-def _command(point: Point) -> list[str]:
-    return [sys.executable, "-m", "lrsa_lit.cli", "fit", *point.arguments]
+def _command(point: Point, checkpoint: Path | None) -> list[str]:
+    resumed = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+    return [sys.executable, "-m", "lrsa_lit.cli", "fit", *point.arguments, *resumed]
+
+
+def _left_behind(store: _Store, parent: str, point: Point) -> Path | None:
+    """The last checkpoint of a fit of this point that did not finish; its run becomes this sweep's."""
+    root = Path(point.config["trainer"].get("default_root_dir") or ".", store.experiment)
+    query = f"tags.`{POINT}` = '{point.digest}'"
+    for run in store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"]):
+        # A truncated file is no archive; the fit would refuse it each time.
+        saved = [path for path in (root / run.info.run_id).rglob("last*.ckpt") if zipfile.is_zipfile(path)]
+        if saved:
+            store.client.set_tag(run.info.run_id, PARENT, parent)
+            return max(saved, key=lambda path: path.stat().st_mtime)
+    return None
 
 
 def _latest(store: _Store, tags: dict[str, str], status: str | None = None) -> Run | None:

@@ -76,6 +76,7 @@ class RecordConfig(SaveConfigCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Number the steps of a resumed fit without a gap: Lightning counts the batch that Ctrl-C cut short as done."""
+        # Lightning gives loggers this counter as their step, and has no public way to set it.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
