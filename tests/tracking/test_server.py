@@ -193,6 +193,17 @@ def test_a_server_that_dies_does_not_stop_the_training(line, server, at_step, mo
     assert re.search(r"\d+ metric values, .*predictions\.json.*the status FINISHED", lost[-1])
     (run,) = runs_of(server, "cut")
     assert run.info.status == "RUNNING"
+    (spool,) = (elsewhere / "runs").rglob("undelivered.jsonl")
+    assert f"the metrics stand in {spool.relative_to(elsewhere)} and are sent when the run is resumed" in lost[-1]
+
+    line.mend()
+    resumed = ["--validate_first", "false", "--ckpt_path", str(next((elsewhere / "runs").rglob("last.ckpt")))]
+    fit("cut", line.uri, *resumed)
+    assert not spool.exists()
+    (run,) = runs_of(server, "cut")
+    assert run.info.status == "FINISHED"
+    history = MlflowClient(server).get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(metric.step for metric in history) == [0, 1, 2, 3]
 
 
 def test_a_server_that_comes_back_misses_nothing(line, server, at_step, monkeypatch, caplog):

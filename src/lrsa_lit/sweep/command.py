@@ -202,7 +202,7 @@ def _left_behind(store: _Store, parent: str, point: Point) -> Path | None:
     query = f"tags.`{POINT}` = '{point.digest}'"
     for run in store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"]):
         # A truncated file is no archive; the fit would refuse it each time.
-        saved = [path for path in (root / run.info.run_id).rglob("last*.ckpt") if zipfile.is_zipfile(path)]
+        saved: list[Path] = [path for path in (root / run.info.run_id).rglob("last*.ckpt") if zipfile.is_zipfile(path)]
         if saved:
             store.client.set_tag(run.info.run_id, PARENT, parent)
             return max(saved, key=lambda path: path.stat().st_mtime)

@@ -83,6 +83,11 @@ class Delivery:
             self._flushing = False
             return [f"{len(self._metrics)} {METRICS}"] * bool(self._metrics) + [what for what, _ in self._calls]
 
+    def undelivered(self) -> list[Any]:
+        """Metrics that are still queued, in their order."""
+        with self._changed:
+            return list(self._metrics)
+
     def _pending(self) -> bool:
         return bool(self._metrics or self._calls)
 

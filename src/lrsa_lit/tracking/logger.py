@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -25,6 +27,9 @@ _FLUSH_SECONDS = 15.0
 
 _SAVE_SECONDS = 2.0
 """How long a checkpoint waits for it."""
+_SPOOL = "undelivered.jsonl"
+_BATCH = 1000
+"""MLflow's limit for the metrics of one call."""
 
 _log = logging.getLogger("lrsa_lit.tracking")
 
@@ -70,6 +75,7 @@ class MLflowRun(MLFlowLogger):
         self.continues = run_id is not None
         self._recorded: dict[str, int] = {}
         self._user_stopped = False
+        self._root: Path | None = None
 
     @property
     @rank_zero_experiment
@@ -179,8 +185,54 @@ class MLflowRun(MLFlowLogger):
             return
         self._delivery.rest()
         self._deliver_status("KILLED" if self._user_stopped else _STATUS.get(status, status))
-        if lost := self._delivery.flush(_FLUSH_SECONDS):
-            _log.warning("Not delivered to %s, which does not answer: %s", self.tracking_uri, ", ".join(lost))
+        lost = self._delivery.flush(_FLUSH_SECONDS)
+        kept = self._keep_undelivered()
+        if lost:
+            where = "" if kept is None else f"; the metrics stand in {kept} and are sent when the run is resumed"
+            _log.warning("Not delivered to %s, which does not answer: %s%s", self.tracking_uri, ", ".join(lost), where)
+
+    @rank_zero_only
+    def keep_under(self, root: Path) -> None:
+        """Say where metrics are kept that an ended run could not deliver, and send those of the time before.
+
+        Args:
+            root: the trainer's folder; the file stands beside the run's checkpoints.
+        """
+        self._root = root
+        spool = self._spool()
+        if not self.continues or not spool.is_file():
+            return
+        from mlflow.entities import Metric
+
+        kept = [Metric(**json.loads(line)) for line in spool.read_text(encoding="utf-8").splitlines()]
+        with answering(self.tracking_uri):
+            for start in range(0, len(kept), _BATCH):
+                self.experiment.log_batch(self.run_id, metrics=kept[start : start + _BATCH])
+        spool.unlink()
+        _log.info("%d metric values of the time before were sent from %s", len(kept), spool)
+
+    def _spool(self) -> Path:
+        """Beside the run's checkpoints."""
+        assert self._root is not None
+        return self._root / str(self.name) / str(self.version) / _SPOOL
+
+    def _keep_undelivered(self) -> Path | None:
+        """Write undelivered metrics to a file; None where there are none, or no place for them."""
+        if self._root is None:
+            return None
+        metrics, spool = self._delivery.undelivered(), self._spool()
+        if not metrics:
+            # An earlier stage's, which have arrived since.
+            spool.unlink(missing_ok=True)
+            return None
+        try:
+            spool.parent.mkdir(parents=True, exist_ok=True)
+            # Replaced: what an earlier stage could not deliver is still queued.
+            spool.write_text("".join(json.dumps(dict(metric)) + "\n" for metric in metrics), encoding="utf-8")
+        except OSError as error:
+            _log.warning("%s cannot be written (%s)", spool, error.strerror)
+            return None
+        return spool
 
     @functools.cached_property
     def _delivery(self) -> Delivery:

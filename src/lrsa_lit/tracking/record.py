@@ -48,6 +48,8 @@ class RecordConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the config once, and the data of each stage as it is opened."""
+        if isinstance(trainer.logger, MLflowRun) and stage == "fit":
+            trainer.logger.keep_under(Path(trainer.default_root_dir))
         super().setup(trainer, pl_module, stage)
         logger, data = trainer.logger, trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not isinstance(logger, MLflowRun) or not isinstance(data, QADataModule):
