@@ -6,7 +6,7 @@ Dimensions: B examples, T tokens of the longest example, Tp tokens of the longes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import lightning
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
 
 from lrsa_lit.attention import LAYOUT, LRSACache, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.errors import UserError
@@ -25,7 +24,7 @@ from lrsa_lit.models.generation import GREEDY
 from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
 from lrsa_lit.models.sharding import is_sharded, shard
 from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.qa_score import QAScore
+from lrsa_lit.tasks.answer_meter import AnswerMeter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -305,35 +304,6 @@ class LongContextQA(lightning.LightningModule):
             for source, score in meter.sources.items():
                 for name, value in score.compute().items():
                     self.log(f"{stage}/{prefix}{source}/{name}", value)
-
-
-class AnswerMeter(nn.Module):
-    """What is measured under one attention: the loss, averaged over answer tokens, and the scores of the answers.
-
-    Attributes:
-        sources: the scores of each data set of a mixture.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loss = MeanMetric()
-        self.score = QAScore()
-        self.sources: dict[str, QAScore] = {}
-
-    def reset(self, sources: Sequence[str]) -> None:
-        """Start anew, with scores of their own for these data sets if they are several."""
-        self.loss.reset()
-        self.score.reset()
-        self.sources = {name: QAScore().to(self.score.f1.device) for name in sources if len(sources) > 1}
-
-    def update(self, texts: Sequence[str], batch: Batch) -> None:
-        """Add answers, but not to rows that count on another device."""
-        for row, text in enumerate(texts):
-            if batch["repeated"][row]:
-                continue
-            scores = (self.score, self.sources.get(batch["source"][row]))
-            for score in [score for score in scores if score is not None]:
-                score.update([text], [batch["answers"][row]], [batch["match"][row]])
 
 
 def _eager() -> Any:
