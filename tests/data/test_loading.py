@@ -65,6 +65,8 @@ def test_a_packed_loader_yields_one_row_of_several_examples(tokenizer: PreTraine
 def test_padding_is_said_once_and_kept(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture):
     data = built(tokenizer=tokenizer, batch_size=4)
     assert data.padding is None
+    # Whether opening the data was logged is up to the tests before this one.
+    caplog.clear()
     with caplog.at_level(logging.INFO, "lrsa_lit.data"):
         batches = list(data.train_dataloader())
     masks = [batch["attention_mask"] for batch in batches]
