@@ -23,6 +23,7 @@ COMMANDS = {
 TOOLS = {
     "ask": "answer your questions about a text file of any length",
     "export": "write a checkpoint as a folder that transformers loads",
+    "study": "train and evaluate the rows of a study, part by part",
     "sweep": "fit once for each point of a grid of settings",
     "ui": "open the MLflow UI on the recorded runs",
 }

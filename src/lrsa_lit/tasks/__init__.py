@@ -1,5 +1,6 @@
 """Tasks: LightningModules that receive built parts."""
 
 from lrsa_lit.tasks.question_answering import LongContextQA
+from lrsa_lit.tasks.top_k import AnnealedTopK, SampledTopK, TopKSchedule
 
-__all__ = ["LongContextQA"]
+__all__ = ["AnnealedTopK", "LongContextQA", "SampledTopK", "TopKSchedule"]

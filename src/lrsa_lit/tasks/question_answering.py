@@ -25,6 +25,7 @@ from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
 from lrsa_lit.models.sharding import is_sharded, shard
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks.answer_meter import AnswerMeter
+from lrsa_lit.tasks.top_k import TopKSchedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,8 @@ class LongContextQA(lightning.LightningModule):
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer and stepped after each optimizer step; null keeps the rate.
         train_attention: what training changes of the rule ({} nothing, {top_k: 64} another K); null trains dense.
+        train_top_k: another K in each training step: falling (AnnealedTopK) or drawn from several (SampledTopK); null
+            keeps the one of the training attention.
         evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}.
         max_new_tokens: most tokens of a generated answer.
     """
@@ -74,6 +77,7 @@ class LongContextQA(lightning.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         train_attention: dict[str, Any] | None = {},  # noqa: B006 - read only
+        train_top_k: TopKSchedule | None = None,
         evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
         max_new_tokens: int = 32,
     ) -> None:
@@ -85,6 +89,11 @@ class LongContextQA(lightning.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
         self.train_config = _derived("model.train_attention", lrsa, train_attention)
+        self.train_top_k = train_top_k
+        if train_top_k is not None:
+            if self.train_config is None:
+                raise UserError("model.train_top_k: it is not allowed where model.train_attention is null (dense)")
+            train_top_k.check(self.train_config)
         self.attentions: dict[str, LRSAConfig | None] = {"": lrsa}
         for name, changes in evaluate.items():
             if not re.fullmatch(r"[\w-]+", name):
@@ -179,6 +188,10 @@ class LongContextQA(lightning.LightningModule):
             # Packed sequences must not see each other, which the model's own attention needs a mask of T x T for.
             layers = range(self.model.config.num_hidden_layers)
             enable(self.model, self.lrsa.replace(dense_layers=tuple(layers)))
+        if self.train_config is not None and self.train_top_k is not None:
+            top_k = self.train_top_k(torch.initial_seed(), self.trainer.global_step, self.train_config)
+            enable(self.model, self.train_config.replace(top_k=top_k))
+            self.log("train/top_k", float(top_k))
         loss, count = self.answer_loss(batch)
         self._answer_tokens.append(count)
         self.log("train/loss", loss.detach() / count, prog_bar=True, batch_size=len(batch["id"]))

@@ -10,6 +10,7 @@ from lrsa_lit.ops.sparse_attention.compressors import (
     Recency,
     Selector,
     Strided,
+    ValueRelative,
 )
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.selection import Selection
@@ -26,6 +27,7 @@ __all__ = [
     "Selection",
     "Selector",
     "Strided",
+    "ValueRelative",
     "select",
     "sparse_attention",
     "visibility_mask",

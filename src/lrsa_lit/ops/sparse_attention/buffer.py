@@ -79,6 +79,12 @@ class PairBuffer:
         self._key, self._value = (part.new_empty(shape) for part in filled)
         self._key[:, :, : self.length], self._value[:, :, : self.length] = filled
 
+    def move_to(self, memory: Pair) -> None:
+        """Go on in other memory: keys and values (B, H, rows, D), with room for the filled rows."""
+        for new, old in zip(memory, self.filled, strict=True):
+            new[:, :, : self.length] = old
+        self._key, self._value = memory
+
     def rows(self, indices: Tensor) -> PairBuffer:
         """A buffer of some rows of the batch, in the given order and multiplicity."""
         key, value = self.filled

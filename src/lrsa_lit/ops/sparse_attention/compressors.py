@@ -108,6 +108,15 @@ class LagRelative(Selector):
 
 
 @dataclass(frozen=True)
+class ValueRelative(Selector):
+    """The value score of :class:`LagRelative` alone; its key score alone is ``value_weight: 0``."""
+
+    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+        """The spread of the values; ``value_weight`` changes nothing."""
+        return lag_relative_scores(partitions.value, partitions.next_value)
+
+
+@dataclass(frozen=True)
 class RandomTokens(Selector):
     """Keep K tokens at random: a hash of seed, head, partition and token, so each device and split agrees.
 

@@ -1,0 +1,125 @@
+"""``lrsa study``: write its data, run a part of it, show what is done, report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from lrsa_lit.arguments import Parser
+from lrsa_lit.errors import UserError
+
+EPILOG = """\
+examples:
+  lrsa study data configs/experiment/robustness.yaml --data study/data
+  lrsa study run configs/experiment/robustness.yaml --part main --minutes 9 --data study/data --out results.jsonl
+  lrsa study status configs/experiment/robustness.yaml --part main --data study/data --out results.jsonl
+  lrsa study report results.jsonl --study configs/experiment/robustness.yaml --to study/report
+  lrsa study config configs/experiment/robustness.yaml lrsa-4x > row.yaml && lrsa fit --config row.yaml
+
+A run does what the results do not hold yet and stops in time; the same command goes on. Where the parser of the command
+line is missing, python -m lrsa_lit.study takes the same arguments.
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: what follows ``lrsa study``.
+
+    Raises:
+        UserError: a mistake in the arguments or in the study.
+    """
+    options = _parser().parse_args(arguments)
+    options.action(options)
+
+
+def _parser() -> Parser:
+    parser = Parser("lrsa study", description="Rows of fits, each evaluated under several attentions.", epilog=EPILOG)
+    actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=_SubParser)
+    data = actions.add_parser("data", help="tokenise the study's data sets into compressed files")
+    _add(data, "study", "data")
+    data.add_argument("--only", nargs="+", default=[], metavar="NAME", help="names of data sets; default: all")
+    data.set_defaults(action=_data)
+    run_part = actions.add_parser("run", help="train and evaluate the rows of a part")
+    _add(run_part, "study", "data", "part", "out")
+    run_part.add_argument("--minutes", type=float, default=9.0, help="stop before these are over (default: 9)")
+    run_part.add_argument("--work", type=Path, default=Path("runs/study"), help="weights and unfinished trainings")
+    run_part.add_argument("--source", help="folder of the study's base LLM on this machine")
+    run_part.set_defaults(action=_run)
+    status = actions.add_parser("status", help="show what of a part is done")
+    _add(status, "study", "data", "part", "out")
+    status.set_defaults(action=_status)
+    config = actions.add_parser("config", help="print a row as a file for lrsa fit --config")
+    _add(config, "study")
+    config.add_argument("row", help="name of the row")
+    config.add_argument("--seed", type=int, default=0)
+    config.set_defaults(action=_config)
+    report = actions.add_parser("report", help="tables, statistics and plots of the results")
+    report.add_argument("results", type=Path, help="file of the results")
+    report.add_argument("--study", required=True, help="file of the study, for its parts and their order")
+    report.add_argument("--to", type=Path, default=Path("study/report"), help="folder for the report and its plots")
+    report.add_argument("--mlflow", metavar="URI", help="write a run for each row and seed into this store as well")
+    report.set_defaults(action=_report)
+    return parser
+
+
+class _SubParser(Parser):
+    def __init__(self, *, prog: str, **options: object) -> None:
+        super().__init__(prog, **options)
+
+
+def _add(parser: argparse.ArgumentParser, *names: str) -> None:
+    if "study" in names:
+        parser.add_argument("study", help="file of the study")
+    if "data" in names:
+        parser.add_argument("--data", type=Path, default=Path("study/data"), help="folder of the token files")
+    if "part" in names:
+        parser.add_argument("--part", required=True, help="name of the part")
+    if "out" in names:
+        parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="file of the results")
+
+
+def _data(options: argparse.Namespace) -> None:
+    from lrsa_lit.study.dataset import write_data
+    from lrsa_lit.study.plan import Study
+
+    write_data(Study(options.study), options.data, options.only)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from lrsa_lit.study.plan import Study
+    from lrsa_lit.study.runner import Runner
+
+    if options.minutes < 0:
+        raise UserError(f"--minutes: {options.minutes} is not allowed; it must be at least 0")
+    runner = Runner(Study(options.study), options.data, options.out, options.work, 60 * options.minutes, options.source)
+    done = runner.run(options.part)
+    print(f"{options.part}: {'done' if done else 'not done yet; the same command goes on'}", flush=True)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from lrsa_lit.study.plan import Study
+    from lrsa_lit.study.runner import Runner
+
+    for work, trained, missing in Runner(Study(options.study), options.data, options.out, Path(), 0).todo(options.part):
+        done = len(work.evaluations) - len(missing)
+        state = "trained" if trained else "not trained"
+        print(f"{work.row.name}, seed {work.seed} ({work.row.hash}): {state}, {done}/{len(work.evaluations)} evaluated")
+
+
+def _config(options: argparse.Namespace) -> None:
+    from lrsa_lit.study.plan import Study
+
+    settings = Study(options.study).as_config(options.row, options.seed)
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lrsa_lit.study.plan import Study
+    from lrsa_lit.study.report import write_report
+
+    write_report(Study(options.study), options.results, options.to, options.mlflow)

@@ -1,0 +1,175 @@
+"""Answers and losses of one model under one attention on one data set, question by question.
+
+Dimensions: B prompts in a batch, T tokens, N columns that predict an answer token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.attention import LRSACache, prefill, using
+from lrsa_lit.attention.decoding import Decoder
+from lrsa_lit.data.collate import IGNORE_INDEX, collate, collate_training, token_ids
+from lrsa_lit.data.prompts import Example
+from lrsa_lit.metrics import exact_match, f1_score, recall
+from lrsa_lit.ops.sparse_attention import LRSAConfig, Selector
+from lrsa_lit.ops.sparse_attention.geometry import stored_size
+
+Report = Callable[[int], None]
+"""Called with the number of questions that are done."""
+
+
+@dataclass
+class Answers:
+    """What a model made of the questions, in their order; a list is empty where it was not asked for.
+
+    Attributes:
+        loss: summed cross-entropy of each question's answer tokens.
+        tokens: answer tokens of each question.
+        text: generated answers.
+        f1: of the generated answers, in [0, 1], as the others.
+        em: exact match.
+        recall: share of the references found.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    f1: list[float] = field(default_factory=list)
+    em: list[float] = field(default_factory=list)
+    recall: list[float] = field(default_factory=list)
+
+
+def dense_rule(model: Any) -> LRSAConfig:
+    """Dense attention as a rule: every layer is left dense, so that the same cache and decoder serve it."""
+    return LRSAConfig(dense_layers=tuple(range(model.config.get_text_config().num_hidden_layers)))
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    rule: LRSAConfig | None,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    report: Report = lambda _: None,
+) -> Answers:
+    """Teacher-forced loss and greedy answers.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        examples: the questions.
+        rule: the attention; None is dense.
+        max_new_tokens: most tokens of an answer; 0 generates none.
+        batch_size: questions at a time for the loss; answers are generated one by one.
+        report: told of the progress.
+    """
+    found = Answers()
+    with using(model, dense_rule(model) if rule is None else rule):
+        for start in range(0, len(examples), batch_size):
+            losses, counts = answer_losses(model, examples[start : start + batch_size], tokenizer.pad_token_id)
+            found.loss += losses
+            found.tokens += counts
+        if not max_new_tokens:
+            return found
+        greedy = Greedy(model, max_new_tokens, max(example["prompt_length"] for example in examples))
+        for number, example in enumerate(examples, start=1):
+            prompt = token_ids(example)[: example["prompt_length"]]
+            ids = greedy(prompt.to(model.device)[None], tokenizer.eos_token_id)
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            found.text.append(text)
+            found.f1.append(f1_score(text, example["answers"], example["match"]))
+            found.em.append(exact_match(text, example["answers"], example["match"]))
+            found.recall.append(recall(text, example["answers"], example["match"]))
+            report(number)
+    return found
+
+
+def answer_losses(model: Any, examples: Sequence[Example], pad_token_id: int) -> tuple[list[float], list[int]]:
+    """Summed cross-entropy of the answer tokens of each example, and their numbers."""
+    batch = collate_training(examples, pad_token_id)
+    ids, labels, columns = (batch[name].to(model.device) for name in ("input_ids", "labels", "label_columns"))  # type: ignore[literal-required]
+    # No mask: pads stand behind the tokens, and neither attention looks ahead.
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits.float()
+    targets = labels[:, 1:][:, columns]
+    losses = torch.nn.functional.cross_entropy(logits.mT, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.double().sum(dim=1).tolist(), (targets != IGNORE_INDEX).sum(dim=1).tolist()
+
+
+class Greedy:
+    """Greedy decoding of one prompt after another, in the same memory, so that on CUDA one graph serves them all.
+
+    Args:
+        model: a causal language model with LRSA enabled; its rule must not change.
+        max_new_tokens: most tokens of an answer.
+        longest: tokens of the longest prompt.
+    """
+
+    def __init__(self, model: Any, max_new_tokens: int, longest: int) -> None:
+        self.model, self.max_new_tokens = model, max_new_tokens
+        self.cache = LRSACache.of(model)
+        self.decoder = Decoder(model, self.cache, room=max_new_tokens)
+        self.longest = longest + max_new_tokens
+        self._memory: list[tuple[Tensor, Tensor]] | None = None
+
+    @torch.no_grad()
+    def __call__(self, prompt: Tensor, eos_token_id: int) -> list[int]:
+        """The tokens that follow a prompt (1, T), up to the end-of-message token, which is not among them."""
+        self.cache.reset()
+        token = int(prefill(self.model, prompt, self.cache)[0, -1].argmax())
+        self._settle()
+        answer: list[int] = []
+        while token != eos_token_id:
+            answer.append(token)
+            if len(answer) == self.max_new_tokens:
+                break
+            logits = self.decoder.step(torch.tensor([[token]], device=prompt.device))
+            token = int(logits[0, -1].argmax())
+        return answer
+
+    def _settle(self) -> None:
+        """Put what the prompt has left where the prompt before it had been."""
+        streams = [layer.stream for layer in self.cache.layers]
+        if self._memory is None:
+            # No answer may need more rows: the first memory is the last.
+            rules = {stream.rule for stream in streams}
+            rows = {rule: max(stored_size(length, rule) for length in range(1, self.longest + 1)) for rule in rules}
+            for stream in streams:
+                stream.buffer.reserve(rows[stream.rule])
+            self._memory = [stream.buffer.whole for stream in streams]
+            return
+        for stream, memory in zip(streams, self._memory, strict=True):
+            stream.buffer.move_to(memory)
+
+
+def survival(
+    model: Any, tokenizer: Any, examples: Sequence[Example], rule: LRSAConfig | None
+) -> dict[str, float] | None:
+    """Which share of the supporting passages' and the answers' tokens is kept, over all layers and heads.
+
+    Returns:
+        ``gold`` and ``answer``, and ``chance`` (K/L); None where nothing is selected.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    if rule is None or not isinstance(rule.compressor, Selector) or len(rule.dense_layers) == layers:
+        return None
+    from lrsa_lit.analysis import metrics
+    from lrsa_lit.analysis.capture import record
+
+    batches = []
+    for example in examples:
+        batch = collate([example], tokenizer.pad_token_id)
+        batches.append({name: part.to(model.device) if isinstance(part, Tensor) else part
+                        for name, part in batch.items()})  # fmt: skip
+    with using(model, rule):
+        kept = record(model, batches, tokenizer, name="study")  # type: ignore[arg-type]
+    gold, answer = metrics.survival(kept, "gold"), metrics.survival(kept, "answer")
+    return {"gold": gold.mean, "answer": answer.mean, "chance": gold.chance}

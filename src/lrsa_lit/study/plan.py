@@ -1,0 +1,220 @@
+"""What a study file asks for: its rows as complete settings, and the work of a part in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.study import settings
+from lrsa_lit.study.settings import Settings
+
+OWN = "own"
+"""The inference attention that a row was trained with."""
+
+_KEYS = {"configs", "seeds", "trainer", "model", "data", "data_sets", "inference", "rows", "parts"}
+_PART = {"rows", "seeds", "inference", "sets", "split"}
+_TRAINER = ("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches")
+# How a model is trained, but not what comes out of it.
+_NOT_IN_HASH = {"gradient_checkpointing", "compile_layers"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        name: in the study.
+        settings: complete ``trainer``, ``model`` and ``data`` settings, in the words of the command line.
+        rule: the rule that training starts from; None for dense training.
+    """
+
+    name: str
+    settings: Settings
+    rule: LRSAConfig | None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; 0 for the base LLM as it is."""
+        return int(self.settings["trainer"]["max_steps"])
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each data set in the training."""
+        return dict(self.settings["data"]["init_args"]["weights"])
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a batch."""
+        return int(self.settings["data"]["init_args"]["batch_size"])
+
+    def trained_by(self) -> Settings:
+        """All that decides the trained weights beside the seed and the data; nothing for the base LLM."""
+        model = self.settings["model"]
+        backbone = {name: value for name, value in model["backbone"].items() if name not in _NOT_IN_HASH}
+        if self.steps == 0:
+            return {"backbone": backbone, "trainer": {"max_steps": 0}}
+        return {
+            "backbone": backbone,
+            "trainer": {name: self.settings["trainer"].get(name) for name in _TRAINER},
+            "optimizer": model["optimizer"],
+            "lr_scheduler": model.get("lr_scheduler"),
+            "attention": None if self.rule is None else self.rule.to_dict(),
+            "train_top_k": model.get("train_top_k"),
+            "data": {"weights": self.weights, "batch_size": self.batch_size},
+        }
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits of :meth:`trained_by`, whatever the order of its keys."""
+        return digest(self.trained_by())
+
+
+class Evaluation(NamedTuple):
+    """One attention on one data set.
+
+    Attributes:
+        name: of the attention in the study.
+        rule: None is dense.
+        data_set: its name.
+        split: its split.
+    """
+
+    name: str
+    rule: LRSAConfig | None
+    data_set: str
+    split: str
+
+    @property
+    def rule_digest(self) -> str:
+        """Of the rule, or "dense"."""
+        return "dense" if self.rule is None else self.rule.digest()
+
+
+class Work(NamedTuple):
+    """A row with a seed, and what to evaluate it on."""
+
+    row: Row
+    seed: int
+    evaluations: list[Evaluation]
+
+
+class Study:
+    """A study file.
+
+    Args:
+        name: path of the file, or of a shipped one.
+
+    Raises:
+        UserError: unknown keys, or a row or part that does not fit together.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        content = settings.read(name)
+        _check_keys(name, content, _KEYS)
+        self.seeds: list[int] = content.get("seeds") or [0]
+        self.data_sets: dict[str, Settings] = content.get("data_sets") or {}
+        self.parts: dict[str, Settings] = content.get("parts") or {}
+        below: Settings = {}
+        for file in ("cli.yaml", *content.get("configs", ())):
+            below = settings.merged(below, settings.read(file))
+        own = {key: content[key] for key in ("trainer", "model", "data") if key in content}
+        self.common = settings.merged(below, own)
+        self.rows = {row: self._row(row, changes or {}) for row, changes in (content.get("rows") or {}).items()}
+        self.lrsa = _rule("model.lrsa", self.common["model"]["lrsa"], {})
+        self.inference = {
+            attention: None if changes is None else _rule(f"inference.{attention}", self.lrsa, changes)
+            for attention, changes in (content.get("inference") or {}).items()
+        }
+
+    def row(self, name: str) -> Row:
+        """A row by its name."""
+        if name not in self.rows:
+            raise UserError(f"{self.name}: there is no row {name!r}; there are {', '.join(self.rows)}")
+        return self.rows[name]
+
+    def work(self, part: str) -> Iterator[Work]:
+        """The rows of a part with each of its seeds: all rows with the first seed, then with the next one.
+
+        Raises:
+            UserError: there is no such part, or it names what the study does not have.
+        """
+        if part not in self.parts:
+            raise UserError(f"--part: {part!r} is not allowed; {self.name} has {', '.join(self.parts)}")
+        asked = self.parts[part]
+        _check_keys(f"{self.name}: parts.{part}", asked, _PART)
+        rows = [self.row(name) for name in asked["rows"]]
+        for number, seed in enumerate(asked.get("seeds") or self.seeds):
+            for row in rows:
+                # The base LLM is the same for each seed.
+                if row.steps or number == 0:
+                    yield Work(row, seed if row.steps else 0, self._evaluations(part, row))
+
+    def _evaluations(self, part: str, row: Row) -> list[Evaluation]:
+        asked = self.parts[part]
+        split = asked.get("split", "test")
+        evaluations = []
+        for data_set in asked["sets"]:
+            if data_set not in self.data_sets:
+                raise UserError(f"parts.{part}.sets: there is no data set {data_set!r} in data_sets")
+            for name in asked["inference"]:
+                if name != OWN and name not in self.inference:
+                    raise UserError(f"parts.{part}.inference: there is no {name!r} in inference")
+                rule = row.rule if name == OWN else self.inference[name]
+                evaluations.append(Evaluation(name, rule, data_set, split))
+        return list({(item.rule_digest, item.data_set): item for item in reversed(evaluations)}.values())[::-1]
+
+    def _row(self, name: str, changes: Settings) -> Row:
+        _check_keys(f"{self.name}: rows.{name}", changes, {"trainer", "model", "data"})
+        complete = settings.resolved(settings.merged(self.common, changes))
+        arguments = complete["data"]["init_args"]
+        for key in ("weights", "batch_size"):
+            if key not in arguments:
+                raise UserError(f"{self.name}: data.init_args.{key} is missing")
+        if unknown := [data_set for data_set in arguments["weights"] if data_set not in self.data_sets]:
+            raise UserError(f"{self.name}: rows.{name}: data_sets has no {unknown[0]!r}")
+        attention = complete["model"].get("train_attention", {})
+        lrsa = _rule("model.lrsa", complete["model"]["lrsa"], {})
+        rule = None if attention is None else _rule(f"rows.{name}.model.train_attention", lrsa, attention)
+        return Row(name, complete, rule)
+
+    def as_config(self, name: str, seed: int) -> Settings:
+        """A row as a file for ``lrsa fit --config``, over nothing but the shipped defaults."""
+        row = self.row(name)
+        model = {key: value for key, value in row.settings["model"].items() if key != "evaluate"}
+        if model.get("train_attention"):
+            # The rule itself: there a compressor may be a class.
+            model |= {"lrsa": settings.merged(model["lrsa"], model["train_attention"]), "train_attention": {}}
+        arguments = row.settings["data"]["init_args"]
+        arguments = {**arguments, "data_sets": {key: self.data_sets[key] for key in row.weights}}
+        return {
+            "seed_everything": seed,
+            "trainer": {key: row.settings["trainer"][key] for key in _TRAINER if key in row.settings["trainer"]},
+            "model": model,
+            "data": {**row.settings["data"], "init_args": arguments},
+        }
+
+
+def digest(values: Any) -> str:
+    """Twelve hex digits of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _rule(key: str, below: LRSAConfig | Settings, changes: Mapping[str, Any]) -> LRSAConfig:
+    """A rule with changes; a compressor stands in the YAML as a class."""
+    try:
+        if not isinstance(below, LRSAConfig):
+            below = LRSAConfig().replace(**{name: settings.made(value) for name, value in below.items()})
+        return below.replace(**{name: settings.made(value) for name, value in changes.items()})
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def _check_keys(where: str, given: Settings, allowed: set[str]) -> None:
+    if unknown := sorted(given.keys() - allowed):
+        raise UserError(f"{where}: there is no setting {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")

@@ -1,0 +1,84 @@
+"""Results as JSON lines: each is on the disk before the next one is begun."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from lrsa_lit.errors import UserError
+
+Line = dict[str, Any]
+
+_KEYS = {
+    "training": ("config", "seed", "train_digest"),
+    "evaluation": ("config", "seed", "train_digest", "rule_digest", "set", "split", "set_digest"),
+}
+
+
+class Results:
+    """A file of results.
+
+    Args:
+        path: the file; it need not exist.
+
+    Raises:
+        UserError: a line of it is no result. One that was cut off at the end is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = read_lines(path)
+        self._known = {key_of(line) for line in self.lines}
+
+    def has(self, **values: Any) -> bool:
+        """Whether there is a line of these values, as :func:`key_of` takes them."""
+        return key_of(values) in self._known
+
+    def append(self, line: Line) -> None:
+        """Write a line, and wait until it is on the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        if self.path.exists():
+            _drop_cut_off(self.path)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.append(line)
+        self._known.add(key_of(line))
+
+
+def key_of(line: Line) -> tuple[Hashable, ...]:
+    """What makes a result another one."""
+    return (line["kind"], *(line.get(name) for name in _KEYS[line["kind"]]))
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The results of a file, the last one of each key.
+
+    Raises:
+        UserError: a line is no result; a last line without its end is passed over.
+    """
+    if not path.exists():
+        return []
+    found: dict[tuple[Hashable, ...], Line] = {}
+    texts = path.read_text(encoding="utf-8").split("\n")
+    for number, text in enumerate(texts[:-1], start=1):
+        try:
+            line = json.loads(text)
+            found[key_of(line)] = line
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: it is no result of a study") from None
+    return list(found.values())
+
+
+def _drop_cut_off(path: Path) -> None:
+    """Remove what a process that was killed has left of its last line."""
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)

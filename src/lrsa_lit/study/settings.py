@@ -1,0 +1,106 @@
+"""Settings in the words of the command line's YAML, for where its parser is not installed.
+
+Files and overlays are merged, ``${a.b}`` is replaced by the setting of that name, and ``class_path`` with ``init_args``
+becomes an object: the part of the command line's own rules that the shipped defaults need.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import shipped
+
+Settings = dict[str, Any]
+
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def read(name: str) -> Settings:
+    """A YAML file, from here or as it ships with the project.
+
+    Raises:
+        UserError: there is none, or it is not a mapping.
+    """
+    try:
+        path = Path(name) if Path(name).is_file() else shipped(name)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{name}: it is no file here, nor a shipped one") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: it is not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: it holds a {type(content).__name__}, allowed is a mapping")
+    return content
+
+
+def merged(below: Any, above: Any) -> Any:
+    """Mappings key by key, anything else by the upper one. Another class takes none of the lower one's arguments."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if "class_path" in above and above["class_path"] != below.get("class_path"):
+        return above
+    return {key: merged(below[key], above[key]) if key in below and key in above else above.get(key, below.get(key))
+            for key in [*below, *(key for key in above if key not in below)]}  # fmt: skip
+
+
+def resolved(settings: Settings) -> Settings:
+    """All ``${a.b}`` replaced by what stands there; what names no setting, as ``${oc.env:…}``, stays as it is."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        found = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        return fill(_at(settings, found[1])) if found else value
+
+    return {key: fill(value) for key, value in settings.items()}
+
+
+def _at(settings: Mapping[str, Any], path: str) -> Any:
+    value: Any = settings
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise UserError(f"${{{path}}}: there is no such setting")
+        value = value[key]
+    return value
+
+
+def made(value: Any, *, partial: bool = False) -> Any:
+    """The object that ``class_path`` and ``init_args`` describe, nested ones included; anything else as it is.
+
+    Args:
+        value: a setting.
+        partial: give a function that still takes the first arguments, as for optimizers, in place of the object.
+
+    Raises:
+        UserError: no such class, or arguments that it does not take.
+    """
+    if isinstance(value, list):
+        return [made(item) for item in value]
+    if not isinstance(value, dict) or "class_path" not in value:
+        return value
+    cls = _imported(value["class_path"])
+    arguments = {name: made(item) for name, item in (value.get("init_args") or {}).items()}
+    if partial:
+        return functools.partial(cls, **arguments)
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise UserError(f"{value['class_path']}: {error}") from None
+
+
+def _imported(path: str) -> Any:
+    module, _, name = str(path).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(f"class_path: {path!r} cannot be imported") from None

@@ -1,0 +1,97 @@
+"""Tokenised examples as one compressed file for each split, read with NumPy alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from lrsa_lit.data.prompts import Example
+from lrsa_lit.errors import UserError
+
+_FIELDS = ("id", "prompt_length", "gold_spans", "answer_spans", "answers", "match")
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The examples of a split.
+
+    Attributes:
+        examples: in their fixed order.
+        digest: twelve hex digits of all of them.
+    """
+
+    examples: list[Example]
+    digest: str
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example["input_ids"]) for example in self.examples]
+
+
+def path_of(folder: Path, data_set: str, split: str) -> Path:
+    """Where a split of a data set lies."""
+    return folder / f"{data_set}-{split}.npz"
+
+
+def write(path: Path, examples: Iterable[Example]) -> TokenFile:
+    """Write examples, as uint16 tokens; the file appears only when it is complete.
+
+    Raises:
+        UserError: there is no example, or a token beyond 65,535.
+    """
+    kept = list(examples)
+    if not kept:
+        raise UserError(f"{path.name}: there are no examples")
+    tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in kept]
+    flat = np.concatenate(tokens)
+    if flat.max() > np.iinfo(np.uint16).max:
+        raise UserError(f"{path.name}: token {flat.max()} is not allowed; a token file holds tokens up to 65535")
+    about = json.dumps([{name: _plain(example, name) for name in _FIELDS} for example in kept], ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    with partial.open("wb") as file:
+        np.savez_compressed(
+            file,
+            tokens=flat.astype(np.uint16),
+            lengths=np.asarray([len(ids) for ids in tokens], dtype=np.int32),
+            about=np.frombuffer(about.encode(), dtype=np.uint8),
+        )
+    partial.replace(path)
+    return read(path)
+
+
+def read(path: Path) -> TokenFile:
+    """The examples of a file that :func:`write` has written.
+
+    Raises:
+        UserError: there is no such file, or it is broken.
+    """
+    try:
+        with np.load(path) as arrays:
+            flat, lengths, about = arrays["tokens"], arrays["lengths"], arrays["about"].tobytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `lrsa study data` writes it") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: it is no file of `lrsa study data` ({error})") from None
+    bounds = itertools.pairwise(np.concatenate([[0], lengths.cumsum()]))
+    rows = zip(json.loads(about), bounds, strict=True)
+    examples = [cast("Example", {**row, "input_ids": flat[start:stop].tolist()}) for row, (start, stop) in rows]
+    # Not of the file: its compression may differ from one library to the next.
+    found = hashlib.sha256(flat.astype("<u2").tobytes() + lengths.astype("<i4").tobytes() + about).hexdigest()[:12]
+    return TokenFile(examples, found)
+
+
+def _plain(example: Example, name: str) -> Any:
+    value: Any = example[name]  # type: ignore[literal-required]
+    if name.endswith("_spans"):
+        return [[int(start), int(end)] for start, end in value]
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

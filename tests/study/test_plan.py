@@ -1,0 +1,145 @@
+"""What a study file means: rows, hashes, the order of the work, and configs for the command line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import one_line
+from study.conftest import STUDY
+
+from lrsa_lit.cli import main
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
+from lrsa_lit.study import settings
+from lrsa_lit.study.plan import Study
+
+SHIPPED = "configs/experiment/robustness.yaml"
+
+
+def study_of(tmp_path: Path, **changes) -> Study:
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump(settings.merged(STUDY, changes)))
+    return Study(str(path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer": {"val_check_interval": 7}},
+        {"model": {"max_new_tokens": 9, "evaluate": {"k4": {"top_k": 4}}}},
+        {"model": {"backbone": {"gradient_checkpointing": True}}},
+        {"model": {"lrsa": {"top_k": 8, "lag_size": 32, "sink_size": 2}}},
+        {"inference": {"16x": {"top_k": 2}}},
+    ],
+    ids=["validation", "evaluation", "memory", "order", "inference"],
+)
+def test_a_hash_tells_only_what_is_trained(changes, tmp_path):
+    assert study_of(tmp_path, **changes).row("lrsa").hash == study_of(tmp_path).row("lrsa").hash
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer": {"max_steps": 4}},
+        {"model": {"optimizer": {"init_args": {"lr": 0.5}}}},
+        {"model": {"lrsa": {"top_k": 9}}},
+        {"data": {"init_args": {"batch_size": 3}}},
+        {"data": {"init_args": {"weights": {"text": 1.0}}}},
+    ],
+    ids=["steps", "rate", "rule", "batch", "data"],
+)
+def test_a_hash_tells_all_that_is_trained(changes, tmp_path):
+    assert study_of(tmp_path, **changes).row("lrsa").hash != study_of(tmp_path).row("lrsa").hash
+
+
+def test_dense_training_does_not_depend_on_the_rule(tmp_path):
+    other = study_of(tmp_path, model={"lrsa": {"top_k": 9}})
+    assert other.row("dense").hash == study_of(tmp_path).row("dense").hash
+    assert other.row("dense").rule is None
+
+
+def test_a_part_goes_through_all_rows_before_the_next_seed(tmp_path):
+    work = list(study_of(tmp_path).work("all"))
+    assert [(item.row.name, item.seed) for item in work] == [
+        ("base", 0), ("mixed", 0), ("lrsa", 0), ("mixed", 1), ("lrsa", 1)]  # fmt: skip
+    own, random = work[2].evaluations
+    assert own.rule == LRSAConfig(sink_size=2, lag_size=32, top_k=8)
+    assert random.rule == own.rule.replace(compressor=RandomTokens())
+
+
+def test_the_same_attention_is_evaluated_once(tmp_path):
+    parts = {"twice": {"rows": ["lrsa"], "inference": ["own", "4x", "dense"], "sets": ["plain", "text"]}}
+    (work, _) = study_of(tmp_path, parts=parts).work("twice")
+    assert [(item.name, item.data_set) for item in work.evaluations] == [
+        ("own", "plain"), ("dense", "plain"), ("own", "text"), ("dense", "text")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"row": {}}, "'row'"),
+        ({"rows": {"lrsa": {"modle": {}}}}, "'modle'"),
+        ({"rows": {"lrsa": {"model": {"train_attention": {"top_k": 99}}}}}, "rows.lrsa.model.train_attention"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"weights": {"other": 1}}}}}}, "'other'"),
+        ({"inference": {"4x": {"top_k": -1}}}, "inference.4x"),
+        ({"inference": {"4x": {"compressor": {"class_path": "lrsa_lit.Nothing"}}}}, "lrsa_lit.Nothing"),
+        ({"configs": ["configs/none.yaml"]}, "configs/none.yaml"),
+    ],
+)
+def test_mistakes_are_named(changes, named, tmp_path):
+    with pytest.raises(UserError) as error:
+        study_of(tmp_path, **changes)
+    assert named in one_line(error.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("rows", ["none"]), ("inference", ["none"]), ("sets", ["none"])])
+def test_mistakes_of_a_part_are_named(key, value, tmp_path):
+    with pytest.raises(UserError, match="'none'"):
+        list(study_of(tmp_path, parts={"main": {key: value}}).work("main"))
+
+
+def test_references_lists_and_classes_are_filled_in():
+    given = {"a": {"b": 3}, "c": ["${a.b}", "${oc.env:HOME}"], "d": {"class_path": "fractions.Fraction",
+             "init_args": {"numerator": "${a.b}"}}}  # fmt: skip
+    filled = settings.resolved(given)
+    assert filled["c"] == [3, "${oc.env:HOME}"]
+    assert settings.made(filled["d"]) == 3
+    with pytest.raises(UserError, match=r"a\.x"):
+        settings.resolved({"a": {"b": "${a.x}"}})
+
+
+def test_another_class_takes_none_of_the_arguments_below():
+    below = {"class_path": "A", "init_args": {"x": 1, "y": 2}}
+    assert settings.merged(below, {"init_args": {"x": 3}}) == {"class_path": "A", "init_args": {"x": 3, "y": 2}}
+    assert settings.merged(below, {"class_path": "B"}) == {"class_path": "B"}
+
+
+def test_the_shipped_study_is_complete():
+    study = Study(SHIPPED)
+    used = {name for part in study.parts.values() for name in part["rows"]}
+    assert used == set(study.rows)
+    for part in study.parts:
+        assert list(study.work(part))
+    assert len({row.hash for row in study.rows.values()}) == len(study.rows)
+    first_line = (Path(__file__).parents[2] / SHIPPED).read_text().splitlines()[0]
+    assert first_line.startswith(f"# lrsa study run {SHIPPED} --part main ")
+
+
+@pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "lrsa-4x-needles"])
+def test_a_row_is_a_config_of_a_fit(row, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["study", "config", str(Path(__file__).parents[2] / SHIPPED), row, "--seed", "7"])
+    (tmp_path / "row.yaml").write_text(capfd.readouterr().out)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "row.yaml", "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capfd.readouterr().out)
+    assert shown["seed_everything"] == 7
+    assert shown["trainer"]["max_steps"] == 440
+    assert (shown["model"]["train_attention"] is None) == (row == "dense")
+    compressor = shown["model"]["lrsa"]["compressor"]["class_path"]
+    assert compressor.endswith("RandomTokens" if row == "random-4x" else "LagRelative")
+    assert (shown["model"]["train_top_k"] is None) == (row != "mixed-k")
+    assert list(shown["data"]["init_args"]["data_sets"]) == (
+        ["hotpotqa", "needles"] if row == "lrsa-4x-needles" else ["hotpotqa"]
+    )

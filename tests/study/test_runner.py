@@ -1,0 +1,120 @@
+"""A study of a tiny model from end to end: what runs, what is skipped, what is taken up again."""
+
+import json
+
+import pytest
+import torch
+
+from lrsa_lit.cli import main
+from lrsa_lit.study.plan import Study
+from lrsa_lit.study.results import read_lines
+from lrsa_lit.study.runner import Runner
+from lrsa_lit.study.training import task_of
+
+
+def runner(study_file, data, tmp_path, *, seconds=1000.0, clock=lambda: 0.0, out="results.jsonl") -> Runner:
+    return Runner(Study(str(study_file)), data, tmp_path / out, tmp_path / "work", seconds, clock=clock)
+
+
+def without_times(lines: list) -> list:
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def test_a_part_runs_from_the_command_and_is_skipped_the_second_time(study_file, data, tmp_path, capsys):
+    out = tmp_path / "results.jsonl"
+    arguments = ["--part", "main", "--data", str(data), "--out", str(out)]
+    command = ["study", "run", str(study_file), *arguments, "--work", str(tmp_path / "work")]
+    main([*command, "--minutes", "0"])
+    assert not out.exists()
+    assert "not done yet" in capsys.readouterr().out
+    main(command)
+    assert "main: done" in capsys.readouterr().out
+    first = out.read_text()
+    lines = [json.loads(text) for text in first.splitlines()]
+    kinds = [(line["kind"], line["row"], line.get("attention"), line.get("set")) for line in lines]
+    assert kinds == [
+        (kind, row, attention, data_set)
+        for row in ("dense", "lrsa")
+        for kind, attention, data_set in (
+            ("training", None, None),
+            ("evaluation", "dense", "plain"),
+            ("evaluation", "4x", "plain"),
+            ("evaluation", "dense", "text"),
+            ("evaluation", "4x", "text"),
+        )
+    ]
+    plain, text = lines[2], lines[4]
+    assert len(plain["f1"]) == len(plain["loss"]) == len(plain["text"]) == 3
+    assert plain["survival"]["chance"] == 0.25
+    assert 0.25 < plain["kv_share"] < 1 == lines[1]["kv_share"]
+    assert (text["f1"], text["text"], len(text["loss"])) == ([], [], 2)
+    main(command)
+    assert out.read_text() == first
+    main(["study", "status", str(study_file), *arguments])
+    assert "lrsa, seed 0" in (shown := capsys.readouterr().out)
+    assert "4/4 evaluated" in shown
+
+
+def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(study_file, data, tmp_path, capsys):
+    whole = runner(study_file, data, tmp_path, out="whole.jsonl")
+    assert whole.run("main")
+    (tmp_path / "work").rename(tmp_path / "whole")
+    # Time passes with each look at the clock: calls end in the middle of a training, and after one evaluation.
+    for seconds in (18.5, 21.5) * 10:
+        asked = iter(range(10**6))
+        cut = runner(study_file, data, tmp_path, seconds=seconds, clock=lambda asked=asked: float(next(asked)))
+        if cut.run("main"):
+            break
+    assert capsys.readouterr().out.count("stopped at step 2 of 3") == 2
+    assert without_times(read_lines(tmp_path / "results.jsonl")) == without_times(read_lines(tmp_path / "whole.jsonl"))
+    for file in (tmp_path / "whole").rglob("weights.pt"):
+        one, other = (torch.load(path) for path in (file, tmp_path / "work" / file.relative_to(tmp_path / "whole")))
+        assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_lost_weights_are_trained_again_for_what_is_missing(study_file, data, tmp_path):
+    assert runner(study_file, data, tmp_path).run("main")
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])
+    for file in (tmp_path / "work").rglob("weights.pt"):
+        file.unlink()
+    assert runner(study_file, data, tmp_path).run("main")
+    again = read_lines(tmp_path / "results.jsonl")
+    assert without_times(again)[-1] == without_times([json.loads(lines[-1])])[0]
+
+
+def test_other_seeds_other_answers_and_the_base_model_once(study_file, data, tmp_path):
+    assert runner(study_file, data, tmp_path).run("all")
+    lines = read_lines(tmp_path / "results.jsonl")
+    trained = {
+        (line["row"], line["seed"]): line["loss_of_last_20_steps"] for line in lines if line["kind"] == "training"
+    }
+    assert sorted(trained) == [("lrsa", 0), ("lrsa", 1), ("mixed", 0), ("mixed", 1)]
+    assert len(set(trained.values())) == 4
+    evaluated = [(line["row"], line["seed"]) for line in lines if line["kind"] == "evaluation"]
+    assert evaluated.count(("base", 0)) == 2
+    assert ("base", 1) not in evaluated
+
+
+def test_answers_are_those_of_the_task(study_file, data, tmp_path):
+    from lrsa_lit.data.collate import collate
+    from lrsa_lit.study import tokens
+    from lrsa_lit.study.evaluation import evaluate
+
+    study = Study(str(study_file))
+    file = tokens.read(tokens.path_of(data, "plain", "test"))
+    task = task_of(study.row("lrsa"))
+    task.configure_model()
+    task.model.eval()
+    for rule in study.inference.values():
+        found = evaluate(task.model, task.tokenizer, file.examples, rule, max_new_tokens=task.max_new_tokens)
+        for number, example in enumerate(file.examples):
+            batch = collate([example], task.tokenizer.pad_token_id)
+            assert [found.text[number]] == task.generate(batch, rule)[0]
+    from lrsa_lit.attention import using
+
+    with torch.no_grad(), using(task.model, study.inference["dense"]):
+        loss, count = task.answer_loss(collate(file.examples, task.tokenizer.pad_token_id))
+    dense = evaluate(task.model, task.tokenizer, file.examples, None, max_new_tokens=0, batch_size=2)
+    assert sum(dense.loss) == pytest.approx(loss.item(), rel=1e-5)
+    assert sum(dense.tokens) == count
