@@ -99,7 +99,9 @@ def test_lora_with_gradient_checkpointing_saves_adapters_only(tmp_path):
     )
 
 
-@pytest.mark.parametrize("compressor", ["LagRelative", "RandomTokens", "Recency", "Strided", "MeanPool"])
+@pytest.mark.parametrize(
+    "compressor", ["LagRelative", "ValueRelative", "RandomTokens", "Recency", "Strided", "MeanPool"]
+)
 def test_each_compressor_is_a_yaml_line(compressor):
     main(
         [
@@ -114,6 +116,17 @@ def test_each_compressor_is_a_yaml_line(compressor):
             "1",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{class_path: SampledTopK, init_args: {choices: [4, 8, 32]}}",
+        "{class_path: AnnealedTopK, init_args: {steps: 2}}",
+    ],
+)
+def test_k_may_change_from_step_to_step_by_yaml(schedule):
+    main(["fit", *DEBUG, *NO_LOGGER, "--model.train_top_k", schedule, "--trainer.max_steps", "3"])
 
 
 def test_dense_training_and_several_budgets_in_one_evaluation(tmp_path):

@@ -18,6 +18,7 @@ from lrsa_lit.ops.sparse_attention import (
     Recency,
     Selector,
     Strided,
+    ValueRelative,
     select,
     sparse_attention,
 )
@@ -66,6 +67,30 @@ def test_lag_relative_adds_the_weighted_value_score():
     for weight in (0.0, 0.5, 1.0, 3.0):
         scores = LagRelative().score(both, LRSAConfig(0, 4, 2, value_weight=weight)).flatten().tolist()
         assert scores == pytest.approx([k + weight * v for k, v in zip(of_keys, of_values, strict=True)])
+
+
+def test_value_relative_is_the_value_score_alone():
+    both = one_partition(TOKENS, REFERENCE, TOKENS[::-1], REFERENCE)
+    half = math.sqrt(0.5)
+    scores = ValueRelative().score(both, LRSAConfig(0, 4, 2, value_weight=0)).flatten().tolist()
+    assert scores == pytest.approx(softmax(half / 2, half / 2, half, 0))
+    swapped = Partitions(both.value, both.key, both.next_value, both.next_key)
+    of_keys = LagRelative().score(swapped, LRSAConfig(0, 4, 2, value_weight=0)).flatten().tolist()
+    assert scores == of_keys
+
+
+@pytest.mark.parametrize("compressor", [RandomTokens(4), Recency(), Strided(), ValueRelative()])
+def test_gradients_of_a_selector_reach_what_it_keeps_and_nothing_else(compressor):
+    parts, config = partitions(3, 8, heads=2), LRSAConfig(0, 8, 3)
+    key, value = parts.key.clone().requires_grad_(), parts.value.clone().requires_grad_()
+    given = Partitions(key, value, parts.next_key.requires_grad_(), parts.next_value.requires_grad_())
+    kept, _ = compressor.keep(given, config)
+    compact_key, compact_value = compressor.compress(given, config)
+    (compact_key.sum() + 2 * compact_value.sum()).backward()
+    member = torch.zeros(key.shape[:-1], dtype=key.dtype).scatter(-1, kept, 1.0)[..., None].expand_as(key)
+    assert key.grad.equal(member)
+    assert value.grad.equal(2 * member)
+    assert parts.next_key.grad is None
 
 
 def test_a_constant_channel_is_zero_and_still_counts():
@@ -215,7 +240,9 @@ def test_a_synthesizer_of_ten_lines_works_through_the_config():
     torch.testing.assert_close(sparse_attention(query, key, value, config)[:, :, 4:], weights @ values)
 
 
-@pytest.mark.parametrize("compressor", [LagRelative(), RandomTokens(9), Recency(), Strided(), MeanPool(), KeyNorm()])
+@pytest.mark.parametrize(
+    "compressor", [LagRelative(), ValueRelative(), RandomTokens(9), Recency(), Strided(), MeanPool(), KeyNorm()]
+)
 def test_a_compressor_survives_its_dict(compressor):
     assert Compressor.from_dict(compressor.to_dict()) == compressor
     assert compressor.to_dict()["class_path"].endswith(type(compressor).__name__)

@@ -77,5 +77,5 @@ def data(tmp_path) -> Path:
 @pytest.fixture
 def study_file(tmp_path) -> Path:
     path = tmp_path / "tiny-study.yaml"
-    path.write_text(yaml.safe_dump(STUDY))
+    path.write_text(yaml.safe_dump(STUDY, sort_keys=False))
     return path

@@ -18,7 +18,7 @@ SHIPPED = "configs/experiment/robustness.yaml"
 
 def study_of(tmp_path: Path, **changes) -> Study:
     path = tmp_path / "changed.yaml"
-    path.write_text(yaml.safe_dump(settings.merged(STUDY, changes)))
+    path.write_text(yaml.safe_dump(settings.merged(STUDY, changes), sort_keys=False))
     return Study(str(path))
 
 

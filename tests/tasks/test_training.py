@@ -14,7 +14,7 @@ from lrsa_lit.attention import enabled_config
 from lrsa_lit.data.collate import TrainBatch, collate
 from lrsa_lit.models import Backbone
 from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks import LongContextQA, SampledTopK
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 
@@ -130,3 +130,19 @@ def test_compiled_layers_train_to_the_same_weights(checkpointing):
     assert counters["stats"]["unique_graphs"] > 0
     for one, other in zip(eager, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_each_step_trains_with_the_k_of_its_schedule(monkeypatch):
+    schedule = SampledTopK([2, 4, 16])
+    made = LongContextQA(
+        Backbone("tiny"), RULE, functools.partial(torch.optim.SGD, lr=0.5), train_top_k=schedule
+    )  # fmt: skip
+    seen, loss = [], made.answer_loss
+    monkeypatch.setattr(made, "answer_loss", lambda batch: (seen.append(enabled_config(made.model)), loss(batch))[1])
+    lightning.seed_everything(5, verbose=False)
+    # Two batches a step: both have its K.
+    fit(made, [collate([example(60 + n, 3)], 2) for n in range(12)], accumulate_grad_batches=2)
+    drawn = [schedule(5, step, RULE) for step in range(6) for _ in range(2)]
+    assert [rule.top_k for rule in seen] == drawn
+    assert len(set(drawn)) == 3
+    assert {rule.replace(top_k=4) for rule in seen} == {RULE}

@@ -152,11 +152,12 @@ class Greedy:
 
 def survival(
     model: Any, tokenizer: Any, examples: Sequence[Example], rule: LRSAConfig | None
-) -> dict[str, float] | None:
+) -> dict[str, float | None] | None:
     """Which share of the supporting passages' and the answers' tokens is kept, over all layers and heads.
 
     Returns:
-        ``gold`` and ``answer``, and ``chance`` (K/L); None where nothing is selected.
+        ``gold`` and ``answer``, each None where no such token lies in a compressed partition, and ``chance`` (K/L);
+        None where nothing is selected.
     """
     layers = model.config.get_text_config().num_hidden_layers
     if rule is None or not isinstance(rule.compressor, Selector) or len(rule.dense_layers) == layers:
@@ -171,5 +172,6 @@ def survival(
                         for name, part in batch.items()})  # fmt: skip
     with using(model, rule):
         kept = record(model, batches, tokenizer, name="study")  # type: ignore[arg-type]
-    gold, answer = metrics.survival(kept, "gold"), metrics.survival(kept, "answer")
-    return {"gold": gold.mean, "answer": answer.mean, "chance": gold.chance}
+    found = {"gold": metrics.survival(kept, "gold"), "answer": metrics.survival(kept, "answer")}
+    shares = {name: round(part.mean, 4) if part.tokens else None for name, part in found.items()}
+    return {**shares, "chance": found["gold"].chance}

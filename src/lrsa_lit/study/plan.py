@@ -16,6 +16,9 @@ from lrsa_lit.study.settings import Settings
 OWN = "own"
 """The inference attention that a row was trained with."""
 
+DENSE = "dense"
+"""The digest of dense attention, which has no rule."""
+
 _KEYS = {"configs", "seeds", "trainer", "model", "data", "data_sets", "inference", "rows", "parts"}
 _PART = {"rows", "seeds", "inference", "sets", "split"}
 _TRAINER = ("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches")
@@ -91,8 +94,8 @@ class Evaluation(NamedTuple):
 
     @property
     def rule_digest(self) -> str:
-        """Of the rule, or "dense"."""
-        return "dense" if self.rule is None else self.rule.digest()
+        """Of the rule, or :data:`DENSE`."""
+        return DENSE if self.rule is None else self.rule.digest()
 
 
 class Work(NamedTuple):

@@ -155,6 +155,8 @@ class Runner:
             "attention": item.name,
             "rule_digest": item.rule_digest,
             "rule": None if item.rule is None else item.rule.to_dict(),
+            "layers": layers,
+            "length": length,
             "kv_share": 1.0 if item.rule is None else kv_ratio(item.rule, length, layers),
             "set": item.data_set,
             "split": item.split,

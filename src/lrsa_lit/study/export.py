@@ -1,0 +1,81 @@
+"""Results as runs of MLflow: one for each row and seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lrsa_lit.store import answering, checked_uri, connect, experiment_id
+from lrsa_lit.study.plan import Study, digest
+from lrsa_lit.study.results import Line
+
+KEY = "study.key"
+"""Tag of a run: what its weights came from."""
+
+
+def to_mlflow(study: Study, lines: Sequence[Line], uri: str) -> None:
+    """Write results into a store; runs that are there already are completed.
+
+    Args:
+        study: the experiment is named after it.
+        lines: the results.
+        uri: of the store.
+
+    Raises:
+        UserError: the store cannot be written.
+    """
+    from mlflow.entities import Metric, Param, RunTag
+
+    uri = checked_uri(uri, "--mlflow")
+    client = connect(uri, "--mlflow")
+    runs: dict[tuple[str, str, int], list[Line]] = {}
+    for line in lines:
+        runs.setdefault((line["row"], line["config"], line["seed"]), []).append(line)
+    with answering(uri, "--mlflow"):
+        experiment = experiment_id(client, lines[0]["study"], uri)
+        for (row, config, seed), own in runs.items():
+            key = f"{row}-{config}-{seed}"
+            found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+            if found:
+                run_id = found[0].info.run_id
+            else:
+                tags = {KEY: key, "seed": str(seed), "study.row": row}
+                run_id = client.create_run(experiment, tags=tags, run_name=f"{row}-seed{seed}").info.run_id
+            settings: dict[str, Any] = next((line["settings"] for line in own if line["kind"] == "training"), {})
+            params = [Param(name, value) for name, value in _flat({"model": settings}).items()]
+            metrics = [Metric(name, value, 0, 0) for line in own for name, value in _metrics(line).items()]
+            machine = [RunTag(f"machine.{name}", str(value)) for name, value in own[-1]["machine"].items()]
+            # Params cannot change; those of an equal config do not.
+            client.log_batch(run_id, metrics=metrics, params=params, tags=[*machine, RunTag("lines", digest(own))])
+            client.set_terminated(run_id)
+    print(f"{len(runs)} runs of experiment {lines[0]['study']!r} in {uri}", flush=True)
+
+
+def _metrics(line: Line) -> dict[str, float]:
+    """Means of a line, by names that the UI groups."""
+    if line["kind"] == "training":
+        named = {
+            "train/loss": line["loss_of_last_20_steps"],
+            "perf/tokens_per_second": line["tokens_per_second"],
+            "perf/peak_memory_bytes": line["peak_memory_bytes"],
+        }
+        return {name: float(value) for name, value in named.items() if value is not None}
+    stem = f"{line['split']}/{line['set']}/{line['attention']}"
+    means = {f"{stem}/{name}": math.fsum(line[name]) / len(line[name]) for name in ("f1", "em", "recall") if line[name]}
+    means[f"{stem}/loss"] = math.fsum(line["loss"]) / sum(line["tokens"])
+    means[f"{stem}/kv_share"] = line["kv_share"]
+    if line.get("survival"):
+        kept = {f"{stem}/{name}_kept": line["survival"][name] for name in ("gold", "answer")}
+        means |= {name: share for name, share in kept.items() if share is not None}
+    return means
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = str(value)[:250]
+    return found

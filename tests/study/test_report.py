@@ -1,0 +1,80 @@
+"""Tables, plots and the store, from results that a tiny study has written."""
+
+import math
+
+import numpy as np
+import pytest
+from helpers import one_line
+
+from lrsa_lit.cli import main
+from lrsa_lit.errors import UserError
+from lrsa_lit.study.plan import Study
+from lrsa_lit.study.report import Table, reference_of
+from lrsa_lit.study.results import read_lines
+from lrsa_lit.study.runner import Runner
+
+
+@pytest.fixture
+def results(study_file, data, tmp_path):
+    for part in ("main", "all"):
+        Runner(Study(str(study_file)), data, tmp_path / "results.jsonl", tmp_path / "work", 1e6).run(part)
+    return tmp_path / "results.jsonl"
+
+
+def test_a_report_has_a_table_for_each_part_and_data_set(study_file, results, tmp_path, capsys):
+    main(["study", "report", str(results), "--study", str(study_file), "--to", str(tmp_path / "report")])
+    text = (tmp_path / "report" / "report.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["## main: plain (test)", "## main: text (test)", "## all: plain (test)", "## Training"]
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"main-plain.png", "all-plain.png"}
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| dense | 4x | 1 | 25%")]
+    own = [line for line in read_lines(results) if (line["row"], line.get("attention")) == ("dense", "4x")]
+    assert rows[0][5].startswith(f"{np.mean(own[0]['f1']):.3f} [")
+    perplexity = math.exp(sum(own[1]["loss"]) / sum(own[1]["tokens"]))
+    assert rows[1][5].startswith(f"{perplexity:.2f} [")
+
+
+def test_cells_gather_the_seeds_and_are_held_against_dense_training(study_file, results):
+    study, lines = Study(str(study_file)), read_lines(results)
+    entries = {
+        (entry.cell.row, entry.cell.attention): entry for entry in Table(study, "main", "plain", lines).entries()
+    }
+    own = entries["lrsa", "4x"]
+    dense = np.array(next(line["f1"] for line in lines if line.get("attention") == "dense"))
+    # A seed that another part has run counts here as well.
+    assert own.cell.scores("f1").shape == (2, 3)
+    assert own.of_dense.difference.value == pytest.approx(own.cell.scores("f1").mean() - dense.mean())
+    assert own.of_same is not None
+    assert entries["dense", "dense"].of_same is None
+    assert own.cell.kept == 0.25
+    assert reference_of(study, study.row("mixed")).name == "dense"
+
+
+def test_results_become_runs_of_a_store_once(study_file, results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
+    for _ in range(2):
+        main(["study", "report", str(results), "--study", str(study_file), "--to", "report", "--mlflow", uri])
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("tiny-study").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == [
+        "base-seed0", "dense-seed0", "lrsa-seed0", "lrsa-seed1", "mixed-seed0", "mixed-seed1"]  # fmt: skip
+    (run,) = (run for run in runs if run.info.run_name == "lrsa-seed0")
+    (line,) = (line for line in read_lines(results) if (line["row"], line["seed"], line.get("attention"),
+               line.get("set")) == ("lrsa", 0, "4x", "plain"))  # fmt: skip
+    assert run.data.metrics["test/plain/4x/f1"] == pytest.approx(np.mean(line["f1"]))
+    assert run.data.params["model.optimizer.class_path"] == "torch.optim.AdamW"
+
+
+def test_no_results_no_report(study_file, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "report", str(tmp_path / "none.jsonl"), "--study", str(study_file)])
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"kind": "other"}\n')
+    with pytest.raises(UserError) as error:
+        read_lines(tmp_path / "r.jsonl")
+    assert "line 1" in one_line(error.value)

@@ -1,0 +1,67 @@
+"""Token files and results on the disk."""
+
+import numpy as np
+import pytest
+from helpers import one_line
+from study.conftest import examples
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.study import tokens
+from lrsa_lit.study.results import Results, read_lines
+
+
+def test_examples_survive_a_file(tmp_path):
+    given = examples("test", 4)
+    written = tokens.write(tmp_path / "new" / "a.npz", given)
+    assert written == tokens.read(tmp_path / "new" / "a.npz")
+    for one, other in zip(given, written.examples, strict=True):
+        spans = {name: [list(span) for span in one[name]] for name in ("gold_spans", "answer_spans")}
+        assert {**one, **spans} == other
+    assert written.lengths == [len(example["input_ids"]) for example in given]
+    assert not list((tmp_path / "new").glob(".*"))
+
+
+def test_a_digest_is_of_the_examples_and_not_of_the_file(tmp_path):
+    given = examples("test", 3)
+    one = tokens.write(tmp_path / "a.npz", given)
+    assert tokens.write(tmp_path / "b.npz", given).digest == one.digest
+    changed = [{**given[0], "answers": ["other"]}, *given[1:]]
+    assert tokens.write(tmp_path / "c.npz", changed).digest != one.digest
+    assert tokens.write(tmp_path / "d.npz", given[::-1]).digest != one.digest
+
+
+def test_tokens_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
+    given = {**examples("test", 1)[0], "input_ids": [1, 65_536]}
+    with pytest.raises(UserError, match="65536"):
+        tokens.write(tmp_path / "a.npz", [given])
+    with pytest.raises(UserError, match="no examples"):
+        tokens.write(tmp_path / "a.npz", [])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, b"text", b"PK\x03\x04broken"])
+def test_broken_files_are_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        tokens.read(tmp_path / "a.npz")
+    assert "a.npz" in one_line(error.value)
+    np.savez_compressed(tmp_path / "b.npz", tokens=np.zeros(3, dtype=np.uint16))
+    with pytest.raises(UserError, match=r"b\.npz"):
+        tokens.read(tmp_path / "b.npz")
+
+
+def test_what_a_killed_process_has_left_of_a_line_gives_way(tmp_path):
+    path = tmp_path / "r.jsonl"
+    first = {"kind": "training", "config": "a", "seed": 0, "train_digest": "d", "steps": 3}
+    Results(path).append(first)
+    with path.open("a") as file:
+        file.write('{"kind": "train')
+    results = Results(path)
+    assert results.lines == [first]
+    assert results.has(kind="training", config="a", seed=0, train_digest="d")
+    assert not results.has(kind="training", config="a", seed=1, train_digest="d")
+    results.append({**first, "seed": 1})
+    results.append({**first, "steps": 4})
+    assert [line["steps"] for line in read_lines(path)] == [4, 3]
+    assert len(path.read_text().splitlines()) == 3
