@@ -44,7 +44,12 @@ STUDY = {
     },
     "parts": {
         "main": {"rows": ["dense", "lrsa"], "seeds": [0], "inference": ["dense", "4x"], "sets": ["plain", "text"]},
-        "all": {"rows": ["base", "mixed", "lrsa"], "inference": ["own", "random-4x"], "sets": ["plain"]},
+        "all": {
+            "rows": ["base", "mixed", "lrsa"],
+            "inference": ["own", "random-4x"],
+            "sets": ["plain"],
+            "against": {"row": "lrsa", "inference": "own"},
+        },
     },
 }
 

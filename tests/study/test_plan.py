@@ -92,7 +92,9 @@ def test_mistakes_are_named(changes, named, tmp_path):
     assert named in one_line(error.value)
 
 
-@pytest.mark.parametrize(("key", "value"), [("rows", ["none"]), ("inference", ["none"]), ("sets", ["none"])])
+@pytest.mark.parametrize(("key", "value"), [("rows", ["none"]), ("inference", ["none"]), ("sets", ["none"]),
+                                             ("against", {"row": "none", "inference": "own"}),
+                                             ("against", {"row": "lrsa", "inference": "none"})])  # fmt: skip
 def test_mistakes_of_a_part_are_named(key, value, tmp_path):
     with pytest.raises(UserError, match="'none'"):
         list(study_of(tmp_path, parts={"main": {key: value}}).work("main"))

@@ -47,6 +47,13 @@ def test_cells_gather_the_seeds_and_are_held_against_dense_training(study_file, 
     assert own.of_same is not None
     assert entries["dense", "dense"].of_same is None
     assert own.cell.kept == 0.25
+    assert own.of_named is None
+    entries = {(entry.cell.row, entry.cell.attention): entry for entry in Table(study, "all", "plain", lines).entries()}
+    assert entries["lrsa", "own"].of_named is None
+    random = entries["lrsa", "random-4x"]
+    assert random.of_named.difference.value == pytest.approx(
+        random.cell.scores("f1").mean() - entries["lrsa", "own"].cell.scores("f1").mean()
+    )
     assert reference_of(study, study.row("mixed")).name == "dense"
 
 

@@ -73,7 +73,9 @@ def evaluate(
         report: told of the progress.
     """
     found = Answers()
-    with using(model, dense_rule(model) if rule is None else rule):
+    # Compiled layers run as they are: they would be compiled anew for each length.
+    eager = torch.compiler.set_stance("force_eager")
+    with using(model, dense_rule(model) if rule is None else rule), eager:
         for start in range(0, len(examples), batch_size):
             losses, counts = answer_losses(model, examples[start : start + batch_size], tokenizer.pad_token_id)
             found.loss += losses

@@ -20,7 +20,7 @@ DENSE = "dense"
 """The digest of dense attention, which has no rule."""
 
 _KEYS = {"configs", "seeds", "trainer", "model", "data", "data_sets", "inference", "rows", "parts"}
-_PART = {"rows", "seeds", "inference", "sets", "split"}
+_PART = {"rows", "seeds", "inference", "sets", "split", "against"}
 _TRAINER = ("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches")
 # How a model is trained, but not what comes out of it.
 _NOT_IN_HASH = {"gradient_checkpointing", "compile_layers"}
@@ -152,11 +152,19 @@ class Study:
         asked = self.parts[part]
         _check_keys(f"{self.name}: parts.{part}", asked, _PART)
         rows = [self.row(name) for name in asked["rows"]]
+        if (against := asked.get("against")) is not None:
+            self.rule_of(part, self.row(against["row"]), against["inference"])
         for number, seed in enumerate(asked.get("seeds") or self.seeds):
             for row in rows:
                 # The base LLM is the same for each seed.
                 if row.steps or number == 0:
                     yield Work(row, seed if row.steps else 0, self._evaluations(part, row))
+
+    def rule_of(self, part: str, row: Row, attention: str) -> LRSAConfig | None:
+        """The rule of an inference attention that a part names."""
+        if attention != OWN and attention not in self.inference:
+            raise UserError(f"parts.{part}.inference: there is no {attention!r} in inference")
+        return row.rule if attention == OWN else self.inference[attention]
 
     def _evaluations(self, part: str, row: Row) -> list[Evaluation]:
         asked = self.parts[part]
@@ -166,9 +174,7 @@ class Study:
             if data_set not in self.data_sets:
                 raise UserError(f"parts.{part}.sets: there is no data set {data_set!r} in data_sets")
             for name in asked["inference"]:
-                if name != OWN and name not in self.inference:
-                    raise UserError(f"parts.{part}.inference: there is no {name!r} in inference")
-                rule = row.rule if name == OWN else self.inference[name]
+                rule = self.rule_of(part, row, name)
                 evaluations.append(Evaluation(name, rule, data_set, split))
         return list({(item.rule_digest, item.data_set): item for item in reversed(evaluations)}.values())[::-1]
 

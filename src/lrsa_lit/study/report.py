@@ -58,12 +58,14 @@ class Entry:
         score: mean of the data set's measure.
         of_dense: against dense training with dense inference.
         of_same: against dense training under the same attention; None for dense training itself.
+        of_named: against the row and attention that the part names.
     """
 
     cell: Cell
     score: Estimate
     of_dense: Comparison | None
     of_same: Comparison | None
+    of_named: Comparison | None
 
 
 class Table:
@@ -81,6 +83,9 @@ class Table:
         self.split = study.parts[part].get("split", "test")
         self.generated = study.data_sets[data_set].get("generate", True)
         self.measure = study.data_sets[data_set].get("measure", "f1") if self.generated else "loss"
+        self.against: tuple[str, str] | None = None
+        if (named := study.parts[part].get("against")) is not None:
+            self.against = named["row"], named["inference"]
         self._lines = lines
         self.cells = list(self._cells())
 
@@ -112,16 +117,24 @@ class Table:
     def _entry(self, cell: Cell) -> Entry:
         scores = cell.scores(self.measure)
         if self.measure == "loss":
-            return Entry(cell, statistics.ratio_of_sums(scores, cell.scores("tokens")), None, None)
+            return Entry(cell, statistics.ratio_of_sums(scores, cell.scores("tokens")), None, None, None)
         row = reference_of(self.study, self.study.row(cell.row))
         dense = same = None
         if row is not None:
             dense = self._cell(row, "dense", DENSE)
             same = self._cell(row, cell.attention, cell.line["rule_digest"]) if row.name != cell.row else None
-        return Entry(cell, statistics.mean(scores), self._against(cell, dense), self._against(cell, same))
+        others = [self._against(cell, other) for other in (dense, same, self._named())]
+        return Entry(cell, statistics.mean(scores), *others)
+
+    def _named(self) -> Cell | None:
+        if self.against is None:
+            return None
+        row, attention = self.study.row(self.against[0]), self.against[1]
+        rule = self.study.rule_of(self.part, row, attention)
+        return self._cell(row, attention, DENSE if rule is None else rule.digest())
 
     def _against(self, cell: Cell, other: Cell | None) -> Comparison | None:
-        if other is None or other.line["set_digest"] != cell.line["set_digest"]:
+        if other is None or other.lines == cell.lines or other.line["set_digest"] != cell.line["set_digest"]:
             return None
         return statistics.compare(cell.scores(self.measure), other.scores(self.measure))
 
@@ -183,26 +196,30 @@ def markdown(table: Table, entries: Iterable[Entry]) -> list[str]:
         body = [[*_names(entry), _interval(Estimate(*map(math.exp, entry.score)), 2)] for entry in entries]
         return _rows(head, body)
     label = {"f1": "F1", "recall": "recall", "em": "exact match"}[table.measure]
-    against = ["of dense", "less dense-trained", "p", "gold kept"]
-    head = ["trained", "inference", "seeds", "kept", "pairs", label, "exact match", "loss", *against]
+    head = ["trained", "inference", "seeds", "kept", "pairs", label, "exact match", "loss", "of dense", "gold kept"]
+    entries = list(entries)
     body = []
     for entry in entries:
         cell = entry.cell
         loss = cell.scores("loss").sum() / cell.scores("tokens").sum()
-        same = entry.of_same
-        body.append(
-            [
-                *_names(entry),
-                _interval(entry.score, 3),
-                f"{cell.scores('em').mean():.3f}",
-                f"{loss:.3f}",
-                _percent(entry.of_dense.ratio) if entry.of_dense else "",
-                _interval(same.difference, 3, "+") if same else "",
-                f"{same.p_value:.4f}" if same else "",
-                _survival(cell),
-            ]
-        )
+        ratio = _percent(entry.of_dense.ratio) if entry.of_dense else ""
+        middle = [_interval(entry.score, 3), f"{cell.scores('em').mean():.3f}", f"{loss:.3f}"]
+        body.append([*_names(entry), *middle, ratio, _survival(cell)])
+    for title, compared in _comparisons(table, entries):
+        head += [f"less {title}", "p", "Holm"]
+        adjusted = iter(statistics.holm([found.p_value for found in compared if found is not None]))
+        for row, found in zip(body, compared, strict=True):
+            p_values = [f"{found.p_value:.4f}", f"{next(adjusted):.4f}"] if found else ["", ""]
+            row += [_interval(found.difference, 3, "+") if found else "", *p_values]
     return _rows(head, body)
+
+
+def _comparisons(table: Table, entries: Sequence[Entry]) -> Iterator[tuple[str, list[Comparison | None]]]:
+    """What the rows are held against, as far as there is something."""
+    named = f"{table.against[0]}, {table.against[1]}" if table.against else ""
+    yield "dense-trained", [entry.of_same for entry in entries]
+    if table.against:
+        yield named, [entry.of_named for entry in entries]
 
 
 def _names(entry: Entry) -> list[str]:
@@ -222,7 +239,8 @@ def _head(lines: Sequence[Line]) -> list[str]:
         "Brackets are 95 % intervals, of questions drawn with all their seeds, and of seeds. *kept* is K/L in sparse "
         "layers and 1 in dense ones, *pairs* the share of query-key pairs attended to, sinks and windows included. *of "
         "dense* is the score by that of dense training with dense inference; *less dense-trained* the difference to "
-        "dense training under the same attention, with the p-value of a paired permutation test of the questions. "
+        "dense training under the same attention, with the p-value of a paired permutation test of the "
+        "questions, alone and adjusted for the tests of its column by Holm's method. "
         "*gold kept* is the share of the supporting passages' tokens that a head keeps.",
         "",
         *(f"- {machine}" for machine in machines),

@@ -1,0 +1,71 @@
+"""Data sets become token files, as the study says."""
+
+import json
+
+import pytest
+import yaml
+from helpers import one_line
+from study.conftest import STUDY
+
+from lrsa_lit.cli import main
+from lrsa_lit.data.prompts import TooLong
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.tiny import tiny_tokenizer
+from lrsa_lit.study import tokens
+from lrsa_lit.study.articles import Articles
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def articles_file(tmp_path) -> str:
+    def article(name: str, paragraphs: int) -> dict:
+        qas = [{"id": f"{name}-q", "question": "Q?", "answers": [{"text": "fact"}], "is_impossible": False}]
+        texts = [{"context": f"{name} fact {number}. " * 5, "qas": qas if number == 0 else []}
+                 for number in range(paragraphs)]  # fmt: skip
+        return {"title": name, "paragraphs": texts}
+
+    content = {"data": [article("Long", 6), article("Longer", 9), article("Short", 1)]}
+    (tmp_path / "squad.json").write_text(json.dumps(content))
+    return str(tmp_path / "squad.json")
+
+
+def test_the_splits_of_the_limits_are_written(tmp_path, capsys):
+    given = {"max_tokens": 4096, "train": "data/sample.jsonl", "test": "data/sample.jsonl"}
+    sets = {
+        "plain": {"class_path": "lrsa_lit.data.QAFiles", "init_args": {**given, "limit": {"train": 2, "test": 1}}},
+        "text": {
+            "class_path": "lrsa_lit.study.articles.Articles",
+            "init_args": {"source": articles_file(tmp_path), "sha256": None, "max_tokens": 300, "scored_from": 100,
+                          "val_fraction": 0.0, "test_fraction": 0.9, "limit": {"test": 5}},
+        },
+    }  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "data_sets": sets}))
+    main(["study", "data", str(path), "--data", str(tmp_path / "data")])
+    assert {file.name for file in (tmp_path / "data").iterdir()} == {
+        "plain-train.npz", "plain-test.npz", "text-test.npz"}  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "plain-train.npz: 2 examples" in shown
+    assert "total: " in shown
+    text = tokens.read(tmp_path / "data" / "text-test.npz")
+    assert sorted(example["id"] for example in text.examples) == ["Long-q", "Longer-q"]
+    assert {(len(example["input_ids"]), example["prompt_length"]) for example in text.examples} == {(300, 100)}
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "data", str(path), "--only", "other"])
+    assert "'other'" in capsys.readouterr().err
+
+
+def test_an_article_is_text_alone(tmp_path):
+    made = Articles(source=articles_file(tmp_path), sha256=None, max_tokens=200, scored_from=50, val_fraction=0.0)
+    made.tokenizer = tokenizer = tiny_tokenizer()
+    records = {record.id: record for split in ("train", "test") for record in made.records(split)}
+    text = tokenizer.decode(made.to_example(records["Long-q"])["input_ids"])
+    assert text.startswith("Long (1)\nLong fact 0. Long fact 0.")
+    assert "Q?" not in text
+    assert isinstance(made.to_example(records["Short-q"]), TooLong)
+    with pytest.raises(UserError) as error:
+        Articles(source=articles_file(tmp_path), sha256=None, max_tokens=200, scored_from=200)
+    assert "scored_from" in one_line(error.value)
