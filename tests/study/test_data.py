@@ -1,8 +1,10 @@
 """Data sets become token files, as the study says."""
 
+import itertools
 import json
 
 import pytest
+import torch
 import yaml
 from helpers import one_line
 from study.conftest import STUDY
@@ -69,3 +71,38 @@ def test_an_article_is_text_alone(tmp_path):
     with pytest.raises(UserError) as error:
         Articles(source=articles_file(tmp_path), sha256=None, max_tokens=200, scored_from=200)
     assert "scored_from" in one_line(error.value)
+
+
+def test_the_batches_are_those_of_a_fit_with_the_row_as_its_config(tmp_path):
+    from data_helpers import ids
+
+    from lrsa_lit.data import Mixture, QAFiles
+    from lrsa_lit.study.plan import Study
+    from lrsa_lit.study.training import Batches
+
+    def files(name: str, count: int) -> dict:
+        lines = [{"id": f"{name}{number}", "passages": [{"title": "T", "text": "x" * number}], "question": "Q?",
+                  "answers": ["a"]} for number in range(1, count + 1)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return {"max_tokens": 1024, "train": str(tmp_path / f"{name}.jsonl"), "limit": {"train": 99}}
+
+    given = {"plain": files("plain", 9), "text": files("text", 4)}
+    sets = {name: {"class_path": "lrsa_lit.data.QAFiles", "init_args": options} for name, options in given.items()}
+    rows = {"both": {"data": {"init_args": {"weights": {"text": 0.3, "plain": 0.7}}}}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**STUDY, "data_sets": sets, "rows": rows}, sort_keys=False))
+    main(["study", "data", str(tmp_path / "study.yaml"), "--data", str(tmp_path / "data")])
+    study = Study(str(tmp_path / "study.yaml"))
+    config = study.as_config("both", 3)["data"]["init_args"]
+    parts = {name: QAFiles(**part["init_args"]) for name, part in config.pop("data_sets").items()}
+    fitted = Mixture(data_sets=parts, tokenizer=tiny_tokenizer(), **config)
+    fitted.prepare_data("fit")
+    fitted.setup("fit")
+    torch.manual_seed(3)
+    loader = fitted.train_dataloader()
+    expected = [*ids(loader), *ids(loader)]
+    read = {name: tokens.read(tokens.path_of(tmp_path / "data", name, "train")) for name in study.row("both").weights}
+    batches = Batches(read, study.row("both"), 3, 2)
+    found = [batch["id"] for batch in itertools.islice(batches, 2 * len(batches.plan))]
+    assert list(itertools.chain(*found)) == expected
+    batches.first = 9
+    assert next(iter(batches))["id"] == found[9]

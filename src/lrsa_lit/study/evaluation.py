@@ -5,7 +5,7 @@ Dimensions: B prompts in a batch, T tokens, N columns that predict an answer tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,6 @@ from lrsa_lit.data.prompts import Example
 from lrsa_lit.metrics import exact_match, f1_score, recall
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Selector
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
-
-Report = Callable[[int], None]
-"""Called with the number of questions that are done."""
 
 
 @dataclass
@@ -59,7 +56,6 @@ def evaluate(
     *,
     max_new_tokens: int,
     batch_size: int = 8,
-    report: Report = lambda _: None,
 ) -> Answers:
     """Teacher-forced loss and greedy answers.
 
@@ -70,7 +66,6 @@ def evaluate(
         rule: the attention; None is dense.
         max_new_tokens: most tokens of an answer; 0 generates none.
         batch_size: questions at a time for the loss; answers are generated one by one.
-        report: told of the progress.
     """
     found = Answers()
     # Compiled layers run as they are: they would be compiled anew for each length.
@@ -83,7 +78,7 @@ def evaluate(
         if not max_new_tokens:
             return found
         greedy = Greedy(model, max_new_tokens, max(example["prompt_length"] for example in examples))
-        for number, example in enumerate(examples, start=1):
+        for example in examples:
             prompt = token_ids(example)[: example["prompt_length"]]
             ids = greedy(prompt.to(model.device)[None], tokenizer.eos_token_id)
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -91,7 +86,6 @@ def evaluate(
             found.f1.append(f1_score(text, example["answers"], example["match"]))
             found.em.append(exact_match(text, example["answers"], example["match"]))
             found.recall.append(recall(text, example["answers"], example["match"]))
-            report(number)
     return found
 
 

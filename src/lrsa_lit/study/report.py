@@ -106,8 +106,9 @@ class Table:
 
     def _cell(self, row: Row, attention: str, rule_digest: str) -> Cell | None:
         found = [line for line in self._of(row) if line["rule_digest"] == rule_digest]
-        # Answers to other questions, of a former version of the data, stay out.
-        same = [line for line in found if line["set_digest"] == found[-1]["set_digest"]]
+        # Answers to other questions, and after training on others, of a former version of the data, stay out.
+        data = ("set_digest", "train_digest")
+        same = [line for line in found if all(line[name] == found[-1][name] for name in data)]
         return Cell(row.name, attention, tuple(same)) if same else None
 
     def _of(self, row: Row) -> list[Line]:

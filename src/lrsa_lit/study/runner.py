@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
@@ -108,6 +109,9 @@ class Runner:
         checkpoint = self._weights(work).with_name("training.ckpt")
         _say(f"{work.row.name}, seed {work.seed}: training{' goes on' if checkpoint.exists() else ''}")
         if torch.cuda.is_available():
+            # What an earlier row has left behind must not count.
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         meter, steps = train(work.row, work.seed, task, files, checkpoint, lambda: self.left() <= 0)
         if steps < work.row.steps:
