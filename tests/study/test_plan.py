@@ -9,6 +9,7 @@ from study.conftest import STUDY
 
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
+from lrsa_lit.flops import kv_ratio
 from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
 from lrsa_lit.study import settings
 from lrsa_lit.study.plan import Study
@@ -125,6 +126,19 @@ def test_the_shipped_study_is_complete():
     assert len({row.hash for row in study.rows.values()}) == len(study.rows)
     first_line = (Path(__file__).parents[2] / SHIPPED).read_text().splitlines()[0]
     assert first_line.startswith(f"# lrsa study run {SHIPPED} --part main ")
+
+
+def test_the_shares_of_the_shipped_study_are_what_their_names_say():
+    shares = {"pairs50": 0.5, "pairs25": 0.25, "pairs13": 0.125, "2x": 0.5, "4x": 0.25, "8x": 0.125}
+    study = Study(SHIPPED)
+    for name, rule in study.inference.items():
+        if rule is None or name == "none":
+            continue
+        dense = len(rule.dense_layers)
+        kept = (dense + (30 - dense) * rule.top_k / rule.lag_size) / 30
+        # Prompts of 4,096 tokens are filled to within a few of them.
+        found = kv_ratio(rule, 4080, 30) if name.startswith("pairs") else kept
+        assert found == pytest.approx(shares[name.partition("-")[0]], abs=0.007), name
 
 
 @pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "lrsa-4x-needles"])
