@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+import yaml
+from study.conftest import STUDY
 
 from lrsa_lit.cli import main
+from lrsa_lit.study import settings
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner
@@ -55,7 +58,10 @@ def test_a_part_runs_from_the_command_and_is_skipped_the_second_time(study_file,
     assert "4/4 evaluated" in shown
 
 
-def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(study_file, data, tmp_path, capsys):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(accumulated, study_file, data, tmp_path, capsys):
+    asked = settings.merged(STUDY, {"trainer": {"accumulate_grad_batches": accumulated}})
+    study_file.write_text(yaml.safe_dump(asked, sort_keys=False))
     whole = runner(study_file, data, tmp_path, out="whole.jsonl")
     assert whole.run("main")
     (tmp_path / "work").rename(tmp_path / "whole")

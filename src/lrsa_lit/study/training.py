@@ -29,7 +29,7 @@ from lrsa_lit.study.tokens import TokenFile
 from lrsa_lit.tasks import LongContextQA
 
 _WARM_UP = 5
-"""Steps that are left out of the measured speed: they compile kernels."""
+"""Batches that are left out of the measured speed: they compile kernels."""
 
 
 class Batches(IterableDataset[TrainBatch]):
@@ -65,11 +65,11 @@ class Meter(lightning.Callback):
 
     Args:
         checkpoint: where to leave it.
-        out_of_time: asked after each step.
+        out_of_time: asked after each optimizer step.
 
     Attributes:
-        losses: answer loss of each step.
-        tokens: of the steps behind the first few of each call, padding included.
+        losses: answer loss of each batch.
+        tokens: of the batches behind the first few of each call, padding included.
         seconds: that these took.
     """
 
@@ -102,7 +102,9 @@ class Meter(lightning.Callback):
         self._pending.append(trainer.callback_metrics["train/loss"].detach().clone())
         self._queued += batch["input_ids"].numel()
         last = trainer.global_step == trainer.max_steps
-        stop = not last and self.out_of_time()
+        # Gradients that are still being accumulated would be lost.
+        whole = self._steps % trainer.accumulate_grad_batches == 0
+        stop = whole and not last and self.out_of_time()
         if self._steps == _WARM_UP or self._steps % 10 == 0 or last or stop:
             self._read(pl_module)
         if stop:
