@@ -24,9 +24,10 @@ def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
     for number, row in enumerate(rows):
         line = sorted((entry for entry in entries if entry.cell.row == row), key=lambda entry: _share(entry))
         shares, scores = [_share(entry) for entry in line], [entry.score.value for entry in line]
+        # Rounding may put the ends of an empty interval on the wrong side of its middle.
         errors = [
-            [entry.score.value - entry.score.low for entry in line],
-            [entry.score.high - entry.score.value for entry in line],
+            [max(0.0, entry.score.value - entry.score.low) for entry in line],
+            [max(0.0, entry.score.high - entry.score.value) for entry in line],
         ]
         colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
         axes.errorbar(shares, scores, errors, fmt=f"{marker}-", color=colour, capsize=3, label=row, alpha=0.85)
