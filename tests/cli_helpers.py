@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from pathlib import Path
+
+import pytest
 
 DEBUG = ["--config", "configs/debug/tiny.yaml"]
 NO_LOGGER = ["--trainer.logger", "false"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test runs in a folder of its own, as a user far from the checkout would, with a cache of its own.
+
+    It holds for the tests of a folder whose conftest, or of a file that, imports it.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(sys, "argv", ["lrsa"])
+    return tmp_path
 
 
 def recorded_runs(store: Path, experiment: str) -> list:
@@ -23,5 +39,7 @@ def recorded_runs(store: Path, experiment: str) -> list:
 def interruptible():
     """Start children as from a terminal: background jobs of a shell, this run maybe, ignore Ctrl-C and pass that on."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

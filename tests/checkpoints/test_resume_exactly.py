@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cli_helpers import interruptible
 
 from lrsa_lit.checkpoints import rng
 from lrsa_lit.cli import main
@@ -119,10 +120,8 @@ def test_a_stopped_fit_goes_on(elsewhere, references, at, capfd, name, kind, key
 def test_ctrl_c_waits_for_the_batch(elsewhere, references, at, capfd):
     fit = references("plain")
     at("loss", "epoch 1, batch 2", lambda: os.kill(os.getpid(), signal.SIGINT))
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as stop:
+    with interruptible(), pytest.raises(SystemExit) as stop:
         main(fit.arguments)
-    signal.signal(signal.SIGINT, handler)
     assert stop.value.code == 130
     assert "interrupted at step 8; go on with" in capfd.readouterr().err
     main([*fit.arguments, "--ckpt_path", "last"])

@@ -1,17 +1,5 @@
 """Each test of the command line runs as a user far from the checkout would."""
 
-from __future__ import annotations
+from cli_helpers import elsewhere
 
-import sys
-
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, as a user far from the checkout would, with a cache of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(sys, "argv", ["lrsa"])
-    return tmp_path
+__all__ = ["elsewhere"]
