@@ -180,20 +180,22 @@ class Runner:
             "kind": kind,
             "study": Path(self.study.name).stem,
             "row": work.row.name,
-            "config": work.row.hash,
-            "seed": work.seed,
-            "train_digest": self._train_digest(work.row),
+            **self._weights_key(work),
             "machine": _machine(),
         }
 
+    def _weights_key(self, work: Work) -> Line:
+        """What decides the weights of a row and seed."""
+        return {"config": work.row.hash, "seed": work.seed, "train_digest": self._train_digest(work.row)}
+
     def _missing(self, work: Work) -> list[Evaluation]:
-        about = {"config": work.row.hash, "seed": work.seed, "train_digest": self._train_digest(work.row)}
+        key = self._weights_key(work)
         return [
             item
             for item in work.evaluations
             if not self.results.has(
                 kind="evaluation",
-                **about,
+                **key,
                 rule_digest=item.rule_digest,
                 set=item.data_set,
                 split=item.split,
@@ -203,8 +205,7 @@ class Runner:
 
     def _trained(self, work: Work) -> bool:
         """Whether there is nothing to train; the weights may be gone all the same."""
-        about = {"config": work.row.hash, "seed": work.seed, "train_digest": self._train_digest(work.row)}
-        return work.row.steps == 0 or self.results.has(kind="training", **about)
+        return work.row.steps == 0 or self.results.has(kind="training", **self._weights_key(work))
 
     def _train_digest(self, row: Row) -> str:
         if row.steps == 0:
@@ -212,7 +213,7 @@ class Runner:
         return digest({name: self._file(name, "train").digest for name, weight in row.weights.items() if weight})
 
     def _weights(self, work: Work) -> Path:
-        return self.folder / f"{work.row.hash}-{work.seed}-{self._train_digest(work.row)}" / "weights.pt"
+        return self.folder / "-".join(map(str, self._weights_key(work).values())) / "weights.pt"
 
     def _file(self, data_set: str, split: str) -> TokenFile:
         if (data_set, split) not in self._files:

@@ -175,15 +175,13 @@ def train(
         What was measured, and the steps that are done in all. ``task.model`` has the weights.
     """
     lightning.seed_everything(seed, verbose=False)
-    tokenizer = task.tokenizer
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    batches, meter = Batches(files, row, seed, int(pad)), Meter(checkpoint, out_of_time)
-    resumed = checkpoint.exists()
-    accumulated = row.settings["trainer"].get("accumulate_grad_batches") or 1
+    batches, meter = Batches(files, row, seed, task.tokenizer.pad_token_id), Meter(checkpoint, out_of_time)
+    resumed, asked = checkpoint.exists(), row.settings["trainer"]
+    accumulated = asked.get("accumulate_grad_batches") or 1
     if resumed:
-        # Its own file, in which nothing but tensors and plain values matters here.
-        batches.first = accumulated * int(torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"])
-    asked = row.settings["trainer"]
+        # Mapped: the trainer reads the weights.
+        steps = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        batches.first = accumulated * int(steps)
     with _quiet():
         trainer = lightning.Trainer(
             accelerator="auto",
@@ -203,7 +201,7 @@ def train(
             callbacks=[meter],
         )
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
-        trainer.fit(task, loader, ckpt_path=str(checkpoint) if resumed else None, weights_only=False)
+        trainer.fit(task, loader, ckpt_path=str(checkpoint) if resumed else None, weights_only=True)
     return meter, trainer.global_step
 
 
