@@ -13,9 +13,10 @@ from typing import Any
 
 import lightning
 import torch
+from torch.nn.functional import pad
 from torch.utils.data import IterableDataset
 
-from lrsa_lit.data.collate import TrainBatch, collate_training
+from lrsa_lit.data.collate import IGNORE_INDEX, TrainBatch, collate_training
 from lrsa_lit.data.order import Mixed, shares
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import checked_policy
@@ -31,9 +32,15 @@ from lrsa_lit.tasks import LongContextQA
 _WARM_UP = 5
 """Batches that are left out of the measured speed: they compile kernels."""
 
+_MULTIPLE = 64
+"""What the length of batches of one length is a multiple of."""
+
 
 class Batches(IterableDataset[TrainBatch]):
     """The training batches of a seed from some step on, without end: the same for every row with the same data.
+
+    Where the row compiles its layers, all batches are as long as the longest example: each new length would be compiled
+    anew, the second one for any length and slower. The rule and its K may change: no compiled layer depends on them.
 
     Args:
         files: of the data sets with a share, by name.
@@ -50,14 +57,27 @@ class Batches(IterableDataset[TrainBatch]):
         lengths = [length for file in files.values() for length in file.lengths]
         self.plan = EpochPlan(lengths, checked_policy(row.batch_size, None, False), Mixed(counts, quotas))
         self.seed, self.pad_token_id, self.first = seed, pad_token_id, 0
+        compiles = row.settings["model"]["backbone"].get("compile_layers")
+        self.length = -(-max(lengths) // _MULTIPLE) * _MULTIPLE if compiles else None
 
     def __iter__(self) -> Iterator[TrainBatch]:
         """From batch ``first`` on."""
         epoch, start = divmod(self.first, len(self.plan))
         while True:
             for batch in self.plan.batches(self.seed, epoch)[start:]:
-                yield collate_training([self.examples[position] for position in batch], self.pad_token_id)
+                yield self._padded(collate_training([self.examples[position] for position in batch], self.pad_token_id))
             epoch, start = epoch + 1, 0
+
+    def _padded(self, batch: TrainBatch) -> TrainBatch:
+        if self.length is None:
+            return batch
+        room = (0, self.length - batch["input_ids"].shape[1])
+        return {
+            **batch,
+            "input_ids": pad(batch["input_ids"], room, value=self.pad_token_id),
+            "attention_mask": pad(batch["attention_mask"], room, value=0),
+            "labels": pad(batch["labels"], room, value=IGNORE_INDEX),
+        }
 
 
 class Meter(lightning.Callback):
