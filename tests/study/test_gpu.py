@@ -37,10 +37,16 @@ def test_one_graph_answers_all_prompts(rule):
     assert len(graphs - {id(None)}) == 1
 
 
-def test_a_part_runs_in_mixed_precision(data, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_runs_in_mixed_precision_with_compiled_layers(workers, data, tmp_path):
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(settings.merged(STUDY, {"trainer": {"precision": "bf16-mixed", "max_steps": 12}})))
-    assert Runner(Study(str(path)), data, tmp_path / "results.jsonl", tmp_path / "work", 1e6).run("main")
+    changes = {
+        "trainer": {"precision": "bf16-mixed", "max_steps": 12},
+        "model": {"backbone": {"compile_layers": True}},
+    }
+    path.write_text(yaml.safe_dump(settings.merged(STUDY, changes)))
+    runner = Runner(Study(str(path)), data, tmp_path / "results.jsonl", tmp_path / "work", 1e6, workers=workers)
+    assert runner.run("main")
     lines = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {line["dtype"] for line in lines if line["kind"] == "evaluation"} == {"bfloat16"}
     training = [line for line in lines if line["kind"] == "training"]

@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import yaml
 from helpers import one_line
+from study.conftest import STUDY
 
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
@@ -31,7 +33,8 @@ def test_a_report_has_a_table_for_each_part_and_data_set(study_file, results, tm
     own = [line for line in read_lines(results) if (line["row"], line.get("attention")) == ("dense", "4x")]
     assert rows[0][5].startswith(f"{np.mean(own[0]['f1']):.3f} [")
     perplexity = math.exp(sum(own[1]["loss"]) / sum(own[1]["tokens"]))
-    assert rows[1][5].startswith(f"{perplexity:.2f} [")
+    assert rows[1][5].startswith(f"{math.log(perplexity):.3f} [")
+    assert rows[1][6].startswith(f"{perplexity:.2f} [")
 
 
 def test_cells_gather_the_seeds_and_are_held_against_dense_training(study_file, results):
@@ -55,6 +58,22 @@ def test_cells_gather_the_seeds_and_are_held_against_dense_training(study_file, 
         random.cell.scores("f1").mean() - entries["lrsa", "own"].cell.scores("f1").mean()
     )
     assert reference_of(study, study.row("mixed")).name == "dense"
+
+
+def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(study_file, data, tmp_path):
+    parts = {"quick": {"rows": ["base"], "inference": ["dense"], "sets": ["plain"], "generate": False}}
+    parts["full"] = {**parts["quick"], "generate": True}
+    study_file.write_text(yaml.safe_dump({**STUDY, "parts": parts}, sort_keys=False))
+    study, out = Study(str(study_file)), tmp_path / "r.jsonl"
+    for part in ("quick", "full"):
+        Runner(study, data, out, tmp_path / "work", 1e6).run(part)
+    losses, answers = lines = read_lines(out)
+    tables = [Table(study, part, "plain", lines) for part in ("quick", "full")]
+    assert [table.measure for table in tables] == ["loss", "f1"]
+    assert [table.cells[0].lines for table in tables] == [(answers,), (answers,)]
+    assert Table(study, "full", "plain", [losses]).cells == []
+    (entry,) = Table(study, "quick", "plain", [losses]).entries()
+    assert entry.score.low < entry.score.value == sum(losses["loss"]) / sum(losses["tokens"]) < entry.score.high
 
 
 def test_results_become_runs_of_a_store_once(study_file, results, tmp_path, monkeypatch):

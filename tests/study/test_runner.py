@@ -66,7 +66,7 @@ def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(accumulated
     assert whole.run("main")
     (tmp_path / "work").rename(tmp_path / "whole")
     # Time passes with each look at the clock: calls end in the middle of a training, and after one evaluation.
-    for seconds in (18.5, 21.5) * 10:
+    for seconds in (17.5, 19.5) * 10:
         asked = iter(range(10**6))
         cut = runner(study_file, data, tmp_path, seconds=seconds, clock=lambda asked=asked: float(next(asked)))
         if cut.run("main"):
@@ -87,6 +87,23 @@ def test_lost_weights_are_trained_again_for_what_is_missing(study_file, data, tm
     assert runner(study_file, data, tmp_path).run("main")
     again = read_lines(tmp_path / "results.jsonl")
     assert without_times(again)[-1] == without_times([json.loads(lines[-1])])[0]
+
+
+def test_answers_serve_who_asks_for_losses_but_not_the_other_way_round(study_file, data, tmp_path):
+    quick = {"rows": ["base"], "inference": ["dense"], "sets": ["plain", "text"], "generate": False}
+    parts = {"quick": quick, "full": {**quick, "generate": True}}
+    study_file.write_text(yaml.safe_dump({**STUDY, "parts": parts}, sort_keys=False))
+    for part, out, expected in (("quick", "a", 2), ("full", "a", 3), ("full", "b", 2), ("quick", "b", 2)):
+        assert runner(study_file, data, tmp_path, out=out).run(part)
+        lines = read_lines(tmp_path / out)
+        assert len(lines) == expected
+    losses, text, answers = read_lines(tmp_path / "a")
+    assert (losses["text"], losses["survival"], losses["generated"]) == ([], None, False)
+    assert (answers["loss"], answers["generated"], text["generated"]) == (losses["loss"], True, False)
+    # As lines were before losses could be asked for alone.
+    old = [{name: value for name, value in line.items() if name != "generated"} for line in lines]
+    (tmp_path / "old").write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert read_lines(tmp_path / "old") == lines
 
 
 def test_other_seeds_other_answers_and_the_base_model_once(study_file, data, tmp_path):

@@ -49,6 +49,12 @@ def _parser() -> Parser:
     run_part.add_argument("--minutes", type=float, default=9.0, help="stop before these are over (default: 9)")
     run_part.add_argument("--work", type=Path, default=Path("runs/study"), help="weights and unfinished trainings")
     run_part.add_argument("--source", help="folder of the study's base LLM on this machine")
+    run_part.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that share the evaluations, one thread each; default: 0, which evaluates in this process",
+    )
     run_part.set_defaults(action=_run)
     status = actions.add_parser("status", help="show what of a part is done")
     _add(status, "study", "data", "part", "out")
@@ -96,7 +102,17 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.minutes < 0:
         raise UserError(f"--minutes: {options.minutes} is not allowed; it must be at least 0")
-    runner = Runner(Study(options.study), options.data, options.out, options.work, 60 * options.minutes, options.source)
+    if options.workers < 0:
+        raise UserError(f"--workers: {options.workers} is not allowed; it must be at least 0")
+    runner = Runner(
+        Study(options.study),
+        options.data,
+        options.out,
+        options.work,
+        60 * options.minutes,
+        options.source,
+        options.workers,
+    )
     done = runner.run(options.part)
     print(f"{options.part}: {'done' if done else 'not done yet; the same command goes on'}", flush=True)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ DENSE = "dense"
 """The digest of dense attention, which has no rule."""
 
 _KEYS = {"configs", "seeds", "trainer", "model", "data", "data_sets", "inference", "rows", "parts"}
-_PART = {"rows", "seeds", "inference", "sets", "split", "against"}
+_PART = {"rows", "seeds", "inference", "sets", "split", "generate", "against"}
 _TRAINER = ("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches")
 # How a model is trained, but not what comes out of it.
 _NOT_IN_HASH = {"gradient_checkpointing", "compile_layers"}
@@ -85,12 +86,14 @@ class Evaluation(NamedTuple):
         rule: None is dense.
         data_set: its name.
         split: its split.
+        generates: whether the questions are answered; else there are losses alone.
     """
 
     name: str
     rule: LRSAConfig | None
     data_set: str
     split: str
+    generates: bool
 
     @property
     def rule_digest(self) -> str:
@@ -132,7 +135,7 @@ class Study:
         self.lrsa = _rule("model.lrsa", self.common["model"]["lrsa"], {})
         self.inference = {
             attention: None if changes is None else _rule(f"inference.{attention}", self.lrsa, changes)
-            for attention, changes in (content.get("inference") or {}).items()
+            for attention, changes in _each_layer(content.get("inference") or {})
         }
 
     def row(self, name: str) -> Row:
@@ -166,6 +169,11 @@ class Study:
             raise UserError(f"parts.{part}.inference: there is no {attention!r} in inference")
         return row.rule if attention == OWN else self.inference[attention]
 
+    def generates(self, data_set: str, part: str | None = None) -> bool:
+        """Whether the questions of a data set are answered, in a part or at all; else there are losses alone."""
+        asked = [self.data_sets[data_set], *([self.parts[part]] if part else [])]
+        return all(settings.get("generate", True) for settings in asked)
+
     def _evaluations(self, part: str, row: Row) -> list[Evaluation]:
         asked = self.parts[part]
         split = asked.get("split", "test")
@@ -173,10 +181,14 @@ class Study:
         for data_set in asked["sets"]:
             if data_set not in self.data_sets:
                 raise UserError(f"parts.{part}.sets: there is no data set {data_set!r} in data_sets")
-            for name in asked["inference"]:
+            for name in self._named(asked["inference"]):
                 rule = self.rule_of(part, row, name)
-                evaluations.append(Evaluation(name, rule, data_set, split))
+                evaluations.append(Evaluation(name, rule, data_set, split, self.generates(data_set, part)))
         return list({(item.rule_digest, item.data_set): item for item in reversed(evaluations)}.values())[::-1]
+
+    def _named(self, patterns: Sequence[str]) -> list[str]:
+        """The inference attentions of some names, in which ``*`` stands for anything."""
+        return [name for pattern in patterns for name in fnmatch.filter(self.inference, pattern) or [pattern]]
 
     def _row(self, name: str, changes: Settings) -> Row:
         _check_keys(f"{self.name}: rows.{name}", changes, {"trainer", "model", "data"})
@@ -222,6 +234,25 @@ def _rule(key: str, below: LRSAConfig | Settings, changes: Mapping[str, Any]) ->
         return below.replace(**{name: settings.made(value) for name, value in changes.items()})
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def _each_layer(inference: Mapping[str, Settings | None]) -> Iterator[tuple[str, Settings | None]]:
+    """The attentions of a study, with one NAME-i for each layer i where ``dense_layers`` is a mapping.
+
+    ``{only: 30}`` leaves just layer i of 30 dense, ``{all_but: 30}`` all others.
+    """
+    for name, changes in inference.items():
+        dense = None if changes is None else changes.get("dense_layers")
+        if not isinstance(dense, dict):
+            yield name, changes
+            continue
+        ((kind, count),) = dense.items() if len(dense) == 1 else ((None, None),)
+        if kind not in ("only", "all_but") or not isinstance(count, int):
+            raise UserError(f"inference.{name}.dense_layers: {dense} is not allowed; it must be layers, or {{only: N}} "
+                            "or {all_but: N} for each of N layers")  # fmt: skip
+        for layer in range(count):
+            layers = [other for other in range(count) if (other == layer) == (kind == "only")]
+            yield f"{name}-{layer}", {**(changes or {}), "dense_layers": layers}
 
 
 def _check_keys(where: str, given: Settings, allowed: set[str]) -> None:

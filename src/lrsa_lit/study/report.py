@@ -81,7 +81,7 @@ class Table:
     def __init__(self, study: Study, part: str, data_set: str, lines: Sequence[Line]) -> None:
         self.study, self.part, self.data_set = study, part, data_set
         self.split = study.parts[part].get("split", "test")
-        self.generated = study.data_sets[data_set].get("generate", True)
+        self.generated = study.generates(data_set, part)
         self.measure = study.data_sets[data_set].get("measure", "f1") if self.generated else "loss"
         self.against: tuple[str, str] | None = None
         if (named := study.parts[part].get("against")) is not None:
@@ -109,10 +109,13 @@ class Table:
         # Answers to other questions, and after training on others, of a former version of the data, stay out.
         data = ("set_digest", "train_digest")
         same = [line for line in found if all(line[name] == found[-1][name] for name in data)]
-        return Cell(row.name, attention, tuple(same)) if same else None
+        # A seed whose losses came first and whose answers later has two.
+        seeds = {line["seed"]: line for line in same}
+        return Cell(row.name, attention, tuple(seeds.values())) if seeds else None
 
     def _of(self, row: Row) -> list[Line]:
         of_set = {"kind": "evaluation", "config": row.hash, "set": self.data_set, "split": self.split}
+        of_set |= {"generated": True} if self.generated else {}
         return [line for line in self._lines if all(line.get(name) == value for name, value in of_set.items())]
 
     def _entry(self, cell: Cell) -> Entry:
@@ -193,8 +196,11 @@ def write_report(study: Study, results: Path, folder: Path, mlflow: str | None =
 def markdown(table: Table, entries: Iterable[Entry]) -> list[str]:
     """The rows of a Markdown table."""
     if table.measure == "loss":
-        head = ["trained", "inference", "seeds", "kept", "pairs", "perplexity"]
-        body = [[*_names(entry), _interval(Estimate(*map(math.exp, entry.score)), 2)] for entry in entries]
+        head = ["trained", "inference", "seeds", "kept", "pairs", "loss", "perplexity"]
+        body = [
+            [*_names(entry), _interval(entry.score, 3), _interval(Estimate(*map(math.exp, entry.score)), 2)]
+            for entry in entries
+        ]
         return _rows(head, body)
     label = {"f1": "F1", "recall": "recall", "em": "exact match"}[table.measure]
     head = ["trained", "inference", "seeds", "kept", "pairs", label, "exact match", "loss", "of dense", "gold kept"]

@@ -14,7 +14,7 @@ Line = dict[str, Any]
 
 _KEYS = {
     "training": ("config", "seed", "train_digest"),
-    "evaluation": ("config", "seed", "train_digest", "rule_digest", "set", "split", "set_digest"),
+    "evaluation": ("config", "seed", "train_digest", "rule_digest", "set", "split", "set_digest", "generated"),
 }
 
 
@@ -69,6 +69,9 @@ def read_lines(path: Path) -> list[Line]:
     for number, text in enumerate(texts[:-1], start=1):
         try:
             line = json.loads(text)
+            if line["kind"] == "evaluation":
+                # Lines from before losses could be asked for alone do not say it.
+                line.setdefault("generated", bool(line["text"]))
             found[key_of(line)] = line
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f"{path}, line {number}: it is no result of a study") from None

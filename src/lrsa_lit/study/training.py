@@ -86,6 +86,7 @@ class Meter(lightning.Callback):
     Args:
         checkpoint: where to leave it.
         out_of_time: asked after each optimizer step.
+        settle: called before the first measured batch of a call; returns when nothing else is at work.
 
     Attributes:
         losses: answer loss of each batch.
@@ -93,8 +94,8 @@ class Meter(lightning.Callback):
         seconds: that these took.
     """
 
-    def __init__(self, checkpoint: Path, out_of_time: Callable[[], bool]) -> None:
-        self.checkpoint, self.out_of_time = checkpoint, out_of_time
+    def __init__(self, checkpoint: Path, out_of_time: Callable[[], bool], settle: Callable[[], None]) -> None:
+        self.checkpoint, self.out_of_time, self.settle = checkpoint, out_of_time, settle
         self.losses: list[float] = []
         self.tokens, self.seconds = 0, 0.0
         self._pending: list[torch.Tensor] = []
@@ -125,6 +126,8 @@ class Meter(lightning.Callback):
         # Gradients that are still being accumulated would be lost.
         whole = self._steps % trainer.accumulate_grad_batches == 0
         stop = whole and not last and self.out_of_time()
+        if self._steps == _WARM_UP:
+            self.settle()
         if self._steps == _WARM_UP or self._steps % 10 == 0 or last or stop:
             self._read(pl_module)
         if stop:
@@ -180,6 +183,7 @@ def train(
     files: dict[str, TokenFile],
     checkpoint: Path,
     out_of_time: Callable[[], bool],
+    settle: Callable[[], None],
 ) -> tuple[Meter, int]:
     """Train a row, from its checkpoint on if there is one, until it is done or out of time.
 
@@ -190,12 +194,14 @@ def train(
         files: of the data sets that it trains on.
         checkpoint: where a training that is out of time leaves its weights, optimizer and step.
         out_of_time: asked after each step.
+        settle: called before speed is measured; returns when nothing else is at work.
 
     Returns:
         What was measured, and the steps that are done in all. ``task.model`` has the weights.
     """
     lightning.seed_everything(seed, verbose=False)
-    batches, meter = Batches(files, row, seed, task.tokenizer.pad_token_id), Meter(checkpoint, out_of_time)
+    batches = Batches(files, row, seed, task.tokenizer.pad_token_id)
+    meter = Meter(checkpoint, out_of_time, settle)
     resumed, asked = checkpoint.exists(), row.settings["trainer"]
     accumulated = asked.get("accumulate_grad_batches") or 1
     if resumed:
