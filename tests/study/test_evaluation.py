@@ -13,15 +13,19 @@ from lrsa_lit.ops.sparse_attention import (
     Strided,
     ValueRelative,
 )
-from lrsa_lit.study.evaluation import Greedy, dense_rule, survival
+from lrsa_lit.study.evaluation import Answers, Greedy, alike, dense_rule, survival
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
 LENGTHS = (30, 61, 18, 75, 44)
 
 
-def prompts() -> list:
+def prompts(rows: int = 1) -> list:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 259, (1, length), generator=generator) for length in LENGTHS]
+    return [torch.randint(3, 259, (rows, length), generator=generator) for length in LENGTHS]
+
+
+def until(tokens: list[int], stop: int) -> list[int]:
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
 
 
 @pytest.mark.parametrize(
@@ -30,29 +34,51 @@ def prompts() -> list:
      *({"compressor": made} for made in (RandomTokens(3), Recency(), Strided(), ValueRelative())), None],
     ids=["rule", "chunk", "none", "layer", "mean", "random", "recent", "strided", "values", "dense"],
 )  # fmt: skip
-def test_answers_are_those_of_generate_in_one_memory(change):
+def test_answers_are_those_of_generate_in_one_memory(change, monkeypatch):
     model = tiny_model().eval()
     enable(model, dense_rule(model) if change is None else RULE.replace(**change))
     greedy = Greedy(model, 20, max(LENGTHS))
-    prepared, prepare = [], greedy.decoder._prepare
-    greedy.decoder._prepare = lambda *given: (prepared.append(1), prepare(*given))[1]
-    for prompt in prompts():
+    for number, prompt in enumerate(prompts()):
         options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 2, "pad_token_id": 2}
         mask = torch.ones_like(prompt)
         whole = model.generate(prompt, attention_mask=mask, past_key_values=LRSACache.of(model), **options)
-        answer = whole[0, prompt.shape[1] :].tolist()
-        assert greedy(prompt, 2) == (answer[: answer.index(2)] if 2 in answer else answer)
-    assert len(prepared) == 1, "a graph would have been captured once"
+        assert greedy(prompt, 2) == [until(whole[0, prompt.shape[1] :].tolist(), 2)]
+        if number == 0:
+            # Once prepared, the one graph must do.
+            monkeypatch.setattr(greedy.memories[1].decoder, "_prepare", None)
+
+
+@pytest.mark.parametrize("change", [{}, {"compressor": RandomTokens(3)}, None], ids=["rule", "random", "dense"])
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_answers_do_not_depend_on_who_else_is_answered(change, rows):
+    model = tiny_model().eval()
+    enable(model, dense_rule(model) if change is None else RULE.replace(**change))
+    greedy, alone = Greedy(model, 20, max(LENGTHS)), Greedy(model, 20, max(LENGTHS))
+    for batch in prompts(rows):
+        # An end that some rows reach before others.
+        (stop, *_) = alone(batch[:1], -1)[0][7:]
+        assert greedy(batch, stop) == [alone(prompt[None], stop)[0] for prompt in batch]
+    assert list(greedy.memories) == [1 << (rows - 1).bit_length()]
 
 
 def test_an_answer_ends_before_the_end_of_message():
     model = enable(tiny_model().eval(), RULE)
     (prompt, *_) = prompts()
-    answer = Greedy(model, 12, prompt.shape[1])(prompt, -1)
+    (answer,) = Greedy(model, 12, prompt.shape[1])(prompt, -1)
     assert len(answer) == 12
     stop = answer[5]
-    assert Greedy(model, 12, prompt.shape[1])(prompt, stop) == answer[: answer.index(stop)]
-    assert len(Greedy(model, 1, prompt.shape[1])(prompt, -1)) == 1
+    assert Greedy(model, 12, prompt.shape[1])(prompt, stop) == [until(answer, stop)]
+    assert len(Greedy(model, 1, prompt.shape[1])(prompt, -1)[0]) == 1
+
+
+def test_prompts_of_one_length_come_together():
+    assert alike([5, 3, 5, 4, 5, 3], 2) == [[1, 5], [3], [0, 2], [4]]
+    assert alike([], 8) == []
+
+
+def test_answers_are_put_in_the_order_of_the_questions():
+    found = Answers(loss=[0.2, 0.0, 0.1], text=["c", "a", "b"]).placed([2, 0, 1])
+    assert found == Answers(loss=[0.0, 0.1, 0.2], text=["a", "b", "c"])
 
 
 def test_survival_is_of_what_selects(data):

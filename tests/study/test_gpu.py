@@ -20,20 +20,23 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 RULE = LRSAConfig(sink_size=2, lag_size=16, top_k=4)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("rule", [RULE, RULE.replace(compressor=RandomTokens()), None], ids=["rule", "random", "dense"])
-def test_one_graph_answers_all_prompts(rule):
+def test_one_graph_answers_all_prompts(rule, rows):
     model = tiny_model().eval().cuda()
     enable(model, dense_rule(model) if rule is None else rule)
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 259, (1, length), generator=generator).cuda() for length in (90, 201, 60, 333)]
+    batches = [torch.randint(3, 259, (rows, length), generator=generator).cuda() for length in (90, 201, 60, 333)]
     greedy, graphs = Greedy(model, 24, 333), set()
-    for prompt in prompts:
-        mask = torch.ones_like(prompt)
-        options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": 2, "pad_token_id": 2}
-        whole = model.generate(prompt, attention_mask=mask, past_key_values=LRSACache.of(model), **options)
-        answer = whole[0, prompt.shape[1] :].tolist()
-        assert greedy(prompt, 2) == (answer[: answer.index(2)] if 2 in answer else answer)
-        graphs.add(id(greedy.decoder._graph))
+    for batch in batches:
+        for prompt, answer in zip(batch, greedy(batch, 2), strict=True):
+            options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": 2, "pad_token_id": 2}
+            options["past_key_values"] = LRSACache.of(model)
+            whole = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], **options)
+            alone = whole[0, len(prompt) :].tolist()
+            assert answer == (alone[: alone.index(2)] if 2 in alone else alone)
+        (memory,) = greedy.memories.values()
+        graphs.add(id(memory.decoder._graph))
     assert len(graphs - {id(None)}) == 1
 
 

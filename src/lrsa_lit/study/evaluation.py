@@ -41,6 +41,11 @@ class Answers:
     em: list[float] = field(default_factory=list)
     recall: list[float] = field(default_factory=list)
 
+    def placed(self, order: Sequence[int]) -> Answers:
+        """What is here for the questions of some order, in the order of the questions."""
+        lists = {name: sorted(zip(order, values, strict=True)) for name, values in vars(self).items() if values}
+        return Answers(**{name: [value for _, value in pairs] for name, pairs in lists.items()})
+
 
 def dense_rule(model: Any) -> LRSAConfig:
     """Dense attention as a rule: every layer is left dense, so that the same cache and decoder serve it."""
@@ -65,7 +70,7 @@ def evaluate(
         examples: the questions.
         rule: the attention; None is dense.
         max_new_tokens: most tokens of an answer; 0 generates none.
-        batch_size: questions at a time for the loss; answers are generated one by one.
+        batch_size: questions at a time for the loss, and most of the same length that are answered at a time.
     """
     found = Answers()
     # Compiled layers run as they are: they would be compiled anew for each length.
@@ -77,10 +82,9 @@ def evaluate(
             found.tokens += counts
         if not max_new_tokens:
             return found
-        greedy = Greedy(model, max_new_tokens, max(example["prompt_length"] for example in examples))
-        for example in examples:
-            prompt = token_ids(example)[: example["prompt_length"]]
-            ids = greedy(prompt.to(model.device)[None], tokenizer.eos_token_id)
+        for ids, example in zip(
+            _generate(model, tokenizer, examples, max_new_tokens, batch_size), examples, strict=True
+        ):
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
             found.text.append(text)
             found.f1.append(f1_score(text, example["answers"], example["match"]))
@@ -100,8 +104,29 @@ def answer_losses(model: Any, examples: Sequence[Example], pad_token_id: int) ->
     return losses.double().sum(dim=1).tolist(), (targets != IGNORE_INDEX).sum(dim=1).tolist()
 
 
+def _generate(
+    model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """The tokens of the answers, in the order of the examples."""
+    prompts = [token_ids(example)[: example["prompt_length"]] for example in examples]
+    greedy = Greedy(model, max_new_tokens, max(map(len, prompts)))
+    found: dict[int, list[int]] = {}
+    for places in alike(list(map(len, prompts)), batch_size):
+        batch = torch.stack([prompts[place] for place in places]).to(model.device)
+        found |= zip(places, greedy(batch, tokenizer.eos_token_id), strict=True)
+    return [found[place] for place in range(len(examples))]
+
+
+def alike(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """The positions of equal lengths together, at most ``most`` at a time, the short ones first."""
+    groups: dict[int, list[int]] = {}
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        groups.setdefault(lengths[place], []).append(place)
+    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
+
+
 class Greedy:
-    """Greedy decoding of one prompt after another, in the same memory, so that on CUDA one graph serves them all.
+    """Greedy decoding of prompts after prompts, in the same memory, so that on CUDA few graphs serve them all.
 
     Args:
         model: a causal language model with LRSA enabled; its rule must not change.
@@ -111,38 +136,67 @@ class Greedy:
 
     def __init__(self, model: Any, max_new_tokens: int, longest: int) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
-        self.cache = LRSACache.of(model)
-        self.decoder = Decoder(model, self.cache, room=max_new_tokens)
         self.longest = longest + max_new_tokens
-        self._memory: list[tuple[Tensor, Tensor]] | None = None
+        self.memories: dict[int, Memory] = {}
 
     @torch.no_grad()
-    def __call__(self, prompt: Tensor, eos_token_id: int) -> list[int]:
-        """The tokens that follow a prompt (1, T), up to the end-of-message token, which is not among them."""
-        self.cache.reset()
-        token = int(prefill(self.model, prompt, self.cache)[0, -1].argmax())
-        self._settle()
-        answer: list[int] = []
-        while token != eos_token_id:
-            answer.append(token)
-            if len(answer) == self.max_new_tokens:
-                break
-            logits = self.decoder.step(torch.tensor([[token]], device=prompt.device))
-            token = int(logits[0, -1].argmax())
-        return answer
+    def __call__(self, prompts: Tensor, eos_token_id: int) -> list[list[int]]:
+        """The tokens that follow each prompt, up to the end-of-message token, which is not among them.
 
-    def _settle(self) -> None:
-        """Put what the prompt has left where the prompt before it had been."""
+        Args:
+            prompts: (B, T) of one length.
+            eos_token_id: the end-of-message token.
+        """
+        rows = len(prompts)
+        # A graph is for a number of rows: the next power of two, with rows that are there twice.
+        size = 1 << (rows - 1).bit_length()
+        prompts = prompts[torch.arange(size, device=prompts.device) % rows]
+        if size not in self.memories:
+            self.memories[size] = Memory(self.model, self.max_new_tokens, self.longest)
+        memory = self.memories[size]
+        memory.cache.reset()
+        tokens = prefill(self.model, prompts, memory.cache)[:, -1].argmax(dim=-1)
+        memory.settle()
+        answers: list[list[int]] = [[] for _ in range(rows)]
+        ended = [False] * rows
+        for count in range(1, self.max_new_tokens + 1):
+            for row, token in enumerate(tokens[:rows].tolist()):
+                ended[row] = ended[row] or token == eos_token_id
+                if not ended[row]:
+                    answers[row].append(token)
+            if all(ended) or count == self.max_new_tokens:
+                break
+            tokens = memory.decoder.step(tokens[:, None])[:, -1].argmax(dim=-1)
+        return answers
+
+
+class Memory:
+    """A cache that takes one batch of prompts after another in, always at the same place.
+
+    Args:
+        model: a causal language model with LRSA enabled.
+        room: new tokens behind the prompts.
+        longest: most tokens, the new ones included.
+    """
+
+    def __init__(self, model: Any, room: int, longest: int) -> None:
+        self.cache = LRSACache.of(model)
+        self.decoder = Decoder(model, self.cache, room=room)
+        self.longest = longest
+        self._pairs: list[tuple[Tensor, Tensor]] | None = None
+
+    def settle(self) -> None:
+        """Put what the prompts have left where those before them had been."""
         streams = [layer.stream for layer in self.cache.layers]
-        if self._memory is None:
+        if self._pairs is None:
             # No answer may need more rows: the first memory is the last.
             rules = {stream.rule for stream in streams}
             rows = {rule: max(stored_size(length, rule) for length in range(1, self.longest + 1)) for rule in rules}
             for stream in streams:
                 stream.buffer.reserve(rows[stream.rule])
-            self._memory = [stream.buffer.whole for stream in streams]
+            self._pairs = [stream.buffer.whole for stream in streams]
             return
-        for stream, memory in zip(streams, self._memory, strict=True):
+        for stream, memory in zip(streams, self._pairs, strict=True):
             stream.buffer.move_to(memory)
 
 

@@ -142,8 +142,8 @@ class Runner:
             for item, file in zip(missing, files, strict=True)
         ]
         for number, outcome in self.workers.run(shards):
-            item, answers = missing[number], outcome.answers
-            self.results.append(self._evaluation_line(work, item, files[number], outcome))
+            item, answers = missing[number], outcome.answers.placed(files[number].by_length)
+            self.results.append(self._evaluation_line(work, item, files[number], outcome._replace(answers=answers)))
             shown = f"F1 {statistics.fmean(answers.f1):.3f}, " if answers.f1 else ""
             loss = sum(answers.loss) / sum(answers.tokens)
             _say(

@@ -26,7 +26,7 @@ Survival = dict[str, float | None] | None
 BATCH = 8
 """Questions at a time for a loss. Pieces are cut at multiples of it, so that their losses are those of the whole."""
 
-_LARGEST = 96
+_LARGEST = 200
 """Most questions of a piece: it is lost when the time is over."""
 
 _SURVIVAL = 16
@@ -55,7 +55,8 @@ class Shard:
         weights: the model's.
         rule: the attention; None is dense.
         file: of the questions.
-        questions: the positions [start, stop) in the file.
+        questions: the positions [start, stop) in the file, for answers and losses in the order of the prompts' lengths,
+            since prompts of one length are answered together.
         kind: losses alone, answers with their losses, or the survival of what the answers need.
         batch_size: questions at a time for a loss.
     """
@@ -82,7 +83,7 @@ class Outcome(NamedTuple):
     """What came out of a shard, or of all shards of an evaluation.
 
     Attributes:
-        answers: in the order of the questions.
+        answers: in the order of the prompts' lengths.
         survival: as :func:`lrsa_lit.study.evaluation.survival` has it.
         layers: of the model.
         dtype: of its weights.
@@ -150,11 +151,12 @@ class Evaluator:
         task, answers, kept = self._loaded(shard.weights), Answers(), None
         if shard.file not in self._files:
             self._files[shard.file] = tokens.read(shard.file)
-        examples = self._files[shard.file].examples[slice(*shard.questions)]
+        file, asked = self._files[shard.file], slice(*shard.questions)
         model: Any = task.model
         if shard.kind == "survival":
-            kept = survival(model, task.tokenizer, examples, shard.rule)
+            kept = survival(model, task.tokenizer, file.examples[asked], shard.rule)
         else:
+            examples = [file.examples[place] for place in file.by_length[asked]]
             length = task.max_new_tokens if shard.kind == "answers" else 0
             answers = evaluate(
                 model, task.tokenizer, examples, shard.rule, max_new_tokens=length, batch_size=shard.batch_size

@@ -36,6 +36,11 @@ class TokenFile:
         """Tokens of each example."""
         return [len(example["input_ids"]) for example in self.examples]
 
+    @property
+    def by_length(self) -> list[int]:
+        """The positions of the examples in the order of the lengths of their prompts."""
+        return sorted(range(len(self.examples)), key=lambda place: self.examples[place]["prompt_length"])
+
 
 def path_of(folder: Path, data_set: str, split: str) -> Path:
     """Where a split of a data set lies."""

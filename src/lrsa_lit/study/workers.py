@@ -1,4 +1,4 @@
-"""Evaluate shards in this process or in several: one question at a time leaves a GPU waiting for its process."""
+"""Evaluate shards in this process or in several: a few questions at a time leave a GPU waiting for its process."""
 
 from __future__ import annotations
 
