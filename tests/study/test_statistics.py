@@ -32,6 +32,61 @@ def test_seeds_that_differ_widen_the_interval():
     assert apart.high == pytest.approx(0.6, abs=0.04)
 
 
+def test_few_seeds_are_drawn_with_the_variance_of_their_mean():
+    # Scores that the seed alone decides: the mean of R of them has the variance s^2 / R, of s^2 over R - 1.
+    for seeds in ([0.1, 0.5], [0.2, 0.3, 0.7]):
+        means = statistics._means(
+            [np.repeat(np.array(seeds)[:, None], 40, axis=1)], None, np.random.default_rng(0), 20_000
+        )
+        assert means[0].var() == pytest.approx(np.var(seeds, ddof=1) / len(seeds), rel=0.05)
+
+
+def test_one_models_seeds_are_drawn_together():
+    strong = np.repeat(np.array([[0.2], [0.5], [0.8]]), 60, axis=1)
+    together = statistics.compare(strong + 0.1, strong, same_seeds=True)
+    assert together.difference == pytest.approx((0.1, 0.1, 0.1))
+    apart = statistics.compare(strong + 0.1, strong)
+    assert apart.difference.low < -0.2 < 0.4 < apart.difference.high
+
+
+def test_questions_about_one_text_are_one_draw():
+    rng = np.random.default_rng(4)
+    texts = rng.integers(0, 2, 30).astype(float)
+    groups = np.repeat(np.arange(30), 10)
+    scores = texts[groups][None]
+    alone, grouped, single = (
+        statistics.mean(scores),
+        statistics.mean(scores, groups),
+        statistics.mean(texts[None]),
+    )
+    assert grouped.value == alone.value
+    assert grouped[1:] == pytest.approx(single[1:])
+    assert grouped.high - grouped.low > 2.5 * (alone.high - alone.low)
+    # Seven texts of one sign: 2 of 2^7 signs are as extreme, however many questions each has.
+    seven = np.repeat(np.arange(7), 20)
+    found = statistics.compare(np.full((1, 140), 0.6), np.full((1, 140), 0.5), seven)
+    assert found.p_value == pytest.approx(2 / 2**7, abs=0.004)
+
+
+def test_groups_weigh_as_many_questions_as_they_have():
+    scores, groups = np.array([[1.0, 0.0, 0.0, 0.0]]), np.array([0, 1, 1, 1])
+    found = statistics.mean(scores, groups)
+    assert found == (0.25, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("draws", [1, 499, 750, 1000])
+def test_as_many_draws_as_asked(draws):
+    rng = np.random.default_rng(0)
+    assert len(statistics._means([np.ones((1, 3))], None, rng, draws)[0]) == draws
+    assert statistics.permutation_p_value(np.array([1.0, 1.0, 1.0, -3.0]), rng, draws) >= 1 / (draws + 1)
+
+
+def test_a_difference_of_nothing_but_rounding_is_none():
+    differences = np.array([0.1, 0.2, -0.3])
+    assert differences.sum() != 0.0
+    assert statistics.permutation_p_value(differences, np.random.default_rng(0), 1000) == 1.0
+
+
 def test_a_constant_gain_is_certain_however_hard_the_questions_are():
     hard = np.random.default_rng(2).random((1, 200))
     found = statistics.compare(hard + 0.1, hard)
@@ -71,6 +126,7 @@ def test_losses_are_weighed_by_their_tokens():
 def test_a_ratio_to_nothing_is_none():
     found = statistics.compare(np.zeros((1, 5)), np.zeros((1, 5)))
     assert np.isnan(found.ratio).all()
+    assert np.isnan(statistics.compare(np.ones((1, 5)), np.zeros((1, 5))).ratio).all()
 
 
 def test_holm_by_hand():

@@ -65,3 +65,12 @@ def test_what_a_killed_process_has_left_of_a_line_gives_way(tmp_path):
     results.append({**first, "steps": 4})
     assert [line["steps"] for line in read_lines(path)] == [4, 3]
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_examples_of_one_text_share_a_context(tmp_path):
+    text, other = list(range(10, 410)), list(range(500, 900))
+    prompts = [[*text, 1, 2], [*other, 1, 2], [*text, 3, 4, 5, 6], [*text[:399], 3]]
+    given = [{**examples("test", 1)[0], "input_ids": ids, "prompt_length": len(ids)} for ids in prompts]
+    assert tokens.write(tmp_path / "a.npz", given).contexts == [0, 1, 0, 0]
+    short = [{**given[0], "input_ids": [1, 2, 3], "prompt_length": 3}] * 2
+    assert tokens.write(tmp_path / "b.npz", short).contexts == [0, 1]

@@ -1,10 +1,15 @@
 """Intervals and p-values for scores of the same questions under several seeds.
 
-Dimensions: R seeds, Q questions, n draws.
+Dimensions: R seeds, Q questions, G groups of questions that share a context, n draws.
 
 Questions are drawn with replacement, each with all of its seeds, so that a question counts as one however many models
-answered it; seeds are drawn with replacement as well, where there is more than one. SciPy's bootstrap and permutation
-test know no such clusters of two kinds, and are not needed for means.
+answered it. Questions about one text are no independent ones: they are drawn together, as a group. Seeds are drawn as
+well, where there is more than one: R - 1 of R, as draws of R of so few would have (R - 1) / R of the variance; of two
+or three seeds the intervals are rough all the same. SciPy's bootstrap and permutation test know no such clusters of two
+kinds, and are not needed for means.
+
+The p-values are of the questions alone: they say whether these trained models differ on other such questions, and
+the intervals whether other trainings would.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from numpy.typing import NDArray
 from lrsa_lit.errors import UserError
 
 Scores = NDArray[np.float64]
+Groups = NDArray[np.int64]
+"""(Q,) number of each question's group, from 0 on."""
 
 DRAWS = 10_000
 _BLOCK = 500
@@ -44,24 +51,42 @@ class Comparison(NamedTuple):
     p_value: float
 
 
-def mean(scores: Scores, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """Mean of scores (R, Q)."""
+def mean(scores: Scores, groups: Groups | None = None, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """Mean of scores (R, Q), in groups (Q,)."""
     rng = np.random.default_rng(seed)
-    return _estimate(scores.mean(), _means([_checked(scores)], rng, draws)[0])
+    return _estimate(scores.mean(), _means([_checked(scores)], groups, rng, draws)[0])
 
 
-def ratio_of_sums(numerator: Scores, denominator: Scores, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+def ratio_of_sums(
+    numerator: Scores, denominator: Scores, groups: Groups | None = None, *, draws: int = DRAWS, seed: int = 0
+) -> Estimate:
     """Sum of (R, Q) by the sum of another (R, Q), as losses by tokens: both drawn together."""
     rng = np.random.default_rng(seed)
-    above, below = _means([_checked(numerator), _checked(denominator)], rng, draws, same_seeds=True)
+    above, below = _means([_checked(numerator), _checked(denominator)], groups, rng, draws, same_seeds=True)
     return _estimate(numerator.mean() / denominator.mean(), above / below)
 
 
-def compare(first: Scores, second: Scores, *, draws: int = DRAWS, seed: int = 0) -> Comparison:
+def compare(
+    first: Scores,
+    second: Scores,
+    groups: Groups | None = None,
+    *,
+    same_seeds: bool = False,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Comparison:
     """Scores (R, Q) against other ones (R', Q) of the same questions.
 
-    Each draw takes the same questions on both sides, which removes what makes a question hard for both; seeds are drawn
-    apart, since equal seeds of two trainings have little in common.
+    Each draw takes the same questions on both sides, which removes what makes a question hard for both.
+
+    Args:
+        first: (R, Q).
+        second: (R', Q).
+        groups: (Q,); None where each question stands alone.
+        same_seeds: draw the seeds together, since both are of the same trained weights, R = R'; else apart, since equal
+            seeds of two trainings have little in common.
+        draws: n.
+        seed: of the draws.
 
     Raises:
         UserError: the numbers of questions differ.
@@ -69,20 +94,29 @@ def compare(first: Scores, second: Scores, *, draws: int = DRAWS, seed: int = 0)
     if first.shape[1] != second.shape[1]:
         raise UserError(f"scores: of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones")
     rng = np.random.default_rng(seed)
-    one, other = _means([_checked(first), _checked(second)], rng, draws)
-    value = first.mean() - second.mean()
-    difference = _estimate(value, one - other)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = _estimate(first.mean() / second.mean(), one / other)
-    return Comparison(difference, ratio, permutation_p_value(first.mean(axis=0) - second.mean(axis=0), rng, draws))
+    one, other = _means([_checked(first), _checked(second)], groups, rng, draws, same_seeds=same_seeds)
+    difference = _estimate(first.mean() - second.mean(), one - other)
+    ratio = Estimate(np.nan, np.nan, np.nan)
+    if second.any():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = _estimate(first.mean() / second.mean(), one / other)
+    p_value = permutation_p_value(first.mean(axis=0) - second.mean(axis=0), rng, draws, groups)
+    return Comparison(difference, ratio, p_value)
 
 
-def permutation_p_value(differences: Scores, rng: np.random.Generator, draws: int = DRAWS) -> float:
-    """Two-sided p-value of the mean of paired differences (Q,) under random signs; never 0, as one draw is the data."""
-    observed = abs(differences.sum()) * (1 - 1e-12)
-    signs = (rng.integers(0, 2, (min(_BLOCK, draws), len(differences)), dtype=np.int8) * 2 - 1 for _ in _blocks(draws))
-    extreme = sum(int((np.abs(block @ differences) >= observed).sum()) for block in signs)
-    return (extreme + 1) / (sum(_blocks(draws)) + 1)
+def permutation_p_value(
+    differences: Scores, rng: np.random.Generator, draws: int = DRAWS, groups: Groups | None = None
+) -> float:
+    """Two-sided p-value of the mean of paired differences (Q,) under random signs; never 0, as one draw is the data.
+
+    The questions of a group change their sign together.
+    """
+    sums = _grouped(differences[None], groups)[0]
+    # Sums in another order differ in their last bits.
+    observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
+    signs = (rng.integers(0, 2, (size, len(sums)), dtype=np.int8) * 2 - 1 for size in _blocks(draws))
+    extreme = sum(int((np.abs(block @ sums) >= observed).sum()) for block in signs)
+    return (extreme + 1) / (draws + 1)
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -95,26 +129,37 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def _means(
-    sides: list[Scores], rng: np.random.Generator, draws: int, *, same_seeds: bool = False
+    sides: list[Scores], groups: Groups | None, rng: np.random.Generator, draws: int, *, same_seeds: bool = False
 ) -> list[NDArray[np.float64]]:
     """Means of each side (n,) under the same drawn questions."""
-    count, found = sides[0].shape[1], []
+    sums = [_grouped(side, groups) for side in sides]
+    sizes = _grouped(np.ones((1, sides[0].shape[1])), groups)[0]
+    count, found = len(sizes), []
     for size in _blocks(draws):
-        questions = rng.multinomial(count, np.full(count, 1 / count), size=size) / count
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=size) / count
         runs = [_seeds(rng, size, len(side)) for side in sides]
         runs = [runs[0]] * len(sides) if same_seeds else runs
-        found.append([((drawn @ side) * questions).sum(axis=1) for drawn, side in zip(runs, sides, strict=True)])
+        questions = drawn @ sizes
+        found.append([((run @ side) * drawn).sum(axis=1) / questions for run, side in zip(runs, sums, strict=True)])
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
+def _grouped(scores: Scores, groups: Groups | None) -> Scores:
+    """Sums (R, G) of scores (R, Q)."""
+    if groups is None:
+        return scores
+    return np.stack([np.bincount(groups, weights=row) for row in scores])
+
+
 def _seeds(rng: np.random.Generator, draws: int, count: int) -> NDArray[np.float64]:
-    weights: NDArray[np.float64] = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
+    drawn = max(1, count - 1)
+    weights: NDArray[np.float64] = rng.multinomial(drawn, np.full(count, 1 / count), size=draws) / drawn
     return weights
 
 
 def _blocks(draws: int) -> list[int]:
     """In pieces, so that thousands of questions need no gigabytes."""
-    return [_BLOCK] * (draws // _BLOCK) or [draws]
+    return [min(_BLOCK, draws - start) for start in range(0, draws, _BLOCK)]
 
 
 def _checked(scores: Scores) -> Scores:

@@ -16,6 +16,9 @@ import numpy as np
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 
+_QUESTION = 160
+"""Tokens at the end of a prompt that may be its instruction and question."""
+
 _FIELDS = ("id", "prompt_length", "gold_spans", "answer_spans", "answers", "match")
 
 
@@ -40,6 +43,17 @@ class TokenFile:
     def by_length(self) -> list[int]:
         """The positions of the examples in the order of the lengths of their prompts."""
         return sorted(range(len(self.examples)), key=lambda place: self.examples[place]["prompt_length"])
+
+    @property
+    def contexts(self) -> list[int]:
+        """For each example the number of its context, from 0 on: those of one differ in the question alone."""
+        firsts: list[Example] = []
+        found: list[int] = []
+        for example in self.examples:
+            number = next((n for n, first in enumerate(firsts) if _same_context(first, example)), len(firsts))
+            firsts += [example] * (number == len(firsts))
+            found.append(number)
+        return found
 
 
 def path_of(folder: Path, data_set: str, split: str) -> Path:
@@ -93,6 +107,12 @@ def read(path: Path) -> TokenFile:
     # Not of the file: its compression may differ from one library to the next.
     found = hashlib.sha256(flat.astype("<u2").tobytes() + lengths.astype("<i4").tobytes() + about).hexdigest()[:12]
     return TokenFile(examples, found)
+
+
+def _same_context(one: Example, other: Example) -> bool:
+    """Whether two prompts are the same but for their ends; short ones, of which little is compared, never are."""
+    shared = min(one["prompt_length"], other["prompt_length"]) - _QUESTION
+    return shared > _QUESTION and list(one["input_ids"][:shared]) == list(other["input_ids"][:shared])
 
 
 def _plain(example: Example, name: str) -> Any:
