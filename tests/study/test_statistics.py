@@ -35,9 +35,7 @@ def test_seeds_that_differ_widen_the_interval():
 def test_few_seeds_are_drawn_with_the_variance_of_their_mean():
     # Scores that the seed alone decides: the mean of R of them has the variance s^2 / R, of s^2 over R - 1.
     for seeds in ([0.1, 0.5], [0.2, 0.3, 0.7]):
-        means = statistics._means(
-            [np.repeat(np.array(seeds)[:, None], 40, axis=1)], None, np.random.default_rng(0), 20_000
-        )
+        means = statistics._means([np.repeat(np.array(seeds)[:, None], 40, axis=1)], None, 20_000, 0)
         assert means[0].var() == pytest.approx(np.var(seeds, ddof=1) / len(seeds), rel=0.05)
 
 
@@ -77,7 +75,7 @@ def test_groups_weigh_as_many_questions_as_they_have():
 @pytest.mark.parametrize("draws", [1, 499, 750, 1000])
 def test_as_many_draws_as_asked(draws):
     rng = np.random.default_rng(0)
-    assert len(statistics._means([np.ones((1, 3))], None, rng, draws)[0]) == draws
+    assert len(statistics._means([np.ones((1, 3))], None, draws, 0)[0]) == draws
     assert statistics.permutation_p_value(np.array([1.0, 1.0, 1.0, -3.0]), rng, draws) >= 1 / (draws + 1)
 
 

@@ -14,6 +14,7 @@ the intervals whether other trainings would.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -53,16 +54,14 @@ class Comparison(NamedTuple):
 
 def mean(scores: Scores, groups: Groups | None = None, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Mean of scores (R, Q), in groups (Q,)."""
-    rng = np.random.default_rng(seed)
-    return _estimate(scores.mean(), _means([_checked(scores)], groups, rng, draws)[0])
+    return _estimate(scores.mean(), _means([_checked(scores)], groups, draws, seed)[0])
 
 
 def ratio_of_sums(
     numerator: Scores, denominator: Scores, groups: Groups | None = None, *, draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
     """Sum of (R, Q) by the sum of another (R, Q), as losses by tokens: both drawn together."""
-    rng = np.random.default_rng(seed)
-    above, below = _means([_checked(numerator), _checked(denominator)], groups, rng, draws, same_seeds=True)
+    above, below = _means([_checked(numerator), _checked(denominator)], groups, draws, seed, same_seeds=True)
     return _estimate(numerator.mean() / denominator.mean(), above / below)
 
 
@@ -93,13 +92,13 @@ def compare(
     """
     if first.shape[1] != second.shape[1]:
         raise UserError(f"scores: of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones")
-    rng = np.random.default_rng(seed)
-    one, other = _means([_checked(first), _checked(second)], groups, rng, draws, same_seeds=same_seeds)
+    one, other = _means([_checked(first), _checked(second)], groups, draws, seed, same_seeds=same_seeds)
     difference = _estimate(first.mean() - second.mean(), one - other)
     ratio = Estimate(np.nan, np.nan, np.nan)
     if second.any():
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = _estimate(first.mean() / second.mean(), one / other)
+    rng = np.random.default_rng(seed)
     p_value = permutation_p_value(first.mean(axis=0) - second.mean(axis=0), rng, draws, groups)
     return Comparison(difference, ratio, p_value)
 
@@ -129,19 +128,28 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def _means(
-    sides: list[Scores], groups: Groups | None, rng: np.random.Generator, draws: int, *, same_seeds: bool = False
+    sides: list[Scores], groups: Groups | None, draws: int, seed: int, *, same_seeds: bool = False
 ) -> list[NDArray[np.float64]]:
     """Means of each side (n,) under the same drawn questions."""
     sums = [_grouped(side, groups) for side in sides]
     sizes = _grouped(np.ones((1, sides[0].shape[1])), groups)[0]
-    count, found = len(sizes), []
-    for size in _blocks(draws):
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=size) / count
-        runs = [_seeds(rng, size, len(side)) for side in sides]
+    rng, found = np.random.default_rng([seed, 1]), []
+    for counts in np.split(_questions(len(sizes), draws, seed), np.cumsum(_blocks(draws))[:-1]):
+        drawn = counts.astype(np.float64)
+        runs = [_seeds(rng, len(drawn), len(side)) for side in sides]
         runs = [runs[0]] * len(sides) if same_seeds else runs
-        questions = drawn @ sizes
-        found.append([((run @ side) * drawn).sum(axis=1) / questions for run, side in zip(runs, sums, strict=True)])
+        total = drawn @ sizes
+        # Each draw's seeds are summed last: a product of two matrices, and as many numbers as seeds.
+        found.append([(run * (drawn @ side.T)).sum(axis=1) / total for run, side in zip(runs, sums, strict=True)])
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+@functools.lru_cache(maxsize=4)
+def _questions(count: int, draws: int, seed: int) -> NDArray[np.uint8]:
+    """(n, G) how often each group is drawn: the same in every comparison, and slower to draw than all that follows."""
+    rng = np.random.default_rng(seed)
+    even = np.full(count, 1 / count)
+    return np.concatenate([rng.multinomial(count, even, size=size).astype(np.uint8) for size in _blocks(draws)])
 
 
 def _grouped(scores: Scores, groups: Groups | None) -> Scores:
