@@ -11,6 +11,8 @@ from lrsa_lit.data.prompts import encode
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.models.tiny import tiny_tokenizer
 from lrsa_lit.study import tokens
+from lrsa_lit.study.plan import Study
+from lrsa_lit.study.runner import Runner
 
 STUDY = {
     "seeds": [0, 1],
@@ -51,6 +53,17 @@ STUDY = {
             "against": {"row": "lrsa", "inference": "own"},
         },
     },
+    "bars": {
+        "at 4x": {"set": "plain", "kept": 0.25, "of_dense": 0.5},
+        "dense": {"set": "plain", "row": ["dense"], "inference": "dense", "at_least": 0.9},
+        "pays": {
+            "set": "plain",
+            "row": "lrsa",
+            "inference": "4x",
+            "above": [["dense", "4x"], ["dense", "8x"]],
+            "p": 0.01,
+        },
+    },
 }
 
 
@@ -72,11 +85,28 @@ def examples(split: str, count: int) -> list:
     ]
 
 
+def write_data(folder: Path) -> Path:
+    """Token files of the study."""
+    for name, split, count in (("plain", "train", 5), ("plain", "test", 3), ("text", "test", 2)):
+        tokens.write(tokens.path_of(folder, name, split), examples(split, count))
+    return folder
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
-    for name, split, count in (("plain", "train", 5), ("plain", "test", 3), ("text", "test", 2)):
-        tokens.write(tokens.path_of(tmp_path / "data", name, split), examples(split, count))
-    return tmp_path / "data"
+    return write_data(tmp_path / "data")
+
+
+def run_study(study_file: Path, data: Path, folder: Path, parts: tuple[str, ...] = ("main", "all")) -> Path:
+    """The results of some parts."""
+    for part in parts:
+        Runner(Study(str(study_file)), data, folder / "results.jsonl", folder / "work", 1e6).run(part)
+    return folder / "results.jsonl"
+
+
+@pytest.fixture
+def results(study_file, data, tmp_path) -> Path:
+    return run_study(study_file, data, tmp_path)
 
 
 @pytest.fixture

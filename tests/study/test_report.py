@@ -11,24 +11,20 @@ from study.conftest import STUDY
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import Table, reference_of
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner
-
-
-@pytest.fixture
-def results(study_file, data, tmp_path):
-    for part in ("main", "all"):
-        Runner(Study(str(study_file)), data, tmp_path / "results.jsonl", tmp_path / "work", 1e6).run(part)
-    return tmp_path / "results.jsonl"
+from lrsa_lit.study.tables import Cells, Table, reference_of
 
 
 def test_a_report_has_a_table_for_each_part_and_data_set(study_file, results, tmp_path, capsys):
     main(["study", "report", str(results), "--study", str(study_file), "--to", str(tmp_path / "report")])
     text = (tmp_path / "report" / "report.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles == ["## main: plain (test)", "## main: text (test)", "## all: plain (test)", "## Training"]
-    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"main-plain.png", "all-plain.png"}
+    assert titles == [
+        "## What was to be reached", "## main: plain (test)", "## main: text (test)", "## all: plain (test)",
+        "## Perplexity", "## Supporting tokens kept", "## Training", "## Machines"]  # fmt: skip
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
+        "main-plain.png", "all-plain.png", "perplexity.png", "survival.png"}  # fmt: skip
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| dense | 4x | 1 | 25%")]
     own = [line for line in read_lines(results) if (line["row"], line.get("attention")) == ("dense", "4x")]
     assert rows[0][5].startswith(f"{np.mean(own[0]['f1']):.3f} [")
@@ -40,7 +36,7 @@ def test_a_report_has_a_table_for_each_part_and_data_set(study_file, results, tm
 def test_cells_gather_the_seeds_and_are_held_against_dense_training(study_file, results):
     study, lines = Study(str(study_file)), read_lines(results)
     entries = {
-        (entry.cell.row, entry.cell.attention): entry for entry in Table(study, "main", "plain", lines).entries()
+        (entry.cell.row, entry.cell.attention): entry for entry in Table(Cells(study, lines), "main", "plain").entries
     }
     own = entries["lrsa", "4x"]
     dense = np.array(next(line["f1"] for line in lines if line.get("attention") == "dense"))
@@ -51,7 +47,9 @@ def test_cells_gather_the_seeds_and_are_held_against_dense_training(study_file, 
     assert entries["dense", "dense"].of_same is None
     assert own.cell.kept == 0.25
     assert own.of_named is None
-    entries = {(entry.cell.row, entry.cell.attention): entry for entry in Table(study, "all", "plain", lines).entries()}
+    entries = {
+        (entry.cell.row, entry.cell.attention): entry for entry in Table(Cells(study, lines), "all", "plain").entries
+    }
     assert entries["lrsa", "own"].of_named is None
     random = entries["lrsa", "random-4x"]
     assert random.of_named.difference.value == pytest.approx(
@@ -68,11 +66,11 @@ def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(study_f
     for part in ("quick", "full"):
         Runner(study, data, out, tmp_path / "work", 1e6).run(part)
     losses, answers = lines = read_lines(out)
-    tables = [Table(study, part, "plain", lines) for part in ("quick", "full")]
+    tables = [Table(Cells(study, lines), part, "plain") for part in ("quick", "full")]
     assert [table.measure for table in tables] == ["loss", "f1"]
     assert [table.cells[0].lines for table in tables] == [(answers,), (answers,)]
-    assert Table(study, "full", "plain", [losses]).cells == []
-    (entry,) = Table(study, "quick", "plain", [losses]).entries()
+    assert Table(Cells(study, [losses]), "full", "plain").cells == []
+    (entry,) = Table(Cells(study, [losses]), "quick", "plain").entries
     assert entry.score.low < entry.score.value == sum(losses["loss"]) / sum(losses["tokens"]) < entry.score.high
 
 

@@ -11,12 +11,15 @@ import yaml
 from lrsa_lit.arguments import Parser
 from lrsa_lit.errors import UserError
 
+_REPORT = Path("study/report")
+
 EPILOG = """\
 examples:
   lrsa study data configs/experiment/robustness.yaml --data study/data
   lrsa study run configs/experiment/robustness.yaml --part main --minutes 9 --data study/data --out results.jsonl
   lrsa study status configs/experiment/robustness.yaml --part main --data study/data --out results.jsonl
   lrsa study report results.jsonl --study configs/experiment/robustness.yaml --to study/report
+  lrsa study report results.jsonl --study configs/experiment/robustness.yaml --into README.md RESULTS.md
   lrsa study config configs/experiment/robustness.yaml lrsa-4x > row.yaml && lrsa fit --config row.yaml
 
 A run does what the results do not hold yet and stops in time; the same command goes on. Where the parser of the command
@@ -67,7 +70,12 @@ def _parser() -> Parser:
     report = actions.add_parser("report", help="tables, statistics and plots of the results")
     report.add_argument("results", type=Path, help="file of the results")
     report.add_argument("--study", required=True, help="file of the study, for its parts and their order")
-    report.add_argument("--to", type=Path, default=Path("study/report"), help="folder for the report and its plots")
+    report.add_argument(
+        "--to", type=Path, help=f"folder for the report and its plots; default: {_REPORT}, unless --into"
+    )
+    blocks = "fill the blocks <!-- study:NAME --> ... <!-- /study --> of these Markdown files"
+    report.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help=blocks)
+    report.add_argument("--plots", type=Path, default=Path("docs/study"), help="folder for the plots of these blocks")
     report.add_argument("--mlflow", metavar="URI", help="write a run for each row and seed into this store as well")
     report.set_defaults(action=_report)
     return parser
@@ -136,6 +144,14 @@ def _config(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from lrsa_lit.study.plan import Study
-    from lrsa_lit.study.report import write_report
+    from lrsa_lit.study.report import fill, results_of, write_report
 
-    write_report(Study(options.study), options.results, options.to, options.mlflow)
+    study, lines = Study(options.study), results_of(options.results)
+    if options.into:
+        fill(study, lines, options.into, options.plots)
+    if options.to or not options.into:
+        write_report(study, lines, options.to or _REPORT)
+    if options.mlflow is not None:
+        from lrsa_lit.study.export import to_mlflow
+
+        to_mlflow(study, lines, options.mlflow)

@@ -20,7 +20,7 @@ OWN = "own"
 DENSE = "dense"
 """The digest of dense attention, which has no rule."""
 
-_KEYS = {"configs", "seeds", "trainer", "model", "data", "data_sets", "inference", "rows", "parts"}
+_KEYS = {"configs", "seeds", "trainer", "model", "data", "data_sets", "inference", "rows", "parts", "bars"}
 _PART = {"rows", "seeds", "inference", "sets", "split", "generate", "against"}
 _TRAINER = ("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches")
 # How a model is trained, but not what comes out of it.
@@ -126,6 +126,7 @@ class Study:
         self.seeds: list[int] = content.get("seeds") or [0]
         self.data_sets: dict[str, Settings] = content.get("data_sets") or {}
         self.parts: dict[str, Settings] = content.get("parts") or {}
+        self.bars: dict[str, Settings] = content.get("bars") or {}
         below: Settings = {}
         for file in ("cli.yaml", *content.get("configs", ())):
             below = settings.merged(below, settings.read(file))
@@ -181,12 +182,12 @@ class Study:
         for data_set in asked["sets"]:
             if data_set not in self.data_sets:
                 raise UserError(f"parts.{part}.sets: there is no data set {data_set!r} in data_sets")
-            for name in self._named(asked["inference"]):
+            for name in self.named(asked["inference"]):
                 rule = self.rule_of(part, row, name)
                 evaluations.append(Evaluation(name, rule, data_set, split, self.generates(data_set, part)))
         return list({(item.rule_digest, item.data_set): item for item in reversed(evaluations)}.values())[::-1]
 
-    def _named(self, patterns: Sequence[str]) -> list[str]:
+    def named(self, patterns: Sequence[str]) -> list[str]:
         """The inference attentions of some names, in which ``*`` stands for anything."""
         return [name for pattern in patterns for name in fnmatch.filter(self.inference, pattern) or [pattern]]
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from lrsa_lit.analysis.plots import OKABE_ITO
+from lrsa_lit.study.evidence import WHEN
 
 if TYPE_CHECKING:
-    from lrsa_lit.study.report import Entry
+    from matplotlib.axes import Axes
+
+    from lrsa_lit.study.evidence import Survival, Text
+    from lrsa_lit.study.results import Line
+    from lrsa_lit.study.statistics import Estimate
+    from lrsa_lit.study.tables import Entry
 
 _MARKERS = "osD^vP*X"
 _LABELS = {"f1": "F1", "recall": "recall", "em": "exact match"}
@@ -18,28 +26,97 @@ _LABELS = {"f1": "F1", "recall": "recall", "em": "exact match"}
 
 def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
     """The score of each row, with its interval, against the share of query-key pairs that are attended to."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    rows = dict.fromkeys(entry.cell.row for entry in entries)
-    for number, row in enumerate(rows):
-        line = sorted((entry for entry in entries if entry.cell.row == row), key=lambda entry: _share(entry))
-        shares, scores = [_share(entry) for entry in line], [entry.score.value for entry in line]
-        # Rounding may put the ends of an empty interval on the wrong side of its middle.
-        errors = [
-            [max(0.0, entry.score.value - entry.score.low) for entry in line],
-            [max(0.0, entry.score.high - entry.score.value) for entry in line],
-        ]
-        colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
-        axes.errorbar(shares, scores, errors, fmt=f"{marker}-", color=colour, capsize=3, label=row, alpha=0.85)
+    figure, axes = _figure()
+    for number, row in enumerate(dict.fromkeys(entry.cell.row for entry in entries)):
+        _line(axes, number, row, [(entry.cell.pairs, entry.score) for entry in entries if entry.cell.row == row])
     axes.set(
         xlabel="share of the query-key pairs attended to (sinks, windows and dense layers counted)",
         ylabel=f"{_LABELS[measure]} (bars: 95 %)",
         title=title,
     )
     axes.set_ylim(bottom=0)
-    axes.legend(title="trained", frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(axes)
     return figure
 
 
-def _share(entry: Entry) -> float:
-    return float(entry.cell.line["kv_share"])
+def perplexity(texts: Sequence[Text]) -> Figure | None:
+    """Perplexity of each row against the share of pairs kept, the texts one below the other; None without results."""
+    names = list(dict.fromkeys(text.data_set for text in texts))
+    if not names:
+        return None
+    figure = Figure(figsize=(7, 3.6 * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        shown = [text for text in texts if text.data_set == name]
+        for number, row in enumerate(dict.fromkeys(text.cell.row for text in shown)):
+            points = [(text.cell.kept, _exp(text.loss)) for text in shown if text.cell.row == row]
+            _line(axes, number, row, points)
+        axes.set(xlabel="share of pairs kept (K/L, 1 in dense layers)", ylabel="perplexity (bars: 95 %)", title=name)
+        _legend(axes)
+    return figure
+
+
+def survival(found: Sequence[Survival]) -> Figure | None:
+    """Share of the supporting passages' tokens that a head keeps, before and after training; None without results.
+
+    A line leads from the base LLM to the trained row.
+    """
+    if not found:
+        return None
+    figure = Figure(figsize=(7, 1.4 + 0.18 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    before, after = (np.array([item.share(when) for item in found], dtype=float) for when in WHEN)
+    places = range(len(found))
+    axes.hlines(places, before, after, color="lightgrey")
+    axes.plot([item.chance for item in found], places, "|", color="grey", markersize=9, label="chance, K/L")
+    axes.plot(before, places, "o", color=OKABE_ITO[0], label="before training")
+    axes.plot(after, places, "D", color=OKABE_ITO[1], label="after training")
+    axes.set_yticks(places, [f"{item.data_set}: {item.after.row}, {item.after.attention}" for item in found])
+    axes.tick_params(axis="y", labelsize="small")
+    axes.set(xlabel="kept share of the supporting passages' tokens", ylim=(len(found) - 0.5, -0.5), xlim=(0, None))
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
+    """The answer loss of each training, step by step, as a mean over a window of steps."""
+    figure, axes = _figure()
+    shown = [line for line in lines if line["kind"] == "training" and line.get("losses")]
+    for number, line in enumerate(shown):
+        losses = line["losses"]
+        means = [math.fsum(part) / len(part) for end in range(1, len(losses) + 1)
+                 if (part := losses[max(0, end - window) : end])]  # fmt: skip
+        label = f"{line['row']}, seed {line['seed']}"
+        axes.plot(range(1, len(means) + 1), means, color=OKABE_ITO[number % len(OKABE_ITO)], label=label)
+    axes.set(xlabel="batch", ylabel=f"answer loss, mean of {window} batches")
+    if shown:
+        _legend(axes)
+    else:
+        axes.text(0.5, 0.5, "the results hold no losses of single batches", ha="center", transform=axes.transAxes)
+    return figure
+
+
+def _line(axes: Axes, number: int, label: str, points: Sequence[tuple[float, Estimate]]) -> None:
+    """Scores with their intervals by share."""
+    points = sorted(points)
+    shares, scores = [share for share, _ in points], [score.value for _, score in points]
+    # Rounding may put the ends of an empty interval on the wrong side of its middle.
+    errors = [
+        [max(0.0, score.value - score.low) for _, score in points],
+        [max(0.0, score.high - score.value) for _, score in points],
+    ]
+    colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
+    axes.errorbar(shares, scores, errors, fmt=f"{marker}-", color=colour, capsize=3, label=label, alpha=0.85)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(title="trained", frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _exp(loss: Estimate) -> Estimate:
+    return type(loss)(*map(math.exp, loss))

@@ -1,0 +1,142 @@
+"""The generated blocks of a study's documents, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from matplotlib.figure import Figure
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.study import evidence, markdown, plots
+from lrsa_lit.study.bars import Bars, Best
+from lrsa_lit.study.plan import Study
+from lrsa_lit.study.results import Line
+from lrsa_lit.study.tables import Cells, Table
+
+FORMS = "PART, PART/SET, PART/SET/plot"
+"""Blocks of a part: its matrices, all of one data set, and its plot."""
+
+
+class Blocks:
+    """Texts and plots of the results.
+
+    Args:
+        study: the study.
+        lines: its results.
+    """
+
+    def __init__(self, study: Study, lines: Sequence[Line]) -> None:
+        self.study, self.lines = study, lines
+        self.cells = Cells(study, lines)
+        self._tables: dict[tuple[str, str], Table] = {}
+        self._whole: dict[str, Callable[[], list[str]]] = {
+            "summary": self._summary,
+            "legend": lambda: [markdown.LEGEND],
+            "bars": self._bars,
+            "perplexity": lambda: evidence.perplexity(self.cells),
+            "survival": lambda: evidence.survival(self.cells),
+            "training": lambda: markdown.training(lines),
+            "machines": lambda: markdown.machines(lines),
+        }
+        self._plots: dict[str, Callable[[], Figure | None]] = {
+            "perplexity/plot": lambda: plots.perplexity(evidence.texts(self.cells)),
+            "survival/plot": lambda: plots.survival(evidence.pairs(self.cells)),
+        }
+
+    @cached_property
+    def bars(self) -> Bars:
+        """The study's bars."""
+        return Bars(self.cells)
+
+    def table(self, part: str, data_set: str) -> Table:
+        """A part on one data set."""
+        if (part, data_set) not in self._tables:
+            self._tables[part, data_set] = Table(self.cells, part, data_set)
+        return self._tables[part, data_set]
+
+    def text(self, name: str) -> str:
+        """The Markdown of a block, empty where there are no results yet.
+
+        Raises:
+            UserError: there is no such block.
+        """
+        if name in self._whole:
+            return "\n".join(self._whole[name]())
+        part, data_set = self._part(name)
+        if data_set:
+            table = self.table(part, data_set)
+            return "\n".join([*_counted(table), *markdown.full(table)]) if table.cells else ""
+        tables = [self.table(part, each) for each in self.study.parts[part]["sets"]]
+        return "\n\n".join("\n".join(_headed(table)) for table in tables if table.cells)
+
+    def figure(self, name: str) -> Figure | None:
+        """The plot of a block whose name ends in ``/plot``; None where there are no results yet.
+
+        Raises:
+            UserError: there is no such block.
+        """
+        if name in self._plots:
+            return self._plots[name]()
+        part, data_set = self._part(name.removesuffix("/plot"))
+        if not data_set:
+            raise self._unknown(name)
+        table = self.table(part, data_set)
+        if not table.cells or table.measure == "loss":
+            return None
+        return plots.against_share(table.entries, table.measure, f"{part}: {data_set}")
+
+    def _part(self, name: str) -> tuple[str, str]:
+        part, _, data_set = name.partition("/")
+        if part not in self.study.parts or (data_set and data_set not in self.study.parts[part]["sets"]):
+            raise self._unknown(name)
+        if name.endswith("/"):
+            raise self._unknown(name)
+        return part, data_set
+
+    def _unknown(self, name: str) -> UserError:
+        allowed = [*self._whole, *self._plots, FORMS]
+        return UserError(
+            f"there is no block {name!r}; there are {', '.join(allowed)} with PART one of {', '.join(self.study.parts)}"
+        )
+
+    def _bars(self) -> list[str]:
+        verdicts = self.bars.verdicts()
+        if all(item.verdict == "open" for item in verdicts):
+            return []
+        body = [[item.name, item.required, item.reached, item.verdict, item.by] for item in verdicts]
+        return markdown.rows_of(["bar", "required", "reached", "verdict", "by"], body, names=5)
+
+    def _summary(self) -> list[str]:
+        """The best of each budget beside dense training, compressed at inference only."""
+        found = [(name, bar, self.bars.best(bar)) for name, bar in self.study.bars.items() if "of_dense" in bar]
+        body = [self._row(name, self.bars.measure(bar), best) for name, bar, best in found if best is not None]
+        head = [
+            "",
+            "measure",
+            "dense",
+            "dense-trained, compressed",
+            "LRSA-trained, compressed",
+            "of dense",
+            "pairs kept",
+        ]
+        return markdown.rows_of(head, body, names=2) if body else []
+
+    @staticmethod
+    def _row(name: str, measure: str, best: Best) -> list[str]:
+        means = [
+            float(cell.scores(measure).mean()) if cell else None for cell in (best.reference, best.same, best.cell)
+        ]
+        shown = ["" if mean is None else f"{mean:.3f}" for mean in means]
+        return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), markdown.share(best.cell.kept)]
+
+
+def _counted(table: Table) -> list[str]:
+    """How many of the results of a part there are, where some are missing."""
+    return [f"{table.done} of {table.asked} results are in.", ""] if table.done < table.asked else []
+
+
+def _headed(table: Table) -> list[str]:
+    title = f"{table.data_set} ({table.split}), {markdown.LABELS[table.measure]}"
+    body = _counted(table)
+    return [f"**{title}**", "", *body, *markdown.matrix(table)]

@@ -1,0 +1,81 @@
+"""What compression costs before any answer: perplexity of plain text, and supporting tokens that are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from lrsa_lit.study import markdown
+from lrsa_lit.study.statistics import Estimate
+from lrsa_lit.study.tables import Cell, Cells, measure_of, score_of
+
+WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")
+
+
+class Text(NamedTuple):
+    """A cell on a data set without answers, and its loss (nats for each token)."""
+
+    data_set: str
+    cell: Cell
+    loss: Estimate
+
+
+class Survival(NamedTuple):
+    """A trained cell, and the base LLM under the same attention."""
+
+    data_set: str
+    before: Cell
+    after: Cell
+
+    @property
+    def chance(self) -> float:
+        """K/L: what a head keeps that does not look."""
+        return float(self.after.line["survival"]["chance"])
+
+    def share(self, when: Literal["before", "after"], evidence: str = "gold") -> float | None:
+        """What a head keeps of the ``gold`` or ``answer`` tokens."""
+        cell = self.before if when == "before" else self.after
+        return cell.survival(evidence)
+
+
+def texts(cells: Cells) -> list[Text]:
+    """All cells on data sets without answers, on their test splits."""
+    names = [name for name in cells.study.data_sets if measure_of(cells.study, name) == "loss"]
+    return [Text(name, cell, score_of(cell, "loss")) for name in names for cell in cells.on(name, "test")]
+
+
+def perplexity(cells: Cells) -> list[str]:
+    """A row for each cell: the share of pairs kept, and the perplexity."""
+    body = []
+    for data_set, cell, loss in texts(cells):
+        shares = [markdown.share(cell.kept), markdown.share(cell.pairs)]
+        body.append([data_set, cell.row, cell.attention, str(len(cell.lines)), *shares, markdown.perplexity(loss)])
+    head = ["text", "trained", "inference", "seeds", "kept", "pairs", "perplexity"]
+    return markdown.rows_of(head, body, names=3) if body else []
+
+
+def pairs(cells: Cells) -> list[Survival]:
+    """Cells of trained rows on test splits whose selections were looked at, and the base LLM's as well."""
+    return list(_pairs(cells))
+
+
+def _pairs(cells: Cells) -> Iterator[Survival]:
+    for data_set in cells.study.data_sets:
+        measure = measure_of(cells.study, data_set)
+        found = [cell for cell in cells.on(data_set, "test", measure) if cell.survival("gold") is not None]
+        steps = {cell.row: cells.study.row(cell.row).steps for cell in found}
+        before = {cell.line["rule_digest"]: cell for cell in found if not steps[cell.row]}
+        for cell in found:
+            if steps[cell.row] and (base := before.get(cell.line["rule_digest"])):
+                yield Survival(data_set, base, cell)
+
+
+def survival(cells: Cells) -> list[str]:
+    """A row for each trained cell: the share of supporting and answer tokens that a head keeps, before and after."""
+    body = []
+    for item in pairs(cells):
+        names = [item.data_set, item.after.row, item.after.attention]
+        shares = [item.share(when, evidence) for evidence in ("gold", "answer") for when in WHEN]
+        body.append([*names, markdown.share(item.chance), *map(markdown.share, shares)])
+    head = ["questions", "trained", "inference", "chance", "gold before", "gold after", "answer before", "answer after"]
+    return markdown.rows_of(head, body, names=3) if body else []

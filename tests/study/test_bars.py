@@ -1,0 +1,133 @@
+"""Bars on results whose answer is known."""
+
+import pytest
+import yaml
+from helpers import one_line
+from study.conftest import STUDY
+from study.lines import evaluation, scores
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.study.bars import Bars
+from lrsa_lit.study.plan import Study
+from lrsa_lit.study.tables import Cells, compared
+
+SHIPPED = "configs/experiment/robustness.yaml"
+
+
+def study_of(tmp_path, bars) -> Study:
+    path = tmp_path / "tiny-study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "bars": bars}, sort_keys=False))
+    return Study(str(path))
+
+
+def verdict(study, *cells):
+    lines = [evaluation(study, *cell[:2], scores(cell[2]), *cell[3:]) for cell in cells]
+    (found,) = Bars(Cells(study, lines)).verdicts()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lrsa", "wanted"), [(0.8, "met"), (0.61, "met, not beyond the error"), (0.59, "**missed**, within the error"),
+                         (0.3, "**missed**")])  # fmt: skip
+def test_a_share_of_dense_training_is_that_of_the_best(lrsa, wanted, tmp_path):
+    study = study_of(tmp_path, {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.75}})
+    found = verdict(study, ("dense", "dense", 0.8), ("lrsa", "4x", lrsa), ("mixed", "4x", 0.2), ("lrsa", "dense", 0.9),
+                    ("dense", "4x", 1.0), ("base", "4x", 1.0), ("lrsa", "random-4x", 1.0))  # fmt: skip
+    assert found.verdict == wanted
+    assert found.reached.startswith(f"{lrsa / 0.8:.1%} [")
+    # Neither dense attention nor dense training counts, nor the untrained model, nor another choice of tokens.
+    assert found.by.startswith("lrsa under 4x (kept 25.0%, pairs 50.0%), against dense; best of 2, ")
+
+
+def test_what_keeps_too_much_does_not_count(tmp_path):
+    bar = {"set": "plain", "kept": 0.125, "of_dense": 0.5}
+    cells = ("dense", "dense", 0.8), ("lrsa", "4x", 0.8), ("lrsa", "8x", 0.2)
+    assert verdict(study_of(tmp_path, {"b": bar}), *cells).by.startswith("lrsa under 8x")
+    # All that is attended to, windows included, is more.
+    study = study_of(tmp_path, {"b": {"set": "plain", "pairs": 0.125, "of_dense": 0.5}})
+    assert verdict(study, *cells).verdict == "open"
+
+
+def test_the_best_of_several_is_checked_on_questions_that_it_was_not_chosen_on(tmp_path):
+    study = study_of(tmp_path, {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}})
+    # One answers the even questions, the other the odd ones: whichever half chooses, the other half has nothing.
+    even, odd = [[float(number % 2 == half) for number in range(100)] for half in (0, 1)]
+    lines = [evaluation(study, "dense", "dense", [1.0] * 100), evaluation(study, "lrsa", "4x", even),
+             evaluation(study, "mixed", "4x", odd)]  # fmt: skip
+    best = Bars(Cells(study, lines)).best(study.bars["b"])
+    assert best.ratio.value == 0.5
+    assert best.ratio_apart == 0.0
+    assert Bars(Cells(study, lines[:2])).best(study.bars["b"]).ratio_apart is None
+
+
+def test_a_score_is_that_of_the_best_row(tmp_path):
+    bar = {"set": "plain", "row": ["dense", "lrsa"], "inference": "dense", "measure": "em", "at_least": 0.5}
+    found = verdict(study_of(tmp_path, {"b": bar}), ("dense", "dense", 0.3), ("lrsa", "dense", 0.8))
+    assert (found.verdict, found.by) == ("met", "lrsa under dense; best of 2")
+    assert found.required == "plain exact match at least 0.5"
+    assert found.reached.startswith("0.800 [")
+
+
+ABOVE = {"set": "plain", "row": "lrsa", "inference": "4x", "above": [["dense", "4x"], ["lrsa", "random-4x"]], "p": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("cells", "wanted"),
+    [
+        ([], "open"),
+        ([("dense", "4x", 0.4)], "open"),
+        ([("dense", "4x", 0.4), ("lrsa", "random-4x", 0.3)], "met"),
+        ([("dense", "4x", 0.59), ("lrsa", "random-4x", 0.3)], "**missed**"),
+        ([("dense", "4x", 0.9), ("lrsa", "random-4x", 0.3)], "**missed**"),
+        ([("dense", "4x", 0.9)], "**missed**"),
+        # Of another seed alone: these are not the same weights.
+        ([("dense", "4x", 0.4), ("lrsa", "random-4x", 0.3, 1)], "open"),
+    ],
+)
+def test_a_gain_must_be_significant_over_each_other(cells, wanted, tmp_path):
+    study = study_of(tmp_path, {"b": ABOVE})
+    assert verdict(study, ("lrsa", "4x", 0.6), *cells).verdict == wanted
+
+
+def test_a_gain_that_other_seeds_might_not_have_is_said(tmp_path):
+    study = study_of(tmp_path, {"b": ABOVE | {"above": [["dense", "4x"]]}})
+    seeds = [("lrsa", "4x", share, seed) for seed, share in enumerate((0.2, 0.6, 0.9))]
+    found = verdict(study, *seeds, *[("dense", "4x", 0.3, seed) for seed in range(3)])
+    assert found.verdict == "met, not beyond the error of seeds"
+
+
+def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
+    study = study_of(tmp_path, {})
+    own = [evaluation(study, "lrsa", "4x", scores(share), seed) for seed, share in ((1, 0.9), (0, 0.5), (2, 0.7))]
+    other = [evaluation(study, "lrsa", "random-4x", scores(share), seed) for seed, share in ((0, 0.4), (2, 0.6))]
+    cells = Cells(study, [*own, *other])
+    one, two = cells.on("plain", "test")
+    found = compared(one, two, "f1").difference
+    assert found.value == pytest.approx(0.1)
+    assert 0.05 < found.low < found.high < 0.15
+
+
+@pytest.mark.parametrize(
+    ("bar", "named"),
+    [
+        ({"set": "plain", "kept": 0.5}, "kept, of_dense, set"),
+        ({"set": "plain", "kept": 0.5, "pairs": 0.5, "of_dense": 0.5}, "bars.b"),
+        (None, "none are not allowed"),
+        ({"set": "none", "kept": 0.5, "of_dense": 0.5}, "'none'"),
+        ({"set": "text", "kept": 0.5, "of_dense": 0.5}, "'loss'"),
+        ({"set": "plain", "kept": "half", "of_dense": 0.5}, "bars.b.kept: 'half'"),
+        (ABOVE | {"row": "none"}, "'none'"),
+        (ABOVE | {"above": [["dense", "none"]]}, "'none'"),
+        (ABOVE | {"above": ["dense"]}, "bars.b.above"),
+    ],
+)
+def test_mistakes_are_named(bar, named, tmp_path):
+    with pytest.raises(UserError) as error:
+        Bars(Cells(study_of(tmp_path, {"b": bar}), []))
+    assert named in one_line(error.value)
+
+
+def test_the_shipped_bars_are_complete():
+    study = Study(SHIPPED)
+    assert study.bars
+    assert {item.verdict for item in Bars(Cells(study, [])).verdicts()} == {"open"}

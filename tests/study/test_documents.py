@@ -1,0 +1,150 @@
+"""Blocks of Markdown files: what is filled, what is kept, and what is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import one_line
+from study.conftest import STUDY
+from study.lines import evaluation, scores
+
+from lrsa_lit.cli import main
+from lrsa_lit.errors import UserError
+from lrsa_lit.study.blocks import Blocks
+from lrsa_lit.study.markers import filled
+from lrsa_lit.study.plan import Study
+from lrsa_lit.study.report import fill
+from lrsa_lit.study.results import read_lines
+
+ROOT = Path(__file__).parents[2]
+PROSE = "# Title\r\n\r\nWritten by `<!-- study:none -->` hand.  \n"
+
+
+def document(folder, *names, before=PROSE, after="The end, without a newline"):
+    path = folder / "RESULTS.md"
+    blocks = "between\n".join(f"<!-- study:{name} -->\nold\n<!-- /study -->\n" for name in names)
+    path.write_bytes((before + blocks + after).encode())
+    return path
+
+
+def block(path, name):
+    return re.search(rf"<!-- study:{name} -->\n(.*?)<!-- /study -->", path.read_text(), re.DOTALL)[1].strip()
+
+
+def test_blocks_are_filled_and_all_else_is_kept(study_file, results, tmp_path):
+    names = ("main", "bars", "all/plain", "training", "machines", "perplexity", "survival", "summary", "legend")
+    path = document(tmp_path, *names, "main/plain/plot", "survival/plot", "perplexity/plot")
+    prose = re.sub(rb"(?s)(<!-- study:\S+ -->\n).*?(<!-- /study -->)", rb"\1\2", path.read_bytes())
+    command = ["study", "report", str(results), "--study", str(study_file), "--into", str(path)]
+    main([*command, "--plots", str(tmp_path / "docs" / "study")])
+    first = path.read_bytes()
+    assert re.sub(rb"(?s)(<!-- study:\S+ -->\n).*?(<!-- /study -->)", rb"\1\2", first) == prose
+    assert all(block(path, name) != "old" for name in names)
+    matrix = block(path, "main")
+    assert "| trained | dense | 4x |" in matrix
+    own = next(line for line in read_lines(results) if (line["row"], line.get("attention")) == ("lrsa", "4x"))
+    assert f"{sum(own['f1']) / 3:.3f} [" in next(line for line in matrix.splitlines() if line.startswith("| lrsa |"))
+    assert block(path, "main/plain/plot").endswith("(docs/study/main-plain.png)")
+    images = list((tmp_path / "docs" / "study").iterdir())
+    assert sorted(image.name for image in images) == ["main-plain.png", "perplexity.png", "survival.png"]
+    assert all(image.read_bytes().startswith(b"\x89PNG") and image.stat().st_size < 150_000 for image in images)
+    assert not (tmp_path / "study" / "report").exists()
+    # Again: the same bytes, of the plots as well.
+    before = {image: image.read_bytes() for image in images}
+    main([*command, "--plots", str(tmp_path / "docs" / "study")])
+    assert path.read_bytes() == first
+    assert {image: image.read_bytes() for image in images} == before
+
+
+@pytest.mark.parametrize(
+    ("names", "after", "named"),
+    [
+        (["mian"], "", "'mian'"),
+        (["main/text/plots"], "", "'main/text/plots'"),
+        (["main/none"], "", "'main/none'"),
+        (["main/plot"], "", "'main/plot'"),
+        (["bars"], "<!-- study:main -->\n", "not closed"),
+        (["bars"], "<!-- study:main -->\n<!-- study:bars -->\n<!-- /study -->\n", "'main' is not closed"),
+        (["bars"], "<!-- /study -->\n", "closes nothing"),
+        ([], "", "no block"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(names, after, named, study_file, tmp_path):
+    study = Study(str(study_file))
+    good, bad = document(tmp_path, "main"), tmp_path / "bad.md"
+    bad.write_bytes(document(tmp_path / ".", *names, after=after).read_bytes())
+    good = document(tmp_path, "main", "main/plain/plot")
+    before = good.read_bytes()
+    lines = [evaluation(study, "dense", "dense", scores(0.5))]
+    with pytest.raises(UserError) as error:
+        fill(study, lines, [good, bad], tmp_path / "plots")
+    assert named in one_line(error.value)
+    assert "bad.md" in str(error.value)
+    assert good.read_bytes() == before
+    assert not (tmp_path / "plots").exists()
+
+
+def test_an_unknown_block_says_which_there_are(study_file, tmp_path):
+    with pytest.raises(UserError, match=r"line 4: .*summary, legend, bars.*PART/SET.*main, all"):
+        filled(document(tmp_path, "mian"), Blocks(Study(str(study_file)), []).text)
+
+
+def test_a_missing_file_is_named(study_file, tmp_path):
+    with pytest.raises(UserError, match=r"none\.md"):
+        filled(tmp_path / "none.md", str)
+
+
+def test_what_is_not_measured_is_left_empty(study_file):
+    study = Study(str(study_file))
+    blocks = Blocks(study, [evaluation(study, "lrsa", "4x", scores(0.5))])
+    assert blocks.text("main").splitlines()[2:] == [
+        "1 of 4 results are in.", "", "| trained | dense | 4x |", "|---|---:|---:|",
+        f"| lrsa |  | {blocks.table('main', 'plain').entries[0].score.value:.3f} [0.430, 0.570] |"]  # fmt: skip
+    for name in ("main/text", "summary", "bars", "perplexity", "survival"):
+        assert blocks.text(name) == "", name
+    for name in ("main/text/plot", "perplexity/plot", "survival/plot"):
+        assert blocks.figure(name) is None
+
+
+def test_a_part_says_how_much_of_it_there_is(study_file):
+    study = Study(str(study_file))
+    cells = [("dense", "dense"), ("dense", "4x"), ("lrsa", "dense"), ("lrsa", "4x")]
+    whole = [evaluation(study, *names, scores(0.5)) for names in cells]
+    assert "results are in" not in Blocks(study, whole).text("main")
+    assert "3 of 4 results are in." in Blocks(study, whole[1:]).text("main")
+    # Another seed than the part's is no part of it.
+    other = [*whole[1:], evaluation(study, "dense", "dense", scores(0.5), seed=7)]
+    assert "3 of 4 results are in." in Blocks(study, other).text("main/plain")
+
+
+def test_hours_are_those_that_the_results_know(study_file):
+    study = Study(str(study_file))
+    lines = [evaluation(study, "dense", "dense", scores(0.5), seconds=5400.0),
+             evaluation(study, "dense", "4x", scores(0.5))]  # fmt: skip
+    (row,) = Blocks(study, lines).text("machines").splitlines()[2:]
+    assert row == "| abacus | torch 2.0 | c0ffee | 0 | 0 | 2 | 1.5 (1 of 2 results say) |"
+    assert Blocks(study, lines[1:]).text("machines").endswith("| 0 | 1 |  |")
+
+
+def test_survival_stands_beside_that_of_the_base_model(study_file):
+    study = Study(str(study_file))
+    kept = {"gold": 0.3, "answer": None, "chance": 0.25}
+    lines = [
+        evaluation(study, "base", "4x", scores(0.1), survival=kept),
+        evaluation(study, "lrsa", "4x", scores(0.5), survival=kept | {"gold": 0.5}),
+        evaluation(study, "lrsa", "4x", scores(0.5), seed=1, survival=kept | {"gold": 0.4}),
+        evaluation(study, "lrsa", "8x", scores(0.5), survival=kept),
+    ]
+    assert Blocks(study, lines).text("survival").splitlines()[2:] == [
+        "| plain | lrsa | 4x | 25% | 30% | 45% |  |  |"]  # fmt: skip
+
+
+def test_perplexity_of_texts_is_by_tokens(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    study = Study(str(path))
+    line = evaluation(study, "dense", "4x", [0.0, 0.0], data_set="text")
+    line |= {"f1": [], "em": [], "recall": [], "loss": [1.0, 5.0], "tokens": [1, 2]}
+    (row,) = Blocks(study, [line]).text("perplexity").splitlines()[2:]
+    assert row == "| text | dense | 4x | 1 | 25% | 50% | 7.39 [2.72, 12.18] |"
