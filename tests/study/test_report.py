@@ -89,7 +89,15 @@ def test_results_become_runs_of_a_store_once(study_file, results, tmp_path, monk
     (line,) = (line for line in read_lines(results) if (line["row"], line["seed"], line.get("attention"),
                line.get("set")) == ("lrsa", 0, "4x", "plain"))  # fmt: skip
     assert run.data.metrics["test/plain/4x/f1"] == pytest.approx(np.mean(line["f1"]))
-    assert run.data.params["model.optimizer.class_path"] == "torch.optim.AdamW"
+    wanted = {"study.row": "lrsa", "seed_everything": "0", "trainer.max_steps": "3", "model.lrsa.top_k": "8"}
+    wanted |= {"model.optimizer.class_path": "torch.optim.AdamW", "data.init_args.weights.plain": "1.0"}
+    assert wanted.items() <= run.data.params.items()
+    params = {run.info.run_name: run.data.params for run in runs}
+    assert params["dense-seed0"]["model.train_attention"] == "None"
+    assert not [name for name in params["dense-seed0"] if name.startswith("model.lrsa")]
+    # Nothing has trained the base model, but a comparison must tell it from the others.
+    assert (params["base-seed0"]["study.row"], params["base-seed0"]["trainer.max_steps"]) == ("base", "0")
+    assert all(run.info.status == "FINISHED" for run in runs)
 
 
 def test_no_results_no_report(study_file, tmp_path):

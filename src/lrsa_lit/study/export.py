@@ -13,6 +13,10 @@ from lrsa_lit.study.results import Line
 KEY = "study.key"
 """Tag of a run: what its weights came from."""
 
+_PARAMS = {"trainer": "trainer", "data": "data.init_args"}
+_MOST = 500
+"""Metrics that a store takes at a time, or more."""
+
 
 def to_mlflow(study: Study, lines: Sequence[Line], uri: str) -> None:
     """Write results into a store; runs that are there already are completed.
@@ -42,14 +46,28 @@ def to_mlflow(study: Study, lines: Sequence[Line], uri: str) -> None:
             else:
                 tags = {KEY: key, "seed": str(seed), "study.row": row}
                 run_id = client.create_run(experiment, tags=tags, run_name=f"{row}-seed{seed}").info.run_id
-            settings: dict[str, Any] = next((line["settings"] for line in own if line["kind"] == "training"), {})
-            params = [Param(name, value) for name, value in _flat({"model": settings}).items()]
+            params = [Param(name, value) for name, value in _params(study, own).items()]
             metrics = [Metric(name, value, 0, 0) for line in own for name, value in _metrics(line).items()]
             machine = [RunTag(f"machine.{name}", str(value)) for name, value in own[-1]["machine"].items()]
             # Params cannot change; those of an equal config do not.
-            client.log_batch(run_id, metrics=metrics, params=params, tags=[*machine, RunTag("lines", digest(own))])
+            client.log_batch(run_id, params=params, tags=[*machine, RunTag("lines", digest(own))])
+            for start in range(0, len(metrics), _MOST):
+                client.log_batch(run_id, metrics=metrics[start : start + _MOST])
             client.set_terminated(run_id)
     print(f"{len(runs)} runs of experiment {lines[0]['study']!r} in {uri}", flush=True)
+
+
+def _params(study: Study, lines: Sequence[Line]) -> dict[str, str]:
+    """What the weights came from, in the words of a fit's params; nothing has trained the base LLM, so it has few."""
+    line = lines[0]
+    trained = [line["settings"] for line in lines if line["kind"] == "training"]
+    known = [row.trained_by() for row in study.rows.values() if row.hash == line["config"]]
+    settings: dict[str, Any] = next(iter(trained + known), {})
+    named = {_PARAMS.get(name, f"model.{name}"): value for name, value in settings.items() if name != "attention"}
+    if "attention" in settings:
+        rule = settings["attention"]
+        named |= {"model.train_attention": None} if rule is None else {"model.lrsa": rule}
+    return _flat({"study.row": line["row"], "seed_everything": line["seed"], **named})
 
 
 def _metrics(line: Line) -> dict[str, float]:
