@@ -9,8 +9,10 @@ import jupytext
 import nbformat
 import numpy as np
 import pytest
+import yaml
 from cli_helpers import DEBUG
 from nbclient import NotebookClient
+from study.conftest import STUDY, run_study, write_data
 
 from lrsa_lit.analysis import runs
 from lrsa_lit.cli import main
@@ -48,6 +50,10 @@ def checkout(tmp_path_factory):
             for n, score in enumerate(f1)
         ]
         store.log_text(run, "".join(json.dumps(row) + "\n" for row in rows), runs.ANSWERS)
+    study = folder / "configs" / "experiment" / "robustness.yaml"
+    study.parent.mkdir(parents=True)
+    study.write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    run_study(study, write_data(folder / "study" / "data"), folder / "study")
     return folder
 
 
@@ -72,11 +78,14 @@ def test_notebooks_run_on_recorded_runs(checkout, monkeypatch):
     assert {name: kinds_shown(notebook) for name, notebook in done.items()} == {
         "attention_selections": [None, text, page, image, image, page, image, image, image],
         "compare_runs": [None, page, page, image, image, image, page, image, page, page],
+        "robustness": [None, text, page, page, image, page, image, page, image, image, page, text],
     }
     outputs = [cell.outputs for notebook in done.values() for cell in code_cells(notebook)]
     assert not [output for each in outputs for output in each if output.output_type == "stream"], "noise"
     (chosen,) = code_cells(done["attention_selections"])[1].outputs
     assert chosen["data"][text] == "('tiny-L32-K8-s0', [0, 4])"
+    (asked,) = code_cells(done["robustness"])[-1].outputs
+    assert asked["data"][text] == "{'question': 'Which?', 'answers': ['a0', 'b']}"
 
 
 @pytest.mark.parametrize("name", NAMES)

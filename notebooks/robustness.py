@@ -1,0 +1,97 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Do models trained with LRSA keep their answers under compression?
+#
+# The results of a study, as `lrsa study run` writes them. `lrsa study report` makes the same tables with all intervals.
+
+# %%
+# %matplotlib inline
+from lrsa_lit.study import evidence, frames, plots
+from lrsa_lit.study.tables import Table
+
+# %% [markdown]
+# Files are looked for in this folder and in those above it.
+
+# %%
+results = "study/results.jsonl"
+cells = frames.load(results, "configs/experiment/robustness.yaml")
+study = cells.study
+list(study.parts)
+
+# %% [markdown]
+# ## Trained one way, used another
+#
+# Rows were trained, columns are the attention at inference. Another part: change its name.
+
+# %%
+part = "main"
+table = Table(cells, part, study.parts[part]["sets"][0])
+frames.matrix(table)
+
+# %% [markdown]
+# Each cell with its interval, its share of dense training with dense inference, and its gain over dense training under the
+# same attention.
+
+# %%
+frames.entries(table)
+
+# %%
+plots.against_share(table.entries, table.measure, f"{part}: {table.data_set}")
+
+# %% [markdown]
+# What was to be reached, and what was:
+
+# %%
+frames.bars(cells)
+
+# %% [markdown]
+# ## Training
+
+# %%
+plots.training_curves(cells.lines)
+
+# %% [markdown]
+# ## Is the evidence kept?
+#
+# The share of the supporting passages' tokens that a head keeps: a head that chooses at random keeps K/L of them.
+
+# %%
+frames.survival(cells)
+
+# %%
+plots.survival(evidence.pairs(cells))
+
+# %% [markdown]
+# Plain text, without a question:
+
+# %%
+plots.perplexity(evidence.texts(cells))
+
+# %% [markdown]
+# ## One question, all answers
+#
+# Pick a question.
+
+# %%
+number = 0
+frames.answers(table, number)
+
+# %% [markdown]
+# Its text, and the answers that count as right, are read from the token files that `lrsa study data` has written.
+
+# %%
+frames.question(table, number, "study/data")

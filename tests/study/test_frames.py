@@ -1,0 +1,67 @@
+"""Results as tables of pandas."""
+
+import math
+
+import pandas as pd
+import pytest
+from study.lines import evaluation, scores
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.study import frames
+from lrsa_lit.study.plan import Study
+from lrsa_lit.study.tables import Cells, Table
+
+
+@pytest.fixture
+def cells(study_file):
+    study = Study(str(study_file))
+    lines = [
+        evaluation(study, "dense", "dense", scores(0.8)),
+        evaluation(study, "dense", "4x", scores(0.4)),
+        evaluation(study, "lrsa", "4x", scores(0.6), text=[f"answer {n}" for n in range(200)]),
+        evaluation(study, "lrsa", "4x", scores(0.7), seed=1),
+    ]
+    return Cells(study, lines)
+
+
+def test_a_matrix_has_a_place_for_what_is_not_measured(cells):
+    found = frames.matrix(Table(cells, "main", "plain"))
+    wanted = pd.DataFrame({"dense": [0.8, math.nan], "4x": [0.4, 0.65]}, index=["dense", "lrsa"])
+    pd.testing.assert_frame_equal(found, wanted)
+
+
+def test_a_row_own_attention_is_a_column_if_it_is_another(cells):
+    assert Table(cells, "all", "plain").attentions == ["own", "random-4x"]
+
+
+def test_entries_hold_what_is_compared(cells):
+    found = frames.entries(Table(cells, "main", "plain")).set_index(["trained", "inference"])
+    assert list(found.index) == [("dense", "dense"), ("dense", "4x"), ("lrsa", "4x")]
+    assert found.loc[("lrsa", "4x"), ["seeds", "kept", "of_dense", "gain"]].tolist() == pytest.approx(
+        [2, 0.25, 0.65 / 0.8, 0.25]
+    )
+    assert found["p"].isna().tolist() == [True, True, False]
+
+
+def test_answers_stand_side_by_side(cells):
+    found = frames.answers(Table(cells, "main", "plain"), 150)
+    assert found["answer"].tolist() == ["answer", "answer", "answer 150", "answer"]
+    assert found["score"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(UserError, match="200 questions"):
+        frames.answers(Table(cells, "main", "plain"), 200)
+
+
+def test_questions_must_be_those_of_the_results(study_file, data, results):
+    table = Table(frames.load(str(results), str(study_file)), "main", "plain")
+    assert frames.question(table, 2, str(data)) == {"question": "Which?", "answers": ["a2", "b"]}
+    table.cells[0].line["set_digest"] = "other"
+    with pytest.raises(UserError, match="other questions"):
+        frames.question(table, 2, str(data))
+
+
+def test_files_are_found_above(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "study").mkdir()
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert frames.nearest("study") == tmp_path / "study"
+    assert str(frames.nearest("none.jsonl")) == "none.jsonl"
