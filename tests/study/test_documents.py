@@ -148,3 +148,10 @@ def test_perplexity_of_texts_is_by_tokens(tmp_path):
     line |= {"f1": [], "em": [], "recall": [], "loss": [1.0, 5.0], "tokens": [1, 2]}
     (row,) = Blocks(study, [line]).text("perplexity").splitlines()[2:]
     assert row == "| text | dense | 4x | 1 | 25% | 50% | 7.39 [2.72, 12.18] |"
+
+
+def test_the_shipped_documents_have_blocks_that_there_are():
+    study = Study("configs/experiment/robustness.yaml")
+    blocks = Blocks(study, [])
+    for name in ("README.md", "RESULTS.md"):
+        filled(ROOT / name, lambda block: str(blocks.figure(block)) if block.endswith("/plot") else blocks.text(block))
