@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -44,7 +45,7 @@ class TokenFile:
         """The positions of the examples in the order of the lengths of their prompts."""
         return sorted(range(len(self.examples)), key=lambda place: self.examples[place]["prompt_length"])
 
-    @property
+    @functools.cached_property
     def contexts(self) -> list[int]:
         """For each example the number of its context, from 0 on: those of one differ in the question alone."""
         firsts: list[Example] = []
