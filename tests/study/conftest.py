@@ -114,3 +114,10 @@ def study_file(tmp_path) -> Path:
     path = tmp_path / "tiny-study.yaml"
     path.write_text(yaml.safe_dump(STUDY, sort_keys=False))
     return path
+
+
+def without_times(lines: list) -> list:
+    """Lines of results without what differs from run to run."""
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "seconds")} for line in lines
+    ]

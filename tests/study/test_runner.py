@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from study.conftest import STUDY
+from study.conftest import STUDY, without_times
 
 from lrsa_lit.cli import main
 from lrsa_lit.study import settings
@@ -17,10 +17,6 @@ from lrsa_lit.study.training import task_of
 
 def runner(study_file, data, tmp_path, *, seconds=1000.0, clock=lambda: 0.0, out="results.jsonl") -> Runner:
     return Runner(Study(str(study_file)), data, tmp_path / out, tmp_path / "work", seconds, clock=clock)
-
-
-def without_times(lines: list) -> list:
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 
 def test_a_part_runs_from_the_command_and_is_skipped_the_second_time(study_file, data, tmp_path, capsys):

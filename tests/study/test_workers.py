@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cli_helpers import interruptible
 from helpers import one_line
-from study.conftest import STUDY, examples
+from study.conftest import STUDY, examples, without_times
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.study import settings, tokens
@@ -68,7 +68,7 @@ def test_workers_find_what_one_process_finds(study_file, data, many, tmp_path):
         # The second one evaluates the weights of the first one.
         runner = Runner(Study(str(study_file)), data, out, tmp_path / "work", 1e6, workers=count)
         assert runner.run("main")
-        lines.append({(line["row"], line["attention"], line["set"]): line for line in read_lines(out)
+        lines.append({(line["row"], line["attention"], line["set"]): line for line in without_times(read_lines(out))
                       if line["kind"] == "evaluation"})  # fmt: skip
         assert not children()
     assert len(lines[0]) == 8

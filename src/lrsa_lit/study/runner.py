@@ -119,6 +119,8 @@ class Runner:
             "loss_of_last_20_steps": last,
             "tokens_per_second": speed,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "seconds": round(meter.wall, 1),
+            "losses": _rounded(meter.losses),
             "settings": work.row.trained_by(),
         }
 
@@ -165,6 +167,7 @@ class Runner:
             "split": item.split,
             "set_digest": file.digest,
             "questions": len(file.examples),
+            "contexts": file.contexts,
             "dtype": outcome.dtype,
             "generated": item.generates,
             "loss": _rounded(answers.loss),
@@ -174,6 +177,8 @@ class Runner:
             "recall": _rounded(answers.recall),
             "text": answers.text,
             "survival": outcome.survival,
+            # Of the machine, which all workers share.
+            "seconds": round(outcome.seconds / max(self.workers.count, 1), 1),
         }
 
     def _about(self, kind: str, work: Work) -> Line:

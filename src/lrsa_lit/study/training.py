@@ -92,12 +92,14 @@ class Meter(lightning.Callback):
         losses: answer loss of each batch.
         tokens: of the batches behind the first few of each call, padding included.
         seconds: that these took.
+        wall: seconds of the training, compilation included.
     """
 
     def __init__(self, checkpoint: Path, out_of_time: Callable[[], bool], settle: Callable[[], None]) -> None:
         self.checkpoint, self.out_of_time, self.settle = checkpoint, out_of_time, settle
         self.losses: list[float] = []
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.wall = 0, 0.0, 0.0
+        self._began = 0.0
         self._pending: list[torch.Tensor] = []
         self._steps, self._since, self._queued = 0, 0.0, 0
 
@@ -108,12 +110,16 @@ class Meter(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"losses": self.losses, "tokens": self.tokens, "seconds": self.seconds}
+        return {"losses": self.losses, "tokens": self.tokens, "seconds": self.seconds, "wall": self.wall}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what a checkpoint has kept."""
         self.losses = list(state_dict["losses"])
-        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self.tokens, self.seconds, self.wall = (state_dict[name] for name in ("tokens", "seconds", "wall"))
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -142,6 +148,8 @@ class Meter(lightning.Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
+        self.wall += now - self._began
+        self._began = now
         if self._steps > _WARM_UP:
             self.tokens += self._queued
             self.seconds += now - self._since
