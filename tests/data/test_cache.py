@@ -18,6 +18,7 @@ EXAMPLE = Example(
     answer_spans=[],
     answers=["a", "b"],
     match="all",
+    task="t",
 )
 
 

@@ -86,7 +86,7 @@ def test_a_broken_line_leaves_no_cache(jsonl: Path, tokenizer: PreTrainedTokeniz
         (
             {"hub": "y", "fields": {"context": "x"}},
             "data.init_args.fields has the key 'context', "
-            "allowed are id, passages, question, answers, supporting_titles, match",
+            "allowed are id, passages, question, answers, supporting_titles, match, task",
         ),
     ],
 )

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.prompts import (
     INSTRUCTION,
+    Prompt,
     TooLong,
     encode,
     find_answers,
@@ -30,6 +31,32 @@ def test_the_context_comes_first_and_the_question_last(record: QARecord, tokeniz
         "Question: Where is the café?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+def test_a_prompt_may_be_put_otherwise(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+    prompt = Prompt("Read:\n{context}\nNow: {input}", answer="It is:", heading="Document {number}:")
+    text, _ = render_prompt(record, tokenizer, prompt)
+    assert text == (
+        "<|im_start|>user\nRead:\n"
+        "Document 1:\nThe Isk is 212 kilometres long.\n\n"
+        "Document 2:\nLe café naît à Tesmar: TESMAR, not Tesmarville.\n\n"
+        "Document 3:\nNobody lives in Tesmar.\n"
+        "Now: Where is the café?<|im_end|>\n"
+        "<|im_start|>assistant\nIt is:"
+    )
+    example = encode(record, tokenizer, 1024, prompt)
+    (gold,) = [tokenizer.decode(example["input_ids"][start:end]) for start, end in example["gold_spans"]]
+    assert gold == "Document 2:\nLe café naît à Tesmar: TESMAR, not Tesmarville."
+    assert tokenizer.decode(example["input_ids"][example["prompt_length"] :]) == " Tesmar<|im_end|>"
+
+
+@pytest.mark.parametrize("question", ["{context}", "{input}"])
+def test_a_question_may_hold_what_stands_for_others(
+    record: QARecord, tokenizer: PreTrainedTokenizerFast, question: str
+):
+    text, _ = render_prompt(replace(record, question=question), tokenizer)
+    assert text.count("The Isk is") == 1
+    assert f"Question: {question}<|im_end|>" in text
 
 
 def test_training_sees_the_prompt_that_generation_starts_from(record: QARecord, tokenizer: PreTrainedTokenizerFast):

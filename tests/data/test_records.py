@@ -24,7 +24,9 @@ def test_a_record_survives_json(record: QARecord):
 
 
 def test_optional_fields_may_be_absent_or_null():
-    assert QARecord.from_dict(GOOD) == QARecord.from_dict({**GOOD, "supporting_titles": None, "match": None})
+    assert QARecord.from_dict(GOOD) == QARecord.from_dict(
+        {**GOOD, "supporting_titles": None, "match": None, "task": None}
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,10 +42,11 @@ def test_optional_fields_may_be_absent_or_null():
         ({"passages": ["x"]}, "field 'passages[0]' must be an object with title and text, got str"),
         ({"passages": [{"title": "T"}]}, "field 'passages[0].text' is missing"),
         ({"match": "some"}, "field 'match' is 'some', allowed are any, all"),
+        ({"task": "a/b"}, "field 'task' is 'a/b', allowed are letters, digits, dot, - and _"),
         ({"supporting_titles": ["U"]}, "field 'supporting_titles' names 'U', which is the title of no passage"),
         (
             {"answer": "a"},
-            "unknown field 'answer', allowed are id, passages, question, answers, supporting_titles, match",
+            "unknown field 'answer', allowed are id, passages, question, answers, supporting_titles, match, task",
         ),
     ],
     ids=str,

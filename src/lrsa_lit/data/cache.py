@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every key: raise it when prompts.py, or a data set's recipe, gives other examples for the same parameters.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 _log = logging.getLogger("lrsa_lit.data")
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"
@@ -38,6 +38,7 @@ _FEATURES = datasets.Features(
         "answer_spans": datasets.List(datasets.List(_INT)),
         "answers": datasets.List(datasets.Value("string")),
         "match": datasets.Value("string"),
+        "task": datasets.Value("string"),
     }
 )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from lrsa_lit.data.prompts import SEPARATOR, YES_NO, Example, TooLong, encode, render_passage
+from lrsa_lit.data.prompts import PROMPT, SEPARATOR, YES_NO, Example, Prompt, TooLong, encode, render_passage
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.metrics import normalize_answer
 
@@ -17,13 +17,21 @@ if TYPE_CHECKING:
 
 # Paragraphs drawn at once, so that they are tokenised together; and the context is full once none of them fits.
 _DRAW = 32
+# A passage's number in the context is not known when its tokens are counted; most have at most three digits.
+_NUMBER = 999
 
 
 class ParagraphPool:
-    """Paragraphs to fill contexts with; what is learnt about one, its tokens or its words, is remembered."""
+    """Paragraphs to fill contexts with; what is learnt about one, its tokens or its words, is remembered.
 
-    def __init__(self, passages: Sequence[Passage]) -> None:
+    Args:
+        passages: the paragraphs.
+        prompt: how the questions are put whose contexts are filled.
+    """
+
+    def __init__(self, passages: Sequence[Passage], prompt: Prompt = PROMPT) -> None:
         self.passages = passages
+        self.prompt = prompt
         self._tokens: dict[int, int] = {}
         self._words: dict[int, str] = {}
 
@@ -50,7 +58,7 @@ class ParagraphPool:
         """What each paragraph adds to a prompt; exact but for merges across its borders."""
         new = [position for position in positions if position not in self._tokens]
         if new:
-            texts = [SEPARATOR + render_passage(self.passages[position]) for position in new]
+            texts = [SEPARATOR + self.prompt.passage(self.passages[position], _NUMBER) for position in new]
             ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
             self._tokens.update(zip(new, map(len, ids), strict=True))
         return [self._tokens[position] for position in positions]
@@ -62,6 +70,7 @@ class ParagraphPool:
         rng: random.Random,
         tokenizer: PreTrainedTokenizerBase,
         max_tokens: int,
+        first: Sequence[int] = (),
     ) -> Example | TooLong:
         """The example of a record whose passages lie, in their order, at random places among paragraphs of the pool.
 
@@ -73,18 +82,20 @@ class ParagraphPool:
             rng: draws the paragraphs and the places.
             tokenizer: as for :func:`~lrsa_lit.data.prompts.encode`.
             max_tokens: budget of prompt and answer together.
+            first: positions to take before any other, as far as they fit; all paragraphs are then shuffled.
 
         Returns:
             The example, or :class:`TooLong` if the record's own passages exceed the budget.
         """
-        example = encode(record, tokenizer, max_tokens)
+        example = encode(record, tokenizer, max_tokens, self.prompt)
         if isinstance(example, TooLong):
             return example
         room = max_tokens - len(example["input_ids"])
-        chosen = self._choose(filter(allowed, self.draw(rng)), room, tokenizer)
+        chosen = self._choose(chain(first, filter(allowed, self.draw(rng))), room, tokenizer)
         while chosen:
-            passages = interleave(record.passages, [self.passages[position] for position in chosen], rng)
-            filled = encode(replace(record, passages=passages), tokenizer, max_tokens)
+            fillers = [self.passages[position] for position in (rng.sample(chosen, len(chosen)) if first else chosen)]
+            passages = interleave(record.passages, fillers, rng)
+            filled = encode(replace(record, passages=passages), tokenizer, max_tokens, self.prompt)
             if not isinstance(filled, TooLong):
                 return filled
             chosen.pop()

@@ -9,7 +9,7 @@ from lrsa_lit.data.records import QARecord
 from lrsa_lit.errors import UserError
 
 _FIELDS = tuple(QARecord.__dataclass_fields__)
-_OPTIONAL = ("id", "supporting_titles", "match")
+_OPTIONAL = ("id", "supporting_titles", "match", "task")
 
 
 def check_fields(fields: Mapping[str, str]) -> None:

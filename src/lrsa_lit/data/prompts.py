@@ -29,6 +29,36 @@ YES_NO = frozenset({"yes", "no"})
 Span: TypeAlias = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """How a question is put to the model.
+
+    Attributes:
+        message: the user's message; {context} stands for the passages, {input} for the question.
+        answer: the beginning of the assistant's message, which the model is given; a blank follows it.
+        heading: what stands above a passage in place of its title; {number} counts from 1. "" shows the titles.
+    """
+
+    message: str
+    answer: str = ""
+    heading: str = ""
+
+    def passage(self, passage: Passage, number: int) -> str:
+        """A passage, the ``number``-th of the context, as the prompt shows it."""
+        if not self.heading:
+            return render_passage(passage)
+        return f"{self.heading.replace('{number}', str(number))}\n{passage.text}".strip()
+
+    def around(self, question: str) -> tuple[str, str]:
+        """What stands before the passages and behind them."""
+        before, after = self.message.split("{context}")
+        return before.replace("{input}", question), after.replace("{input}", question)
+
+
+PROMPT = Prompt("{context}" + SEPARATOR + INSTRUCTION + SEPARATOR + "Question: {input}")
+"""The project's own."""
+
+
 class Example(TypedDict):
     """A tokenised record.
 
@@ -40,6 +70,7 @@ class Example(TypedDict):
         answer_spans: token positions [start, end) of the answers' occurrences within those passages.
         answers: the record's.
         match: the record's.
+        task: the record's.
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
     """
@@ -51,6 +82,7 @@ class Example(TypedDict):
     answer_spans: Sequence[Span]
     answers: Sequence[str]
     match: Match
+    task: NotRequired[str]
     source: NotRequired[str]
     repeated: NotRequired[bool]
 
@@ -84,27 +116,31 @@ def checked(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def encode(record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Example | TooLong:
+def encode(
+    record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int, prompt: Prompt = PROMPT
+) -> Example | TooLong:
     """Tokenise a record.
 
     Args:
         record: the question with its context.
         tokenizer: a fast tokenizer with a chat template and an end-of-sequence token.
         max_tokens: budget of prompt and answer together; nothing is cut to meet it.
+        prompt: how the question is put.
 
     Raises:
         UserError: even without any passage the record needs more than ``max_tokens``, or the chat template does not
             keep the text of a message.
     """
-    prompt, passages = render_prompt(record, tokenizer)
-    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    answer_ids = tokenizer(record.target + str(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+    text, passages = render_prompt(record, tokenizer, prompt)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    target = f" {record.target}" if prompt.answer else record.target
+    answer_ids = tokenizer(target + str(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
     length = len(encoding["input_ids"]) + len(answer_ids)
     if length > max_tokens:
-        _check_bare(record, tokenizer, max_tokens, len(answer_ids))
+        _check_bare(record, tokenizer, max_tokens, len(answer_ids), prompt)
         return TooLong(length)
     gold = [span for passage, span in zip(record.passages, passages, strict=True) if _supports(record, passage)]
-    answers = [found for span in gold for found in find_answers(prompt, record.answers, span)]
+    answers = [found for span in gold for found in find_answers(text, record.answers, span)]
     offsets = encoding["offset_mapping"]
     return Example(
         id=record.id,
@@ -114,23 +150,28 @@ def encode(record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int
         answer_spans=[token_span(offsets, span) for span in answers],
         answers=list(record.answers),
         match=record.match,
+        task=record.task,
     )
 
 
-def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+def render_prompt(
+    record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT
+) -> tuple[str, list[Span]]:
     """The prompt's text up to where the answer starts, and the character span of each passage in it."""
-    texts = [render_passage(passage) for passage in record.passages]
-    content = SEPARATOR.join([*texts, INSTRUCTION, f"Question: {record.question.strip()}"])
+    texts = [prompt.passage(passage, number) for number, passage in enumerate(record.passages, start=1)]
+    before, after = prompt.around(record.question.strip())
+    content = before + SEPARATOR.join(texts) + after if texts else (before + after).lstrip()
     messages = [{"role": "user", "content": content}]
-    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    start = prompt.find(content)
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + prompt.answer
+    start = text.find(content)
     if start < 0:
         raise UserError("model.tokenizer: its chat template changes the text of a message, which is not supported")
+    start += len(before)
     spans = []
-    for text in texts:
-        spans.append((start, start + len(text)))
-        start += len(text) + len(SEPARATOR)
-    return prompt, spans
+    for passage in texts:
+        spans.append((start, start + len(passage)))
+        start += len(passage) + len(SEPARATOR)
+    return text, spans
 
 
 def render_passage(passage: Passage) -> str:
@@ -167,8 +208,10 @@ def _supports(record: QARecord, passage: Passage) -> bool:
     return passage.title in record.supporting_titles
 
 
-def _check_bare(record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int, answer_tokens: int) -> None:
-    bare, _ = render_prompt(replace(record, passages=()), tokenizer)
+def _check_bare(
+    record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int, answer_tokens: int, prompt: Prompt
+) -> None:
+    bare, _ = render_prompt(replace(record, passages=()), tokenizer, prompt)
     needed = len(tokenizer(bare, add_special_tokens=False)["input_ids"]) + answer_tokens
     if needed > max_tokens:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +35,7 @@ class QARecord:
         answers: the reference answers, at least one.
         supporting_titles: titles of the passages that hold the answer; may be empty.
         match: ``"any"``: the answers are alternatives, ``"all"``: every one is required.
+        task: what kind of question it is, where a data set has several; each gets scores of its own.
     """
 
     id: str
@@ -42,6 +44,7 @@ class QARecord:
     answers: tuple[str, ...]
     supporting_titles: tuple[str, ...] = ()
     match: Match = "any"
+    task: str = ""
 
     @property
     def target(self) -> str:
@@ -67,6 +70,7 @@ class QARecord:
             answers=_texts(data, "answers"),
             supporting_titles=_texts(data, "supporting_titles") if data.get("supporting_titles") else (),
             match=_match(data),
+            task=_text(data, "task") if data.get("task") else "",
         )
         _check_values(record)
         return record
@@ -83,7 +87,7 @@ def read_records(path: Path) -> Iterator[QARecord]:
         raise UserError(f"{path}: the suffix is {path.suffix!r}, allowed are {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    return _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+    return read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -101,11 +105,20 @@ def read_json(path: Path, kind: type) -> Any:
     return content
 
 
-def _read_jsonl(path: Path) -> Iterator[QARecord]:
+def read_jsonl(path: Path, make: Callable[[Mapping[str, Any]], QARecord] | None = None) -> Iterator[QARecord]:
+    """The records of a file with one JSON object a line; blank lines are skipped.
+
+    Args:
+        path: the file.
+        make: a record from a line's object; null for the canonical format.
+
+    Raises:
+        UserError: a line is broken, or ``make`` complains about it; the message gives the file and the line.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _located(f"{path}, line {number}", partial(_parse, line))
+                yield _located(f"{path}, line {number}", partial(_parse, line), make or QARecord.from_dict)
 
 
 def _read_parquet(path: Path) -> Iterator[QARecord]:
@@ -119,24 +132,34 @@ def _read_parquet(path: Path) -> Iterator[QARecord]:
     with file:
         rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
-            yield _located(f"{path}, row {number}", partial(dict, row))
+            yield _located(f"{path}, row {number}", partial(dict, row), QARecord.from_dict)
 
 
 def _parse(line: bytes) -> object:
     return json.loads(line.decode("utf-8"))  # given bytes, json.loads lets some that are not UTF-8 pass
 
 
-def _located(place: str, load: Callable[[], Any]) -> QARecord:
+def _located(place: str, load: Callable[[], Any], make: Callable[[Mapping[str, Any]], QARecord]) -> QARecord:
     """Load and check one record; its errors name the place."""
     try:
         data = load()
         if not isinstance(data, dict):
             raise UserError(f"a record must be an object, got {_kind(data)}")
-        return QARecord.from_dict(data)
+        return make(data)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{place}: not valid JSON ({_one_line(error)})") from None
+
+
+def check_name(field: str, value: str) -> None:
+    """Refuse what cannot be part of a metric's name.
+
+    Raises:
+        UserError: the value of the field has other characters than letters, digits, dot, - and _.
+    """
+    if not re.fullmatch(r"[\w.-]*", value):
+        raise UserError(f"field {field!r} is {value!r}, allowed are letters, digits, dot, - and _")
 
 
 def _check_names(data: Mapping[str, Any]) -> None:
@@ -149,6 +172,7 @@ def _check_values(record: QARecord) -> None:
     for name in ("question", "answers", "passages"):
         if not getattr(record, name):
             raise UserError(f"field {name!r} is empty, at least one is needed")
+    check_name("task", record.task)
     if not all(answer.strip() for answer in record.answers):
         raise UserError(f"field 'answers' holds an empty string: {list(record.answers)}")
     titles = {passage.title for passage in record.passages}
