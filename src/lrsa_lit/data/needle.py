@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from lrsa_lit.data.haystack import ParagraphPool
 from lrsa_lit.data.hotpotqa import SHA256, SOURCE, load_questions, paragraph_pool
@@ -35,6 +36,9 @@ class Needles(QADataModule):
         kwargs: see QADataModule.
     """
 
+    known: ClassVar[tuple[str, ...]] = tuple(TASKS)
+    score = "recall"
+
     def __init__(
         self,
         tasks: Sequence[str] = tuple(TASKS),
@@ -46,7 +50,7 @@ class Needles(QADataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.tasks = _checked_tasks(tasks)
+        self.tasks = self._checked_tasks(tasks)
         self.train = at_least("train", train, 1)
         self.val = at_least("val", val, 1)
         self.test = at_least("test", test, 1)
@@ -67,20 +71,23 @@ class Needles(QADataModule):
         rng = random.Random(f"{self.seed}:{record.id}:haystack")
         return self._pool.fill(record, lambda _: True, rng, self.checked_tokenizer, self.max_tokens)
 
+    def make(self, split: Split, task: str, number: int) -> QARecord:
+        """The record of a task that is the ``number``-th of its split."""
+        name = f"{split}-{task}-{number}"
+        return TASKS[task](name, random.Random(f"{self.seed}:{name}"))
+
     def _generate(self, split: Split, count: int) -> Iterator[QARecord]:
         for number in range(count):
             task = self.tasks[number % len(self.tasks)]
-            name = f"{split}-{task}-{number}"
-            yield TASKS[task](name, random.Random(f"{self.seed}:{name}"))
+            yield replace(self.make(split, task, number), task=task)
+
+    def _checked_tasks(self, tasks: Sequence[str]) -> list[str]:
+        unknown = [task for task in tasks if task not in self.known]
+        if unknown or not tasks:
+            value = repr(unknown[0]) if unknown else "empty"
+            raise UserError(f"data.init_args.tasks: {value}, allowed are {', '.join(self.known)}")
+        return list(tasks)
 
     @cached_property
     def _pool(self) -> ParagraphPool:
         return paragraph_pool(load_questions(self.source, self.sha256))
-
-
-def _checked_tasks(tasks: Sequence[str]) -> list[str]:
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks:
-        value = repr(unknown[0]) if unknown else "empty"
-        raise UserError(f"data.init_args.tasks: {value}, allowed are {', '.join(TASKS)}")
-    return list(tasks)

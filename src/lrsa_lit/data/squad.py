@@ -39,10 +39,13 @@ class SquadArticles(OneFileDataModule):
 
     def records(self, split: Split) -> list[QARecord]:
         """The answerable questions of a split, shuffled; an article that is too long is left out with all of its."""
-        articles = [article_records(self._articles[position]) for position in self._splits[split]]
-        kept = [record for article in articles if self._fits(split, article) for record in article]
+        kept = [record for article in self.articles(split) if self._fits(split, article) for record in article]
         random.Random(self.seed).shuffle(kept)
         return kept
+
+    def articles(self, split: Split) -> list[list[QARecord]]:
+        """The answerable questions of a split, article by article, whatever their lengths."""
+        return [article_records(self._articles[position]) for position in self._splits[split]]
 
     def _fits(self, split: Split, article: list[QARecord]) -> bool:
         """Whether an article fits with its shortest question and answer; counted either way."""

@@ -1,0 +1,101 @@
+"""RULER's question answering: a question's passages as numbered documents among documents of other questions.
+
+Source: RULER's ``qa_1`` (SQuAD) and ``qa_2`` (HotpotQA). The documents that hold the answer lie at random places among
+others, of which those of the question's own article or context are taken first. Splits are those of
+:class:`~lrsa_lit.data.squad.SquadArticles` and :class:`~lrsa_lit.data.hotpotqa.HotpotQA` with the same seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from lrsa_lit.data.haystack import ParagraphPool
+from lrsa_lit.data.hotpotqa import HotpotQA, load_questions
+from lrsa_lit.data.module import SPLITS, Split
+from lrsa_lit.data.prompts import Example, Prompt, TooLong
+from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.data.squad import SquadArticles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+PROMPT = Prompt(
+    f"{_ASK}\n\nThe following are given documents.\n\n{{context}}\n\n{_ASK}\n\nQuestion: {{input}}",
+    answer="Answer:",
+    heading="Document {number}:",
+)
+
+
+class Documents:
+    """The questions of a data set, each with its own documents, and all documents to put them among.
+
+    Args:
+        questions: of each split, in the order to take them; titles tell documents apart.
+        documents: of all splits.
+    """
+
+    def __init__(self, questions: dict[Split, list[QARecord]], documents: Sequence[Passage]) -> None:
+        self.questions = questions
+        self._pool = ParagraphPool(documents, PROMPT)
+
+    def example(
+        self, record: QARecord, rng: random.Random, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    ) -> Example | TooLong:
+        """A question whose supporting documents lie among as many others as fit; :class:`TooLong` if they do not."""
+        gold = [passage for passage in record.passages if passage.title in record.supporting_titles]
+        others = [passage.title for passage in record.passages if passage.title not in record.supporting_titles]
+        own = {self._positions[passage.title] for passage in record.passages}
+        return self._pool.fill(
+            replace(record, passages=tuple(rng.sample(gold, len(gold)))),
+            lambda position: position not in own,
+            rng,
+            tokenizer,
+            max_tokens,
+            first=[self._positions[title] for title in rng.sample(others, len(others))],
+        )
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {passage.title: position for position, passage in enumerate(self._pool.passages)}
+
+
+def squad(seed: int) -> Documents:
+    """SQuAD 2.0's answerable questions; the documents are paragraphs, without a title."""
+    data = SquadArticles(seed=seed)
+    articles = {split: data.articles(split) for split in SPLITS}
+    documents = [passage for split in SPLITS for article in articles[split] for passage in article[0].passages]
+    questions = {split: [record for article in articles[split] for record in article] for split in SPLITS}
+    return _shuffled(questions, documents, seed)
+
+
+def hotpotqa(seed: int) -> Documents:
+    """HotpotQA's questions with the ten paragraphs of each; a document is a title and a paragraph."""
+    raw = load_questions()
+    contexts = {question["_id"]: [_titled(item) for item in question["context"]] for question in raw}
+    # One document a title: the last one, where the file has several.
+    documents = {passage.title: passage for context in contexts.values() for passage in context}
+    data = HotpotQA(seed=seed)
+    questions = {
+        split: [replace(record, passages=tuple(contexts[record.id])) for record in data.records(split)]
+        for split in SPLITS
+    }
+    return _shuffled(questions, list(documents.values()), seed)
+
+
+QA_TASKS: dict[str, Callable[[int], Documents]] = {"qa_squad": squad, "qa_hotpotqa": hotpotqa}
+
+
+def _shuffled(questions: dict[Split, list[QARecord]], documents: Sequence[Passage], seed: int) -> Documents:
+    for split, records in questions.items():
+        random.Random(f"{seed}:{split}").shuffle(records)
+    return Documents(questions, documents)
+
+
+def _titled(item: tuple[str, list[str]]) -> Passage:
+    title, sentences = item
+    return Passage(title, f"{title}\n{''.join(sentences)}")

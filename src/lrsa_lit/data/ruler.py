@@ -1,0 +1,87 @@
+"""RULER's recipe at any length: retrieval, tracing, aggregation and question answering, generated from a seed.
+
+Source: Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", COLM 2024. The score
+is the share of the references that an answer holds, ignoring case (``recall``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+from lrsa_lit.data import squad
+from lrsa_lit.data.module import Split
+from lrsa_lit.data.needle import Needles
+from lrsa_lit.data.needle_tasks import TASKS
+from lrsa_lit.data.prompts import Example, TooLong
+from lrsa_lit.data.qa_tasks import QA_TASKS, Documents
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.data.word_tasks import WORD_TASKS, WORDS, largest
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import resolve, sha256_of
+
+RULER_TASKS = (*TASKS, *WORD_TASKS, *QA_TASKS)
+
+
+class Ruler(Needles):
+    """All tasks of RULER's kinds, filled close to ``max_tokens``; they take turns, and each gets a score of its own.
+
+    Args:
+        tasks: any of niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, common_words,
+            frequent_words, qa_squad, qa_hotpotqa.
+        kwargs: train, val, test (numbers of examples), source, sha256 (of the haystack of the niah tasks and of
+            variable_tracking), and see QADataModule.
+    """
+
+    known: ClassVar[tuple[str, ...]] = RULER_TASKS
+
+    def __init__(self, tasks: Sequence[str] = RULER_TASKS, **kwargs: Any) -> None:
+        super().__init__(tasks=tasks, **kwargs)
+        self._documents: dict[str, Documents] = {}
+
+    def sources(self) -> dict[str, str]:
+        """The digests of the haystack, of SQuAD and of the lists of words."""
+        words = {source.rsplit("/", 1)[-1]: sha256_of(resolve(source)) for source in WORDS}
+        return {**super().sources(), "squad": squad.SHA256, **words}
+
+    def make(self, split: Split, task: str, number: int) -> QARecord:
+        """The record of a task; where it grows with the budget, of the smallest size."""
+        if task in WORD_TASKS:
+            _, smallest, _ = WORD_TASKS[task]
+            return self._words(task, f"{split}-{task}-{number}", smallest)
+        if task in QA_TASKS:
+            return self._question(split, task, number)
+        return super().make(split, task, number)
+
+    def to_example(self, record: QARecord) -> Example | TooLong:
+        """The record grown, or put among other texts, to fill the budget; decided by ``seed`` and the id."""
+        if record.task in WORD_TASKS:
+            _, smallest, prompt = WORD_TASKS[record.task]
+            grown = partial(self._words, record.task, record.id)
+            return largest(grown, smallest, prompt, self.checked_tokenizer, self.max_tokens)
+        if record.task in QA_TASKS:
+            rng = random.Random(f"{self.seed}:{record.id}")
+            return self._of(record.task).example(record, rng, self.checked_tokenizer, self.max_tokens)
+        return super().to_example(record)
+
+    def _words(self, task: str, name: str, size: int) -> QARecord:
+        make, _, _ = WORD_TASKS[task]
+        return replace(make(name, random.Random(f"{self.seed}:{name}"), size, self.max_tokens), task=task)
+
+    def _question(self, split: Split, task: str, number: int) -> QARecord:
+        questions = self._of(task).questions[split]
+        turn = number // len(self.tasks)
+        if turn >= len(questions):
+            raise UserError(
+                f"data.init_args.{split} is {getattr(self, split)}, which asks for more than the {len(questions)} "
+                f"questions of {task}; allowed is {len(questions) * len(self.tasks)} or less"
+            )
+        return replace(questions[turn], id=f"{split}-{task}-{questions[turn].id}")
+
+    def _of(self, task: str) -> Documents:
+        if task not in self._documents:
+            self._documents[task] = QA_TASKS[task](self.seed)
+        return self._documents[task]
