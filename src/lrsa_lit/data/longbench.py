@@ -1,0 +1,153 @@
+"""Question answering from JSONL files in LongBench's format: one's own, or LongBench's.
+
+Source: Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding", ACL 2024. Only tasks
+that LongBench scores by ``qa_f1`` are taken: English questions with alternative answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from lrsa_lit.data.module import SPLITS, QADataModule, Split
+from lrsa_lit.data.prompts import PROMPT, Example, Prompt, TooLong, encode
+from lrsa_lit.data.records import Passage, QARecord, check_name, read_jsonl
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import resolve, sha256_of
+
+REQUIRED = ("input", "context", "answers")
+OPTIONAL = ("_id", "dataset", "language", "length", "all_classes")
+
+_OTHER_SCORES = {
+    **dict.fromkeys(("gov_report", "qmsum", "multi_news", "vcsum", "samsum"), "ROUGE-L"),
+    **dict.fromkeys(("trec", "lsht"), "classification accuracy"),
+    **dict.fromkeys(("passage_retrieval_en", "passage_retrieval_zh", "passage_count"), "the numbers named"),
+    **dict.fromkeys(("lcc", "repobench-p"), "edit similarity"),
+    "triviaqa": "qa_f1 of the first line, asked without a chat template",
+}
+_KEY = "data.init_args"
+
+
+class LongBench(QADataModule):
+    """Records of LongBench's format; each ``dataset`` gets a score of its own.
+
+    Args:
+        train: .jsonl file, or several, to train on; optional.
+        val: the same, to validate on; optional.
+        test: the same, to test on.
+        prompt: the user's message, with {context} and {input}, as in LongBench's ``dataset2prompt.json``; one for
+            all, or by ``dataset``. Null, or a ``dataset`` that is not named: the project's own prompt.
+        truncate: "middle" cuts the middle of a context that does not fit, as LongBench does, and counts the records
+            that were cut (``truncated``); null leaves such records out.
+        kwargs: see QADataModule.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        prompt: str | dict[str, str] | None = None,
+        truncate: Literal["middle"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.train, self.val, self.test = train, val, test
+        self.prompt = prompt
+        self.truncate = truncate
+        if not self.splits():
+            raise UserError(f"{_KEY}: neither train, val nor test is set, allowed is at least one")
+        for name, text in (prompt if isinstance(prompt, dict) else {"": prompt}).items():
+            _check_prompt(f"{_KEY}.prompt{name and '.'}{name}", text)
+
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that were given."""
+        return tuple(split for split in SPLITS if self._files(split))
+
+    def sources(self) -> dict[str, str]:
+        """The digest of each file."""
+        return {
+            f"{split}{number}": sha256_of(resolve(file))
+            for split in self.splits()
+            for number, file in enumerate(self._files(split))
+        }
+
+    def records(self, split: Split) -> Iterator[QARecord]:
+        """The records of a split in the order of its files, those that are too long cut if that was asked for."""
+        for file in self._files(split):
+            path = resolve(file)
+            for number, record in enumerate(read_jsonl(path, _record), start=1):
+                task = record.task or path.stem
+                named = replace(record, id=record.id or f"{path.stem}-{number}", task=task)
+                found = self.to_example(named) if self.truncate else None
+                if isinstance(found, TooLong):
+                    named = self._cut(named, found)
+                    self.report[split]["truncated"] += 1
+                yield named
+
+    def to_example(self, record: QARecord) -> Example | TooLong:
+        """The example of a record, under the prompt of its ``dataset``."""
+        template = self.prompt.get(record.task) if isinstance(self.prompt, dict) else self.prompt
+        prompt = PROMPT if template is None else Prompt(template.strip())
+        return encode(record, self.checked_tokenizer, self.max_tokens, prompt)
+
+    def _cut(self, record: QARecord, found: Example | TooLong) -> QARecord:
+        """The record without the middle of its context, as few tokens as that takes."""
+        text = record.passages[0].text
+        encoding = self.checked_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans: list[tuple[int, int]] = encoding["offset_mapping"]
+        kept = len(spans)
+        # Where both halves meet, tokens may fall apart, so the first cut may not be enough.
+        while isinstance(found, TooLong) and kept:
+            kept = max(kept - (found.tokens - self.max_tokens), 0)
+            head, tail = spans[: kept // 2], spans[len(spans) - (kept - kept // 2) :]
+            ends = (text[: head[-1][1]] if head else "") + (text[tail[0][0] :] if tail else "")
+            record = replace(record, passages=(Passage("", ends),))
+            found = self.to_example(record)
+        return record
+
+    def _files(self, split: Split) -> list[str]:
+        given = getattr(self, split)
+        return [given] if isinstance(given, str) else list(given or [])
+
+
+def _record(row: Mapping[str, Any]) -> QARecord:
+    """A row of LongBench's format as a record; its id and its task are empty where the row names none.
+
+    Raises:
+        UserError: a field is missing, unknown, of another type or empty, or LongBench scores such rows otherwise.
+    """
+    allowed = (*REQUIRED, *OPTIONAL)
+    if unknown := [name for name in row if name not in allowed]:
+        raise UserError(f"unknown field {unknown[0]!r}, allowed are {', '.join(allowed)}")
+    if missing := [name for name in REQUIRED if name not in row]:
+        raise UserError(f"field {missing[0]!r} is missing")
+    for name in ("input", "context", "_id", "dataset", "language"):
+        if row.get(name) is not None and not isinstance(row[name], str):
+            raise UserError(f"field {name!r} must be a string, got {type(row[name]).__name__}")
+    check_name("dataset", row.get("dataset") or "")
+    _check_scored_by_f1(row)
+    if not row["context"]:
+        raise UserError("field 'context' is empty")
+    if not row["input"]:
+        raise UserError("field 'input' is empty: it must be a question")
+    named = {"id": row.get("_id") or "", "task": row.get("dataset") or ""}
+    passages = [{"title": "", "text": row["context"]}]
+    return QARecord.from_dict({**named, "passages": passages, "question": row["input"], "answers": row["answers"]})
+
+
+def _check_scored_by_f1(row: Mapping[str, Any]) -> None:
+    language, data_set = row.get("language") or "en", row.get("dataset") or ""
+    if language != "en":
+        raise UserError(f"field 'language' is {language!r}, allowed is en: the score is qa_f1, of English words")
+    if row.get("all_classes"):
+        raise UserError("field 'all_classes' is set, allowed is null: the score is qa_f1, not of classes")
+    if data_set.removesuffix("_e") in _OTHER_SCORES:
+        other = _OTHER_SCORES[data_set.removesuffix("_e")]
+        raise UserError(f"field 'dataset' is {data_set!r}, which LongBench scores by {other}, allowed is qa_f1")
+
+
+def _check_prompt(key: str, text: str | None) -> None:
+    if text is not None and (wrong := [part for part in ("{context}", "{input}") if text.count(part) != 1]):
+        raise UserError(f"{key} holds {wrong[0]} {text.count(wrong[0])} times, allowed is once")
