@@ -1,13 +1,13 @@
-"""Callbacks of the command line: the closing summary of a fit, and predictions as JSON lines."""
+"""What the command line shows and writes: the summary of a fit or an evaluation, and answers as JSON lines."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -15,8 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.metrics import exact_match, f1_score, recall
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.collate import Batch
+    from lrsa_lit.data.module import QADataModule, Split
+    from lrsa_lit.tasks import LongContextQA
 
 _SHOWN = {"loss": "answer loss", "f1": "F1", "em": "exact match"}
+_EVALUATED = {**_SHOWN, "recall": "recall"}
+_STAGES = {"val": "Validation", "test": "Test"}
 
 
 class FitSummary(Callback):
@@ -64,19 +72,12 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self, path: str = "runs/predictions.jsonl") -> None:
         super().__init__(write_interval="epoch")
-        self.path = Path(path)
+        self._lines = _LineFile("PredictionWriter.path", Path(path))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fail before the predictions are made, not after, where the folder cannot be written."""
-        if stage != "predict":
-            return
-        if self.path.is_dir():
-            raise UserError(f"PredictionWriter.path: {self.path} is a folder; it must be a file")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial(trainer).touch()
-        except OSError as error:
-            raise UserError(f"PredictionWriter.path: {self.path} cannot be written ({error.strerror})") from None
+        if stage == "predict":
+            self._lines.begin(trainer)
 
     def write_on_epoch_end(
         self,
@@ -85,17 +86,147 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        """Write all lines to a temporary name and rename it."""
-        partial = self._partial(trainer)
-        with partial.open("w", encoding="utf-8") as file:
-            for batch in predictions:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in batch)
-        target = self.path if trainer.world_size == 1 else self.path.with_suffix(f".{trainer.global_rank}.jsonl")
-        partial.replace(target)
+        """Write all lines."""
+        target = self._lines.write(trainer, (line for batch in predictions for line in batch))
         Console().print(f"Predictions: {target}", soft_wrap=True, highlight=False)
 
+
+class AnswerWriter(Callback):
+    """Write the answers of a test as JSON lines: id, data_set, task, gold and, for each attention, what it gave.
+
+    ``LRSA`` is the run's own attention; each has prediction, f1, exact_match and recall.
+
+    Args:
+        path: the file; it appears only when all answers are there.
+    """
+
+    def __init__(self, path: str = "runs/answers.jsonl") -> None:
+        self._lines = _LineFile("AnswerWriter.path", Path(path))
+        self._answers: list[dict[str, Any]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fail before the answers are generated, not after, where the folder cannot be written."""
+        if stage == "test":
+            self._answers = []
+            self._lines.begin(trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the answers of a batch, but not of rows that another device has as well."""
+        rows = [row for row, repeated in enumerate(batch["repeated"]) if not repeated]
+        self._answers.extend(_answers(batch, row, outputs) for row in rows)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write all lines."""
+        target = self._lines.write(trainer, self._answers)
+        Console().print(f"Answers: {target}", soft_wrap=True, highlight=False)
+
+
+class _LineFile:
+    """A file of JSON lines that appears when it is complete; of several processes each has its own."""
+
+    def __init__(self, key: str, path: Path) -> None:
+        self._key = key
+        self._path = path
+
+    def begin(self, trainer: Trainer) -> None:
+        if self._path.is_dir():
+            raise UserError(f"{self._key}: {self._path} is a folder; it must be a file")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial(trainer).touch()
+        except OSError as error:
+            raise UserError(f"{self._key}: {self._path} cannot be written ({error.strerror})") from None
+
+    def write(self, trainer: Trainer, lines: Iterable[Any]) -> Path:
+        partial = self._partial(trainer)
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        target = self._path if trainer.world_size == 1 else self._path.with_suffix(f".{trainer.global_rank}.jsonl")
+        partial.replace(target)
+        return target
+
     def _partial(self, trainer: Trainer) -> Path:
-        return self.path.with_name(f".{self.path.name}.{trainer.global_rank}.partial")
+        return self._path.with_name(f".{self._path.name}.{trainer.global_rank}.partial")
+
+
+def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, split: Split) -> None:
+    """Print what an evaluation found, and what it left out, on the first process."""
+    if not trainer.is_global_zero:
+        return
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    console = Console()
+    console.print(evaluation_table(metrics, list(model.attentions), data, split))
+    for line in evaluation_notes(data, split, model.max_new_tokens):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def evaluation_table(metrics: Mapping[str, float], prefixes: Sequence[str], data: QADataModule, split: Split) -> Table:
+    """A line for each part of an evaluation with its own score, then all scores of all questions, its own in bold.
+
+    Args:
+        metrics: as the task logs them.
+        prefixes: of the attentions in the names of metrics, such as "" (the run's own, shown as LRSA) and "dense/".
+        data: says what the parts are.
+        split: "val" or "test".
+    """
+    questions = int(metrics[f"{split}/count"])
+    table = Table(title=f"{_STAGES[split]} on {questions} question{'' if questions == 1 else 's'}")
+    for name in ("part", "questions", "score"):
+        table.add_column(name, justify="right" if name == "questions" else "left")
+    for prefix in prefixes:
+        table.add_column(prefix.removesuffix("/") or "LRSA", justify="right")
+
+    def add(part: str, group: str, score: str) -> None:
+        values = [metrics[f"{split}/{prefix}{group}{score}"] for prefix in prefixes]
+        # Fewer than all batches may leave a part without a question.
+        shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in values]
+        style = "bold" if score == data.score_of(group.removesuffix("/")) else None
+        table.add_row(part, f"{metrics[f'{split}/{group}count']:.0f}", _EVALUATED[score], *shown, style=style)
+
+    for group in data.groups(split):
+        add(group, f"{group}/", data.score_of(group))
+    table.add_section()
+    for score in _EVALUATED:
+        add("all", "", score)
+    return table
+
+
+def evaluation_notes(data: QADataModule, split: Split, new_tokens: int) -> list[str]:
+    """Lines on questions that were left out or cut, and on answers that were given too little room."""
+    report = data.report[split]
+
+    def total(what: str) -> int:
+        return sum(count for name, count in report.items() if name.rpartition("/")[2] == what)
+
+    kept = total("kept")
+    budget = f"data.init_args.max_tokens ({data.max_tokens})"
+    notes = {
+        f"Left out, as they exceed {budget}: {{}} questions": total("too_long"),
+        f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} questions": total("truncated"),
+        f"Longer than model.max_new_tokens ({new_tokens}), so never given in full: {{}} of {kept} reference answers": (
+            data.unanswerable(split, new_tokens)
+        ),
+    }
+    return [line.format(count) for line, count in notes.items() if count]
+
+
+def _answers(batch: Batch, row: int, outputs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    gold, match = batch["answers"][row], batch["match"][row]
+    line: dict[str, Any] = {"id": batch["id"][row], "data_set": batch["source"][row], "task": batch["task"][row]}
+    line["gold"] = list(gold)
+    scores = {"f1": f1_score, "exact_match": exact_match, "recall": recall}
+    for name, texts in outputs.items():
+        values = {score: measure(texts[row], gold, match) for score, measure in scores.items()}
+        line[name or "LRSA"] = {"prediction": texts[row], **values}
+    return line
 
 
 def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
@@ -110,7 +241,9 @@ def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
     for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
         stem = f"val/{prefix}/" if prefix else "val/"
         pairs = [(first.get(stem + name, math.nan), last.get(stem + name, math.nan)) for name in _SHOWN]
-        table.add_row(prefix or "LRSA", *(f"{before:.3f} → {after:.3f}" for before, after in pairs))
+        # The parts of an evaluation have no loss of their own.
+        shown = ("" if math.isnan(after) else f"{before:.3f} → {after:.3f}" for before, after in pairs)
+        table.add_row(prefix or "LRSA", *shown)
     return table
 
 

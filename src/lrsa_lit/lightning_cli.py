@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lrsa_lit.callbacks import FitSummary
+from lrsa_lit.callbacks import FitSummary, show_evaluation
 from lrsa_lit.checkpoints import AtomicCheckpointIO, ExactState, FiniteLoss, GracefulStop, resume
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.data.module import QADataModule
@@ -79,6 +79,13 @@ class LRSACLI(LightningCLI):
             "--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it."
         )
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's list of all metrics only on request: an evaluation closes with a table of its own."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user asked for: Lightning would override it with the checkpoint's settings."""
@@ -218,6 +225,14 @@ class LRSACLI(LightningCLI):
                 self._reopen()
                 self._validate()
             summary.show(self.trainer)
+
+    def after_validate(self) -> None:
+        """Close with the scores, part by part."""
+        show_evaluation(self.trainer, self.model, self.datamodule, "val")
+
+    def after_test(self) -> None:
+        """Close with the scores, part by part."""
+        show_evaluation(self.trainer, self.model, self.datamodule, "test")
 
     def _reopen(self) -> None:
         """Lightning closes the run after each stage; another one follows."""

@@ -85,7 +85,7 @@ def test_another_configuration_has_none(fitted, caplog):
 def test_evaluation_takes_the_last_of_any_rule(fitted, capfd, caplog):
     main(["test", *DEBUG, *NO_LOGGER, *LAST, "--model.lrsa.top_k", "4", "--trainer.limit_test_batches", "1"])
     assert f"ckpt_path: {CHECKPOINTS}/last.ckpt" in caplog.text
-    assert "test/f1" in capfd.readouterr().out
+    assert "Test on 1 question" in capfd.readouterr().out
 
 
 def test_evaluation_of_none(capfd):

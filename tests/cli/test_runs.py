@@ -34,7 +34,7 @@ def test_fit_then_test_then_predict_then_validate(tmp_path, capfd):
 
     checkpoint = next((tmp_path / "runs").rglob("last.ckpt"))
     main(["test", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])
-    assert "test/f1" in capfd.readouterr().out
+    assert "Test on 8 questions" in capfd.readouterr().out
 
     main(["predict", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])
     lines = [json.loads(line) for line in (tmp_path / "runs/predictions.jsonl").read_text().splitlines()]
@@ -44,7 +44,7 @@ def test_fit_then_test_then_predict_then_validate(tmp_path, capfd):
     assert not list((tmp_path / "runs").glob("*.partial"))
 
     main(["validate", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])
-    assert "val/f1" in capfd.readouterr().out
+    assert "Validation on 8 questions" in capfd.readouterr().out
 
 
 def test_recorded_config_repeats_the_run(tmp_path):
@@ -67,7 +67,7 @@ def test_checkpoint_keeps_what_the_user_asks_for(tmp_path, capfd):
     losses = []
     for top_k in ("8", "2"):
         main(["test", *DEBUG, *NO_LOGGER, "--ckpt_path", checkpoint, "--model.lrsa.top_k", top_k])
-        losses.append(re.search(r"test/loss\D*([\d.]+)", capfd.readouterr().out)[1])
+        losses.append(re.search(r"answer loss\D*([\d.]+)", capfd.readouterr().out)[1])
     assert losses[0] != losses[1]
 
 

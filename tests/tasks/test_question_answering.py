@@ -117,12 +117,13 @@ def test_a_row_that_counts_on_another_device_changes_no_score():
     assert results[0][1] == 1
 
 
-def test_the_data_sets_of_a_mixture_have_scores_of_their_own():
+def test_the_parts_of_an_evaluation_have_scores_of_their_own():
     made = task(max_new_tokens=3)
     rows = batch(60, 90, 75)
-    rows["source"] = ["a", "b", "a"]
+    rows["groups"] = [["a", "a/x"], ["b", "b/x"], ["a", "a/y"]]
     meter = made.meters[0]
-    meter.reset(["a", "b"])
+    meter.reset(["a", "b", "a/x", "a/y"])
     made._evaluate(rows)
-    assert {name: float(score.compute()["count"]) for name, score in meter.sources.items()} == {"a": 2, "b": 1}
+    counts = {name: float(score.compute()["count"]) for name, score in meter.groups.items()}
+    assert counts == {"a": 2, "b": 1, "a/x": 1, "a/y": 1}
     assert float(meter.score.compute()["count"]) == 3

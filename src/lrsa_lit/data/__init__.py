@@ -8,19 +8,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lrsa_lit.data.files import QAFiles
     from lrsa_lit.data.hotpotqa import HotpotQA
+    from lrsa_lit.data.longbench import LongBench
     from lrsa_lit.data.mixture import Mixture
     from lrsa_lit.data.module import QADataModule
     from lrsa_lit.data.needle import Needles
+    from lrsa_lit.data.ruler import Ruler
     from lrsa_lit.data.squad import SquadArticles
 
-__all__ = ["HotpotQA", "Mixture", "Needles", "QADataModule", "QAFiles", "SquadArticles"]
+__all__ = [
+    "HotpotQA",
+    "LongBench",
+    "Mixture",
+    "Needles",
+    "QADataModule",
+    "QAFiles",
+    "Ruler",
+    "SquadArticles",
+]
 
 _MODULES = {
     "HotpotQA": "hotpotqa",
+    "LongBench": "longbench",
     "Mixture": "mixture",
     "Needles": "needle",
     "QADataModule": "module",
     "QAFiles": "files",
+    "Ruler": "ruler",
     "SquadArticles": "squad",
 }
 

@@ -48,7 +48,9 @@ class Batch(TrainBatch):
         answer_spans: positions [start, end) in ``input_ids`` of the answers within those passages.
         answers: the records' reference answers.
         match: how each record's answers are matched.
+        task: the records' tasks, "" where they have none.
         source: the name of each record's data set within a mixture, "" where there is none.
+        groups: the parts of the evaluation that each row counts for, as :func:`groups_of` names them.
         repeated: whether a row only fills up this device's share; it counts on another device already.
     """
 
@@ -59,7 +61,9 @@ class Batch(TrainBatch):
     answer_spans: list[list[Span]]
     answers: list[tuple[str, ...]]
     match: list[Match]
+    task: list[str]
     source: list[str]
+    groups: list[list[str]]
     repeated: list[bool]
 
 
@@ -90,9 +94,20 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         answer_spans=[_spans(example["answer_spans"]) for example in examples],
         answers=[tuple(example["answers"]) for example in examples],
         match=[example["match"] for example in examples],
+        task=[example.get("task", "") for example in examples],
         source=[example.get("source", "") for example in examples],
+        groups=[groups_of(example.get("source", ""), example.get("task", "")) for example in examples],
         repeated=[example.get("repeated", False) for example in examples],
     )
+
+
+def groups_of(source: str, task: str) -> list[str]:
+    """The parts of an evaluation that an example counts for: its data set in a mixture, and its task there.
+
+    As in ``["needle", "needle/niah_single"]``; what is "" has no part of its own.
+    """
+    data_set = [source] if source else []
+    return [*data_set, "/".join([*data_set, task])] if task else data_set
 
 
 def token_ids(example: Example) -> Tensor:

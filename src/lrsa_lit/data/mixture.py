@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lrsa_lit.data import cache
 from lrsa_lit.data.curriculum import Stage
-from lrsa_lit.data.module import NOT_IN_KEY, SPLITS, QADataModule, Split, at_least
+from lrsa_lit.data.module import NOT_IN_KEY, SPLITS, QADataModule, Score, Split, at_least
 from lrsa_lit.data.order import Mixed, Order, shares
 from lrsa_lit.data.policies import Packed
 from lrsa_lit.errors import UserError
@@ -122,6 +122,11 @@ class Mixture(QADataModule):
                     f"{sum(quotas)}; allowed is 0, more, or more {_KEY}.examples_per_epoch"
                 )
         return Mixed(tuple(self._counts), quotas)
+
+    def score_of(self, group: str) -> Score:
+        """The score of the data set that the part belongs to; F1 for all together."""
+        name = group.partition("/")[0]
+        return self.data_sets[name].score if name else self.score
 
     def _serving(self, split: Split) -> list[str]:
         """Names of the data sets that a split is made of."""

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sized
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import datasets
 import lightning
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lrsa_lit.data import cache
-from lrsa_lit.data.collate import Batch
+from lrsa_lit.data.collate import Batch, groups_of
 from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages
 from lrsa_lit.data.loading import TrainerSettings, evaluation_loader, training_loader
 from lrsa_lit.data.order import Order, Shuffled
@@ -35,8 +35,10 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.paths import cache_dir
 
 Split: TypeAlias = Literal["train", "val", "test"]
+Score: TypeAlias = Literal["f1", "recall"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
+_GROUPING = ("source", "task")
 _log = logging.getLogger("lrsa_lit.data")
 _STAGES: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "val"),
@@ -75,6 +77,7 @@ class QADataModule(lightning.LightningDataModule):
         curriculum: train on shorter examples first, as in [{max_tokens: 2048, until_step: 200}, {max_tokens: 4096}].
 
     Attributes:
+        score: the one that the data set is published with: ``f1`` (LongBench's ``qa_f1``) or ``recall`` (RULER's).
         padding: of the training batches in the first epoch, the share of tokens that is padding or, packed, the share
             of the budget that is unused; None before there is a training loader.
         report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens
@@ -83,6 +86,8 @@ class QADataModule(lightning.LightningDataModule):
     Raises:
         UserError: a parameter is out of range.
     """
+
+    score: ClassVar[Score] = "f1"
 
     def __init__(
         self,
@@ -129,6 +134,32 @@ class QADataModule(lightning.LightningDataModule):
     def splits(self) -> tuple[Split, ...]:
         """The splits this data set has."""
         return SPLITS
+
+    def groups(self, split: Split) -> list[str]:
+        """Names of the parts of an open split that get scores of their own; none where all would be one part.
+
+        They are the data sets of a mixture and the tasks of a data set, as :func:`groups_of` names them.
+        """
+        if split not in self._examples:
+            return []
+        examples = self._examples[split]
+        columns = [examples[name] if name in examples.column_names else [""] * len(examples) for name in _GROUPING]
+        found = dict.fromkeys(zip(*columns, strict=True))
+        names = dict.fromkeys(name for source, task in found for name in groups_of(source, task))
+        # A data set of a single task, or a mixture of a single data set, is as good as its part.
+        siblings = Counter(name.rpartition("/")[0] for name in names)
+        return [name for name in names if siblings[name.rpartition("/")[0]] > 1]
+
+    def score_of(self, group: str) -> Score:
+        """The score that a part of the evaluation is published with; "" is all of it."""
+        return self.score
+
+    def unanswerable(self, split: Split, new_tokens: int) -> int:
+        """How many reference answers of an open split are longer than so many tokens, without the end of message."""
+        examples = self._opened(split)
+        prompts = examples["prompt_length"]
+        lengths = zip(cache.lengths(examples), prompts, strict=True)
+        return sum(length - prompt - 1 > new_tokens for length, prompt in lengths)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -18,26 +18,25 @@ class AnswerMeter(nn.Module):
     """The loss, averaged over answer tokens, and the scores of the answers, all over the processes of a run.
 
     Attributes:
-        sources: the scores of each data set of a mixture.
+        groups: the scores of each part of the evaluation, such as a data set of a mixture or a task.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.loss = MeanMetric()
         self.score = QAScore()
-        self.sources: dict[str, QAScore] = {}
+        self.groups: dict[str, QAScore] = {}
 
-    def reset(self, sources: Sequence[str]) -> None:
-        """Start anew, with scores of their own for these data sets if they are several."""
+    def reset(self, groups: Sequence[str]) -> None:
+        """Start anew, with scores of their own for these parts."""
         self.loss.reset()
         self.score.reset()
-        self.sources = {name: QAScore().to(self.score.f1.device) for name in sources if len(sources) > 1}
+        self.groups = {name: QAScore().to(self.score.f1.device) for name in groups}
 
     def update(self, texts: Sequence[str], batch: Batch) -> None:
         """Add answers, but not to rows that count on another device."""
         for row, text in enumerate(texts):
             if batch["repeated"][row]:
                 continue
-            scores = (self.score, self.sources.get(batch["source"][row]))
-            for score in [score for score in scores if score is not None]:
+            for score in [self.score, *(self.groups[name] for name in batch["groups"][row] if name in self.groups)]:
                 score.update([text], [batch["answers"][row]], [batch["match"][row]])

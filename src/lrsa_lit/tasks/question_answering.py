@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lrsa_lit.data.collate import Batch, TrainBatch
+    from lrsa_lit.data.module import Split
 
 Attention = dict[str, Any] | None
 """What a further attention changes of the run's own rule, as in ``{top_k: 16}``; null is dense attention."""
@@ -56,7 +57,7 @@ class LongContextQA(lightning.LightningModule):
 
     The loss is the cross-entropy of the answer's tokens. Validation and test generate the answers greedily, with the
     compressed cache, and log ``val/loss``, ``val/f1``, ``val/em`` and ``val/recall`` for the run's own rule, and the
-    same under ``val/NAME/…`` for each further attention and each data set of a mixture.
+    same under ``val/NAME/…`` for each further attention, each data set of a mixture and each task of a data set.
 
     Args:
         backbone: the base LLM.
@@ -286,11 +287,11 @@ class LongContextQA(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the epoch's metrics."""
-        self._reset_metrics()
+        self._reset_metrics("val")
 
     def on_test_epoch_start(self) -> None:
         """Start the epoch's metrics."""
-        self._reset_metrics()
+        self._reset_metrics("test")
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's metrics."""
@@ -304,19 +305,21 @@ class LongContextQA(lightning.LightningModule):
     def _meters(self) -> list[AnswerMeter]:
         return cast("list[AnswerMeter]", list(self.meters))
 
-    def _reset_metrics(self) -> None:
+    def _reset_metrics(self, split: Split) -> None:
         # At the start and not at the end: states made under trainer.validate's inference mode cannot be updated in fit.
+        data = getattr(self.trainer, "datamodule", None)
+        groups = [] if data is None else data.groups(split)
         for meter in self._meters:
-            meter.reset(getattr(getattr(self.trainer, "datamodule", None), "evaluate_on", []))
+            meter.reset(groups)
 
     def _log_metrics(self, stage: str) -> None:
         for meter, prefix in zip(self._meters, self.attentions, strict=True):
             self.log(f"{stage}/{prefix}loss", meter.loss.compute())
             for name, value in meter.score.compute().items():
                 self.log(f"{stage}/{prefix}{name}", value, prog_bar=prefix == "" and name == "f1")
-            for source, score in meter.sources.items():
+            for group, score in meter.groups.items():
                 for name, value in score.compute().items():
-                    self.log(f"{stage}/{prefix}{source}/{name}", value)
+                    self.log(f"{stage}/{prefix}{group}/{name}", value)
 
 
 def _eager() -> Any:

@@ -1,0 +1,151 @@
+"""`lrsa test` and `lrsa validate` on the shipped evaluation sets, with the tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from cli_helpers import NO_LOGGER
+
+from lrsa_lit.cli import main
+from lrsa_lit.data.ruler import RULER_TASKS
+
+TINY = ["--config", "configs/model/tiny.yaml", *NO_LOGGER]
+RULER = [*TINY, "--config", "configs/data/ruler.yaml", "--data.init_args.max_tokens", "2560"]
+SHORT = ["--model.max_new_tokens", "4"]
+
+
+def answers(folder):
+    return [json.loads(line) for line in (folder / "runs/answers.jsonl").read_text().splitlines()]
+
+
+def rows(shown):
+    """The cells of a table's lines."""
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in shown.splitlines() if "│" in line]
+
+
+def test_ruler_gives_each_task_a_line(tmp_path, capfd):
+    main(["test", *RULER, *SHORT, "--data.init_args.test", "18", "--data.init_args.eval_batch_size", "4"])
+    shown = capfd.readouterr().out
+    assert "Test on 18 questions" in shown
+    assert "test/f1" not in shown
+    found = answers(tmp_path)
+    table = rows(shown)
+    assert [row[:3] for row in table[:9]] == [[task, "2", "recall"] for task in RULER_TASKS]
+    assert [row[:3] for row in table[9:]] == [
+        ["all", "18", score] for score in ("answer loss", "F1", "exact match", "recall")
+    ]
+    for task, _, _, *values in table[:9]:
+        lines = [line for line in found if line["task"] == task]
+        means = [sum(line[name]["recall"] for line in lines) / len(lines) for name in ("LRSA", "dense")]
+        assert values == [f"{mean:.3f}" for mean in means]
+    assert re.search(r"Longer than model.max_new_tokens \(4\), so never given in full: 1\d of 18 reference", shown)
+    assert not list((tmp_path / "runs").glob("*.partial"))
+
+
+def test_rows_of_unequal_length_in_a_batch_get_what_they_get_alone(tmp_path):
+    lines = []
+    for size in ("1", "3"):
+        main(
+            [
+                "test",
+                *RULER,
+                *SHORT,
+                "--data.init_args.tasks=[niah_single,frequent_words,qa_squad]",
+                *("--data.init_args.test", "6", "--data.init_args.eval_batch_size", size),
+            ]
+        )
+        lines.append(answers(tmp_path))
+    assert lines[0] == lines[1]
+    assert len({line["LRSA"]["prediction"] for line in lines[0]}) > 1
+
+
+def longbench(folder):
+    row = {"input": "Q?", "answers": ["a"], "dataset": "short", "language": "en"}
+    contexts = {"short": "x", "long": "x" * 900, "longer": "x" * 950}
+    path = folder / "mine.jsonl"
+    made = [{**row, "_id": name, "dataset": name[:4], "context": text} for name, text in contexts.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in made))
+    return ["--config", "configs/data/longbench.yaml", "--data.init_args.test", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("truncate", "questions", "note"),
+    [
+        ("null", 1, "Left out, as they exceed data.init_args.max_tokens (500): 2 questions"),
+        (
+            "middle",
+            3,
+            "Cut in the middle of the context, as they exceed data.init_args.max_tokens (500): 2 of 3 questions",
+        ),
+    ],
+)
+def test_what_is_too_long_for_longbench_is_said(tmp_path, capfd, truncate, questions, note):
+    options = ["--data.init_args.max_tokens", "500", "--data.init_args.truncate", truncate]
+    # The report is kept with the tokens: a second run says the same.
+    for _ in range(2):
+        main(["test", *TINY, *longbench(tmp_path), *options])
+        shown = capfd.readouterr().out
+        assert f"Test on {questions} question" in shown
+        assert note in shown
+        assert len(answers(tmp_path)) == questions
+        parts = [row[:3] for row in rows(shown) if row[0] != "all"]
+        assert parts == ([["shor", "1", "F1"], ["long", "2", "F1"]] if questions == 3 else [])
+
+
+def test_the_samples_of_both_kinds_work_as_shipped_and_lists_of_metrics_on_request(tmp_path, capfd):
+    main(["test", *TINY, "--config", "configs/data/longbench.yaml", "--verbose", "true"])
+    shown = capfd.readouterr().out
+    assert "Test on 4 questions" in shown
+    assert "test/dense/ferry/f1" in shown
+    assert {line["task"] for line in answers(tmp_path)} == {"hotpotqa", "ferry"}
+
+
+def test_the_data_sets_of_a_mixture_have_lines_with_their_own_scores(tmp_path, capfd):
+    (tmp_path / "mix.yaml").write_text(
+        """
+data:
+  class_path: lrsa_lit.data.Mixture
+  init_args:
+    max_tokens: 2000
+    weights: {own: 1, needle: 0}
+    data_sets:
+      own:
+        class_path: lrsa_lit.data.QAFiles
+        init_args: {max_tokens: 2000, train: data/sample.jsonl, val: data/sample.jsonl}
+      needle:
+        class_path: lrsa_lit.data.Needles
+        init_args: {max_tokens: 2000, tasks: [niah_single, niah_multikey], val: 4}
+"""
+    )
+    main(["validate", *TINY, *SHORT, "--config", "mix.yaml"])
+    shown = capfd.readouterr().out
+    assert "Validation on 12 questions" in shown
+    assert [row[:3] for row in rows(shown)[:4]] == [
+        ["own", "8", "F1"],
+        ["needle", "4", "recall"],
+        ["needle/niah_single", "2", "recall"],
+        ["needle/niah_multikey", "2", "recall"],
+    ]
+    assert not (tmp_path / "runs/answers.jsonl").exists()
+
+
+def test_a_broken_line_ends_in_one_that_names_it(tmp_path, capfd):
+    options = longbench(tmp_path)
+    with (tmp_path / "mine.jsonl").open("a") as file:
+        file.write('{"input": "Q?", "context": "x", "answers": ["a"], "language": "zh"}\n')
+    with pytest.raises(SystemExit) as stop:
+        main(["test", *TINY, *options])
+    assert stop.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "Seed set" not in line]
+    assert f"{tmp_path}/mine.jsonl, line 4: field 'language' is 'zh', allowed is en" in line
+    assert not (tmp_path / "runs/answers.jsonl").exists()
+
+
+def test_answers_that_cannot_be_written_are_not_generated(tmp_path, capfd):
+    (tmp_path / "runs/answers.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        main(["test", *TINY, *longbench(tmp_path)])
+    assert stop.value.code == 2
+    assert "AnswerWriter.path: runs/answers.jsonl is a folder; it must be a file" in capfd.readouterr().err
