@@ -104,7 +104,7 @@ def _write(folder: Path, examples: Iterable[Example]) -> None:
     with ArrowWriter(path=str(folder / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
         for example in examples:
             try:
-                writer.write(dict(example))
+                writer.write({"task": "", **example})
             except OSError as error:
                 raise _unwritable(folder, error) from None
         writer.finalize()

@@ -70,7 +70,7 @@ class Example(TypedDict):
         answer_spans: token positions [start, end) of the answers' occurrences within those passages.
         answers: the record's.
         match: the record's.
-        task: the record's.
+        task: the record's, if it has one.
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
     """
@@ -142,7 +142,7 @@ def encode(
     gold = [span for passage, span in zip(record.passages, passages, strict=True) if _supports(record, passage)]
     answers = [found for span in gold for found in find_answers(text, record.answers, span)]
     offsets = encoding["offset_mapping"]
-    return Example(
+    example = Example(
         id=record.id,
         input_ids=encoding["input_ids"] + answer_ids,
         prompt_length=len(encoding["input_ids"]),
@@ -150,8 +150,10 @@ def encode(
         answer_spans=[token_span(offsets, span) for span in answers],
         answers=list(record.answers),
         match=record.match,
-        task=record.task,
     )
+    if record.task:
+        example["task"] = record.task
+    return example
 
 
 def render_prompt(
