@@ -90,6 +90,10 @@ class PredictionWriter(BasePredictionWriter):
         target = self._lines.write(trainer, (line for batch in predictions for line in batch))
         Console().print(f"Predictions: {target}", soft_wrap=True, highlight=False)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        self._lines.discard(trainer)
+
 
 class AnswerWriter(Callback):
     """Write the answers of a test as JSON lines: id, data_set, task, gold and, for each attention, what it gave.
@@ -128,6 +132,10 @@ class AnswerWriter(Callback):
         target = self._lines.write(trainer, self._answers)
         Console().print(f"Answers: {target}", soft_wrap=True, highlight=False)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        self._lines.discard(trainer)
+
 
 class _LineFile:
     """A file of JSON lines that appears when it is complete; of several processes each has its own."""
@@ -152,6 +160,9 @@ class _LineFile:
         target = self._path if trainer.world_size == 1 else self._path.with_suffix(f".{trainer.global_rank}.jsonl")
         partial.replace(target)
         return target
+
+    def discard(self, trainer: Trainer) -> None:
+        self._partial(trainer).unlink(missing_ok=True)
 
     def _partial(self, trainer: Trainer) -> Path:
         return self._path.with_name(f".{self._path.name}.{trainer.global_rank}.partial")

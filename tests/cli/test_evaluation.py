@@ -143,6 +143,14 @@ def test_a_broken_line_ends_in_one_that_names_it(tmp_path, capfd):
     assert not (tmp_path / "runs/answers.jsonl").exists()
 
 
+def test_an_attention_and_a_task_need_different_names(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", "{ferry: null}"])
+    assert stop.value.code == 2
+    assert "model.evaluate: the name 'ferry' is not allowed" in capfd.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_answers_that_cannot_be_written_are_not_generated(tmp_path, capfd):
     (tmp_path / "runs/answers.jsonl").mkdir(parents=True)
     with pytest.raises(SystemExit) as stop:

@@ -309,6 +309,9 @@ class LongContextQA(lightning.LightningModule):
         # At the start and not at the end: states made under trainer.validate's inference mode cannot be updated in fit.
         data = getattr(self.trainer, "datamodule", None)
         groups = [] if data is None else data.groups(split)
+        if both := {group.partition("/")[0] for group in groups} & {name.rstrip("/") for name in self.attentions}:
+            name = min(both)
+            raise UserError(f"model.evaluate: the name {name!r} is not allowed; a data set or task has it as well")
         for meter in self._meters:
             meter.reset(groups)
 
