@@ -156,7 +156,7 @@ def test_the_shares_of_the_shipped_study_are_what_their_names_say():
         assert found == pytest.approx(shares[name.partition("-")[0]], abs=0.007), name
 
 
-@pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "lrsa-4x-needles"])
+@pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "lrsa-4x-needles", "first-dense"])
 def test_a_row_is_a_config_of_a_fit(row, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["study", "config", str(Path(__file__).parents[2] / SHIPPED), row, "--seed", "7"])
@@ -166,11 +166,12 @@ def test_a_row_is_a_config_of_a_fit(row, tmp_path, capfd, monkeypatch):
     assert stop.value.code == 0
     shown = yaml.safe_load(capfd.readouterr().out)
     assert shown["seed_everything"] == 7
-    assert shown["trainer"]["max_steps"] == 440
-    assert (shown["model"]["train_attention"] is None) == (row == "dense")
+    first = row == "first-dense"
+    assert shown["trainer"]["max_steps"] == (440 if first else 740)
+    assert (shown["model"]["train_attention"] is None) == (row in ("dense", "first-dense"))
     compressor = shown["model"]["lrsa"]["compressor"]["class_path"]
     assert compressor.endswith("RandomTokens" if row == "random-4x" else "LagRelative")
     assert (shown["model"]["train_top_k"] is None) == (row != "mixed-k")
-    assert list(shown["data"]["init_args"]["data_sets"]) == (
-        ["hotpotqa", "needles"] if row == "lrsa-4x-needles" else ["hotpotqa"]
-    )
+    shares = {"hotpotqa_all": 0.8, "needles": 0.2} if row == "lrsa-4x-needles" else {"hotpotqa_all": 1.0}
+    assert shown["data"]["init_args"]["weights"] == ({"hotpotqa": 1.0} if first else shares)
+    assert list(shown["data"]["init_args"]["data_sets"]) == list(shown["data"]["init_args"]["weights"])

@@ -1,5 +1,6 @@
 """Tables, plots and the store, from results that a tiny study has written."""
 
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from study.conftest import STUDY
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
+from lrsa_lit.study.report import results_of
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner
 from lrsa_lit.study.tables import Cells, Table, reference_of
@@ -103,6 +105,19 @@ def test_results_become_runs_of_a_store_once(study_file, results, tmp_path, monk
 def test_no_results_no_report(study_file, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["study", "report", str(tmp_path / "none.jsonl"), "--study", str(study_file)])
+
+
+def test_results_have_the_names_of_today(study_file, results, tmp_path):
+    study = Study(str(study_file))
+    renamed = [{**line, "row": f"once-{line['row']}"} for line in read_lines(results)]
+    gone = {**renamed[0], "config": "0" * 12}
+    path = tmp_path / "renamed.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*renamed, gone]))
+    assert results_of(study, path) == results_of(study, results)
+    path.write_text(json.dumps(gone) + "\n")
+    with pytest.raises(UserError) as error:
+        results_of(study, path)
+    assert "no results" in one_line(error.value)
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path):

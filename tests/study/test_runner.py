@@ -74,6 +74,17 @@ def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(accumulated
         assert all(one[name].equal(other[name]) for name in one)
 
 
+def test_no_speed_is_measured_on_a_shared_device(study_file, data, tmp_path):
+    out = tmp_path / "results.jsonl"
+    quick = {"rows": ["lrsa"], "seeds": [0], "inference": ["dense"], "sets": ["plain"]}
+    study_file.write_text(yaml.safe_dump({**STUDY, "parts": {"quick": quick}}, sort_keys=False))
+    arguments = ["--part", "quick", "--data", str(data), "--out", str(out), "--work", str(tmp_path / "work")]
+    main(["study", "run", str(study_file), *arguments, "--shared"])
+    (training, evaluation) = read_lines(out)
+    assert training["tokens_per_second"] is None
+    assert training["machine"]["shared"] == evaluation["machine"]["shared"] == "yes"
+
+
 def test_lost_weights_are_trained_again_for_what_is_missing(study_file, data, tmp_path):
     assert runner(study_file, data, tmp_path).run("main")
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)

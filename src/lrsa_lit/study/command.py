@@ -51,6 +51,7 @@ def _parser() -> Parser:
     _add(run_part, "study", "data", "part", "out")
     run_part.add_argument("--minutes", type=float, default=9.0, help="stop before these are over (default: 9)")
     run_part.add_argument("--work", type=Path, default=Path("runs/study"), help="weights and unfinished trainings")
+    run_part.add_argument("--shared", action="store_true", help="others use the device as well: measure no speed")
     run_part.add_argument("--source", help="folder of the study's base LLM on this machine")
     run_part.add_argument(
         "--workers",
@@ -120,6 +121,7 @@ def _run(options: argparse.Namespace) -> None:
         60 * options.minutes,
         options.source,
         options.workers,
+        options.shared,
     )
     done = runner.run(options.part)
     print(f"{options.part}: {'done' if done else 'not done yet; the same command goes on'}", flush=True)
@@ -146,7 +148,8 @@ def _report(options: argparse.Namespace) -> None:
     from lrsa_lit.study.plan import Study
     from lrsa_lit.study.report import fill, results_of, write_report
 
-    study, lines = Study(options.study), results_of(options.results)
+    study = Study(options.study)
+    lines = results_of(study, options.results)
     if options.into:
         fill(study, lines, options.into, options.plots)
     if options.to or not options.into:

@@ -34,7 +34,8 @@ def load(results: str, study: str) -> Cells:
     Raises:
         UserError: there are no results, or no such study.
     """
-    return Cells(Study(str(nearest(study))), results_of(nearest(results)))
+    found = Study(str(nearest(study)))
+    return Cells(found, results_of(found, nearest(results)))
 
 
 def nearest(name: str) -> Path:

@@ -48,8 +48,9 @@ class Row:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The share of each data set in the training."""
-        return dict(self.settings["data"]["init_args"]["weights"])
+        """The share of each data set in the training; an overlay leaves one of the settings below it out with 0."""
+        given = self.settings["data"]["init_args"]["weights"]
+        return {name: weight for name, weight in given.items() if weight}
 
     @property
     def batch_size(self) -> int:
@@ -213,7 +214,8 @@ class Study:
             # The rule itself: there a compressor may be a class.
             model |= {"lrsa": settings.merged(model["lrsa"], model["train_attention"]), "train_attention": {}}
         arguments = row.settings["data"]["init_args"]
-        arguments = {**arguments, "data_sets": {key: self.data_sets[key] for key in row.weights}}
+        data_sets = {key: self.data_sets[key] for key in row.weights}
+        arguments = {**arguments, "weights": row.weights, "data_sets": data_sets}
         return {
             "seed_everything": seed,
             "trainer": {key: row.settings["trainer"][key] for key in _TRAINER if key in row.settings["trainer"]},

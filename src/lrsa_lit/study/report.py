@@ -21,15 +21,16 @@ _WHOLE = {"bars": "What was to be reached", "perplexity": "Perplexity", "surviva
           "training": "Training", "machines": "Machines"}  # fmt: skip
 
 
-def results_of(path: Path) -> list[Line]:
-    """The results of a file.
+def results_of(study: Study, path: Path) -> list[Line]:
+    """The results of a file, by the names that the study's rows have now; those of rows that it has no more stay out.
 
     Raises:
         UserError: there are none.
     """
-    lines = read_lines(path)
+    names = {row.hash: row.name for row in reversed(study.rows.values())}
+    lines = [{**line, "row": names[line["config"]]} for line in read_lines(path) if line["config"] in names]
     if not lines:
-        raise UserError(f"{path}: it holds no results")
+        raise UserError(f"{path}: it holds no results of the rows of {study.name}")
     return lines
 
 

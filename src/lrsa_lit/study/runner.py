@@ -37,6 +37,7 @@ class Runner:
         seconds: after which nothing new is begun.
         source: where the base LLM lies on this machine; None: where the study says.
         workers: processes that evaluate, while nothing trains; 0 evaluates in this one.
+        shared: whether others use the device as well, so that no speed is measured.
         clock: tells the time in seconds.
     """
 
@@ -49,9 +50,11 @@ class Runner:
         seconds: float,
         source: str | None = None,
         workers: int = 0,
+        shared: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.study, self.data, self.folder, self.source, self.clock = study, data, folder, source, clock
+        self.shared = shared
         self.results = Results(out)
         self.until = clock() + seconds
         self._files: dict[tuple[str, str], TokenFile] = {}
@@ -90,7 +93,7 @@ class Runner:
             self._evaluate(work, missing)
 
     def _train(self, work: Work) -> None:
-        files = {name: self._file(name, "train") for name, weight in work.row.weights.items() if weight}
+        files = {name: self._file(name, "train") for name in work.row.weights}
         checkpoint = self._weights(work).with_name("training.ckpt")
         _say(f"{work.row.name}, seed {work.seed}: training{' goes on' if checkpoint.exists() else ''}")
         if torch.cuda.is_available():
@@ -117,7 +120,7 @@ class Runner:
             **self._about("training", work),
             "steps": work.row.steps,
             "loss_of_last_20_steps": last,
-            "tokens_per_second": speed,
+            "tokens_per_second": None if self.shared else speed,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
             "seconds": round(meter.wall, 1),
             "losses": _rounded(meter.losses),
@@ -187,7 +190,7 @@ class Runner:
             "study": Path(self.study.name).stem,
             "row": work.row.name,
             **self._weights_key(work),
-            "machine": machine.describe(),
+            "machine": machine.describe() | ({"shared": "yes"} if self.shared else {}),
         }
 
     def _weights_key(self, work: Work) -> Line:
@@ -216,7 +219,7 @@ class Runner:
     def _train_digest(self, row: Row) -> str:
         if row.steps == 0:
             return ""
-        return digest({name: self._file(name, "train").digest for name, weight in row.weights.items() if weight})
+        return digest({name: self._file(name, "train").digest for name in row.weights})
 
     def _weights(self, work: Work) -> Path:
         return self.folder / "-".join(map(str, self._weights_key(work).values())) / "weights.pt"
