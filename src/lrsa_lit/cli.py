@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,6 +71,9 @@ def main(args: Sequence[str] | None = None) -> None:
             code 0 for help and version.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if not sys.stderr.isatty():
+        # What transformers and the hub library load and write would fill a log with half a line for each step.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | TOOLS).items())
         print(HELP.format(commands=commands, runs=_listed(COMMANDS), tools=_listed(TOOLS)), end="")

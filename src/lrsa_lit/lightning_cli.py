@@ -315,7 +315,8 @@ def _quiet_libraries() -> None:
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
     logging.getLogger("lrsa_lit").setLevel(logging.INFO if first else logging.WARNING)
     # Lightning's start-up hints, and retries whose outcome is raised or said anyway.
-    for name in ("lightning.pytorch.utilities.rank_zero", "urllib3.connectionpool", "huggingface_hub"):
+    hints = "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"
+    for name in (*hints, "urllib3.connectionpool", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for pattern in _NOISE:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cli_helpers import DEBUG
@@ -69,3 +71,12 @@ def test_each_shipped_config_parses_as_its_first_line_says(path, capfd):
         )
     assert stop.value.code == 0
     assert "lag_size" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_of_libraries_are_for_terminals(terminal, monkeypatch):
+    # transformers and huggingface_hub read it when they are imported.
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: terminal))
+    main(["--version"])
+    assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == (None if terminal else "1")
