@@ -163,6 +163,28 @@ def test_a_changed_file_is_another_data_set(small: Path, tokenizer: PreTrainedTo
     assert HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None).fingerprint != before
 
 
+def test_the_question_may_come_first(small: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path))
+    own = HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None, max_tokens=400)
+    first = HotpotQA(
+        tokenizer=tokenizer, source=str(small), sha256=None, max_tokens=400, prompt="{input}\n{context} | {input}"
+    )
+    assert own.fingerprint != first.fingerprint
+    for data, before, behind in ((own, "", f"\n\n{INSTRUCTION}"), (first, "Where?\n", " | Where?")):
+        data.prepare_split("train")
+        for example in data.open_split("train"):
+            assert len(example["input_ids"]) <= 400
+            text = tokenizer.decode(example["input_ids"][: example["prompt_length"]])
+            assert text.startswith(f"<|im_start|>user\n{before}")
+            assert behind in text
+            number = example["id"].removeprefix("q")
+            gold = [tokenizer.decode(example["input_ids"][slice(*span)]).strip() for span in example["gold_spans"]]
+            assert sorted(gold) == [f"Gold {number}a\nFirst.", f"Gold {number}b\nIt is Vilnius {number}."]
+    for prompt in ("{input}", "{context}{context}{input}", "{context}"):
+        with pytest.raises(UserError, match=r"data.init_args.prompt holds"):
+            HotpotQA(prompt=prompt)
+
+
 def test_a_file_that_is_not_what_it_should_be_is_refused(small: Path, tokenizer: PreTrainedTokenizerFast):
     with pytest.raises(UserError, match="the file is corrupt or another version"):
         HotpotQA(tokenizer=tokenizer, source=str(small)).prepare_data()

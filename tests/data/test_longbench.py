@@ -162,7 +162,7 @@ def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, line: dict[str, An
     ("parameters", "message"),
     [
         ({}, "data.init_args: neither train, val nor test is set, allowed is at least one"),
-        ({"test": "x", "prompt": "{context}"}, "data.init_args.prompt holds {input} 0 times, allowed is once"),
+        ({"test": "x", "prompt": "{context}"}, "data.init_args.prompt holds {input} 0 times, allowed is once or more"),
         (
             {"test": "x", "prompt": {"rivers": "{context}{context}{input}"}},
             "data.init_args.prompt.rivers holds {context} 2 times, allowed is once",

