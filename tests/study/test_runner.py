@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 import yaml
+from helpers import one_line
 from study.conftest import STUDY, without_times
 
 from lrsa_lit.cli import main
+from lrsa_lit.errors import UserError
 from lrsa_lit.study import settings
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.results import read_lines
@@ -83,6 +85,20 @@ def test_no_speed_is_measured_on_a_shared_device(study_file, data, tmp_path):
     (training, evaluation) = read_lines(out)
     assert training["tokens_per_second"] is None
     assert training["machine"]["shared"] == evaluation["machine"]["shared"] == "yes"
+
+
+def test_a_part_may_be_run_row_by_row(study_file, data, tmp_path):
+    first, second = runner(study_file, data, tmp_path), runner(study_file, data, tmp_path, out="second.jsonl")
+    assert first.run("main", ["lrsa"])
+    assert {line["row"] for line in first.results.lines} == {"lrsa"}
+    assert second.run("main", ["dense"])
+    assert {line["row"] for line in second.results.lines} == {"dense"}
+    together = tmp_path / "results.jsonl"
+    together.write_text(together.read_text() + (tmp_path / "second.jsonl").read_text())
+    assert not any(missing for _, _, missing in runner(study_file, data, tmp_path).todo("main"))
+    with pytest.raises(UserError) as error:
+        first.run("main", ["lrsa", "other"])
+    assert "--rows: 'other' is not allowed; part main has dense, lrsa" in one_line(error.value)
 
 
 def test_lost_weights_are_trained_again_for_what_is_missing(study_file, data, tmp_path):

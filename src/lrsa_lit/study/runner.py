@@ -6,7 +6,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -60,12 +60,21 @@ class Runner:
         self._files: dict[tuple[str, str], TokenFile] = {}
         self.workers = Workers(workers, self.left)
 
-    def run(self, part: str) -> bool:
-        """Do what the results do not hold yet; returns whether the part is done."""
+    def run(self, part: str, rows: Collection[str] = ()) -> bool:
+        """Do what the results do not hold yet, of some rows of a part or of all; returns whether that is done.
+
+        Raises:
+            UserError: the part has no such row.
+        """
+        works = list(self.study.work(part))
+        allowed = dict.fromkeys(work.row.name for work in works)
+        if unknown := [name for name in rows if name not in allowed]:
+            raise UserError(f"--rows: {unknown[0]!r} is not allowed; part {part} has {', '.join(allowed)}")
         try:
             with self.workers:
-                for work in self.study.work(part):
-                    self._work(work)
+                for work in works:
+                    if not rows or work.row.name in rows:
+                        self._work(work)
         except OutOfTimeError:
             return False
         return True
