@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import yaml
@@ -84,12 +85,16 @@ def test_what_goes_wrong_in_a_worker_comes_up_as_it_is(study_file, many, tmp_pat
     assert not children()
 
 
-def test_a_worker_that_dies_is_an_error_and_not_a_wait(study_file, many):
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_worker_that_dies_is_an_error_and_not_a_wait(noticed, study_file, many):
     with Workers(1, lambda: 100.0) as workers:
         workers.start()
         workers.settle()
         (child,) = children()
-        child.kill()
+        # What is asked of a worker that is dead, or dies before the pool has seen it.
+        lost = workers._pool.submit(os.kill, child.pid, signal.SIGKILL)
+        if noticed:
+            assert isinstance(lost.exception(), BrokenProcessPool)
         with pytest.raises(UserError) as error:
             list(workers.run(pieces(study_file, many)))
     assert "--workers" in one_line(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
@@ -98,13 +99,16 @@ class Workers:
                 # In this process an evaluation that is begun is ended: nothing else could be done with the time.
                 if (self.count or not place) and self.left() <= self._needed(evaluations[number][place:]):
                     break
-                running[executor.submit(evaluate, evaluations[number][place])] = waiting.popleft()
+                with _deaths_named():
+                    running[executor.submit(evaluate, evaluations[number][place])] = waiting.popleft()
             done, _ = concurrent.futures.wait(running, max(0.0, self.left()), FIRST_COMPLETED) if running else ((), ())
             if not done:
                 raise OutOfTimeError
             for future in done:
                 number, place = running.pop(future)
-                outcome, shard = _result(future), evaluations[number][place]
+                with _deaths_named():
+                    outcome = future.result()
+                shard = evaluations[number][place]
                 self._took[shard.work] = outcome.seconds / shard.size
                 found[number][place] = outcome
                 if len(found[number]) == len(evaluations[number]):
@@ -125,9 +129,11 @@ class _Here:
         return future
 
 
-def _result(future: Future[Outcome]) -> Outcome:
+@contextlib.contextmanager
+def _deaths_named() -> Iterator[None]:
+    """A pool that has lost a worker refuses new work as well."""
     try:
-        return future.result()
+        yield
     except concurrent.futures.BrokenExecutor:
         raise UserError("--workers: a worker process died; memory may not be enough for as many") from None
 
