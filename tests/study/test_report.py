@@ -8,6 +8,7 @@ import pytest
 import yaml
 from helpers import one_line
 from study.conftest import STUDY
+from study.lines import evaluation, scores
 
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
@@ -118,6 +119,14 @@ def test_results_have_the_names_of_today(study_file, results, tmp_path):
     with pytest.raises(UserError) as error:
         results_of(study, path)
     assert "no results" in one_line(error.value)
+
+
+def test_an_attention_that_is_no_more_is_not_taken_for_the_rows_own(study_file):
+    study = Study(str(study_file))
+    gone = {"rule_digest": "0" * 12, "rule": {**study.row("lrsa").rule.to_dict(), "top_k": 1}}
+    lines = [evaluation(study, "lrsa", "own", scores(0.5)), evaluation(study, "lrsa", "4x", scores(0.9), **gone)]
+    (cell,) = Cells(study, lines).on("plain", "test")
+    assert cell.line["f1"] == scores(0.5)
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path):

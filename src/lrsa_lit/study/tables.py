@@ -118,14 +118,18 @@ class Cells:
         return Cell(row.name, attention, tuple(seeds.values())) if seeds else None
 
     def on(self, data_set: str, split: str, measure: str = "loss") -> list[Cell]:
-        """All cells on a data set, row by row of the study, in the order of the results."""
+        """All cells on a data set, row by row of the study, in the order of the results.
+
+        Those of attentions that the study has no more stay out.
+        """
         inference = reversed(self.study.inference.items())
         names = {DENSE if rule is None else rule.digest(): name for name, rule in inference}
         cells = []
         for row in self.study.rows.values():
+            known = {DENSE if row.rule is None else row.rule.digest(): OWN} | names
             lines = self._found.get((row.hash, data_set, split), [])
-            for digest in dict.fromkeys(line["rule_digest"] for line in lines):
-                cell = self.cell(row, names.get(digest, OWN), digest, data_set, split, measure)
+            for digest in dict.fromkeys(line["rule_digest"] for line in lines if line["rule_digest"] in known):
+                cell = self.cell(row, known[digest], digest, data_set, split, measure)
                 cells += [cell] if cell else []
         return cells
 
