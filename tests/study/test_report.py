@@ -58,7 +58,18 @@ def test_cells_gather_the_seeds_and_are_held_against_dense_training(study_file, 
     assert random.of_named.difference.value == pytest.approx(
         random.cell.scores("f1").mean() - entries["lrsa", "own"].cell.scores("f1").mean()
     )
-    assert reference_of(study, study.row("mixed")).name == "dense"
+
+
+def test_rows_are_held_against_dense_training_at_its_own_rate(study_file):
+    fast = {"optimizer": {"init_args": {"lr": 0.1}}}
+    long = {"trainer": {"max_steps": 9}}
+    more = {"dense-fast": {"model": {"train_attention": None, **fast}}, "lrsa-fast": {"model": fast},
+            "lrsa-long": long, "dense-long": {**long, "model": {"train_attention": None, **fast}}}  # fmt: skip
+    study_file.write_text(yaml.safe_dump({**STUDY, "rows": STUDY["rows"] | more}, sort_keys=False))
+    study = Study(str(study_file))
+    found = {row.name: reference_of(study, row).name for row in study.rows.values()}
+    long = {"lrsa-long": "dense-long", "dense-long": "dense-long"}
+    assert found == dict.fromkeys(study.rows, "dense") | long
 
 
 def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(study_file, data, tmp_path):

@@ -15,11 +15,11 @@ LABELS = {"f1": "F1", "recall": "recall", "em": "exact match", "loss": "perplexi
 LEGEND = """\
 Brackets are 95 % intervals, of questions drawn with all their seeds, those about one text together, and of seeds if
 there are several. *kept* is K/L in sparse layers and 1 in dense ones, *pairs* the share of query-key pairs attended to,
-sinks and windows included. *of dense* is the score by that of dense training with dense inference; *less dense-trained*
-the difference to dense training under the same attention, with the p-value of a paired permutation test of the
-questions, alone and adjusted for the tests of its column by Holm's method: whether these trained models differ, not
-whether others would. *gold kept* is the share of the supporting passages' tokens that a head keeps, of the first
-questions."""
+sinks and windows included. *of dense* is the score by that of dense training, of as many steps on the same data at the
+rate chosen for it, with dense inference; *less dense-trained* the difference to dense training under the same
+attention, with the p-value of a paired permutation test of the questions, alone and adjusted for the tests of its
+column by Holm's method: whether these trained models differ, not whether others would. *gold kept* is the share of the
+supporting passages' tokens that a head of a sparse layer keeps, of the first questions."""
 
 
 def matrix(table: Table) -> list[str]:

@@ -13,6 +13,9 @@ from lrsa_lit.study.plan import DENSE, OWN, Evaluation, Row, Study
 from lrsa_lit.study.results import Line
 from lrsa_lit.study.statistics import Comparison, Estimate, Groups, Scores
 
+_SAME = ("backbone", "trainer", "data")
+"""What dense training shares with a row that is held against it."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -245,11 +248,13 @@ def compared(cell: Cell, other: Cell | None, measure: str) -> Comparison | None:
 
 
 def reference_of(study: Study, row: Row) -> Row | None:
-    """The dense training that a row is held against: one that differs in the attention alone, else in the rate too."""
+    """The dense training that a row is held against: the study's first one of as many steps on the same data.
+
+    It has the learning rate that is best for it, which need not be the row's: each attention has its own, and dense
+    training at a rate that was tuned for another one would be too easy to reach.
+    """
     dense = [other for other in study.rows.values() if other.rule is None and other.steps]
-    for ignored in (("attention", "train_top_k"), ("attention", "train_top_k", "optimizer", "lr_scheduler")):
-        for other in dense:
-            mine, its = row.trained_by(), other.trained_by()
-            if all(mine.get(name) == its[name] for name in its if name not in ignored):
-                return other
-    return dense[0] if dense and row.steps == 0 else None
+    if row.steps == 0:
+        return next(iter(dense), None)
+    mine = row.trained_by()
+    return next((other for other in dense if all(mine[name] == other.trained_by()[name] for name in _SAME)), None)
