@@ -60,6 +60,29 @@ def test_the_best_of_several_is_checked_on_questions_that_it_was_not_chosen_on(t
     assert Bars(Cells(study, lines[:2])).best(study.bars["b"]).ratio_apart is None
 
 
+def test_only_a_strong_reference_counts(tmp_path):
+    bar = {"set": "plain", "kept": 0.25, "of_dense": 0.9}
+    cells = ("dense", "dense", 0.5), ("lrsa", "4x", 0.5)
+    assert verdict(study_of(tmp_path, {"b": bar}), *cells).verdict == "met"
+    found = verdict(study_of(tmp_path, {"b": bar | {"reference_at_least": {"em": 0.6}}}), *cells)
+    assert (found.verdict, found.required) == (
+        "open", "90% of dense plain F1, 0.25 kept, dense exact match at least 0.6")  # fmt: skip
+    assert verdict(study_of(tmp_path, {"b": bar | {"reference_at_least": {"em": 0.5}}}), *cells).verdict != "open"
+    assert verdict(study_of(tmp_path, {"b": bar | {"reference": ["base"]}}), *cells).verdict == "open"
+    assert verdict(study_of(tmp_path, {"b": bar | {"reference": ["base", "dense"]}}), *cells).verdict != "open"
+
+
+def test_sinks_and_window_alone_are_no_selection(tmp_path):
+    rows = {"rows": STUDY["rows"] | {"none": {"model": {"train_attention": {"top_k": 0}}}}}
+    rows["inference"] = STUDY["inference"] | {"none": {"top_k": 0}}
+    rows["bars"] = {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}}
+    path = tmp_path / "tiny-study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **rows}, sort_keys=False))
+    cells = ("dense", "dense", 0.8), ("none", "none", 0.8), ("none", "4x", 0.8), ("lrsa", "none", 0.8)
+    assert verdict(Study(str(path)), *cells).verdict == "open"
+    assert verdict(Study(str(path)), *cells, ("lrsa", "4x", 0.4)).by.startswith("lrsa under 4x")
+
+
 def test_a_score_is_that_of_the_best_row(tmp_path):
     bar = {"set": "plain", "row": ["dense", "lrsa"], "inference": "dense", "measure": "em", "at_least": 0.5}
     found = verdict(study_of(tmp_path, {"b": bar}), ("dense", "dense", 0.3), ("lrsa", "dense", 0.8))
@@ -116,6 +139,11 @@ def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
         ({"set": "none", "kept": 0.5, "of_dense": 0.5}, "'none'"),
         ({"set": "text", "kept": 0.5, "of_dense": 0.5}, "'loss'"),
         ({"set": "plain", "kept": "half", "of_dense": 0.5}, "bars.b.kept: 'half'"),
+        ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference": ["none"]}, "'none'"),
+        ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference": "dense"}, "bars.b.reference: 'dense'"),
+        ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": 0.5}, "bars.b.reference_at_least: 0.5"),
+        ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": {"em": "x"}}, "{'em': 'x'}"),
+        ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": {"x": 1}}, "at_least: 'x'"),
         (ABOVE | {"row": "none"}, "'none'"),
         (ABOVE | {"above": [["dense", "none"]]}, "'none'"),
         (ABOVE | {"above": ["dense"]}, "bars.b.above"),

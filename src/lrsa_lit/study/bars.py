@@ -3,7 +3,9 @@
 A bar asks for one of three things on a data set's test split:
 
 - ``kept`` (or ``pairs``) and ``of_dense``: that the best LRSA-trained row under LRSA that keeps (or attends to) no more
-  than this share of the pairs reaches so much of the score of dense training with dense inference;
+  than this share of the pairs reaches so much of the score of dense training with dense inference, and, where they are
+  given, only of the dense rows in ``reference`` with the scores of ``reference_at_least``, since a share of a weak
+  model is easily reached;
 - ``row``, ``inference`` and ``at_least``: a score of one cell, or of the best of several rows;
 - ``row``, ``inference``, ``above`` and ``p``: a score above those of other cells, each ``[row, inference]``, by paired
   tests adjusted by Holm's method.
@@ -18,18 +20,19 @@ from typing import Any
 import numpy as np
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LagRelative
+from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
 from lrsa_lit.study import markdown, statistics
-from lrsa_lit.study.plan import DENSE, OWN, Study
+from lrsa_lit.study.plan import DENSE, OWN, Row, Study
 from lrsa_lit.study.settings import Settings
 from lrsa_lit.study.statistics import Comparison, Estimate
 from lrsa_lit.study.tables import Cell, Cells, compared, measure_of, reference_of, score_of
 
 _SHARES = ("kept", "pairs")
 _MEASURES = ("f1", "em", "recall")
+_REFERENCE = {"reference", "reference_at_least"}
 _FORMS = (
-    ({"set", "measure", "kept", "of_dense"}, {"set", "kept", "of_dense"}),
-    ({"set", "measure", "pairs", "of_dense"}, {"set", "pairs", "of_dense"}),
+    ({"set", "measure", "kept", "of_dense", *_REFERENCE}, {"set", "kept", "of_dense"}),
+    ({"set", "measure", "pairs", "of_dense", *_REFERENCE}, {"set", "pairs", "of_dense"}),
     ({"set", "measure", "row", "inference", "at_least"}, {"set", "row", "inference", "at_least"}),
     ({"set", "measure", "row", "inference", "above", "p"}, {"set", "row", "inference", "above", "p"}),
 )
@@ -109,10 +112,9 @@ class Bars:
         pairs: list[tuple[Cell, Cell]] = []
         for cell in self.cells.on(bar["set"], "test", measure):
             row = self.study.row(cell.row)
-            ruled = row.rule is not None and isinstance(row.rule.compressor, LagRelative) and _lag_relative(cell)
+            ruled = row.rule is not None and _selects(row.rule) and _lag_relative(cell)
             if ruled and row.steps and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT:
-                dense = reference_of(self.study, row)
-                reference = self.cells.cell(dense, DENSE, DENSE, bar["set"], "test", measure) if dense else None
+                reference = self._reference(bar, row)
                 if reference and reference.line["set_digest"] == cell.line["set_digest"] and _mean(reference, measure):
                     pairs.append((cell, reference))
         if not pairs:
@@ -124,6 +126,15 @@ class Bars:
         same = self.cells.cell(dense, cell.attention, cell.line["rule_digest"], bar["set"], "test", measure)
         return Best(cell, reference, same, found.ratio, len(pairs), _apart(pairs, measure))
 
+    def _reference(self, bar: Settings, row: Row) -> Cell | None:
+        """Dense training with dense inference that a row is held against, if the bar allows it."""
+        dense = reference_of(self.study, row)
+        if dense is None or dense.name not in bar.get("reference", [dense.name]):
+            return None
+        cell = self.cells.cell(dense, DENSE, DENSE, bar["set"], "test", self.measure(bar))
+        asked = bar.get("reference_at_least", {})
+        return cell if cell and all(_mean(cell, name) >= least for name, least in asked.items()) else None
+
     def _verdict(self, name: str, bar: Settings) -> Verdict:
         if "of_dense" in bar:
             return self._of_dense(name, bar)
@@ -132,6 +143,8 @@ class Bars:
     def _of_dense(self, name: str, bar: Settings) -> Verdict:
         kind = next(share for share in _SHARES if share in bar)
         required = f"{bar['of_dense']:.0%} of dense {self._label(bar)}, {bar[kind]:.3g} {kind}"
+        asked = bar.get("reference_at_least", {}).items()
+        required += "".join(f", dense {markdown.LABELS[name]} at least {least:g}" for name, least in asked)
         best = self.best(bar)
         if best is None:
             return Verdict(name, required, "", "", "open")
@@ -215,11 +228,16 @@ def _mean(cell: Cell, measure: str) -> float:
     return float(cell.scores(measure).mean())
 
 
+def _selects(rule: LRSAConfig) -> bool:
+    """Whether tokens are kept by the lag-relative score; sinks and window alone are a control."""
+    return isinstance(rule.compressor, LagRelative) and rule.top_k > 0
+
+
 def _lag_relative(cell: Cell) -> bool:
     rule = cell.line["rule"]
     layers = cell.line["layers"]
     own = rule is not None and rule["compressor"]["class_path"].endswith(f".{LagRelative.__name__}")
-    return bool(own and len(rule["dense_layers"]) < layers)
+    return bool(own and rule["top_k"] > 0 and len(rule["dense_layers"]) < layers)
 
 
 def _listed(cells: Sequence[Sequence[str]]) -> str:
@@ -244,9 +262,25 @@ def _check(study: Study, name: str, bar: Any) -> None:
             raise UserError(f"{where}.{key}: {bar[key]!r} is not allowed; it must be a number")
     if any(not isinstance(other, list) or len(other) != 2 for other in bar.get("above", [])):
         raise UserError(f"{where}.above: {bar['above']} is not allowed; it must be a list of [row, inference]")
+    _check_reference(study, where, bar)
     rows = [bar["row"]] if isinstance(bar.get("row"), str) else bar.get("row", [])
     named = [(row, bar["inference"]) for row in rows] + [tuple(other) for other in bar.get("above", [])]
     for row, attention in named:
         study.row(row)
         if attention != OWN and attention not in study.inference:
             raise UserError(f"{where}: there is no {attention!r} in inference")
+
+
+def _check_reference(study: Study, where: str, bar: Settings) -> None:
+    rows, least = bar.get("reference", []), bar.get("reference_at_least", {})
+    if not isinstance(rows, list):
+        raise UserError(f"{where}.reference: {rows!r} is not allowed; it must be a list of rows")
+    for row in rows:
+        study.row(row)
+    if not isinstance(least, dict) or not all(isinstance(value, int | float) for value in least.values()):
+        raise UserError(
+            f"{where}.reference_at_least: {least!r} is not allowed; it must be measures, each with a number"
+        )
+    if unknown := [measure for measure in least if measure not in _MEASURES]:
+        allowed = ", ".join(_MEASURES)
+        raise UserError(f"{where}.reference_at_least: {unknown[0]!r} is not allowed; it must be {allowed}")
