@@ -107,6 +107,16 @@ def test_what_is_not_measured_is_left_empty(study_file):
         assert blocks.figure(name) is None
 
 
+def test_the_summary_says_what_is_kept_and_what_is_attended_to(study_file):
+    study = Study(str(study_file))
+    cells = ("dense", "dense", 0.8), ("dense", "4x", 0.4), ("lrsa", "4x", 0.6)
+    lines = [evaluation(study, row, attention, scores(share)) for row, attention, share in cells]
+    head, _, row, *_ = Blocks(study, lines).text("summary").splitlines()
+    assert head.endswith("| of dense | kept | pairs |")
+    assert row.startswith("| at 4x | F1 | 0.800 | 0.400 | 0.600 | 75.0% [")
+    assert row.endswith("] | 25% | 50% |")
+
+
 def test_a_part_says_how_much_of_it_there_is(study_file):
     study = Study(str(study_file))
     cells = [("dense", "dense"), ("dense", "4x"), ("lrsa", "dense"), ("lrsa", "4x")]

@@ -18,6 +18,11 @@ FORMS = "PART, PART/SET, PART/SET/plot"
 """Blocks of a part: its matrices, all of one data set, and its plot."""
 
 
+_SHARES = """\
+*kept* is K/L in sparse layers and 1 in dense ones, *pairs* the share of query-key pairs attended to, sinks and windows
+included."""
+
+
 class Blocks:
     """Texts and plots of the results.
 
@@ -118,9 +123,10 @@ class Blocks:
             "dense-trained, compressed",
             "LRSA-trained, compressed",
             "of dense",
-            "pairs kept",
+            "kept",
+            "pairs",
         ]
-        return markdown.rows_of(head, body, names=2) if body else []
+        return [*markdown.rows_of(head, body, names=2), "", _SHARES] if body else []
 
     @staticmethod
     def _row(name: str, measure: str, best: Best) -> list[str]:
@@ -128,7 +134,8 @@ class Blocks:
             float(cell.scores(measure).mean()) if cell else None for cell in (best.reference, best.same, best.cell)
         ]
         shown = ["" if mean is None else f"{mean:.3f}" for mean in means]
-        return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), markdown.share(best.cell.kept)]
+        shares = [markdown.share(best.cell.kept), markdown.share(best.cell.pairs)]
+        return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), *shares]
 
 
 def _counted(table: Table) -> list[str]:

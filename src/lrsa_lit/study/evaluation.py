@@ -74,8 +74,7 @@ def evaluate(
     """
     found = Answers()
     # Compiled layers run as they are: they would be compiled anew for each length.
-    eager = torch.compiler.set_stance("force_eager")
-    with using(model, dense_rule(model) if rule is None else rule), eager:
+    with torch.compiler.set_stance("force_eager"), using(model, dense_rule(model) if rule is None else rule):
         for start in range(0, len(examples), batch_size):
             losses, counts = answer_losses(model, examples[start : start + batch_size], tokenizer.pad_token_id)
             found.loss += losses

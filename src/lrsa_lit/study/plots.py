@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from lrsa_lit.analysis.plots import OKABE_ITO
 from lrsa_lit.study.evidence import WHEN
+from lrsa_lit.study.markdown import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lrsa_lit.study.tables import Entry
 
 _MARKERS = "osD^vP*X"
-_LABELS = {"f1": "F1", "recall": "recall", "em": "exact match"}
 
 
 def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
@@ -31,7 +31,7 @@ def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
         _line(axes, number, row, [(entry.cell.pairs, entry.score) for entry in entries if entry.cell.row == row])
     axes.set(
         xlabel="share of the query-key pairs attended to (sinks, windows and dense layers counted)",
-        ylabel=f"{_LABELS[measure]} (bars: 95 %)",
+        ylabel=f"{LABELS[measure]} (bars: 95 %)",
         title=title,
     )
     axes.set_ylim(bottom=0)
