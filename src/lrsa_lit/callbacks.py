@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _SHOWN = {"loss": "answer loss", "f1": "F1", "em": "exact match"}
 _EVALUATED = {**_SHOWN, "recall": "recall"}
 _STAGES = {"val": "Validation", "test": "Test"}
+_OWN = "LRSA"
+"""The run's own attention."""
+_ABOUT = ("id", "data_set", "task", "gold")
+"""What a line of the answers says of the question."""
 
 
 class FitSummary(Callback):
@@ -111,8 +115,16 @@ class AnswerWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fail before the answers are generated, not after, where the folder cannot be written."""
         if stage == "test":
+            self._check_names(pl_module)
             self._answers = []
             self._lines.begin(trainer)
+
+    @staticmethod
+    def _check_names(pl_module: LightningModule) -> None:
+        """An attention of the name of another key would take its place without a word."""
+        names = {prefix.removesuffix("/") for prefix in getattr(pl_module, "attentions", ())}
+        if taken := sorted(names & {*_ABOUT, _OWN}):
+            raise UserError(f"model.evaluate: the name {taken[0]!r} is not allowed; each line of the answers has it")
 
     def on_test_batch_end(
         self,
@@ -193,7 +205,7 @@ def evaluation_table(metrics: Mapping[str, float], prefixes: Sequence[str], data
     for name in ("part", "questions", "score"):
         table.add_column(name, justify="right" if name == "questions" else "left")
     for prefix in prefixes:
-        table.add_column(prefix.removesuffix("/") or "LRSA", justify="right")
+        table.add_column(prefix.removesuffix("/") or _OWN, justify="right")
 
     def add(part: str, group: str, score: str) -> None:
         values = [metrics[f"{split}/{prefix}{group}{score}"] for prefix in prefixes]
@@ -231,12 +243,12 @@ def evaluation_notes(data: QADataModule, split: Split, new_tokens: int) -> list[
 
 def _answers(batch: Batch, row: int, outputs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     gold, match = batch["answers"][row], batch["match"][row]
-    line: dict[str, Any] = {"id": batch["id"][row], "data_set": batch["source"][row], "task": batch["task"][row]}
-    line["gold"] = list(gold)
+    about = batch["id"][row], batch["source"][row], batch["task"][row], list(gold)
+    line: dict[str, Any] = dict(zip(_ABOUT, about, strict=True))
     scores = {"f1": f1_score, "exact_match": exact_match, "recall": recall}
     for name, texts in outputs.items():
         values = {score: measure(texts[row], gold, match) for score, measure in scores.items()}
-        line[name or "LRSA"] = {"prediction": texts[row], **values}
+        line[name or _OWN] = {"prediction": texts[row], **values}
     return line
 
 
@@ -254,7 +266,7 @@ def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
         pairs = [(first.get(stem + name, math.nan), last.get(stem + name, math.nan)) for name in _SHOWN]
         # The parts of an evaluation have no loss of their own.
         shown = ("" if math.isnan(after) else f"{before:.3f} → {after:.3f}" for before, after in pairs)
-        table.add_row(prefix or "LRSA", *shown)
+        table.add_row(prefix or _OWN, *shown)
     return table
 
 

@@ -143,6 +143,15 @@ def test_a_broken_line_ends_in_one_that_names_it(tmp_path, capfd):
     assert not (tmp_path / "runs/answers.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["gold", "LRSA"])
+def test_an_attention_does_not_take_the_place_of_something_else_in_the_answers(name, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["test", *TINY, *longbench(tmp_path), "--model.evaluate", f"{{{name}: null}}"])
+    assert stop.value.code == 2
+    assert f"model.evaluate: the name '{name}' is not allowed" in capfd.readouterr().err
+    assert not list((tmp_path / "runs").glob("*answers*"))
+
+
 def test_an_attention_and_a_task_need_different_names(tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         main(["test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", "{ferry: null}"])
