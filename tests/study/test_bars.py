@@ -147,6 +147,10 @@ def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
         (ABOVE | {"row": "none"}, "'none'"),
         (ABOVE | {"above": [["dense", "none"]]}, "'none'"),
         (ABOVE | {"above": ["dense"]}, "bars.b.above"),
+        (ABOVE | {"above": None}, "bars.b.above: None"),
+        (ABOVE | {"row": 3}, "bars.b: row and inference must be names"),
+        (ABOVE | {"inference": ["4x"]}, "bars.b: row and inference must be names"),
+        ({"set": ["plain"], "kept": 0.5, "of_dense": 0.5}, "['plain']"),
     ],
 )
 def test_mistakes_are_named(bar, named, tmp_path):

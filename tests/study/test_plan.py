@@ -85,6 +85,10 @@ def test_the_same_attention_is_evaluated_once(tmp_path):
         ({"inference": {"4x": {"top_k": -1}}}, "inference.4x"),
         ({"inference": {"4x": {"compressor": {"class_path": "lrsa_lit.Nothing"}}}}, "lrsa_lit.Nothing"),
         ({"configs": ["configs/none.yaml"]}, "configs/none.yaml"),
+        ({"bars": ["none"]}, "bars must be settings"),
+        ({"parts": {"main": None}}, "parts.main: None"),
+        ({"parts": {"other": {"rows": ["lrsa"], "sets": ["plain"]}}}, "parts.other: inference is missing"),
+        ({"parts": {"other": {"row": ["lrsa"]}}}, "parts.other"),
     ],
 )
 def test_mistakes_are_named(changes, named, tmp_path):

@@ -140,8 +140,9 @@ def test_an_attention_that_is_no_more_is_not_taken_for_the_rows_own(study_file):
     assert cell.line["f1"] == scores(0.5)
 
 
-def test_a_line_that_is_no_result_is_named(tmp_path):
-    (tmp_path / "r.jsonl").write_text('{"kind": "other"}\n')
+@pytest.mark.parametrize("line", [b'{"kind": "other"}', b'{"kind": "training"}', b"[]", b"\xff"])
+def test_a_line_that_is_no_result_is_named(line, tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(line + b"\n")
     with pytest.raises(UserError) as error:
         read_lines(tmp_path / "r.jsonl")
     assert "line 1" in one_line(error.value)

@@ -252,7 +252,7 @@ def _check(study: Study, name: str, bar: Any) -> None:
         raise UserError(
             f"{where}: the keys {', '.join(map(str, keys)) or 'none'} are not allowed; they must be {allowed}"
         )
-    if bar["set"] not in study.data_sets:
+    if not isinstance(bar["set"], str) or bar["set"] not in study.data_sets:
         raise UserError(f"{where}.set: there is no data set {bar['set']!r} in data_sets")
     measure = bar.get("measure") or measure_of(study, bar["set"])
     if measure not in _MEASURES:
@@ -260,20 +260,26 @@ def _check(study: Study, name: str, bar: Any) -> None:
     for key in ("kept", "pairs", "of_dense", "at_least", "p"):
         if not isinstance(bar.get(key, 0), int | float):
             raise UserError(f"{where}.{key}: {bar[key]!r} is not allowed; it must be a number")
-    if any(not isinstance(other, list) or len(other) != 2 for other in bar.get("above", [])):
-        raise UserError(f"{where}.above: {bar['above']} is not allowed; it must be a list of [row, inference]")
     _check_reference(study, where, bar)
+    above = bar.get("above", [])
+    if not isinstance(above, list) or any(not _is_names(other) or len(other) != 2 for other in above):
+        raise UserError(f"{where}.above: {above} is not allowed; it must be a list of [row, inference]")
     rows = [bar["row"]] if isinstance(bar.get("row"), str) else bar.get("row", [])
-    named = [(row, bar["inference"]) for row in rows] + [tuple(other) for other in bar.get("above", [])]
-    for row, attention in named:
+    if not _is_names([*rows, bar.get("inference", "")] if isinstance(rows, list) else rows):
+        raise UserError(f"{where}: row and inference must be names; {rows!r} and {bar['inference']!r} are not allowed")
+    for row, attention in [*((row, bar["inference"]) for row in rows), *above]:
         study.row(row)
         if attention != OWN and attention not in study.inference:
             raise UserError(f"{where}: there is no {attention!r} in inference")
 
 
+def _is_names(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(name, str) for name in given)
+
+
 def _check_reference(study: Study, where: str, bar: Settings) -> None:
     rows, least = bar.get("reference", []), bar.get("reference_at_least", {})
-    if not isinstance(rows, list):
+    if not _is_names(rows):
         raise UserError(f"{where}.reference: {rows!r} is not allowed; it must be a list of rows")
     for row in rows:
         study.row(row)

@@ -128,6 +128,11 @@ class Study:
         self.data_sets: dict[str, Settings] = content.get("data_sets") or {}
         self.parts: dict[str, Settings] = content.get("parts") or {}
         self.bars: dict[str, Settings] = content.get("bars") or {}
+        for key in ("data_sets", "parts", "bars"):
+            if not isinstance(getattr(self, key), dict):
+                raise UserError(f"{name}: {key} must be settings, each with a name; {content[key]!r} is not allowed")
+        for part, asked in self.parts.items():
+            _check_keys(f"{name}: parts.{part}", asked, _PART, ("rows", "inference", "sets"))
         below: Settings = {}
         for file in ("cli.yaml", *content.get("configs", ())):
             below = settings.merged(below, settings.read(file))
@@ -155,7 +160,6 @@ class Study:
         if part not in self.parts:
             raise UserError(f"--part: {part!r} is not allowed; {self.name} has {', '.join(self.parts)}")
         asked = self.parts[part]
-        _check_keys(f"{self.name}: parts.{part}", asked, _PART)
         rows = [self.row(name) for name in asked["rows"]]
         if (against := asked.get("against")) is not None:
             self.rule_of(part, self.row(against["row"]), against["inference"])
@@ -258,6 +262,10 @@ def _each_layer(inference: Mapping[str, Settings | None]) -> Iterator[tuple[str,
             yield f"{name}-{layer}", {**(changes or {}), "dense_layers": layers}
 
 
-def _check_keys(where: str, given: Settings, allowed: set[str]) -> None:
+def _check_keys(where: str, given: Any, allowed: set[str], needed: Sequence[str] = ()) -> None:
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: {given!r} is not allowed; it must be settings")
+    if missing := [name for name in needed if name not in given]:
+        raise UserError(f"{where}: {missing[0]} is missing")
     if unknown := sorted(given.keys() - allowed):
         raise UserError(f"{where}: there is no setting {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")

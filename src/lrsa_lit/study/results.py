@@ -53,7 +53,7 @@ class Results:
 
 def key_of(line: Line) -> tuple[Hashable, ...]:
     """What makes a result another one."""
-    return (line["kind"], *(line.get(name) for name in _KEYS[line["kind"]]))
+    return (line["kind"], *(line[name] for name in _KEYS[line["kind"]]))
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -65,7 +65,10 @@ def read_lines(path: Path) -> list[Line]:
     if not path.exists():
         return []
     found: dict[tuple[Hashable, ...], Line] = {}
-    texts = path.read_text(encoding="utf-8").split("\n")
+    try:
+        texts = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: it cannot be read ({error.strerror})") from None
     for number, text in enumerate(texts[:-1], start=1):
         try:
             line = json.loads(text)
@@ -73,7 +76,7 @@ def read_lines(path: Path) -> list[Line]:
                 # Lines from before losses could be asked for alone do not say it.
                 line.setdefault("generated", bool(line["text"]))
             found[key_of(line)] = line
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise UserError(f"{path}, line {number}: it is no result of a study") from None
     return list(found.values())
 
