@@ -1,6 +1,8 @@
 """A study of a tiny model from end to end: what runs, what is skipped, what is taken up again."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -74,6 +76,23 @@ def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(accumulated
     for file in (tmp_path / "whole").rglob("weights.pt"):
         one, other = (torch.load(path) for path in (file, tmp_path / "work" / file.relative_to(tmp_path / "whole")))
         assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_weights_that_cannot_be_written_do_not_cost_the_training(study_file, data, tmp_path, monkeypatch):
+    asked = iter(range(10**6))
+    cut = runner(study_file, data, tmp_path, seconds=17.5, clock=lambda: float(next(asked)))
+    assert not cut.run("main")
+    (checkpoint,) = (tmp_path / "work").rglob("training.ckpt")
+
+    def full(*_):
+        # As torch raises it where a disk is full.
+        raise RuntimeError("unexpected pos") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError) as error:
+        runner(study_file, data, tmp_path).run("main")
+    assert "weights.pt: not saved (No space left on device)" in one_line(error.value)
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["training.ckpt"]
 
 
 def test_no_speed_is_measured_on_a_shared_device(study_file, data, tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.errors import UserError
 from lrsa_lit.flops import kv_ratio
 from lrsa_lit.study import machine, tokens
@@ -241,15 +240,10 @@ class Runner:
 
 def _save(task: LongContextQA, path: Path) -> None:
     """Write the trained weights; the file appears only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = task._trained({f"model.{name}": weight for name, weight in task.model.state_dict().items()})
-    partial = path.with_suffix(".partial")
-    try:
-        torch.save({name.removeprefix("model."): weight for name, weight in weights.items()}, partial)
-    except OSError as error:
-        shutil.rmtree(path.parent, ignore_errors=True)
-        raise UserError(f"--work: {path.parent} cannot be written ({error})") from None
-    os.replace(partial, path)
+    AtomicCheckpointIO().save_checkpoint(
+        {name.removeprefix("model."): weight for name, weight in weights.items()}, path
+    )
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import torch
 from torch.nn.functional import pad
 from torch.utils.data import IterableDataset
 
+from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.data.collate import IGNORE_INDEX, TrainBatch, collate_training
 from lrsa_lit.data.order import Mixed, shares
 from lrsa_lit.data.plan import EpochPlan
@@ -137,10 +137,7 @@ class Meter(lightning.Callback):
         if self._steps == _WARM_UP or self._steps % 10 == 0 or last or stop:
             self._read(pl_module)
         if stop:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.checkpoint.with_suffix(".partial")
-            trainer.save_checkpoint(partial)
-            os.replace(partial, self.checkpoint)
+            trainer.save_checkpoint(self.checkpoint)
             trainer.should_stop = True
 
     def _read(self, pl_module: Any) -> None:
@@ -233,6 +230,7 @@ def train(
             enable_model_summary=False,
             use_distributed_sampler=False,
             callbacks=[meter],
+            plugins=[AtomicCheckpointIO()],
         )
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
         trainer.fit(task, loader, ckpt_path=str(checkpoint) if resumed else None, weights_only=True)
