@@ -95,7 +95,7 @@ def test_weights_that_cannot_be_written_do_not_cost_the_training(study_file, dat
     assert [path.name for path in checkpoint.parent.iterdir()] == ["training.ckpt"]
 
 
-def test_no_speed_is_measured_on_a_shared_device(study_file, data, tmp_path):
+def test_no_speed_is_measured_on_a_shared_device(study_file, data, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     quick = {"rows": ["lrsa"], "seeds": [0], "inference": ["dense"], "sets": ["plain"]}
     study_file.write_text(yaml.safe_dump({**STUDY, "parts": {"quick": quick}}, sort_keys=False))
@@ -103,6 +103,7 @@ def test_no_speed_is_measured_on_a_shared_device(study_file, data, tmp_path):
     main(["study", "run", str(study_file), *arguments, "--shared"])
     (training, evaluation) = read_lines(out)
     assert training["tokens_per_second"] is None
+    assert "tokens/s" not in capsys.readouterr().out
     assert training["machine"]["shared"] == evaluation["machine"]["shared"] == "yes"
 
 

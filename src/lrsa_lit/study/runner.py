@@ -120,15 +120,16 @@ class Runner:
         checkpoint.unlink(missing_ok=True)
 
     def _training_line(self, work: Work, meter: Meter) -> Line:
-        speed = meter.tokens_per_second
+        speed = None if self.shared else meter.tokens_per_second
         last = statistics.fmean(meter.losses[-20:])
         cuda = torch.cuda.is_available()
-        _say(f"{work.row.name}, seed {work.seed}: trained, loss {last:.3f}, {speed or 0:,.0f} tokens/s")
+        shown = "" if speed is None else f", {speed:,.0f} tokens/s"
+        _say(f"{work.row.name}, seed {work.seed}: trained, loss {last:.3f}{shown}")
         return {
             **self._about("training", work),
             "steps": work.row.steps,
             "loss_of_last_20_steps": last,
-            "tokens_per_second": None if self.shared else speed,
+            "tokens_per_second": speed,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
             "seconds": round(meter.wall, 1),
             "losses": _rounded(meter.losses),
