@@ -20,8 +20,8 @@
 
 # %%
 # %matplotlib inline
-from lrsa_lit.study import evidence, frames, plots
-from lrsa_lit.study.tables import Table
+from lrsa_lit.study.report import evidence, frames, plots
+from lrsa_lit.study.report.tables import Table
 
 # %% [markdown]
 # Files are looked for in this folder and in those above it.

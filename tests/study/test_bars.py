@@ -7,9 +7,9 @@ from study.conftest import STUDY
 from study.lines import evaluation, scores
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.study.bars import Bars
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.tables import Cells, compared
+from lrsa_lit.study.report.bars import Bars
+from lrsa_lit.study.report.tables import Cells, compared
 
 SHIPPED = "configs/experiment/robustness.yaml"
 

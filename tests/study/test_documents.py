@@ -11,10 +11,10 @@ from study.lines import evaluation, scores
 
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
-from lrsa_lit.study.blocks import Blocks
-from lrsa_lit.study.markers import filled
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import fill
+from lrsa_lit.study.report.blocks import Blocks
+from lrsa_lit.study.report.document import fill
+from lrsa_lit.study.report.markers import filled
 from lrsa_lit.study.results import read_lines
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import pytest
 from study.lines import evaluation, scores
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.study import frames
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.tables import Cells, Table
+from lrsa_lit.study.report import frames
+from lrsa_lit.study.report.tables import Cells, Table
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from study.lines import evaluation, scores
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import results_of
+from lrsa_lit.study.report.document import results_of
+from lrsa_lit.study.report.tables import Cells, Table, reference_of
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner
-from lrsa_lit.study.tables import Cells, Table, reference_of
 
 
 def test_a_report_has_a_table_for_each_part_and_data_set(study_file, results, tmp_path, capsys):

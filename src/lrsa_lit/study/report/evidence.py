@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from lrsa_lit.study import markdown
-from lrsa_lit.study.statistics import Estimate
-from lrsa_lit.study.tables import Cell, Cells, measure_of, score_of
+from lrsa_lit.study.report import markdown
+from lrsa_lit.study.report.statistics import Estimate
+from lrsa_lit.study.report.tables import Cell, Cells, measure_of, score_of
 
 WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")
 

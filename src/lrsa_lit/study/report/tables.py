@@ -8,10 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from lrsa_lit.study import statistics
 from lrsa_lit.study.plan import DENSE, OWN, Evaluation, Row, Study
+from lrsa_lit.study.report import statistics
+from lrsa_lit.study.report.statistics import Comparison, Estimate, Groups, Scores
 from lrsa_lit.study.results import Line
-from lrsa_lit.study.statistics import Comparison, Estimate, Groups, Scores
 
 _SAME = ("backbone", "trainer", "data")
 """What dense training shares with a row that is held against it."""

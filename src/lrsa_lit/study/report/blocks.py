@@ -8,11 +8,11 @@ from functools import cached_property
 from matplotlib.figure import Figure
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.study import evidence, markdown, plots
-from lrsa_lit.study.bars import Bars, Best
 from lrsa_lit.study.plan import Study
+from lrsa_lit.study.report import evidence, markdown, plots
+from lrsa_lit.study.report.bars import Bars, Best
+from lrsa_lit.study.report.tables import Cells, Table
 from lrsa_lit.study.results import Line
-from lrsa_lit.study.tables import Cells, Table
 
 FORMS = "PART, PART/SET, PART/SET/plot"
 """Blocks of a part: its matrices, all of one data set, and its plot."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from lrsa_lit.study import statistics
+from lrsa_lit.study.report import statistics
+from lrsa_lit.study.report.statistics import Comparison, Estimate
+from lrsa_lit.study.report.tables import Cell, Entry, Table
 from lrsa_lit.study.results import Line
-from lrsa_lit.study.statistics import Comparison, Estimate
-from lrsa_lit.study.tables import Cell, Entry, Table
 
 LABELS = {"f1": "F1", "recall": "recall", "em": "exact match", "loss": "perplexity"}
 

@@ -21,11 +21,11 @@ import numpy as np
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
-from lrsa_lit.study import markdown, statistics
 from lrsa_lit.study.plan import DENSE, OWN, Row, Study
+from lrsa_lit.study.report import markdown, statistics
+from lrsa_lit.study.report.statistics import Comparison, Estimate
+from lrsa_lit.study.report.tables import Cell, Cells, compared, measure_of, reference_of, score_of
 from lrsa_lit.study.settings import Settings
-from lrsa_lit.study.statistics import Comparison, Estimate
-from lrsa_lit.study.tables import Cell, Cells, compared, measure_of, reference_of, score_of
 
 _SHARES = ("kept", "pairs")
 _MEASURES = ("f1", "em", "recall")

@@ -10,16 +10,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lrsa_lit.analysis.plots import OKABE_ITO
-from lrsa_lit.study.evidence import WHEN
-from lrsa_lit.study.markdown import LABELS
+from lrsa_lit.study.report.evidence import WHEN
+from lrsa_lit.study.report.markdown import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lrsa_lit.study.evidence import Survival, Text
+    from lrsa_lit.study.report.evidence import Survival, Text
+    from lrsa_lit.study.report.statistics import Estimate
+    from lrsa_lit.study.report.tables import Entry
     from lrsa_lit.study.results import Line
-    from lrsa_lit.study.statistics import Estimate
-    from lrsa_lit.study.tables import Entry
 
 _MARKERS = "osD^vP*X"
 

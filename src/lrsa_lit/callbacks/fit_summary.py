@@ -1,0 +1,82 @@
+"""What a fit shows at its end: every attention's scores before and after training, and where the run is."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from lrsa_lit.callbacks.names import OWN, SCORES
+
+
+class FitSummary(Callback):
+    """Keep what each validation found, for a table: every attention's scores before and after training.
+
+    "Before" is the validation that ran at step 0, "after" the last one.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[tuple[int, dict[str, float]]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit goes on from, so that its table begins where the run began."""
+        return {"history": [[step, values] for step, values in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the validations of the run so far."""
+        self.history = [(step, values) for step, values in state_dict["history"]]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of a whole validation."""
+        if trainer.sanity_checking:
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.history.append((trainer.global_step, values))
+
+    def show(self, trainer: Trainer) -> None:
+        """Print the summary on the first process, once the progress bar is gone."""
+        if not trainer.is_global_zero:
+            return
+        console = Console()
+        if self.history:
+            console.print(summary_table(self.history))
+        for line in where_recorded(trainer):
+            # One fact a line, unwrapped, so that paths and commands can be copied.
+            console.print(line, soft_wrap=True, highlight=False)
+
+
+def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
+    """First and last entry side by side: a row for each attention, as ``LRSA`` (the run's own rule) or by its name."""
+    (first_step, first), (last_step, last) = history[0], history[-1]
+    questions = int(last.get("val/count", 0))
+    plural = "" if questions == 1 else "s"
+    table = Table(title=f"Validation on {questions} question{plural}, step {first_step} → step {last_step}")
+    table.add_column("inference")
+    for label in SCORES.values():
+        table.add_column(label, justify="right")
+    for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
+        stem = f"val/{prefix}/" if prefix else "val/"
+        pairs = [(first.get(stem + name, math.nan), last.get(stem + name, math.nan)) for name in SCORES]
+        # The parts of an evaluation have no loss of their own.
+        shown = ("" if math.isnan(after) else f"{before:.3f} → {after:.3f}" for before, after in pairs)
+        table.add_row(prefix or OWN, *shown)
+    return table
+
+
+def where_recorded(trainer: Trainer) -> list[str]:
+    """Lines that say where checkpoints and the run are, and how to look at it."""
+    lines = []
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if checkpoint:
+        lines.append(f"Best checkpoint: {checkpoint}")
+    uri = getattr(trainer.logger, "tracking_uri", None)
+    if uri is not None and trainer.logger is not None:
+        experiment = str(getattr(trainer.logger, "experiment_name", trainer.logger.name))
+        lines.append(f"Run {trainer.logger.version} of experiment {experiment!r} in {uri}")
+        lines.append(f"Compare its runs: lrsa ui --store {uri} --experiment {shlex.quote(experiment)}")
+    return lines

@@ -1,0 +1,4 @@
+"""What scores and the run's own attention are called where they are shown."""
+
+SCORES = {"loss": "answer loss", "f1": "F1", "em": "exact match"}
+OWN = "LRSA"
