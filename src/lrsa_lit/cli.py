@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -93,9 +94,26 @@ def main(args: Sequence[str] | None = None) -> None:
         run(lightning_arguments(arguments[0], arguments[1:]))
     except UserError as error:
         _fail(str(error))
+    except RuntimeError as error:
+        # By its name: torch takes seconds to import.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(_out_of_memory(arguments[0], str(error)))
     except KeyboardInterrupt:
         print("\nlrsa: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _out_of_memory(command: str, error: str) -> str:
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
+    training = "lower data.init_args.batch_size or max_tokens, or set model.backbone.gradient_checkpointing"
+    remedy = {
+        "ask": "shorten the text, or lower --top-k",
+        "fit": f"{training}; --estimate tells what a fit needs",
+        "study": "use fewer --workers, or lower data.init_args.batch_size in the study",
+        "sweep": training,
+    }.get(command, "lower data.init_args.eval_batch_size or max_tokens")
+    return f"the device is out of memory{f' (it was asked for {asked[1]} more)' if asked else ''}; {remedy}"
 
 
 def _listed(names: Iterable[str]) -> str:

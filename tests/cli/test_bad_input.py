@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from cli_helpers import DEBUG, NO_LOGGER
 
 from lrsa_lit.cli import main
@@ -199,3 +200,31 @@ def test_unknown_command(capfd):
         main(["train"])
     assert stop.value.code == 2
     assert "'train'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [("fit", "data.init_args.batch_size"), ("test", "eval_batch_size"), ("ask", "shorten the text")],
+)
+def test_a_device_without_enough_memory(command, remedy, capfd, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of …\nMore lines."
+        )
+
+    monkeypatch.setattr("lrsa_lit.ask.run" if command == "ask" else "lrsa_lit.lightning_cli.run", full)
+    with pytest.raises(SystemExit) as stop:
+        main([command])
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("lrsa: error: the device is out of memory (it was asked for 2.50 GiB more); ")
+    assert remedy in line
+
+
+def test_other_failures_are_not_hidden(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a mistake of the code")
+
+    monkeypatch.setattr("lrsa_lit.ask.run", broken)
+    with pytest.raises(RuntimeError, match="a mistake of the code"):
+        main(["ask"])
