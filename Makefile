@@ -35,7 +35,7 @@ test-fast: setup ## Run the tests without the slow ones (real model and data)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 test-gpu: ## Run the GPU tests with your own CUDA build of torch; PYTEST="-n 8" compiles in parallel
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops/triton tests/attention/test_gpu.py tests/tasks/test_gpu.py $(PYTEST)
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops/triton tests/attention/test_gpu.py tests/tasks/test_gpu.py tests/study/test_gpu.py $(PYTEST)
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .
