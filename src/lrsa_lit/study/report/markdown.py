@@ -122,7 +122,7 @@ def machines(lines: Sequence[Line]) -> list[str]:
 
 
 def _hours(lines: Sequence[Line]) -> str:
-    known = [line["seconds"] for line in lines if line.get("seconds")]
+    known = [line["seconds"] for line in lines if line.get("seconds") is not None]
     if not known:
         return ""
     counted = "" if len(known) == len(lines) else f" ({len(known)} of {len(lines)} results say)"
