@@ -99,7 +99,7 @@ class Evaluation(NamedTuple):
     @property
     def rule_digest(self) -> str:
         """Of the rule, or :data:`DENSE`."""
-        return DENSE if self.rule is None else self.rule.digest()
+        return digest_of(self.rule)
 
 
 class Work(NamedTuple):
@@ -162,17 +162,21 @@ class Study:
         asked = self.parts[part]
         rows = [self.row(name) for name in asked["rows"]]
         if (against := asked.get("against")) is not None:
-            self.rule_of(part, self.row(against["row"]), against["inference"])
+            self.rule_of(self.row(against["row"]), against["inference"], f"parts.{part}.inference")
         for number, seed in enumerate(asked.get("seeds") or self.seeds):
             for row in rows:
                 # The base LLM is the same for each seed.
                 if row.steps or number == 0:
                     yield Work(row, seed if row.steps else 0, self._evaluations(part, row))
 
-    def rule_of(self, part: str, row: Row, attention: str) -> LRSAConfig | None:
-        """The rule of an inference attention that a part names."""
+    def rule_of(self, row: Row, attention: str, where: str = "inference") -> LRSAConfig | None:
+        """The rule of an attention, for a row's own as well; None is dense.
+
+        Raises:
+            UserError: there is none of that name, which stands at ``where``.
+        """
         if attention != OWN and attention not in self.inference:
-            raise UserError(f"parts.{part}.inference: there is no {attention!r} in inference")
+            raise UserError(f"{where}: there is no {attention!r} in inference")
         return row.rule if attention == OWN else self.inference[attention]
 
     def generates(self, data_set: str, part: str | None = None) -> bool:
@@ -188,7 +192,7 @@ class Study:
             if data_set not in self.data_sets:
                 raise UserError(f"parts.{part}.sets: there is no data set {data_set!r} in data_sets")
             for name in self.named(asked["inference"]):
-                rule = self.rule_of(part, row, name)
+                rule = self.rule_of(row, name, f"parts.{part}.inference")
                 evaluations.append(Evaluation(name, rule, data_set, split, self.generates(data_set, part)))
         return list({(item.rule_digest, item.data_set): item for item in reversed(evaluations)}.values())[::-1]
 
@@ -226,6 +230,11 @@ class Study:
             "model": model,
             "data": {**row.settings["data"], "init_args": arguments},
         }
+
+
+def digest_of(rule: LRSAConfig | None) -> str:
+    """Of a rule, or :data:`DENSE`."""
+    return DENSE if rule is None else rule.digest()
 
 
 def digest(values: Any) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
-from lrsa_lit.study.plan import DENSE, OWN, Row, Study
+from lrsa_lit.study.plan import DENSE, Row, Study, digest_of
 from lrsa_lit.study.report import markdown, statistics
 from lrsa_lit.study.report.statistics import Comparison, Estimate
 from lrsa_lit.study.report.tables import Cell, Cells, compared, measure_of, reference_of, score_of
@@ -115,11 +115,11 @@ class Bars:
             ruled = row.rule is not None and _selects(row.rule) and _lag_relative(cell)
             if ruled and row.steps and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT:
                 reference = self._reference(bar, row)
-                if reference and reference.line["set_digest"] == cell.line["set_digest"] and _mean(reference, measure):
+                if reference and reference.line["set_digest"] == cell.line["set_digest"] and reference.mean(measure):
                     pairs.append((cell, reference))
         if not pairs:
             return None
-        cell, reference = max(pairs, key=lambda pair: _mean(pair[0], measure) / _mean(pair[1], measure))
+        cell, reference = max(pairs, key=lambda pair: pair[0].mean(measure) / pair[1].mean(measure))
         found = compared(cell, reference, measure)
         assert found is not None  # they are of other weights, and of the same questions
         dense = self.study.row(reference.row)
@@ -133,7 +133,7 @@ class Bars:
             return None
         cell = self.cells.cell(dense, DENSE, DENSE, bar["set"], "test", self.measure(bar))
         asked = bar.get("reference_at_least", {})
-        return cell if cell and all(_mean(cell, name) >= least for name, least in asked.items()) else None
+        return cell if cell and all(cell.mean(name) >= least for name, least in asked.items()) else None
 
     def _verdict(self, name: str, bar: Settings) -> Verdict:
         if "of_dense" in bar:
@@ -161,7 +161,7 @@ class Bars:
         found = [cell for row in rows if (cell := self._cell(bar, row, bar["inference"])) is not None]
         if not found:
             return Verdict(name, required, "", "", "open")
-        cell = max(found, key=lambda cell: _mean(cell, measure))
+        cell = max(found, key=lambda cell: cell.mean(measure))
         score = score_of(cell, measure)
         by = f"{cell.row} under {cell.attention}" + (f"; best of {len(found)}" if len(found) > 1 else "")
         return Verdict(name, required, markdown.interval(score, 3), by, _judged(score, bar["at_least"]))
@@ -183,9 +183,9 @@ class Bars:
         return Verdict(name, required, reached, by, _significant(known, p_values, bar["p"], len(asked)))
 
     def _cell(self, bar: Settings, row: str, attention: str) -> Cell | None:
-        rule = self.study.row(row).rule if attention == OWN else self.study.inference[attention]
-        digest = DENSE if rule is None else rule.digest()
-        return self.cells.cell(self.study.row(row), attention, digest, bar["set"], "test", self.measure(bar))
+        found = self.study.row(row)
+        digest = digest_of(self.study.rule_of(found, attention))
+        return self.cells.cell(found, attention, digest, bar["set"], "test", self.measure(bar))
 
     def _label(self, bar: Settings) -> str:
         return f"{bar['set']} {markdown.LABELS[self.measure(bar)]}"
@@ -222,10 +222,6 @@ def _apart(pairs: Sequence[tuple[Cell, Cell]], measure: str) -> float | None:
     chosen = (sums[:, 0] / sums[:, 1]).argmax(axis=0)[::-1]
     reached, dense = sums[chosen, :, [0, 1]].sum(axis=0)
     return float(reached / dense)
-
-
-def _mean(cell: Cell, measure: str) -> float:
-    return float(cell.scores(measure).mean())
 
 
 def _selects(rule: LRSAConfig) -> bool:
@@ -268,9 +264,7 @@ def _check(study: Study, name: str, bar: Any) -> None:
     if not _is_names([*rows, bar.get("inference", "")] if isinstance(rows, list) else rows):
         raise UserError(f"{where}: row and inference must be names; {rows!r} and {bar['inference']!r} are not allowed")
     for row, attention in [*((row, bar["inference"]) for row in rows), *above]:
-        study.row(row)
-        if attention != OWN and attention not in study.inference:
-            raise UserError(f"{where}: there is no {attention!r} in inference")
+        study.rule_of(study.row(row), attention, where)
 
 
 def _is_names(given: Any) -> bool:

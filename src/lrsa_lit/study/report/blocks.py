@@ -18,11 +18,6 @@ FORMS = "PART, PART/SET, PART/SET/plot"
 """Blocks of a part: its matrices, all of one data set, and its plot."""
 
 
-_SHARES = """\
-*kept* is K/L in sparse layers and 1 in dense ones, *pairs* the share of query-key pairs attended to, sinks and windows
-included."""
-
-
 class Blocks:
     """Texts and plots of the results.
 
@@ -126,14 +121,11 @@ class Blocks:
             "kept",
             "pairs",
         ]
-        return [*markdown.rows_of(head, body, names=2), "", _SHARES] if body else []
+        return [*markdown.rows_of(head, body, names=2), "", markdown.SHARES] if body else []
 
     @staticmethod
     def _row(name: str, measure: str, best: Best) -> list[str]:
-        means = [
-            float(cell.scores(measure).mean()) if cell else None for cell in (best.reference, best.same, best.cell)
-        ]
-        shown = ["" if mean is None else f"{mean:.3f}" for mean in means]
+        shown = [f"{cell.mean(measure):.3f}" if cell else "" for cell in (best.reference, best.same, best.cell)]
         shares = [markdown.share(best.cell.kept), markdown.share(best.cell.pairs)]
         return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), *shares]
 

@@ -12,10 +12,13 @@ from lrsa_lit.study.results import Line
 
 LABELS = {"f1": "F1", "recall": "recall", "em": "exact match", "loss": "perplexity"}
 
-LEGEND = """\
+SHARES = """\
+*kept* is K/L in sparse layers and 1 in dense ones, *pairs* the share of query-key pairs attended to,
+sinks and windows included."""
+
+LEGEND = f"""\
 Brackets are 95 % intervals, of questions drawn with all their seeds, those about one text together, and of seeds if
-there are several. *kept* is K/L in sparse layers and 1 in dense ones, *pairs* the share of query-key pairs attended to,
-sinks and windows included. *of dense* is the score by that of dense training, of as many steps on the same data at the
+there are several. {SHARES} *of dense* is the score by that of dense training, of as many steps on the same data at the
 rate chosen for it, with dense inference; *less dense-trained* the difference to dense training under the same
 attention, with the p-value of a paired permutation test of the questions, alone and adjusted for the tests of its
 column by Holm's method: whether these trained models differ, not whether others would. *gold kept* is the share of the
@@ -53,7 +56,7 @@ def full(table: Table) -> list[str]:
         cell = entry.cell
         loss = cell.scores("loss").sum() / cell.scores("tokens").sum()
         ratio = percent(entry.of_dense.ratio) if entry.of_dense else ""
-        middle = [interval(entry.score, 3), f"{cell.scores('em').mean():.3f}", f"{loss:.3f}"]
+        middle = [interval(entry.score, 3), f"{cell.mean('em'):.3f}", f"{loss:.3f}"]
         body.append([*_names(cell), *middle, ratio, share(cell.survival("gold"))])
     for title, compared in _comparisons(table, entries):
         head += [f"less {title}", "p", "Holm"]
@@ -154,7 +157,7 @@ def percent(estimate: Estimate) -> str:
 
 def perplexity(loss: Estimate) -> str:
     """Of a loss in nats for each token."""
-    return interval(Estimate(*map(math.exp, loss)), 2)
+    return interval(loss.exp(), 2)
 
 
 def share(value: float | None) -> str:

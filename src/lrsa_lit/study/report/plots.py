@@ -49,7 +49,7 @@ def perplexity(texts: Sequence[Text]) -> Figure | None:
     for axes, name in zip(panels, names, strict=True):
         shown = [text for text in texts if text.data_set == name]
         for number, row in enumerate(dict.fromkeys(text.cell.row for text in shown)):
-            points = [(text.cell.kept, _exp(text.loss)) for text in shown if text.cell.row == row]
+            points = [(text.cell.kept, text.loss.exp()) for text in shown if text.cell.row == row]
             _line(axes, number, row, points)
         axes.set(xlabel="share of pairs kept (K/L, 1 in dense layers)", ylabel="perplexity (bars: 95 %)", title=name)
         _legend(axes)
@@ -116,7 +116,3 @@ def _figure() -> tuple[Figure, Axes]:
 
 def _legend(axes: Axes) -> None:
     axes.legend(title="trained", frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def _exp(loss: Estimate) -> Estimate:
-    return type(loss)(*map(math.exp, loss))

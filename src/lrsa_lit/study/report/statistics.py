@@ -15,6 +15,7 @@ the intervals whether other trainings would.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,10 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+    def exp(self) -> Estimate:
+        """The perplexity of a loss in nats for each token."""
+        return Estimate(*map(math.exp, self))
 
 
 class Comparison(NamedTuple):

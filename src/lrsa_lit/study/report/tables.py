@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lrsa_lit.study.plan import DENSE, OWN, Evaluation, Row, Study
+from lrsa_lit.study.plan import DENSE, OWN, Evaluation, Row, Study, digest_of
 from lrsa_lit.study.report import statistics
 from lrsa_lit.study.report.statistics import Comparison, Estimate, Groups, Scores
 from lrsa_lit.study.results import Line
@@ -39,6 +39,10 @@ class Cell:
     def scores(self, name: str) -> Scores:
         """(R, Q) of ``f1``, ``em``, ``recall``, ``loss`` or ``tokens``."""
         return np.array([line[name] for line in self.lines], dtype=np.float64)
+
+    def mean(self, measure: str) -> float:
+        """Of all questions and seeds."""
+        return float(self.scores(measure).mean())
 
     @property
     def groups(self) -> Groups | None:
@@ -125,11 +129,10 @@ class Cells:
 
         Those of attentions that the study has no more stay out.
         """
-        inference = reversed(self.study.inference.items())
-        names = {DENSE if rule is None else rule.digest(): name for name, rule in inference}
+        names = {digest_of(rule): name for name, rule in reversed(self.study.inference.items())}
         cells = []
         for row in self.study.rows.values():
-            known = {DENSE if row.rule is None else row.rule.digest(): OWN} | names
+            known = {digest_of(row.rule): OWN} | names
             lines = self._found.get((row.hash, data_set, split), [])
             for digest in dict.fromkeys(line["rule_digest"] for line in lines if line["rule_digest"] in known):
                 cell = self.cell(row, known[digest], digest, data_set, split, measure)
@@ -189,8 +192,7 @@ class Table:
         return [name for name in names if name != OWN] if own <= others else names
 
     def _digest(self, row: str, attention: str) -> str:
-        rule = self.study.rule_of(self.part, self.study.row(row), attention)
-        return DENSE if rule is None else rule.digest()
+        return digest_of(self.study.rule_of(self.study.row(row), attention))
 
     def _items(self) -> dict[tuple[str, Evaluation], set[int]]:
         """The evaluations of each row, all of one row together, and their seeds."""
