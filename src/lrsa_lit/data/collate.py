@@ -67,13 +67,13 @@ class Batch(TrainBatch):
     repeated: list[bool]
 
 
-def collate_training(examples: Sequence[Example], pad_token_id: int) -> TrainBatch:
-    """Pad examples, at least one, into a batch to train on."""
+def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
+    """Pad examples, at least one, into a batch to train on, of at least ``length`` columns."""
     sequences = [token_ids(example) for example in examples]
-    labels = _pad([answer_labels(example) for example in examples], IGNORE_INDEX)
+    labels = _pad([answer_labels(example) for example in examples], IGNORE_INDEX, length=length)
     return TrainBatch(
-        input_ids=_pad(sequences, pad_token_id),
-        attention_mask=_pad([torch.ones_like(ids) for ids in sequences], 0),
+        input_ids=_pad(sequences, pad_token_id, length=length),
+        attention_mask=_pad([torch.ones_like(ids) for ids in sequences], 0, length=length),
         labels=labels,
         label_columns=predicting_columns(labels),
         position_ids=None,
@@ -125,8 +125,9 @@ def predicting_columns(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
 
 
-def _pad(sequences: list[Tensor], value: int, side: str = "right") -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value, padding_side=side)
+def _pad(sequences: list[Tensor], value: int, side: str = "right", length: int = 0) -> Tensor:
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value, padding_side=side)
+    return torch.nn.functional.pad(padded, (0, max(length - padded.shape[1], 0)), value=value)
 
 
 def _spans(spans: Sequence[Span]) -> list[Span]:

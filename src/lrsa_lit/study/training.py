@@ -12,11 +12,10 @@ from typing import Any
 
 import lightning
 import torch
-from torch.nn.functional import pad
 from torch.utils.data import IterableDataset
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
-from lrsa_lit.data.collate import IGNORE_INDEX, TrainBatch, collate_training
+from lrsa_lit.data.collate import TrainBatch, collate_training
 from lrsa_lit.data.order import Mixed, shares
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import checked_policy
@@ -58,26 +57,16 @@ class Batches(IterableDataset[TrainBatch]):
         self.plan = EpochPlan(lengths, checked_policy(row.batch_size, None, False), Mixed(counts, quotas))
         self.seed, self.pad_token_id, self.first = seed, pad_token_id, 0
         compiles = row.settings["model"]["backbone"].get("compile_layers")
-        self.length = -(-max(lengths) // _MULTIPLE) * _MULTIPLE if compiles else None
+        self.length = -(-max(lengths) // _MULTIPLE) * _MULTIPLE if compiles else 0
 
     def __iter__(self) -> Iterator[TrainBatch]:
         """From batch ``first`` on."""
         epoch, start = divmod(self.first, len(self.plan))
         while True:
             for batch in self.plan.batches(self.seed, epoch)[start:]:
-                yield self._padded(collate_training([self.examples[position] for position in batch], self.pad_token_id))
+                examples = [self.examples[position] for position in batch]
+                yield collate_training(examples, self.pad_token_id, self.length)
             epoch, start = epoch + 1, 0
-
-    def _padded(self, batch: TrainBatch) -> TrainBatch:
-        if self.length is None:
-            return batch
-        room = (0, self.length - batch["input_ids"].shape[1])
-        return {
-            **batch,
-            "input_ids": pad(batch["input_ids"], room, value=self.pad_token_id),
-            "attention_mask": pad(batch["attention_mask"], room, value=0),
-            "labels": pad(batch["labels"], room, value=IGNORE_INDEX),
-        }
 
 
 class Meter(lightning.Callback):
