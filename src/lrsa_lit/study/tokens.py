@@ -10,10 +10,11 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 
+from lrsa_lit.checkpoints.files import write_atomically
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 
@@ -52,7 +53,8 @@ class TokenFile:
         found: list[int] = []
         for example in self.examples:
             number = next((n for n, first in enumerate(firsts) if _same_context(first, example)), len(firsts))
-            firsts += [example] * (number == len(firsts))
+            if number == len(firsts):
+                firsts.append(example)
             found.append(number)
         return found
 
@@ -76,16 +78,16 @@ def write(path: Path, examples: Iterable[Example]) -> TokenFile:
     if flat.max() > np.iinfo(np.uint16).max:
         raise UserError(f"{path.name}: token {flat.max()} is not allowed; a token file holds tokens up to 65535")
     about = json.dumps([{name: _plain(example, name) for name in _FIELDS} for example in kept], ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    with partial.open("wb") as file:
+
+    def fill(file: IO[bytes]) -> None:
         np.savez_compressed(
             file,
             tokens=flat.astype(np.uint16),
             lengths=np.asarray([len(ids) for ids in tokens], dtype=np.int32),
             about=np.frombuffer(about.encode(), dtype=np.uint8),
         )
-    partial.replace(path)
+
+    write_atomically(path, fill)
     return read(path)
 
 
@@ -113,7 +115,9 @@ def read(path: Path) -> TokenFile:
 def _same_context(one: Example, other: Example) -> bool:
     """Whether two prompts are the same but for their ends; short ones, of which little is compared, never are."""
     shared = min(one["prompt_length"], other["prompt_length"]) - _QUESTION
-    return shared > _QUESTION and list(one["input_ids"][:shared]) == list(other["input_ids"][:shared])
+    # Without copies: two contexts differ early.
+    tokens = zip(one["input_ids"], other["input_ids"], strict=False)
+    return shared > _QUESTION and all(mine == its for mine, its in itertools.islice(tokens, shared))
 
 
 def _plain(example: Example, name: str) -> Any:
