@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -198,11 +197,13 @@ def _command(point: Point, checkpoint: Path | None) -> list[str]:
 
 def _left_behind(store: _Store, parent: str, point: Point) -> Path | None:
     """The last checkpoint of a fit of this point that did not finish; its run becomes this sweep's."""
+    from lrsa_lit.checkpoints.files import damage
+
     root = Path(point.config["trainer"].get("default_root_dir") or ".", store.experiment)
     query = f"tags.`{POINT}` = '{point.digest}'"
     for run in store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"]):
-        # A truncated file is no archive; the fit would refuse it each time.
-        saved: list[Path] = [path for path in (root / run.info.run_id).rglob("last*.ckpt") if zipfile.is_zipfile(path)]
+        # The fit would refuse a damaged one each time.
+        saved: list[Path] = [path for path in (root / run.info.run_id).rglob("last*.ckpt") if damage(path) is None]
         if saved:
             store.client.set_tag(run.info.run_id, PARENT, parent)
             return max(saved, key=lambda path: path.stat().st_mtime)
