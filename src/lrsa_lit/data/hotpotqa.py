@@ -67,16 +67,17 @@ class HotpotQA(OneFileDataModule):
         return self._pool.fill(record, allowed, rng, self.checked_tokenizer, self.max_tokens)
 
     @cached_property
-    def _raw(self) -> list[dict[str, Any]]:
+    def raw(self) -> list[dict[str, Any]]:
+        """The questions of all splits as :func:`load_questions` has them."""
         return load_questions(self.source, self.sha256)
 
     @cached_property
     def _questions(self) -> list[QARecord]:
-        return [gold_record(question) for question in self._raw]
+        return [gold_record(question) for question in self.raw]
 
     @cached_property
     def _pool(self) -> ParagraphPool:
-        return paragraph_pool(self._raw, self._prompt)
+        return paragraph_pool(self.raw, self._prompt)
 
     @cached_property
     def _splits(self) -> dict[str, list[int]]:

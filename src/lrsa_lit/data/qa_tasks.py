@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lrsa_lit.data.haystack import ParagraphPool
-from lrsa_lit.data.hotpotqa import HotpotQA, load_questions
+from lrsa_lit.data.hotpotqa import HotpotQA
 from lrsa_lit.data.module import SPLITS, Split
 from lrsa_lit.data.prompts import Example, Prompt, TooLong
 from lrsa_lit.data.records import Passage, QARecord
@@ -75,11 +75,10 @@ def squad(seed: int) -> Documents:
 
 def hotpotqa(seed: int) -> Documents:
     """HotpotQA's questions with the ten paragraphs of each; a document is a title and a paragraph."""
-    raw = load_questions()
-    contexts = {question["_id"]: [_titled(item) for item in question["context"]] for question in raw}
+    data = HotpotQA(seed=seed)
+    contexts = {question["_id"]: [_titled(item) for item in question["context"]] for question in data.raw}
     # One document a title: the last one, where the file has several.
     documents = {passage.title: passage for context in contexts.values() for passage in context}
-    data = HotpotQA(seed=seed)
     questions = {
         split: [replace(record, passages=tuple(contexts[record.id])) for record in data.records(split)]
         for split in SPLITS
