@@ -14,7 +14,6 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from lrsa_lit.checkpoints.files import write_atomically
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 
@@ -70,6 +69,9 @@ def write(path: Path, examples: Iterable[Example]) -> TokenFile:
     Raises:
         UserError: there is no example, or a token beyond 65,535.
     """
+    # It comes with Lightning, and who only reads needs NumPy alone.
+    from lrsa_lit.checkpoints.files import write_atomically
+
     kept = list(examples)
     if not kept:
         raise UserError(f"{path.name}: there are no examples")
