@@ -14,6 +14,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.report.blocks import Blocks
 from lrsa_lit.study.report.document import fill
+from lrsa_lit.study.report.evidence import layers
 from lrsa_lit.study.report.markers import filled
 from lrsa_lit.study.results import read_lines
 
@@ -148,6 +149,30 @@ def test_survival_stands_beside_that_of_the_base_model(study_file):
     ]
     assert Blocks(study, lines).text("survival").splitlines()[2:] == [
         "| plain | lrsa | 4x | 25% | 30% | 45% |  |  |"]  # fmt: skip
+
+
+def test_a_layer_is_held_against_the_same_rule_without_it(tmp_path):
+    path = tmp_path / "study.yaml"
+    inference = {**STUDY["inference"], "only": {"top_k": 4, "dense_layers": {"only": 2}}}
+    parts = {"layers": {"rows": ["dense"], "inference": ["8x", "4x", "dense", "only-*"], "sets": ["plain"],
+                        "generate": False}}  # fmt: skip
+    path.write_text(yaml.safe_dump({**STUDY, "inference": inference, "parts": parts}, sort_keys=False))
+    study = Study(str(path))
+    assert study.inference["only-0"].top_k == study.inference["8x"].top_k != study.inference["4x"].top_k
+    losses = {"8x": [3.0, 5.0], "4x": [9.0, 9.0], "dense": [0.0, 0.0], "only-0": [3.0, 4.0], "only-1": [1.0, 2.0]}
+    lines = [evaluation(study, "dense", name, [0.0, 0.0], loss=loss, tokens=[1, 3], generated=False)
+             for name, loss in losses.items()]  # fmt: skip
+    blocks = Blocks(study, lines)
+    found = layers(blocks.table("layers", "plain"))
+    # By tokens: 0 + 1 of 4, and 2 + 3 of 4; each draw takes the same questions on both sides.
+    assert [(item.row, item.layer, item.gain.value) for item in found] == [("dense", 0, 0.25), ("dense", 1, 1.25)]
+    assert found[1].gain.low == pytest.approx(1.0)
+    assert found[1].gain.high == pytest.approx(2.0)
+    (axes,) = blocks.figure("layers/plain/plot").axes
+    assert axes.containers[0].lines[0].get_xydata().tolist() == [[0, 0.25], [1, 1.25]]
+    # Another seed than the base's says nothing of the layer.
+    assert layers(Blocks(study, [lines[0], {**lines[3], "seed": 1}]).table("layers", "plain")) == []
+    assert Blocks(study, lines[1:]).figure("layers/plain/plot") is None
 
 
 def test_perplexity_of_texts_is_by_tokens(tmp_path):

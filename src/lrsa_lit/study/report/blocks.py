@@ -82,7 +82,9 @@ class Blocks:
         if not data_set:
             raise self._unknown(name)
         table = self.table(part, data_set)
-        if not table.cells or table.measure == "loss":
+        if table.measure == "loss":
+            return plots.layers(evidence.layers(table))
+        if not table.cells:
             return None
         return plots.against_share(table.entries, table.measure, f"{part}: {data_set}")
 

@@ -1,13 +1,14 @@
-"""What compression costs before any answer: perplexity of plain text, and supporting tokens that are dropped."""
+"""What compression costs before any answer: perplexity, supporting tokens that are dropped, and in which layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from lrsa_lit.study.report import markdown
+from lrsa_lit.study.plan import digest
+from lrsa_lit.study.report import markdown, statistics
 from lrsa_lit.study.report.statistics import Estimate
-from lrsa_lit.study.report.tables import Cell, Cells, measure_of, score_of
+from lrsa_lit.study.report.tables import Cell, Cells, Table, measure_of, score_of
 
 WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")
 
@@ -36,6 +37,14 @@ class Survival(NamedTuple):
         """What a head keeps of the ``gold`` or ``answer`` tokens."""
         cell = self.before if when == "before" else self.after
         return cell.survival(evidence)
+
+
+class LayerGain(NamedTuple):
+    """What the loss of a row (nats for each token) falls by where one layer alone is dense."""
+
+    row: str
+    layer: int
+    gain: Estimate
 
 
 def texts(cells: Cells) -> list[Text]:
@@ -79,3 +88,30 @@ def survival(cells: Cells) -> list[str]:
         body.append([*names, markdown.share(item.chance), *map(markdown.share, shares)])
     head = ["questions", "trained", "inference", "chance", "gold before", "gold after", "answer before", "answer after"]
     return markdown.rows_of(head, body, names=3) if body else []
+
+
+def layers(table: Table) -> list[LayerGain]:
+    """What each layer that is dense by itself gains over none, under the same rule otherwise."""
+    bases = {(cell.row, _elsewhere(cell)): cell for cell in table.cells if _dense_layers(cell) == []}
+    found = []
+    for cell in table.cells:
+        base, dense = bases.get((cell.row, _elsewhere(cell))), _dense_layers(cell) or []
+        if base is None or len(dense) != 1 or base.line["set_digest"] != cell.line["set_digest"]:
+            continue
+        cell, base = cell.of_seeds(base), base.of_seeds(cell)
+        if cell.lines:
+            falls = base.scores("loss") - cell.scores("loss")
+            gain = statistics.ratio_of_sums(falls, cell.scores("tokens"), cell.groups)
+            found.append(LayerGain(cell.row, dense[0], gain))
+    return found
+
+
+def _dense_layers(cell: Cell) -> list[int] | None:
+    """Of its rule; None where there is none."""
+    rule = cell.line["rule"]
+    return None if rule is None else list(rule["dense_layers"])
+
+
+def _elsewhere(cell: Cell) -> str:
+    """Its rule in the other layers."""
+    return digest({name: value for name, value in (cell.line["rule"] or {}).items() if name != "dense_layers"})

@@ -16,7 +16,7 @@ from lrsa_lit.study.report.markdown import LABELS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lrsa_lit.study.report.evidence import Survival, Text
+    from lrsa_lit.study.report.evidence import LayerGain, Survival, Text
     from lrsa_lit.study.report.statistics import Estimate
     from lrsa_lit.study.report.tables import Entry
     from lrsa_lit.study.results import Line
@@ -78,6 +78,19 @@ def survival(found: Sequence[Survival]) -> Figure | None:
     return figure
 
 
+def layers(found: Sequence[LayerGain]) -> Figure | None:
+    """What the loss falls by for each layer that alone is dense; None without results."""
+    if not found:
+        return None
+    figure, axes = _figure()
+    for number, row in enumerate(dict.fromkeys(item.row for item in found)):
+        _line(axes, number, row, [(item.layer, item.gain) for item in found if item.row == row])
+    axes.axhline(0, color="lightgrey", zorder=0)
+    axes.set(xlabel="the only dense layer", ylabel="fall of the answer loss (bars: 95 %)")
+    _legend(axes)
+    return figure
+
+
 def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
     """The answer loss of each training, step by step, as a mean over a window of steps."""
     figure, axes = _figure()
@@ -97,7 +110,7 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
 
 
 def _line(axes: Axes, number: int, label: str, points: Sequence[tuple[float, Estimate]]) -> None:
-    """Scores with their intervals by share."""
+    """Estimates with their intervals, by share or layer."""
     points = sorted(points)
     shares, scores = [share for share, _ in points], [score.value for _, score in points]
     # Rounding may put the ends of an empty interval on the wrong side of its middle.
