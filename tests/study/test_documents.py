@@ -118,6 +118,22 @@ def test_the_summary_says_what_is_kept_and_what_is_attended_to(study_file):
     assert row.endswith("] | 25% | 50% |")
 
 
+def test_the_best_of_several_budgets_stands_at_the_smallest_one(tmp_path):
+    share = {"set": "plain", "of_dense": 0.5}
+    bars = {"half": share | {"kept": 0.5}, "quarter": share | {"kept": 0.25}, "eighth": share | {"kept": 0.125},
+            "all pairs": share | {"pairs": 0.5}}  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "bars": bars}, sort_keys=False))
+    study = Study(str(path))
+
+    def shown(*cells):
+        lines = [evaluation(study, row, attention, scores(score)) for row, attention, score in cells]
+        return [line.split("|")[1].strip() for line in Blocks(study, lines).text("summary").splitlines()[2:-3]]
+
+    assert shown(("dense", "dense", 0.8), ("lrsa", "4x", 0.6)) == ["quarter"]
+    assert shown(("dense", "dense", 0.8), ("lrsa", "4x", 0.6), ("lrsa", "8x", 0.5)) == ["quarter", "eighth"]
+
+
 def test_a_part_says_how_much_of_it_there_is(study_file):
     study = Study(str(study_file))
     cells = [("dense", "dense"), ("dense", "4x"), ("lrsa", "dense"), ("lrsa", "4x")]

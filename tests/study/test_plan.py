@@ -160,6 +160,27 @@ def test_the_shares_of_the_shipped_study_are_what_their_names_say():
         assert found == pytest.approx(shares[name.partition("-")[0]], abs=0.007), name
 
 
+def test_the_shipped_recipe_is_the_row_that_it_names():
+    row = Study(SHIPPED).row("chosen7-4x").trained_by()
+    files = (
+        "cli.yaml",
+        "configs/model/smollm2.yaml",
+        "configs/data/hotpotqa.yaml",
+        "configs/experiment/smollm2_hotpotqa.yaml",
+    )
+    recipe: dict = {}
+    for file in files:
+        recipe = settings.merged(recipe, settings.read(file))
+    recipe = settings.resolved(recipe)
+    assert LRSAConfig().replace(**recipe["model"]["lrsa"]).to_dict() == row["attention"]
+    assert {name: recipe["trainer"].get(name) for name in row["trainer"]} == row["trainer"]
+    assert (recipe["model"]["optimizer"], recipe["model"]["lr_scheduler"]) == (row["optimizer"], row["lr_scheduler"])
+    data = Study(SHIPPED).data_sets["hotpotqa_all"]
+    assert recipe["data"]["class_path"] == data["class_path"]
+    assert recipe["data"]["init_args"]["max_tokens"] == data["init_args"]["max_tokens"]
+    assert recipe["data"]["init_args"]["batch_size"] == row["data"]["batch_size"]
+
+
 @pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "asked-lrsa-4x", "first-dense"])
 def test_a_row_is_a_config_of_a_fit(row, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)

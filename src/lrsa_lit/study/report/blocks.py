@@ -13,9 +13,13 @@ from lrsa_lit.study.report import evidence, markdown, plots
 from lrsa_lit.study.report.bars import Bars, Best
 from lrsa_lit.study.report.tables import Cells, Table
 from lrsa_lit.study.results import Line
+from lrsa_lit.study.settings import Settings
 
 FORMS = "PART, PART/SET, PART/SET/plot"
 """Blocks of a part: its matrices, all of one data set, and its plot."""
+
+_CAPTIONS = {"perplexity/plot": "perplexity against the share of pairs kept",
+             "survival/plot": "supporting tokens kept, before and after training"}  # fmt: skip
 
 
 class Blocks:
@@ -88,6 +92,18 @@ class Blocks:
             return None
         return plots.against_share(table.entries, table.measure, f"{part}: {data_set}")
 
+    def caption(self, name: str) -> str:
+        """What a plot shows, in words."""
+        if name in _CAPTIONS:
+            return _CAPTIONS[name]
+        table = self.table(*self._part(name.removesuffix("/plot")))
+        about = (
+            "what each dense layer gains"
+            if table.measure == "loss"
+            else "the score against the share of pairs attended to"
+        )
+        return f"{name.removesuffix('/plot')}: {about}"
+
     def _part(self, name: str) -> tuple[str, str]:
         part, _, data_set = name.partition("/")
         if part not in self.study.parts or (data_set and data_set not in self.study.parts[part]["sets"]):
@@ -111,8 +127,14 @@ class Blocks:
 
     def _summary(self) -> list[str]:
         """The best of each budget beside dense training, compressed at inference only."""
-        found = [(name, bar, self.bars.best(bar)) for name, bar in self.study.bars.items() if "of_dense" in bar]
-        body = [self._row(name, self.bars.measure(bar), best) for name, bar, best in found if best is not None]
+        bars = {name: bar for name, bar in self.study.bars.items() if "of_dense" in bar}
+        found = {name: best for name, bar in bars.items() if (best := self.bars.best(bar)) is not None}
+        # What is the best of several budgets stands once: at the smallest one of kept pairs, else of all pairs.
+        smallest: dict[tuple[str, str, str], str] = {}
+        for name in sorted(found, key=lambda name: ("pairs" in bars[name], *_budget(bars[name]))):
+            smallest.setdefault((found[name].cell.row, found[name].cell.attention, bars[name]["set"]), name)
+        body = [self._row(name, self.bars.measure(bars[name]), best)
+                for name, best in found.items() if name in smallest.values()]  # fmt: skip
         head = [
             "",
             "measure",
@@ -130,6 +152,10 @@ class Blocks:
         shown = [f"{cell.mean(measure):.3f}" if cell else "" for cell in (best.reference, best.same, best.cell)]
         shares = [markdown.share(best.cell.kept), markdown.share(best.cell.pairs)]
         return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), *shares]
+
+
+def _budget(bar: Settings) -> list[float]:
+    return [bar[kind] for kind in ("kept", "pairs") if kind in bar]
 
 
 def _counted(table: Table) -> list[str]:

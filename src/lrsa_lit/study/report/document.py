@@ -52,7 +52,7 @@ def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
         plot = f"{name}/plot"
         figure = blocks.figure(plot) if "/" in name or plot in ("perplexity/plot", "survival/plot") else None
         if figure is not None:
-            texts += ["", _image(plot, _file(plot))]
+            texts += ["", f"![{blocks.caption(plot)}]({_file(plot)})"]
             replace(folder / _file(plot), _png(figure))
     replace(folder / "report.md", ("\n".join(texts) + "\n").encode())
     print(f"{folder / 'report.md'}", flush=True)
@@ -88,7 +88,8 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], plots: Path
             return ""
         image = plots / _file(name)
         images[image] = _png(figure)
-        return _image(name, Path(os.path.relpath(image, document.parent)).as_posix())
+        link = Path(os.path.relpath(image, document.parent)).as_posix()
+        return f"![{blocks.caption(name)}]({link})"
 
     contents = {path: filled(path, lambda name, path=path: text_of(name, path)) for path in files}  # type: ignore[misc]
     for path, content in (images | contents).items():
@@ -99,12 +100,6 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], plots: Path
 
 def _file(name: str) -> str:
     return f"{name.removesuffix('/plot').replace('/', '-')}.png"
-
-
-def _image(name: str, link: str) -> str:
-    shown = {"perplexity/plot": "perplexity against the share of pairs kept",
-             "survival/plot": "supporting tokens kept, before and after training"}  # fmt: skip
-    return f"![{shown.get(name, f'{name}: the score against the share of pairs attended to')}]({link})"
 
 
 def _png(figure: Figure) -> bytes:
