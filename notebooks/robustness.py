@@ -59,6 +59,15 @@ plots.against_share(table.entries, table.measure, f"{part}: {table.data_set}")
 frames.bars(cells)
 
 # %% [markdown]
+# ## Which layers matter
+#
+# What the answer loss falls by where one layer alone is dense, where a part has asked for it.
+
+# %%
+tables = [Table(cells, name, data_set) for name in study.parts for data_set in study.parts[name]["sets"]]
+plots.layers([gain for each in tables for gain in evidence.layers(each)])
+
+# %% [markdown]
 # ## Training
 
 # %%
