@@ -109,16 +109,43 @@ def test_no_speed_is_measured_on_a_shared_device(study_file, data, tmp_path, cap
 
 def test_a_part_may_be_run_row_by_row(study_file, data, tmp_path):
     first, second = runner(study_file, data, tmp_path), runner(study_file, data, tmp_path, out="second.jsonl")
-    assert first.run("main", ["lrsa"])
+    assert first.run("main", rows=["lrsa"])
     assert {line["row"] for line in first.results.lines} == {"lrsa"}
-    assert second.run("main", ["dense"])
+    assert second.run("main", rows=["dense"])
     assert {line["row"] for line in second.results.lines} == {"dense"}
     together = tmp_path / "results.jsonl"
     together.write_text(together.read_text() + (tmp_path / "second.jsonl").read_text())
     assert not any(missing for _, _, missing in runner(study_file, data, tmp_path).todo("main"))
     with pytest.raises(UserError) as error:
-        first.run("main", ["lrsa", "other"])
-    assert "--rows: 'other' is not allowed; part main has dense, lrsa" in one_line(error.value)
+        first.run("main", rows=["lrsa", "other"])
+    assert "--rows: 'other' is not allowed; main has dense, lrsa" in one_line(error.value)
+
+
+def test_parts_together_are_done_row_by_row_and_nothing_twice(study_file, data, tmp_path, capsys):
+    losses = {
+        "rows": ["dense", "lrsa"],
+        "seeds": [0],
+        "inference": ["dense", "8x"],
+        "sets": ["plain"],
+        "generate": False,
+    }
+    study_file.write_text(yaml.safe_dump({**STUDY, "parts": {**STUDY["parts"], "losses": losses}}, sort_keys=False))
+    out = tmp_path / "results.jsonl"
+    arguments = ["--part", "losses", "main", "--data", str(data), "--out", str(out)]
+    main(["study", "run", str(study_file), *arguments, "--work", str(tmp_path / "work")])
+    lines = read_lines(out)
+    found = [(line["row"], line.get("attention"), line.get("set"), line.get("generated")) for line in lines]
+    one = [("dense", "plain", True), ("8x", "plain", False), ("4x", "plain", True), ("dense", "text", False),
+           ("4x", "text", False)]  # fmt: skip
+    for row in ("dense", "lrsa"):
+        # Answers were asked for second, and the losses are theirs.
+        mine = found[: len(one) + 1] if row == "dense" else found[len(one) + 1 :]
+        assert mine[0] == (row, None, None, None)
+        assert sorted(mine[1:]) == sorted((row, *cell) for cell in one)
+    capsys.readouterr()
+    main(["study", "status", str(study_file), *arguments])
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2] for line in shown] == ["trained, 5/5 evaluated"] * 2
 
 
 def test_lost_weights_are_trained_again_for_what_is_missing(study_file, data, tmp_path):

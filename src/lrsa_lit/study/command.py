@@ -47,11 +47,11 @@ def _parser() -> Parser:
     _add(data, "study", "data")
     data.add_argument("--only", nargs="+", default=[], metavar="NAME", help="names of data sets; default: all")
     data.set_defaults(action=_data)
-    run_part = actions.add_parser("run", help="train and evaluate the rows of a part")
+    run_part = actions.add_parser("run", help="train and evaluate the rows of parts")
     _add(run_part, "study", "data", "part", "out")
     run_part.add_argument("--minutes", type=float, default=9.0, help="stop before these are over (default: 9)")
     run_part.add_argument("--work", type=Path, default=Path("runs/study"), help="weights and unfinished trainings")
-    run_part.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows of the part alone")
+    run_part.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows of the parts alone")
     run_part.add_argument("--shared", action="store_true", help="others use the device as well: measure no speed")
     run_part.add_argument("--source", help="folder of the study's base LLM on this machine")
     run_part.add_argument(
@@ -94,7 +94,7 @@ def _add(parser: argparse.ArgumentParser, *names: str) -> None:
     if "data" in names:
         parser.add_argument("--data", type=Path, default=Path("study/data"), help="folder of the token files")
     if "part" in names:
-        parser.add_argument("--part", required=True, help="name of the part")
+        parser.add_argument("--part", nargs="+", required=True, metavar="PART", help="names of parts, done row by row")
     if "out" in names:
         parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="file of the results")
 
@@ -124,15 +124,17 @@ def _run(options: argparse.Namespace) -> None:
         options.workers,
         options.shared,
     )
-    done = runner.run(options.part, options.rows)
-    print(f"{options.part}: {'done' if done else 'not done yet; the same command goes on'}", flush=True)
+    done = runner.run(*options.part, rows=options.rows)
+    print(f"{', '.join(options.part)}: {'done' if done else 'not done yet; the same command goes on'}", flush=True)
 
 
 def _status(options: argparse.Namespace) -> None:
     from lrsa_lit.study.plan import Study
     from lrsa_lit.study.runner import Runner
 
-    for work, trained, missing in Runner(Study(options.study), options.data, options.out, Path(), 0).todo(options.part):
+    for work, trained, missing in Runner(Study(options.study), options.data, options.out, Path(), 0).todo(
+        *options.part
+    ):
         done = len(work.evaluations) - len(missing)
         state = "trained" if trained else "not trained"
         print(f"{work.row.name}, seed {work.seed} ({work.row.hash}): {state}, {done}/{len(work.evaluations)} evaluated")

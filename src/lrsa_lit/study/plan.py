@@ -169,6 +169,19 @@ class Study:
                 if row.steps or number == 0:
                     yield Work(row, seed if row.steps else 0, self._evaluations(part, row))
 
+    def works(self, parts: Sequence[str]) -> list[Work]:
+        """The work of several parts in their order; what they ask of the same row and seed is put together, and once.
+
+        Raises:
+            UserError: as for one part.
+        """
+        found: dict[tuple[str, int], Work] = {}
+        for work in (work for part in parts for work in self.work(part)):
+            before = found.get((work.row.name, work.seed), Work(work.row, work.seed, []))
+            together = _once([*before.evaluations, *work.evaluations])
+            found[work.row.name, work.seed] = before._replace(evaluations=together)
+        return list(found.values())
+
     def rule_of(self, row: Row, attention: str, where: str = "inference") -> LRSAConfig | None:
         """The rule of an attention, for a row's own as well; None is dense.
 
@@ -230,6 +243,16 @@ class Study:
             "model": model,
             "data": {**row.settings["data"], "init_args": arguments},
         }
+
+
+def _once(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Without those that another one serves: of the same questions, the one with answers has the losses too."""
+    found: dict[tuple[str, str, str], Evaluation] = {}
+    for item in evaluations:
+        key = item.rule_digest, item.data_set, item.split
+        if key not in found or item.generates > found[key].generates:
+            found[key] = item
+    return list(found.values())
 
 
 def digest_of(rule: LRSAConfig | None) -> str:

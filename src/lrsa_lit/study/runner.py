@@ -59,16 +59,16 @@ class Runner:
         self._files: dict[tuple[str, str], TokenFile] = {}
         self.workers = Workers(workers, self.left)
 
-    def run(self, part: str, rows: Collection[str] = ()) -> bool:
-        """Do what the results do not hold yet, of some rows of a part or of all; returns whether that is done.
+    def run(self, *parts: str, rows: Collection[str] = ()) -> bool:
+        """Do what the results do not hold yet, of some rows of the parts or of all; returns whether that is done.
 
         Raises:
-            UserError: the part has no such row.
+            UserError: the parts have no such row.
         """
-        works = list(self.study.work(part))
+        works = self.study.works(parts)
         allowed = dict.fromkeys(work.row.name for work in works)
         if unknown := [name for name in rows if name not in allowed]:
-            raise UserError(f"--rows: {unknown[0]!r} is not allowed; part {part} has {', '.join(allowed)}")
+            raise UserError(f"--rows: {unknown[0]!r} is not allowed; {', '.join(parts)} has {', '.join(allowed)}")
         try:
             with self.workers:
                 for work in works:
@@ -82,9 +82,9 @@ class Runner:
         """Seconds until nothing new may be begun."""
         return self.until - self.clock() - _SPARE
 
-    def todo(self, part: str) -> list[tuple[Work, bool, list[Evaluation]]]:
+    def todo(self, *parts: str) -> list[tuple[Work, bool, list[Evaluation]]]:
         """For each row and seed whether it is trained, and the evaluations that are missing."""
-        return [(work, self._trained(work), self._missing(work)) for work in self.study.work(part)]
+        return [(work, self._trained(work), self._missing(work)) for work in self.study.works(parts)]
 
     def _work(self, work: Work) -> None:
         missing = self._missing(work)
