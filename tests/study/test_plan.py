@@ -122,13 +122,15 @@ def test_another_class_takes_none_of_the_arguments_below():
 
 
 def test_an_attention_for_each_layer(tmp_path):
-    inference = {"only": {"dense_layers": {"only": 3}}, "but": {"top_k": 4, "dense_layers": {"all_but": 3}}}
-    parts = {"layers": {"rows": ["base"], "inference": ["but-*", "only-1"], "sets": ["plain"]}}
+    inference = {"only": {"dense_layers": {"only": 3}}, "but": {"top_k": 4, "dense_layers": {"all_but": 3}},
+                 "also": {"dense_layers": {"only": 3, "beside": [1]}}}  # fmt: skip
+    parts = {"layers": {"rows": ["base"], "inference": ["but-*", "only-1", "also-*"], "sets": ["plain"]}}
     study = study_of(tmp_path, inference=inference, parts=parts)
     (work,) = study.work("layers")
     assert [(item.name, item.rule.dense_layers, item.rule.top_k) for item in work.evaluations] == [
-        ("but-0", (1, 2), 4), ("but-1", (0, 2), 4), ("but-2", (0, 1), 4), ("only-1", (1,), 8)]  # fmt: skip
-    for wrong in ({"only": "3"}, {"first": 3}, {}):
+        ("but-0", (1, 2), 4), ("but-1", (0, 2), 4), ("but-2", (0, 1), 4), ("only-1", (1,), 8),
+        ("also-0", (0, 1), 8), ("also-2", (1, 2), 8)]  # fmt: skip
+    for wrong in ({"only": "3"}, {"first": 3}, {}, {"beside": [1]}, {"only": 3, "beside": 1}):
         with pytest.raises(UserError) as error:
             study_of(tmp_path, inference={"only": {"dense_layers": wrong}})
         assert "inference.only.dense_layers" in one_line(error.value)
@@ -151,7 +153,7 @@ def test_the_shares_of_the_shipped_study_are_what_their_names_say():
     shares = {"pairs50": 0.5, "pairs25": 0.25, "pairs13": 0.125, "2x": 0.5, "4x": 0.25, "8x": 0.125}
     study = Study(SHIPPED)
     for name, rule in study.inference.items():
-        if rule is None or name.startswith("none") or "-layer-" in name:
+        if rule is None or name.startswith("none") or "-layer" in name:
             continue
         dense = len(rule.dense_layers)
         kept = (dense + (30 - dense) * rule.top_k / rule.lag_size) / 30

@@ -278,20 +278,24 @@ def _rule(key: str, below: LRSAConfig | Settings, changes: Mapping[str, Any]) ->
 def _each_layer(inference: Mapping[str, Settings | None]) -> Iterator[tuple[str, Settings | None]]:
     """The attentions of a study, with one NAME-i for each layer i where ``dense_layers`` is a mapping.
 
-    ``{only: 30}`` leaves just layer i of 30 dense, ``{all_but: 30}`` all others.
+    ``{only: 30}`` leaves just layer i of 30 dense, ``{only: 30, beside: [18]}`` layer 18 as well, ``{all_but: 30}`` all
+    others.
     """
     for name, changes in inference.items():
         dense = None if changes is None else changes.get("dense_layers")
         if not isinstance(dense, dict):
             yield name, changes
             continue
-        ((kind, count),) = dense.items() if len(dense) == 1 else ((None, None),)
-        if kind not in ("only", "all_but") or not isinstance(count, int):
+        given = dict(dense)
+        beside = given.pop("beside", [])
+        ((kind, count),) = given.items() if len(given) == 1 else ((None, None),)
+        if kind not in ("only", "all_but") or not isinstance(count, int) or not isinstance(beside, list):
             raise UserError(f"inference.{name}.dense_layers: {dense} is not allowed; it must be layers, or {{only: N}} "
-                            "or {all_but: N} for each of N layers")  # fmt: skip
+                            "or {all_but: N} for each of N layers, perhaps with {beside: [LAYER, ...]}")  # fmt: skip
         for layer in range(count):
-            layers = [other for other in range(count) if (other == layer) == (kind == "only")]
-            yield f"{name}-{layer}", {**(changes or {}), "dense_layers": layers}
+            layers = [other for other in range(count) if (other == layer) == (kind == "only") or other in beside]
+            if layer not in beside:
+                yield f"{name}-{layer}", {**(changes or {}), "dense_layers": layers}
 
 
 def _check_keys(where: str, given: Any, allowed: set[str], needed: Sequence[str] = ()) -> None:

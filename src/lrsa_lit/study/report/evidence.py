@@ -40,7 +40,7 @@ class Survival(NamedTuple):
 
 
 class LayerGain(NamedTuple):
-    """What the loss of a row (nats for each token) falls by where one layer alone is dense."""
+    """What the loss of a row (nats for each token) falls by where one more layer is dense."""
 
     row: str
     layer: int
@@ -91,27 +91,30 @@ def survival(cells: Cells) -> list[str]:
 
 
 def layers(table: Table) -> list[LayerGain]:
-    """What each layer that is dense by itself gains over none, under the same rule otherwise."""
-    bases = {(cell.row, _elsewhere(cell)): cell for cell in table.cells if _dense_layers(cell) == []}
+    """What one more dense layer gains over the fewest of a row's cells, under the same rule otherwise."""
+    bases: dict[tuple[str, str], Cell] = {}
+    ruled = [cell for cell in table.cells if cell.line["rule"] is not None]
+    for cell in sorted(ruled, key=lambda cell: len(_dense_layers(cell))):
+        bases.setdefault((cell.row, _elsewhere(cell)), cell)
     found = []
-    for cell in table.cells:
-        base, dense = bases.get((cell.row, _elsewhere(cell))), _dense_layers(cell) or []
-        if base is None or len(dense) != 1 or base.line["set_digest"] != cell.line["set_digest"]:
+    for cell in ruled:
+        base = bases[cell.row, _elsewhere(cell)]
+        # None that the base has is missing, as it has the fewest.
+        more = _dense_layers(cell) ^ _dense_layers(base)
+        if len(more) != 1 or base.line["set_digest"] != cell.line["set_digest"]:
             continue
         cell, base = cell.of_seeds(base), base.of_seeds(cell)
         if cell.lines:
             falls = base.scores("loss") - cell.scores("loss")
             gain = statistics.ratio_of_sums(falls, cell.scores("tokens"), cell.groups)
-            found.append(LayerGain(cell.row, dense[0], gain))
+            found.append(LayerGain(cell.row, min(more), gain))
     return found
 
 
-def _dense_layers(cell: Cell) -> list[int] | None:
-    """Of its rule; None where there is none."""
-    rule = cell.line["rule"]
-    return None if rule is None else list(rule["dense_layers"])
+def _dense_layers(cell: Cell) -> set[int]:
+    return set(cell.line["rule"]["dense_layers"])
 
 
 def _elsewhere(cell: Cell) -> str:
     """Its rule in the other layers."""
-    return digest({name: value for name, value in (cell.line["rule"] or {}).items() if name != "dense_layers"})
+    return digest({name: value for name, value in cell.line["rule"].items() if name != "dense_layers"})
