@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from lrsa_lit import statistics
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
+from lrsa_lit.statistics import Comparison, Estimate
 from lrsa_lit.study.plan import DENSE, Row, Study, digest_of
-from lrsa_lit.study.report import markdown, statistics
-from lrsa_lit.study.report.statistics import Comparison, Estimate
+from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.tables import Cell, Cells, compared, measure_of, reference_of, score_of
 from lrsa_lit.study.settings import Settings
 

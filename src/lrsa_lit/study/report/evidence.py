@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from lrsa_lit import statistics
+from lrsa_lit.statistics import Estimate
 from lrsa_lit.study.plan import digest
-from lrsa_lit.study.report import markdown, statistics
-from lrsa_lit.study.report.statistics import Estimate
+from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.tables import Cell, Cells, Table, measure_of, score_of
 
 WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")

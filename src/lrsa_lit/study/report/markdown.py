@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from lrsa_lit.study.report import statistics
-from lrsa_lit.study.report.statistics import Comparison, Estimate
+from lrsa_lit import statistics
+from lrsa_lit.statistics import Comparison, Estimate
 from lrsa_lit.study.report.tables import Cell, Entry, Table
 from lrsa_lit.study.results import Line
 

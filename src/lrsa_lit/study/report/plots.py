@@ -16,8 +16,8 @@ from lrsa_lit.study.report.markdown import LABELS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from lrsa_lit.statistics import Estimate
     from lrsa_lit.study.report.evidence import LayerGain, Survival, Text
-    from lrsa_lit.study.report.statistics import Estimate
     from lrsa_lit.study.report.tables import Entry
     from lrsa_lit.study.results import Line
 
