@@ -177,14 +177,17 @@ class LRSACLI(LightningCLI):
         return [root / "checkpoints", *root.glob("*/*/checkpoints"), *(Path(path) for path in named if path)]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Add what every run has."""
+        """Add what every run has, and leave out of a fit what looks at validations by themselves."""
         self.graceful_stop = GracefulStop()
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             config["plugins"] = [*plugins, AtomicCheckpointIO()]
         always = [ExactState(self.settings), FiniteLoss(), self.graceful_stop]
-        return super()._instantiate_trainer(config, [*callbacks, *always])
+        trainer = super()._instantiate_trainer(config, [*callbacks, *always])
+        if self.subcommand == "fit":
+            trainer.callbacks = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C or SIGTERM say where the run can be taken up again."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis import metrics, plots
+from lrsa_lit.analysis.artifacts import run_folder, upload
 from lrsa_lit.analysis.capture import first_rows, record
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.analysis.runs import SELECTIONS
 from lrsa_lit.attention import using
 from lrsa_lit.errors import UserError
-from lrsa_lit.tracking import MLflowRun
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch
@@ -85,9 +83,8 @@ class CaptureSelections(Callback):
                 name=pl_module.backbone.name,
                 step=trainer.global_step,
             )
-        files = self._write(made, _run_folder(trainer))
-        if isinstance(trainer.logger, MLflowRun):
-            _upload(trainer.logger, files)
+        files = self._write(made, run_folder(trainer) / SELECTIONS)
+        upload(trainer, files, SELECTIONS)
         if trainer.logger is not None:
             trainer.logger.log_metrics(logged(made), step=trainer.global_step)
 
@@ -117,16 +114,3 @@ def logged(made: SelectionRecord) -> dict[str, float]:
             values["selection/chance"] = found.chance
             values["selection/chance_anywhere"] = found.chance_anywhere
     return values
-
-
-def _run_folder(trainer: Trainer) -> Path:
-    """Beside the run's checkpoints."""
-    run = () if trainer.logger is None else (str(trainer.logger.name), str(trainer.logger.version))
-    return Path(trainer.default_root_dir).joinpath(*run, SELECTIONS)
-
-
-def _upload(logger: MLflowRun, files: Sequence[Path]) -> None:
-    """Make files artifacts of the run, in the background; the files stay where they are."""
-    for file in files:
-        send = functools.partial(logger.experiment.log_artifact, logger.run_id, str(file), SELECTIONS)
-        logger.deliver(f"{SELECTIONS}/{file.name}", send)

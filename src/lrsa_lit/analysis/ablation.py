@@ -1,0 +1,210 @@
+"""A callback that tells which layers are worth being left dense, for a model and data of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from torch import Tensor
+
+from lrsa_lit.analysis.artifacts import run_folder, upload
+from lrsa_lit.analysis.layer_gains import LayerGains, exactly
+from lrsa_lit.attention import rules, using
+from lrsa_lit.checkpoints.files import write_atomically
+from lrsa_lit.checkpoints.processes import gathered
+from lrsa_lit.data.collate import TrainBatch, predicting_columns
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.collate import Batch
+
+FILE = "layers.json"
+"""Name of the file, and of the run's artifact, that holds the ranking."""
+
+
+class _Question(NamedTuple):
+    """The answer of one question: summed losses under each attention, and whether it counts on another device."""
+
+    id: str
+    repeated: bool
+    tokens: float
+    losses: list[float]
+
+
+class LayerAblation(Callback):
+    """Rank the layers by the answer loss with each of them alone dense, and suggest which ones to leave dense.
+
+    It looks at the questions of ``trainer.validate`` (``lrsa validate``) and does nothing in a fit. Besides what the
+    validation costs anyhow it takes N + 2 forwards of each question for N layers. It prints the layers, best first,
+    with 95 % intervals over the questions, and the settings that leave as many of them dense as ``share`` allows;
+    ``layers.json`` has the same and each question's losses. That file stands beside the run's checkpoints and is an
+    artifact of an MLflow run. Each layer is judged alone, all others having the run's rule: what several dense ones do
+    together is not looked at. ``dense_layers`` of that rule are left out of account.
+
+    Args:
+        top_k: K of the sparse layers meanwhile, 0 <= K < L; null takes the run's.
+        share: of the key-value pairs that the suggestion may keep over all layers, 1/L <= share < 1. A dense layer
+            keeps 1, a sparse one K/L.
+        limit: look at the first so many questions of the validation; null at all.
+    """
+
+    only_validates = True
+    """The command line leaves it out of a fit, whose validations before and after training are not asked for it."""
+
+    def __init__(self, top_k: int | None = None, share: float = 0.25, limit: int | None = None) -> None:
+        if top_k is not None and top_k < 0:
+            raise UserError(f"LayerAblation.top_k: {top_k} is not allowed; it must be an integer >= 0")
+        if not 0 < share < 1:
+            raise UserError(f"LayerAblation.share: {share} is not allowed; it must lie between 0 and 1")
+        if limit is not None and limit < 1:
+            raise UserError(f"LayerAblation.limit: {limit} is not allowed; it must be an integer >= 1")
+        self.top_k = top_k
+        self.share = share
+        self.limit = limit
+        self._rule: LRSAConfig | None = None
+        self._questions: list[_Question] = []
+        self._found: LayerGains | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Decide the rule, before anything is run."""
+        self._rule = self._sparse(pl_module) if stage == "validate" else None
+        self._questions, self._found = [], None
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Run the questions of a batch with no layer dense, with each single one, and with all."""
+        if self._rule is None:
+            return
+        count = len(batch["id"])
+        if self.limit is not None:
+            # Each device has every R-th question, and they all do as many forwards, which sharded models need.
+            count = min(count, -(-self.limit // trainer.world_size) - len(self._questions))
+        if count > 0:
+            with trainer.precision_plugin.forward_context():
+                self._questions.extend(_ablated(pl_module, batch, count, self._rule))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what was found on all devices."""
+        if self._rule is None:
+            return
+        shares = gathered(trainer, self._questions)
+        # In the order of the split: of R devices each has every R-th question.
+        questions = [question for turn in zip(*shares, strict=True) for question in turn if not question.repeated]
+        if questions and trainer.is_global_zero:
+            self._found = _gains(questions[: self.limit], self._rule, pl_module)
+            path = run_folder(trainer) / FILE
+            _write(self._found.to_dict(self.share), path)
+            upload(trainer, [path])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Show it, once the progress bar is gone."""
+        if self._found is None:
+            return
+        console = Console()
+        console.print(self._found.table())
+        for line in (str(self._found.suggestion(self.share)), f"Layers: {run_folder(trainer) / FILE}"):
+            console.print(line, soft_wrap=True, highlight=False)
+        self._found = None
+
+    def _sparse(self, task: Any) -> LRSAConfig:
+        """The run's rule, or the one with another K, with no layer dense."""
+        rule: LRSAConfig = task.lrsa
+        key, top_k = ("model.lrsa", rule.top_k) if self.top_k is None else ("LayerAblation", self.top_k)
+        if top_k >= rule.lag_size:
+            raise UserError(
+                f"{key}.top_k: {top_k} is not allowed for LayerAblation; it must be below model.lrsa.lag_size "
+                f"({rule.lag_size}), as layers that drop nothing are dense ones"
+            )
+        if exactly(self.share) * rule.lag_size < 1:
+            raise UserError(
+                f"LayerAblation.share: {self.share} is not allowed; it must be 1/{rule.lag_size} or more: K = 1 in "
+                f"all layers keeps so much with model.lrsa.lag_size {rule.lag_size}"
+            )
+        return rule.replace(top_k=top_k, dense_layers=())
+
+
+def _ablated(task: Any, batch: Batch, count: int, rule: LRSAConfig) -> Iterator[_Question]:
+    """The first ``count`` questions of a batch under each attention: none, every single one, all layers dense."""
+    rows = [_alone(batch, row) for row in range(count)]
+    layers = range(task.model.config.get_text_config().num_hidden_layers)
+    attentions = [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
+    losses, tokens = [], []
+    for attention in attentions:
+        # Compiled layers as they are: they would be compiled anew for each length and rule.
+        with _unwarned(), using(task.model, attention), torch.compiler.set_stance("force_eager"):
+            found = [task.answer_loss(row) for row in rows]
+        losses.append(torch.stack([loss for loss, _ in found]))
+        tokens = [number for _, number in found]
+    columns = torch.stack(losses, dim=1).tolist()
+    for row, (number, column) in enumerate(zip(torch.stack(tokens).tolist(), columns, strict=True)):
+        yield _Question(batch["id"][row], batch["repeated"][row], number, column)
+
+
+def _alone(batch: Batch, row: int) -> TrainBatch:
+    """One row of a batch without its padding."""
+    length = int(batch["attention_mask"][row].sum())
+
+    def cut(values: Tensor) -> Tensor:
+        return values[row : row + 1, :length]
+
+    labels = cut(batch["labels"])
+    return TrainBatch(
+        input_ids=cut(batch["input_ids"]),
+        attention_mask=cut(batch["attention_mask"]),
+        labels=labels,
+        label_columns=predicting_columns(labels),
+        position_ids=None,
+        boundaries=None,
+        id=batch["id"][row : row + 1],
+    )
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Say nothing of weights that were trained with another rule: N + 2 rules are asked for here."""
+    log = logging.getLogger(rules.__name__)
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    log.addFilter(nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(nothing)
+
+
+def _gains(questions: Sequence[_Question], rule: LRSAConfig, task: Any) -> LayerGains:
+    """The questions' losses, attention by attention."""
+    none, *single, dense = np.array([question.losses for question in questions]).T
+    return LayerGains(
+        rule=rule,
+        model=task.backbone.name,
+        ids=[question.id for question in questions],
+        tokens=np.array([question.tokens for question in questions], dtype=np.float64),
+        none=none,
+        single=np.stack(single),
+        dense=dense,
+    )
+
+
+def _write(values: dict[str, Any], path: Path) -> None:
+    """Write JSON; the file appears only when it is complete."""
+    text = json.dumps(values, ensure_ascii=False, indent=1)
+    write_atomically(path, lambda file: file.write(text.encode()))

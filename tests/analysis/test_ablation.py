@@ -1,0 +1,273 @@
+"""The callback that looks at each layer alone: in a trainer on batches made by hand, and by the command line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import lightning
+import pytest
+import torch
+import yaml
+from cli_helpers import DEBUG, NO_LOGGER, elsewhere, recorded_runs  # noqa: F401 - a fixture
+from helpers import one_line
+from torch.utils.data import DataLoader
+from transformers import LlamaModel
+
+from lrsa_lit.analysis.ablation import LayerAblation
+from lrsa_lit.attention import enable, using
+from lrsa_lit.cli import main
+from lrsa_lit.data.collate import collate
+from lrsa_lit.errors import UserError
+from lrsa_lit.models import Backbone
+from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool
+from lrsa_lit.tasks import LongContextQA
+
+RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=2)
+LAYERS = ["--config", "configs/experiment/layers.yaml"]
+PROMPTS = (150, 90, 120)
+
+
+def task(model, rule=RULE):
+    made = LongContextQA(Backbone("tiny"), rule, max_new_tokens=1)
+    made.model = enable(model, rule)
+    return made
+
+
+def examples(model):
+    """Questions whose answers are what the model says with dense attention."""
+    made, generator = [], torch.Generator().manual_seed(0)
+    for length in PROMPTS:
+        prompt = torch.randint(3, 259, (1, length), generator=generator)
+        ids = model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=2)
+        empty = {"gold_spans": [], "answer_spans": [], "answers": ["x"], "match": "any"}
+        made.append({"id": f"q{length}", "input_ids": ids[0].tolist(), "prompt_length": length, **empty})
+    return made
+
+
+def trainer(folder, *callbacks, **options):
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+def loader(rows, size=1):
+    return DataLoader(rows, batch_size=size, collate_fn=functools.partial(collate, pad_token_id=2))
+
+
+def found(folder):
+    return json.loads((folder / "layers.json").read_text())
+
+
+def shown_flags(shown):
+    """The suggested settings."""
+    (line,) = [line for line in shown.splitlines() if " % kept: " in line]
+    return shlex.split(line.partition(": ")[2])
+
+
+def test_losses_are_those_of_the_rules_set_by_hand(tmp_path, caplog):
+    model = tiny_model(num_layers=3)
+    rows = examples(model)
+    # Its weights say that they were trained with another rule, and the run leaves a layer dense.
+    model.config.lrsa = {"top_k": 5}
+    made = task(model, RULE.replace(dense_layers=(1,)))
+    caplog.clear()
+    repeated = {**rows[0], "repeated": True}
+    trainer(tmp_path, LayerAblation(top_k=1)).validate(made, loader([*rows, repeated], 2), verbose=False)
+    assert not [message for message in caplog.messages if "trained with" in message]
+    assert made.model.config.lrsa["dense_layers"] == [1]
+
+    sparse = RULE.replace(top_k=1)
+    rules = [sparse, *(sparse.replace(dense_layers=(layer,)) for layer in range(3)), None]
+    expected = []
+    for rule in rules:
+        with using(made.model, rule), torch.no_grad():
+            expected.append([float(made.answer_loss(collate([row], 2))[0]) for row in rows])
+    questions = found(tmp_path)["questions"]
+    assert questions["id"] == [f"q{length}" for length in PROMPTS]
+    assert questions["tokens"] == [5, 5, 5]
+    losses = [questions["none"], *questions["layers"], questions["all"]]
+    assert losses == [pytest.approx(each, rel=1e-5) for each in expected]
+    assert len({round(sum(each), 4) for each in losses}) == 5
+    assert LRSAConfig.from_dict(found(tmp_path)["rule"]) == sparse
+
+
+def test_the_only_layer_whose_attention_matters_comes_first(tmp_path, capfd):
+    model = tiny_model(num_layers=4)
+    for layer in (0, 1, 3):
+        torch.nn.init.zeros_(model.model.layers[layer].self_attn.o_proj.weight)
+    rows = examples(model)
+    trainer(tmp_path, LayerAblation(share=0.9)).validate(task(model), loader(rows), verbose=False)
+    first, *others = found(tmp_path)["ranking"]
+    assert first["layer"] == 2
+    assert first["fall"] == pytest.approx(found(tmp_path)["all"]["fall"], rel=1e-4)
+    assert first["low"] > 0.01
+    assert [abs(other["fall"]) < 1e-5 for other in others] == [True] * 3
+    assert "│ layer 2 │" in capfd.readouterr().out
+
+
+def test_the_first_questions_only(tmp_path):
+    rows = examples(tiny_model())
+    for size in (1, 2):
+        made = task(tiny_model())
+        trainer(tmp_path, LayerAblation(limit=2)).validate(made, loader(rows, size), verbose=False)
+        assert found(tmp_path)["questions"]["id"] == ["q150", "q90"]
+
+
+@pytest.mark.parametrize("rule", [RULE.replace(top_k=0), RULE.replace(compressor=MeanPool())], ids=["none", "pool"])
+def test_rules_that_select_nothing(rule, tmp_path):
+    made = task(tiny_model(), rule)
+    trainer(tmp_path, LayerAblation()).validate(made, loader(examples(tiny_model())), verbose=False)
+    assert found(tmp_path)["rule"] == rule.to_dict()
+    assert found(tmp_path)["suggestion"]["top_k"] >= 1
+
+
+def test_nothing_in_a_fit(tmp_path, capfd):
+    model = tiny_model()
+    rows = loader(examples(model))
+    callback = LayerAblation()
+    trainer(tmp_path, callback, max_steps=2, num_sanity_val_steps=1).fit(task(model), rows, rows)
+    assert not list(tmp_path.rglob("layers.json"))
+    assert "% kept" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"top_k": -1}, "LayerAblation.top_k: -1"),
+        ({"share": 0.0}, "LayerAblation.share: 0.0"),
+        ({"share": 1.0}, "LayerAblation.share: 1.0"),
+        ({"share": float("nan")}, "LayerAblation.share: nan"),
+        ({"limit": 0}, "LayerAblation.limit: 0"),
+    ],
+)
+def test_wrong_values(options, key):
+    with pytest.raises(UserError) as caught:
+        LayerAblation(**options)
+    assert f"{key} is not allowed" in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule", "key"),
+    [
+        ({"top_k": 16}, RULE, "LayerAblation.top_k: 16 is not allowed"),
+        ({}, RULE.replace(top_k=16), "model.lrsa.top_k: 16 is not allowed"),
+        ({"share": 0.06}, RULE, "LayerAblation.share: 0.06 is not allowed; it must be 1/16 or more"),
+    ],
+)
+def test_values_that_do_not_suit_the_rule(options, rule, key, tmp_path):
+    model = tiny_model()
+    with pytest.raises(UserError) as caught:
+        trainer(tmp_path, LayerAblation(**options)).validate(task(model, rule), loader(examples(model)))
+    assert one_line(caught.value).startswith(key)
+    assert not list(tmp_path.iterdir())
+
+
+def validate(*options):
+    main(["validate", *DEBUG, *options])
+
+
+def test_the_command_and_what_it_suggests(tmp_path, capfd):
+    validate(*LAYERS, "--trainer.callbacks.top_k", "1", "--trainer.callbacks.share", "0.6")
+    shown = capfd.readouterr().out
+    artifact = next((tmp_path / "runs/artifacts").rglob("layers.json"))
+    beside = next(path for path in (tmp_path / "runs").rglob("layers.json") if path != artifact)
+    assert f"Layers: {beside.relative_to(tmp_path)}" in shown.splitlines()
+    assert artifact.read_text() == beside.read_text()
+    values = json.loads(artifact.read_text())
+    assert len(values["questions"]["id"]) == 8
+
+    # With the best layer dense, a run of its own has the loss that it was ranked by.
+    best = values["ranking"][0]
+    validate("--model.lrsa.top_k", "1", "--model.lrsa.dense_layers", f"[{best['layer']}]")
+    alone, _ = recorded_runs(tmp_path / "runs/mlflow.db", "debug")
+    assert alone.data.metrics["val/loss"] == pytest.approx(best["loss"], rel=1e-5)
+    assert alone.data.metrics["val/dense/loss"] == pytest.approx(values["all"]["loss"], rel=1e-5)
+
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        validate(*NO_LOGGER, *shown_flags(shown), "--print_config")
+    rule = yaml.safe_load(capfd.readouterr().out)["model"]["lrsa"]
+    assert (rule["dense_layers"], rule["top_k"]) == ([best["layer"]], 6)
+    assert values["suggestion"] == {"dense_layers": rule["dense_layers"], "top_k": 6, "kept": (1 + 6 / 32) / 2}
+    validate(*NO_LOGGER, *shown_flags(shown))
+
+
+def forwards(monkeypatch, *arguments):
+    """Calls of the decoder in a fit that also validates before and after training."""
+    count = [0]
+    original = LlamaModel.forward
+
+    def counted(self, *args, **kwargs):
+        count[0] += 1
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", counted)
+        short = ["--model.max_new_tokens", "1", "--trainer.max_steps", "3"]
+        main(["fit", *DEBUG, *NO_LOGGER, *arguments, *short])
+    return count[0]
+
+
+def test_a_fit_by_the_command_line_does_not_ask_for_it(tmp_path, monkeypatch):
+    assert forwards(monkeypatch, *LAYERS) == forwards(monkeypatch)
+    assert not list(tmp_path.rglob("layers.json"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("share", "1.5", "LayerAblation.share: 1.5"),
+        ("share", "0.01", "LayerAblation.share: 0.01"),
+        ("top_k", "32", "LayerAblation.top_k: 32"),
+        ("limit", "some", "limit"),
+    ],
+)
+def test_mistakes_are_one_line(option, value, says, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        validate(*NO_LOGGER, *LAYERS, f"--trainer.callbacks.{option}", value)
+    assert stop.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error: ")]
+    assert says in line
+    assert not list(tmp_path.rglob("layers.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["null", "3"])
+def test_two_devices_find_what_one_does(limit, tmp_path):
+    # Five questions: one is repeated on the second device.
+    options = [*DEBUG, *NO_LOGGER, *LAYERS, "--data.init_args.limit", "{val: 5}", "--trainer.accelerator", "cpu"]
+    options += ["--trainer.callbacks.limit", limit]
+    main(["validate", *options, "--trainer.default_root_dir", "one"])
+    two = [
+        *options,
+        "--config",
+        "configs/trainer/ddp.yaml",
+        "--trainer.devices",
+        "2",
+        "--trainer.default_root_dir",
+        "two",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lrsa_lit.cli", "validate", *two]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(" % kept: ") == 1
+    one, other = (found(tmp_path / folder) for folder in ("one", "two"))
+    assert one["questions"]["id"] == other["questions"]["id"]
+    assert len(one["questions"]["id"]) == (5 if limit == "null" else 3)
+    for name in ("none", "all"):
+        assert one["questions"][name] == pytest.approx(other["questions"][name], rel=1e-5)
+    assert one["suggestion"] == other["suggestion"]
