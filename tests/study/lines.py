@@ -22,6 +22,7 @@ def evaluation(
         "config": trained.hash,
         "seed": seed,
         "train_digest": "train" if trained.steps else "",
+        "weights": "weights" if trained.steps else "",
         "machine": {"device": "abacus", "commit": "c0ffee", "torch": "2.0"},
         "attention": attention,
         "rule_digest": DENSE if rule is None else rule.digest(),

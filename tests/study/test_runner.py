@@ -14,6 +14,7 @@ from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study import settings
 from lrsa_lit.study.plan import Study
+from lrsa_lit.study.report.tables import Cells
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner
 from lrsa_lit.study.training import task_of
@@ -73,7 +74,7 @@ def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(accumulated
             break
     assert capsys.readouterr().out.count("stopped at step 2 of 3") == 2
     assert without_times(read_lines(tmp_path / "results.jsonl")) == without_times(read_lines(tmp_path / "whole.jsonl"))
-    for file in (tmp_path / "whole").rglob("weights.pt"):
+    for file in (tmp_path / "whole").rglob("*.pt"):
         one, other = (torch.load(path) for path in (file, tmp_path / "work" / file.relative_to(tmp_path / "whole")))
         assert all(one[name].equal(other[name]) for name in one)
 
@@ -91,7 +92,7 @@ def test_weights_that_cannot_be_written_do_not_cost_the_training(study_file, dat
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError) as error:
         runner(study_file, data, tmp_path).run("main")
-    assert "weights.pt: not saved (No space left on device)" in one_line(error.value)
+    assert ".pt: not saved (No space left on device)" in one_line(error.value)
     assert [path.name for path in checkpoint.parent.iterdir()] == ["training.ckpt"]
 
 
@@ -152,11 +153,30 @@ def test_lost_weights_are_trained_again_for_what_is_missing(study_file, data, tm
     assert runner(study_file, data, tmp_path).run("main")
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "results.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])
-    for file in (tmp_path / "work").rglob("weights.pt"):
+    for file in (tmp_path / "work").rglob("*.pt"):
         file.unlink()
     assert runner(study_file, data, tmp_path).run("main")
     again = read_lines(tmp_path / "results.jsonl")
     assert without_times(again)[-1] == without_times([json.loads(lines[-1])])[0]
+
+
+def test_no_result_is_of_other_weights_than_those_beside_it(study_file, data, tmp_path, monkeypatch):
+    parts = {"few": {"rows": ["lrsa"], "seeds": [0], "inference": ["own"], "sets": ["plain"]}}
+    parts["more"] = {**parts["few"], "inference": ["own", "dense"]}
+    study_file.write_text(yaml.safe_dump({**STUDY, "parts": parts}, sort_keys=False))
+    assert runner(study_file, data, tmp_path).run("few")
+    (weights,) = (tmp_path / "work").rglob("*.pt")
+    weights.unlink()
+    # As on a GPU, where another training of the same does not give the same bits.
+    monkeypatch.setattr("lrsa_lit.study.runner.digest_of_weights", lambda weights: "others")
+    assert runner(study_file, data, tmp_path).run("more")
+    lines = read_lines(tmp_path / "results.jsonl")
+    found = [(line["kind"], line["weights"], line.get("attention")) for line in lines]
+    assert found == [("training", weights.stem, None), ("evaluation", weights.stem, "own"),
+                     ("training", "others", None), ("evaluation", "others", "own"),
+                     ("evaluation", "others", "dense")]  # fmt: skip
+    assert Cells(Study(str(study_file)), lines).lines == lines[2:]
+    assert [path.name for path in (tmp_path / "work").rglob("*.pt")] == ["others.pt"]
 
 
 def test_answers_serve_who_asks_for_losses_but_not_the_other_way_round(study_file, data, tmp_path):
@@ -171,7 +191,7 @@ def test_answers_serve_who_asks_for_losses_but_not_the_other_way_round(study_fil
     assert (losses["text"], losses["survival"], losses["generated"]) == ([], None, False)
     assert (answers["loss"], answers["generated"], text["generated"]) == (losses["loss"], True, False)
     # As lines were before losses could be asked for alone.
-    old = [{name: value for name, value in line.items() if name != "generated"} for line in lines]
+    old = [{name: value for name, value in line.items() if name not in ("generated", "weights")} for line in lines]
     (tmp_path / "old").write_text("".join(json.dumps(line) + "\n" for line in old))
     assert read_lines(tmp_path / "old") == lines
 

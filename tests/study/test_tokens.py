@@ -7,7 +7,7 @@ from study.conftest import examples
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.study import tokens
-from lrsa_lit.study.results import Results, read_lines
+from lrsa_lit.study.results import Results, current, read_lines
 
 
 def test_examples_survive_a_file(tmp_path):
@@ -53,18 +53,28 @@ def test_broken_files_are_named(content, tmp_path):
 
 def test_what_a_killed_process_has_left_of_a_line_gives_way(tmp_path):
     path = tmp_path / "r.jsonl"
-    first = {"kind": "training", "config": "a", "seed": 0, "train_digest": "d", "steps": 3}
+    first = {"kind": "training", "config": "a", "seed": 0, "train_digest": "d", "weights": "w", "steps": 3}
     Results(path).append(first)
     with path.open("a") as file:
         file.write('{"kind": "train')
     results = Results(path)
     assert results.lines == [first]
-    assert results.has(kind="training", config="a", seed=0, train_digest="d")
-    assert not results.has(kind="training", config="a", seed=1, train_digest="d")
+    assert results.weights_of(config="a", seed=0, train_digest="d") == "w"
+    assert results.weights_of(config="a", seed=1, train_digest="d") is None
     results.append({**first, "seed": 1})
     results.append({**first, "steps": 4})
     assert [line["steps"] for line in read_lines(path)] == [4, 3]
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_results_of_weights_that_were_trained_anew_are_past():
+    def line(kind, weights, seed=0):
+        return {"kind": kind, "config": "a", "seed": seed, "train_digest": "d", "weights": weights}
+
+    first = [line("training", "w"), line("evaluation", "w"), line("evaluation", "x", seed=1)]
+    assert current(first) == first
+    again = [line("training", "v"), line("evaluation", "v")]
+    assert current([*first, *again]) == [first[2], *again]
 
 
 def test_examples_of_one_text_share_a_context(tmp_path):

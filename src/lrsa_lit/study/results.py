@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from lrsa_lit.errors import UserError
 
 Line = dict[str, Any]
 
+_TRAINED = ("config", "seed", "train_digest")
+"""What a training depends on. On a GPU another one of the same need not give the same bits."""
+
 _KEYS = {
-    "training": ("config", "seed", "train_digest"),
-    "evaluation": ("config", "seed", "train_digest", "rule_digest", "set", "split", "set_digest", "generated"),
+    "training": (*_TRAINED, "weights"),
+    "evaluation": (*_TRAINED, "weights", "rule_digest", "set", "split", "set_digest", "generated"),
 }
 
 
@@ -32,6 +35,10 @@ class Results:
         self.path = path
         self.lines = read_lines(path)
         self._known = {key_of(line) for line in self.lines}
+
+    def weights_of(self, **values: Any) -> str | None:
+        """Digest of the last weights of a config, seed and training data; None where they were not trained."""
+        return _last_weights(self.lines).get(tuple(values[name] for name in _TRAINED))
 
     def has(self, **values: Any) -> bool:
         """Whether there is a line of these values, as :func:`key_of` takes them."""
@@ -75,10 +82,26 @@ def read_lines(path: Path) -> list[Line]:
             if line["kind"] == "evaluation":
                 # Lines from before losses could be asked for alone do not say it.
                 line.setdefault("generated", bool(line["text"]))
+            # Nor did lines always say of which weights they are.
+            line.setdefault("weights", "")
             found[key_of(line)] = line
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise UserError(f"{path}, line {number}: it is no result of a study") from None
     return list(found.values())
+
+
+def current(lines: Sequence[Line]) -> list[Line]:
+    """Without what was found with weights that were trained anew since, as they had been lost."""
+    last = _last_weights(lines)
+    return [line for line in lines if line["weights"] == last.get(_trained(line), line["weights"])]
+
+
+def _last_weights(lines: Sequence[Line]) -> dict[tuple[Hashable, ...], str]:
+    return {_trained(line): line["weights"] for line in lines if line["kind"] == "training"}
+
+
+def _trained(line: Line) -> tuple[Hashable, ...]:
+    return tuple(line[name] for name in _TRAINED)
 
 
 def _drop_cut_off(path: Path) -> None:

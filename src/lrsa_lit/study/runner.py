@@ -17,9 +17,8 @@ from lrsa_lit.study.plan import Evaluation, Row, Study, Work, digest
 from lrsa_lit.study.results import Line, Results
 from lrsa_lit.study.shards import Outcome, Weights, release, shard_size, shards_of
 from lrsa_lit.study.tokens import TokenFile
-from lrsa_lit.study.training import Meter, task_of, train
+from lrsa_lit.study.training import Meter, digest_of_weights, task_of, train, trained_weights
 from lrsa_lit.study.workers import OutOfTimeError, Workers
-from lrsa_lit.tasks import LongContextQA
 
 _SPARE = 15.0
 """Seconds that the end of a call may take: to write a checkpoint of a small model, and to leave."""
@@ -94,15 +93,17 @@ class Runner:
             raise OutOfTimeError
         if missing:
             self.workers.start()
-        if not self._trained(work) or (work.row.steps and not self._weights(work).exists()):
+        if work.row.steps and not self._at_hand(work):
             self._train(work)
             release()
+            # Of other weights, as long as a training gives other bits each time, all results are missing.
+            missing = self._missing(work)
         if missing:
             self._evaluate(work, missing)
 
     def _train(self, work: Work) -> None:
         files = {name: self._file(name, "train") for name in work.row.weights}
-        checkpoint = self._weights(work).with_name("training.ckpt")
+        checkpoint = self._place(work) / "training.ckpt"
         _say(f"{work.row.name}, seed {work.seed}: training{' goes on' if checkpoint.exists() else ''}")
         if torch.cuda.is_available():
             # What an earlier row has left behind must not count.
@@ -115,11 +116,13 @@ class Runner:
         if steps < work.row.steps:
             _say(f"{work.row.name}, seed {work.seed}: stopped at step {steps} of {work.row.steps}")
             raise OutOfTimeError
-        _save(task, self._weights(work))
-        self.results.append(self._training_line(work, meter))
+        weights = trained_weights(task)
+        found = digest_of_weights(weights)
+        AtomicCheckpointIO().save_checkpoint(weights, self._place(work) / f"{found}.pt")
+        self.results.append(self._training_line(work, meter, found))
         checkpoint.unlink(missing_ok=True)
 
-    def _training_line(self, work: Work, meter: Meter) -> Line:
+    def _training_line(self, work: Work, meter: Meter, weights: str) -> Line:
         speed = None if self.shared else meter.tokens_per_second
         last = statistics.fmean(meter.losses[-20:])
         cuda = torch.cuda.is_available()
@@ -127,6 +130,7 @@ class Runner:
         _say(f"{work.row.name}, seed {work.seed}: trained, loss {last:.3f}{shown}")
         return {
             **self._about("training", work),
+            "weights": weights,
             "steps": work.row.steps,
             "loss_of_last_20_steps": last,
             "tokens_per_second": speed,
@@ -140,7 +144,7 @@ class Runner:
         """Evaluate a row, and write each result as soon as it is there."""
         # Here, so that not every worker converts the base LLM on its first use.
         _ = task_of(work.row, self.source).backbone.location
-        weights = Weights(work.row, self._weights(work) if work.row.steps else None, self.source)
+        weights = Weights(work.row, self._weights(work), self.source)
         files = [self._file(item.data_set, item.split) for item in missing]
         size = shard_size(sum(len(file.examples) for file in files), self.workers.count)
         shards = [
@@ -169,6 +173,7 @@ class Runner:
         length = sum(file.lengths) // len(file.lengths)
         return {
             **self._about("evaluation", work),
+            "weights": self._digest(work),
             "attention": item.name,
             "rule_digest": item.rule_digest,
             "rule": None if item.rule is None else item.rule.to_dict(),
@@ -198,12 +203,12 @@ class Runner:
             "kind": kind,
             "study": Path(self.study.name).stem,
             "row": work.row.name,
-            **self._weights_key(work),
+            **self._trained_by(work),
             "machine": machine.describe() | ({"shared": "yes"} if self.shared else {}),
         }
 
-    def _weights_key(self, work: Work) -> Line:
-        """What decides the weights of a row and seed."""
+    def _trained_by(self, work: Work) -> Line:
+        """What a training of a row and seed depends on."""
         return {"config": work.row.hash, "seed": work.seed, "train_digest": self._train_digest(work.row)}
 
     def _missing(self, work: Work) -> list[Evaluation]:
@@ -213,7 +218,8 @@ class Runner:
         """Whether there is a result; one with answers has the losses too."""
         asked = {
             "kind": "evaluation",
-            **self._weights_key(work),
+            **self._trained_by(work),
+            "weights": self._digest(work),
             "rule_digest": item.rule_digest,
             "set": item.data_set,
             "split": item.split,
@@ -223,28 +229,33 @@ class Runner:
 
     def _trained(self, work: Work) -> bool:
         """Whether there is nothing to train; the weights may be gone all the same."""
-        return work.row.steps == 0 or self.results.has(kind="training", **self._weights_key(work))
+        return work.row.steps == 0 or self.results.weights_of(**self._trained_by(work)) is not None
+
+    def _digest(self, work: Work) -> str:
+        """Of the last weights of a row and seed; empty for the base LLM, and where there are none."""
+        return self.results.weights_of(**self._trained_by(work)) or ""
 
     def _train_digest(self, row: Row) -> str:
         if row.steps == 0:
             return ""
         return digest({name: self._file(name, "train").digest for name in row.weights})
 
-    def _weights(self, work: Work) -> Path:
-        return self.folder / "-".join(map(str, self._weights_key(work).values())) / "weights.pt"
+    def _place(self, work: Work) -> Path:
+        return self.folder / "-".join(map(str, self._trained_by(work).values()))
+
+    def _weights(self, work: Work) -> Path | None:
+        """The file of the last weights; None where the base LLM is asked for, or no training says which they are."""
+        digest = self._digest(work)
+        return self._place(work) / f"{digest}.pt" if digest else None
+
+    def _at_hand(self, work: Work) -> bool:
+        weights = self._weights(work)
+        return weights is not None and weights.exists()
 
     def _file(self, data_set: str, split: str) -> TokenFile:
         if (data_set, split) not in self._files:
             self._files[data_set, split] = tokens.read(tokens.path_of(self.data, data_set, split))
         return self._files[data_set, split]
-
-
-def _save(task: LongContextQA, path: Path) -> None:
-    """Write the trained weights; the file appears only when it is complete."""
-    weights = task._trained({f"model.{name}": weight for name, weight in task.model.state_dict().items()})
-    AtomicCheckpointIO().save_checkpoint(
-        {name.removeprefix("model."): weight for name, weight in weights.items()}, path
-    )
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

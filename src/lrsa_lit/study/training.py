@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import time
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
@@ -168,6 +170,21 @@ def task_of(row: Row, source: str | None = None) -> LongContextQA:
         train_top_k=settings.made(model.get("train_top_k")),
         max_new_tokens=model.get("max_new_tokens", 32),
     )
+
+
+def trained_weights(task: LongContextQA) -> dict[str, Tensor]:
+    """What a training has changed, by the model's own names: all weights, or the adapters."""
+    weights = task._trained({f"model.{name}": weight for name, weight in task.model.state_dict().items()})
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def digest_of_weights(weights: dict[str, Tensor]) -> str:
+    """Twelve hex digits of the names and of every bit."""
+    found = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        found.update(name.encode())
+        found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def train(

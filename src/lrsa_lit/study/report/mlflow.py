@@ -8,7 +8,7 @@ from typing import Any
 
 from lrsa_lit.store import answering, checked_uri, connect, experiment_id
 from lrsa_lit.study.plan import Study, digest
-from lrsa_lit.study.results import Line
+from lrsa_lit.study.results import Line, current
 
 KEY = "study.key"
 """Tag of a run: what its weights came from."""
@@ -23,7 +23,7 @@ def to_mlflow(study: Study, lines: Sequence[Line], uri: str) -> None:
 
     Args:
         study: the experiment is named after it.
-        lines: the results.
+        lines: the results; those of weights that were trained anew since stay out.
         uri: of the store.
 
     Raises:
@@ -34,7 +34,7 @@ def to_mlflow(study: Study, lines: Sequence[Line], uri: str) -> None:
     uri = checked_uri(uri, "--mlflow")
     client = connect(uri, "--mlflow")
     runs: dict[tuple[str, str, int], list[Line]] = {}
-    for line in lines:
+    for line in current(lines):
         runs.setdefault((line["row"], line["config"], line["seed"]), []).append(line)
     with answering(uri, "--mlflow"):
         experiment = experiment_id(client, lines[0]["study"], uri)

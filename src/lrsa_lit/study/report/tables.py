@@ -11,7 +11,7 @@ import numpy as np
 from lrsa_lit import statistics
 from lrsa_lit.statistics import Comparison, Estimate, Groups, Scores
 from lrsa_lit.study.plan import DENSE, OWN, Evaluation, Row, Study, digest_of
-from lrsa_lit.study.results import Line
+from lrsa_lit.study.results import Line, current
 
 _SAME = ("backbone", "trainer", "data")
 """What dense training shares with a row that is held against it."""
@@ -101,13 +101,13 @@ class Cells:
 
     Args:
         study: the study.
-        lines: its results.
+        lines: its results; those of weights that were trained anew since stay out.
     """
 
     def __init__(self, study: Study, lines: Sequence[Line]) -> None:
-        self.study, self.lines = study, lines
+        self.study, self.lines = study, current(lines)
         self._found: dict[tuple[str, str, str], list[Line]] = {}
-        for line in lines:
+        for line in self.lines:
             if line["kind"] == "evaluation":
                 self._found.setdefault((line["config"], line["set"], line["split"]), []).append(line)
 
