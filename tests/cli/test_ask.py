@@ -11,17 +11,20 @@ import sys
 import pytest
 import torch
 from cli_helpers import DEBUG, NO_LOGGER
-from transformers import TextStreamer
+from rich.console import Console
+from scripted import scripted_model
+from transformers import DynamicCache, TextStreamer
 
 import lrsa_lit.attention
 from lrsa_lit.ask.dialogue import Dialogue
-from lrsa_lit.ask.reader import kept_tokens
+from lrsa_lit.ask.reader import Reader, kept_tokens
 from lrsa_lit.attention import LRSACache, enable
 from lrsa_lit.cli import main
 from lrsa_lit.data.prompts import encode
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import load_trained
+from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
@@ -95,7 +98,7 @@ def greedy(model, prompt):
     ids = list(prompt)
     while len(ids) < len(prompt) + NEW:
         ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        if ids[-1] == tiny_tokenizer().eos_token_id:
+        if ids[-1] in stop_tokens(tiny_tokenizer()):
             break
     return ids[len(prompt) :]
 
@@ -141,14 +144,41 @@ def test_a_follow_up_is_the_whole_conversation_from_scratch(ask):
     model = enable(tiny_model().eval(), RULE)
     prompt = prompt_of(FIRST)
     answer = greedy(model, prompt)
-    ended = answer[-1] == tiny_tokenizer().eos_token_id
     # The second question alone is worded as a training prompt without any text.
-    turn = ids_of("\n" if ended else "<|im_end|>\n") + bare(SECOND)
-    conversation = prompt + answer + turn
+    conversation = prompt + before_stop(answer, stop_tokens(tiny_tokenizer())) + ids_of("<|im_end|>\n") + bare(SECOND)
     assert first["answer"] == words(answer)
     assert second["answer"] == words(greedy(model, conversation))
     assert second["tokens_seen"] == len(conversation) + len(greedy(model, conversation)) - 1
     assert second["tokens_kept"] == stored_size(second["tokens_seen"], RULE)
+
+
+@pytest.mark.parametrize("end", ["<|im_start|>", "<|im_end|>"], ids=["another message", "end of message"])
+def test_an_answer_ends_at_its_first_special_token(end, capfd, tmp_path):
+    scripted_model(f"\nParis{end}junk").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ["ask", "--model", str(tmp_path / "model"), "--max-new-tokens", "12", *FLAGS, "text.txt", FIRST]
+    capfd.readouterr()
+    main(arguments)
+    answer, count = capfd.readouterr().out.splitlines()
+    assert answer == "Paris"
+    assert count.startswith(f"{len(prompt_of(FIRST)) + len('Paris'):,} tokens read")
+    main([*arguments, SECOND, "--json"])
+    assert [json.loads(line)["answer"] for line in capfd.readouterr().out.splitlines()] == ["Paris", "Paris"]
+
+
+@pytest.mark.parametrize("end", ["<|im_start|>", "<|im_end|>"], ids=["another message", "end of message"])
+def test_a_conversation_goes_on_as_the_chat_template_writes_it(end):
+    model, tokenizer = scripted_model(f"\nParis{end}junk"), tiny_tokenizer()
+    reader = Reader(model, DynamicCache(config=model.config), tokenizer, Dialogue(tokenizer, TEXT), max_new_tokens=12)
+    reader.read(Console(file=io.StringIO()))
+    for question in (FIRST, SECOND):
+        assert reader.answer(question, show=False).answer == "Paris"
+    conversation = prompt_of(FIRST) + ids_of("Paris<|im_end|>\n") + bare(SECOND) + ids_of("Paris")
+    expected = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([conversation]), past_key_values=expected)
+    for layer, fresh in zip(reader.cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, fresh.keys)
 
 
 def test_json_has_one_object_a_question_and_nothing_else_on_stdout(ask):
@@ -364,8 +394,8 @@ def test_the_prompt_is_that_of_training(question):
     assert dialogue.ids[: len(text)] == text
 
 
-@pytest.mark.parametrize("ended", [True, False], ids=["ended", "cut off"])
-def test_turns_are_the_rendered_conversation(ended):
+@pytest.mark.parametrize("end", [[2], [1], []], ids=["ended", "another message", "cut off"])
+def test_turns_are_the_rendered_conversation(end):
     tokenizer = tiny_tokenizer()
     dialogue = Dialogue(tokenizer, TEXT)
     messages = []
@@ -375,7 +405,7 @@ def test_turns_are_the_rendered_conversation(ended):
         messages.append({"role": "user", "content": content if messages else f"{TEXT}\n\n{content}"})
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert tokenizer.decode(dialogue.ids) == rendered
-        dialogue.take(ids_of(answer) + [tokenizer.eos_token_id] * ended)
+        dialogue.take(ids_of(answer) + end)
         messages.append({"role": "assistant", "content": answer})
 
 

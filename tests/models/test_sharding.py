@@ -102,7 +102,7 @@ def of_one_process(rank, port, found):
     shard(model, mesh)
     prompt = rows()[rank : rank + 1, : 100 - 30 * rank]
     first = int(answers(model, prompt, synced_gpus=True)[0, 0])
-    results["answers"] = answers(model, prompt, synced_gpus=True, eos_token_id=first if rank == 0 else 2)
+    results["answers"] = answers(model, prompt, synced_gpus=True, eos_token_id=[first] if rank == 0 else [2])
     torch.save(results, found / f"{rank}.pt")
     distributed.destroy_process_group()
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from scripted import scripted_model
 
 from lrsa_lit.attention import LRSACache, enable
-from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import (
     LRSAConfig,
     MeanPool,
@@ -13,7 +14,7 @@ from lrsa_lit.ops.sparse_attention import (
     Strided,
     ValueRelative,
 )
-from lrsa_lit.study.evaluation import Answers, Greedy, alike, dense_rule, survival
+from lrsa_lit.study.evaluation import Answers, Greedy, alike, dense_rule, evaluate, survival
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
 LENGTHS = (30, 61, 18, 75, 44)
@@ -42,7 +43,7 @@ def test_answers_are_those_of_generate_in_one_memory(change, monkeypatch):
         options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 2, "pad_token_id": 2}
         mask = torch.ones_like(prompt)
         whole = model.generate(prompt, attention_mask=mask, past_key_values=LRSACache.of(model), **options)
-        assert greedy(prompt, 2) == [until(whole[0, prompt.shape[1] :].tolist(), 2)]
+        assert greedy(prompt, [2]) == [until(whole[0, prompt.shape[1] :].tolist(), 2)]
         if number == 0:
             # Once prepared, the one graph must do.
             monkeypatch.setattr(greedy.memories[1].decoder, "_prepare", None)
@@ -56,19 +57,42 @@ def test_answers_do_not_depend_on_who_else_is_answered(change, rows):
     greedy, alone = Greedy(model, 20, max(LENGTHS)), Greedy(model, 20, max(LENGTHS))
     for batch in prompts(rows):
         # An end that some rows reach before others.
-        (stop, *_) = alone(batch[:1], -1)[0][7:]
-        assert greedy(batch, stop) == [alone(prompt[None], stop)[0] for prompt in batch]
+        (stop, *_) = alone(batch[:1], [])[0][7:]
+        assert greedy(batch, [stop]) == [alone(prompt[None], [stop])[0] for prompt in batch]
     assert list(greedy.memories) == [1 << (rows - 1).bit_length()]
 
 
 def test_an_answer_ends_before_the_end_of_message():
     model = enable(tiny_model().eval(), RULE)
     (prompt, *_) = prompts()
-    (answer,) = Greedy(model, 12, prompt.shape[1])(prompt, -1)
+    (answer,) = Greedy(model, 12, prompt.shape[1])(prompt, [])
     assert len(answer) == 12
     stop = answer[5]
-    assert Greedy(model, 12, prompt.shape[1])(prompt, stop) == [until(answer, stop)]
-    assert len(Greedy(model, 1, prompt.shape[1])(prompt, -1)[0]) == 1
+    assert Greedy(model, 12, prompt.shape[1])(prompt, [stop]) == [until(answer, stop)]
+    assert len(Greedy(model, 1, prompt.shape[1])(prompt, [])[0]) == 1
+
+
+@pytest.mark.parametrize("rule", [RULE, None], ids=["rule", "dense"])
+def test_an_answer_ends_at_its_first_special_token(rule):
+    tokenizer = tiny_tokenizer()
+    model = enable(scripted_model("?Paris<|im_start|>junk", "!Metz<|im_end|>by", "#Gold<|endoftext|>y"), RULE)
+    (prompt, *_) = prompts()
+    answers = {"?": "Paris", "!": "Metz", "#": "Gold"}
+    examples = [
+        {
+            "id": answer,
+            "input_ids": [*prompt[0].tolist(), *tokenizer(start + answer)["input_ids"]],
+            "prompt_length": prompt.shape[1] + 1,
+            "gold_spans": [],
+            "answer_spans": [],
+            "answers": [answer],
+            "match": "any",
+        }
+        for start, answer in answers.items()
+    ]
+    found = evaluate(model, tokenizer, examples, rule, max_new_tokens=12)
+    assert found.text == ["Paris", "Metz", "Gold"]
+    assert found.f1 == found.em == found.recall == [1, 1, 1]
 
 
 def test_prompts_of_one_length_come_together():

@@ -29,7 +29,7 @@ def test_one_graph_answers_all_prompts(rule, rows):
     batches = [torch.randint(3, 259, (rows, length), generator=generator).cuda() for length in (90, 201, 60, 333)]
     greedy, graphs = Greedy(model, 24, 333), set()
     for batch in batches:
-        for prompt, answer in zip(batch, greedy(batch, 2), strict=True):
+        for prompt, answer in zip(batch, greedy(batch, [2]), strict=True):
             options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": 2, "pad_token_id": 2}
             options["past_key_values"] = LRSACache.of(model)
             whole = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], **options)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scripted import scripted_model
 
 from lrsa_lit.attention import enabled_config
 from lrsa_lit.data.collate import collate
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone
+from lrsa_lit.models.tiny import tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA
 
@@ -88,6 +90,27 @@ def test_batched_answers_equal_single_ones():
                 "prompt_mask": rows["prompt_mask"][row : row + 1, -length:],
             }
             assert made.generate(one, rule)[0] == [together[row]]
+
+
+@pytest.mark.parametrize("rule", [RULE, None], ids=["rule", "dense"])
+def test_an_answer_ends_at_its_first_special_token(rule):
+    made = task(max_new_tokens=12)
+    made.model = scripted_model("?Paris<|im_start|>junk", "!Metz<|im_end|>by", "#Gold<|endoftext|>y")
+    rows = batch(60, 90, 75)
+    rows["prompt_ids"][:, -1] = torch.tensor(tiny_tokenizer()("?!#")["input_ids"])
+    texts, lengths = made.generate(rows, rule)
+    assert texts == ["Paris", "Metz", "Gold"]
+    assert lengths == [5, 4, 4]
+
+
+def test_what_begins_another_message_does_not_cost_the_answer_its_score():
+    made = task(max_new_tokens=12)
+    made.model = scripted_model("?Paris<|im_start|>junk")
+    rows = batch(60)
+    rows["prompt_ids"][:, -1] = tiny_tokenizer()("?")["input_ids"][0]
+    rows["answers"] = [["Paris"]]
+    (line,) = made.predict_step(rows, 0)
+    assert (line["prediction"], line["f1"], line["exact_match"], line["new_tokens"]) == ("Paris", 1, 1, 5)
 
 
 def test_predictions_state_what_they_were_made_with():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lrsa_lit.data.prompts import INSTRUCTION, SEPARATOR, render_prompt
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.errors import UserError
+from lrsa_lit.models.generation import before_stop, stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ class Dialogue:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         self._tokenizer = tokenizer
+        self._stops = stop_tokens(tokenizer)
         self._text = text
         self._asked: list[str] = []
         prompt, [(_, stop)] = render_prompt(_record("", text), tokenizer)
@@ -58,8 +60,8 @@ class Dialogue:
         self._asked.append(question)
 
     def take(self, answer: Sequence[int]) -> None:
-        """Append the tokens of an answer, its end-of-sequence token included if it has one."""
-        self.ids = [*self.ids, *answer]
+        """Append the tokens of an answer, less the one that ended it: the next turn begins with the template's own."""
+        self.ids = [*self.ids, *before_stop(answer, self._stops)]
 
     def tokens_with(self, questions: Sequence[str], answer_tokens: int) -> int:
         """Tokens there would be after further questions with answers of so many tokens."""
@@ -78,7 +80,7 @@ class Dialogue:
         return self._prompts[question]
 
     def _turn(self, question: str) -> str:
-        """What the chat template writes between the last answer and the next one, less what was generated of it.
+        """What the chat template writes between the last answer and the next one.
 
         The text is left out of the first message here: it does not change what follows an answer.
         """
@@ -93,9 +95,7 @@ class Dialogue:
                     "--model: its chat template rewrites earlier turns, which a cache cannot; ask one question only"
                 )
             turn, fed = rendered.removeprefix(fed + _STAND_IN), rendered
-        end = str(self._tokenizer.eos_token)
-        before, _, after = turn.partition(end)
-        return after if self.ids[-1] == self._tokenizer.eos_token_id and not before.strip() else turn
+        return turn
 
     def _encode(self, text: str, **options: Any) -> Any:
         # Not verbose: it would warn that a long text is longer than the tokenizer's idea of the model.

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lrsa_lit.ask.dialogue import Dialogue
-from lrsa_lit.models.generation import GREEDY
+from lrsa_lit.models.generation import GREEDY, stop_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ class Reader:
         self._reading = time.perf_counter() - started
 
     def answer(self, question: str, *, show: bool) -> Answer:
-        """Answer a question greedily.
+        """Answer a question greedily, up to the first special token.
 
         Args:
             question: a further turn of the dialogue.
@@ -117,7 +117,7 @@ class Reader:
                 streamer=clock,
                 max_new_tokens=self.max_new_tokens,
                 use_cache=True,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=stop_tokens(self.tokenizer),
                 pad_token_id=self.tokenizer.pad_token_id,
                 **GREEDY,
             )

@@ -5,7 +5,7 @@ Dimensions: B prompts in a batch, T tokens, N columns that predict an answer tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.data.collate import IGNORE_INDEX, collate, collate_training, token_ids
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.metrics import exact_match, f1_score, recall
+from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Selector
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
 
@@ -109,10 +110,11 @@ def _generate(
     """The tokens of the answers, in the order of the examples."""
     prompts = [token_ids(example)[: example["prompt_length"]] for example in examples]
     greedy = Greedy(model, max_new_tokens, max(map(len, prompts)))
+    stops = stop_tokens(tokenizer)
     found: dict[int, list[int]] = {}
     for places in alike(list(map(len, prompts)), batch_size):
         batch = torch.stack([prompts[place] for place in places]).to(model.device)
-        found |= zip(places, greedy(batch, tokenizer.eos_token_id), strict=True)
+        found |= zip(places, greedy(batch, stops), strict=True)
     return [found[place] for place in range(len(examples))]
 
 
@@ -139,12 +141,12 @@ class Greedy:
         self.memories: dict[int, Memory] = {}
 
     @torch.no_grad()
-    def __call__(self, prompts: Tensor, eos_token_id: int) -> list[list[int]]:
-        """The tokens that follow each prompt, up to the end-of-message token, which is not among them.
+    def __call__(self, prompts: Tensor, stops: Container[int]) -> list[list[int]]:
+        """The tokens that follow each prompt, up to the first that ends an answer, which is not among them.
 
         Args:
             prompts: (B, T) of one length.
-            eos_token_id: the end-of-message token.
+            stops: the tokens that end an answer.
         """
         rows = len(prompts)
         # A graph is for a number of rows: the next power of two, with rows that are there twice.
@@ -160,7 +162,7 @@ class Greedy:
         ended = [False] * rows
         for count in range(1, self.max_new_tokens + 1):
             for row, token in enumerate(tokens[:rows].tolist()):
-                ended[row] = ended[row] or token == eos_token_id
+                ended[row] = ended[row] or token in stops
                 if not ended[row]:
                     answers[row].append(token)
             if all(ended) or count == self.max_new_tokens:

@@ -20,7 +20,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import exact_match, f1_score
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.checkpoint import describe
-from lrsa_lit.models.generation import GREEDY
+from lrsa_lit.models.generation import GREEDY, before_stop, stop_tokens
 from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
 from lrsa_lit.models.sharding import is_sharded, shard
 from lrsa_lit.ops.sparse_attention import LRSAConfig
@@ -244,7 +244,7 @@ class LongContextQA(lightning.LightningModule):
 
     @torch.no_grad()
     def generate(self, batch: Batch, config: LRSAConfig | None) -> tuple[list[str], list[int]]:
-        """Greedy answers to a batch of prompts.
+        """Greedy answers to a batch of prompts, each up to its first special token.
 
         Args:
             batch: prompts (B, Tp), padded on the left.
@@ -253,7 +253,7 @@ class LongContextQA(lightning.LightningModule):
         Returns:
             The answers and their lengths in tokens.
         """
-        prompt = batch["prompt_ids"]
+        prompt, stops = batch["prompt_ids"], stop_tokens(self.tokenizer)
         with using(self.model, config), _eager():
             cache = None if config is None else LRSACache(config, self.model.config.num_hidden_layers)
             tokens = self.model.generate(
@@ -264,13 +264,13 @@ class LongContextQA(lightning.LightningModule):
                 use_cache=True,
                 # All devices of a sharded model go on until the last one has its answers: each step takes them all.
                 synced_gpus=is_sharded(self.model),
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=stops,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **GREEDY,
             )
-        answers = tokens[:, prompt.shape[1] :]
+        answers = [before_stop(row, stops) for row in tokens[:, prompt.shape[1] :].tolist()]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [text.strip() for text in texts], [_until_eos(row, self.tokenizer.eos_token_id) for row in answers]
+        return [text.strip() for text in texts], list(map(len, answers))
 
     def _evaluate(self, batch: Batch) -> dict[str, list[str]]:
         answers = {}
@@ -353,8 +353,3 @@ def _made(key: str, make: Callable[[Any], Made], argument: Any) -> Made:
         return make(argument)
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
-
-
-def _until_eos(tokens: Tensor, eos: int) -> int:
-    ended = (tokens == eos).nonzero()
-    return int(ended[0]) if len(ended) else len(tokens)
