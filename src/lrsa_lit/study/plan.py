@@ -151,12 +151,24 @@ class Study:
             raise UserError(f"{self.name}: there is no row {name!r}; there are {', '.join(self.rows)}")
         return self.rows[name]
 
-    def work(self, part: str) -> Iterator[Work]:
-        """The rows of a part with each of its seeds: all rows with the first seed, then with the next one.
+    def work(self, *parts: str) -> list[Work]:
+        """The rows of each part with each of its seeds: all rows with the first seed, then with the next one.
+
+        What several parts ask of the same row and seed stands together, where the first of them has it, and each
+        evaluation once.
 
         Raises:
             UserError: there is no such part, or it names what the study does not have.
         """
+        found: dict[tuple[str, int], Work] = {}
+        for work in (work for part in parts for work in self._work(part)):
+            before = found.get((work.row.name, work.seed), Work(work.row, work.seed, []))
+            together = _once([*before.evaluations, *work.evaluations])
+            found[work.row.name, work.seed] = before._replace(evaluations=together)
+        return list(found.values())
+
+    def _work(self, part: str) -> Iterator[Work]:
+        """Of one part; the same attention may stand under several names."""
         if part not in self.parts:
             raise UserError(f"--part: {part!r} is not allowed; {self.name} has {', '.join(self.parts)}")
         asked = self.parts[part]
@@ -168,19 +180,6 @@ class Study:
                 # The base LLM is the same for each seed.
                 if row.steps or number == 0:
                     yield Work(row, seed if row.steps else 0, self._evaluations(part, row))
-
-    def works(self, parts: Sequence[str]) -> list[Work]:
-        """The work of several parts in their order; what they ask of the same row and seed is put together, and once.
-
-        Raises:
-            UserError: as for one part.
-        """
-        found: dict[tuple[str, int], Work] = {}
-        for work in (work for part in parts for work in self.work(part)):
-            before = found.get((work.row.name, work.seed), Work(work.row, work.seed, []))
-            together = _once([*before.evaluations, *work.evaluations])
-            found[work.row.name, work.seed] = before._replace(evaluations=together)
-        return list(found.values())
 
     def rule_of(self, row: Row, attention: str, where: str = "inference") -> LRSAConfig | None:
         """The rule of an attention, for a row's own as well; None is dense.
@@ -207,7 +206,7 @@ class Study:
             for name in self.named(asked["inference"]):
                 rule = self.rule_of(row, name, f"parts.{part}.inference")
                 evaluations.append(Evaluation(name, rule, data_set, split, self.generates(data_set, part)))
-        return list({(item.rule_digest, item.data_set): item for item in reversed(evaluations)}.values())[::-1]
+        return evaluations
 
     def named(self, patterns: Sequence[str]) -> list[str]:
         """The inference attentions of some names, in which ``*`` stands for anything."""
@@ -276,26 +275,44 @@ def _rule(key: str, below: LRSAConfig | Settings, changes: Mapping[str, Any]) ->
 
 
 def _each_layer(inference: Mapping[str, Settings | None]) -> Iterator[tuple[str, Settings | None]]:
-    """The attentions of a study, with one NAME-i for each layer i where ``dense_layers`` is a mapping.
+    """The attentions of a study, with one NAME-i for each layer i where ``dense_layers`` is a mapping."""
+    for name, changes in inference.items():
+        if changes is None or not isinstance(changes.get("dense_layers"), dict):
+            yield name, changes
+            continue
+        for layer, dense in _dense_layers(f"inference.{name}.dense_layers", changes["dense_layers"]):
+            yield f"{name}-{layer}", {**changes, "dense_layers": dense}
+
+
+def _dense_layers(key: str, given: Settings) -> Iterator[tuple[int, list[int]]]:
+    """Each layer i, with the layers that are dense for it.
 
     ``{only: 30}`` leaves just layer i of 30 dense, ``{only: 30, beside: [18]}`` layer 18 as well, ``{all_but: 30}`` all
     others.
     """
-    for name, changes in inference.items():
-        dense = None if changes is None else changes.get("dense_layers")
-        if not isinstance(dense, dict):
-            yield name, changes
-            continue
-        given = dict(dense)
-        beside = given.pop("beside", [])
-        ((kind, count),) = given.items() if len(given) == 1 else ((None, None),)
-        if kind not in ("only", "all_but") or not isinstance(count, int) or not isinstance(beside, list):
-            raise UserError(f"inference.{name}.dense_layers: {dense} is not allowed; it must be layers, or {{only: N}} "
-                            "or {all_but: N} for each of N layers, perhaps with {beside: [LAYER, ...]}")  # fmt: skip
-        for layer in range(count):
-            layers = [other for other in range(count) if (other == layer) == (kind == "only") or other in beside]
-            if layer not in beside:
-                yield f"{name}-{layer}", {**(changes or {}), "dense_layers": layers}
+    if given.keys() not in ({"only"}, {"only", "beside"}, {"all_but"}):
+        raise UserError(f"{key}: {given} is not allowed; it must be layers, or {{only: N}} or {{all_but: N}} for each "
+                        "of N layers, or {only: N, beside: [LAYER, ...]}")  # fmt: skip
+    kind = "only" if "only" in given else "all_but"
+    count, beside = given[kind], given.get("beside", [])
+    if not _is_integer(count) or count < 1:
+        raise UserError(f"{key}.{kind}: {count!r} is not allowed; it must be an integer >= 1")
+    if not _leaves_some(beside, count):
+        raise UserError(f"{key}.beside: {beside!r} is not allowed; it must be a list of different layers from 0 to "
+                        f"{count - 1}, not of all of them")  # fmt: skip
+    for layer in (layer for layer in range(count) if layer not in beside):
+        yield layer, [other for other in range(count) if (other == layer) == (kind == "only") or other in beside]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _leaves_some(layers: Any, count: int) -> bool:
+    """Whether these are different ones of so many layers, and not all of them."""
+    if not isinstance(layers, list) or not all(_is_integer(layer) and 0 <= layer < count for layer in layers):
+        return False
+    return len(set(layers)) == len(layers) < count
 
 
 def _check_keys(where: str, given: Any, allowed: set[str], needed: Sequence[str] = ()) -> None:

@@ -64,7 +64,7 @@ class Runner:
         Raises:
             UserError: the parts have no such row.
         """
-        works = self.study.works(parts)
+        works = self.study.work(*parts)
         allowed = dict.fromkeys(work.row.name for work in works)
         if unknown := [name for name in rows if name not in allowed]:
             raise UserError(f"--rows: {unknown[0]!r} is not allowed; {', '.join(parts)} has {', '.join(allowed)}")
@@ -83,7 +83,7 @@ class Runner:
 
     def todo(self, *parts: str) -> list[tuple[Work, bool, list[Evaluation]]]:
         """For each row and seed whether it is trained, and the evaluations that are missing."""
-        return [(work, self._trained(work), self._missing(work)) for work in self.study.works(parts)]
+        return [(work, self._trained(work), self._missing(work)) for work in self.study.work(*parts)]
 
     def _work(self, work: Work) -> None:
         missing = self._missing(work)
