@@ -20,8 +20,10 @@
 
 # %%
 # %matplotlib inline
+from IPython.display import display_png
+
 from lrsa_lit.study.report import evidence, frames, plots
-from lrsa_lit.study.report.tables import Table
+from lrsa_lit.study.report.tables import Table, measure_of
 
 # %% [markdown]
 # Files are looked for in this folder and in those above it.
@@ -61,11 +63,13 @@ frames.bars(cells)
 # %% [markdown]
 # ## Which layers matter
 #
-# What the answer loss falls by where one layer alone is dense, where a part has asked for it.
+# What the answer loss falls by where one more layer is dense, for each part that has asked for losses alone.
 
 # %%
-tables = [Table(cells, name, data_set) for name in study.parts for data_set in study.parts[name]["sets"]]
-plots.layers([gain for each in tables for gain in evidence.layers(each)])
+asked = [(name, data_set) for name in study.parts for data_set in study.parts[name]["sets"]]
+for name, data_set in asked:
+    if measure_of(study, data_set, name) == "loss" and (gains := evidence.layers(Table(cells, name, data_set))):
+        display_png(plots.layers(gains, f"{name}: {data_set}"))
 
 # %% [markdown]
 # ## Training

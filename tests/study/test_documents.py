@@ -6,17 +6,20 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import one_line
+from matplotlib.container import BarContainer
 from study.conftest import STUDY
 from study.lines import evaluation, scores
 
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
+from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.blocks import Blocks
 from lrsa_lit.study.report.document import fill
 from lrsa_lit.study.report.evidence import layers
 from lrsa_lit.study.report.markers import filled
 from lrsa_lit.study.results import read_lines
+from lrsa_lit.study.shards import Weights, shards_of
 
 ROOT = Path(__file__).parents[2]
 PROSE = "# Title\r\n\r\nWritten by `<!-- study:none -->` hand.  \n"
@@ -181,14 +184,85 @@ def test_a_layer_is_held_against_the_same_rule_without_it(tmp_path):
     blocks = Blocks(study, lines)
     found = layers(blocks.table("layers", "plain"))
     # By tokens: 0 + 1 of 4, and 2 + 3 of 4; each draw takes the same questions on both sides.
-    assert [(item.row, item.layer, item.gain.value) for item in found] == [("dense", 0, 0.25), ("dense", 1, 1.25)]
+    assert [(*item[:4], item.gain.value) for item in found] == [
+        ("dense", "8x", (), 0, 0.25), ("dense", "8x", (), 1, 1.25)]  # fmt: skip
     assert found[1].gain.low == pytest.approx(1.0)
     assert found[1].gain.high == pytest.approx(2.0)
     (axes,) = blocks.figure("layers/plain/plot").axes
-    assert axes.containers[0].lines[0].get_xydata().tolist() == [[0, 0.25], [1, 1.25]]
+    assert bars(axes) == {"0": 0.25, "1": 1.25}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("dense layer", "fall of the answer loss,\nnats a token (95 %)")
+    assert axes.get_legend().get_title().get_text() == "trained; dense as well: none"
     # Another seed than the base's says nothing of the layer.
     assert layers(Blocks(study, [lines[0], {**lines[3], "seed": 1}]).table("layers", "plain")) == []
     assert Blocks(study, lines[1:]).figure("layers/plain/plot") is None
+
+
+def bars(axes):
+    """Heights of the bars by their names."""
+    (drawn,) = (each for each in axes.containers if isinstance(each, BarContainer))
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    return dict(zip(names, [bar.get_height() for bar in drawn], strict=True))
+
+
+def test_layers_are_held_against_the_base_that_most_others_have(tmp_path):
+    inference = {
+        "8x": {"top_k": 4},
+        "only": {"top_k": 4, "dense_layers": {"only": 4}},
+        "pair": {"top_k": 4, "dense_layers": [0, 1]},
+        "two": {"top_k": 4, "dense_layers": [1, 3]},
+        "also": {"top_k": 4, "dense_layers": {"only": 4, "beside": [1, 3]}},
+        "other": {"top_k": 2, "dense_layers": [1, 3]},
+        "other-0": {"top_k": 2, "dense_layers": [0, 1, 3]},
+    }
+    names = ["pair", "also-*", "other-0", "other", "only-*", "two", "8x", "dense"]
+    parts = {"layers": {"rows": ["dense", "lrsa"], "inference": names, "sets": ["plain"], "generate": False}}
+    path = tmp_path / "study.yaml"
+    content = {**STUDY, "inference": {"dense": None, **inference}, "parts": parts, "bars": {}}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    study = Study(str(path))
+    losses = {"8x": 9.0, "only-0": 8.0, "only-1": 5.0, "only-2": 9.5, "only-3": 6.0, "pair": 4.0, "two": 3.0,
+              "also-0": 2.5, "also-2": 2.75, "other": 2.0, "other-0": 1.0, "dense": 0.5}  # fmt: skip
+    # also-0 has a layer more than pair and than two, which serves also-2 as well; only-1 serves both pair and two.
+    lines = [evaluation(study, row, name, [0.0, 0.0], loss=[loss * more] * 2, tokens=[1, 1], generated=False)
+             for name, loss in losses.items() for row, more in (("dense", 1), ("lrsa", 2))]  # fmt: skip
+    blocks = Blocks(study, lines)
+    found = layers(blocks.table("layers", "plain"))
+    assert {item[1:4]: item.gain.value for item in found if item.row == "dense"} == {
+        ("two", (1, 3), 0): 0.5, ("two", (1, 3), 2): 0.25, ("other", (1, 3), 0): 1.0,
+        ("8x", (), 0): 1.0, ("8x", (), 1): 4.0, ("8x", (), 2): -0.5, ("8x", (), 3): 3.0,
+        ("only-1", (1,), 0): 1.0, ("only-1", (1,), 3): 2.0}  # fmt: skip
+    assert len(found) == 18
+    figure = blocks.figure("layers/plain/plot")
+    assert figure.get_suptitle() == "layers: plain"
+    legends = [axes.get_legend() for axes in figure.axes]
+    assert [(legend.get_title().get_text().partition(": ")[2], legend.get_texts()[0].get_text())
+            for legend in legends[:4]] == [
+        ("1", "dense, only-1"), ("1, 3", "dense, two"), ("1, 3", "dense, other"), ("none", "dense, 8x")]  # fmt: skip
+    assert bars(figure.axes[0]) == {"0": 1.0, "3": 2.0}
+    assert bars(figure.axes[5]) == {"0": 1.0, "2": 0.5}
+
+
+def test_texts_have_no_plot_of_layers(tmp_path):
+    path = tmp_path / "study.yaml"
+    part = {**STUDY["parts"]["main"], "inference": ["4x", "one"]}
+    changed = {"inference": {**STUDY["inference"], "one": {"dense_layers": [0]}}, "parts": {"main": part}, "bars": {}}
+    path.write_text(yaml.safe_dump({**STUDY, **changed}, sort_keys=False))
+    study = Study(str(path))
+    lines = [evaluation(study, "dense", name, [0.0, 0.0], data_set="text", generated=False) for name in ("4x", "one")]
+    blocks = Blocks(study, lines)
+    assert len(layers(blocks.table("main", "text"))) == 1
+    assert blocks.figure("main/text/plot") is None
+    assert blocks.caption("main/text/plot") == "main/text: perplexity"
+    assert blocks.caption("main/plain/plot") == "main/plain: the score against the share of pairs attended to"
+    with pytest.raises(UserError, match="'main/plot'"):
+        blocks.caption("main/plot")
+
+
+def test_the_legend_says_of_how_many_questions_selections_are_looked_at(study_file):
+    weights = Weights(Study(str(study_file)).row("base"), None, None)
+    shards = shards_of(weights, None, Path("test.npz"), 400, 400, generates=True, whole_text=False)
+    (looked,) = (shard for shard in shards if shard.kind == "survival")
+    assert f"of the first {looked.size} questions." in " ".join(markdown.LEGEND.split())
 
 
 def test_perplexity_of_texts_is_by_tokens(tmp_path):

@@ -82,27 +82,36 @@ class Blocks:
         """
         if name in self._plots:
             return self._plots[name]()
+        part, data_set = self._plotted(name)
+        if not self.study.generates(data_set):
+            # The texts of all parts stand in one plot of their own.
+            return None
+        table, title = self.table(part, data_set), f"{part}: {data_set}"
+        if table.measure == "loss":
+            return plots.layers(evidence.layers(table), title)
+        return plots.against_share(table.entries, table.measure, title) if table.cells else None
+
+    def caption(self, name: str) -> str:
+        """What a plot shows, in words.
+
+        Raises:
+            UserError: there is no such plot.
+        """
+        if name in _CAPTIONS:
+            return _CAPTIONS[name]
+        part, data_set = self._plotted(name)
+        about = "the score against the share of pairs attended to"
+        if not self.study.generates(data_set):
+            about = "perplexity"
+        elif not self.study.generates(data_set, part):
+            about = "what each dense layer gains"
+        return f"{part}/{data_set}: {about}"
+
+    def _plotted(self, name: str) -> tuple[str, str]:
         part, data_set = self._part(name.removesuffix("/plot"))
         if not data_set:
             raise self._unknown(name)
-        table = self.table(part, data_set)
-        if table.measure == "loss":
-            return plots.layers(evidence.layers(table))
-        if not table.cells:
-            return None
-        return plots.against_share(table.entries, table.measure, f"{part}: {data_set}")
-
-    def caption(self, name: str) -> str:
-        """What a plot shows, in words."""
-        if name in _CAPTIONS:
-            return _CAPTIONS[name]
-        table = self.table(*self._part(name.removesuffix("/plot")))
-        about = (
-            "what each dense layer gains"
-            if table.measure == "loss"
-            else "the score against the share of pairs attended to"
-        )
-        return f"{name.removesuffix('/plot')}: {about}"
+        return part, data_set
 
     def _part(self, name: str) -> tuple[str, str]:
         part, _, data_set = name.partition("/")
@@ -131,10 +140,10 @@ class Blocks:
         found = {name: best for name, bar in bars.items() if (best := self.bars.best(bar)) is not None}
         # What is the best of several budgets stands once: at the smallest one of kept pairs, else of all pairs.
         smallest: dict[tuple[str, str, str], str] = {}
-        for name in sorted(found, key=lambda name: ("pairs" in bars[name], *_budget(bars[name]))):
+        for name in sorted(found, key=lambda name: ("pairs" in bars[name], _budget(bars[name]))):
             smallest.setdefault((found[name].cell.row, found[name].cell.attention, bars[name]["set"]), name)
-        body = [self._row(name, self.bars.measure(bars[name]), best)
-                for name, best in found.items() if name in smallest.values()]  # fmt: skip
+        shown = set(smallest.values())
+        body = [self._row(name, self.bars.measure(bars[name]), best) for name, best in found.items() if name in shown]
         head = [
             "",
             "measure",
@@ -154,8 +163,8 @@ class Blocks:
         return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), *shares]
 
 
-def _budget(bar: Settings) -> list[float]:
-    return [bar[kind] for kind in ("kept", "pairs") if kind in bar]
+def _budget(bar: Settings) -> float:
+    return float(bar["kept"] if "kept" in bar else bar["pairs"])
 
 
 def _counted(table: Table) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from lrsa_lit import statistics
 from lrsa_lit.statistics import Estimate
-from lrsa_lit.study.plan import digest
 from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.tables import Cell, Cells, Table, measure_of, score_of
 
@@ -41,9 +41,19 @@ class Survival(NamedTuple):
 
 
 class LayerGain(NamedTuple):
-    """What the loss of a row (nats for each token) falls by where one more layer is dense."""
+    """What one more dense layer is worth.
+
+    Attributes:
+        row: name of the row.
+        attention: name of the attention without it.
+        base: the layers that are dense there, ascending.
+        layer: the one more.
+        gain: the fall of the loss, nats for each token.
+    """
 
     row: str
+    attention: str
+    base: tuple[int, ...]
     layer: int
     gain: Estimate
 
@@ -92,30 +102,39 @@ def survival(cells: Cells) -> list[str]:
 
 
 def layers(table: Table) -> list[LayerGain]:
-    """What one more dense layer gains over the fewest of a row's cells, under the same rule otherwise."""
+    """What one more dense layer gains, under the same rule otherwise, in the order of the table.
+
+    Where several cells have one layer less, a cell is held against the one that most cells can be held against.
+    """
+    pairs = [(base, cell) for cell in table.cells for base in table.cells if _has_one_more(cell, base)]
+    uses = Counter(_key(base) for base, _ in pairs)
     bases: dict[tuple[str, str], Cell] = {}
-    ruled = [cell for cell in table.cells if cell.line["rule"] is not None]
-    for cell in sorted(ruled, key=lambda cell: len(_dense_layers(cell))):
-        bases.setdefault((cell.row, _elsewhere(cell)), cell)
-    found = []
-    for cell in ruled:
-        base = bases[cell.row, _elsewhere(cell)]
-        # None that the base has is missing, as it has the fewest.
-        more = _dense_layers(cell) ^ _dense_layers(base)
-        if len(more) != 1 or base.line["set_digest"] != cell.line["set_digest"]:
-            continue
-        cell, base = cell.of_seeds(base), base.of_seeds(cell)
-        if cell.lines:
-            falls = base.scores("loss") - cell.scores("loss")
-            gain = statistics.ratio_of_sums(falls, cell.scores("tokens"), cell.groups)
-            found.append(LayerGain(cell.row, min(more), gain))
-    return found
+    for base, cell in sorted(pairs, key=lambda pair: -uses[_key(pair[0])]):
+        bases.setdefault(_key(cell), base)
+    return [_gain(cell, bases[_key(cell)]) for cell in table.cells if _key(cell) in bases]
+
+
+def _has_one_more(cell: Cell, base: Cell) -> bool:
+    """Whether a cell is another one with one more dense layer, on questions and seeds that both have."""
+    rule, below = cell.line["rule"], base.line["rule"]
+    if rule is None or below is None or {**below, "dense_layers": rule["dense_layers"]} != rule:
+        return False
+    dense, fewer = _dense_layers(cell), _dense_layers(base)
+    one_more = fewer < dense and len(dense) == len(fewer) + 1
+    same = cell.row == base.row and cell.line["set_digest"] == base.line["set_digest"]
+    return one_more and same and bool(cell.of_seeds(base).lines)
+
+
+def _gain(cell: Cell, base: Cell) -> LayerGain:
+    more, less = cell.of_seeds(base), base.of_seeds(cell)
+    fall = statistics.ratio_of_sums(less.scores("loss") - more.scores("loss"), more.scores("tokens"), more.groups)
+    (layer,) = _dense_layers(cell) - _dense_layers(base)
+    return LayerGain(cell.row, base.attention, tuple(sorted(_dense_layers(base))), layer, fall)
+
+
+def _key(cell: Cell) -> tuple[str, str]:
+    return cell.row, cell.line["rule_digest"]
 
 
 def _dense_layers(cell: Cell) -> set[int]:
     return set(cell.line["rule"]["dense_layers"])
-
-
-def _elsewhere(cell: Cell) -> str:
-    """Its rule in the other layers."""
-    return digest({name: value for name, value in cell.line["rule"].items() if name != "dense_layers"})

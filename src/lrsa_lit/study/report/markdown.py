@@ -17,12 +17,12 @@ SHARES = """\
 sinks and windows included."""
 
 LEGEND = f"""\
-Brackets are 95 % intervals, of questions drawn with all their seeds, those about one text together, and of seeds if
-there are several. {SHARES} *of dense* is the score by that of dense training, of as many steps on the same data at the
-rate chosen for it, with dense inference; *less dense-trained* the difference to dense training under the same
+Brackets are 95 % bootstrap intervals over questions; questions about one text are drawn together. With several seeds,
+seeds are drawn too. {SHARES} *of dense* is the score by that of dense training, of as many steps on the same data at
+the rate chosen for it, with dense inference; *minus dense-trained* the difference to dense training under the same
 attention, with the p-value of a paired permutation test of the questions, alone and adjusted for the tests of its
 column by Holm's method: whether these trained models differ, not whether others would. *gold kept* is the share of the
-supporting passages' tokens that a head of a sparse layer keeps, of the first questions."""
+supporting passages' tokens that a head of a sparse layer keeps, of the first 16 questions."""
 
 
 def matrix(table: Table) -> list[str]:
@@ -59,7 +59,7 @@ def full(table: Table) -> list[str]:
         middle = [interval(entry.score, 3), f"{cell.mean('em'):.3f}", f"{loss:.3f}"]
         body.append([*_names(cell), *middle, ratio, share(cell.survival("gold"))])
     for title, compared in _comparisons(table, entries):
-        head += [f"less {title}", "p", "Holm"]
+        head += [f"minus {title}", "p", "Holm"]
         adjusted = iter(statistics.holm([found.p_value for found in compared if found is not None]))
         for row, found in zip(body, compared, strict=True):
             p_values = [f"{found.p_value:.4f}", f"{next(adjusted):.4f}"] if found else ["", ""]

@@ -78,16 +78,24 @@ def survival(found: Sequence[Survival]) -> Figure | None:
     return figure
 
 
-def layers(found: Sequence[LayerGain]) -> Figure | None:
-    """What the loss falls by for each layer that alone is dense; None without results."""
-    if not found:
+def layers(found: Sequence[LayerGain], title: str) -> Figure | None:
+    """What the loss falls by for each more dense layer; None without results.
+
+    Each row has a panel for each attention that a layer is added to, one below the other.
+    """
+    groups: dict[tuple[str, str, tuple[int, ...]], list[LayerGain]] = {}
+    for item in found:
+        groups.setdefault((item.row, item.attention, item.base), []).append(item)
+    if not groups:
         return None
-    figure, axes = _figure()
-    for number, row in enumerate(dict.fromkeys(item.row for item in found)):
-        _line(axes, number, row, [(item.layer, item.gain) for item in found if item.row == row])
-    axes.axhline(0, color="lightgrey", zorder=0)
-    axes.set(xlabel="the only dense layer", ylabel="fall of the answer loss (bars: 95 %)")
-    _legend(axes)
+    figure = Figure(figsize=(9, 0.4 + 3.2 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), squeeze=False)[:, 0]
+    for number, (axes, ((row, attention, base), items)) in enumerate(zip(panels, groups.items(), strict=True)):
+        bars = [(str(item.layer), item.gain) for item in sorted(items, key=lambda item: item.layer)]
+        _bars(axes, number, f"{row}, {attention}", bars)
+        axes.set(xlabel="dense layer", ylabel="fall of the answer loss,\nnats a token (95 %)")
+        _legend(axes, f"trained; dense as well: {', '.join(map(str, base)) or 'none'}")
+    figure.suptitle(title)
     return figure
 
 
@@ -110,16 +118,28 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
 
 
 def _line(axes: Axes, number: int, label: str, points: Sequence[tuple[float, Estimate]]) -> None:
-    """Estimates with their intervals, by share or layer."""
+    """Estimates with their intervals, by share."""
     points = sorted(points)
     shares, scores = [share for share, _ in points], [score.value for _, score in points]
-    # Rounding may put the ends of an empty interval on the wrong side of its middle.
-    errors = [
-        [max(0.0, score.value - score.low) for _, score in points],
-        [max(0.0, score.high - score.value) for _, score in points],
-    ]
+    errors = _errors([score for _, score in points])
     colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
     axes.errorbar(shares, scores, errors, fmt=f"{marker}-", color=colour, capsize=3, label=label, alpha=0.85)
+
+
+def _bars(axes: Axes, number: int, label: str, named: Sequence[tuple[str, Estimate]]) -> None:
+    """Estimates with their intervals, each with its name below."""
+    names, estimates = [name for name, _ in named], [estimate for _, estimate in named]
+    heights, colour = [estimate.value for estimate in estimates], OKABE_ITO[number % len(OKABE_ITO)]
+    axes.bar(names, heights, yerr=_errors(estimates), color=colour, capsize=2, label=label)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.tick_params(axis="x", labelsize="small")
+
+
+def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Lengths of the bars below and above; rounding may put the ends of an empty interval on the wrong side."""
+    below = [max(0.0, estimate.value - estimate.low) for estimate in estimates]
+    above = [max(0.0, estimate.high - estimate.value) for estimate in estimates]
+    return [below, above]
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -127,5 +147,5 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(title="trained", frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+def _legend(axes: Axes, title: str = "trained") -> None:
+    axes.legend(title=title, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
