@@ -1,5 +1,6 @@
 """What a study file means: rows, hashes, the order of the work, and configs for the command line."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,31 @@ def test_the_same_attention_is_evaluated_once(tmp_path):
         ("own", "plain"), ("dense", "plain"), ("own", "text"), ("dense", "text")]  # fmt: skip
 
 
+def test_what_several_parts_ask_for_is_put_together(tmp_path):
+    common = {"sets": ["plain"], "split": "test"}
+    parts = {
+        "losses": {**common, "rows": ["lrsa", "base"], "seeds": [0], "inference": ["dense", "own"], "generate": False},
+        "answers": {**common, "rows": ["dense", "lrsa"], "seeds": [1, 0], "inference": ["8x", "4x"]},
+        "val": {**common, "rows": ["lrsa"], "seeds": [0], "inference": ["4x"], "split": "val"},
+    }
+    study = study_of(tmp_path, parts=parts)
+    work = study.work("losses", "answers", "val")
+    # Where the first part has them; the base LLM has one seed.
+    assert [(item.row.name, item.seed) for item in work] == [
+        ("lrsa", 0), ("base", 0), ("dense", 1), ("lrsa", 1), ("dense", 0)]  # fmt: skip
+    # own and 4x are one rule: its answers have the losses too, on each split.
+    assert [(item.name, item.split, item.generates) for item in work[0].evaluations] == [
+        ("dense", "test", False), ("4x", "test", True), ("8x", "test", True), ("4x", "val", True)]  # fmt: skip
+    other = study.work("answers", "losses")
+    assert [(item.row.name, item.seed) for item in other] == [
+        ("dense", 1), ("lrsa", 1), ("dense", 0), ("lrsa", 0), ("base", 0)]  # fmt: skip
+    assert [(item.name, item.generates) for item in other[3].evaluations] == [
+        ("8x", True), ("4x", True), ("dense", False)]  # fmt: skip
+    assert study.work("losses", "losses") == study.work("losses")
+    with pytest.raises(UserError, match="'none'"):
+        study.work("losses", "none")
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -130,12 +156,39 @@ def test_an_attention_for_each_layer(tmp_path):
     assert [(item.name, item.rule.dense_layers, item.rule.top_k) for item in work.evaluations] == [
         ("but-0", (1, 2), 4), ("but-1", (0, 2), 4), ("but-2", (0, 1), 4), ("only-1", (1,), 8),
         ("also-0", (0, 1), 8), ("also-2", (1, 2), 8)]  # fmt: skip
-    for wrong in ({"only": "3"}, {"first": 3}, {}, {"beside": [1]}, {"only": 3, "beside": 1}):
-        with pytest.raises(UserError) as error:
-            study_of(tmp_path, inference={"only": {"dense_layers": wrong}})
-        assert "inference.only.dense_layers" in one_line(error.value)
     with pytest.raises(UserError, match="other-"):
         list(study_of(tmp_path, parts={"main": {"inference": ["other-*"]}}).work("main"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"first": 3}, "{'first': 3} is not allowed"),
+        ({}, "{} is not allowed"),
+        ({"beside": [1]}, "{'beside': [1]} is not allowed"),
+        ({"all_but": 3, "only": 3}, "{'all_but': 3, 'only': 3} is not allowed"),
+        ({"all_but": 3, "beside": [1]}, "'beside': [1]} is not allowed"),
+        ({"only": "3"}, "only: '3' is not allowed"),
+        ({"only": True}, "only: True is not allowed"),
+        ({"only": 0}, "only: 0 is not allowed"),
+        ({"all_but": -1}, "all_but: -1 is not allowed"),
+        ({"only": 3, "beside": 1}, "beside: 1 is not allowed"),
+        ({"only": 3, "beside": [3]}, "beside: [3] is not allowed; it must be a list of different layers from 0 to 2"),
+        ({"only": 3, "beside": [-1]}, "beside: [-1] is not allowed"),
+        ({"only": 3, "beside": ["1"]}, "beside: ['1'] is not allowed"),
+        ({"only": 3, "beside": [True]}, "beside: [True] is not allowed"),
+        ({"only": 3, "beside": [1, 1]}, "beside: [1, 1] is not allowed"),
+        ({"only": 3, "beside": [0, 1, 2]}, "beside: [0, 1, 2] is not allowed"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_an_attention_for_each_layer_are_named(wrong, named, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "inference": {"one": {"dense_layers": wrong}}}))
+    with pytest.raises(UserError) as error:
+        Study(str(path))
+    assert one_line(error.value).startswith("inference.one.dense_layers")
+    assert named in str(error.value)
 
 
 def test_the_shipped_study_is_complete():
@@ -153,7 +206,7 @@ def test_the_shares_of_the_shipped_study_are_what_their_names_say():
     shares = {"pairs50": 0.5, "pairs25": 0.25, "pairs13": 0.125, "2x": 0.5, "4x": 0.25, "8x": 0.125}
     study = Study(SHIPPED)
     for name, rule in study.inference.items():
-        if rule is None or name.startswith("none") or "-layer" in name:
+        if rule is None or name == "layers2" or name.startswith(("none", "only-layer-", "also-layer-")):
             continue
         dense = len(rule.dense_layers)
         kept = (dense + (30 - dense) * rule.top_k / rule.lag_size) / 30
@@ -177,10 +230,19 @@ def test_the_shipped_recipe_is_the_row_that_it_names():
     assert LRSAConfig().replace(**recipe["model"]["lrsa"]).to_dict() == row["attention"]
     assert {name: recipe["trainer"].get(name) for name in row["trainer"]} == row["trainer"]
     assert (recipe["model"]["optimizer"], recipe["model"]["lr_scheduler"]) == (row["optimizer"], row["lr_scheduler"])
-    data = Study(SHIPPED).data_sets["hotpotqa_all"]
+    without_weights = {"compile_layers", "gradient_checkpointing"}
+    assert {name: value for name, value in recipe["model"]["backbone"].items() if name not in without_weights} == (
+        row["backbone"]
+    )
+    assert row["data"]["weights"] == {"hotpotqa_all": 1.0}
+    data, given = Study(SHIPPED).data_sets["hotpotqa_all"], recipe["data"]["init_args"]
     assert recipe["data"]["class_path"] == data["class_path"]
-    assert recipe["data"]["init_args"]["max_tokens"] == data["init_args"]["max_tokens"]
-    assert recipe["data"]["init_args"]["batch_size"] == row["data"]["batch_size"]
+    assert given["batch_size"] == row["data"]["batch_size"]
+    # The same examples, and all of them: the study's own limit is beyond the last one.
+    assert given["limit"].get("train", math.inf) >= data["init_args"]["limit"]["train"]
+    decided = [{name: value for name, value in each.items() if name not in ("batch_size", "limit")}
+               for each in (given, data["init_args"])]  # fmt: skip
+    assert decided[0] == decided[1]
 
 
 @pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "asked-lrsa-4x", "first-dense"])
