@@ -40,7 +40,7 @@ class Blocks:
             "bars": self._bars,
             "perplexity": lambda: evidence.perplexity(self.cells),
             "survival": lambda: evidence.survival(self.cells),
-            "training": lambda: markdown.training(lines),
+            "training": lambda: markdown.training(self.cells.lines),
             "machines": lambda: markdown.machines(lines),
         }
         self._plots: dict[str, Callable[[], Figure | None]] = {
