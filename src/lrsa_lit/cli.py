@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import select
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import lrsa_lit
 from lrsa_lit.errors import UserError
@@ -69,9 +70,29 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: code 2 after a one-line message for a user's mistake, code 130 after Ctrl-C, code 143 after SIGTERM,
-            code 0 for help and version.
+            code 141 where nobody reads the output any more (``| head``).
     """
-    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        try:
+            _main(list(sys.argv[1:] if args is None else args))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _unread(sys.stdout):
+            raise
+        # Python writes out what is left once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+def _unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader is gone."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _main(arguments: list[str]) -> None:
     if not sys.stderr.isatty():
         # What transformers and the hub library load and write would fill a log with half a line for each step.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -80,3 +80,22 @@ def test_bars_of_libraries_are_for_terminals(terminal, monkeypatch):
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: terminal))
     main(["--version"])
     assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == (None if terminal else "1")
+
+
+def test_an_output_that_nobody_reads_is_no_error():
+    for arguments in (["--help"], ["study", "config", "configs/experiment/robustness.yaml", "dense"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "lrsa_lit.cli", *arguments]
+        run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_told(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("lrsa_lit.cli._main", broken)
+    with pytest.raises(BrokenPipeError):
+        main([])
