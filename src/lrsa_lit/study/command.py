@@ -132,9 +132,8 @@ def _status(options: argparse.Namespace) -> None:
     from lrsa_lit.study.plan import Study
     from lrsa_lit.study.runner import Runner
 
-    for work, trained, missing in Runner(Study(options.study), options.data, options.out, Path(), 0).todo(
-        *options.part
-    ):
+    runner = Runner(Study(options.study), options.data, options.out, Path(), 0)
+    for work, trained, missing in runner.todo(*options.part):
         done = len(work.evaluations) - len(missing)
         state = "trained" if trained else "not trained"
         print(f"{work.row.name}, seed {work.seed} ({work.row.hash}): {state}, {done}/{len(work.evaluations)} evaluated")
