@@ -35,10 +35,11 @@ class Results:
         self.path = path
         self.lines = read_lines(path)
         self._known = {key_of(line) for line in self.lines}
+        self._weights = _last_weights(self.lines)
 
     def weights_of(self, **values: Any) -> str | None:
         """Digest of the last weights of a config, seed and training data; None where they were not trained."""
-        return _last_weights(self.lines).get(tuple(values[name] for name in _TRAINED))
+        return self._weights.get(tuple(values[name] for name in _TRAINED))
 
     def has(self, **values: Any) -> bool:
         """Whether there is a line of these values, as :func:`key_of` takes them."""
@@ -56,6 +57,7 @@ class Results:
             os.fsync(file.fileno())
         self.lines.append(line)
         self._known.add(key_of(line))
+        self._weights |= _last_weights([line])
 
 
 def key_of(line: Line) -> tuple[Hashable, ...]:
