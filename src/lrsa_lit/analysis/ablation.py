@@ -22,6 +22,7 @@ from lrsa_lit.checkpoints.files import write_atomically
 from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.data.collate import TrainBatch, predicting_columns
 from lrsa_lit.errors import UserError
+from lrsa_lit.models import uncompiled
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 if TYPE_CHECKING:
@@ -146,8 +147,7 @@ def _ablated(task: Any, batch: Batch, count: int, rule: LRSAConfig) -> Iterator[
     attentions = [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
     losses, tokens = [], []
     for attention in attentions:
-        # Compiled layers as they are: they would be compiled anew for each length and rule.
-        with _unwarned(), using(task.model, attention), torch.compiler.set_stance("force_eager"):
+        with _unwarned(), using(task.model, attention), uncompiled():
             found = [task.answer_loss(row) for row in rows]
         losses.append(torch.stack([loss for loss, _ in found]))
         tokens = [number for _, number in found]

@@ -1,6 +1,6 @@
 """Base LLMs: where they come from and how they are loaded."""
 
-from lrsa_lit.models.backbone import Backbone, LoRA
+from lrsa_lit.models.backbone import Backbone, LoRA, uncompiled
 from lrsa_lit.models.rope import RopeScaling
 
-__all__ = ["Backbone", "LoRA", "RopeScaling"]
+__all__ = ["Backbone", "LoRA", "RopeScaling", "uncompiled"]

@@ -6,9 +6,10 @@ import copy
 import functools
 import importlib.util
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.rope import RopeScaling
@@ -258,6 +259,13 @@ def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = wrap(layer)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Run compiled layers as they are: evaluation hands them ever other lengths, rules and caches."""
+    import torch
+
+    return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
 
 
 def _four_bits(dtype: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.data.collate import IGNORE_INDEX, collate, collate_training, token_ids
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.metrics import exact_match, f1_score, recall
+from lrsa_lit.models import uncompiled
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Selector
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
@@ -74,8 +75,7 @@ def evaluate(
         batch_size: questions at a time for the loss, and most of the same length that are answered at a time.
     """
     found = Answers()
-    # Compiled layers run as they are: they would be compiled anew for each length.
-    with torch.compiler.set_stance("force_eager"), using(model, dense_rule(model) if rule is None else rule):
+    with uncompiled(), using(model, dense_rule(model) if rule is None else rule):
         for start in range(0, len(examples), batch_size):
             losses, counts = answer_losses(model, examples[start : start + batch_size], tokenizer.pad_token_id)
             found.loss += losses

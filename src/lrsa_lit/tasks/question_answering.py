@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lrsa_lit.attention import LAYOUT, LRSACache, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import exact_match, f1_score
-from lrsa_lit.models import Backbone
+from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import describe
 from lrsa_lit.models.generation import GREEDY, before_stop, stop_tokens
 from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
@@ -254,7 +254,7 @@ class LongContextQA(lightning.LightningModule):
             The answers and their lengths in tokens.
         """
         prompt, stops = batch["prompt_ids"], stop_tokens(self.tokenizer)
-        with using(self.model, config), _eager():
+        with using(self.model, config), uncompiled():
             cache = None if config is None else LRSACache(config, self.model.config.num_hidden_layers)
             tokens = self.model.generate(
                 input_ids=prompt,
@@ -277,7 +277,7 @@ class LongContextQA(lightning.LightningModule):
         own = torch.tensor([not repeated for repeated in batch["repeated"]], device=self.device)
         counted = cast("Batch", {**batch, "labels": batch["labels"].where(own[:, None], IGNORE_INDEX)})
         for meter, (prefix, config) in zip(self._meters, self.attentions.items(), strict=True):
-            with using(self.model, config), _eager():
+            with using(self.model, config), uncompiled():
                 loss, count = self.answer_loss(counted)
                 meter.loss.update(loss / count.clamp(min=1), count)
             texts, _ = self.generate(batch, config)
@@ -323,11 +323,6 @@ class LongContextQA(lightning.LightningModule):
             for group, score in meter.groups.items():
                 for name, value in score.compute().items():
                     self.log(f"{stage}/{prefix}{group}/{name}", value)
-
-
-def _eager() -> Any:
-    """Run compiled layers as they are: evaluation hands them ever other lengths, rules and caches."""
-    return torch.compiler.set_stance("force_eager")
 
 
 def _packed(batch: TrainBatch) -> dict[str, Any]:
