@@ -35,6 +35,25 @@ def recorded_runs(store: Path, experiment: str) -> list:
     return client.search_runs([found.experiment_id])
 
 
+def forwards(*arguments):
+    """Calls of the decoder in a fit of the debug config, validations included."""
+    from transformers import LlamaModel
+
+    from lrsa_lit.cli import main
+
+    count = [0]
+    original = LlamaModel.forward
+
+    def counted(self, *args, **kwargs):
+        count[0] += 1
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", counted)
+        main(["fit", *DEBUG, *NO_LOGGER, *arguments])
+    return count[0]
+
+
 @contextlib.contextmanager
 def interruptible():
     """Start children as from a terminal: background jobs of a shell, this run maybe, ignore Ctrl-C and pass that on."""

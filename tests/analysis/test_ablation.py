@@ -13,10 +13,9 @@ import lightning
 import pytest
 import torch
 import yaml
-from cli_helpers import DEBUG, NO_LOGGER, elsewhere, recorded_runs  # noqa: F401 - a fixture
+from cli_helpers import DEBUG, NO_LOGGER, elsewhere, forwards, recorded_runs  # noqa: F401 - a fixture
 from helpers import one_line
 from torch.utils.data import DataLoader
-from transformers import LlamaModel
 
 from lrsa_lit.analysis.ablation import LayerAblation
 from lrsa_lit.attention import enable, using
@@ -205,24 +204,9 @@ def test_the_command_and_what_it_suggests(tmp_path, capfd):
     validate(*NO_LOGGER, *shown_flags(shown))
 
 
-def forwards(monkeypatch, *arguments):
-    """Calls of the decoder in a fit that also validates before and after training."""
-    count = [0]
-    original = LlamaModel.forward
-
-    def counted(self, *args, **kwargs):
-        count[0] += 1
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LlamaModel, "forward", counted)
-        short = ["--model.max_new_tokens", "1", "--trainer.max_steps", "3"]
-        main(["fit", *DEBUG, *NO_LOGGER, *arguments, *short])
-    return count[0]
-
-
-def test_a_fit_by_the_command_line_does_not_ask_for_it(tmp_path, monkeypatch):
-    assert forwards(monkeypatch, *LAYERS) == forwards(monkeypatch)
+def test_a_fit_by_the_command_line_does_not_ask_for_it(tmp_path):
+    short = ["--model.max_new_tokens", "1", "--trainer.max_steps", "3"]
+    assert forwards(*LAYERS, *short) == forwards(*short)
     assert not list(tmp_path.rglob("layers.json"))
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
+from cli_helpers import DEBUG, elsewhere, forwards, recorded_runs  # noqa: F401 - a fixture
 from helpers import one_line
-from transformers import LlamaModel
 
 from lrsa_lit.analysis.callback import CaptureSelections
 from lrsa_lit.analysis.capture import record
@@ -27,13 +25,6 @@ from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.paths import shipped
 
 CAPTURE = ["--config", "configs/experiment/selections.yaml"]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "argv", ["lrsa"])
 
 
 def test_before_and_after_training_are_artifacts_and_metrics(tmp_path):
@@ -64,30 +55,16 @@ def test_before_and_after_training_are_artifacts_and_metrics(tmp_path):
         np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
 
 
-def forwards(monkeypatch, *arguments):
-    """Calls of the decoder in a fit."""
-    count = [0]
-    original = LlamaModel.forward
-
-    def counted(self, *args, **kwargs):
-        count[0] += 1
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LlamaModel, "forward", counted)
-        main(["fit", *DEBUG, *NO_LOGGER, "--data.init_args.eval_batch_size", "2", *arguments])
-    return count[0]
-
-
-def test_it_costs_a_forward_of_the_samples_and_no_other(tmp_path, monkeypatch):
+def test_it_costs_a_forward_of_the_samples_and_no_other(tmp_path):
     Path("three.yaml").write_text(
         "trainer:\n  callbacks+:\n    - class_path: lrsa_lit.analysis.callback.CaptureSelections\n"
         "      init_args: {samples: 3, figures: false}\n"
     )
-    without = forwards(monkeypatch)
+    batches = ["--data.init_args.eval_batch_size", "2"]
+    without = forwards(*batches)
     assert not list(tmp_path.rglob("selections"))
     # Three samples lie in two batches, and are recorded twice.
-    assert forwards(monkeypatch, "--config", "three.yaml") == without + 4
+    assert forwards(*batches, "--config", "three.yaml") == without + 4
     files = sorted((tmp_path / "runs/selections").iterdir())
     assert [file.name for file in files] == ["step000000.npz", "step000004.npz"]
     ids = [each.id for each in read_records(shipped("data/sample.jsonl"))]
