@@ -14,11 +14,13 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, ascending: every special one.
+    """The tokens that end an answer, ascending: every special one, named by the tokenizer or not.
 
-    A model that begins another message has ended this one, even if it left out the end-of-sequence token.
+    What a model writes behind one is no part of its answer, even if it left out the end-of-sequence token: it begins
+    another message, or a text of another kind. Decoding hides such a token, and nothing would tell the two apart.
     """
-    return sorted(tokenizer.all_special_ids)
+    unnamed = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return sorted({*tokenizer.all_special_ids, *unnamed})
 
 
 def before_stop(tokens: Iterable[int], stops: Container[int]) -> list[int]:
