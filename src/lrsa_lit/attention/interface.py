@@ -27,7 +27,7 @@ from lrsa_lit.attention.rules import (
     warn_if_trained_otherwise,
 )
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig, sparse_attention
+from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig, is_traceable, numbers_of, sparse_attention, traced_attention
 
 NAME = "lrsa"
 """Under this name the attention is registered with transformers."""
@@ -74,7 +74,8 @@ def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
     warn_if_trained_otherwise(inner, config)
     state = Enabled(config, impl, inner.config._attn_implementation, modules, trained_with)
     for layer, module in enumerate(modules):
-        setattr(module, RULE, Rule(state, config.for_layer(layer), layer))
+        rule = config.for_layer(layer)
+        setattr(module, RULE, Rule(state, rule, layer, None if rule is None else numbers_of(rule)))
     decoder = inner.base_model
     state.handles = [
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
@@ -184,8 +185,6 @@ def _prepare(
     return (), {**given, LAYOUT: layout, CACHE: compressed}
 
 
-# A compiled layer calls it as it is: each layer's rule would else be a reason to compile that layer anew.
-@torch.compiler.disable
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -207,17 +206,56 @@ def _attention(
     if attention_mask is not None:
         raise UserError("attention_mask: masks prepared in 4-D are not allowed; pass the (B, T) mask of the tokens")
     _refuse(dropout, kwargs)
-    if not rule.state.checked:
-        rule.state.called.add(rule.layer)
+    rule.called = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _in_one_dtype(query, key, value)
     cache: LRSACache | None = kwargs.get(CACHE)
-    if cache is not None:
-        output = cache.layers[rule.layer].attend(query, key, value, scale)
+    if not torch.compiler.is_compiling():
+        output = _attend(module, layout, cache, query, key, value, scale)
+    elif cache is None and _is_traceable(rule, layout, query, key):
+        output = _attend_traced(module, layout, query, key, value, scale)
     else:
-        attend = _dense(module, scale) if rule.config is None else _sparse(rule.config, rule.state.impl, scale)
-        output = layout.apply(attend, query, key, value)
+        output = _attend_untraced(module, layout, cache, query, key, value, scale)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    module: nn.Module, layout: Layout, cache: LRSACache | None, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Attention of a layer, (B, Hq, T, D)."""
+    rule: Rule = getattr(module, RULE)
+    if cache is not None:
+        output: Tensor = cache.layers[rule.layer].attend(query, key, value, scale)
+        return output
+    attend = _dense(module, scale) if rule.config is None else _sparse(rule.config, rule.state.impl, scale)
+    return layout.apply(attend, query, key, value)
+
+
+# A compiled layer stops for it: what it asks the rule and the layout for would be reasons to compile that layer anew.
+_attend_untraced = torch.compiler.disable(_attend)
+
+
+def _attend_traced(
+    module: nn.Module, layout: Layout, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """:func:`_attend` as a part of a compiled layer's graph, which serves all layers and their rules."""
+    rule: Rule = getattr(module, RULE)
+    if rule.numbers is None:
+        output: Tensor = _dense(module, scale)(query, key, value, None)
+        return output
+    return traced_attention(query, key, value, rule.numbers, cu_seqlens=layout.cu_seqlens, scale=scale)
+
+
+def _is_traceable(rule: Rule, layout: Layout, query: Tensor, key: Tensor) -> bool:
+    """Whether a compiled layer need not stop for the attention: none for pads, kernels and a rule that is a tensor.
+
+    Dense layers stop where sequences are packed, whose number would be the number of calls in the graph.
+    """
+    if layout.real is not None or query.shape[2] != key.shape[2]:
+        return False
+    if rule.config is None:
+        return layout.cu_seqlens is None
+    return rule.numbers is not None and is_traceable(rule.state.impl, query)
 
 
 @torch.compiler.disable
@@ -289,9 +327,10 @@ def _check_calls(state: Enabled, name: str) -> None:
     """After the first forward: every layer must have called the registered attention."""
     if state.checked:
         return
-    if missing := sorted(set(range(len(state.modules))) - state.called):
+    rules: list[Rule] = [getattr(module, RULE) for module in state.modules]
+    if missing := [rule.layer for rule in rules if not rule.called]:
         raise UserError(
             f"model: layers {missing} of {name} did not call the LRSA attention; this family is not supported"
         )
     state.checked = True
-    _log.debug("all %d layers of %s run LRSA attention", len(state.modules), name)
+    _log.debug("all %d layers of %s run LRSA attention", len(rules), name)

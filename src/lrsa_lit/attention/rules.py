@@ -35,18 +35,27 @@ class Enabled:
     modules: list[nn.Module]
     trained_with: dict[str, Any] | None
     handles: list[Any] = field(default_factory=list)
-    called: set[int] = field(default_factory=set)
     checked: bool = False
     observe: Observe | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Rule:
-    """The rule of one attention module; a None config means that the layer stays dense."""
+    """The rule of one attention module.
+
+    Attributes:
+        state: what it belongs to.
+        config: None where the layer stays dense.
+        layer: which one.
+        numbers: the config as a compiled layer takes it, or None.
+        called: whether the module has called the attention.
+    """
 
     state: Enabled
     config: LRSAConfig | None
     layer: int
+    numbers: Tensor | None = None
+    called: bool = False
 
 
 def enabled_state(model: PreTrainedModel) -> Enabled | None:

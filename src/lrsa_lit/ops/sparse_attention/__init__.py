@@ -14,6 +14,7 @@ from lrsa_lit.ops.sparse_attention.compressors import (
 )
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.selection import Selection
+from lrsa_lit.ops.sparse_attention.traced import is_traceable, numbers_of, traced_attention
 
 __all__ = [
     "Compressor",
@@ -28,7 +29,10 @@ __all__ = [
     "Selector",
     "Strided",
     "ValueRelative",
+    "is_traceable",
+    "numbers_of",
     "select",
     "sparse_attention",
+    "traced_attention",
     "visibility_mask",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start
+from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, compressed_at, raw_start
 from lrsa_lit.ops.sparse_attention.impl import reference
 from lrsa_lit.ops.sparse_attention.selection import Selection, select_packed
 
@@ -202,10 +202,7 @@ def _boundaries(cu_seqlens: Tensor | None, key: Tensor, query: Tensor) -> Sequen
         raise UserError(f"cu_seqlens: packed rows need B = 1 and a query for each key, {given}")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise UserError(f"cu_seqlens: {cu_seqlens.dtype} {_shape(cu_seqlens)}; it must be int32 (N + 1,)")
-    values: list[int] = cu_seqlens.tolist()
-    if not values or values[0] != 0 or values[-1] != length or any(b < a for a, b in itertools.pairwise(values)):
-        raise UserError(f"cu_seqlens: {values} must start at 0, never decrease and end at T = {length}")
-    return sorted(set(values))
+    return checked_boundaries(cu_seqlens.tolist(), length)
 
 
 def _check_selection(selection: Selection, key: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> None:

@@ -5,8 +5,11 @@ Symbols as in README.md: S sink_size, L lag_size, C chunk, t position in its seq
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from lrsa_lit.errors import UserError
 
 if TYPE_CHECKING:
     from lrsa_lit.ops.sparse_attention.config import LRSAConfig
@@ -18,6 +21,17 @@ class Span(NamedTuple):
     start: int
     stop: int
     partitions: int
+
+
+def checked_boundaries(values: Sequence[int], length: int) -> Sequence[int]:
+    """Boundaries 0 … ``length`` of packed sequences without the empty ones.
+
+    Raises:
+        UserError: they are none.
+    """
+    if not values or values[0] != 0 or values[-1] != length or any(b < a for a, b in itertools.pairwise(values)):
+        raise UserError(f"cu_seqlens: {values} must start at 0, never decrease and end at T = {length}")
+    return sorted(set(values))
 
 
 def chunk_start(position: int, config: LRSAConfig) -> int:

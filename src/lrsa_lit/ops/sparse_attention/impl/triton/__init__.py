@@ -22,6 +22,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton import ops
 from lrsa_lit.ops.sparse_attention.impl.triton.decoding import attend_one
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import ranks_of
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import positive_scale
 from lrsa_lit.ops.sparse_attention.selection import (
     Selection,
     compact_buffer,
@@ -164,11 +165,7 @@ def _attend(
     numbers: Sequence[int],
     scale: float,
 ) -> Tensor:
-    # The kernels take the maximum of the scores before they scale them.
-    if scale < 0:
-        query, scale = -query, -scale
-    # Masked scores are minus infinity, which zero would turn into NaN.
-    scale = max(scale, 1e-30)
+    query, scale = positive_scale(query, scale)
     return ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)
 
 

@@ -23,7 +23,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import gather_compact
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
 from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved, with_rows
 
 # The tables of plan.py outlive a call: memory that CUDA graph trees must not recycle.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -75,13 +75,13 @@ def _watched(tensor: Tensor) -> bool:
 def _select(
     key: Tensor, value: Tensor, boundaries: Sequence[int], numbers: Sequence[int], weight: float, partitions: int
 ) -> tuple[Tensor, Tensor]:
-    return select_ranks(_rows(key), _rows(value), _geometry(boundaries, numbers), weight)
+    return select_ranks(with_rows(key), with_rows(value), _geometry(boundaries, numbers), weight)
 
 
 def _gather(
     key: Tensor, value: Tensor, ranks: Tensor, boundaries: Sequence[int], numbers: Sequence[int], rows: int
 ) -> tuple[Tensor, Tensor]:
-    return gather_compact(_rows(key), _rows(value), ranks, _geometry(boundaries, numbers))
+    return gather_compact(with_rows(key), with_rows(value), ranks, _geometry(boundaries, numbers))
 
 
 def _attend(
@@ -97,7 +97,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Tq, D) and log2 of the softmax's denominator (B, Hq, Tq), which the backward reads."""
     compact = compact_key.contiguous(), compact_value.contiguous()
-    return attend_forward(_rows(query), _rows(key), _rows(value), *compact, _geometry(boundaries, numbers), scale)
+    return attend_forward(
+        with_rows(query), with_rows(key), with_rows(value), *compact, _geometry(boundaries, numbers), scale
+    )
 
 
 def _attend_grad(
@@ -110,9 +112,9 @@ def _attend_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, compact keys and compact values; see ``backward``."""
     query, key, value, compact_key, compact_value, output, denominator = saved
-    inputs = _rows(query), _rows(key), _rows(value), compact_key.contiguous(), compact_value.contiguous()
+    inputs = with_rows(query), with_rows(key), with_rows(value), compact_key.contiguous(), compact_value.contiguous()
     results = Saved(*inputs, output, denominator)
-    return attend_backward(results, _rows(output_grad), ranks, _geometry(boundaries, numbers), scale)
+    return attend_backward(results, with_rows(output_grad), ranks, _geometry(boundaries, numbers), scale)
 
 
 _select_op = torch.library.custom_op("lrsa_lit::select_lag_relative", _select, mutates_args=(), tags=_TAGS)
@@ -186,8 +188,3 @@ class _Attend(torch.autograd.Function):
 
 def _geometry(boundaries: Sequence[int], numbers: Sequence[int]) -> Geometry:
     return Geometry(tuple(boundaries), *numbers)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous, whatever its other strides."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

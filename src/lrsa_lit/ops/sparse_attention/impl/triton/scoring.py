@@ -18,7 +18,9 @@ _INTEGERS = ["heads", "n_partitions", "sink", "lag", "keep"]
 _TOKENS = 32
 
 
-def select_ranks(key: Tensor, value: Tensor, geometry: Geometry, weight: float) -> tuple[Tensor, Tensor]:
+def select_ranks(
+    key: Tensor, value: Tensor, geometry: Geometry, weight: float, ranks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Score the tokens of all partitions and rank the K highest by position.
 
     Args:
@@ -26,6 +28,7 @@ def select_ranks(key: Tensor, value: Tensor, geometry: Geometry, weight: float) 
         value: (B, H, T, D).
         geometry: of the call.
         weight: w, the weight of the value score.
+        ranks: (B, H, P, L) int32, contiguous, to be written to; None for a new one.
 
     Returns:
         Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped; and the scores
@@ -33,7 +36,8 @@ def select_ranks(key: Tensor, value: Tensor, geometry: Geometry, weight: float) 
     """
     batch, heads, _, dim = key.shape
     shape = batch, heads, sum(partitions(geometry)), geometry.lag
-    ranks = torch.empty(shape, dtype=torch.int32, device=key.device)
+    if ranks is None:
+        ranks = torch.empty(shape, dtype=torch.int32, device=key.device)
     scores = torch.empty(shape, dtype=torch.float32, device=key.device)
     if ranks.numel() == 0:
         return ranks, scores

@@ -30,6 +30,19 @@ def row_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor 
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
 
 
+def with_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, whatever its other strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Query and scale with the same products: the kernels take the maximum of the scores before they scale them."""
+    if scale < 0:
+        query, scale = -query, -scale
+    # Masked scores are minus infinity, which zero would turn into NaN.
+    return query, max(scale, 1e-30)
+
+
 def expressible(tensor: Tensor) -> bool:
     """Whether the copy engine can express blocks of rows of the tensor."""
     aligned = tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:3])

@@ -1,0 +1,110 @@
+"""Selection and attention as one registered operator, with its gradient: all that a compiled layer's graph sees.
+
+Its shapes follow from those of query and key alone. So the ranks stand in the first elements of a buffer that holds as
+many as there are tokens, and the backward gathers the compact buffer again, which is cheaper than to keep it.
+
+Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, L lag_size, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
+from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
+from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
+from lrsa_lit.ops.sparse_attention.impl.triton.gather import gather_compact
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, partitions
+from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks
+from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved, positive_scale, with_rows
+
+# The tables of plan.py outlive a call: memory that CUDA graph trees must not recycle.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> Tensor:
+    """Output (B, Hq, T, D); arguments as in ``traced.traced_attention``."""
+    query, scale = positive_scale(query, scale)
+    output: Tensor = _forward_op(query, key, value, numbers, cu_seqlens, scale)[0]
+    return output
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log2 of the softmax's denominator (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
+    query, key, value = with_rows(query), with_rows(key), with_rows(value)
+    geometry, weight = _call(key, numbers, cu_seqlens)
+    buffer = _rank_buffer(key)
+    ranks, _ = select_ranks(key, value, geometry, weight, _ranks_in(buffer, geometry))
+    compact = gather_compact(key, value, ranks, geometry)
+    return *attend_forward(query, key, value, *compact, geometry, scale), buffer
+
+
+def _backward(
+    saved: Sequence[Tensor], output_grad: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    query, key, value, output, denominator, buffer = saved
+    query, key, value = with_rows(query), with_rows(key), with_rows(value)
+    geometry, _ = _call(key, numbers, cu_seqlens)
+    ranks = _ranks_in(buffer, geometry)
+    compact = gather_compact(key, value, ranks, geometry)
+    results = Saved(query, key, value, *compact, output, denominator)
+    return attend_backward(results, with_rows(output_grad), ranks, geometry, scale)[:3]
+
+
+_forward_op = torch.library.custom_op("lrsa_lit::attention", _forward, mutates_args=(), tags=_TAGS)
+_backward_op = torch.library.custom_op("lrsa_lit::attention_backward", _backward, mutates_args=(), tags=_TAGS)
+
+
+@_forward_op.register_fake
+def _(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    denominator = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return torch.empty_like(with_rows(query)), denominator, _rank_buffer(key)
+
+
+@_backward_op.register_fake
+def _(saved: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(with_rows(tensor)) for tensor in saved[:3])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, numbers, cu_seqlens, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, numbers, cu_seqlens)
+
+
+def _differentiate(ctx: Any, output_grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    *saved, numbers, cu_seqlens = ctx.saved_tensors
+    return *_backward_op(saved, output_grad, numbers, cu_seqlens, ctx.scale), None, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _call(key: Tensor, numbers: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, float]:
+    """The geometry, and the weight of the value score."""
+    *rule, weight = numbers.tolist()
+    length = key.shape[2]
+    boundaries = (0, length) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), length)
+    return Geometry(tuple(boundaries), 0, 0, *(int(number) for number in rule)), weight
+
+
+def _rank_buffer(key: Tensor) -> Tensor:
+    """As many int32 as there are keys, of which the partitions are a part."""
+    return torch.empty(key.shape[:3], dtype=torch.int32, device=key.device)
+
+
+def _ranks_in(buffer: Tensor, geometry: Geometry) -> Tensor:
+    """The ranks (B, H, P, L) in front of a buffer."""
+    batch, heads, _ = buffer.shape
+    shape = batch, heads, sum(partitions(geometry)), geometry.lag
+    return buffer.flatten()[: math.prod(shape)].view(shape)

@@ -1,0 +1,52 @@
+"""The operator with its rule in a tensor: one graph of torch.compile then serves all rules, each layer with its own.
+
+A graph takes integers as constants or as sizes to reason about; what a tensor holds it takes as it comes.
+
+Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, N packed sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.api import implementation
+from lrsa_lit.ops.sparse_attention.compressors import LagRelative
+from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+from lrsa_lit.ops.sparse_attention.impl import reference
+
+
+def numbers_of(config: LRSAConfig) -> Tensor | None:
+    """S, L, K, C and w as float64 (5,) on the CPU, or None if the rule's compressor is not lag-relative selection."""
+    if not isinstance(config.compressor, LagRelative):
+        return None
+    rule = config.sink_size, config.lag_size, config.top_k, config.chunk, config.value_weight
+    # An evaluation may switch the rule under inference mode, whose tensors no graph that trains takes.
+    with torch.inference_mode(False):
+        return torch.tensor(rule, dtype=torch.float64, device="cpu")
+
+
+def is_traceable(impl: str, query: Tensor) -> bool:
+    """Whether :func:`traced_attention` runs on such queries: where ``impl`` means the Triton kernels."""
+    return implementation(impl, query) is not reference
+
+
+def traced_attention(
+    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, *, cu_seqlens: Tensor | None = None, scale: float
+) -> Tensor:
+    """What ``sparse_attention(…, impl="triton")`` computes, as one opaque operator forward and one backward.
+
+    Args:
+        query: (B, Hq, T, D).
+        key: (B, H, T, D), rotated, H dividing Hq.
+        value: (B, H, T, D).
+        numbers: the rule, from :func:`numbers_of`.
+        cu_seqlens: int32 (N + 1,) on the CPU, boundaries of N sequences packed in one row (B = 1).
+        scale: factor of the scores.
+
+    Returns:
+        (B, Hq, T, D) in the query's dtype.
+    """
+    from lrsa_lit.ops.sparse_attention.impl.triton import traced
+
+    return traced.attention(query, key, value, numbers, cu_seqlens, scale)
