@@ -239,8 +239,8 @@ def _is_bare(folder: Path) -> bool:
 def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
     """Compile layer by layer: all share one compilation, and what a GPU must be asked for stays outside.
 
-    Checkpointing goes around what is compiled. Transformers' own would stand inside, where the attention, which is not
-    compiled, may not interrupt it.
+    Checkpointing goes around what is compiled. Transformers' own would stand inside, where an attention that cannot be
+    traced may not interrupt it.
     """
     import torch
     from torch.utils.checkpoint import checkpoint

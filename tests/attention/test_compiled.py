@@ -1,0 +1,138 @@
+"""Compiled layers: one graph for all layers and rules where it can be, and the numbers of eager ones everywhere."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from lrsa_lit.attention import LAYOUT, LRSACache, enable, observing, packed_layout, using
+from lrsa_lit.models import Backbone
+from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
+
+RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
+
+
+class Small(Backbone):
+    """Two query heads and one of keys: the interpreter of the kernels is slow."""
+
+    def _load(self):
+        return tiny_model(hidden_size=32, num_heads=2, num_kv_heads=1)
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Two equal models, eager and with compiled layers."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+
+    def make(**options):
+        return Small("tiny").build(), Small("tiny", compile_layers=True, **options).build()
+
+    return make
+
+
+@pytest.fixture
+def models(build):
+    return build()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def breaks():
+    return sum(counters["graph_break"].values())
+
+
+def tokens(batch, length):
+    return torch.randint(3, 259, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def train(model, ids, rule=None, impl="triton", **inputs):
+    """Logits and gradients, under a rule that stays."""
+    if rule is not None:
+        enable(model, rule, impl=impl)
+    model.zero_grad()
+    logits = model(ids, use_cache=False, **inputs).logits
+    logits.float().square().mean().backward()
+    return [logits, *(weight.grad.clone() for weight in model.parameters())]
+
+
+def assert_same(models, ids, rule=None, **inputs):
+    expected, got = (train(model, ids, rule, **inputs) for model in models)
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+
+
+def test_one_graph_serves_all_layers_and_rules(models):
+    ids = tokens(1, 40)
+    for rule in (RULE, RULE.replace(top_k=9, value_weight=0)):
+        assert_same(models, ids, rule)
+    assert (graphs(), breaks()) == (1, 0)
+    # Dense layers, whichever they are, are a second graph.
+    for layers in ([0], [0, 1]):
+        assert_same(models, ids, RULE.replace(dense_layers=layers))
+    assert (graphs(), breaks()) == (2, 0)
+
+
+def test_packed_rows(models):
+    ids = tokens(1, 42)
+    for boundaries in ([0, 5, 42], [0, 2, 5, 42]):
+        positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(boundaries)])[None]
+        assert_same(models, ids, RULE, position_ids=positions, **{LAYOUT: packed_layout(boundaries)})
+    # Two sequences, any number.
+    assert (graphs(), breaks()) == (2, 0)
+
+
+def test_checkpointed_layers(build):
+    assert_same(build(gradient_checkpointing=True), tokens(1, 40), RULE)
+    assert (graphs(), breaks()) == (1, 0)
+
+
+def test_mixed_precision(models):
+    with torch.autocast("cpu", dtype=torch.float16):
+        expected, got = (train(model, tokens(1, 40), RULE) for model in models)
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-2, atol=1e-3)
+    assert (graphs(), breaks()) == (1, 0)
+
+
+def test_pads_in_a_mask_interrupt_the_graph(models):
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :2] = 0
+    mask[1, 31:] = 0
+    assert_same(models, tokens(2, 40), RULE, attention_mask=mask)
+    assert breaks() > 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "impl"),
+    [(RULE.replace(compressor=RandomTokens()), "triton"), (RULE, "reference")],
+    ids=["other compressor", "reference"],
+)
+def test_what_cannot_be_traced_interrupts_the_graph(rule, impl, models):
+    assert_same(models, tokens(1, 40), rule, impl=impl)
+    assert breaks() > 0
+
+
+def test_an_evaluation_in_between_compiles_nothing(models):
+    _, model = models
+    ids = tokens(1, 40)
+    train(model, ids, RULE)
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"), using(model, RULE.replace(top_k=2)):
+        model.generate(ids, past_key_values=LRSACache.of(model), max_new_tokens=3, do_sample=False)
+    assert_same((enable(models[0], RULE, impl="triton"), model), ids)
+    assert (graphs(), breaks()) == (1, 0)
+
+
+def test_an_observer_sees_every_layer(models):
+    seen = []
+    _, model = models
+    enable(model, RULE, impl="triton")
+    with observing(model, lambda rule, layout, query, key, value: seen.append(rule.layer)):
+        model(tokens(1, 40), use_cache=False)
+    assert seen == [0, 1]

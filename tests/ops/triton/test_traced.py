@@ -1,0 +1,103 @@
+"""The operator of compiled layers, its rule in a tensor, against the operator itself."""
+
+import pytest
+import torch
+from ops.triton.oracle import inputs
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens, numbers_of, sparse_attention, traced_attention
+
+SMALL = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
+
+
+def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_attention):
+    """Outputs and gradients are equal bit by bit."""
+    results = []
+    for run, rule in ((attention, numbers_of(config)), (sparse_attention, config)):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
+        options = {"impl": "triton"} if run is sparse_attention else {}
+        output = run(*leaves, rule, cu_seqlens=cu_seqlens, scale=scale, **options)
+        results.append([output, *torch.autograd.grad(output, leaves, tensors[3])])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SMALL, id="C=L"),
+        pytest.param(SMALL.replace(chunk_size=24), id="C=1.5L"),
+        pytest.param(SMALL.replace(top_k=0), id="K=0"),
+        pytest.param(SMALL.replace(top_k=16), id="K=L"),
+        pytest.param(SMALL.replace(value_weight=0.3), id="w=0.3"),
+        pytest.param(SMALL.replace(value_weight=0), id="w=0"),
+        pytest.param(LRSAConfig(0, 14, 3), id="S=0 L=14"),
+    ],
+)
+def test_rule(config):
+    assert_same(inputs(1, 2, 1, 75, 16), config)
+
+
+@pytest.mark.parametrize("length", [1, 35, 36, 37])
+def test_length(length):
+    assert_same(inputs(1, 2, 1, length, 16), SMALL)
+
+
+def test_packed():
+    assert_same(inputs(1, 4, 2, 90, 16), SMALL, torch.tensor([0, 1, 6, 6, 50, 90], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_any_scale(scale):
+    assert_same(inputs(1, 2, 1, 60, 16), SMALL, scale=scale)
+
+
+def test_any_strides():
+    tensors = [tensor.transpose(-1, -2).contiguous().transpose(-1, -2) for tensor in inputs(1, 2, 1, 60, 16)]
+    assert_same(tensors, SMALL)
+    assert_same(tensors, SMALL, attention=torch.compile(traced_attention, fullgraph=True, backend="aot_eager"))
+
+
+def test_one_graph_serves_all_rules_and_packings():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(traced_attention, fullgraph=True, backend=count)
+    tensors = inputs(1, 2, 1, 50, 16)
+    for config in (SMALL, SMALL.replace(top_k=9), SMALL.replace(value_weight=0), LRSAConfig(2, 12, 3, 20)):
+        assert_same(tensors, config, attention=compiled)
+    assert len(graphs) == 1
+    for boundaries in ([0, 50], [0, 10, 50], [0, 5, 10, 45, 50]):
+        assert_same(tensors, SMALL, torch.tensor(boundaries, dtype=torch.int32), attention=compiled)
+    # No boundaries, two of them, and any number.
+    assert len(graphs) == 3
+
+
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones():
+    query, key, value, _ = inputs(1, 4, 2, 70, 16)
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    boundaries = torch.tensor([0, 20, 70], dtype=torch.int32)
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    operator = torch.ops.lrsa_lit.attention.default
+    torch.library.opcheck(operator, (*leaves, numbers_of(SMALL), boundaries, 0.25), test_utils=checks)
+
+
+def test_a_rule_of_an_evaluation_trains():
+    with torch.inference_mode():
+        numbers = numbers_of(SMALL)
+    assert not numbers.is_inference()
+    assert numbers.tolist() == [4, 16, 4, 16, 1.0]
+
+
+def test_other_compressors_have_no_numbers():
+    assert numbers_of(SMALL.replace(compressor=RandomTokens())) is None
+
+
+def test_boundaries_that_do_not_fit_are_refused():
+    query, key, value, _ = inputs(1, 2, 1, 40, 16)
+    boundaries = torch.tensor([0, 41], dtype=torch.int32)
+    with pytest.raises(UserError, match="cu_seqlens"):
+        traced_attention(query, key, value, numbers_of(SMALL), cu_seqlens=boundaries, scale=0.25)
