@@ -122,6 +122,18 @@ def test_a_part_may_be_run_row_by_row(study_file, data, tmp_path):
     assert "--rows: 'other' is not allowed; main has dense, lrsa" in one_line(error.value)
 
 
+def test_a_part_may_be_run_seed_by_seed(study_file, data, tmp_path):
+    asked = {**STUDY["parts"]["main"], "rows": ["dense"], "seeds": [0, 1]}
+    study_file.write_text(yaml.safe_dump({**STUDY, "parts": {"main": asked}}, sort_keys=False))
+    one = runner(study_file, data, tmp_path)
+    assert one.run("main", seeds=[1])
+    assert {line["seed"] for line in one.results.lines} == {1}
+    assert [bool(missing) for _, _, missing in one.todo("main")] == [True, False]
+    with pytest.raises(UserError) as error:
+        one.run("main", seeds=[2])
+    assert "--seeds: 2 is not allowed; main has 0, 1" in one_line(error.value)
+
+
 def test_parts_together_are_done_row_by_row_and_nothing_twice(study_file, data, tmp_path, capsys):
     losses = {
         "rows": ["dense", "lrsa"],

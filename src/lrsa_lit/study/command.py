@@ -52,6 +52,7 @@ def _parser() -> Parser:
     run_part.add_argument("--minutes", type=float, default=9.0, help="stop before these are over (default: 9)")
     run_part.add_argument("--work", type=Path, default=Path("runs/study"), help="weights and unfinished trainings")
     run_part.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows of the parts alone")
+    run_part.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="these seeds alone")
     run_part.add_argument("--shared", action="store_true", help="others use the device as well: measure no speed")
     run_part.add_argument("--source", help="folder of the study's base LLM on this machine")
     run_part.add_argument(
@@ -124,7 +125,7 @@ def _run(options: argparse.Namespace) -> None:
         options.workers,
         options.shared,
     )
-    done = runner.run(*options.part, rows=options.rows)
+    done = runner.run(*options.part, rows=options.rows, seeds=options.seeds)
     print(f"{', '.join(options.part)}: {'done' if done else 'not done yet; the same command goes on'}", flush=True)
 
 

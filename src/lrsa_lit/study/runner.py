@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -58,20 +58,19 @@ class Runner:
         self._files: dict[tuple[str, str], TokenFile] = {}
         self.workers = Workers(workers, self.left)
 
-    def run(self, *parts: str, rows: Collection[str] = ()) -> bool:
-        """Do what the results do not hold yet, of some rows of the parts or of all; returns whether that is done.
+    def run(self, *parts: str, rows: Collection[str] = (), seeds: Collection[int] = ()) -> bool:
+        """Do what the results do not hold yet, of some rows and seeds of the parts or of all; returns whether all is.
 
         Raises:
-            UserError: the parts have no such row.
+            UserError: the parts have no such row or seed.
         """
         works = self.study.work(*parts)
-        allowed = dict.fromkeys(work.row.name for work in works)
-        if unknown := [name for name in rows if name not in allowed]:
-            raise UserError(f"--rows: {unknown[0]!r} is not allowed; {', '.join(parts)} has {', '.join(allowed)}")
+        _check_among("--rows", rows, [work.row.name for work in works], parts)
+        _check_among("--seeds", seeds, [work.seed for work in works], parts)
         try:
             with self.workers:
                 for work in works:
-                    if not rows or work.row.name in rows:
+                    if (not rows or work.row.name in rows) and (not seeds or work.seed in seeds):
                         self._work(work)
         except OutOfTimeError:
             return False
@@ -256,6 +255,14 @@ class Runner:
         if (data_set, split) not in self._files:
             self._files[data_set, split] = tokens.read(tokens.path_of(self.data, data_set, split))
         return self._files[data_set, split]
+
+
+def _check_among(option: str, asked: Iterable[str | int], works: Iterable[str | int], parts: Iterable[str]) -> None:
+    allowed = dict.fromkeys(works)
+    if unknown := [value for value in asked if value not in allowed]:
+        raise UserError(
+            f"{option}: {unknown[0]!r} is not allowed; {', '.join(parts)} has {', '.join(map(str, allowed))}"
+        )
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
