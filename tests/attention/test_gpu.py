@@ -7,6 +7,7 @@ import torch
 
 from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
+from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
@@ -15,6 +16,13 @@ from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 RULE = LRSAConfig(sink_size=4, lag_size=32, top_k=8)
+
+
+class Wide(Backbone):
+    """Heads as wide as the kernels want them."""
+
+    def _load(self):
+        return tiny_model(hidden_size=256)
 
 
 @pytest.fixture
@@ -66,6 +74,20 @@ def test_gradients_with_and_without_checkpointing(model):
     for reference, plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
         assert (plain - reference).norm() <= 2e-2 * reference.norm()
+
+
+@pytest.mark.parametrize("layers", [(), (0,), (0, 1)], ids=["sparse", "one dense", "dense"])
+def test_compiled_layers_train_alike(layers):
+    ids, results = tokens(2, 500), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = enable(Wide("tiny", compile_layers=compiled).build().cuda(), RULE.replace(dense_layers=layers))
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits = model(ids, use_cache=False).logits
+        logits.float().square().mean().backward()
+        results.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    for eager, fused in zip(*results, strict=True):
+        assert (fused - eager).norm() <= 2e-2 * eager.norm()
 
 
 def test_cached_chunks_equal_the_parallel_pass(model):

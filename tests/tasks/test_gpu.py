@@ -45,9 +45,11 @@ def batch(boundaries):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("boundaries", [None, [0, 400, 1000]], ids=["one", "packed"])
-def test_a_step_never_waits_for_the_device(boundaries, checkpointing):
-    task = LongContextQA(Backbone("tiny", dtype="bfloat16", gradient_checkpointing=checkpointing), RULE)
+def test_a_step_never_waits_for_the_device(boundaries, compiled, checkpointing):
+    options = {"compile_layers": compiled, "gradient_checkpointing": checkpointing}
+    task = LongContextQA(Backbone("tiny", dtype="bfloat16", **options), RULE)
     task.configure_model()
     task.cuda()
     rows = batch(boundaries)
