@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +71,8 @@ class Batch(TrainBatch):
 def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
     """Pad examples, at least one, into a batch to train on, of at least ``length`` columns."""
     sequences = [token_ids(example) for example in examples]
-    labels = _pad([answer_labels(example) for example in examples], IGNORE_INDEX, length=length)
+    answers = [answer_labels(ids, example["prompt_length"]) for ids, example in zip(sequences, examples, strict=True)]
+    labels = _pad(answers, IGNORE_INDEX, length=length)
     return TrainBatch(
         input_ids=_pad(sequences, pad_token_id, length=length),
         attention_mask=_pad([torch.ones_like(ids) for ids in sequences], 0, length=length),
@@ -84,9 +86,10 @@ def collate_training(examples: Sequence[Example], pad_token_id: int, length: int
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Pad examples, at least one, into a batch to evaluate on."""
-    prompts = [token_ids(example)[: example["prompt_length"]] for example in examples]
+    training = collate_training(examples, pad_token_id)
+    prompts = [ids[: example["prompt_length"]] for ids, example in zip(training["input_ids"], examples, strict=True)]
     return Batch(
-        **collate_training(examples, pad_token_id),
+        **training,
         prompt_ids=_pad(prompts, pad_token_id, side="left"),
         prompt_mask=_pad([torch.ones_like(ids) for ids in prompts], 0, side="left"),
         prompt_length=[example["prompt_length"] for example in examples],
@@ -112,12 +115,15 @@ def groups_of(source: str, task: str) -> list[str]:
 
 def token_ids(example: Example) -> Tensor:
     """(T,) int64 tokens of an example."""
-    return torch.as_tensor(example["input_ids"], dtype=torch.int64)
+    # NumPy reads a list about twice as fast as PyTorch does.
+    return torch.from_numpy(np.asarray(example["input_ids"], dtype=np.int64))
 
 
-def answer_labels(example: Example) -> Tensor:
-    """(T,) int64: the answer's tokens, and -100 on the prompt."""
-    return token_ids(example).index_fill(0, torch.arange(example["prompt_length"]), IGNORE_INDEX)
+def answer_labels(ids: Tensor, prompt_length: int) -> Tensor:
+    """(T,) int64: of an example's tokens the answer's, and -100 on the prompt."""
+    labels = ids.clone()
+    labels[:prompt_length] = IGNORE_INDEX
+    return labels
 
 
 def predicting_columns(labels: Tensor) -> Tensor:

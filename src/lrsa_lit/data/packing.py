@@ -20,7 +20,8 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
     sequences = [token_ids(example) for example in examples]
     lengths = [len(ids) for ids in sequences]
     row = torch.cat(sequences)[None]
-    labels = torch.cat([_after_first(answer_labels(example)) for example in examples])[None]
+    answers = [answer_labels(ids, example["prompt_length"]) for ids, example in zip(sequences, examples, strict=True)]
+    labels = torch.cat([_after_first(labels) for labels in answers])[None]
     return TrainBatch(
         input_ids=row,
         attention_mask=torch.ones_like(row),
