@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.ops.sparse_attention.config import is_integer
 from lrsa_lit.study import settings
 from lrsa_lit.study.settings import Settings
 
@@ -295,7 +296,7 @@ def _dense_layers(key: str, given: Settings) -> Iterator[tuple[int, list[int]]]:
                         "of N layers, or {only: N, beside: [LAYER, ...]}")  # fmt: skip
     kind = "only" if "only" in given else "all_but"
     count, beside = given[kind], given.get("beside", [])
-    if not _is_integer(count) or count < 1:
+    if not is_integer(count) or count < 1:
         raise UserError(f"{key}.{kind}: {count!r} is not allowed; it must be an integer >= 1")
     if not _leaves_some(beside, count):
         raise UserError(f"{key}.beside: {beside!r} is not allowed; it must be a list of different layers from 0 to "
@@ -304,13 +305,9 @@ def _dense_layers(key: str, given: Settings) -> Iterator[tuple[int, list[int]]]:
         yield layer, [other for other in range(count) if (other == layer) == (kind == "only") or other in beside]
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _leaves_some(layers: Any, count: int) -> bool:
     """Whether these are different ones of so many layers, and not all of them."""
-    if not isinstance(layers, list) or not all(_is_integer(layer) and 0 <= layer < count for layer in layers):
+    if not isinstance(layers, list) or not all(is_integer(layer) and 0 <= layer < count for layer in layers):
         return False
     return len(set(layers)) == len(layers) < count
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative
@@ -44,23 +44,23 @@ class LRSAConfig:
         """Make the tuple that YAML cannot write, then check each bound once."""
         if isinstance(self.dense_layers, Iterable) and not isinstance(self.dense_layers, str):
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        self._check("sink_size", _is_int(self.sink_size) and self.sink_size >= 0, "an integer >= 0")
-        self._check("lag_size", _is_int(self.lag_size) and self.lag_size >= 2, "an integer >= 2")
+        self._check("sink_size", is_integer(self.sink_size) and self.sink_size >= 0, "an integer >= 0")
+        self._check("lag_size", is_integer(self.lag_size) and self.lag_size >= 2, "an integer >= 2")
         self._check(
             "top_k",
-            _is_int(self.top_k) and 0 <= self.top_k <= self.lag_size,
+            is_integer(self.top_k) and 0 <= self.top_k <= self.lag_size,
             f"an integer from 0 to lag_size ({self.lag_size})",
         )
         self._check(
             "chunk_size",
-            self.chunk_size is None or (_is_int(self.chunk_size) and self.chunk_size >= 1),
+            self.chunk_size is None or (is_integer(self.chunk_size) and self.chunk_size >= 1),
             "an integer >= 1, or null for lag_size",
         )
         self._check("value_weight", _is_finite_weight(self.value_weight), "a finite number >= 0")
         self._check(
             "dense_layers",
             isinstance(self.dense_layers, tuple)
-            and all(_is_int(layer) and layer >= 0 for layer in self.dense_layers)
+            and all(is_integer(layer) and layer >= 0 for layer in self.dense_layers)
             and len(set(self.dense_layers)) == len(self.dense_layers),
             "a list of different layer indices >= 0",
         )
@@ -123,7 +123,8 @@ class LRSAConfig:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _is_int(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value out of YAML is an integer; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
