@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.errors import UserError
+from lrsa_lit.names import OWN
 from lrsa_lit.store import SQLITE, connect, existing_uri, find_experiment
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = "LRSA") -> pd.DataFrame:
+def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = OWN) -> pd.DataFrame:
     """What each run answered at its last validation, by run id and question id.
 
     Columns: ``question``, ``gold``, ``prediction``, ``f1``.

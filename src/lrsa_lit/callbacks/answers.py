@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 
-from lrsa_lit.callbacks.names import OWN
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import exact_match, f1_score, recall
+from lrsa_lit.names import OWN
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lrsa_lit.callbacks.names import OWN, SCORES
+from lrsa_lit.names import OWN, SCORES
 
 if TYPE_CHECKING:
     from lrsa_lit.data.module import QADataModule, Split

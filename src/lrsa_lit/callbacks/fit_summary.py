@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lrsa_lit.callbacks.names import OWN, SCORES
+from lrsa_lit.names import OWN, SCORES
 
 
 class FitSummary(Callback):

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.metrics import exact_match, f1_score
+from lrsa_lit.names import OWN
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
 
@@ -65,7 +66,7 @@ class SamplePredictions(Callback):
             for name, texts in outputs.items():
                 text = texts[row]
                 scores = {"f1": f1_score(text, gold, match), "em": exact_match(text, gold, match)}
-                values[name or "LRSA"] = {"prediction": text, **scores}
+                values[name or OWN] = {"prediction": text, **scores}
             self._rows.append(values)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

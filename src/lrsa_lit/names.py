@@ -2,3 +2,4 @@
 
 SCORES = {"loss": "answer loss", "f1": "F1", "em": "exact match"}
 OWN = "LRSA"
+"""The run's own attention, whose name among the evaluated ones is empty."""
