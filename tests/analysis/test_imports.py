@@ -28,7 +28,7 @@ def imported(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
     if path.parent.name == "analysis":
-        allowed = {"analysis", "ops", "attention", "models", "data", "store", "errors", "names", "tracking"}
+        allowed = {"analysis", "ops", "attention", "models", "data", "store", "errors", "files", "names", "tracking"}
         allowed |= {"checkpoints", "statistics"}
         assert imported(path) <= allowed
     elif "study" not in path.parts:

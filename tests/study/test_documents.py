@@ -1,6 +1,7 @@
 """Blocks of Markdown files: what is filled, what is kept, and what is refused."""
 
 import re
+import stat
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.blocks import Blocks
 from lrsa_lit.study.report.document import fill
 from lrsa_lit.study.report.evidence import layers
-from lrsa_lit.study.report.markers import filled
+from lrsa_lit.study.report.markers import filled, replace
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.shards import Weights, shards_of
 
@@ -97,6 +98,19 @@ def test_an_unknown_block_says_which_there_are(study_file, tmp_path):
 def test_a_missing_file_is_named(study_file, tmp_path):
     with pytest.raises(UserError, match=r"none\.md"):
         filled(tmp_path / "none.md", str)
+
+
+def test_another_content_leaves_the_permissions_and_no_other_file(tmp_path):
+    path = tmp_path / "a.md"
+    path.write_text("old")
+    path.chmod(0o640)
+    replace(path, b"new")
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    with pytest.raises(UserError, match="cannot be written") as error:
+        replace(path / "b.md", b"")
+    assert "b.md" in one_line(error.value)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_not_measured_is_left_empty(study_file):

@@ -18,10 +18,10 @@ from torch import Tensor
 from lrsa_lit.analysis.artifacts import run_folder, upload
 from lrsa_lit.analysis.layer_gains import LayerGains, exactly
 from lrsa_lit.attention import rules, using
-from lrsa_lit.checkpoints.files import write_atomically
 from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.data.collate import TrainBatch, predicting_columns
 from lrsa_lit.errors import UserError
+from lrsa_lit.files import write_atomically
 from lrsa_lit.models import uncompiled
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 

@@ -6,8 +6,6 @@ Dimensions: N layers with LRSA, H key-value heads, T tokens of a sample, P compr
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.files import write_atomically
 
 SCHEMA = 1
 """Version of the file format; a reader takes its own only."""
@@ -139,16 +138,7 @@ class SelectionRecord:
             # Within their partitions, where a byte mostly holds them.
             arrays[f"places{index}"] = _smallest(sample.positions - _starts(self.rule, sample.positions))
             arrays[f"scores{index}"] = _halved(sample.scores)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            try:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-                os.fchmod(file.fileno(), 0o644)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
     def _header(self) -> dict[str, Any]:
         return {

@@ -11,8 +11,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved, system_error
-from lrsa_lit.checkpoints.files import write_atomically
+from lrsa_lit.checkpoints.files import tidy
 from lrsa_lit.errors import UserError
+from lrsa_lit.files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -36,6 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
         try:
+            tidy(Path(path).parent)
             write_atomically(Path(path), write)
         except (OSError, RuntimeError) as error:
             if (cause := system_error(error)) is None:

@@ -1,28 +1,21 @@
-"""Checkpoint files: written whole or not at all, checked before they are trusted, and found again.
+"""Checkpoint files: checked before they are trusted, found again, and tidied up after.
 
-A checkpoint is one file, or a folder of shards (``.metadata``, ``*.distcp``, ``meta.pt``), which a strategy writes.
-While a file is written it has a hidden name that ends in ``.partial``, and its writer has a lock on it: so others know
-it from what a dead process has left. A folder that is being replaced has a name that ends in ``.old``.
+A checkpoint is one file, or a folder of shards (``.metadata``, ``*.distcp``, ``meta.pt``), which a strategy writes. A
+folder that is being replaced has a name that ends in ``.old``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows, where what a dead process left stays.
-    fcntl = None  # type: ignore[assignment]
+from lrsa_lit.files import PARTIAL, lock
 
 SUFFIX = ".ckpt"
-PARTIAL = ".partial"
 REPLACED = ".old"
 SHARDS_INDEX = ".metadata"
 SHARDS_REST = "meta.pt"
@@ -31,32 +24,12 @@ SHARDS_REST = "meta.pt"
 _BLOCK = 1 << 24
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a file that appears under its name only when it is whole and on the disk.
-
-    Raises:
-        OSError: the disk is full, for example. What was at ``path`` before is still there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tidy(path.parent)
-    with _claimed(path) as (partial, file):
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    _sync_names(path.parent)
-
-
 def tidy(folder: Path) -> None:
     """Remove what processes that are gone have left half-written, and finish what they were replacing."""
     for partial in folder.glob(f".*{SUFFIX}.*{PARTIAL}"):
         # It may be gone by now: another process tidies as well.
         with contextlib.suppress(FileNotFoundError), partial.open("rb") as file:
-            if _lock(file):
+            if lock(file):
                 partial.unlink()
     for replaced in folder.glob(f".*{SUFFIX}{REPLACED}"):
         path = replaced.with_name(replaced.name[1 : -len(REPLACED)])
@@ -92,39 +65,3 @@ def newest_first(folders: Iterable[Path]) -> list[Path]:
     """The checkpoints in these folders by the time they were written, the last one first."""
     paths = [path for folder in folders for path in folder.glob(f"*{SUFFIX}")]
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-
-
-def _sync_names(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    if fcntl is None:
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A new file beside ``path``, locked for as long as this process has it open, and lives."""
-    while True:
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-        with partial.open("xb") as file:
-            # Between its creation and its lock, another process may have taken it for abandoned.
-            if _lock(file) and os.fstat(file.fileno()).st_nlink:
-                yield partial, file
-                return
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Lock a file, if nobody else has; file systems without locks let everybody."""
-    if fcntl is None:
-        return "x" in file.mode
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return "x" in file.mode
-    return True

@@ -16,6 +16,7 @@ import numpy as np
 
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
+from lrsa_lit.files import write_atomically
 
 _QUESTION = 160
 """Tokens at the end of a prompt that may be its instruction and question."""
@@ -69,9 +70,6 @@ def write(path: Path, examples: Iterable[Example]) -> TokenFile:
     Raises:
         UserError: there is no example, or a token beyond 65,535.
     """
-    # It comes with Lightning, and who only reads needs NumPy alone.
-    from lrsa_lit.checkpoints.files import write_atomically
-
     kept = list(examples)
     if not kept:
         raise UserError(f"{path.name}: there are no examples")

@@ -6,12 +6,13 @@ kept byte for byte.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.files import write_atomically
 
 _OPEN = re.compile(rb"<!-- study:(\S+) -->\s*")
 _CLOSE = re.compile(rb"<!-- /study -->\s*")
@@ -52,20 +53,20 @@ def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Give a file another content at once.
+    """Give a file another content at once; one that exists keeps its permissions.
 
     Raises:
         UserError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
+
+    def write(file: IO[bytes]) -> None:
         if path.exists():
-            partial.chmod(path.stat().st_mode)
-        os.replace(partial, path)
+            Path(file.name).chmod(path.stat().st_mode)
+        file.write(content)
+
+    try:
+        write_atomically(path, write)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: it cannot be written ({error.strerror})") from None
 
 
