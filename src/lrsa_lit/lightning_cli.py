@@ -138,6 +138,10 @@ class LRSACLI(LightningCLI):
             )
         if self._get(self.config, "estimate"):
             return
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            # Lightning asks them for the first time when the run is open.
+            if (check := getattr(callback, "check_settings", None)) is not None:
+                check(model, self.subcommand)
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
         logger, checkpoint = self.trainer.logger, self._get(self.config, "ckpt_path")

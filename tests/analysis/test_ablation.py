@@ -15,6 +15,7 @@ import torch
 import yaml
 from cli_helpers import DEBUG, NO_LOGGER, elsewhere, forwards, recorded_runs  # noqa: F401 - a fixture
 from helpers import one_line
+from mlflow.tracking import MlflowClient
 from torch.utils.data import DataLoader
 
 from lrsa_lit.analysis.ablation import LayerAblation
@@ -226,6 +227,24 @@ def test_mistakes_are_one_line(option, value, says, tmp_path, capfd):
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error: ")]
     assert says in line
     assert not list(tmp_path.rglob("layers.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--trainer.callbacks.top_k", "32"], "LayerAblation.top_k: 32 is not allowed"),
+        (["--trainer.callbacks.share", "0.01"], "LayerAblation.share: 0.01 is not allowed"),
+        (["--model.lrsa.top_k", "32"], "model.lrsa.top_k: 32 is not allowed for LayerAblation"),
+    ],
+)
+def test_what_does_not_suit_the_lag_size_is_said_before_a_run_is_recorded(options, says, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        validate(*LAYERS, *options)
+    assert stop.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error: ")]
+    assert says in line
+    assert MlflowClient(f"sqlite:///{tmp_path / 'runs/mlflow.db'}").get_experiment_by_name("debug") is None
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mlflow.db"]
 
 
 @pytest.mark.slow

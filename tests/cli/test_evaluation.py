@@ -149,7 +149,8 @@ def test_an_attention_does_not_take_the_place_of_something_else_in_the_answers(n
         main(["test", *TINY, *longbench(tmp_path), "--model.evaluate", f"{{{name}: null}}"])
     assert stop.value.code == 2
     assert f"model.evaluate: the name '{name}' is not allowed" in capfd.readouterr().err
-    assert not list((tmp_path / "runs").glob("*answers*"))
+    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "cache/data").exists()
 
 
 def test_an_attention_and_a_task_need_different_names(tmp_path, capfd):

@@ -75,6 +75,15 @@ class LayerAblation(Callback):
         self._questions: list[_Question] = []
         self._found: LayerGains | None = None
 
+    def check_settings(self, task: LightningModule, stage: str) -> None:
+        """Refuse what does not suit the run's rule; the command line asks before it records or prepares anything.
+
+        Raises:
+            UserError: ``top_k`` (or the run's) or ``share`` does not go with the lag size.
+        """
+        if stage == "validate":
+            self._sparse(task)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Decide the rule, before anything is run."""
         self._rule = self._sparse(pl_module) if stage == "validate" else None

@@ -67,19 +67,24 @@ class AnswerWriter(Callback):
         self._lines = _LineFile("AnswerWriter.path", Path(path))
         self._answers: list[dict[str, Any]] = []
 
+    def check_settings(self, task: LightningModule, stage: str) -> None:
+        """Refuse an attention of the name of another key, whose place it would take without a word.
+
+        The command line asks before it records or prepares anything.
+
+        Raises:
+            UserError: there is one.
+        """
+        names = {prefix.removesuffix("/") for prefix in getattr(task, "attentions", ())}
+        if stage == "test" and (taken := sorted(names & {*_ABOUT, OWN})):
+            raise UserError(f"model.evaluate: the name {taken[0]!r} is not allowed; each line of the answers has it")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fail before the answers are generated, not after, where the folder cannot be written."""
         if stage == "test":
-            self._check_names(pl_module)
+            self.check_settings(pl_module, stage)
             self._answers = []
             self._lines.begin(trainer)
-
-    @staticmethod
-    def _check_names(pl_module: LightningModule) -> None:
-        """An attention of the name of another key would take its place without a word."""
-        names = {prefix.removesuffix("/") for prefix in getattr(pl_module, "attentions", ())}
-        if taken := sorted(names & {*_ABOUT, OWN}):
-            raise UserError(f"model.evaluate: the name {taken[0]!r} is not allowed; each line of the answers has it")
 
     def on_test_batch_end(
         self,
