@@ -160,6 +160,8 @@ def test_a_part_says_how_much_of_it_there_is(study_file):
     # Another seed than the part's is no part of it.
     other = [*whole[1:], evaluation(study, "dense", "dense", scores(0.5), seed=7)]
     assert "3 of 4 results are in." in Blocks(study, other).text("main/plain")
+    # Of seeds that the part does not ask for alone.
+    assert Blocks(study, [{**line, "seed": 7} for line in whole]).text("main") == ""
 
 
 def test_hours_are_those_that_the_results_know(study_file):

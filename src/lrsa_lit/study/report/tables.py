@@ -168,9 +168,10 @@ class Table:
         self.asked = self.done = 0
         for (row, item), seeds in self._items().items():
             self.asked += len(seeds)
-            if (cell := self._cell(study.row(row), item.name, item.rule_digest)) is not None:
+            cell = self._cell(study.row(row), item.name, item.rule_digest)
+            if cell is not None and (there := seeds & {line["seed"] for line in cell.lines}):
                 self.cells.append(cell)
-                self.done += len(seeds & {line["seed"] for line in cell.lines})
+                self.done += len(there)
 
     @cached_property
     def entries(self) -> list[Entry]:
