@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.errors import UserError
-from lrsa_lit.names import OWN
+from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
 from lrsa_lit.store import SQLITE, connect, existing_uri, find_experiment
 
 if TYPE_CHECKING:
@@ -28,15 +28,6 @@ if TYPE_CHECKING:
 
 SELECTIONS = "selections"
 """Folder of a run's artifacts that holds its selection records."""
-
-ANSWERS = "predictions/val.jsonl"
-"""Artifact with all answers of the last validation, a line for each question: ``id``, ``question``, ``gold`` and, for
-each attention, an object with ``prediction`` and ``f1``."""
-
-QUESTIONS = "predictions.json"
-"""Artifact with a table of some of a run's answers, read where the other one is missing: a row for each validation and
-question with ``step``, ``id``, ``question``, ``gold`` and, for each attention, the answer under its name and the score
-(``LRSA F1``)."""
 
 MEASURES = {
     "f1": "val/f1",

@@ -8,16 +8,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.metrics import exact_match, f1_score
-from lrsa_lit.names import OWN
+from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
-
-FILE = "predictions.json"
-"""The table's name in MLflow."""
-
-ALL_FILE = "predictions/val.jsonl"
-"""Artifact with a line for each question of the last validation: ``step``, ``id``, ``question``, ``gold`` and, for each
-attention (``LRSA`` is the run's own), an object with ``prediction``, ``f1`` and ``em``."""
 
 _QUESTION_TOKENS = 64
 """The end of a prompt that is shown: the question stands last."""
@@ -78,10 +71,10 @@ class SamplePredictions(Callback):
         if self.count:
             shown = [_flat(row) for row in rows[: self.count]]
             table = {name: [row[name] for row in shown] for name in shown[0]}
-            logger.deliver(FILE, lambda: client.log_table(run_id, table, FILE))
+            logger.deliver(QUESTIONS, lambda: client.log_table(run_id, table, QUESTIONS))
         if self.all_answers:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            logger.deliver(ALL_FILE, lambda: client.log_text(run_id, lines, ALL_FILE))
+            logger.deliver(ANSWERS, lambda: client.log_text(run_id, lines, ANSWERS))
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
