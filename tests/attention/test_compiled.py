@@ -1,5 +1,6 @@
 """Compiled layers: one graph for all layers and rules where it can be, and the numbers of eager ones everywhere."""
 
+import copy
 import functools
 import itertools
 
@@ -136,3 +137,16 @@ def test_an_observer_sees_every_layer(models):
     with observing(model, lambda rule, layout, query, key, value: seen.append(rule.layer)):
         model(tokens(1, 40), use_cache=False)
     assert seen == [0, 1]
+
+
+def test_a_copy_runs_its_own_layers(models):
+    _, model = models
+    enable(model, RULE, impl="triton")
+    ids = tokens(1, 40)
+    copied = copy.deepcopy(model)
+    before = model(ids, use_cache=False).logits
+    assert copied(ids, use_cache=False).logits.equal(before)
+    for weight in copied.model.layers.parameters():
+        torch.nn.init.zeros_(weight)
+    assert model(ids, use_cache=False).logits.equal(before)
+    assert not copied(ids, use_cache=False).logits.equal(before)

@@ -1,6 +1,8 @@
 """Attaching the rule to a model, taking it off, running a block under another one, saving and loading."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -32,6 +34,22 @@ def test_enabling_again_replaces_the_rule(tiny, tokens, rule):
     assert logits(twice, ids).equal(logits(enable(tiny("Llama"), other), ids))
     disable(twice)
     assert logits(twice, ids).equal(logits(tiny("Llama"), ids))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_a_rule_of_its_own(duplicate, tiny, tokens, rule):
+    ids, other = tokens(1, 70), rule.replace(top_k=1)
+    model = enable(tiny("Llama"), rule)
+    copied = duplicate(model)
+    # The copy runs first: it must not ask the original whether its layers were called.
+    expected = logits(copied, ids)
+    assert logits(model, ids).equal(expected)
+    enable(copied, other)
+    assert enabled_config(model) == rule
+    assert logits(model, ids).equal(expected)
+    assert not logits(copied, ids).equal(expected)
 
 
 def test_disable_leaves_no_trace(tiny, tokens, rule):

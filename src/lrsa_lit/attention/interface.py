@@ -79,7 +79,7 @@ def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
     decoder = inner.base_model
     state.handles = [
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
-        decoder.register_forward_hook(lambda *_: _check_calls(state, type(inner).__name__)),
+        decoder.register_forward_hook(functools.partial(_check_calls, state, type(inner).__name__)),
     ]
     inner.set_attn_implementation(NAME)
     inner.config.lrsa = config.to_dict()
@@ -323,7 +323,7 @@ def _causal_mask(query: Tensor, key: Tensor) -> Tensor | None:
     return torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
 
 
-def _check_calls(state: Enabled, name: str) -> None:
+def _check_calls(state: Enabled, name: str, *_: Any) -> None:
     """After the first forward: every layer must have called the registered attention."""
     if state.checked:
         return

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,22 +244,25 @@ def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
     traced may not interrupt it.
     """
     import torch
-    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
-
-    def wrap(layer: nn.Module) -> Any:
-        compiled = torch.compile(layer.forward)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if checkpointing and layer.training and torch.is_grad_enabled():
-                return checkpoint(compiled, *args, use_reentrant=False, **kwargs)
-            return compiled(*args, **kwargs)
-
-        return forward
 
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = wrap(layer)
+            # Of the class, not of the layer: a copy of the model must run its own layers.
+            compiled = torch.compile(type(layer).forward)
+            layer.forward = functools.partial(_run_compiled, compiled, checkpointing, layer)
+
+
+def _run_compiled(
+    compiled: Callable[..., Any], checkpointing: bool, layer: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of a layer by what its class's was compiled to."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    if checkpointing and layer.training and torch.is_grad_enabled():
+        return checkpoint(compiled, layer, *args, use_reentrant=False, **kwargs)
+    return compiled(layer, *args, **kwargs)
 
 
 def uncompiled() -> AbstractContextManager[None]:

@@ -56,7 +56,7 @@ def sparse_attention(
     Raises:
         UserError: arguments that do not fit together, or an implementation that cannot run here.
     """
-    _check_tensors(query, key, value)
+    check_tensors(query, key, value)
     boundaries = _boundaries(cu_seqlens, key, query)
     if selection is not None:
         _check_selection(selection, key, config, boundaries)
@@ -82,7 +82,7 @@ def select(
     Raises:
         UserError: arguments that do not fit together, or a compressor that makes new pairs.
     """
-    _check_tensors(key, key, value)
+    check_tensors(key, key, value)
     boundaries = _boundaries(cu_seqlens, key, key)
     chosen = _choose(impl, key.device.type, key.dtype, key.shape[-1])
     if chosen == "reference":
@@ -94,7 +94,7 @@ def select(
 @torch.no_grad()
 def visibility_mask(key: Tensor, value: Tensor, config: LRSAConfig, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Which keys each query sees: bool (B, H, T queries, T keys). For tests and analysis; memory T x T per head."""
-    _check_tensors(key, key, value)
+    check_tensors(key, key, value)
     batch, heads, length, _ = key.shape
     mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=key.device)
     for start, stop in itertools.pairwise(_boundaries(cu_seqlens, key, key)):
@@ -172,7 +172,12 @@ def _triton() -> ModuleType:
     return triton
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse queries, keys and values that do not fit together.
+
+    Raises:
+        UserError: they do not; see :func:`sparse_attention` for what they must be.
+    """
     if query.ndim != 4 or key.ndim != 4:
         raise UserError(f"query, key: shapes {_shape(query)} and {_shape(key)}; both must be (B, heads, T, D)")
     if key.shape != value.shape:
@@ -195,6 +200,17 @@ def _boundaries(cu_seqlens: Tensor | None, key: Tensor, query: Tensor) -> Sequen
     length = key.shape[2]
     if cu_seqlens is None:
         return (0, length)
+    check_packing(cu_seqlens, key, query)
+    return checked_boundaries(cu_seqlens.tolist(), length)
+
+
+def check_packing(cu_seqlens: Tensor, key: Tensor, query: Tensor) -> None:
+    """Refuse boundaries that are no such tensor, or of rows that cannot be packed; their values are not read.
+
+    Raises:
+        UserError: so it is.
+    """
+    length = key.shape[2]
     if not isinstance(cu_seqlens, Tensor):
         raise UserError(f"cu_seqlens: {type(cu_seqlens).__name__}; it must be int32 (N + 1,)")
     if key.shape[0] != 1 or query.shape[2] != length:
@@ -202,7 +218,6 @@ def _boundaries(cu_seqlens: Tensor | None, key: Tensor, query: Tensor) -> Sequen
         raise UserError(f"cu_seqlens: packed rows need B = 1 and a query for each key, {given}")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise UserError(f"cu_seqlens: {cu_seqlens.dtype} {_shape(cu_seqlens)}; it must be int32 (N + 1,)")
-    return checked_boundaries(cu_seqlens.tolist(), length)
 
 
 def _check_selection(selection: Selection, key: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> None:

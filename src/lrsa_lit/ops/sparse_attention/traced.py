@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.api import implementation
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.api import check_packing, check_tensors, implementation
 from lrsa_lit.ops.sparse_attention.compressors import LagRelative
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.impl import reference
@@ -46,7 +47,15 @@ def traced_attention(
 
     Returns:
         (B, Hq, T, D) in the query's dtype.
+
+    Raises:
+        UserError: arguments that do not fit together.
     """
+    check_tensors(query, key, value)
+    if query.shape[2] != key.shape[2]:
+        raise UserError(f"query: {query.shape[2]} tokens over {key.shape[2]} keys; here they must be as many")
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, key, query)
     from lrsa_lit.ops.sparse_attention.impl.triton import traced
 
     return traced.attention(query, key, value, numbers, cu_seqlens, scale)
