@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """query, key, value and cu_seqlens -> output, all (B, heads, T, D)."""
@@ -127,11 +128,8 @@ def positions_from_mask(mask: Tensor, length: int) -> Tensor:
 
 def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: int) -> Tensor:
     """(1, T) positions that restart at each boundary, which given ones must do too."""
-    values: list[int] = boundaries.tolist()
-    pairs = list(itertools.pairwise(values))
-    if not pairs or values[0] != 0 or values[-1] != length or any(stop < start for start, stop in pairs):
-        raise UserError(f"cu_seq_lens_q: {values} must start at 0, never decrease and end at T = {length}")
-    restarting = torch.cat([torch.arange(stop - start) for start, stop in pairs])[None]
+    values = checked_boundaries(boundaries.tolist(), length, "cu_seq_lens_q")
+    restarting = torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(values)])[None]
     if positions is not None and not (positions.shape[-1] == length and bool((positions.cpu() == restarting).all())):
         raise UserError(f"cu_seq_lens_q: position_ids must count from 0 in each of its sequences {values}")
     return restarting

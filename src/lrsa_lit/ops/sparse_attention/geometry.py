@@ -23,14 +23,15 @@ class Span(NamedTuple):
     partitions: int
 
 
-def checked_boundaries(values: Sequence[int], length: int) -> Sequence[int]:
+def checked_boundaries(values: Sequence[int], length: int, name: str = "cu_seqlens") -> Sequence[int]:
     """Boundaries 0 … ``length`` of packed sequences without the empty ones.
 
     Raises:
-        UserError: they are none.
+        UserError: they are none; it says what they are called.
     """
-    if not values or values[0] != 0 or values[-1] != length or any(b < a for a, b in itertools.pairwise(values)):
-        raise UserError(f"cu_seqlens: {values} must start at 0, never decrease and end at T = {length}")
+    ends = itertools.pairwise(values)
+    if len(values) < 2 or values[0] != 0 or values[-1] != length or any(stop < start for start, stop in ends):
+        raise UserError(f"{name}: {values} must start at 0, never decrease and end at T = {length}")
     return sorted(set(values))
 
 

@@ -21,12 +21,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
 from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import gather_compact
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import TAGS, Geometry
 from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks
 from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved, with_rows
-
-# The tables of plan.py outlive a call: memory that CUDA graph trees must not recycle.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def select_lag_relative(
@@ -117,10 +114,10 @@ def _attend_grad(
     return attend_backward(results, with_rows(output_grad), ranks, _geometry(boundaries, numbers), scale)
 
 
-_select_op = torch.library.custom_op("lrsa_lit::select_lag_relative", _select, mutates_args=(), tags=_TAGS)
-_gather_op = torch.library.custom_op("lrsa_lit::gather_compact", _gather, mutates_args=(), tags=_TAGS)
-_attend_op = torch.library.custom_op("lrsa_lit::attend", _attend, mutates_args=(), tags=_TAGS)
-_attend_grad_op = torch.library.custom_op("lrsa_lit::attend_backward", _attend_grad, mutates_args=(), tags=_TAGS)
+_select_op = torch.library.custom_op("lrsa_lit::select_lag_relative", _select, mutates_args=(), tags=TAGS)
+_gather_op = torch.library.custom_op("lrsa_lit::gather_compact", _gather, mutates_args=(), tags=TAGS)
+_attend_op = torch.library.custom_op("lrsa_lit::attend", _attend, mutates_args=(), tags=TAGS)
+_attend_grad_op = torch.library.custom_op("lrsa_lit::attend_backward", _attend_grad, mutates_args=(), tags=TAGS)
 
 
 @_select_op.register_fake

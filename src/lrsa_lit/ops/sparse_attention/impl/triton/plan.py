@@ -19,6 +19,9 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
 
+TAGS = (torch.Tag.cudagraph_unsafe,)
+"""Of every operator that uses the tables: they outlive a call, in memory that CUDA graph trees must not recycle."""
+
 _TABLES = 64
 
 

@@ -19,12 +19,9 @@ from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
 from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
 from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
 from lrsa_lit.ops.sparse_attention.impl.triton.gather import gather_compact
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, partitions
+from lrsa_lit.ops.sparse_attention.impl.triton.plan import TAGS, Geometry, partitions
 from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks
 from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved, positive_scale, with_rows
-
-# The tables of plan.py outlive a call: memory that CUDA graph trees must not recycle.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def attention(
@@ -61,8 +58,8 @@ def _backward(
     return attend_backward(results, with_rows(output_grad), ranks, geometry, scale)[:3]
 
 
-_forward_op = torch.library.custom_op("lrsa_lit::attention", _forward, mutates_args=(), tags=_TAGS)
-_backward_op = torch.library.custom_op("lrsa_lit::attention_backward", _backward, mutates_args=(), tags=_TAGS)
+_forward_op = torch.library.custom_op("lrsa_lit::attention", _forward, mutates_args=(), tags=TAGS)
+_backward_op = torch.library.custom_op("lrsa_lit::attention_backward", _backward, mutates_args=(), tags=TAGS)
 
 
 @_forward_op.register_fake
