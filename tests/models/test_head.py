@@ -69,6 +69,27 @@ def test_a_model_that_scales_its_logits_is_asked_for_them(tokens):
     torch.testing.assert_close(loss.double(), reference(model, ids, targets, columns), rtol=1e-5, atol=0)
 
 
+def test_losses_of_examples_are_those_of_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    model = tiny_model().double()
+    # Answers of other lengths in rows of other lengths, padded with a token that is also one of theirs.
+    lengths, answers = (60, 43, 51), (4, 1, 6)
+    ids = [torch.randint(259, (length,), generator=generator) for length in lengths]
+    labels = [row.clone().index_fill(0, torch.arange(len(row) - count), head.IGNORE_INDEX)
+              for row, count in zip(ids, answers, strict=True)]  # fmt: skip
+    together = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+                for rows, pad in ((ids, 2), (labels, head.IGNORE_INDEX))]  # fmt: skip
+    columns = (together[1][:, 1:] != head.IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
+    losses, counts = head.answer_losses(model, *together, columns)
+    assert losses.dtype == torch.float64
+    assert counts.tolist() == list(answers)
+    expected = []
+    for row, count in zip(ids, answers, strict=True):
+        own = torch.arange(len(row) - count - 1, len(row) - 1)
+        expected.append(reference(model, row[None], row[None, own + 1], own))
+    torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-6, atol=0)
+
+
 def test_adapters_on_a_model(tokens):
     ids, targets, columns = tokens
     model = Backbone("tiny", lora=LoRA(rank=2)).build().eval()

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from torch import Tensor
 
 from lrsa_lit.analysis.artifacts import run_folder, upload
+from lrsa_lit.analysis.capture import first_rows
 from lrsa_lit.analysis.layer_gains import LayerGains, exactly
 from lrsa_lit.attention import rules, using
 from lrsa_lit.checkpoints.processes import gathered
-from lrsa_lit.data.collate import TrainBatch, predicting_columns
 from lrsa_lit.errors import UserError
 from lrsa_lit.files import write_atomically
 from lrsa_lit.models import uncompiled
+from lrsa_lit.models.head import answer_losses
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class _Question(NamedTuple):
 
     id: str
     repeated: bool
-    tokens: float
+    tokens: int
     losses: list[float]
 
 
@@ -107,7 +107,7 @@ class LayerAblation(Callback):
             count = min(count, -(-self.limit // trainer.world_size) - len(self._questions))
         if count > 0:
             with trainer.precision_plugin.forward_context():
-                self._questions.extend(_ablated(pl_module, batch, count, self._rule))
+                self._questions.extend(_ablated(pl_module, first_rows(batch, count), self._rule))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was found on all devices."""
@@ -149,39 +149,16 @@ class LayerAblation(Callback):
         return rule.replace(top_k=top_k, dense_layers=())
 
 
-def _ablated(task: Any, batch: Batch, count: int, rule: LRSAConfig) -> Iterator[_Question]:
-    """The first ``count`` questions of a batch under each attention: none, every single one, all layers dense."""
-    rows = [_alone(batch, row) for row in range(count)]
+def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[_Question]:
+    """The questions of a batch under each attention: none, every single one, all layers dense."""
     layers = range(task.model.config.get_text_config().num_hidden_layers)
-    attentions = [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
-    losses, tokens = [], []
-    for attention in attentions:
+    losses = []
+    for attention in [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]:
         with _unwarned(), using(task.model, attention), uncompiled():
-            found = [task.answer_loss(row) for row in rows]
-        losses.append(torch.stack([loss for loss, _ in found]))
-        tokens = [number for _, number in found]
-    columns = torch.stack(losses, dim=1).tolist()
-    for row, (number, column) in enumerate(zip(torch.stack(tokens).tolist(), columns, strict=True)):
-        yield _Question(batch["id"][row], batch["repeated"][row], number, column)
-
-
-def _alone(batch: Batch, row: int) -> TrainBatch:
-    """One row of a batch without its padding."""
-    length = int(batch["attention_mask"][row].sum())
-
-    def cut(values: Tensor) -> Tensor:
-        return values[row : row + 1, :length]
-
-    labels = cut(batch["labels"])
-    return TrainBatch(
-        input_ids=cut(batch["input_ids"]),
-        attention_mask=cut(batch["attention_mask"]),
-        labels=labels,
-        label_columns=predicting_columns(labels),
-        position_ids=None,
-        boundaries=None,
-        id=batch["id"][row : row + 1],
-    )
+            found, tokens = answer_losses(task.model, batch["input_ids"], batch["labels"], batch["label_columns"])
+        losses.append(found)
+    of_rows = batch["id"], batch["repeated"], tokens.tolist(), torch.stack(losses, dim=1).tolist()
+    return [_Question(*values) for values in zip(*of_rows, strict=True)]
 
 
 @contextlib.contextmanager

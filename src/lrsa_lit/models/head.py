@@ -1,6 +1,6 @@
 """The loss of a causal language model at chosen positions, without ever holding their logits all at once.
 
-Dimensions: B examples, N positions of each that get a target, D width of the model, V vocabulary.
+Dimensions: B examples, T tokens, N positions of each that get a target, D width of the model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -57,6 +57,27 @@ def summed_loss(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> 
     finally:
         del head.forward
     return loss.squeeze()
+
+
+def answer_losses(model: Any, input_ids: Tensor, labels: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each example's labels by itself, and their number, to evaluate with.
+
+    The logits of all examples at ``columns`` exist at once, in float32.
+
+    Args:
+        model: a causal language model of transformers, or peft's wrapper around it.
+        input_ids: (B, T) int64, padded on the right.
+        labels: (B, T) int64, not shifted; -100 where nothing is to be predicted.
+        columns: (N,) int64, the positions before those where some example has a label.
+
+    Returns:
+        (B,) float64 sums, and (B,) int64.
+    """
+    targets = labels[:, 1:][:, columns]
+    # No mask: pads stand behind the tokens, and neither attention looks ahead.
+    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits.float()
+    losses = nn.functional.cross_entropy(logits.mT, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.double().sum(dim=1), (targets != IGNORE_INDEX).sum(dim=1)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

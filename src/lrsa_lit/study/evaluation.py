@@ -1,6 +1,6 @@
 """Answers and losses of one model under one attention on one data set, question by question.
 
-Dimensions: B prompts in a batch, T tokens, N columns that predict an answer token.
+Dimensions: B prompts in a batch, T tokens.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lrsa_lit.attention import LRSACache, prefill, using
 from lrsa_lit.attention.decoding import Decoder
-from lrsa_lit.data.collate import IGNORE_INDEX, collate, collate_training, token_ids
+from lrsa_lit.data.collate import collate, collate_training, token_ids
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.metrics import exact_match, f1_score, recall
 from lrsa_lit.models import uncompiled
 from lrsa_lit.models.generation import stop_tokens
+from lrsa_lit.models.head import answer_losses
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Selector
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
 
@@ -77,9 +78,11 @@ def evaluate(
     found = Answers()
     with uncompiled(), using(model, dense_rule(model) if rule is None else rule):
         for start in range(0, len(examples), batch_size):
-            losses, counts = answer_losses(model, examples[start : start + batch_size], tokenizer.pad_token_id)
-            found.loss += losses
-            found.tokens += counts
+            batch = collate_training(examples[start : start + batch_size], tokenizer.pad_token_id)
+            parts = (batch["input_ids"], batch["labels"], batch["label_columns"])
+            losses, counts = answer_losses(model, *(part.to(model.device) for part in parts))
+            found.loss += losses.tolist()
+            found.tokens += counts.tolist()
         if not max_new_tokens:
             return found
         for ids, example in zip(
@@ -91,17 +94,6 @@ def evaluate(
             found.em.append(exact_match(text, example["answers"], example["match"]))
             found.recall.append(recall(text, example["answers"], example["match"]))
     return found
-
-
-def answer_losses(model: Any, examples: Sequence[Example], pad_token_id: int) -> tuple[list[float], list[int]]:
-    """Summed cross-entropy of the answer tokens of each example, and their numbers."""
-    batch = collate_training(examples, pad_token_id)
-    ids, labels, columns = (batch[name].to(model.device) for name in ("input_ids", "labels", "label_columns"))  # type: ignore[literal-required]
-    # No mask: pads stand behind the tokens, and neither attention looks ahead.
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits.float()
-    targets = labels[:, 1:][:, columns]
-    losses = torch.nn.functional.cross_entropy(logits.mT, targets, ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.double().sum(dim=1).tolist(), (targets != IGNORE_INDEX).sum(dim=1).tolist()
 
 
 def _generate(
