@@ -1,16 +1,13 @@
-"""Tables out of a store, and the statistics of runs and questions."""
+"""Tables out of a store: runs, rules, and the answers to questions."""
 
 from __future__ import annotations
 
 import json
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 from helpers import one_line
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lrsa_lit.analysis import runs
 from lrsa_lit.errors import UserError
@@ -169,46 +166,3 @@ def test_runs_of_different_data_share_nothing():
     answers = pd.concat({run: pd.DataFrame({"f1": [1.0]}, index=[run]) for run in "ab"}, names=["run", "id"])
     with pytest.raises(UserError, match="no question in common"):
         runs.shared_scores(answers)
-
-
-scores = st.integers(1, 4).flatmap(
-    lambda r: st.integers(1, 6).map(lambda q: np.random.default_rng(r * 10 + q).random((r, q)))
-)
-
-
-@given(scores)
-def test_bootstrap_is_what_drawing_one_by_one_gives(table):
-    """The weights stand for runs and questions drawn with replacement: each draw's mean is that of a drawn table."""
-    rng = np.random.default_rng(3)
-    questions, rows = (rng.multinomial(n, np.full(n, 1 / n), size=20) for n in (table.shape[1], table.shape[0]))
-    drawn = [
-        np.mean([table[r, q] for r in np.repeat(np.arange(len(table)), i) for q in np.repeat(np.arange(len(j)), j)])
-        for i, j in zip(rows, questions, strict=True)
-    ]
-    rng = np.random.default_rng(3)
-    weights = runs._weights(rng, 20, table.shape[1])
-    np.testing.assert_allclose(runs._resampled(table, weights, rng), drawn, rtol=1e-12)
-
-
-def test_intervals_cover_as_often_as_they_say():
-    covered = 0
-    for trial in range(200):
-        rng = np.random.default_rng(trial)
-        interval = runs.bootstrap(rng.normal(0.4, 1.0, size=(1, 60)), draws=400, seed=trial)
-        covered += interval.low <= 0.4 <= interval.high
-    assert 180 <= covered <= 198
-
-
-def test_pairing_removes_what_makes_a_question_easy():
-    rng = np.random.default_rng(0)
-    difficulty = rng.random(80)
-    better, worse = difficulty + 0.05 + rng.normal(0, 0.01, 80), difficulty + rng.normal(0, 0.01, 80)
-    paired = runs.paired_bootstrap(better[None], worse[None])
-    assert 0.04 < paired.low < paired.mean < paired.high < 0.06
-    apart = [runs.bootstrap(each[None]) for each in (better, worse)]
-    assert apart[1].high > apart[0].low, "without pairing the difference drowns"
-
-
-def test_pairing_needs_the_same_questions():
-    with pytest.raises(UserError, match="of 3 and 2 questions"):
-        runs.paired_bootstrap(np.zeros((1, 3)), np.zeros((1, 2)))

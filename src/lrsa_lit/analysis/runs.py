@@ -11,12 +11,12 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from lrsa_lit import statistics
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.errors import UserError
 from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
@@ -42,14 +42,6 @@ RULE = ["model", "lag_size", "top_k"]
 """Runs with equal values here are repetitions of one another."""
 
 _DEFAULT = Path("runs/mlflow.db")
-
-
-class Interval(NamedTuple):
-    """A mean and the middle 95 % of what resampling gives."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def open_store(uri: str | None = None) -> MlflowClient:
@@ -171,11 +163,11 @@ def by_rule(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for key, group in runs.loc[scores.index].groupby(RULE, sort=True):
-        interval = bootstrap(scores.loc[group.index].to_numpy())
+        f1 = statistics.mean(scores.loc[group.index].to_numpy())
         means = group[[name for name in MEASURES if name != "f1"]].mean()
         rows.append(
             {**dict(zip(RULE, key, strict=True)), "kept_share": group["kept_share"].iloc[0], "runs": len(group)}
-            | {"f1": interval.mean, "f1_low": interval.low, "f1_high": interval.high, **means}
+            | {"f1": f1.value, "f1_low": f1.low, "f1_high": f1.high, **means}
         )
     return pd.DataFrame(rows)
 
@@ -186,9 +178,8 @@ def differences(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     keys, rows = list(groups), []
     for index, one in enumerate(keys):
         for other in keys[index + 1 :]:
-            interval = paired_bootstrap(groups[one], groups[other])
-            rows.append({"first": rule_name(one), "second": rule_name(other), **interval._asdict()})
-    return pd.DataFrame(rows, columns=["first", "second", *Interval._fields])
+            rows.append((rule_name(one), rule_name(other), *statistics.compare(groups[one], groups[other]).difference))
+    return pd.DataFrame(rows, columns=["first", "second", "mean", "low", "high"])
 
 
 def answered_by_one(answers: pd.DataFrame, first: str, second: str, *, threshold: float = 0.5) -> pd.DataFrame:
@@ -210,47 +201,6 @@ def rule_name(key: Sequence[Any]) -> str:
     """A readable name of a model and rule."""
     model, lag_size, top_k = key
     return f"{model} L{lag_size} K{top_k}"
-
-
-def bootstrap(scores: NDArray[np.float64], *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Mean of scores (R, Q) and its interval, drawing seeds and questions with replacement."""
-    rng = np.random.default_rng(seed)
-    return _interval(scores.mean(), _resampled(scores, _weights(rng, draws, scores.shape[1]), rng))
-
-
-def paired_bootstrap(
-    first: NDArray[np.float64], second: NDArray[np.float64], *, draws: int = 2000, seed: int = 0
-) -> Interval:
-    """Mean of first (R, Q) less that of second (R', Q) and its interval.
-
-    Each draw takes the same questions on both sides, which removes what makes a question easy for both. Seeds are drawn
-    apart, because equal seeds of two rules have nothing in common.
-    """
-    if first.shape[1] != second.shape[1]:
-        raise UserError(f"scores: of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones")
-    rng = np.random.default_rng(seed)
-    questions = _weights(rng, draws, first.shape[1])
-    drawn = _resampled(first, questions, rng) - _resampled(second, questions, rng)
-    return _interval(first.mean() - second.mean(), drawn)
-
-
-def _weights(rng: np.random.Generator, draws: int, count: int) -> NDArray[np.float64]:
-    """(draws, count): how often each of ``count`` items is drawn with replacement, as shares."""
-    return rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
-
-
-def _resampled(
-    scores: NDArray[np.float64], questions: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """(draws,) means of scores (R, Q) under weights of the questions (draws, Q) and fresh ones of the runs."""
-    runs = _weights(rng, len(questions), len(scores))
-    means: NDArray[np.float64] = ((runs @ scores) * questions).sum(axis=1)
-    return means
-
-
-def _interval(mean: Any, drawn: NDArray[np.float64]) -> Interval:
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(float(mean), float(low), float(high))
 
 
 def _all_answers(store: MlflowClient, run_id: str, attention: str) -> pd.DataFrame | None:
