@@ -106,7 +106,7 @@ def survival(record: SelectionRecord, evidence: Evidence) -> Survival:
     layers, heads = record.samples[0].positions.shape[:2]
     by_head, by_layer, anywhere, total = np.zeros((layers, heads)), np.zeros(layers), 0, 0
     for sample in record.samples:
-        kept = record.kept(sample)[:, :, _of_evidence(sample, evidence)[record.compressed(sample)]]
+        kept = record.kept(sample)[:, :, of_evidence(sample, evidence)[record.compressed(sample)]]
         by_head += kept.sum(axis=2)
         by_layer += kept.any(axis=1).sum(axis=1)
         anywhere += int(kept.any(axis=(0, 1)).sum())
@@ -201,6 +201,14 @@ def token_kinds(texts: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
     return {**kinds, "other": ~named}
 
 
+def of_evidence(sample: Sample, evidence: Evidence) -> NDArray[np.bool_]:
+    """Which tokens (T,) belong to the evidence; overlapping spans count once."""
+    member = np.zeros(sample.length, dtype=bool)
+    for start, end in sample.gold_spans if evidence == "gold" else sample.answer_spans:
+        member[start:end] = True
+    return member
+
+
 def _word_of_each(texts: Sequence[str], words: Sequence[re.Match[str]]) -> Iterator[re.Match[str] | None]:
     """For each token the first word that it overlaps, or None."""
     start = current = 0
@@ -210,14 +218,6 @@ def _word_of_each(texts: Sequence[str], words: Sequence[re.Match[str]]) -> Itera
         overlaps = current < len(words) and words[current].start("word") < start + len(text)
         yield words[current] if overlaps else None
         start += len(text)
-
-
-def _of_evidence(sample: Sample, evidence: Evidence) -> NDArray[np.bool_]:
-    """Which tokens (T,) belong to the evidence; overlapping spans count once."""
-    member = np.zeros(sample.length, dtype=bool)
-    for start, end in sample.gold_spans if evidence == "gold" else sample.answer_spans:
-        member[start:end] = True
-    return member
 
 
 def _agreement(

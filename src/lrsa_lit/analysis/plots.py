@@ -23,7 +23,6 @@ from lrsa_lit.analysis.record import SelectionRecord
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SHADES = colormaps["cividis_r"]
@@ -46,7 +45,7 @@ def context_html(record: SelectionRecord, index: int = 0) -> str:
     region = record.compressed(sample)
     share = np.full(sample.length, np.nan)
     share[region] = record.kept(sample).mean(axis=(0, 1))
-    gold, answer = (_member(sample.length, spans) for spans in (sample.gold_spans, sample.answer_spans))
+    gold, answer = metrics.of_evidence(sample, "gold"), metrics.of_evidence(sample, "answer")
     words = [_word(text, share[t], bool(gold[t]), bool(answer[t])) for t, text in enumerate(record.tokens(sample))]
     return f'<div style="white-space: pre-wrap; line-height: 1.7">{"".join(words)}</div>'
 
@@ -58,7 +57,7 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
     shares = record.kept(sample).mean(axis=1)
     layers = record.layers
     height = 1.2 + max(1.2, 0.16 * len(layers))
-    figure, (marks, axes) = _figure(2, 1, size=(10, height), gridspec_kw={"height_ratios": [1, 4]}, sharex=True)
+    figure, (marks, axes) = subplots(2, 1, size=(10, height), gridspec_kw={"height_ratios": [1, 4]}, sharex=True)
     if region.stop > region.start:
         extent = (region.start - 0.5, region.stop - 0.5, len(layers) - 0.5, -0.5)
         # Where a pixel holds several tokens their mean is shown; else nothing is to blur the layers.
@@ -83,7 +82,7 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
 
 def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
     """Share of the evidence that each layer's heads keep on average, a line for each record, against chance."""
-    figure, panels = _figure(1, 2, size=(10, 3.4), sharey=True)
+    figure, panels = subplots(1, 2, size=(10, 3.4), sharey=True)
     shown: list[tuple[metrics.Evidence, str]] = [("gold", "gold passages"), ("answer", "answers")]
     for axes, (evidence, title) in zip(panels, shown, strict=True):
         for number, record in enumerate(records):
@@ -97,13 +96,13 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("kept share of tokens, mean of heads")
     panels[0].set_ylim(bottom=0)
-    _legend(panels[1])
+    legend(panels[1])
     return figure
 
 
 def kinds(records: Sequence[SelectionRecord]) -> Figure:
     """What kinds of tokens are kept, against their share of the text (a token may be of several kinds)."""
-    figure, axes = _figure(1, 1, size=(8, 3.4))
+    figure, axes = subplots(1, 1, size=(8, 3.4))
     shares = [metrics.kinds_kept(record) for record in records]
     columns = [("all tokens", OKABE_ITO[-1], [share.of_all for share in shares[0]])] + [
         (f"kept, {_name(record)}", OKABE_ITO[number % len(OKABE_ITO)], [share.of_kept for share in found])
@@ -115,7 +114,7 @@ def kinds(records: Sequence[SelectionRecord]) -> Figure:
         axes.bar(places, values, width, color=colour, label=label)
     axes.set_xticks(range(len(metrics.KINDS)), metrics.KINDS)
     axes.set(ylabel="share of the tokens")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -123,7 +122,7 @@ def agreement(record: SelectionRecord) -> Figure:
     """Cohen's kappa between the heads of each two layers; on the diagonal between the heads of one layer."""
     heads = record.samples[0].positions.shape[1]
     means = metrics.between_layers(metrics.agreement(record).kappa, heads)
-    figure, axes = _figure(1, 1, size=(5, 4))
+    figure, axes = subplots(1, 1, size=(5, 4))
     image = axes.imshow(means, cmap="cividis", vmin=min(0.0, float(np.nanmin(means, initial=0))))
     figure.colorbar(image, ax=axes, label="Cohen's kappa (0: chance, 1: the same tokens)")
     ticks = range(0, len(record.layers), max(1, len(record.layers) // 8))
@@ -140,7 +139,7 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
         UserError: records of other models or other samples.
     """
     kappa = metrics.agreement_between(first, second).kappa
-    figure, axes = _figure(1, 1, size=(6, 3.4))
+    figure, axes = subplots(1, 1, size=(6, 3.4))
     for head in range(kappa.shape[1]):
         axes.plot(
             first.layers, kappa[:, head], "o", color=OKABE_ITO[0], alpha=0.6, label="a head" if head == 0 else None
@@ -149,7 +148,7 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
     axes.axhline(0, linestyle=":", color="grey", label="chance")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layer", ylabel="Cohen's kappa", title=f"{_name(first)} against {_name(second)}")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -161,7 +160,7 @@ def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
         column: what to lay it against.
         label: the column's name and unit.
     """
-    figure, axes = _figure(1, 1, size=(6, 3.6))
+    figure, axes = subplots(1, 1, size=(6, 3.6))
     lines = rules.dropna(subset=[column]).sort_values(column).groupby(["model", "lag_size"])
     for number, ((model, lag_size), line) in enumerate(lines):
         errors = np.stack([line["f1"] - line["f1_low"], line["f1_high"] - line["f1"]])
@@ -178,7 +177,7 @@ def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
             axes.annotate(f"K{row['top_k']}", (row[column], row["f1"]), xytext=(5, 4), textcoords="offset points")
     axes.set(xlabel=label, ylabel="F1 (bars: 95 % over seeds and questions)")
     if lines.ngroups:
-        _legend(axes)
+        legend(axes)
     else:
         axes.text(0.5, 0.5, f"no run recorded {column}", ha="center", transform=axes.transAxes)
     return figure
@@ -186,7 +185,7 @@ def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
 
 def differences(pairs: pd.DataFrame) -> Figure:
     """Paired differences of :func:`~lrsa_lit.analysis.runs.differences`; what reaches over 0 may be chance."""
-    figure, axes = _figure(1, 1, size=(7, 1.4 + 0.35 * len(pairs)))
+    figure, axes = subplots(1, 1, size=(7, 1.4 + 0.35 * len(pairs)))
     rows = np.arange(len(pairs))
     errors = np.stack([pairs["mean"] - pairs["low"], pairs["high"] - pairs["mean"]])
     axes.errorbar(pairs["mean"], rows, xerr=errors, fmt="o", capsize=3, color=OKABE_ITO[0])
@@ -196,24 +195,19 @@ def differences(pairs: pd.DataFrame) -> Figure:
     return figure
 
 
-def _figure(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure of some inches, and its axes, as pyplot's function of this name has them."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+def legend(axes: Axes, title: str | None = None) -> None:
+    """A legend beside the axes."""
+    axes.legend(title=title, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _name(record: SelectionRecord) -> str:
     return f"{record.model} L{record.lag_size} K{record.top_k}, step {record.step}"
-
-
-def _member(length: int, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-    member = np.zeros(length, dtype=bool)
-    for start, end in spans:
-        member[start:end] = True
-    return member
 
 
 def _word(text: str, share: float, gold: bool, answer: bool) -> str:

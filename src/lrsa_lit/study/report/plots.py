@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from lrsa_lit.analysis.plots import OKABE_ITO
+from lrsa_lit.analysis.plots import OKABE_ITO, legend, subplots
 from lrsa_lit.study.report.evidence import WHEN
 from lrsa_lit.study.report.markdown import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from lrsa_lit.statistics import Estimate
     from lrsa_lit.study.report.evidence import LayerGain, Survival, Text
@@ -26,7 +26,7 @@ _MARKERS = "osD^vP*X"
 
 def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
     """The score of each row, with its interval, against the share of query-key pairs that are attended to."""
-    figure, axes = _figure()
+    figure, axes = subplots(1, 1, size=(7, 4))
     for number, row in enumerate(dict.fromkeys(entry.cell.row for entry in entries)):
         _line(axes, number, row, [(entry.cell.pairs, entry.score) for entry in entries if entry.cell.row == row])
     axes.set(
@@ -35,7 +35,7 @@ def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
         title=title,
     )
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    legend(axes, "trained")
     return figure
 
 
@@ -44,15 +44,14 @@ def perplexity(texts: Sequence[Text]) -> Figure | None:
     names = list(dict.fromkeys(text.data_set for text in texts))
     if not names:
         return None
-    figure = Figure(figsize=(7, 3.6 * len(names)), layout="constrained")
-    panels = figure.subplots(len(names), squeeze=False)[:, 0]
-    for axes, name in zip(panels, names, strict=True):
+    figure, panels = subplots(len(names), 1, size=(7, 3.6 * len(names)), squeeze=False)
+    for axes, name in zip(panels[:, 0], names, strict=True):
         shown = [text for text in texts if text.data_set == name]
         for number, row in enumerate(dict.fromkeys(text.cell.row for text in shown)):
             points = [(text.cell.kept, text.loss.exp()) for text in shown if text.cell.row == row]
             _line(axes, number, row, points)
         axes.set(xlabel="share of pairs kept (K/L, 1 in dense layers)", ylabel="perplexity (bars: 95 %)", title=name)
-        _legend(axes)
+        legend(axes, "trained")
     return figure
 
 
@@ -63,8 +62,7 @@ def survival(found: Sequence[Survival]) -> Figure | None:
     """
     if not found:
         return None
-    figure = Figure(figsize=(7, 1.4 + 0.18 * len(found)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots(1, 1, size=(7, 1.4 + 0.18 * len(found)))
     before, after = (np.array([item.share(when) for item in found], dtype=float) for when in WHEN)
     places = range(len(found))
     axes.hlines(places, before, after, color="lightgrey")
@@ -74,7 +72,7 @@ def survival(found: Sequence[Survival]) -> Figure | None:
     axes.set_yticks(places, [f"{item.data_set}: {item.after.row}, {item.after.attention}" for item in found])
     axes.tick_params(axis="y", labelsize="small")
     axes.set(xlabel="kept share of the supporting passages' tokens", ylim=(len(found) - 0.5, -0.5), xlim=(0, None))
-    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    legend(axes)
     return figure
 
 
@@ -88,20 +86,19 @@ def layers(found: Sequence[LayerGain], title: str) -> Figure | None:
         groups.setdefault((item.row, item.attention, item.base), []).append(item)
     if not groups:
         return None
-    figure = Figure(figsize=(9, 0.4 + 3.2 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), squeeze=False)[:, 0]
-    for number, (axes, ((row, attention, base), items)) in enumerate(zip(panels, groups.items(), strict=True)):
+    figure, panels = subplots(len(groups), 1, size=(9, 0.4 + 3.2 * len(groups)), squeeze=False)
+    for number, (axes, ((row, attention, base), items)) in enumerate(zip(panels[:, 0], groups.items(), strict=True)):
         bars = [(str(item.layer), item.gain) for item in sorted(items, key=lambda item: item.layer)]
         _bars(axes, number, f"{row}, {attention}", bars)
         axes.set(xlabel="dense layer", ylabel="fall of the answer loss,\nnats a token (95 %)")
-        _legend(axes, f"trained; dense as well: {', '.join(map(str, base)) or 'none'}")
+        legend(axes, f"trained; dense as well: {', '.join(map(str, base)) or 'none'}")
     figure.suptitle(title)
     return figure
 
 
 def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
     """The answer loss of each training, step by step, as a mean over a window of steps."""
-    figure, axes = _figure()
+    figure, axes = subplots(1, 1, size=(7, 4))
     shown = [line for line in lines if line["kind"] == "training" and line.get("losses")]
     for number, line in enumerate(shown):
         losses = line["losses"]
@@ -111,7 +108,7 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
         axes.plot(range(1, len(means) + 1), means, color=OKABE_ITO[number % len(OKABE_ITO)], label=label)
     axes.set(xlabel="batch", ylabel=f"answer loss, mean of {window} batches")
     if shown:
-        _legend(axes)
+        legend(axes, "trained")
     else:
         axes.text(0.5, 0.5, "the results hold no losses of single batches", ha="center", transform=axes.transAxes)
     return figure
@@ -140,12 +137,3 @@ def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
     below = [max(0.0, estimate.value - estimate.low) for estimate in estimates]
     above = [max(0.0, estimate.high - estimate.value) for estimate in estimates]
     return [below, above]
-
-
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _legend(axes: Axes, title: str = "trained") -> None:
-    axes.legend(title=title, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
