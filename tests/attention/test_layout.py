@@ -5,6 +5,7 @@ import torch
 from helpers import one_line
 
 from lrsa_lit.attention import enable
+from lrsa_lit.attention.layout import read_layout, restarting_positions
 from lrsa_lit.errors import UserError
 
 LENGTHS = [70, 5, 41, 1]
@@ -242,3 +243,17 @@ def test_boundaries_that_do_not_fit_are_refused(case, tiny, tokens, rule):
 def test_the_same_4d_mask_is_fine_without_the_rule(tiny, tokens):
     mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
     assert tiny("Llama")(tokens(2, 12), attention_mask=mask).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_default_device_moves_nothing(side, sequences):
+    """As on a GPU machine whose user asks for a device for all that is made: the order of rows is of the host."""
+    mask = pad(sequences, side)[1]
+    shape = mask.shape[0], mask.shape[1]
+    plain = read_layout(mask, None, shape, 0)
+    with torch.device("meta"):
+        found = read_layout(mask, None, shape, 0)
+        restarting = restarting_positions(torch.tensor([0, 2, 5], device="cpu"), None, 5)
+    torch.testing.assert_close(found.real, plain.real)
+    torch.testing.assert_close(found.cu_seqlens, plain.cu_seqlens)
+    assert restarting.tolist() == [[0, 1, 0, 1, 2]]

@@ -115,8 +115,8 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
     if spans is None and batch == 1:
         return packed_layout([*starts, length])
     real = torch.arange(batch * length, device="cpu") if mask is None else mask[:, past:].flatten().nonzero()[:, 0]
-    order = torch.searchsorted(real.cpu(), torch.tensor(starts, dtype=torch.int64))
-    cu_seqlens = torch.cat([order, torch.tensor([len(real)])]).to(torch.int32)
+    order = torch.searchsorted(real.cpu(), torch.tensor(starts, dtype=torch.int64, device="cpu"))
+    cu_seqlens = torch.nn.functional.pad(order, (0, 1), value=len(real)).to(torch.int32)
     device = mask.device if mask is not None else (positions.device if positions is not None else "cpu")
     return Layout(real.to(device), cu_seqlens, spans)
 
@@ -129,7 +129,8 @@ def positions_from_mask(mask: Tensor, length: int) -> Tensor:
 def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: int) -> Tensor:
     """(1, T) positions that restart at each boundary, which given ones must do too."""
     values = checked_boundaries(boundaries.tolist(), length, "cu_seq_lens_q")
-    restarting = torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(values)])[None]
+    parts = [torch.arange(stop - start, device="cpu") for start, stop in itertools.pairwise(values)]
+    restarting = torch.cat(parts)[None]
     if positions is not None and not (positions.shape[-1] == length and bool((positions.cpu() == restarting).all())):
         raise UserError(f"cu_seq_lens_q: position_ids must count from 0 in each of its sequences {values}")
     return restarting
