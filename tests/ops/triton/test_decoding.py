@@ -1,8 +1,8 @@
-"""Attention of one query over a partly filled buffer: on the CPU under the interpreter, on a GPU compiled."""
+"""Attention of one query per row over a partly filled buffer: on the CPU under the interpreter, on a GPU compiled."""
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.triton.oracle import CAP, DEVICE, FACTOR
 
@@ -167,6 +167,42 @@ def test_length_is_read_from_the_device():
         torch.testing.assert_close(got, softmax_attention(query, key, value, count, 0.25).float())
 
 
+def assert_each_row_exact(query, key, value, lengths, scale=None, run=attend_one):
+    """Every row is exact for its own length, and nothing behind it is read, which here is NaN."""
+    for row, count in enumerate(lengths):
+        key[row, :, count:] = value[row, :, count:] = torch.nan
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    got = run(query, key, value, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), scale)
+    assert got.is_contiguous()
+    for row, count in enumerate(lengths):
+        tensors = [tensor[row, None] for tensor in (query, key, value)]
+        assert_exact(*tensors, count, scale, slack=1.0, run=lambda *_, row=row: got[row, None])
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize("run", [attend_one, reference.attend_one], ids=["triton", "reference"])
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("lengths", [(1, CAPACITY), (63, 200, 64, 1, 65), (130, 2, 299)], ids=str)
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_length_for_each_row(group, lengths, run):
+    assert_each_row_exact(*buffers(len(lengths), 2, group, CAPACITY, 24), lengths, run=run)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("rows", [1, 3])
+def test_equal_lengths_are_one_length(rows, run):
+    query, key, value = (transposed(tensor) for tensor in buffers(rows, 2, 3, CAPACITY, 40))
+    one, each = filled(211), filled(211).expand(2 * rows).contiguous()[::2]
+    assert run(query, key, value, each, 0.2).equal(run(query, key, value, one, 0.2))
+
+
+@IMPLEMENTATIONS
+def test_lengths_of_another_batch_are_refused(run):
+    with pytest.raises(RuntimeError):
+        run(*buffers(3, 2, 1, 40, 16), filled(7).expand(2), 0.2)
+
+
 def test_compiled_as_one_graph():
     query, key, value = buffers(2, 2, 3, CAPACITY, 16)
 
@@ -184,8 +220,9 @@ def test_compiled_as_one_graph():
 
 
 def test_registration():
-    arguments = *(transposed(tensor) for tensor in buffers(2, 2, 3, 70, 16)), filled(65), 0.25
-    torch.library.opcheck(attend_one, arguments)
+    tensors = [transposed(tensor) for tensor in buffers(2, 2, 3, 70, 16)]
+    for length in (filled(65), torch.tensor([65, 3], dtype=torch.int32, device=DEVICE)):
+        torch.library.opcheck(attend_one, (*tensors, length, 0.25))
 
 
 @given(
@@ -202,6 +239,21 @@ def test_any_shape(batch, heads, group, dim, lengths, dtype, layout, seed):
     length, capacity = lengths
     tensors = [layout(tensor) for tensor in buffers(batch, heads, group, capacity, dim, dtype, seed)]
     assert_exact(*tensors, length, slack=1.0)
+
+
+@settings(max_examples=15)
+@given(
+    heads=st.integers(1, 3),
+    group=st.integers(1, 20),
+    dim=st.integers(2, 12).map(lambda eighth: 8 * eighth),
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    spare=st.integers(0, 100),
+    layout=st.sampled_from([torch.clone, transposed, embedded]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_lengths(heads, group, dim, lengths, spare, layout, seed):
+    tensors = buffers(len(lengths), heads, group, max(lengths) + spare, dim, seed=seed)
+    assert_each_row_exact(*(layout(tensor) for tensor in tensors), lengths)
 
 
 @pytest.mark.gpu
@@ -222,3 +274,19 @@ def test_a_cuda_graph_follows_the_length(dim):
     # Captured at one key and replayed at all; then fewer each time, for what lies behind them becomes NaN.
     for count in (20_000, 16_385, 1000, 65, 64, 1):
         assert_exact(query, key, value, count, scale=0.1, run=replay)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_follows_the_length_of_each_row():
+    query, key, value = buffers(3, 8, 4, 20_000, 64, torch.bfloat16)
+    length = filled(1).expand(3).contiguous()
+    attend_one(query, key, value, length, 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = attend_one(query, key, value, length, 0.1)
+    for lengths in ((20_000, 9000, 1), (65, 8999, 1), (1, 64, 1)):
+        length.copy_(torch.tensor(lengths))
+        graph.replay()
+        for row, count in enumerate(lengths):
+            tensors = [tensor[row, None] for tensor in (query, key, value)]
+            assert_exact(*tensors, count, scale=0.1, slack=1.0, run=lambda *_, row=row: output[row, None])

@@ -87,23 +87,25 @@ def attend(
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
-    """Attention of one query per row over the filled rows of a buffer.
+    """Attention of one query per row over the filled part of a buffer.
 
     Args:
         query: (B, Hq, 1, D).
         key: (B, H, capacity, D).
         value: (B, H, capacity, D).
-        length: int32 (1,), filled rows; on the device, so that its value may change under a CUDA graph.
+        length: int32, filled keys of each row (B,) or of all (1,); on the device, so that its values may change under a
+            CUDA graph.
         scale: factor of the scores.
 
     Returns:
         (B, Hq, 1, D).
     """
-    filled = torch.arange(key.shape[2], device=key.device) < length
-    # What stands in spare rows may be NaN, which neither a mask nor a weight of zero takes out.
-    key, value = (rows.masked_fill(~filled[:, None], 0.0) for rows in (key, value))
+    filled = torch.arange(key.shape[2], device=key.device) < length[:, None]  # (B or 1, capacity)
+    # What stands behind it may be NaN, which neither a mask nor a weight of zero takes out.
+    key, value = (rows.masked_fill(~filled[:, None, :, None], 0.0) for rows in (key, value))
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    output: Tensor = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=filled[None], scale=scale)
+    visible = filled[:, None, None]
+    output: Tensor = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=visible, scale=scale)
     return output.reshape(query.shape)
 
 

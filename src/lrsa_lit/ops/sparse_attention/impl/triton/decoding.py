@@ -1,8 +1,8 @@
-"""Attention of one new query over a buffer whose filled length stands on the device.
+"""Attention of one new query per row over a buffer whose filled lengths stand on the device.
 
 The keys are split among programs, each of which leaves what its slice adds up to, and a second kernel joins the slices.
-Grids and memory depend on the buffer's capacity alone and the slices are cut on the device: the host never waits for
-the length, and a CUDA graph of the call stays right while the length grows.
+Grids and memory depend on the buffer's capacity alone and the slices are cut on the device, for each row by its own
+length: the host never waits for the lengths, and a CUDA graph of the call stays right while they grow.
 
 Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, D head_dim.
 """
@@ -26,7 +26,7 @@ _PROGRAMS = 2 * 132
 _MOST_SPLITS = 128
 _CHANNELS = 32
 """Channels that one program of the second kernel joins."""
-_INTEGERS = ["heads", "group"]
+_INTEGERS = ["stride_lb", "heads", "group"]
 
 
 class _Cut(NamedTuple):
@@ -51,9 +51,10 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
 
     Args:
         query: (B, Hq, 1, D).
-        key: (B, H, capacity, D), read up to row ``length`` - 1: the others may hold anything.
+        key: (B, H, capacity, D), read up to its row's ``length`` - 1: what lies behind may be anything.
         value: (B, H, capacity, D), the same.
-        length: (1,) int32 on the same device, 1 … capacity; read when the kernels run, not when they are launched.
+        length: int32 on the same device, (B,) or (1,) for all rows, 1 … capacity each; read when the kernels run, not
+            when they are launched.
         scale: factor of the scores before the softmax.
 
     Returns:
@@ -67,6 +68,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     batch, query_heads, _, dim = query.shape
     heads, capacity = key.shape[1:3]
+    length = length.expand(batch)
     group, rows = query_heads // heads, batch * query_heads
     cut = _cut_for(dim, query.dtype, group, batch * heads, capacity)
     padded = triton.next_power_of_2(dim)
@@ -84,6 +86,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
         *query.stride()[:2],
         *key.stride()[:3],
         *value.stride()[:3],
+        length.stride(0),
         heads,
         group,
         scale_log2,
@@ -150,6 +153,7 @@ def _slice_kernel(
     stride_vb,
     stride_vh,
     stride_vt,
+    stride_lb,
     heads,
     group,
     scale_log2,
@@ -165,7 +169,7 @@ def _slice_kernel(
     """
     i_split, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    n_keys = tl.load(p_length)
+    n_keys = tl.load(p_length + i_b * stride_lb)
     # A slice is whole blocks, so only the last one that holds keys has a block that is not full.
     n_slice = tl.cdiv(tl.cdiv(n_keys, tl.num_programs(0)), BLOCK_N) * BLOCK_N
     i_from = i_split * n_slice
