@@ -1,6 +1,7 @@
 """Single-token steps over preallocated rows: the same tokens as without, whatever happens in between."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def broken_spare_rows(monkeypatch):
 def counting(decoder):
     """Count the steps of a decoder."""
     steps, step = [], decoder.step
-    decoder.step = lambda ids: (steps.append(1), step(ids))[1]
+    decoder.step = lambda *given: (steps.append(1), step(*given))[1]
     return steps
 
 
@@ -100,44 +101,196 @@ def test_a_second_turn_and_sampling_go_on(room, tiny, tokens, rule):
     assert texts[0].equal(texts[1])
 
 
+@pytest.mark.parametrize("pads", [0, 11], ids=["equal", "unequal"])
 @pytest.mark.parametrize("change", ["reset", "reorder", "select"])
-def test_new_memory_is_noticed(change, tiny, tokens, rule):
-    model, ids = enable(tiny("Llama"), rule), tokens(2, 60)
+def test_new_memory_is_noticed(change, pads, tiny, tokens, rule):
+    model, ids = enable(tiny("Llama"), rule), tokens(3, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :pads] = 0
     cache = LRSACache.of(model)
     decoder = Decoder(model, cache)
-    prefill(model, ids[:, :40], cache)
+    prefill(model, ids[:, :40], cache, attention_mask=mask[:, :40])
     for at in range(40, 45):
         decoder.step(ids[:, at, None])
-    kept = ids[:, :45]
     if change == "reset":
         cache.reset()
-        prefill(model, kept, cache)
+        prefill(model, ids[:, :45], cache, attention_mask=mask[:, :45])
     else:
-        order = torch.tensor([1, 0] if change == "reorder" else [1])
+        order = torch.tensor([1, 2, 0] if change == "reorder" else [1])
         cache.reorder_cache(order)
-        ids = ids[order]
+        ids, mask = ids[order], mask[order]
     # Twice, as a search asks: the second time the memory is the one of the call before.
     ready = [decoder.ready(), decoder.ready()]
     assert ready == [False, True]
     logits = [decoder.step(ids[:, at, None]).clone() for at in range(45, 60)]
     with torch.no_grad():
-        whole = model(ids, use_cache=False).logits[:, 45:]
+        whole = model(ids, attention_mask=mask, use_cache=False).logits[:, 45:]
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)
 
 
-def test_rows_that_are_reordered_or_unequal_are_not_served(tiny, tokens, rule):
+@pytest.mark.parametrize("padding", [False, True], ids=["equal", "unequal"])
+def test_a_beam_search_is_not_served(padding, tiny, tokens, rule):
     model, ids = enable(tiny("Llama"), rule), tokens(2, 40)
     mask = torch.ones_like(ids)
-    padded = mask.clone()
-    padded[0, :11] = 0
-    for given, search in ((mask, {"num_beams": 2}), (padded, {})):
-        options = {"do_sample": False, "max_new_tokens": 15, "attention_mask": given, "pad_token_id": 0, **search}
-        plain = model.generate(ids, past_key_values=LRSACache.of(model), **options)
-        decoder = Decoder(model, LRSACache.of(model))
+    mask[0, :11] = 0 if padding else 1
+    options = {"do_sample": False, "max_new_tokens": 15, "attention_mask": mask, "pad_token_id": 0, "num_beams": 2}
+    plain = model.generate(ids, past_key_values=LRSACache.of(model), **options)
+    decoder = Decoder(model, LRSACache.of(model))
+    steps = counting(decoder)
+    with serving(model, decoder):
+        assert model.generate(ids, past_key_values=decoder.cache, **options).equal(plain)
+    assert not steps
+
+
+LENGTHS = [40, 3, 21, 33]
+
+
+def left_padded(tokens, lengths=LENGTHS, columns=40):
+    """Rows of unequal lengths and their mask (B, columns)."""
+    ids, mask = torch.full((len(lengths), columns), 33), torch.zeros(len(lengths), columns, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, columns - length :] = tokens(1, length, seed=length)[0]
+        mask[row, columns - length :] = 1
+    return ids, mask
+
+
+def preparations(decoder):
+    """Count how often a decoder makes its memory anew."""
+    made, prepare = [], decoder._prepare
+    decoder._prepare = lambda *given: (made.append(1), prepare(*given))[1]
+    return made
+
+
+@pytest.mark.parametrize("room", [5, 256])
+@pytest.mark.parametrize("change", [{}, {"chunk_size": 5}, {"dense_layers": (1,)}], ids=["rule", "chunk", "dense"])
+def test_unequal_rows_get_what_each_gets_alone(change, room, tiny, tokens, rule):
+    config, (ids, mask), more = rule.replace(**change), left_padded(tokens), tokens(4, 110, seed=1)
+    model = enable(tiny("Llama"), config)
+    cache = LRSACache.of(model)
+    decoder, columns = Decoder(model, cache, room=room), torch.cat([ids, more], dim=1)
+    made, mask = preparations(decoder), torch.cat([mask, torch.ones_like(more)], dim=1)
+    parts = [prefill(model, ids, cache, attention_mask=mask[:, :40])]
+
+    def step_to(stop):
+        for at in range(cache.get_seq_length(), stop):
+            parts.append(decoder.step(columns[:, at, None]).clone())
+            seen = [length + at - 39 for length in LENGTHS]
+            sparse = sum(stored_size(length, config) for length in seen)
+            assert cache.stored_tokens() == [sparse, sum(seen) if config.dense_layers else sparse, sparse]
+
+    def call_to(stop):
+        start = cache.get_seq_length()
+        with torch.no_grad():
+            parts.append(model(columns[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+
+    # Ordinary calls of one token and of many come between, after which the steps go on.
+    step_to(70)
+    call_to(71)
+    step_to(90)
+    call_to(115)
+    step_to(150)
+    logits = torch.cat(parts, dim=1)
+    for row, length in enumerate(LENGTHS):
+        with torch.no_grad():
+            alone = model(columns[row, None, 40 - length :], use_cache=False).logits[:, -111:]
+        torch.testing.assert_close(logits[row, None], alone, rtol=0, atol=1e-5)
+    # New memory where the call of many outgrew a row's part of it, and whenever the room was used up.
+    assert len(made) >= 4 if room == 5 else len(made) == 1
+
+
+def test_unequal_rows_share_a_memory_and_its_compressions_stay_there(tiny, tokens, rule):
+    (ids, mask), more = left_padded(tokens), tokens(4, 60, seed=1)
+    model = enable(tiny("Llama"), rule)
+    cache = LRSACache.of(model)
+    decoder = Decoder(model, cache)
+    made, compressed = preparations(decoder), []
+    prefill(model, ids, cache, attention_mask=mask)
+    for at in range(60):
+        decoder.step(more[:, at, None])
+        for layer, slot in zip(cache.layers, decoder.layers, strict=True):
+            assert slot.key.shape[:2] == (4, 2)
+            assert [stream.buffer.address for stream in layer.streams] == [row.data_ptr() for row in slot.key]
+        compressed.append([stream.partitions for stream in cache.layers[0].streams])
+    assert len(made) == 1
+    changes = [[after > before for before, after in zip(*pair, strict=True)] for pair in itertools.pairwise(compressed)]
+    assert any(any(rows) and not all(rows) for rows in changes), "rows that compress together prove nothing"
+    assert all(sum(rows) >= 4 for rows in zip(*changes, strict=True))
+
+
+def test_unequal_rows_by_the_kernels_give_the_reference(tiny, tokens):
+    rule, ids = LRSAConfig(sink_size=2, lag_size=8, top_k=3), tokens(2, 55)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    # Heads of 16 channels: the kernels take no smaller ones.
+    model = tiny("Llama", dtype=torch.float32, hidden_size=64, num_key_value_heads=1, num_hidden_layers=2).to(DEVICE)
+    ids, mask, logits = ids.to(DEVICE), mask.to(DEVICE), {}
+    for impl in ("reference", "triton"):
+        enable(model, rule, impl=impl)
+        cache = LRSACache.of(model)
+        parts = [prefill(model, ids[:, :30], cache, attention_mask=mask[:, :30])]
+        decoder = Decoder(model, cache)
+        parts += [decoder.step(ids[:, at, None]).clone() for at in range(30, 55)]
+        logits[impl] = torch.cat(parts, dim=1)
+    torch.testing.assert_close(logits["triton"], logits["reference"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [40, 0, 12]], ids=["unequal", "pads-alone"])
+@pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
+def test_generate_of_unequal_rows_is_served(family, lengths, tiny, tokens, rule):
+    model, (ids, mask) = enable(tiny(family), rule), left_padded(tokens, lengths)
+    options = {"do_sample": False, "min_new_tokens": 40, "max_new_tokens": 40, "attention_mask": mask}
+    given = {"output_logits": True, "return_dict_in_generate": True, **options}
+    plain = model.generate(ids, past_key_values=LRSACache.of(model), **given)
+    decoder = Decoder(model, LRSACache.of(model), room=16)
+    steps = counting(decoder)
+    with serving(model, decoder):
+        served = model.generate(ids, past_key_values=decoder.cache, **given)
+    assert served.sequences.equal(plain.sequences)
+    torch.testing.assert_close(torch.stack(served.logits), torch.stack(plain.logits), rtol=0, atol=1e-5)
+    # The prompt is a call of its own, and with the first token after it a row of pads alone begins.
+    assert len(steps) == 38
+
+
+def test_a_row_without_a_token_is_not_served(tiny, tokens, rule):
+    model, (ids, mask) = enable(tiny("Llama"), rule), left_padded(tokens, [40, 0])
+    cache = LRSACache.of(model)
+    decoder, ready = Decoder(model, cache), []
+    prefill(model, ids[:, :30], cache, attention_mask=mask[:, :30])
+    mask[1, 35:] = 1
+    for at in range(30, 38):
+        ready.append(decoder.ready())
+        with torch.no_grad():
+            model(input_ids=ids[:, at, None], attention_mask=mask[:, : at + 1], past_key_values=cache)
+    assert ready == [at > 35 for at in range(30, 38)]
+
+
+def test_positions_that_are_given_hold(tiny, tokens, rule):
+    model, ids, logits = enable(tiny("Llama"), rule), tokens(2, 50), []
+    positions = torch.arange(50) + torch.tensor([[0], [5]])
+    for served in (False, True):
+        cache = LRSACache.of(model)
+        decoder = Decoder(model, cache)
         steps = counting(decoder)
-        with serving(model, decoder):
-            assert model.generate(ids, past_key_values=decoder.cache, **options).equal(plain)
-        assert not steps
+        with serving(model, decoder) if served else contextlib.nullcontext(), torch.no_grad():
+            for start, stop in ((0, 40), (40, 41), *((at, at + 1) for at in range(41, 50))):
+                part = slice(start, stop)
+                call = {"input_ids": ids[:, part], "position_ids": positions[:, part], "past_key_values": cache}
+                output = model(**call).logits[:, -1:].clone()
+        logits.append(output)
+    assert len(steps) == 9
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_another_batch_is_refused_in_the_block_too(tiny, tokens, rule):
+    model, (ids, mask) = enable(tiny("Llama"), rule), left_padded(tokens)
+    decoder = Decoder(model, LRSACache.of(model))
+    with serving(model, decoder):
+        prefill(model, ids, decoder.cache, attention_mask=mask)
+        for _ in range(3):
+            model(input_ids=ids[:, :1], past_key_values=decoder.cache)
+        with pytest.raises(UserError) as caught:
+            model(input_ids=ids[:1, :1], past_key_values=decoder.cache)
+    assert one_line(caught.value).startswith("cache: it holds 4 rows and cannot continue 1")
 
 
 def test_another_rule_is_refused_in_the_block_too(tiny, tokens, rule):

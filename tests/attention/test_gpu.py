@@ -148,6 +148,61 @@ def test_steps_of_a_graph_give_the_parallel_pass(model):
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits[:, 199:], atol=1e-2, rtol=1e-2)
 
 
+def unequal(rows, columns, *lengths):
+    """Rows padded on the left, and their mask."""
+    ids, mask = tokens(rows, columns), torch.ones(rows, columns, dtype=torch.long, device="cuda")
+    for row, length in enumerate(lengths):
+        mask[row, : columns - length] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("lengths", [(200, 90, 131), (200, 0, 1)], ids=["unequal", "pads-alone"])
+@pytest.mark.parametrize("layers", [(), (1,)], ids=["sparse", "one dense"])
+def test_a_graph_generates_unequal_rows_as_launches_do(model, layers, lengths):
+    # Rows are compressed at different steps, and outgrow their memory.
+    rule, (ids, mask), texts = RULE.replace(dense_layers=layers), unequal(3, 200, *lengths), []
+    settings = {"max_new_tokens": 150, "min_new_tokens": 150, "do_sample": False, "pad_token_id": 2}
+    enable(model, rule)
+    for served in (False, True):
+        cache = LRSACache.of(model)
+        with graphed_decoding(model, cache, room=40) if served else contextlib.nullcontext():
+            texts.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **settings))
+        assert cache.stored_tokens()[0] == sum(stored_size(length + 149, RULE) for length in lengths)
+    real = torch.tensor(lengths) > 0
+    assert (texts[0] == texts[1])[real].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["launched", "fused"])
+def test_steps_and_calls_of_unequal_rows_give_the_parallel_pass(model, fuse):
+    ids, mask = unequal(3, 330, 330, 220, 170)
+    enable(model, RULE)
+    cache = LRSACache.of(model)
+    parts = [prefill(model, ids[:, :200], cache, attention_mask=mask[:, :200])]
+    decoder = Decoder(model, cache, room=200 if fuse else 20, fuse=fuse)
+    parts += [decoder.step(ids[:, at, None]).clone() for at in range(200, 250)]
+    with torch.no_grad():
+        parts.append(model(ids[:, 250:290], attention_mask=mask[:, :290], past_key_values=cache).logits)
+        parts += [decoder.step(ids[:, at, None]).clone() for at in range(290, 330)]
+        whole = model(ids, attention_mask=mask).logits[:, 199:]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-2, rtol=1e-2)
+
+
+def test_steps_of_unequal_rows_never_wait_for_the_device(model):
+    ids, mask = unequal(3, 200, 200, 105, 140)
+    enable(model, RULE)
+    cache = LRSACache.of(model)
+    prefill(model, ids, cache, attention_mask=mask)
+    decoder = Decoder(model, cache)
+    decoder.step(ids[:, :1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # In so few steps no row is compressed.
+        for at in range(20):
+            decoder.step(ids[:, at, None])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_stock_attention_sees_the_same_keys(model):
     ids = tokens(2, 300)
     stock = tiny_model(hidden_size=256).cuda().eval()

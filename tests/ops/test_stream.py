@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, Recency, sparse_attention
+from lrsa_lit.ops.sparse_attention.buffer import share_memory
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start, stored_size
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
@@ -96,6 +97,27 @@ def test_memory_is_allocated_for_many_tokens_at_a_time():
             addresses.append(stream.buffer.whole[0].data_ptr())
     moves = sum(first != second for first, second in itertools.pairwise(addresses[1000:]))
     assert moves <= 32, "a thousand tokens keep 375 rows: at 1/32 spare that is about 25 moves"
+
+
+def test_streams_of_unequal_lengths_go_on_in_one_memory_and_leave_it_when_it_is_full():
+    lengths, outputs = [70, 31, 9], []
+    tensors = [random_qkv(length + 60, batch=1, seed=length) for length in lengths]
+    streams = [run(RULE, [part[:, :, :length] for part in parts], [length])[1]
+               for parts, length in zip(tensors, lengths, strict=True)]  # fmt: skip
+    key, value = share_memory([stream.buffer for stream in streams], 48)
+    addresses = [part.data_ptr() for part in key]
+    assert [stream.buffer.address for stream in streams] == addresses
+    assert value.shape == key.shape == (3, 2, 48, 5)
+    with torch.no_grad():
+        for row, (stream, parts) in enumerate(zip(streams, tensors, strict=True)):
+            later = [part[:, :, lengths[row] :] for part in parts]
+            outputs.append([stream.attend(*(part[:, :, at, None] for part in later), SCALE) for at in range(60)])
+    for row, (stream, parts) in enumerate(zip(streams, tensors, strict=True)):
+        whole = sparse_attention(*parts, RULE, scale=SCALE)
+        torch.testing.assert_close(torch.cat(outputs[row], dim=2), whole[:, :, lengths[row] :])
+        stayed = max(stored_size(length, RULE) for length in range(lengths[row], lengths[row] + 61)) <= 48
+        assert (stream.buffer.address == addresses[row]) == stayed
+        assert stayed == (row > 0)
 
 
 def test_the_first_calls_hold_no_more_than_their_tokens():

@@ -111,6 +111,7 @@ class LRSACacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self.stock = False
         self._streams: list[KeyValueStream] = []
+        self._batch = 0
         self._columns = 0
         self._begun = False
         self._spans: tuple[tuple[int, int], ...] | None = None
@@ -186,8 +187,18 @@ class LRSACacheLayer(CacheLayerMixin):
         """What all rows share; None before the first call, and where their lengths differ."""
         return self._streams[0] if len(self._streams) == 1 else None
 
+    @property
+    def streams(self) -> list[KeyValueStream]:
+        """One that all rows share, or one for each row; none before the first call."""
+        return self._streams
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 before the first call."""
+        return self._batch
+
     def count(self, columns: int) -> None:
-        """Take note of columns that somebody wrote into the :attr:`stream` past :meth:`update`."""
+        """Take note of columns that somebody wrote into the :attr:`streams` past :meth:`update`."""
         self._columns += columns
 
     def stored_tokens(self) -> int:

@@ -1,10 +1,13 @@
-"""Token by token: single-token calls replay a CUDA graph instead of launching the model kernel by kernel."""
+"""Token by token: single-token calls replay a CUDA graph instead of launching the model kernel by kernel.
+
+Dimensions: B rows, H key-value heads, Hq query heads, D head_dim, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +19,26 @@ from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.attention.rules import base_of, enabled_state
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl
+from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
 from lrsa_lit.ops.sparse_attention.api import implementation
-from lrsa_lit.ops.sparse_attention.buffer import Pair
+from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, share_memory
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 _WARM_UP = 3
 _ROOM = 256
 _PLAIN = Layout()
+
+Streams = list[list[KeyValueStream]]
+"""Of each layer: the one that its rows share, or one for each row."""
 
 
 @contextlib.contextmanager
 def graphed_decoding(model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: bool = False) -> Iterator[None]:
     """Serve the single-token calls of a block (``model.generate(…, past_key_values=cache)``) by a CUDA graph.
 
-    The tokens of such calls are taken as real ones, whatever the mask. All other calls, and those of rows of unequal
-    lengths or that a beam search has just reordered, run as ever. On other devices than CUDA all calls do: there is no
-    graph to replay.
+    The tokens of such calls are taken as real ones, whatever the mask, and rows of unequal lengths are served like
+    others. All other calls, and those of rows that are empty or that a beam search has just reordered, run as ever. On
+    other devices than CUDA all calls do: there is no graph to replay.
 
     Args:
         model: a causal language model with LRSA enabled.
@@ -72,18 +79,19 @@ def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Ca
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids: Any = kwargs.get("input_ids")
         single = not args and ids is not None and ids.shape[1] == 1 and kwargs.get("past_key_values") is cache
-        if not single or not decoder.ready():
+        if not single or ids.shape[0] != cache.layers[0].rows or not decoder.ready():
             return plain(*args, **kwargs)
-        return CausalLMOutputWithPast(logits=decoder.step(ids), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=decoder.step(ids, kwargs.get("position_ids")), past_key_values=cache)
 
     return forward
 
 
 class Decoder:
-    """Single-token steps of a model over the preallocated rows of its cache.
+    """Single-token steps of a model over the preallocated memory of its cache.
 
-    Lengths and position stand in device tensors, so that one graph serves all tokens. Compressions happen between the
-    steps, in the same memory.
+    Lengths and positions stand in device tensors, so that one graph serves all tokens. Compressions happen between the
+    steps, in the same memory, and at different steps for rows of unequal lengths: each layer has one memory, whose rows
+    are filled to lengths of their own. Any other call of the model may come between two steps.
 
     Args:
         model: a causal language model with LRSA enabled.
@@ -95,65 +103,82 @@ class Decoder:
     def __init__(self, model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: bool = False) -> None:
         self.model, self.cache, self.room = model, cache, room
         self.layers: list[_Slot] = []
+        self._alike = _layers_by_rule(cache)
         self._forward = torch.compile(self._run, dynamic=False) if fuse else self._run
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._seen: list[int] = []
+        self._seen: Streams = []
         self._prepared: list[int] = []
 
     def ready(self) -> bool:
-        """Whether the next token can be served: rows of one length, in the memory of the last call, under one rule."""
+        """Whether the next token can be served: rows in the order of the last call, none empty, under one rule."""
         state = enabled_state(self.model)
         if state is None or state.config != self.cache.config:
             return False
-        if any(layer.stream is None or layer.stream.buffer is None for layer in self.cache.layers):
-            return False
-        before, self._seen = self._seen, self._addresses()
-        return before == self._seen
+        before, self._seen = self._seen, self._streams()
+        # The first layer tells of all whether a row is empty.
+        rows = self._seen[0]
+        return before == self._seen and len(rows) > 0 and all(stream.buffer is not None for stream in rows)
 
     @torch.no_grad()
-    def step(self, ids: Tensor) -> Tensor:
-        """Take in one token per row.
+    def step(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Take in one token per row, none of which may be empty.
 
         Args:
             ids: (B, 1).
+            position_ids: (B, 1) or (1, 1); by default each token follows those that its row has seen.
 
         Returns:
             Logits (B, 1, V), overwritten by the next step.
         """
-        streams = self._streams()
-        for stream in streams:
-            stream.advance()
-            if stream.buffer.length == stream.buffer.capacity:
-                stream.buffer.reserve(stream.buffer.length + self.room)
-        self._seen = self._addresses()
-        if self._seen != self._prepared or ids.shape != self._ids.shape:
+        self._seen = streams = self._streams()
+        full = self._advance(streams)
+        if full or self._addresses(streams) != self._prepared or ids.shape != self._ids.shape:
             self._prepare(ids, streams)
-            self._prepared = self._seen
-        self._write(ids, streams)
+        self._write(ids, position_ids, streams)
         if self._graph is None:
             self._logits = self._forward()
         else:
             self._graph.replay()
-        for layer, stream in zip(self.cache.layers, streams, strict=True):
-            stream.count(1)
+        for layer in self.cache.layers:
             layer.count(1)
+            for stream in layer.streams:
+                stream.count(1)
         return self._logits
 
-    def _streams(self) -> list[Any]:
-        return [layer.stream for layer in self.cache.layers]
+    def _streams(self) -> Streams:
+        return [layer.streams for layer in self.cache.layers]
 
-    def _addresses(self) -> list[int]:
-        return [stream.buffer.address for stream in self._streams()]
+    def _addresses(self, streams: Streams) -> list[int]:
+        return [_buffer(stream).address for rows in streams for stream in rows]
 
-    def _prepare(self, ids: Tensor, streams: list[Any]) -> None:
+    def _advance(self, streams: Streams) -> bool:
+        """Compress what is due; returns whether some row has no place left for a token."""
+        full = False
+        for layers in self._alike:
+            for row, stream in enumerate(streams[layers[0]]):
+                if stream.due:
+                    for layer in layers:
+                        streams[layer][row].advance()
+                full |= _buffer(stream).is_full
+        return full
+
+    def _prepare(self, ids: Tensor, streams: Streams) -> None:
         """Make the tensors that steps write into and, on CUDA, capture the graph that reads them."""
-        self._ids, self._position = ids.clone(), ids.new_zeros(1, 1)
-        self._fills = {stream.rule: _Fill(ids.device) for stream in streams}
-        self.layers = [_Slot(stream.buffer.whole, self._fills[stream.rule], stream.impl) for stream in streams]
-        self._graph = None
+        # What the old slots hold would not be free for what rows move into.
+        self.layers, self._graph = [], None
+        memories = [_memory(rows, self.room) for rows in streams]
+        self._prepared = self._addresses(streams)
+        self._state = torch.zeros(1 + len(self._alike), len(streams[0]), dtype=torch.int64, device=ids.device)
+        self._ids, self._position = ids.clone(), self._state.new_zeros(ids.shape)
+        self._fills = [_Fill(ends) for ends in self._state[1:]]
+        fills = {layer: fill for fill, layers in zip(self._fills, self._alike, strict=True) for layer in layers}
+        self.layers = [
+            _Slot(memory, fills[layer], rows[0].impl)
+            for layer, (memory, rows) in enumerate(zip(memories, streams, strict=True))
+        ]
         if ids.device.type != "cuda":
             return
-        self._write(ids, streams)
+        self._write(ids, None, streams)
         # Nothing that the warm-up and the capture write counts before a step says so.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -166,13 +191,19 @@ class Decoder:
             self._logits = self._forward()
         self._graph = graph
 
-    def _write(self, ids: Tensor, streams: list[Any]) -> None:
+    def _write(self, ids: Tensor, position_ids: Tensor | None, streams: Streams) -> None:
+        """Hand the token, its positions and the lengths over, these in one copy, for which nobody waits."""
+        state = [[stream.seen for stream in streams[0]]]
+        state += [[_buffer(stream).length for stream in streams[layers[0]]] for layers in self._alike]
+        # Pinned memory that is new each time: the copy of the step before may still be under way.
+        host = torch.tensor(state, device="cpu", pin_memory=ids.device.type == "cuda")
+        self._state.copy_(host, non_blocking=True)
         self._ids.copy_(ids)
-        self._position.fill_(streams[0].seen)
-        for stream in {stream.rule: stream for stream in streams}.values():
-            self._fills[stream.rule].set(stream.buffer.length)
+        self._position.copy_(self._state[0, :, None] if position_ids is None else position_ids)
 
     def _run(self) -> Tensor:
+        for fill in self._fills:
+            fill.include_new()
         output = self.model.__class__.forward(
             self.model,
             input_ids=self._ids,
@@ -186,29 +217,65 @@ class Decoder:
 
 
 class _Fill:
-    """How far the buffers of the layers of one rule are filled, on the device."""
+    """How far the memories of the layers of one rule are filled, on the device.
 
-    def __init__(self, device: torch.device) -> None:
-        self.row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.length = torch.zeros(1, dtype=torch.int32, device=device)
+    Args:
+        ends: int64, places of the new tokens: of each row (B,), or of all (1,). The decoder writes it.
+    """
 
-    def set(self, rows: int) -> None:
-        """The next token goes to row ``rows`` and sees the rows up to itself."""
-        self.row.fill_(rows)
-        self.length.fill_(rows + 1)
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends
+        self.rows = torch.arange(len(ends), device=ends.device)
+        self.length = torch.zeros_like(ends, dtype=torch.int32)
+
+    def include_new(self) -> None:
+        """Count the new tokens among the filled: they see themselves."""
+        self.length.copy_(self.ends + 1)
+
+    def put(self, memory: Tensor, new: Tensor) -> None:
+        """Write the new tokens (B, H, 1, D) to their places in the memory (B, H, capacity, D)."""
+        if len(self.ends) == 1:
+            memory.index_copy_(2, self.ends, new)
+        else:
+            memory[self.rows, :, self.ends] = new[:, :, 0]
 
 
 class _Slot:
-    """The buffer of one layer, as the attention sees it: in the place of a cache's layer."""
+    """The memory of one layer, as the attention sees it: in the place of a cache's layer."""
 
-    def __init__(self, rows: Pair, fill: _Fill, impl: Impl) -> None:
-        (self.key, self.value), self.fill, self.impl = rows, fill, impl
+    def __init__(self, memory: Pair, fill: _Fill, impl: Impl) -> None:
+        (self.key, self.value), self.fill, self.impl = memory, fill, impl
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention (B, Hq, 1, D) of one new token, which is stored behind the filled rows."""
-        self.key.index_copy_(2, self.fill.row, key)
-        self.value.index_copy_(2, self.fill.row, value)
+        """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
+        self.fill.put(self.key, key)
+        self.fill.put(self.value, value)
         output: Tensor = implementation(self.impl, query).attend_one(
             query, self.key, self.value, self.fill.length, scale
         )
         return output
+
+
+def _layers_by_rule(cache: LRSACache) -> list[list[int]]:
+    """The layers of each rule, which hold equally many tokens at any time."""
+    layers: dict[LRSAConfig | None, list[int]] = {}
+    for index, layer in enumerate(cache.layers):
+        layers.setdefault(layer.config, []).append(index)
+    return list(layers.values())
+
+
+def _memory(streams: Sequence[KeyValueStream], room: int) -> Pair:
+    """One memory (B, H, capacity, D) of all rows of a layer, with a place for the next token at least."""
+    buffers = [_buffer(stream) for stream in streams]
+    longest = max(buffer.length for buffer in buffers)
+    if len(buffers) > 1:
+        return share_memory(buffers, longest + room)
+    if buffers[0].is_full:
+        buffers[0].reserve(longest + room)
+    return buffers[0].whole
+
+
+def _buffer(stream: KeyValueStream) -> PairBuffer:
+    """Where a row, or all of them, are stored."""
+    assert stream.buffer is not None
+    return stream.buffer

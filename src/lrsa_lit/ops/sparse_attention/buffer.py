@@ -5,6 +5,8 @@ Dimensions: B batch, H key-value heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,11 @@ class PairBuffer:
         """Rows that there is memory for."""
         return self._key.shape[2]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether one more row would make it move."""
+        return self.length == self.capacity
+
     def append(self, rows: Pair) -> None:
         """Put rows behind the filled ones."""
         key, value = rows
@@ -89,3 +96,21 @@ class PairBuffer:
         """A buffer of some rows of the batch, in the given order and multiplicity."""
         key, value = self.filled
         return PairBuffer(key[indices], value[indices])
+
+
+def share_memory(buffers: Sequence[PairBuffer], rows: int) -> Pair:
+    """Let the buffers of B sequences go on as parts of one memory, each at its own length.
+
+    A buffer that outgrows its part moves out of it, into memory of its own.
+
+    Args:
+        buffers: of one sequence each, (1, H, length, D).
+        rows: what each may be filled to.
+
+    Returns:
+        Keys and values (B, H, rows, D).
+    """
+    key, value = (part.new_empty(len(buffers), part.shape[1], rows, part.shape[3]) for part in buffers[0].whole)
+    for sequence, buffer in enumerate(buffers):
+        buffer.move_to((key[sequence : sequence + 1], value[sequence : sequence + 1]))
+    return key, value

@@ -100,13 +100,17 @@ class KeyValueStream:
         self.seen += key.shape[2]
         return buffer.filled
 
+    @property
+    def due(self) -> bool:
+        """Whether something must be compressed before the next token attends."""
+        return compressed_at(self.seen, self.rule) > self.partitions
+
     def advance(self) -> None:
         """Compress what the rule says must be compressed when the next token attends."""
-        partitions = compressed_at(self.seen, self.rule)
-        if partitions > self.partitions:
+        if self.due:
             assert self.buffer is not None
             raw = self.buffer.cut(compact_size(self.partitions, self.rule))
-            self.buffer.append(self._compress(self.buffer, raw, partitions))
+            self.buffer.append(self._compress(self.buffer, raw, compressed_at(self.seen, self.rule)))
 
     def count(self, tokens: int) -> None:
         """Take note of tokens that somebody wrote behind the filled rows of the :attr:`buffer`."""
