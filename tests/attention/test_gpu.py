@@ -188,12 +188,13 @@ def test_steps_and_calls_of_unequal_rows_give_the_parallel_pass(model, fuse):
 
 
 def test_steps_of_unequal_rows_never_wait_for_the_device(model):
-    ids, mask = unequal(3, 200, 200, 105, 140)
+    ids, mask = unequal(3, 200, 200, 105, 135)
     enable(model, RULE)
     cache = LRSACache.of(model)
     prefill(model, ids, cache, attention_mask=mask)
     decoder = Decoder(model, cache)
-    decoder.step(ids[:, :1])
+    for at in range(5):
+        decoder.step(ids[:, at, None])
     torch.cuda.set_sync_debug_mode("error")
     try:
         # In so few steps no row is compressed.

@@ -25,6 +25,8 @@ from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, share_memory
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 _WARM_UP = 3
+"""Steps that launch kernel by kernel before one is captured: what compiles or allocates on first use may not do so
+then, and an answer that ends before costs no capture."""
 _ROOM = 256
 _PLAIN = Layout()
 
@@ -91,7 +93,8 @@ class Decoder:
 
     Lengths and positions stand in device tensors, so that one graph serves all tokens. Compressions happen between the
     steps, in the same memory, and at different steps for rows of unequal lengths: each layer has one memory, whose rows
-    are filled to lengths of their own. Any other call of the model may come between two steps.
+    are filled to lengths of their own. Any other call of the model may come between two steps. The graph is captured
+    after a few steps in the same memory.
 
     Args:
         model: a causal language model with LRSA enabled.
@@ -135,15 +138,12 @@ class Decoder:
         if full or self._addresses(streams) != self._prepared or ids.shape != self._ids.shape:
             self._prepare(ids, streams)
         self._write(ids, position_ids, streams)
-        if self._graph is None:
-            self._logits = self._forward()
-        else:
-            self._graph.replay()
+        logits = self._replayed() if ids.device.type == "cuda" and self._launched >= _WARM_UP else self._launch()
         for layer in self.cache.layers:
             layer.count(1)
             for stream in layer.streams:
                 stream.count(1)
-        return self._logits
+        return logits
 
     def _streams(self) -> Streams:
         return [layer.streams for layer in self.cache.layers]
@@ -163,9 +163,9 @@ class Decoder:
         return full
 
     def _prepare(self, ids: Tensor, streams: Streams) -> None:
-        """Make the tensors that steps write into and, on CUDA, capture the graph that reads them."""
+        """Make the tensors that steps write into."""
         # What the old slots hold would not be free for what rows move into.
-        self.layers, self._graph = [], None
+        self.layers, self._graph, self._launched = [], None, 0
         memories = [_memory(rows, self.room) for rows in streams]
         self._prepared = self._addresses(streams)
         self._state = torch.zeros(1 + len(self._alike), len(streams[0]), dtype=torch.int64, device=ids.device)
@@ -176,20 +176,21 @@ class Decoder:
             _Slot(memory, fills[layer], rows[0].impl)
             for layer, (memory, rows) in enumerate(zip(memories, streams, strict=True))
         ]
-        if ids.device.type != "cuda":
-            return
-        self._write(ids, None, streams)
-        # Nothing that the warm-up and the capture write counts before a step says so.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._forward()
-        self._graph = graph
+
+    def _launch(self) -> Tensor:
+        self._launched += 1
+        return self._forward()
+
+    def _replayed(self) -> Tensor:
+        """The logits of a graph, which the first call captures."""
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # Threads that pin the next batches may go on allocating meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits = self._forward()
+            self._graph = graph
+        self._graph.replay()
+        return self._logits
 
     def _write(self, ids: Tensor, position_ids: Tensor | None, streams: Streams) -> None:
         """Hand the token, its positions and the lengths over, these in one copy, for which nobody waits."""
