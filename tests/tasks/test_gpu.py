@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from lrsa_lit.attention import decoding
 from lrsa_lit.data.collate import TrainBatch
 from lrsa_lit.models import Backbone, head
 from lrsa_lit.ops.sparse_attention import LRSAConfig
@@ -80,3 +81,25 @@ def test_the_fused_loss_is_as_exact_as_float32_logits(monkeypatch):
         results.append([loss.detach().double(), *(part.double() for part in torch.autograd.grad(loss, leaves))])
     for got, truth in zip(*results, strict=True):
         assert (got - truth).norm() <= 0.02 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_graph_answers_what_launches_do(dtype, monkeypatch):
+    """As an evaluation does: in inference mode, float32 weights under autocast, batch after batch."""
+    task = LongContextQA(Backbone("tiny", dtype=dtype), RULE, max_new_tokens=60)
+    task.configure_model()
+    task.cuda().eval()
+    task.model.generation_config.min_new_tokens = 60
+    mask = torch.ones(3, 400, dtype=torch.int64)
+    mask[1, :250], mask[2, :30] = 0, 0
+    prompts = [{"prompt_ids": torch.randint(3, 259, (3, 400)), "prompt_mask": mask} for _ in range(2)]
+    answers = []
+    for warm_up in (3, 1000):
+        # The same kernels, replayed and launched.
+        monkeypatch.setattr(decoding, "_WARM_UP", warm_up)
+        for prompt in prompts:
+            autocast = torch.autocast("cuda", torch.bfloat16, enabled=dtype == "float32")
+            with torch.inference_mode(), autocast:
+                answers.append(task.generate(prompt, RULE))
+    assert answers[:2] == answers[2:]
+    assert all(length == 60 for _, lengths in answers for length in lengths)

@@ -7,12 +7,14 @@ import torch
 from scripted import scripted_model
 
 from lrsa_lit.attention import enabled_config
+from lrsa_lit.attention.decoding import Decoder, serving
+from lrsa_lit.attention.rules import base_of
 from lrsa_lit.data.collate import collate
 from lrsa_lit.errors import UserError
-from lrsa_lit.models import Backbone
+from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks import LongContextQA, question_answering
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 
@@ -90,6 +92,28 @@ def test_batched_answers_equal_single_ones():
                 "prompt_mask": rows["prompt_mask"][row : row + 1, -length:],
             }
             assert made.generate(one, rule)[0] == [together[row]]
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["all-weights", "adapters"])
+def test_answers_of_unequal_rows_are_served_token_by_token(lora, monkeypatch):
+    made = LongContextQA(Backbone("tiny", lora=lora), RULE, max_new_tokens=30)
+    made.configure_model()
+    made.model.generation_config.min_new_tokens = 30
+    plain, decoders = made.generate(batch(150, 40, 90), RULE), []
+
+    def on_any_device(model, cache, *, room):
+        decoders.append(Decoder(base_of(model), cache, room=room))
+        return serving(base_of(model), decoders[-1])
+
+    monkeypatch.setattr(question_answering, "graphed_decoding", on_any_device)
+    assert made.generate(batch(150, 40, 90), RULE) == plain
+    (decoder,) = decoders
+    # One memory of all rows, in which the first layer has seen all but the last of the new tokens.
+    assert [stream.seen for stream in decoder.cache.layers[0].streams] == [150 + 29, 40 + 29, 90 + 29]
+    assert decoder.layers[0].key.shape[0] == 3
+    assert made.generate(batch(150, 40, 90), None)
+    assert len(decoders) == 1, "nothing is compressed without a rule"
+    assert "forward" not in vars(base_of(made.model))
 
 
 @pytest.mark.parametrize("rule", [RULE, None], ids=["rule", "dense"])

@@ -5,6 +5,7 @@ Dimensions: B examples, T tokens of the longest example, Tp tokens of the longes
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lrsa_lit.attention import LAYOUT, LRSACache, disable, enable, enabled_config, packed_layout, using
+from lrsa_lit.attention import (
+    LAYOUT,
+    LRSACache,
+    disable,
+    enable,
+    enabled_config,
+    graphed_decoding,
+    packed_layout,
+    using,
+)
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import exact_match, f1_score
 from lrsa_lit.models import Backbone, uncompiled
@@ -254,8 +264,8 @@ class LongContextQA(lightning.LightningModule):
             The answers and their lengths in tokens.
         """
         prompt, stops = batch["prompt_ids"], stop_tokens(self.tokenizer)
-        with using(self.model, config), uncompiled():
-            cache = None if config is None else LRSACache(config, self.model.config.num_hidden_layers)
+        cache = None if config is None else LRSACache(config, self.model.config.num_hidden_layers)
+        with using(self.model, config), uncompiled(), self._token_by_token(cache):
             tokens = self.model.generate(
                 input_ids=prompt,
                 attention_mask=batch["prompt_mask"],
@@ -271,6 +281,12 @@ class LongContextQA(lightning.LightningModule):
         answers = [before_stop(row, stops) for row in tokens[:, prompt.shape[1] :].tolist()]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts], list(map(len, answers))
+
+    def _token_by_token(self, cache: LRSACache | None) -> contextlib.AbstractContextManager[None]:
+        """By a CUDA graph over a compressed cache; but a sharded model gathers its weights anew in each forward."""
+        if cache is None or is_sharded(self.model):
+            return contextlib.nullcontext()
+        return graphed_decoding(self.model, cache, room=self.max_new_tokens)
 
     def _evaluate(self, batch: Batch) -> dict[str, list[str]]:
         answers = {}
