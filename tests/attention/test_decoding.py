@@ -1,7 +1,9 @@
 """Single-token steps over preallocated rows: the same tokens as without, whatever happens in between."""
 
 import contextlib
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -316,3 +318,23 @@ def test_a_plain_model_is_refused(tiny, rule):
     with pytest.raises(UserError) as caught, graphed_decoding(model, LRSACache.of(model, rule)):
         pass
     assert one_line(caught.value).startswith("model, cache: graphed_decoding needs")
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["equal", "unequal"])
+def test_nothing_outlives_the_block(padding, tiny, tokens, rule):
+    model, (ids, mask) = enable(tiny("Llama"), rule), left_padded(tokens)
+    options = {"attention_mask": mask if padding else torch.ones_like(ids), "do_sample": False, "max_new_tokens": 10}
+
+    def served():
+        decoder = Decoder(model, LRSACache.of(model))
+        with serving(model, decoder):
+            model.generate(ids, past_key_values=decoder.cache, min_new_tokens=10, **options)
+        return [weakref.ref(decoder), weakref.ref(decoder.cache), weakref.ref(decoder.layers[0].key)]
+
+    # Memory of a device is scarce before Python thinks of collecting anything.
+    gc.collect()
+    gc.disable()
+    try:
+        assert [held() for held in served()] == [None] * 3
+    finally:
+        gc.enable()

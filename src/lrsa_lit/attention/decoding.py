@@ -107,7 +107,8 @@ class Decoder:
         self.model, self.cache, self.room = model, cache, room
         self.layers: list[_Slot] = []
         self._alike = _layers_by_rule(cache)
-        self._forward = torch.compile(self._run, dynamic=False) if fuse else self._run
+        # A function of the class: a method of its own would leave a decoder, its graph and memory, to the collector.
+        self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
         self._graph: torch.cuda.CUDAGraph | None = None
         self._seen: Streams = []
         self._prepared: list[int] = []
@@ -179,7 +180,7 @@ class Decoder:
 
     def _launch(self) -> Tensor:
         self._launched += 1
-        return self._forward()
+        return self._forward(self)
 
     def _replayed(self) -> Tensor:
         """The logits of a graph, which the first call captures."""
@@ -187,7 +188,7 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             # Threads that pin the next batches may go on allocating meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._logits = self._forward()
+                self._logits = self._forward(self)
             self._graph = graph
         self._graph.replay()
         return self._logits
