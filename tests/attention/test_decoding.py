@@ -163,6 +163,19 @@ def preparations(decoder):
     return made
 
 
+@pytest.mark.parametrize("change", [{}, {"dense_layers": (1,)}, {"lag_size": 16}], ids=["rule", "dense", "long-lag"])
+@pytest.mark.parametrize("lengths", [[40, 40], LENGTHS], ids=["equal", "unequal"])
+def test_memory_for_the_room_is_there_at_once(lengths, change, tiny, tokens, rule):
+    model, (ids, mask) = enable(tiny("Llama"), rule.replace(**change)), left_padded(tokens, lengths)
+    cache = LRSACache.of(model)
+    decoder = Decoder(model, cache, room=30)
+    made = preparations(decoder)
+    prefill(model, ids, cache, attention_mask=mask)
+    for at in range(30):
+        decoder.step(ids[:, at, None])
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("room", [5, 256])
 @pytest.mark.parametrize("change", [{}, {"chunk_size": 5}, {"dense_layers": (1,)}], ids=["rule", "chunk", "dense"])
 def test_unequal_rows_get_what_each_gets_alone(change, room, tiny, tokens, rule):

@@ -45,7 +45,7 @@ def graphed_decoding(model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: b
     Args:
         model: a causal language model with LRSA enabled.
         cache: its cache.
-        room: new tokens to allocate for ahead; more than these only cost another capture.
+        room: new tokens to allocate for ahead, at least 1; more than these only cost another capture.
         fuse: fuse the model's own operations with ``torch.compile`` first, which takes a minute.
 
     Raises:
@@ -99,7 +99,7 @@ class Decoder:
     Args:
         model: a causal language model with LRSA enabled.
         cache: its cache.
-        room: new tokens to allocate for ahead.
+        room: new tokens to allocate for ahead, at least 1.
         fuse: whether ``torch.compile`` fuses the model's own operations.
     """
 
@@ -135,8 +135,8 @@ class Decoder:
             Logits (B, 1, V), overwritten by the next step.
         """
         self._seen = streams = self._streams()
-        full = self._advance(streams)
-        if full or self._addresses(streams) != self._prepared or ids.shape != self._ids.shape:
+        self._compress(streams)
+        if not self._fits(streams):
             self._prepare(ids, streams)
         self._write(ids, position_ids, streams)
         logits = self._replayed() if ids.device.type == "cuda" and self._launched >= _WARM_UP else self._launch()
@@ -149,34 +149,32 @@ class Decoder:
     def _streams(self) -> Streams:
         return [layer.streams for layer in self.cache.layers]
 
-    def _addresses(self, streams: Streams) -> list[int]:
-        return [_buffer(stream).address for rows in streams for stream in rows]
-
-    def _advance(self, streams: Streams) -> bool:
-        """Compress what is due; returns whether some row has no place left for a token."""
-        full = False
+    def _compress(self, streams: Streams) -> None:
+        """Compress the rows in which something is due."""
         for layers in self._alike:
             for row, stream in enumerate(streams[layers[0]]):
                 if stream.due:
                     for layer in layers:
                         streams[layer][row].advance()
-                full |= _buffer(stream).is_full
-        return full
+
+    def _fits(self, streams: Streams) -> bool:
+        """Whether all stand in the prepared memory, with a place for the next token."""
+        full = any(_buffer(stream).is_full for rows in streams for stream in rows)
+        return not full and _addresses(streams) == self._prepared
 
     def _prepare(self, ids: Tensor, streams: Streams) -> None:
         """Make the tensors that steps write into."""
         # What the old slots hold would not be free for what rows move into.
         self.layers, self._graph, self._launched = [], None, 0
-        memories = [_memory(rows, self.room) for rows in streams]
-        self._prepared = self._addresses(streams)
         self._state = torch.zeros(1 + len(self._alike), len(streams[0]), dtype=torch.int64, device=ids.device)
         self._ids, self._position = ids.clone(), self._state.new_zeros(ids.shape)
         self._fills = [_Fill(ends) for ends in self._state[1:]]
-        fills = {layer: fill for fill, layers in zip(self._fills, self._alike, strict=True) for layer in layers}
-        self.layers = [
-            _Slot(memory, fills[layer], rows[0].impl)
-            for layer, (memory, rows) in enumerate(zip(memories, streams, strict=True))
-        ]
+        slots: dict[int, _Slot] = {}
+        for fill, layers in zip(self._fills, self._alike, strict=True):
+            places = max(stream.most_stored(self.room) for stream in streams[layers[0]])
+            slots |= {layer: _Slot(_memory(streams[layer], places), fill, streams[layer][0].impl) for layer in layers}
+        self.layers = [slots[layer] for layer in range(len(slots))]
+        self._prepared = _addresses(streams)
 
     def _launch(self) -> Tensor:
         self._launched += 1
@@ -266,15 +264,17 @@ def _layers_by_rule(cache: LRSACache) -> list[list[int]]:
     return list(layers.values())
 
 
-def _memory(streams: Sequence[KeyValueStream], room: int) -> Pair:
-    """One memory (B, H, capacity, D) of all rows of a layer, with a place for the next token at least."""
+def _memory(streams: Sequence[KeyValueStream], places: int) -> Pair:
+    """One memory (B, H, ``places`` or more, D) of all rows of a layer."""
     buffers = [_buffer(stream) for stream in streams]
-    longest = max(buffer.length for buffer in buffers)
     if len(buffers) > 1:
-        return share_memory(buffers, longest + room)
-    if buffers[0].is_full:
-        buffers[0].reserve(longest + room)
+        return share_memory(buffers, places)
+    buffers[0].reserve(places)
     return buffers[0].whole
+
+
+def _addresses(streams: Streams) -> list[int]:
+    return [_buffer(stream).address for rows in streams for stream in rows]
 
 
 def _buffer(stream: KeyValueStream) -> PairBuffer:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.api import Impl, implementation
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start
+from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size
 from lrsa_lit.ops.sparse_attention.impl import reference
 
 _KEEP_ALL = LRSAConfig(sink_size=0, lag_size=1 << 29, top_k=0)
@@ -111,6 +111,10 @@ class KeyValueStream:
             assert self.buffer is not None
             raw = self.buffer.cut(compact_size(self.partitions, self.rule))
             self.buffer.append(self._compress(self.buffer, raw, compressed_at(self.seen, self.rule)))
+
+    def most_stored(self, tokens: int) -> int:
+        """The most places that are filled at a time while ``tokens`` more come in one by one."""
+        return max(stored_size(self.seen + count, self.rule) for count in range(1, tokens + 1))
 
     def count(self, tokens: int) -> None:
         """Take note of tokens that somebody wrote behind the filled rows of the :attr:`buffer`."""
