@@ -72,7 +72,7 @@ def test_the_kernels_give_the_reference(tiny, tokens):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_generate_is_served_but_for_its_first_tokens(rows, tiny, tokens, rule):
+def test_generate_is_served_but_for_its_prompt(rows, tiny, tokens, rule):
     model, ids = enable(tiny("Llama"), rule), tokens(rows, 50)
     options = {"do_sample": False, "min_new_tokens": 40, "max_new_tokens": 40, "attention_mask": torch.ones_like(ids)}
     plain = model.generate(ids, past_key_values=LRSACache.of(model), **options)
@@ -80,8 +80,7 @@ def test_generate_is_served_but_for_its_first_tokens(rows, tiny, tokens, rule):
     steps = counting(decoder)
     with serving(model, decoder):
         assert model.generate(ids, past_key_values=decoder.cache, **options).equal(plain)
-    # The prompt is a call of its own, and the first token after it finds new memory.
-    assert len(steps) == 38
+    assert len(steps) == 39
 
 
 @pytest.mark.parametrize("room", [1, 256])
@@ -113,7 +112,9 @@ def test_new_memory_is_noticed(change, pads, tiny, tokens, rule):
     decoder = Decoder(model, cache)
     prefill(model, ids[:, :40], cache, attention_mask=mask[:, :40])
     for at in range(40, 45):
+        decoder.note_order()
         decoder.step(ids[:, at, None])
+        assert decoder.ready(3)
     if change == "reset":
         cache.reset()
         prefill(model, ids[:, :45], cache, attention_mask=mask[:, :45])
@@ -121,9 +122,9 @@ def test_new_memory_is_noticed(change, pads, tiny, tokens, rule):
         order = torch.tensor([1, 2, 0] if change == "reorder" else [1])
         cache.reorder_cache(order)
         ids, mask = ids[order], mask[order]
-    # Twice, as a search asks: the second time the memory is the one of the call before.
-    ready = [decoder.ready(), decoder.ready()]
-    assert ready == [False, True]
+    assert not decoder.ready(len(ids))
+    decoder.note_order()
+    assert decoder.ready(len(ids))
     logits = [decoder.step(ids[:, at, None]).clone() for at in range(45, 60)]
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, use_cache=False).logits[:, 45:]
@@ -142,6 +143,21 @@ def test_a_beam_search_is_not_served(padding, tiny, tokens, rule):
     with serving(model, decoder):
         assert model.generate(ids, past_key_values=decoder.cache, **options).equal(plain)
     assert not steps
+
+
+@pytest.mark.parametrize("pads", [0, 11], ids=["equal", "unequal"])
+def test_a_beam_search_does_not_keep_the_rows_it_leaves(pads, tiny, tokens, rule):
+    model, ids = enable(tiny("Llama"), rule), tokens(3, 41)
+    mask = torch.ones_like(ids)
+    mask[1, :pads] = 0
+    decoder = Decoder(model, LRSACache.of(model))
+    with serving(model, decoder), torch.no_grad():
+        model(input_ids=ids[:, :40], attention_mask=mask[:, :40], past_key_values=decoder.cache)
+        decoder.cache.reorder_cache(torch.tensor([2, 0, 1]))
+        model(input_ids=ids[:, 40:], attention_mask=mask, past_key_values=decoder.cache)
+        left = [weakref.ref(stream) for layer in decoder.cache.layers[1:] for stream in layer.streams]
+        decoder.cache.reorder_cache(torch.tensor([0, 0, 1]))
+        assert not any(stream() for stream in left)
 
 
 LENGTHS = [40, 3, 21, 33]
@@ -262,8 +278,8 @@ def test_generate_of_unequal_rows_is_served(family, lengths, tiny, tokens, rule)
         served = model.generate(ids, past_key_values=decoder.cache, **given)
     assert served.sequences.equal(plain.sequences)
     torch.testing.assert_close(torch.stack(served.logits), torch.stack(plain.logits), rtol=0, atol=1e-5)
-    # The prompt is a call of its own, and with the first token after it a row of pads alone begins.
-    assert len(steps) == 38
+    # A row of pads alone begins with the first token.
+    assert len(steps) == 39 - (0 in lengths)
 
 
 def test_a_row_without_a_token_is_not_served(tiny, tokens, rule):
@@ -273,7 +289,8 @@ def test_a_row_without_a_token_is_not_served(tiny, tokens, rule):
     prefill(model, ids[:, :30], cache, attention_mask=mask[:, :30])
     mask[1, 35:] = 1
     for at in range(30, 38):
-        ready.append(decoder.ready())
+        decoder.note_order()
+        ready.append(decoder.ready(2))
         with torch.no_grad():
             model(input_ids=ids[:, at, None], attention_mask=mask[:, : at + 1], past_key_values=cache)
     assert ready == [at > 35 for at in range(30, 38)]
@@ -292,7 +309,7 @@ def test_positions_that_are_given_hold(tiny, tokens, rule):
                 call = {"input_ids": ids[:, part], "position_ids": positions[:, part], "past_key_values": cache}
                 output = model(**call).logits[:, -1:].clone()
         logits.append(output)
-    assert len(steps) == 9
+    assert len(steps) == 10
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 

@@ -81,9 +81,11 @@ def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Ca
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids: Any = kwargs.get("input_ids")
         single = not args and ids is not None and ids.shape[1] == 1 and kwargs.get("past_key_values") is cache
-        if not single or ids.shape[0] != cache.layers[0].rows or not decoder.ready():
-            return plain(*args, **kwargs)
-        return CausalLMOutputWithPast(logits=decoder.step(ids, kwargs.get("position_ids")), past_key_values=cache)
+        if single and decoder.ready(rows=ids.shape[0]):
+            return CausalLMOutputWithPast(logits=decoder.step(ids, kwargs.get("position_ids")), past_key_values=cache)
+        output = plain(*args, **kwargs)
+        decoder.note_order()
+        return output
 
     return forward
 
@@ -110,18 +112,20 @@ class Decoder:
         # A function of the class: a method of its own would leave a decoder, its graph and memory, to the collector.
         self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._seen: Streams = []
+        self._order: list[KeyValueStream] = []
         self._prepared: list[int] = []
 
-    def ready(self) -> bool:
-        """Whether the next token can be served: rows in the order of the last call, none empty, under one rule."""
-        state = enabled_state(self.model)
-        if state is None or state.config != self.cache.config:
+    def ready(self, rows: int) -> bool:
+        """Whether the next token of each of ``rows`` rows can be served: in the order noted, none empty, one rule."""
+        state, first = enabled_state(self.model), self.cache.layers[0]
+        if state is None or state.config != self.cache.config or rows != first.rows:
             return False
-        before, self._seen = self._seen, self._streams()
-        # The first layer tells of all whether a row is empty.
-        rows = self._seen[0]
-        return before == self._seen and len(rows) > 0 and all(stream.buffer is not None for stream in rows)
+        return first.streams == self._order and all(stream.buffer is not None for stream in first.streams)
+
+    def note_order(self) -> None:
+        """Take note of the rows as they are now: a search that then reorders them will do so again, token by token."""
+        # The first layer speaks for all: a note of each would keep a whole cache alive that a search has left behind.
+        self._order = list(self.cache.layers[0].streams)
 
     @torch.no_grad()
     def step(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -134,7 +138,7 @@ class Decoder:
         Returns:
             Logits (B, 1, V), overwritten by the next step.
         """
-        self._seen = streams = self._streams()
+        streams = [layer.streams for layer in self.cache.layers]
         self._compress(streams)
         if not self._fits(streams):
             self._prepare(ids, streams)
@@ -145,9 +149,6 @@ class Decoder:
             for stream in layer.streams:
                 stream.count(1)
         return logits
-
-    def _streams(self) -> Streams:
-        return [layer.streams for layer in self.cache.layers]
 
     def _compress(self, streams: Streams) -> None:
         """Compress the rows in which something is due."""
