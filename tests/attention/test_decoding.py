@@ -10,7 +10,7 @@ import torch
 from helpers import one_line
 
 from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
-from lrsa_lit.attention.decoding import Decoder, serving
+from lrsa_lit.attention.decoding import Decoder, _waits_for_lengths, serving
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
@@ -280,6 +280,30 @@ def test_generate_of_unequal_rows_is_served(family, lengths, tiny, tokens, rule)
     torch.testing.assert_close(torch.stack(served.logits), torch.stack(plain.logits), rtol=0, atol=1e-5)
     # A row of pads alone begins with the first token.
     assert len(steps) == 39 - (0 in lengths)
+
+
+LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 64}
+ROPES = {
+    "yarn": ("Llama", {"factor": 2.0}, False),
+    "dynamic": ("Llama", {"factor": 2.0}, True),
+    "longrope": ("Phi3", LONGROPE, True),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_frequencies_that_follow_the_length_are_known_and_followed(kind, tiny, tokens, rule):
+    family, numbers, waits = ROPES[kind]
+    rope = {"rope_type": kind, "rope_theta": 1e4, **numbers}
+    model, (ids, mask) = tiny(family, rope_parameters=rope, max_position_embeddings=64), left_padded(tokens)
+    # Past 64 tokens the frequencies of the two others are new ones.
+    options = {"do_sample": False, "min_new_tokens": 40, "max_new_tokens": 40, "attention_mask": mask}
+    given = {"output_logits": True, "return_dict_in_generate": True, **options}
+    assert _waits_for_lengths(enable(model, rule)) == waits
+    plain = model.generate(ids, past_key_values=LRSACache.of(model), **given)
+    decoder = Decoder(model, LRSACache.of(model))
+    with serving(model, decoder):
+        served = model.generate(ids, past_key_values=decoder.cache, **given)
+    torch.testing.assert_close(torch.stack(served.logits), torch.stack(plain.logits), rtol=0, atol=1e-5)
 
 
 def test_a_row_without_a_token_is_not_served(tiny, tokens, rule):

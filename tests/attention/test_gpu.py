@@ -4,11 +4,12 @@ import contextlib
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.models import Backbone
-from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.models.tiny import tiny_config, tiny_model
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
@@ -170,6 +171,21 @@ def test_a_graph_generates_unequal_rows_as_launches_do(model, layers, lengths):
         assert cache.stored_tokens()[0] == sum(stored_size(length + 149, RULE) for length in lengths)
     real = torch.tensor(lengths) > 0
     assert (texts[0] == texts[1])[real].float().mean() > 0.9
+
+
+def test_frequencies_that_depend_on_the_length_are_served_without_a_graph():
+    config = tiny_config(hidden_size=256)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config.max_position_embeddings = 250
+    model = LlamaForCausalLM(config).cuda().eval()
+    (ids, mask), texts = unequal(3, 200, 200, 90, 131), []
+    settings = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": False, "pad_token_id": 2}
+    enable(model, RULE)
+    for served in (False, True):
+        cache = LRSACache.of(model)
+        with graphed_decoding(model, cache) if served else contextlib.nullcontext():
+            texts.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **settings))
+    assert (texts[0] == texts[1]).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["launched", "fused"])

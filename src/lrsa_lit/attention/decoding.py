@@ -28,6 +28,8 @@ _WARM_UP = 3
 """Steps that launch kernel by kernel before one is captured: what compiles or allocates on first use may not do so
 then, and an answer that ends before costs no capture."""
 _ROOM = 256
+_UNGRAPHED_ROPE = ("dynamic", "longrope")
+"""Rotary frequencies that transformers makes anew at some length, for which the host must wait in each forward pass."""
 _PLAIN = Layout()
 
 Streams = list[list[KeyValueStream]]
@@ -40,7 +42,8 @@ def graphed_decoding(model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: b
 
     The tokens of such calls are taken as real ones, whatever the mask, and rows of unequal lengths are served like
     others. All other calls, and those of rows that are empty or that a beam search has just reordered, run as ever. On
-    other devices than CUDA all calls do: there is no graph to replay.
+    other devices than CUDA all calls do: there is no graph to replay. Models with dynamic or "longrope" rotary
+    frequencies, which depend on the length, are served without a graph.
 
     Args:
         model: a causal language model with LRSA enabled.
@@ -109,6 +112,7 @@ class Decoder:
         self.model, self.cache, self.room = model, cache, room
         self.layers: list[_Slot] = []
         self._alike = _layers_by_rule(cache)
+        self._graphable = model.device.type == "cuda" and not _waits_for_lengths(model)
         # A function of the class: a method of its own would leave a decoder, its graph and memory, to the collector.
         self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -143,7 +147,7 @@ class Decoder:
         if not self._fits(streams):
             self._prepare(ids, streams)
         self._write(ids, position_ids, streams)
-        logits = self._replayed() if ids.device.type == "cuda" and self._launched >= _WARM_UP else self._launch()
+        logits = self._replayed() if self._graphable and self._launched >= _WARM_UP else self._launch()
         for layer in self.cache.layers:
             layer.count(1)
             for stream in layer.streams:
@@ -255,6 +259,12 @@ class _Slot:
             query, self.key, self.value, self.fill.length, scale
         )
         return output
+
+
+def _waits_for_lengths(model: Any) -> bool:
+    """Whether the model's rotary frequencies depend on how long the rows are; of one kind, or a dict of kinds."""
+    kinds = str([getattr(module, "rope_type", None) for module in model.modules()])
+    return any(kind in kinds for kind in _UNGRAPHED_ROPE)
 
 
 def _layers_by_rule(cache: LRSACache) -> list[list[int]]:
