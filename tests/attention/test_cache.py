@@ -87,6 +87,20 @@ def test_left_padded_rows_get_what_each_gets_alone(sizes, model, tokens, rule):
     assert cache.stored_tokens() == [sum(stored_size(length, rule) for length in LENGTHS)] * 3, "no pad is stored"
 
 
+@pytest.mark.parametrize(
+    "spans", [[(0, 40), (13, 40)], [(0, 40), (0, 29)], [(5, 40)] * 2], ids=["left", "right", "alike"]
+)
+def test_calls_without_a_mask_count_no_pads(spans, model, tokens, rule):
+    ids, cache, mask = tokens(2, 90), LRSACache(rule, 3), torch.zeros(2, 40, dtype=torch.long)
+    for row, (start, stop) in enumerate(spans):
+        mask[row, start:stop] = 1
+    feed(model, cache, ids[:, :40], [40], mask)
+    continued = feed(model, cache, ids[:, 40:], [1] * 9 + [20, 21])
+    for row, (start, stop) in enumerate(spans):
+        alone = torch.cat([ids[row, start:stop], ids[row, 40:]])[None]
+        close(continued[row, None], model(alone, use_cache=False).logits[:, -50:])
+
+
 @pytest.mark.parametrize("sizes", [[40, 50], [60] + [1] * 30], ids=["two-calls", "decode"])
 def test_left_padded_rows_over_an_uncompressed_cache(sizes, model, tokens):
     ids, mask, sequences, starts = padded(tokens)

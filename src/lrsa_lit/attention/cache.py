@@ -88,6 +88,16 @@ class LRSACache(Cache):
         for layer in self.layers:
             layer.begin(layout, batch, impl)
 
+    @property
+    def holds_pads(self) -> bool:
+        """Whether some row has seen fewer tokens than columns."""
+        return any(stream.seen != self.get_seq_length() for stream in self.layers[0].streams)
+
+    def next_positions(self, length: int) -> Tensor:
+        """(B or 1, ``length``) positions of the next columns if all are real, on the CPU."""
+        seen = torch.tensor([stream.seen for stream in self.layers[0].streams], device="cpu")
+        return seen[:, None] + torch.arange(length, device="cpu")
+
     def stored_tokens(self) -> list[int]:
         """Tokens stored per head and layer, summed over the rows."""
         return [layer.stored_tokens() for layer in self.layers]
