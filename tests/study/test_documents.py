@@ -129,10 +129,12 @@ def test_the_summary_says_what_is_kept_and_what_is_attended_to(study_file):
     study = Study(str(study_file))
     cells = ("dense", "dense", 0.8), ("dense", "4x", 0.4), ("lrsa", "4x", 0.6)
     lines = [evaluation(study, row, attention, scores(share)) for row, attention, share in cells]
+    # A seed that only one side has would be compared with the order of the data.
+    lines += [evaluation(study, "dense", attention, scores(0.1), seed=1) for attention in ("dense", "4x")]
     head, _, row, *_ = Blocks(study, lines).text("summary").splitlines()
-    assert head.endswith("| of dense | kept | pairs |")
+    assert head.endswith("| of dense | kept | pairs | seeds |")
     assert row.startswith("| at 4x | F1 | 0.800 | 0.400 | 0.600 | 75.0% [")
-    assert row.endswith("] | 25% | 50% |")
+    assert row.endswith("] | 25% | 50% | 1 |")
 
 
 def test_the_best_of_several_budgets_stands_at_the_smallest_one(tmp_path):

@@ -25,7 +25,7 @@ from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
 from lrsa_lit.statistics import Comparison, Estimate
 from lrsa_lit.study.plan import DENSE, Row, Study, digest_of
 from lrsa_lit.study.report import markdown
-from lrsa_lit.study.report.tables import Cell, Cells, compared, measure_of, reference_of, score_of
+from lrsa_lit.study.report.tables import Cell, Cells, compared, measure_of, of_common_seeds, reference_of, score_of
 from lrsa_lit.study.settings import Settings
 
 _SHARES = ("kept", "pairs")
@@ -50,7 +50,7 @@ class Best:
     Attributes:
         cell: the cell.
         reference: dense training with dense inference of the same row's training.
-        same: dense training under the cell's attention, if there are results.
+        same: dense training under the cell's attention, of the reference's seeds, if there are results.
         ratio: of the cell's score by the reference's.
         candidates: how many cells it is the best of.
         ratio_apart: the same when the cell is chosen on one half of the questions and measured on the other; None for
@@ -117,14 +117,15 @@ class Bars:
             if ruled and row.steps and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT:
                 reference = self._reference(bar, row)
                 if reference and reference.line["set_digest"] == cell.line["set_digest"] and reference.mean(measure):
-                    pairs.append((cell, reference))
+                    pairs.append(of_common_seeds(cell, reference) or (cell, reference))
         if not pairs:
             return None
         cell, reference = max(pairs, key=lambda pair: pair[0].mean(measure) / pair[1].mean(measure))
         found = compared(cell, reference, measure)
         assert found is not None  # they are of other weights, and of the same questions
         dense = self.study.row(reference.row)
-        same = self.cells.cell(dense, cell.attention, cell.line["rule_digest"], bar["set"], "test", measure)
+        seeds = {line["seed"] for line in reference.lines}
+        same = self.cells.cell(dense, cell.attention, cell.line["rule_digest"], bar["set"], "test", measure, seeds)
         return Best(cell, reference, same, found.ratio, len(pairs), _apart(pairs, measure))
 
     def _reference(self, bar: Settings, row: Row) -> Cell | None:

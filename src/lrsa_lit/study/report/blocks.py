@@ -144,23 +144,22 @@ class Blocks:
             smallest.setdefault((found[name].cell.row, found[name].cell.attention, bars[name]["set"]), name)
         shown = set(smallest.values())
         body = [self._row(name, self.bars.measure(bars[name]), best) for name, best in found.items() if name in shown]
-        head = [
-            "",
-            "measure",
-            "dense",
-            "dense-trained, compressed",
-            "LRSA-trained, compressed",
-            "of dense",
-            "kept",
-            "pairs",
-        ]
+        scores = ["dense", "dense-trained, compressed", "LRSA-trained, compressed", "of dense"]
+        head = ["", "measure", *scores, "kept", "pairs", "seeds"]
         return [*markdown.rows_of(head, body, names=2), "", markdown.SHARES] if body else []
 
     @staticmethod
     def _row(name: str, measure: str, best: Best) -> list[str]:
         shown = [f"{cell.mean(measure):.3f}" if cell else "" for cell in (best.reference, best.same, best.cell)]
         shares = [markdown.share(best.cell.kept), markdown.share(best.cell.pairs)]
-        return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), *shares]
+        return [
+            name,
+            markdown.LABELS[measure],
+            *shown,
+            markdown.percent(best.ratio),
+            *shares,
+            str(len(best.cell.lines)),
+        ]
 
 
 def _budget(bar: Settings) -> float:

@@ -18,8 +18,10 @@ sinks and windows included."""
 
 LEGEND = f"""\
 Brackets are 95 % bootstrap intervals over questions; questions about one text are drawn together. With several seeds,
-seeds are drawn too. {SHARES} *of dense* is the score by that of dense training, of as many steps on the same data at
-the rate chosen for it, with dense inference; *minus dense-trained* the difference to dense training under the same
+seeds are drawn too. Comparisons are over the seeds that both sides have: these took the data in the same order.
+
+{SHARES} *of dense* is the score by that of dense training, of as many steps on the same data
+at the rate chosen for it, with dense inference; *minus dense-trained* the difference to dense training under the same
 attention, with the p-value of a paired permutation test of the questions, alone and adjusted for the tests of its
 column by Holm's method: whether these trained models differ, not whether others would. *gold kept* is the share of the
 supporting passages' tokens that a head of a sparse layer keeps, of the first 16 questions."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,17 +113,26 @@ class Cells:
                 self._found.setdefault((line["config"], line["set"], line["split"]), []).append(line)
 
     def cell(
-        self, row: Row, attention: str, rule_digest: str, data_set: str, split: str, measure: str = "loss"
+        self,
+        row: Row,
+        attention: str,
+        rule_digest: str,
+        data_set: str,
+        split: str,
+        measure: str = "loss",
+        seeds: Container[int] | None = None,
     ) -> Cell | None:
-        """The cell of a row and rule on a data set, of those results that have the measure."""
+        """The cell of a row and rule on a data set, of those results that have the measure; of all seeds or of some."""
         lines = self._found.get((row.hash, data_set, split), [])
+        if seeds is not None:
+            lines = [line for line in lines if line["seed"] in seeds]
         found = [line for line in lines if line["rule_digest"] == rule_digest and line[measure]]
         # Answers to other questions, and after training on others, of a former version of the data, stay out.
         data = ("set_digest", "train_digest")
         same = [line for line in found if all(line[name] == found[-1][name] for name in data)]
         # A seed whose losses came first and whose answers later has two.
-        seeds = {line["seed"]: line for line in same}
-        return Cell(row.name, attention, tuple(seeds.values())) if seeds else None
+        by_seed = {line["seed"]: line for line in same}
+        return Cell(row.name, attention, tuple(by_seed.values())) if by_seed else None
 
     def on(self, data_set: str, split: str, measure: str = "loss") -> list[Cell]:
         """All cells on a data set, row by row of the study, in the order of the results.
@@ -142,6 +152,8 @@ class Cells:
 
 class Table:
     """The results of a part on one data set.
+
+    All of it, what cells are held against as well, is of the part's seeds: other parts may have more of the same cells.
 
     Args:
         cells: all results.
@@ -166,12 +178,13 @@ class Table:
         self._all = cells
         self.cells: list[Cell] = []
         self.asked = self.done = 0
-        for (row, item), seeds in self._items().items():
-            self.asked += len(seeds)
+        self._seeds = {work.seed for work in study.work(part)}
+        for (row, item), asked in self._items().items():
+            self.asked += asked
             cell = self._cell(study.row(row), item.name, item.rule_digest)
-            if cell is not None and (there := seeds & {line["seed"] for line in cell.lines}):
+            if cell is not None:
                 self.cells.append(cell)
-                self.done += len(there)
+                self.done += len(cell.lines)
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -195,17 +208,16 @@ class Table:
     def _digest(self, row: str, attention: str) -> str:
         return digest_of(self.study.rule_of(self.study.row(row), attention))
 
-    def _items(self) -> dict[tuple[str, Evaluation], set[int]]:
-        """The evaluations of each row, all of one row together, and their seeds."""
-        asked: dict[str, dict[Evaluation, set[int]]] = {}
+    def _items(self) -> dict[tuple[str, Evaluation], int]:
+        """The evaluations of each row, all of one row together, and of how many seeds they are asked for."""
+        asked: dict[str, Counter[Evaluation]] = {}
         for work in self.study.work(self.part):
-            for item in work.evaluations:
-                if item.data_set == self.data_set:
-                    asked.setdefault(work.row.name, {}).setdefault(item, set()).add(work.seed)
+            found = asked.setdefault(work.row.name, Counter())
+            found.update(item for item in work.evaluations if item.data_set == self.data_set)
         return {(row, item): seeds for row, items in asked.items() for item, seeds in items.items()}
 
     def _cell(self, row: Row, attention: str, rule_digest: str) -> Cell | None:
-        return self._all.cell(row, attention, rule_digest, self.data_set, self.split, self.measure)
+        return self._all.cell(row, attention, rule_digest, self.data_set, self.split, self.measure, self._seeds)
 
     def _entry(self, cell: Cell) -> Entry:
         score = score_of(cell, self.measure)
@@ -238,16 +250,25 @@ def score_of(cell: Cell, measure: str) -> Estimate:
 
 
 def compared(cell: Cell, other: Cell | None, measure: str) -> Comparison | None:
-    """One cell against another; None where there is none, it is the same, or it answered other questions."""
+    """One cell against another; None where there is none, it is the same, or it answered other questions.
+
+    Where only some seeds are in on both sides the comparison is of those.
+    """
     if other is None or other.lines == cell.lines or other.line["set_digest"] != cell.line["set_digest"]:
         return None
+    paired = of_common_seeds(cell, other)
     same = cell.row == other.row
-    if same:
+    if paired is None and same:
         # Two attentions of the same weights: another seed on one side would be mistaken for the attention.
-        cell, other = cell.of_seeds(other), other.of_seeds(cell)
-        if not cell.lines:
-            return None
+        return None
+    cell, other = paired or (cell, other)
     return statistics.compare(cell.scores(measure), other.scores(measure), cell.groups, same_seeds=same)
+
+
+def of_common_seeds(cell: Cell, other: Cell) -> tuple[Cell, Cell] | None:
+    """Both with the seeds that both have, which took the data in the same order; None where they have none."""
+    pair = cell.of_seeds(other), other.of_seeds(cell)
+    return pair if pair[0].lines else None
 
 
 def reference_of(study: Study, row: Row) -> Row | None:
