@@ -95,6 +95,17 @@ plots.survival(evidence.pairs(cells))
 plots.perplexity(evidence.texts(cells))
 
 # %% [markdown]
+# ## Where the answer stands
+#
+# Scores by the place of the answer: among what all see; whole among the last K tokens of a partition, which the most
+# recent ones keep; elsewhere; or not in the text. Questions are read from the token files that `lrsa study data` has
+# written.
+
+# %%
+named = next(name for name in study.parts if "against" in study.parts[name])
+frames.by_place(Table(cells, named, study.parts[named]["sets"][0]), "study/data")
+
+# %% [markdown]
 # ## One question, all answers
 #
 # Pick a question.

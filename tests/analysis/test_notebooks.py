@@ -78,7 +78,7 @@ def test_notebooks_run_on_recorded_runs(checkout, monkeypatch):
     assert {name: kinds_shown(notebook) for name, notebook in done.items()} == {
         "attention_selections": [None, text, page, image, image, page, image, image, image],
         "compare_runs": [None, page, page, image, image, image, page, image, page, page],
-        "robustness": [None, text, page, page, image, page, None, image, page, image, image, page, text],
+        "robustness": [None, text, page, page, image, page, None, image, page, image, image, page, page, text],
     }
     outputs = [cell.outputs for notebook in done.values() for cell in code_cells(notebook)]
     assert not [output for each in outputs for output in each if output.output_type == "stream"], "noise"

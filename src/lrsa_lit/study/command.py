@@ -19,7 +19,8 @@ examples:
   lrsa study run configs/experiment/robustness.yaml --part main --minutes 9 --data study/data --out results.jsonl
   lrsa study status configs/experiment/robustness.yaml --part main --data study/data --out results.jsonl
   lrsa study report results.jsonl --study configs/experiment/robustness.yaml --to study/report
-  lrsa study report results.jsonl --study configs/experiment/robustness.yaml --into README.md RESULTS.md
+  lrsa study report results.jsonl --study configs/experiment/robustness.yaml --data study/data \\
+    --into README.md RESULTS.md
   lrsa study config configs/experiment/robustness.yaml lrsa-4x > row.yaml && lrsa fit --config row.yaml
 
 A run does what the results do not hold yet and stops in time; the same command goes on. Where the parser of the command
@@ -79,6 +80,7 @@ def _parser() -> Parser:
     blocks = "fill the blocks <!-- study:NAME --> ... <!-- /study --> of these Markdown files"
     report.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help=blocks)
     report.add_argument("--plots", type=Path, default=Path("docs/study"), help="folder for the plots of these blocks")
+    report.add_argument("--data", type=Path, help="folder of the token files, for blocks that look at the questions")
     report.add_argument("--mlflow", metavar="URI", help="write a run for each row and seed into this store as well")
     report.set_defaults(action=_report)
     return parser
@@ -154,7 +156,7 @@ def _report(options: argparse.Namespace) -> None:
     study = Study(options.study)
     lines = results_of(study, options.results)
     if options.into:
-        fill(study, lines, options.into, options.plots)
+        fill(study, lines, options.into, options.plots, options.data)
     if options.to or not options.into:
         write_report(study, lines, options.to or _REPORT)
     if options.mlflow is not None:

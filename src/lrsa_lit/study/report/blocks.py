@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import evidence, markdown, plots
+from lrsa_lit.study.report import evidence, markdown, places, plots
 from lrsa_lit.study.report.bars import Bars, Best
 from lrsa_lit.study.report.tables import Cells, Table
 from lrsa_lit.study.results import Line
 from lrsa_lit.study.settings import Settings
 
-FORMS = "PART, PART/SET, PART/SET/plot"
-"""Blocks of a part: its matrices, all of one data set, and its plot."""
+FORMS = "PART, PART/SET, PART/SET/plot, PART/SET/places"
+"""Blocks of a part: its matrices, all of one data set, its plot, and its scores by the place of the answer."""
 
 _CAPTIONS = {"perplexity/plot": "perplexity against the share of pairs kept",
              "survival/plot": "supporting tokens kept, before and after training"}  # fmt: skip
+
+_PLOT, _PLACES = "/plot", "/places"
 
 
 class Blocks:
@@ -28,10 +31,11 @@ class Blocks:
     Args:
         study: the study.
         lines: its results.
+        data: folder of its token files, for the blocks that look at the questions.
     """
 
-    def __init__(self, study: Study, lines: Sequence[Line]) -> None:
-        self.study, self.lines = study, lines
+    def __init__(self, study: Study, lines: Sequence[Line], data: Path | None = None) -> None:
+        self.study, self.lines, self.data = study, lines, data
         self.cells = Cells(study, lines)
         self._tables: dict[tuple[str, str], Table] = {}
         self._whole: dict[str, Callable[[], list[str]]] = {
@@ -63,10 +67,13 @@ class Blocks:
         """The Markdown of a block, empty where there are no results yet.
 
         Raises:
-            UserError: there is no such block.
+            UserError: there is no such block, or it needs the data.
         """
         if name in self._whole:
             return "\n".join(self._whole[name]())
+        if name.endswith(_PLACES):
+            table = self.table(*self._one(name, _PLACES))
+            return "\n".join(places.table_of(places.by_place(table, self.data))) if table.cells else ""
         part, data_set = self._part(name)
         if data_set:
             table = self.table(part, data_set)
@@ -82,7 +89,7 @@ class Blocks:
         """
         if name in self._plots:
             return self._plots[name]()
-        part, data_set = self._plotted(name)
+        part, data_set = self._one(name, _PLOT)
         if not self.study.generates(data_set):
             # The texts of all parts stand in one plot of their own.
             return None
@@ -99,7 +106,7 @@ class Blocks:
         """
         if name in _CAPTIONS:
             return _CAPTIONS[name]
-        part, data_set = self._plotted(name)
+        part, data_set = self._one(name, _PLOT)
         about = "the score against the share of pairs attended to"
         if not self.study.generates(data_set):
             about = "perplexity"
@@ -107,8 +114,8 @@ class Blocks:
             about = "what each dense layer gains"
         return f"{part}/{data_set}: {about}"
 
-    def _plotted(self, name: str) -> tuple[str, str]:
-        part, data_set = self._part(name.removesuffix("/plot"))
+    def _one(self, name: str, ending: str) -> tuple[str, str]:
+        part, data_set = self._part(name.removesuffix(ending))
         if not data_set:
             raise self._unknown(name)
         return part, data_set

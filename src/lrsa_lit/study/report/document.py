@@ -65,7 +65,7 @@ def _titles(study: Study, blocks: Blocks) -> list[tuple[str, str]]:
     return [whole[0], *parts, *whole[1:]]
 
 
-def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], plots: Path) -> None:
+def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], plots: Path, data: Path | None = None) -> None:
     """Write the blocks of Markdown files anew; nothing is written if one of the files cannot be filled.
 
     Args:
@@ -73,11 +73,12 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], plots: Path
         lines: the results.
         files: the files, as :mod:`lrsa_lit.study.report.markers` describes them.
         plots: folder for the plots that they show.
+        data: folder of the study's token files, for the blocks that look at the questions.
 
     Raises:
-        UserError: a file has no blocks, or one that there is not.
+        UserError: a file has no blocks, or one that there is not or that needs the data.
     """
-    blocks = Blocks(study, lines)
+    blocks = Blocks(study, lines, data)
     images: dict[Path, bytes] = {}
 
     def text_of(name: str, document: Path) -> str:

@@ -11,9 +11,8 @@ import pandas as pd
 
 from lrsa_lit.data.prompts import INSTRUCTION
 from lrsa_lit.errors import UserError
-from lrsa_lit.study import tokens
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import evidence
+from lrsa_lit.study.report import evidence, places
 from lrsa_lit.study.report.bars import Bars
 from lrsa_lit.study.report.document import results_of
 from lrsa_lit.study.report.tables import Cells, Table
@@ -108,6 +107,25 @@ def answers(table: Table, number: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_place(table: Table, data: str) -> pd.DataFrame:
+    """Scores by where the answer stands, a row for each cell; the columns say of how many questions each is.
+
+    Args:
+        table: a part that names a rule which it holds others against.
+        data: folder of the study's token files, in this folder or one above.
+
+    Raises:
+        UserError: the part names no rule, or the folder has other questions.
+    """
+    rows = []
+    for cell, found in places.by_place(table, nearest(data)):
+        scores = {
+            f"{place.name} ({place.questions})": place.score.value if place.score else math.nan for place in found
+        }
+        rows.append({"trained": cell.row, "inference": cell.attention} | scores)
+    return pd.DataFrame(rows)
+
+
 def question(table: Table, number: int, data: str) -> dict[str, Any]:
     """A question's text and the answers that count as right.
 
@@ -119,10 +137,7 @@ def question(table: Table, number: int, data: str) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, or the results are of other questions.
     """
-    path = tokens.path_of(nearest(data), table.data_set, table.split)
-    file = tokens.read(path)
-    if file.digest != table.cells[0].line["set_digest"]:
-        raise UserError(f"{path}: these are other questions than those of the results; write them anew")
+    file = places.questions_of(table, nearest(data))
     example = file.examples[number]
     prompt = example["input_ids"][: example["prompt_length"]]
     text = str(_tokenizer(table.study).decode(prompt[-_TAIL:], skip_special_tokens=True))

@@ -1,0 +1,113 @@
+"""Where answers stand, and what is made of them there."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from study.conftest import STUDY
+from study.lines import evaluation
+
+from lrsa_lit.cli import main
+from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, visibility_mask
+from lrsa_lit.study import tokens
+from lrsa_lit.study.plan import Study
+from lrsa_lit.study.report import frames, places
+from lrsa_lit.study.report.places import ALWAYS, ELSEWHERE, LAST, NOWHERE, PLACES, place_of
+from lrsa_lit.study.report.tables import Cells, Table
+
+RULE = {"lag_size": 4, "top_k": 1}
+SPANS = st.lists(st.tuples(st.integers(0, 59), st.integers(1, 8)), max_size=3)
+
+
+@given(SPANS, st.integers(1, 60), st.integers(0, 5), st.integers(2, 12), st.integers(1, 3), st.data())
+def test_places_are_what_the_operator_lets_the_last_token_see(spans, length, sinks, lag, chunks, data):
+    kept = data.draw(st.integers(0, lag))
+    rule = LRSAConfig(sink_size=sinks, lag_size=lag, top_k=kept, chunk_size=chunks * lag)
+    spans = [(start, start + count) for start, count in spans if start + count <= length]
+    found = place_of({"prompt_length": length, "answer_spans": spans}, rule)
+    pairs = torch.zeros(1, 1, length, 2)
+    seen = {
+        name: visibility_mask(pairs, pairs, rule.replace(top_k=count, compressor=Recency()))[0, 0, -1]
+        for name, count in ((ALWAYS, 0), (LAST, kept))
+    }
+    whole = {name: any(mask[start:stop].all() for start, stop in spans) for name, mask in seen.items()}
+    assert found == (ALWAYS if whole[ALWAYS] else LAST if whole[LAST] else ELSEWHERE if spans else NOWHERE)
+
+
+@pytest.fixture
+def against(study_file):
+    """The study with a rule that compresses its short questions, and its part that names a rule."""
+    study_file.write_text(yaml.safe_dump({**STUDY, "inference": STUDY["inference"] | {"short": RULE}}))
+    parts = {"places": {"rows": ["dense"], "seeds": [0], "inference": ["short", "dense"], "sets": ["plain"],
+                        "against": {"row": "dense", "inference": "short"}}}  # fmt: skip
+    content = yaml.safe_load(study_file.read_text()) | {"parts": STUDY["parts"] | parts}
+    study_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return Study(str(study_file))
+
+
+def lines_of(study, data):
+    file = tokens.read(tokens.path_of(data, "plain", "test"))
+    return [
+        evaluation(study, "dense", "short", [1.0, 0.5, 0.0], set_digest=file.digest),
+        evaluation(study, "dense", "dense", [0.0, 0.0, 1.0], set_digest=file.digest),
+    ]
+
+
+def test_scores_are_of_the_questions_of_each_place(against, data, monkeypatch):
+    monkeypatch.setattr(places, "place_of", lambda example, rule: LAST if example["id"] == "test-1" else NOWHERE)
+    table = Table(Cells(against, lines_of(against, data)), "places", "plain")
+    found = {cell.attention: {place.name: place for place in row} for cell, row in places.by_place(table, data)}
+    assert [place.questions for place in found["short"].values()] == [0, 1, 0, 2]
+    assert found["short"][LAST].score.value == 0.5
+    assert found["short"][NOWHERE].score.value == 0.5
+    assert found["dense"][NOWHERE].score.value == 0.5
+    assert found["dense"][LAST].score.value == 0.0
+    assert found["dense"][ALWAYS].score is None
+    frame = frames.by_place(table, str(data))
+    assert list(frame.columns) == [
+        "trained",
+        "inference",
+        *(f"{n} ({c})" for n, c in zip(PLACES, [0, 1, 0, 2], strict=True)),
+    ]
+    assert np.isnan(frame["elsewhere (0)"]).all()
+
+
+def test_a_document_has_them_as_a_block_and_says_what_it_needs(
+    against, study_file, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "r.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines_of(against, data)))
+    document = tmp_path / "R.md"
+    document.write_text("<!-- study:places/plain/places -->\n<!-- /study -->\n")
+    command = ["study", "report", str(results), "--study", str(study_file), "--into", "R.md"]
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    said = capsys.readouterr().err
+    assert "--data" in said
+    assert said.count("\n") == 1
+    assert document.read_text() == "<!-- study:places/plain/places -->\n<!-- /study -->\n"
+    main([*command, "--data", str(data)])
+    text = document.read_text()
+    assert "| trained | inference | seeds | seen by all (" in text
+    assert "| dense | short | 1 |" in text
+
+
+@pytest.mark.parametrize("case", ["no-rule", "other-questions"])
+def test_what_has_no_places_is_refused(case, against, study_file, data, results, capsys, tmp_path):
+    part = "main" if case == "no-rule" else "all"
+    document = tmp_path / "R.md"
+    document.write_text(f"<!-- study:{part}/plain/places -->\n<!-- /study -->\n")
+    if case == "other-questions":
+        path = tokens.path_of(data, "plain", "test")
+        tokens.write(path, tokens.read(path).examples[:2])
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "report", str(results), "--study", str(study_file), "--into", str(document),
+              "--data", str(data)])  # fmt: skip
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert ("parts.main.against" if case == "no-rule" else "other questions") in said
