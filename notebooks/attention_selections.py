@@ -83,6 +83,15 @@ pd.DataFrame(
 )
 
 # %% [markdown]
+# ## Does the place matter?
+#
+# The score is taken of rotated keys, whose distance to the next partition is part of what it sees. Where the line falls,
+# the beginning of a partition is kept for its place. The band is from the least to the most of the layers.
+
+# %%
+plots.by_place([before, after])
+
+# %% [markdown]
 # ## Which kinds of tokens are kept?
 #
 # Judged by the word that a token belongs to. A rare word stands once in its text; a name starts with a capital inside a

@@ -81,6 +81,19 @@ def test_random_selections_survive_as_chance_says(drawn):
     assert found.by_layer_any == pytest.approx(found.chance_layer_any, abs=0.03)
 
 
+@given(rules(), lengths, st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_by_place(drawn, rule, lengths, parts, layers, heads, seed):
+    record = drawn(tuple(lengths), rule=rule, layers=layers, heads=heads, seed=seed)
+    kept, there = np.zeros((layers, parts)), np.zeros(parts)
+    for sample in record.samples:
+        for t in in_partitions(record, sample):
+            part = (t - record.sink_size) % record.lag_size * parts // record.lag_size
+            there[part] += heads
+            for i, each in enumerate(heads_of(record, sample)):
+                kept[i, part] += sum(t in head for head in each)
+    same(metrics.by_place(record, parts), [[ratio(kept[i, n], there[n]) for n in range(parts)] for i in range(layers)])
+
+
 def test_sinks_and_the_raw_window_do_not_count(drawn):
     record = drawn((40,), gold=((0, 2), (34, 40)))
     found = metrics.survival(record, "gold")

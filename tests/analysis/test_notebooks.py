@@ -76,7 +76,7 @@ def test_notebooks_run_on_recorded_runs(checkout, monkeypatch):
         done[name] = NotebookClient(read(name), timeout=60, kernel_name="python3", resources=where).execute()
     image, page, text = "image/png", "text/html", "text/plain"
     assert {name: kinds_shown(notebook) for name, notebook in done.items()} == {
-        "attention_selections": [None, text, page, image, image, page, image, image, image],
+        "attention_selections": [None, text, page, image, image, page, image, image, image, image],
         "compare_runs": [None, page, page, image, image, image, page, image, page, page],
         "robustness": [None, text, page, page, image, page, None, image, page, image, image, page, page, text],
     }

@@ -97,6 +97,18 @@ def test_survival_is_drawn_against_chance(drawn):
     assert lines[0].get_color() != lines[1].get_color()
 
 
+def test_places_are_drawn_against_chance(drawn, tmp_path):
+    records = [drawn(seed=seed, step=seed) for seed in range(2)]
+    figure = plots.by_place(records)
+    figure.savefig(tmp_path / "f.png")
+    (axes,) = figure.axes
+    lines = axes.get_lines()
+    for line, record in zip(lines, records, strict=False):
+        np.testing.assert_array_equal(line.get_ydata(), metrics.by_place(record, 8).mean(axis=0))
+    assert [line.get_ydata() for line in lines[2:]] == [[3 / 8, 3 / 8]]
+    assert len(axes.collections) == 2
+
+
 def test_kinds_stand_beside_their_share_of_the_text(drawn):
     record = drawn()
     (axes,) = plots.kinds([record]).axes

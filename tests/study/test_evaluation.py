@@ -113,9 +113,12 @@ def test_survival_is_of_what_selects(data):
     examples = tokens.read(tokens.path_of(data, "plain", "test")).examples
     everything = survival(model, tokenizer, examples, RULE.replace(top_k=8))
     # The answers do not stand in these texts.
-    assert everything == {"gold": 1.0, "answer": None, "chance": 1.0}
+    assert everything == {"gold": 1.0, "answer": None, "chance": 1.0, "quarters": [1.0] * 4}
     some = survival(model, tokenizer, examples, RULE)
     assert 0 < some["gold"] < 1
+    assert sum(some["quarters"]) / 4 == pytest.approx(some["chance"], abs=1e-3)
+    short = survival(model, tokenizer, [dict(examples[0], input_ids=examples[0]["input_ids"][:5])], RULE)
+    assert short["quarters"] == [None] * 4
     assert survival(model, tokenizer, examples, RULE.replace(top_k=0))["gold"] == 0
     for rule in (None, dense_rule(model), RULE.replace(compressor=MeanPool())):
         assert survival(model, tokenizer, examples, rule) is None

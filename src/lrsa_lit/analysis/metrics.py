@@ -115,6 +115,30 @@ def survival(record: SelectionRecord, evidence: Evidence) -> Survival:
     return Survival(total, by_head / count, by_layer / count, anywhere / count, record.top_k / record.lag_size)
 
 
+def by_place(record: SelectionRecord, parts: int) -> NDArray[np.float64]:
+    """Which share of each stretch of a partition was kept, pooled over the samples' partitions and the heads.
+
+    The score is of rotated keys: one that changes along the partition tells of the place, and not of the token alone.
+
+    Args:
+        record: the selections.
+        parts: into how many stretches a partition is cut; places i with equal floor(i parts / L) are one.
+
+    Returns:
+        (N, parts), from the first to the last tokens; NaN where nothing was compressed, or a stretch has no token.
+    """
+    lag = record.lag_size
+    kept, total = np.zeros((len(record.layers), lag)), 0
+    for sample in record.samples:
+        partitions = record.kept(sample).reshape(*sample.positions.shape[:3], lag)
+        kept += partitions.sum(axis=(1, 2))
+        total += partitions.shape[1] * partitions.shape[2]
+    member = np.arange(lag) * parts // lag == np.arange(parts)[:, None]
+    with np.errstate(invalid="ignore"):
+        shares: NDArray[np.float64] = (kept @ member.T) / (member.sum(axis=1) * total)
+    return shares
+
+
 def agreement(record: SelectionRecord) -> Agreement:
     """Every head of every layer against every other: matrices (N H, N H), heads of a layer side by side."""
     kept = np.concatenate([record.kept(sample) for sample in record.samples], axis=2)

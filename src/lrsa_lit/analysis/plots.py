@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STRETCHES = 32
+"""Into how many a partition is cut where its places are shown."""
 _SHADES = colormaps["cividis_r"]
 _UNCOMPRESSED = "#e8e8e8"
 _PIXELS = 800
@@ -97,6 +99,23 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
     panels[0].set_ylabel("kept share of tokens, mean of heads")
     panels[0].set_ylim(bottom=0)
     legend(panels[1])
+    return figure
+
+
+def by_place(records: Sequence[SelectionRecord]) -> Figure:
+    """Share of the tokens that is kept along a partition, mean of the layers and from the least to the most of them."""
+    figure, axes = subplots(1, 1, size=(7, 3.4))
+    for number, record in enumerate(records):
+        parts = min(_STRETCHES, record.lag_size)
+        places, shares = (np.arange(parts) + 0.5) / parts, metrics.by_place(record, parts)
+        colour = OKABE_ITO[number % len(OKABE_ITO)]
+        axes.plot(places, shares.mean(axis=0), color=colour, label=_name(record))
+        axes.fill_between(places, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    for chance in sorted({record.top_k / record.lag_size for record in records}):
+        axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
+    axes.set(xlabel="place in the partition (0: its first token)", ylabel="kept share of tokens", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    legend(axes)
     return figure
 
 

@@ -9,6 +9,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,14 +194,12 @@ class Memory:
             stream.buffer.move_to(memory)
 
 
-def survival(
-    model: Any, tokenizer: Any, examples: Sequence[Example], rule: LRSAConfig | None
-) -> dict[str, float | None] | None:
+def survival(model: Any, tokenizer: Any, examples: Sequence[Example], rule: LRSAConfig | None) -> dict[str, Any] | None:
     """Which share of the supporting passages' and the answers' tokens is kept, over all layers and heads.
 
     Returns:
-        ``gold`` and ``answer``, each None where no such token lies in a compressed partition, and ``chance`` (K/L);
-        None where nothing is selected.
+        ``gold`` and ``answer``, each None where no such token lies in a compressed partition, ``chance`` (K/L), and
+        ``quarters``, the shares that are kept of the quarters of a partition; None where nothing is selected.
     """
     layers = model.config.get_text_config().num_hidden_layers
     if rule is None or not isinstance(rule.compressor, Selector) or len(rule.dense_layers) == layers:
@@ -217,4 +216,7 @@ def survival(
         kept = record(model, batches, tokenizer, name="study")  # type: ignore[arg-type]
     found = {"gold": metrics.survival(kept, "gold"), "answer": metrics.survival(kept, "answer")}
     shares = {name: round(part.mean, 4) if part.tokens else None for name, part in found.items()}
-    return {**shares, "chance": found["gold"].chance}
+    quarters = [
+        None if np.isnan(share) else round(share, 4) for share in metrics.by_place(kept, 4).mean(axis=0).tolist()
+    ]
+    return {**shares, "chance": found["gold"].chance, "quarters": quarters}
