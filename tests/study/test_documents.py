@@ -47,7 +47,7 @@ def test_blocks_are_filled_and_all_else_is_kept(study_file, results, tmp_path):
     assert re.sub(rb"(?s)(<!-- study:\S+ -->\n).*?(<!-- /study -->)", rb"\1\2", first) == prose
     assert all(block(path, name) != "old" for name in names)
     matrix = block(path, "main")
-    assert "| trained | dense | 4x |" in matrix
+    assert "| trained | seeds | dense | 4x |" in matrix
     own = next(line for line in read_lines(results) if (line["row"], line.get("attention")) == ("lrsa", "4x"))
     assert f"{sum(own['f1']) / 3:.3f} [" in next(line for line in matrix.splitlines() if line.startswith("| lrsa |"))
     assert block(path, "main/plain/plot").endswith("(docs/study/main-plain.png)")
@@ -117,8 +117,8 @@ def test_what_is_not_measured_is_left_empty(study_file):
     study = Study(str(study_file))
     blocks = Blocks(study, [evaluation(study, "lrsa", "4x", scores(0.5))])
     assert blocks.text("main").splitlines()[2:] == [
-        "1 of 4 results are in.", "", "| trained | dense | 4x |", "|---|---:|---:|",
-        f"| lrsa |  | {blocks.table('main', 'plain').entries[0].score.value:.3f} [0.430, 0.570] |"]  # fmt: skip
+        "1 of 4 results are in.", "", "| trained | seeds | dense | 4x |", "|---|---:|---:|---:|",
+        f"| lrsa | 1 |  | {blocks.table('main', 'plain').entries[0].score.value:.3f} [0.430, 0.570] |"]  # fmt: skip
     for name in ("main/text", "summary", "bars", "perplexity", "survival"):
         assert blocks.text(name) == "", name
     for name in ("main/text/plot", "perplexity/plot", "survival/plot"):
@@ -181,11 +181,13 @@ def test_survival_stands_beside_that_of_the_base_model(study_file):
     lines = [
         evaluation(study, "base", "4x", scores(0.1), survival=kept),
         evaluation(study, "lrsa", "4x", scores(0.5), survival=kept | {"gold": 0.5}),
-        evaluation(study, "lrsa", "4x", scores(0.5), seed=1, survival=kept | {"gold": 0.4}),
+        evaluation(
+            study, "lrsa", "4x", scores(0.5), seed=1, survival=kept | {"gold": 0.4, "quarters": [0.5, 0.3, 0.2, 0]}
+        ),
         evaluation(study, "lrsa", "8x", scores(0.5), survival=kept),
     ]
     assert Blocks(study, lines).text("survival").splitlines()[2:] == [
-        "| plain | lrsa | 4x | 25% | 30% | 45% |  |  |"]  # fmt: skip
+        "| plain | lrsa | 4x | 25% | 30% | 45% |  |  | 50% 30% 20% 0% |"]  # fmt: skip
 
 
 def test_a_layer_is_held_against_the_same_rule_without_it(tmp_path):

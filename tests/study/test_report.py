@@ -60,6 +60,19 @@ def test_cells_gather_the_seeds_of_their_part_and_are_held_against_dense_trainin
     assert random.of_named.difference.value == pytest.approx(random.cell.mean("f1") - both.cell.mean("f1"))
 
 
+def test_the_base_model_stands_beside_seeds_that_it_does_not_have(study_file):
+    parts = {"late": {"rows": ["base", "dense", "lrsa"], "seeds": [1], "inference": ["4x"], "sets": ["plain"]}}
+    study_file.write_text(yaml.safe_dump({**STUDY, "parts": parts}, sort_keys=False))
+    study = Study(str(study_file))
+    lines = [evaluation(study, "base", "4x", scores(0.2)),
+             *(evaluation(study, row, "4x", scores(share), seed) for row, share, seed in
+               (("dense", 0.9, 0), ("dense", 0.4, 1), ("lrsa", 0.9, 0)))]  # fmt: skip
+    table = Table(Cells(study, lines), "late", "plain")
+    assert [(entry.cell.row, entry.score.value) for entry in table.entries] == [("base", 0.2), ("dense", 0.4)]
+    assert (table.done, table.asked) == (2, 3)
+    assert table.entries[0].of_same.difference.value == pytest.approx(-0.2)
+
+
 def test_rows_are_held_against_dense_training_at_its_own_rate(study_file):
     fast = {"optimizer": {"init_args": {"lr": 0.1}}}
     long = {"trainer": {"max_steps": 9}}

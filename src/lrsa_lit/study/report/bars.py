@@ -23,7 +23,7 @@ from lrsa_lit import statistics
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
 from lrsa_lit.statistics import Comparison, Estimate
-from lrsa_lit.study.plan import DENSE, Row, Study, digest_of
+from lrsa_lit.study.plan import DENSE, Study, digest_of
 from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.tables import Cell, Cells, compared, measure_of, of_common_seeds, reference_of, score_of
 from lrsa_lit.study.settings import Settings
@@ -108,34 +108,42 @@ class Bars:
         return str(bar.get("measure") or measure_of(self.study, bar["set"]))
 
     def best(self, bar: Settings) -> Best | None:
-        """The cell with the largest share of dense training's score among those that the bar allows."""
+        """The cell with the largest share of dense training's score among those that the bar allows.
+
+        Of these only the ones with the most seeds: of one seed the best is the luckiest.
+        """
         kind, measure = next(name for name in _SHARES if name in bar), self.measure(bar)
         pairs: list[tuple[Cell, Cell]] = []
         for cell in self.cells.on(bar["set"], "test", measure):
             row = self.study.row(cell.row)
             ruled = row.rule is not None and _selects(row.rule) and _lag_relative(cell)
             if ruled and row.steps and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT:
-                reference = self._reference(bar, row)
-                if reference and reference.line["set_digest"] == cell.line["set_digest"] and reference.mean(measure):
-                    pairs.append(of_common_seeds(cell, reference) or (cell, reference))
+                pairs += [pair] if (pair := self._with_reference(bar, cell)) else []
+        most = max((len(cell.lines) for cell, _ in pairs), default=0)
+        pairs = [pair for pair in pairs if len(pair[0].lines) == most]
         if not pairs:
             return None
         cell, reference = max(pairs, key=lambda pair: pair[0].mean(measure) / pair[1].mean(measure))
         found = compared(cell, reference, measure)
-        assert found is not None  # they are of other weights, and of the same questions
+        assert found is not None  # they are of other weights, and of the same questions and seeds
         dense = self.study.row(reference.row)
         seeds = {line["seed"] for line in reference.lines}
         same = self.cells.cell(dense, cell.attention, cell.line["rule_digest"], bar["set"], "test", measure, seeds)
         return Best(cell, reference, same, found.ratio, len(pairs), _apart(pairs, measure))
 
-    def _reference(self, bar: Settings, row: Row) -> Cell | None:
-        """Dense training with dense inference that a row is held against, if the bar allows it."""
-        dense = reference_of(self.study, row)
+    def _with_reference(self, bar: Settings, cell: Cell) -> tuple[Cell, Cell] | None:
+        """A cell and dense training with dense inference that it is held against, if the bar allows that one."""
+        dense, measure = reference_of(self.study, self.study.row(cell.row)), self.measure(bar)
         if dense is None or dense.name not in bar.get("reference", [dense.name]):
             return None
-        cell = self.cells.cell(dense, DENSE, DENSE, bar["set"], "test", self.measure(bar))
+        reference = self.cells.cell(dense, DENSE, DENSE, bar["set"], "test", measure)
+        if reference is None or reference.line["set_digest"] != cell.line["set_digest"]:
+            return None
+        pair = of_common_seeds(cell, reference)
+        if pair is None or not pair[1].mean(measure):
+            return None
         asked = bar.get("reference_at_least", {})
-        return cell if cell and all(cell.mean(name) >= least for name, least in asked.items()) else None
+        return pair if all(pair[1].mean(name) >= least for name, least in asked.items()) else None
 
     def _verdict(self, name: str, bar: Settings) -> Verdict:
         if "of_dense" in bar:
@@ -152,7 +160,7 @@ class Bars:
             return Verdict(name, required, "", "", "open")
         cell = best.cell
         shares = f"kept {cell.kept:.1%}, pairs {cell.pairs:.1%}"
-        by = f"{cell.row} under {cell.attention} ({shares}), against {best.reference.row}"
+        by = f"{cell.row} under {cell.attention} ({shares}), against {best.reference.row}, {_seeds(len(cell.lines))}"
         if best.ratio_apart is not None:
             by += f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
         return Verdict(name, required, markdown.percent(best.ratio), by, _judged(best.ratio, bar["of_dense"]))
@@ -165,23 +173,25 @@ class Bars:
             return Verdict(name, required, "", "", "open")
         cell = max(found, key=lambda cell: cell.mean(measure))
         score = score_of(cell, measure)
-        by = f"{cell.row} under {cell.attention}" + (f"; best of {len(found)}" if len(found) > 1 else "")
+        by = f"{cell.row} under {cell.attention}, {_seeds(len(cell.lines))}"
+        by += f"; best of {len(found)}" if len(found) > 1 else ""
         return Verdict(name, required, markdown.interval(score, 3), by, _judged(score, bar["at_least"]))
 
     def _above(self, name: str, bar: Settings) -> Verdict:
         measure, asked = self.measure(bar), bar["above"]
         required = f"{self._label(bar)} above {_listed(asked)}, p < {bar['p']:g}"
         cell = self._cell(bar, bar["row"], bar["inference"])
-        others = [self._cell(bar, row, attention) for row, attention in asked]
-        found = [compared(cell, other, measure) if cell else None for other in others]
-        known = [item for item in found if item is not None]
+        others = [other for row, attention in asked if (other := self._cell(bar, row, attention)) is not None]
+        pairs = [pair for other in others if cell and (pair := of_common_seeds(cell, other))]
+        known = [item for pair in pairs if (item := compared(*pair, measure)) is not None]
         if not known:
             return Verdict(name, required, "", "", "open")
         p_values = statistics.holm([item.p_value for item in known])
         worst = min(range(len(known)), key=lambda number: known[number].difference.value)
         reached = f"{markdown.interval(known[worst].difference, 3, '+')}, p = {max(p_values):.4f}"
         measured = f" ({len(known)} of {len(asked)} measured)" if len(known) < len(asked) else ""
-        by = f"{bar['row']} under {bar['inference']}; the smallest difference and the largest p{measured}"
+        seeds = _seeds(min(len(one.lines) for one, _ in pairs))
+        by = f"{bar['row']} under {bar['inference']}, {seeds}; the smallest difference and the largest p{measured}"
         return Verdict(name, required, reached, by, _significant(known, p_values, bar["p"], len(asked)))
 
     def _cell(self, bar: Settings, row: str, attention: str) -> Cell | None:
@@ -193,10 +203,17 @@ class Bars:
         return f"{bar['set']} {markdown.LABELS[self.measure(bar)]}"
 
 
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
 def _judged(found: Estimate, required: float) -> str:
-    """By the number; its interval says whether another sample might have told otherwise."""
+    """By the number; its interval says whether another sample might have told otherwise.
+
+    Where all questions score the same the bootstrap knows no error, which is not to say that there is none.
+    """
     if found.value >= required:
-        return "met" if found.low >= required else "met, not beyond the error"
+        return "met" if found.low >= required and found.high > found.low else "met, not beyond the error"
     return "**missed**" if found.high < required else "**missed**, within the error"
 
 

@@ -91,14 +91,20 @@ def _pairs(cells: Cells) -> Iterator[Survival]:
 
 
 def survival(cells: Cells) -> list[str]:
-    """A row for each trained cell: the share of supporting and answer tokens that a head keeps, before and after."""
+    """A row for each trained cell: the share of supporting and answer tokens that a head keeps, before and after.
+
+    Last stands what is kept of each quarter of a partition after training, where results say so.
+    """
     body = []
     for item in pairs(cells):
         names = [item.data_set, item.after.row, item.after.attention]
         shares = [item.share(when, evidence) for evidence in ("gold", "answer") for when in WHEN]
-        body.append([*names, markdown.share(item.chance), *map(markdown.share, shares)])
+        quarters = " ".join(markdown.share(share) for share in item.after.quarters or [])
+        body.append([*names, markdown.share(item.chance), *map(markdown.share, shares), quarters])
     head = ["questions", "trained", "inference", "chance", "gold before", "gold after", "answer before", "answer after"]
-    return markdown.rows_of(head, body, names=3) if body else []
+    if any(row[-1] for row in body):
+        head.append("by quarter")
+    return markdown.rows_of(head, [row[: len(head)] for row in body], names=3) if body else []
 
 
 def layers(table: Table) -> list[LayerGain]:

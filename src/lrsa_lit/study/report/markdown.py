@@ -18,7 +18,8 @@ sinks and windows included."""
 
 LEGEND = f"""\
 Brackets are 95 % bootstrap intervals over questions; questions about one text are drawn together. With several seeds,
-seeds are drawn too. Comparisons are over the seeds that both sides have: these took the data in the same order.
+seeds are drawn too. Comparisons are over the seeds that both sides have, each of which takes the data in its own order;
+one seed's interval knows nothing of other trainings.
 
 {SHARES} *of dense* is the score by that of dense training, of as many steps on the same data
 at the rate chosen for it, with dense inference; *minus dense-trained* the difference to dense training under the same
@@ -31,8 +32,11 @@ def matrix(table: Table) -> list[str]:
     """A row for each training and a column for each attention: the score, and its share of dense training."""
     attentions = table.attentions
     rows = dict.fromkeys(entry.cell.row for entry in table.entries)
-    body = [[row, *(_matrix_cell(table, table.entry(row, name)) for name in attentions)] for row in rows]
-    return rows_of(["trained", *attentions], body, names=1)
+    seeds = {row: max(len(entry.cell.lines) for entry in table.entries if entry.cell.row == row) for row in rows}
+    body = [
+        [row, str(seeds[row]), *(_matrix_cell(table, table.entry(row, name)) for name in attentions)] for row in rows
+    ]
+    return rows_of(["trained", "seeds", *attentions], body, names=1)
 
 
 def _matrix_cell(table: Table, entry: Entry | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +35,11 @@ class Cell:
     def line(self) -> Line:
         """Any of them, for what they have in common."""
         return self.lines[0]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its seeds are of trainings; the base LLM has one."""
+        return bool(self.line["train_digest"])
 
     def scores(self, name: str) -> Scores:
         """(R, Q) of ``f1``, ``em``, ``recall``, ``loss`` or ``tokens``."""
@@ -76,6 +80,13 @@ class Cell:
         shares = [line["survival"][evidence] for line in self.lines if line.get("survival")]
         known = [share for share in shares if share is not None]
         return float(np.mean(known)) if known else None
+
+    @property
+    def quarters(self) -> list[float] | None:
+        """Shares that a head keeps of the quarters of a partition, means of the seeds; None where no result says."""
+        shares = [line["survival"]["quarters"] for line in self.lines if (line.get("survival") or {}).get("quarters")]
+        known = [row for row in shares if None not in row]
+        return [float(share) for share in np.mean(known, axis=0)] if known else None
 
 
 @dataclass(frozen=True)
@@ -178,10 +189,11 @@ class Table:
         self._all = cells
         self.cells: list[Cell] = []
         self.asked = self.done = 0
-        self._seeds = {work.seed for work in study.work(part)}
-        for (row, item), asked in self._items().items():
-            self.asked += asked
-            cell = self._cell(study.row(row), item.name, item.rule_digest)
+        items = self._items()
+        self._seeds = set[int]().union(*(seeds for (row, _), seeds in items.items() if study.row(row).steps)) or {0}
+        for (row, item), seeds in items.items():
+            self.asked += len(seeds)
+            cell = self._cell(study.row(row), item.name, item.rule_digest, seeds)
             if cell is not None:
                 self.cells.append(cell)
                 self.done += len(cell.lines)
@@ -208,16 +220,19 @@ class Table:
     def _digest(self, row: str, attention: str) -> str:
         return digest_of(self.study.rule_of(self.study.row(row), attention))
 
-    def _items(self) -> dict[tuple[str, Evaluation], int]:
-        """The evaluations of each row, all of one row together, and of how many seeds they are asked for."""
-        asked: dict[str, Counter[Evaluation]] = {}
+    def _items(self) -> dict[tuple[str, Evaluation], set[int]]:
+        """The evaluations of each row, all of one row together, and their seeds."""
+        asked: dict[str, dict[Evaluation, set[int]]] = {}
         for work in self.study.work(self.part):
-            found = asked.setdefault(work.row.name, Counter())
-            found.update(item for item in work.evaluations if item.data_set == self.data_set)
+            for item in work.evaluations:
+                if item.data_set == self.data_set:
+                    asked.setdefault(work.row.name, {}).setdefault(item, set()).add(work.seed)
         return {(row, item): seeds for row, items in asked.items() for item, seeds in items.items()}
 
-    def _cell(self, row: Row, attention: str, rule_digest: str) -> Cell | None:
-        return self._all.cell(row, attention, rule_digest, self.data_set, self.split, self.measure, self._seeds)
+    def _cell(self, row: Row, attention: str, rule_digest: str, seeds: Container[int] | None = None) -> Cell | None:
+        """A cell of the seeds that trained rows of the part have, or of others."""
+        seeds = self._seeds if seeds is None else seeds
+        return self._all.cell(row, attention, rule_digest, self.data_set, self.split, self.measure, seeds)
 
     def _entry(self, cell: Cell) -> Entry:
         score = score_of(cell, self.measure)
@@ -250,23 +265,24 @@ def score_of(cell: Cell, measure: str) -> Estimate:
 
 
 def compared(cell: Cell, other: Cell | None, measure: str) -> Comparison | None:
-    """One cell against another; None where there is none, it is the same, or it answered other questions.
+    """One cell against another, over the seeds that both have.
 
-    Where only some seeds are in on both sides the comparison is of those.
+    None where there is none, it is the same, or it answered other questions or is of other seeds.
     """
     if other is None or other.lines == cell.lines or other.line["set_digest"] != cell.line["set_digest"]:
         return None
-    paired = of_common_seeds(cell, other)
-    same = cell.row == other.row
-    if paired is None and same:
-        # Two attentions of the same weights: another seed on one side would be mistaken for the attention.
+    pair = of_common_seeds(cell, other)
+    if pair is None:
         return None
-    cell, other = paired or (cell, other)
-    return statistics.compare(cell.scores(measure), other.scores(measure), cell.groups, same_seeds=same)
+    one, two = (side.scores(measure) for side in pair)
+    # Two attentions of the same weights: another seed on one side would be mistaken for the attention.
+    return statistics.compare(one, two, cell.groups, same_seeds=cell.row == other.row)
 
 
 def of_common_seeds(cell: Cell, other: Cell) -> tuple[Cell, Cell] | None:
-    """Both with the seeds that both have, which took the data in the same order; None where they have none."""
+    """Both with the seeds that both have, None where they have none; the base LLM is the same for each seed."""
+    if not (cell.is_trained and other.is_trained):
+        return cell, other
     pair = cell.of_seeds(other), other.of_seeds(cell)
     return pair if pair[0].lines else None
 
