@@ -159,14 +159,8 @@ class Blocks:
     def _row(name: str, measure: str, best: Best) -> list[str]:
         shown = [f"{cell.mean(measure):.3f}" if cell else "" for cell in (best.reference, best.same, best.cell)]
         shares = [markdown.share(best.cell.kept), markdown.share(best.cell.pairs)]
-        return [
-            name,
-            markdown.LABELS[measure],
-            *shown,
-            markdown.percent(best.ratio),
-            *shares,
-            str(len(best.cell.lines)),
-        ]
+        ratio, seeds = markdown.percent(best.ratio), str(len(best.cell.lines))
+        return [name, markdown.LABELS[measure], *shown, ratio, *shares, seeds]
 
 
 def _budget(bar: Settings) -> float:

@@ -117,12 +117,10 @@ def by_place(table: Table, data: str) -> pd.DataFrame:
     Raises:
         UserError: the part names no rule, or the folder has other questions.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for cell, found in places.by_place(table, nearest(data)):
-        scores = {
-            f"{place.name} ({place.questions})": place.score.value if place.score else math.nan for place in found
-        }
-        rows.append({"trained": cell.row, "inference": cell.attention} | scores)
+        scores = {place.label: place.score.value if place.score else math.nan for place in found}
+        rows.append({"trained": cell.row, "inference": cell.attention, **scores})
     return pd.DataFrame(rows)
 
 
