@@ -7,13 +7,15 @@ QuantizedCache and kvpress' LagKVPress (dense prefill, compressed afterwards). C
 single-token steps give the logits of the parallel pass. Writes ``results/generate.json`` and ``generate.png``.
 
 Parts: ``prefill`` (time to the first token and memory of the cache), ``decode`` (time per token), ``million``
-(1,048,576 tokens read chunk by chunk, the dense model up to ``--dense-tokens`` and extrapolated). Parts add to the
-same files.
+(1,048,576 tokens read chunk by chunk, the dense model up to ``--dense-tokens`` and extrapolated), ``answers`` (batches
+of prompts of unequal lengths, read and answered by ``model.generate`` as an evaluation does). Parts add to the same
+files.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import statistics
@@ -29,13 +31,15 @@ import triton
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from lrsa_lit.attention import LRSACache, prefill, using
+from lrsa_lit.attention import LRSACache, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 RESULTS = Path(__file__).parent / "results"
 RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
 NEW_TOKENS = 64
+PROMPT, ANSWER = 4096, 24
+"""Tokens of the longest prompt of a batch that is answered, and of each answer."""
 Cell = dict[str, Any]
 
 
@@ -54,7 +58,7 @@ def main(args: list[str] | None = None) -> int:
     record.update(
         about | versions, model=f"Llama-3.2-1B shape, {options.layers} layers, random weights", rule=str(RULE)
     )
-    parts = {"prefill": _prefill_rows, "decode": _decode_rows, "million": _million_rows}
+    parts = {"prefill": _prefill_rows, "decode": _decode_rows, "million": _million_rows, "answers": _answer_rows}
     for part in options.parts:
         for row in parts[part](model, options):
             print(json.dumps({"part": part, **row}), flush=True)
@@ -68,7 +72,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["prefill", "decode", "million"])
+    parser.add_argument("--parts", nargs="+", default=["prefill", "decode", "million", "answers"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--million", type=int, default=1 << 20, help="tokens of the last part")
     parser.add_argument("--dense-tokens", type=int, default=1 << 18, help="tokens that the dense model reads there")
@@ -269,6 +273,34 @@ def _million_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
                "peak_gib": (torch.cuda.max_memory_allocated() - weights) / 2**30}  # fmt: skip
 
 
+def _answer_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
+    for rows in (1, 8):
+        lengths = torch.linspace(PROMPT * 7 // 8, PROMPT, rows).flip(0).long()
+        mask = (torch.arange(PROMPT) >= PROMPT - lengths[:, None]).long().cuda()
+        ids = _tokens(PROMPT).repeat(rows, 1)
+        with using(model, RULE):
+            for who, graphed in (("launched", False), ("graph", True)):
+                seconds = _answered(model, ids, mask, graphed, options.repeats)
+                yield {"who": f"lrsa, {who}, {rows} prompts", "tokens": PROMPT, "questions_per_s": rows / seconds}
+
+
+def _answered(model: Any, ids: Tensor, mask: Tensor, graphed: bool, repeats: int) -> float:
+    """Seconds to read and answer a batch, each time with a cache of its own."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        cache = LRSACache.of(model)
+        with graphed_decoding(model, cache, room=ANSWER) if graphed else contextlib.nullcontext():
+            model.generate(
+                ids, attention_mask=mask, past_key_values=cache, do_sample=False, pad_token_id=0, eos_token_id=None,
+                max_new_tokens=ANSWER, min_new_tokens=ANSWER,
+            )  # fmt: skip
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
 def _chunked(model: Any, ids: Tensor, cache: Any, size: int) -> list[tuple[int, float]]:
     """Tokens read and seconds since the start, after each call."""
     torch.cuda.synchronize()
@@ -309,6 +341,8 @@ def _summary(rows: list[Cell]) -> None:
             best = {side: min(ms for who, ms in decode.items() if who.startswith(side)) for side in ("lrsa", "dense")}
             print(f"{length} tokens: a token {best['lrsa']:.2f} ms, dense {best['dense']:.2f} ms")
     for row in rows:
+        if row["part"] == "answers":
+            print(f"{row['who']}: {row['questions_per_s']:.2f} questions a second")
         if row["part"] == "million":
             extra = f", extrapolated {row['extrapolated_s']:.0f} s" if "extrapolated_s" in row else ""
             print(
