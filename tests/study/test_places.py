@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import one_line
 from hypothesis import given
 from hypothesis import strategies as st
 from study.conftest import STUDY
 from study.lines import evaluation
 
 from lrsa_lit.cli import main
+from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, visibility_mask
 from lrsa_lit.study import tokens
 from lrsa_lit.study.plan import Study
@@ -95,6 +97,15 @@ def test_a_document_has_them_as_a_block_and_says_what_it_needs(
     text = document.read_text()
     assert "| trained | inference | seeds | seen by all (" in text
     assert "| dense | short | 1 |" in text
+
+
+def test_rules_of_other_partitions_have_no_places_in_common(against, data):
+    lines = lines_of(against, data)
+    lines[1] |= {"rule": against.inference["4x"].to_dict()}
+    table = Table(Cells(against, lines), "places", "plain")
+    with pytest.raises(UserError, match="lag_size 32; places need the 4") as caught:
+        places.by_place(table, data)
+    assert one_line(caught.value).startswith("parts.places: dense under dense has ")
 
 
 @pytest.mark.parametrize("case", ["no-rule", "other-questions"])

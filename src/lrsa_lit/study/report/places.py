@@ -70,11 +70,12 @@ def by_place(table: Table, data: Path | None) -> list[tuple[Cell, list[Place]]]:
     """For each cell of a part its score by the place of the answer, under the rule that the part holds others against.
 
     Args:
-        table: the part on a data set, of rules of one geometry.
+        table: the part on a data set.
         data: folder of the study's token files.
 
     Raises:
-        UserError: the part names no rule, no folder is given, or it has other questions.
+        UserError: the part names no rule or has one of other sinks, partitions or chunks, no folder is given, or it has
+            other questions.
     """
     rule = None
     if table.against is not None:
@@ -82,6 +83,7 @@ def by_place(table: Table, data: Path | None) -> list[tuple[Cell, list[Place]]]:
         rule = table.study.rule_of(table.study.row(row), attention)
     if rule is None:
         raise UserError(f"parts.{table.part}.against: it must name a rule, for places are those of a rule")
+    _check_alike(table, rule)
     file = questions_of(table, data)
     places = np.array([place_of(example, rule) for example in file.examples])
     return [(cell, [_scored(cell, table.measure, name, places == name) for name in PLACES]) for cell in table.cells]
@@ -110,6 +112,19 @@ def table_of(found: Sequence[tuple[Cell, Sequence[Place]]]) -> list[str]:
         for cell, places in found
     ]
     return markdown.rows_of(["trained", "inference", "seeds", *head], body)
+
+
+def _check_alike(table: Table, rule: LRSAConfig) -> None:
+    """The tokens that all see must be the same under every rule; how many others are kept may differ."""
+    named = rule.to_dict()
+    for cell in table.cells:
+        own = cell.line["rule"]
+        for key in ("sink_size", "lag_size", "chunk_size"):
+            if own is not None and own[key] != named[key]:
+                raise UserError(
+                    f"parts.{table.part}: {cell.row} under {cell.attention} has {key} {own[key]}; places need the "
+                    f"{named[key]} of the rule in against"
+                )
 
 
 def _scored(cell: Cell, measure: str, name: str, member: NDArray[np.bool_]) -> Place:
