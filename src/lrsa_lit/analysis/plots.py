@@ -91,8 +91,7 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
             found = metrics.survival(record, evidence)
             colour = OKABE_ITO[number % len(OKABE_ITO)]
             axes.plot(record.layers, found.by_layer, "o-", markersize=3, color=colour, label=_name(record))
-        for chance in sorted({record.top_k / record.lag_size for record in records}):
-            axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
+        _mark_chance(axes, records)
         tokens = metrics.survival(records[0], evidence).tokens
         axes.set(xlabel="layer", title=f"{title} ({tokens} tokens)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -111,8 +110,7 @@ def by_place(records: Sequence[SelectionRecord]) -> Figure:
         colour = OKABE_ITO[number % len(OKABE_ITO)]
         axes.plot(places, shares.mean(axis=0), color=colour, label=_name(record))
         axes.fill_between(places, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    for chance in sorted({record.top_k / record.lag_size for record in records}):
-        axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
+    _mark_chance(axes, records)
     axes.set(xlabel="place in the partition (0: its first token)", ylabel="kept share of tokens", xlim=(0, 1))
     axes.set_ylim(bottom=0)
     legend(axes)
@@ -223,6 +221,12 @@ def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: A
 def legend(axes: Axes, title: str | None = None) -> None:
     """A legend beside the axes."""
     axes.legend(title=title, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _mark_chance(axes: Axes, records: Sequence[SelectionRecord]) -> None:
+    """A line at each K/L of the records, which heads that choose at random keep."""
+    for chance in sorted({record.top_k / record.lag_size for record in records}):
+        axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
 
 
 def _name(record: SelectionRecord) -> str:

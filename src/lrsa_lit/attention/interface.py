@@ -175,7 +175,7 @@ def _prepare(
         positions = given["position_ids"] = restarting_positions(boundaries, positions, length).to(tokens.device)
     if mask is not None and mask.ndim == 2 and positions is None:
         given["position_ids"] = positions_from_mask(mask, length)
-    if compressed is not None and compressed.holds_pads and mask is None and positions is None:
+    if mask is None and positions is None and compressed is not None and compressed.holds_pads:
         given["position_ids"] = compressed.next_positions(length).to(tokens.device)
     if compressed is not None and mask is not None and mask.ndim == 2:
         # The cache took in the earlier columns under their own masks; only the new ones are handed over.

@@ -5,11 +5,11 @@ Dimensions: B prompts in a batch, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,6 +217,6 @@ def survival(model: Any, tokenizer: Any, examples: Sequence[Example], rule: LRSA
     found = {"gold": metrics.survival(kept, "gold"), "answer": metrics.survival(kept, "answer")}
     shares = {name: round(part.mean, 4) if part.tokens else None for name, part in found.items()}
     quarters = [
-        None if np.isnan(share) else round(share, 4) for share in metrics.by_place(kept, 4).mean(axis=0).tolist()
+        None if math.isnan(share) else round(share, 4) for share in metrics.by_place(kept, 4).mean(axis=0).tolist()
     ]
     return {**shares, "chance": found["gold"].chance, "quarters": quarters}

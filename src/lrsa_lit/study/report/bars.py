@@ -183,14 +183,15 @@ class Bars:
         cell = self._cell(bar, bar["row"], bar["inference"])
         others = [other for row, attention in asked if (other := self._cell(bar, row, attention)) is not None]
         pairs = [pair for other in others if cell and (pair := of_common_seeds(cell, other))]
-        known = [item for pair in pairs if (item := compared(*pair, measure)) is not None]
+        found = [(len(pair[0].lines), item) for pair in pairs if (item := compared(*pair, measure)) is not None]
+        known = [item for _, item in found]
         if not known:
             return Verdict(name, required, "", "", "open")
         p_values = statistics.holm([item.p_value for item in known])
         worst = min(range(len(known)), key=lambda number: known[number].difference.value)
         reached = f"{markdown.interval(known[worst].difference, 3, '+')}, p = {max(p_values):.4f}"
         measured = f" ({len(known)} of {len(asked)} measured)" if len(known) < len(asked) else ""
-        seeds = _seeds(min(len(one.lines) for one, _ in pairs))
+        seeds = _seeds(min(count for count, _ in found))
         by = f"{bar['row']} under {bar['inference']}, {seeds}; the smallest difference and the largest p{measured}"
         return Verdict(name, required, reached, by, _significant(known, p_values, bar["p"], len(asked)))
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from lrsa_lit import statistics
 from lrsa_lit.statistics import Estimate
 from lrsa_lit.study.report import markdown
-from lrsa_lit.study.report.tables import Cell, Cells, Table, measure_of, score_of
+from lrsa_lit.study.report.tables import Cell, Cells, Table, measure_of, of_common_seeds, score_of
 
 WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")
 
@@ -128,11 +128,13 @@ def _has_one_more(cell: Cell, base: Cell) -> bool:
     dense, fewer = _dense_layers(cell), _dense_layers(base)
     one_more = fewer < dense and len(dense) == len(fewer) + 1
     same = cell.row == base.row and cell.line["set_digest"] == base.line["set_digest"]
-    return one_more and same and bool(cell.of_seeds(base).lines)
+    return one_more and same and of_common_seeds(cell, base) is not None
 
 
 def _gain(cell: Cell, base: Cell) -> LayerGain:
-    more, less = cell.of_seeds(base), base.of_seeds(cell)
+    pair = of_common_seeds(cell, base)
+    assert pair is not None  # as _has_one_more asks
+    more, less = pair
     fall = statistics.ratio_of_sums(less.scores("loss") - more.scores("loss"), more.scores("tokens"), more.groups)
     (layer,) = _dense_layers(cell) - _dense_layers(base)
     return LayerGain(cell.row, base.attention, tuple(sorted(_dense_layers(base))), layer, fall)

@@ -190,7 +190,8 @@ class Table:
         self.cells: list[Cell] = []
         self.asked = self.done = 0
         items = self._items()
-        self._seeds = set[int]().union(*(seeds for (row, _), seeds in items.items() if study.row(row).steps)) or {0}
+        trained = [seeds for (row, _), seeds in items.items() if study.row(row).steps]
+        self._seeds = {seed for seeds in trained for seed in seeds} or {0}
         for (row, item), seeds in items.items():
             self.asked += len(seeds)
             cell = self._cell(study.row(row), item.name, item.rule_digest, seeds)
