@@ -100,7 +100,7 @@ def test_lora_with_gradient_checkpointing_saves_adapters_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "compressor", ["LagRelative", "ValueRelative", "RandomTokens", "Recency", "Strided", "MeanPool"]
+    "compressor", ["LagRelative", "ValueRelative", "ChunkWise", "RandomTokens", "Recency", "Strided", "MeanPool"]
 )
 def test_each_compressor_is_a_yaml_line(compressor):
     main(

@@ -8,7 +8,9 @@ import torch
 from helpers import random_qkv
 from torch import Tensor
 
+from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
+    ChunkWise,
     Compressor,
     LagRelative,
     LRSAConfig,
@@ -79,7 +81,58 @@ def test_value_relative_is_the_value_score_alone():
     assert scores == of_keys
 
 
-@pytest.mark.parametrize("compressor", [RandomTokens(4), Recency(), Strided(), ValueRelative()])
+@pytest.mark.parametrize(
+    ("size", "top_k", "kept"),
+    [
+        (1, 3, [2, 4, 5]),
+        (2, 2, [4, 5]),  # the means are 0.5, 3 and 3.5
+        (2, 3, [2, 4, 5]),
+        (2, 4, [2, 3, 4, 5]),
+        (3, 3, [3, 4, 5]),  # 2 and 2.67
+        (3, 5, [0, 1, 3, 4, 5]),
+        (4, 3, [0, 4, 5]),  # 1.75 and 3.5, of two tokens
+        (4, 0, []),
+        (6, 4, [0, 1, 2, 3]),
+        (9, 4, [0, 1, 2, 3]),
+    ],
+)
+@pytest.mark.parametrize("values_only", [False, True])
+def test_chunk_wise_keeps_whole_runs_by_their_mean(size, top_k, kept, values_only, monkeypatch):
+    scores = torch.tensor([1.0, 0.0, 5.0, 1.0, 3.0, 4.0]).expand(1, 2, 3, 6)
+    scored, other = (ValueRelative, LagRelative) if values_only else (LagRelative, ValueRelative)
+    monkeypatch.setattr(scored, "score", lambda *_: scores)
+    monkeypatch.delattr(other, "score")
+    indices, _ = ChunkWise(size, values_only).keep(partitions(3, 6, heads=2), LRSAConfig(0, 6, top_k))
+    assert indices.tolist() == [[[kept] * 3] * 2]
+
+
+def test_a_shorter_last_run_counts_by_its_own_mean():
+    compressor, config = ChunkWise(4), LRSAConfig(0, 6, 2)
+    parts = partitions(5, 6, heads=2, batch=2)
+    scores = LagRelative().score(parts, config)
+    means = scores[..., :4].mean(dim=-1), scores[..., 4:].mean(dim=-1)
+    indices, ranked = compressor.keep(parts, config)
+    torch.testing.assert_close(ranked[..., 0], means[0])
+    torch.testing.assert_close(ranked[..., 5], means[1])
+    last = means[1] > means[0]
+    assert last.any()
+    assert not last.all()
+    assert (indices[..., 0] == 4).equal(last)
+
+
+def test_runs_of_one_token_keep_what_the_scores_keep():
+    parts, config = partitions(4, 16, heads=2), LRSAConfig(0, 16, 5)
+    for values_only, alone in ((False, LagRelative()), (True, ValueRelative())):
+        assert ChunkWise(1, values_only).keep(parts, config)[0].equal(alone.keep(parts, config)[0])
+
+
+@pytest.mark.parametrize("size", [0, -4, 2.0, True, "4"])
+def test_a_run_has_a_whole_number_of_tokens(size):
+    with pytest.raises(UserError, match=r"lrsa\.compressor: size .* integer >= 1"):
+        ChunkWise(size)
+
+
+@pytest.mark.parametrize("compressor", [ChunkWise(3), RandomTokens(4), Recency(), Strided(), ValueRelative()])
 def test_gradients_of_a_selector_reach_what_it_keeps_and_nothing_else(compressor):
     parts, config = partitions(3, 8, heads=2), LRSAConfig(0, 8, 3)
     key, value = parts.key.clone().requires_grad_(), parts.value.clone().requires_grad_()
@@ -241,7 +294,8 @@ def test_a_synthesizer_of_ten_lines_works_through_the_config():
 
 
 @pytest.mark.parametrize(
-    "compressor", [LagRelative(), ValueRelative(), RandomTokens(9), Recency(), Strided(), MeanPool(), KeyNorm()]
+    "compressor",
+    [LagRelative(), ValueRelative(), ChunkWise(8, True), RandomTokens(9), Recency(), Strided(), MeanPool(), KeyNorm()],
 )
 def test_a_compressor_survives_its_dict(compressor):
     assert Compressor.from_dict(compressor.to_dict()) == compressor

@@ -2,6 +2,7 @@
 
 from lrsa_lit.ops.sparse_attention.api import Impl, select, sparse_attention, visibility_mask
 from lrsa_lit.ops.sparse_attention.compressors import (
+    ChunkWise,
     Compressor,
     LagRelative,
     MeanPool,
@@ -17,6 +18,7 @@ from lrsa_lit.ops.sparse_attention.selection import Selection
 from lrsa_lit.ops.sparse_attention.traced import is_traceable, numbers_of, traced_attention
 
 __all__ = [
+    "ChunkWise",
     "Compressor",
     "Impl",
     "LRSAConfig",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.scoring import lag_relative_scores, token_hash
@@ -114,6 +115,41 @@ class ValueRelative(Selector):
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
         """The spread of the values; ``value_weight`` changes nothing."""
         return lag_relative_scores(partitions.value, partitions.next_value)
+
+
+@dataclass(frozen=True)
+class ChunkWise(Selector):
+    """Keep runs of consecutive tokens, by the mean of their scores, so that words and names stay whole.
+
+    A partition is cut into runs of ``size`` tokens, the last of which may be shorter. The floor(K / size) best runs are
+    kept, and the first K mod size tokens of the next one.
+
+    Args:
+        size: tokens of a run (>= 1); 1 keeps what the scores alone keep.
+        values_only: score as :class:`ValueRelative` instead of :class:`LagRelative`.
+
+    Raises:
+        UserError: a size that is no integer >= 1.
+
+    Source: ChunkKV (arXiv 2502.00299), with the lag-relative score in the place of its own.
+    """
+
+    size: int = 16
+    values_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the size, which no other setting bounds."""
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+            raise UserError(f"lrsa.compressor: size {self.size!r} is not allowed; it must be an integer >= 1")
+
+    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+        """The mean over the token's run; equal scores keep the order, so that runs are kept one after the other."""
+        of_tokens = ValueRelative() if self.values_only else LagRelative()
+        scores = of_tokens.score(partitions, config)
+        lag = scores.shape[-1]
+        runs = pad(scores, (0, -lag % self.size)).unflatten(-1, (-1, self.size))
+        lengths = (lag - self.size * torch.arange(runs.shape[-2], device=runs.device)).clamp(max=self.size)
+        return (runs.sum(dim=-1) / lengths).repeat_interleave(self.size, dim=-1)[..., :lag]
 
 
 @dataclass(frozen=True)
