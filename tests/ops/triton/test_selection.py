@@ -1,10 +1,14 @@
 """Fused selection against the reference in float64: equal where the scores at the cut differ by more than rounding."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from ops.triton.oracle import DEVICE, inputs
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, select
+from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig, Recency, SpreadSelector, ValueRelative, select
+from lrsa_lit.ops.sparse_attention.impl import triton as kernels
+from lrsa_lit.ops.sparse_attention.selection import compress_partitions, partitions_of
 
 CLOSE = 1e-6
 """Relative distance of the K-th and the next score under which two correct implementations may differ."""
@@ -28,6 +32,37 @@ def assert_same_selection(key, value, config, cu_seqlens=None):
 def test_same_tokens_as_the_reference(lag, keep, weight):
     _, key, value, _ = inputs(2, 2, 2, 4 * lag + 11, 24)
     assert_same_selection(key, value, LRSAConfig(5, lag, keep, value_weight=weight))
+
+
+@dataclass(frozen=True)
+class Weighted(SpreadSelector):
+    """Weights of one's own."""
+
+    of_key: float
+    of_value: float
+
+    def weights(self, config):
+        return self.of_key, self.of_value
+
+
+@pytest.mark.parametrize("selector", [ValueRelative(), Weighted(0.0, 0.4), Weighted(0.7, 0.2)])
+@pytest.mark.parametrize("transposed", ["key", "value"])
+def test_each_score_is_weighed_and_read_with_its_own_strides(selector, transposed):
+    _, key, value, _ = inputs(2, 2, 2, 75, 24)
+    if transposed == "key":
+        key = key.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        value = value.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_same_selection(key, value, LRSAConfig(5, 16, 5, compressor=selector))
+
+
+@pytest.mark.parametrize("selector", [LagRelative(), ValueRelative()])
+def test_partitions_of_a_call_keep_the_same_pairs(selector):
+    _, key, value, _ = inputs(2, 2, 2, 75, 24)
+    config = LRSAConfig(5, 16, 5, compressor=selector)
+    expected = compress_partitions(partitions_of(key, value, config, 3, first=2), config)
+    for ours, theirs in zip(kernels.compress(key, value, config, 3, first=2), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_packed_sequences():

@@ -5,7 +5,14 @@ import torch
 from ops.triton.oracle import inputs
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens, numbers_of, sparse_attention, traced_attention
+from lrsa_lit.ops.sparse_attention import (
+    LRSAConfig,
+    RandomTokens,
+    ValueRelative,
+    numbers_of,
+    sparse_attention,
+    traced_attention,
+)
 
 SMALL = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 
@@ -30,6 +37,7 @@ def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_a
         pytest.param(SMALL.replace(top_k=16), id="K=L"),
         pytest.param(SMALL.replace(value_weight=0.3), id="w=0.3"),
         pytest.param(SMALL.replace(value_weight=0), id="w=0"),
+        pytest.param(SMALL.replace(compressor=ValueRelative()), id="values"),
         pytest.param(LRSAConfig(0, 14, 3), id="S=0 L=14"),
     ],
 )
@@ -67,7 +75,8 @@ def test_one_graph_serves_all_rules_and_packings():
     torch._dynamo.reset()
     compiled = torch.compile(traced_attention, fullgraph=True, backend=count)
     tensors = inputs(1, 2, 1, 50, 16)
-    for config in (SMALL, SMALL.replace(top_k=9), SMALL.replace(value_weight=0), LRSAConfig(2, 12, 3, 20)):
+    values = SMALL.replace(compressor=ValueRelative())
+    for config in (SMALL, SMALL.replace(top_k=9), SMALL.replace(value_weight=0), values, LRSAConfig(2, 12, 3, 20)):
         assert_same(tensors, config, attention=compiled)
     assert len(graphs) == 1
     for boundaries in ([0, 50], [0, 10, 50], [0, 5, 10, 45, 50]):
@@ -90,7 +99,7 @@ def test_a_rule_of_an_evaluation_trains():
     with torch.inference_mode():
         numbers = numbers_of(SMALL)
     assert not numbers.is_inference()
-    assert numbers.tolist() == [4, 16, 4, 16, 1.0]
+    assert numbers.tolist() == [4, 16, 4, 16, 1.0, 1.0]
 
 
 def test_other_compressors_have_no_numbers():

@@ -10,6 +10,7 @@ from lrsa_lit.ops.sparse_attention.compressors import (
     RandomTokens,
     Recency,
     Selector,
+    SpreadSelector,
     Strided,
     ValueRelative,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Recency",
     "Selection",
     "Selector",
+    "SpreadSelector",
     "Strided",
     "ValueRelative",
     "is_traceable",

@@ -96,25 +96,46 @@ class Selector(Compressor):
         return gather_kept(partitions.key, indices), gather_kept(partitions.value, indices)
 
 
-@dataclass(frozen=True)
-class LagRelative(Selector):
-    """Score a token by its spread over channels, normalised with the range of the next partition (LagKV, eq. 3-8)."""
+class SpreadSelector(Selector):
+    """Score a token by its spread over channels, normalised with the range of the next partition (LagKV, eq. 3-7).
+
+    The score of its key and that of its value are added with weights; the fused kernels know this family.
+    """
+
+    @abstractmethod
+    def weights(self, config: LRSAConfig) -> tuple[float, float]:
+        """Of the key score and of the value score, >= 0 and not both 0."""
 
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
-        """Key score plus ``value_weight`` times value score."""
-        scores = lag_relative_scores(partitions.key, partitions.next_key)
-        if config.value_weight:
-            scores = scores + config.value_weight * lag_relative_scores(partitions.value, partitions.next_value)
-        return scores
+        """The weighted sum; a score of weight 0 is not computed."""
+        pairs = (partitions.key, partitions.next_key), (partitions.value, partitions.next_value)
+        parts: list[Tensor] = [
+            weight * lag_relative_scores(*pair)
+            for weight, pair in zip(self.weights(config), pairs, strict=True)
+            if weight
+        ]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 @dataclass(frozen=True)
-class ValueRelative(Selector):
-    """The value score of :class:`LagRelative` alone; its key score alone is ``value_weight: 0``."""
+class LagRelative(SpreadSelector):
+    """The key score plus ``value_weight`` times the value score (LagKV, eq. 8)."""
 
-    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
-        """The spread of the values; ``value_weight`` changes nothing."""
-        return lag_relative_scores(partitions.value, partitions.next_value)
+    def weights(self, config: LRSAConfig) -> tuple[float, float]:
+        """1 and ``value_weight``."""
+        return 1.0, config.value_weight
+
+
+@dataclass(frozen=True)
+class ValueRelative(SpreadSelector):
+    """The value score alone, whatever ``value_weight`` is; the key score alone is :class:`LagRelative` at weight 0.
+
+    Values are not rotated, so this score, unlike that of keys, does not fall along a partition.
+    """
+
+    def weights(self, config: LRSAConfig) -> tuple[float, float]:
+        """0 and 1."""
+        return 0.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class ChunkWise(Selector):
         of_tokens = ValueRelative() if self.values_only else LagRelative()
         scores = of_tokens.score(partitions, config)
         lag = scores.shape[-1]
-        runs = pad(scores, (0, -lag % self.size)).unflatten(-1, (-1, self.size))
+        runs: Tensor = pad(scores, (0, -lag % self.size)).unflatten(-1, (-1, self.size))
         lengths = (lag - self.size * torch.arange(runs.shape[-2], device=runs.device)).clamp(max=self.size)
         return (runs.sum(dim=-1) / lengths).repeat_interleave(self.size, dim=-1)[..., :lag]
 

@@ -12,16 +12,20 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.api import check_packing, check_tensors, implementation
-from lrsa_lit.ops.sparse_attention.compressors import LagRelative
+from lrsa_lit.ops.sparse_attention.compressors import SpreadSelector
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.impl import reference
 
 
 def numbers_of(config: LRSAConfig) -> Tensor | None:
-    """S, L, K, C and w as float64 (5,) on the CPU, or None if the rule's compressor is not lag-relative selection."""
-    if not isinstance(config.compressor, LagRelative):
+    """S, L, K, C and the weights of the key and the value score as float64 (6,) on the CPU.
+
+    None if the rule's compressor does not select by these scores.
+    """
+    if not isinstance(config.compressor, SpreadSelector):
         return None
-    rule = config.sink_size, config.lag_size, config.top_k, config.chunk, config.value_weight
+    weights = config.compressor.weights(config)
+    rule = config.sink_size, config.lag_size, config.top_k, config.chunk, *weights
     # An evaluation may switch the rule under inference mode, whose tensors no graph that trains takes.
     with torch.inference_mode(False):
         return torch.tensor(rule, dtype=torch.float64, device="cpu")

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.compressors import LagRelative, Selector
+from lrsa_lit.ops.sparse_attention.compressors import Selector, SpreadSelector
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
 from lrsa_lit.ops.sparse_attention.impl.triton import ops
@@ -111,21 +111,21 @@ def attend(
 def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: int) -> tuple[Tensor, Tensor]:
     """What ``count`` partitions of a sequence become; arguments as in ``reference.compress``."""
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    if grads or not isinstance(config.compressor, LagRelative):
+    if grads or not isinstance(config.compressor, SpreadSelector):
         return compress_partitions(partitions_of(key, value, config, count, first), config)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     whole = config.replace(sink_size=0, chunk_size=config.lag_size)
     boundaries = 0, (count + 1) * config.lag_size + 1
-    ranks = _select_lag_relative(key, value, whole, boundaries)[0]
+    ranks = _select_lag_relative(key, value, whole, config.compressor.weights(config), boundaries)[0]
     return ops.gather(key, value, ranks, boundaries, _numbers(whole), count * config.top_k)
 
 
 @torch.no_grad()
 def select(key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> Selection:
-    """What :func:`forward` keeps; other compressors than lag-relative ones select in PyTorch."""
-    if not isinstance(config.compressor, LagRelative):
+    """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
+    if not isinstance(config.compressor, SpreadSelector):
         return select_packed(key, value, config, boundaries)
-    ranks, scores = _select_lag_relative(key, value, config, boundaries)
+    ranks, scores = _select_lag_relative(key, value, config, config.compressor.weights(config), boundaries)
     batch, heads, count, lag = ranks.shape
     # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
     tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(batch, heads, count, config.top_k)
@@ -141,17 +141,17 @@ def _ranks(
     key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int], selection: Selection | None
 ) -> Tensor:
     """Ranks (B, H, P, L) of the given selection, else of the config's."""
-    if selection is None and isinstance(config.compressor, LagRelative):
-        return _select_lag_relative(key, value, config, boundaries)[0]
+    if selection is None and isinstance(config.compressor, SpreadSelector):
+        return _select_lag_relative(key, value, config, config.compressor.weights(config), boundaries)[0]
     chosen = select_packed(key, value, config, boundaries) if selection is None else selection
     return ranks_of(chosen.indices, Geometry(tuple(boundaries), *_numbers(config)))
 
 
 def _select_lag_relative(
-    key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]
+    key: Tensor, value: Tensor, config: LRSAConfig, weights: Sequence[float], boundaries: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
-    return ops.select_lag_relative(key, value, boundaries, _numbers(config), float(config.value_weight), partitions)
+    return ops.select_lag_relative(key, value, boundaries, _numbers(config), weights, partitions)
 
 
 def _attend(

@@ -27,11 +27,16 @@ from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved, with_rows
 
 
 def select_lag_relative(
-    key: Tensor, value: Tensor, boundaries: Sequence[int], numbers: Sequence[int], weight: float, partitions: int
+    key: Tensor,
+    value: Tensor,
+    boundaries: Sequence[int],
+    numbers: Sequence[int],
+    weights: Sequence[float],
+    partitions: int,
 ) -> tuple[Tensor, Tensor]:
     """Ranks (B, H, P, L) int32 and scores (B, H, P, L) float32 of lag-relative selection; see ``scoring``."""
     run = _select_op if _watched(key) else _select
-    ranks, scores = run(key, value, boundaries, numbers, weight, partitions)
+    ranks, scores = run(key, value, boundaries, numbers, weights, partitions)
     return ranks, scores
 
 
@@ -70,9 +75,14 @@ def _watched(tensor: Tensor) -> bool:
 
 
 def _select(
-    key: Tensor, value: Tensor, boundaries: Sequence[int], numbers: Sequence[int], weight: float, partitions: int
+    key: Tensor,
+    value: Tensor,
+    boundaries: Sequence[int],
+    numbers: Sequence[int],
+    weights: Sequence[float],
+    partitions: int,
 ) -> tuple[Tensor, Tensor]:
-    return select_ranks(with_rows(key), with_rows(value), _geometry(boundaries, numbers), weight)
+    return select_ranks(with_rows(key), with_rows(value), _geometry(boundaries, numbers), weights)
 
 
 def _gather(
@@ -122,7 +132,12 @@ _attend_grad_op = torch.library.custom_op("lrsa_lit::attend_backward", _attend_g
 
 @_select_op.register_fake
 def _(
-    key: Tensor, value: Tensor, boundaries: Sequence[int], numbers: Sequence[int], weight: float, partitions: int
+    key: Tensor,
+    value: Tensor,
+    boundaries: Sequence[int],
+    numbers: Sequence[int],
+    weights: Sequence[float],
+    partitions: int,
 ) -> tuple[Tensor, Tensor]:
     shape = key.shape[0], key.shape[1], partitions, numbers[3]
     return key.new_empty(shape, dtype=torch.int32), key.new_empty(shape, dtype=torch.float32)

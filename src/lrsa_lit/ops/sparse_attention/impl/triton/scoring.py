@@ -5,6 +5,8 @@ Dimensions: B batch, H key-value heads, T tokens, P partitions, L lag_size, K to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ _TOKENS = 32
 
 
 def select_ranks(
-    key: Tensor, value: Tensor, geometry: Geometry, weight: float, ranks: Tensor | None = None
+    key: Tensor, value: Tensor, geometry: Geometry, weights: Sequence[float], ranks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Score the tokens of all partitions and rank the K highest by position.
 
@@ -27,7 +29,7 @@ def select_ranks(
         key: (B, H, T, D), rotated.
         value: (B, H, T, D).
         geometry: of the call.
-        weight: w, the weight of the value score.
+        weights: of the key and of the value score, not both 0; a score of weight 0 is not computed.
         ranks: (B, H, P, L) int32, contiguous, to be written to; None for a new one.
 
     Returns:
@@ -41,17 +43,18 @@ def select_ranks(
     scores = torch.empty(shape, dtype=torch.float32, device=key.device)
     if ranks.numel() == 0:
         return ranks, scores
-    sources = 2 if weight else 1
-    spreads = scores.new_empty((sources, *shape))
+    sources = [(tokens, weight) for tokens, weight in zip((key, value), weights, strict=True) if weight]
+    spreads = scores.new_empty((len(sources), *shape))
     grid = shape[2], batch * heads
-    _spread_kernel[(*grid, sources)](
-        key,
-        value,
+    (first, first_weight), (second, second_weight) = sources[0], sources[-1]
+    _spread_kernel[(*grid, len(sources))](
+        first,
+        second,
         spreads,
         partition_table(geometry, key.device),
         sequence_table(geometry, key.device),
-        *key.stride()[:3],
-        *value.stride()[:3],
+        *first.stride()[:3],
+        *second.stride()[:3],
         heads,
         shape[2],
         geometry.sink,
@@ -68,8 +71,9 @@ def select_ranks(
         shape[2],
         geometry.lag,
         geometry.keep,
-        float(weight),
-        VALUES=sources == 2,
+        float(first_weight),
+        float(second_weight),
+        BOTH=len(sources) == 2,
         BLOCK=triton.next_power_of_2(geometry.lag),
         num_warps=1 if geometry.lag <= 128 else 4,
     )
@@ -78,17 +82,17 @@ def select_ranks(
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _spread_kernel(
-    p_key,
-    p_value,
+    p_first,
+    p_second,
     p_spreads,
     p_partitions,
     p_sequences,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
+    stride_fb,
+    stride_fh,
+    stride_ft,
+    stride_sb,
+    stride_sh,
+    stride_st,
     heads,
     n_partitions,
     sink,
@@ -110,11 +114,11 @@ def _spread_kernel(
     i_sequence = tl.load(p_partitions + i_partition * 2)
     i_ordinal = tl.load(p_partitions + i_partition * 2 + 1)
     i_token = tl.load(p_sequences + i_sequence * COLUMNS + KEY_ROW) + sink + i_ordinal * lag
-    stride = stride_kt
-    p_tokens = p_key + i_b * stride_kb + i_h * stride_kh
+    stride = stride_ft
+    p_tokens = p_first + i_b * stride_fb + i_h * stride_fh
     if i_source == 1:
-        stride = stride_vt
-        p_tokens = p_value + i_b * stride_vb + i_h * stride_vh
+        stride = stride_st
+        p_tokens = p_second + i_b * stride_sb + i_h * stride_sh
     p_tokens += i_token.to(tl.int64) * stride
     p_reference = p_tokens + tl.cast(lag, tl.int64) * stride
 
@@ -160,17 +164,26 @@ def _softmax(p_spread, o_token, m_token):
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _keep_kernel(
-    p_spreads, p_scores, p_ranks, n_partitions, lag, keep, weight, VALUES: tl.constexpr, BLOCK: tl.constexpr
+    p_spreads,
+    p_scores,
+    p_ranks,
+    n_partitions,
+    lag,
+    keep,
+    first_weight,
+    second_weight,
+    BOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One program per partition and head: both softmaxes, then the K highest, ties to the earlier token."""
+    """One program per partition and head: one softmax or two, then the K highest, ties to the earlier token."""
     n_heads = tl.num_programs(1)
     o_partition = (tl.program_id(1).to(tl.int64) * n_partitions + tl.program_id(0)) * lag
     o_token = tl.arange(0, BLOCK)
     m_token = o_token < lag
-    b_score = _softmax(p_spreads + o_partition, o_token, m_token)
-    if VALUES:
-        o_values = tl.cast(n_heads, tl.int64) * n_partitions * lag
-        b_score += weight * _softmax(p_spreads + o_values + o_partition, o_token, m_token)
+    b_score = first_weight * _softmax(p_spreads + o_partition, o_token, m_token)
+    if BOTH:
+        o_second = tl.cast(n_heads, tl.int64) * n_partitions * lag
+        b_score += second_weight * _softmax(p_spreads + o_second + o_partition, o_token, m_token)
     tl.store(p_scores + o_partition + o_token, b_score, mask=m_token)
 
     # Scores are not negative, so their bits order as integers do. NaN goes first, as torch sorts it; padding last.

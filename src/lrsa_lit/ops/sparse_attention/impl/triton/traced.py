@@ -38,9 +38,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log2 of the softmax's denominator (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
     query, key, value = with_rows(query), with_rows(key), with_rows(value)
-    geometry, weight = _call(key, numbers, cu_seqlens)
+    geometry, weights = _call(key, numbers, cu_seqlens)
     buffer = _rank_buffer(key)
-    ranks, _ = select_ranks(key, value, geometry, weight, _ranks_in(buffer, geometry))
+    ranks, _ = select_ranks(key, value, geometry, weights, _ranks_in(buffer, geometry))
     compact = gather_compact(key, value, ranks, geometry)
     return *attend_forward(query, key, value, *compact, geometry, scale), buffer
 
@@ -87,12 +87,12 @@ def _differentiate(ctx: Any, output_grad: Tensor, *_: None) -> tuple[Tensor | No
 _forward_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
-def _call(key: Tensor, numbers: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, float]:
-    """The geometry, and the weight of the value score."""
-    *rule, weight = numbers.tolist()
+def _call(key: Tensor, numbers: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, tuple[float, float]]:
+    """The geometry, and the weights of the key and the value score."""
+    *rule, of_key, of_value = numbers.tolist()
     length = key.shape[2]
     boundaries = (0, length) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), length)
-    return Geometry(tuple(boundaries), 0, 0, *(int(number) for number in rule)), weight
+    return Geometry(tuple(boundaries), 0, 0, *(int(number) for number in rule)), (of_key, of_value)
 
 
 def _rank_buffer(key: Tensor) -> Tensor:
