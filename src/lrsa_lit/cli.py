@@ -166,26 +166,20 @@ def _find_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def _config_path(value: str) -> str:
-    if Path(value).is_file():
-        _check_yaml(value)
-        return value
-    try:
-        return str(shipped(value if value.startswith("configs/") else f"configs/{value}"))
-    except FileNotFoundError:
-        raise UserError(f"--config: {value} is no file here, nor a shipped one under configs/") from None
-
-
-def _check_yaml(path: str) -> None:
-    """Name the file and line of a syntax error: the parser, which merges all files, no longer knows them."""
-    import yaml
+    path = Path(value)
+    if not path.is_file():
+        try:
+            path = shipped(value if value.startswith("configs/") else f"configs/{value}")
+        except FileNotFoundError:
+            raise UserError(f"--config: {value} is no file here, nor a shipped one under configs/") from None
+    # The parser, which merges all files, no longer knows in which of them, and where, a mistake stands.
+    from lrsa_lit.yaml_file import read_settings
 
     try:
-        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"--config: {path}, line {line}: {error.problem}") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {path} cannot be read as YAML ({error})") from None
+        read_settings(path)
+    except UserError as error:
+        raise UserError(f"--config: {error}") from None
+    return str(path)
 
 
 def _fail(message: str) -> NoReturn:

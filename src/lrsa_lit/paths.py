@@ -25,7 +25,7 @@ def cache_dir(*parts: str) -> Path:
 def shipped(name: str) -> Path:
     """A file that ships with the project (``cli.yaml``, ``configs/…``): in the wheel, else in the checkout."""
     for root in (_PACKAGE_DIR, _CHECKOUT_DIR):
-        if (root / name).exists():
+        if (root / name).is_file():
             return root / name
     raise FileNotFoundError(f"{name} ships with lrsa-lit but is neither in {_PACKAGE_DIR} nor in {_CHECKOUT_DIR}")
 

@@ -18,7 +18,7 @@ from lrsa_lit.analysis import runs
 from lrsa_lit.cli import main
 from lrsa_lit.paths import shipped
 
-NOTEBOOKS = shipped("notebooks")
+NOTEBOOKS = shipped("notebooks/compare_runs.py").parent
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
 
 

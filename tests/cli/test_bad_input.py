@@ -27,6 +27,15 @@ def bad_inputs():
         ["model.lrsa.lag", "lag_size"],
     )
     yield "broken YAML", ["--config", "x.yaml"], {"x.yaml": "model: ["}, ["--config", "x.yaml", "line 1"]
+    yield "config that is a folder", ["--config", "."], {}, ["--config: . is no file"]
+    yield "config that is a list", ["--config", "x.yaml"], {"x.yaml": "- a"}, ["--config: x.yaml", "list", "mapping"]
+    yield "empty config", ["--config", "x.yaml"], {"x.yaml": "# all of it"}, ["--config: x.yaml", "nothing", "mapping"]
+    yield (
+        "section twice",
+        ["--config", "x.yaml"],
+        {"x.yaml": "model: {lrsa: {top_k: 4}}\nmodel: {max_new_tokens: 4}"},
+        ["--config: x.yaml, line 2", "'model'", "twice"],
+    )
     yield "missing config", ["--config", "nowhere.yaml"], {}, ["--config", "nowhere.yaml"]
     yield (
         "unknown evaluation setting",

@@ -123,6 +123,25 @@ def test_mistakes_are_named(changes, named, tmp_path):
     assert named in one_line(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("", "nothing"), ("- a", "a list"), ("rows: {a: null}\nparts: {}\nrows: {b: null}", "line 3: the key 'rows'"),
+     ("a: &a {x: 1}\nb: {<<: *a, x: 2}", "setting 'a'")],
+    ids=["empty", "list", "key twice", "merged key"],
+)  # fmt: skip
+def test_a_file_that_holds_no_study_is_named(text, named, tmp_path):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"s\.yaml") as error:
+        Study(str(tmp_path / "s.yaml"))
+    assert named in one_line(error.value)
+
+
+def test_a_folder_is_no_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\.: it is no file here"):
+        Study(".")
+
+
 @pytest.mark.parametrize(("key", "value"), [("rows", ["none"]), ("inference", ["none"]), ("sets", ["none"]),
                                              ("against", {"row": "none", "inference": "own"}),
                                              ("against", {"row": "lrsa", "inference": "none"})])  # fmt: skip

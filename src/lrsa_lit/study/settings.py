@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import shipped
+from lrsa_lit.yaml_file import read_settings
 
 Settings = dict[str, Any]
 
@@ -27,18 +26,13 @@ def read(name: str) -> Settings:
     """A YAML file, from here or as it ships with the project.
 
     Raises:
-        UserError: there is none, or it is not a mapping.
+        UserError: there is none, or it is no mapping, or has a key twice.
     """
     try:
         path = Path(name) if Path(name).is_file() else shipped(name)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{name}: it is no file here, nor a shipped one") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: it is not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{name}: it holds a {type(content).__name__}, allowed is a mapping")
-    return content
+    return read_settings(path)
 
 
 def merged(below: Any, above: Any) -> Any:

@@ -1,0 +1,48 @@
+"""YAML files that users write: what is wrong with one is said in one line, and nothing in it is dropped unseen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrsa_lit.errors import UserError
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML's own loader would keep the last one alone."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = key.tag, str(key.value)
+            if name in seen and key.tag != _MERGE:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return node
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        path: the file, in UTF-8.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, has a key twice, or holds anything but a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: it cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{path}: it holds {found}; it must be a mapping of settings")
+    return content
