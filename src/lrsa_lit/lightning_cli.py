@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
@@ -52,6 +54,7 @@ _NOISE = (
     # Nor is a resumed run's folder, which holds what it wrote before.
     "Checkpoint directory .* exists and is not empty.*",
 )
+_INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -90,9 +93,17 @@ class LRSACLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Keep what the user asked for: Lightning would override it with the checkpoint's settings."""
 
+    def _set_seed(self) -> None:
+        """Lightning's, with a complaint that names the setting."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from None
+
     def before_instantiate_classes(self) -> None:
         """Check what a run reads and writes before anything is loaded."""
         trainer = self._get(self.config, "trainer")
+        _check_intervals(trainer)
         self.settings = self._settings()
         if self._get(self.config, "estimate"):
             self._record_nothing(trainer)
@@ -142,6 +153,11 @@ class LRSACLI(LightningCLI):
             # Lightning asks them for the first time when the run is open.
             if (check := getattr(callback, "check_settings", None)) is not None:
                 check(model, self.subcommand)
+        writes = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.subcommand == "predict" and not writes:
+            raise UserError(
+                "trainer.callbacks: predict needs lrsa_lit.callbacks.PredictionWriter, which keeps the answers"
+            )
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
         logger, checkpoint = self.trainer.logger, self._get(self.config, "ckpt_path")
@@ -188,7 +204,10 @@ class LRSACLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             config["plugins"] = [*plugins, AtomicCheckpointIO()]
         always = [ExactState(self.settings), FiniteLoss(), self.graceful_stop]
-        trainer = super()._instantiate_trainer(config, [*callbacks, *always])
+        try:
+            trainer = super()._instantiate_trainer(config, [*callbacks, *always])
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise _first_user_error(error) or UserError(f"trainer: {one_line(str(error))}") from error
         if self.subcommand == "fit":
             trainer.callbacks = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
         return trainer
@@ -218,7 +237,19 @@ class LRSACLI(LightningCLI):
         """Validate at step 0; a resumed run has done so."""
         if self._get(self.config, "validate_first") and self._get(self.config, "ckpt_path") is None:
             self._validate()
+            self._check_monitored()
             self._reopen()
+
+    def _check_monitored(self) -> None:
+        """Not after the training up to the first validation: what a callback watches is among what there is."""
+        known = [name for name in self.trainer.callback_metrics if name.startswith("val/")]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if known and str(monitor).startswith("val/") and monitor not in known:
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} cannot monitor {monitor!r}; there are "
+                    f"{', '.join(known)}"
+                )
 
     def after_fit(self) -> None:
         """Close with what the training changed, validating once more if it went on after the last validation."""
@@ -273,7 +304,7 @@ def run(arguments: Sequence[str]) -> None:
             load_from_checkpoint_support=False,
             args=list(arguments),
         )
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, MisconfigurationException) as error:
         raise UserError(one_line(str(error))) from error
     except ValueError as error:
         raise _first_user_error(error) or error from None
@@ -313,6 +344,14 @@ def _check_shards(path: str | None, strategy: object) -> None:
             f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
             "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
         )
+
+
+def _check_intervals(trainer: Mapping[str, Any]) -> None:
+    """Lightning divides by them, and not before the first step."""
+    for name in _INTERVALS:
+        value = trainer.get(name)
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(f"trainer.{name}: {value} is not allowed; it must be more than 0")
 
 
 def _quiet_libraries() -> None:

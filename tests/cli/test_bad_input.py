@@ -131,6 +131,11 @@ def bad_inputs():
         ["tracking_uri", "x.db"],
     )
     yield "endless schedule", ["--trainer.max_steps", "-1"], {}, ["model.lr_scheduler", "-1"]
+    yield "no device", ["--trainer.devices", "0"], {}, ["trainer: ", "devices", "0"]
+    yield "duration", ["--trainer.max_time", "soon"], {}, ["trainer: ", "soon", "DD:HH:MM:SS"]
+    for name in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps"):
+        yield f"{name} of zero", [f"--trainer.{name}", "0"], {}, [f"trainer.{name}: 0", "more than 0"]
+    yield "seed", ["--seed_everything", "-1"], {}, ["seed_everything", "-1", "from 0 to"]
     yield "lora rank", ["--model.backbone.lora.rank", "0"], {}, ["model.backbone.lora.rank", "0", ">= 1"]
 
 
@@ -202,6 +207,35 @@ def test_predictions_into_an_unwritable_folder(capfd):
     with pytest.raises(SystemExit):
         main(["predict", *DEBUG, *NO_LOGGER, "--trainer.callbacks", writer])
     assert "/proc/x/p.jsonl cannot be written" in capfd.readouterr().err
+
+
+def test_predictions_that_nobody_would_write(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *DEBUG, *NO_LOGGER, "--trainer.callbacks", "[]"])
+    assert stop.value.code == 2
+    assert "PredictionWriter" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("callback", ["lightning.pytorch.callbacks.EarlyStopping", "SafeModelCheckpoint"])
+def test_a_metric_that_there_is_not_is_named_before_training(callback, tmp_path, capfd):
+    callback = callback if "." in callback else f"lrsa_lit.checkpoints.{callback}"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, *NO_LOGGER, "--trainer.callbacks+", callback, "--trainer.callbacks.monitor", "val/nope"])
+    assert stop.value.code == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("lrsa: error: trainer.callbacks: ")
+    assert "'val/nope'" in error
+    assert "val/f1" in error
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("content", [{"weights": 1}, [1]], ids=["dict", "list"])
+def test_a_file_of_torch_that_is_no_checkpoint(content, tmp_path, capfd):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(SystemExit) as stop:
+        main(["test", *DEBUG, *NO_LOGGER, "--ckpt_path", "x.ckpt"])
+    assert stop.value.code == 2
+    assert "ckpt_path: x.ckpt is no checkpoint" in capfd.readouterr().err
 
 
 def test_unknown_command(capfd):

@@ -16,10 +16,16 @@ from lrsa_lit.errors import UserError
 LAST = "last"
 """As a path: the newest good checkpoint of this configuration."""
 
+_VERSION = "pytorch-lightning_version"
+"""What every checkpoint of Lightning says, and no other file of torch."""
+
 _log = logging.getLogger("lrsa_lit.checkpoints")
 _ELSEWHERE = ("model.evaluate", "model.max_new_tokens")
 # Data that is not trained on, and the workers, which do not change the order.
 _INDIFFERENT = {"val", "test", "evaluate_on", "eval_batch_size", "num_workers"}
+_NO_CHECKPOINT = (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
+"""What :func:`about` raises for a file that is no checkpoint, or a damaged one."""
+
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
@@ -48,12 +54,16 @@ def about(path: Path) -> About:
     """Read what a checkpoint says about its run, without its tensors.
 
     Raises:
-        OSError: it cannot be read, nor can what torch raises for a file that is no checkpoint.
+        KeyError: it is a file of torch, but none that Lightning has written.
+        OSError: it cannot be read; torch raises other errors for a file that is none of its own.
     """
     import torch
 
     file = path / SHARDS_REST if path.is_dir() else path
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get(KEY)
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(content, dict) or _VERSION not in content:
+        raise KeyError(f"{_VERSION} is missing")
+    state = content.get(KEY)
     if state is None:
         return About(None, None)
     return About(state["settings"] or None, len(state["random"]))
@@ -63,15 +73,28 @@ def named(path: Path) -> Path:
     """A checkpoint that somebody has named.
 
     Raises:
-        UserError: it is missing, or damaged; the line names the newest good one beside it.
+        UserError: it is missing, damaged, or of something else; the line names the newest good one beside it.
     """
     if not path.exists():
         raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written, or {LAST}")
-    if (reason := damage(path)) is not None:
+    if (reason := damage(path) or _foreign(path)) is not None:
         others = (other for other in newest_first([path.parent]) if other != path and damage(other) is None)
         previous = next((f"; the newest good one beside it is {other}" for other in others), "")
         raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated or damaged one ({reason}){previous}")
     return path
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a file that is whole is no checkpoint all the same; None if it is one."""
+    try:
+        about(path)
+    except _NO_CHECKPOINT as error:
+        return _short(error)
+    return None
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "") -> Path | None:
@@ -97,8 +120,8 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
         changes = []
         try:
             found = about(path)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            reason: str | None = " ".join(str(error).split())[:120]
+        except _NO_CHECKPOINT as error:
+            reason: str | None = _short(error)
         else:
             changes = differences(found.settings, settings, prefix)
             reason = None if changes else damage(path)
