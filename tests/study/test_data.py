@@ -89,7 +89,9 @@ def test_the_batches_are_those_of_a_fit_with_the_row_as_its_config(tmp_path):
     given = {"plain": files("plain", 9), "text": files("text", 4)}
     sets = {name: {"class_path": "lrsa_lit.data.QAFiles", "init_args": options} for name, options in given.items()}
     rows = {"both": {"data": {"init_args": {"weights": {"text": 0.3, "plain": 0.7}}}}}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**STUDY, "data_sets": sets, "rows": rows}, sort_keys=False))
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({**STUDY, "data_sets": sets, "rows": rows, "parts": {}}, sort_keys=False)
+    )
     main(["study", "data", str(tmp_path / "study.yaml"), "--data", str(tmp_path / "data")])
     study = Study(str(tmp_path / "study.yaml"))
     config = study.as_config("both", 3)["data"]["init_args"]

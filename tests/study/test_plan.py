@@ -1,5 +1,6 @@
 """What a study file means: rows, hashes, the order of the work, and configs for the command line."""
 
+import inspect
 import math
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from helpers import one_line
 from study.conftest import STUDY
 
 from lrsa_lit.cli import main
+from lrsa_lit.data import Mixture
 from lrsa_lit.errors import UserError
 from lrsa_lit.flops import kv_ratio
 from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
-from lrsa_lit.study import settings
+from lrsa_lit.study import checks, settings
 from lrsa_lit.study.plan import Study
+from lrsa_lit.tasks import LongContextQA
 
 SHIPPED = "configs/experiment/robustness.yaml"
 
@@ -111,10 +114,35 @@ def test_what_several_parts_ask_for_is_put_together(tmp_path):
         ({"inference": {"4x": {"top_k": -1}}}, "inference.4x"),
         ({"inference": {"4x": {"compressor": {"class_path": "lrsa_lit.Nothing"}}}}, "lrsa_lit.Nothing"),
         ({"configs": ["configs/none.yaml"]}, "configs/none.yaml"),
-        ({"bars": ["none"]}, "bars must be settings"),
+        ({"bars": ["none"]}, "bars: ['none']"),
         ({"parts": {"main": None}}, "parts.main: None"),
         ({"parts": {"other": {"rows": ["lrsa"], "sets": ["plain"]}}}, "parts.other: inference is missing"),
         ({"parts": {"other": {"row": ["lrsa"]}}}, "parts.other"),
+        ({"seeds": 3}, "seeds: 3"),
+        ({"seeds": [-1]}, "seeds: [-1]"),
+        ({"configs": "x.yaml"}, "configs: 'x.yaml'"),
+        ({"rows": ["lrsa"]}, "rows: ['lrsa']"),
+        ({"rows": {"lrsa": {"trainer": None}}}, "rows.lrsa.trainer: None"),
+        ({"rows": {"lrsa": {"trainer": {"max_step": 9}}}}, "rows.lrsa.trainer: there is no setting 'max_step'"),
+        ({"rows": {"lrsa": {"trainer": {"max_steps": "many"}}}}, "rows.lrsa.trainer.max_steps: 'many'"),
+        ({"rows": {"lrsa": {"model": {"lsra": {}}}}}, "rows.lrsa.model: there is no setting 'lsra'"),
+        ({"rows": {"lrsa": {"model": {"lrsa": None}}}}, "rows.lrsa.model.lrsa: None"),
+        ({"rows": {"lrsa": {"model": {"train_attention": "dense"}}}}, "rows.lrsa.model.train_attention: 'dense'"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"batchsize": 4}}}}}, "there is no setting 'batchsize'"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"batch_size": 0}}}}}, "data.init_args.batch_size: 0"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"weights": {"plain": -1}}}}}}, "weights: {'plain': -1}"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"weights": {"plain": 0}}}}}}, "nothing to train on"),
+        ({"trainer": {"stepss": 4}}, "trainer: there is no setting 'stepss'"),
+        ({"model": None}, "model: None"),
+        ({"inference": {"4x": "dense"}}, "inference.4x: 'dense'"),
+        ({"data_sets": {"plain": {"measure": "f2"}}}, "data_sets.plain.measure: 'f2'"),
+        ({"data_sets": {"plain": None}}, "data_sets.plain: None"),
+        ({"data_sets": {"other": {"generate": False}}}, "data_sets.other: class_path is missing"),
+        ({"parts": {"main": {"rows": "lrsa"}}}, "parts.main.rows: 'lrsa'"),
+        ({"parts": {"main": {"split": "tst"}}}, "parts.main.split: 'tst'"),
+        ({"parts": {"main": {"generate": "no"}}}, "parts.main.generate: 'no'"),
+        ({"parts": {"main": {"against": {"row": "lrsa"}}}}, "parts.main.against: inference is missing"),
+        ({"parts": {"main": {"sets": ["palin"]}}}, "parts.main.sets: there is no data set 'palin'"),
     ],
 )
 def test_mistakes_are_named(changes, named, tmp_path):
@@ -147,7 +175,12 @@ def test_a_folder_is_no_study(tmp_path, monkeypatch):
                                              ("against", {"row": "lrsa", "inference": "none"})])  # fmt: skip
 def test_mistakes_of_a_part_are_named(key, value, tmp_path):
     with pytest.raises(UserError, match="'none'"):
-        list(study_of(tmp_path, parts={"main": {key: value}}).work("main"))
+        study_of(tmp_path, parts={"main": {key: value}})
+
+
+def test_the_settings_of_a_row_are_those_of_the_task():
+    assert set(checks.MODEL) == inspect.signature(LongContextQA).parameters.keys()
+    assert set(checks.DATA) < inspect.signature(Mixture).parameters.keys()
 
 
 def test_references_lists_and_classes_are_filled_in():

@@ -96,6 +96,74 @@ def test_weights_that_cannot_be_written_do_not_cost_the_training(study_file, dat
     assert [path.name for path in checkpoint.parent.iterdir()] == ["training.ckpt"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": {"optimizer": {"init_args": {"lrr": 0.1}}}}, "rows.late: torch.optim.AdamW: .*'lrr'"),
+        (
+            {"model": {"optimizer": {"class_path": "torch.optim.Adamw", "init_args": {"lr": 0.1}}}},
+            "rows.late: .*'torch.optim.Adamw'",
+        ),
+        ({"model": {"backbone": {"sorce": "tiny"}}}, "rows.late: model.backbone: .*'sorce'"),
+        ({"model": {"backbone": {"lora": {"rnk": 2}}}}, "rows.late: model.backbone.lora: .*'rnk'"),
+    ],
+    ids=["argument", "class", "backbone", "lora"],
+)
+def test_a_mistake_in_a_late_row_costs_no_training(changes, named, data, tmp_path):
+    main = {"rows": ["dense", "late"]}
+    changed = settings.merged(STUDY, {"rows": {"late": changes}, "parts": {"main": main}})
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(changed))
+    run = runner(tmp_path / "late.yaml", data, tmp_path)
+    with pytest.raises(UserError, match=named):
+        run.run("main")
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_an_attention_of_layers_that_there_are_not_costs_no_training(data, tmp_path):
+    changed = settings.merged(STUDY, {"inference": {"4x": {"dense_layers": [7]}}})
+    (tmp_path / "layers.yaml").write_text(yaml.safe_dump(changed))
+    run = runner(tmp_path / "layers.yaml", data, tmp_path)
+    with pytest.raises(UserError, match=r"inference\.4x: lrsa\.dense_layers: \[7\]"):
+        run.run("main")
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_settings_that_the_trainer_refuses_are_named(data, tmp_path):
+    changed = settings.merged(STUDY, {"rows": {"lrsa": {"trainer": {"precision": "fp7"}}}})
+    (tmp_path / "precision.yaml").write_text(yaml.safe_dump(changed))
+    with pytest.raises(UserError, match=r"rows\.lrsa\.trainer: .*fp7"):
+        runner(tmp_path / "precision.yaml", data, tmp_path).run("main", rows=["lrsa"])
+
+
+@pytest.mark.parametrize(("taken", "option"), [("results", "out"), ("work", "work")])
+def test_results_that_cannot_be_written_cost_no_training(taken, option, study_file, data, tmp_path):
+    (tmp_path / taken).write_text("a file, where a folder is needed")
+    run = runner(study_file, data, tmp_path, out="results/all.jsonl")
+    with pytest.raises(UserError, match=rf"--{option}: .* cannot be written"):
+        run.run("main")
+    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_last_result_without_its_end_is_none_that_was_cut_off(study_file, data, tmp_path):
+    out = tmp_path / "results.jsonl"
+    runner(study_file, data, tmp_path).run("main", rows=["dense"])
+    before = out.read_text()
+    out.write_text(before.removesuffix("\n"))
+    runner(study_file, data, tmp_path).run("main", rows=["lrsa"])
+    assert out.read_text().startswith(before)
+    assert len(read_lines(out)) == 2 * len(before.splitlines())
+    out.write_text(before + before.splitlines()[0][:-40])
+    assert len(read_lines(out)) == len(before.splitlines())
+
+
+def test_a_file_of_something_else_is_not_taken_for_results(study_file, data, tmp_path):
+    (tmp_path / "notes.txt").write_text("dear diary")
+    with pytest.raises(UserError, match="line 1: it is no result"):
+        runner(study_file, data, tmp_path, out="notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "dear diary"
+
+
 def test_no_speed_is_measured_on_a_shared_device(study_file, data, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     quick = {"rows": ["lrsa"], "seeds": [0], "inference": ["dense"], "sets": ["plain"]}

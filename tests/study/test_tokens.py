@@ -39,7 +39,7 @@ def test_tokens_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [None, b"text", b"PK\x03\x04broken"])
+@pytest.mark.parametrize("content", [None, b"", b"text", b"PK\x03\x04broken"])
 def test_broken_files_are_named(content, tmp_path):
     if content is not None:
         (tmp_path / "a.npz").write_bytes(content)
@@ -49,6 +49,16 @@ def test_broken_files_are_named(content, tmp_path):
     np.savez_compressed(tmp_path / "b.npz", tokens=np.zeros(3, dtype=np.uint16))
     with pytest.raises(UserError, match=r"b\.npz"):
         tokens.read(tmp_path / "b.npz")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    tokens.write(tmp_path / "a.npz", examples("test", 4))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    # Within the first of the compressed arrays.
+    content[100:140] = b"\xff" * 40
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.npz: it is no file of"):
+        tokens.read(tmp_path / "a.npz")
 
 
 def test_what_a_killed_process_has_left_of_a_line_gives_way(tmp_path):

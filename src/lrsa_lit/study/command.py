@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> None:
     from lrsa_lit.study.plan import Study
     from lrsa_lit.study.runner import Runner
 
-    if options.minutes < 0:
+    if not options.minutes >= 0:  # nor NaN
         raise UserError(f"--minutes: {options.minutes} is not allowed; it must be at least 0")
     if options.workers < 0:
         raise UserError(f"--workers: {options.workers} is not allowed; it must be at least 0")

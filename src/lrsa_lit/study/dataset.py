@@ -8,6 +8,7 @@ from pathlib import Path
 from lrsa_lit.data.module import SPLITS, QADataModule
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone
+from lrsa_lit.paths import check_writable
 from lrsa_lit.study import settings, tokens
 from lrsa_lit.study.plan import Study
 
@@ -21,11 +22,12 @@ def write_data(study: Study, folder: Path, only: Collection[str] = ()) -> None:
         only: names of data sets; empty for all.
 
     Raises:
-        UserError: no such data set, or one that has no limit.
+        UserError: no such data set, one that has no limit, or the folder cannot be written.
     """
     if unknown := [name for name in only if name not in study.data_sets]:
         raise UserError(f"--only: there is no data set {unknown[0]!r}; there are {', '.join(study.data_sets)}")
-    tokenizer = Backbone(**study.common["model"]["backbone"]).tokenizer
+    check_writable("--data", folder, folder)
+    tokenizer = settings.called("model.backbone", Backbone, study.common["model"]["backbone"]).tokenizer
     total = 0
     for name in only or study.data_sets:
         spec = study.data_sets[name]

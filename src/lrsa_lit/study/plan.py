@@ -13,6 +13,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.config import is_integer
 from lrsa_lit.study import settings
+from lrsa_lit.study.checks import TRAINER, check_overlay, check_row, check_study
 from lrsa_lit.study.settings import Settings
 
 OWN = "own"
@@ -21,9 +22,6 @@ OWN = "own"
 DENSE = "dense"
 """The digest of dense attention, which has no rule."""
 
-_KEYS = {"configs", "seeds", "trainer", "model", "data", "data_sets", "inference", "rows", "parts", "bars"}
-_PART = {"rows", "seeds", "inference", "sets", "split", "generate", "against"}
-_TRAINER = ("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches")
 # How a model is trained, but not what comes out of it.
 _NOT_IN_HASH = {"gradient_checkpointing", "compile_layers"}
 
@@ -66,7 +64,7 @@ class Row:
             return {"backbone": backbone, "trainer": {"max_steps": 0}}
         return {
             "backbone": backbone,
-            "trainer": {name: self.settings["trainer"].get(name) for name in _TRAINER},
+            "trainer": {name: self.settings["trainer"].get(name) for name in TRAINER},
             "optimizer": model["optimizer"],
             "lr_scheduler": model.get("lr_scheduler"),
             "attention": None if self.rule is None else self.rule.to_dict(),
@@ -124,20 +122,17 @@ class Study:
     def __init__(self, name: str) -> None:
         self.name = name
         content = settings.read(name)
-        _check_keys(name, content, _KEYS)
+        check_study(name, content)
         self.seeds: list[int] = content.get("seeds") or [0]
         self.data_sets: dict[str, Settings] = content.get("data_sets") or {}
         self.parts: dict[str, Settings] = content.get("parts") or {}
         self.bars: dict[str, Settings] = content.get("bars") or {}
-        for key in ("data_sets", "parts", "bars"):
-            if not isinstance(getattr(self, key), dict):
-                raise UserError(f"{name}: {key} must be settings, each with a name; {content[key]!r} is not allowed")
-        for part, asked in self.parts.items():
-            _check_keys(f"{name}: parts.{part}", asked, _PART, ("rows", "inference", "sets"))
         below: Settings = {}
-        for file in ("cli.yaml", *content.get("configs", ())):
+        for file in ("cli.yaml", *(content.get("configs") or ())):
             below = settings.merged(below, settings.read(file))
-        own = {key: content[key] for key in ("trainer", "model", "data") if key in content}
+        own: Settings = {key: content[key] for key in ("trainer", "model", "data") if key in content}
+        self._trainer = below.get("trainer", {}).keys()
+        check_overlay(f"{name}: ", own, self._trainer)
         self.common = settings.merged(below, own)
         self.rows = {row: self._row(row, changes or {}) for row, changes in (content.get("rows") or {}).items()}
         self.lrsa = _rule("model.lrsa", self.common["model"]["lrsa"], {})
@@ -145,6 +140,9 @@ class Study:
             attention: None if changes is None else _rule(f"inference.{attention}", self.lrsa, changes)
             for attention, changes in _each_layer(content.get("inference") or {})
         }
+        for part in self.parts:
+            # What one names and the study does not have is told now, not when its turn has come.
+            list(self._work(part))
 
     def row(self, name: str) -> Row:
         """A row by its name."""
@@ -214,14 +212,15 @@ class Study:
         return [name for pattern in patterns for name in fnmatch.filter(self.inference, pattern) or [pattern]]
 
     def _row(self, name: str, changes: Settings) -> Row:
-        _check_keys(f"{self.name}: rows.{name}", changes, {"trainer", "model", "data"})
+        where = f"{self.name}: rows.{name}."
+        check_overlay(where, changes, self._trainer)
         complete = settings.resolved(settings.merged(self.common, changes))
+        check_row(where, complete)
         arguments = complete["data"]["init_args"]
-        for key in ("weights", "batch_size"):
-            if key not in arguments:
-                raise UserError(f"{self.name}: data.init_args.{key} is missing")
         if unknown := [data_set for data_set in arguments["weights"] if data_set not in self.data_sets]:
             raise UserError(f"{self.name}: rows.{name}: data_sets has no {unknown[0]!r}")
+        if complete["trainer"]["max_steps"] and not any(arguments["weights"].values()):
+            raise UserError(f"{where}data.init_args.weights: {arguments['weights']} leaves nothing to train on")
         attention = complete["model"].get("train_attention", {})
         lrsa = _rule("model.lrsa", complete["model"]["lrsa"], {})
         rule = None if attention is None else _rule(f"rows.{name}.model.train_attention", lrsa, attention)
@@ -239,7 +238,7 @@ class Study:
         arguments = {**arguments, "weights": row.weights, "data_sets": data_sets}
         return {
             "seed_everything": seed,
-            "trainer": {key: row.settings["trainer"][key] for key in _TRAINER if key in row.settings["trainer"]},
+            "trainer": {key: row.settings["trainer"][key] for key in TRAINER if key in row.settings["trainer"]},
             "model": model,
             "data": {**row.settings["data"], "init_args": arguments},
         }
@@ -310,12 +309,3 @@ def _leaves_some(layers: Any, count: int) -> bool:
     if not isinstance(layers, list) or not all(is_integer(layer) and 0 <= layer < count for layer in layers):
         return False
     return len(set(layers)) == len(layers) < count
-
-
-def _check_keys(where: str, given: Any, allowed: set[str], needed: Sequence[str] = ()) -> None:
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: {given!r} is not allowed; it must be settings")
-    if missing := [name for name in needed if name not in given]:
-        raise UserError(f"{where}: {missing[0]} is missing")
-    if unknown := sorted(given.keys() - allowed):
-        raise UserError(f"{where}: there is no setting {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Hashable, Sequence
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.paths import check_writable
 
 Line = dict[str, Any]
 
 _TRAINED = ("config", "seed", "train_digest")
 """What a training depends on. On a GPU another one of the same need not give the same bits."""
+
+_BEGINNING = b'{"kind": "'
+"""Of each line."""
 
 _KEYS = {
     "training": (*_TRAINED, "weights"),
@@ -28,7 +33,7 @@ class Results:
         path: the file; it need not exist.
 
     Raises:
-        UserError: a line of it is no result. One that was cut off at the end is dropped.
+        UserError: a line of it is no result. One that was cut off at the end is dropped when another is written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,16 +50,29 @@ class Results:
         """Whether there is a line of these values, as :func:`key_of` takes them."""
         return key_of(values) in self._known
 
+    def check_writable(self) -> None:
+        """Refuse, before there is a result, a file that cannot be written."""
+        check_writable("--out", self.path, self.path.absolute().parent)
+        if self.path.exists() and not os.access(self.path, os.W_OK):
+            raise UserError(f"--out: {self.path} cannot be written (it is read-only)")
+
     def append(self, line: Line) -> None:
-        """Write a line, and wait until it is on the disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Write a line, and wait until it is on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         text = json.dumps(line, ensure_ascii=False) + "\n"
-        if self.path.exists():
-            _drop_cut_off(self.path)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                _end_last_line(self.path)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"--out: {self.path} cannot be written ({error.strerror})") from error
         self.lines.append(line)
         self._known.add(key_of(line))
         self._weights |= _last_weights([line])
@@ -69,16 +87,18 @@ def read_lines(path: Path) -> list[Line]:
     """The results of a file, the last one of each key.
 
     Raises:
-        UserError: a line is no result; a last line without its end is passed over.
+        UserError: a line is no result; a last one that was cut off is passed over.
     """
     if not path.exists():
         return []
     found: dict[tuple[Hashable, ...], Line] = {}
     try:
-        texts = path.read_bytes().split(b"\n")
+        *texts, last = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: it cannot be read ({error.strerror})") from None
-    for number, text in enumerate(texts[:-1], start=1):
+    if not _is_cut_off(last):
+        texts.append(last)
+    for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
             if line["kind"] == "evaluation":
@@ -106,10 +126,23 @@ def _trained(line: Line) -> tuple[Hashable, ...]:
     return tuple(line[name] for name in _TRAINED)
 
 
-def _drop_cut_off(path: Path) -> None:
-    """Remove what a process that was killed has left of its last line."""
+def _is_cut_off(last: bytes) -> bool:
+    """Whether what follows the last line's end is the beginning of a result, or nothing.
+
+    A whole result without its end, as some editors leave it, is none; nor is what was never a result.
+    """
+    with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+        json.loads(last)
+        return False
+    return last[: len(_BEGINNING)] == _BEGINNING[: len(last)]
+
+
+def _end_last_line(path: Path) -> None:
+    """Remove what a process that was killed has left of its last line; end one that is whole."""
     with path.open("rb+") as file:
         content = file.read()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        if _is_cut_off(content[whole:]):
             file.truncate(whole)
+        else:
+            file.write(b"\n")

@@ -12,6 +12,7 @@ import torch
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.errors import UserError
 from lrsa_lit.flops import kv_ratio
+from lrsa_lit.paths import check_writable
 from lrsa_lit.study import machine, tokens
 from lrsa_lit.study.plan import Evaluation, Row, Study, Work, digest
 from lrsa_lit.study.results import Line, Results
@@ -62,16 +63,20 @@ class Runner:
         """Do what the results do not hold yet, of some rows and seeds of the parts or of all; returns whether all is.
 
         Raises:
-            UserError: the parts have no such row or seed.
+            UserError: the parts have no such row or seed, a row has a setting that is not allowed, or the results or
+                weights cannot be written.
         """
         works = self.study.work(*parts)
         _check_among("--rows", rows, [work.row.name for work in works], parts)
         _check_among("--seeds", seeds, [work.seed for work in works], parts)
+        chosen = [work for work in works if (not rows or work.row.name in rows) and (not seeds or work.seed in seeds)]
+        for work in chosen:
+            # Not when hours of trainings before it are over.
+            self._check(work)
         try:
             with self.workers:
-                for work in works:
-                    if (not rows or work.row.name in rows) and (not seeds or work.seed in seeds):
-                        self._work(work)
+                for work in chosen:
+                    self._work(work)
         except OutOfTimeError:
             return False
         return True
@@ -90,6 +95,10 @@ class Runner:
             return
         if self.left() <= 0:
             raise OutOfTimeError
+        self.results.check_writable()
+        if work.row.steps:
+            check_writable("--work", self.folder, self.folder)
+        self._check_layers(work)
         if missing:
             self.workers.start()
         if work.row.steps and not self._at_hand(work):
@@ -99,6 +108,22 @@ class Runner:
             missing = self._missing(work)
         if missing:
             self._evaluate(work, missing)
+
+    def _check(self, work: Work) -> None:
+        try:
+            task_of(work.row, self.source)
+        except UserError as error:
+            raise UserError(f"rows.{work.row.name}: {error}") from error
+
+    def _check_layers(self, work: Work) -> None:
+        """Refuse an evaluation that the row's model cannot do, before the training for it."""
+        layers = task_of(work.row, self.source).backbone.config.num_hidden_layers
+        for item in work.evaluations:
+            try:
+                if item.rule is not None:
+                    item.rule.check_layers(layers)
+            except UserError as error:
+                raise UserError(f"inference.{item.name}: {error}") from None
 
     def _train(self, work: Work) -> None:
         files = {name: self._file(name, "train") for name in work.row.weights}

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import shipped
 from lrsa_lit.yaml_file import read_settings
 
 Settings = dict[str, Any]
+Made = TypeVar("Made")
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
@@ -84,12 +86,25 @@ def made(value: Any, *, partial: bool = False) -> Any:
         return value
     cls = _imported(value["class_path"])
     arguments = {name: made(item) for name, item in (value.get("init_args") or {}).items()}
-    if partial:
-        return functools.partial(cls, **arguments)
+    if not partial:
+        return called(value["class_path"], cls, arguments)
+    try:
+        inspect.signature(cls).bind_partial(**arguments)
+    except TypeError as error:
+        raise UserError(f"{value['class_path']}: {error}") from None
+    return functools.partial(cls, **arguments)
+
+
+def called(name: str, cls: Callable[..., Made], arguments: Mapping[str, Any]) -> Made:
+    """What a class makes of settings.
+
+    Raises:
+        UserError: it takes no such arguments; the line begins with ``name``.
+    """
     try:
         return cls(**arguments)
     except TypeError as error:
-        raise UserError(f"{value['class_path']}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
 
 
 def _imported(path: str) -> Any:

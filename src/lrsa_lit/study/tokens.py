@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +101,14 @@ def read(path: Path) -> TokenFile:
     try:
         with np.load(path) as arrays:
             flat, lengths, about = arrays["tokens"], arrays["lengths"], arrays["about"].tobytes()
+        rows = json.loads(about)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `lrsa study data` writes it") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: it is no file of `lrsa study data` ({error})") from None
     bounds = itertools.pairwise(np.concatenate([[0], lengths.cumsum()]))
-    rows = zip(json.loads(about), bounds, strict=True)
-    examples = [cast("Example", {**row, "input_ids": flat[start:stop].tolist()}) for row, (start, stop) in rows]
+    pairs = zip(rows, bounds, strict=True)
+    examples = [cast("Example", {**row, "input_ids": flat[start:stop].tolist()}) for row, (start, stop) in pairs]
     # Not of the file: its compression may differ from one library to the next.
     found = hashlib.sha256(flat.astype("<u2").tobytes() + lengths.astype("<i4").tobytes() + about).hexdigest()[:12]
     return TokenFile(examples, found)

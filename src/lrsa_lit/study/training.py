@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -22,6 +23,7 @@ from lrsa_lit.data.order import Mixed, shares
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import checked_policy
 from lrsa_lit.data.prompts import Example
+from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.backbone import LoRA
 from lrsa_lit.ops.sparse_attention import LRSAConfig
@@ -152,17 +154,20 @@ def task_of(row: Row, source: str | None = None) -> LongContextQA:
     Args:
         row: the row.
         source: where the same base LLM lies on this machine; None: where the row says.
+
+    Raises:
+        UserError: a setting of the row is not allowed.
     """
     model = row.settings["model"]
     given = dict(model["backbone"])
     if source is not None:
         given |= {"source": source, "sha256": None}
-    lora = None if given.get("lora") is None else LoRA(**given["lora"])
+    lora = None if given.get("lora") is None else settings.called("model.backbone.lora", LoRA, given["lora"])
     base = {name: settings.made(value) for name, value in model["lrsa"].items()}
     attention = model.get("train_attention", {})
     attention = None if attention is None else {name: settings.made(value) for name, value in attention.items()}
     return LongContextQA(
-        backbone=Backbone(**{**given, "lora": lora}),
+        backbone=settings.called("model.backbone", Backbone, {**given, "lora": lora}),
         lrsa=LRSAConfig().replace(**base),
         optimizer=settings.made(model["optimizer"], partial=True),
         lr_scheduler=settings.made(model.get("lr_scheduler"), partial=True),
@@ -213,21 +218,39 @@ def train(
     lightning.seed_everything(seed, verbose=False)
     batches = Batches(files, row, seed, task.tokenizer.pad_token_id)
     meter = Meter(checkpoint, out_of_time, settle)
-    resumed, asked = checkpoint.exists(), row.settings["trainer"]
-    accumulated = asked.get("accumulate_grad_batches") or 1
+    resumed = checkpoint.exists()
     if resumed:
         # Mapped: the trainer reads the weights.
         steps = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        batches.first = accumulated * int(steps)
+        batches.first = _accumulated(row) * int(steps)
     with _quiet():
-        trainer = lightning.Trainer(
+        trainer = _trainer(row, meter)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        trainer.fit(task, loader, ckpt_path=str(checkpoint) if resumed else None, weights_only=True)
+    return meter, trainer.global_step
+
+
+def _accumulated(row: Row) -> int:
+    """Batches of an optimizer step."""
+    return row.settings["trainer"].get("accumulate_grad_batches") or 1
+
+
+def _trainer(row: Row, meter: Meter) -> lightning.Trainer:
+    """A trainer that does and writes nothing beside the training.
+
+    Raises:
+        UserError: it refuses a setting of the row.
+    """
+    asked = row.settings["trainer"]
+    try:
+        return lightning.Trainer(
             accelerator="auto",
             devices=1,
             max_epochs=-1,
             max_steps=row.steps,
             precision=asked.get("precision"),
             gradient_clip_val=asked.get("gradient_clip_val"),
-            accumulate_grad_batches=accumulated,
+            accumulate_grad_batches=_accumulated(row),
             log_every_n_steps=row.steps + 1,
             limit_val_batches=0,
             logger=False,
@@ -238,9 +261,8 @@ def train(
             callbacks=[meter],
             plugins=[AtomicCheckpointIO()],
         )
-        loader = torch.utils.data.DataLoader(batches, batch_size=None)
-        trainer.fit(task, loader, ckpt_path=str(checkpoint) if resumed else None, weights_only=True)
-    return meter, trainer.global_step
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"rows.{row.name}.trainer: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager

@@ -23,13 +23,13 @@ from lrsa_lit import statistics
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
 from lrsa_lit.statistics import Comparison, Estimate
+from lrsa_lit.study.checks import MEASURES
 from lrsa_lit.study.plan import DENSE, Study, digest_of
 from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.tables import Cell, Cells, compared, measure_of, of_common_seeds, reference_of, score_of
 from lrsa_lit.study.settings import Settings
 
 _SHARES = ("kept", "pairs")
-_MEASURES = ("f1", "em", "recall")
 _REFERENCE = {"reference", "reference_at_least"}
 _FORMS = (
     ({"set", "measure", "kept", "of_dense", *_REFERENCE}, {"set", "kept", "of_dense"}),
@@ -271,8 +271,8 @@ def _check(study: Study, name: str, bar: Any) -> None:
     if not isinstance(bar["set"], str) or bar["set"] not in study.data_sets:
         raise UserError(f"{where}.set: there is no data set {bar['set']!r} in data_sets")
     measure = bar.get("measure") or measure_of(study, bar["set"])
-    if measure not in _MEASURES:
-        raise UserError(f"{where}.measure: {measure!r} is not allowed; it must be {', '.join(_MEASURES)}")
+    if measure not in MEASURES:
+        raise UserError(f"{where}.measure: {measure!r} is not allowed; it must be {', '.join(MEASURES)}")
     for key in ("kept", "pairs", "of_dense", "at_least", "p"):
         if not isinstance(bar.get(key, 0), int | float):
             raise UserError(f"{where}.{key}: {bar[key]!r} is not allowed; it must be a number")
@@ -301,6 +301,6 @@ def _check_reference(study: Study, where: str, bar: Settings) -> None:
         raise UserError(
             f"{where}.reference_at_least: {least!r} is not allowed; it must be measures, each with a number"
         )
-    if unknown := [measure for measure in least if measure not in _MEASURES]:
-        allowed = ", ".join(_MEASURES)
+    if unknown := [measure for measure in least if measure not in MEASURES]:
+        allowed = ", ".join(MEASURES)
         raise UserError(f"{where}.reference_at_least: {unknown[0]!r} is not allowed; it must be {allowed}")
