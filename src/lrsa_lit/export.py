@@ -75,6 +75,8 @@ def _check_out(out: Path, *, force: bool) -> None:
     """Refuse to delete what is not ours, or not asked for."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is no folder")
+    if out.resolve() == Path.cwd():
+        raise UserError(f"--out: {out} is the working directory, which cannot be replaced; name another folder")
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise UserError(f"--out: {out} is not empty; give another folder, or --force to replace the model in it")

@@ -144,7 +144,8 @@ def test_a_model_is_replaced_when_asked_for_and_nothing_else_is(fit, tmp_path, c
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     capfd.readouterr()
-    for options, named in ((["empty"], "--force"), (["mine"], "--force"), (["mine", "--force"], "holds no model")):
+    refused = [(["empty"], "--force"), (["mine"], "--force"), (["mine", "--force"], "holds no model")]
+    for options, named in [*refused, (["."], "working directory")]:
         with pytest.raises(SystemExit) as stop:
             main(["export", checkpoint, "--out", *options])
         assert stop.value.code == 2

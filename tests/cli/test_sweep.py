@@ -241,6 +241,9 @@ def bad_inputs():
     )
     yield "store", ["--grid", "trainer.logger.init_args.tracking_uri=a,b"], ["trainer.logger", "one store"]
     yield "no logger", ["--grid", "model.lrsa.top_k=4", "--trainer.logger", "false"], ["trainer.logger: false"]
+    yield "checkpoint in the grid", ["--grid", "ckpt_path=a.ckpt,b.ckpt"], ["--ckpt_path"]
+    yield "estimate", ["--grid", "model.lrsa.top_k=4", "--estimate"], ["--estimate", "lrsa fit"]
+    yield "config", ["--grid", "model.lrsa.top_k=4", "--print_config"], ["--print_config", "lrsa fit"]
     yield "checkpoint", ["--grid", "model.lrsa.top_k=4", "--ckpt_path", "x.ckpt"], ["--ckpt_path"]
     yield "missing config", ["--grid", "model.lrsa.top_k=4", "--config", "nowhere.yaml"], ["nowhere.yaml"]
 

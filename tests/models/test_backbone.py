@@ -132,9 +132,10 @@ def test_name(source, name):
     assert Backbone(source).name == name
 
 
-def test_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", [b"not a model", b"GGUF\3\0\0\0" + b"\1" * 64], ids=["text", "lengths"])
+def test_failed_conversion_leaves_nothing(content, tmp_path, monkeypatch):
     monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "x.gguf").write_bytes(b"not a model")
+    (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.gguf cannot be read"):
         Backbone(str(tmp_path / "x.gguf")).build()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

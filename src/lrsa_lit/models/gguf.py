@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
@@ -62,5 +63,5 @@ def _convert(path: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         model.save_pretrained(folder)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, struct.error) as error:
         raise UserError(f"model.backbone.source: {path} cannot be read as a GGUF model ({error})") from error

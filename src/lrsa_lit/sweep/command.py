@@ -78,6 +78,7 @@ def run(arguments: Sequence[str]) -> None:
     options, rest = _parse(arguments)
     grid = parse(options.grid)
     todo = points(grid, rest)
+    _check_fits(todo)
     store = _open(todo[0])
     with answering(store.uri):
         parent = _parent(store, todo, grid)
@@ -107,9 +108,17 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         FLAG, metavar="KEY=V1,V2", action="append", default=[], help="values of a setting; several span a grid"
     )
     options, rest = parser.parse_known_args(arguments)
-    if "--ckpt_path" in " ".join(rest):
-        raise UserError("--ckpt_path: it is not allowed in a sweep, whose fits would all resume the same run")
+    if printing := [option for option in rest if option.startswith("--print_")]:
+        raise UserError(f"{printing[0]}: it is not allowed in a sweep; lrsa fit has it")
     return options, rest
+
+
+def _check_fits(todo: Sequence[Point]) -> None:
+    """Refuse, wherever it is set, what leaves a sweep without fits of its own."""
+    if any(point.config.get("ckpt_path") for point in todo):
+        raise UserError("--ckpt_path: it is not allowed in a sweep, whose fits would all resume the same run")
+    if any(point.config.get("estimate") for point in todo):
+        raise UserError("--estimate: it is not allowed in a sweep; lrsa fit estimates one point")
 
 
 def _open(point: Point) -> _Store:
