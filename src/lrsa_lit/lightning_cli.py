@@ -37,7 +37,10 @@ from lrsa_lit.tracking import MLflowRun, RecordConfig
 from lrsa_lit.tracking.record import run_of
 
 _log = logging.getLogger("lrsa_lit")
-_UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'")
+# The last form is that of a parser of one class within the whole.
+_UNKNOWN_OPTION = re.compile(
+    r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'|^Option '(\S+)' is not accepted$"
+)
 _UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
 _UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\(key='(.*?)', val=(.*)\)|(.*))$")
 _NOISE = (
@@ -64,8 +67,9 @@ class OneLineParser(LightningArgumentParser):
         """Raise what the command line prints in one line."""
         text = one_line(message)
         if unknown := _UNKNOWN_OPTION.search(text):
-            key = (unknown[1] or unknown[2]).partition("=")[0]
-            nearest = difflib.get_close_matches(key, set(_settings(self)), n=3, cutoff=0.4)
+            key = next(filter(None, unknown.groups())).partition("=")[0]
+            names = {name for name in _settings(self) if not name.endswith("help")}
+            nearest = difflib.get_close_matches(key, names, n=3, cutoff=0.4)
             text = f"{key}: no such setting; the nearest are {', '.join(nearest) or 'shown by --help'}"
         raise UserError(text) from ex
 

@@ -26,6 +26,18 @@ def bad_inputs():
         {"x.yaml": "model: {lrsa: {lag: 3}}"},
         ["model.lrsa.lag", "lag_size"],
     )
+    yield (
+        "unknown argument of a class",
+        ["--data.init_args.max_token", "100"],
+        {},
+        ["data: max_token: no such setting", "max_tokens"],
+    )
+    yield (
+        "unknown argument of a compressor",
+        ["--config", "x.yaml"],
+        {"x.yaml": "model: {lrsa: {compressor: {class_path: ChunkWise, init_args: {siz: 4}}}}"},
+        ["model.lrsa.compressor: siz: no such setting", "size"],
+    )
     yield "broken YAML", ["--config", "x.yaml"], {"x.yaml": "model: ["}, ["--config", "x.yaml", "line 1"]
     yield "config that is a folder", ["--config", "."], {}, ["--config: . is no file"]
     yield "config that is a list", ["--config", "x.yaml"], {"x.yaml": "- a"}, ["--config: x.yaml", "list", "mapping"]
