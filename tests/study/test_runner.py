@@ -1,12 +1,15 @@
 """A study of a tiny model from end to end: what runs, what is skipped, what is taken up again."""
 
 import errno
+import itertools
 import json
 import os
+import signal
 
 import pytest
 import torch
 import yaml
+from cli_helpers import interruptible
 from helpers import one_line
 from study.conftest import STUDY, without_times
 
@@ -77,6 +80,30 @@ def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(accumulated
     for file in (tmp_path / "whole").rglob("*.pt"):
         one, other = (torch.load(path) for path in (file, tmp_path / "work" / file.relative_to(tmp_path / "whole")))
         assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("number", "end", "code"), [(signal.SIGINT, KeyboardInterrupt, None), (signal.SIGTERM, SystemExit, 143)]
+)
+def test_a_training_that_is_interrupted_keeps_its_steps(number, end, code, study_file, data, tmp_path, monkeypatch):
+    run, looks = runner(study_file, data, tmp_path), itertools.count()
+
+    def clock() -> float:
+        # The first look is before the training, the second one after its first step.
+        if next(looks) == 1:
+            os.kill(os.getpid(), number)
+        return 0.0
+
+    monkeypatch.setattr(run, "clock", clock)
+    with interruptible(), pytest.raises(end) as stop:
+        run.run("main", rows=["lrsa"])
+    assert getattr(stop.value, "code", None) == code
+    (checkpoint,) = (tmp_path / "work").rglob("training.ckpt")
+    assert 0 < torch.load(checkpoint)["global_step"] < 3
+    assert runner(study_file, data, tmp_path).run("main", rows=["lrsa"])
+    assert runner(study_file, data, tmp_path / "whole").run("main", rows=["lrsa"])
+    found, expected = (read_lines(folder / "results.jsonl") for folder in (tmp_path, tmp_path / "whole"))
+    assert without_times(found) == without_times(expected)
 
 
 def test_weights_that_cannot_be_written_do_not_cost_the_training(study_file, data, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -134,17 +135,19 @@ class Runner:
             release()
             torch.cuda.reset_peak_memory_stats()
         task = task_of(work.row, self.source)
-        meter, steps = train(
+        meter, steps, signalled = train(
             work.row, work.seed, task, files, checkpoint, lambda: self.left() <= 0, self.workers.settle
         )
         if steps < work.row.steps:
             _say(f"{work.row.name}, seed {work.seed}: stopped at step {steps} of {work.row.steps}")
+            _obey(signalled)
             raise OutOfTimeError
         weights = trained_weights(task)
         found = digest_of_weights(weights)
         AtomicCheckpointIO().save_checkpoint(weights, self._place(work) / f"{found}.pt")
         self.results.append(self._training_line(work, meter, found))
         checkpoint.unlink(missing_ok=True)
+        _obey(signalled)
 
     def _training_line(self, work: Work, meter: Meter, weights: str) -> Line:
         speed = None if self.shared else meter.tokens_per_second
@@ -280,6 +283,14 @@ class Runner:
         if (data_set, split) not in self._files:
             self._files[data_set, split] = tokens.read(tokens.path_of(self.data, data_set, split))
         return self._files[data_set, split]
+
+
+def _obey(signalled: int | None) -> None:
+    """End as Ctrl-C or SIGTERM asks for, now that what was trained until then is on the disk."""
+    if signalled == signal.SIGTERM:
+        raise SystemExit(143)
+    if signalled is not None:
+        raise KeyboardInterrupt
 
 
 def _check_among(option: str, asked: Iterable[str | int], works: Iterable[str | int], parts: Iterable[str]) -> None:

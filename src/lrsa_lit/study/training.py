@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lrsa_lit.checkpoints import AtomicCheckpointIO
+from lrsa_lit.checkpoints import AtomicCheckpointIO, GracefulStop
 from lrsa_lit.data.collate import TrainBatch, collate_training
 from lrsa_lit.data.order import Mixed, shares
 from lrsa_lit.data.plan import EpochPlan
@@ -148,6 +148,13 @@ class Meter(lightning.Callback):
         self._pending.clear()
 
 
+class StopAfterStep(GracefulStop):
+    """Leaves it to the meter to end a training that is told to stop: after a whole step, and with a checkpoint."""
+
+    def _stop_if_asked(self, trainer: lightning.Trainer) -> None:
+        pass
+
+
 def task_of(row: Row, source: str | None = None) -> LongContextQA:
     """The row's task, not yet loaded.
 
@@ -200,7 +207,7 @@ def train(
     checkpoint: Path,
     out_of_time: Callable[[], bool],
     settle: Callable[[], None],
-) -> tuple[Meter, int]:
+) -> tuple[Meter, int, int | None]:
     """Train a row, from its checkpoint on if there is one, until it is done or out of time.
 
     Args:
@@ -213,21 +220,23 @@ def train(
         settle: called before speed is measured; returns when nothing else is at work.
 
     Returns:
-        What was measured, and the steps that are done in all. ``task.model`` has the weights.
+        What was measured, the steps that are done in all, and the signal that ended the training, if one has.
+        ``task.model`` has the weights.
     """
     lightning.seed_everything(seed, verbose=False)
     batches = Batches(files, row, seed, task.tokenizer.pad_token_id)
-    meter = Meter(checkpoint, out_of_time, settle)
+    stop = StopAfterStep()
+    meter = Meter(checkpoint, lambda: stop.asked is not None or out_of_time(), settle)
     resumed = checkpoint.exists()
     if resumed:
         # Mapped: the trainer reads the weights.
         steps = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
         batches.first = _accumulated(row) * int(steps)
-    with _quiet():
-        trainer = _trainer(row, meter)
+    with _quiet(), stop.listening():
+        trainer = _trainer(row, [meter, stop])
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
         trainer.fit(task, loader, ckpt_path=str(checkpoint) if resumed else None, weights_only=True)
-    return meter, trainer.global_step
+    return meter, trainer.global_step, stop.asked
 
 
 def _accumulated(row: Row) -> int:
@@ -235,7 +244,7 @@ def _accumulated(row: Row) -> int:
     return row.settings["trainer"].get("accumulate_grad_batches") or 1
 
 
-def _trainer(row: Row, meter: Meter) -> lightning.Trainer:
+def _trainer(row: Row, callbacks: list[lightning.Callback]) -> lightning.Trainer:
     """A trainer that does and writes nothing beside the training.
 
     Raises:
@@ -258,7 +267,7 @@ def _trainer(row: Row, meter: Meter) -> lightning.Trainer:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            callbacks=[meter],
+            callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
