@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from multiprocessing.connection import Client, Listener
 
 import pytest
 from cli_helpers import DEBUG, interruptible, recorded_runs
@@ -24,47 +26,75 @@ TWO = ["sweep", *DEBUG, "--grid", "model.lrsa.top_k=4,8"]
 
 
 class Fits:
-    """Stand-ins for fits: processes that record a run, and end as they are told for their value of K."""
+    """Stand-ins for fits: processes that end as they are told for their value of K.
+
+    What they would record is recorded here for them, as it takes seconds to import MLflow.
+    """
 
     CODE = """
-import json, os, signal, sys, time
-from mlflow.tracking import MlflowClient
-store, top_k, end = sys.argv[1:]
-client = MlflowClient(store)
-tags = json.loads(os.environ["MLFLOW_RUN_CONTEXT"])
-run = client.create_run(client.get_experiment_by_name("debug").experiment_id, tags=tags, run_name=f"K{top_k}")
-run_id = run.info.run_id
-client.log_metric(run_id, "val/f1", int(top_k) / 100)
-print("begun", top_k, flush=True)
+import os, signal, sys, time
+from multiprocessing.connection import Client
+address, top_k, end = sys.argv[1:]
+def record(status):
+    with Client(address) as recorder:
+        recorder.send((top_k, status, os.environ["MLFLOW_RUN_CONTEXT"]))
+        recorder.recv()
+record("RUNNING")
 if end == "hang":
     try:
         time.sleep(600)
     except KeyboardInterrupt:
-        client.set_terminated(run_id, "KILLED")
+        record("KILLED")
         print("saved", flush=True)
         sys.exit(130)
 if end == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
-client.set_terminated(run_id, "FAILED" if end == "fails" else "FINISHED")
+record("FAILED" if end == "fails" else "FINISHED")
 sys.exit(end == "fails")
 """
 
-    def __init__(self, folder):
-        self.store = f"sqlite:///{folder}/runs/mlflow.db"
+    def __init__(self, store, listener):
+        self.store, self.listener = store, listener
         self.ends = {}
         self.ran = []
+        self.when_begun = lambda top_k: None
 
     def command(self, point, checkpoint):
         top_k = point.values["model.lrsa.top_k"]
         self.ran.append(top_k)
-        return [sys.executable, "-c", self.CODE, self.store, top_k, self.ends.get(top_k, "well")]
+        return [sys.executable, "-c", self.CODE, self.listener.address, top_k, self.ends.get(top_k, "well")]
+
+    def record(self):
+        """Do as the processes ask until one of them asks for nothing."""
+        runs = {}
+        while True:
+            with self.listener.accept() as fit:
+                if not (asked := fit.recv()):
+                    return
+                top_k, status, tags = asked
+                client = MlflowClient(self.store)
+                if status == "RUNNING":
+                    experiment = client.get_experiment_by_name("debug").experiment_id
+                    run = client.create_run(experiment, tags=json.loads(tags), run_name=f"K{top_k}")
+                    runs[top_k] = run.info.run_id
+                    client.log_metric(runs[top_k], "val/f1", int(top_k) / 100)
+                    self.when_begun(top_k)
+                else:
+                    client.set_terminated(runs[top_k], status)
+                fit.send("recorded")
 
 
 @pytest.fixture
 def fits(elsewhere, monkeypatch):
-    fits = Fits(elsewhere)
-    monkeypatch.setattr(command, "_command", fits.command)
-    return fits
+    with Listener(family="AF_UNIX") as listener:
+        fits = Fits(f"sqlite:///{elsewhere}/runs/mlflow.db", listener)
+        monkeypatch.setattr(command, "_command", fits.command)
+        recorder = threading.Thread(target=fits.record)
+        recorder.start()
+        yield fits
+        with Client(listener.address) as last:
+            last.send(None)
+        recorder.join()
 
 
 @pytest.fixture
@@ -83,7 +113,7 @@ def rows(shown):
 
 
 @pytest.mark.slow
-def test_real_fits_one_of_which_fails(runs, capfd):
+def test_real_fits_one_of_which_fails(runs, monkeypatch, capfd):
     # No question fits into 20 tokens, which the config alone does not show.
     sweep = ["sweep", *DEBUG, *SHORT, "--grid", "data.init_args.max_tokens=20,4096"]
     with pytest.raises(SystemExit) as stop:
@@ -102,12 +132,20 @@ def test_real_fits_one_of_which_fails(runs, capfd):
     assert (child.info.status, parent.info.status) == ("FINISHED", "FAILED")
     assert json.loads(parent.data.tags["sweep.grid"]) == {"data.init_args.max_tokens": ["20", "4096"]}
 
+    begun = []
+
+    def fails_again(point, checkpoint):
+        begun.append(point.label)
+        return ["sh", "-c", "exit 2"]
+
+    monkeypatch.setattr(command, "_command", fails_again)
     with pytest.raises(SystemExit) as stop:
         main(sweep)
     assert stop.value.code == 1
     failed, finished = rows(capfd.readouterr().out)[-2:]
     assert failed[-2] == "failed (exit code 2)"
     assert finished[-2] == "finished before"
+    assert begun == ["data.init_args.max_tokens=20"]
     assert set(runs()) == {"tiny-L32-K8-s0", "sweep-max_tokens"}
     assert runs()["sweep-max_tokens"].info.run_id == parent.info.run_id
 
@@ -182,40 +220,19 @@ def test_a_stopped_fit_goes_on_from_its_checkpoint_in_its_run(elsewhere, runs, m
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_ctrl_c_stops_the_fit_in_order_and_keeps_what_is_done(number, elsewhere, runs):
-    code = f"""
-import sys
-sys.path.append({os.path.dirname(__file__)!r})
-from test_sweep import Fits
-from lrsa_lit.cli import main
-from lrsa_lit.sweep import command
-fits = Fits({str(elsewhere)!r})
-fits.ends["8"] = "hang"
-command._command = fits.command
-main(sys.argv[1:])
-"""
-    sweep = [*TWO[:-1], "model.lrsa.top_k=4,8,12"]
-    with (
-        interruptible(),
-        subprocess.Popen(
-            [sys.executable, "-c", code, *sweep],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        ) as process,
-    ):
-        lines = iter(process.stdout.readline, "")
-        assert any(line == "begun 8\n" for line in lines)
-        process.send_signal(number)
-        rest = "".join(lines)
-        assert process.wait(60) == 130
-        said = process.stderr.read()
-    assert "saved" in rest
-    assert [row[-2] for row in rows(rest)] == ["finished", "stopped"]
-    assert "1 of 3 points finished" in rest
-    assert "the same command goes on" in said
-    assert "Traceback" not in said
+def test_ctrl_c_stops_the_fit_in_order_and_keeps_what_is_done(number, fits, runs, capfd):
+    fits.ends["8"] = "hang"
+    fits.when_begun = lambda top_k: top_k == "8" and os.kill(os.getpid(), number)
+    with interruptible(), pytest.raises(SystemExit) as stop:
+        main([*TWO[:-1], "model.lrsa.top_k=4,8,12"])
+    assert stop.value.code == 130
+    shown = capfd.readouterr()
+    assert "saved" in shown.out
+    assert [row[-2] for row in rows(shown.out)[-2:]] == ["finished", "stopped"]
+    assert "1 of 3 points finished" in shown.out
+    assert "the same command goes on" in shown.err
+    assert "Traceback" not in shown.err
+    assert fits.ran == ["4", "8"]
     status = {name: run.info.status for name, run in runs().items()}
     assert status == {"sweep-top_k": "KILLED", "K4": "FINISHED", "K8": "KILLED"}
 
