@@ -14,7 +14,7 @@ NO_LOGGER = ["--trainer.logger", "false"]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, migrated_store):
     """Each test runs in a folder of its own, as a user far from the checkout would, with a cache of its own.
 
     It holds for the tests of a folder whose conftest, or of a file that, imports it.

@@ -1,11 +1,14 @@
 """Settings of every test: no network, one thread, reproducible hypothesis examples."""
 
+import contextlib
 import os
+import sqlite3
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
+import pytest
 import torch
 
 # Triton reads this when it is first imported, which any library may do.
@@ -22,3 +25,28 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 # The tensors of the tests are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def migrated_store():
+    """MLflow makes the tables of one SQLite store, by a second of migrations, and the later ones are copies of it."""
+    from mlflow.store.db import utils
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.closing(sqlite3.connect(":memory:")) as tables:
+        migrate = utils._initialize_tables
+
+        def initialize(engine):
+            with contextlib.closing(engine.raw_connection()) as connection:
+                if not tables.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    migrate(engine)
+                    connection.driver_connection.backup(tables)
+                else:
+                    tables.backup(connection.driver_connection)
+
+        patch.setattr(utils, "_initialize_tables", initialize)
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that no worker is left alone with one in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
