@@ -60,8 +60,8 @@ def test_chunks_and_single_tokens_give_the_parallel_logits(model, tokens):
 def test_quickstart_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lrsa"])
-    limits = ["--data.init_args.limit", "{train: 8, val: 3}", "--data.init_args.max_tokens", "512"]
-    main(["fit", *QUICKSTART, *limits, "--trainer.max_steps", "8", "--trainer.val_check_interval", "8"])
+    limits = ["--data.init_args.limit", "{train: 4, val: 2}", "--data.init_args.max_tokens", "384"]
+    main(["fit", *QUICKSTART, *limits, "--trainer.max_steps", "4", "--trainer.val_check_interval", "4"])
 
     from mlflow.tracking import MlflowClient
 
