@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shlex
-import subprocess
-import sys
 
 import lightning
+import processes
 import pytest
 import torch
 import yaml
@@ -267,11 +265,7 @@ def test_two_devices_find_what_one_does(limit, tmp_path):
         "--trainer.default_root_dir",
         "two",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lrsa_lit.cli", "validate", *two]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(" % kept: ") == 1
+    assert processes.run(["validate", *two], tmp_path).count(" % kept: ") == 1
     one, other = (found(tmp_path / folder) for folder in ("one", "two"))
     assert one["questions"]["id"] == other["questions"]["id"]
     assert len(one["questions"]["id"]) == (5 if limit == "null" else 3)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from cli_helpers import DEBUG, NO_LOGGER
@@ -39,26 +40,27 @@ def command(*options, folder, steps):
     return [*FIT, *STEPS, *DATA, *options, "--trainer.default_root_dir", folder, "--trainer.max_steps", str(steps)]
 
 
-def started(config, *options, folder, steps, cwd):
-    """A fit with two processes that Lightning starts, at its end."""
-    arguments = command("--config", f"configs/trainer/{config}.yaml", "--trainer.devices", "2", *options,
-                        folder=folder, steps=steps)  # fmt: skip
+def on_two(config, *options, folder, steps):
+    """The arguments of a fit with two processes."""
+    return command("--config", f"configs/trainer/{config}.yaml", "--trainer.devices", "2", *options,
+                   folder=folder, steps=steps)  # fmt: skip
+
+
+def started(arguments, cwd):
+    """A fit with processes that Lightning starts, at its end."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "lrsa_lit.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
 
 
-def on_two(config, *options, folder, steps, cwd):
-    """Fit with two processes; returns the last checkpoint."""
-    done = started(config, *options, folder=folder, steps=steps, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return cwd / folder / "checkpoints" / "last.ckpt"
+def last(folder):
+    return folder / "checkpoints" / "last.ckpt"
 
 
 def on_one(*options, folder="one", tmp_path, steps):
     main(command("--data.init_args.batch_size", "2", *options, folder=folder, steps=steps))
-    return tmp_path / folder / "checkpoints" / "last.ckpt"
+    return last(tmp_path / folder)
 
 
 def assert_same(checkpoint, expected):
@@ -70,14 +72,18 @@ def assert_same(checkpoint, expected):
 
 def test_ddp_trains_what_one_device_trains(tmp_path):
     alone = on_one(tmp_path=tmp_path, steps=3)
-    assert_same(on_two("ddp", folder="two", steps=3, cwd=tmp_path), alone)
+    done = started(on_two("ddp", folder="two", steps=3), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(last(tmp_path / "two"), alone)
 
 
 def test_fsdp_resumes_and_trains_what_one_device_trains(tmp_path, capfd):
     alone = on_one(*LORA, tmp_path=tmp_path, steps=4)
-    half = on_two("fsdp", *LORA, folder="half", steps=2, cwd=tmp_path)
+    processes.run(on_two("fsdp", *LORA, folder="half", steps=2), tmp_path)
+    half = last(tmp_path / "half")
     assert sorted(path.name for path in half.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
-    whole = on_two("fsdp", *LORA, "--ckpt_path", str(half), folder="whole", steps=4, cwd=tmp_path)
+    processes.run(on_two("fsdp", *LORA, "--ckpt_path", str(half), folder="whole", steps=4), tmp_path)
+    whole = last(tmp_path / "whole")
     assert_same(whole, alone)
     assert all("lora_" in name for name in load_trained(whole).weights)
     assert not [path for path in tmp_path.rglob(".*") if path.suffix in (".partial", ".old")]
@@ -93,7 +99,7 @@ def test_fsdp_resumes_and_trains_what_one_device_trains(tmp_path, capfd):
 
 def test_a_fit_goes_on_with_as_many_processes_as_it_had(tmp_path):
     half = on_one(folder="half", tmp_path=tmp_path, steps=2)
-    done = started("fsdp", "--ckpt_path", str(half), folder="whole", steps=4, cwd=tmp_path)
+    done = started(on_two("fsdp", "--ckpt_path", str(half), folder="whole", steps=4), tmp_path)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if "lrsa: error: " in line]
     assert "it was written by 1 process and cannot go on with 2" in line

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 
+import processes
 import pytest
 import torch
-import torch.multiprocessing
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -22,7 +21,6 @@ from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
-PROCESSES = 2
 CLIP = 0.5
 
 
@@ -47,7 +45,7 @@ MODELS = {
 }
 
 
-def rows(count=PROCESSES):
+def rows(count=processes.COUNT):
     return torch.randint(3, 259, (count, 120), generator=torch.Generator().manual_seed(0))
 
 
@@ -84,10 +82,10 @@ def answers(model, prompts, **options):
 
 def of_one_process(rank, port, found):
     """Train and generate with sharded models; what came out goes to the parent."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(PROCESSES))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(processes.COUNT))
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (PROCESSES,))
+    mesh = init_device_mesh("cpu", (processes.COUNT,))
     results = {}
     for name, make in MODELS.items():
         model = make()
@@ -109,12 +107,9 @@ def of_one_process(rank, port, found):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     found = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(of_one_process, (port, found), nprocs=PROCESSES)
-    return [torch.load(found / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    processes.start(of_one_process, found)
+    return [torch.load(found / f"{rank}.pt", weights_only=True) for rank in range(processes.COUNT)]
 
 
 @pytest.mark.parametrize("name", MODELS)
