@@ -486,6 +486,9 @@ def table(summary: Mapping[str, Any]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     # Before the first fork: importing is what takes time.
+    import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
+    import peft  # noqa: F401
+
     import lrsa_lit.lightning_cli
     import lrsa_lit.models.tiny  # noqa: F401
 

@@ -18,7 +18,9 @@ from torch.multiprocessing.spawn import ProcessException
 
 COUNT = 2
 
-multiprocessing.set_forkserver_preload(["lrsa_lit.lightning_cli", "mlflow.system_metrics.system_metrics_monitor"])
+multiprocessing.set_forkserver_preload(
+    ["lrsa_lit.lightning_cli", "mlflow.system_metrics.system_metrics_monitor", "peft"]
+)
 
 
 def start(function: Callable[..., None], *arguments: Any) -> None:
