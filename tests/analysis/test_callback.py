@@ -82,8 +82,8 @@ def test_a_store_that_takes_no_artifacts_does_not_stop_training(tmp_path, monkey
         log_artifact(self, run_id, path, artifact_path)
 
     monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
-    for patience in ("_SAVE_SECONDS", "_FLUSH_SECONDS"):
-        monkeypatch.setattr(f"lrsa_lit.tracking.logger.{patience}", 1.0)
+    monkeypatch.setattr("lrsa_lit.tracking.logger._SAVE_SECONDS", 0.2)
+    monkeypatch.setattr("lrsa_lit.tracking.logger._FLUSH_SECONDS", 1.0)
     main(["fit", *DEBUG, *CAPTURE])
     assert len(list(tmp_path.rglob("selections/step*.npz"))) == 2
     assert any("no route to the store" in message for message in caplog.messages)

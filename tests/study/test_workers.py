@@ -77,19 +77,15 @@ def test_workers_find_what_one_process_finds(study_file, data, many, tmp_path):
     assert len(lines[0]["lrsa", "4x", "plain"]["text"]) == 2 * BATCH + 3
 
 
-def test_what_goes_wrong_in_a_worker_comes_up_as_it_is(study_file, many, tmp_path):
-    ((first, *_), _) = pieces(study_file, tmp_path / "none.npz")
-    with pytest.raises(UserError) as error, Workers(1, lambda: 100.0) as workers:
-        list(workers.run([[first]]))
-    assert "none.npz: no such file" in one_line(error.value)
-    assert not children()
-
-
 @pytest.mark.parametrize("noticed", [False, True])
-def test_a_worker_that_dies_is_an_error_and_not_a_wait(noticed, study_file, many):
+def test_what_goes_wrong_in_a_worker_comes_up_as_it_is_and_its_death_is_no_wait(noticed, study_file, many, tmp_path):
+    ((missing, *_), _) = pieces(study_file, tmp_path / "none.npz")
     with Workers(1, lambda: 100.0) as workers:
         workers.start()
         workers.settle()
+        with pytest.raises(UserError) as error:
+            list(workers.run([[missing]]))
+        assert "none.npz: no such file" in one_line(error.value)
         (child,) = children()
         # What is asked of a worker that is dead, or dies before the pool has seen it.
         lost = workers._pool.submit(os.kill, child.pid, signal.SIGKILL)
@@ -98,6 +94,7 @@ def test_a_worker_that_dies_is_an_error_and_not_a_wait(noticed, study_file, many
         with pytest.raises(UserError) as error:
             list(workers.run(pieces(study_file, many)))
     assert "--workers" in one_line(error.value)
+    assert not children()
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -183,9 +183,11 @@ def test_what_is_no_tracking_server(capfd, tmp_path):
 
 
 def test_a_server_that_dies_does_not_stop_the_training(line, server, at_step, monkeypatch, caplog, elsewhere):
-    monkeypatch.setattr(logger, "_FLUSH_SECONDS", 1.0)
     at_step(2, line.cut)
-    fit("cut", line.uri, "--validate_first", "false")
+    with monkeypatch.context() as patch:
+        patch.setattr(logger, "_SAVE_SECONDS", 0.2)
+        patch.setattr(logger, "_FLUSH_SECONDS", 1.0)
+        fit("cut", line.uri, "--validate_first", "false")
     assert list((elsewhere / "runs").rglob("last.ckpt"))
     said = [record.message for record in caplog.records if record.name == "lrsa_lit.tracking"]
     assert len([text for text in said if "does not answer (" in text and "sent late" in text]) == 1
@@ -207,7 +209,6 @@ def test_a_server_that_dies_does_not_stop_the_training(line, server, at_step, mo
 
 
 def test_a_server_that_comes_back_misses_nothing(line, server, at_step, monkeypatch, caplog):
-    monkeypatch.setattr(delivery, "_RETRY_SECONDS", 0.1)
     noticed = threading.Event()
     late = delivery.reason
 
