@@ -29,19 +29,25 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def migrated_store():
-    """MLflow makes the tables of one SQLite store, by a second of migrations, and the later ones are copies of it."""
+    """MLflow makes the tables of one new SQLite store, by a second of migrations; those of the next are copies."""
     from mlflow.store.db import utils
 
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(sqlite3.connect(":memory:")) as tables:
         migrate = utils._initialize_tables
 
+        def is_empty(database):
+            return not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+
         def initialize(engine):
             with contextlib.closing(engine.raw_connection()) as connection:
-                if not tables.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    migrate(engine)
-                    connection.driver_connection.backup(tables)
-                else:
-                    tables.backup(connection.driver_connection)
+                store = connection.driver_connection
+                new = is_empty(store)
+                if new and not is_empty(tables):
+                    tables.backup(store)
+                    return
+                migrate(engine)
+                if new:
+                    store.backup(tables)
 
         patch.setattr(utils, "_initialize_tables", initialize)
         yield
