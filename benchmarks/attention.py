@@ -135,7 +135,7 @@ def select_only(tensors: list[Tensor], config: LRSAConfig) -> None:
     """The fused selection without the list of indices that ``select`` makes for people."""
     from lrsa_lit.ops.sparse_attention.impl.triton import _select_lag_relative
 
-    _select_lag_relative(tensors[1], tensors[2], config, (1.0, config.value_weight), (0, tensors[1].shape[2]))
+    _select_lag_relative(tensors[1], tensors[2], config, (0, tensors[1].shape[2]))
 
 
 @functools.cache

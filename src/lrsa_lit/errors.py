@@ -1,4 +1,11 @@
-"""The one exception that means "the user can mend this": shown as a single line, exit code 2."""
+"""The exception that means "the user can mend this", shown as a single line with exit code 2, and what others say."""
+
+from __future__ import annotations
+
+import pickle
+
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
+"""What torch raises for a file that is none of its own or damaged, and a look for what ought to be in it."""
 
 
 class UserError(ValueError):
@@ -7,3 +14,8 @@ class UserError(ValueError):
     The message is one line that names the key, the value and what is allowed. The command line prints it
     without a traceback and exits with code 2; library users catch it as a :class:`ValueError`.
     """
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())

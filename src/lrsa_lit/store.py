@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrsa_lit import heartbeat
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, said
 from lrsa_lit.paths import check_writable, shipped
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def answering(uri: str, key: str = URI_KEY) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Why a store does not answer, without the layers that its libraries wrap it in."""
-    text = " ".join(str(error).split())
+    text = said(error)
     if cause := re.search(r"\[Errno -?\d+\] ([\w ]+)", text):
         return cause[1]
     if "timed out" in text:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, said
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -41,7 +41,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem}") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: it cannot be read as YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: it cannot be read as YAML ({said(error)})") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{path}: it holds {found}; it must be a mapping of settings")

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from lrsa_lit.errors import said
 from lrsa_lit.files import PARTIAL, lock
 
 SUFFIX = ".ckpt"
@@ -57,7 +58,7 @@ def damage(path: Path) -> str | None:
                     while file.read(_BLOCK):
                         pass
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return said(error) or type(error).__name__
     return None
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lrsa_lit.checkpoints.exact_state import KEY, other_processes
 from lrsa_lit.checkpoints.files import SHARDS_REST, damage, newest_first, tidy
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UNREADABLE, UserError, said
 
 LAST = "last"
 """As a path: the newest good checkpoint of this configuration."""
@@ -23,9 +22,6 @@ _log = logging.getLogger("lrsa_lit.checkpoints")
 _ELSEWHERE = ("model.evaluate", "model.max_new_tokens")
 # Data that is not trained on, and the workers, which do not change the order.
 _INDIFFERENT = {"val", "test", "evaluate_on", "eval_batch_size", "num_workers"}
-_NO_CHECKPOINT = (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
-"""What :func:`about` raises for a file that is no checkpoint, or a damaged one."""
-
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
@@ -88,13 +84,9 @@ def _foreign(path: Path) -> str | None:
     """Why a file that is whole is no checkpoint all the same; None if it is one."""
     try:
         about(path)
-    except _NO_CHECKPOINT as error:
-        return _short(error)
+    except UNREADABLE as error:
+        return said(error)[:120]
     return None
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120]
 
 
 def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "") -> Path | None:
@@ -120,8 +112,8 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
         changes = []
         try:
             found = about(path)
-        except _NO_CHECKPOINT as error:
-            reason: str | None = _short(error)
+        except UNREADABLE as error:
+            reason: str | None = said(error)[:120]
         else:
             changes = differences(found.settings, settings, prefix)
             reason = None if changes else damage(path)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved, NonFiniteLoss, system_error
 from lrsa_lit.checkpoints.exact_state import accumulating, validation_is_due
 from lrsa_lit.checkpoints.stop import StoppedByUser, Terminated
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, said
 
 _log = logging.getLogger("lrsa_lit.checkpoints")
 
@@ -171,7 +171,7 @@ class SafeModelCheckpoint(ModelCheckpoint):
 def _reason(error: OSError | CheckpointException) -> str:
     failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
     causes = [system_error(cause) for cause, _ in failures]
-    return next((cause.strerror for cause in causes if cause and cause.strerror), " ".join(str(error).split()))
+    return next((cause.strerror for cause in causes if cause and cause.strerror), said(error))
 
 
 def last_good(trainer: Trainer) -> str:

@@ -10,7 +10,7 @@ import datasets
 from lrsa_lit.data.hub_fields import canonical, check_fields
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
 from lrsa_lit.data.records import QARecord, read_records
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, said
 from lrsa_lit.paths import cache_dir, resolve, sha256_of
 
 
@@ -95,4 +95,4 @@ class QAFiles(QADataModule):
         return {"revision": self.hub_revision, "cache_dir": str(cache_dir("hub"))}
 
     def _hub_error(self, error: Exception) -> UserError:
-        return UserError(f"data.init_args.hub {self.hub}: cannot be loaded ({' '.join(str(error).split())})")
+        return UserError(f"data.init_args.hub {self.hub}: cannot be loaded ({said(error)})")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, said
 from lrsa_lit.metrics import Match
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -99,7 +99,7 @@ def read_json(path: Path, kind: type) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({_one_line(error)})") from None
+        raise UserError(f"{path}: not valid JSON ({said(error)})") from None
     if not isinstance(content, kind):
         raise UserError(f"{path}: holds a {_kind(content)}, allowed is a {kind.__name__}")
     return content
@@ -128,7 +128,7 @@ def _read_parquet(path: Path) -> Iterator[QARecord]:
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({_one_line(error)})") from None
+        raise UserError(f"{path}: not a Parquet file ({said(error)})") from None
     with file:
         rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
@@ -149,7 +149,7 @@ def _located(place: str, load: Callable[[], Any], make: Callable[[Mapping[str, A
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: not valid JSON ({_one_line(error)})") from None
+        raise UserError(f"{place}: not valid JSON ({said(error)})") from None
 
 
 def check_name(field: str, value: str) -> None:
@@ -222,10 +222,6 @@ def _value(data: Mapping[str, Any], name: str, shown: str | None = None) -> obje
 
 def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _jsonable(value: object) -> object:

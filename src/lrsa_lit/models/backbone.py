@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, said
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import PACKAGE_SCHEME, resolve
 
@@ -228,7 +228,7 @@ class Backbone:
         try:
             return auto_class.from_pretrained(location, trust_remote_code=self.trust_remote_code, **options)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = said(error) or type(error).__name__
             raise UserError(f"model.backbone.source: {self.source} cannot be loaded: {reason[:300]}") from error
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UNREADABLE, UserError, said
 from lrsa_lit.models.backbone import Backbone, LoRA
 from lrsa_lit.models.rope import RopeScaling
 
@@ -65,8 +64,8 @@ def load_trained(path: Path, dtype: Any = None) -> Trained:
     try:
         checkpoint = _read(path)
         about, weights = checkpoint[_KEY], checkpoint["state_dict"]
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:120]
+    except UNREADABLE as error:
+        reason = said(error)[:120]
         raise UserError(
             f"model: {path} is no checkpoint that a fit has written, or a truncated one ({reason})"
         ) from None

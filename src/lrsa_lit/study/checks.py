@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention.config import is_integer
+from lrsa_lit.ops.sparse_attention.bounds import is_integer, is_weight
 from lrsa_lit.study.settings import Settings
 
 MEASURES = ("f1", "em", "recall")
@@ -60,10 +60,7 @@ def _at_least(least: int) -> Kind:
 
 
 def _are_weights(value: Any) -> bool:
-    return _is_settings(value) and all(
-        isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < float("inf")
-        for weight in value.values()
-    )
+    return _is_settings(value) and all(map(is_weight, value.values()))
 
 
 _NAME = Kind("a name", _is_name)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.ops.sparse_attention.config import is_integer
+from lrsa_lit.ops.sparse_attention.bounds import is_integer
 from lrsa_lit.study import settings
 from lrsa_lit.study.checks import TRAINER, check_overlay, check_row, check_study
 from lrsa_lit.study.settings import Settings

@@ -23,7 +23,7 @@ from lrsa_lit.data.order import Mixed, shares
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import checked_policy
 from lrsa_lit.data.prompts import Example
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, said
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.backbone import LoRA
 from lrsa_lit.ops.sparse_attention import LRSAConfig
@@ -271,7 +271,7 @@ def _trainer(row: Row, callbacks: list[lightning.Callback]) -> lightning.Trainer
             plugins=[AtomicCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UserError(f"rows.{row.name}.trainer: {' '.join(str(error).split())}") from error
+        raise UserError(f"rows.{row.name}.trainer: {said(error)}") from error
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.bounds import is_integer
 from lrsa_lit.ops.sparse_attention.scoring import lag_relative_scores, token_hash
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class ChunkWise(Selector):
 
     def __post_init__(self) -> None:
         """Check the size, which no other setting bounds."""
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+        if not is_integer(self.size) or self.size < 1:
             raise UserError(f"lrsa.compressor: size {self.size!r} is not allowed; it must be an integer >= 1")
 
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:

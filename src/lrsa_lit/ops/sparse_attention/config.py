@@ -7,9 +7,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.bounds import is_integer, is_weight
 from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative
 
 
@@ -56,7 +57,7 @@ class LRSAConfig:
             self.chunk_size is None or (is_integer(self.chunk_size) and self.chunk_size >= 1),
             "an integer >= 1, or null for lag_size",
         )
-        self._check("value_weight", _is_finite_weight(self.value_weight), "a finite number >= 0")
+        self._check("value_weight", is_weight(self.value_weight), "a finite number >= 0")
         self._check(
             "dense_layers",
             isinstance(self.dense_layers, tuple)
@@ -121,12 +122,3 @@ class LRSAConfig:
     def digest(self) -> str:
         """Twelve hex digits that change whenever the rule does."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def is_integer(value: object) -> TypeGuard[int]:
-    """Whether a value out of YAML is an integer; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite_weight(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")

@@ -112,32 +112,29 @@ def layers(table: Table) -> list[LayerGain]:
 
     Where several cells have one layer less, a cell is held against the one that most cells can be held against.
     """
-    pairs = [(base, cell) for cell in table.cells for base in table.cells if _has_one_more(cell, base)]
-    uses = Counter(_key(base) for base, _ in pairs)
-    bases: dict[tuple[str, str], Cell] = {}
-    for base, cell in sorted(pairs, key=lambda pair: -uses[_key(pair[0])]):
-        bases.setdefault(_key(cell), base)
-    return [_gain(cell, bases[_key(cell)]) for cell in table.cells if _key(cell) in bases]
+    both = ((cell, base) for cell in table.cells for base in table.cells if _has_one_more(cell, base))
+    pairs = [pair for cell, base in both if (pair := of_common_seeds(cell, base)) is not None]
+    uses = Counter(_key(less) for _, less in pairs)
+    chosen: dict[tuple[str, str], tuple[Cell, Cell]] = {}
+    for pair in sorted(pairs, key=lambda pair: -uses[_key(pair[1])]):
+        chosen.setdefault(_key(pair[0]), pair)
+    return [_gain(*chosen[_key(cell)]) for cell in table.cells if _key(cell) in chosen]
 
 
 def _has_one_more(cell: Cell, base: Cell) -> bool:
-    """Whether a cell is another one with one more dense layer, on questions and seeds that both have."""
+    """Whether a cell is another one with one more dense layer, on the same questions."""
     rule, below = cell.line["rule"], base.line["rule"]
     if rule is None or below is None or {**below, "dense_layers": rule["dense_layers"]} != rule:
         return False
     dense, fewer = _dense_layers(cell), _dense_layers(base)
     one_more = fewer < dense and len(dense) == len(fewer) + 1
-    same = cell.row == base.row and cell.line["set_digest"] == base.line["set_digest"]
-    return one_more and same and of_common_seeds(cell, base) is not None
+    return one_more and cell.row == base.row and cell.line["set_digest"] == base.line["set_digest"]
 
 
-def _gain(cell: Cell, base: Cell) -> LayerGain:
-    pair = of_common_seeds(cell, base)
-    assert pair is not None  # as _has_one_more asks
-    more, less = pair
+def _gain(more: Cell, less: Cell) -> LayerGain:
     fall = statistics.ratio_of_sums(less.scores("loss") - more.scores("loss"), more.scores("tokens"), more.groups)
-    (layer,) = _dense_layers(cell) - _dense_layers(base)
-    return LayerGain(cell.row, base.attention, tuple(sorted(_dense_layers(base))), layer, fall)
+    (layer,) = _dense_layers(more) - _dense_layers(less)
+    return LayerGain(more.row, less.attention, tuple(sorted(_dense_layers(less))), layer, fall)
 
 
 def _key(cell: Cell) -> tuple[str, str]:

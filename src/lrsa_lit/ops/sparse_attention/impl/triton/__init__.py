@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import triton
@@ -116,7 +117,7 @@ def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: 
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     whole = config.replace(sink_size=0, chunk_size=config.lag_size)
     boundaries = 0, (count + 1) * config.lag_size + 1
-    ranks = _select_lag_relative(key, value, whole, config.compressor.weights(config), boundaries)[0]
+    ranks = _select_lag_relative(key, value, whole, boundaries)[0]
     return ops.gather(key, value, ranks, boundaries, _numbers(whole), count * config.top_k)
 
 
@@ -125,7 +126,7 @@ def select(key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[
     """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
     if not isinstance(config.compressor, SpreadSelector):
         return select_packed(key, value, config, boundaries)
-    ranks, scores = _select_lag_relative(key, value, config, config.compressor.weights(config), boundaries)
+    ranks, scores = _select_lag_relative(key, value, config, boundaries)
     batch, heads, count, lag = ranks.shape
     # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
     tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(batch, heads, count, config.top_k)
@@ -142,14 +143,16 @@ def _ranks(
 ) -> Tensor:
     """Ranks (B, H, P, L) of the given selection, else of the config's."""
     if selection is None and isinstance(config.compressor, SpreadSelector):
-        return _select_lag_relative(key, value, config, config.compressor.weights(config), boundaries)[0]
+        return _select_lag_relative(key, value, config, boundaries)[0]
     chosen = select_packed(key, value, config, boundaries) if selection is None else selection
     return ranks_of(chosen.indices, Geometry(tuple(boundaries), *_numbers(config)))
 
 
 def _select_lag_relative(
-    key: Tensor, value: Tensor, config: LRSAConfig, weights: Sequence[float], boundaries: Sequence[int]
+    key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
+    """Ranks and scores under a rule whose compressor is a :class:`SpreadSelector`."""
+    weights = cast("SpreadSelector", config.compressor).weights(config)
     partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
     return ops.select_lag_relative(key, value, boundaries, _numbers(config), weights, partitions)
 

@@ -132,12 +132,7 @@ _attend_grad_op = torch.library.custom_op("lrsa_lit::attend_backward", _attend_g
 
 @_select_op.register_fake
 def _(
-    key: Tensor,
-    value: Tensor,
-    boundaries: Sequence[int],
-    numbers: Sequence[int],
-    weights: Sequence[float],
-    partitions: int,
+    key: Tensor, value: Tensor, boundaries: Any, numbers: Sequence[int], weights: Any, partitions: int
 ) -> tuple[Tensor, Tensor]:
     shape = key.shape[0], key.shape[1], partitions, numbers[3]
     return key.new_empty(shape, dtype=torch.int32), key.new_empty(shape, dtype=torch.float32)
