@@ -13,6 +13,7 @@ from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 
 
@@ -31,7 +32,8 @@ def build(monkeypatch):
     counters.clear()
 
     def make(**options):
-        return Small("tiny").build(), Small("tiny", compile_layers=True, **options).build()
+        models = Small("tiny").build(), Small("tiny", compile_layers=True, **options).build()
+        return tuple(model.to(DEVICE) for model in models)
 
     return make
 
@@ -50,7 +52,7 @@ def breaks():
 
 
 def tokens(batch, length):
-    return torch.randint(3, 259, (batch, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(3, 259, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 def train(model, ids, rule=None, impl="triton", **inputs):
@@ -83,7 +85,7 @@ def test_one_graph_serves_all_layers_and_rules(models):
 def test_packed_rows(models):
     ids = tokens(1, 42)
     for boundaries in ([0, 5, 42], [0, 2, 5, 42]):
-        positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(boundaries)])[None]
+        positions = torch.cat([torch.arange(b - a, device=DEVICE) for a, b in itertools.pairwise(boundaries)])[None]
         assert_same(models, ids, RULE, position_ids=positions, **{LAYOUT: packed_layout(boundaries)})
     # Two sequences, any number.
     assert (graphs(), breaks()) == (2, 0)
@@ -95,7 +97,7 @@ def test_checkpointed_layers(build):
 
 
 def test_mixed_precision(models):
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(DEVICE, dtype=torch.float16):
         expected, got = (train(model, tokens(1, 40), RULE) for model in models)
     for one, other in zip(expected, got, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-2, atol=1e-3)
@@ -103,7 +105,7 @@ def test_mixed_precision(models):
 
 
 def test_pads_in_a_mask_interrupt_the_graph(models):
-    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask = torch.ones(2, 40, dtype=torch.int64, device=DEVICE)
     mask[0, :2] = 0
     mask[1, 31:] = 0
     assert_same(models, tokens(2, 40), RULE, attention_mask=mask)
