@@ -190,6 +190,25 @@ def test_survival_stands_beside_that_of_the_base_model(study_file):
         "| plain | lrsa | 4x | 25% | 30% | 45% |  |  | 50% 30% 20% 0% |"]  # fmt: skip
 
 
+def test_all_rows_under_an_attention_stand_on_one_line_of_the_plot(study_file):
+    study = Study(str(study_file))
+    kept = {"gold": 0.3, "answer": None, "chance": 0.25}
+    trained = [("lrsa", 0.5), ("dense", 0.25), ("mixed", None)]
+    lines = [
+        evaluation(study, "base", "4x", scores(0.1), survival=kept),
+        *(evaluation(study, row, "4x", scores(0.5), survival=kept | {"gold": gold}) for row, gold in trained),
+        # Nothing is chosen, so nothing can be kept by chance.
+        evaluation(study, "base", "8x", scores(0.1), survival=kept | {"gold": 0.0, "chance": 0.0}),
+        evaluation(study, "lrsa", "8x", scores(0.1), survival=kept | {"gold": 0.0, "chance": 0.0}),
+    ]
+    (axes,) = Blocks(study, lines).figure("survival/plot").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["plain: 4x"]
+    _, before, after = axes.get_lines()
+    assert before.get_ydata().tolist() == after.get_ydata().tolist() == [0, 0]
+    assert before.get_xdata().tolist() == pytest.approx([1.2, 1.2])
+    assert after.get_xdata().tolist() == pytest.approx([1.0, 2.0])
+
+
 def test_a_layer_is_held_against_the_same_rule_without_it(tmp_path):
     path = tmp_path / "study.yaml"
     inference = {**STUDY["inference"], "only": {"top_k": 4, "dense_layers": {"only": 2}}}

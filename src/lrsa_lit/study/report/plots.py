@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lrsa_lit.analysis.plots import OKABE_ITO, legend, subplots
 from lrsa_lit.study.report.evidence import WHEN
 from lrsa_lit.study.report.markdown import LABELS
@@ -56,22 +54,29 @@ def perplexity(texts: Sequence[Text]) -> Figure | None:
 
 
 def survival(found: Sequence[Survival]) -> Figure | None:
-    """Share of the supporting passages' tokens that a head keeps, before and after training; None without results.
+    """Share of the supporting passages' tokens that a head keeps, by K/L; None without results.
 
-    A line leads from the base LLM to the trained row.
+    Each attention has a line, with the base LLM and all rows trained from it.
     """
-    if not found:
+    groups: dict[str, list[Survival]] = {}
+    for item in found:
+        if item.chance:
+            groups.setdefault(f"{item.data_set}: {item.after.attention}", []).append(item)
+    if not groups:
         return None
-    figure, axes = subplots(1, 1, size=(7, 1.4 + 0.18 * len(found)))
-    before, after = (np.array([item.share(when) for item in found], dtype=float) for when in WHEN)
-    places = range(len(found))
-    axes.hlines(places, before, after, color="lightgrey")
-    axes.plot([item.chance for item in found], places, "|", color="grey", markersize=9, label="chance, K/L")
-    axes.plot(before, places, "o", color=OKABE_ITO[0], label="before training")
-    axes.plot(after, places, "D", color=OKABE_ITO[1], label="after training")
-    axes.set_yticks(places, [f"{item.data_set}: {item.after.row}, {item.after.attention}" for item in found])
+    figure, axes = subplots(1, 1, size=(7, 1.4 + 0.25 * len(groups)))
+    axes.axvline(1.0, color="grey", linestyle="--", label="chance, K/L")
+    for when, marker, colour in zip(WHEN, "oD", OKABE_ITO, strict=False):
+        # Pairs are of cells whose share is known.
+        points = [
+            ((item.share(when) or 0.0) / item.chance, place)
+            for place, items in enumerate(groups.values())
+            for item in items
+        ]
+        axes.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.5, label=f"{when} training")
+    axes.set_yticks(range(len(groups)), list(groups))
     axes.tick_params(axis="y", labelsize="small")
-    axes.set(xlabel="kept share of the supporting passages' tokens", ylim=(len(found) - 0.5, -0.5), xlim=(0, None))
+    axes.set(xlabel="kept share of the supporting passages' tokens, by K/L", ylim=(len(groups) - 0.5, -0.5))
     legend(axes)
     return figure
 
