@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lrsa_lit.callbacks import FitSummary, show_evaluation
+from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_evaluation
 from lrsa_lit.checkpoints import AtomicCheckpointIO, ExactState, FiniteLoss, GracefulStop, resume
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.data.module import QADataModule
@@ -226,7 +226,8 @@ class LRSACLI(LightningCLI):
         except (MisconfigurationException, TypeError, ValueError) as error:
             raise _first_user_error(error) or UserError(f"trainer: {one_line(str(error))}") from error
         if self.subcommand == "fit":
-            trainer.callbacks = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
+            kept = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
+            trainer.callbacks = [MonitoredMetrics(), *kept]  # type: ignore[attr-defined]
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -254,19 +255,7 @@ class LRSACLI(LightningCLI):
         """Validate at step 0; a resumed run has done so."""
         if self._get(self.config, "validate_first") and self._get(self.config, "ckpt_path") is None:
             self._validate()
-            self._check_monitored()
             self._reopen()
-
-    def _check_monitored(self) -> None:
-        """Not after the training up to the first validation: what a callback watches is among what there is."""
-        known = [name for name in self.trainer.callback_metrics if name.startswith("val/")]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if known and str(monitor).startswith("val/") and monitor not in known:
-                raise UserError(
-                    f"trainer.callbacks: {type(callback).__name__} cannot monitor {monitor!r}; there are "
-                    f"{', '.join(known)}"
-                )
 
     def after_fit(self) -> None:
         """Close with what the training changed, validating once more if it went on after the last validation."""

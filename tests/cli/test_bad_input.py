@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cli_helpers import DEBUG, NO_LOGGER
+from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
 
 from lrsa_lit.cli import main
 
@@ -228,17 +228,38 @@ def test_predictions_that_nobody_would_write(tmp_path, capfd):
     assert "PredictionWriter" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("callback", ["lightning.pytorch.callbacks.EarlyStopping", "SafeModelCheckpoint"])
-def test_a_metric_that_there_is_not_is_named_before_training(callback, tmp_path, capfd):
-    callback = callback if "." in callback else f"lrsa_lit.checkpoints.{callback}"
+EARLY_STOPPING, CHECKPOINT = "lightning.pytorch.callbacks.EarlyStopping", "lrsa_lit.checkpoints.SafeModelCheckpoint"
+
+
+@pytest.mark.parametrize(
+    ("callback", "monitor", "first"),
+    [
+        (EARLY_STOPPING, "val/nope", "true"),
+        (CHECKPOINT, "val/nope", "true"),
+        (EARLY_STOPPING, "val/nope", "false"),
+        (EARLY_STOPPING, "nope", "false"),
+        (CHECKPOINT, "val/nope", "false"),
+    ],
+)
+def test_a_metric_that_there_is_not_is_named_at_the_first_validation(callback, monitor, first, tmp_path, capfd):
+    watching = ["--trainer.callbacks+", callback, "--trainer.callbacks.monitor", monitor]
     with pytest.raises(SystemExit) as stop:
-        main(["fit", *DEBUG, *NO_LOGGER, "--trainer.callbacks+", callback, "--trainer.callbacks.monitor", "val/nope"])
+        main(["fit", *DEBUG, "--validate_first", first, *watching])
     assert stop.value.code == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith("lrsa: error: trainer.callbacks: ")
-    assert "'val/nope'" in error
-    assert "val/f1" in error
-    assert not list(tmp_path.rglob("*.ckpt"))
+    assert error.startswith(f"lrsa: error: trainer.callbacks: {callback.rpartition('.')[2]} ")
+    assert repr(monitor) in error
+    assert "val/f1, " in error
+    (run,) = recorded_runs(tmp_path / "runs/mlflow.db", "debug")
+    assert run.info.status == "FAILED"
+    # What was trained until then is not lost, but for that validation.
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == ([] if first == "true" else ["last.ckpt"])
+
+
+def test_early_stopping_that_is_told_to_bear_a_missing_metric_does(capfd):
+    watching = ["--trainer.callbacks+", EARLY_STOPPING, "--trainer.callbacks.monitor", "val/nope"]
+    main(["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", *watching, "--trainer.callbacks.strict", "false"])
+    assert "step 4" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("content", [{"weights": 1}, [1]], ids=["dict", "list"])

@@ -1,7 +1,8 @@
-"""What the command line shows and writes: the summary of a fit or an evaluation, and answers as JSON lines."""
+"""What a run shows and writes at its end, and a check of the metrics that callbacks watch."""
 
 from lrsa_lit.callbacks.answers import AnswerWriter, PredictionWriter
 from lrsa_lit.callbacks.evaluation import show_evaluation
 from lrsa_lit.callbacks.fit_summary import FitSummary
+from lrsa_lit.callbacks.monitored import MonitoredMetrics
 
-__all__ = ["AnswerWriter", "FitSummary", "PredictionWriter", "show_evaluation"]
+__all__ = ["AnswerWriter", "FitSummary", "MonitoredMetrics", "PredictionWriter", "show_evaluation"]
