@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 
 import pytest
 import torch
-from cli_helpers import DEBUG
+from cli_helpers import DEBUG, interruptible
 
 from lrsa_lit.cli import main
 from lrsa_lit.data.collate import collate
@@ -119,6 +121,21 @@ def test_the_command_says_what_a_fit_takes_and_leaves_no_trace(tmp_path, capfd):
         assert part in shown
     assert "not tokenised yet: 400" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_it_with_the_exit_code_of_a_stop(number, code, monkeypatch, capfd):
+    step = LongContextQA.training_step
+
+    def interrupted(self, batch, batch_idx):
+        os.kill(os.getpid(), number)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LongContextQA, "training_step", interrupted)
+    with interruptible(), pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, "--estimate"])
+    assert stop.value.code == code
+    assert "Estimate" not in capfd.readouterr().out
 
 
 def test_lengths_of_data_that_is_tokenised(tmp_path, capfd):
