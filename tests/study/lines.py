@@ -45,6 +45,13 @@ def evaluation(
     }
 
 
+def training(**more: Any) -> dict[str, Any]:
+    """A training that no report is made of."""
+    about = {"kind": "training", "study": "tiny-study", "row": "lrsa", "config": "a", "seed": 0, "train_digest": "d"}
+    measured = {"loss_of_last_20_steps": 1.0, "tokens_per_second": None, "peak_memory_bytes": None}
+    return about | {"weights": "w", "machine": {"device": "abacus"}, "steps": 3, **measured, "settings": {}, **more}
+
+
 def scores(share: float, count: int = QUESTIONS) -> list[float]:
     """As many ones as asked, first of all: of two such lists the better one answers all that the other does."""
     return [1.0] * round(share * count) + [0.0] * (count - round(share * count))

@@ -153,9 +153,39 @@ def test_an_attention_that_is_no_more_is_not_taken_for_the_rows_own(study_file):
     assert cell.line["f1"] == scores(0.5)
 
 
-@pytest.mark.parametrize("line", [b'{"kind": "other"}', b'{"kind": "training"}', b"[]", b"\xff"])
+@pytest.mark.parametrize("line", [b'{"kind": "other"}', b'{"row": "base"}', b"[]", b"\xff"])
 def test_a_line_that_is_no_result_is_named(line, tmp_path):
     (tmp_path / "r.jsonl").write_bytes(line + b"\n")
     with pytest.raises(UserError) as error:
         read_lines(tmp_path / "r.jsonl")
     assert "line 1" in one_line(error.value)
+
+
+@pytest.mark.parametrize("field", ["row", "f1", "seed", "machine"])
+def test_a_result_that_lacks_a_field_is_named(field, study_file, tmp_path, capfd):
+    study = Study(str(study_file))
+    whole = evaluation(study, "base", "dense", scores(0.5))
+    part = {name: value for name, value in evaluation(study, "lrsa", "4x", scores(0.5)).items() if name != field}
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (whole, part)))
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "report", str(path), "--study", str(study_file), "--to", str(tmp_path / "report")])
+    assert capfd.readouterr().err == f"lrsa: error: {path}, line 2: it lacks {field!r}, which each evaluation has\n"
+    assert not (tmp_path / "report").exists()
+
+
+def test_results_from_before_weights_had_a_digest(study_file, tmp_path):
+    old = evaluation(Study(str(study_file)), "lrsa", "4x", scores(0.5))
+    del old["weights"]
+    (tmp_path / "r.jsonl").write_text(json.dumps(old) + "\n")
+    assert read_lines(tmp_path / "r.jsonl") == [{**old, "weights": "", "generated": True}]
+
+
+def test_a_report_needs_no_field_that_results_may_lack(study_file, results, tmp_path):
+    optional = {"contexts", "dtype", "generated", "length", "losses", "seconds", "survival", "weights"}
+    lines = [{name: line[name] for name in line.keys() - optional} for line in read_lines(results)]
+    path = tmp_path / "least.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    to = ["--to", str(tmp_path / "report"), "--mlflow", f"sqlite:///{tmp_path}/runs.db"]
+    main(["study", "report", str(path), "--study", str(study_file), *to])
+    assert "## Training" in (tmp_path / "report" / "report.md").read_text()

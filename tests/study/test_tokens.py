@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import one_line
 from study.conftest import examples
+from study.lines import training
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.study import tokens
@@ -63,7 +64,7 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_what_a_killed_process_has_left_of_a_line_gives_way(tmp_path):
     path = tmp_path / "r.jsonl"
-    first = {"kind": "training", "config": "a", "seed": 0, "train_digest": "d", "weights": "w", "steps": 3}
+    first = training()
     Results(path).append(first)
     with path.open("a") as file:
         file.write('{"kind": "train')

@@ -25,6 +25,14 @@ _KEYS = {
     "evaluation": (*_TRAINED, "weights", "rule_digest", "set", "split", "set_digest", "generated"),
 }
 
+_ABOUT = ("study", "row", *_TRAINED, "machine")
+_FIELDS = {
+    "training": (*_ABOUT, "steps", "loss_of_last_20_steps", "tokens_per_second", "peak_memory_bytes", "settings"),
+    "evaluation": (*_ABOUT, "attention", "rule_digest", "rule", "layers", "kv_share", "set", "split", "set_digest",
+                   "questions", "loss", "tokens", "f1", "em", "recall", "text"),
+}  # fmt: skip
+"""What a report reads of each line; the rest, such as the weights, lines did not always say."""
+
 
 class Results:
     """A file of results.
@@ -87,7 +95,7 @@ def read_lines(path: Path) -> list[Line]:
     """The results of a file, the last one of each key.
 
     Raises:
-        UserError: a line is no result; a last one that was cut off is passed over.
+        UserError: a line is no result, or not all of one; a last one that was cut off is passed over.
     """
     if not path.exists():
         return []
@@ -101,6 +109,8 @@ def read_lines(path: Path) -> list[Line]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
+            if lacking := [name for name in _FIELDS[line["kind"]] if name not in line]:
+                raise UserError(f"{path}, line {number}: it lacks {lacking[0]!r}, which each {line['kind']} has")
             if line["kind"] == "evaluation":
                 # Lines from before losses could be asked for alone do not say it.
                 line.setdefault("generated", bool(line["text"]))
