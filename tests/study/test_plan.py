@@ -178,6 +178,11 @@ def test_mistakes_of_a_part_are_named(key, value, tmp_path):
         study_of(tmp_path, parts={"main": {key: value}})
 
 
+def test_an_attention_that_a_part_is_held_against_is_named_where_it_stands(tmp_path):
+    with pytest.raises(UserError, match=r"^parts\.main\.against\.inference: there is no 'none'"):
+        study_of(tmp_path, parts={"main": {"against": {"row": "lrsa", "inference": "none"}}})
+
+
 def test_the_settings_of_a_row_are_those_of_the_task():
     assert set(checks.MODEL) == inspect.signature(LongContextQA).parameters.keys()
     assert set(checks.DATA) < inspect.signature(Mixture).parameters.keys()

@@ -173,7 +173,7 @@ class Study:
         asked = self.parts[part]
         rows = [self.row(name) for name in asked["rows"]]
         if (against := asked.get("against")) is not None:
-            self.rule_of(self.row(against["row"]), against["inference"], f"parts.{part}.inference")
+            self.rule_of(self.row(against["row"]), against["inference"], f"parts.{part}.against.inference")
         for number, seed in enumerate(asked.get("seeds") or self.seeds):
             for row in rows:
                 # The base LLM is the same for each seed.
