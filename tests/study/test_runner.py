@@ -21,6 +21,7 @@ from lrsa_lit.study.report.tables import Cells
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner
 from lrsa_lit.study.training import task_of
+from lrsa_lit.tasks import LongContextQA
 
 
 def runner(study_file, data, tmp_path, *, seconds=1000.0, clock=lambda: 0.0, out="results.jsonl") -> Runner:
@@ -104,6 +105,21 @@ def test_a_training_that_is_interrupted_keeps_its_steps(number, end, code, study
     assert runner(study_file, data, tmp_path / "whole").run("main", rows=["lrsa"])
     found, expected = (read_lines(folder / "results.jsonl") for folder in (tmp_path, tmp_path / "whole"))
     assert without_times(found) == without_times(expected)
+
+
+@pytest.mark.parametrize(
+    ("number", "end", "code"), [(signal.SIGINT, KeyboardInterrupt, None), (signal.SIGTERM, SystemExit, 143)]
+)
+def test_a_training_that_is_interrupted_before_its_first_step_ends_the_study(
+    number, end, code, study_file, data, tmp_path, monkeypatch
+):
+    def interrupted(self):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(LongContextQA, "configure_model", interrupted)
+    with interruptible(), pytest.raises(end) as stop:
+        runner(study_file, data, tmp_path).run("main", rows=["lrsa"])
+    assert getattr(stop.value, "code", None) == code
 
 
 def test_weights_that_cannot_be_written_do_not_cost_the_training(study_file, data, tmp_path, monkeypatch):

@@ -4,6 +4,6 @@ from lrsa_lit.checkpoints.atomic_io import AtomicCheckpointIO
 from lrsa_lit.checkpoints.exact_state import ExactState
 from lrsa_lit.checkpoints.finite import FiniteLoss
 from lrsa_lit.checkpoints.safe_model_checkpoint import SafeModelCheckpoint
-from lrsa_lit.checkpoints.stop import GracefulStop
+from lrsa_lit.checkpoints.stop import GracefulStop, exit_codes
 
-__all__ = ["AtomicCheckpointIO", "ExactState", "FiniteLoss", "GracefulStop", "SafeModelCheckpoint"]
+__all__ = ["AtomicCheckpointIO", "ExactState", "FiniteLoss", "GracefulStop", "SafeModelCheckpoint", "exit_codes"]

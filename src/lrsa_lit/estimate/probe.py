@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, cast
 import lightning
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lrsa_lit.checkpoints import exit_codes
 from lrsa_lit.estimate.memory import CPUMemory, GPUMemory, Memory, release
 from lrsa_lit.tasks import LongContextQA
 
@@ -60,12 +60,7 @@ class Batches(NamedTuple):
 
 
 def measure(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> Cost:
-    """Train for some steps, with all layers that the task's model has; the arguments are those of :func:`cost_of`.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C.
-        SystemExit: code 143 after SIGTERM.
-    """
+    """Train for some steps, with all layers that the task's model has; the arguments are those of :func:`cost_of`."""
     probe = _Probe()
     # Gradients and the optimizer's state exist from the second step on.
     planned = [batches.largest] * 2 + [batch for batch in batches.typical for _ in range(_REPEATS)]
@@ -79,13 +74,9 @@ def measure(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> C
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), exit_codes():
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
-        try:
-            trainer.fit(task, DataLoader(cast("Dataset[Any]", planned), batch_size=None))
-        except SystemExit as error:
-            # Lightning gives Ctrl-C the exit code of a failure, and SIGTERM that of success.
-            raise SystemExit(143) if isinstance(error, SIGTERMException) else KeyboardInterrupt from None
+        trainer.fit(task, DataLoader(cast("Dataset[Any]", planned), batch_size=None))
     cost = probe.cost(task, trainer)
     task.model = None
     del trainer

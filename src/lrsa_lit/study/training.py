@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lrsa_lit.checkpoints import AtomicCheckpointIO, GracefulStop
+from lrsa_lit.checkpoints import AtomicCheckpointIO, GracefulStop, exit_codes
 from lrsa_lit.data.collate import TrainBatch, collate_training
 from lrsa_lit.data.order import Mixed, shares
 from lrsa_lit.data.plan import EpochPlan
@@ -232,7 +232,7 @@ def train(
         # Mapped: the trainer reads the weights.
         steps = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
         batches.first = _accumulated(row) * int(steps)
-    with _quiet(), stop.listening():
+    with _quiet(), exit_codes(), stop.listening():
         trainer = _trainer(row, [meter, stop])
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
         trainer.fit(task, loader, ckpt_path=str(checkpoint) if resumed else None, weights_only=True)
