@@ -71,6 +71,17 @@ def test_gradients_pass_through_the_calls():
         torch.testing.assert_close(mine, reference)
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("sizes", [[60], [1] * 60, [20, 1, 30, 9]], ids=["once", "ones", "several"])
+def test_a_gradient_that_one_of_three_wants_passes_through_the_calls(sizes, wanted):
+    tensors = random_qkv(60)
+    leaf = tensors[wanted].requires_grad_()
+    ours, _ = run(RULE, tensors, sizes)
+    theirs = sparse_attention(*tensors, RULE, scale=SCALE)
+    (mine,), (reference,) = (torch.autograd.grad(output.square().sum(), leaf) for output in (ours, theirs))
+    torch.testing.assert_close(mine, reference)
+
+
 def held_bytes(stream) -> int:
     """Memory behind the tensors of the stream: whole storages, whatever views show of them."""
     return sum(tensor.untyped_storage().nbytes() for tensor in stream.buffer.whole)

@@ -19,7 +19,8 @@ _SPARE = 32
 class PairBuffer:
     """Keys and values (B, H, rows, D), with spare rows behind the filled ones.
 
-    Rows are written in place where no gradient is wanted; with gradients every change makes new tensors.
+    Rows are written in place where gradients are off. Where they are on, whatever wants one, every change makes new
+    tensors: autograd holds what a query has attended to.
 
     Args:
         key: (B, H, rows, D), copied.
@@ -60,7 +61,7 @@ class PairBuffer:
         """Put rows behind the filled ones."""
         key, value = rows
         stop = self.length + key.shape[2]
-        if torch.is_grad_enabled() and (self._key.requires_grad or key.requires_grad or value.requires_grad):
+        if torch.is_grad_enabled():
             filled = self.filled
             self._key, self._value = torch.cat([filled[0], key], dim=2), torch.cat([filled[1], value], dim=2)
         else:
