@@ -82,6 +82,15 @@ def test_a_gradient_that_one_of_three_wants_passes_through_the_calls(sizes, want
     torch.testing.assert_close(mine, reference)
 
 
+@pytest.mark.parametrize("modes", itertools.permutations([torch.no_grad, torch.inference_mode, torch.enable_grad]))
+def test_calls_may_change_between_the_modes_of_torch(modes):
+    tensors, stream, outputs = random_qkv(120), KeyValueStream(RULE), []
+    for position in range(120):
+        with modes[position // 3 % 3]():
+            outputs.append(stream.attend(*(tensor[:, :, position, None] for tensor in tensors), SCALE).clone())
+    torch.testing.assert_close(torch.cat(outputs, dim=2), sparse_attention(*tensors, RULE, scale=SCALE))
+
+
 def held_bytes(stream) -> int:
     """Memory behind the tensors of the stream: whole storages, whatever views show of them."""
     return sum(tensor.untyped_storage().nbytes() for tensor in stream.buffer.whole)

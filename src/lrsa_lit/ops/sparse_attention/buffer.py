@@ -65,8 +65,7 @@ class PairBuffer:
             filled = self.filled
             self._key, self._value = torch.cat([filled[0], key], dim=2), torch.cat([filled[1], value], dim=2)
         else:
-            if stop > self.capacity:
-                self.reserve(stop)
+            self.reserve(stop)
             self._key[:, :, self.length : stop] = key
             self._value[:, :, self.length : stop] = value
         self.length = stop
@@ -79,8 +78,9 @@ class PairBuffer:
         return rest
 
     def reserve(self, rows: int) -> None:
-        """Make room for ``rows`` rows in all, and some more, if there is less."""
-        if rows <= self.capacity:
+        """Make room for ``rows`` rows in all, and some more, if there is less or it may not be written to."""
+        # Outside of inference mode torch refuses to write to what was made in it.
+        if rows <= self.capacity and (torch.is_inference_mode_enabled() or not self._key.is_inference()):
             return
         filled = self.filled
         shape = (*self._key.shape[:2], rows + rows // _SPARE, self._key.shape[3])
