@@ -126,6 +126,12 @@ def test_runs_of_one_token_keep_what_the_scores_keep():
         assert ChunkWise(1, values_only).keep(parts, config)[0].equal(alone.keep(parts, config)[0])
 
 
+@pytest.mark.parametrize("seed", [1.5, True, "a", None])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(UserError, match=r"lrsa\.compressor: seed .* must be an integer$"):
+        RandomTokens(seed)
+
+
 @pytest.mark.parametrize("size", [0, -4, 2.0, True, "4"])
 def test_a_run_has_a_whole_number_of_tokens(size):
     with pytest.raises(UserError, match=r"lrsa\.compressor: size .* integer >= 1"):

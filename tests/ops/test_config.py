@@ -136,9 +136,21 @@ def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
         ({"compressor": {"class_path": "os.system"}}, "lrsa.compressor: 'os.system' is not an imported compressor"),
         ({"compressor": {}}, "lrsa.compressor: None is not an imported compressor"),
         ({"compressor": {"class_path": f"{Recency.__module__}.Selector"}}, "lrsa.compressor: "),
+        ({"compressor": {"class_path": ["Recency"]}}, "lrsa.compressor: ['Recency'] is not an imported compressor"),
         ({"compressor": Recency().to_dict() | {"init_args": {"seeds": 1}}}, "lrsa.compressor: "),
+        ({"compressor": None}, "lrsa.compressor: None is not allowed; it must have a class_path"),
+        ({"compressor": "Recency"}, "lrsa.compressor: 'Recency' is not allowed; it must have a class_path"),
     ],
-    ids=["unknown-setting", "unknown-class", "no-class", "abstract-class", "unknown-argument"],
+    ids=[
+        "unknown-setting",
+        "unknown-class",
+        "no-class",
+        "abstract-class",
+        "several-classes",
+        "unknown-argument",
+        "null",
+        "name-alone",
+    ],
 )
 def test_a_dict_that_names_something_unknown_is_refused(values, message):
     with pytest.raises(UserError) as caught:

@@ -63,12 +63,14 @@ class Compressor(ABC):
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> Compressor:
+    def from_dict(values: Any) -> Compressor:
         """The compressor that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
+        if not isinstance(values, dict):
+            raise UserError(f"lrsa.compressor: {values!r} is not allowed; it must have a class_path and init_args")
         classes = [cls for cls in _subclasses(Compressor) if not inspect.isabstract(cls)]  # type: ignore[type-abstract]
         known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
         path = values.get("class_path")
-        if path not in known:
+        if not isinstance(path, str) or path not in known:
             raise UserError(f"lrsa.compressor: {path!r} is not an imported compressor; there are {', '.join(known)}")
         try:
             return known[path](**values.get("init_args", {}))
@@ -180,9 +182,17 @@ class RandomTokens(Selector):
 
     Args:
         seed: another seed keeps other tokens; each layer of a model derives its own.
+
+    Raises:
+        UserError: a seed that is no integer.
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the seed here: the hash would only show when tokens are kept."""
+        if not is_integer(self.seed):
+            raise UserError(f"lrsa.compressor: seed {self.seed!r} is not allowed; it must be an integer")
 
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
         """Uniform in [0, 1), the same for every row of the batch."""
