@@ -145,8 +145,8 @@ class ValueRelative(SpreadSelector):
 class ChunkWise(Selector):
     """Keep runs of consecutive tokens, by the mean of their scores, so that words and names stay whole.
 
-    A partition is cut into runs of ``size`` tokens, the last of which may be shorter. The floor(K / size) best runs are
-    kept, and the first K mod size tokens of the next one.
+    A partition is cut into runs of ``size`` tokens, the last of which may be shorter. The best runs are kept as long as
+    K tokens hold them whole, and of the next one its first tokens, so that there are K.
 
     Args:
         size: tokens of a run (>= 1); 1 keeps what the scores alone keep.
