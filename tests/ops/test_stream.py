@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, Recency, sparse_attention
-from lrsa_lit.ops.sparse_attention.buffer import share_memory
+from lrsa_lit.ops.sparse_attention.buffer import PairBuffer, share_memory
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start, stored_size
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
@@ -89,6 +89,16 @@ def test_calls_may_change_between_the_modes_of_torch(modes):
         with modes[position // 3 % 3]():
             outputs.append(stream.attend(*(tensor[:, :, position, None] for tensor in tensors), SCALE).clone())
     torch.testing.assert_close(torch.cat(outputs, dim=2), sparse_attention(*tensors, RULE, scale=SCALE))
+
+
+def test_rows_that_were_cut_off_outlive_those_that_take_their_place():
+    rows, others = random_qkv(9)[1:], random_qkv(9, seed=1)[1:]
+    buffer = PairBuffer(*rows)
+    with torch.no_grad():
+        rest = buffer.cut(4)
+        buffer.append(tuple(tensor[:, :, :5] for tensor in others))
+    for kept, tensor in zip(rest, rows, strict=True):
+        assert kept.equal(tensor[:, :, 4:])
 
 
 def held_bytes(stream) -> int:
