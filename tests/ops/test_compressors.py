@@ -237,6 +237,12 @@ def test_random_tokens_differ_between_heads_partitions_and_layers():
     assert not layers[1].equal(layers[2])
 
 
+def test_a_seed_keeps_the_same_tokens_in_every_version():
+    """Another hash would be another rule under the same digest; these are of the hash in Python's own integers."""
+    kept = kept_at_random(7, count=3, lag=10, top_k=3, heads=2)
+    assert kept[0].tolist() == [[[0, 2, 7], [2, 3, 6], [4, 5, 9]], [[3, 4, 8], [1, 2, 3], [2, 8, 9]]]
+
+
 def test_random_tokens_keep_the_same_whether_compressed_at_once_or_one_by_one():
     config, together = LRSAConfig(0, 12, 4), kept_at_random(5, count=6)
     for p in range(6):
