@@ -7,6 +7,7 @@ import torch
 from ops.triton.oracle import DEVICE, inputs
 
 from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig, Recency, SpreadSelector, ValueRelative, select
+from lrsa_lit.ops.sparse_attention.impl import reference
 from lrsa_lit.ops.sparse_attention.impl import triton as kernels
 from lrsa_lit.ops.sparse_attention.selection import compress_partitions, partitions_of
 
@@ -63,6 +64,18 @@ def test_partitions_of_a_call_keep_the_same_pairs(selector):
     expected = compress_partitions(partitions_of(key, value, config, 3, first=2), config)
     for ours, theirs in zip(kernels.compress(key, value, config, 3, first=2), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_pairs_that_want_gradients_pass_them_on():
+    _, key, value, _ = inputs(1, 2, 2, 75, 24)
+    config, gradients = LRSAConfig(5, 16, 5), []
+    for compress in (kernels.compress, reference.compress):
+        leaves = [tensor.detach().requires_grad_() for tensor in (key, value)]
+        compact = compress(*leaves, config, 3, first=0)
+        gradients.append(torch.autograd.grad(sum(part.square().sum() for part in compact), leaves))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.any()
 
 
 def test_packed_sequences():
