@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lrsa_lit.analysis import metrics
@@ -139,6 +139,7 @@ def test_agreement(drawn, rule, lengths, layers, heads, seed):
         same(means[i, j], np.mean(defined) if defined else math.nan)
 
 
+@example(LRSAConfig(sink_size=0, lag_size=7, top_k=3), LRSAConfig(sink_size=3, lag_size=2, top_k=1), [12], 1, 0)
 @given(rules(), rules(), lengths, st.integers(1, 3), st.integers(0, 99))
 def test_agreement_of_two_rules(drawn, rule, other, lengths, heads, seed):
     records = [drawn(tuple(lengths), rule=r, layers=2, heads=heads, seed=seed + n) for n, r in enumerate((rule, other))]
