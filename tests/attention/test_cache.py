@@ -133,6 +133,7 @@ def test_rows_padded_alike_share_a_stream(model, tokens, rule):
     mask[:, :6] = 0
     cache = LRSACache(rule, 3)
     close(feed(model, cache, ids, [50, 30], mask)[:, 6:], model(ids[:, 6:], use_cache=False).logits)
+    assert all(layer.stream is not None for layer in cache.layers)
     assert cache.stored_tokens() == [3 * stored_size(74, rule)] * 3
 
 
@@ -232,11 +233,10 @@ def test_packed_sequences_cannot_be_cached(padding, past, model, tokens, rule):
     assert refusal(lambda: model(tokens(2, 12), past_key_values=cache, **given)).startswith("position_ids: ")
 
 
-@pytest.mark.parametrize("padding", [False, True], ids=["unpadded", "padded"])
-def test_packed_sequences_cannot_continue_an_uncompressed_cache(padding, model, tokens):
+@pytest.mark.parametrize("pads_from", [32, 0, 20], ids=["unpadded", "row-of-pads", "row-that-ended"])
+def test_packed_sequences_cannot_continue_an_uncompressed_cache(pads_from, model, tokens):
     mask = torch.ones(2, 32, dtype=torch.long)
-    if padding:
-        mask[0] = 0
+    mask[0, pads_from:] = 0
     cache = model(tokens(2, 20), attention_mask=mask[:, :20], use_cache=True).past_key_values
     positions = torch.tensor([[*range(20, 25), *range(7)]]).expand(2, -1)
     given = {"attention_mask": mask, "position_ids": positions}

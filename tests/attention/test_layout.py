@@ -192,6 +192,11 @@ def test_positions_that_run_on_from_elsewhere_are_one_sequence(model, tokens):
     assert plain.equal(model(ids, use_cache=False).logits)
 
 
+def test_positions_that_skip_start_a_sequence():
+    layout = read_layout(None, torch.tensor([[0, 1, 2, 7, 8, 4]]), (1, 6), 0)
+    assert layout.cu_seqlens.tolist() == [0, 3, 5, 6]
+
+
 def mask_of(rows):
     return {"attention_mask": torch.tensor(rows)}
 

@@ -7,7 +7,7 @@ import torch
 from helpers import one_line
 from transformers import DynamicCache
 
-from lrsa_lit.attention import LRSACache, enable, enabled_config, prefill
+from lrsa_lit.attention import LRSACache, disable, enable, enabled_config, prefill
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
 
@@ -125,6 +125,16 @@ def test_pads_are_refused(tiny, tokens, rule):
     cache = LRSACache.of(model, rule)
     line = refusal(lambda: model(tokens(2, 10), attention_mask=mask, past_key_values=cache))
     assert line.startswith("attention_mask: with stock attention")
+
+
+def test_rows_of_unequal_lengths_are_not_continued(tiny, tokens, rule):
+    model, mask = tiny("Llama"), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :3] = 0
+    cache = LRSACache.of(model, rule)
+    enable(model, rule)(tokens(2, 10), attention_mask=mask, past_key_values=cache)
+    disable(model)
+    line = refusal(lambda: model(tokens(2, 1), past_key_values=cache))
+    assert line.startswith("cache: its rows are of unequal lengths")
 
 
 def test_rules_that_do_not_fit_are_refused(tiny, tokens, rule):
