@@ -13,6 +13,7 @@ from typing import NamedTuple
 import kill
 import numpy as np
 import pytest
+import recorded_fit
 import torch
 import yaml
 from cli_helpers import interruptible
@@ -35,12 +36,12 @@ class Fit(NamedTuple):
 def fits(tmp_path_factory):
     """Of five batches an epoch: one step each and a validation at each epoch's end, or a step for two of them."""
     root = tmp_path_factory.mktemp("fits")
-    kill.write_records(root / "records.jsonl", 10)
-    (root / "common.yaml").write_text(yaml.safe_dump(kill.common(root / "records.jsonl", STEPS)))
+    recorded_fit.write_records(root / "records.jsonl", 10)
+    (root / "common.yaml").write_text(yaml.safe_dump(recorded_fit.common(root / "records.jsonl", STEPS)))
     unpacked = {"data": {"init_args": {"packing": None, "batch_size": 2, "num_workers": 0}}}
     changes = {"plain": unpacked, "accumulating": unpacked | {"trainer": {"max_steps": 8}}}
     made = {}
-    for (name, change), case in zip(changes.items(), kill.cases(), strict=True):
+    for (name, change), case in zip(changes.items(), recorded_fit.cases(), strict=True):
         saving = {"save_on_exception": True, "save_last": True, "monitor": "val/loss"}
         callbacks = case.config["trainer"]["callbacks"]
         callbacks[0]["init_args"] = saving
@@ -63,8 +64,8 @@ def references(fits, tmp_path_factory):
                 patch.chdir(folder)
                 patch.setenv("LRSA_CACHE_DIR", str(folder / "cache"))
                 main(fits[name])
-            events = {(event["kind"], event["key"]): event["value"] for event in kill.events(folder)}
-            made[name] = kill.Reference(events, torch.load(folder / kill.LAST, weights_only=True), 0, 0, 0, 0.0)
+            events = {(event["kind"], event["key"]): event["value"] for event in recorded_fit.events(folder)}
+            made[name] = kill.Reference(events, torch.load(folder / recorded_fit.LAST, weights_only=True), 0, 0, 0, 0.0)
         return Fit(fits[name], made[name])
 
     return of
@@ -75,7 +76,7 @@ def at(monkeypatch):
     """Do something when a fit records an event, the first time that it does."""
 
     def at(kind, key, what):
-        record, done = kill.record, []
+        record, done = recorded_fit.record, []
 
         def watching(*event):
             record(*event)
@@ -83,7 +84,7 @@ def at(monkeypatch):
                 done.append(event)
                 what()
 
-        monkeypatch.setattr(kill, "record", watching)
+        monkeypatch.setattr(recorded_fit, "record", watching)
 
     return at
 
@@ -112,7 +113,7 @@ def test_a_stopped_fit_goes_on(elsewhere, references, at, capfd, name, kind, key
     with pytest.raises(SystemExit) as stop:
         main(fit.arguments)
     assert stop.value.code == 143
-    assert f"; go on with --ckpt_path {kill.LAST}" in capfd.readouterr().err
+    assert f"; go on with --ckpt_path {recorded_fit.LAST}" in capfd.readouterr().err
     main([*fit.arguments, "--ckpt_path", "last"])
     assert kill.differences(fit.expected, elsewhere) == []
 
@@ -141,7 +142,7 @@ def test_a_crash_in_a_batch_loses_nothing(elsewhere, references, monkeypatch):
         patch.setattr(LongContextQA, "training_step", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             main(fit.arguments)
-    assert torch.load(kill.LAST, weights_only=True)["global_step"] == 7
+    assert torch.load(recorded_fit.LAST, weights_only=True)["global_step"] == 7
     main([*fit.arguments, "--ckpt_path", "last"])
     assert kill.differences(fit.expected, elsewhere) == []
 
@@ -157,7 +158,7 @@ def test_half_a_step_is_not_saved(elsewhere, references, monkeypatch, caplog):
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     with pytest.raises(RuntimeError, match="in the middle of it"):
         main(references("plain").arguments)
-    assert torch.load(kill.LAST, weights_only=True)["global_step"] == 5
+    assert torch.load(recorded_fit.LAST, weights_only=True)["global_step"] == 5
     assert "in the middle of an optimizer step" in caplog.text
 
 
