@@ -19,6 +19,7 @@ EXAMPLE = Example(
     answers=["a", "b"],
     match="all",
     task="t",
+    subject="s",
 )
 
 

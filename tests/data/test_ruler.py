@@ -14,6 +14,7 @@ from lrsa_lit.data.prompts import TooLong, encode
 from lrsa_lit.data.qa_tasks import QA_TASKS, Documents
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.ruler import RULER_TASKS, Ruler
+from lrsa_lit.data.squad import SquadArticles, article_of
 from lrsa_lit.data.word_tasks import WORD_TASKS, common_words, frequent_words, largest
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import recall
@@ -38,7 +39,7 @@ def texts(data: Ruler, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def documents() -> dict[str, Documents]:
-    return {name: make(0) for name, make in QA_TASKS.items()}
+    return {name: make(0, 0.1, 0.1) for name, make in QA_TASKS.items()}
 
 
 def listed(text: str) -> list[str]:
@@ -176,6 +177,25 @@ def test_questions_are_in_one_split_only(name: str, documents: dict[str, Documen
     assert all(seen)
 
 
+def test_a_question_of_squad_has_its_article_as_subject(data: Ruler):
+    examples = {record.id: data.to_example(record) for record in data.records("test")}
+    subjects = {data.to_example(record).get("subject") for record in data.records("test") if record.task == "qa_squad"}
+    articles = SquadArticles().articles("test")
+    assert subjects <= {article[0].passages[0].title.removesuffix(" (1)") for article in articles}
+    assert all(subjects)
+    assert all("subject" not in example for name, example in examples.items() if "qa_squad" not in name)
+
+
+def test_shares_decide_how_many_articles_are_asked_about(tokenizer: PreTrainedTokenizerFast):
+    options = {"tokenizer": tokenizer, "max_tokens": BUDGET, "tasks": ["qa_squad"], "test": 600}
+    few, most = (
+        {article_of(record) for record in Ruler(**options, **shares).records("test")}
+        for shares in ({}, {"val_fraction": 0.0, "test_fraction": 0.95})
+    )
+    assert len(few) == 4
+    assert len(most) == 34
+
+
 def test_prompts_read_as_rulers_do(texts: dict[str, str]):
     begin, turn = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     asked = (
@@ -246,6 +266,7 @@ def test_each_task_has_a_score_of_its_own(data: Ruler):
     ("parameters", "message"),
     [
         ({"tasks": ["cwe"]}, f"data.init_args.tasks: 'cwe', allowed are {', '.join(RULER_TASKS)}"),
+        ({"test_fraction": 1.0}, r"data.init_args.test_fraction is 1.0, allowed is 0 or more and less than 1"),
         (
             {"tasks": ["qa_squad"], "test": 5000},
             r"data.init_args.test is 5000, which asks for more than the \d+ questions of qa_squad; allowed",

@@ -31,6 +31,17 @@ def test_a_digest_is_of_the_examples_and_not_of_the_file(tmp_path):
     assert tokens.write(tmp_path / "d.npz", given[::-1]).digest != one.digest
 
 
+def test_questions_of_one_subject_are_of_one_context(tmp_path):
+    given = examples("test", 4)
+    assert tokens.write(tmp_path / "a.npz", given).contexts == [0, 1, 2, 3]
+    subjects = ["Rhine", "Oxygen", "Rhine", ""]
+    named = [{**example, "subject": subject} for example, subject in zip(given, subjects, strict=True)]
+    assert tokens.write(tmp_path / "b.npz", named).contexts == [0, 1, 0, 2]
+    # As they come from the cache.
+    without = [{**example, "subject": ""} for example in given]
+    assert tokens.write(tmp_path / "c.npz", without) == tokens.read(tmp_path / "a.npz")
+
+
 def test_tokens_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
     given = {**examples("test", 1)[0], "input_ids": [1, 65_536]}
     with pytest.raises(UserError, match="65536"):

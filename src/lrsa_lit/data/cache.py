@@ -39,6 +39,7 @@ _FEATURES = datasets.Features(
         "answers": datasets.List(datasets.Value("string")),
         "match": datasets.Value("string"),
         "task": datasets.Value("string"),
+        "subject": datasets.Value("string"),
     }
 )
 
@@ -104,7 +105,7 @@ def _write(folder: Path, examples: Iterable[Example]) -> None:
     with ArrowWriter(path=str(folder / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
         for example in examples:
             try:
-                writer.write({"task": "", **example})
+                writer.write({"task": "", "subject": "", **example})
             except OSError as error:
                 raise _unwritable(folder, error) from None
         writer.finalize()

@@ -88,6 +88,7 @@ class Example(TypedDict):
         answers: the record's.
         match: the record's.
         task: the record's, if it has one.
+        subject: what the context is about, where those of other questions are about it too without being the same.
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
     """
@@ -100,6 +101,7 @@ class Example(TypedDict):
     answers: Sequence[str]
     match: Match
     task: NotRequired[str]
+    subject: NotRequired[str]
     source: NotRequired[str]
     repeated: NotRequired[bool]
 

@@ -2,7 +2,7 @@
 
 Source: RULER's ``qa_1`` (SQuAD) and ``qa_2`` (HotpotQA). The documents that hold the answer lie at random places among
 others, of which those of the question's own article or context are taken first. Splits are those of
-:class:`~lrsa_lit.data.squad.SquadArticles` and :class:`~lrsa_lit.data.hotpotqa.HotpotQA` with the same seed.
+:class:`~lrsa_lit.data.squad.SquadArticles` and :class:`~lrsa_lit.data.hotpotqa.HotpotQA` with the same seed and shares.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lrsa_lit.data.hotpotqa import HotpotQA
 from lrsa_lit.data.module import SPLITS, Split
 from lrsa_lit.data.prompts import Example, Prompt, TooLong
 from lrsa_lit.data.records import Passage, QARecord
-from lrsa_lit.data.squad import SquadArticles
+from lrsa_lit.data.squad import SquadArticles, article_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,10 +37,17 @@ class Documents:
     Args:
         questions: of each split, in the order to take them; titles tell documents apart.
         documents: of all splits.
+        subject_of: names what a question is about, where texts of different questions share it; null for none.
     """
 
-    def __init__(self, questions: dict[Split, list[QARecord]], documents: Sequence[Passage]) -> None:
+    def __init__(
+        self,
+        questions: dict[Split, list[QARecord]],
+        documents: Sequence[Passage],
+        subject_of: Callable[[QARecord], str] | None = None,
+    ) -> None:
         self.questions = questions
+        self._subject_of = subject_of
         self._pool = ParagraphPool(documents, PROMPT)
 
     def example(
@@ -50,7 +57,7 @@ class Documents:
         gold = [passage for passage in record.passages if passage.title in record.supporting_titles]
         others = [passage.title for passage in record.passages if passage.title not in record.supporting_titles]
         own = {self._positions[passage.title] for passage in record.passages}
-        return self._pool.fill(
+        example = self._pool.fill(
             replace(record, passages=tuple(rng.sample(gold, len(gold)))),
             lambda position: position not in own,
             rng,
@@ -58,24 +65,27 @@ class Documents:
             max_tokens,
             first=[self._positions[title] for title in rng.sample(others, len(others))],
         )
+        if self._subject_of is not None and not isinstance(example, TooLong):
+            example["subject"] = self._subject_of(record)
+        return example
 
     @cached_property
     def _positions(self) -> dict[str, int]:
         return {passage.title: position for position, passage in enumerate(self._pool.passages)}
 
 
-def squad(seed: int) -> Documents:
-    """SQuAD 2.0's answerable questions; the documents are paragraphs, without a title."""
-    data = SquadArticles(seed=seed)
+def squad(seed: int, val_fraction: float, test_fraction: float) -> Documents:
+    """SQuAD 2.0's answerable questions; the documents are paragraphs, without a title, the subjects articles."""
+    data = SquadArticles(seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
     articles = {split: data.articles(split) for split in SPLITS}
     documents = [passage for split in SPLITS for article in articles[split] for passage in article[0].passages]
     questions = {split: [record for article in articles[split] for record in article] for split in SPLITS}
-    return _shuffled(questions, documents, seed)
+    return _shuffled(questions, documents, seed, article_of)
 
 
-def hotpotqa(seed: int) -> Documents:
+def hotpotqa(seed: int, val_fraction: float, test_fraction: float) -> Documents:
     """HotpotQA's questions with the ten paragraphs of each; a document is a title and a paragraph."""
-    data = HotpotQA(seed=seed)
+    data = HotpotQA(seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
     contexts = {question["_id"]: [_titled(item) for item in question["context"]] for question in data.raw}
     # One document a title: the last one, where the file has several.
     documents = {passage.title: passage for context in contexts.values() for passage in context}
@@ -86,13 +96,18 @@ def hotpotqa(seed: int) -> Documents:
     return _shuffled(questions, list(documents.values()), seed)
 
 
-QA_TASKS: dict[str, Callable[[int], Documents]] = {"qa_squad": squad, "qa_hotpotqa": hotpotqa}
+QA_TASKS: dict[str, Callable[[int, float, float], Documents]] = {"qa_squad": squad, "qa_hotpotqa": hotpotqa}
 
 
-def _shuffled(questions: dict[Split, list[QARecord]], documents: Sequence[Passage], seed: int) -> Documents:
+def _shuffled(
+    questions: dict[Split, list[QARecord]],
+    documents: Sequence[Passage],
+    seed: int,
+    subject_of: Callable[[QARecord], str] | None = None,
+) -> Documents:
     for split, records in questions.items():
         random.Random(f"{seed}:{split}").shuffle(records)
-    return Documents(questions, documents)
+    return Documents(questions, documents, subject_of)
 
 
 def _titled(item: tuple[str, list[str]]) -> Passage:

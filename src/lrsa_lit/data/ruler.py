@@ -19,6 +19,7 @@ from lrsa_lit.data.needle_tasks import TASKS
 from lrsa_lit.data.prompts import Example, TooLong
 from lrsa_lit.data.qa_tasks import QA_TASKS, Documents
 from lrsa_lit.data.records import QARecord
+from lrsa_lit.data.splits import check_fractions
 from lrsa_lit.data.word_tasks import WORD_TASKS, WORDS, largest
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve, sha256_of
@@ -32,14 +33,25 @@ class Ruler(Needles):
     Args:
         tasks: any of niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, common_words,
             frequent_words, qa_squad, qa_hotpotqa.
+        val_fraction: share of qa_squad's articles, and of qa_hotpotqa's questions, to validate on.
+        test_fraction: share of them to test on.
         kwargs: train, val, test (numbers of examples), source, sha256 (of the haystack of the niah tasks and of
             variable_tracking), and see QADataModule.
     """
 
     known: ClassVar[tuple[str, ...]] = RULER_TASKS
 
-    def __init__(self, tasks: Sequence[str] = RULER_TASKS, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str] = RULER_TASKS,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(tasks=tasks, **kwargs)
+        check_fractions(val_fraction, test_fraction)
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
         self._documents: dict[str, Documents] = {}
 
     def sources(self) -> dict[str, str]:
@@ -83,5 +95,5 @@ class Ruler(Needles):
 
     def _of(self, task: str) -> Documents:
         if task not in self._documents:
-            self._documents[task] = QA_TASKS[task](self.seed)
+            self._documents[task] = QA_TASKS[task](self.seed, self.val_fraction, self.test_fraction)
         return self._documents[task]

@@ -88,3 +88,8 @@ def article_records(article: dict[str, Any]) -> list[QARecord]:
         for question in paragraph["qas"]
         if not question["is_impossible"]
     ]
+
+
+def article_of(record: QARecord) -> str:
+    """The name of the article that a record of :func:`article_records` is about."""
+    return record.passages[0].title.rpartition(" (")[0]

@@ -49,7 +49,10 @@ class TokenFile:
 
     @functools.cached_property
     def contexts(self) -> list[int]:
-        """For each example the number of its context, from 0 on: those of one differ in the question alone."""
+        """For each example the number of its context, from 0 on.
+
+        Those of one differ in the question alone, or have the same subject.
+        """
         firsts: list[Example] = []
         found: list[int] = []
         for example in self.examples:
@@ -78,7 +81,7 @@ def write(path: Path, examples: Iterable[Example]) -> TokenFile:
     flat = np.concatenate(tokens)
     if flat.max() > np.iinfo(np.uint16).max:
         raise UserError(f"{path.name}: token {flat.max()} is not allowed; a token file holds tokens up to 65535")
-    about = json.dumps([{name: _plain(example, name) for name in _FIELDS} for example in kept], ensure_ascii=False)
+    about = json.dumps([_about(example) for example in kept], ensure_ascii=False)
 
     def fill(file: IO[bytes]) -> None:
         np.savez_compressed(
@@ -115,11 +118,22 @@ def read(path: Path) -> TokenFile:
 
 
 def _same_context(one: Example, other: Example) -> bool:
-    """Whether two prompts are the same but for their ends; short ones, of which little is compared, never are."""
+    """Whether two prompts are the same but for their ends; short ones, of which little is compared, never are.
+
+    Where they have subjects, these decide: of one article texts can be made that share much and begin otherwise.
+    """
+    if one.get("subject") or other.get("subject"):
+        return one.get("subject") == other.get("subject")
     shared = min(one["prompt_length"], other["prompt_length"]) - _QUESTION
     # Without copies: two contexts differ early.
     tokens = zip(one["input_ids"], other["input_ids"], strict=False)
     return shared > _QUESTION and all(mine == its for mine, its in itertools.islice(tokens, shared))
+
+
+def _about(example: Example) -> dict[str, Any]:
+    found = {name: _plain(example, name) for name in _FIELDS}
+    # Not in each: the digest of a file that has none stays what it was.
+    return found | ({"subject": example["subject"]} if example.get("subject") else {})
 
 
 def _plain(example: Example, name: str) -> Any:
