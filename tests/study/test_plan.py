@@ -302,7 +302,7 @@ def test_the_shipped_recipe_is_the_row_that_it_names():
     assert decided[0] == decided[1]
 
 
-@pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "asked-lrsa-4x", "first-dense"])
+@pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "lrsa-4x-needles", "first-dense"])
 def test_a_row_is_a_config_of_a_fit(row, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["study", "config", str(Path(__file__).parents[2] / SHIPPED), row, "--seed", "7"])
@@ -318,6 +318,6 @@ def test_a_row_is_a_config_of_a_fit(row, tmp_path, capfd, monkeypatch):
     compressor = shown["model"]["lrsa"]["compressor"]["class_path"]
     assert compressor.endswith("RandomTokens" if row == "random-4x" else "LagRelative")
     assert (shown["model"]["train_top_k"] is None) == (row != "mixed-k")
-    data_set = {"first-dense": "hotpotqa", "asked-lrsa-4x": "hotpotqa_asked"}.get(row, "hotpotqa_all")
-    assert shown["data"]["init_args"]["weights"] == {data_set: 1.0}
+    mixtures = {"first-dense": {"hotpotqa": 1.0}, "lrsa-4x-needles": {"hotpotqa_all": 0.9, "needles": 0.1}}
+    assert shown["data"]["init_args"]["weights"] == mixtures.get(row, {"hotpotqa_all": 1.0})
     assert list(shown["data"]["init_args"]["data_sets"]) == list(shown["data"]["init_args"]["weights"])
