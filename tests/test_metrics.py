@@ -35,7 +35,7 @@ def test_normalize_answer(text: str, expected: str):
         ("no", ["yes"], 0.0, 0.0),
         ("Yes.", ["yes"], 1.0, 1.0),
         ("", ["Paris"], 0.0, 0.0),
-        ("the", ["A"], 1.0, 1.0),
+        ("the", ["A"], 0.0, 1.0),  # as in the published qa_f1_score, in which nothing has no F1
         ("1999", ["in 1999", "1999"], 1.0, 1.0),
         ("1999", ["1999", "in the summer of 1999"], 1.0, 1.0),
     ],

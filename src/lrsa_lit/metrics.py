@@ -37,7 +37,7 @@ def f1_score(prediction: str, answers: Sequence[str], match: Match = "any") -> f
             together, and the reference is all of them joined by ", ".
 
     Returns:
-        A score between 0 and 1. If either side normalises to nothing, 1 when both do and 0 otherwise (SQuAD 2.0).
+        A score between 0 and 1; 0 where no word is shared, also if both sides normalise to nothing.
     """
     return max(_f1(normalize_answer(prediction).split(), words.split()) for words in _references(answers, match))
 
@@ -62,7 +62,5 @@ def _references(answers: Sequence[str], match: Match) -> list[str]:
 
 
 def _f1(predicted: list[str], expected: list[str]) -> float:
-    if not predicted or not expected:
-        return float(predicted == expected)
     shared = (Counter(predicted) & Counter(expected)).total()
-    return 2 * shared / (len(predicted) + len(expected))
+    return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
