@@ -175,6 +175,17 @@ def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], message:
     assert str(error.value) == message
 
 
+def test_files_of_one_name_hold_different_questions(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    nameless = {name: value for name, value in ROW.items() if name not in ("_id", "dataset")}
+    files = [tmp_path / folder / "x.jsonl" for folder in "ab"]
+    for path in files:
+        path.parent.mkdir()
+        written(path, nameless, nameless)
+    data = LongBench(test=[str(path) for path in files], tokenizer=tokenizer)
+    assert [record.id for record in data.records("test")] == ["x-1", "x-2", "x-3", "x-4"]
+    data.prepare_data("test")
+
+
 def test_the_same_id_twice_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     data = LongBench(test=written(tmp_path / "x.jsonl", ROW, ROW), tokenizer=tokenizer)
     with pytest.raises(UserError, match="the id 'a1' stands twice"):

@@ -6,6 +6,7 @@ that LongBench scores by ``qa_f1`` are taken: English questions with alternative
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -79,11 +80,14 @@ class LongBench(QADataModule):
 
     def records(self, split: Split) -> Iterator[QARecord]:
         """The records of a split in the order of its files, those that are too long cut if that was asked for."""
+        # Files of one name in several folders are counted through.
+        counts: Counter[str] = Counter()
         for file in self._files(split):
             path = resolve(file)
-            for number, record in enumerate(read_jsonl(path, _record), start=1):
-                task = record.task or path.stem
-                named = replace(record, id=record.id or f"{path.stem}-{number}", task=task)
+            for record in read_jsonl(path, _record):
+                counts[path.stem] += 1
+                name = record.id or f"{path.stem}-{counts[path.stem]}"
+                named = replace(record, id=name, task=record.task or path.stem)
                 found = self.to_example(named) if self.truncate else None
                 if isinstance(found, TooLong):
                     named = self._cut(named, found)
