@@ -127,9 +127,20 @@ def test_results_become_runs_of_a_store_once(study_file, results, tmp_path, monk
     assert all(run.info.status == "FINISHED" for run in runs)
 
 
-def test_no_results_no_report(study_file, tmp_path):
+def test_a_store_that_is_none_is_refused_before_anything_is_written(study_file, results, tmp_path, capsys):
+    to = ["--to", str(tmp_path / "report"), "--mlflow", "runs.db"]
     with pytest.raises(SystemExit, match="2"):
-        main(["study", "report", str(tmp_path / "none.jsonl"), "--study", str(study_file)])
+        main(["study", "report", str(results), "--study", str(study_file), *to])
+    assert "--mlflow: 'runs.db' is not allowed" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(("name", "said"), [("none.jsonl", "no such file"), ("empty.jsonl", "it holds no results")])
+def test_no_results_no_report(name, said, study_file, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "report", str(tmp_path / name), "--study", str(study_file)])
+    assert f"{name}: {said}" in capsys.readouterr().err
 
 
 def test_results_have_the_names_of_today(study_file, results, tmp_path):

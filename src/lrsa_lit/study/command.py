@@ -150,11 +150,15 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from lrsa_lit.store import checked_uri
     from lrsa_lit.study.plan import Study
     from lrsa_lit.study.report.document import fill, results_of, write_report
 
     study = Study(options.study)
     lines = results_of(study, options.results)
+    if options.mlflow is not None:
+        # Not when all else is written.
+        checked_uri(options.mlflow, "--mlflow")
     if options.into:
         fill(study, lines, options.into, options.plots, options.data)
     if options.to or not options.into:

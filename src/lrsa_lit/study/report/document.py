@@ -25,8 +25,10 @@ def results_of(study: Study, path: Path) -> list[Line]:
     """The results of a file, by the names that the study's rows have now; those of rows that it has no more stay out.
 
     Raises:
-        UserError: there are none.
+        UserError: there is no such file, or there are none.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; `lrsa study run` writes it")
     names = {row.hash: row.name for row in reversed(study.rows.values())}
     lines = [{**line, "row": names[line["config"]]} for line in read_lines(path) if line["config"] in names]
     if not lines:
