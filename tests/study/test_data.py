@@ -60,6 +60,27 @@ def test_the_splits_of_the_limits_are_written(tmp_path, capsys):
     assert "'other'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"foo": 1, "limit": {"test": 1}}, "'foo'"),
+        ({"tasks": ["foo"], "limit": {"test": 1}}, "data.init_args.tasks: 'foo'"),
+        ({}, "init_args.limit"),
+    ],
+    ids=["unknown", "refused", "no limit"],
+)
+def test_a_mistake_of_a_data_set_names_it(arguments, named, tmp_path, capsys):
+    path = tmp_path / "study.yaml"
+    sets = {"plain": STUDY["data_sets"]["plain"], "keys": {"class_path": "lrsa_lit.data.Needles"}}
+    sets["keys"]["init_args"] = arguments
+    path.write_text(yaml.safe_dump({**STUDY, "data_sets": {**STUDY["data_sets"], **sets}}))
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "data", str(path), "--data", str(tmp_path / "data"), "--only", "keys"])
+    shown = capsys.readouterr().err
+    assert "data_sets.keys: " in shown
+    assert named in shown
+
+
 def test_an_article_is_text_alone(tmp_path):
     made = Articles(source=articles_file(tmp_path), sha256=None, max_tokens=200, scored_from=50, val_fraction=0.0)
     made.tokenizer = tokenizer = tiny_tokenizer()

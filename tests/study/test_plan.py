@@ -127,6 +127,8 @@ def test_what_several_parts_ask_for_is_put_together(tmp_path):
         ({"rows": {"lrsa": {"trainer": {"max_steps": "many"}}}}, "rows.lrsa.trainer.max_steps: 'many'"),
         ({"rows": {"lrsa": {"model": {"lsra": {}}}}}, "rows.lrsa.model: there is no setting 'lsra'"),
         ({"rows": {"lrsa": {"model": {"lrsa": None}}}}, "rows.lrsa.model.lrsa: None"),
+        ({"rows": {"lrsa": {"model": {"max_new_tokens": 1.5}}}}, "rows.lrsa.model.max_new_tokens: 1.5"),
+        ({"rows": {"lrsa": {"model": {"backbone": {"source": None}}}}}, "rows.lrsa.model.backbone.source: None"),
         ({"rows": {"lrsa": {"model": {"train_attention": "dense"}}}}, "rows.lrsa.model.train_attention: 'dense'"),
         ({"rows": {"lrsa": {"data": {"init_args": {"batchsize": 4}}}}}, "there is no setting 'batchsize'"),
         ({"rows": {"lrsa": {"data": {"init_args": {"batch_size": 0}}}}}, "data.init_args.batch_size: 0"),
@@ -186,6 +188,16 @@ def test_an_attention_that_a_part_is_held_against_is_named_where_it_stands(tmp_p
 def test_the_settings_of_a_row_are_those_of_the_task():
     assert set(checks.MODEL) == inspect.signature(LongContextQA).parameters.keys()
     assert set(checks.DATA) < inspect.signature(Mixture).parameters.keys()
+
+
+@pytest.mark.parametrize("written", ["2e-4", "0.2E-3", "+2e-04", "2.0e-4"])
+def test_a_number_is_one_however_it_is_written(written, tmp_path):
+    """YAML 1.1 takes some of them for names, the command line none."""
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "configs": []}) + f"x: {written}\n")
+    assert settings.read(str(path))["x"] == 2e-4
+    path.write_text("x: [2e, e4, 1e4x, v1e4, 2024-11-22]")
+    assert all(not isinstance(name, float) for name in settings.read(str(path))["x"])
 
 
 def test_references_lists_and_classes_are_filled_in():

@@ -171,11 +171,19 @@ def test_an_attention_of_layers_that_there_are_not_costs_no_training(data, tmp_p
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_settings_that_the_trainer_refuses_are_named(data, tmp_path):
-    changed = settings.merged(STUDY, {"rows": {"lrsa": {"trainer": {"precision": "fp7"}}}})
-    (tmp_path / "precision.yaml").write_text(yaml.safe_dump(changed))
-    with pytest.raises(UserError, match=r"rows\.lrsa\.trainer: .*fp7"):
-        runner(tmp_path / "precision.yaml", data, tmp_path).run("main", rows=["lrsa"])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"trainer": {"precision": "fp7"}}, r"rows\.lrsa\.trainer: .*fp7"),
+        ({"model": {"optimizer": {"init_args": {"lr": "high"}}, "lr_scheduler": None}}, r"model\.optimizer: .*str"),
+    ],
+    ids=["trainer", "optimizer"],
+)
+def test_settings_that_a_training_refuses_are_named(changes, named, data, tmp_path):
+    changed = settings.merged(STUDY, {"rows": {"lrsa": changes}})
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+    with pytest.raises(UserError, match=named):
+        runner(tmp_path / "changed.yaml", data, tmp_path).run("main", rows=["lrsa"])
 
 
 @pytest.mark.parametrize(("taken", "option"), [("results", "out"), ("work", "work")])

@@ -93,14 +93,16 @@ _ROW = {
     "trainer.max_steps": _at_least(0),
     "trainer.accumulate_grad_batches": _or_null(_at_least(1)),
     "model.backbone": _SETTINGS,
+    "model.backbone.source": _NAME,
     "model.lrsa": _SETTINGS,
     "model.optimizer": _SETTINGS,
     "model.train_attention": _or_null(_SETTINGS),
+    "model.max_new_tokens": _at_least(1),
     "data.init_args": _SETTINGS,
     "data.init_args.batch_size": _at_least(1),
     "data.init_args.weights": Kind("data sets, each with a number >= 0", _are_weights),
 }
-_OPTIONAL = ("trainer.accumulate_grad_batches", "model.train_attention")
+_OPTIONAL = ("trainer.accumulate_grad_batches", "model.train_attention", "model.max_new_tokens")
 
 
 def check_study(name: str, content: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lrsa_lit.data.module import SPLITS, QADataModule
 from lrsa_lit.errors import UserError
@@ -11,6 +12,10 @@ from lrsa_lit.models import Backbone
 from lrsa_lit.paths import check_writable
 from lrsa_lit.study import settings, tokens
 from lrsa_lit.study.plan import Study
+from lrsa_lit.study.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def write_data(study: Study, folder: Path, only: Collection[str] = ()) -> None:
@@ -30,17 +35,26 @@ def write_data(study: Study, folder: Path, only: Collection[str] = ()) -> None:
     tokenizer = settings.called("model.backbone", Backbone, study.common["model"]["backbone"]).tokenizer
     total = 0
     for name in only or study.data_sets:
-        spec = study.data_sets[name]
-        module = settings.made({"class_path": spec["class_path"], "init_args": spec.get("init_args") or {}})
-        if not isinstance(module, QADataModule) or not module.limit:
-            raise UserError(f"data_sets.{name}: it must be a data set with init_args.limit, as in {{test: 400}}")
-        module.tokenizer = tokenizer
-        for split in (split for split in SPLITS if split in module.limit):
-            module.prepare_split(split)
-            path = tokens.path_of(folder, name, split)
-            written = tokens.write(path, module.open_split(split))
-            size = path.stat().st_size
-            total += size
-            counts = f"{len(written.examples)} examples, {sum(written.lengths):,} tokens"
-            print(f"{path}: {counts}, {size / 2**20:.1f} MiB, {written.digest}", flush=True)
+        try:
+            total += _write(name, study.data_sets[name], folder, tokenizer)
+        except UserError as error:
+            raise UserError(f"data_sets.{name}: {error}") from None
     print(f"total: {total / 2**20:.1f} MiB", flush=True)
+
+
+def _write(name: str, spec: Settings, folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Write a data set; returns the bytes of its files."""
+    module = settings.made({"class_path": spec["class_path"], "init_args": spec.get("init_args") or {}})
+    if not isinstance(module, QADataModule) or not module.limit:
+        raise UserError("it must be a data set with init_args.limit, as in {test: 400}")
+    module.tokenizer = tokenizer
+    total = 0
+    for split in (split for split in SPLITS if split in module.limit):
+        module.prepare_split(split)
+        path = tokens.path_of(folder, name, split)
+        written = tokens.write(path, module.open_split(split))
+        size = path.stat().st_size
+        total += size
+        counts = f"{len(written.examples)} examples, {sum(written.lengths):,} tokens"
+        print(f"{path}: {counts}, {size / 2**20:.1f} MiB, {written.digest}", flush=True)
+    return total

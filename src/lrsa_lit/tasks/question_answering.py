@@ -362,5 +362,5 @@ def _made(key: str, make: Callable[[Any], Made], argument: Any) -> Made:
     """What a constructor from the YAML makes; its complaint becomes one line that names the key."""
     try:
         return make(argument)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{key}: {error}") from error
