@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import logging
 import os
 import signal
 
@@ -86,7 +87,10 @@ def test_a_training_stopped_by_the_clock_goes_on_to_the_same_weights(accumulated
 @pytest.mark.parametrize(
     ("number", "end", "code"), [(signal.SIGINT, KeyboardInterrupt, None), (signal.SIGTERM, SystemExit, 143)]
 )
-def test_a_training_that_is_interrupted_keeps_its_steps(number, end, code, study_file, data, tmp_path, monkeypatch):
+def test_a_training_that_is_interrupted_keeps_its_steps(
+    number, end, code, study_file, data, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     run, looks = runner(study_file, data, tmp_path), itertools.count()
 
     def clock() -> float:
@@ -99,6 +103,7 @@ def test_a_training_that_is_interrupted_keeps_its_steps(number, end, code, study
     with interruptible(), pytest.raises(end) as stop:
         run.run("main", rows=["lrsa"])
     assert getattr(stop.value, "code", None) == code
+    assert "weights_only" not in caplog.text
     (checkpoint,) = (tmp_path / "work").rglob("training.ckpt")
     assert 0 < torch.load(checkpoint)["global_step"] < 3
     assert runner(study_file, data, tmp_path).run("main", rows=["lrsa"])

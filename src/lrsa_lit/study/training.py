@@ -130,7 +130,7 @@ class Meter(lightning.Callback):
         if self._steps == _WARM_UP or self._steps % 10 == 0 or last or stop:
             self._read(pl_module)
         if stop:
-            trainer.save_checkpoint(self.checkpoint)
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)
             trainer.should_stop = True
 
     def _read(self, pl_module: Any) -> None:
