@@ -73,9 +73,11 @@ for name, data_set in asked:
 
 # %% [markdown]
 # ## Training
+#
+# The rows of that part, a line for each seed.
 
 # %%
-plots.training_curves(cells.lines)
+plots.training_curves([line for line in cells.lines if line["row"] in study.parts[part]["rows"]])
 
 # %% [markdown]
 # ## Is the evidence kept?

@@ -9,12 +9,12 @@ import yaml
 from helpers import one_line
 from matplotlib.container import BarContainer
 from study.conftest import STUDY
-from study.lines import evaluation, scores
+from study.lines import evaluation, scores, training
 
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import markdown
+from lrsa_lit.study.report import markdown, plots
 from lrsa_lit.study.report.blocks import Blocks
 from lrsa_lit.study.report.document import fill
 from lrsa_lit.study.report.evidence import layers
@@ -207,6 +207,15 @@ def test_all_rows_under_an_attention_stand_on_one_line_of_the_plot(study_file):
     assert before.get_ydata().tolist() == after.get_ydata().tolist() == [0, 0]
     assert before.get_xdata().tolist() == pytest.approx([1.2, 1.2])
     assert after.get_xdata().tolist() == pytest.approx([1.0, 2.0])
+
+
+def test_the_seeds_of_a_row_have_one_colour_and_one_name():
+    asked = [("lrsa", 0), ("dense", 0), ("lrsa", 1), ("dense", 1)]
+    lines = [training(row=row, seed=seed, losses=[2.0, 1.0]) for row, seed in asked]
+    (axes,) = plots.training_curves([*lines, training(row="old")]).axes
+    colours = [line.get_color() for line in axes.get_lines()]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert axes.get_legend_handles_labels()[1] == ["lrsa", "dense"]
 
 
 def test_a_layer_is_held_against_the_same_rule_without_it(tmp_path):

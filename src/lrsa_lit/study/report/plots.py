@@ -102,15 +102,18 @@ def layers(found: Sequence[LayerGain], title: str) -> Figure | None:
 
 
 def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
-    """The answer loss of each training, step by step, as a mean over a window of steps."""
+    """The answer loss of each training, step by step, as a mean over a window of steps; a row's seeds in one colour."""
     figure, axes = subplots(1, 1, size=(7, 4))
     shown = [line for line in lines if line["kind"] == "training" and line.get("losses")]
-    for number, line in enumerate(shown):
-        losses = line["losses"]
-        means = [math.fsum(part) / len(part) for end in range(1, len(losses) + 1)
-                 if (part := losses[max(0, end - window) : end])]  # fmt: skip
-        label = f"{line['row']}, seed {line['seed']}"
-        axes.plot(range(1, len(means) + 1), means, color=OKABE_ITO[number % len(OKABE_ITO)], label=label)
+    for number, row in enumerate(dict.fromkeys(line["row"] for line in shown)):
+        seeds = [line for line in shown if line["row"] == row]
+        for line in seeds:
+            losses = line["losses"]
+            means = [math.fsum(part) / len(part) for end in range(1, len(losses) + 1)
+                     if (part := losses[max(0, end - window) : end])]  # fmt: skip
+            # One entry of the legend a row: matplotlib leaves out what begins with an underscore.
+            label = row if line is seeds[0] else f"_{row}"
+            axes.plot(range(1, len(means) + 1), means, color=OKABE_ITO[number % len(OKABE_ITO)], label=label)
     axes.set(xlabel="batch", ylabel=f"answer loss, mean of {window} batches")
     if shown:
         legend(axes, "trained")
