@@ -248,7 +248,8 @@ class LRSACLI(LightningCLI):
             how = f"; go on with --ckpt_path {saved}" if saved else ""
             what, code = ("terminated", 143) if isinstance(error, SIGTERMException) else ("interrupted", 130)
             if self.trainer.is_global_zero:
-                print(f"lrsa: {what} at step {self.trainer.global_step}{how}", file=sys.stderr)
+                at = f" at step {self.trainer.global_step}" if subcommand == "fit" else ""
+                print(f"lrsa: {what}{at}{how}", file=sys.stderr)
             raise SystemExit(code) from None
 
     def before_fit(self) -> None:

@@ -11,3 +11,6 @@ for each attention, an object with ``prediction``, ``f1`` and ``em``."""
 QUESTIONS = "predictions.json"
 """A run's artifact with a table of some of its answers: a row for each validation and question with ``step``, ``id``,
 ``question``, ``gold`` and, for each attention, the answer under its name and the scores (``LRSA F1``)."""
+
+TOO_LONG_OF = "too_long of "
+"""Before a task, the name of its count of questions that were left out."""

@@ -73,7 +73,7 @@ def longbench(folder):
 @pytest.mark.parametrize(
     ("truncate", "questions", "note"),
     [
-        ("null", 1, "Left out, as they exceed data.init_args.max_tokens (500): 2 questions"),
+        ("null", 1, "Left out, as they exceed data.init_args.max_tokens (500): 2 questions (2 of long)"),
         (
             "middle",
             3,

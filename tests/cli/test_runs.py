@@ -181,6 +181,21 @@ def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, capfd, monkeypa
     assert "step 4" in capfd.readouterr().out
 
 
+def test_an_interrupted_evaluation_names_no_step(capfd, monkeypatch):
+    from lrsa_lit.tasks import LongContextQA
+
+    def interrupted(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(LongContextQA, "test_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["test", *DEBUG, *NO_LOGGER])
+    signal.signal(signal.SIGINT, handler)
+    assert stop.value.code == 130
+    assert "lrsa: interrupted\n" in capfd.readouterr().err
+
+
 def test_mixed_precision_runs(capfd):
     main(["fit", *DEBUG, *NO_LOGGER, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "2"])
     assert "step 0 → step 2" in capfd.readouterr().out

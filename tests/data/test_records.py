@@ -66,7 +66,7 @@ def test_a_missing_field_is_named(name: str):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("{nonsense", "line 4: not valid JSON"),
+        ("{nonsense", "line 4: not valid JSON (Expecting property name enclosed in double quotes, column 2)"),
         ('{"id": "\ud800"}'.encode("utf-8", "surrogatepass"), "line 4: not valid JSON"),
         ("[1]", "line 4: a record must be an object, got list"),
         ("{}", "line 4: field 'id' is missing"),

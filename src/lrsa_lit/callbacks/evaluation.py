@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lrsa_lit.names import OWN, SCORES
+from lrsa_lit.names import OWN, SCORES, TOO_LONG_OF
 
 if TYPE_CHECKING:
     from lrsa_lit.data.module import QADataModule, Split
@@ -70,9 +71,14 @@ def evaluation_notes(data: QADataModule, split: Split, new_tokens: int) -> list[
         return sum(count for name, count in report.items() if name.rpartition("/")[2] == what)
 
     kept = total("kept")
+    left_out: Counter[str] = Counter()
+    for name, count in report.items():
+        if (found := name.rpartition("/")[2]).startswith(TOO_LONG_OF):
+            left_out[found.removeprefix(TOO_LONG_OF)] += count
+    tasks = ", ".join(f"{count} of {task}" for task, count in left_out.items())
     budget = f"data.init_args.max_tokens ({data.max_tokens})"
     notes = {
-        f"Left out, as they exceed {budget}: {{}} questions": total("too_long"),
+        f"Left out, as they exceed {budget}: {{}} questions{f' ({tasks})' if tasks else ''}": total("too_long"),
         f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} questions": total("truncated"),
         f"Longer than model.max_new_tokens ({new_tokens}), so never given in full: {{}} of {kept} reference answers": (
             data.unanswerable(split, new_tokens)

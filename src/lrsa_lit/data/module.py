@@ -32,6 +32,7 @@ from lrsa_lit.data.prompts import Example, TooLong, checked, encode
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.sampler import ResumableLoader
 from lrsa_lit.errors import UserError
+from lrsa_lit.names import TOO_LONG_OF
 from lrsa_lit.paths import cache_dir
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -81,7 +82,8 @@ class QADataModule(lightning.LightningDataModule):
         padding: of the training batches in the first epoch, the share of tokens that is padding or, packed, the share
             of the budget that is unused; None before there is a training loader.
         report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens
-            one of those needs (``shortest_too_long``), with a data set's own counts.
+            one of those needs (``shortest_too_long``), with the tasks' shares of them (``too_long of TASK``) and a data
+            set's own counts.
 
     Raises:
         UserError: a parameter is out of range.
@@ -240,11 +242,13 @@ class QADataModule(lightning.LightningDataModule):
         """The test batches."""
         return self.test_dataloader()
 
-    def exclude(self, split: Split, example: TooLong, records: int = 1) -> None:
-        """Count records that are left out because they do not fit."""
+    def exclude(self, split: Split, example: TooLong, records: int = 1, task: str = "") -> None:
+        """Count records that are left out because they do not fit, if they have a task by that too."""
         report = self.report[split]
         shortest = min(report["shortest_too_long"] or example.tokens, example.tokens)
         report["too_long"] += records
+        if task:
+            report[f"{TOO_LONG_OF}{task}"] += records
         report["shortest_too_long"] = shortest
 
     def _build(self, split: Split) -> Iterator[Example]:
@@ -271,7 +275,7 @@ class QADataModule(lightning.LightningDataModule):
             seen.add(record.id)
             example = self.to_example(record)
             if isinstance(example, TooLong):
-                self.exclude(split, example)
+                self.exclude(split, example, task=record.task)
                 continue
             self.report[split]["kept"] += 1
             yield example

@@ -148,7 +148,10 @@ def _located(place: str, load: Callable[[], Any], make: Callable[[Mapping[str, A
         return make(data)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
+        # It counts lines within the one that it was given.
+        raise UserError(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{place}: not valid JSON ({said(error)})") from None
 
 
