@@ -1,4 +1,4 @@
-"""How long a training step takes, and how much memory, with LRSA and with dense attention in the same trainer.
+r"""How long a training step takes, and how much memory, with LRSA and with dense attention in the same trainer.
 
 Random weights of a real shape, bf16, AdamW, gradients clipped, layers compiled, every layer checkpointed unless
 ``--keep-activations``, a loss at the last tokens of each context. Prints a table and writes
@@ -6,6 +6,8 @@ Random weights of a real shape, bf16, AdamW, gradients clipped, layers compiled,
 
     python benchmarks/train_step.py --tokens 32768 131072 --attention lrsa cudnn flash
     python benchmarks/train_step.py --shape smollm2-135m --tokens 8192 --batch 8 --top-k 32 --keep-activations
+    python benchmarks/train_step.py --shape smollm2-135m --tokens 4096 --batch 8 --lag-size 512 --top-k 32 \
+        --dense-layers 18 23 --keep-activations --dtype float32 --precision bf16-mixed
     python benchmarks/train_step.py --tokens 262144 393216 --warm-up 1 --steps 1 --attention lrsa    # what still fits
 """
 
@@ -79,11 +81,13 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="contexts in a step")
     parser.add_argument("--lag-size", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=16)
+    parser.add_argument("--dense-layers", type=int, nargs="+", default=[], help="layers that LRSA leaves dense")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them, at least 1")
     parser.add_argument("--keep-activations", action="store_true", help="no checkpointing")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
+    parser.add_argument("--precision", default="32-true", help="Lightning's, such as bf16-mixed for float32 weights")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args(args)
     if options.warm_up < 1:
@@ -93,7 +97,7 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
 
 def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train for a few steps; out of memory is a result too."""
-    rule = LRSAConfig(sink_size=16, lag_size=options.lag_size, top_k=options.top_k)
+    rule = LRSAConfig(16, options.lag_size, options.top_k, dense_layers=tuple(options.dense_layers))
     row: dict[str, Any] = {
         "shape": options.shape,
         "attention": attention,
@@ -101,6 +105,7 @@ def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[st
         "batch": options.batch,
         "rule": rule.to_dict() if attention == "lrsa" else None,
         "dtype": options.dtype,
+        "precision": options.precision,
         "compiled": not options.eager,
         "checkpointing": not options.keep_activations,
     }
@@ -133,6 +138,7 @@ def _train(attention: str, rule: LRSAConfig, tokens: int, options: argparse.Name
     trainer = Trainer(
         accelerator="auto",
         devices=1,
+        precision=options.precision,
         max_steps=options.warm_up + options.steps,
         gradient_clip_val=1.0,
         callbacks=[watch],
