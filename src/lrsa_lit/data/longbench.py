@@ -73,7 +73,7 @@ class LongBench(QADataModule):
     def sources(self) -> dict[str, str]:
         """The digest of each file."""
         return {
-            f"{split}{number}": sha256_of(resolve(file))
+            f"{split}{number}": sha256_of(resolve(file, key=f"{_KEY}.{split}"))
             for split in self.splits()
             for number, file in enumerate(self._files(split))
         }
@@ -83,7 +83,7 @@ class LongBench(QADataModule):
         # Files of one name in several folders are counted through.
         counts: Counter[str] = Counter()
         for file in self._files(split):
-            path = resolve(file)
+            path = resolve(file, key=f"{_KEY}.{split}")
             for record in read_jsonl(path, _record):
                 counts[path.stem] += 1
                 name = record.id or f"{path.stem}-{counts[path.stem]}"

@@ -37,5 +37,5 @@ class OneFileDataModule(QADataModule):
 
     def sources(self) -> dict[str, str]:
         """The digest of the file in use."""
-        path = resolve(self.source, self.sha256)
+        path = resolve(self.source, self.sha256, "data.init_args.source")
         return {"sha256": self.sha256 or sha256_of(path)}

@@ -135,7 +135,7 @@ class Backbone:
         if self.source.startswith(PACKAGE_SCHEME) or self.source.endswith(".gguf"):
             from lrsa_lit.models.gguf import converted
 
-            return str(converted(resolve(self.source, self.sha256)))
+            return str(converted(resolve(self.source, self.sha256, "model.backbone.source")))
         path = Path(self.source).expanduser()
         if path.is_dir():
             return str(path)
