@@ -97,7 +97,9 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
 
 def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train for a few steps; out of memory is a result too."""
-    rule = LRSAConfig(16, options.lag_size, options.top_k, dense_layers=tuple(options.dense_layers))
+    rule = LRSAConfig(
+        sink_size=16, lag_size=options.lag_size, top_k=options.top_k, dense_layers=tuple(options.dense_layers)
+    )
     row: dict[str, Any] = {
         "shape": options.shape,
         "attention": attention,

@@ -65,21 +65,16 @@ def evaluation_table(metrics: Mapping[str, float], prefixes: Sequence[str], data
 
 def evaluation_notes(data: QADataModule, split: Split, new_tokens: int) -> list[str]:
     """Lines on questions that were left out or cut, and on answers that were given too little room."""
-    report = data.report[split]
-
-    def total(what: str) -> int:
-        return sum(count for name, count in report.items() if name.rpartition("/")[2] == what)
-
-    kept = total("kept")
-    left_out: Counter[str] = Counter()
-    for name, count in report.items():
-        if (found := name.rpartition("/")[2]).startswith(TOO_LONG_OF):
-            left_out[found.removeprefix(TOO_LONG_OF)] += count
+    totals: Counter[str] = Counter()
+    for name, count in data.report[split].items():
+        totals[name.rpartition("/")[2]] += count
+    kept = totals["kept"]
+    left_out = {name.removeprefix(TOO_LONG_OF): count for name, count in totals.items() if name.startswith(TOO_LONG_OF)}
     tasks = ", ".join(f"{count} of {task}" for task, count in left_out.items())
     budget = f"data.init_args.max_tokens ({data.max_tokens})"
     notes = {
-        f"Left out, as they exceed {budget}: {{}} questions{f' ({tasks})' if tasks else ''}": total("too_long"),
-        f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} questions": total("truncated"),
+        f"Left out, as they exceed {budget}: {{}} questions{f' ({tasks})' if tasks else ''}": totals["too_long"],
+        f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} questions": totals["truncated"],
         f"Longer than model.max_new_tokens ({new_tokens}), so never given in full: {{}} of {kept} reference answers": (
             data.unanswerable(split, new_tokens)
         ),

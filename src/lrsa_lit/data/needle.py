@@ -59,7 +59,7 @@ class Needles(QADataModule):
 
     def sources(self) -> dict[str, str]:
         """The digest of the haystack's file."""
-        return {"sha256": sha256_of(resolve(self.source, self.sha256))}
+        return {"sha256": sha256_of(resolve(self.source, self.sha256, "data.init_args.source"))}
 
     def records(self, split: Split) -> Sequence[QARecord]:
         """The questions of a split with their needles alone; ids such as "test-niah_single-0"."""

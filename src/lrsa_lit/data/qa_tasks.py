@@ -80,7 +80,8 @@ def squad(seed: int, val_fraction: float, test_fraction: float) -> Documents:
     articles = {split: data.articles(split) for split in SPLITS}
     documents = [passage for split in SPLITS for article in articles[split] for passage in article[0].passages]
     questions = {split: [record for article in articles[split] for record in article] for split in SPLITS}
-    return _shuffled(questions, documents, seed, article_of)
+    _shuffle(questions, seed)
+    return Documents(questions, documents, article_of)
 
 
 def hotpotqa(seed: int, val_fraction: float, test_fraction: float) -> Documents:
@@ -93,21 +94,16 @@ def hotpotqa(seed: int, val_fraction: float, test_fraction: float) -> Documents:
         split: [replace(record, passages=tuple(contexts[record.id])) for record in data.records(split)]
         for split in SPLITS
     }
-    return _shuffled(questions, list(documents.values()), seed)
+    _shuffle(questions, seed)
+    return Documents(questions, list(documents.values()))
 
 
 QA_TASKS: dict[str, Callable[[int, float, float], Documents]] = {"qa_squad": squad, "qa_hotpotqa": hotpotqa}
 
 
-def _shuffled(
-    questions: dict[Split, list[QARecord]],
-    documents: Sequence[Passage],
-    seed: int,
-    subject_of: Callable[[QARecord], str] | None = None,
-) -> Documents:
+def _shuffle(questions: dict[Split, list[QARecord]], seed: int) -> None:
     for split, records in questions.items():
         random.Random(f"{seed}:{split}").shuffle(records)
-    return Documents(questions, documents, subject_of)
 
 
 def _titled(item: tuple[str, list[str]]) -> Passage:
