@@ -74,6 +74,16 @@ def test_the_best_is_one_of_those_with_the_most_seeds(tmp_path):
     assert verdict(study_of(tmp_path, {"b": bar}), dense[1], lucky).verdict == "open"
 
 
+def test_a_seed_more_than_the_study_has_puts_no_other_row_aside(tmp_path):
+    study = study_of(tmp_path, {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}})
+    assert study.seeds == [0, 1]
+    dense, often = [[(row, attention, share, seed) for seed in range(3)]
+                    for row, attention, share in (("dense", "dense", 0.8), ("lrsa", "4x", 0.4))]  # fmt: skip
+    better = [("mixed", "4x", 0.7, seed) for seed in range(2)]
+    assert verdict(study, *dense, *often, *better).by.startswith("mixed under 4x")
+    assert verdict(study, *dense, *often, better[0]).by.startswith("lrsa under 4x")
+
+
 def test_only_a_strong_reference_counts(tmp_path):
     bar = {"set": "plain", "kept": 0.25, "of_dense": 0.9}
     cells = ("dense", "dense", 0.5), ("lrsa", "4x", 0.5)

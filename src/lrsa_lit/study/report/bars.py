@@ -110,7 +110,8 @@ class Bars:
     def best(self, bar: Settings) -> Best | None:
         """The cell with the largest share of dense training's score among those that the bar allows.
 
-        Of these only the ones with the most seeds: of one seed the best is the luckiest.
+        Of these only the ones of as many seeds as the study has, or else of the most: of one seed the best is the
+        luckiest.
         """
         kind, measure = next(name for name in _SHARES if name in bar), self.measure(bar)
         pairs: list[tuple[Cell, Cell]] = []
@@ -119,8 +120,8 @@ class Bars:
             ruled = row.rule is not None and _selects(row.rule) and _lag_relative(cell)
             if ruled and row.steps and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT:
                 pairs += [pair] if (pair := self._with_reference(bar, cell)) else []
-        most = max((len(cell.lines) for cell, _ in pairs), default=0)
-        pairs = [pair for pair in pairs if len(pair[0].lines) == most]
+        enough = min(len(self.study.seeds), max((len(cell.lines) for cell, _ in pairs), default=0))
+        pairs = [pair for pair in pairs if len(pair[0].lines) >= enough]
         if not pairs:
             return None
         cell, reference = max(pairs, key=lambda pair: pair[0].mean(measure) / pair[1].mean(measure))
