@@ -135,6 +135,12 @@ def test_the_summary_says_what_is_kept_and_what_is_attended_to(study_file):
     assert head.endswith("| of dense | kept | pairs | seeds |")
     assert row.startswith("| at 4x | F1 | 0.800 | 0.400 | 0.600 | 75.0% [")
     assert row.endswith("] | 25% | 50% | 1 |")
+    # Dense training may have been run under the rule in fewer seeds.
+    del lines[-1]
+    lines.append(evaluation(study, "lrsa", "4x", scores(0.6), seed=1))
+    row = Blocks(study, lines).text("summary").splitlines()[2]
+    assert row.startswith("| at 4x | F1 | 0.450 | 0.400 (1 seed) | 0.600 |")
+    assert row.endswith("] | 25% | 50% | 2 |")
 
 
 def test_the_best_of_several_budgets_stands_at_the_smallest_one(tmp_path):

@@ -161,7 +161,8 @@ class Bars:
             return Verdict(name, required, "", "", "open")
         cell = best.cell
         shares = f"kept {cell.kept:.1%}, pairs {cell.pairs:.1%}"
-        by = f"{cell.row} under {cell.attention} ({shares}), against {best.reference.row}, {_seeds(len(cell.lines))}"
+        seeds = markdown.seeds(len(cell.lines))
+        by = f"{cell.row} under {cell.attention} ({shares}), against {best.reference.row}, {seeds}"
         if best.ratio_apart is not None:
             by += f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
         return Verdict(name, required, markdown.percent(best.ratio), by, _judged(best.ratio, bar["of_dense"]))
@@ -174,7 +175,7 @@ class Bars:
             return Verdict(name, required, "", "", "open")
         cell = max(found, key=lambda cell: cell.mean(measure))
         score = score_of(cell, measure)
-        by = f"{cell.row} under {cell.attention}, {_seeds(len(cell.lines))}"
+        by = f"{cell.row} under {cell.attention}, {markdown.seeds(len(cell.lines))}"
         by += f"; best of {len(found)}" if len(found) > 1 else ""
         return Verdict(name, required, markdown.interval(score, 3), by, _judged(score, bar["at_least"]))
 
@@ -192,7 +193,7 @@ class Bars:
         worst = min(range(len(known)), key=lambda number: known[number].difference.value)
         reached = f"{markdown.interval(known[worst].difference, 3, '+')}, p = {max(p_values):.4f}"
         measured = f" ({len(known)} of {len(asked)} measured)" if len(known) < len(asked) else ""
-        seeds = _seeds(min(count for count, _ in found))
+        seeds = markdown.seeds(min(count for count, _ in found))
         by = f"{bar['row']} under {bar['inference']}, {seeds}; the smallest difference and the largest p{measured}"
         return Verdict(name, required, reached, by, _significant(known, p_values, bar["p"], len(asked)))
 
@@ -203,10 +204,6 @@ class Bars:
 
     def _label(self, bar: Settings) -> str:
         return f"{bar['set']} {markdown.LABELS[self.measure(bar)]}"
-
-
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _judged(found: Estimate, required: float) -> str:

@@ -157,10 +157,12 @@ class Blocks:
 
     @staticmethod
     def _row(name: str, measure: str, best: Best) -> list[str]:
+        seeds = len(best.cell.lines)
         shown = [f"{cell.mean(measure):.3f}" if cell else "" for cell in (best.reference, best.same, best.cell)]
+        if best.same and len(best.same.lines) < seeds:
+            shown[1] += f" ({markdown.seeds(len(best.same.lines))})"
         shares = [markdown.share(best.cell.kept), markdown.share(best.cell.pairs)]
-        ratio, seeds = markdown.percent(best.ratio), str(len(best.cell.lines))
-        return [name, markdown.LABELS[measure], *shown, ratio, *shares, seeds]
+        return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), *shares, str(seeds)]
 
 
 def _budget(bar: Settings) -> float:

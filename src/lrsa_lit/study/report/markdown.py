@@ -166,6 +166,11 @@ def perplexity(loss: Estimate) -> str:
     return interval(loss.exp(), 2)
 
 
+def seeds(count: int) -> str:
+    """How many there are, in words."""
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
 def share(value: float | None) -> str:
     """``25%``, ``12.5%``; nothing for None."""
     return "" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "%"
