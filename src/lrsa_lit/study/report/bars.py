@@ -5,7 +5,7 @@ A bar asks for one of three things on a data set's test split:
 - ``kept`` (or ``pairs``) and ``of_dense``: that the best LRSA-trained row under LRSA that keeps (or attends to) no more
   than this share of the pairs reaches so much of the score of dense training with dense inference, and, where they are
   given, only of the dense rows in ``reference`` with the scores of ``reference_at_least``, since a share of a weak
-  model is easily reached;
+  model is easily reached; rows with fewer seeds than the study's do not count where others have them;
 - ``row``, ``inference`` and ``at_least``: a score of one cell, or of the best of several rows;
 - ``row``, ``inference``, ``above`` and ``p``: a score above those of other cells, each ``[row, inference]``, by paired
   tests adjusted by Holm's method.
