@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 import torch
 
+from lrsa_lit.ask.command import EPILOG
 from lrsa_lit.attention import LRSACache, using
-from lrsa_lit.cli import main
+from lrsa_lit.cli import HELP, main
 from lrsa_lit.models import Backbone
 from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.paths import shipped
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +58,15 @@ def test_chunks_and_single_tokens_give_the_parallel_logits(model, tokens):
     torch.testing.assert_close(torch.cat(parts, dim=1), parallel, atol=2e-3, rtol=1e-3)
     partitions = (seen - 16) // 64 - 1
     assert set(cache.stored_tokens()) == {16 + 16 * partitions + seen - 16 - 64 * partitions}
+
+
+def test_the_text_of_the_examples_has_room_for_questions_and_answers():
+    backbone = Backbone(SOURCE)
+    names = set(re.findall(r"lrsa ask (\S+\.md) ", shipped("README.md").read_text() + HELP + EPILOG))
+    assert names
+    for name in names:
+        tokens = backbone.tokenizer(shipped(name).read_text())["input_ids"]
+        assert len(tokens) < backbone.config.max_position_embeddings / 2, name
 
 
 def test_quickstart_learns(tmp_path, monkeypatch):

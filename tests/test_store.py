@@ -8,10 +8,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 from mlflow.tracking import MlflowClient
 
-from lrsa_lit import heartbeat
+from lrsa_lit import heartbeat, store
 from lrsa_lit.errors import UserError
 from lrsa_lit.store import checked_uri, connect, default_uri, existing_uri, find_experiment
 
@@ -31,6 +32,37 @@ def test_the_default_is_the_one_of_cli_yaml(monkeypatch):
     assert default_uri() == "sqlite:///runs/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere:5000")
     assert default_uri() == "http://somewhere:5000"
+
+
+def test_a_store_is_opened_by_one_process_at_a_time(uri, monkeypatch):
+    names = []
+
+    class Noted(filelock.FileLock):
+        def acquire(self, *args, **kwargs):
+            names.append(self.lock_file)
+            return super().acquire(*args, **kwargs)
+
+    monkeypatch.setattr(filelock, "FileLock", Noted)
+    connect(uri)
+    (name,) = names
+    # MLflow makes the tables at its first question.
+    asked = []
+    search = MlflowClient.search_experiments
+
+    def while_held(*args, **kwargs):
+        with pytest.raises(filelock.Timeout):
+            filelock.UnixFileLock(name, timeout=0).acquire()
+        asked.append(True)
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "search_experiments", while_held)
+    connect(uri)
+    assert asked
+    assert names == [name, name]
+    with filelock.UnixFileLock(name, timeout=0):
+        monkeypatch.setattr(store, "_TURN", 0)
+        with pytest.raises(UserError, match="does not answer"):
+            connect(uri)
 
 
 def test_silent_runs_are_marked_when_the_store_is_opened(uri):

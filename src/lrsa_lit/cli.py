@@ -51,13 +51,14 @@ commands:
                          newest good checkpoint of the same settings, if there is one
   --estimate             say what memory and time a fit will take, and do not start it
   --print_config         print the resolved settings and exit
-  --help                 all settings of a command, with their meaning
+  --help                 the settings of a command, with their meaning; --data.help lrsa_lit.data.HotpotQA those of a
+                         data set
 
 {tools} have options of their own, which --help lists.
 
 examples:
   lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
-  lrsa ask README.md "What is this?"
+  lrsa ask data/README.md "Which fields does a record have?"
   lrsa ui
 """
 

@@ -29,8 +29,8 @@ the tokenizer and a config.json with the rule as "lrsa": AutoModelForCausalLM lo
 model.backbone.source. Adapters are merged into the weights below them.
 
 examples:
-  lrsa export runs/checkpoints/last.ckpt --out my-model
-  lrsa export runs/checkpoints/last.ckpt --out my-adapters --adapters
+  lrsa export runs/1/RUN/checkpoints/last.ckpt --out my-model
+  lrsa export runs/1/RUN/checkpoints/last.ckpt --out my-adapters --adapters
 """
 
 

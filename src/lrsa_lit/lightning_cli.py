@@ -253,7 +253,8 @@ class LRSACLI(LightningCLI):
             raise SystemExit(code) from None
 
     def before_fit(self) -> None:
-        """Validate at step 0; a resumed run has done so."""
+        """Refuse an optimizer that cannot be made, then validate at step 0; a resumed run has done so."""
+        self.model.check_optimizer()
         if self._get(self.config, "validate_first") and self._get(self.config, "ckpt_path") is None:
             self._validate()
             self._reopen()
@@ -305,7 +306,8 @@ def run(arguments: Sequence[str]) -> None:
             seed_everything_default=0,
             parser_class=OneLineParser,
             # "omegaconf+" resolves ${…} after all files and flags are merged; "omegaconf" would ignore overrides.
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            # Beginnings of names would pass for misspelt ones.
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )

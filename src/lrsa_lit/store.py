@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lrsa_lit import heartbeat
 from lrsa_lit.errors import UserError, said
-from lrsa_lit.paths import check_writable, shipped
+from lrsa_lit.paths import cache_dir, check_writable, shipped
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment
@@ -27,6 +28,8 @@ URI_KEY = "trainer.logger.init_args.tracking_uri"
 SQLITE = "sqlite:///"
 SERVER = ("http://", "https://")
 _SQLITE_HEADER = b"SQLite format 3\0"
+_TURN = 120
+"""Seconds to wait for others that open the same file."""
 _SCHEMES = (SQLITE, *SERVER, "postgresql", "mysql", "mssql", "databricks")
 # MLflow's own defaults try 7 times with growing pauses, two minutes each. Metrics are kept and sent again anyway.
 _SETTINGS = {
@@ -96,11 +99,23 @@ def connect(uri: str, key: str = URI_KEY) -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
-    with answering(uri, key):
+    with answering(uri, key), _one_at_a_time(uri):
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
         heartbeat.mark_dead(client)
     return client
+
+
+def _one_at_a_time(uri: str) -> contextlib.AbstractContextManager[Any]:
+    """MLflow makes the tables of a new SQLite file without asking whether another process is about to."""
+    if not uri.startswith(SQLITE):
+        return contextlib.nullcontext()
+    import filelock
+
+    name = hashlib.sha256(str(sqlite_path(uri)).encode()).hexdigest()[:16]
+    folder = cache_dir("locks")
+    folder.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder / f"{name}.lock", timeout=_TURN)
 
 
 @contextlib.contextmanager

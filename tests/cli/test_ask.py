@@ -391,4 +391,5 @@ def test_what_is_no_checkpoint(content, tmp_path, capfd):
         main(["ask", "--model", "last.ckpt", "text.txt", FIRST])
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("lrsa: error: --model: last.ckpt is no checkpoint")
+    what = "last.ckpt: no such file" if content is None else "last.ckpt is no checkpoint"
+    assert line.startswith(f"lrsa: error: --model: {what}")

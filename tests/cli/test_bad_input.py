@@ -83,7 +83,12 @@ def bad_inputs():
     )
     yield "broken JSON line", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": broken}, ["x.jsonl", "line 2"]
     yield "missing data file", ["--data.init_args.val", "nowhere.jsonl"], {}, ["nowhere.jsonl"]
-    yield "empty split", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": ""}, ["train"]
+    yield (
+        "empty split",
+        ["--data.init_args.train", "x.jsonl"],
+        {"x.jsonl": ""},
+        ["data.init_args.train: x.jsonl", "train"],
+    )
     yield "question above the budget", ["--data.init_args.max_tokens", "20"], {}, ["data.init_args.max_tokens", "20"]
     yield (
         "unwritable output",
@@ -106,7 +111,15 @@ def bad_inputs():
     yield "missing checkpoint", ["--ckpt_path", "nowhere.ckpt"], {}, ["ckpt_path", "nowhere.ckpt"]
     yield "junk checkpoint", ["--ckpt_path", "x.pt"], {"x.pt": "no"}, ["ckpt_path", "x.pt"]
     yield "checkpoint by a word", ["--ckpt_path", "best"], {}, ["ckpt_path", "best", "last"]
-    yield "twice the same id", ["--data.init_args.train", "x.jsonl"], {"x.jsonl": record + record}, ["'a'", "train"]
+    yield (
+        "twice the same id",
+        ["--data.init_args.train", "x.jsonl"],
+        {"x.jsonl": record + record},
+        ["data.init_args.train: x.jsonl", "'a'", "train"],
+    )
+    yield "beginning of a setting", ["--trainer.max_step", "2"], {}, ["trainer.max_step: no such", "trainer.max_steps"]
+    yield "optimizer of a wrong value", ["--model.optimizer.init_args.lr", "-1"], {}, ["model.optimizer", "-1"]
+    yield "no steps to plan", ["--trainer.max_steps", "0"], {}, ["model.lr_scheduler", "0"]
     yield (
         "more tokens than positions",
         ["--data.init_args.max_tokens", "9000"],

@@ -201,6 +201,16 @@ def test_mixed_precision_runs(capfd):
     assert "step 0 → step 2" in capfd.readouterr().out
 
 
+def test_a_single_validation_is_shown_as_one_and_the_last_checkpoint_named(tmp_path, capfd):
+    main(["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.max_steps", "2"])
+    shown = capfd.readouterr().out
+    assert "Validation on 8 questions, step 2" in shown
+    assert "→" not in shown
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert f"Last checkpoint: {checkpoint.relative_to(tmp_path)}" in shown
+    assert "Best checkpoint" not in shown
+
+
 def test_training_without_validation_data(capfd):
     main(["fit", *DEBUG, *NO_LOGGER, "--data.init_args.val", "null", "--trainer.max_steps", "2"])
     assert "lrsa: error" not in capfd.readouterr().err

@@ -51,29 +51,40 @@ class FitSummary(Callback):
 
 
 def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
-    """First and last entry side by side: a row for each attention, as ``LRSA`` (the run's own rule) or by its name."""
+    """First and last entry side by side: a row for each attention, as ``LRSA`` (the run's own rule) or by its name.
+
+    A single entry stands alone.
+    """
     (first_step, first), (last_step, last) = history[0], history[-1]
     questions = int(last.get("val/count", 0))
     plural = "" if questions == 1 else "s"
-    table = Table(title=f"Validation on {questions} question{plural}, step {first_step} → step {last_step}")
+    steps = f"step {last_step}" if len(history) == 1 else f"step {first_step} → step {last_step}"
+    table = Table(title=f"Validation on {questions} question{plural}, {steps}")
     table.add_column("inference")
     for label in SCORES.values():
         table.add_column(label, justify="right")
     for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
         stem = f"val/{prefix}/" if prefix else "val/"
         pairs = [(first.get(stem + name, math.nan), last.get(stem + name, math.nan)) for name in SCORES]
-        # The parts of an evaluation have no loss of their own.
-        shown = ("" if math.isnan(after) else f"{before:.3f} → {after:.3f}" for before, after in pairs)
-        table.add_row(prefix or OWN, *shown)
+        table.add_row(prefix or OWN, *(_change(before, after, len(history)) for before, after in pairs))
     return table
+
+
+def _change(before: float, after: float, validations: int) -> str:
+    # The parts of an evaluation have no loss of their own.
+    if math.isnan(after):
+        return ""
+    return f"{after:.3f}" if validations == 1 else f"{before:.3f} → {after:.3f}"
 
 
 def where_recorded(trainer: Trainer) -> list[str]:
     """Lines that say where checkpoints and the run are, and how to look at it."""
     lines = []
-    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if checkpoint:
-        lines.append(f"Best checkpoint: {checkpoint}")
+    # Without a validation in training there is no best one.
+    for kind, name in (("Best", "best_model_path"), ("Last", "last_model_path")):
+        if checkpoint := getattr(trainer.checkpoint_callback, name, ""):
+            lines.append(f"{kind} checkpoint: {checkpoint}")
+            break
     uri = getattr(trainer.logger, "tracking_uri", None)
     if uri is not None and trainer.logger is not None:
         experiment = str(getattr(trainer.logger, "experiment_name", trainer.logger.name))

@@ -65,6 +65,9 @@ class QAFiles(QADataModule):
         """The records of a split in the order of its file."""
         return self._hub_records(split) if self.hub else read_records(self._path(split))
 
+    def _origin(self, split: Split) -> str:
+        return f"data.init_args.hub: {self.hub}" if self.hub else f"data.init_args.{split}: {getattr(self, split)}"
+
     def _path(self, split: Split) -> Path:
         return resolve(getattr(self, split), key=f"data.init_args.{split}")
 

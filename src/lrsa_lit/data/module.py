@@ -271,7 +271,7 @@ class QADataModule(lightning.LightningDataModule):
         seen: set[str] = set()
         for record in records:
             if record.id in seen:
-                raise UserError(f"{type(self).__name__}: the id {record.id!r} stands twice in the split {split!r}")
+                raise UserError(f"{self._origin(split)}: the id {record.id!r} stands twice in the split {split!r}")
             seen.add(record.id)
             example = self.to_example(record)
             if isinstance(example, TooLong):
@@ -285,11 +285,15 @@ class QADataModule(lightning.LightningDataModule):
     def _empty(self, split: Split) -> str:
         report = self.report[split]
         if not report["too_long"]:
-            return f"{type(self).__name__}: the split {split!r} has no records, at least one is needed"
+            return f"{self._origin(split)}: the split {split!r} has no records, at least one is needed"
         return (
             f"data.init_args.max_tokens is {self.max_tokens}, which leaves the split {split!r} empty: each of its "
             f"{report['too_long']} questions needs more; allowed is {report['shortest_too_long']} or more"
         )
+
+    def _origin(self, split: Split) -> str:
+        """What an error calls the source of a split."""
+        return type(self).__name__
 
     def _needed(self, stage: str | None) -> tuple[Split, ...]:
         needed = _STAGES.get(stage, SPLITS) if stage else SPLITS

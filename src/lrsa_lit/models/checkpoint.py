@@ -61,6 +61,8 @@ def load_trained(path: Path, dtype: Any = None) -> Trained:
     Raises:
         UserError: it is none, it is truncated, or it was written by an earlier version that described nothing.
     """
+    if not path.exists():
+        raise UserError(f"model: {path}: no such file")
     try:
         checkpoint = _read(path)
         about, weights = checkpoint[_KEY], checkpoint["state_dict"]

@@ -137,11 +137,24 @@ class LongContextQA(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule in steps."""
-        optimizer = _made("model.optimizer", self.make_optimizer, [p for p in self.parameters() if p.requires_grad])
-        if self.make_scheduler is None:
+        optimizer, scheduler = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        if scheduler is None:
             return optimizer
-        scheduler = _made("model.lr_scheduler", self.make_scheduler, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def check_optimizer(self) -> None:
+        """Make optimizer and schedule of a weight that nobody needs, before anything long begins.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        self._optimizer([nn.Parameter(torch.zeros(1, 1))])
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> tuple[Any, Any]:
+        optimizer = _made("model.optimizer", self.make_optimizer, parameters)
+        if self.make_scheduler is None:
+            return optimizer, None
+        return optimizer, _made("model.lr_scheduler", self.make_scheduler, optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another kind of training: parts of it would be left out without a word.
