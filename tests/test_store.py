@@ -45,19 +45,24 @@ def test_a_store_is_opened_by_one_process_at_a_time(uri, monkeypatch):
     monkeypatch.setattr(filelock, "FileLock", Noted)
     connect(uri)
     (name,) = names
-    # MLflow makes the tables at its first question.
-    asked = []
-    search = MlflowClient.search_experiments
+    # MLflow makes the tables with a client or, at the latest, at its first question.
+    asked = {}
 
-    def while_held(*args, **kwargs):
-        with pytest.raises(filelock.Timeout):
-            filelock.UnixFileLock(name, timeout=0).acquire()
-        asked.append(True)
-        return search(*args, **kwargs)
+    def noting(method):
+        def noted(*args, **kwargs):
+            try:
+                with filelock.UnixFileLock(name, timeout=0):
+                    asked.setdefault(method.__name__, "free")
+            except filelock.Timeout:
+                asked.setdefault(method.__name__, "held")
+            return method(*args, **kwargs)
 
-    monkeypatch.setattr(MlflowClient, "search_experiments", while_held)
+        return noted
+
+    for method in (MlflowClient.__init__, MlflowClient.search_experiments):
+        monkeypatch.setattr(MlflowClient, method.__name__, noting(method))
     connect(uri)
-    assert asked
+    assert asked == {"__init__": "held", "search_experiments": "held"}
     assert names == [name, name]
     with filelock.UnixFileLock(name, timeout=0):
         monkeypatch.setattr(store, "_TURN", 0)

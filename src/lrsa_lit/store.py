@@ -99,9 +99,10 @@ def connect(uri: str, key: str = URI_KEY) -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
-    with answering(uri, key), _one_at_a_time(uri):
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
+    with answering(uri, key):
+        with _one_at_a_time(uri):
+            client = MlflowClient(uri)
+            client.search_experiments(max_results=1)
         heartbeat.mark_dead(client)
     return client
 

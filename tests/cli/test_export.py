@@ -182,9 +182,8 @@ def test_checkpoints_that_are_none(fit, tmp_path, capfd):
             main(["export", name, "--out", "out"])
         assert stop.value.code == 2
         (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-        assert line.startswith(
-            f"lrsa: error: CKPT: {name}{': no such file' if name == 'nowhere.ckpt' else ' is no checkpoint'}"
-        )
+        what = ": no such file" if name == "nowhere.ckpt" else " is no checkpoint"
+        assert line.startswith(f"lrsa: error: CKPT: {name}{what}")
     assert not (tmp_path / "out").exists()
 
 

@@ -55,26 +55,21 @@ def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
 
     A single entry stands alone.
     """
-    (first_step, first), (last_step, last) = history[0], history[-1]
+    ends, last = [*history[:1], *history[1:][-1:]], history[-1][1]
     questions = int(last.get("val/count", 0))
     plural = "" if questions == 1 else "s"
-    steps = f"step {last_step}" if len(history) == 1 else f"step {first_step} → step {last_step}"
+    steps = " → ".join(f"step {step}" for step, _ in ends)
     table = Table(title=f"Validation on {questions} question{plural}, {steps}")
     table.add_column("inference")
     for label in SCORES.values():
         table.add_column(label, justify="right")
     for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
         stem = f"val/{prefix}/" if prefix else "val/"
-        pairs = [(first.get(stem + name, math.nan), last.get(stem + name, math.nan)) for name in SCORES]
-        table.add_row(prefix or OWN, *(_change(before, after, len(history)) for before, after in pairs))
+        found = [[values.get(stem + name, math.nan) for _, values in ends] for name in SCORES]
+        # The parts of an evaluation have no loss of their own.
+        shown = ("" if math.isnan(scores[-1]) else " → ".join(f"{score:.3f}" for score in scores) for scores in found)
+        table.add_row(prefix or OWN, *shown)
     return table
-
-
-def _change(before: float, after: float, validations: int) -> str:
-    # The parts of an evaluation have no loss of their own.
-    if math.isnan(after):
-        return ""
-    return f"{after:.3f}" if validations == 1 else f"{before:.3f} → {after:.3f}"
 
 
 def where_recorded(trainer: Trainer) -> list[str]:

@@ -12,7 +12,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.report import evidence, markdown, places, plots
 from lrsa_lit.study.report.bars import Bars, Best
-from lrsa_lit.study.report.tables import Cells, Table
+from lrsa_lit.study.report.tables import Cell, Cells, Table
 from lrsa_lit.study.results import Line
 from lrsa_lit.study.settings import Settings
 
@@ -158,11 +158,17 @@ class Blocks:
     @staticmethod
     def _row(name: str, measure: str, best: Best) -> list[str]:
         seeds = len(best.cell.lines)
-        shown = [f"{cell.mean(measure):.3f}" if cell else "" for cell in (best.reference, best.same, best.cell)]
-        if best.same and len(best.same.lines) < seeds:
-            shown[1] += f" ({markdown.seeds(len(best.same.lines))})"
+        shown = [_mean(cell, measure, seeds) for cell in (best.reference, best.same, best.cell)]
         shares = [markdown.share(best.cell.kept), markdown.share(best.cell.pairs)]
         return [name, markdown.LABELS[measure], *shown, markdown.percent(best.ratio), *shares, str(seeds)]
+
+
+def _mean(cell: Cell | None, measure: str, seeds: int) -> str:
+    """A cell's score, with its seeds where it has fewer than others of its row."""
+    if cell is None:
+        return ""
+    fewer = f" ({markdown.seeds(len(cell.lines))})" if len(cell.lines) < seeds else ""
+    return f"{cell.mean(measure):.3f}{fewer}"
 
 
 def _budget(bar: Settings) -> float:
