@@ -21,7 +21,7 @@ from lrsa_lit.models.tiny import tiny_tokenizer
 
 
 def test_the_context_comes_first_and_the_question_last(record: QARecord, tokenizer: PreTrainedTokenizerFast):
-    prompt, _ = render_prompt(record, tokenizer)
+    prompt, *_ = render_prompt(record, tokenizer)
     assert prompt == (
         "<|im_start|>user\n"
         "Isk\nThe Isk is 212 kilometres long.\n\n"
@@ -35,7 +35,7 @@ def test_the_context_comes_first_and_the_question_last(record: QARecord, tokeniz
 
 def test_a_prompt_may_be_put_otherwise(record: QARecord, tokenizer: PreTrainedTokenizerFast):
     prompt = Prompt("Read:\n{context}\nNow: {input}", answer="It is:", heading="Document {number}:")
-    text, _ = render_prompt(record, tokenizer, prompt)
+    text, *_ = render_prompt(record, tokenizer, prompt)
     assert text == (
         "<|im_start|>user\nRead:\n"
         "Document 1:\nThe Isk is 212 kilometres long.\n\n"
@@ -54,14 +54,14 @@ def test_a_prompt_may_be_put_otherwise(record: QARecord, tokenizer: PreTrainedTo
 def test_a_question_may_hold_what_stands_for_others(
     record: QARecord, tokenizer: PreTrainedTokenizerFast, question: str
 ):
-    text, _ = render_prompt(replace(record, question=question), tokenizer)
+    text, *_ = render_prompt(replace(record, question=question), tokenizer)
     assert text.count("The Isk is") == 1
     assert f"Question: {question}<|im_end|>" in text
 
 
 def test_training_sees_the_prompt_that_generation_starts_from(record: QARecord, tokenizer: PreTrainedTokenizerFast):
     example = encode(record, tokenizer, 1024)
-    prompt, _ = render_prompt(record, tokenizer)
+    prompt, *_ = render_prompt(record, tokenizer)
     ids, length = example["input_ids"], example["prompt_length"]
     assert ids[:length] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids[length:]) == "Tesmar<|im_end|>"

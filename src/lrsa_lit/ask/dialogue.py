@@ -38,7 +38,7 @@ class Dialogue:
         self._stops = stop_tokens(tokenizer)
         self._text = text
         self._asked: list[str] = []
-        prompt, [(_, stop)] = render_prompt(_record("", text), tokenizer)
+        prompt, _, [(_, stop)] = render_prompt(_record("", text), tokenizer)
         encoding = self._encode(prompt, return_offsets_mapping=True)
         # Long texts take seconds to tokenise, and copies of this object need the same ones again.
         self._prompts: dict[str, list[int]] = {"": encoding["input_ids"]}
@@ -75,7 +75,7 @@ class Dialogue:
     def _prompt(self, question: str) -> list[int]:
         """The text and a first question, in the words of the training prompts."""
         if question not in self._prompts:
-            prompt, _ = render_prompt(_record(question, self._text), self._tokenizer)
+            prompt, *_ = render_prompt(_record(question, self._text), self._tokenizer)
             self._prompts[question] = self._encode(prompt)["input_ids"]
         return self._prompts[question]
 
@@ -85,7 +85,7 @@ class Dialogue:
         The text is left out of the first message here: it does not change what follows an answer.
         """
         # The wording of training up to the first answer, not this module's: so the two are held to be the same.
-        fed, _ = render_prompt(_record(self._asked[0]), self._tokenizer)
+        fed, *_ = render_prompt(_record(self._asked[0]), self._tokenizer)
         messages = [{"role": "user", "content": _wording(self._asked[0])}]
         for later in [*self._asked[1:], question]:
             messages += [{"role": "assistant", "content": _STAND_IN}, {"role": "user", "content": _wording(later)}]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of every key: raise it when prompts.py, or a data set's recipe, gives other examples for the same parameters.
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 _log = logging.getLogger("lrsa_lit.data")
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrsa_lit.data.prompts import Example, Span
+from lrsa_lit.data.prompts import Example
+from lrsa_lit.data.tokenization import Span
 from lrsa_lit.metrics import Match
 
 IGNORE_INDEX = -100

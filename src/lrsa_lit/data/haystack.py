@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lrsa_lit.data.prompts import PROMPT, SEPARATOR, YES_NO, Example, Prompt, TooLong, encode, render_passage
 from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.data.tokenization import token_counts
 from lrsa_lit.metrics import normalize_answer
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ class ParagraphPool:
         new = [position for position in positions if position not in self._tokens]
         if new:
             texts = [SEPARATOR + self.prompt.passage(self.passages[position], _NUMBER) for position in new]
-            ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-            self._tokens.update(zip(new, map(len, ids), strict=True))
+            self._tokens.update(zip(new, token_counts(tokenizer, texts), strict=True))
         return [self._tokens[position] for position in positions]
 
     def fill(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
 from lrsa_lit.data.prompts import PROMPT, Example, TooLong, encode, prompt_of
 from lrsa_lit.data.records import Passage, QARecord, check_name, read_jsonl
+from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve, sha256_of
 
@@ -102,8 +103,7 @@ class LongBench(QADataModule):
     def _cut(self, record: QARecord, found: Example | TooLong) -> QARecord:
         """The record without the middle of its context, as few tokens as that takes."""
         text = record.passages[0].text
-        encoding = self.checked_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans: list[tuple[int, int]] = encoding["offset_mapping"]
+        spans = encode_text(self.checked_tokenizer, text).offsets
         kept = len(spans)
         # Where both halves meet, tokens may fall apart, so the first cut may not be enough.
         while isinstance(found, TooLong) and kept:

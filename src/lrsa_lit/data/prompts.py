@@ -10,12 +10,14 @@ generation starts from.
 from __future__ import annotations
 
 import re
+import secrets
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NotRequired, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
 from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.data.tokenization import Span, Tokens, encode_text
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import Match
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 SEPARATOR = "\n\n"
 INSTRUCTION = "Answer the question from the text above. Give only the answer, without any other words."
 YES_NO = frozenset({"yes", "no"})
-
-Span: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -150,23 +150,22 @@ def encode(
         UserError: even without any passage the record needs more than ``max_tokens``, or the chat template does not
             keep the text of a message.
     """
-    text, passages = render_prompt(record, tokenizer, prompt)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    target = f" {record.target}" if prompt.answer else record.target
-    answer_ids = tokenizer(target + str(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
-    length = len(encoding["input_ids"]) + len(answer_ids)
+    rendered = render_prompt(record, tokenizer, prompt)
+    question = encode_text(tokenizer, rendered.text, rendered.user)
+    answer = _encode_answer(record, tokenizer, prompt)
+    length = len(question.ids) + len(answer.ids)
     if length > max_tokens:
-        _check_bare(record, tokenizer, max_tokens, len(answer_ids), prompt)
+        _check_bare(record, tokenizer, max_tokens, len(answer.ids), prompt)
         return TooLong(length)
-    gold = [span for passage, span in zip(record.passages, passages, strict=True) if _supports(record, passage)]
-    answers = [found for span in gold for found in find_answers(text, record.answers, span)]
-    offsets = encoding["offset_mapping"]
+    spans = zip(record.passages, rendered.passages, strict=True)
+    gold = [span for passage, span in spans if _supports(record, passage)]
+    answers = [found for span in gold for found in find_answers(rendered.text, record.answers, span)]
     example = Example(
         id=record.id,
-        input_ids=encoding["input_ids"] + answer_ids,
-        prompt_length=len(encoding["input_ids"]),
-        gold_spans=[token_span(offsets, span) for span in gold],
-        answer_spans=[token_span(offsets, span) for span in answers],
+        input_ids=question.ids + answer.ids,
+        prompt_length=len(question.ids),
+        gold_spans=[token_span(question.offsets, span) for span in gold],
+        answer_spans=[token_span(question.offsets, span) for span in answers],
         answers=list(record.answers),
         match=record.match,
     )
@@ -175,24 +174,68 @@ def encode(
     return example
 
 
-def render_prompt(
-    record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT
-) -> tuple[str, list[Span]]:
-    """The prompt's text up to where the answer starts, and the character span of each passage in it."""
+class Rendered(NamedTuple):
+    """What a chat template makes of messages.
+
+    Attributes:
+        text: the whole.
+        user: character spans [start, end) of the messages' contents in it, which :func:`encode_text` takes.
+        passages: character spans of the passages of a prompt.
+    """
+
+    text: str
+    user: list[Span]
+    passages: Sequence[Span] = ()
+
+
+def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT) -> Rendered:
+    """The prompt's text up to where the answer starts.
+
+    Raises:
+        UserError: the chat template does not keep the text of a message.
+    """
     texts = [prompt.passage(passage, number) for number, passage in enumerate(record.passages, start=1)]
     before, after = prompt.around(record.question.strip())
     content = before + SEPARATOR.join(texts) + after if texts else (before + after).lstrip()
-    messages = [{"role": "user", "content": content}]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + prompt.answer
-    start = text.find(content)
-    if start < 0:
-        raise UserError("model.tokenizer: its chat template changes the text of a message, which is not supported")
-    start += len(before)
+    text, [(start, end)], _ = render_messages([{"role": "user", "content": content}], tokenizer)
+    # The template may have left out white space at the beginning.
+    place = start - content.index(text[start:end]) + len(before)
     spans = []
     for passage in texts:
-        spans.append((start, start + len(passage)))
-        start += len(passage) + len(SEPARATOR)
-    return text, spans
+        spans.append((max(place, start), min(place + len(passage), end)))
+        place += len(passage) + len(SEPARATOR)
+    return Rendered(text + prompt.answer, [(start, end)], spans)
+
+
+def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """A conversation up to where the next answer starts, with the place of each message's content.
+
+    Args:
+        messages: each with a role and a content.
+        tokenizer: with a chat template, which may leave out white space around a content.
+
+    Raises:
+        UserError: the chat template changes the text of a message in any other way.
+    """
+    # Whatever the messages hold, their places are those of contents that can stand nowhere else.
+    stand_ins = [f"[{secrets.token_hex(16)}]" for _ in messages]
+    marked = [{**message, "content": name} for message, name in zip(messages, stand_ins, strict=True)]
+    between = re.split("|".join(map(re.escape, stand_ins)), _render(marked, tokenizer))
+    text = _render(messages, tokenizer)
+    spans: list[Span] = []
+    end = len(between[0])
+    if len(between) == len(messages) + 1 and text.startswith(between[0]):
+        for message, behind in zip(messages, between[1:], strict=True):
+            content = message["content"]
+            forms = (content, content.strip(), content.lstrip(), content.rstrip())
+            shown = next((form for form in forms if text.startswith(form + behind, end)), None)
+            if shown is None:
+                break
+            spans.append((end, end + len(shown)))
+            end += len(shown) + len(behind)
+    if end != len(text) or len(spans) != len(messages):
+        raise UserError("model.tokenizer: its chat template changes the text of a message, which is not supported")
+    return Rendered(text, spans)
 
 
 def render_passage(passage: Passage) -> str:
@@ -225,6 +268,16 @@ def token_span(offsets: Sequence[Span], span: Span) -> Span:
     )
 
 
+def _render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+
+def _encode_answer(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tokens:
+    """The answer to learn and the end-of-message token."""
+    target = f" {record.target}" if prompt.answer else record.target
+    return encode_text(tokenizer, target + str(tokenizer.eos_token), [(0, len(target))])
+
+
 def _supports(record: QARecord, passage: Passage) -> bool:
     return passage.title in record.supporting_titles
 
@@ -232,8 +285,8 @@ def _supports(record: QARecord, passage: Passage) -> bool:
 def _check_bare(
     record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int, answer_tokens: int, prompt: Prompt
 ) -> None:
-    bare, _ = render_prompt(replace(record, passages=()), tokenizer, prompt)
-    needed = len(tokenizer(bare, add_special_tokens=False)["input_ids"]) + answer_tokens
+    bare = render_prompt(replace(record, passages=()), tokenizer, prompt)
+    needed = len(encode_text(tokenizer, bare.text, bare.user).ids) + answer_tokens
     if needed > max_tokens:
         raise UserError(
             f"data.init_args.max_tokens is {max_tokens}, but question {record.id} needs {needed} tokens "

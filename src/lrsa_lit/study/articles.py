@@ -8,6 +8,7 @@ from lrsa_lit.data.module import Split
 from lrsa_lit.data.prompts import SEPARATOR, Example, TooLong, render_passage
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.squad import SquadArticles, article_records
+from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
 
 
@@ -36,7 +37,7 @@ class Articles(SquadArticles):
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The text alone; an article that is too short counts as one that does not fit."""
         text = SEPARATOR.join(render_passage(passage) for passage in record.passages)
-        ids: list[int] = self.checked_tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_text(self.checked_tokenizer, text).ids
         if len(ids) < self.max_tokens:
             return TooLong(len(ids))
         return Example(

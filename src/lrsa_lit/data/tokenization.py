@@ -1,0 +1,173 @@
+"""Text to token ids, so that what a user has written never becomes a control token of the model."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+from lrsa_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Span: TypeAlias = tuple[int, int]
+
+# No text can hold it by chance or by intent; a new one in each process, which no token depends on.
+_MARK = f"\ufdd0{secrets.token_hex(16)}\ufdd1"
+_markers: WeakKeyDictionary[Any, tuple[int, Tokenizer]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text.
+
+    Attributes:
+        ids: of the tokens.
+        offsets: character span [start, end) of each token in the text.
+    """
+
+    ids: list[int]
+    offsets: list[Span]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Span] | None = None) -> Tokens:
+    """Tokenise a text in one piece; special tokens are recognised only outside of what the user has written.
+
+    A text whose user spans hold no special token's string has the ids that ``tokenizer(text,
+    add_special_tokens=False)`` gives. No token is added before or behind it.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        text: as the chat template renders it, for example.
+        user: character spans [start, end) of the user's text, such as :func:`~lrsa_lit.data.prompts.render_messages`
+            returns; None where all of the text is the user's.
+
+    Raises:
+        UserError: the tokenizer's vocabulary has no other way to write a special token's string.
+    """
+    # Not verbose: it would warn that a long text is longer than the tokenizer's idea of the model.
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found = Tokens(encoding["input_ids"], encoding["offset_mapping"])
+    spans = [(0, len(text))] if user is None else user
+    if not (wrong := _special_in_text(tokenizer, text, found, spans)):
+        return found
+    control = [place for place in _special(tokenizer, found) if place not in wrong]
+    plain = _encode_around(tokenizer, text, found, control, cuts=[])
+    if wrong := _special_in_text(tokenizer, text, plain, spans):
+        # The vocabulary itself holds the string, so that only its parts are ordinary tokens.
+        cuts = [_core(text, plain.offsets[place])[1] - 1 for place in wrong]
+        plain = _encode_around(tokenizer, text, found, control, cuts)
+        if wrong := _special_in_text(tokenizer, text, plain, spans):
+            start, end = plain.offsets[wrong[0]]
+            raise UserError(f"model.tokenizer: it can write {text[start:end]!r} only as a special token")
+    return plain
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """How many tokens :func:`encode_text` makes of each of a user's texts."""
+    special = special_ids(tokenizer)
+    rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    pairs = zip(texts, rows, strict=True)
+    return [len(row if special.isdisjoint(row) else encode_text(tokenizer, text).ids) for text, row in pairs]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of all special tokens, named by the tokenizer or not."""
+    unnamed = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return {*tokenizer.all_special_ids, *unnamed}
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
+    special = special_ids(tokenizer)
+    return [place for place, number in enumerate(tokens.ids) if number in special]
+
+
+def _special_in_text(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Tokens, spans: Sequence[Span]) -> list[int]:
+    """Places of the special tokens that a user's text has become, in whole or in part."""
+    return [
+        place
+        for place in _special(tokenizer, tokens)
+        if _is_written(tokenizer, text, tokens, place) and _overlaps(_core(text, tokens.offsets[place]), spans)
+    ]
+
+
+def _is_written(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Tokens, place: int) -> bool:
+    """Whether a special token stands for its own string, not for characters that the vocabulary lacks."""
+    start, end = tokens.offsets[place]
+    return tokens.ids[place] != tokenizer.unk_token_id or text[start:end].strip() == str(tokenizer.unk_token)
+
+
+def _core(text: str, span: Span) -> Span:
+    """A token's span without the white space around it, which some special tokens take in from their neighbours."""
+    found = text[slice(*span)]
+    if not found.strip():
+        return span
+    return span[0] + len(found) - len(found.lstrip()), span[1] - len(found) + len(found.rstrip())
+
+
+def _overlaps(span: Span, spans: Sequence[Span]) -> bool:
+    return any(span[0] < end and start < span[1] for start, end in spans)
+
+
+def _encode_around(
+    tokenizer: PreTrainedTokenizerBase, text: str, found: Tokens, control: Sequence[int], cuts: Sequence[int]
+) -> Tokens:
+    """Tokenise a text in which only chosen special tokens are such.
+
+    Each of them is replaced by a mark, which splits the text as the token does, and the marks by the tokens again.
+
+    Args:
+        tokenizer: as for :func:`encode_text`.
+        text: the same.
+        found: its tokens with all special ones.
+        control: places in ``found`` of those to keep.
+        cuts: positions in the text that no token may reach over.
+    """
+    kept = {found.offsets[place]: found.ids[place] for place in control}
+    parts = sorted([*kept, *((cut, cut) for cut in cuts)])
+    marker = _marker(tokenizer)
+    mark = marker.token_to_id(_MARK)
+    marked = "".join(_marked(text, parts))
+    encoding = marker.encode(marked, add_special_tokens=False)
+    ids, offsets, shift = [], [], 0
+    remaining = iter(parts)
+    for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if number != mark:
+            ids.append(number)
+            offsets.append((start - shift, end - shift))
+            continue
+        part = next(remaining)
+        shift = end - part[1]
+        if part in kept:
+            ids.append(kept[part])
+            offsets.append(part)
+    return Tokens(ids, offsets)
+
+
+def _marked(text: str, parts: Sequence[Span]) -> Iterator[str]:
+    """The text with a mark in the place of each part."""
+    last = 0
+    for start, end in parts:
+        yield text[last:start]
+        yield _MARK
+        last = end
+    yield text[last:]
+
+
+def _marker(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the fast tokenizer that knows the mark, and no special token."""
+    from tokenizers import AddedToken, Tokenizer
+
+    size, marker = _markers.get(tokenizer, (0, None))
+    if marker is None or size != len(tokenizer):
+        marker = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        marker.no_padding()
+        marker.no_truncation()
+        marker.encode_special_tokens = True
+        marker.add_tokens([AddedToken(_MARK, normalized=False, special=False)])
+        _markers[tokenizer] = len(tokenizer), marker
+    return marker
