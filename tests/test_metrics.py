@@ -1,8 +1,11 @@
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lrsa_lit.metrics import exact_match, f1_score, normalize_answer, recall
 from lrsa_lit.qa_score import QAScore
@@ -35,7 +38,6 @@ def test_normalize_answer(text: str, expected: str):
         ("no", ["yes"], 0.0, 0.0),
         ("Yes.", ["yes"], 1.0, 1.0),
         ("", ["Paris"], 0.0, 0.0),
-        ("the", ["A"], 0.0, 1.0),  # as in the published qa_f1_score, in which nothing has no F1
         ("1999", ["in 1999", "1999"], 1.0, 1.0),
         ("1999", ["1999", "in the summer of 1999"], 1.0, 1.0),
     ],
@@ -43,6 +45,42 @@ def test_normalize_answer(text: str, expected: str):
 def test_f1_and_exact_match_take_the_best_of_alternatives(prediction: str, answers: list[str], f1: float, em: float):
     assert f1_score(prediction, answers) == pytest.approx(f1)
     assert exact_match(prediction, answers) == em
+
+
+@pytest.mark.parametrize("answer", ["A", "a", "The", "An", "The The", "?", "...", "A."])
+def test_an_answer_of_articles_or_punctuation_has_scores(answer: str):
+    for right in (answer, answer.lower(), f" {answer}\n"):
+        assert (f1_score(right, [answer]), exact_match(right, [answer])) == (1.0, 1.0)
+    for wrong in ("", " ", "B", "!", "of"):
+        assert (f1_score(wrong, [answer]), exact_match(wrong, [answer])) == (0.0, 0.0)
+
+
+def test_a_letter_may_stand_in_a_sentence_and_with_a_full_stop():
+    assert (f1_score("A.", ["A"]), exact_match("(A)", ["A"])) == (1.0, 1.0)
+    assert f1_score("The answer is A", ["A"]) == pytest.approx(2 / 5)
+    assert f1_score("the", ["A"]) == exact_match("the", ["A"]) == 0.0
+    assert exact_match("the", ["A", "Paris"]) == exact_match("", ["A", "Paris"]) == 0.0
+    assert exact_match("the Paris", ["A", "Paris"]) == 1.0
+
+
+def test_every_required_answer_counts_even_one_that_is_an_article():
+    assert (f1_score("A, B", ["A", "B"], "all"), exact_match("A, B", ["A", "B"], "all")) == (1.0, 1.0)
+    assert (f1_score("B", ["A", "B"], "all"), exact_match("B", ["A", "B"], "all")) == (pytest.approx(2 / 3), 0.0)
+
+
+@given(
+    st.text("aAtheTHEnB .,?é", max_size=12),
+    st.lists(st.text("aAtheTHEnB .,?é", min_size=1, max_size=12), min_size=1, max_size=3),
+)
+def test_whatever_is_left_of_every_answer_is_scored_as_longbench_does(prediction: str, answers: list[str]):
+    words = normalize_answer(prediction).split()
+    references = [normalize_answer(answer).split() for answer in answers]
+    if all(references):
+        shared = [(Counter(words) & Counter(reference)).total() for reference in references]
+        lengths = [len(words) + len(reference) for reference in references]
+        expected = max(2 * common / length for common, length in zip(shared, lengths, strict=True))
+        assert f1_score(prediction, answers) == pytest.approx(expected)
+        assert exact_match(prediction, answers) == (words in references)
 
 
 def test_required_answers_form_one_reference():

@@ -4,6 +4,10 @@ F1 and exact match follow the SQuAD script as LongBench uses it (``qa_f1_score``
 articles, single spaces. There, and so here, yes and no are words like any other: "yes, they were" has an F1 of 0.5
 against "yes". (HotpotQA's own script gives 0 to every such answer that is not exactly yes or no.) Recall is
 RULER's ``string_match``.
+
+In one place this project departs from LongBench: an answer of which that leaves nothing, such as the letter "A" or "?",
+is compared with its articles and, if need be, with its punctuation. LongBench gives its F1 as 0 whatever the
+prediction, and its exact match as 1 to any prediction of which nothing is left either.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
 Match: TypeAlias = Literal["any", "all"]
@@ -37,14 +41,15 @@ def f1_score(prediction: str, answers: Sequence[str], match: Match = "any") -> f
             together, and the reference is all of them joined by ", ".
 
     Returns:
-        A score between 0 and 1; 0 where no word is shared, also if both sides normalise to nothing.
+        A score between 0 and 1; 0 where no word is shared.
     """
-    return max(_f1(normalize_answer(prediction).split(), words.split()) for words in _references(answers, match))
+    pairs = _compared(prediction, answers, match)
+    return max(_f1(predicted.split(), expected.split()) for predicted, expected in pairs)
 
 
 def exact_match(prediction: str, answers: Sequence[str], match: Match = "any") -> float:
     """1 if the normalised prediction equals a normalised reference, else 0; ``match`` as in :func:`f1_score`."""
-    return float(normalize_answer(prediction) in _references(answers, match))
+    return float(any(predicted == expected for predicted, expected in _compared(prediction, answers, match)))
 
 
 def recall(prediction: str, answers: Sequence[str], match: Match = "any") -> float:
@@ -57,8 +62,22 @@ def recall(prediction: str, answers: Sequence[str], match: Match = "any") -> flo
     return float(any(found)) if match == "any" else sum(found) / len(found)
 
 
-def _references(answers: Sequence[str], match: Match) -> list[str]:
-    return [normalize_answer(answer) for answer in (answers if match == "any" else [", ".join(answers)])]
+def _compared(prediction: str, answers: Sequence[str], match: Match) -> Iterator[tuple[str, str]]:
+    """The prediction and each reference, both in the form that leaves something of all answers of the reference."""
+    for reference in [[answer] for answer in answers] if match == "any" else [answers]:
+        form = next((form for form in _FORMS if all(map(form, reference))), _spaced)
+        yield form(prediction), form(", ".join(reference))
+
+
+def _with_articles(text: str) -> str:
+    return _spaced(text.translate(_NO_PUNCTUATION))
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+_FORMS = (normalize_answer, _with_articles, _spaced)
 
 
 def _f1(predicted: list[str], expected: list[str]) -> float:
