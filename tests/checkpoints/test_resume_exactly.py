@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,19 +35,28 @@ class Fit(NamedTuple):
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    """Of five batches an epoch: one step each and a validation at each epoch's end, or a step for two of them."""
+    """Of five batches an epoch: one step each and a validation at each epoch's end, or a step for two of them.
+
+    A fit may end with a validation, and may validate between the two batches of a step.
+    """
     root = tmp_path_factory.mktemp("fits")
     recorded_fit.write_records(root / "records.jsonl", 10)
     (root / "common.yaml").write_text(yaml.safe_dump(recorded_fit.common(root / "records.jsonl", STEPS)))
     unpacked = {"data": {"init_args": {"packing": None, "batch_size": 2, "num_workers": 0}}}
-    changes = {"plain": unpacked, "accumulating": unpacked | {"trainer": {"max_steps": 8}}}
+    full, lora = recorded_fit.cases()
+    changes = {
+        "plain": (full, {}),
+        "ending": (full, {"max_steps": 15}),
+        "accumulating": (lora, {"max_steps": 8}),
+        "between": (lora, {"max_steps": 8, "val_check_interval": 3}),
+    }
     made = {}
-    for (name, change), case in zip(changes.items(), recorded_fit.cases(), strict=True):
+    for name, (case, change) in changes.items():
         saving = {"save_on_exception": True, "save_last": True, "monitor": "val/loss"}
         callbacks = case.config["trainer"]["callbacks"]
         callbacks[0]["init_args"] = saving
         (root / f"{name}.yaml").write_text(yaml.safe_dump(case.config))
-        (root / f"{name}-changes.yaml").write_text(yaml.safe_dump(change))
+        (root / f"{name}-changes.yaml").write_text(yaml.safe_dump(unpacked | {"trainer": change}))
         configs = [root / "common.yaml", root / f"{name}.yaml", root / f"{name}-changes.yaml"]
         made[name] = ["fit", *(part for path in configs for part in ("--config", str(path)))]
     return made
@@ -101,7 +111,13 @@ STOPS = {
     "between the batches of a step": ("accumulating", "loss", "epoch 1, batch 0"),
     "at the end of an epoch without validation": ("accumulating", "loss", "epoch 1, batch 4"),
     "before a validation between the batches of a step": ("accumulating", "loss", "epoch 1, batch 1"),
-    "within a validation between the batches of a step": ("accumulating", "validation", "step 8, batch 1"),
+    "within the validation of the last step, which accumulated": ("accumulating", "validation", "step 8, batch 1"),
+    "within the first validation of the last step": ("ending", "validation", "step 15, batch 0"),
+    "within the validation of the last step": ("ending", "validation", "step 15, batch 2"),
+    "before the validation of the last step": ("ending", "loss", "epoch 2, batch 4"),
+    "before a validation in the middle of a step": ("between", "loss", "epoch 0, batch 2"),
+    "within a validation in the middle of a step": ("between", "validation", "step 3, batch 1"),
+    "after a validation in the middle of a step": ("between", "ids", "epoch 0, batch 3"),
 }
 
 
@@ -116,6 +132,35 @@ def test_a_stopped_fit_goes_on(elsewhere, references, at, capfd, name, kind, key
     assert f"; go on with --ckpt_path {recorded_fit.LAST}" in capfd.readouterr().err
     main([*fit.arguments, "--ckpt_path", "last"])
     assert kill.differences(fit.expected, elsewhere) == []
+
+
+ENDS = {
+    # As EarlyStopping does, after a validation.
+    "in a validation in the middle of a step": ("validation", "step 3, batch 1"),
+    # As a time limit does, after a batch: Lightning then validates once more.
+    "after the first batch of a step": ("loss", "epoch 1, batch 2"),
+    "before the first step is done": ("loss", "epoch 0, batch 0"),
+    "after a step": ("loss", "epoch 1, batch 3"),
+}
+
+
+@pytest.mark.parametrize(("kind", "key"), ENDS.values(), ids=ENDS)
+def test_a_fit_that_ended_early_goes_on(elsewhere, references, at, monkeypatch, kind, key):
+    """It ends well wherever it is in an optimizer step, and saves the weights of the last step."""
+    fit, trainers = references("between"), []
+    monkeypatch.setattr(
+        recorded_fit.Watch, "on_train_start", lambda self, trainer, module: trainers.append(trainer), raising=False
+    )
+    assert (kind, key) in fit.expected.events
+    at(kind, key, lambda: setattr(trainers[0], "should_stop", True))
+    main(fit.arguments)
+    if steps := trainers[0].global_step:
+        assert torch.load(recorded_fit.LAST, weights_only=True)["global_step"] == steps < 8
+    main([*fit.arguments, "--ckpt_path", "last"])
+    found = kill.differences(fit.expected, elsewhere)
+    # A fit ends with a validation, where the one that nothing ends may have none or, by Lightning's count, a later one.
+    last = re.compile(r"validation of step .* is not in the other|metric of val/.*")
+    assert [difference for difference in found if not last.fullmatch(difference)] == []
 
 
 def test_ctrl_c_waits_for_the_batch(elsewhere, references, at, capfd):

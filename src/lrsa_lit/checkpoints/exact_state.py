@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
@@ -37,9 +39,10 @@ class Boundary(NamedTuple):
 class ExactState(Callback):
     """Save and restore random number generators and positions in the data, of every process.
 
-    A checkpoint is always one of a boundary between two optimizer steps, whenever it is saved: the weights have not
-    changed since, and random numbers, data and counters are those of then. So what an exception has interrupted, a
-    batch or a validation, is done again as a whole.
+    Every checkpoint holds the last boundary between two optimizer steps, whenever it is saved: the weights have not
+    changed since, and the random numbers, the position in the data and the counters are those of the boundary. What
+    came after it is done again by the resumed run: a batch or a validation that an exception interrupted, and the
+    batches and validations of a step that was not finished, because the fit was stopped while it accumulated gradients.
 
     Args:
         settings: the settings of the run by dotted name, to be kept in its checkpoints.
@@ -48,6 +51,8 @@ class ExactState(Callback):
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
         self.settings = dict(settings or {})
         self._boundary: Boundary | None = None
+        # Of other callbacks at the boundary, where a validation has changed them since.
+        self._callbacks: dict[str, Any] = {}
         self._loaded: Boundary | None = None
         self._max_steps: int | None = None
 
@@ -83,7 +88,8 @@ class ExactState(Callback):
             validated = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             validated.ready = validated.started = validated.completed  # type: ignore[attr-defined]
             rng.restore(self._loaded.random, trainer.strategy.root_device)
-        self._boundary, self._loaded = self._loaded or look(trainer), None
+        self._set_boundary(self._loaded or look(trainer))
+        self._loaded = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """From here on, and until the step is over, the weights belong to no boundary."""
@@ -95,19 +101,21 @@ class ExactState(Callback):
         """Look at the boundary after a step."""
         if accumulating(trainer):
             return
-        self._boundary = look(trainer)
-        _complete_batch(self._boundary.loops, validation_is_due(trainer))
+        boundary = look(trainer)
+        _complete_batch(boundary.loops, validation_is_due(trainer))
+        self._set_boundary(boundary)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last validation of a run has begun, so that the run can end after it."""
+        """Let a run end after its last validation; keep what callbacks knew at a boundary that will not know of it."""
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        if _validating_in_a_fit(trainer) and accumulating(trainer) and not self._callbacks:
+            self._callbacks = _states(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again: the validation is done, and callbacks have counted it."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            # Between the batches of one step there is no boundary, and the last one knew nothing of this validation.
-            self._boundary = None if accumulating(trainer) else look(trainer)
+        if _validating_in_a_fit(trainer) and not accumulating(trainer):
+            self._set_boundary(look(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state of all processes.
@@ -121,11 +129,15 @@ class ExactState(Callback):
                 raise CheckpointNotSaved("no checkpoint of this moment: it is in the middle of an optimizer step")
             boundary = look(trainer)
         checkpoint["loops"]["fit_loop"] = boundary.loops
+        checkpoint["callbacks"] |= self._callbacks
         checkpoint[KEY] = {
             "random": gathered(trainer, boundary.random),
             "loaders": gathered(trainer, boundary.loops["state_dict"].get("combined_loader", [])),
             "settings": self.settings,
         }
+
+    def _set_boundary(self, boundary: Boundary) -> None:
+        self._boundary, self._callbacks = boundary, {}
 
 
 def look(trainer: Trainer) -> Boundary:
@@ -151,6 +163,16 @@ def other_processes(before: int, now: int) -> str:
         f"its own position in the data; resume with trainer.devices x trainer.num_nodes = {before}, or `lrsa export` "
         "it and start a new fit from its weights"
     )
+
+
+def _validating_in_a_fit(trainer: Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def _states(trainer: Trainer) -> dict[str, Any]:
+    """What callbacks save, but for those that save checkpoints: they must know the files that they have written."""
+    others = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]
+    return {callback.state_key: copy.deepcopy(state) for callback in others if (state := callback.state_dict())}
 
 
 def _complete_batch(loops: dict[str, Any], validation_follows: bool) -> None:
@@ -189,6 +211,9 @@ def _restore_data(trainer: Trainer, loops: dict[str, Any]) -> None:
     if loops[_BATCHES]["is_last_batch"]:
         # The epoch has no batch left, but what remains of it, a validation maybe, is still to be done. Loaders whose
         # state is at the end of an epoch begin the next one: not now, but when Lightning asks for it.
+        exhausted = loader._iterator
         loader.reset()
         loader._load_state_dicts(loops["state_dict"]["combined_loader"])
         fetcher.iterator = iter(())
+        # If no epoch follows, Lightning still asks for the number of batches.
+        loader._iterator = exhausted

@@ -56,7 +56,9 @@ class SafeModelCheckpoint(ModelCheckpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save what the batch before has made due: only now is recorded what it has logged."""
-        self._save_due(trainer)
+        if self._between_steps:
+            self._save_due(trainer)
+        self._between_steps = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,7 +74,7 @@ class SafeModelCheckpoint(ModelCheckpoint):
         self._between_steps = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the last batch has made due, or the epoch."""
+        """Save what the last batch has made due, or the epoch, or a fit that ends within a step."""
         self._save_due(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
@@ -117,12 +119,11 @@ class SafeModelCheckpoint(ModelCheckpoint):
         self._save(super()._save_last_checkpoint, trainer, monitor_candidates)
 
     def _save_due(self, trainer: Trainer) -> None:
-        if self._due and self._between_steps:
+        if self._due:
             self._due = False
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
-        self._between_steps = False
 
     def _save(self, save: Saver, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
         """Save with Lightning's bookkeeping, which is taken back where that fails."""

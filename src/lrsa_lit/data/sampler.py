@@ -81,6 +81,7 @@ class EpochSampler(Sampler[list[int]]):
 
     def state(self, epoch: int, batch: int) -> dict[str, Any]:
         """The state after ``batch`` batches of an epoch: plain types, so that a checkpoint loads with weights_only."""
+        epoch, batch = self._after(epoch, batch)
         return {"seed": self.seed, "epoch": epoch, "batch": batch, "made_of": self._made_of()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -97,9 +98,12 @@ class EpochSampler(Sampler[list[int]]):
                 f"ckpt_path: its place in the training data has no meaning here: {listed}; "
                 "resume with the former values, or start a new fit"
             )
-        self.seed, self.epoch, self.batch = state["seed"], state["epoch"], state["batch"]
-        if self.batch >= self.cut_at:
-            self.epoch, self.batch = self.epoch + 1, 0
+        self.seed = state["seed"]
+        self.epoch, self.batch = self._after(state["epoch"], state["batch"])
+
+    def _after(self, epoch: int, batch: int) -> tuple[int, int]:
+        """The epoch of the batch that follows, and its place there: the end of one epoch is the start of the next."""
+        return (epoch, batch) if batch < self.cut_at else (epoch + 1, 0)
 
     def _made_of(self) -> dict[str, Any]:
         return {**self.plan.key(), "number of devices": self.ranks}
