@@ -5,7 +5,7 @@ import torch
 from helpers import one_line
 from transformers import StaticCache
 
-from lrsa_lit.attention import LRSACache, disable, enable, using
+from lrsa_lit.attention import LRSACache, cache_argument, disable, enable, using
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import MeanPool, RandomTokens
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
@@ -43,6 +43,17 @@ def test_any_split_gives_the_parallel_pass(family, sizes, tiny, tokens, rule):
     close(feed(model, cache, ids, sizes), model(ids, use_cache=False).logits)
     assert cache.stored_tokens() == [2 * stored_size(90, rule)] * 3
     assert cache.get_seq_length() == 90
+
+
+@pytest.mark.parametrize("by_place", [False, True], ids=["keyword", "place"])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_is_taken_under_the_name_that_transformers_has_now(by_place, model, tokens, rule):
+    cache, ids, parts = LRSACache(rule, 3), tokens(1, 70), []
+    for part in ids.split(35, dim=1):
+        output = model(part, None, None, cache) if by_place else model(part, **cache_argument(model, cache))
+        parts.append(output.logits)
+    close(torch.cat(parts, dim=1), model(ids, use_cache=False).logits)
+    assert cache.stored_tokens() == [stored_size(70, rule)] * 3
 
 
 @pytest.mark.parametrize("change", [{"compressor": RandomTokens(4)}, {"compressor": MeanPool()}, {"chunk_size": 12}],

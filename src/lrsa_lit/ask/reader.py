@@ -103,6 +103,8 @@ class Reader:
         """
         from transformers import TextStreamer
 
+        from lrsa_lit.attention import cache_argument
+
         started, self._reading = time.perf_counter() - self._reading, 0.0
         self.dialogue.ask(question)
         # All but the last token, in calls of bounded length: a question may be long, too.
@@ -113,12 +115,12 @@ class Reader:
             output: Any = self.model.generate(
                 input_ids=ids,
                 attention_mask=ids.new_ones(ids.shape),
-                past_key_values=self.cache,
                 streamer=clock,
                 max_new_tokens=self.max_new_tokens,
                 use_cache=True,
                 eos_token_id=stop_tokens(self.tokenizer),
                 pad_token_id=self.tokenizer.pad_token_id,
+                **cache_argument(self.model, self.cache),
                 **GREEDY,
             )
         ended = time.perf_counter()

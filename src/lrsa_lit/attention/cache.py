@@ -14,6 +14,7 @@ from lrsa_lit.attention.rules import (
     arguments_by_name,
     attention_modules,
     base_of,
+    cache_of_call,
     enabled_state,
     warn_if_trained_otherwise,
 )
@@ -276,7 +277,7 @@ class _Watch:
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = arguments_by_name(decoder, args, kwargs)
-        cache = given.get("past_key_values")
+        cache = cache_of_call(given)
         # Of a model that was enabled since, its own hook begins the call.
         if not isinstance(cache, LRSACache) or self.cache() is not cache or enabled_state(decoder) is not None:
             return

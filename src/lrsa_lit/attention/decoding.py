@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
-from lrsa_lit.attention.rules import base_of, enabled_state
+from lrsa_lit.attention.rules import base_of, cache_argument, cache_of_call, enabled_state
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
 from lrsa_lit.ops.sparse_attention.api import implementation
@@ -83,9 +83,10 @@ def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Ca
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids: Any = kwargs.get("input_ids")
-        single = not args and ids is not None and ids.shape[1] == 1 and kwargs.get("past_key_values") is cache
+        single = not args and ids is not None and ids.shape[1] == 1 and cache_of_call(kwargs) is cache
         if single and decoder.ready(rows=ids.shape[0]):
-            return CausalLMOutputWithPast(logits=decoder.step(ids, kwargs.get("position_ids")), past_key_values=cache)
+            logits = decoder.step(ids, kwargs.get("position_ids"))
+            return CausalLMOutputWithPast(logits=logits, **cache_argument(decoder.model, cache))  # type: ignore[arg-type]
         output = plain(*args, **kwargs)
         decoder.note_order()
         return output

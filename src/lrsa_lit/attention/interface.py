@@ -23,6 +23,7 @@ from lrsa_lit.attention.rules import (
     arguments_by_name,
     attention_modules,
     base_of,
+    cache_of_call,
     enabled_state,
     warn_if_trained_otherwise,
 )
@@ -166,7 +167,7 @@ def _prepare(
     given = arguments_by_name(decoder, args, kwargs)
     tokens = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
     batch, length = tokens.shape[:2]
-    cache = given.get("past_key_values")
+    cache = cache_of_call(given)
     compressed = compressed_cache(cache, state.config, len(state.modules))
     past = 0 if cache is None else int(cache.get_seq_length())
     mask, positions = given.get("attention_mask"), given.get("position_ids")

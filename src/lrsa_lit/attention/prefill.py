@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.attention.cache import LRSACache
-from lrsa_lit.attention.rules import base_of, enabled_state
+from lrsa_lit.attention.rules import base_of, cache_argument, enabled_state
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.geometry import spans
 
@@ -53,9 +53,9 @@ def prefill(
         output = model(
             input_ids=input_ids[:, start - seen : stop - seen],
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(model, cache),
         )
         logits = output.logits[:, -1:]
         if progress is not None:

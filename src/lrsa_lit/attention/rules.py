@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
@@ -107,6 +107,17 @@ def arguments_by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     extra = [name for name, item in signature.parameters.items() if item.kind is item.VAR_KEYWORD]
     keywords = given.pop(extra[0], {}) if extra else {}
     return {**given, **keywords}
+
+
+def cache_of_call(given: dict[str, Any]) -> Cache | None:
+    """The cache among the arguments of a forward call, whatever this version of transformers calls it."""
+    return next((value for value in given.values() if isinstance(value, Cache)), None)
+
+
+def cache_argument(model: Any, cache: Cache | None) -> dict[str, Any]:
+    """A cache as a keyword of the model's ``forward`` and ``generate``: ``cache`` since transformers 5.24."""
+    known = inspect.signature(base_of(model).forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def warn_if_trained_otherwise(model: PreTrainedModel, config: LRSAConfig) -> None:

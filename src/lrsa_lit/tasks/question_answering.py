@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lrsa_lit.attention import (
     LAYOUT,
     LRSACache,
+    cache_argument,
     disable,
     enable,
     enabled_config,
@@ -282,13 +283,13 @@ class LongContextQA(lightning.LightningModule):
             tokens = self.model.generate(
                 input_ids=prompt,
                 attention_mask=batch["prompt_mask"],
-                past_key_values=cache,
                 max_new_tokens=self.max_new_tokens,
                 use_cache=True,
                 # All devices of a sharded model go on until the last one has its answers: each step takes them all.
                 synced_gpus=is_sharded(self.model),
                 eos_token_id=stops,
                 pad_token_id=self.tokenizer.pad_token_id,
+                **cache_argument(self.model, cache),
                 **GREEDY,
             )
         answers = [before_stop(row, stops) for row in tokens[:, prompt.shape[1] :].tolist()]
