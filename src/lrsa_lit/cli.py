@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import select
@@ -73,17 +74,50 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a one-line message for a user's mistake, code 130 after Ctrl-C, code 143 after SIGTERM,
             code 141 where nobody reads the output any more (``| head``).
     """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if sys.stdout is None and arguments[:1] == ["ask"]:
+        _fail("stdout: it is closed; it must be open for the answers")
+    _open_streams()
     try:
         try:
-            _main(list(sys.argv[1:] if args is None else args))
+            _main(arguments)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         if not _unread(sys.stdout):
             raise
-        # Python writes out what is left once more as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         raise SystemExit(141) from None
+    except OSError as error:
+        if _writable(sys.stdout):
+            raise
+        _discard_output()
+        _fail(f"stdout: it cannot be written ({error.strerror})")
+
+
+def _open_streams() -> None:
+    """Replace closed streams by the null device, and let those that are open escape what they cannot encode.
+
+    Without this, the next file to be opened would become stdout, and receive what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        # A missing stdin stays missing: a command that reads it has to say so.
+        if getattr(sys, name) is None and name != "stdin":
+            setattr(sys, name, open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Python writes out what is left once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unread(stream: TextIO) -> bool:
@@ -91,6 +125,15 @@ def _unread(stream: TextIO) -> bool:
     poll = select.poll()
     poll.register(stream, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _writable(stream: TextIO) -> bool:
+    """Whether a stream takes a line more; the end of a failed command's output."""
+    try:
+        os.write(stream.fileno(), b"\n")
+    except OSError:
+        return False
+    return True
 
 
 def _main(arguments: list[str]) -> None:
@@ -116,9 +159,8 @@ def _main(arguments: list[str]) -> None:
         run(lightning_arguments(arguments[0], arguments[1:]))
     except UserError as error:
         _fail(str(error))
-    except RuntimeError as error:
-        # By its name: torch takes seconds to import.
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
         _fail(_out_of_memory(arguments[0], str(error)))
     except KeyboardInterrupt:
@@ -126,8 +168,14 @@ def _main(arguments: list[str]) -> None:
         raise SystemExit(130) from None
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By its name: torch takes seconds to import.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def _out_of_memory(command: str, error: str) -> str:
-    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
     training = "lower data.init_args.batch_size or max_tokens, or set model.backbone.gradient_checkpointing"
     remedy = {
         "ask": "shorten the text, or lower --top-k",

@@ -117,7 +117,7 @@ def _write(model: Any, trained: Trained, out: Path) -> None:
     complete = out.with_name(f".{out.name}.complete")
     shutil.rmtree(complete, ignore_errors=True)
     try:
-        save_folder(model.eval(), trained.backbone.tokenizer, complete)
+        save_folder(model.eval(), trained.tokenizer, complete)
         put_in_place(complete, out)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from ask_helpers import FIRST, SECOND, TEXT, bare, ids_of, prompt_of
+from chat_templates import with_template
 from cli_helpers import DEBUG, NO_LOGGER
 from rich.console import Console
 from scripted import scripted_model
@@ -20,7 +23,9 @@ import lrsa_lit.attention
 from lrsa_lit.ask.dialogue import Dialogue
 from lrsa_lit.ask.reader import Reader, kept_tokens
 from lrsa_lit.attention import LRSACache, enable
+from lrsa_lit.chat_template import render
 from lrsa_lit.cli import main
+from lrsa_lit.data.prompts import INSTRUCTION
 from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
@@ -29,6 +34,10 @@ from lrsa_lit.ops.sparse_attention.geometry import stored_size
 
 RULE = LRSAConfig(sink_size=4, lag_size=32, top_k=8)
 FLAGS = ["--lag-size", "32", "--top-k", "8", "--sink-size", "4"]
+TRIMMING = (
+    "{{ mood }}{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
 NEW = 6
 ASK = ["ask", "--model", "tiny", "--max-new-tokens", str(NEW)]
 
@@ -274,12 +283,26 @@ def bad_inputs():
     yield "no new tokens", ["--max-new-tokens", "0", *given], ["--max-new-tokens", "'0'", ">= 1"]
     yield "rule and dense", ["--dense", "--top-k", "3", *given], ["--top-k", "--dense"]
     yield "dtype", ["--dtype", "int8", *given], ["--dtype", "int8", "bfloat16"]
+    for device in ("cuda:99", "cuda:-1", "mps", "xpu", "hpu", "xla", "tpu", "vulkan", "cpu:x", "", "cuda:" + "9" * 40):
+        if not (device == "mps" and torch.backends.mps.is_available()):
+            yield f"device {device}", ["--device", device, *given], ["--device", repr(device), "cpu"]
     yield "no such device", ["--device", "banana", *given], ["--device", "banana", "cpu"]
     yield "device without data", ["--device", "meta", *given], ["--device", "meta", "cpu"]
     yield "unknown option", ["--topk", "3", *given], ["--topk"]
     yield "too long", ["long.txt", FIRST], ["FILE", "long.txt", "8,192 positions", "tiny", "max-new-tokens"]
     yield "scaling", ["--rope-scaling", "ntk:2", "text.txt", FIRST], ["--rope-scaling", "ntk:2", "yarn:FACTOR"]
-    yield "scaling down", ["--rope-scaling", "yarn:0.5", "text.txt", FIRST], ["--rope-scaling", "0.5", ">= 1"]
+    yield "scaling without end", ["--rope-scaling", "yarn:1e99", *given], ["--rope-scaling", "yarn:1e99"]
+    yield "scaling too much", ["--rope-scaling", "yarn:9999999999", *given], ["--rope-scaling", "1,000,000"]
+    yield "huge integer", ["--top-k", str(10**30), *given], ["--top-k", "integer", "2,147,483,647"]
+    yield "thousands of digits", ["--max-new-tokens", "9" * 5000, *given], ["--max-new-tokens", "integer"]
+    yield "many new tokens", ["--max-new-tokens", str(10**9), *given], ["FILE", "1,000,000,000", "8,192 positions"]
+    yield "template arguments", ["--template-arguments", "[1]", *given], ["--template-arguments", "[1]", "object"]
+    yield "template argument", ["--template-arguments", '{"x": 1}', *given], ["--template-arguments", "'x'"]
+    yield "binary file", ["binary.txt", FIRST], ["FILE", "binary.txt", "NUL"]
+    yield "UTF-16 file", ["utf16.txt", FIRST], ["FILE", "utf16.txt", "UTF-8"]
+    yield "endless file", ["/dev/zero", FIRST], ["FILE", "/dev/zero", "device"]
+    yield "question of other bytes", ["text.txt", FIRST, "caf\udce9?"], ["QUESTION", "number 2", "UTF-8"]
+    yield "scaling down", ["--rope-scaling", "yarn:0.5", "text.txt", FIRST], ["--rope-scaling", "0.5", "from 1"]
     yield "follow-ups too long", ["fitting.txt", FIRST, SECOND], ["FILE", "fitting.txt", "8,192 positions"]
 
 
@@ -287,6 +310,8 @@ def bad_inputs():
 def test_bad_input_is_one_line(arguments, named, tmp_path, capfd):
     (tmp_path / "latin.txt").write_bytes("Münster".encode("latin-1").replace(b"M", b"abM"))
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"ab\0c")
+    (tmp_path / "utf16.txt").write_text("abc", encoding="utf-16")
     (tmp_path / "long.txt").write_text("a" * (8192 - len(prompt_of(FIRST, "a")) - NEW + 2))
     (tmp_path / "fitting.txt").write_text("a" * (8192 - len(prompt_of(FIRST, "a")) - NEW + 1))
     with pytest.raises(SystemExit) as stop:
@@ -393,3 +418,72 @@ def test_what_is_no_checkpoint(content, tmp_path, capfd):
     (line,) = capfd.readouterr().err.splitlines()
     what = "last.ckpt: no such file" if content is None else "last.ckpt is no checkpoint"
     assert line.startswith(f"lrsa: error: --model: {what}")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_out_of_memory_on_a_cpu_is_one_line(error, monkeypatch, capfd):
+    def full(*args, **kwargs):
+        raise error(
+            "[enforce fail at alloc_cpu.cpp:130] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+        )
+
+    monkeypatch.setattr(lrsa_lit.attention, "prefill", full)
+    with pytest.raises(SystemExit) as stop:
+        main([*ASK, *FLAGS, "text.txt", FIRST])
+    assert stop.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("lrsa: error: ")
+    assert "out of memory" in line
+    assert "4000000000000 bytes" in line
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(lrsa_lit.attention, "prefill", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main([*ASK, *FLAGS, "text.txt", FIRST])
+
+
+def test_a_pipe_is_a_file(ask, tmp_path):
+    expected = json.loads(ask(*FLAGS, "--json", "text.txt", FIRST).out)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=[TEXT])
+    writer.start()
+    answer = json.loads(ask(*FLAGS, "--json", "pipe", FIRST).out)
+    writer.join()
+    assert answer["answer"] == expected["answer"]
+
+
+def test_a_template_that_trims_and_takes_arguments(capfd, tmp_path):
+    """A prompt is that of training, whether the arguments are given or come from the checkpoint."""
+    saved(tmp_path / "model")
+    with_template(TRIMMING).save_pretrained(tmp_path / "model")
+    argument = '{"mood": "calm"}'
+    arguments = [*DEBUG, *NO_LOGGER, "--model.backbone.source", "./model", "--trainer.max_steps", "1"]
+    main(["fit", *arguments, "--model.template_arguments", argument, "--validate_first", "false"])
+    checkpoint = str(next((tmp_path / "runs").rglob("last.ckpt")))
+    main(["export", checkpoint, "--out", "exported"])
+
+    def seen(model, *flags):
+        capfd.readouterr()
+        main(["ask", "--json", "--max-new-tokens", "1", *flags, "--model", model, "text.txt", FIRST])
+        return json.loads(capfd.readouterr().out)["tokens_seen"]
+
+    prompt = [{"role": "user", "content": f"{TEXT}\n\n{INSTRUCTION}\n\nQuestion: {FIRST}"}]
+    plain = seen("./model")
+    assert plain == len(ids_of(render(prompt, with_template(TRIMMING))))
+    assert seen("./model", "--template-arguments", argument) == plain + len("calm")
+    assert seen(checkpoint) == plain + len("calm")
+    assert seen("./exported") == plain + len("calm")
+    assert seen(checkpoint, "--template-arguments", "{}") == plain
+    assert seen(checkpoint, "--template-arguments", '{"mood": "merry"}') == plain + len("merry")
+
+
+def test_template_arguments_without_effect_are_refused_by_a_fit(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, *NO_LOGGER, "--model.template_arguments", "{mod: calm}"])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("lrsa: error: model.template_arguments: ")

@@ -7,6 +7,7 @@ more of the same conversation. Nothing heavy is imported before the arguments ar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,10 +22,10 @@ from rich.logging import RichHandler
 
 from lrsa_lit.arguments import Parser
 from lrsa_lit.ask.dialogue import Dialogue
-from lrsa_lit.ask.reader import Reader
+from lrsa_lit.ask.reader import Answer, Reader
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import SUFFIX, Trained, load_trained
-from lrsa_lit.models.rope import RopeScaling
+from lrsa_lit.models.rope import LARGEST_FACTOR, RopeScaling
 from lrsa_lit.paths import shipped
 
 if TYPE_CHECKING:
@@ -37,11 +38,14 @@ DEFAULT_MODEL = "configs/model/smollm2.yaml"
 """The shipped file that names the model of a command without ``--model``."""
 
 STDIN = "-"
+_LARGEST = 2**31 - 1
+"""Bound of all integers: more than any number of tokens that fits into memory."""
 _RULE_FLAGS = ("lag_size", "top_k", "sink_size", "chunk_size")
 _FLAGS = (
     dict.fromkeys(("model", "model.backbone.source", "model.tokenizer"), "--model")
     | {
         "model.backbone.rope_scaling": "--rope-scaling",
+        "model.template_arguments": "--template-arguments",
     }
     | {f"lrsa.{name}": f"--{name.replace('_', '-')}" for name in _RULE_FLAGS}
 )
@@ -88,13 +92,15 @@ def _run(options: argparse.Namespace) -> None:
     trained = _trained(options.model, dtype)
     if options.rope_scaling is not None:
         trained = trained._replace(backbone=dataclasses.replace(trained.backbone, rope_scaling=options.rope_scaling))
-    backbone = trained.backbone
-    dialogue = Dialogue(backbone.tokenizer, text)
-    # Without a question yet, an empty one: it is the shortest.
-    _check_length(backbone, dialogue, options.questions or [""], options)
+    if options.template_arguments is not None:
+        trained = trained._replace(template_arguments=options.template_arguments)
+    backbone, tokenizer = trained.backbone, trained.tokenizer
+    dialogue = Dialogue(tokenizer, text)
+    # Without a question yet, a short one.
+    _check_length(backbone, dialogue, options.questions or ["?"], options)
     rule = None if options.dense else _rule(trained, options, notes)
     model, cache = _loaded(trained, rule, device)
-    reader = Reader(model, cache, backbone.tokenizer, dialogue, options.max_new_tokens)
+    reader = Reader(model, cache, tokenizer, dialogue, options.max_new_tokens)
     reader.read(notes)
     several = len(options.questions) > 1
     for question in _questions(options, notes):
@@ -107,30 +113,48 @@ def _run(options: argparse.Namespace) -> None:
         if several and not options.json:
             print(f"> {question}", flush=True)
         answer = reader.answer(question, show=not options.json)
-        print(
-            json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if options.json else answer.summary(),
-            flush=True,
-        )
+        print(_json(answer) if options.json else answer.summary(), flush=True)
+
+
+def _json(answer: Answer) -> str:
+    # What stdout cannot encode would be escaped in a way that is not JSON's.
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(dataclasses.asdict(answer), ensure_ascii=not unicode)
 
 
 def read_text(name: str) -> str:
     """The text of a UTF-8 file, or of stdin for ``-``, without white space around it.
 
     Raises:
-        UserError: it cannot be read, is not UTF-8 or holds nothing but white space.
+        UserError: it cannot be read, is not UTF-8, is binary or holds nothing but white space.
     """
     shown = _shown(name)
     try:
-        data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
+        data = _read_stdin() if name == STDIN else _read_file(Path(name))
         # A byte order mark is no part of the text.
         text = data.decode("utf-8-sig").strip()
     except OSError as error:
         raise UserError(f"FILE: {shown} cannot be read ({error.strerror}); it must be a text file, or -") from None
     except UnicodeDecodeError as error:
         raise UserError(f"FILE: {shown} is not UTF-8 text (byte {error.start}); only that is allowed") from None
+    if "\0" in text:
+        raise UserError(f"FILE: {shown} holds NUL characters; it must be UTF-8 text, not UTF-16 or a binary file")
     if not text:
         raise UserError(f"FILE: {shown} is empty; it must hold the text that the question is about")
     return text
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise UserError("FILE: stdin is closed; name a file, or pipe the text into this command")
+    return sys.stdin.buffer.read()
+
+
+def _read_file(path: Path) -> bytes:
+    # The shell's <(…) is a pipe. Some devices never end.
+    if path.is_char_device() or path.is_block_device():
+        raise UserError(f"FILE: {path} is a device; it must be a text file, or -")
+    return path.read_bytes()
 
 
 def _shown(name: str) -> str:
@@ -158,6 +182,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--chunk-size", type=_integer(), metavar="C", help=f"tokens between compressions {rule.format('L')}")
     add("--dense", action="store_true", help="keep everything and attend densely, for comparison")
     add("--rope-scaling", type=_scaling, metavar="TYPE:FACTOR", help="more positions, as in yarn:4 or linear:2.5")
+    add(
+        "--template-arguments",
+        type=_mapping,
+        metavar="JSON",
+        help="arguments of the model's chat template, as in '{\"enable_thinking\": false}'",
+    )
     add("--max-new-tokens", type=_integer(1), default=128, metavar="N", help="most tokens of an answer (default: 128)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
@@ -166,6 +196,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     for number, question in enumerate(options.questions, start=1):
         if not question.strip():
             raise UserError(f"QUESTION: number {number} is empty; it must be some text")
+        if not _is_unicode(question):
+            raise UserError(f"QUESTION: number {number} is not UTF-8 text; only that is allowed")
     ignored = [name for name in _RULE_FLAGS if options.dense and getattr(options, name) is not None]
     if ignored:
         raise UserError(f"{_FLAGS[f'lrsa.{ignored[0]}']}: it is not allowed with --dense, which compresses nothing")
@@ -174,25 +206,46 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def _integer(minimum: int | None = None) -> Any:
-    """A type of argparse: an integer, from ``minimum`` on. The bounds of the rule are LRSAConfig's to check."""
+    """A type of argparse: an integer, from ``minimum`` on. The lower bounds of the rule are LRSAConfig's to check."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d+", text) or (minimum is not None and int(text) < minimum):
+        # Of a bounded length: Python refuses thousands of digits.
+        value = int(text) if re.fullmatch(r"[+-]?\d{1,10}", text) else None
+        if value is None or not (-_LARGEST if minimum is None else minimum) <= value <= _LARGEST:
             bound = "" if minimum is None else f" >= {minimum}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be an integer{bound}")
-        return int(text)
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is not allowed; it must be an integer{bound} of at most {_LARGEST:,}"
+            )
+        return value
 
     return parse
 
 
 def _scaling(text: str) -> RopeScaling:
     """A type of argparse: ``yarn:4``."""
-    found = re.fullmatch(r"(yarn|linear):(\d+(?:\.\d+)?)", text)
-    if not found or float(found[2]) < 1:
-        message = f"{text!r} is not allowed; it must be yarn:FACTOR or linear:FACTOR, with a FACTOR >= 1"
-        raise argparse.ArgumentTypeError(message)
-    return RopeScaling("yarn" if found[1] == "yarn" else "linear", float(found[2]))
+    found = re.fullmatch(r"(yarn|linear):(\d{1,10}(?:\.\d{1,10})?)", text)
+    with contextlib.suppress(UserError):
+        if found:
+            return RopeScaling("yarn" if found[1] == "yarn" else "linear", float(found[2]))
+    allowed = f"yarn:FACTOR or linear:FACTOR, with a FACTOR from 1 to {LARGEST_FACTOR:,}"
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not allowed; it must be {allowed}")
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A type of argparse: a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not allowed; it must be a JSON object")
+    return value
 
 
 def _asks(options: argparse.Namespace) -> bool:
@@ -210,6 +263,9 @@ def _questions(options: argparse.Namespace, notes: Console) -> Iterator[str]:
         except EOFError:
             notes.print()
             return
+        except UnicodeDecodeError as error:
+            notes.print(f"lrsa: QUESTION: it is not {error.encoding} text; only that is allowed", markup=False)
+            continue
         if not question.strip():
             return
         yield question
@@ -243,11 +299,12 @@ def _device(name: str | None) -> torch.device:
 
     count = torch.cuda.device_count()
     try:
-        device = torch.device(name or ("cuda" if count else "cpu"))
+        device = torch.device(("cuda" if count else "cpu") if name is None else name)
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    # Each accelerator's code, and the lack of it, has errors of its own.
+    except Exception:
         allowed = f"cpu, or cuda:0 to cuda:{count - 1}" if count else "cpu here"
-        raise UserError(f"--device: {name} is not allowed; it must be {allowed}") from None
+        raise UserError(f"--device: {name!r} is not allowed; it must be {allowed}") from None
     return device
 
 

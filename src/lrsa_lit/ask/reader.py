@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _TOKENS_PER_CALL = {"cpu": 1024, "accelerator": 8192}
 """So that the progress bar moves every second or so."""
+_ROOM = 1024
+"""Most new tokens that a CUDA graph allocates memory for at a time."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Reader:
 
         if not isinstance(self.cache, LRSACache):
             return contextlib.nullcontext()
-        return graphed_decoding(self.model, self.cache, room=self.max_new_tokens)
+        return graphed_decoding(self.model, self.cache, room=min(self.max_new_tokens, _ROOM))
 
     def _feed(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> None:
         from lrsa_lit.attention import prefill

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
+from lrsa_lit.chat_template import render
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.data.tokenization import Span, Tokens, encode_text
 from lrsa_lit.errors import UserError
@@ -220,8 +221,8 @@ def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: PreTrained
     # Whatever the messages hold, their places are those of contents that can stand nowhere else.
     stand_ins = [f"[{secrets.token_hex(16)}]" for _ in messages]
     marked = [{**message, "content": name} for message, name in zip(messages, stand_ins, strict=True)]
-    between = re.split("|".join(map(re.escape, stand_ins)), _render(marked, tokenizer))
-    text = _render(messages, tokenizer)
+    between = re.split("|".join(map(re.escape, stand_ins)), render(marked, tokenizer))
+    text = render(messages, tokenizer)
     spans: list[Span] = []
     end = len(between[0])
     if len(between) == len(messages) + 1 and text.startswith(between[0]):
@@ -266,10 +267,6 @@ def token_span(offsets: Sequence[Span], span: Span) -> Span:
         bisect_right(offsets, span[0], key=lambda offset: offset[1]),
         bisect_left(offsets, span[1], key=lambda offset: offset[0]),
     )
-
-
-def _render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
 def _encode_answer(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tokens:

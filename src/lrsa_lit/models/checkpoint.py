@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.errors import UNREADABLE, UserError, said
 from lrsa_lit.models.backbone import Backbone, LoRA
 from lrsa_lit.models.rope import RopeScaling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
 SUFFIX = ".ckpt"
 _KEY = "lrsa_lit"
@@ -26,11 +28,18 @@ class Trained(NamedTuple):
         backbone: where the base LLM comes from, with the adapters that were trained.
         rule: the LRSAConfig that it was trained with, as a dict; None where it was trained densely.
         weights: all weights, or those of the adapters; None for the base LLM's own.
+        template_arguments: arguments of the chat template.
     """
 
     backbone: Backbone
     rule: dict[str, Any] | None
     weights: dict[str, Tensor] | None
+    template_arguments: dict[str, Any] = {}  # noqa: RUF012 - read only
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer, with the template arguments."""
+        return with_arguments(self.backbone.tokenizer, self.template_arguments)
 
     def build(self, *, dequantize: bool = False) -> nn.Module:
         """The model with the trained weights, in training mode.
@@ -46,9 +55,18 @@ class Trained(NamedTuple):
         return model
 
 
-def describe(checkpoint: dict[str, Any], backbone: Backbone, rule: dict[str, Any] | None) -> None:
+def describe(
+    checkpoint: dict[str, Any],
+    backbone: Backbone,
+    rule: dict[str, Any] | None,
+    template_arguments: dict[str, Any] = {},  # noqa: B006 - read only
+) -> None:
     """Write into a checkpoint what :func:`load_trained` needs beside the weights."""
-    checkpoint[_KEY] = {"backbone": dataclasses.asdict(backbone), "rule": rule}
+    checkpoint[_KEY] = {
+        "backbone": dataclasses.asdict(backbone),
+        "rule": rule,
+        "template_arguments": template_arguments,
+    }
 
 
 def load_trained(path: Path, dtype: Any = None) -> Trained:
@@ -77,6 +95,7 @@ def load_trained(path: Path, dtype: Any = None) -> Trained:
         _backbone(about["backbone"] | changes),
         about["rule"],
         {name.removeprefix(_PREFIX): weight for name, weight in weights.items()},
+        about.get("template_arguments", {}),
     )
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _KEY = "model.backbone.rope_scaling"
+LARGEST_FACTOR = 1_000_000
+"""More positions than any tokens that fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         """Check the bounds once."""
-        if not self.factor >= 1.0:
-            raise UserError(f"{_KEY}.factor: {self.factor} is not allowed; it must be a number >= 1")
+        if not 1.0 <= self.factor <= LARGEST_FACTOR:
+            raise UserError(
+                f"{_KEY}.factor: {self.factor} is not allowed; it must be a number from 1 to {LARGEST_FACTOR:,}"
+            )
         original = self.original_max_position_embeddings
         if original is not None and original < 1:
             raise UserError(

@@ -6,6 +6,7 @@ Dimensions: B examples, T tokens of the longest example, Tp tokens of the longes
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
@@ -27,6 +28,7 @@ from lrsa_lit.attention import (
     packed_layout,
     using,
 )
+from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import exact_match, f1_score
 from lrsa_lit.models import Backbone, uncompiled
@@ -80,6 +82,7 @@ class LongContextQA(lightning.LightningModule):
             keeps the one of the training attention.
         evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}.
         max_new_tokens: most tokens of a generated answer.
+        template_arguments: arguments of the model's chat template, as in {enable_thinking: false}.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class LongContextQA(lightning.LightningModule):
         train_top_k: TopKSchedule | None = None,
         evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
         max_new_tokens: int = 32,
+        template_arguments: dict[str, Any] = {},  # noqa: B006 - read only
     ) -> None:
         super().__init__()
         if max_new_tokens < 1:
@@ -113,16 +117,17 @@ class LongContextQA(lightning.LightningModule):
             self.attentions[f"{name}/"] = _derived(f"model.evaluate.{name}", lrsa, changes)
         self.meters = nn.ModuleList(AnswerMeter() for _ in self.attentions)
         self.max_new_tokens = max_new_tokens
+        self.template_arguments = template_arguments
         # Of the batches since the last optimizer step. No buffer, which DDP would overwrite with the first process's.
         self._answer_tokens: list[Tensor] = []
         # Checkpoints of adapters leave the frozen base out; it is loaded from its source.
         self.strict_loading = backbone.lora is None
         self.model: Any = None
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer."""
-        return self.backbone.tokenizer
+        """The backbone's tokenizer, with the template arguments."""
+        return with_arguments(self.backbone.tokenizer, self.template_arguments)
 
     def configure_model(self) -> None:
         """Load the base LLM and give it the training attention; runs once, on the trainer's first use."""
@@ -185,7 +190,8 @@ class LongContextQA(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, if that is adapters, and say what it is."""
         checkpoint["state_dict"] = self._trained(checkpoint["state_dict"])
-        describe(checkpoint, self.backbone, None if self.train_config is None else self.train_config.to_dict())
+        rule = None if self.train_config is None else self.train_config.to_dict()
+        describe(checkpoint, self.backbone, rule, self.template_arguments)
 
     def _trained(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a checkpoint holds of a state dict: all of it, or the adapters where only those are trained."""

@@ -1,0 +1,123 @@
+"""Chat templates: the one place that renders a conversation, and the arguments that a model's template takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lrsa_lit.errors import UserError, said
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PASSED = ("messages", "tools", "documents", "add_generation_prompt")
+"""What ``apply_chat_template`` always passes, beside the special tokens."""
+
+
+def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a conversation, up to where the assistant's next message starts.
+
+    Args:
+        messages: each has a ``role``, "user" or "assistant", and a ``content``.
+        tokenizer: with a chat template.
+
+    Raises:
+        UserError: the template cannot be rendered, or raises an error.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    # A template is a program that comes with the model, so any error in it is possible.
+    except Exception as error:
+        reason = said(error) or type(error).__name__
+        raise UserError(f"model.tokenizer: the chat template of {_name(tokenizer)} fails: {reason[:300]}") from error
+
+
+def with_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """A tokenizer whose chat template has other defaults for its arguments.
+
+    The defaults become part of the template's text, so every use of the tokenizer and of its saved copies has them:
+    training, evaluation, cache keys and exported folders.
+
+    Args:
+        tokenizer: with a chat template; it is not changed.
+        arguments: values by name, of the types that JSON has, as in ``{"enable_thinking": False}``.
+
+    Returns:
+        A copy of the tokenizer, or the tokenizer itself if there are no arguments.
+
+    Raises:
+        UserError: the template does not use an argument, or a value has no JSON type.
+    """
+    if not arguments:
+        return tokenizer
+    template: Any = tokenizer.chat_template
+    default = template.get("default", "") if isinstance(template, dict) else template
+    names = _argument_names(default, tokenizer)
+    for name in arguments:
+        if name not in names:
+            raise UserError(
+                f"model.template_arguments: the chat template of {_name(tokenizer)} has no argument {name!r}; "
+                f"it has {', '.join(sorted(names)) or 'none'}"
+            )
+    # The templates are rendered with trim_blocks, which removes the line break after the last block.
+    lines = (
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(name, value)} %}}{{% endif %}}\n"
+        for name, value in arguments.items()
+    )
+    changed = "".join(lines) + default
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template | {"default": changed} if isinstance(template, dict) else changed
+    return tokenizer
+
+
+def _argument_names(template: str, tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Variables that a template reads and that nothing but an argument gives a value."""
+    import jinja2.meta
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=[_generation_blocks(), loopcontrols])
+    try:
+        used = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"model.tokenizer: the chat template of {_name(tokenizer)} is not valid: {said(error)[:300]}"
+        ) from error
+    given = {*_PASSED, *tokenizer.special_tokens_map, *environment.globals, "raise_exception", "strftime_now"}
+    return used - given
+
+
+def _generation_blocks() -> Any:
+    """The tag ``{% generation %}``, which transformers adds to Jinja."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - as in Jinja's base class
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation
+
+
+def _literal(name: str, value: Any) -> str:
+    """A value as Jinja's grammar has it, which is Python's for the types of JSON."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return "{" + ", ".join(f"{key!r}: {_literal(name, each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(name, each) for each in value) + "]"
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return repr(value)
+    raise UserError(
+        f"model.template_arguments: {name}: {value!r} is not allowed; it must be text, a number, true, false, null, or "
+        "a list or mapping of them"
+    )
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or "the model"
