@@ -1,8 +1,12 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.files import QAFiles
@@ -120,11 +124,11 @@ def test_a_changed_data_set_of_the_hub_is_noticed(hub: str, tokenizer: PreTraine
     [
         (
             {"fields": {"passages": "text"}},
-            ", train row 0: no column 'text', there are id, context, question, answers; ",
+            "train.jsonl, line 1: no column 'text', there are id, context, question, answers; ",
         ),
         (
             {"fields": {"passages": "context"}, "hub_splits": {"val": "validation"}},
-            ", validation row 0: field 'answers' must be a list, got dict",
+            "validation.jsonl, line 1: field 'answers' must be a list, got dict",
         ),
         ({"hub_splits": {"train": "dev"}}, "cannot be loaded (Unknown split"),
         ({"hub": "/nowhere/at/all"}, "cannot be loaded ("),
@@ -140,6 +144,72 @@ def test_a_bad_data_set_of_the_hub_is_one_line(
     assert str(error.value).startswith(f"data.init_args.hub {data.hub}")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+ROW = {"passages": "x", "question": "q?", "answers": ["a"]}
+
+
+def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """A data set folder with one split in the format of the name."""
+    folder.mkdir()
+    path = folder / name
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(str(folder))
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def of_hub(folder: Path) -> list[QARecord]:
+    return list(QAFiles(hub=str(folder), hub_splits={"train": "train"}).records("train"))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet", "train.arrow"])
+def test_texts_of_a_folder_stay_as_they_are(tmp_path: Path, name: str):
+    answers = ["2021-01-02", "2021-01-02T03:04:05Z", "17", "1e3", "null", "True"]
+    records = of_hub(written(tmp_path / "set", name, [{**ROW, "answers": [text]} for text in answers]))
+    assert [record.answers for record in records] == [(text,) for text in answers]
+    assert [record.id for record in records] == [f"train-{number}" for number in range(6)]
+
+
+def test_ids_may_be_null_or_missing_in_some_rows(tmp_path: Path):
+    rows = [{**ROW, "id": None}, ROW, {**ROW, "id": 7}]
+    assert [record.id for record in of_hub(written(tmp_path / "set", "train.jsonl", rows))] == [
+        "train-0",
+        "train-1",
+        "7",
+    ]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_a_bad_row_of_a_folder_is_named_by_file_and_place(tmp_path: Path, name: str):
+    folder = written(tmp_path / "set", name, [ROW, ROW])
+    path = folder / name
+    path.write_text(path.read_text()[::-1].replace('"question"'[::-1], '"answers"'[::-1], 1)[::-1])
+    with pytest.raises(UserError, match=rf"{path}.*field 'answers' stands twice"):
+        of_hub(folder)
+
+
+def test_a_folder_changed_within_the_clocks_tick_is_noticed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    folder = written(tmp_path / "set", "train.jsonl", [ROW])
+    path, parameters = folder / "train.jsonl", {"hub_splits": {"train": "train"}, "tokenizer": tokenizer}
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    before = QAFiles(hub=str(folder), **parameters).fingerprint
+    path.write_text(path.read_text().replace("q?", "r?"))
+    os.utime(path, ns=times)
+    assert QAFiles(hub=str(folder), **parameters).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "passages",
+    [{"title": ["A"], "text": []}, {"title": "A", "text": "x"}, {"title": None}, [{"title": "A", "text": ["x", 3]}], 3],
+    ids=str,
+)
+def test_passages_of_no_known_shape_are_refused(passages: object):
+    with pytest.raises(UserError, match="field 'passages"):
+        QARecord.from_dict(canonical({**ROW, "passages": passages}, {}, "train-0"))
 
 
 def test_shapes_that_other_data_sets_have():

@@ -7,7 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lrsa_lit.data.records import QARecord, read_json, read_records
+from lrsa_lit.data.reading import read_json
+from lrsa_lit.data.records import QARecord, read_records
 from lrsa_lit.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample.jsonl"

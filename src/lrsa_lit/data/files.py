@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import datasets
 
 from lrsa_lit.data.hub_fields import canonical, check_fields
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
-from lrsa_lit.data.records import QARecord, read_records
+from lrsa_lit.data.reading import TABLES, Row, read_table
+from lrsa_lit.data.records import QARecord, read_records, records_of
 from lrsa_lit.errors import UserError, said
 from lrsa_lit.paths import cache_dir, resolve, sha256_of
 
@@ -57,9 +59,15 @@ class QAFiles(QADataModule):
 
     def sources(self) -> dict[str, str]:
         """The digest of each file, or the hash that the ``datasets`` library gives the hub's files."""
-        if self.hub:
-            return {"hub": str(self._builder().hash)}
-        return {split: sha256_of(self._path(split)) for split in self.splits()}
+        if not self.hub:
+            return {split: sha256_of(self._path(split)) for split in self.splits()}
+        builder = self._builder()
+        files = {
+            f"{split}{number}": path
+            for split in self.splits()
+            for number, path in enumerate(_local(builder, self.hub_splits[split]))
+        }
+        return {"hub": str(builder.hash)} | {name: sha256_of(path) for name, path in files.items()}
 
     def records(self, split: Split) -> Iterator[QARecord]:
         """The records of a split in the order of its file."""
@@ -84,22 +92,37 @@ class QAFiles(QADataModule):
         try:
             return datasets.load_dataset_builder(str(self.hub), self.hub_config, **self._hub_options())
         except (OSError, ValueError) as error:
-            raise self._hub_error(error) from None
+            raise UserError(f"data.init_args.hub {self.hub}: cannot be loaded ({said(error)})") from None
 
     def _hub_records(self, split: Split) -> Iterator[QARecord]:
         name = self.hub_splits[split]
+        numbers = itertools.count()
+
+        def record(row: Mapping[str, Any]) -> QARecord:
+            return QARecord.from_dict(canonical(row, self.fields, default_id=f"{name}-{next(numbers)}"))
+
+        try:
+            yield from records_of(self._hub_rows(name), record)
+        except UserError as error:
+            raise UserError(f"data.init_args.hub {self.hub}: {error}") from None
+
+    def _hub_rows(self, name: str) -> Iterator[Row]:
+        """The rows of a split of the hub; files that lie here are read as they stand, without guesses at types."""
+        if files := _local(self._builder(), name):
+            yield from itertools.chain.from_iterable(map(read_table, files))
+            return
         try:
             rows = datasets.load_dataset(str(self.hub), self.hub_config, split=name, **self._hub_options())
+            for number, row in enumerate(rows, start=1):
+                yield f"{name} row {number}", row
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise self._hub_error(error) from None
-        for number, row in enumerate(rows):
-            try:
-                yield QARecord.from_dict(canonical(row, self.fields, default_id=f"{name}-{number}"))
-            except UserError as error:
-                raise UserError(f"data.init_args.hub {self.hub}, {name} row {number}: {error}") from None
+            raise UserError(f"cannot be loaded ({said(error)})") from None
 
     def _hub_options(self) -> dict[str, Any]:
         return {"revision": self.hub_revision, "cache_dir": str(cache_dir("hub"))}
 
-    def _hub_error(self, error: Exception) -> UserError:
-        return UserError(f"data.init_args.hub {self.hub}: cannot be loaded ({said(error)})")
+
+def _local(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
+    """The files of a split, if they are all of formats that this project reads, and lie here; else none."""
+    files = [Path(file) for file in (builder.config.data_files or {}).get(split, ())]
+    return files if all(file.suffix in TABLES and file.is_file() for file in files) else []

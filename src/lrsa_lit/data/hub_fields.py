@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lrsa_lit.data.reading import kind_of
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.errors import UserError
 
@@ -34,10 +35,12 @@ def canonical(row: Mapping[str, Any], fields: Mapping[str, str], default_id: str
     Raises:
         UserError: a field that is needed, or that ``fields`` names, is not there.
     """
-    record: dict[str, Any] = {"id": default_id}
+    record: dict[str, Any] = {}
     for name in _FIELDS:
         if name in fields or name in row or name not in _OPTIONAL:
             record[name] = _shaped(name, _find(row, fields.get(name, name)))
+    if record.get("id") is None:
+        record["id"] = default_id
     return record
 
 
@@ -53,7 +56,7 @@ def _find(row: Mapping[str, Any], path: str) -> object:
 def _shaped(name: str, value: object) -> object:
     """One string may stand for a list of one, one or several plain texts for passages, and any id for its text."""
     if name == "id":
-        return str(value)
+        return None if value is None else str(value)
     if name in ("answers", "supporting_titles"):
         texts = [value] if isinstance(value, str) else value
         return _without_repeats(texts) if isinstance(texts, list) else texts
@@ -66,15 +69,23 @@ def _without_repeats(values: list[Any]) -> list[Any]:
 
 def _passages(value: object) -> object:
     if isinstance(value, Mapping):  # how `datasets` stores a list of objects: an object of lists
-        rows = zip(value.get("title", ()), value.get("text", value.get("sentences", ())), strict=True)
-        value = [{"title": title, "text": text} for title, text in rows]
+        value = _unpacked(value)
     items = [value] if isinstance(value, str) else value
     return [_passage(item) for item in items] if isinstance(items, list) else items
+
+
+def _unpacked(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    titles, texts = columns.get("title", []), columns.get("text", columns.get("sentences", []))
+    if not isinstance(titles, list) or not isinstance(texts, list) or len(titles) != len(texts):
+        raise UserError("field 'passages' must be a list, or an object with as many titles as texts")
+    return [{"title": title, "text": text} for title, text in zip(titles, texts, strict=True)]
 
 
 def _passage(item: object) -> object:
     if isinstance(item, str):
         return {"title": "", "text": item}
-    if isinstance(item, Mapping) and isinstance(item.get("text"), list):  # sentences
-        return {**item, "text": "".join(item["text"])}
+    if isinstance(item, Mapping) and isinstance(sentences := item.get("text"), list):
+        if wrong := [sentence for sentence in sentences if not isinstance(sentence, str)]:
+            raise UserError(f"field 'passages' must hold sentences of text, got one of {kind_of(wrong[0])}")
+        return {**item, "text": "".join(sentences)}
     return item

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
 from lrsa_lit.data.prompts import PROMPT, Example, TooLong, encode, prompt_of
-from lrsa_lit.data.records import Passage, QARecord, check_name, read_jsonl
+from lrsa_lit.data.reading import kind_of, read_lines
+from lrsa_lit.data.records import Passage, QARecord, check_name, records_of
 from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve, sha256_of
@@ -85,7 +86,7 @@ class LongBench(QADataModule):
         counts: Counter[str] = Counter()
         for file in self._files(split):
             path = resolve(file, key=f"{_KEY}.{split}")
-            for record in read_jsonl(path, _record):
+            for record in records_of(read_lines(path), _record):
                 counts[path.stem] += 1
                 name = record.id or f"{path.stem}-{counts[path.stem]}"
                 named = replace(record, id=name, task=record.task or path.stem)
@@ -132,7 +133,7 @@ def _record(row: Mapping[str, Any]) -> QARecord:
         raise UserError(f"field {missing[0]!r} is missing")
     for name in ("input", "context", "_id", "dataset", "language"):
         if row.get(name) is not None and not isinstance(row[name], str):
-            raise UserError(f"field {name!r} must be a string, got {type(row[name]).__name__}")
+            raise UserError(f"field {name!r} must be a string, got {kind_of(row[name])}")
     check_name("dataset", row.get("dataset") or "")
     _check_scored_by_f1(row)
     if not row["context"]:

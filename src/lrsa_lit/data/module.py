@@ -269,7 +269,11 @@ class QADataModule(lightning.LightningDataModule):
 
     def _kept(self, split: Split, records: Iterable[QARecord], limit: int | None) -> Iterator[Example]:
         seen: set[str] = set()
-        for record in records:
+        for number, record in enumerate(records, start=1):
+            try:
+                record.check_texts()
+            except UserError as error:
+                raise UserError(f"{self._origin(split)}, {split} record {number}: {error}") from None
             if record.id in seen:
                 raise UserError(f"{self._origin(split)}: the id {record.id!r} stands twice in the split {split!r}")
             seen.add(record.id)

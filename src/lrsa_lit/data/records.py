@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.data.reading import Row, check_text, kind_of, read_rows
+from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import Match
-
-SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,22 @@ class QARecord:
     match: Match = "any"
     task: str = ""
 
+    def check_texts(self) -> None:
+        """Refuse what no tokenizer takes.
+
+        Raises:
+            UserError: a text is no string, or holds half a character; the message names the field.
+        """
+        texts: dict[str, object] = {"id": self.id, "question": self.question, "task": self.task}
+        for name in ("answers", "supporting_titles"):
+            texts |= {f"{name}[{number}]": text for number, text in enumerate(getattr(self, name))}
+        for number, passage in enumerate(self.passages):
+            texts |= {f"passages[{number}].title": passage.title, f"passages[{number}].text": passage.text}
+        for field, text in texts.items():
+            if not isinstance(text, str):
+                raise UserError(f"field {field!r} must be a string, got {kind_of(text)}")
+            check_text(text, field)
+
     @property
     def target(self) -> str:
         """The text to learn: the first of alternative answers, or all required ones joined by ", "."""
@@ -72,87 +85,54 @@ class QARecord:
             match=_match(data),
             task=_text(data, "task") if data.get("task") else "",
         )
-        _check_values(record)
+        check_record(record)
         return record
 
 
 def read_records(path: Path) -> Iterator[QARecord]:
-    """The records of a ``.jsonl`` file (one JSON object a line, blank lines skipped) or a ``.parquet`` file.
+    """The records of a file that :func:`~lrsa_lit.data.reading.read_rows` takes.
 
     Raises:
-        UserError: no such file, another suffix, or a broken record; the message gives the file and its line
-            (JSONL) or row (Parquet), counted from 1.
+        UserError: it cannot be read, or holds a broken record; the message gives the file and its line or row.
     """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: the suffix is {path.suffix!r}, allowed are {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
+    return records_of(read_rows(path), QARecord.from_dict)
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it is not JSON, or the outermost value is not of the kind (``list`` or ``dict``).
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({said(error)})") from None
-    if not isinstance(content, kind):
-        raise UserError(f"{path}: holds a {_kind(content)}, allowed is a {kind.__name__}")
-    return content
-
-
-def read_jsonl(path: Path, make: Callable[[Mapping[str, Any]], QARecord] | None = None) -> Iterator[QARecord]:
-    """The records of a file with one JSON object a line; blank lines are skipped.
+def records_of(rows: Iterable[Row], make: Callable[[Mapping[str, Any]], QARecord]) -> Iterator[QARecord]:
+    """The record of each row.
 
     Args:
-        path: the file.
-        make: a record from a line's object; null for the canonical format.
+        rows: as :mod:`lrsa_lit.data.reading` reads them.
+        make: a record from a row's fields.
 
     Raises:
-        UserError: a line is broken, or ``make`` complains about it; the message gives the file and the line.
+        UserError: a row is no object, or ``make`` complains about it; the message gives its place.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _located(f"{path}, line {number}", partial(_parse, line), make or QARecord.from_dict)
+    for place, row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise UserError(f"a record must be an object, got {kind_of(row)}")
+            record = make(row)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        yield record
 
 
-def _read_parquet(path: Path) -> Iterator[QARecord]:
-    import pyarrow
-    from pyarrow import parquet
+def check_record(record: QARecord) -> None:
+    """Refuse a record that is no question with an answer.
 
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({said(error)})") from None
-    with file:
-        rows = (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield _located(f"{path}, row {number}", partial(dict, row), QARecord.from_dict)
-
-
-def _parse(line: bytes) -> object:
-    return json.loads(line.decode("utf-8"))  # given bytes, json.loads lets some that are not UTF-8 pass
-
-
-def _located(place: str, load: Callable[[], Any], make: Callable[[Mapping[str, Any]], QARecord]) -> QARecord:
-    """Load and check one record; its errors name the place."""
-    try:
-        data = load()
-        if not isinstance(data, dict):
-            raise UserError(f"a record must be an object, got {_kind(data)}")
-        return make(data)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    except json.JSONDecodeError as error:
-        # It counts lines within the one that it was given.
-        raise UserError(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not valid JSON ({said(error)})") from None
+    Raises:
+        UserError: a field is empty, blank or contradicts another.
+    """
+    for name in ("question", "answers", "passages"):
+        if not getattr(record, name):
+            raise UserError(f"field {name!r} is empty, at least one is needed")
+    check_name("task", record.task)
+    if not all(answer.strip() for answer in record.answers):
+        raise UserError(f"field 'answers' holds an empty string: {list(record.answers)}")
+    titles = {passage.title for passage in record.passages}
+    if missing := [title for title in record.supporting_titles if title not in titles]:
+        raise UserError(f"field 'supporting_titles' names {missing[0]!r}, which is the title of no passage")
 
 
 def check_name(field: str, value: str) -> None:
@@ -171,42 +151,30 @@ def _check_names(data: Mapping[str, Any]) -> None:
         raise UserError(f"unknown field {unknown[0]!r}, allowed are {', '.join(allowed)}")
 
 
-def _check_values(record: QARecord) -> None:
-    for name in ("question", "answers", "passages"):
-        if not getattr(record, name):
-            raise UserError(f"field {name!r} is empty, at least one is needed")
-    check_name("task", record.task)
-    if not all(answer.strip() for answer in record.answers):
-        raise UserError(f"field 'answers' holds an empty string: {list(record.answers)}")
-    titles = {passage.title for passage in record.passages}
-    if missing := [title for title in record.supporting_titles if title not in titles]:
-        raise UserError(f"field 'supporting_titles' names {missing[0]!r}, which is the title of no passage")
-
-
 def _passage(item: object, position: int) -> Passage:
     if not isinstance(item, dict):
-        raise UserError(f"field 'passages[{position}]' must be an object with title and text, got {_kind(item)}")
+        raise UserError(f"field 'passages[{position}]' must be an object with title and text, got {kind_of(item)}")
     return Passage(*(_text(item, name, f"passages[{position}].{name}") for name in ("title", "text")))
 
 
 def _text(data: Mapping[str, Any], name: str, shown: str | None = None) -> str:
     value = _value(data, name, shown)
     if not isinstance(value, str):
-        raise UserError(f"field {shown or name!r} must be a string, got {_kind(value)}")
+        raise UserError(f"field {shown or name!r} must be a string, got {kind_of(value)}")
     return value
 
 
 def _list(data: Mapping[str, Any], name: str) -> list[Any]:
     value = _value(data, name)
     if not isinstance(value, list):
-        raise UserError(f"field {name!r} must be a list, got {_kind(value)}")
+        raise UserError(f"field {name!r} must be a list, got {kind_of(value)}")
     return value
 
 
 def _texts(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
     values = _list(data, name)
     if wrong := [value for value in values if not isinstance(value, str)]:
-        raise UserError(f"field {name!r} must be a list of strings, got one of {_kind(wrong[0])}")
+        raise UserError(f"field {name!r} must be a list of strings, got one of {kind_of(wrong[0])}")
     return tuple(values)
 
 
@@ -221,10 +189,6 @@ def _value(data: Mapping[str, Any], name: str, shown: str | None = None) -> obje
     if name not in data:
         raise UserError(f"field {shown or name!r} is missing")
     return data[name]
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__
 
 
 def _jsonable(value: object) -> object:

