@@ -189,7 +189,7 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(small: Path, tokenizer:
     with pytest.raises(UserError, match="the file is corrupt or another version"):
         HotpotQA(tokenizer=tokenizer, source=str(small)).prepare_data()
     small.write_text('[{"_id": "1", "question": "Q?"}]')
-    with pytest.raises(UserError, match=r"question 1 has no 'answer', needed are _id, question, answer"):
+    with pytest.raises(UserError, match=r"question 1: field 'answer' is missing"):
         load_questions(str(small), None)
 
 

@@ -103,5 +103,5 @@ def test_no_article_fits(tokenizer: PreTrainedTokenizerFast):
 
 def test_another_format_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match=r"x\.json: has no 'data', so it is not in SQuAD's format$"):
+    with pytest.raises(UserError, match=r"x\.json: not in SQuAD's format: field 'data' is missing$"):
         SquadArticles(str(tmp_path / "x.json"), None, tokenizer=tokenizer).prepare_data()

@@ -130,17 +130,17 @@ def check_text(value: object, field: str) -> None:
     """
     if isinstance(value, str):
         if found := _HALF.search(value):
-            raise UserError(f"field {field!r} holds half a character ({found[0]!a}), allowed is whole Unicode text")
+            raise UserError(f"{_named(field)} holds half a character ({found[0]!a}), allowed is whole Unicode text")
     elif isinstance(value, Mapping):
         for name, item in value.items():
             check_text(name, field)
-            check_text(item, f"{field}.{name}" if field else str(name))
+            check_text(item, _inside(field, str(name)))
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             check_text(item, f"{field}[{number}]")
 
 
-def check_shape(value: object, shape: Any, field: str) -> None:
+def check_shape(value: Any, shape: Any, field: str) -> None:
     """Refuse a value that is not built as a file format has it.
 
     Args:
@@ -152,17 +152,17 @@ def check_shape(value: object, shape: Any, field: str) -> None:
     Raises:
         UserError: it is not; the message names the part that differs.
     """
-    kind = shape if isinstance(shape, type) else dict if isinstance(shape, dict) else list
+    kind: Any = shape if isinstance(shape, type) else dict if isinstance(shape, dict) else list
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise UserError(f"field {field!r} must be a {kind.__name__}, got {kind_of(value)}")
+        raise UserError(f"{_named(field)} must be a {kind.__name__}, got {kind_of(value)}")
     if isinstance(shape, dict):
         for name, inner in shape.items():
             if name not in value:
-                raise UserError(f"field {f'{field}.{name}' if field else name!r} is missing")
-            check_shape(value[name], inner, f"{field}.{name}" if field else name)
+                raise UserError(f"{_named(_inside(field, name))} is missing")
+            check_shape(value[name], inner, _inside(field, name))
     elif isinstance(value, list):
         if isinstance(shape, tuple) and len(value) != len(shape):
-            raise UserError(f"field {field!r} must hold {len(shape)} values, got {len(value)}")
+            raise UserError(f"{_named(field)} must hold {len(shape)} values, got {len(value)}")
         inners = shape if isinstance(shape, tuple) else shape * len(value)
         for number, (item, inner) in enumerate(zip(value, inners, strict=True)):
             check_shape(item, inner, f"{field}[{number}]")
@@ -171,6 +171,14 @@ def check_shape(value: object, shape: Any, field: str) -> None:
 def kind_of(value: object) -> str:
     """What an error calls the type of a value."""
     return "null" if value is None else type(value).__name__
+
+
+def _named(field: str) -> str:
+    return f"field {field!r}" if field else "the value"
+
+
+def _inside(field: str, name: str) -> str:
+    return f"{field}.{name}" if field else name
 
 
 def _bytes(path: Path) -> bytes:
