@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import lrsa_lit
+from lrsa_lit.classes import check_paths
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import shipped
 
@@ -225,7 +226,7 @@ def _config_path(value: str) -> str:
     from lrsa_lit.yaml_file import read_settings
 
     try:
-        read_settings(path)
+        check_paths("", read_settings(path))
     except UserError as error:
         raise UserError(f"--config: {error}") from None
     return str(path)

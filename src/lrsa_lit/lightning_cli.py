@@ -15,24 +15,33 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_evaluation
 from lrsa_lit.checkpoints import AtomicCheckpointIO, ExactState, FiniteLoss, GracefulStop, resume
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
+from lrsa_lit.classes import check_classes
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.sharding import is_sharded_checkpoint
+from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable
-from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks import LongContextQA, TopKSchedule
 from lrsa_lit.tracking import MLflowRun, RecordConfig
 from lrsa_lit.tracking.record import run_of
 
@@ -57,6 +66,20 @@ _NOISE = (
     # Nor is a resumed run's folder, which holds what it wrote before.
     "Checkpoint directory .* exists and is not empty.*",
 )
+# What settings make objects of, and where a parser that knows no type would make any.
+_PARTS_OF_TRAINER = (
+    Callback,
+    Logger,
+    Strategy,
+    Accelerator,
+    Profiler,
+    Precision,
+    CheckpointIO,
+    ClusterEnvironment,
+    LayerSync,
+)
+_KINDS = (*_PARTS_OF_TRAINER, QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor)
+_SLOTS = {"model.evaluate": (Compressor,), "model.train_attention": (Compressor,), "model.lr_scheduler": (LRScheduler,)}
 _INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
 
 
@@ -119,6 +142,7 @@ class LRSACLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what a run reads and writes before anything is loaded."""
+        check_classes("", self.config[str(self.subcommand)].as_dict(), _KINDS, _SLOTS)
         trainer = self._get(self.config, "trainer")
         _check_intervals(trainer)
         self.settings = self._settings()

@@ -201,11 +201,11 @@ def test_a_number_is_one_however_it_is_written(written, tmp_path):
 
 
 def test_references_lists_and_classes_are_filled_in():
-    given = {"a": {"b": 3}, "c": ["${a.b}", "${oc.env:HOME}"], "d": {"class_path": "fractions.Fraction",
-             "init_args": {"numerator": "${a.b}"}}}  # fmt: skip
+    seeded = {"class_path": "lrsa_lit.ops.sparse_attention.RandomTokens", "init_args": {"seed": "${a.b}"}}
+    given = {"a": {"b": 3}, "c": ["${a.b}", "${oc.env:HOME}"], "d": seeded}
     filled = settings.resolved(given)
     assert filled["c"] == [3, "${oc.env:HOME}"]
-    assert settings.made(filled["d"]) == 3
+    assert settings.made(filled["d"], RandomTokens) == RandomTokens(seed=3)
     with pytest.raises(UserError, match=r"a\.x"):
         settings.resolved({"a": {"b": "${a.x}"}})
 

@@ -44,8 +44,8 @@ def write_data(study: Study, folder: Path, only: Collection[str] = ()) -> None:
 
 def _write(name: str, spec: Settings, folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """Write a data set; returns the bytes of its files."""
-    module = settings.made({"class_path": spec["class_path"], "init_args": spec.get("init_args") or {}})
-    if not isinstance(module, QADataModule) or not module.limit:
+    module = settings.made({"class_path": spec["class_path"], "init_args": spec.get("init_args") or {}}, QADataModule)
+    if not module.limit:
         raise UserError("it must be a data set with init_args.limit, as in {test: 400}")
     module.tokenizer = tokenizer
     total = 0

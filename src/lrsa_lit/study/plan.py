@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.ops.sparse_attention import Compressor, LRSAConfig
 from lrsa_lit.ops.sparse_attention.bounds import is_integer
 from lrsa_lit.study import settings
 from lrsa_lit.study.checks import TRAINER, check_overlay, check_row, check_study
@@ -268,8 +268,8 @@ def _rule(key: str, below: LRSAConfig | Settings, changes: Mapping[str, Any]) ->
     """A rule with changes; a compressor stands in the YAML as a class."""
     try:
         if not isinstance(below, LRSAConfig):
-            below = LRSAConfig().replace(**{name: settings.made(value) for name, value in below.items()})
-        return below.replace(**{name: settings.made(value) for name, value in changes.items()})
+            below = LRSAConfig().replace(**{name: settings.made(value, Compressor) for name, value in below.items()})
+        return below.replace(**{name: settings.made(value, Compressor) for name, value in changes.items()})
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 

@@ -7,13 +7,13 @@ becomes an object: the part of the command line's own rules that the shipped def
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lrsa_lit.classes import named_class
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import shipped
 from lrsa_lit.yaml_file import read_settings
@@ -70,22 +70,25 @@ def _at(settings: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def made(value: Any, *, partial: bool = False) -> Any:
+def made(value: Any, kind: type, *, partial: bool = False, within: str | None = None) -> Any:
     """The object that ``class_path`` and ``init_args`` describe, nested ones included; anything else as it is.
 
     Args:
         value: a setting.
+        kind: what the object must be, or its class a subclass of.
+        within: the class that takes the object as an argument, where one does.
         partial: give a function that still takes the first arguments, as for optimizers, in place of the object.
 
     Raises:
-        UserError: no such class, or arguments that it does not take.
+        UserError: no such class, one of another kind, or arguments that it does not take.
     """
     if isinstance(value, list):
-        return [made(item) for item in value]
+        return [made(item, kind, within=within) for item in value]
     if not isinstance(value, dict) or "class_path" not in value:
         return value
-    cls = _imported(value["class_path"])
-    arguments = {name: made(item) for name, item in (value.get("init_args") or {}).items()}
+    cls = named_class("class_path", value["class_path"], (kind,), within)
+    given = (value.get("init_args") or {}).items()
+    arguments = {name: made(item, kind, within=cls.__module__) for name, item in given}
     if not partial:
         return called(value["class_path"], cls, arguments)
     try:
@@ -105,11 +108,3 @@ def called(name: str, cls: Callable[..., Made], arguments: Mapping[str, Any]) ->
         return cls(**arguments)
     except TypeError as error:
         raise UserError(f"{name}: {error}") from None
-
-
-def _imported(path: str) -> Any:
-    module, _, name = str(path).rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise UserError(f"class_path: {path!r} cannot be imported") from None

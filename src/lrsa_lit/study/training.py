@@ -15,6 +15,8 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO, GracefulStop, exit_codes
@@ -26,11 +28,11 @@ from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError, said
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.backbone import LoRA
-from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.ops.sparse_attention import Compressor, LRSAConfig
 from lrsa_lit.study import settings
 from lrsa_lit.study.plan import Row
 from lrsa_lit.study.tokens import TokenFile
-from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks import LongContextQA, TopKSchedule
 
 _WARM_UP = 5
 """Batches that are left out of the measured speed: they compile kernels."""
@@ -170,16 +172,18 @@ def task_of(row: Row, source: str | None = None) -> LongContextQA:
     if source is not None:
         given |= {"source": source, "sha256": None}
     lora = None if given.get("lora") is None else settings.called("model.backbone.lora", LoRA, given["lora"])
-    base = {name: settings.made(value) for name, value in model["lrsa"].items()}
+    base = {name: settings.made(value, Compressor) for name, value in model["lrsa"].items()}
     attention = model.get("train_attention", {})
-    attention = None if attention is None else {name: settings.made(value) for name, value in attention.items()}
+    attention = (
+        None if attention is None else {name: settings.made(value, Compressor) for name, value in attention.items()}
+    )
     return LongContextQA(
         backbone=settings.called("model.backbone", Backbone, {**given, "lora": lora}),
         lrsa=LRSAConfig().replace(**base),
-        optimizer=settings.made(model["optimizer"], partial=True),
-        lr_scheduler=settings.made(model.get("lr_scheduler"), partial=True),
+        optimizer=settings.made(model["optimizer"], Optimizer, partial=True),
+        lr_scheduler=settings.made(model.get("lr_scheduler"), LRScheduler, partial=True),
         train_attention=attention,
-        train_top_k=settings.made(model.get("train_top_k")),
+        train_top_k=settings.made(model.get("train_top_k"), TopKSchedule),
         max_new_tokens=model.get("max_new_tokens", 32),
     )
 
