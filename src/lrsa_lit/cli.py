@@ -90,7 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _discard_output()
         raise SystemExit(141) from None
     except OSError as error:
-        if _writable(sys.stdout):
+        if error.filename is not None or _writable(sys.stdout):
             raise
         _discard_output()
         _fail(f"stdout: it cannot be written ({error.strerror})")
@@ -129,9 +129,13 @@ def _unread(stream: TextIO) -> bool:
 
 
 def _writable(stream: TextIO) -> bool:
-    """Whether a stream takes a line more; the end of a failed command's output."""
+    """Whether a stream takes one more line, at the end of a failed command's output; one without a file does."""
     try:
-        os.write(stream.fileno(), b"\n")
+        number = stream.fileno()
+    except (OSError, ValueError):
+        return True
+    try:
+        os.write(number, b"\n")
     except OSError:
         return False
     return True

@@ -12,6 +12,7 @@ import pytest
 from ask_helpers import FIRST, TEXT
 from cli_helpers import DEBUG
 
+import lrsa_lit.ask
 from lrsa_lit.cli import main
 
 ASK = ["ask", "--model", "tiny", "--max-new-tokens", "3"]
@@ -71,6 +72,18 @@ def test_a_full_stdout_is_one_line():
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
     assert line.startswith("lrsa: error: stdout: ")
+
+
+@pytest.mark.parametrize("stdout", ["a file", "no file"])
+def test_other_errors_of_the_system_are_not_hidden(stdout, monkeypatch):
+    def broken(arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lrsa_lit.ask, "run", broken)
+    if stdout == "no file":
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(OSError, match="No space"):
+        main(["ask"])
 
 
 @pytest.mark.parametrize("missing", ["stdin", "stdout"])
