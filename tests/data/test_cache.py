@@ -1,4 +1,9 @@
+import contextlib
 import logging
+import os
+import resource
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,17 +56,15 @@ def test_an_unfinished_build_is_not_taken_for_a_split(tmp_path: Path):
     assert cache.is_built(tmp_path / "train")
 
 
-def test_whoever_finishes_first_wins(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_whoever_finishes_first_wins(tmp_path: Path):
     def overtaken() -> Iterator[Example]:
         cache.build(tmp_path / "train", [EXAMPLE], Counter(kept=1))
         yield EXAMPLE
         yield EXAMPLE
 
-    with caplog.at_level(logging.INFO, "lrsa_lit.data"):
-        cache.build(tmp_path / "train", overtaken(), Counter(kept=2))
+    cache.build(tmp_path / "train", overtaken(), Counter(kept=2))
     rows, report = cache.load(tmp_path / "train")
     assert (len(rows), report["kept"]) == (1, 1)
-    assert "another process" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
@@ -73,11 +76,88 @@ def test_an_unwritable_cache_is_one_line(tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
+@contextlib.contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file may be larger than so many bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("count", [1, 1000], ids=["at the end", "midway"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, count: int):
+    cache.build(tmp_path / "whole", [EXAMPLE] * count, Counter())
+    needed = (tmp_path / "whole" / "examples.arrow").stat().st_size
+    for size in (0, needed // 2, needed - 1):
+        with room(size), pytest.raises(UserError, match=r"^LRSA_CACHE_DIR: cannot write .*") as error:
+            cache.build(tmp_path / "train", [EXAMPLE] * count, Counter())
+        assert "\n" not in str(error.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_an_error_of_the_source_is_not_blamed_on_the_cache(tmp_path: Path):
+    def gone() -> Iterator[Example]:
+        yield EXAMPLE
+        raise FileNotFoundError("source")
+
+    with pytest.raises(FileNotFoundError, match="source"):
+        cache.build(tmp_path / "train", gone(), Counter())
+
+
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+@pytest.mark.parametrize("name", ["examples.arrow", "report.json"])
+@pytest.mark.parametrize("harm", [flipped, lambda data: data[:-1], lambda data: b"", None], ids=str)
+def test_damage_is_noticed_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, harm: object):
+    folder = tmp_path / "train"
+    cache.build(folder, [EXAMPLE] * 3, Counter(kept=3))
+    path = folder / name
+    if callable(harm):
+        path.write_bytes(harm(path.read_bytes()))
+    else:
+        path.unlink()
+    assert not cache.is_built(folder)
+    with pytest.raises(UserError, match=rf"^LRSA_CACHE_DIR: {folder} is damaged \({name} "):
+        cache.load(folder)
+    with caplog.at_level(logging.WARNING, "lrsa_lit.data"):
+        cache.build(folder, [EXAMPLE] * 3, Counter(kept=3))
+    assert len(caplog.records) == 1
+    rows, report = cache.load(folder)
+    assert (len(rows), report, rows[0]["input_ids"]) == (3, Counter(kept=3), [5, 6, 7])
+    assert [each.name for each in tmp_path.iterdir()] == ["train"]
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        cache.build(tmp_path / "train", [EXAMPLE], Counter())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "train").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "train").iterdir()} == {0o640}
+
+
+def test_what_a_killed_build_has_left_is_removed(tmp_path: Path):
+    code = (
+        "import os, sys; from pathlib import Path; from lrsa_lit.files import partial_folder\n"
+        "with partial_folder(Path(sys.argv[1])) as partial: (partial / 'x').touch(); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "key" / "train")], check=False).returncode == 9
+    assert len(list((tmp_path / "key").iterdir())) == 1
+    cache.build(tmp_path / "key" / "train", [EXAMPLE], Counter())
+    assert [path.name for path in (tmp_path / "key").iterdir()] == ["train"]
+
+
 def test_the_digest_depends_on_every_part_but_not_on_order(monkeypatch: pytest.MonkeyPatch):
     first = cache.digest({"a": 1, "b": [2]})
     assert first == cache.digest({"b": [2], "a": 1})
     assert first != cache.digest({"a": 1, "b": [3]})
-    monkeypatch.setattr(cache, "CODE_VERSION", cache.CODE_VERSION + 1)
+    monkeypatch.setattr(cache, "PROJECT", "changed")
     assert first != cache.digest({"a": 1, "b": [2]})
 
 

@@ -1,3 +1,4 @@
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -97,6 +98,92 @@ def test_sources_and_class_decide_the_fingerprint(tokenizer: PreTrainedTokenizer
     plain = Words(tokenizer=tokenizer).fingerprint
     assert plain.startswith("Words-")
     assert len({plain, Others(tokenizer=tokenizer).fingerprint, Namesake(tokenizer=tokenizer).fingerprint}) == 3
+
+
+RIDDLES = """
+from lrsa_lit.data.module import QADataModule
+from lrsa_lit.data.records import Passage, QARecord
+
+class Riddles(QADataModule):
+    def records(self, split):
+        yield QARecord(split, (Passage("T", TEXT),), "Q?", ("a",))
+
+class More(Riddles):
+    pass
+
+TEXT = "one"
+"""
+
+
+def defined(path: Path, text: str) -> Any:
+    """The module of a file, as a process that starts now would have it."""
+    path.write_text(RIDDLES.replace("one", text))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def texts(data: QADataModule) -> list[str]:
+    data.prepare_data()
+    return [data.tokenizer.decode(example["input_ids"]) for example in data.open_split("train")]
+
+
+def test_an_edited_data_set_is_tokenised_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in ("Riddles", "More"):
+        first = getattr(defined(tmp_path / "riddles.py", "one"), name)(tokenizer=tokenizer)
+        assert "one" in texts(first)[0]
+        second = getattr(defined(tmp_path / "riddles.py", "two"), name)(tokenizer=tokenizer)
+        assert "two" in texts(second)[0]
+        again = getattr(defined(tmp_path / "riddles.py", "one"), name)(tokenizer=tokenizer)
+        assert again.fingerprint == first.fingerprint
+    del sys.modules["riddles"]
+
+
+def test_what_counts_is_the_code_that_runs_not_the_file_as_it_is_by_now(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+):
+    module = defined(tmp_path / "riddles.py", "one")
+    before = module.Riddles(tokenizer=tokenizer).fingerprint
+    (tmp_path / "riddles.py").write_text("")
+    assert module.Riddles(tokenizer=tokenizer).fingerprint == before
+    del sys.modules["riddles"]
+
+
+def test_a_class_of_no_file_is_never_taken_for_another(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+):
+    for text in ("one", "two"):
+        names: dict[str, Any] = {"__name__": "notebook"}
+        exec(RIDDLES.replace("one", text), names)
+        data = names["Riddles"](tokenizer=tokenizer)
+        assert data.fingerprint == names["Riddles"](tokenizer=tokenizer).fingerprint
+        assert text in texts(data)[0]
+    assert "Riddles is defined in no file" in caplog.text
+
+
+def test_examples_of_a_class_of_no_file_do_not_outlive_the_process(cache: Path):
+    code = RIDDLES + (
+        "from lrsa_lit.models.tiny import tiny_tokenizer\n"
+        "data = Riddles(tokenizer=tiny_tokenizer()); data.prepare_data(); print(data.folder('train').is_dir())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout == "True\n"
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_a_damaged_cache_is_made_again(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture):
+    whole = texts(Words(tokenizer=tokenizer))
+    path = Words(tokenizer=tokenizer).folder("train") / "examples.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 64
+    path.write_bytes(data)
+    assert texts(Words(tokenizer=tokenizer)) == whole
+    assert [record.message for record in caplog.records if "damaged" in record.message]
 
 
 def test_a_parameter_that_is_not_stored_is_noticed(tokenizer: PreTrainedTokenizerFast):

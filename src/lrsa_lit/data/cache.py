@@ -1,15 +1,15 @@
-"""Tokenised examples on disk: one folder a split, written once, whole or not at all."""
+"""Tokenised examples on disk: one folder a split, written once, whole or not at all, and checked when it is opened."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
 import os
 import shutil
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +17,13 @@ import datasets
 import pyarrow.compute
 from datasets.arrow_writer import ArrowWriter
 
+from lrsa_lit import verified
+from lrsa_lit.data.code import PROJECT
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Part of every key: raise it when prompts.py, or a data set's recipe, gives other examples for the same parameters.
-CODE_VERSION = 3
 
 _log = logging.getLogger("lrsa_lit.data")
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"
@@ -45,8 +44,8 @@ _FEATURES = datasets.Features(
 
 
 def digest(parts: Mapping[str, object]) -> str:
-    """A key of 16 hex digits that is the same wherever the same JSON-able parts are given."""
-    text = json.dumps({**parts, "code_version": CODE_VERSION}, sort_keys=True)
+    """A key of 16 hex digits that is the same wherever this project's code and the JSON-able parts are the same."""
+    text = json.dumps({**parts, "project": PROJECT}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -60,39 +59,60 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def is_built(folder: Path) -> bool:
-    """Whether the folder holds a finished split; an unfinished one never bears its name."""
-    return folder.is_dir()
+    """Whether the folder holds a finished split that is as it was written; an unfinished one never bears its name."""
+    return folder.is_dir() and verified.damage(folder) is None
 
 
 def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> None:
-    """Write a split beside its place and rename it there once it is complete.
+    """Write a split beside its place and rename it there once it is complete and on the disk.
 
     Args:
-        folder: where the split will lie.
+        folder: where the split will lie; what lies there now is replaced if it is damaged.
         examples: consumed one by one, so that memory does not grow with the split.
         report: counts, stored after the last example; whoever yields the examples fills it.
 
     Raises:
         UserError: the cache cannot be written.
     """
+    if folder.is_dir() and (damage := verified.damage(folder)):
+        _log.warning("%s is damaged (%s); it is made again", folder, damage)
+
+    def fill(partial: Path) -> None:
+        _write(partial, _apart(examples))
+        (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
+
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Not tempfile.mkdtemp: it would lock other users out of a shared cache.
-        unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-        unfinished.mkdir()
+        verified.build(folder, fill)
+    except _SourceError as error:
+        raise error.cause from None
     except OSError as error:
-        raise _unwritable(folder, error) from None
-    try:
-        _write(unfinished, examples)
-        (unfinished / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        _publish(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"LRSA_CACHE_DIR: cannot write {folder} ({error.strerror or error}); "
+            "set it to a folder that can be written and has room"
+        ) from None
 
 
 def load(folder: Path) -> tuple[datasets.Dataset, Counter[str]]:
-    """A finished split, memory-mapped, and its report."""
+    """A finished split, memory-mapped, and its report.
+
+    Raises:
+        UserError: it has been damaged since it was built.
+    """
+    if damage := verified.damage(folder):
+        raise UserError(f"LRSA_CACHE_DIR: {folder} is damaged ({damage}); remove it, and it will be made again")
     return datasets.Dataset.from_file(str(folder / _EXAMPLES)), Counter(json.loads((folder / _REPORT).read_text()))
+
+
+def forget_at_exit(folder: Path) -> None:
+    """Remove a folder when this process ends."""
+    process = os.getpid()
+
+    def forget() -> None:
+        # A process that was forked from this one ends earlier.
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(forget)
 
 
 def lengths(examples: datasets.Dataset) -> list[int]:
@@ -101,27 +121,22 @@ def lengths(examples: datasets.Dataset) -> list[int]:
     return [int(length) for length in pyarrow.compute.list_value_length(column).to_pylist()]
 
 
+class _SourceError(Exception):
+    """Carries an error of whoever yields the examples past those of the cache."""
+
+    def __init__(self, cause: OSError) -> None:
+        self.cause = cause
+
+
+def _apart(examples: Iterable[Example]) -> Iterator[Example]:
+    try:
+        yield from examples
+    except OSError as error:
+        raise _SourceError(error) from error
+
+
 def _write(folder: Path, examples: Iterable[Example]) -> None:
     with ArrowWriter(path=str(folder / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
         for example in examples:
-            try:
-                writer.write({"task": "", "subject": "", **example})
-            except OSError as error:
-                raise _unwritable(folder, error) from None
+            writer.write({"task": "", "subject": "", **example})
         writer.finalize()
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    try:
-        os.replace(unfinished, folder)
-    except OSError as error:
-        if not is_built(folder):
-            raise _unwritable(folder, error) from None
-        _log.info("%s was finished by another process meanwhile; using that", folder)
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"LRSA_CACHE_DIR: cannot write {folder} ({error.strerror or error}); "
-        "set it to a folder that can be written and has room"
-    )

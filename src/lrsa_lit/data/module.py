@@ -1,7 +1,8 @@
 """The base of every data set: records become cached examples, examples become batches.
 
 A new data set is one subclass with one method, :meth:`QADataModule.records`, and one YAML. Every parameter of its
-constructor is stored under its own name; those names and values are the key of its cache.
+constructor is stored under its own name; those names and values, the class's module and this project's code of data
+sets are the key of its cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sized
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import datasets
 import lightning
@@ -21,7 +22,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lrsa_lit.data import cache
+from lrsa_lit.data import cache, code
 from lrsa_lit.data.collate import Batch, groups_of
 from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages
 from lrsa_lit.data.loading import TrainerSettings, evaluation_loader, training_loader
@@ -90,6 +91,11 @@ class QADataModule(lightning.LightningDataModule):
     """
 
     score: ClassVar[Score] = "f1"
+    _definition: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._definition = code.definition(cls)
 
     def __init__(
         self,
@@ -165,9 +171,10 @@ class QADataModule(lightning.LightningDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the examples: the same for the same code version, parameters, sources and tokenizer."""
+        """Names the examples: the same for the same code, parameters, sources and tokenizer."""
         parts = {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "code": self._definitions(),
             "parameters": self._parameters(),
             "sources": self.sources(),
             "tokenizer": cache.tokenizer_fingerprint(self.checked_tokenizer),
@@ -193,6 +200,13 @@ class QADataModule(lightning.LightningDataModule):
         if not cache.is_built(folder):
             self.report[split].clear()
             cache.build(folder, self._build(split), self.report[split])
+            if not all(map(code.is_of_a_file, self._definitions())):
+                _log.warning(
+                    "%s is defined in no file, so a change of its code could not be seen: its examples are tokenised "
+                    "anew by each process",
+                    type(self).__name__,
+                )
+                cache.forget_at_exit(folder)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the cached splits of a stage ("fit", "validate", "test", "predict"), or all of them."""
@@ -334,6 +348,10 @@ class QADataModule(lightning.LightningDataModule):
         self.policy.check(lengths)
         check_lengths(self.curriculum, lengths)
         return lengths
+
+    def _definitions(self) -> list[str]:
+        """Names the code of the class and its bases, which is that of when they were defined."""
+        return [vars(base)["_definition"] for base in type(self).__mro__ if "_definition" in vars(base)]
 
     def _parameters(self) -> dict[str, object]:
         """Every constructor parameter of the class and its bases that decides the examples."""
