@@ -53,7 +53,7 @@ def partial_folder(target: Path) -> Iterator[Path]:
         OSError: the folder cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _tidy_folders(target.parent)
+    remove_abandoned(target.parent)
     partial, descriptor = _claimed_folder(target)
     try:
         yield partial
@@ -128,8 +128,8 @@ def _claimed_folder(target: Path) -> tuple[Path, int | None]:
             os.close(descriptor)
 
 
-def _tidy_folders(parent: Path) -> None:
-    """Remove what dead processes have left half-written."""
+def remove_abandoned(parent: Path) -> None:
+    """Remove the folders that dead processes have left half-written in a folder."""
     if fcntl is None:
         return
     for partial in parent.iterdir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import datasets
 import pyarrow.compute
 from datasets.arrow_writer import ArrowWriter
 
-from lrsa_lit import verified
+from lrsa_lit import files, verified
 from lrsa_lit.data.code import PROJECT
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
@@ -101,6 +102,15 @@ def load(folder: Path) -> tuple[datasets.Dataset, Counter[str]]:
     if damage := verified.damage(folder):
         raise UserError(f"LRSA_CACHE_DIR: {folder} is damaged ({damage}); remove it, and it will be made again")
     return datasets.Dataset.from_file(str(folder / _EXAMPLES)), Counter(json.loads((folder / _REPORT).read_text()))
+
+
+def remove_abandoned(root: Path) -> None:
+    """Remove what killed builds have left in the folders of all keys, which may never be asked for again."""
+    # What cannot be removed is in nobody's way.
+    with contextlib.suppress(OSError):
+        for key in root.iterdir():
+            if key.is_dir():
+                files.remove_abandoned(key)
 
 
 def forget_at_exit(folder: Path) -> None:

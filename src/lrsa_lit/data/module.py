@@ -199,6 +199,7 @@ class QADataModule(lightning.LightningDataModule):
         folder = self.folder(split)
         if not cache.is_built(folder):
             self.report[split].clear()
+            cache.remove_abandoned(cache_dir("data"))
             cache.build(folder, self._build(split), self.report[split])
             if not all(map(code.is_of_a_file, self._definitions())):
                 _log.warning(
