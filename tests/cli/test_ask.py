@@ -300,6 +300,8 @@ def bad_inputs():
     yield "template argument", ["--template-arguments", '{"x": 1}', *given], ["--template-arguments", "'x'"]
     yield "binary file", ["binary.txt", FIRST], ["FILE", "binary.txt", "NUL"]
     yield "UTF-16 file", ["utf16.txt", FIRST], ["FILE", "utf16.txt", "UTF-8"]
+    yield "path with NUL", ["text\0.txt", FIRST], ["FILE", "text\\x00.txt", "path"]
+    yield "overlong path", ["x" * 5000, FIRST], ["FILE", "xxx"]
     yield "endless file", ["/dev/zero", FIRST], ["FILE", "/dev/zero", "device"]
     yield "question of other bytes", ["text.txt", FIRST, "caf\udce9?"], ["QUESTION", "number 2", "UTF-8"]
     yield "scaling down", ["--rope-scaling", "yarn:0.5", "text.txt", FIRST], ["--rope-scaling", "0.5", "from 1"]

@@ -129,6 +129,8 @@ def read_text(name: str) -> str:
         UserError: it cannot be read, is not UTF-8, is binary or holds nothing but white space.
     """
     shown = _shown(name)
+    if "\0" in name:
+        raise UserError(f"FILE: {name!r} is no path; it must be a text file, or -")
     try:
         data = _read_stdin() if name == STDIN else _read_file(Path(name))
         # A byte order mark is no part of the text.
