@@ -50,23 +50,39 @@ def partitions_compressed(t: int, rule: Any) -> int:
     return (begin - rule.sink_size) // rule.lag_size - 1
 
 
-def lag_scores(tokens: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Scores (L,) of the tokens (L, D) of a partition, given the tokens (L, D) of the next one."""
+def lag_spread(tokens: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Spread (L,) over channels of the tokens (L, D) of a partition, in the range of those of the next one."""
     low, high = reference.min(axis=0), reference.max(axis=0)
     scaled = np.zeros_like(tokens)
     for channel in range(tokens.shape[1]):
         span = high[channel] - low[channel]
         if span > 1e-6 * max(abs(low[channel]), abs(high[channel])):
             scaled[:, channel] = (tokens[:, channel] - low[channel]) / span
-    spread = scaled.std(axis=1, ddof=1)
-    weights = np.exp(spread - spread.max())
-    return weights / weights.sum()
+    return scaled.std(axis=1, ddof=1)
+
+
+def log_softmax(spread: np.ndarray) -> np.ndarray:
+    """(L,) -> (L,)."""
+    return spread - np.logaddexp.reduce(spread)
+
+
+def lag_relative_logs(key: Tensor, value: Tensor, next_key: Tensor, next_value: Tensor, rule: Any) -> np.ndarray:
+    """Logarithms (L,) of the scores of the tokens (L, D) of one head and partition, more exact than float64 if can be.
+
+    The logarithms tell apart what float64 rounds to one score: 0 beside a token that dominates.
+    """
+    arrays = [tensor.detach().double().numpy().astype(np.longdouble) for tensor in (key, value, next_key, next_value)]
+    of_keys = log_softmax(lag_spread(arrays[0], arrays[2]))
+    if rule.value_weight == 0:
+        return of_keys
+    return np.logaddexp(
+        of_keys, np.log(np.longdouble(rule.value_weight)) + log_softmax(lag_spread(arrays[1], arrays[3]))
+    )
 
 
 def lag_relative_kept(key: Tensor, value: Tensor, next_key: Tensor, next_value: Tensor, rule: Any) -> list[int]:
     """The K of L places that one head keeps of a partition, ascending; ties go to the earlier token."""
-    arrays = [tensor.detach().double().numpy() for tensor in (key, value, next_key, next_value)]
-    scores = lag_scores(arrays[0], arrays[2]) + rule.value_weight * lag_scores(arrays[1], arrays[3])
+    scores = lag_relative_logs(key, value, next_key, next_value, rule)
     ranked = sorted(range(len(scores)), key=lambda place: (-scores[place], place))
     return sorted(ranked[: rule.top_k])
 

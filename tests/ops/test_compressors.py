@@ -17,6 +17,7 @@ from lrsa_lit.ops.sparse_attention import (
     MeanPool,
     Partitions,
     RandomTokens,
+    Ranking,
     Recency,
     Selector,
     Strided,
@@ -98,10 +99,10 @@ def test_value_relative_is_the_value_score_alone():
 )
 @pytest.mark.parametrize("values_only", [False, True])
 def test_chunk_wise_keeps_whole_runs_by_their_mean(size, top_k, kept, values_only, monkeypatch):
-    scores = torch.tensor([1.0, 0.0, 5.0, 1.0, 3.0, 4.0]).expand(1, 2, 3, 6)
+    scores = torch.tensor([1.0, 0.1, 5.0, 1.0, 3.0, 4.0]).expand(1, 2, 3, 6)
     scored, other = (ValueRelative, LagRelative) if values_only else (LagRelative, ValueRelative)
-    monkeypatch.setattr(scored, "score", lambda *_: scores)
-    monkeypatch.setattr(other, "score", None)
+    monkeypatch.setattr(scored, "rank", lambda *_: Ranking(scores, scores.log()))
+    monkeypatch.setattr(other, "rank", None)
     indices, _ = ChunkWise(size, values_only).keep(partitions(3, 6, heads=2), LRSAConfig(0, 6, top_k))
     assert indices.tolist() == [[[kept] * 3] * 2]
 

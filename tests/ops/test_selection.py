@@ -1,14 +1,17 @@
 """What partitions keep: the rule's numerics, ties, odd inputs, packed rows, and ready selections."""
 
+import numpy as np
 import pytest
 import torch
-from helpers import boundaries, oracle_kept, oracle_mask, random_qkv
+from helpers import boundaries, lag_relative_logs, oracle_kept, oracle_mask, random_qkv
 
 from lrsa_lit.ops.sparse_attention import (
+    ChunkWise,
     LRSAConfig,
     MeanPool,
     Recency,
     Selection,
+    ValueRelative,
     select,
     sparse_attention,
     visibility_mask,
@@ -101,6 +104,53 @@ def test_large_and_small_keys(magnitude):
     _, key, value = random_qkv(90)
     assert_oracle_selects(key * magnitude, value, RULE)
     assert_oracle_selects(key * magnitude + 10 * magnitude, value / magnitude, RULE)
+
+
+def dominated(dtype, factor=1000.0, **sizes):
+    """One token of every other partition of RULE dwarfs all others, whose scores round to 0."""
+    _, key, value = random_qkv(90, **sizes)
+    key[:, :, 5::16] *= factor
+    value[:, :, 7::16] *= factor
+    return key.to(dtype), value.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 0.5, 3.0, 1e6, 1e30])
+def test_the_tokens_beside_one_that_dominates_are_ranked_too(weight, dtype):
+    key, value = dominated(dtype, heads=3)
+    for top_k in range(1, 8):
+        assert_oracle_selects(key, value, RULE.replace(value_weight=weight, top_k=top_k))
+    scores = select(key.float(), value.float(), RULE.replace(value_weight=0.0)).scores
+    assert (scores == 0).float().mean() > 0.3, "scores that float32 rounds to 0 are what this is about"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_score_alone_ranks_beside_a_token_that_dominates(dtype):
+    key, value = dominated(dtype)
+    by_values = select(key, value, RULE.replace(compressor=ValueRelative())).indices
+    assert by_values.equal(select(value, key, RULE.replace(value_weight=0.0)).indices)
+    assert_oracle_selects(value, value, RULE)
+    assert by_values.equal(select(value, value, RULE).indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_runs_beside_a_token_that_dominates_are_ranked_by_their_means(dtype):
+    key, value = dominated(dtype)
+    rule = RULE.replace(top_k=4, compressor=ChunkWise(2))
+    for head in range(2):
+        for kept, start in zip(select(key, value, rule).indices[0, head].tolist(), range(2, 90, 8), strict=False):
+            parts = (x[0, head, at : at + 8] for at in (start, start + 8) for x in (key, value))
+            logs = lag_relative_logs(*parts, rule).reshape(4, 2)
+            best = np.sort(np.argsort(-np.logaddexp(logs[:, 0], logs[:, 1]))[:2])
+            assert kept == [start + 2 * run + place for run in best.tolist() for place in (0, 1)]
+
+
+def test_a_partition_far_from_its_reference_keeps_its_order():
+    _, key, value = random_qkv(43, dtype=torch.float32)
+    key[:, :, 2:10] *= 1e25
+    selection = select(key, value, RULE)
+    assert selection.scores.isfinite().all()
+    assert_oracle_selects(key, value, RULE)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)

@@ -97,6 +97,40 @@ def test_constant_channels_count_as_zero():
     assert_same_selection(key, value, LRSAConfig(4, 16, 4))
 
 
+def assert_same_order(key, value, config):
+    """What is kept is what the reference keeps in float64, for all kinds of K."""
+    for keep in range(1, config.lag_size, 2):
+        rule = config.replace(top_k=keep)
+        exact = select(key.double(), value.double(), rule, impl="reference").indices
+        assert torch.equal(select(key, value, rule, impl="triton").indices, exact)
+
+
+def dominated(dtype):
+    """One token of every other partition dwarfs all others, whose scores round to 0."""
+    _, key, value, _ = inputs(1, 2, 2, 5 + 4 * 16, 24, dtype)
+    key[:, :, 7::32] *= 1000
+    value[:, :, 12::32] *= 1000
+    return key, value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 0.5, 1e6, 1e30])
+def test_the_tokens_beside_one_that_dominates_are_ranked_too(weight, dtype):
+    assert_same_order(*dominated(dtype), LRSAConfig(4, 16, 4, value_weight=weight))
+
+
+@pytest.mark.parametrize("selector", [ValueRelative(), Weighted(0.0, 0.4), Weighted(1e-6, 0.2), Weighted(3.0, 1e-30)])
+def test_any_weights_rank_the_tokens_beside_one_that_dominates(selector):
+    assert_same_order(*dominated(torch.float32), LRSAConfig(4, 16, 4, compressor=selector))
+
+
+def test_a_partition_far_from_its_reference_keeps_its_order():
+    _, key, value, _ = inputs(1, 2, 2, 5 + 4 * 16, 24)
+    key[:, :, 4:20] *= 1e25
+    assert select(key, value, LRSAConfig(4, 16, 4), impl="triton").scores.isfinite().all()
+    assert_same_order(key, value, LRSAConfig(4, 16, 4))
+
+
 def test_scores_that_are_not_finite_keep_k_tokens():
     _, key, value, _ = inputs(1, 2, 2, 90, 16)
     key[:, :, 30:40] = float("nan")

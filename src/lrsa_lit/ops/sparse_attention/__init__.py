@@ -15,6 +15,7 @@ from lrsa_lit.ops.sparse_attention.compressors import (
     ValueRelative,
 )
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection
 from lrsa_lit.ops.sparse_attention.traced import is_traceable, numbers_of, traced_attention
 
@@ -27,6 +28,7 @@ __all__ = [
     "MeanPool",
     "Partitions",
     "RandomTokens",
+    "Ranking",
     "Recency",
     "Selection",
     "Selector",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch.nn.functional import pad
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.bounds import is_integer
-from lrsa_lit.ops.sparse_attention.scoring import lag_relative_scores, token_hash
+from lrsa_lit.ops.sparse_attention.scoring import Ranking, lag_relative_spread, token_hash, weighted_ranking
 
 if TYPE_CHECKING:
     from lrsa_lit.ops.sparse_attention.config import LRSAConfig
@@ -85,12 +86,17 @@ class Selector(Compressor):
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
         """Scores (B, H, P, L), at least float32; the K highest are kept, ties go to the earlier token."""
 
+    def rank(self, partitions: Partitions, config: LRSAConfig) -> Ranking:
+        """The scores, and what orders the tokens: override it where scores that differ can round to the same number."""
+        scores = self.score(partitions, config)
+        return Ranking(scores, scores)
+
     @torch.no_grad()
     def keep(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
         """Indices within the partition (B, H, P, K), ascending, and the scores (B, H, P, L)."""
-        scores = self.score(partitions, config)
+        scores, order = self.rank(partitions, config)
         # A stable sort, because torch.topk promises nothing about ties.
-        ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+        ranked = order.sort(dim=-1, descending=True, stable=True).indices
         return ranked[..., : config.top_k].sort(dim=-1).values, scores
 
     def compress(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
@@ -111,13 +117,13 @@ class SpreadSelector(Selector):
 
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
         """The weighted sum; a score of weight 0 is not computed."""
+        return self.rank(partitions, config).scores
+
+    def rank(self, partitions: Partitions, config: LRSAConfig) -> Ranking:
+        """The weighted sum, and its logarithm up to a constant of the partition."""
         pairs = (partitions.key, partitions.next_key), (partitions.value, partitions.next_value)
-        parts: list[Tensor] = [
-            weight * lag_relative_scores(*pair)
-            for weight, pair in zip(self.weights(config), pairs, strict=True)
-            if weight
-        ]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        used = [(pair, weight) for pair, weight in zip(pairs, self.weights(config), strict=True) if weight]
+        return weighted_ranking([lag_relative_spread(*pair) for pair, _ in used], [weight for _, weight in used])
 
 
 @dataclass(frozen=True)
@@ -168,12 +174,30 @@ class ChunkWise(Selector):
 
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
         """The mean over the token's run; equal scores keep the order, so that runs are kept one after the other."""
+        return self.rank(partitions, config).scores
+
+    def rank(self, partitions: Partitions, config: LRSAConfig) -> Ranking:
+        """The mean over the token's run, and its logarithm up to a constant of the partition."""
         of_tokens = ValueRelative() if self.values_only else LagRelative()
-        scores = of_tokens.score(partitions, config)
-        lag = scores.shape[-1]
-        runs: Tensor = pad(scores, (0, -lag % self.size)).unflatten(-1, (-1, self.size))
-        lengths = (lag - self.size * torch.arange(runs.shape[-2], device=runs.device)).clamp(max=self.size)
-        return (runs.sum(dim=-1) / lengths).repeat_interleave(self.size, dim=-1)[..., :lag]
+        scores, order = of_tokens.rank(partitions, config)
+        highest = self._for_tokens(self._runs(order, -math.inf).amax(dim=-1), order)
+        return Ranking(self._means(scores), highest + self._means((order - highest).exp()).log())
+
+    def _means(self, of_tokens: Tensor) -> Tensor:
+        """(…, L), of each token's run."""
+        runs = self._runs(of_tokens, 0.0)
+        lengths = of_tokens.shape[-1] - self.size * torch.arange(runs.shape[-2], device=runs.device)
+        return self._for_tokens(runs.sum(dim=-1) / lengths.clamp(max=self.size), of_tokens)
+
+    def _runs(self, of_tokens: Tensor, padding: float) -> Tensor:
+        """(…, L) -> (…, runs, size)."""
+        padded = pad(of_tokens, (0, -of_tokens.shape[-1] % self.size), value=padding)
+        runs: Tensor = padded.unflatten(-1, (-1, self.size))
+        return runs
+
+    def _for_tokens(self, of_runs: Tensor, tokens: Tensor) -> Tensor:
+        """(…, runs) -> (…, L)."""
+        return of_runs.repeat_interleave(self.size, dim=-1)[..., : tokens.shape[-1]]
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,46 @@ Dimensions: B batch, H key-value heads, P partitions, L lag_size, D head_dim.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 CONSTANT_CHANNEL = 1e-6
 """A channel is constant if its range is at most this share of its magnitude (README.md, "Selection")."""
 
+SHRINK = 2.0**-40
+"""Normalised values are squared at this scale: float32 then holds the squares of values up to 1e31. The factor is
+exact, and squares that underflow belong to spreads below 1e-7, which change no score by 1e-7 of its size."""
+
+
+class Ranking(NamedTuple):
+    """How a selector judges the tokens of its partitions.
+
+    Attributes:
+        scores: (B, H, P, L), what it reports.
+        order: (B, H, P, L), what it sorts by: the scores, or numbers that order the tokens where scores underflow.
+    """
+
+    scores: Tensor
+    order: Tensor
+
 
 @torch.no_grad()
-def lag_relative_scores(tokens: Tensor, reference: Tensor) -> Tensor:
-    """Softmax over the partition of the channel-wise spread, normalised by the reference's range.
+def lag_relative_spread(tokens: Tensor, reference: Tensor) -> Tensor:
+    """Unbiased standard deviation over channels, each normalised by the reference's range.
 
     Args:
         tokens: (…, L, D) keys or values of the partitions.
         reference: (…, L, D) keys or values of the partitions after them.
 
     Returns:
-        (…, L), summing to one over L; float32, or float64 for float64 inputs: bf16 scoring would change 11-15 % of
-        the selection.
+        (…, L), the logarithms of the scores up to a constant of the partition; float32, or float64 for float64 inputs:
+        bf16 scoring would change 11-15 % of the selection.
 
-    Source: LagKV (arXiv 2504.04704), eq. 3-7. Constant channels are 0 and still count, where the published code
+    Source: LagKV (arXiv 2504.04704), eq. 3-6. Constant channels are 0 and still count, where the published code
     yields NaN for the whole partition.
     """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -33,7 +53,33 @@ def lag_relative_scores(tokens: Tensor, reference: Tensor) -> Tensor:
     span = high - low
     constant = span <= CONSTANT_CHANNEL * torch.maximum(low.abs(), high.abs())
     normalised = (tokens - low) / span.masked_fill(constant, 1.0)
-    return normalised.masked_fill(constant, 0.0).std(dim=-1).softmax(dim=-1)
+    return normalised.masked_fill_(constant, 0.0).mul_(SHRINK).std(dim=-1) / SHRINK
+
+
+@torch.no_grad()
+def weighted_ranking(spreads: Sequence[Tensor], weights: Sequence[float]) -> Ranking:
+    """Score by the weighted sum of the softmaxes of one or two spreads (LagKV, eq. 7-8), order by its logarithm.
+
+    The order is log(exp(first) + exp(second + shift)), with the shift that the weights and the softmaxes' denominators
+    give. A positive shift is taken from the first spread instead, so no number is rounded at a magnitude that exceeds
+    its token's own spread (README.md, "Rounding").
+
+    Args:
+        spreads: one or two of (…, L).
+        weights: of their softmaxes, > 0.
+
+    Returns:
+        Scores and order (…, L).
+    """
+    parts = [weight * spread.softmax(dim=-1) for weight, spread in zip(weights, spreads, strict=True)]
+    if len(spreads) == 1:
+        return Ranking(parts[0], spreads[0])
+    first, second = spreads
+    highest = [spread.amax(dim=-1, keepdim=True) for spread in spreads]
+    sums = [(spread - top).exp().sum(dim=-1, keepdim=True) for spread, top in zip(spreads, highest, strict=True)]
+    weight = math.log(weights[1]) - math.log(weights[0])
+    shift = (highest[0] - highest[1]) + (sums[0] / sums[1]).log() + weight
+    return Ranking(parts[0] + parts[1], torch.logaddexp(first - shift.clamp(min=0), second + shift.clamp(max=0)))
 
 
 def token_hash(seed: int, *counters: Tensor) -> Tensor:

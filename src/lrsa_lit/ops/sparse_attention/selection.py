@@ -25,7 +25,8 @@ class Selection:
     Attributes:
         indices: (B, H, P, K) int64, positions in the row, ascending within a partition. The partitions of packed
             sequences stand one after the other, and positions count from the row's start.
-        scores: (B, H, P, L), what the tokens were ranked by.
+        scores: (B, H, P, L), of the tokens. Where one token dominates, the others' can round to 0; the kept are still
+            those that exact scores rank highest.
     """
 
     indices: Tensor

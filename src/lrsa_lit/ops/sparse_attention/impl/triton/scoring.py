@@ -5,6 +5,7 @@ Dimensions: B batch, H key-value heads, T tokens, P partitions, L lag_size, K to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, partition_table, partitions, sequence_table
 from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COLUMNS, KEY_ROW
-from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL
+from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL, SHRINK
 
 _INTEGERS = ["heads", "n_partitions", "sink", "lag", "keep"]
 _TOKENS = 32
@@ -63,6 +64,7 @@ def select_ranks(
         BLOCK=_TOKENS,
         PADDED=triton.next_power_of_2(dim),
         CONSTANT=CONSTANT_CHANNEL,
+        SHRINK=SHRINK,
     )
     _keep_kernel[grid](
         spreads,
@@ -73,6 +75,7 @@ def select_ranks(
         geometry.keep,
         float(first_weight),
         float(second_weight),
+        math.log(second_weight) - math.log(first_weight),
         BOTH=len(sources) == 2,
         BLOCK=triton.next_power_of_2(geometry.lag),
         num_warps=1 if geometry.lag <= 128 else 4,
@@ -101,6 +104,7 @@ def _spread_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     CONSTANT: tl.constexpr,
+    SHRINK: tl.constexpr,
 ):
     """Unbiased standard deviation over channels of each token, in the range of the next partition.
 
@@ -150,16 +154,19 @@ def _spread_kernel(
         b_tile = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_tile = (b_tile - b_low[None, :]) * b_factor[None, :]
         b_mean = tl.sum(b_tile, axis=1) / DIM
-        b_centred = tl.where(m_dim[None, :], b_tile - b_mean[:, None], 0.0)
-        b_spread = tl.sqrt(tl.sum(b_centred * b_centred, axis=1) / (DIM - 1))
+        b_centred = tl.where(m_dim[None, :], b_tile - b_mean[:, None], 0.0) * SHRINK
+        b_spread = tl.sqrt(tl.sum(b_centred * b_centred, axis=1) / (DIM - 1)) * (1.0 / SHRINK)
         tl.store(p_spread + i_block + o_row, b_spread, mask=m_row)
 
 
 @triton.jit
-def _softmax(p_spread, o_token, m_token):
-    b_spread = tl.load(p_spread + o_token, mask=m_token, other=float("-inf"))
-    b_power = tl.exp(b_spread - tl.max(b_spread, axis=0))
-    return b_power / tl.sum(b_power, axis=0)
+def _powers(p_spread, o_token, m_token):
+    """Spreads, the highest of them, and the powers of e relative to it with their sum; padding is 0."""
+    # Spreads are not negative: padding does not change the highest.
+    b_spread = tl.load(p_spread + o_token, mask=m_token, other=0.0)
+    highest = tl.max(b_spread, axis=0)
+    b_power = tl.where(m_token, tl.exp(b_spread - highest), 0.0)
+    return b_spread, highest, b_power, tl.sum(b_power, axis=0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -172,23 +179,34 @@ def _keep_kernel(
     keep,
     first_weight,
     second_weight,
+    log_ratio,
     BOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per partition and head: one softmax or two, then the K highest, ties to the earlier token."""
+    """One program per partition and head: one softmax or two, then the K highest, ties to the earlier token.
+
+    Tokens are ordered by the logarithms of their scores, as in ``scoring.weighted_ranking``: scores underflow.
+    """
     n_heads = tl.num_programs(1)
     o_partition = (tl.program_id(1).to(tl.int64) * n_partitions + tl.program_id(0)) * lag
     o_token = tl.arange(0, BLOCK)
     m_token = o_token < lag
-    b_score = first_weight * _softmax(p_spreads + o_partition, o_token, m_token)
+    b_log, highest, b_power, total = _powers(p_spreads + o_partition, o_token, m_token)
+    b_score = first_weight * (b_power / total)
     if BOTH:
         o_second = tl.cast(n_heads, tl.int64) * n_partitions * lag
-        b_score += second_weight * _softmax(p_spreads + o_second + o_partition, o_token, m_token)
+        b_second, second_highest, b_power, second_total = _powers(p_spreads + o_second + o_partition, o_token, m_token)
+        b_score += second_weight * (b_power / second_total)
+        shift = (highest - second_highest) + tl.log(total / second_total) + log_ratio
+        b_log -= tl.maximum(shift, 0.0)
+        b_second += tl.minimum(shift, 0.0)
+        b_log = tl.maximum(b_log, b_second) + tl.log(1.0 + tl.exp(-tl.abs(b_log - b_second)))
     tl.store(p_scores + o_partition + o_token, b_score, mask=m_token)
 
-    # Scores are not negative, so their bits order as integers do. NaN goes first, as torch sorts it; padding last.
-    b_bits = b_score.to(tl.int32, bitcast=True)
-    b_order = tl.where(m_token, tl.where(b_score == b_score, b_bits, 2147483647), -1)
+    # The logarithms are not negative, so their bits order as integers do. NaN goes first, as torch sorts it; padding
+    # last.
+    b_bits = b_log.to(tl.int32, bitcast=True)
+    b_order = tl.where(m_token, tl.where(b_log == b_log, b_bits, 2147483647), -1)
     # The K-th highest, bit by bit: exact for any L without sorting.
     cut = 0
     for i_bit in range(31):

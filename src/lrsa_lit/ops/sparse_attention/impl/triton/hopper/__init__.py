@@ -7,6 +7,7 @@ experimental, and so only versions of Triton that the kernels were run with are 
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 import triton
@@ -16,8 +17,10 @@ from lrsa_lit.ops.sparse_attention.impl.triton.tensors import expressible
 
 __all__ = ["CHECKED", "DIM", "ENOUGH", "forward", "keys", "queries", "suits"]
 
-CHECKED = triton.__version__.startswith("3.6.")
+CHECKED: bool = triton.__version__.startswith("3.6.")
 """Whether the kernels were run with this version of Triton."""
+
+_log = logging.getLogger(__name__)
 
 if CHECKED:
     from lrsa_lit.ops.sparse_attention.impl.triton.hopper import forward, keys, queries
@@ -33,18 +36,33 @@ def suits(query: Tensor, *sources: Tensor) -> bool:
     """Whether a call goes to these kernels.
 
     That takes a Hopper device, a Triton that they were run with, 16 bits, a head size and a number of rows that they
-    are faster for, and tensors that the copy engine can express; compact buffers may be empty.
+    are faster for, and tensors that the copy engine can express; compact buffers may be empty. If only Triton is in the
+    way, the log says so once.
 
     Args:
         query: (B, Hq, Tq, D).
         sources: all other tensors that are loaded in blocks.
     """
-    if not CHECKED or query.shape[3] != DIM or query.numel() < ENOUGH * DIM or not query.is_cuda:
+    if query.shape[3] != DIM or query.numel() < ENOUGH * DIM or not _is_hopper(query.device):
         return False
-    fits = _is_hopper(query.device) and query.dtype in (torch.bfloat16, torch.float16)
-    return fits and all(expressible(tensor) or not tensor.numel() for tensor in (query, *sources))
+    fits = query.dtype in (torch.bfloat16, torch.float16)
+    if not fits or not all(expressible(tensor) or not tensor.numel() for tensor in (query, *sources)):
+        return False
+    if not CHECKED:
+        _say_what_is_missing()
+    return CHECKED
 
 
 @functools.lru_cache
 def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.lru_cache
+def _say_what_is_missing() -> None:
+    """Cached, so that it is logged once."""
+    _log.warning(
+        "sparse_attention runs its plain Triton kernels: the faster ones for Hopper GPUs need triton 3.6, which comes "
+        "with torch 2.11; triton %s is installed",
+        triton.__version__,
+    )

@@ -1,0 +1,62 @@
+"""Which calls go to the Hopper kernels, and that the log says once if only Triton's version keeps them away."""
+
+import logging
+
+import pytest
+import torch
+
+from lrsa_lit.ops.sparse_attention.impl.triton import hopper
+
+FITTING = torch.zeros(1, 2, 32, hopper.DIM, dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def small_calls_on_hopper(monkeypatch):
+    monkeypatch.setattr(hopper, "ENOUGH", 64)
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    hopper._say_what_is_missing.cache_clear()
+
+
+def choice(tensor, caplog, calls=1):
+    """Whether the kernels are chosen, and the warnings."""
+    with caplog.at_level(logging.WARNING):
+        chosen = [hopper.suits(tensor, tensor) for _ in range(calls)]
+    assert len(set(chosen)) == 1
+    return chosen[0], [record.getMessage() for record in caplog.records]
+
+
+def test_another_triton_is_named_once_with_the_one_that_has_the_kernels(monkeypatch, caplog):
+    monkeypatch.setattr(hopper, "CHECKED", False)
+    monkeypatch.setattr(hopper.triton, "__version__", "9.8.7")
+    chosen, warnings = choice(FITTING, caplog, calls=3)
+    assert not chosen
+    (warning,) = warnings
+    assert "triton 3.6" in warning
+    assert "9.8.7" in warning
+
+
+def test_nothing_is_said_where_the_kernels_run(monkeypatch, caplog):
+    monkeypatch.setattr(hopper, "CHECKED", True)
+    assert choice(FITTING, caplog) == (True, [])
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize(
+    "tensor",
+    [FITTING[..., :64].clone(), FITTING.float(), FITTING[:, :, :31].clone(), FITTING[..., :1].expand(-1, -1, -1, 128)],
+    ids=["head size", "dtype", "few rows", "strides"],
+)
+def test_nothing_is_said_of_calls_that_run_the_plain_kernels_anyway(tensor, checked, monkeypatch, caplog):
+    monkeypatch.setattr(hopper, "CHECKED", checked)
+    assert choice(tensor, caplog) == (False, [])
+
+
+def test_nothing_is_said_on_another_device(monkeypatch, caplog):
+    monkeypatch.setattr(hopper, "CHECKED", False)
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: False)
+    assert choice(FITTING, caplog) == (False, [])
+
+
+def test_the_cpu_is_no_hopper_gpu(monkeypatch):
+    monkeypatch.undo()
+    assert not hopper._is_hopper(torch.device("cpu"))
