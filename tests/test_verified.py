@@ -74,7 +74,7 @@ def test_contents_are_read_once(folder, monkeypatch):
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (lambda folder: (folder / "more").touch(), "more does not belong there"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json has 1 bytes instead of 2"),
-        (lambda folder: (folder / verified.SEAL).unlink(), "seal.json cannot be read"),
+        (lambda folder: (folder / verified.SEAL).unlink(), "seal.json is missing"),
         (lambda folder: (folder / verified.SEAL).write_text('{"files": [1]}'), "seal.json cannot be read"),
         (lambda folder: (folder / verified.SEAL).write_bytes(b"\xff"), "seal.json cannot be read"),
     ],

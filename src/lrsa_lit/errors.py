@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
-"""What torch raises for a file that is none of its own or damaged, and a look for what ought to be in it."""
-
 
 class UserError(ValueError):
     """A mistake in a config, a file or an argument.

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -18,10 +18,18 @@ from rich.logging import RichHandler
 from lrsa_lit.arguments import Parser
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import Trained, load_trained
-from lrsa_lit.paths import check_writable, put_in_place
+from lrsa_lit.paths import check_path, check_writable, put_in_place
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 """One of them stands in every folder that this command writes."""
+
+_FLAGS = {"model": "CKPT", "model.backbone.trust_remote_code": "--trust-remote-code"}
+"""What this command calls the settings that messages name as the YAML files do."""
+_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""How far merging may move the logits, by rounding; as :func:`lrsa_lit.models.folder.difference` measures it."""
 
 EPILOG = """\
 CKPT is a file, or the folder that several devices have written (configs/trainer/fsdp.yaml). DIR will hold safetensors,
@@ -50,12 +58,12 @@ def run(arguments: Sequence[str]) -> None:
     )
     logging.getLogger("lrsa_lit").setLevel(logging.INFO)
     try:
-        trained = load_trained(options.checkpoint, options.dtype)
+        trained = load_trained(options.checkpoint, options.dtype, trust_remote_code=options.trust_remote_code)
+        _check_adapters(trained, options)
+        _write(trained, options.out, merge=not options.adapters)
     except UserError as error:
-        raise UserError(str(error).replace("model: ", "CKPT: ", 1)) from error
-    _check_adapters(trained, options)
-    model = _model(trained, merge=not options.adapters)
-    _write(model, trained, options.out)
+        key, colon, rest = str(error).partition(":")
+        raise UserError(_FLAGS.get(key, key) + colon + rest) from error
     kind = "Adapters" if options.adapters else "Model"
     Console().print(f"{kind} of {options.checkpoint} in {options.out}", soft_wrap=True, highlight=False)
 
@@ -67,16 +75,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", metavar="DIR", type=Path, required=True, help="the folder; it appears only when it is complete")
     add("--adapters", action="store_true", help="write the LoRA adapters alone, unmerged, as peft loads them")
     add("--force", action="store_true", help="replace a model that is in the folder already")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the one of the training")
     return parser.parse_args(arguments)
 
 
 def _check_out(out: Path, *, force: bool) -> None:
     """Refuse to delete what is not ours, or not asked for."""
+    check_path("--out", out)
+    if out.is_symlink():
+        raise UserError(f"--out: {out} is a link to {out.readlink()}; name the folder itself, or remove the link")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is no folder")
-    if out.resolve() == Path.cwd():
-        raise UserError(f"--out: {out} is the working directory, which cannot be replaced; name another folder")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UserError(f"--out: {out} holds the working directory and cannot be replaced; name another folder")
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise UserError(f"--out: {out} is not empty; give another folder, or --force to replace the model in it")
@@ -97,9 +109,32 @@ def _check_adapters(trained: Trained, options: argparse.Namespace) -> None:
         )
 
 
-def _model(trained: Trained, *, merge: bool) -> Any:
-    """The trained model with its rule in the config; adapters merged or not."""
+def _write(trained: Trained, out: Path, *, merge: bool) -> None:
+    """Write the trained model with its rule in the config; adapters merged or not."""
+    from lrsa_lit.models.folder import AnotherModel, save_folder
+
+    complete = out.with_name(f".{out.name}.complete")
+    shutil.rmtree(complete, ignore_errors=True)
+    try:
+        model, expected = _model(trained, merge=merge)
+        save_folder(model, trained.tokenizer, complete, expected=expected)
+        put_in_place(complete, out)
+    except AnotherModel as error:
+        raise UserError(f"--out: {out} was not written: {error}") from error
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(complete, ignore_errors=True)
+
+
+def _model(trained: Trained, *, merge: bool) -> tuple[Any, Tensor | None]:
+    """The model to write, and the logits that it must have when it is loaded again; None for adapters.
+
+    Raises:
+        AnotherModel: merged adapters give other logits than adapters beside the weights.
+    """
     from lrsa_lit.attention.rules import base_of
+    from lrsa_lit.models.folder import AnotherModel, difference, logits
 
     # Merged into weights of 4 bits, most of what the adapters learned would be rounded away.
     model: Any = trained.build(dequantize=merge)
@@ -108,18 +143,30 @@ def _model(trained: Trained, *, merge: bool) -> Any:
         config.lrsa = trained.rule
     elif hasattr(config, "lrsa"):
         del config.lrsa
-    return model.merge_and_unload() if merge and trained.backbone.lora is not None else model
+    if not merge:
+        return model, None
+    expected = logits(model)
+    if trained.backbone.lora is None:
+        return model, expected
+    _untie(base_of(model))
+    merged = model.merge_and_unload()
+    found = logits(merged)
+    if not (distance := difference(found, expected)) <= _TOLERANCE[trained.backbone.dtype]:
+        raise AnotherModel(f"with merged adapters the logits differ by {distance:.1%} from those of what was trained")
+    return merged, found
 
 
-def _write(model: Any, trained: Trained, out: Path) -> None:
-    from lrsa_lit.models.folder import save_folder
+def _untie(model: Any) -> None:
+    """Give adapted input embeddings and an adapted output head weights of their own: merging changes only one."""
+    from torch import nn
 
-    complete = out.with_name(f".{out.name}.complete")
-    shutil.rmtree(complete, ignore_errors=True)
-    try:
-        save_folder(model.eval(), trained.tokenizer, complete)
-        put_in_place(complete, out)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(complete, ignore_errors=True)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    adapted = [hasattr(layer, "base_layer") for layer in (head, embeddings)]
+    head, embeddings = (getattr(layer, "base_layer", layer) for layer in (head, embeddings))
+    if head is None or head.weight is not embeddings.weight or not any(adapted):
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    # Transformers keeps what it ties for when it writes.
+    model.all_tied_weights_keys = {}

@@ -38,7 +38,7 @@ from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import check_classes
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
-from lrsa_lit.models.sharding import is_sharded_checkpoint
+from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
@@ -370,7 +370,7 @@ def _first_user_error(error: BaseException | None) -> UserError | None:
 
 
 def _check_shards(path: str | None, strategy: object) -> None:
-    if path is not None and is_sharded_checkpoint(Path(path)) and "FullySharded" not in str(strategy):
+    if path is not None and holds_shards(Path(path)) and "FullySharded" not in str(strategy):
         raise UserError(
             f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
             "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"

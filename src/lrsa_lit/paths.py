@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from importlib import metadata
@@ -28,6 +30,41 @@ def shipped(name: str) -> Path:
         if (root / name).is_file():
             return root / name
     raise FileNotFoundError(f"{name} ships with lrsa-lit but is neither in {_PACKAGE_DIR} nor in {_CHECKOUT_DIR}")
+
+
+def check_path(key: str, path: str | Path) -> None:
+    """Check that a file system can hold a path, whether or not anything is there.
+
+    Raises:
+        UserError: it holds a NUL character or is too long; the message names the setting ``key``.
+    """
+    try:
+        os.lstat(path)
+    except (ValueError, UnicodeError) as error:
+        raise UserError(f"{key}: {printable(path)} is no path ({error})") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+            raise UserError(f"{key}: {printable(path)} is no path ({error.strerror})") from None
+
+
+def expanded(key: str, path: str | Path) -> Path:
+    """A path with its ``~`` made a folder, checked as :func:`check_path` does.
+
+    Raises:
+        UserError: it is no path, or names an unknown user.
+    """
+    try:
+        found = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}: {printable(path)} is no path ({error})") from None
+    check_path(key, found)
+    return found
+
+
+def printable(path: str | Path) -> str:
+    """A path with its control characters escaped, cut after 100 characters."""
+    text = str(path).encode("unicode_escape").decode() if not str(path).isprintable() else str(path)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def check_writable(key: str, value: object, folder: Path) -> None:
@@ -80,8 +117,8 @@ def resolve(source: str, sha256: str | None = None, key: str = "") -> Path:
     Raises:
         UserError: the package or the file is missing, or the digest differs.
     """
-    named = f"{key}: {source}" if key else source
-    path = _in_package(source, named) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source)
+    named = f"{key}: {printable(source)}" if key else printable(source)
+    path = _in_package(source, named) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source, key)
     if not path.is_file():
         raise UserError(f"{named}: no such file ({path.absolute()})")
     if sha256 is not None and (found := sha256_of(path)) != sha256:
@@ -89,8 +126,8 @@ def resolve(source: str, sha256: str | None = None, key: str = "") -> Path:
     return path
 
 
-def _here_or_shipped(source: str) -> Path:
-    path = Path(source).expanduser()
+def _here_or_shipped(source: str, key: str) -> Path:
+    path = expanded(key or "path", source)
     if path.is_file() or path.is_absolute():
         return path
     try:
@@ -101,6 +138,8 @@ def _here_or_shipped(source: str) -> Path:
 
 def _in_package(source: str, named: str) -> Path:
     distribution, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", distribution) or not name or {"", ".", ".."} & set(name.split("/")):
+        raise UserError(f"{named} is not allowed; it must be {PACKAGE_SCHEME}DISTRIBUTION/FILE")
     try:
         files = metadata.files(distribution) or []
     except metadata.PackageNotFoundError:

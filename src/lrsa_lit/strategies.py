@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lrsa_lit.models.sharding import META, WEIGHTS, empty_weights, is_sharded_checkpoint, read_meta
-from lrsa_lit.paths import put_in_place
+from lrsa_lit import verified
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.checkpoint_file import META, Unreadable, holds_shards, read
+from lrsa_lit.models.shards import WEIGHTS, empty_weights, load_into
+from lrsa_lit.paths import put_in_place, sha256_of
 
 
 class FullySharded(ModelParallelStrategy):
@@ -74,8 +77,11 @@ class FullySharded(ModelParallelStrategy):
                 shutil.rmtree(scratch, ignore_errors=True)
             # It is no Exception, and would pass by all who wait for one.
             raise OSError(f"{path} cannot be written ({next(iter(error.failures.values()))[0]})") from error
+        digests = self._digests(scratch)
         if self.is_global_zero:
-            _write_meta(checkpoint, scratch / META)
+            with (scratch / META).open("wb") as file:
+                torch.save(checkpoint, file)
+            verified.seal(scratch, digests)
             put_in_place(scratch, path)
         self.barrier()
 
@@ -84,25 +90,28 @@ class FullySharded(ModelParallelStrategy):
 
         Args:
             checkpoint_path: a sharded checkpoint, or a file that one device or DDP has written.
-            weights_only: as torch has it; for files.
+            weights_only: of Lightning; whatever it is, no code in a checkpoint runs.
+
+        Raises:
+            UserError: it is no checkpoint, or a damaged one.
         """
         self._loading = Path(self.broadcast(checkpoint_path))
-        if not is_sharded_checkpoint(self._loading):
-            whole: dict[str, Any] = torch.load(
-                self._loading, mmap=True, map_location="cpu", weights_only=weights_only is not False
-            )
-            return whole
-        return {**read_meta(self._loading), WEIGHTS: empty_weights(self._loading), "optimizer_states": []}
+        with self._readable():
+            # Every process would read all files to check them; the command has, before it started.
+            content = read(self._loading, tensors=False)
+            if not holds_shards(self._loading):
+                return content
+            return {**content, WEIGHTS: empty_weights(self._loading), "optimizer_states": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the trained weights, each process its parts."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-        from torch.distributed.checkpoint.state_dict_loader import load
 
         assert self.model is not None
-        if is_sharded_checkpoint(self._loading):
+        if holds_shards(self._loading):
             weights = self._weights()
-            load({WEIGHTS: weights}, checkpoint_id=self._loading)
+            with self._readable():
+                load_into({WEIGHTS: weights}, self._loading)
             options = StateDictOptions(strict=strict)
         else:
             weights = checkpoint[WEIGHTS]
@@ -116,13 +125,13 @@ class FullySharded(ModelParallelStrategy):
             get_optimizer_state_dict,
             set_optimizer_state_dict,
         )
-        from torch.distributed.checkpoint.state_dict_loader import load
 
         assert self.model is not None
         for index, optimizer in enumerate(self.optimizers):
-            if is_sharded_checkpoint(self._loading):
+            if holds_shards(self._loading):
                 state = get_optimizer_state_dict(self.model, optimizer)
-                load({_optimizer(index): state}, checkpoint_id=self._loading)
+                with self._readable():
+                    load_into({_optimizer(index): state}, self._loading)
                 options = StateDictOptions()
             else:
                 state = self._by_name(checkpoint["optimizer_states"][index], optimizer)
@@ -139,6 +148,25 @@ class FullySharded(ModelParallelStrategy):
         options = StateDictOptions(cpu_offload=cpu_offload, ignore_frozen_params=partial)
         return get_model_state_dict(self.model, options=options)
 
+    def _digests(self, folder: Path) -> dict[str, str]:
+        """SHA-256 of the shards of all processes, each of which has just written its own."""
+        own = {path.name: sha256_of(path) for path in folder.glob(f"__{self.global_rank}_*")}
+        if not torch.distributed.is_initialized():
+            return own
+        of_all: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_all, own)
+        return {name: digest for digests in of_all for name, digest in digests.items()}
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Make one line of what keeps the checkpoint from being read."""
+        try:
+            yield
+        except Unreadable as error:
+            raise UserError(
+                f"ckpt_path: {self._loading} is no checkpoint, or a truncated or damaged one ({error})"
+            ) from error
+
     def _by_name(self, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state with the weights' names in place of their numbers."""
         assert self.model is not None
@@ -150,10 +178,3 @@ class FullySharded(ModelParallelStrategy):
 
 def _optimizer(index: int) -> str:
     return f"optimizer_{index}"
-
-
-def _write_meta(meta: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        torch.save(meta, file)
-        file.flush()
-        os.fsync(file.fileno())

@@ -78,6 +78,8 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has {size:,} bytes instead of {entry['size']:,}"
         wrong = (name for name, entry in files.items() if _digest(folder / name) != entry["sha256"])
         return next((f"{name} has changed since it was written" for name in wrong), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror or error})"
 
@@ -94,8 +96,6 @@ def _sealed(folder: Path) -> dict[str, dict[str, Any]]:
         for entry in files.values():
             entry["size"] + 0, entry["sha256"] + ""
         return dict(sorted(files.items()))
-    except FileNotFoundError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(None, "it is no seal", str(path)) from error
 
@@ -106,9 +106,14 @@ def _names(folder: Path) -> list[str]:
     return sorted(name for name in found if name != SEAL)
 
 
-def _digest(path: Path) -> str:
+def version(path: Path) -> tuple[int, ...]:
+    """What changes when a file does, as far as the file system knows."""
     status = path.stat()
-    return _read(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _digest(path: Path) -> str:
+    return _read(path, *version(path))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,9 +12,10 @@ import torch
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved
-from lrsa_lit.checkpoints.files import damage, newest_first, tidy
+from lrsa_lit.checkpoints.files import newest_first, tidy
 from lrsa_lit.errors import UserError
 from lrsa_lit.files import write_atomically
+from lrsa_lit.models.checkpoint_file import damage
 
 
 class Full:

@@ -15,7 +15,7 @@ from lrsa_lit.attention import enable
 from lrsa_lit.cli import main
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.checkpoint import load_trained
-from lrsa_lit.models.sharding import META
+from lrsa_lit.models.checkpoint_file import META
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 

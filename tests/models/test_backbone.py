@@ -136,7 +136,7 @@ def test_name(source, name):
 def test_failed_conversion_leaves_nothing(content, tmp_path, monkeypatch):
     monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.gguf cannot be read"):
+    with pytest.raises(UserError, match=r"x\.gguf cannot be loaded"):
         Backbone(str(tmp_path / "x.gguf")).build()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert list((tmp_path / "cache" / "models").iterdir()) == []

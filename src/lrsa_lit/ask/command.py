@@ -46,6 +46,7 @@ _FLAGS = (
     | {
         "model.backbone.rope_scaling": "--rope-scaling",
         "model.template_arguments": "--template-arguments",
+        "model.backbone.trust_remote_code": "--trust-remote-code",
     }
     | {f"lrsa.{name}": f"--{name.replace('_', '-')}" for name in _RULE_FLAGS}
 )
@@ -89,7 +90,7 @@ def _run(options: argparse.Namespace) -> None:
     logging.getLogger("lrsa_lit").setLevel(logging.INFO)
     device = _device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    trained = _trained(options.model, dtype)
+    trained = _trained(options.model, dtype, trust_remote_code=options.trust_remote_code)
     if options.rope_scaling is not None:
         trained = trained._replace(backbone=dataclasses.replace(trained.backbone, rope_scaling=options.rope_scaling))
     if options.template_arguments is not None:
@@ -175,13 +176,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--model",
         metavar="SOURCE",
-        help=f"a fit's .ckpt, a folder, hub name, GGUF file, package://…, or tiny (default: {_source()})",
+        help="a fit's .ckpt, a folder of a model or of adapters, a hub name, a GGUF file, package://…, or tiny "
+        f"(default: {_source()})",
     )
     rule = "(default: what the model was trained with, else {})"
     add("--lag-size", type=_integer(), metavar="L", help=f"tokens of a partition {rule.format('128')}")
     add("--top-k", type=_integer(), metavar="K", help=f"tokens kept of each {rule.format('L/4')}")
     add("--sink-size", type=_integer(), metavar="S", help=f"first tokens, all kept {rule.format('16')}")
     add("--chunk-size", type=_integer(), metavar="C", help=f"tokens between compressions {rule.format('L')}")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--dense", action="store_true", help="keep everything and attend densely, for comparison")
     add("--rope-scaling", type=_scaling, metavar="TYPE:FACTOR", help="more positions, as in yarn:4 or linear:2.5")
     add(
@@ -285,13 +288,17 @@ def _source() -> str:
     return str(_default_backbone()["source"])
 
 
-def _trained(source: str | None, dtype: Any) -> Trained:
-    """The model of a checkpoint, or that of a source, whose config.json may hold a rule; not loaded yet."""
+def _trained(source: str | None, dtype: Any, *, trust_remote_code: bool) -> Trained:
+    """The model of a checkpoint or of adapters, or that of a source, whose config.json may hold a rule; not loaded."""
     from lrsa_lit.models import Backbone
+    from lrsa_lit.models.adapters import holds_adapters, load_adapters
 
     if source is not None and source.endswith(SUFFIX):
-        return load_trained(Path(source), dtype)
-    backbone = Backbone(**(_default_backbone() if source is None else {"source": source}), dtype=dtype)
+        return load_trained(Path(source), dtype, trust_remote_code=trust_remote_code)
+    if source is not None and holds_adapters(Path(source)):
+        return load_adapters(Path(source), dtype, trust_remote_code=trust_remote_code)
+    settings = _default_backbone() if source is None else {"source": source}
+    backbone = Backbone(**settings, dtype=dtype, trust_remote_code=trust_remote_code)
     return Trained(backbone, getattr(backbone.config, "lrsa", None), None)
 
 

@@ -1,28 +1,17 @@
-"""Checkpoint files: checked before they are trusted, found again, and tidied up after.
-
-A checkpoint is one file, or a folder of shards (``.metadata``, ``*.distcp``, ``meta.pt``), which a strategy writes. A
-folder that is being replaced has a name that ends in ``.old``.
-"""
+"""Checkpoints in their folder: found again, and tidied up after. One that is being replaced ends in ``.old``."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from lrsa_lit.errors import said
 from lrsa_lit.files import PARTIAL, lock
 
 SUFFIX = ".ckpt"
 REPLACED = ".old"
-SHARDS_INDEX = ".metadata"
-SHARDS_REST = "meta.pt"
-"""What Lightning writes beside the shards, and after them."""
-
-_BLOCK = 1 << 24
 
 
 def tidy(folder: Path) -> None:
@@ -38,28 +27,6 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(replaced)
         else:
             os.replace(replaced, path)
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is.
-
-    Of a file every byte is read and compared with the checksums that it holds: some gigabytes a second, and it is in
-    the system's memory when it is loaded thereafter. Shards hold none: of a folder only the part that is written last
-    is read.
-    """
-    if path.is_dir():
-        if not (path / SHARDS_INDEX).is_file() or not (path / SHARDS_REST).is_file():
-            return f"{SHARDS_INDEX} or {SHARDS_REST} is missing"
-        path = path / SHARDS_REST
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                with archive.open(entry) as file:
-                    while file.read(_BLOCK):
-                        pass
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        return said(error) or type(error).__name__
-    return None
 
 
 def newest_first(folders: Iterable[Path]) -> list[Path]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lrsa_lit.checkpoints.exact_state import KEY, other_processes
-from lrsa_lit.checkpoints.files import SHARDS_REST, damage, newest_first, tidy
-from lrsa_lit.errors import UNREADABLE, UserError, said
+from lrsa_lit.checkpoints.files import newest_first, tidy
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.checkpoint_file import Unreadable, damage, read
+from lrsa_lit.paths import check_path
 
 LAST = "last"
 """As a path: the newest good checkpoint of this configuration."""
@@ -47,22 +49,27 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def about(path: Path) -> About:
-    """Read what a checkpoint says about its run, without its tensors.
+    """Read what a checkpoint says about its run. The bytes of its tensors are not checked; see :func:`damage`.
 
     Raises:
-        KeyError: it is a file of torch, but none that Lightning has written.
-        OSError: it cannot be read; torch raises other errors for a file that is none of its own.
+        Unreadable: it is none that Lightning has written, or a damaged one.
     """
-    import torch
-
-    file = path / SHARDS_REST if path.is_dir() else path
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(content, dict) or _VERSION not in content:
-        raise KeyError(f"{_VERSION} is missing")
+    content = read(path, tensors=False)
+    if _VERSION not in content:
+        raise Unreadable(f"{_VERSION} is missing")
     state = content.get(KEY)
     if state is None:
         return About(None, None)
-    return About(state["settings"] or None, len(state["random"]))
+    if not isinstance(state, dict) or not isinstance(state.get("random"), list):
+        raise Unreadable(f"{KEY} has not the form that a fit writes")
+    settings = state.get("settings") or None
+    if settings is not None and not _is_settings(settings):
+        raise Unreadable(f"{KEY}.settings has not the form that a fit writes")
+    return About(settings, len(state["random"]))
+
+
+def _is_settings(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair)
 
 
 def named(path: Path) -> Path:
@@ -71,6 +78,7 @@ def named(path: Path) -> Path:
     Raises:
         UserError: it is missing, damaged, or of something else; the line names the newest good one beside it.
     """
+    check_path("ckpt_path", path)
     if not path.exists():
         raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written, or {LAST}")
     if (reason := damage(path) or _foreign(path)) is not None:
@@ -84,8 +92,8 @@ def _foreign(path: Path) -> str | None:
     """Why a file that is whole is no checkpoint all the same; None if it is one."""
     try:
         about(path)
-    except UNREADABLE as error:
-        return said(error)[:120]
+    except Unreadable as error:
+        return str(error)
     return None
 
 
@@ -112,8 +120,8 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
         changes = []
         try:
             found = about(path)
-        except UNREADABLE as error:
-            reason: str | None = said(error)[:120]
+        except Unreadable as error:
+            reason: str | None = str(error)
         else:
             changes = differences(found.settings, settings, prefix)
             reason = None if changes else damage(path)

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 import logging
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lrsa_lit.errors import UserError, said
+from lrsa_lit.models.loading import KEY, load_model, pretrained
 from lrsa_lit.models.rope import RopeScaling
-from lrsa_lit.paths import PACKAGE_SCHEME, resolve
+from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 """This source is a tiny random Llama, for tests and dry runs."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that peft writes beside adapters."""
 
 _log = logging.getLogger(__name__)
 
@@ -135,8 +139,13 @@ class Backbone:
         if self.source.startswith(PACKAGE_SCHEME) or self.source.endswith(".gguf"):
             from lrsa_lit.models.gguf import converted
 
-            return str(converted(resolve(self.source, self.sha256, "model.backbone.source")))
-        path = Path(self.source).expanduser()
+            return str(converted(resolve(self.source, self.sha256, KEY)))
+        path = expanded(KEY, self.source)
+        if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+            raise UserError(
+                f"{KEY}: {self.source} holds adapters alone; allowed is a whole model, such as `lrsa export` writes "
+                "without --adapters"
+            )
         if path.is_dir():
             return str(path)
         if self.source.startswith((".", "/", "~")):
@@ -194,14 +203,18 @@ class Backbone:
 
     def _load(self) -> PreTrainedModel:
         import torch
-        from transformers import AutoModelForCausalLM
 
         dtype = getattr(torch, self.dtype)
         if self.source == TINY or self.random_weights:
             return self._random(dtype)
         options = {} if self.quantization is None else {"quantization_config": _four_bits(dtype)}
-        model: PreTrainedModel = self._pretrained(
-            AutoModelForCausalLM, dtype=dtype, config=copy.deepcopy(self._whole_config), **options
+        model: PreTrainedModel = load_model(
+            self.location,
+            self.source,
+            trust_remote_code=self.trust_remote_code,
+            dtype=dtype,
+            config=copy.deepcopy(self._whole_config),
+            **options,
         )
         _log.info("%s: %.0f M parameters, %s", self.name, model.num_parameters() / 1e6, self.dtype)
         return model
@@ -220,16 +233,8 @@ class Backbone:
             )
         return model
 
-    def _pretrained(self, auto_class: Any, **options: Any) -> Any:
-        """What one of transformers' Auto classes loads from the source."""
-        from safetensors import SafetensorError
-
-        location = self.location
-        try:
-            return auto_class.from_pretrained(location, trust_remote_code=self.trust_remote_code, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = said(error) or type(error).__name__
-            raise UserError(f"model.backbone.source: {self.source} cannot be loaded: {reason[:300]}") from error
+    def _pretrained(self, auto_class: Any) -> Any:
+        return pretrained(auto_class, self.location, self.source, trust_remote_code=self.trust_remote_code)
 
 
 def _is_bare(folder: Path) -> bool:
@@ -295,6 +300,8 @@ def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     )
     try:
         adapted: nn.Module = peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"model.backbone.lora.target_modules: {lora.target_modules} is not allowed: {error}") from error
+    except (ValueError, re.error) as error:
+        raise UserError(
+            f"model.backbone.lora.target_modules: {lora.target_modules} is not allowed: {said(error)}"
+        ) from error
     return adapted

@@ -1,15 +1,19 @@
-"""A fit's checkpoint as a model: the backbone, the rule and the trained weights that it holds."""
+"""What was trained, as a model: backbone, rule and weights of a fit's checkpoint or of an adapter folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
 from lrsa_lit.chat_template import with_arguments
-from lrsa_lit.errors import UNREADABLE, UserError, said
-from lrsa_lit.models.backbone import Backbone, LoRA
-from lrsa_lit.models.rope import RopeScaling
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.backbone import Backbone
+from lrsa_lit.models.checkpoint_file import Unreadable, read
+from lrsa_lit.paths import check_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,10 +23,11 @@ SUFFIX = ".ckpt"
 _KEY = "lrsa_lit"
 _PREFIX = "model."
 """Where LongContextQA keeps the LLM among its weights."""
+_TRUST = "trust_remote_code"
 
 
 class Trained(NamedTuple):
-    """What a checkpoint says about its model.
+    """A trained model that is not loaded yet.
 
     Attributes:
         backbone: where the base LLM comes from, with the adapters that were trained.
@@ -46,13 +51,39 @@ class Trained(NamedTuple):
 
         Args:
             dequantize: as :meth:`Backbone.build` has it.
+
+        Raises:
+            UserError: the base model cannot be loaded, or the weights are not those of such a model.
         """
         model = self.backbone.build(dequantize=dequantize)
         if self.weights is not None:
-            unknown = model.load_state_dict(self.weights, strict=self.backbone.lora is None).unexpected_keys
-            if unknown:
-                raise UserError(f"model: its adapters have no place in {self.backbone.source}, such as {unknown[0]}")
+            self._check(model)
+            model.load_state_dict(self.weights, strict=False)
         return model
+
+    def _check(self, model: nn.Module) -> None:
+        """Check that there is one weight of the right shape for each that was trained."""
+        assert self.weights is not None
+        needed = {name: tuple(weight.shape) for name, weight in trained_weights(self.backbone, model).items()}
+        held = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        for names, what in (
+            (needed.keys() - held.keys(), "are missing"),
+            (held.keys() - needed.keys(), "have no place"),
+            ({name for name in needed.keys() & held.keys() if needed[name] != held[name]}, "have another shape"),
+        ):
+            if names:
+                raise UserError(
+                    f"model: {len(names)} of the trained weights {what} in {self.backbone.source}, such as {min(names)}"
+                )
+
+
+def trained_weights(backbone: Backbone, model: nn.Module) -> dict[str, Tensor]:
+    """What of a model's weights a fit changes: the adapters, or all."""
+    weights = model.state_dict()
+    if backbone.lora is None:
+        return weights
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: weight for name, weight in weights.items() if name in trained}
 
 
 def describe(
@@ -62,56 +93,100 @@ def describe(
     template_arguments: dict[str, Any] = {},  # noqa: B006 - read only
 ) -> None:
     """Write into a checkpoint what :func:`load_trained` needs beside the weights."""
-    checkpoint[_KEY] = {
-        "backbone": dataclasses.asdict(backbone),
-        "rule": rule,
-        "template_arguments": template_arguments,
-    }
+    settings = dataclasses.asdict(backbone)
+    # Whose code may run is for the one to say who loads it.
+    del settings[_TRUST]
+    checkpoint[_KEY] = {"backbone": settings, "rule": rule, "template_arguments": template_arguments}
 
 
-def load_trained(path: Path, dtype: Any = None) -> Trained:
-    """Read a checkpoint that a fit has written.
+def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:
+    """Read a checkpoint that a fit has written. Every byte of it is checked, and no code in it runs.
 
     Args:
         path: the file, or the folder of a sharded checkpoint.
         dtype: dtype to load the weights in; None: that of the training.
+        trust_remote_code: run the code that comes with the base model, whatever the checkpoint says.
 
     Raises:
-        UserError: it is none, it is truncated, or it was written by an earlier version that described nothing.
+        UserError: it is none, it is truncated or damaged, or it was written by an earlier version that described
+            nothing.
     """
+    check_path("model", path)
     if not path.exists():
         raise UserError(f"model: {path}: no such file")
     try:
-        checkpoint = _read(path)
-        about, weights = checkpoint[_KEY], checkpoint["state_dict"]
-    except UNREADABLE as error:
-        reason = said(error)[:120]
+        content = read(path)
+        about = _as(dict[str, Any], content.get(_KEY), _KEY)
+        rule = _as(dict[str, Any] | None, about.get("rule"), f"{_KEY}.rule")
+        arguments = _as(dict[str, Any], about.get("template_arguments", {}), f"{_KEY}.template_arguments")
+        # What only training has a use for.
+        changes = {"gradient_checkpointing": False, "compile_layers": False, _TRUST: trust_remote_code}
+        settings = _as(dict[str, Any], about.get("backbone"), f"{_KEY}.backbone")
+        backbone = _as(Backbone, settings | changes | ({} if dtype is None else {"dtype": dtype}), f"{_KEY}.backbone")
+        weights = _weights(path, content)
+    except Unreadable as error:
         raise UserError(
-            f"model: {path} is no checkpoint that a fit has written, or a truncated one ({reason})"
-        ) from None
-    # What only training has a use for.
-    changes = {"gradient_checkpointing": False, "compile_layers": False} | ({} if dtype is None else {"dtype": dtype})
-    return Trained(
-        _backbone(about["backbone"] | changes),
-        about["rule"],
-        {name.removeprefix(_PREFIX): weight for name, weight in weights.items()},
-        about.get("template_arguments", {}),
-    )
+            f"model: {path} is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
+        ) from error
+    _check_rule(path, rule)
+    return Trained(backbone, rule, weights, arguments)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    import torch
+def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    from torch import Tensor
 
-    from lrsa_lit.models.sharding import WEIGHTS, read_meta, read_weights
+    from lrsa_lit.models.shards import WEIGHTS, read_weights
 
-    if path.is_dir():
-        return {**read_meta(path), WEIGHTS: read_weights(path)}
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return checkpoint
+    weights = read_weights(path) if path.is_dir() else content.get(WEIGHTS)
+    weights = _as(dict[str, Tensor], weights, WEIGHTS)
+    return {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}
 
 
-def _backbone(settings: dict[str, Any]) -> Backbone:
-    """The backbone of a description, whose parts are dicts."""
-    parts = {"lora": LoRA, "rope_scaling": RopeScaling}
-    built = {name: kind(**settings[name]) for name, kind in parts.items() if settings.get(name) is not None}
-    return Backbone(**settings | built)
+def _check_rule(path: Path, rule: dict[str, Any] | None) -> None:
+    from lrsa_lit.ops.sparse_attention import LRSAConfig
+
+    try:
+        if rule is not None:
+            LRSAConfig.from_dict(rule)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model: {path} has no valid rule: {error}") from error
+
+
+def _as(kind: Any, value: Any, name: str) -> Any:
+    """A value of a file if it is of the type that it should be; a dict becomes the dataclass that is meant.
+
+    Raises:
+        Unreadable: it is of another type, or lacks a field or has an unknown one.
+    """
+    origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        matching = [part for part in parts if _fits(part, value)]
+        return _as(matching[0] if matching else parts[0], value, name)
+    if not _fits(kind, value):
+        raise Unreadable(f"{name} is missing" if value is None else f"{name} has not the type that a fit writes")
+    if origin is dict and parts[1] is not Any:
+        return {key: _as(parts[1], part, f"{name}.{key}") for key, part in value.items()}
+    if origin is list:
+        return [_as(parts[0], part, name) for part in value]
+    if not dataclasses.is_dataclass(kind):
+        return value
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(value) - set(hints)):
+        raise Unreadable(f"{name}.{unknown[0]} is unknown to this version")
+    given = {key: _as(hints[key], part, f"{name}.{key}") for key, part in value.items()}
+    try:
+        return kind(**given)  # type: ignore[operator]
+    except TypeError as error:
+        raise Unreadable(f"{name}: {error}") from error
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value has the outer form of a type."""
+    origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is Literal:
+        return value in parts and isinstance(value, str)
+    if dataclasses.is_dataclass(origin) or origin is dict:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if origin in (int, float):
+        return isinstance(value, int if origin is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, origin)

@@ -4,69 +4,159 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.attention.rules import base_of
+from lrsa_lit.files import bring_to_disk, partial_folder
+from lrsa_lit.models.adapters import RULE_FILE, read_adapters
+from lrsa_lit.models.backbone import ADAPTER_CONFIG
+from lrsa_lit.models.loading import check_complete, system_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-RULE_FILE = "lrsa.json"
-"""Holds an adapter folder's rule. A config.json, which has it elsewhere, would pass for the one of a whole model."""
+
+class AnotherModel(Exception):  # noqa: N818 - what was written
+    """What was written is not what was trained."""
 
 
 def save_folder(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, weights: Mapping[str, Tensor] | None = None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    expected: Tensor | None = None,
 ) -> None:
     """Write a model and its tokenizer as ``AutoModelForCausalLM`` and ``AutoTokenizer`` load them.
 
     A ``PreTrainedModel`` becomes safetensors, config.json, with the rule it runs under as ``lrsa``, and its generation
     config. A ``PeftModel`` becomes its adapter, adapter_config.json, which names the base model, and, with LRSA
-    enabled, :data:`RULE_FILE`. ``transformers`` loads either, ``peft`` the latter.
+    enabled, :data:`RULE_FILE`. ``transformers`` loads either, ``peft`` the latter. No code is written, even where the
+    model was loaded from code of its own.
+
+    The folder is loaded again, on the CPU, and compared before it gets its name. A whole model takes its room in memory
+    once more for that, unless ``expected`` is given.
 
     Args:
         model: a ``PreTrainedModel`` or a ``PeftModel``.
         tokenizer: the model's.
         folder: appears only when it is complete, its parents are made; it must not exist.
         weights: weights to write instead of those that the model has now, under the names of its ``state_dict``.
+        expected: what :func:`logits` must give of the ``PreTrainedModel`` that is loaded again. The one that is given
+            then loses its weights, to make room. None: all weights must be the same.
 
     Raises:
+        AnotherModel: what was written is another model; nothing is left behind.
         OSError: the folder exists or cannot be written; nothing is left behind.
     """
-    from safetensors import SafetensorError
-
     if folder.exists():
         raise FileExistsError(f"{folder} exists")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with _with_cache(base_of(model).config):
-            # peft would ask the hub whether the vocabulary has grown, which it never does here.
-            options = {"save_embedding_layers": False} if _is_adapted(model) else {}
-            model.save_pretrained(scratch, state_dict=None if weights is None else dict(weights), **options)
+    with partial_folder(folder) as partial:
+        with system_errors():
+            _write(model, tokenizer, partial, weights)
         if _is_adapted(model):
-            _complete_adapter(model, scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        scratch.rename(folder)
-    except SafetensorError as error:
-        raise OSError(f"{folder} cannot be written ({error})") from error
+            _check_adapters(model, partial, weights)
+        else:
+            _check_model(model, partial, weights, expected)
+        bring_to_disk(partial)
+        partial.rename(folder)
+
+
+def logits(model: Any) -> Tensor:
+    """Logits (1, T, V) of a few tokens, in float32 on the CPU, to compare models with; densely attended."""
+    import torch
+
+    vocabulary = base_of(model).get_input_embeddings().num_embeddings
+    tokens = torch.arange(1, 17) * 7919 % vocabulary
+    training = model.training
+    try:
+        with torch.no_grad():
+            found: Tensor = model.eval()(input_ids=tokens[None].to(model.device), use_cache=False).logits
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        model.train(training)
+    return found.float().cpu()
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The distance of two models' logits, as a share of the size of the expected ones."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _is_adapted(model: Any) -> bool:
     return base_of(model) is not model
 
 
+def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
+    base = base_of(model)
+    with _with_cache(base.config), _without_code(base, base.config, tokenizer):
+        # peft would ask the hub whether the vocabulary has grown, which it never does here.
+        options = {"save_embedding_layers": False} if _is_adapted(model) else {}
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights), **options)
+        tokenizer.save_pretrained(folder)
+    if _is_adapted(model):
+        _complete_adapter(model, folder)
+    # safetensors lets nobody else read what it writes.
+    mode = (folder / "tokenizer_config.json").stat().st_mode
+    for path in folder.iterdir():
+        path.chmod(mode)
+
+
+def _check_model(model: Any, folder: Path, weights: Mapping[str, Tensor] | None, expected: Tensor | None) -> None:
+    """Load a folder's model and compare it.
+
+    Raises:
+        AnotherModel: it differs.
+    """
+    if expected is not None:
+        kind, dtype = type(model), model.dtype
+        model.to("meta")
+        found = logits(_loaded(kind, folder, dtype))
+        if not (distance := difference(found, expected)) <= 1e-3:
+            raise AnotherModel(f"its logits differ by {distance:.1%} from those of what was trained")
+        return
+    held = _loaded(type(model), folder, model.dtype).state_dict()
+    for name, weight in (model.state_dict() if weights is None else weights).items():
+        if name not in held or not _same(held[name], weight):
+            raise AnotherModel(f"its {name} is not the one that was trained")
+
+
+def _loaded(kind: Any, folder: Path, dtype: Any) -> Any:
+    """The model of a folder, by a class that is at hand: so none of its files can name code."""
+    model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    check_complete(info, str(folder))
+    return model
+
+
+def _check_adapters(model: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
+    """Read a folder's adapters and compare them.
+
+    Raises:
+        AnotherModel: they differ.
+    """
+    lora, held = read_adapters(folder)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    given = trained if weights is None else weights
+    if held.keys() != trained.keys() or any(not _same(held[name], given[name]) for name in trained):
+        raise AnotherModel("its adapters are not those that were trained")
+    config = model.peft_config[model.active_adapter]
+    if (lora.rank, lora.alpha) != (config.r, config.lora_alpha):
+        raise AnotherModel("its adapters are scaled otherwise than those that were trained")
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    expected = expected.detach().to("cpu", found.dtype)
+    return found.shape == expected.shape and bool((found == expected).all())
+
+
 def _complete_adapter(model: Any, folder: Path) -> None:
     """Name a base model in a local folder wherever the adapter is loaded from, and write the rule."""
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     base = Path(config["base_model_name_or_path"] or "")
     if base.name and base.is_dir():
@@ -85,3 +175,19 @@ def _with_cache(config: Any) -> Iterator[None]:
         yield
     finally:
         config.use_cache = before
+
+
+@contextlib.contextmanager
+def _without_code(*parts: Any) -> Iterator[None]:
+    """Let transformers copy no code of a model, configuration or tokenizer that came with some."""
+    before = [(part, vars(part).get("_auto_class")) for part in parts if getattr(part, "_auto_class", None) is not None]
+    for part, _ in before:
+        part._auto_class = None
+    try:
+        yield
+    finally:
+        for part, value in before:
+            if value is None:
+                del part._auto_class
+            else:
+                part._auto_class = value

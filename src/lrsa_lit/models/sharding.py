@@ -1,27 +1,17 @@
-"""Models whose weights are split over several devices (FSDP2), and the checkpoints that they leave.
-
-A sharded checkpoint is a folder: files of ``torch.distributed.checkpoint`` with the weights and the optimizer, and
-:data:`META` with all else, as Lightning's ModelParallelStrategy lays it out.
-"""
+"""Models whose weights are split over several devices (FSDP2)."""
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrsa_lit.attention.rules import base_of
 from lrsa_lit.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-META = "meta.pt"
-WEIGHTS = "state_dict"
-"""Under this name the weights stand among the tensors of a sharded checkpoint."""
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
@@ -62,49 +52,3 @@ def is_sharded(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(base_of(model), FSDPModule)
-
-
-def is_sharded_checkpoint(path: Path) -> bool:
-    """Whether a folder is a sharded checkpoint, complete as far as can be told without reading it."""
-    return (path / META).is_file() and (path / ".metadata").is_file()
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """What a sharded checkpoint holds but its tensors."""
-    meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
-    return meta
-
-
-def empty_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a sharded checkpoint by name, with their shapes and dtypes but without data."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    prefix = f"{WEIGHTS}."
-    found = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {
-        name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in found.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a sharded checkpoint, whole, on the CPU; any number of processes may have written it.
-
-    Raises:
-        OSError: a part of it is missing or cannot be read.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    weights = {name: torch.empty_like(weight, device="cpu") for name, weight in empty_weights(path).items()}
-    try:
-        with warnings.catch_warnings():
-            # That no other process takes part is what is wanted.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            load({WEIGHTS: weights}, checkpoint_id=path, no_dist=True)
-    except CheckpointException as error:
-        # It is no Exception, and would pass by all who wait for one.
-        raise OSError(str(next(iter(error.failures.values()))[0])) from error
-    return weights

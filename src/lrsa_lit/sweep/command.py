@@ -206,7 +206,7 @@ def _command(point: Point, checkpoint: Path | None) -> list[str]:
 
 def _left_behind(store: _Store, parent: str, point: Point) -> Path | None:
     """The last checkpoint of a fit of this point that did not finish; its run becomes this sweep's."""
-    from lrsa_lit.checkpoints.files import damage
+    from lrsa_lit.models.checkpoint_file import damage
 
     root = Path(point.config["trainer"].get("default_root_dir") or ".", store.experiment)
     query = f"tags.`{POINT}` = '{point.digest}'"

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import load_trained
-from lrsa_lit.models.folder import save_folder
+from lrsa_lit.models.folder import AnotherModel, save_folder
 from lrsa_lit.store import answering, reason
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
@@ -28,10 +28,10 @@ _log = logging.getLogger("lrsa_lit.tracking")
 class LogModel(Callback):
     """Log the best checkpoint's model once, at the end of a fit, as the artifact folder ``model/``.
 
-    It holds what :func:`lrsa_lit.models.folder.save_folder` writes: all weights, or the adapters where those were
-    trained. Without a best checkpoint it is the model as the training left it. A store on this machine has the folder
-    written in its place; to any other it is uploaded. A fit that was stopped logs none. Weights that a strategy has
-    sharded are left to their checkpoint.
+    It holds what :func:`lrsa_lit.models.folder.save_folder` writes, compared with what was trained: all weights, or the
+    adapters where those were trained. Without a best checkpoint it is the model as the training left it. A store on
+    this machine has the folder written in its place; to any other it is uploaded. A fit that was stopped logs none.
+    Weights that a strategy has sharded are left to their checkpoint.
 
     Args:
         what: ``all`` trained weights, which take as much room as the model; ``adapters`` leaves out models whose
@@ -61,6 +61,8 @@ class LogModel(Callback):
                 if local is None:
                     logger.experiment.log_artifacts(logger.run_id, str(scratch), FOLDER)
                     shutil.rmtree(scratch)
+        except AnotherModel as error:
+            _log.warning("The model folder was not logged: %s", error)
         except UserError as error:
             kept = f"; it stands in {scratch}" if scratch.is_dir() else ""
             _log.warning("The model folder was not logged: %s%s", reason(error.__cause__ or error), kept)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import pickle
 import platform
 import re
 import subprocess
@@ -16,10 +15,10 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lrsa_lit.checkpoints.files import SHARDS_REST
 from lrsa_lit.checkpoints.stop import Terminated
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.flops import kv_ratio
+from lrsa_lit.models.checkpoint_file import Unreadable, read
 from lrsa_lit.store import answering
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
@@ -94,12 +93,9 @@ class RecordConfig(SaveConfigCallback):
 
 def run_of(checkpoint: Path) -> tuple[str | None, int]:
     """The MLflow run that wrote a checkpoint, None where there was none, and the checkpoint's optimizer steps."""
-    import torch
-
     try:
-        file = checkpoint / SHARDS_REST if checkpoint.is_dir() else checkpoint
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):
+        content = read(checkpoint, tensors=False)
+    except Unreadable:
         # What is wrong with it is said where it is loaded.
         return None, 0
     return content.get(CHECKPOINT_KEY), int(content.get("global_step", 0))

@@ -1,0 +1,97 @@
+"""LoRA adapters in a folder, as peft and this project write them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrsa_lit.errors import UserError, said
+from lrsa_lit.models.backbone import ADAPTER_CONFIG, Backbone, LoRA
+from lrsa_lit.models.checkpoint import Trained
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RULE_FILE = "lrsa.json"
+"""Holds an adapter folder's rule. A config.json, which has it elsewhere, would pass for the one of a whole model."""
+
+_WEIGHTS = "adapter_model.safetensors"
+_USED = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path"}
+_INDIFFERENT = {"inference_mode", "revision", "peft_version", "auto_mapping", "init_lora_weights", "fan_in_fan_out"}
+"""Settings of peft that change nothing about adapters that are trained."""
+_DEFAULTS: tuple[Any, ...] = (None, False, [], {}, "none")
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Whether a folder holds adapters and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def load_adapters(folder: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:
+    """The trained model of an adapter folder: its base model, adapters and rule.
+
+    Args:
+        folder: as ``lrsa export --adapters`` writes it.
+        dtype: dtype to load the base model in; None: float32.
+        trust_remote_code: run the code that comes with the base model.
+
+    Raises:
+        UserError: it is none, is damaged, or holds other adapters than LoRA's plain ones.
+    """
+    lora, weights = read_adapters(folder)
+    base = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"model: {folder / ADAPTER_CONFIG}: base_model_name_or_path is missing")
+    rule = _json(folder / RULE_FILE) if (folder / RULE_FILE).is_file() else None
+    options = {} if dtype is None else {"dtype": dtype}
+    return Trained(Backbone(base, lora=lora, trust_remote_code=trust_remote_code, **options), rule, weights)
+
+
+def read_adapters(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
+    """The settings and weights of an adapter folder, the latter under the names that they have in a model.
+
+    Raises:
+        UserError: as :func:`load_adapters` has it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _json(folder / ADAPTER_CONFIG)
+    kind = config.get("peft_type"), config.get("task_type")
+    if kind != ("LORA", "CAUSAL_LM"):
+        raise UserError(
+            f"model: {folder} holds adapters of type {kind[0]} for {kind[1]}; only LORA for CAUSAL_LM is read"
+        )
+    for name, value in config.items():
+        if name not in _USED | _INDIFFERENT and value not in _DEFAULTS and not _is_default(name, value):
+            raise UserError(
+                f"model: {folder / ADAPTER_CONFIG}: {name} = {value!r} is not supported; merge them with peft"
+            )
+    try:
+        lora = LoRA(
+            int(config["r"]), config["lora_alpha"], float(config.get("lora_dropout", 0.0)), config["target_modules"]
+        )
+        weights = load_file(folder / _WEIGHTS)
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise UserError(f"model: {folder} holds no adapters that can be read ({said(error)[:120]})") from error
+    return lora, {
+        re.sub(r"(\.lora_\w+)(?=\.weight$|$)", r"\1.default", name): weight for name, weight in weights.items()
+    }
+
+
+def _is_default(name: str, value: Any) -> bool:
+    import peft
+
+    return bool(getattr(peft.LoraConfig(), name, None) == value)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model: {path} cannot be read ({said(error)[:120]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"model: {path} must hold a JSON object")
+    return content

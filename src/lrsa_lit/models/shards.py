@@ -1,0 +1,159 @@
+"""The tensors of sharded checkpoints, by ``torch.distributed.checkpoint`` but without the code that its files may hold.
+
+Torch unpickles the index and what is no tensor without restriction. Here the index may hold the classes of torch's
+metadata alone, name no file outside of its folder, and all else is loaded as plain values.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from lrsa_lit.models.checkpoint_file import INDEX, Unreadable, reason_of
+
+WEIGHTS = "state_dict"
+"""The name of the weights among the tensors of a sharded checkpoint."""
+
+_ADMITTED: Mapping[tuple[str, str], Any] = {
+    (kind.__module__, kind.__qualname__): kind
+    for kind in (
+        *(getattr(metadata, name) for name in metadata.__all__),
+        metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo,
+        torch.Size,
+        set,
+    )
+} | {
+    # What pickle calls for a dtype and a layout, and for the path that a checkpoint was written to.
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("pathlib", "PosixPath"): Path,
+    ("pathlib", "WindowsPath"): Path,
+    ("pathlib._local", "PosixPath"): Path,
+    ("pathlib._local", "WindowsPath"): Path,
+    ("collections", "OrderedDict"): dict,
+}
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of a sharded checkpoint.
+
+    Raises:
+        Unreadable: it is none, it is damaged, it holds code, or it names files outside of the folder.
+    """
+    try:
+        with (folder / INDEX).open("rb") as file:
+            index = _Unpickler(file).load()
+        _check(index)
+    except Exception as error:
+        # An unpickler fails in as many ways as a file can be made up.
+        raise Unreadable(f"{INDEX}: {reason_of(error)}") from error
+    return index  # type: ignore[no-any-return]
+
+
+def empty_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a sharded checkpoint by name, with their shapes and dtypes but without data.
+
+    Raises:
+        Unreadable: as :func:`read_index` has it.
+    """
+    prefix = f"{WEIGHTS}."
+    return {
+        name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in read_index(path).state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All weights of a sharded checkpoint, whole, on the CPU; any number of processes may have written it.
+
+    Raises:
+        Unreadable: a part of it is missing or cannot be read.
+    """
+    weights = {name: torch.empty_like(weight, device="cpu") for name, weight in empty_weights(path).items()}
+    with warnings.catch_warnings():
+        # That no other process takes part is what is wanted.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        load_into({WEIGHTS: weights}, path, no_dist=True)
+    return weights
+
+
+def load_into(tensors: dict[str, Any], path: Path, *, no_dist: bool = False) -> None:
+    """Fill nested dicts with a sharded checkpoint's values, in place; each process its parts.
+
+    Args:
+        tensors: as ``torch.distributed.checkpoint.load`` takes them.
+        path: the folder.
+        no_dist: whether this process is alone.
+
+    Raises:
+        Unreadable: a part of it is missing or cannot be read.
+    """
+    try:
+        load(tensors, storage_reader=_Reader(path), planner=_Planner(), no_dist=no_dist)
+    except CheckpointException as error:
+        # It is no Exception, and would pass by all who wait for one.
+        cause = next(iter(error.failures.values()))[0]
+        raise Unreadable(reason_of(cause)) from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes of torch's metadata alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | torch.layout):
+            return found
+        if (admitted := _ADMITTED.get((module, name))) is None:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
+        return admitted
+
+
+class _Reader(FileSystemReader):
+    """Torch's reader, with the index as :func:`read_index` reads it."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        index = read_index(Path(self.path))
+        index.storage_meta = StorageMeta(load_id=self.load_id)
+        return index
+
+
+class _Planner(DefaultLoadPlanner):
+    """Torch's planner, which loads values that are no tensors as plain ones only."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = torch.load(value, weights_only=True)
+        again = io.BytesIO()
+        torch.save(plain, again)
+        again.seek(0)
+        super().load_bytes(read_item, again)
+
+
+def _check(index: Any) -> None:
+    """Check the form of an index.
+
+    Raises:
+        ValueError: it is none, or names a file outside of its folder.
+    """
+    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+        raise ValueError("it is no index of a checkpoint")
+    for info in index.storage_data.values():
+        name = info.relative_path
+        if not name or name != Path(name).name:
+            raise ValueError(f"it names the file {name!r}, which is not in the folder")
+    for entry in index.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata) and not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError("it names a tensor without a dtype")
