@@ -81,7 +81,8 @@ def test_fsdp_resumes_and_trains_what_one_device_trains(tmp_path, capfd):
     alone = on_one(*LORA, tmp_path=tmp_path, steps=4)
     processes.run(on_two("fsdp", *LORA, folder="half", steps=2), tmp_path)
     half = last(tmp_path / "half")
-    assert sorted(path.name for path in half.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    files = [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt", "seal.json"]
+    assert sorted(path.name for path in half.iterdir()) == files
     processes.run(on_two("fsdp", *LORA, "--ckpt_path", str(half), folder="whole", steps=4), tmp_path)
     whole = last(tmp_path / "whole")
     assert_same(whole, alone)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lrsa_lit.errors import UserError, said
-from lrsa_lit.models.loading import KEY, load_model, pretrained
+from lrsa_lit.models.loading import KEY, from_config, load_model, pretrained
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve
 
@@ -222,16 +222,14 @@ class Backbone:
     def _random(self, dtype: torch.dtype) -> PreTrainedModel:
         """A model of the source's shape with random weights, made on torch's default device."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         # Lightning sets it to the one that trains: on a CPU a large model takes minutes to draw.
         device = torch.get_default_device()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self._whole_config), dtype=dtype, trust_remote_code=self.trust_remote_code
+            return from_config(
+                copy.deepcopy(self._whole_config), self.source, dtype=dtype, trust_remote_code=self.trust_remote_code
             )
-        return model
 
     def _pretrained(self, auto_class: Any) -> Any:
         return pretrained(auto_class, self.location, self.source, trust_remote_code=self.trust_remote_code)

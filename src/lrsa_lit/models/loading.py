@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.errors import UserError, said
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 KEY = "model.backbone.source"
 
+_MOST_LAYERS = 10_000
+_NUMBER = re.compile(r"\.\d+\.")
 _log = logging.getLogger(__name__)
 
 
@@ -32,17 +36,30 @@ def pretrained(auto_class: Any, location: str, source: str, *, trust_remote_code
     Raises:
         UserError: it cannot be loaded.
     """
-    try:
+    with _in_one_line(source):
         return auto_class.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:
-        # No code of ours runs here, and the libraries raise whatever comes of files that contradict themselves.
-        reason = said(error) or type(error).__name__
-        if not trust_remote_code and "trust_remote_code" in reason:
-            raise UserError(
-                f"model.backbone.trust_remote_code: {source} comes with code of its own, which only this setting runs; "
-                "set it if you trust that code"
-            ) from error
-        raise UserError(f"{KEY}: {source} cannot be loaded: {reason[:300]}") from error
+
+
+def from_config(config: PreTrainedConfig, source: str, **options: Any) -> PreTrainedModel:
+    """A causal language model with the weights that transformers draws, as ``from_config`` makes it.
+
+    Args:
+        config: the model's.
+        source: what the user calls it.
+        options: of ``from_config``.
+
+    Raises:
+        UserError: the config contradicts itself.
+    """
+    from transformers import AutoModelForCausalLM
+
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:
+        raise UserError(
+            f"{KEY}: {source}: num_hidden_layers: {layers} is not allowed; it must be an integer from 1 to {_MOST_LAYERS}"
+        )
+    with _in_one_line(source):
+        return AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-any-return]
 
 
 def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
@@ -58,12 +75,15 @@ def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
+    if "config" in options:
+        _check_size(options["config"], location, source, options.get("trust_remote_code", False))
     with _without_table():
         model: PreTrainedModel
         model, info = pretrained(
             AutoModelForCausalLM, location, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     check_complete(info, source)
+    _check_nothing_left_out(model, info, source)
     return model
 
 
@@ -91,6 +111,46 @@ def check_complete(info: dict[str, Any], source: str) -> None:
         raise UserError(f"{KEY}: {source} cannot be loaded: {said(ValueError(info['error_msgs'][0]))[:300]}")
     if unexpected:
         _log.warning("%s: %d weights have no place in the model, such as %s", source, len(unexpected), unexpected[0])
+
+
+def _check_size(config: PreTrainedConfig, location: str, source: str, trust_remote_code: bool) -> None:
+    """Refuse a config whose model is far larger than its files: transformers would make room for it first."""
+    import torch
+
+    files = [path for path in Path(location).glob("*") if path.suffix in (".safetensors", ".bin") and path.is_file()]
+    if not files:
+        return
+    with torch.device("meta"):
+        needed = from_config(copy.deepcopy(config), source, trust_remote_code=trust_remote_code).num_parameters()
+    # No quantisation holds a weight in less than a bit.
+    if needed > 8 * sum(path.stat().st_size for path in files):
+        raise UserError(f"{KEY}: {source}: its config.json asks for {needed:,} weights, more than its files can hold")
+
+
+def _check_nothing_left_out(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
+    """Refuse weights of more layers than the config has; others, a value head for example, may be left out."""
+    known = {_NUMBER.sub(".N.", name) for name in model.state_dict()}
+    left_out = sorted(name for name in info["unexpected_keys"] if _NUMBER.sub(".N.", name) in known)
+    if left_out:
+        raise UserError(
+            f"{KEY}: {source} has weights of more layers than its config.json, such as {left_out[0]}; "
+            "num_hidden_layers does not fit"
+        )
+
+
+@contextlib.contextmanager
+def _in_one_line(source: str) -> Iterator[None]:
+    """Make a UserError of whatever a library raises: no code of ours runs within, and files fail in many ways."""
+    try:
+        yield
+    except Exception as error:
+        reason = said(error) or type(error).__name__
+        if "trust_remote_code" in reason:
+            raise UserError(
+                f"model.backbone.trust_remote_code: {source} comes with code of its own, which only this setting runs; "
+                "set it if you trust that code"
+            ) from error
+        raise UserError(f"{KEY}: {source} cannot be loaded: {reason[:300]}") from error
 
 
 @contextlib.contextmanager

@@ -152,7 +152,7 @@ def _check(index: Any) -> None:
         raise ValueError("it is no index of a checkpoint")
     for info in index.storage_data.values():
         name = info.relative_path
-        if not name or name != Path(name).name:
+        if name in ("", "..") or name != Path(name).name:
             raise ValueError(f"it names the file {name!r}, which is not in the folder")
     for entry in index.state_dict_metadata.values():
         if isinstance(entry, TensorStorageMetadata) and not isinstance(entry.properties.dtype, torch.dtype):
