@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from helpers import one_line
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import cache_dir, resolve, sha256_of, shipped
@@ -41,3 +42,17 @@ def test_own_file_before_a_shipped_one(tmp_path, monkeypatch):
 def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path))
     assert cache_dir("a", "b") == tmp_path / "a" / "b"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("package://", "package://pytest", "package://pytest/", "package:///etc/passwd", "package://../x/y"),
+        *("package://pytest/../x", "package://pytest/./py.typed", "package://pytest/a\0b", "package://\0/x"),
+        *("package://a b/c", "a\0b", "x" * 5000, "/" + "y" * 300, "~nobody-of-that-name/x", ".", "/dev/zero"),
+    ],
+)
+def test_what_is_no_path_is_one_line(source):
+    with pytest.raises(UserError) as error:
+        resolve(source, key="data.init_args.source")
+    assert one_line(error.value).startswith("data.init_args.source: ")

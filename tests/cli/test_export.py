@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 
+import peft
 import pytest
 import torch
+import yaml
 from cli_helpers import DEBUG, NO_LOGGER
 from torch.distributed import checkpoint as distributed
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lrsa_lit.attention import enable
 from lrsa_lit.cli import main
-from lrsa_lit.models import Backbone
-from lrsa_lit.models.checkpoint import load_trained
+from lrsa_lit.models import Backbone, LoRA
+from lrsa_lit.models.checkpoint import describe, load_trained, trained_weights
 from lrsa_lit.models.checkpoint_file import META
-from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
+from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--data.init_args.val", "null"]
@@ -95,8 +99,6 @@ def test_logits_are_those_of_the_checkpoint(options, form, base, fit, tmp_path, 
 
 
 def test_adapters_alone(base, fit, tmp_path):
-    import peft
-
     checkpoint = fit("--model.backbone.source", base, *LORA)
     main(["export", str(checkpoint), "--out", "adapters", "--adapters"])
     saved = json.loads((tmp_path / "adapters/adapter_config.json").read_text())
@@ -106,6 +108,111 @@ def test_adapters_alone(base, fit, tmp_path):
     enable(found, LRSAConfig.from_dict(json.loads((tmp_path / "adapters/lrsa.json").read_text())))
     with torch.no_grad():
         torch.testing.assert_close(found(IDS).logits, trained_logits(checkpoint))
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A model whose output head is its input embeddings."""
+    config = tiny_config()
+    config.tie_word_embeddings = True
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    tiny_tokenizer().save_pretrained(tmp_path / "tied")
+    return str(tmp_path / "tied")
+
+
+@pytest.mark.parametrize("modules", ["[lm_head, q_proj]", "[embed_tokens]", "[lm_head, embed_tokens]", "[q_proj]"])
+def test_adapted_ends_of_a_tied_model(modules, tied, tmp_path):
+    """Trained by noise: what a fit would come to is not the question."""
+    lora = LoRA(rank=4, target_modules=yaml.safe_load(modules))
+    backbone = Backbone(tied, lora=lora)
+    model = backbone.build()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+    checkpoint = {"state_dict": {f"model.{name}": w for name, w in trained_weights(backbone, model).items()}}
+    describe(checkpoint, backbone, None)
+    torch.save(checkpoint, "x.ckpt")
+    main(["export", "x.ckpt", "--out", "merged"])
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(exported), logits(model), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(exported), logits(AutoModelForCausalLM.from_pretrained(tied)), atol=1e-2)
+    assert exported.config.tie_word_embeddings == (modules == "[q_proj]")
+
+
+def test_another_model_gets_no_name(fit, base, tmp_path, capfd, monkeypatch):
+    """Whatever makes an export another model than the one that was trained, merging or writing."""
+    checkpoint = str(fit("--model.backbone.source", base, *LORA))
+    for owner, name in ((peft.tuners.lora.Linear, "merge"), (LlamaForCausalLM, "save_pretrained")):
+        original = getattr(owner, name)
+
+        def spoil(self, *arguments, original=original, **options):
+            with torch.no_grad():
+                next(self.parameters()).add_(0.1)
+            return original(self, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, spoil)
+            with pytest.raises(SystemExit) as stop:
+                main(["export", checkpoint, "--out", "spoilt"])
+        assert stop.value.code == 2
+        assert "--out: spoilt was not written" in capfd.readouterr().err
+        assert not [path for path in tmp_path.iterdir() if "spoilt" in path.name]
+
+
+def test_the_umask_decides_who_may_read(fit, tmp_path):
+    before = os.umask(0o027)
+    try:
+        main(["export", str(fit()), "--out", "model"])
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()} == {0o640}
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o750
+
+
+def test_a_link_is_not_replaced(fit, tmp_path, capfd):
+    checkpoint = str(fit())
+    main(["export", checkpoint, "--out", "model"])
+    (tmp_path / "link").symlink_to("model")
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main(["export", checkpoint, "--out", "link", "--force"])
+    assert stop.value.code == 2
+    assert "--out: link is a link to model" in capfd.readouterr().err
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["a\0b", "x" * 5000, ".", ".."])
+def test_folders_that_cannot_be(out, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "x.ckpt", "--out", out])
+    assert stop.value.code == 2
+    assert "--out: " in capfd.readouterr().err
+
+
+def test_a_model_with_code_of_its_own(base, tmp_path, capfd):
+    """It runs only when it is asked for, and none of it is exported."""
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": classes}))
+    (tmp_path / "base/own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig): model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM): config_class = OwnConfig\n"
+    )
+    backbone = Backbone(base, trust_remote_code=True)
+    checkpoint = {"state_dict": {f"model.{name}": w for name, w in backbone.build().state_dict().items()}}
+    describe(checkpoint, backbone, None)
+    torch.save(checkpoint, "x.ckpt")
+    with pytest.raises(SystemExit):
+        main(["export", "x.ckpt", "--out", "model"])
+    assert "--trust-remote-code: " in capfd.readouterr().err
+    main(["export", "x.ckpt", "--out", "model", "--trust-remote-code"])
+    assert not list((tmp_path / "model").glob("*.py"))
+    # Where the code is, whoever loads the folder may decide to run it.
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert torch.equal(logits(exported), logits(backbone.build()))
 
 
 def test_four_bits_become_the_weights_that_were_trained_on(base, fit, tmp_path):

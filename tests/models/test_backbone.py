@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from lrsa_lit.attention import enable
 from lrsa_lit.errors import UserError
-from lrsa_lit.models import Backbone, LoRA
+from lrsa_lit.models import Backbone, LoRA, gguf
 from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
@@ -140,3 +140,44 @@ def test_failed_conversion_leaves_nothing(content, tmp_path, monkeypatch):
         Backbone(str(tmp_path / "x.gguf")).build()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+@pytest.fixture
+def conversions(tmp_path, monkeypatch):
+    """Counts conversions, which take half a minute: they give the tiny model."""
+    monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"stands for a model")
+    done = []
+
+    def convert(path, folder):
+        done.append(path)
+        tiny_model(seed=3).save_pretrained(folder), tiny_tokenizer().save_pretrained(folder)
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    return done
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_conversion_is_made_again(name, conversions, tmp_path, caplog):
+    source = str(tmp_path / "x.gguf")
+    folder = Path(Backbone(source).location)
+    assert Path(Backbone(source).location) == folder
+    assert len(conversions) == 1
+    content = bytearray((folder / name).read_bytes())
+    content[-20] ^= 1
+    (folder / name).write_bytes(content)
+    with caplog.at_level("INFO"):
+        model = Backbone(source).build()
+    assert len(conversions) == 2
+    assert torch.equal(model.lm_head.weight, tiny_model(seed=3).lm_head.weight)
+    assert name in caplog.text
+
+
+def test_a_full_disk_in_a_conversion_is_one_line(conversions, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    with pytest.raises(UserError, match=r"^LRSA_CACHE_DIR: .*No space left on device"):
+        Backbone(str(tmp_path / "x.gguf")).build()
+    assert list((tmp_path / "cache/models").iterdir()) == []

@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from helpers import one_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrsa_lit.attention import disable, enable
+from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.models.folder import RULE_FILE, save_folder
+from lrsa_lit.models.adapters import RULE_FILE, load_adapters
+from lrsa_lit.models.folder import AnotherModel, save_folder
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
@@ -109,3 +112,40 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_folder(tiny_model(), tokenizer, tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_adapters_are_read_back_by_the_project(base, tmp_path):
+    model = perturbed(enable(Backbone(str(base), lora=LoRA(rank=4)).build(), RULE))
+    save_folder(model, tiny_tokenizer(), tmp_path / "adapters")
+    trained = load_adapters(tmp_path / "adapters")
+    assert trained.rule == RULE.to_dict()
+    assert torch.equal(logits(enable(trained.build(), RULE).eval()), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("peft_type", "IA3"), ("use_dora", True), ("megatron_config", {"a": 1}), ("r", "x"), ("r", 0), ("task_type", None),
+     ("target_modules", 3), ("base_model_name_or_path", None), ("rank_pattern", {"q_proj": 8}), ("bias", "all")],
+)  # fmt: skip
+def test_adapters_of_another_kind_are_refused(base, tmp_path, name, value):
+    save_folder(Backbone(str(base), lora=LoRA(rank=4)).build(), tiny_tokenizer(), tmp_path / "adapters")
+    path = tmp_path / "adapters/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError) as error:
+        load_adapters(tmp_path / "adapters").build()
+    one_line(error.value)
+
+
+def test_a_model_that_was_written_otherwise_gets_no_name(base, tmp_path, monkeypatch):
+    for model in (tiny_model(), Backbone(str(base), lora=LoRA(rank=4)).build()):
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with torch.no_grad():
+            next(weight for name, weight in model.named_parameters() if weight.requires_grad).add_(1)
+        original = type(model).save_pretrained
+        # As if it had not heeded the weights that it was given.
+        monkeypatch.setattr(
+            type(model), "save_pretrained", lambda self, folder, original=original, **_: original(self, folder)
+        )
+        with pytest.raises(AnotherModel):
+            save_folder(model, tiny_tokenizer(), tmp_path / "other", weights=weights)
+        assert not (tmp_path / "other").exists()

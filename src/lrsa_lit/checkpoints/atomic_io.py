@@ -14,6 +14,7 @@ from lrsa_lit.checkpoints.errors import CheckpointNotSaved, system_error
 from lrsa_lit.checkpoints.files import tidy
 from lrsa_lit.errors import UserError
 from lrsa_lit.files import write_atomically
+from lrsa_lit.models.checkpoint_file import Unreadable, read
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -50,14 +51,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint; code in it is run only where ``weights_only`` is explicitly false.
+        """Read a checkpoint after every byte of it was checked; code in it runs only where ``weights_only`` is false.
 
         Raises:
-            UserError: it is a folder of shards, which other strategies read.
+            UserError: it is damaged, or a folder of shards, which other strategies read.
         """
         if Path(path).is_dir():
             raise UserError(
                 f"ckpt_path: {path} is a folder of shards; trainer.strategy must be ModelParallelStrategy to read it"
             )
-        weights_only = True if weights_only is None else weights_only
-        return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+        if weights_only is False or not _is_local_file_protocol(path):
+            only = True if weights_only is None else weights_only
+            return super().load_checkpoint(path, map_location=map_location, weights_only=only)
+        try:
+            return read(Path(path), mapped=False)
+        except Unreadable as error:
+            raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated or damaged one ({error})") from error

@@ -20,6 +20,10 @@ LAST = "last"
 _VERSION = "pytorch-lightning_version"
 """What every checkpoint of Lightning says, and no other file of torch."""
 
+_PARTS: dict[str, type] = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "state_dict": dict}
+_PARTS |= {"optimizer_states": list, "lr_schedulers": list}
+"""What Lightning writes into a checkpoint, and goes on from."""
+
 _log = logging.getLogger("lrsa_lit.checkpoints")
 _ELSEWHERE = ("model.evaluate", "model.max_new_tokens")
 # Data that is not trained on, and the workers, which do not change the order.
@@ -57,6 +61,8 @@ def about(path: Path) -> About:
     content = read(path, tensors=False)
     if _VERSION not in content:
         raise Unreadable(f"{_VERSION} is missing")
+    if wrong := [name for name, kind in _PARTS.items() if name in content and not isinstance(content[name], kind)]:
+        raise Unreadable(f"{wrong[0]} has not the form that a fit writes")
     state = content.get(KEY)
     if state is None:
         return About(None, None)

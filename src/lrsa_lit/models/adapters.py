@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.errors import UserError, said
 from lrsa_lit.models.backbone import ADAPTER_CONFIG, Backbone, LoRA
-from lrsa_lit.models.checkpoint import Trained
+from lrsa_lit.models.checkpoint import Trained, typed
+from lrsa_lit.models.checkpoint_file import Unreadable, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,13 +70,12 @@ def read_adapters(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
             raise UserError(
                 f"model: {folder / ADAPTER_CONFIG}: {name} = {value!r} is not supported; merge them with peft"
             )
+    names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
     try:
-        lora = LoRA(
-            int(config["r"]), config["lora_alpha"], float(config.get("lora_dropout", 0.0)), config["target_modules"]
-        )
+        lora = typed(LoRA, {ours: config.get(theirs) for ours, theirs in names.items()}, ADAPTER_CONFIG)
         weights = load_file(folder / _WEIGHTS)
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"model: {folder} holds no adapters that can be read ({said(error)[:120]})") from error
+    except (Unreadable, OSError, SafetensorError) as error:
+        raise UserError(f"model: {folder} holds no adapters that can be read ({reason_of(error)})") from error
     return lora, {
         re.sub(r"(\.lora_\w+)(?=\.weight$|$)", r"\1.default", name): weight for name, weight in weights.items()
     }

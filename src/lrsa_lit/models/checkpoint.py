@@ -116,13 +116,13 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         raise UserError(f"model: {path}: no such file")
     try:
         content = read(path)
-        about = _as(dict[str, Any], content.get(_KEY), _KEY)
-        rule = _as(dict[str, Any] | None, about.get("rule"), f"{_KEY}.rule")
-        arguments = _as(dict[str, Any], about.get("template_arguments", {}), f"{_KEY}.template_arguments")
+        about = typed(dict[str, Any], content.get(_KEY), _KEY)
+        rule = typed(dict[str, Any] | None, about.get("rule"), f"{_KEY}.rule")
+        arguments = typed(dict[str, Any], about.get("template_arguments", {}), f"{_KEY}.template_arguments")
         # What only training has a use for.
         changes = {"gradient_checkpointing": False, "compile_layers": False, _TRUST: trust_remote_code}
-        settings = _as(dict[str, Any], about.get("backbone"), f"{_KEY}.backbone")
-        backbone = _as(Backbone, settings | changes | ({} if dtype is None else {"dtype": dtype}), f"{_KEY}.backbone")
+        settings = typed(dict[str, Any], about.get("backbone"), f"{_KEY}.backbone")
+        backbone = typed(Backbone, settings | changes | ({} if dtype is None else {"dtype": dtype}), f"{_KEY}.backbone")
         weights = _weights(path, content)
     except Unreadable as error:
         raise UserError(
@@ -138,7 +138,7 @@ def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     from lrsa_lit.models.shards import WEIGHTS, read_weights
 
     weights = read_weights(path) if path.is_dir() else content.get(WEIGHTS)
-    weights = _as(dict[str, Tensor], weights, WEIGHTS)
+    weights = typed(dict[str, Tensor], weights, WEIGHTS)
     return {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}
 
 
@@ -152,7 +152,7 @@ def _check_rule(path: Path, rule: dict[str, Any] | None) -> None:
         raise UserError(f"model: {path} has no valid rule: {error}") from error
 
 
-def _as(kind: Any, value: Any, name: str) -> Any:
+def typed(kind: Any, value: Any, name: str) -> Any:
     """A value of a file if it is of the type that it should be; a dict becomes the dataclass that is meant.
 
     Raises:
@@ -161,19 +161,19 @@ def _as(kind: Any, value: Any, name: str) -> Any:
     origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (Union, types.UnionType):
         matching = [part for part in parts if _fits(part, value)]
-        return _as(matching[0] if matching else parts[0], value, name)
+        return typed(matching[0] if matching else parts[0], value, name)
     if not _fits(kind, value):
         raise Unreadable(f"{name} is missing" if value is None else f"{name} has not the type that a fit writes")
     if origin is dict and parts[1] is not Any:
-        return {key: _as(parts[1], part, f"{name}.{key}") for key, part in value.items()}
+        return {key: typed(parts[1], part, f"{name}.{key}") for key, part in value.items()}
     if origin is list:
-        return [_as(parts[0], part, name) for part in value]
+        return [typed(parts[0], part, name) for part in value]
     if not dataclasses.is_dataclass(kind):
         return value
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(value) - set(hints)):
         raise Unreadable(f"{name}.{unknown[0]} is unknown to this version")
-    given = {key: _as(hints[key], part, f"{name}.{key}") for key, part in value.items()}
+    given = {key: typed(hints[key], part, f"{name}.{key}") for key, part in value.items()}
     try:
         return kind(**given)  # type: ignore[operator]
     except TypeError as error:

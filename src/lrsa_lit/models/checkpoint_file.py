@@ -30,12 +30,13 @@ class Unreadable(ValueError):  # noqa: N818 - what it is, not what to do
     """Why a file or folder is no checkpoint, or a truncated or damaged one; one line."""
 
 
-def read(path: Path, *, tensors: bool = True) -> dict[str, Any]:
-    """What a checkpoint holds: of a file everything, mapped from the disk; of a folder all but its tensors.
+def read(path: Path, *, tensors: bool = True, mapped: bool = True) -> dict[str, Any]:
+    """What a checkpoint holds: of a file everything; of a folder all but its tensors.
 
     Args:
         path: a file, or a folder of shards.
         tensors: false checks all but the bytes of the tensors, for a quick look at many checkpoints.
+        mapped: whether tensors stay on the disk until they are used.
 
     Raises:
         Unreadable: it is no checkpoint, or a damaged one.
@@ -45,7 +46,8 @@ def read(path: Path, *, tensors: bool = True) -> dict[str, Any]:
     if (reason := damage(path, tensors=tensors)) is not None:
         raise Unreadable(reason)
     try:
-        content = torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=True)
+        file = path / META if path.is_dir() else path
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         # An unpickler fails in as many ways as a file can be made up.
         raise Unreadable(reason_of(error)) from error

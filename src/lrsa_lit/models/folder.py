@@ -70,7 +70,7 @@ def logits(model: Any) -> Tensor:
     """Logits (1, T, V) of a few tokens, in float32 on the CPU, to compare models with; densely attended."""
     import torch
 
-    vocabulary = base_of(model).get_input_embeddings().num_embeddings
+    vocabulary = base_of(model).config.get_text_config().vocab_size
     tokens = torch.arange(1, 17) * 7919 % vocabulary
     training = model.training
     try:
@@ -94,11 +94,12 @@ def _is_adapted(model: Any) -> bool:
 
 def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
     base = base_of(model)
-    with _with_cache(base.config), _without_code(base, base.config, tokenizer):
+    with _with_cache(base.config):
         # peft would ask the hub whether the vocabulary has grown, which it never does here.
         options = {"save_embedding_layers": False} if _is_adapted(model) else {}
         model.save_pretrained(folder, state_dict=None if weights is None else dict(weights), **options)
         tokenizer.save_pretrained(folder)
+    _leave_code_out(folder, str(base.config._name_or_path))
     if _is_adapted(model):
         _complete_adapter(model, folder)
     # safetensors lets nobody else read what it writes.
@@ -177,17 +178,21 @@ def _with_cache(config: Any) -> Iterator[None]:
         config.use_cache = before
 
 
-@contextlib.contextmanager
-def _without_code(*parts: Any) -> Iterator[None]:
-    """Let transformers copy no code of a model, configuration or tokenizer that came with some."""
-    before = [(part, vars(part).get("_auto_class")) for part in parts if getattr(part, "_auto_class", None) is not None]
-    for part, _ in before:
-        part._auto_class = None
-    try:
-        yield
-    finally:
-        for part, value in before:
-            if value is None:
-                del part._auto_class
-            else:
-                part._auto_class = value
+def _leave_code_out(folder: Path, origin: str) -> None:
+    """Remove the code that transformers has copied; what the files say of it names the place that it came from."""
+    for path in folder.glob("*.py"):
+        path.unlink()
+    source = str(Path(origin).resolve()) if Path(origin).is_dir() else origin
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if isinstance(classes := config.get("auto_map"), dict):
+            config["auto_map"] = {key: _in(source, of) for key, of in classes.items()}
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _in(source: str, name: Any) -> Any:
+    """The name of a class, or of several, in the code of a source, as transformers writes it."""
+    if isinstance(name, list):
+        return [_in(source, each) for each in name]
+    return f"{source}--{name}" if isinstance(name, str) and "--" not in name else name

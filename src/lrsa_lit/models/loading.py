@@ -56,7 +56,7 @@ def from_config(config: PreTrainedConfig, source: str, **options: Any) -> PreTra
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:
         raise UserError(
-            f"{KEY}: {source}: num_hidden_layers: {layers} is not allowed; it must be an integer from 1 to {_MOST_LAYERS}"
+            f"{KEY}: {source}: num_hidden_layers: {layers} is not allowed; it must be from 1 to {_MOST_LAYERS}"
         )
     with _in_one_line(source):
         return AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-any-return]
