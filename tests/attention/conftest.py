@@ -30,7 +30,9 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-def build(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
+def build(
+    family: str, head: str = "ForCausalLM", *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
+) -> Any:
     """A random causal language model in evaluation mode; float64, so that equal outputs are equal to 1e-5.
 
     Norms and rotations are float32 inside transformers, so float64 weights do not give float64 logits.
@@ -38,7 +40,7 @@ def build(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **c
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **MORE.get(family, {}), **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+        return getattr(transformers, family + head)(config).to(dtype).eval()
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from helpers import one_line
 from transformers import AutoModelForCausalLM
 
-from lrsa_lit.attention import disable, enable, enabled_config, interface, using
+from lrsa_lit.attention import LRSACache, disable, enable, enabled_config, interface, prefill, using
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens, Recency
 
@@ -131,6 +131,42 @@ def test_the_rule_is_saved_and_a_reloaded_model_runs_it(tiny, tokens, rule, tmp_
     enable(again, LRSAConfig.from_dict(again.config.lrsa))
     assert enabled_config(again) == config
     assert logits(again, ids).equal(logits(model, ids))
+
+
+@torch.no_grad()
+def test_a_reloaded_model_takes_the_rule_that_it_was_saved_with(tiny, tokens, rule, tmp_path):
+    config = rule.replace(compressor=RandomTokens(seed=5))
+    model, ids = enable(tiny("Llama", dtype=torch.float32), config), tokens(1, 70)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    cache = LRSACache.of(again)
+    assert cache.config == config
+    prefill(again, ids[:, :-1], cache)
+    expected = logits(model, ids)
+    assert again(ids[:, -1:], past_key_values=cache).logits.allclose(expected[:, -1:], atol=1e-4)
+    assert enabled_config(enable(again)) == LRSAConfig(**again.config.lrsa) == config
+    assert logits(again, ids).equal(expected)
+
+
+@pytest.mark.parametrize("call", [enable, LRSACache.of], ids=["enable", "cache"])
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (None, "config: the model's config.json holds no LRSA rule"),
+        ({"lag": 3}, "lrsa.lag: no such setting"),
+        ([3], "lrsa: [3] is not allowed"),
+        ({"compressor": {"class_path": "os.system"}}, "lrsa.compressor: 'os.system' is not an imported compressor"),
+    ],
+    ids=["none", "unknown-setting", "list", "foreign-class"],
+)
+def test_a_model_without_a_valid_rule_needs_one(stored, message, call, tiny):
+    model = tiny("Llama")
+    if stored is not None:
+        model.config.lrsa = stored
+    with pytest.raises(UserError) as caught:
+        call(model)
+    assert one_line(caught.value).startswith(message)
+    assert enabled_config(model) is None
 
 
 def test_a_reloaded_model_keeps_the_rule_it_was_trained_with_in_its_config(tiny, rule, tmp_path, caplog):

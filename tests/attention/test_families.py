@@ -37,33 +37,54 @@ def test_the_layers_of_smollm3_differ_in_their_rotation(tiny):
 
 BYPASS = "does not route all its 3 layers through transformers' attention interface"
 WINDOW = "uses sliding-window or linear layers, which LRSA does not support"
+BOTH_WAYS = "attends in both directions, as encoders do, which LRSA does not support"
+CROSSING = "attends from one text to another (cross-attention), which LRSA does not support"
+LATENT = "has keys and values of different sizes, or stores them compressed (MLA), which LRSA does not support"
+FULL = ["full_attention"] * 3
+MLA = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 3,
+}
 SMALL = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
 REFUSED = {
     "sliding-window": ("Mistral", {"sliding_window": 16}, WINDOW),
     "some-layers-slide": ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, WINDOW),
-    "linear-layers": ("Qwen3Next", {}, BYPASS),
+    "linear-layers": ("Qwen3Next", {}, WINDOW),
     "gemma2-windows": ("Gemma2", {}, WINDOW),
     "gemma2-softcap": (
         "Gemma2",
-        {"layer_types": ["full_attention"] * 3, "sliding_window": None},
+        {"layer_types": FULL, "sliding_window": None},
         "caps its attention scores (softcap)",
     ),
     "gpt-oss-windows": ("GptOss", {}, WINDOW),
     "gpt-oss-sinks": (
         "GptOss",
-        {"layer_types": ["full_attention"] * 3, "sliding_window": None},
+        {"layer_types": FULL, "sliding_window": None},
         "learns attention sinks (s_aux)",
     ),
     "bloom": ("Bloom", {"n_layer": 3, "n_head": 4, **SMALL}, BYPASS),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 3, "n_heads": 4, **SMALL}, BYPASS),
+    "bert": ("Bert", {}, BOTH_WAYS, "ForMaskedLM"),
+    "modern-bert": ("ModernBert", {"layer_types": FULL, "local_attention": 128}, BOTH_WAYS, "ForMaskedLM"),
+    "llama-for-embeddings": ("Llama", {"is_causal": False}, BOTH_WAYS),
+    "bart": ("Bart", {"encoder_layers": 3, "decoder_layers": 3, "d_model": 32}, CROSSING, "ForConditionalGeneration"),
+    "gpt2-that-reads-an-encoder": ("GPT2", {"add_cross_attention": True}, CROSSING, "LMHeadModel"),
+    "deepseek-v2": ("DeepseekV2", MLA, LATENT),
+    "deepseek-v3": ("DeepseekV3", MLA, LATENT),
+    "minicpm3": ("MiniCPM3", MLA, LATENT),
     "dropout": ("Llama", {"attention_dropout": 0.1}, "attention_dropout=0.1; LRSA supports 0 only"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_unsupported_model_is_refused_and_left_as_it_was(case, tiny, rule):
-    family, changes, message = REFUSED[case]
-    model = tiny(family, **changes)
+    family, changes, message, *head = REFUSED[case]
+    model = tiny(family, *head, **changes)
     before = model.config._attn_implementation
     with pytest.raises(UserError) as caught:
         enable(model, rule)

@@ -1,5 +1,7 @@
 """Padding and packing: every real token gets what its sequence gets alone, and pads get nothing."""
 
+import math
+
 import pytest
 import torch
 from helpers import one_line
@@ -211,6 +213,15 @@ REFUSED = {
     "short-mask": (mask_of([[1] * 11] * 2), "attention_mask: shape (2, 11) is not allowed"),
     "long-mask": (mask_of([[1] * 13] * 2), "attention_mask: shape (2, 13) is not allowed"),
     "one-row-mask": (mask_of([[1] * 11 + [0]]), "attention_mask: shape (1, 12) is not allowed"),
+    "numbered-sequences": (mask_of([[1] * 5 + [2] * 7] * 2), "attention_mask: value 2 (torch.int64) is not allowed"),
+    "numbered-and-padded": (mask_of([[0] * 5 + [1] * 3 + [2] * 4] * 2), "attention_mask: value 2 (torch.int64)"),
+    "negative": (mask_of([[1] * 11 + [-1]] * 2), "attention_mask: value -1 (torch.int64) is not allowed"),
+    "additive": (mask_of([[0.0] * 11 + [-1e9]] * 2), "attention_mask: value -1000000000.0 (torch.float32)"),
+    "additive-that-hides-nothing": (mask_of([[0.0] * 12] * 2), "attention_mask: value 0.0 (torch.float32)"),
+    "half": (mask_of([[1.0] * 11 + [0.5]] * 2), "attention_mask: value 0.5 (torch.float32) is not allowed"),
+    "not-a-number": (mask_of([[1.0] * 11 + [math.nan]] * 2), "attention_mask: value nan (torch.float32)"),
+    "by-layer-type": ({"attention_mask": {"full_attention": None}}, "attention_mask: a dict is not allowed"),
+    "not-causal": ({"is_causal": False}, "is_causal: False is not allowed"),
     "flat-positions": ({"position_ids": torch.arange(12)}, "position_ids: shape (12,) is not allowed"),
     "short-positions": ({"position_ids": torch.arange(11)[None]}, "position_ids: shape (1, 11) is not allowed"),
 }
@@ -222,6 +233,16 @@ def test_what_cannot_be_laid_out_is_refused(case, tiny, tokens, rule):
     with pytest.raises(UserError) as caught:
         enable(tiny("Llama"), rule)(tokens(2, 12), **given)
     assert one_line(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8, torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_zeros_and_ones_of_any_dtype_are_one_mask(dtype, tiny, tokens, rule):
+    model, ids = enable(tiny("Llama"), rule), tokens(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :13] = 0
+    expected = model(ids, attention_mask=mask).logits
+    assert model(ids, attention_mask=mask.to(dtype)).logits.equal(expected)
 
 
 BAD_BOUNDARIES = {

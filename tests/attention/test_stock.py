@@ -139,7 +139,7 @@ def test_rows_of_unequal_lengths_are_not_continued(tiny, tokens, rule):
 
 def test_rules_that_do_not_fit_are_refused(tiny, tokens, rule):
     model = tiny("Llama")
-    assert "needs an LRSAConfig" in refusal(lambda: LRSACache.of(model))
+    assert "holds no LRSA rule" in refusal(lambda: LRSACache.of(model))
     assert "stock layers share one mask" in refusal(lambda: LRSACache.of(model, rule.replace(dense_layers=(0,))))
     enable(model, rule)
     assert LRSACache.of(model, rule).config == rule

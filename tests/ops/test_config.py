@@ -121,6 +121,7 @@ def test_a_config_survives_json(compressor):
     again = LRSAConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.digest() == config.digest()
+    assert LRSAConfig(**config.to_dict()) == config
 
 
 def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
@@ -138,8 +139,10 @@ def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
         ({"compressor": {"class_path": f"{Recency.__module__}.Selector"}}, "lrsa.compressor: "),
         ({"compressor": {"class_path": ["Recency"]}}, "lrsa.compressor: ['Recency'] is not an imported compressor"),
         ({"compressor": Recency().to_dict() | {"init_args": {"seeds": 1}}}, "lrsa.compressor: "),
-        ({"compressor": None}, "lrsa.compressor: None is not allowed; it must have a class_path"),
-        ({"compressor": "Recency"}, "lrsa.compressor: 'Recency' is not allowed; it must have a class_path"),
+        ({"compressor": None}, "lrsa.compressor: None is not allowed; it must be a Compressor"),
+        ({3: 4}, "lrsa: {3: 4} is not allowed"),
+        ([["top_k", 3]], "lrsa: [['top_k', 3]] is not allowed"),
+        ({"compressor": "Recency"}, "lrsa.compressor: 'Recency' is not allowed; it must be a Compressor"),
     ],
     ids=[
         "unknown-setting",
@@ -149,6 +152,8 @@ def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
         "several-classes",
         "unknown-argument",
         "null",
+        "number-as-setting",
+        "list",
         "name-alone",
     ],
 )

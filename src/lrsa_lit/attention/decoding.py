@@ -83,7 +83,7 @@ def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Ca
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids: Any = kwargs.get("input_ids")
-        single = not args and ids is not None and ids.shape[1] == 1 and cache_of_call(kwargs) is cache
+        single = not args and ids is not None and ids.shape[1] == 1 and cache_of_call(*kwargs.values()) is cache
         if single and decoder.ready(rows=ids.shape[0]):
             logits = decoder.step(ids, kwargs.get("position_ids"))
             return CausalLMOutputWithPast(logits=logits, **cache_argument(decoder.model, cache))  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ class Decoder:
     def ready(self, rows: int) -> bool:
         """Whether the next token of each of ``rows`` rows can be served: in the order noted, none empty, one rule."""
         state, first = enabled_state(self.model), self.cache.layers[0]
-        if state is None or state.config != self.cache.config or rows != first.rows:
+        if state is None or state.config != self.cache.config or rows != first.rows or not self.cache.is_idle:
             return False
         return first.streams == self._order and all(stream.buffer is not None for stream in first.streams)
 
@@ -144,15 +144,16 @@ class Decoder:
             Logits (B, 1, V), overwritten by the next step.
         """
         streams = [layer.streams for layer in self.cache.layers]
-        self._compress(streams)
-        if not self._fits(streams):
-            self._prepare(ids, streams)
-        self._write(ids, position_ids, streams)
-        logits = self._replayed() if self._graphable and self._launched >= _WARM_UP else self._launch()
-        for layer in self.cache.layers:
-            layer.count(1)
-            for stream in layer.streams:
-                stream.count(1)
+        with self.cache.changing():
+            self._compress(streams)
+            if not self._fits(streams):
+                self._prepare(ids, streams)
+            self._write(ids, position_ids, streams)
+            logits = self._replayed() if self._graphable and self._launched >= _WARM_UP else self._launch()
+            for layer in self.cache.layers:
+                layer.count(1)
+                for stream in layer.streams:
+                    stream.count(1)
         return logits
 
     def _compress(self, streams: Streams) -> None:

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lrsa_lit.attention.cache import LRSACache, compressed_cache
+from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions, split_boundaries
 from lrsa_lit.attention.rules import (
     RULE,
@@ -21,10 +22,11 @@ from lrsa_lit.attention.rules import (
     Observe,
     Rule,
     arguments_by_name,
-    attention_modules,
     base_of,
     cache_of_call,
     enabled_state,
+    given_or_stored,
+    tokens_of_call,
     warn_if_trained_otherwise,
 )
 from lrsa_lit.errors import UserError
@@ -39,13 +41,14 @@ OBSERVED = "lrsa_observed"
 LAYOUT, CACHE = "lrsa_layout", "lrsa_cache"
 """Keywords that carry each forward's layout and compressed cache down to the attention of every layer."""
 
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+"""Keywords by which a layer asks for another attention than plain causal."""
 
 _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
+def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto") -> Model:
     """Give a causal language model lag-relative sparse attention, in place.
 
     Right padding, left padding and packing (positions that restart, or ``cu_seq_lens_q``) give each token what its
@@ -54,17 +57,20 @@ def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
 
     Args:
         model: a model whose attention goes through transformers' ``AttentionInterface``.
-        config: the rule; ``dense_layers`` keep ordinary causal attention (sdpa).
+        config: the rule; ``dense_layers`` keep ordinary causal attention (sdpa). None takes the one that the model was
+            saved with (``model.config.lrsa``).
         impl: implementation of the operator.
 
     Returns:
         The model.
 
     Raises:
-        UserError: the model bypasses the interface, needs a sliding window, soft capping or attention sinks of its
-            own, or has no such dense layer. What only shows when it runs is raised by the first forward.
+        UserError: there is no rule, the model has no such dense layer, bypasses the interface, or has another
+            attention than plain causal (encoders, sliding windows, MLA, …). What only shows when it runs is raised by
+            the first forward.
     """
     inner = base_of(model)
+    config = given_or_stored(config, inner)
     modules = attention_modules(inner)
     config.check_layers(len(modules))
     disable(inner)
@@ -80,7 +86,7 @@ def enable(model: Model, config: LRSAConfig, *, impl: Impl = "auto") -> Model:
     decoder = inner.base_model
     state.handles = [
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
-        decoder.register_forward_hook(functools.partial(_check_calls, state, type(inner).__name__)),
+        decoder.register_forward_hook(functools.partial(_finish, state, type(inner).__name__), with_kwargs=True),
     ]
     inner.set_attn_implementation(NAME)
     inner.config.lrsa = config.to_dict()
@@ -162,30 +168,47 @@ def _prepare(
     state: Enabled, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]] | None:
     """Before the decoder runs: read padding and packing once, and hand the layout down to every layer."""
+    _check_switch(state)
     if LAYOUT in kwargs:
         return None
     given = arguments_by_name(decoder, args, kwargs)
-    tokens = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
+    tokens = tokens_of_call(given)
+    if tokens is None:
+        return None
     batch, length = tokens.shape[:2]
-    cache = cache_of_call(given)
+    cache = cache_of_call(*given.values())
     compressed = compressed_cache(cache, state.config, len(state.modules))
     past = 0 if cache is None else int(cache.get_seq_length())
     mask, positions = given.get("attention_mask"), given.get("position_ids")
+    of_tokens = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     boundaries = given.get("cu_seq_lens_q")
     if boundaries is not None:
         positions = given["position_ids"] = restarting_positions(boundaries, positions, length).to(tokens.device)
-    if mask is not None and mask.ndim == 2 and positions is None:
-        given["position_ids"] = positions_from_mask(mask, length)
+    if of_tokens is not None and positions is None:
+        given["position_ids"] = positions_from_mask(of_tokens, length)
     if mask is None and positions is None and compressed is not None and compressed.holds_pads:
         given["position_ids"] = compressed.next_positions(length).to(tokens.device)
-    if compressed is not None and mask is not None and mask.ndim == 2:
+    if compressed is not None and of_tokens is not None:
         # The cache took in the earlier columns under their own masks; only the new ones are handed over.
-        layout = read_layout(mask[:, past:], positions, (batch, length), 0)
+        layout = read_layout(of_tokens[:, past:], positions, (batch, length), 0)
     else:
         layout = read_layout(mask, positions, (batch, length), past if compressed is None else 0)
     if compressed is not None:
         compressed.begin(layout, batch, state.impl)
     return (), {**given, LAYOUT: layout, CACHE: compressed}
+
+
+def _check_switch(state: Enabled) -> None:
+    """Refuse a model whose attention somebody switched; begin the count of its calls."""
+    config: Any = state.modules[0].config
+    if config._attn_implementation not in (NAME, OBSERVED):
+        raise UserError(
+            f"model: its attention was set to {config._attn_implementation!r} while LRSA is enabled; call "
+            "lrsa_lit.attention.disable(model) for the model's own attention, or enable(model, …) again"
+        )
+    if not state.checked:
+        for module in state.modules:
+            getattr(module, RULE).called = False
 
 
 def _attention(
@@ -209,6 +232,10 @@ def _attention(
     if attention_mask is not None:
         raise UserError("attention_mask: masks prepared in 4-D are not allowed; pass the (B, T) mask of the tokens")
     _refuse(dropout, kwargs)
+    if key.shape[-1] != value.shape[-1]:
+        raise UserError(f"model: keys of {key.shape[-1]} and values of {value.shape[-1]} channels are not supported")
+    if not torch.compiler.is_compiling() and rule.called and not rule.state.checked:
+        raise UserError(f"model: layer {rule.layer} attends more than once per call; this family is not supported")
     rule.called = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _in_one_dtype(query, key, value)
@@ -266,11 +293,11 @@ def _observed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """:func:`_attention`, and a look at what it was given."""
-    output: tuple[Tensor, None] = _attention(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get(CACHE) is not None:
         raise UserError(
             "past_key_values: an LRSACache cannot be observed; run the whole text in one forward without it"
         )
+    output: tuple[Tensor, None] = _attention(module, query, key, value, attention_mask, **kwargs)
     state: Enabled = getattr(module, RULE).state
     assert state.observe is not None
     state.observe(getattr(module, RULE), kwargs[LAYOUT], *_in_one_dtype(query, key, value))
@@ -288,6 +315,8 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UserError(f"attention_dropout: {dropout} is not allowed; LRSA supports 0 only")
+    if kwargs.get("is_causal") is False:
+        raise UserError("is_causal: False is not allowed; LRSA is causal")
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UserError(f"{name}: the model needs it, and LRSA does not support it")
@@ -326,8 +355,13 @@ def _causal_mask(query: Tensor, key: Tensor) -> Tensor | None:
     return torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
 
 
-def _check_calls(state: Enabled, name: str, *_: Any) -> None:
-    """After the first forward: every layer must have called the registered attention."""
+def _finish(
+    state: Enabled, name: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """After the decoder ran: every layer must have called the registered attention, and used the cache once."""
+    cache = kwargs.get(CACHE)
+    if isinstance(cache, LRSACache):
+        cache.end()
     if state.checked:
         return
     rules: list[Rule] = [getattr(module, RULE) for module in state.modules]

@@ -97,12 +97,13 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
         past: columns of earlier calls whose keys the attention is handed again.
 
     Raises:
-        UserError: a mask of another shape, a mask with holes, or packed sequences over a cache.
+        UserError: a mask of another shape, with other values than 0 and 1 or with holes, or packed sequences over a
+            cache.
     """
     batch, length = shape
     if positions is not None and tuple(positions.shape) not in ((1, length), (batch, length)):
         raise UserError(f"position_ids: shape {tuple(positions.shape)} is not allowed; it must be ({batch}, {length})")
-    mask = _checked(mask, batch, past + length)
+    mask = None if mask is None else checked_mask(mask, (batch, past + length))
     spans = None if mask is None else _row_spans(mask)
     if positions is not None:
         positions = positions.expand(batch, length)
@@ -123,7 +124,7 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
 
 def positions_from_mask(mask: Tensor, length: int) -> Tensor:
     """(B, T) positions that count from each row's first real token; pads get 0."""
-    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+    return (mask.bool().long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
 def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: int) -> Tensor:
@@ -136,14 +137,28 @@ def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: i
     return restarting
 
 
-def _checked(mask: Tensor | None, batch: int, columns: int) -> Tensor | None:
-    """The mask as bool, or None where nothing is masked."""
-    if mask is None:
+def checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """A mask of 0 and 1 as bool, or None where nothing is masked.
+
+    Raises:
+        UserError: another shape than ``shape``, or another kind of mask: one prepared for each layer type, an additive
+            one, or one with the numbers of packed sequences.
+    """
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        given = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise UserError(f"attention_mask: {given} is not allowed; it must be {shape}")
+    real = mask == 1
+    if bool(real.all()):
         return None
-    if mask.ndim != 2 or tuple(mask.shape) != (batch, columns):
-        raise UserError(f"attention_mask: shape {tuple(mask.shape)} is not allowed; it must be ({batch}, {columns})")
-    mask = mask.bool()
-    return None if bool(mask.all()) else mask
+    others = mask[~(real | (mask == 0))]
+    # Zeros alone in floating point are an additive mask that hides nothing, and would read as pads alone.
+    if len(others) or (mask.is_floating_point() and not bool(real.any())):
+        value = others[0].item() if len(others) else 0.0
+        raise UserError(
+            f"attention_mask: value {value} ({mask.dtype}) is not allowed; it must be 1 for real tokens and 0 for "
+            "pads; pack sequences by position_ids that restart or by cu_seq_lens_q"
+        )
+    return real
 
 
 def _row_spans(mask: Tensor) -> tuple[tuple[int, int], ...]:

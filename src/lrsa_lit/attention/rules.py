@@ -1,4 +1,4 @@
-"""What LRSA attaches to a model's attention modules, and which models can carry it."""
+"""What LRSA attaches to a model's attention modules, and what it reads of the model's calls and config."""
 
 from __future__ import annotations
 
@@ -72,34 +72,6 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention of each layer, in order, if all of them can run LRSA."""
-    name = type(model).__name__
-    config = model.config.get_text_config()
-    modules = sorted(
-        (module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")),
-        key=lambda module: module.layer_idx,
-    )
-    layers = config.num_hidden_layers
-    if not model._can_set_attn_implementation() or [m.layer_idx for m in modules] != list(range(layers)):
-        raise UserError(
-            f"model: {name} does not route all its {layers} layers through transformers' attention interface"
-        )
-    types = getattr(config, "layer_types", None) or []
-    windowed = any(layer_type != "full_attention" for layer_type in types)
-    if not types and getattr(config, "use_sliding_window", True):
-        windowed = getattr(config, "sliding_window", None) is not None
-    if windowed or any(getattr(module, "sliding_window", None) for module in modules):
-        raise UserError(f"model: {name} uses sliding-window or linear layers, which LRSA does not support")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UserError(f"model: {name} caps its attention scores (softcap), which LRSA does not support")
-    if any(getattr(module, "sinks", None) is not None for module in modules):
-        raise UserError(f"model: {name} learns attention sinks (s_aux), which LRSA does not support")
-    if getattr(config, "attention_dropout", 0.0):
-        raise UserError(f"model: attention_dropout={config.attention_dropout}; LRSA supports 0 only")
-    return modules
-
-
 def arguments_by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a forward call as keywords."""
     signature = inspect.signature(decoder.forward)
@@ -109,15 +81,34 @@ def arguments_by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return {**given, **keywords}
 
 
-def cache_of_call(given: dict[str, Any]) -> Cache | None:
+def tokens_of_call(given: dict[str, Any]) -> Tensor | None:
+    """The ids (B, T) or embeddings (B, T, width) of a forward call, if it has any; without, transformers refuses it."""
+    return next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+
+
+def cache_of_call(*arguments: Any) -> Cache | None:
     """The cache among the arguments of a forward call, whatever this version of transformers calls it."""
-    return next((value for value in given.values() if isinstance(value, Cache)), None)
+    return next((value for value in arguments if isinstance(value, Cache)), None)
 
 
 def cache_argument(model: Any, cache: Cache | None) -> dict[str, Any]:
     """A cache as a keyword of the model's ``forward`` and ``generate``: ``cache`` since transformers 5.24."""
     known = inspect.signature(base_of(model).forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
+
+
+def given_or_stored(config: LRSAConfig | None, model: PreTrainedModel) -> LRSAConfig:
+    """The rule that the caller gave, or else the one in the model's ``config.json``.
+
+    Raises:
+        UserError: there is neither, or the stored one is not valid.
+    """
+    if config is not None:
+        return config
+    stored = getattr(model.config, "lrsa", None)
+    if stored is None:
+        raise UserError("config: the model's config.json holds no LRSA rule; pass an LRSAConfig")
+    return LRSAConfig.from_dict(stored)
 
 
 def warn_if_trained_otherwise(model: PreTrainedModel, config: LRSAConfig) -> None:

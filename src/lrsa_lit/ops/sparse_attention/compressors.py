@@ -67,14 +67,14 @@ class Compressor(ABC):
     def from_dict(values: Any) -> Compressor:
         """The compressor that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
         if not isinstance(values, dict):
-            raise UserError(f"lrsa.compressor: {values!r} is not allowed; it must have a class_path and init_args")
+            raise UserError(f"lrsa.compressor: {values!r} is not allowed; it must be a Compressor, or its dict")
         classes = [cls for cls in _subclasses(Compressor) if not inspect.isabstract(cls)]  # type: ignore[type-abstract]
         known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
         path = values.get("class_path")
         if not isinstance(path, str) or path not in known:
             raise UserError(f"lrsa.compressor: {path!r} is not an imported compressor; there are {', '.join(known)}")
         try:
-            return known[path](**values.get("init_args", {}))
+            return known[path](**(values.get("init_args") or {}))
         except TypeError as error:
             raise UserError(f"lrsa.compressor: init_args of {path}: {error}") from None
 

@@ -27,7 +27,8 @@ class LRSAConfig:
             the same rule.
         value_weight: weight of the value score beside the key score (w >= 0).
         dense_layers: indices of the layers left to the model's own attention; the operator itself ignores them.
-        compressor: what turns a partition into K pairs; the default is lag-relative selection.
+        compressor: what turns a partition into K pairs; the default is lag-relative selection. Also as the dict that
+            its ``to_dict`` made.
 
     Raises:
         UserError: a value outside its bounds, in one line.
@@ -42,9 +43,11 @@ class LRSAConfig:
     compressor: Compressor = field(default_factory=LagRelative)
 
     def __post_init__(self) -> None:
-        """Make the tuple that YAML cannot write, then check each bound once."""
+        """Make the tuple and the compressor that JSON cannot write, then check each bound once."""
         if isinstance(self.dense_layers, Iterable) and not isinstance(self.dense_layers, str):
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if not isinstance(self.compressor, Compressor):
+            object.__setattr__(self, "compressor", Compressor.from_dict(self.compressor))
         self._check("sink_size", is_integer(self.sink_size) and self.sink_size >= 0, "an integer >= 0")
         self._check("lag_size", is_integer(self.lag_size) and self.lag_size >= 2, "an integer >= 2")
         self._check(
@@ -65,7 +68,6 @@ class LRSAConfig:
             and len(set(self.dense_layers)) == len(self.dense_layers),
             "a list of different layer indices >= 0",
         )
-        self._check("compressor", isinstance(self.compressor, Compressor), "a Compressor")
         # 1 and 1.0 are one rule, so they must give one digest.
         object.__setattr__(self, "value_weight", float(self.value_weight))
 
@@ -114,9 +116,8 @@ class LRSAConfig:
         Raises:
             UserError: an unknown setting, a value out of bounds, or a compressor whose module is not imported.
         """
-        values = dict(values)
-        if "compressor" in values:
-            values["compressor"] = Compressor.from_dict(values["compressor"])
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise UserError(f"lrsa: {values!r} is not allowed; it must be a dict of settings")
         return cls().replace(**values)
 
     def digest(self) -> str:

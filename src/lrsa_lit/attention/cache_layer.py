@@ -1,0 +1,227 @@
+"""One layer of the compressed cache."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from lrsa_lit.attention.layout import Layout
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
+from lrsa_lit.ops.sparse_attention.geometry import stored_size
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+
+
+class LRSACacheLayer(CacheLayerMixin):
+    """One layer: a stream for all rows while they are equally long, else a stream per row.
+
+    In each call the layer first hands over its tokens (:meth:`update`) and then attends to them (:meth:`attend`), each
+    once; with stock attention, which attends by itself, the first alone. Anything else is refused.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, config: LRSAConfig | None) -> None:
+        super().__init__()
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.stock = False
+        self._streams: list[KeyValueStream] = []
+        self._batch = 0
+        self._columns = 0
+        self._step: Literal["idle", "begun", "given", "storing"] = "idle"
+        self._given: tuple[torch.Size, torch.Size] | None = None
+        self._spans: tuple[tuple[int, int], ...] | None = None
+
+    def begin(self, layout: Layout | None, batch: int, impl: Impl) -> None:
+        """Prepare for new columns of ``batch`` rows, of which the layout says which are real."""
+        if not self._columns:
+            self._batch = batch
+            self._streams = [KeyValueStream(self.config, impl)]
+        elif batch != self._batch:
+            raise UserError(f"cache: it holds {self._batch} rows and cannot continue {batch}; make a new one")
+        self._step, self.stock = "begun", layout is None
+        self._spans = None if layout is None else layout.row_spans
+        if self.stock and len(self._streams) > 1:
+            raise UserError("cache: its rows are of unequal lengths, which stock attention cannot continue")
+        if self._spans is not None and len(set(self._spans)) > 1 and len(self._streams) < batch:
+            (shared,) = self._streams
+            self._streams = [shared.rows(torch.tensor([row])) for row in range(batch)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in new keys and values (B, H, N, D).
+
+        Returns:
+            With stock attention all keys and values that are stored now (B, H, stored, D). Else the new ones, which
+            :meth:`attend` stores.
+
+        Raises:
+            UserError: no call was begun, the layer stores twice in one, or the heads are not those that are stored.
+        """
+        self._check(key_states)
+        self.is_initialized = True
+        if not self.stock:
+            self._step, self._given = "given", (key_states.shape, value_states.shape)
+            return key_states, value_states
+        self._step = "storing"
+        stored = self._streams[0].extend(key_states, value_states)
+        self._took_in(key_states.shape[2])
+        return stored
+
+    def _took_in(self, columns: int) -> None:
+        self._columns += columns
+        self._step = "idle"
+
+    def _check(self, key: Tensor) -> None:
+        if self._step != "begun":
+            raise UserError(
+                "cache: LRSACache needs a model with LRSA attention (lrsa_lit.attention.enable), or to be made by "
+                "LRSACache.of(model, config) for its stock attention; each layer stores once per call, so gradient "
+                "checkpointing, which runs layers again, excludes it"
+            )
+        stored = self._streams[0].stored
+        if stored is not None and (stored[0].shape[1], stored[0].shape[3]) != (key.shape[1], key.shape[3]):
+            has, given = (f"{pair.shape[1]} heads of {pair.shape[3]} channels" for pair in (stored[0], key))
+            raise UserError(f"cache: it holds {has} of another model and cannot continue {given}; make a new one")
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of new tokens.
+
+        Args:
+            query: (B, Hq, N, D).
+            key: (B, H, N, D), as :meth:`update` was given.
+            value: (B, H, N, D).
+            scale: factor of the scores.
+
+        Returns:
+            (B, Hq, N, D); outputs of pads are 0.
+
+        Raises:
+            UserError: the layer did not hand these tokens to :meth:`update`, or attends to them again.
+        """
+        if self._step != "given" or self._given != (key.shape, value.shape):
+            raise UserError(
+                "cache: a layer must attend once to what it stored; this model's attend more often, to other keys, or "
+                "without having stored (as in training with gradient checkpointing); run it without an LRSACache"
+            )
+        self._step = "storing"
+        output = self._attend(query, key, value, scale)
+        self._took_in(query.shape[2])
+        return output
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if len(self._streams) == 1:
+            start, stop = (0, query.shape[2]) if self._spans is None else self._spans[0]
+            if start >= stop:
+                return torch.zeros_like(query)
+            real = (slice(None), slice(None), slice(start, stop))
+            return _place(self._streams[0].attend(query[real], key[real], value[real], scale), query, start)
+        output = torch.zeros_like(query)
+        for row, stream in enumerate(self._streams):
+            start, stop = (0, query.shape[2]) if self._spans is None else self._spans[row]
+            part = (slice(row, row + 1), slice(None), slice(start, stop))
+            if start < stop:
+                output[part] = stream.attend(query[part], key[part], value[part], scale)
+        return output
+
+    @property
+    def stream(self) -> KeyValueStream | None:
+        """What all rows share; None before the first call, and where their lengths differ."""
+        return self._streams[0] if len(self._streams) == 1 else None
+
+    @property
+    def streams(self) -> list[KeyValueStream]:
+        """One that all rows share, or one for each row; none before the first call."""
+        return self._streams
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 before the first call."""
+        return self._batch
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the layer has taken in the call's tokens."""
+        return self._step == "idle"
+
+    @property
+    def progress(self) -> tuple[int, ...] | None:
+        """Columns and tokens seen, the same in all layers between two calls; None if an exception cut storing short."""
+        if self._step == "storing":
+            return None
+        return (self._columns, *(stream.seen for stream in self._streams)) if self._columns else (0,)
+
+    def count(self, columns: int) -> None:
+        """Take note of columns that somebody wrote into the :attr:`streams` past :meth:`update`."""
+        self._columns += columns
+
+    def stored_tokens(self) -> int:
+        """Tokens stored per head, summed over the rows."""
+        pairs = [stream.stored for stream in self._streams]
+        return sum(pair[0].shape[0] * pair[0].shape[2] for pair in pairs if pair is not None)
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, dropped ones and pads included: what true positions are counted from."""
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the coming call attends to, and the position of the first if they stood without gaps.
+
+        With LRSA attention all columns seen: the layout, not a mask, tells what is visible.
+        """
+        if not self.stock or self._step != "begun":
+            return self._columns + query_length, 0
+        (stream,) = self._streams
+        if stream.crosses(query_length):
+            raise UserError(
+                f"input_ids: {query_length} tokens behind {self._columns} reach over a compression, which stock "
+                "attention cannot follow; feed them with lrsa_lit.attention.prefill first"
+            )
+        # The last of the new tokens sees what is stored once it is in.
+        stored = stored_size(self._columns + query_length, stream.rule)
+        return stored, self._columns + query_length - stored
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate ahead."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order."""
+        if not self._streams:
+            return
+        if len(self._streams) == 1:
+            self._streams = [self._streams[0].rows(indices)]
+        else:
+            self._streams = [self._streams[row].rows(torch.tensor([0])) for row in indices.tolist()]
+        self._batch = len(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times."""
+        if self._streams:
+            self.batch_select_indices(torch.arange(self._batch).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refused: dropped tokens cannot come back."""
+        raise UserError("cache: LRSACache cannot be cropped (assisted decoding needs that); use a dense cache for it")
+
+
+def _place(output: Tensor, query: Tensor, start: int) -> Tensor:
+    """Outputs of the real columns, zeros at the pads around them."""
+    if output.shape == query.shape:
+        return output
+    padded = torch.zeros_like(query)
+    padded[:, :, start : start + output.shape[2]] = output
+    return padded

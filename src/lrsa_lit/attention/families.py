@@ -1,0 +1,65 @@
+"""Which models can carry the rule: those whose every layer is plain causal attention of transformers' interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lrsa_lit.errors import UserError
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention of each layer, in order.
+
+    Raises:
+        UserError: some layer is no plain causal attention, or does not go through transformers' interface.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    modules = sorted(
+        (m for m in model.modules() if getattr(m, "layer_idx", None) is not None and hasattr(m, "is_causal")),
+        key=lambda module: module.layer_idx,
+    )
+    if reason := next(_obstacles(config, modules), None):
+        raise UserError(f"model: {name} {reason}, which LRSA does not support")
+    layers = config.num_hidden_layers
+    if not model._can_set_attn_implementation() or [m.layer_idx for m in modules] != list(range(layers)):
+        raise UserError(
+            f"model: {name} does not route all its {layers} layers through transformers' attention interface"
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise UserError(f"model: attention_dropout={config.attention_dropout}; LRSA supports 0 only")
+    return modules
+
+
+def _obstacles(config: Any, modules: list[nn.Module]) -> Iterator[str]:
+    """What the model does that the rule does not define."""
+    crossing = ("is_encoder_decoder", "add_cross_attention", "cross_attention_layers")
+    if any(_of(config, name) for name in crossing):
+        yield "attends from one text to another (cross-attention)"
+    if not getattr(config, "is_causal", True) or not all(module.is_causal for module in modules):
+        yield "attends in both directions, as encoders do"
+    if any(_of(module, "kv_lora_rank") or _head_sizes_differ(module) for module in modules):
+        yield "has keys and values of different sizes, or stores them compressed (MLA)"
+    types = _of(config, "layer_types") or []
+    windowed = any(layer_type != "full_attention" for layer_type in types)
+    if not types and getattr(config, "use_sliding_window", True):
+        windowed = _of(config, "sliding_window") is not None
+    if windowed or any(_of(module, "sliding_window") for module in modules):
+        yield "uses sliding-window or linear layers"
+    if _of(config, "attn_logit_softcapping"):
+        yield "caps its attention scores (softcap)"
+    if any(_of(module, "sinks") is not None for module in modules):
+        yield "learns attention sinks (s_aux)"
+
+
+def _of(owner: Any, name: str) -> Any:
+    return getattr(owner, name, None)
+
+
+def _head_sizes_differ(module: nn.Module) -> bool:
+    sizes = _of(module, "head_dim"), _of(module, "v_head_dim")
+    return None not in sizes and sizes[0] != sizes[1]

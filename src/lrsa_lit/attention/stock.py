@@ -1,0 +1,76 @@
+"""Models with their stock attention, to which a compressed cache is an ordinary past: checks around each call."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from lrsa_lit.attention.layout import checked_mask
+from lrsa_lit.attention.rules import arguments_by_name, cache_of_call, enabled_state, tokens_of_call
+from lrsa_lit.errors import UserError
+
+
+class Lease:
+    """What a cache and its copies hold of the model that serves them: its hooks go when the last of them goes."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled cache is loaded where no model knows it, and belongs to none.
+        return type(None), ()
+
+
+def lease(decoder: nn.Module) -> Lease:
+    """A lease for caches of this decoder, whose calls with one of them are checked from now on."""
+    held = Lease()
+    watch = _Watch(held)
+    for handle in (
+        decoder.register_forward_pre_hook(watch.before, with_kwargs=True),
+        decoder.register_forward_hook(watch.after, with_kwargs=True),
+    ):
+        weakref.finalize(held, handle.remove)
+    return held
+
+
+class _Watch:
+    """Refuses calls that would break the rule unnoticed. Copies of the model share it; a pickled model has none."""
+
+    def __init__(self, held: Lease | None) -> None:
+        self._lease = None if held is None else weakref.ref(held)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Watch, (None,)
+
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a call of one of the caches."""
+        given = arguments_by_name(decoder, args, kwargs)
+        cache: Any = cache_of_call(*given.values())
+        # Of a model that was enabled since, its own hook begins the call.
+        if not self._serves(cache) or enabled_state(decoder) is not None:
+            return
+        tokens = tokens_of_call(given)
+        if tokens is None:
+            return
+        rows, length = tokens.shape[:2]
+        mask = given.get("attention_mask")
+        if mask is not None and checked_mask(mask, (rows, cache.get_seq_length() + length)) is not None:
+            raise UserError(
+                "attention_mask: with stock attention LRSACache takes rows without pads only; call enable(model, …)"
+            )
+        cache.begin(None, rows)
+
+    def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """End it, unless the hook of an enabled model has."""
+        cache: Any = cache_of_call(*args, *kwargs.values())
+        if self._serves(cache) and not cache.is_idle:
+            cache.end()
+
+    def _serves(self, cache: Any) -> bool:
+        held = getattr(cache, "lease", None)
+        return self._lease is not None and held is not None and self._lease() is held
