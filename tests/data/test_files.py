@@ -183,6 +183,12 @@ def test_ids_may_be_null_or_missing_in_some_rows(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("name", [{"a": 1}, ["a"], True], ids=str)
+def test_an_id_is_a_text_or_a_number(name: object):
+    with pytest.raises(UserError, match=r"^field 'id' must be a string or a number"):
+        canonical({**ROW, "id": name}, {}, "train-0")
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 def test_a_bad_row_of_a_folder_is_named_by_file_and_place(tmp_path: Path, name: str):
     folder = written(tmp_path / "set", name, [ROW, ROW])

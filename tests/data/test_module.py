@@ -198,6 +198,7 @@ def test_a_parameter_that_is_not_stored_is_noticed(tokenizer: PreTrainedTokenize
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
+        ({"max_tokens": True}, "data.init_args.max_tokens is True, allowed is 1 or more"),
         ({"max_tokens": 0}, "data.init_args.max_tokens is 0, allowed is 1 or more"),
         ({"batch_size": 0}, "data.init_args.batch_size is 0, allowed is 1 or more"),
         ({"eval_batch_size": -1}, "data.init_args.eval_batch_size is -1, allowed is 1 or more"),

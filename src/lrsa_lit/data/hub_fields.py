@@ -54,8 +54,10 @@ def _find(row: Mapping[str, Any], path: str) -> object:
 
 
 def _shaped(name: str, value: object) -> object:
-    """One string may stand for a list of one, one or several plain texts for passages, and any id for its text."""
+    """One string may stand for a list of one, one or several plain texts for passages, and a number for an id."""
     if name == "id":
+        if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+            raise UserError(f"field 'id' must be a string or a number, got {kind_of(value)}")
         return None if value is None else str(value)
     if name in ("answers", "supporting_titles"):
         texts = [value] if isinstance(value, str) else value

@@ -115,6 +115,9 @@ class LongBench(QADataModule):
             found = self.to_example(record)
         return record
 
+    def _origin(self, split: Split) -> str:
+        return f"data.init_args.{split}: {', '.join(self._files(split))}"
+
     def _files(self, split: Split) -> list[str]:
         given = getattr(self, split)
         return [given] if isinstance(given, str) else list(given or [])

@@ -371,7 +371,7 @@ def at_least(name: str, value: int, least: int) -> int:
     Raises:
         UserError: it is.
     """
-    if not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"data.init_args.{name} is {value}, allowed is {least} or more")
     return value
 

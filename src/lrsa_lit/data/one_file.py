@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lrsa_lit.data.module import QADataModule
+from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.data.splits import check_fractions
 from lrsa_lit.paths import resolve, sha256_of
 
@@ -39,3 +39,6 @@ class OneFileDataModule(QADataModule):
         """The digest of the file in use."""
         path = resolve(self.source, self.sha256, "data.init_args.source")
         return {"sha256": self.sha256 or sha256_of(path)}
+
+    def _origin(self, split: Split) -> str:
+        return f"data.init_args.source: {self.source}"

@@ -133,8 +133,9 @@ def check_text(value: object, field: str) -> None:
             raise UserError(f"{_named(field)} holds half a character ({found[0]!a}), allowed is whole Unicode text")
     elif isinstance(value, Mapping):
         for name, item in value.items():
-            check_text(name, field)
-            check_text(item, _inside(field, str(name)))
+            inside = _inside(field, str(name))
+            check_text(name, inside)
+            check_text(item, inside)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             check_text(item, f"{field}[{number}]")
@@ -198,7 +199,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _hint(data: bytes) -> str:
-    return "; it looks like UTF-16, allowed is UTF-8" if b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+    start = data[:1000]
+    # Of text in Latin letters every second byte is zero.
+    likely = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start.count(0) * 4 > len(start)
+    return "; it looks like UTF-16, allowed is UTF-8" if likely else ""
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from lrsa_lit.data.prompts import Example
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UNREADABLE, UserError
 from lrsa_lit.files import write_atomically
 
 _QUESTION = 160
@@ -105,13 +105,13 @@ def read(path: Path) -> TokenFile:
         with np.load(path) as arrays:
             flat, lengths, about = arrays["tokens"], arrays["lengths"], arrays["about"].tobytes()
         rows = json.loads(about)
+        bounds = itertools.pairwise(np.concatenate([[0], lengths.cumsum()]).tolist())
+        pairs = list(zip(rows, bounds, strict=True))
+        examples = [cast("Example", {**row, "input_ids": flat[start:stop].tolist()}) for row, (start, stop) in pairs]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `lrsa study data` writes it") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: it is no file of `lrsa study data` ({error})") from None
-    bounds = itertools.pairwise(np.concatenate([[0], lengths.cumsum()]))
-    pairs = zip(rows, bounds, strict=True)
-    examples = [cast("Example", {**row, "input_ids": flat[start:stop].tolist()}) for row, (start, stop) in pairs]
     # Not of the file: its compression may differ from one library to the next.
     found = hashlib.sha256(flat.astype("<u2").tobytes() + lengths.astype("<i4").tobytes() + about).hexdigest()[:12]
     return TokenFile(examples, found)
