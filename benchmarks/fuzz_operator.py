@@ -337,6 +337,8 @@ def _largest(case: Case, tensors: list[Tensor]) -> list[float]:
     """Bounds of the values on the way to output and gradients, times the scores, whose rounding they carry."""
     of_query, of_key, of_value, of_grad = (tensor.double().norm(dim=-1).max().item() for tensor in tensors)
     scale = case.sizes[3] ** -0.5 if case.scale is None else case.scale
+    # The kernels take a scale of 0 for a very small one.
+    scale = max(scale, 1e-25)
     scores = 1 + scale * of_query * of_key
     rows = case.queries * case.sizes[1] // case.sizes[2]
     product = scale * of_grad * of_value
