@@ -26,7 +26,7 @@ from lrsa_lit.ask.reader import Answer, Reader
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import SUFFIX, Trained, load_trained
 from lrsa_lit.models.rope import LARGEST_FACTOR, RopeScaling
-from lrsa_lit.paths import shipped
+from lrsa_lit.paths import check_path, shipped
 
 if TYPE_CHECKING:
     import torch
@@ -130,8 +130,7 @@ def read_text(name: str) -> str:
         UserError: it cannot be read, is not UTF-8, is binary or holds nothing but white space.
     """
     shown = _shown(name)
-    if "\0" in name:
-        raise UserError(f"FILE: {name!r} is no path; it must be a text file, or -")
+    check_path("FILE", name)
     try:
         data = _read_stdin() if name == STDIN else _read_file(Path(name))
         # A byte order mark is no part of the text.
