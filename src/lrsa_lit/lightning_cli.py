@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -44,6 +44,7 @@ from lrsa_lit.paths import check_writable
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 from lrsa_lit.tracking import MLflowRun, RecordConfig
 from lrsa_lit.tracking.record import run_of
+from lrsa_lit.trainer import Trainer
 
 _log = logging.getLogger("lrsa_lit")
 # The last form is that of a parser of one class within the whole.
@@ -107,7 +108,7 @@ class LRSACLI(LightningCLI):
 
     def __init__(self, arguments: Sequence[str], **options: Any) -> None:
         self._asked = arguments[0]
-        super().__init__(LongContextQA, QADataModule, args=list(arguments), **options)
+        super().__init__(LongContextQA, QADataModule, trainer_class=Trainer, args=list(arguments), **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one that is asked for: the parser of each takes as long to build as that of all settings."""
