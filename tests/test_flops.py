@@ -57,11 +57,13 @@ def test_the_forward_pass_agrees_with_a_counter():
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(length)[None], use_cache=False)
+    # Some versions of transformers make the rotary angles by a product.
+    angles = sum(sum(counts.values()) for name, counts in counter.get_flop_counts().items() if "rotary" in name)
     shape = Shape.of(model)
     norms = sum(weight.numel() for name, weight in model.named_parameters() if "norm" in name)
     matrices = shape._replace(linear=shape.linear - norms, trained=shape.trained - norms)
     masked = shape.layers * 4 * shape.query_heads * shape.head_dim * length * (length - 1) // 2
-    assert counter.get_total_flops() == training_flops(matrices, [length], length, None) // 3 + masked
+    assert counter.get_total_flops() - angles == training_flops(matrices, [length], length, None) // 3 + masked
 
 
 def test_shape_of_a_model_with_adapters():

@@ -202,7 +202,9 @@ def _slice_kernel(
     tl.store(p_partial_sum + o_row, b_sum, mask=m_g)
     # An empty slice is known by its sum, zero, and its output never read.
     p_partial_output += o_row[:, None] * DIM + o_dim[None, :]
-    tl.store(p_partial_output, b_output, mask=m_query & (i_from < i_to))
+    # Compared as a block: the interpreter of triton 3.9 makes an integer of two compared scalars.
+    m_query &= tl.zeros([1, 1], tl.int32) + i_from < i_to
+    tl.store(p_partial_output, b_output, mask=m_query)
 
 
 @triton.jit
