@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -238,7 +239,7 @@ class LRSACLI(LightningCLI):
         named = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
         return [root / "checkpoints", *root.glob("*/*/checkpoints"), *(Path(path) for path in named if path)]
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> lightning.Trainer:
         """Add what every run has, and leave out of a fit what looks at validations by themselves."""
         self.graceful_stop = GracefulStop()
         plugins = config.get("plugins") or []

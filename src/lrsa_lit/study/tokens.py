@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from lrsa_lit.data.prompts import Example
-from lrsa_lit.errors import UNREADABLE, UserError
+from lrsa_lit.errors import UserError
 from lrsa_lit.files import write_atomically
 
 _QUESTION = 160
@@ -110,7 +110,7 @@ def read(path: Path) -> TokenFile:
         examples = [cast("Example", {**row, "input_ids": flat[start:stop].tolist()}) for row, (start, stop) in pairs]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `lrsa study data` writes it") from None
-    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: it is no file of `lrsa study data` ({error})") from None
     # Not of the file: its compression may differ from one library to the next.
     found = hashlib.sha256(flat.astype("<u2").tobytes() + lengths.astype("<i4").tobytes() + about).hexdigest()[:12]
