@@ -192,6 +192,26 @@ def test_results_from_before_weights_had_a_digest(study_file, tmp_path):
     assert read_lines(tmp_path / "r.jsonl") == [{**old, "weights": "", "generated": True}]
 
 
+def test_names_in_results_are_text_within_their_cells(study_file, results, tmp_path):
+    evil = "a|b\n<!-- /study -->\n<script>x</script>\x1b[2J"
+    lines = read_lines(results)
+    for line in lines:
+        line["machine"] = {**line["machine"], "device": evil, "commit": evil}
+    path = tmp_path / "evil.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    document = tmp_path / "doc.md"
+    document.write_text("<!-- study:machines -->\n<!-- /study -->\nthe end\n")
+    to = ["--to", str(tmp_path / "report"), "--into", str(document)]
+    for _ in range(2):
+        main(["study", "report", str(path), "--study", str(study_file), *to])
+        text = document.read_text()
+        assert text.count("<!-- /study -->") == 1
+        assert text.endswith("<!-- /study -->\nthe end\n")
+        assert r"a\|b<br>&lt;!-- /study --&gt;<br>&lt;script&gt;" in text
+        assert "\x1b" not in text
+        assert "<script>" not in text
+
+
 def test_a_report_needs_no_field_that_results_may_lack(study_file, results, tmp_path):
     optional = {"contexts", "dtype", "generated", "length", "losses", "seconds", "survival", "weights"}
     lines = [{name: line[name] for name in line.keys() - optional} for line in read_lines(results)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from lrsa_lit import statistics
+from lrsa_lit.errors import printable
 from lrsa_lit.statistics import Comparison, Estimate
 from lrsa_lit.study.report.tables import Cell, Entry, Table
 from lrsa_lit.study.results import Line
@@ -44,7 +46,7 @@ def _matrix_cell(table: Table, entry: Entry | None) -> str:
         return ""
     if table.measure == "loss":
         return perplexity(entry.score)
-    ratio = f"<br>{percent(entry.of_dense.ratio)}" if entry.of_dense else ""
+    ratio = f"\n{percent(entry.of_dense.ratio)}" if entry.of_dense else ""
     return interval(entry.score, 3) + ratio
 
 
@@ -145,7 +147,14 @@ def _names(cell: Cell) -> list[str]:
 def rows_of(head: Sequence[str], body: Iterable[Sequence[str]], names: int = 2) -> list[str]:
     """A Markdown table, whose columns after the first ones, of names, are set to the right."""
     rule = "|".join("---" if number < names else "---:" for number in range(len(head)))
-    return [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in body)]
+    first, *others = (f"| {' | '.join(map(plain, row))} |" for row in (head, *body))
+    return [first, f"|{rule}|", *others]
+
+
+def plain(text: str) -> str:
+    """Text as Markdown shows it, within one line: names in results are those of devices, commits, rows and data."""
+    escaped = html.escape(text, quote=False).replace("|", "\\|")
+    return printable("<br>".join(escaped.split("\n")))
 
 
 def interval(estimate: Estimate, digits: int, sign: str = "") -> str:

@@ -82,6 +82,8 @@ def _text(path: Path, number: int, name: str, text_of: Callable[[str], str]) -> 
         text = text_of(name)
     except UserError as error:
         raise UserError(f"{path}, line {number}: {error}") from None
+    if any(mark.fullmatch(line) for line in text.encode().splitlines(keepends=True) for mark in (_OPEN, _CLOSE)):
+        raise UserError(f"{path}, line {number}: the text of the block {name!r} holds the mark of a block itself")
     # Markdown takes a table right after a comment for a part of it.
     return f"\n{text}\n\n".encode() if text else b""
 
