@@ -21,7 +21,8 @@ def elsewhere(tmp_path, monkeypatch, migrated_store):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("TRACKING_URI", "EXPERIMENT_NAME", "EXPERIMENT_ID", "RUN_ID", "RUN_CONTEXT"):
+        monkeypatch.delenv(f"MLFLOW_{name}", raising=False)
     monkeypatch.setattr(sys, "argv", ["lrsa"])
     return tmp_path
 

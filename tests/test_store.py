@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -84,6 +86,35 @@ def test_silent_runs_are_marked_when_the_store_is_opened(uri):
     assert status == {dead: "FAILED", alive: "RUNNING", foreign: "RUNNING", ended: "FINISHED"}
     assert "no sign of life since" in client.get_run(dead).data.tags[heartbeat.DIED]
     assert heartbeat.mark_dead(client) == []
+
+
+def test_a_run_whose_process_is_gone_is_marked_at_once(uri):
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("e")
+    code = "import sys; from lrsa_lit import heartbeat; print(heartbeat.tags()[heartbeat.PROCESS])"
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    machine, number, started = heartbeat.tags()[heartbeat.PROCESS].split()
+    written = {
+        "dead": dead,
+        "alive": f"{machine} {number} {started}",
+        "another of that number": f"{machine} {number} {int(started) - 1}",
+        "of another machine": f"0000 {dead.split(' ', 1)[1]}",
+    }
+    runs = {}
+    for name, process in written.items():
+        tags = heartbeat.tags() | {heartbeat.PROCESS: process}
+        runs[name] = client.create_run(experiment, tags=tags).info.run_id
+    assert set(heartbeat.mark_dead(client)) == {runs["dead"], runs["another of that number"]}
+    assert "process is gone" in client.get_run(runs["dead"]).data.tags[heartbeat.DIED]
+    # Somebody takes it up again.
+    heartbeat.beat(client, runs["dead"])
+    assert client.get_run(runs["dead"]).data.tags[heartbeat.PROCESS] == written["alive"]
+    assert heartbeat.mark_dead(client) == []
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(uri, monkeypatch):
+    monkeypatch.setenv("LRSA_CACHE_DIR", "/proc/nowhere")
+    assert connect(uri).search_experiments()
 
 
 def test_a_run_that_was_only_asleep_comes_back(uri):

@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 import lrsa_lit
 from lrsa_lit.classes import check_paths
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.paths import shipped
 
 COMMANDS = {
@@ -237,7 +237,7 @@ def _config_path(value: str) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"lrsa: error: {message}", file=sys.stderr)
+    print(f"lrsa: error: {printable(redacted(message))}", file=sys.stderr)
     raise SystemExit(2)
 
 

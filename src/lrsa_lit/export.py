@@ -6,19 +6,16 @@ Nothing heavy is imported before the arguments are known to be good.
 from __future__ import annotations
 
 import argparse
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.logging import RichHandler
-
 from lrsa_lit.arguments import Parser
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import Trained, load_trained
 from lrsa_lit.paths import check_path, check_writable, put_in_place
+from lrsa_lit.terminal import PlainConsole, log_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,10 +50,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     options = _parse(arguments)
     _check_out(options.out, force=options.force)
-    logging.basicConfig(
-        format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)]
-    )
-    logging.getLogger("lrsa_lit").setLevel(logging.INFO)
+    log_to(PlainConsole(stderr=True))
     try:
         trained = load_trained(options.checkpoint, options.dtype, trust_remote_code=options.trust_remote_code)
         _check_adapters(trained, options)
@@ -65,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
         key, colon, rest = str(error).partition(":")
         raise UserError(_FLAGS.get(key, key) + colon + rest) from error
     kind = "Adapters" if options.adapters else "Model"
-    Console().print(f"{kind} of {options.checkpoint} in {options.out}", soft_wrap=True, highlight=False)
+    PlainConsole().say(f"{kind} of {options.checkpoint} in {options.out}")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import LayerSync, Precision
@@ -28,12 +28,10 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.logging import RichHandler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_evaluation
+from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_answers, show_evaluation
 from lrsa_lit.checkpoints import AtomicCheckpointIO, ExactState, FiniteLoss, GracefulStop, resume
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import check_classes
@@ -43,9 +41,11 @@ from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
+from lrsa_lit.terminal import PlainConsole, log_to
 from lrsa_lit.tracking import MLflowRun, RecordConfig
 from lrsa_lit.tracking.record import run_of
 from lrsa_lit.trainer import Trainer
+from lrsa_lit.uris import register
 
 _log = logging.getLogger("lrsa_lit")
 # The last form is that of a parser of one class within the whole.
@@ -82,6 +82,7 @@ _PARTS_OF_TRAINER = (
 )
 _KINDS = (*_PARTS_OF_TRAINER, QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor)
 _SLOTS = {"model.evaluate": (Compressor,), "model.train_attention": (Compressor,), "model.lr_scheduler": (LRScheduler,)}
+_SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
 _INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
 
 
@@ -90,6 +91,8 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command line prints in one line."""
+        if (own := _first_user_error(ex)) is not None:
+            raise own from ex
         text = one_line(message)
         if unknown := _UNKNOWN_OPTION.search(text):
             key = next(filter(None, unknown.groups())).partition("=")[0]
@@ -242,6 +245,11 @@ class LRSACLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> lightning.Trainer:
         """Add what every run has, and leave out of a fit what looks at validations by themselves."""
         self.graceful_stop = GracefulStop()
+        # The defaults have callbacks of both kinds, which Lightning refuses where they are switched off.
+        off = [kind for name, kind in _SWITCHES.items() if config.get(name) is False]
+        asked = config.get("callbacks") or []
+        asked = asked if isinstance(asked, list) else [asked]
+        config["callbacks"] = [each for each in asked if not isinstance(each, tuple(off))]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -262,7 +270,7 @@ class LRSACLI(LightningCLI):
             from lrsa_lit.estimate.report import estimate, table
 
             settings = dict(self._get(self.config, "trainer"))
-            Console().print(table(estimate(self.model, self.datamodule, self.trainer, settings)))
+            PlainConsole().print(table(estimate(self.model, self.datamodule, self.trainer, settings)))
             return
         try:
             with self.graceful_stop.listening():
@@ -306,6 +314,10 @@ class LRSACLI(LightningCLI):
         """Close with the scores, part by part."""
         show_evaluation(self.trainer, self.model, self.datamodule, "test")
 
+    def after_predict(self) -> None:
+        """Close with where the answers are."""
+        show_answers(self.trainer)
+
     def _reopen(self) -> None:
         """Lightning closes the run after each stage; another one follows."""
         if isinstance(self.trainer.logger, MLflowRun):
@@ -323,12 +335,14 @@ def run(arguments: Sequence[str]) -> None:
         UserError: a mistake in the arguments or files.
     """
     _quiet_libraries()
+    register()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         LRSACLI(
             arguments,
             subclass_mode_data=True,
             save_config_callback=RecordConfig,
+            save_config_kwargs={"command": arguments[0]},
             seed_everything_default=0,
             parser_class=OneLineParser,
             # "omegaconf+" resolves ${…} after all files and flags are merged; "omegaconf" would ignore overrides.
@@ -338,7 +352,7 @@ def run(arguments: Sequence[str]) -> None:
             load_from_checkpoint_support=False,
         )
     except (OmegaConfBaseException, MisconfigurationException) as error:
-        raise UserError(one_line(str(error))) from error
+        raise _first_user_error(error) or UserError(one_line(str(error))) from error
     except ValueError as error:
         raise _first_user_error(error) or error from None
 
@@ -367,7 +381,7 @@ def _first_user_error(error: BaseException | None) -> UserError | None:
     while error is not None:
         if isinstance(error, UserError):
             return UserError(re.sub(r"^lrsa\.", "model.lrsa.", str(error)))
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return None
 
 
@@ -389,10 +403,11 @@ def _check_intervals(trainer: Mapping[str, Any]) -> None:
 
 def _quiet_libraries() -> None:
     """Log this project's lines through rich; silence what no user can act on."""
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+    log_to()
     # Of several processes one says what all of them do.
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
-    logging.getLogger("lrsa_lit").setLevel(logging.INFO if first else logging.WARNING)
+    if not first:
+        logging.getLogger("lrsa_lit").setLevel(logging.WARNING)
     # Lightning's start-up hints, and retries whose outcome is raised or said anyway.
     hints = "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"
     for name in (*hints, "urllib3.connectionpool", "huggingface_hub"):

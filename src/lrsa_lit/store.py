@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit import heartbeat
-from lrsa_lit.errors import UserError, said
-from lrsa_lit.paths import cache_dir, check_writable, shipped
+from lrsa_lit.errors import UserError, redacted, said
+from lrsa_lit.paths import check_writable, shipped
+from lrsa_lit.uris import SQLITE, register, sqlite_path, sqlite_uri, with_user
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, Run
     from mlflow.tracking import MlflowClient
 
 URI_KEY = "trainer.logger.init_args.tracking_uri"
 """The setting of a run that names its store."""
 
-SQLITE = "sqlite:///"
+EXPERIMENT = "lrsa"
+"""The experiment of runs for which none is named."""
+
+EXPERIMENT_KEY = "trainer.logger.init_args.experiment_name"
 SERVER = ("http://", "https://")
 _SQLITE_HEADER = b"SQLite format 3\0"
 _TURN = 120
@@ -36,6 +40,8 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # They would show a user and password, and the last lines of a run name it anyway.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -43,26 +49,28 @@ def default_uri() -> str:
     """The store that cli.yaml names; it lets the environment variable MLFLOW_TRACKING_URI name another."""
     from omegaconf import OmegaConf
 
+    register()
     return str(OmegaConf.load(shipped("cli.yaml")).trainer.logger.init_args.tracking_uri)
 
 
 def checked_uri(uri: str, key: str = URI_KEY) -> str:
-    """The URI of a store to write to, with an absolute SQLite path whose folder is made.
+    """The URI of a store to write to, with an absolute SQLite path whose folder is made, or with the user's name.
 
     Raises:
         UserError: it names no store, or an SQLite file that is none or cannot be written.
     """
     if not uri.startswith(_SCHEMES):
         raise UserError(
-            f"{key}: {uri!r} is not allowed; it must be sqlite:///PATH, a database or a server's http(s):// address"
+            f"{key}: {redacted(uri)!r} is not allowed; it must be sqlite:///PATH, a database or a server's http(s):// "
+            "address"
         )
     if not uri.startswith(SQLITE):
-        return uri
-    path = sqlite_path(uri)
+        return with_user(uri)
+    path = sqlite_path(uri, key)
     check_writable(key, uri, path.parent)
     if path.exists():
         _check_sqlite(path, uri, key)
-    return f"{SQLITE}{path}"
+    return sqlite_uri(path, key)
 
 
 def existing_uri(uri: str, key: str) -> str:
@@ -72,21 +80,21 @@ def existing_uri(uri: str, key: str) -> str:
         UserError: it is not, or it holds nothing.
     """
     if uri.startswith(SQLITE):
-        path = sqlite_path(uri)
+        path = sqlite_path(uri, key)
         if not path.is_file() or not path.stat().st_size:
             what = "is empty" if path.is_file() else "does not exist"
             raise UserError(f"{key}: {uri} {what} ({path}); name a store that `lrsa fit` has written")
     return checked_uri(uri, key)
 
 
-def sqlite_path(uri: str) -> Path:
-    """The absolute path of an SQLite store."""
-    return Path(uri.removeprefix(SQLITE)).absolute()
+def is_new(uri: str) -> bool:
+    """Whether it is an SQLite store that opening would make."""
+    return uri.startswith(SQLITE) and not sqlite_path(uri, URI_KEY).exists()
 
 
 def artifact_location(uri: str) -> str | None:
     """Artifacts stand beside an SQLite store; a server decides by itself."""
-    return (sqlite_path(uri).parent / "artifacts").as_uri() if uri.startswith(SQLITE) else None
+    return (sqlite_path(uri, URI_KEY).parent / "artifacts").as_uri() if uri.startswith(SQLITE) else None
 
 
 def connect(uri: str, key: str = URI_KEY) -> MlflowClient:
@@ -97,26 +105,27 @@ def connect(uri: str, key: str = URI_KEY) -> MlflowClient:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    # It logs each failure with a traceback before it raises it.
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
     with answering(uri, key):
-        with _one_at_a_time(uri):
+        with _one_at_a_time(uri, key):
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
         heartbeat.mark_dead(client)
     return client
 
 
-def _one_at_a_time(uri: str) -> contextlib.AbstractContextManager[Any]:
+def _one_at_a_time(uri: str, key: str) -> contextlib.AbstractContextManager[Any]:
     """MLflow makes the tables of a new SQLite file without asking whether another process is about to."""
     if not uri.startswith(SQLITE):
         return contextlib.nullcontext()
     import filelock
 
-    name = hashlib.sha256(str(sqlite_path(uri)).encode()).hexdigest()[:16]
-    folder = cache_dir("locks")
-    folder.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(folder / f"{name}.lock", timeout=_TURN)
+    path = sqlite_path(uri, key)
+    # Beside the file: so others who write there wait as well, whatever their caches are.
+    return filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_TURN)
 
 
 @contextlib.contextmanager
@@ -142,13 +151,22 @@ def answering(uri: str, key: str = URI_KEY) -> Iterator[None]:
     try:
         yield
     except failures as error:
+        if refused(error):
+            raise UserError(f"{key}: {redacted(uri)} refuses this: {reason(error)}") from error
         advice = "start the server, or name another store" if uri.startswith(SERVER) else "name another store"
-        raise UserError(f"{key}: {uri} does not answer ({reason(error)}); {advice}") from error
+        raise UserError(f"{key}: {redacted(uri)} does not answer ({reason(error)}); {advice}") from error
+
+
+def refused(error: Exception) -> bool:
+    """Whether a store understood what it was asked and does not want it; anything else may pass."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() in (400, 403, 404)
 
 
 def reason(error: BaseException) -> str:
     """Why a store does not answer, without the layers that its libraries wrap it in."""
-    text = said(error)
+    text = redacted(said(error))
     if cause := re.search(r"\[Errno -?\d+\] ([\w ]+)", text):
         return cause[1]
     if "timed out" in text:
@@ -156,20 +174,66 @@ def reason(error: BaseException) -> str:
     return text[:160] or type(error).__name__
 
 
-def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str | None = None) -> str:
     """The id of an experiment, which is made if need be.
 
+    Args:
+        client: of the store.
+        name: of the experiment; None stands for ``lrsa``, or for the one that is named by its id.
+        uri: of the store.
+        named: the id of one that exists.
+
     Raises:
-        UserError: it was deleted.
+        UserError: it was deleted, there is none of that id, or it has another name.
     """
+    if named is not None:
+        return _experiment_of(client, named, name, uri)
+    name = name or EXPERIMENT
     found = client.get_experiment_by_name(name)
     if found is None:
         return str(client.create_experiment(name, artifact_location=artifact_location(uri)))
     if found.lifecycle_stage == "deleted":
-        raise UserError(
-            f"trainer.logger.init_args.experiment_name: {name} was deleted in {uri}; restore it or name another"
-        )
+        raise UserError(f"{EXPERIMENT_KEY}: {name} was deleted in {redacted(uri)}; restore it or name another")
     return str(found.experiment_id)
+
+
+def _experiment_of(client: MlflowClient, named: str, name: str | None, uri: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    key = f"{EXPERIMENT_KEY.removesuffix('_name')}_id"
+    try:
+        found = client.get_experiment(named)
+    except MlflowException as error:
+        if not refused(error):
+            raise
+        raise UserError(f"{key}: {named} is no experiment of {redacted(uri)}") from None
+    if found.lifecycle_stage == "deleted":
+        raise UserError(f"{key}: {named} was deleted in {redacted(uri)}; restore it or name another")
+    if name not in (None, found.name):
+        raise UserError(f"{key}: {named} is the experiment {found.name!r}, and experiment_name is {name!r}; name one")
+    return str(found.experiment_id)
+
+
+def find_run(client: MlflowClient, run_id: str, uri: str, key: str) -> Run | None:
+    """The run of that id; None where the store has none.
+
+    Raises:
+        UserError: it was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if not refused(error):
+            raise
+        return None
+    if run.info.lifecycle_stage == "deleted":
+        raise UserError(
+            f"{key}: the run {run_id} was deleted in {redacted(uri)}; restore it with mlflow runs restore --run-id "
+            f"{run_id}, or start a new one without {key}"
+        )
+    return run
 
 
 def find_experiment(client: MlflowClient, name: str, key: str) -> Experiment:

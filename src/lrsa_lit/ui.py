@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
 from lrsa_lit.arguments import Parser, terminable
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, redacted
 from lrsa_lit.store import (
     SERVER,
     answering,
@@ -45,8 +45,10 @@ _MOST_COMPARED = 50
 """Runs in the address of a comparison, the latest; more can be chosen in the UI."""
 
 _COLUMNS = [
+    "tags.`command`",
+    "tags.`checkpoint`",
     *(f"params.`{name}`" for name in ("model.lrsa.lag_size", "model.lrsa.top_k", "kv_ratio")),
-    *(f"metrics.`{name}`" for name in ("val/f1", "val/loss", "perf/step_seconds")),
+    *(f"metrics.`{name}`" for name in ("val/f1", "val/loss", "test/f1", "perf/step_seconds")),
 ]
 """What the table of runs shows; more can be chosen in the UI."""
 
@@ -79,13 +81,13 @@ def run(arguments: Sequence[str]) -> None:
     with answering(uri, _STORE):
         experiment = _experiment(client, uri, options.experiment)
         pages = (compare_page(client, experiment), table_page(client, experiment))
-    base = uri.rstrip("/") if port is None else f"http://{HOST}:{port}"
+    base = redacted(uri).rstrip("/") if port is None else f"http://{HOST}:{port}"
     addresses = [f"{base}/{page}" for page in pages]
     if port is None:
         _show(experiment.name, addresses, options.browser)
         return
     with contextlib.suppress(KeyboardInterrupt), terminable(), _server(uri, port) as (process, log):
-        print(f"Starting the MLflow server on {uri}; Ctrl-C stops it", file=sys.stderr, flush=True)
+        print(f"Starting the MLflow server on {redacted(uri)}; Ctrl-C stops it", file=sys.stderr, flush=True)
         _wait(process, base, log)
         _show(experiment.name, addresses, options.browser)
         process.wait()
@@ -157,7 +159,7 @@ def _experiment(client: MlflowClient, uri: str, name: str | None) -> Experiment:
     experiments = {found.experiment_id: found for found in client.search_experiments()}
     latest = client.search_runs(list(experiments), order_by=["attributes.start_time DESC"], max_results=1)
     if not latest:
-        raise UserError(f"{_STORE}: {uri} holds no runs yet; `lrsa fit` records one")
+        raise UserError(f"{_STORE}: {redacted(uri)} holds no runs yet; `lrsa fit` records one")
     return experiments[latest[0].info.experiment_id]
 
 
@@ -167,6 +169,8 @@ def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[b
     # Not for its own clients: the server would ask itself. And no workers for jobs that this project has none of.
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    # Its options are for everybody on the machine to see, passwords in it too.
+    environment["MLFLOW_BACKEND_STORE_URI"] = uri
     with tempfile.TemporaryFile() as log:
         # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
         process = subprocess.Popen(
@@ -179,7 +183,7 @@ def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[b
 
 
 def _command(uri: str, port: int) -> list[str]:
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--host", HOST, "--port", str(port), "--workers", "1"]
     location = artifact_location(uri)
     return command if location is None else [*command, "--default-artifact-root", location]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -56,14 +57,20 @@ def recorded(tmp_path_factory):
     return store, ids, folder
 
 
-def test_store_is_found_from_a_folder_below_and_by_the_environment(recorded, monkeypatch, tmp_path):
+def test_store_is_found_from_a_folder_below_and_by_the_environment(recorded, monkeypatch, tmp_path, capsys):
     _, ids, folder = recorded
     (folder.parent / "notebooks").mkdir(exist_ok=True)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(folder.parent / "notebooks")
     assert runs.find_run(runs.open_store(), "sweep", "k16").info.run_id == ids["k16"]
+    assert capsys.readouterr().err == f"Runs of {folder / 'mlflow.db'}\n"
+    monkeypatch.chdir(folder.parent)
+    runs.open_store()
+    assert capsys.readouterr().err == ""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no runs/mlflow\.db in .* or above; record a run first") as caught:
+    # A name that no folder above has, whatever stands there.
+    monkeypatch.setattr(runs, "DEFAULT", Path(f"runs/{tmp_path.name}.db"))
+    with pytest.raises(UserError, match=r"no runs/\S+\.db in .* or above; record a run first") as caught:
         runs.open_store()
     one_line(caught.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")

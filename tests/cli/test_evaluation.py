@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+from pathlib import Path
 
 import pytest
-from cli_helpers import NO_LOGGER
+from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
+from lrsa_lit.callbacks.line_file import LineFile
 from lrsa_lit.cli import main
 from lrsa_lit.data.ruler import RULER_TASKS
+from lrsa_lit.errors import UserError
 
 TINY = ["--config", "configs/model/tiny.yaml", *NO_LOGGER]
 RULER = [*TINY, "--config", "configs/data/ruler.yaml", "--data.init_args.max_tokens", "2560"]
@@ -17,7 +22,9 @@ SHORT = ["--model.max_new_tokens", "4"]
 
 
 def answers(folder):
-    return [json.loads(line) for line in (folder / "runs/answers.jsonl").read_text().splitlines()]
+    """Of the latest evaluation."""
+    latest = max((folder / "runs").glob("*/answers.jsonl"), key=lambda path: int(path.parent.name.rpartition("-")[2]))
+    return [json.loads(line) for line in latest.read_text().splitlines()]
 
 
 def rows(shown):
@@ -41,7 +48,7 @@ def test_ruler_gives_each_task_a_line(tmp_path, capfd):
         means = [sum(line[name]["recall"] for line in lines) / len(lines) for name in ("LRSA", "dense")]
         assert values == [f"{mean:.3f}" for mean in means]
     assert re.search(r"Longer than model.max_new_tokens \(4\), so never given in full: 1\d of 18 reference", shown)
-    assert not list((tmp_path / "runs").glob("*.partial"))
+    assert not list((tmp_path / "runs").rglob("*.partial"))
 
 
 def test_rows_of_unequal_length_in_a_batch_get_what_they_get_alone(tmp_path):
@@ -128,7 +135,7 @@ data:
         ["needle/niah_single", "2", "recall"],
         ["needle/niah_multikey", "2", "recall"],
     ]
-    assert not (tmp_path / "runs/answers.jsonl").exists()
+    assert {line["data_set"] for line in answers(tmp_path)} == {"own", "needle"}
 
 
 def test_a_broken_line_ends_in_one_that_names_it(tmp_path, capfd):
@@ -140,7 +147,7 @@ def test_a_broken_line_ends_in_one_that_names_it(tmp_path, capfd):
     assert stop.value.code == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "Seed set" not in line]
     assert f"{tmp_path}/mine.jsonl, line 4: field 'language' is 'zh', allowed is en" in line
-    assert not (tmp_path / "runs/answers.jsonl").exists()
+    assert not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.parametrize("name", ["gold", "LRSA"])
@@ -161,9 +168,89 @@ def test_an_attention_and_a_task_need_different_names(tmp_path, capfd):
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_answers_that_cannot_be_written_are_not_generated(tmp_path, capfd):
-    (tmp_path / "runs/answers.jsonl").mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("taken", "why"),
+    [("own.jsonl", "exists"), ("own.jsonl.partial", "exists"), ("own.jsonl/x", "is a folder; it must be a file")],
+)
+def test_a_path_that_is_taken_is_refused_before_anything_is_generated(taken, why, tmp_path, capfd):
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).write_text("answers of last week")
+    writer = "[{class_path: lrsa_lit.callbacks.AnswerWriter, init_args: {path: own.jsonl}}]"
     with pytest.raises(SystemExit) as stop:
-        main(["test", *TINY, *longbench(tmp_path)])
+        main(["test", *TINY, *longbench(tmp_path), "--trainer.callbacks", writer])
     assert stop.value.code == 2
-    assert "AnswerWriter.path: runs/answers.jsonl is a folder; it must be a file" in capfd.readouterr().err
+    named = taken.removesuffix("/x")
+    assert f"AnswerWriter.path: {named} {why}" in capfd.readouterr().err.splitlines()[-1]
+    assert (tmp_path / taken).read_text() == "answers of last week"
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_each_evaluation_keeps_its_answers(tmp_path, capfd):
+    options = [*TINY, *SHORT, *longbench(tmp_path), "--data.init_args.max_tokens", "500"]
+    for command in ("test", "predict", "test"):
+        main([command, *options])
+        assert capfd.readouterr().out.splitlines()[-1].startswith("Answers: runs/")
+    found = sorted(str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").rglob("*.jsonl"))
+    assert found == ["predict-1/predictions.jsonl", "test-1/answers.jsonl", "test-2/answers.jsonl"]
+
+
+def test_an_evaluation_is_a_run_with_its_answers(tmp_path, capfd):
+    main(["fit", *DEBUG, "--validate_first", "false"])
+    (fit,) = recorded_runs(tmp_path / "runs/mlflow.db", "debug")
+    checkpoint = str(next((tmp_path / "runs").rglob("last.ckpt")))
+    main(["test", *DEBUG, "--ckpt_path", checkpoint])
+    shown = capfd.readouterr().out.splitlines()
+    run, *_ = recorded_runs(tmp_path / "runs/mlflow.db", "debug")
+    assert run.info.run_name == "test-tiny-L32-K8-s0@last"
+    found = {name: run.data.tags[name] for name in ("command", "checkpoint", "checkpoint.run")}
+    assert found == {"command": "test", "checkpoint": checkpoint, "checkpoint.run": fit.info.run_id}
+    assert fit.data.tags["command"] == "fit"
+    path = tmp_path / "runs" / run.info.experiment_id / run.info.run_id / "answers.jsonl"
+    assert len(path.read_text().splitlines()) == 8
+    assert next((tmp_path / "runs/artifacts").rglob("answers.jsonl")).read_text() == path.read_text()
+    answered, recorded, compared = shown[-3:]
+    assert answered == f"Answers: {path.relative_to(tmp_path)}"
+    assert run.info.run_id in recorded
+    assert compared.endswith(f"lrsa ui --store sqlite:///{tmp_path}/runs/mlflow.db --experiment debug")
+
+    # Again into the same run, as a validation: nothing of the test is lost.
+    main(["validate", *DEBUG, "--ckpt_path", checkpoint, "--trainer.logger.run_id", run.info.run_id])
+    assert {file.name for file in path.parent.glob("*.jsonl")} == {"answers.jsonl", "answers-2.jsonl"}
+    assert len(recorded_runs(tmp_path / "runs/mlflow.db", "debug")) == 2
+
+
+class Alone:
+    """A trainer of one process."""
+
+    world_size, global_rank, is_global_zero, logger = 1, 0, True, None
+    state = TrainerState(fn=TrainerFn.TESTING)
+
+    def __init__(self, root):
+        self.default_root_dir, self.strategy = root, self
+
+    def broadcast(self, value):
+        return value
+
+
+def test_a_full_disk_keeps_the_answers_before(tmp_path):
+    lines = LineFile("k", None, "answers.jsonl")
+    lines.begin(Alone(tmp_path))
+    lines.write([{"id": 1}, {"id": "\udc80"}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^k: .* cannot be written .* the 2 answers before stand in ") as caught:
+            lines.write([{"id": "x" * 100}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    kept = Path(str(caught.value).rpartition(" in ")[2])
+    assert [json.loads(line)["id"] for line in kept.read_text().splitlines()] == [1, "\udc80"]
+    lines.stop()
+    assert kept.exists()
+
+
+def test_an_evaluation_without_an_answer_leaves_no_file(tmp_path):
+    lines = LineFile("k", None, "answers.jsonl")
+    lines.begin(Alone(tmp_path))
+    lines.stop()
+    assert not list(tmp_path.iterdir())

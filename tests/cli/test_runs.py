@@ -37,11 +37,11 @@ def test_fit_then_test_then_predict_then_validate(tmp_path, capfd):
     assert "Test on 8 questions" in capfd.readouterr().out
 
     main(["predict", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])
-    lines = [json.loads(line) for line in (tmp_path / "runs/predictions.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "runs/predict-1/predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 8
     fields = {"id", "prediction", "gold", "f1", "exact_match", "prompt_tokens", "new_tokens", "config"}
     assert set(lines[0]) == fields
-    assert not list((tmp_path / "runs").glob("*.partial"))
+    assert not list((tmp_path / "runs").rglob("*.partial"))
 
     main(["validate", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])
     assert "Validation on 8 questions" in capfd.readouterr().out

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 from cli_helpers import DEBUG, recorded_runs
@@ -14,7 +16,7 @@ from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.flops import kv_ratio
 from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.tracking import MLflowRun, flatten, run_name
+from lrsa_lit.tracking import MLflowRun, flatten, record, run_name
 from lrsa_lit.tracking.record import family
 
 VALUES = {
@@ -108,6 +110,104 @@ def test_lightnings_epoch_belongs_to_the_training(tmp_path):
     logger.finalize()
     metrics = logger.experiment.get_run(logger.run_id).data.metrics
     assert metrics == {"train/loss": 0.5, "train/epoch": 3, "val/f1": 0.5}
+
+
+def test_a_logger_makes_no_store_before_its_run(tmp_path):
+    uri = f"sqlite:///{tmp_path}/store.db"
+    logger = MLflowRun(tracking_uri=uri)
+    assert not list(tmp_path.iterdir())
+    assert logger.run_id
+    assert (tmp_path / "store.db").exists()
+
+
+def test_a_start_that_fails_leaves_no_store(elsewhere, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *DEBUG, "--data.init_args.train", "nowhere.jsonl"])
+    assert "nowhere.jsonl" in capfd.readouterr().err.splitlines()[-1]
+    assert not list((elsewhere / "runs").iterdir())
+
+
+def test_a_run_that_is_not_recorded_is_not_named(elsewhere, capfd):
+    main(["fit", *DEBUG, "--trainer.fast_dev_run", "true"])
+    assert "Run " not in capfd.readouterr().out
+    assert not (elsewhere / "runs/mlflow.db").exists()
+
+
+def test_changed_code_alone_is_dirty(tmp_path, monkeypatch):
+    code = tmp_path / "src/own/tracking/record.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("x = 1")
+    (tmp_path / "README").touch()
+
+    def git(*arguments):
+        who = ["-c", "user.name=x", "-c", "user.email=x@y"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(record, "__file__", str(code))
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"), datamodule=None)
+
+    def dirty():
+        return record.circumstances({}, trainer)["git_dirty"]
+
+    (tmp_path / ".venv").symlink_to(tmp_path.parent)
+    (tmp_path / "notes.txt").touch()
+    assert dirty() == "false"
+    (code.parent / "new.py").touch()
+    assert dirty() == "true"
+    (code.parent / "new.py").unlink()
+    (tmp_path / "README").write_text("changed")
+    assert dirty() == "true"
+
+
+def test_experiments_by_name_and_by_id(tmp_path):
+    uri = f"sqlite:///{tmp_path}/store.db"
+    assert MLflowRun(tracking_uri=uri).experiment_name == "lrsa"
+    first = MLflowRun("own", tracking_uri=uri)
+    number = first.experiment_id
+    by_id = MLflowRun(tracking_uri=uri, experiment_id=number)
+    assert by_id.name == number
+    assert by_id.experiment_name == "own"
+    assert MLflowRun("own", tracking_uri=uri, experiment_id=number).name == number
+    with pytest.raises(UserError, match=rf"experiment_id: {number} is the experiment 'own', .* is 'another'"):
+        MLflowRun("another", tracking_uri=uri, experiment_id=number)
+    with pytest.raises(UserError, match=r"experiment_id: 77 is no experiment of sqlite:"):
+        MLflowRun(tracking_uri=uri, experiment_id="77")
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_run_that_is_not_there_is_said(deleted, tmp_path):
+    uri = f"sqlite:///{tmp_path}/store.db"
+    first = MLflowRun(tracking_uri=uri)
+    run_id = first.run_id
+    first.experiment.delete_run(run_id)
+    named = run_id if deleted else "0" * 32
+    with pytest.raises(UserError, match=rf"run_id: .*{named} {'was deleted' if deleted else 'is no run'}"):
+        MLflowRun(tracking_uri=uri, run_id=named)
+    if deleted:
+        with pytest.raises(UserError, match=rf"^ckpt_path: the run {run_id} was deleted .* restore"):
+            MLflowRun(tracking_uri=uri).continue_run(run_id, 3)
+    else:
+        assert not MLflowRun(tracking_uri=uri).continue_run(named, 3)
+
+
+def test_the_environment_names_experiment_and_run_and_stays_out_of_the_record(elsewhere, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    short = ["fit", "--config", "configs/model/tiny.yaml", "--config", "configs/data/files.yaml"]
+    short += ["--data.init_args.train", "data/sample.jsonl", "--data.init_args.val", "data/sample.jsonl"]
+    short += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--validate_first", "false"]
+    # Both kinds of callbacks are among the defaults.
+    short += ["--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"]
+    main(short)
+    (run,) = recorded_runs(elsewhere / "runs/mlflow.db", "mine")
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    main([*short, "--seed_everything", "1"])
+    (again,) = recorded_runs(elsewhere / "runs/mlflow.db", "mine")
+    assert again.data.tags["seed"] == "1"
+    (config,) = (elsewhere / "runs/artifacts").rglob("config.resumed.yaml")
+    assert run.info.run_id not in config.read_text()
 
 
 def test_two_stores_in_one_process(tmp_path):

@@ -138,7 +138,7 @@ def fit(name, uri, *options):
 
 
 def test_a_fit_on_a_server(server, elsewhere, monkeypatch, capfd):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.replace("://", "://joe:hunter2@"))
     main(["fit", *DEBUG, "--trainer.logger.init_args.experiment_name", "environment"])
     (run,) = runs_of(server, "environment")
     assert run.info.status == "FINISHED"
@@ -150,7 +150,11 @@ def test_a_fit_on_a_server(server, elsewhere, monkeypatch, capfd):
     assert AutoModelForCausalLM.from_pretrained(folder / "model").config.lrsa["top_k"] == 8
     assert not list((elsewhere / "runs").rglob("*.safetensors")), "uploaded, and not kept twice"
     assert not (elsewhere / "runs/mlflow.db").exists()
-    assert f"in {server}" in capfd.readouterr().out
+    shown = capfd.readouterr()
+    assert f"in {server}" in shown.out
+    assert f"tracking_uri: {server}" in (folder / "config.yaml").read_text()
+    for text in (shown.out, shown.err, str(run.data), (folder / "config.yaml").read_text()):
+        assert "hunter2" not in text
 
 
 def test_no_server_stops_the_run_at_its_start(elsewhere, capfd):

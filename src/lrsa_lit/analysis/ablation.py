@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 
-from lrsa_lit.analysis.artifacts import run_folder, upload
 from lrsa_lit.analysis.capture import first_rows
 from lrsa_lit.analysis.layer_gains import LayerGains, exactly
 from lrsa_lit.attention import rules, using
@@ -24,6 +22,8 @@ from lrsa_lit.files import write_atomically
 from lrsa_lit.models import uncompiled
 from lrsa_lit.models.head import answer_losses
 from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.terminal import PlainConsole
+from lrsa_lit.tracking.artifacts import run_folder, upload
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch
@@ -126,10 +126,10 @@ class LayerAblation(Callback):
         """Show it, once the progress bar is gone."""
         if self._found is None:
             return
-        console = Console()
+        console = PlainConsole()
         console.print(self._found.table())
         for line in (str(self._found.suggestion(self.share)), f"Layers: {run_folder(trainer) / FILE}"):
-            console.print(line, soft_wrap=True, highlight=False)
+            console.say(line)
         self._found = None
 
     def _sparse(self, task: Any) -> LRSAConfig:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis import metrics, plots
-from lrsa_lit.analysis.artifacts import run_folder, upload
 from lrsa_lit.analysis.capture import first_rows, record
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.analysis.runs import SELECTIONS
 from lrsa_lit.attention import using
 from lrsa_lit.errors import UserError
+from lrsa_lit.tracking.artifacts import run_folder, upload
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ import pandas as pd
 
 from lrsa_lit import statistics
 from lrsa_lit.analysis.record import SelectionRecord
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, printable
 from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
-from lrsa_lit.store import SQLITE, connect, existing_uri, find_experiment
+from lrsa_lit.store import connect, existing_uri, find_experiment
+from lrsa_lit.uris import sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -41,7 +43,8 @@ MEASURES = {
 RULE = ["model", "lag_size", "top_k"]
 """Runs with equal values here are repetitions of one another."""
 
-_DEFAULT = Path("runs/mlflow.db")
+DEFAULT = Path("runs/mlflow.db")
+"""Where a store is looked for, in a folder and those above it."""
 
 
 def open_store(uri: str | None = None) -> MlflowClient:
@@ -269,9 +272,11 @@ def _row(run: Run) -> dict[str, Any]:
 def _nearest_store() -> str:
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / _DEFAULT).is_file():
-            return f"{SQLITE}{folder / _DEFAULT}"
-    raise UserError(f"tracking_uri: no {_DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI")
+        if (folder / DEFAULT).is_file():
+            if folder != here:
+                print(printable(f"Runs of {folder / DEFAULT}"), file=sys.stderr)
+            return sqlite_uri(folder / DEFAULT, "tracking_uri")
+    raise UserError(f"tracking_uri: no {DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI")
 
 
 def _unknown(kind: str, name: str, known: Sequence[str]) -> str:

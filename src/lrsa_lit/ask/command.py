@@ -10,15 +10,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.logging import RichHandler
 
 from lrsa_lit.arguments import Parser
 from lrsa_lit.ask.dialogue import Dialogue
@@ -27,6 +23,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import SUFFIX, Trained, load_trained
 from lrsa_lit.models.rope import LARGEST_FACTOR, RopeScaling
 from lrsa_lit.paths import check_path, shipped
+from lrsa_lit.terminal import PlainConsole, log_to
 
 if TYPE_CHECKING:
     import torch
@@ -85,9 +82,8 @@ def run(arguments: Sequence[str]) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     text = read_text(options.file)
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=notes, show_path=False, show_time=False)])
-    logging.getLogger("lrsa_lit").setLevel(logging.INFO)
+    notes = PlainConsole(stderr=True, soft_wrap=True)
+    log_to(notes)
     device = _device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     trained = _trained(options.model, dtype, trust_remote_code=options.trust_remote_code)
@@ -109,7 +105,7 @@ def _run(options: argparse.Namespace) -> None:
             _check_length(backbone, dialogue, [question], options)
         except UserError as error:
             # Only a typed question comes this far: the given ones were checked together.
-            notes.print(f"lrsa: {error}", markup=False)
+            notes.say(f"lrsa: {error}")
             continue
         if several and not options.json:
             print(f"> {question}", flush=True)
@@ -257,7 +253,7 @@ def _asks(options: argparse.Namespace) -> bool:
     return not options.json and options.file != STDIN and sys.stdin is not None and sys.stdin.isatty()
 
 
-def _questions(options: argparse.Namespace, notes: Console) -> Iterator[str]:
+def _questions(options: argparse.Namespace, notes: PlainConsole) -> Iterator[str]:
     """The questions given, then those typed, until an empty line or the end of input."""
     yield from options.questions
     while _asks(options):
@@ -316,14 +312,14 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _rule(model: Trained, options: argparse.Namespace, notes: Console) -> LRSAConfig:
+def _rule(model: Trained, options: argparse.Namespace, notes: PlainConsole) -> LRSAConfig:
     """The rule that the model was trained with, else the defaults with K = L/4, with what the options change of it."""
     from lrsa_lit.ops.sparse_attention import LRSAConfig
 
     changes = {name: value for name in _RULE_FLAGS if (value := getattr(options, name)) is not None}
     if model.rule is None:
         line = f"{model.backbone.name} was never trained with LRSA: its answers may be worse than with --dense."
-        notes.print(line, markup=False)
+        notes.say(line)
         quarter = changes.get("lag_size", LRSAConfig.lag_size) // 4
         return LRSAConfig().replace(**{"top_k": quarter} | changes)
     try:

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from rich.console import Console
 from rich.table import Table
 
+from lrsa_lit.callbacks.answers import AnswerWriter, PredictionWriter
+from lrsa_lit.callbacks.fit_summary import run_lines
 from lrsa_lit.names import OWN, SCORES, TOO_LONG_OF
+from lrsa_lit.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from lrsa_lit.data.module import QADataModule, Split
@@ -22,14 +24,28 @@ _STAGES = {"val": "Validation", "test": "Test"}
 
 
 def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, split: Split) -> None:
-    """Print what an evaluation found, and what it left out, on the first process."""
+    """Print what an evaluation found, what it left out and where its answers are, on the first process."""
     if not trainer.is_global_zero:
         return
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    console = Console()
+    console = PlainConsole()
     console.print(evaluation_table(metrics, list(model.attentions), data, split))
     for line in evaluation_notes(data, split, model.max_new_tokens):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.say(line)
+    show_answers(trainer)
+
+
+def show_answers(trainer: Trainer) -> None:
+    """Print where the answers of an evaluation and its run are, on the first process."""
+    if not trainer.is_global_zero:
+        return
+    console = PlainConsole()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AnswerWriter | PredictionWriter):
+            for path in callback.lines.written:
+                console.say(f"Answers: {path}")
+    for line in run_lines(trainer):
+        console.say(line)
 
 
 def evaluation_table(metrics: Mapping[str, float], prefixes: Sequence[str], data: QADataModule, split: Split) -> Table:

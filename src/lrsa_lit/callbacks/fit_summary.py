@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 
 from lrsa_lit.names import OWN, SCORES
+from lrsa_lit.terminal import PlainConsole
+from lrsa_lit.tracking.logger import MLflowRun
 
 
 class FitSummary(Callback):
@@ -42,12 +43,11 @@ class FitSummary(Callback):
         """Print the summary on the first process, once the progress bar is gone."""
         if not trainer.is_global_zero:
             return
-        console = Console()
+        console = PlainConsole()
         if self.history:
             console.print(summary_table(self.history))
         for line in where_recorded(trainer):
-            # One fact a line, unwrapped, so that paths and commands can be copied.
-            console.print(line, soft_wrap=True, highlight=False)
+            console.say(line)
 
 
 def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
@@ -80,9 +80,14 @@ def where_recorded(trainer: Trainer) -> list[str]:
         if checkpoint := getattr(trainer.checkpoint_callback, name, ""):
             lines.append(f"{kind} checkpoint: {checkpoint}")
             break
-    uri = getattr(trainer.logger, "tracking_uri", None)
-    if uri is not None and trainer.logger is not None:
-        experiment = str(getattr(trainer.logger, "experiment_name", trainer.logger.name))
-        lines.append(f"Run {trainer.logger.version} of experiment {experiment!r} in {uri}")
-        lines.append(f"Compare its runs: lrsa ui --store {uri} --experiment {shlex.quote(experiment)}")
-    return lines
+    return [*lines, *run_lines(trainer)]
+
+
+def run_lines(trainer: Trainer) -> list[str]:
+    """Lines that name the run and the command that compares it with others; none where nothing is recorded."""
+    logger = trainer.logger
+    if not isinstance(logger, MLflowRun):
+        return []
+    experiment = logger.experiment_name
+    compare = shlex.join(["lrsa", "ui", "--store", logger.store, "--experiment", experiment])
+    return [f"Run {logger.version} of experiment {experiment!r} in {logger.store}", f"Compare its runs: {compare}"]

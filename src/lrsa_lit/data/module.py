@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import datasets
 import lightning
-from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +34,7 @@ from lrsa_lit.data.sampler import ResumableLoader
 from lrsa_lit.errors import UserError
 from lrsa_lit.names import TOO_LONG_OF
 from lrsa_lit.paths import cache_dir
+from lrsa_lit.terminal import PlainConsole
 
 Split: TypeAlias = Literal["train", "val", "test"]
 Score: TypeAlias = Literal["f1", "recall"]
@@ -270,7 +270,7 @@ class QADataModule(lightning.LightningDataModule):
         records = self.records(split)
         limit = self.limit.get(split)
         total = min(limit or len(records), len(records)) if isinstance(records, Sized) else limit
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         yield from track(
             self._kept(split, records, limit),
             f"Tokenising {split}",

@@ -20,15 +20,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lrsa_lit import heartbeat
 from lrsa_lit.arguments import Parser, terminable
-from lrsa_lit.errors import UserError
-from lrsa_lit.store import answering, checked_uri, connect, experiment_id
+from lrsa_lit.errors import UserError, printable
+from lrsa_lit.store import URI_KEY, answering, checked_uri, connect, experiment_id
 from lrsa_lit.sweep.grid import FLAG, Point, parse, points
 from lrsa_lit.sweep.summary import Outcome, show
 
@@ -119,18 +118,29 @@ def _check_fits(todo: Sequence[Point]) -> None:
         raise UserError("--ckpt_path: it is not allowed in a sweep, whose fits would all resume the same run")
     if any(point.config.get("estimate") for point in todo):
         raise UserError("--estimate: it is not allowed in a sweep; lrsa fit estimates one point")
+    if run_id := _logger(todo[0]).get("run_id"):
+        raise UserError(
+            f"{URI_KEY.rpartition('.')[0]}.run_id: {run_id} is not allowed in a sweep; each fit has its own"
+        )
 
 
 def _open(point: Point) -> _Store:
     """The store and experiment that the fits record to."""
+    settings = _logger(point)
+    uri = checked_uri(settings["tracking_uri"])
+    client = connect(uri)
+    with answering(uri):
+        named = settings.get("experiment_id")
+        return _Store(client, uri, experiment_id(client, settings["experiment_name"], uri, named))
+
+
+def _logger(point: Point) -> dict[str, Any]:
+    """The settings of a fit's logger."""
     logger = point.config["trainer"].get("logger")
     settings: dict[str, Any] = (logger.get("init_args") or {}) if isinstance(logger, dict) else {}
     if "experiment_name" not in settings or "tracking_uri" not in settings:
         raise UserError(f"trainer.logger: {json.dumps(logger)} is not allowed in a sweep; it must be MLflowRun")
-    uri = checked_uri(settings["tracking_uri"])
-    client = connect(uri)
-    with answering(uri):
-        return _Store(client, uri, experiment_id(client, settings["experiment_name"], uri))
+    return settings
 
 
 def _parent(store: _Store, todo: Sequence[Point], grid: dict[str, list[str]]) -> str:
@@ -139,7 +149,7 @@ def _parent(store: _Store, todo: Sequence[Point], grid: dict[str, list[str]]) ->
     if (before := _latest(store, {SWEEP: key})) is not None:
         parent = str(before.info.run_id)
     else:
-        tags = {SWEEP: key, "sweep.grid": json.dumps(grid), heartbeat.TAG: f"{time.time():.0f}"}
+        tags = {SWEEP: key, "sweep.grid": json.dumps(grid)} | heartbeat.tags()
         name = f"sweep-{'-'.join(setting.rpartition('.')[2] for setting in grid)}"
         parent = str(store.client.create_run(store.experiment, tags=tags, run_name=name).info.run_id)
     heartbeat.beat(store.client, parent)
@@ -151,12 +161,13 @@ def _run_point(store: _Store, parent: str, point: Point, number: str, outcomes: 
     with answering(store.uri):
         finished = _latest(store, {POINT: point.digest}, "FINISHED")
     if finished is not None:
-        print(f"[{number}] {point.label}: finished as {finished.info.run_name}", flush=True)
+        print(printable(f"[{number}] {point.label}: finished as {finished.info.run_name}"), flush=True)
         outcomes.append(Outcome(point, "finished before", finished))
         return
     with answering(store.uri):
         checkpoint = _left_behind(store, parent, point)
-    print(f"[{number}] {point.label}" + (f": goes on from {checkpoint}" if checkpoint else ""), flush=True)
+    from_there = f": goes on from {checkpoint}" if checkpoint else ""
+    print(printable(f"[{number}] {point.label}{from_there}"), flush=True)
 
     def beat() -> None:
         with contextlib.suppress(UserError), answering(store.uri):

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, redacted
 
 FLAG = "--grid"
 _LOGGER = "trainer.logger"
@@ -83,7 +83,8 @@ def points(grid: dict[str, list[str]], arguments: Sequence[str]) -> list[Point]:
         chosen = dict(zip(grid, values, strict=True))
         own = [*arguments, *(part for key, value in chosen.items() for part in (f"--{key}", value))]
         text, config = _resolved(own)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        # Not of a password, which may be another one next time.
+        digest = hashlib.sha256(redacted(text).encode()).hexdigest()[:16]
         made.append(Point(chosen, own, config, digest))
     return made
 

@@ -25,12 +25,12 @@ class Outcome(NamedTuple):
 
 def show(outcomes: Sequence[Outcome], points: int) -> None:
     """Print the table."""
-    from rich.console import Console
+    from lrsa_lit.terminal import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     if not console.is_terminal:
         # A file has no width that columns must fit in.
-        console = Console(width=200)
+        console = PlainConsole(width=200)
     if outcomes:
         console.print(summary(outcomes, points))
 

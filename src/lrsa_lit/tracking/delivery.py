@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lrsa_lit.store import reason
+from lrsa_lit.store import reason, refused
 
 METRICS = "metric values"
 _RETRY_SECONDS = 15.0
@@ -135,7 +135,7 @@ class Delivery:
             send()
         except Exception as error:
             # Whatever it was, the training goes on.
-            if _refused(error):
+            if refused(error):
                 if what not in self._refused:
                     self._refused.add(what)
                     _log.warning("The run's store refused %s: %s", what, reason(error))
@@ -148,10 +148,3 @@ class Delivery:
             self._late = False
             _log.info("The run's store answers again; what was kept is being sent")
         return True
-
-
-def _refused(error: Exception) -> bool:
-    """Whether a store understood what was sent and does not want it; anything else may pass."""
-    from mlflow.exceptions import MlflowException
-
-    return isinstance(error, MlflowException) and error.get_http_status_code() in (400, 403, 404)

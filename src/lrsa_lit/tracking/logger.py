@@ -8,18 +8,23 @@ import json
 import logging
 import re
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lrsa_lit import heartbeat
-from lrsa_lit.errors import UserError
-from lrsa_lit.store import answering, checked_uri, connect, experiment_id
+from lrsa_lit.errors import UserError, redacted
+from lrsa_lit.store import EXPERIMENT, answering, checked_uri, connect, experiment_id, find_run, is_new
 from lrsa_lit.tracking.delivery import Delivery
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 _FLUSH_SECONDS = 15.0
@@ -31,47 +36,51 @@ _SPOOL = "undelivered.jsonl"
 _BATCH = 1000
 """MLflow's limit for the metrics of one call."""
 
+_MAX_PARAM = 250
+_MOST_PARAMS = 100
+"""MLflow's limit for the params of one call."""
+
+_RUN_KEY = "trainer.logger.init_args.run_id"
+
 _log = logging.getLogger("lrsa_lit.tracking")
 
 
-class MLflowRun(MLFlowLogger):
+class MLflowRun(Logger):
     """One MLflow run. Metrics are grouped by their prefix (train/, val/, test/, perf/).
 
-    The store must answer when the run starts. If it stops answering later, metrics are kept and sent late.
+    The store must answer when the run starts. If it stops answering later, metrics are kept and sent late. A new SQLite
+    store is made with its first run.
 
     Args:
-        experiment_name: runs of one experiment are compared with each other.
-        run_name: name of the run; null derives one from model, lag size, K and seed.
+        experiment_name: runs of one experiment are compared with each other; null is that of experiment_id, else lrsa.
+        run_name: name of the run; null derives one from command, model, lag size, K, seed and checkpoint.
         tracking_uri: sqlite:///PATH for a store without a server (the folder is made), or a server's http:// address.
         run_id: continue this run instead of a new one.
         tags: further tags.
+        experiment_id: of an experiment that exists.
     """
 
     def __init__(
         self,
-        experiment_name: str = "lrsa",
+        experiment_name: str | None = None,
         run_name: str | None = None,
         tracking_uri: str = "sqlite:///runs/mlflow.db",
         run_id: str | None = None,
         tags: dict[str, str] | None = None,
+        experiment_id: str | None = None,
     ) -> None:
+        super().__init__()
         if importlib.util.find_spec("mlflow") is None:
             raise UserError("trainer.logger: mlflow is not installed; install it, or run with --trainer.logger=false")
-        uri = checked_uri(tracking_uri)
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        self.tracking_uri = checked_uri(tracking_uri)
+        """Where the runs are recorded, with the user and password that a server may take: not to be shown."""
+        self.tags = dict(tags or {})
+        self._experiment_name, self._experiment_id = experiment_name, experiment_id
+        self._run_name, self._run_id = run_name, run_id
+        self._initialized = False
+        if getattr(rank_zero_only, "rank", 0) == 0 and not is_new(self.tracking_uri):
             # Now, before a model is loaded.
-            connect(uri)
-        super().__init__(
-            experiment_name=experiment_name,
-            run_name=run_name,
-            tracking_uri=uri,
-            run_id=run_id,
-            tags=dict(tags or {}),
-            # Every checkpoint would be copied and never deleted.
-            log_model=False,
-            # Metrics go through Delivery instead, which bears a store that is gone.
-            synchronous=True,
-        )
+            self._check_store()
         self.continues = run_id is not None
         self._recorded: dict[str, int] = {}
         self._user_stopped = False
@@ -80,25 +89,44 @@ class MLflowRun(MLFlowLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """MLflow's client, with the run made or taken up.
-
-        Lightning's own would set MLFLOW_TRACKING_URI for the whole process, and with it the store of later runs.
-        """
+        """MLflow's client, with the run made or taken up."""
         if not self._initialized:
             with answering(self.tracking_uri):
                 self._open()
             self._initialized = True
-        return self._mlflow_client
+        return self._client
 
     @property
-    def tracking_uri(self) -> str:
-        """Where the runs are recorded."""
-        return str(self._tracking_uri)
+    def store(self) -> str:
+        """Where the runs are recorded, as it may be shown and kept."""
+        return redacted(self.tracking_uri)
+
+    @property
+    def name(self) -> str | None:
+        """The experiment's id, as Lightning has it."""
+        return self.experiment_id
+
+    @property
+    def version(self) -> str | None:
+        """The run's id, as Lightning has it."""
+        return self.run_id
+
+    @property
+    def run_id(self) -> str | None:
+        """The id of the run, which is made if need be; None on other processes than the first."""
+        _ = self.experiment
+        return self._run_id
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The id of the run's experiment; None on other processes than the first."""
+        _ = self.experiment
+        return self._experiment_id
 
     @property
     def experiment_name(self) -> str:
         """Name of the experiment; Lightning's ``name`` is its id."""
-        return str(self._experiment_name)
+        return str(self._experiment_name or EXPERIMENT)
 
     @property
     def named(self) -> bool:
@@ -125,26 +153,29 @@ class MLflowRun(MLFlowLogger):
 
         Returns:
             Whether the run is continued.
-        """
-        from mlflow.exceptions import MlflowException
 
+        Raises:
+            UserError: the run was deleted, or the store does not answer.
+        """
         if self._initialized or self._run_id is not None:
             return self.continues
-        client = self._mlflow_client
-        try:
-            run = client.get_run(run_id)
+        if is_new(self.tracking_uri):
+            return False
+        client = self._client
+        with answering(self.tracking_uri):
+            run = find_run(client, run_id, self.tracking_uri, "ckpt_path")
+            if run is None:
+                # Recorded in another store.
+                return False
             recorded = {
                 name: max(metric.step for metric in client.get_metric_history(run_id, name))
                 for name in run.data.metrics
                 if not name.startswith("system/")
             }
-        except MlflowException:
-            # Recorded in another store.
-            return False
         # The first step after the checkpoint is logged under the number of those before it.
         went_on = recorded.get("train/loss", -1) >= step
         if went_on and (run.info.status == "FINISHED" or not same):
-            self.tags = {**(self.tags or {}), "resumed_from": run_id}
+            self.tags["resumed_from"] = run_id
             _log.info("A new run, as %s went on after this checkpoint", run_id)
             return False
         self._run_id, self.continues, self._recorded = run_id, True, recorded
@@ -157,6 +188,16 @@ class MLflowRun(MLFlowLogger):
     def deliver(self, what: str, send: Callable[[], object]) -> None:
         """Record something in the background; ``what`` names it if it cannot be delivered."""
         self._delivery.call(what, send)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Record params, cut to what every MLflow takes."""
+        from mlflow.entities import Param
+
+        values = vars(params) if isinstance(params, Namespace) else params
+        listed = [Param(name, str(value)[:_MAX_PARAM]) for name, value in values.items()]
+        for start in range(0, len(listed), _MOST_PARAMS):
+            self.experiment.log_batch(self.run_id, params=listed[start : start + _MOST_PARAMS])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -189,7 +230,7 @@ class MLflowRun(MLFlowLogger):
         kept = self._keep_undelivered()
         if lost:
             where = "" if kept is None else f"; the metrics stand in {kept} and are sent when the run is resumed"
-            _log.warning("Not delivered to %s, which does not answer: %s%s", self.tracking_uri, ", ".join(lost), where)
+            _log.warning("Not delivered to %s, which does not answer: %s%s", self.store, ", ".join(lost), where)
 
     @rank_zero_only
     def keep_under(self, root: Path) -> None:
@@ -235,6 +276,26 @@ class MLflowRun(MLFlowLogger):
         return spool
 
     @functools.cached_property
+    def _client(self) -> MlflowClient:
+        """A store of its own: mlflow.set_tracking_uri would set that of the whole process, and of later runs."""
+        return connect(self.tracking_uri)
+
+    def _check_store(self) -> None:
+        """Ask the store for what was named by its id."""
+        with answering(self.tracking_uri):
+            client = self._client
+            if self._run_id is not None:
+                self._checked_run(self._run_id)
+            elif self._experiment_id is not None:
+                experiment_id(client, self._experiment_name, self.tracking_uri, self._experiment_id)
+
+    def _checked_run(self, run_id: str) -> Run:
+        found = find_run(self._client, run_id, self.tracking_uri, _RUN_KEY)
+        if found is None:
+            raise UserError(f"{_RUN_KEY}: {run_id} is no run of {self.store}")
+        return found
+
+    @functools.cached_property
     def _delivery(self) -> Delivery:
         client, run_id = self.experiment, str(self.run_id)
         return Delivery(
@@ -256,13 +317,14 @@ class MLflowRun(MLFlowLogger):
         """Make the run, or take up the one that was asked for."""
         from mlflow.tracking.context.registry import resolve_tags
 
-        client = self._mlflow_client
+        client = self._client
         if self._run_id is not None:
-            self._experiment_id = client.get_run(self._run_id).info.experiment_id
+            self._experiment_id = str(self._checked_run(self._run_id).info.experiment_id)
             self._experiment_name = client.get_experiment(self._experiment_id).name
-            client.update_run(self._run_id, status="RUNNING")
+            heartbeat.beat(client, self._run_id)
             return
-        self._experiment_id = experiment_id(client, self.experiment_name, self.tracking_uri)
+        self._experiment_id = experiment_id(client, self._experiment_name, self.tracking_uri, self._experiment_id)
+        self._experiment_name = client.get_experiment(self._experiment_id).name
         # With what the environment says: a sweep names the parent run in MLFLOW_RUN_CONTEXT.
-        tags = resolve_tags({**(self.tags or {}), heartbeat.TAG: f"{time.time():.0f}"})
+        tags = resolve_tags(self.tags | heartbeat.tags())
         self._run_id = client.create_run(self._experiment_id, tags=tags, run_name=self._run_name).info.run_id

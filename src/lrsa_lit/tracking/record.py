@@ -17,6 +17,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lrsa_lit.checkpoints.stop import Terminated
 from lrsa_lit.data.module import QADataModule
+from lrsa_lit.errors import redacted
 from lrsa_lit.flops import kv_ratio
 from lrsa_lit.models.checkpoint_file import Unreadable, read
 from lrsa_lit.store import answering
@@ -39,10 +40,16 @@ class RecordConfig(SaveConfigCallback):
 
     ``lrsa fit --config config.yaml`` with the recorded file repeats the run. Checkpoints get the run's id, so that a
     resumed fit goes on in its run. Without a logger it does nothing.
+
+    Args:
+        args: as of SaveConfigCallback.
+        command: which of the command line's it is: fit, validate, test or predict.
+        kwargs: as of SaveConfigCallback.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, command: str = "fit", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"save_to_log_dir": False})
+        self._command = command
         self._recorded_splits: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,16 +70,18 @@ class RecordConfig(SaveConfigCallback):
         logger = trainer.logger
         if not isinstance(logger, MLflowRun):
             return
-        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False, format="yaml")
+        text = redacted(
+            self.parser.dump(_repeatable(self.config), skip_none=False, skip_link_targets=False, format="yaml")
+        )
         values = yaml.safe_load(text)
         params = flatten({key: values[key] for key in ("model", "data", "trainer") if values.get(key)})
         with answering(logger.tracking_uri):
             client, run_id = logger.experiment, logger.run_id
             if not logger.named and not logger.continues:
-                client.update_run(run_id, name=run_name(values))
+                client.update_run(run_id, name=run_name(values, self._command))
             client.log_text(run_id, text, "config.resumed.yaml" if logger.continues else "config.yaml")
             _log_params(logger, params | derived_params(trainer, pl_module))
-            for name, value in circumstances(values, trainer).items():
+            for name, value in (circumstances(values, trainer) | evaluated(values, self._command)).items():
                 client.set_tag(run_id, name, value)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -158,13 +167,36 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def run_name(values: Mapping[str, Any]) -> str:
-    """A readable name such as ``smollm2-L128-K32-s0``."""
+def _repeatable(config: Any) -> Any:
+    """A config without the run that it went on in: who repeats it means another one."""
+    logger = config.get("trainer.logger")
+    if not getattr(logger, "get", lambda name: None)("init_args.run_id"):
+        return config
+    copy = config.clone()
+    copy["trainer.logger.init_args.run_id"] = None
+    return copy
+
+
+def evaluated(values: Mapping[str, Any], command: str) -> dict[str, str]:
+    """Tags that say what a run has done and, of an evaluation, on which weights: ``checkpoint`` and its run."""
+    checkpoint = values.get("ckpt_path")
+    if command == "fit" or not checkpoint:
+        return {"command": command}
+    writer, _ = run_of(Path(checkpoint))
+    return {"command": command, "checkpoint": str(checkpoint)} | ({"checkpoint.run": writer} if writer else {})
+
+
+def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
+    """A readable name such as ``smollm2-L128-K32-s0``, of an evaluation ``test-smollm2-L128-K32-s0@last``."""
     model = values["model"]
     source = model["backbone"].get("init_args", model["backbone"])["source"]
     trained = "" if model.get("train_attention") is not None else "-dense"
     rule = f"L{model['lrsa']['lag_size']}-K{model['lrsa']['top_k']}"
-    return f"{family(source)}{trained}-{rule}-s{values['seed_everything']}"
+    name = f"{family(source)}{trained}-{rule}-s{values['seed_everything']}"
+    if command == "fit":
+        return name
+    checkpoint = values.get("ckpt_path")
+    return f"{command}-{name}" + (f"@{Path(checkpoint).stem}" if checkpoint else "")
 
 
 def family(source: str) -> str:
@@ -205,6 +237,9 @@ def _git() -> dict[str, str]:
     try:
         # A virtual environment inside somebody's checkout must not report that project's commit.
         git("ls-files", "--error-unmatch", str(Path(__file__)))
-        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": str(bool(git("status", "--porcelain"))).lower()}
+        # New files count among the code alone: a link to a virtual environment or to a disk for runs changes nothing.
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        new = git("ls-files", "--others", "--exclude-standard", "--", str(folder.parent))
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": str(bool(changed or new)).lower()}
     except (OSError, subprocess.CalledProcessError):
         return {}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lrsa_lit.errors import redacted
 from lrsa_lit.store import answering, checked_uri, connect, experiment_id
 from lrsa_lit.study.plan import Study, digest
 from lrsa_lit.study.results import Line, current
@@ -54,7 +55,7 @@ def to_mlflow(study: Study, lines: Sequence[Line], uri: str) -> None:
             for start in range(0, len(metrics), _MOST):
                 client.log_batch(run_id, metrics=metrics[start : start + _MOST])
             client.set_terminated(run_id)
-    print(f"{len(runs)} runs of experiment {lines[0]['study']!r} in {uri}", flush=True)
+    print(f"{len(runs)} runs of experiment {lines[0]['study']!r} in {redacted(uri)}", flush=True)
 
 
 def _params(study: Study, lines: Sequence[Line]) -> dict[str, str]:
