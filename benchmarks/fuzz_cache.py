@@ -147,11 +147,11 @@ class Sequence:
                 given = {"attention_mask": mask} if not bool(real.all()) or self.random.random() < 0.5 else {}
                 logits = self.model(ids, **given, **cache_argument(self.model, self.cache)).logits
         finally:
-            # An exception behind the last layer leaves the columns in the cache, which says so.
-            if self.cache.get_seq_length() > before:
-                self.mask = mask
-                for row, (start, stop) in enumerate(spans):
-                    self.rows[row] += ids[row, start:stop].tolist()
+            # An exception behind the last layer, or in a later call of prefill, leaves columns in the cache that count.
+            taken = self.cache.get_seq_length() - before
+            self.mask = mask[:, : before + taken]
+            for row, (start, stop) in enumerate(spans):
+                self.rows[row] += ids[row, start : min(stop, taken)].tolist()
         self.check(logits, spans)
 
     def check(self, logits: Tensor, spans: list[tuple[int, int]]) -> None:
