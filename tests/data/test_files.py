@@ -3,7 +3,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -155,8 +154,6 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     path = folder / name
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".arrow":
-        datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(str(folder))
     else:
         path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
     return folder
@@ -166,7 +163,7 @@ def of_hub(folder: Path) -> list[QARecord]:
     return list(QAFiles(hub=str(folder), hub_splits={"train": "train"}).records("train"))
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet", "train.arrow"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet"])
 def test_texts_of_a_folder_stay_as_they_are(tmp_path: Path, name: str):
     answers = ["2021-01-02", "2021-01-02T03:04:05Z", "17", "1e3", "null", "True"]
     records = of_hub(written(tmp_path / "set", name, [{**ROW, "answers": [text]} for text in answers]))
