@@ -73,6 +73,7 @@ def check_writable(key: str, value: object, folder: Path) -> None:
     Raises:
         UserError: that fails; the message names the setting ``key`` and the ``value`` that led to the folder.
     """
+    check_path(key, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

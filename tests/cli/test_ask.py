@@ -26,7 +26,9 @@ from lrsa_lit.attention import LRSACache, enable
 from lrsa_lit.chat_template import render
 from lrsa_lit.cli import main
 from lrsa_lit.data.prompts import INSTRUCTION
+from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.checkpoint import load_trained
+from lrsa_lit.models.folder import save_folder
 from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
@@ -489,3 +491,20 @@ def test_template_arguments_without_effect_are_refused_by_a_fit(capfd):
         main(["fit", *DEBUG, *NO_LOGGER, "--model.template_arguments", "{mod: calm}"])
     assert stop.value.code == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("lrsa: error: model.template_arguments: ")
+
+
+def test_a_folder_of_adapters(tmp_path, capfd):
+    """It answers as the adapters and their rule do on the base model that the folder names."""
+    tiny_model().save_pretrained(tmp_path / "base"), tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = enable(Backbone(str(tmp_path / "base"), lora=LoRA(rank=2)).build(), RULE)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight), alpha=0.3)
+    save_folder(model, tiny_tokenizer(), tmp_path / "adapters")
+    save_folder(model.merge_and_unload(), tiny_tokenizer(), tmp_path / "merged")
+    answers = []
+    for name in ("adapters", "merged", "base"):
+        main(["ask", "--json", "--model", name, *FLAGS, "--max-new-tokens", str(NEW), "text.txt", FIRST])
+        answers.append(json.loads(capfd.readouterr().out))
+    assert answers[0]["answer"] == answers[1]["answer"] != answers[2]["answer"]

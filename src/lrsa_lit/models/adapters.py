@@ -11,6 +11,7 @@ from lrsa_lit.errors import UserError, said
 from lrsa_lit.models.backbone import ADAPTER_CONFIG, Backbone, LoRA
 from lrsa_lit.models.checkpoint import Trained, typed
 from lrsa_lit.models.checkpoint_file import Unreadable, reason_of
+from lrsa_lit.paths import expanded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,12 @@ _DEFAULTS: tuple[Any, ...] = (None, False, [], {}, "none")
 
 
 def holds_adapters(folder: Path) -> bool:
-    """Whether a folder holds adapters and not a whole model."""
+    """Whether a folder holds adapters and not a whole model.
+
+    Raises:
+        UserError: it is no path.
+    """
+    folder = expanded("model", folder)
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
