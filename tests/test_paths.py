@@ -49,7 +49,7 @@ def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
     [
         *("package://", "package://pytest", "package://pytest/", "package:///etc/passwd", "package://../x/y"),
         *("package://pytest/../x", "package://pytest/./py.typed", "package://pytest/a\0b", "package://\0/x"),
-        *("package://a b/c", "a\0b", "x" * 5000, "/" + "y" * 300, "~nobody-of-that-name/x", ".", "/dev/zero"),
+        *("package://a b/c", "a\0b", "x" * 5000, "/" + "y" * 300, "~nobody-of-that-name/x", ".", "/dev/zero", "a\nb"),
     ],
 )
 def test_what_is_no_path_is_one_line(source):

@@ -33,11 +33,13 @@ def shipped(name: str) -> Path:
 
 
 def check_path(key: str, path: str | Path) -> None:
-    """Check that a file system can hold a path, whether or not anything is there.
+    """Check that a path can be one, whether or not anything is there.
 
     Raises:
-        UserError: it holds a NUL character or is too long; the message names the setting ``key``.
+        UserError: it holds a control character or is too long; the message names the setting ``key``.
     """
+    if any(ord(character) < 32 for character in str(path)):
+        raise UserError(f"{key}: {printable(path)} is no path (it holds a control character)")
     try:
         os.lstat(path)
     except (ValueError, UnicodeError) as error:

@@ -148,4 +148,6 @@ def test_newest_first(tmp_path):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time, time))
     (tmp_path / ".last.ckpt.1.partial").touch()
+    (tmp_path / "loop.ckpt").symlink_to("loop.ckpt")
+    (tmp_path / "nowhere.ckpt").symlink_to("x")
     assert [path.name for path in newest_first([tmp_path])] == ["a.ckpt", "c.ckpt", "b.ckpt"]

@@ -31,5 +31,6 @@ def tidy(folder: Path) -> None:
 
 def newest_first(folders: Iterable[Path]) -> list[Path]:
     """The checkpoints in these folders by the time they were written, the last one first."""
-    paths = [path for folder in folders for path in folder.glob(f"*{SUFFIX}")]
+    # A link may lead nowhere.
+    paths = [path for folder in folders for path in folder.glob(f"*{SUFFIX}") if path.exists()]
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
