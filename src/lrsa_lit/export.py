@@ -25,8 +25,9 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 
 _FLAGS = {"model": "CKPT", "model.backbone.trust_remote_code": "--trust-remote-code"}
 """What this command calls the settings that messages name as the YAML files do."""
-_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-"""How far merging may move the logits, by rounding; as :func:`lrsa_lit.models.folder.difference` measures it."""
+_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.15}
+"""How far merging may move the logits (:func:`lrsa_lit.models.folder.difference`): more than rounding did, measured
+with large adapters on the tiny model."""
 
 EPILOG = """\
 CKPT is a file, or the folder that several devices have written (configs/trainer/fsdp.yaml). DIR will hold safetensors,
@@ -146,7 +147,8 @@ def _model(trained: Trained, *, merge: bool) -> tuple[Any, Tensor | None]:
     merged = model.merge_and_unload()
     found = logits(merged)
     if not (distance := difference(found, expected)) <= _TOLERANCE[trained.backbone.dtype]:
-        raise AnotherModel(f"with merged adapters the logits differ by {distance:.1%} from those of what was trained")
+        hint = "" if trained.backbone.dtype == "float32" else "; --dtype float32 rounds less"
+        raise AnotherModel(f"with merged adapters its logits differ by {distance:.1%} from the trained ones{hint}")
     return merged, found
 
 
