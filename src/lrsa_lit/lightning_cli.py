@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
-import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning
 import yaml
@@ -20,7 +18,13 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    BatchSizeFinder,
+    Checkpoint,
+    LearningRateFinder,
+    ProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import LayerSync, Precision
@@ -33,6 +37,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_answers, show_evaluation
 from lrsa_lit.checkpoints import AtomicCheckpointIO, ExactState, FiniteLoss, GracefulStop, resume
+from lrsa_lit.checkpoints.files import claim
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import check_classes
 from lrsa_lit.data.module import QADataModule
@@ -40,6 +45,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable
+from lrsa_lit.settings_parser import OneLineParser, first_user_error, one_line
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 from lrsa_lit.terminal import PlainConsole, log_to
 from lrsa_lit.tracking import MLflowRun, RecordConfig
@@ -48,12 +54,6 @@ from lrsa_lit.trainer import Trainer
 from lrsa_lit.uris import register
 
 _log = logging.getLogger("lrsa_lit")
-# The last form is that of a parser of one class within the whole.
-_UNKNOWN_OPTION = re.compile(
-    r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'|^Option '(\S+)' is not accepted$"
-)
-_UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
-_UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\(key='(.*?)', val=(.*)\)|(.*))$")
 _NOISE = (
     ".*args parameter is intended.*",
     ".*does not have many workers.*",
@@ -84,22 +84,6 @@ _KINDS = (*_PARTS_OF_TRAINER, QADataModule, Optimizer, LRScheduler, TopKSchedule
 _SLOTS = {"model.evaluate": (Compressor,), "model.train_attention": (Compressor,), "model.lr_scheduler": (LRScheduler,)}
 _SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
 _INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
-
-
-class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line, without the usage of several hundred settings."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what the command line prints in one line."""
-        if (own := _first_user_error(ex)) is not None:
-            raise own from ex
-        text = one_line(message)
-        if unknown := _UNKNOWN_OPTION.search(text):
-            key = next(filter(None, unknown.groups())).partition("=")[0]
-            names = {name for name in _settings(self) if not name.endswith("help")}
-            nearest = difflib.get_close_matches(key, names, n=3, cutoff=0.4)
-            text = f"{key}: no such setting; the nearest are {', '.join(nearest) or 'shown by --help'}"
-        raise UserError(text) from ex
 
 
 class LRSACLI(LightningCLI):
@@ -179,7 +163,7 @@ class LRSACLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            raise _first_user_error(error) or UserError(one_line(str(error))) from error
+            raise first_user_error(error) or UserError(one_line(str(error))) from error
 
     def after_instantiate_classes(self) -> None:
         """Check what two parts must agree on, and prepare the data, before the run is recorded."""
@@ -195,10 +179,9 @@ class LRSACLI(LightningCLI):
             )
         if self._get(self.config, "estimate"):
             return
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            # Lightning asks them for the first time when the run is open.
-            if (check := getattr(callback, "check_settings", None)) is not None:
-                check(model, self.subcommand)
+        if self.subcommand == "fit":
+            self._check_optimizer()
+        self._check_callbacks()
         writes = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         if self.subcommand == "predict" and not writes:
             raise UserError(
@@ -206,12 +189,44 @@ class LRSACLI(LightningCLI):
             )
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
-        logger, checkpoint = self.trainer.logger, self._get(self.config, "ckpt_path")
+        checkpoint = self._get(self.config, "ckpt_path")
         if self.subcommand == "fit" and checkpoint is not None:
-            same = resume.check_continues(Path(checkpoint), self.settings, self.trainer.world_size)
-            run_id, step = run_of(Path(checkpoint))
-            if run_id is not None and isinstance(logger, MLflowRun):
-                logger.continue_run(run_id, step, same)
+            self._take_up(Path(checkpoint))
+
+    def _take_up(self, checkpoint: Path) -> None:
+        """Go on with the run of a checkpoint, if it is the same run and nobody else has gone on with it."""
+        same = resume.check_continues(checkpoint, self.settings, self.trainer.world_size)
+        logger, (run_id, step) = self.trainer.logger, run_of(checkpoint)
+        if isinstance(logger, MLflowRun) and (run_id is None or not logger.continue_run(run_id, step, same)):
+            return
+        if self.trainer.is_global_zero and not claim(checkpoint.parent):
+            raise UserError(
+                f"ckpt_path: {checkpoint} belongs to a run that another process is writing; wait until it has ended"
+            )
+
+    def _check_callbacks(self) -> None:
+        """Let callbacks check what they will need: Lightning asks them for the first time when the run is open."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+                instead = "lrsa sweep" if isinstance(callback, LearningRateFinder) else "lrsa fit --estimate"
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} is not allowed; it trains before the run begins and "
+                    f"sets an attribute that the model does not have; use {instead}"
+                )
+            if (check := getattr(callback, "check_settings", None)) is not None:
+                check(self.model, self.subcommand)
+
+    def _check_optimizer(self) -> None:
+        try:
+            self.model.check_optimizer()
+        except UserError as error:
+            if not str(error).startswith("model.lr_scheduler"):
+                raise
+            steps = self._get(self.config, "trainer").max_steps
+            raise UserError(
+                f"{error}; with trainer.max_steps={steps}, give it other init_args (such as total_steps), or set "
+                "model.lr_scheduler=null"
+            ) from None
 
     def _settings(self) -> dict[str, str]:
         """What decides the weights, for checkpoints to be compared with."""
@@ -258,7 +273,7 @@ class LRSACLI(LightningCLI):
         try:
             trainer = super()._instantiate_trainer(config, [*callbacks, *always])
         except (MisconfigurationException, TypeError, ValueError) as error:
-            raise _first_user_error(error) or UserError(f"trainer: {one_line(str(error))}") from error
+            raise first_user_error(error) or UserError(f"trainer: {one_line(str(error))}") from error
         if self.subcommand == "fit":
             kept = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
             trainer.callbacks = [MonitoredMetrics(), *kept]  # type: ignore[attr-defined]
@@ -287,8 +302,7 @@ class LRSACLI(LightningCLI):
             raise SystemExit(code) from None
 
     def before_fit(self) -> None:
-        """Refuse an optimizer that cannot be made, then validate at step 0; a resumed run has done so."""
-        self.model.check_optimizer()
+        """Validate at step 0; a resumed run has done so."""
         if self._get(self.config, "validate_first") and self._get(self.config, "ckpt_path") is None:
             self._validate()
             self._reopen()
@@ -336,6 +350,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     _quiet_libraries()
     register()
+    _note_environment()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         LRSACLI(
@@ -352,37 +367,9 @@ def run(arguments: Sequence[str]) -> None:
             load_from_checkpoint_support=False,
         )
     except (OmegaConfBaseException, MisconfigurationException) as error:
-        raise _first_user_error(error) or UserError(one_line(str(error))) from error
+        raise first_user_error(error) or UserError(one_line(str(error))) from error
     except ValueError as error:
-        raise _first_user_error(error) or error from None
-
-
-def one_line(message: str) -> str:
-    """What a nested message of jsonargparse says to a user: the key, what is allowed, what was given."""
-    text = _UNION_PREAMBLE.sub("", " ".join(message.split()))
-    text = re.sub(r"(?:^|(?<= ))- Expected a <class 'NoneType'>\s*", "", text)
-    text = _UNION_EPILOGUE.sub(lambda match: f" (given: {match[2] or match[3]})", text)
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    text = re.sub(r"Expected a (\w+)\. Got value: (.*)", r"\2 is not allowed; it must be of type \1", text)
-    return re.sub(r"^Parser key \"(.+?)\": (?:- )?", r"\1: ", text)
-
-
-def _settings(parser: LightningArgumentParser) -> Iterator[str]:
-    """Names of all settings of a parser and its subcommands."""
-    for action in parser._actions:
-        if isinstance(action.choices, Mapping):
-            for child in action.choices.values():
-                yield from _settings(child)
-        yield str(action.dest)
-
-
-def _first_user_error(error: BaseException | None) -> UserError | None:
-    """The UserError among an error's causes: jsonargparse wraps what a constructor raised, several times over."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return UserError(re.sub(r"^lrsa\.", "model.lrsa.", str(error)))
-        error = error.__cause__ or error.__context__
-    return None
+        raise first_user_error(error) or error from None
 
 
 def _check_shards(path: str | None, strategy: object) -> None:
@@ -399,6 +386,13 @@ def _check_intervals(trainer: Mapping[str, Any]) -> None:
         value = trainer.get(name)
         if isinstance(value, int | float) and value <= 0:
             raise UserError(f"trainer.{name}: {value} is not allowed; it must be more than 0")
+
+
+def _note_environment() -> None:
+    """Name the variables that LightningCLI or a Trainer would read as settings: here files and flags alone decide."""
+    prefixes = ("PL_TRAINER_", *(f"PL_{command}__" for command in ("FIT", "VALIDATE", "TEST", "PREDICT")))
+    if ignored := sorted(name for name in os.environ if name.startswith(prefixes)):
+        _log.warning("Not read from the environment: %s; settings are given by --config and flags", ", ".join(ignored))
 
 
 def _quiet_libraries() -> None:

@@ -11,7 +11,8 @@ import torch
 from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
 from mlflow.tracking import MlflowClient
 
-from lrsa_lit.checkpoints import atomic_io
+from lrsa_lit.checkpoints import atomic_io, resume
+from lrsa_lit.checkpoints.files import _claimed
 from lrsa_lit.cli import main
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.limit_val_batches", "1"]
@@ -55,6 +56,39 @@ def test_a_damaged_last_one_is_named_and_passed_over(fitted, caplog):
     assert f"ckpt_path: {CHECKPOINTS}/{best(fitted).name}" in caplog.text
     # The damaged one is somebody's file, and left as it is.
     assert torch.load(fitted / "last-v1.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_run_that_is_being_written_is_not_taken_up(fitted, capfd, claiming):
+    (fitted.parent / f".{fitted.name}.lock").unlink()
+    _claimed.clear()
+    before = {path: path.read_bytes() for path in fitted.iterdir()}
+    with claiming(fitted):
+        line = failed([*FIT, *LAST], capfd)
+    assert f"ckpt_path: {CHECKPOINTS}/last.ckpt belongs to a run that another process is writing" in line
+    assert {path: path.read_bytes() for path in fitted.iterdir()} == before
+    main([*FIT, *LAST])
+
+
+@pytest.mark.parametrize("clock", [1, -1], ids=["forward", "set back"])
+def test_the_last_of_a_run_is_the_one_of_most_steps(tmp_path, clock):
+    """Of another run it is the one that wrote last, whatever its steps."""
+
+    def saved(name, run, step, time):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        state = {"settings": {"a": "1"}, "random": [0]}
+        content = {"pytorch-lightning_version": "2", "global_step": step, "exact_state": state}
+        torch.save(content | ({"mlflow_run": run} if run else {}), path)
+        os.utime(path, (1e9 + time, 1e9 + time))
+        return path
+
+    first = [saved(f"one/{step}.ckpt", "one", step, clock * step) for step in (2, 3, 1)]
+    assert resume.last([tmp_path / "one"], {"a": "1"}) == first[1]
+    other = saved("two/1.ckpt", "two", 1, 60)
+    assert resume.last([tmp_path / "one", tmp_path / "two"], {"a": "1"}) == other
+    # Without runs nothing but the time says which one came later.
+    loose = [saved(f"loose/{step}.ckpt", None, step, clock * step + 120) for step in (2, 3, 1)]
+    assert resume.last([path.parent for path in (other, loose[0])], {"a": "1"}) == loose[1 if clock > 0 else 2]
 
 
 def test_a_damaged_one_that_was_named_is_refused(fitted, capfd):

@@ -12,7 +12,7 @@ import torch
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved
-from lrsa_lit.checkpoints.files import newest_first, tidy
+from lrsa_lit.checkpoints.files import claim, newest_first, tidy
 from lrsa_lit.errors import UserError
 from lrsa_lit.files import write_atomically
 from lrsa_lit.models.checkpoint_file import damage
@@ -121,6 +121,14 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
     os.waitpid(child, 0)
     tidy(tmp_path)
     assert not partial.exists()
+
+
+def test_one_process_at_a_time_writes_a_run_s_checkpoints(tmp_path, claiming):
+    with claiming(tmp_path / "run" / "checkpoints"):
+        assert not claim(tmp_path / "run" / "checkpoints")
+        assert claim(tmp_path / "other" / "checkpoints")
+    assert claim(tmp_path / "run" / "checkpoints")
+    assert claim(tmp_path / "run" / "checkpoints")
 
 
 def test_a_folder_without_its_last_part_is_damaged(tmp_path):

@@ -155,7 +155,20 @@ def bad_inputs():
         {"x.db": "no database"},
         ["tracking_uri", "x.db"],
     )
-    yield "endless schedule", ["--trainer.max_steps", "-1"], {}, ["model.lr_scheduler", "-1"]
+    yield "endless schedule", ["--trainer.max_steps", "-1"], {}, ["model.lr_scheduler", "max_steps=-1", "total_steps"]
+    yield "warm-up of one step", ["--trainer.max_steps", "10"], {}, ["model.lr_scheduler", "max_steps=10"]
+    for plateau in ("lightning.pytorch.cli", "torch.optim.lr_scheduler"):
+        yield (
+            f"a metric's schedule of {plateau.partition('.')[0]}",
+            ["--config", "x.yaml"],
+            {
+                "x.yaml": f"model: {{lr_scheduler: {{class_path: {plateau}.ReduceLROnPlateau, init_args: "
+                f"{'{monitor: val/f1}' if 'cli' in plateau else '{patience: 3}'}}}}}"
+            },
+            ["model.lr_scheduler", "ReduceLROnPlateau"],
+        )
+    for finder in ("LearningRateFinder", "BatchSizeFinder"):
+        yield finder, ["--trainer.callbacks+", finder], {}, ["trainer.callbacks", finder, "lrsa "]
     yield "no device", ["--trainer.devices", "0"], {}, ["trainer: ", "devices", "0"]
     yield "duration", ["--trainer.max_time", "soon"], {}, ["trainer: ", "soon", "DD:HH:MM:SS"]
     for name in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps"):
@@ -178,6 +191,15 @@ def test_bad_input_is_one_line(options, files, named, tmp_path, capfd):
     assert "Traceback" not in errors[0]
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not [path for path in tmp_path.rglob("*.arrow") if "broken" in str(path)]
+
+
+def test_settings_in_the_environment_are_named(monkeypatch, caplog, capfd):
+    """LightningCLI and the Trainer would read them, or drop them without a word."""
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEPS", "3")
+    monkeypatch.setenv("PL_TRAINER_MAX_STEPS", "3")
+    with pytest.raises(SystemExit):
+        main(["fit", *DEBUG, *NO_LOGGER, "--trainer.max_steps", "0"])
+    assert "PL_FIT__TRAINER__MAX_STEPS, PL_TRAINER_MAX_STEPS" in caplog.text
 
 
 def test_bad_input_leaves_no_run_behind(tmp_path, capfd):

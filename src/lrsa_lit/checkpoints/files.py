@@ -3,15 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 from lrsa_lit.files import PARTIAL, lock
 
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None  # type: ignore[assignment]
+
 SUFFIX = ".ckpt"
 REPLACED = ".old"
+
+_claimed: dict[Path, IO[bytes]] = {}
+
+
+def claim(folder: Path) -> bool:
+    """Claim a run's checkpoints for as long as this process lives, however it ends.
+
+    The claim is a lock of this process alone: those that it starts, such as workers of a data loader, do not keep it.
+
+    Returns:
+        False where another process has them. File systems without locks let everybody.
+    """
+    path = folder.resolve().with_name(f".{folder.resolve().name}.lock")
+    if fcntl is None or path in _claimed:
+        # Another look at a file of this process would end the lock when it is closed.
+        return True
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError:
+        # Who cannot write here is told so elsewhere.
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    _claimed[path] = file
+    return True
 
 
 def tidy(folder: Path) -> None:

@@ -17,11 +17,14 @@ from lrsa_lit.paths import check_path
 LAST = "last"
 """As a path: the newest good checkpoint of this configuration."""
 
+RUN = "mlflow_run"
+"""Where a checkpoint keeps the id of the run that wrote it."""
+
 _VERSION = "pytorch-lightning_version"
 """What every checkpoint of Lightning says, and no other file of torch."""
 
 _PARTS: dict[str, type] = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "state_dict": dict}
-_PARTS |= {"optimizer_states": list, "lr_schedulers": list}
+_PARTS |= {"optimizer_states": list, "lr_schedulers": list, RUN: str}
 """What Lightning writes into a checkpoint, and goes on from."""
 
 _log = logging.getLogger("lrsa_lit.checkpoints")
@@ -37,10 +40,14 @@ class About(NamedTuple):
     Attributes:
         settings: by dotted name; None where it does not say.
         processes: how many wrote it; None where it does not say.
+        run: the id of the run, where it has one.
+        step: the optimizer steps that were done.
     """
 
     settings: dict[str, str] | None
     processes: int | None
+    run: str | None
+    step: int
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -63,15 +70,15 @@ def about(path: Path) -> About:
         raise Unreadable(f"{_VERSION} is missing")
     if wrong := [name for name, kind in _PARTS.items() if name in content and not isinstance(content[name], kind)]:
         raise Unreadable(f"{wrong[0]} has not the form that a fit writes")
-    state = content.get(KEY)
+    state, run, step = content.get(KEY), content.get(RUN), content.get("global_step", 0)
     if state is None:
-        return About(None, None)
+        return About(None, None, run, step)
     if not isinstance(state, dict) or not isinstance(state.get("random"), list):
         raise Unreadable(f"{KEY} has not the form that a fit writes")
     settings = state.get("settings") or None
     if settings is not None and not _is_settings(settings):
         raise Unreadable(f"{KEY}.settings has not the form that a fit writes")
-    return About(settings, len(state["random"]))
+    return About(settings, len(state["random"]), run, step)
 
 
 def _is_settings(value: object) -> bool:
@@ -96,11 +103,36 @@ def named(path: Path) -> Path:
 
 def _foreign(path: Path) -> str | None:
     """Why a file that is whole is no checkpoint all the same; None if it is one."""
+    found = _about(path)
+    return found if isinstance(found, str) else None
+
+
+def _about(path: Path) -> About | str:
+    """What a checkpoint says, or why it cannot be read."""
     try:
-        about(path)
+        return about(path)
     except Unreadable as error:
         return str(error)
-    return None
+
+
+def _latest_first(folders: list[Path]) -> Iterator[tuple[Path, About | str]]:
+    """The run that wrote last comes first, and of each run the most steps: a clock may have been set back since."""
+    inside = [paths for folder in folders if (paths := newest_first([folder]))]
+    for paths in sorted(inside, key=lambda paths: paths[0].stat().st_mtime_ns, reverse=True):
+        found = [(path, _about(path)) for path in paths]
+        began: dict[str | Path, int] = {}
+        for place, (path, says) in enumerate(found):
+            began.setdefault(_run(path, says), place)
+        yield from sorted(found, key=lambda each: (began[_run(*each)], -_step(each[1])))
+
+
+def _run(path: Path, says: About | str) -> str | Path:
+    """What names a run; a checkpoint of none is a run of its own, as nothing says that its neighbours belong to it."""
+    return path if isinstance(says, str) else says.run or path
+
+
+def _step(says: About | str) -> int:
+    return 0 if isinstance(says, str) else says.step
 
 
 def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "") -> Path | None:
@@ -122,12 +154,11 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
     folders = [folder for folder in folders if folder.is_dir()]
     for folder in folders:
         tidy(folder)
-    for path in newest_first(folders):
+    for path, found in _latest_first(folders):
         changes = []
-        try:
-            found = about(path)
-        except Unreadable as error:
-            reason: str | None = str(error)
+        reason: str | None
+        if isinstance(found, str):
+            reason = found
         else:
             changes = differences(found.settings, settings, prefix)
             reason = None if changes else damage(path)

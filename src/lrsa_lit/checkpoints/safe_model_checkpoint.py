@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved, NonFiniteLoss, system_error
 from lrsa_lit.checkpoints.exact_state import accumulating, validation_is_due
+from lrsa_lit.checkpoints.files import claim
 from lrsa_lit.checkpoints.stop import StoppedByUser, Terminated
 from lrsa_lit.errors import UserError, said
 
@@ -48,6 +51,13 @@ class SafeModelCheckpoint(ModelCheckpoint):
     def last_good(self) -> str:
         """The checkpoint to go on from; empty if there is none."""
         return str(self._last_checkpoint_saved or self.last_model_path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, and claim it: nobody else goes on from its checkpoints while this run writes them."""
+        super().setup(trainer, pl_module, stage)
+        writes = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if writes and self.dirpath is not None and _is_local_file_protocol(self.dirpath):
+            claim(Path(self.dirpath))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what Lightning saves, of which it forgets one value."""

@@ -15,7 +15,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lrsa_lit.attention import (
     LAYOUT,
@@ -160,7 +160,13 @@ class LongContextQA(lightning.LightningModule):
         optimizer = _made("model.optimizer", self.make_optimizer, parameters)
         if self.make_scheduler is None:
             return optimizer, None
-        return optimizer, _made("model.lr_scheduler", self.make_scheduler, optimizer)
+        scheduler = _made("model.lr_scheduler", self.make_scheduler, optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise UserError(
+                f"model.lr_scheduler: {type(scheduler).__name__} is not allowed; a schedule is stepped after each "
+                "optimizer step and sees no metric"
+            )
+        return optimizer, scheduler
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another kind of training: parts of it would be left out without a word.
@@ -382,5 +388,5 @@ def _made(key: str, make: Callable[[Any], Made], argument: Any) -> Made:
     """What a constructor from the YAML makes; its complaint becomes one line that names the key."""
     try:
         return make(argument)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{key}: {error}") from error

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lrsa_lit.checkpoints.resume import RUN
 from lrsa_lit.checkpoints.stop import Terminated
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import redacted
@@ -23,9 +24,6 @@ from lrsa_lit.models.checkpoint_file import Unreadable, read
 from lrsa_lit.store import answering
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
-
-CHECKPOINT_KEY = "mlflow_run"
-"""Where a checkpoint keeps the id of the run that wrote it."""
 
 _PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
 _MAX_PARAM = 250
@@ -92,7 +90,7 @@ class RecordConfig(SaveConfigCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Name the run in its checkpoints."""
         if isinstance(trainer.logger, MLflowRun):
-            checkpoint[CHECKPOINT_KEY] = trainer.logger.run_id
+            checkpoint[RUN] = trainer.logger.run_id
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell a run that was stopped from one that failed."""
@@ -107,7 +105,7 @@ def run_of(checkpoint: Path) -> tuple[str | None, int]:
     except Unreadable:
         # What is wrong with it is said where it is loaded.
         return None, 0
-    return content.get(CHECKPOINT_KEY), int(content.get("global_step", 0))
+    return content.get(RUN), int(content.get("global_step", 0))
 
 
 def _log_params(logger: MLflowRun, params: Mapping[str, str]) -> None:

@@ -1,0 +1,67 @@
+"""The parser of the LightningCLI's settings, whose errors are one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lrsa_lit.errors import UserError
+
+# The last form is that of a parser of one class within the whole.
+_UNKNOWN_OPTION = re.compile(
+    r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'|^Option '(\S+)' is not accepted$"
+)
+_UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
+_UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\(key='(.*?)', val=(.*)\)|(.*))$")
+
+
+class _Complaint(UserError):  # noqa: N818 - what it is
+    """That of a parser of one class, which the parser of the whole completes with the key."""
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line, without the usage of several hundred settings."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what the command line prints in one line."""
+        if (own := first_user_error(ex, but=_Complaint)) is not None:
+            raise own from ex
+        text = one_line(message)
+        if unknown := _UNKNOWN_OPTION.search(text):
+            key = next(filter(None, unknown.groups())).partition("=")[0]
+            names = {name for name in _settings(self) if not name.endswith("help")}
+            nearest = difflib.get_close_matches(key, names, n=3, cutoff=0.4)
+            text = f"{key}: no such setting; the nearest are {', '.join(nearest) or 'shown by --help'}"
+        raise _Complaint(text) from ex
+
+
+def one_line(message: str) -> str:
+    """What a nested message of jsonargparse says to a user: the key, what is allowed, what was given."""
+    text = _UNION_PREAMBLE.sub("", " ".join(message.split()))
+    text = re.sub(r"(?:^|(?<= ))- Expected a <class 'NoneType'>\s*", "", text)
+    text = _UNION_EPILOGUE.sub(lambda match: f" (given: {match[2] or match[3]})", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(r"Expected a (\w+)\. Got value: (.*)", r"\2 is not allowed; it must be of type \1", text)
+    return re.sub(r"^Parser key \"(.+?)\": (?:- )?", r"\1: ", text)
+
+
+def _settings(parser: LightningArgumentParser) -> Iterator[str]:
+    """Names of all settings of a parser and its subcommands."""
+    for action in parser._actions:
+        if isinstance(action.choices, Mapping):
+            for child in action.choices.values():
+                yield from _settings(child)
+        yield str(action.dest)
+
+
+def first_user_error(error: BaseException | None, but: type[UserError] | tuple[()] = ()) -> UserError | None:
+    """The UserError among an error's causes: jsonargparse wraps what a constructor raised, several times over."""
+    while error is not None:
+        if isinstance(error, UserError) and not isinstance(error, but):
+            return UserError(re.sub(r"^lrsa\.", "model.lrsa.", str(error)))
+        error = error.__cause__ or error.__context__
+    return None
