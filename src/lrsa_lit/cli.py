@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 import lrsa_lit
 from lrsa_lit.classes import check_paths
 from lrsa_lit.errors import UserError, printable, redacted
-from lrsa_lit.paths import shipped
+from lrsa_lit.paths import check_path, shipped
 
 COMMANDS = {
     "fit": "train, with validation before, during and after",
@@ -221,6 +221,7 @@ def _find_configs(arguments: Sequence[str]) -> list[str]:
 
 def _config_path(value: str) -> str:
     path = Path(value)
+    check_path("--config", path)
     if not path.is_file():
         try:
             path = shipped(value if value.startswith("configs/") else f"configs/{value}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -134,6 +135,7 @@ class LRSACLI(LightningCLI):
         check_classes("", self.config[str(self.subcommand)].as_dict(), _KINDS, _SLOTS)
         trainer = self._get(self.config, "trainer")
         _check_intervals(trainer)
+        _check_amounts(str(self.subcommand), trainer)
         self.settings = self._settings()
         if self._get(self.config, "estimate"):
             self._record_nothing(trainer)
@@ -272,7 +274,8 @@ class LRSACLI(LightningCLI):
         always = [ExactState(self.settings), FiniteLoss(), self.graceful_stop]
         try:
             trainer = super()._instantiate_trainer(config, [*callbacks, *always])
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            # ImportError: the library of an accelerator, a strategy or a profiler is not installed.
             raise first_user_error(error) or UserError(f"trainer: {one_line(str(error))}") from error
         if self.subcommand == "fit":
             kept = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
@@ -386,6 +389,19 @@ def _check_intervals(trainer: Mapping[str, Any]) -> None:
         value = trainer.get(name)
         if isinstance(value, int | float) and value <= 0:
             raise UserError(f"trainer.{name}: {value} is not allowed; it must be more than 0")
+
+
+def _check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
+    """Refuse a command without a batch, and more processes on a CPU than it has cores, each of which would start."""
+    name = {"fit": "limit_train_batches", "validate": "limit_val_batches"}.get(
+        subcommand, f"limit_{subcommand}_batches"
+    )
+    if (value := trainer.get(name)) is not None and value == 0:
+        raise UserError(f"trainer.{name}: {value} is not allowed for {subcommand}; it must be more than 0")
+    devices, cores = str(trainer.get("devices")), os.cpu_count() or 1
+    on_cpu = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    if on_cpu and devices.isdecimal() and int(devices) > cores:
+        raise UserError(f"trainer.devices: {devices} is not allowed; this CPU has {cores} cores")
 
 
 def _note_environment() -> None:

@@ -11,6 +11,8 @@ import yaml
 from lrsa_lit.errors import UserError, said
 
 _MERGE = "tag:yaml.org,2002:merge"
+_MOST_BYTES = 1 << 22
+_MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -18,6 +20,12 @@ class _Loader(yaml.SafeLoader):
 
     Reads 2e-4 as the number that it is to the command line: YAML 1.1 takes it, without a dot, for a name.
     """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -35,6 +43,30 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """How many values a node would have with its aliases written out.
+
+    Raises:
+        yaml.MarkedYAMLError: they are too many, or it contains itself.
+    """
+    if node in counts:
+        if not counts[node]:
+            raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
+        return counts[node]
+    counts[node] = 0
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    total = 1 + sum(_count(part, counts) for part in parts)
+    if total > _MOST_VALUES:
+        problem = f"it holds more than {_MOST_VALUES} values, counting repeated ones"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    counts[node] = total
+    return total
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.
 
@@ -42,14 +74,21 @@ def read_settings(path: Path) -> dict[str, Any]:
         path: the file, in UTF-8.
 
     Raises:
-        UserError: it cannot be read, is no YAML, has a key twice, or holds anything but a mapping.
+        UserError: it cannot be read, is not YAML or not a mapping, has a key twice, contains itself, or is too large.
     """
     try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise UserError(f"{path}: it has {size} bytes; settings may have {_MOST_BYTES}")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem}") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{path}: it is nested too deeply") from None
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        # ValueError: text that is not UTF-8, a date that there is not, or an integer of thousands of digits.
         raise UserError(f"{path}: it cannot be read as YAML ({said(error)})") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"

@@ -173,6 +173,18 @@ def bad_inputs():
     yield "duration", ["--trainer.max_time", "soon"], {}, ["trainer: ", "soon", "DD:HH:MM:SS"]
     for name in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps"):
         yield f"{name} of zero", [f"--trainer.{name}", "0"], {}, [f"trainer.{name}: 0", "more than 0"]
+    yield "no training batch", ["--trainer.limit_train_batches", "0"], {}, ["trainer.limit_train_batches: 0", "fit"]
+    yield (
+        "more processes than cores",
+        ["--trainer.accelerator", "cpu", "--trainer.devices", "9999"],
+        {},
+        ["trainer.devices: 9999", "cores"],
+    )
+    for accelerator in ("tpu", "xyz"):
+        yield f"accelerator {accelerator}", ["--trainer.accelerator", accelerator], {}, ["trainer: "]
+    yield "config with a NUL", ["--config", "a\0b"], {}, ["--config: ", "no path"]
+    yield "config of a long name", ["--config", "a" * 5000], {}, ["--config: ", "no path"]
+    yield "config that contains itself", ["--config", "x.yaml"], {"x.yaml": "a: &a [*a]"}, ["x.yaml", "contains itself"]
     yield "seed", ["--seed_everything", "-1"], {}, ["seed_everything", "-1", "from 0 to"]
     yield "lora rank", ["--model.backbone.lora.rank", "0"], {}, ["model.backbone.lora.rank", "0", ">= 1"]
 
@@ -191,6 +203,14 @@ def test_bad_input_is_one_line(options, files, named, tmp_path, capfd):
     assert "Traceback" not in errors[0]
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not [path for path in tmp_path.rglob("*.arrow") if "broken" in str(path)]
+
+
+@pytest.mark.parametrize(("command", "split"), [("test", "test"), ("validate", "val"), ("predict", "predict")])
+def test_an_evaluation_of_no_batch(command, split, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main([command, *DEBUG, *NO_LOGGER, f"--trainer.limit_{split}_batches", "0"])
+    assert stop.value.code == 2
+    assert f"trainer.limit_{split}_batches: 0" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_settings_in_the_environment_are_named(monkeypatch, caplog, capfd):
