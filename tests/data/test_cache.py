@@ -112,7 +112,9 @@ def flipped(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["examples.arrow", "report.json"])
-@pytest.mark.parametrize("harm", [flipped, lambda data: data[:-1], lambda data: b"", None], ids=str)
+@pytest.mark.parametrize(
+    "harm", [flipped, lambda data: data[:-1], lambda data: b"", None], ids=["flipped", "cut", "empty", "missing"]
+)
 def test_damage_is_noticed_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, harm: object):
     folder = tmp_path / "train"
     cache.build(folder, [EXAMPLE] * 3, Counter(kept=3))
