@@ -50,7 +50,6 @@ from lrsa_lit.settings_parser import OneLineParser, first_user_error, one_line
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 from lrsa_lit.terminal import PlainConsole, log_to
 from lrsa_lit.tracking import MLflowRun, RecordConfig
-from lrsa_lit.tracking.record import run_of
 from lrsa_lit.trainer import Trainer
 from lrsa_lit.uris import register
 
@@ -197,9 +196,11 @@ class LRSACLI(LightningCLI):
 
     def _take_up(self, checkpoint: Path) -> None:
         """Go on with the run of a checkpoint, if it is the same run and nobody else has gone on with it."""
-        same = resume.check_continues(checkpoint, self.settings, self.trainer.world_size)
-        logger, (run_id, step) = self.trainer.logger, run_of(checkpoint)
-        if isinstance(logger, MLflowRun) and (run_id is None or not logger.continue_run(run_id, step, same)):
+        found, logger = resume.about(checkpoint), self.trainer.logger
+        same = resume.check_continues(checkpoint, found, self.settings, self.trainer.world_size)
+        if isinstance(logger, MLflowRun) and (
+            found.run is None or not logger.continue_run(found.run, found.step, same)
+        ):
             return
         if self.trainer.is_global_zero and not claim(checkpoint.parent):
             raise UserError(

@@ -12,7 +12,7 @@ import torch
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved
-from lrsa_lit.checkpoints.files import claim, newest_first, tidy
+from lrsa_lit.checkpoints.files import claim, newest_first, release, tidy
 from lrsa_lit.errors import UserError
 from lrsa_lit.files import write_atomically
 from lrsa_lit.models.checkpoint_file import damage
@@ -129,6 +129,9 @@ def test_one_process_at_a_time_writes_a_run_s_checkpoints(tmp_path, claiming):
         assert claim(tmp_path / "other" / "checkpoints")
     assert claim(tmp_path / "run" / "checkpoints")
     assert claim(tmp_path / "run" / "checkpoints")
+    release(tmp_path / "run" / "checkpoints")
+    with claiming(tmp_path / "run" / "checkpoints"):
+        assert not claim(tmp_path / "run" / "checkpoints")
 
 
 def test_a_folder_without_its_last_part_is_damaged(tmp_path):
@@ -158,4 +161,4 @@ def test_newest_first(tmp_path):
     (tmp_path / ".last.ckpt.1.partial").touch()
     (tmp_path / "loop.ckpt").symlink_to("loop.ckpt")
     (tmp_path / "nowhere.ckpt").symlink_to("x")
-    assert [path.name for path in newest_first([tmp_path])] == ["a.ckpt", "c.ckpt", "b.ckpt"]
+    assert [path.name for path in newest_first(tmp_path)] == ["a.ckpt", "c.ckpt", "b.ckpt"]

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import kill
@@ -18,8 +19,10 @@ import recorded_fit
 import torch
 import yaml
 from cli_helpers import interruptible
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
-from lrsa_lit.checkpoints import rng
+from lrsa_lit.checkpoints import ExactState, rng
+from lrsa_lit.checkpoints.exact_state import KEY
 from lrsa_lit.cli import main
 from lrsa_lit.tasks import LongContextQA
 
@@ -161,6 +164,21 @@ def test_a_fit_that_ended_early_goes_on(elsewhere, references, at, monkeypatch, 
     # A fit ends with a validation, where the one that nothing ends may have none or, by Lightning's count, a later one.
     last = re.compile(r"validation of step .* is not in the other|metric of val/.*")
     assert [difference for difference in found if not last.fullmatch(difference)] == []
+
+
+@pytest.mark.parametrize(("validates", "steps"), [(True, 6), (False, 5)])
+def test_only_a_run_that_validates_makes_room_for_its_last_validation(validates, steps):
+    """Without a validation the room would be taken by one more step."""
+    progress = {"total": {"started": 1, "processed": 0}}
+    loops = {"fit_loop": {"state_dict": {}, "epoch_loop.val_loop.batch_progress": progress}}
+    checkpoint = {KEY: {"random": [{}], "loaders": [[]]}, "loops": loops, "global_step": 5}
+    epoch_loop = SimpleNamespace(max_steps=5)
+    trainer = SimpleNamespace(
+        state=TrainerState(fn=TrainerFn.FITTING), world_size=1, global_rank=0, max_steps=5,
+        enable_validation=validates, fit_loop=SimpleNamespace(epoch_loop=epoch_loop),
+    )  # fmt: skip
+    ExactState().on_load_checkpoint(trainer, None, checkpoint)
+    assert epoch_loop.max_steps == steps
 
 
 def test_ctrl_c_waits_for_the_batch(elsewhere, references, at, capfd):

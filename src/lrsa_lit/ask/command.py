@@ -20,7 +20,8 @@ from lrsa_lit.arguments import Parser
 from lrsa_lit.ask.dialogue import Dialogue
 from lrsa_lit.ask.reader import Answer, Reader
 from lrsa_lit.errors import UserError
-from lrsa_lit.models.checkpoint import SUFFIX, Trained, load_trained
+from lrsa_lit.models.checkpoint import Trained, load_trained
+from lrsa_lit.models.checkpoint_file import SUFFIX
 from lrsa_lit.models.rope import LARGEST_FACTOR, RopeScaling
 from lrsa_lit.paths import check_path, shipped
 from lrsa_lit.terminal import PlainConsole, log_to

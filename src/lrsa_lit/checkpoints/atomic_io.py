@@ -58,7 +58,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if Path(path).is_dir():
             raise UserError(
-                f"ckpt_path: {path} is a folder of shards; trainer.strategy must be ModelParallelStrategy to read it"
+                f"ckpt_path: {path} is a folder of shards; trainer.strategy must be FullySharded to read it"
             )
         if weights_only is False or not _is_local_file_protocol(path):
             only = True if weights_only is None else weights_only

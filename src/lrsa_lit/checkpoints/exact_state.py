@@ -75,7 +75,8 @@ class ExactState(Callback):
         rank, loops = trainer.global_rank, checkpoint["loops"]["fit_loop"]
         loops["state_dict"]["combined_loader"] = state["loaders"][rank]
         self._loaded = Boundary(loops, state["random"][rank])
-        if _validation_waits(loops) and 0 <= trainer.max_steps <= checkpoint["global_step"]:
+        waits = _validation_waits(loops) and trainer.enable_validation
+        if waits and 0 <= trainer.max_steps <= checkpoint["global_step"]:
             # The last validation of a run: Lightning would find all steps done and end at once.
             self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1

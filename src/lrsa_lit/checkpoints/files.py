@@ -6,32 +6,31 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 from lrsa_lit.files import PARTIAL, lock
+from lrsa_lit.models.checkpoint_file import SUFFIX
 
 try:
     import fcntl
 except ImportError:  # Windows.
     fcntl = None  # type: ignore[assignment]
 
-SUFFIX = ".ckpt"
 REPLACED = ".old"
 
 _claimed: dict[Path, IO[bytes]] = {}
 
 
 def claim(folder: Path) -> bool:
-    """Claim a run's checkpoints for as long as this process lives, however it ends.
+    """Claim a run's checkpoints until :func:`release`, or until this process ends, however it does.
 
     The claim is a lock of this process alone: those that it starts, such as workers of a data loader, do not keep it.
 
     Returns:
         False where another process has them. File systems without locks let everybody.
     """
-    path = folder.resolve().with_name(f".{folder.resolve().name}.lock")
+    path = _lock_of(folder)
     if fcntl is None or path in _claimed:
         # Another look at a file of this process would end the lock when it is closed.
         return True
@@ -50,6 +49,17 @@ def claim(folder: Path) -> bool:
     return True
 
 
+def release(folder: Path) -> None:
+    """Let other processes go on from a run's checkpoints."""
+    if (file := _claimed.pop(_lock_of(folder), None)) is not None:
+        file.close()
+
+
+def _lock_of(folder: Path) -> Path:
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def tidy(folder: Path) -> None:
     """Remove what processes that are gone have left half-written, and finish what they were replacing."""
     for partial in folder.glob(f".*{SUFFIX}.*{PARTIAL}"):
@@ -65,8 +75,8 @@ def tidy(folder: Path) -> None:
             os.replace(replaced, path)
 
 
-def newest_first(folders: Iterable[Path]) -> list[Path]:
-    """The checkpoints in these folders by the time they were written, the last one first."""
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by the time they were written, the last one first."""
     # A link may lead nowhere.
-    paths = [path for folder in folders for path in folder.glob(f"*{SUFFIX}") if path.exists()]
+    paths = [path for path in folder.glob(f"*{SUFFIX}") if path.exists()]
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)

@@ -95,7 +95,7 @@ def named(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written, or {LAST}")
     if (reason := damage(path) or _foreign(path)) is not None:
-        others = (other for other in newest_first([path.parent]) if other != path and damage(other) is None)
+        others = (other for other in newest_first(path.parent) if other != path and damage(other) is None)
         previous = next((f"; the newest good one beside it is {other}" for other in others), "")
         raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated or damaged one ({reason}){previous}")
     return path
@@ -117,7 +117,7 @@ def _about(path: Path) -> About | str:
 
 def _latest_first(folders: list[Path]) -> Iterator[tuple[Path, About | str]]:
     """The run that wrote last comes first, and of each run the most steps: a clock may have been set back since."""
-    inside = [paths for folder in folders if (paths := newest_first([folder]))]
+    inside = [paths for folder in folders if (paths := newest_first(folder))]
     for paths in sorted(inside, key=lambda paths: paths[0].stat().st_mtime_ns, reverse=True):
         found = [(path, _about(path)) for path in paths]
         began: dict[str | Path, int] = {}
@@ -176,8 +176,14 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
     return None
 
 
-def check_continues(path: Path, settings: Mapping[str, str], processes: int) -> bool:
+def check_continues(path: Path, found: About, settings: Mapping[str, str], processes: int) -> bool:
     """Check that a fit can go on from a checkpoint, and say what differs.
+
+    Args:
+        path: the checkpoint.
+        found: what :func:`about` says of it.
+        settings: what :func:`settings_of` says of the fit.
+        processes: how many the fit has.
 
     Returns:
         Whether it goes on with the same settings.
@@ -185,7 +191,6 @@ def check_continues(path: Path, settings: Mapping[str, str], processes: int) -> 
     Raises:
         UserError: its position in the data would be another one here.
     """
-    found = about(path)
     if found.processes is not None and found.processes != processes:
         raise UserError(other_processes(found.processes, processes))
     changes = differences(found.settings, settings)

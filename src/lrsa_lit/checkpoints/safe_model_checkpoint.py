@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved, NonFiniteLoss, system_error
 from lrsa_lit.checkpoints.exact_state import accumulating, validation_is_due
-from lrsa_lit.checkpoints.files import claim
+from lrsa_lit.checkpoints.files import claim, release
 from lrsa_lit.checkpoints.stop import StoppedByUser, Terminated
 from lrsa_lit.errors import UserError, said
 
@@ -46,6 +46,7 @@ class SafeModelCheckpoint(ModelCheckpoint):
             )
         self.on_save_error = on_save_error
         self._put_off = self._due = self._between_steps = False
+        self._claimed: Path | None = None
 
     @property
     def last_good(self) -> str:
@@ -57,7 +58,14 @@ class SafeModelCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         writes = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if writes and self.dirpath is not None and _is_local_file_protocol(self.dirpath):
-            claim(Path(self.dirpath))
+            self._claimed = Path(self.dirpath)
+            claim(self._claimed)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let others go on from the checkpoints."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what Lightning saves, of which it forgets one value."""
@@ -104,6 +112,13 @@ class SafeModelCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last boundary between two steps, unless there is reason not to trust it."""
+        try:
+            self._save_boundary(trainer, exception)
+        finally:
+            # Lightning does not tear a failed fit's callbacks down.
+            self._release()
+
+    def _save_boundary(self, trainer: Trainer, exception: BaseException) -> None:
         stopped = isinstance(exception, StoppedByUser | Terminated)
         # Of several processes only a stop is known to reach all, and saving needs them all.
         if (
@@ -121,6 +136,11 @@ class SafeModelCheckpoint(ModelCheckpoint):
         except (CheckpointNotSaved, NonFiniteLoss) as error:
             # The exception is what ends the run; this is what it has cost.
             _log.warning("%s", error)
+
+    def _release(self) -> None:
+        if self._claimed is not None:
+            release(self._claimed)
+            self._claimed = None
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._save(super()._save_topk_checkpoint, trainer, monitor_candidates)

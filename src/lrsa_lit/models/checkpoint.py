@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-SUFFIX = ".ckpt"
 _KEY = "lrsa_lit"
 _PREFIX = "model."
 """Where LongContextQA keeps the LLM among its weights."""

@@ -16,6 +16,7 @@ from typing import Any
 from lrsa_lit import verified
 from lrsa_lit.errors import said
 
+SUFFIX = ".ckpt"
 INDEX = ".metadata"
 META = "meta.pt"
 

@@ -15,12 +15,11 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lrsa_lit.checkpoints.resume import RUN
+from lrsa_lit.checkpoints.resume import RUN, about
 from lrsa_lit.checkpoints.stop import Terminated
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import redacted
 from lrsa_lit.flops import kv_ratio
-from lrsa_lit.models.checkpoint_file import Unreadable, read
 from lrsa_lit.store import answering
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
@@ -98,16 +97,6 @@ class RecordConfig(SaveConfigCallback):
             trainer.logger.stopped_by_user()
 
 
-def run_of(checkpoint: Path) -> tuple[str | None, int]:
-    """The MLflow run that wrote a checkpoint, None where there was none, and the checkpoint's optimizer steps."""
-    try:
-        content = read(checkpoint, tensors=False)
-    except Unreadable:
-        # What is wrong with it is said where it is loaded.
-        return None, 0
-    return content.get(RUN), int(content.get("global_step", 0))
-
-
 def _log_params(logger: MLflowRun, params: Mapping[str, str]) -> None:
     """Log params; MLflow refuses to change those of a continued run, so a changed one becomes a tag."""
     known = logger.experiment.get_run(logger.run_id).data.params if logger.continues else {}
@@ -180,7 +169,7 @@ def evaluated(values: Mapping[str, Any], command: str) -> dict[str, str]:
     checkpoint = values.get("ckpt_path")
     if command == "fit" or not checkpoint:
         return {"command": command}
-    writer, _ = run_of(Path(checkpoint))
+    writer = about(Path(checkpoint)).run
     return {"command": command, "checkpoint": str(checkpoint)} | ({"checkpoint.run": writer} if writer else {})
 
 
