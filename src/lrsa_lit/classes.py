@@ -2,91 +2,137 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lrsa_lit.errors import UserError
 
 Kinds = tuple[type, ...]
 
-_LIBRARIES = frozenset({"lrsa_lit", "lightning", "torch"})
-"""Where the arguments of objects may come from."""
+_LIBRARIES = frozenset({"lightning", "torch"})
+"""Their classes are admitted by type alone: some run a command when they are made."""
 
 
-def check_path(key: str, path: object) -> str:
+def check_class_path(key: str, path: object) -> str:
     """Refuse a path into Python's standard library, which has no class for a setting, before anything is imported.
 
     Raises:
-        UserError: it is such a path, or none at all.
+        UserError: it is such a path, or not a string.
     """
-    if not isinstance(path, str) or _root(path) in sys.stdlib_module_names:
+    if not isinstance(path, str) or _package(path) in sys.stdlib_module_names:
         raise UserError(f"{key}: class_path {path!r} is not allowed; it must name a class for this setting")
     return path
 
 
-def check_paths(key: str, value: Any) -> None:
-    """Apply :func:`check_path` to every ``class_path`` within settings that are just read from a file."""
+def check_class_paths(key: str, value: Any) -> None:
+    """Apply :func:`check_class_path` to every ``class_path`` within settings that have just been read from a file."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
         if name == "class_path":
-            check_path(key, item)
-        check_paths(f"{key}.{name}".lstrip("."), item)
+            check_class_path(key, item)
+        check_class_paths(f"{key}.{name}".lstrip("."), item)
 
 
-def named_class(key: str, path: object, kinds: Kinds, within: str | None = None) -> type:
+def named_class(key: str, path: object, kinds: Kinds, owner: type | None = None) -> type:
     """The class that a ``class_path`` names.
 
     Args:
         key: the setting, for errors.
         path: what it names; its module is imported.
         kinds: the class must be a subclass of one of these.
-        within: where it is an argument of another object, the path of that object's class: then it may also be any
-            class of its package, or of lrsa_lit, Lightning and PyTorch.
+        owner: the class of the object that takes this one as an argument: others of its package are admitted as well,
+            unless it is of Lightning or PyTorch.
 
     Raises:
-        UserError: it is no class that is allowed there.
+        UserError: it is not a class, or not one that is allowed there.
     """
-    path = check_path(key, path)
+    path = check_class_path(key, path)
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
         raise UserError(f"{key}: class_path {path!r} cannot be imported") from None
-    roots = _LIBRARIES | {_root(within)} if within is not None else frozenset()
-    if inspect.isclass(found) and (issubclass(found, kinds) or _root(found.__module__) in roots):
-        return found
-    expected = f"a subclass of {' or '.join(kind.__name__ for kind in kinds[:3])}" if within is None else "a class"
-    raise UserError(f"{key}: class_path {path!r} is not allowed; it must be {expected}")
+    package = None if owner is None else _package(owner.__module__)
+    if inspect.isclass(found):
+        beside = package not in _LIBRARIES and _package(found.__module__) == package
+        if beside or _is_any_of(found, kinds):
+            return found
+    few = f"a subclass of {' or '.join(kind.__name__ for kind in kinds)}" if len(kinds) <= 3 else "a class for it"
+    raise UserError(f"{key}: class_path {path!r} is not allowed; it must be {few}")
 
 
-def check_classes(key: str, value: Any, kinds: Kinds, slots: Mapping[str, Kinds], within: str | None = "") -> None:
+def argument_kinds(owner: type, name: str) -> Kinds:
+    """The classes that a constructor's argument is annotated with, inside of unions and containers too."""
+    for base in owner.__mro__:
+        try:
+            hints = typing.get_type_hints(vars(base)["__init__"])
+        except Exception:
+            # It has none of its own, or annotations that name what only a type checker imports.
+            continue
+        if name in hints:
+            return tuple(_classes(hints[name]))
+    return ()
+
+
+def check_classes(
+    key: str,
+    value: Any,
+    kinds: Kinds,
+    slots: Mapping[str, Kinds],
+    owner: type | None = None,
+) -> None:
     """Check all classes and functions in settings, before any of them is called.
 
     Args:
         key: the dotted name of ``value``.
         value: settings as a parser left them: its types have been checked, but not where a type is ``Any``.
-        kinds: what settings make objects of.
+        kinds: what settings make objects of. Arguments of these objects may also be of the type that they are annotated
+            with.
         slots: stricter kinds of the objects within some settings, by dotted name.
-        within: the class that ``value`` is given to.
+        owner: the class that ``value`` is given to, as :func:`named_class` has it.
 
     Raises:
-        UserError: something there is no class that is allowed, or a function of Python's standard library.
+        UserError: something there is a class that is not allowed, or a function of Python's standard library.
     """
     if key in slots:
-        kinds, within = slots[key], None
+        kinds, owner = slots[key], None
     if isinstance(value, Mapping):
-        if "class_path" in value:
-            within = named_class(key, value["class_path"], kinds, within).__module__
+        made = named_class(key, value["class_path"], kinds, owner) if "class_path" in value else None
         for name, item in value.items():
-            check_classes(f"{key}.{name}".lstrip("."), item, kinds, slots, within)
+            inner = f"{key}.{name}".lstrip(".")
+            if made is not None and name in ("init_args", "dict_kwargs") and isinstance(item, Mapping):
+                for argument, given in item.items():
+                    check_classes(f"{inner}.{argument}", given, (*kinds, *argument_kinds(made, argument)), slots, made)
+            else:
+                check_classes(inner, item, kinds, slots, owner)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
-            check_classes(f"{key}.{number}", item, kinds, slots, within)
+            check_classes(f"{key}.{number}", item, kinds, slots, owner)
     elif inspect.isroutine(value) or inspect.isclass(value):
-        check_path(key, f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}")
+        check_class_path(key, f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}")
 
 
-def _root(path: str) -> str:
+def _classes(hint: Any) -> Iterator[type]:
+    if parts := typing.get_args(hint):
+        for part in parts:
+            yield from _classes(part)
+    # Any class is an object, and many can be called.
+    elif inspect.isclass(hint) and hint not in (object, Callable):
+        yield hint
+
+
+def _is_any_of(found: type, kinds: Kinds) -> bool:
+    for kind in kinds:
+        # Protocols and typed dicts know no subclasses.
+        with contextlib.suppress(TypeError):
+            if issubclass(found, kind):
+                return True
+    return False
+
+
+def _package(path: str) -> str:
     return path.partition(".")[0]

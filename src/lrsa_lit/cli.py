@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import lrsa_lit
-from lrsa_lit.classes import check_paths
+from lrsa_lit.classes import check_class_paths
 from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.paths import check_path, shipped
 
@@ -231,7 +231,7 @@ def _config_path(value: str) -> str:
     from lrsa_lit.yaml_file import read_settings
 
     try:
-        check_paths("", read_settings(path))
+        check_class_paths("", read_settings(path))
     except UserError as error:
         raise UserError(f"--config: {error}") from None
     return str(path)

@@ -131,7 +131,7 @@ class LRSACLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what a run reads and writes before anything is loaded."""
-        check_classes("", self.config[str(self.subcommand)].as_dict(), _KINDS, _SLOTS)
+        check_classes("", self.config[str(self.subcommand)].as_dict(), _KINDS, _SLOTS, LongContextQA)
         trainer = self._get(self.config, "trainer")
         _check_intervals(trainer)
         _check_amounts(str(self.subcommand), trainer)

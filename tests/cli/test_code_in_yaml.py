@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypedDict
+
 import pytest
 import yaml
 from cli_helpers import DEBUG, NO_LOGGER
+from lightning.pytorch import Callback
 
+from lrsa_lit.classes import check_classes
 from lrsa_lit.cli import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Compressor, MeanPool
@@ -52,6 +56,26 @@ def test_code_of_the_standard_library_is_not_run(tmp_path, capfd, key, config, c
     assert not (tmp_path / "made").exists()
 
 
+HANDLER = "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler"
+
+
+def test_nor_is_a_class_of_the_libraries_that_runs_a_command(tmp_path, monkeypatch, capfd):
+    """Where an argument's annotation does not ask for such a class."""
+    (tmp_path / "open_parts.py").write_text(
+        "from lightning.pytorch import Callback\nclass Open(Callback):\n    def __init__(self, part: object): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"entrypoint": "touch", "args": ["made"], "env": {}, "stdout": None, "stderr": None, "local_rank_id": 0}
+    part = {"class_path": HANDLER, "init_args": given}
+    config = {"trainer": {"callbacks": [{"class_path": "open_parts.Open", "init_args": {"part": part}}]}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, "--config", "x.yaml"])
+    assert stop.value.code == 2
+    assert f"trainer.callbacks.0.init_args.part: class_path '{HANDLER}' is not allowed" in capfd.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
 def test_nor_is_it_from_the_command_line(tmp_path, capfd):
     """Where the parser has imported it by then."""
     with pytest.raises(SystemExit) as stop:
@@ -93,17 +117,45 @@ def test_what_is_of_its_kind_is_made(tmp_path, monkeypatch, capfd):
         "class Own(Callback):\n    def __init__(self, part: object): self.part = part\n"
         "    def on_fit_start(self, trainer, module): print('size', self.part.size)\n"
     )
+    (tmp_path / "more_parts.py").write_text(
+        "import own_parts, torch\n"
+        "from lightning.pytorch import Callback\n"
+        "class More(Callback):\n"
+        "    def __init__(self, part: own_parts.Part | None, losses: list[torch.nn.Module]): self.losses = losses\n"
+        "    def on_fit_start(self, trainer, module): print('losses', *self.losses)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     part = {"class_path": "own_parts.Part", "init_args": {"size": 3}}
     own = {"class_path": "own_parts.Own", "init_args": {"part": part}}
+    losses = [{"class_path": "torch.nn.MSELoss"}]
+    more = {"class_path": "more_parts.More", "init_args": {"part": part, "losses": losses}}
     said = {"class_path": CALLBACK, "init_args": {"on_fit_start": "own_parts.say"}}
     pool = {"class_path": "lrsa_lit.ops.sparse_attention.MeanPool"}
-    config = {"trainer": {"callbacks": [own, said]}, "model": {"evaluate": {"pool": {"compressor": pool}}}}
+    config = {"trainer": {"callbacks": [own, more, said]}, "model": {"evaluate": {"pool": {"compressor": pool}}}}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     main([*FIT, "--config", "x.yaml"])
     shown = capfd.readouterr().out
     assert "size 3" in shown
+    assert "losses MSELoss()" in shown
     assert "it began" in shown
+
+
+class Sized(Protocol):
+    size: int
+
+
+class Typed(TypedDict):
+    size: int
+
+
+class Odd(Callback):
+    def __init__(self, part: Sized | Typed | None) -> None: ...
+
+
+def test_an_annotation_that_has_no_subclasses_admits_none():
+    own = {"class_path": "torch.nn.Linear", "init_args": {}}
+    with pytest.raises(UserError, match=r"^x\.init_args\.part: class_path 'torch.nn.Linear' is not allowed"):
+        check_classes("x", {"class_path": f"{__name__}.Odd", "init_args": {"part": own}}, (Callback,), {})
 
 
 @pytest.mark.parametrize("code", [FUNCTION, CLASS], ids=["function", "class"])

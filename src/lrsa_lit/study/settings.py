@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lrsa_lit.classes import named_class
+from lrsa_lit.classes import argument_kinds, named_class
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import shipped
 from lrsa_lit.yaml_file import read_settings
@@ -70,25 +70,25 @@ def _at(settings: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def made(value: Any, kind: type, *, partial: bool = False, within: str | None = None) -> Any:
+def made(value: Any, *kinds: type, partial: bool = False, owner: type | None = None) -> Any:
     """The object that ``class_path`` and ``init_args`` describe, nested ones included; anything else as it is.
 
     Args:
         value: a setting.
-        kind: what the object must be, or its class a subclass of.
-        within: the class that takes the object as an argument, where one does.
+        kinds: the object must be of one of these types.
+        owner: the class that takes the object as an argument, where one does.
         partial: give a function that still takes the first arguments, as for optimizers, in place of the object.
 
     Raises:
         UserError: no such class, one of another kind, or arguments that it does not take.
     """
     if isinstance(value, list):
-        return [made(item, kind, within=within) for item in value]
+        return [made(item, *kinds, owner=owner) for item in value]
     if not isinstance(value, dict) or "class_path" not in value:
         return value
-    cls = named_class("class_path", value["class_path"], (kind,), within)
+    cls = named_class("class_path", value["class_path"], kinds, owner)
     given = (value.get("init_args") or {}).items()
-    arguments = {name: made(item, kind, within=cls.__module__) for name, item in given}
+    arguments = {name: made(item, *kinds, *argument_kinds(cls, name), owner=cls) for name, item in given}
     if not partial:
         return called(value["class_path"], cls, arguments)
     try:
