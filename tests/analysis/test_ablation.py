@@ -66,7 +66,9 @@ def loader(rows, size=1):
 
 
 def found(folder):
-    return json.loads((folder / "layers.json").read_text())
+    """What the latest validation has left."""
+    latest = max(folder.glob("validate-*"), key=lambda made: int(made.name.rpartition("-")[2]))
+    return json.loads((latest / "layers.json").read_text())
 
 
 def shown_flags(shown):
@@ -126,6 +128,19 @@ def test_the_first_questions_only(tmp_path):
         assert questions["id"] == ["q150", "q90"]
         losses.append([questions["none"], *questions["layers"], questions["all"]])
     assert losses[1:] == [[pytest.approx(each, rel=1e-5) for each in losses[0]]] * 2
+
+
+def test_each_validation_keeps_its_ranking(tmp_path, capfd):
+    rows, shown = examples(tiny_model()), []
+    for _ in range(2):
+        made = trainer(tmp_path, LayerAblation(limit=1))
+        for _ in range(2):
+            made.validate(task(tiny_model()), loader(rows), verbose=False)
+            lines = capfd.readouterr().out.splitlines()
+            shown += [line.removeprefix("Layers: ") for line in lines if line.startswith("Layers: ")]
+    names = ["layers.json", "layers-2.json"]
+    assert shown == [str(tmp_path / folder / name) for folder in ("validate-1", "validate-2") for name in names]
+    assert sorted(shown) == sorted(str(path) for path in tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize("rule", [RULE.replace(top_k=0), RULE.replace(compressor=MeanPool())], ids=["none", "pool"])

@@ -65,7 +65,7 @@ def test_it_costs_a_forward_of_the_samples_and_no_other(tmp_path):
     assert not list(tmp_path.rglob("selections"))
     # Three samples lie in two batches, and are recorded twice.
     assert forwards(*batches, "--config", "three.yaml") == without + 4
-    files = sorted((tmp_path / "runs/selections").iterdir())
+    files = sorted((tmp_path / "runs/fit-1/selections").iterdir())
     assert [file.name for file in files] == ["step000000.npz", "step000004.npz"]
     ids = [each.id for each in read_records(shipped("data/sample.jsonl"))]
     assert [sample.id for sample in SelectionRecord.load(files[0]).samples] == ids[:3]

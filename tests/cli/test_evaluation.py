@@ -222,7 +222,7 @@ def test_an_evaluation_is_a_run_with_its_answers(tmp_path, capfd):
 class Alone:
     """A trainer of one process."""
 
-    world_size, global_rank, is_global_zero, logger = 1, 0, True, None
+    world_size, global_rank, is_global_zero, logger, callbacks = 1, 0, True, None, ()
     state = TrainerState(fn=TrainerFn.TESTING)
 
     def __init__(self, root):
@@ -250,7 +250,9 @@ def test_a_full_disk_keeps_the_answers_before(tmp_path):
 
 
 def test_an_evaluation_without_an_answer_leaves_no_file(tmp_path):
-    lines = LineFile("k", None, "answers.jsonl")
-    lines.begin(Alone(tmp_path))
-    lines.stop()
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "own").mkdir()
+    for path in (None, str(tmp_path / "own/answers.jsonl")):
+        lines = LineFile("k", path, "answers.jsonl")
+        lines.begin(Alone(tmp_path))
+        lines.stop()
+        assert [left.name for left in tmp_path.rglob("*")] == ["own"]

@@ -23,7 +23,7 @@ from lrsa_lit.models import uncompiled
 from lrsa_lit.models.head import answer_losses
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.terminal import PlainConsole
-from lrsa_lit.tracking.artifacts import run_folder, upload
+from lrsa_lit.tracking.artifacts import numbered, run_folder, upload
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch
@@ -47,9 +47,10 @@ class LayerAblation(Callback):
     It looks at the questions of ``trainer.validate`` (``lrsa validate``) and does nothing in a fit. Besides what the
     validation costs anyhow it takes N + 2 forwards of each question for N layers. It prints the layers, best first,
     with 95 % intervals over the questions, and the settings that leave as many of them dense as ``share`` allows;
-    ``layers.json`` has the same and each question's losses. That file stands beside the run's checkpoints and is an
-    artifact of an MLflow run. Each layer is judged alone, all others having the run's rule: what several dense ones do
-    together is not looked at. ``dense_layers`` of that rule are left out of account.
+    ``layers.json`` has the same and each question's losses. The file is in the run's folder, beside its checkpoints,
+    and an artifact of an MLflow run; without one the folder is a new one, ``validate-1``. Each layer is judged alone,
+    all others having the run's rule: what several dense ones do together is not looked at. ``dense_layers`` of that
+    rule are left out of account.
 
     Args:
         top_k: K of the sparse layers meanwhile, 0 <= K < L; null takes the run's.
@@ -74,6 +75,7 @@ class LayerAblation(Callback):
         self._rule: LRSAConfig | None = None
         self._questions: list[_Question] = []
         self._found: LayerGains | None = None
+        self._path = Path()
 
     def check_settings(self, task: LightningModule, stage: str) -> None:
         """Refuse what does not suit the run's rule; the command line asks before it records or prepares anything.
@@ -118,9 +120,9 @@ class LayerAblation(Callback):
         questions = [question for turn in zip(*shares, strict=True) for question in turn if not question.repeated]
         if questions and trainer.is_global_zero:
             self._found = _gains(questions[: self.limit], self._rule, pl_module)
-            path = run_folder(trainer) / FILE
-            _write(self._found.to_dict(self.share), path)
-            upload(trainer, [path])
+            self._path = next(path for path in numbered(run_folder(trainer) / FILE) if not path.exists())
+            _write(self._found.to_dict(self.share), self._path)
+            upload(trainer, [self._path])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show it, once the progress bar is gone."""
@@ -128,7 +130,7 @@ class LayerAblation(Callback):
             return
         console = PlainConsole()
         console.print(self._found.table())
-        for line in (str(self._found.suggestion(self.share)), f"Layers: {run_folder(trainer) / FILE}"):
+        for line in (str(self._found.suggestion(self.share)), f"Layers: {self._path}"):
             console.say(line)
         self._found = None
 

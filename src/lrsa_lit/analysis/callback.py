@@ -25,10 +25,11 @@ _log = logging.getLogger(__name__)
 class CaptureSelections(Callback):
     """Record the selections of the first validation samples at step 0 and at the end of training.
 
-    Each record stands as ``selections/step000000.npz`` beside the run's checkpoints, with figures, and all of them are
-    artifacts of an MLflow run. Logged as ``selection/…`` are the shares of the gold passages' and
-    the answers' tokens that were kept on average and by any head, and what chance gives. It costs one more forward of
-    those samples each time, and none of any other. Of several processes the first one records its own samples.
+    Each record is ``selections/step000000.npz`` in the run's folder, beside its checkpoints, with figures. All of them
+    are artifacts of an MLflow run; without one the folder is a new one, ``fit-1``. Logged as ``selection/…`` are the
+    shares of the gold passages' and the answers' tokens that were kept on average and by any head, and what chance
+    gives. Each record costs one more forward of those samples. Of several processes the first one records its own
+    samples.
 
     Args:
         samples: how many validation samples.

@@ -33,7 +33,8 @@ class LayerSelection:
 
     Attributes:
         positions: (H, P, K) int32, counted from the sample's first token, ascending within a partition.
-        scores: (H, P, K) float32, what those tokens were ranked by; a file keeps three digits of them.
+        scores: (H, P, K) float32, the scores of those tokens; a file keeps three digits of them. They were ranked by
+            log score, which tells apart tokens whose scores are 0 in float32.
     """
 
     positions: NDArray[np.int32]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from lightning.pytorch import Trainer
 
+from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.errors import UserError
-from lrsa_lit.tracking.artifacts import new_folder, upload
-
-PARTIAL = ".partial"
-"""End of the name of a file whose evaluation has not come to its end."""
+from lrsa_lit.files import PARTIAL
+from lrsa_lit.tracking.artifacts import numbered, shared_run_folder, upload
 
 _log = logging.getLogger("lrsa_lit")
 
@@ -64,7 +61,7 @@ class LineFile:
         self.check()
         self.written, self._count = [], 0
         try:
-            asked = new_folder(trainer) / self._name if self._path is None else Path(self._path)
+            asked = shared_run_folder(trainer) / self._name if self._path is None else Path(self._path)
             asked.parent.mkdir(parents=True, exist_ok=True)
             self._open(asked, "" if trainer.world_size == 1 else f".{trainer.global_rank}")
         except OSError as error:
@@ -100,11 +97,7 @@ class LineFile:
             return
         self._close()
         _partial(self._target).rename(self._target)
-        targets: list[Path] = [self._target]
-        if trainer.world_size > 1:
-            gathered: list[Path | None] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, self._target)
-            targets = [path for path in gathered if path is not None]
+        targets: list[Path] = gathered(trainer, self._target)
         if trainer.is_global_zero:
             self.written = targets
             # Those of another machine may stand on a disk of its own.
@@ -117,9 +110,10 @@ class LineFile:
         self._close()
         if not self._count:
             _partial(self._target).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                # A folder of its own, unless something else is in it.
-                self._target.parent.rmdir()
+            if self._path is None:
+                # The run's folder, unless something else is in it.
+                with contextlib.suppress(OSError):
+                    self._target.parent.rmdir()
         else:
             _log.warning("The %d answers so far stand in %s", self._count, _partial(self._target))
 
@@ -130,9 +124,8 @@ class LineFile:
 
     def _open(self, asked: Path, process: str) -> None:
         """Open the file; in the run's folder the next one whose name is free, for a run may be evaluated again."""
-        for number in itertools.count(1):
-            again = "" if number == 1 else f"-{number}"
-            target = asked.with_name(f"{asked.stem}{again}{process}{asked.suffix}")
+        for name in numbered(asked):
+            target = name.with_name(f"{name.stem}{process}{name.suffix}")
             if not target.exists():
                 try:
                     self._file = _partial(target).open("xb", buffering=0)

@@ -4,53 +4,60 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 from lrsa_lit.tracking.logger import MLflowRun
+from lrsa_lit.tracking.record import RecordConfig
+
+_made: weakref.WeakKeyDictionary[Trainer, Path] = weakref.WeakKeyDictionary()
+"""The folders of trainers without an MLflow run."""
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Of the run, where its checkpoints are as well; without a logger the trainer's own."""
-    run = () if trainer.logger is None else (str(trainer.logger.name), str(trainer.logger.version))
-    return Path(trainer.default_root_dir).joinpath(*run)
+    """The folder for files of a trainer's run, on the first process.
 
-
-def new_folder(trainer: Trainer) -> Path:
-    """A folder for what one evaluation leaves: the run's, or without a run ``test-1`` and so on, which is made.
-
-    All processes must ask, and get the same.
+    It is where the checkpoints of the MLflow run are. Without one it is a new folder, such as ``test-1``, which the
+    first call makes.
 
     Raises:
         OSError: it cannot be made.
     """
-    if isinstance(trainer.logger, MLflowRun):
-        return Path(trainer.strategy.broadcast(run_folder(trainer)))
-    made: Path | OSError | None = None
+    root, logger = Path(trainer.default_root_dir), trainer.logger
+    if isinstance(logger, MLflowRun):
+        return logger.folder(root)
+    if trainer not in _made:
+        _made[trainer] = _new_folder(root / _command(trainer))
+    return _made[trainer]
+
+
+def shared_run_folder(trainer: Trainer) -> Path:
+    """The :func:`run_folder` of the first process, on every process. Every process must call it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder: Path | OSError | None = None
     if trainer.is_global_zero:
         try:
-            made = _numbered(Path(trainer.default_root_dir), str(trainer.state.fn and trainer.state.fn.value))
+            folder = run_folder(trainer)
         except OSError as error:
-            made = error
-    made = trainer.strategy.broadcast(made)
-    if isinstance(made, OSError):
-        raise made
-    assert made is not None
-    return made
+            folder = error
+    folder = trainer.strategy.broadcast(folder)
+    if isinstance(folder, OSError):
+        raise folder
+    assert folder is not None
+    return folder
 
 
-def _numbered(root: Path, command: str) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = root / f"{command}-{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
+def numbered(path: Path) -> Iterator[Path]:
+    """A path, then the names to try where it is taken: ``answers-2.jsonl``, ``answers-3.jsonl`` and so on."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def upload(trainer: Trainer, files: Sequence[Path], folder: str | None = None) -> None:
@@ -61,3 +68,22 @@ def upload(trainer: Trainer, files: Sequence[Path], folder: str | None = None) -
     for file in files:
         send = functools.partial(logger.experiment.log_artifact, logger.run_id, str(file), folder)
         logger.deliver(f"{folder}/{file.name}" if folder else file.name, send)
+
+
+def _command(trainer: Trainer) -> str:
+    """The command that is run: a fit may begin with a validation, so the trainer's stage does not say it."""
+    of_cli = [callback.command for callback in trainer.callbacks if isinstance(callback, RecordConfig)]  # type: ignore[attr-defined]
+    return of_cli[0] if of_cli else str(trainer.state.fn and trainer.state.fn.value)
+
+
+def _new_folder(path: Path) -> Path:
+    """Make the first of ``path-1``, ``path-2`` and so on that does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError

@@ -128,6 +128,10 @@ class MLflowRun(Logger):
         """Name of the experiment; Lightning's ``name`` is its id."""
         return str(self._experiment_name or EXPERIMENT)
 
+    def folder(self, root: Path) -> Path:
+        """The run's folder within the trainer's; its checkpoints are there as well."""
+        return root / str(self.name) / str(self.version)
+
     @property
     def named(self) -> bool:
         """Whether the user named the run."""
@@ -253,9 +257,8 @@ class MLflowRun(Logger):
         _log.info("%d metric values of the time before were sent from %s", len(kept), spool)
 
     def _spool(self) -> Path:
-        """Beside the run's checkpoints."""
         assert self._root is not None
-        return self._root / str(self.name) / str(self.version) / _SPOOL
+        return self.folder(self._root) / _SPOOL
 
     def _keep_undelivered(self) -> Path | None:
         """Write undelivered metrics to a file; None where there are none, or no place for them."""

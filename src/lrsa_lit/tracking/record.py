@@ -46,7 +46,7 @@ class RecordConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, command: str = "fit", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"save_to_log_dir": False})
-        self._command = command
+        self.command = command
         self._recorded_splits: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,10 +75,10 @@ class RecordConfig(SaveConfigCallback):
         with answering(logger.tracking_uri):
             client, run_id = logger.experiment, logger.run_id
             if not logger.named and not logger.continues:
-                client.update_run(run_id, name=run_name(values, self._command))
+                client.update_run(run_id, name=run_name(values, self.command))
             client.log_text(run_id, text, "config.resumed.yaml" if logger.continues else "config.yaml")
             _log_params(logger, params | derived_params(trainer, pl_module))
-            for name, value in (circumstances(values, trainer) | evaluated(values, self._command)).items():
+            for name, value in (circumstances(values, trainer) | evaluated(values, self.command)).items():
                 client.set_tag(run_id, name, value)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
