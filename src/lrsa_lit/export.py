@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.arguments import Parser
 from lrsa_lit.errors import UserError
+from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import Trained, load_trained
 from lrsa_lit.paths import check_path, check_writable, put_in_place
 from lrsa_lit.terminal import PlainConsole, log_to
@@ -97,11 +98,10 @@ def _check_adapters(trained: Trained, options: argparse.Namespace) -> None:
         return
     if trained.backbone.lora is None:
         raise UserError(f"--adapters: {options.checkpoint} holds all weights and no adapters")
-    if trained.backbone.rope_scaling is not None:
-        raise UserError(
-            "--adapters: a folder of adapters cannot hold the positions of model.backbone.rope_scaling; export the "
-            "merged model"
-        )
+    try:
+        check_holdable(trained.backbone)
+    except UserError as error:
+        raise UserError(f"--adapters: {error}") from None
 
 
 def _write(trained: Trained, out: Path, *, merge: bool) -> None:

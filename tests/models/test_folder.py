@@ -149,3 +149,22 @@ def test_a_model_that_was_written_otherwise_gets_no_name(base, tmp_path, monkeyp
         with pytest.raises(AnotherModel):
             save_folder(model, tiny_tokenizer(), tmp_path / "other", weights=weights)
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": 0.1}, {"lrsa": None}, {"rope_parameters": {"rope_theta": 7.0}}])
+def test_a_model_whose_config_was_written_otherwise_gets_no_name(tmp_path, monkeypatch, change):
+    """All weights may be right."""
+    model = enable(tiny_model(), RULE)
+    original = type(model).save_pretrained
+
+    def otherwise(self, folder, **options):
+        original(self, folder, **options)
+        written = json.loads((folder / "config.json").read_text())
+        for name, value in change.items():
+            written[name] = written[name] | value if isinstance(value, dict) else value
+        (folder / "config.json").write_text(json.dumps(written))
+
+    monkeypatch.setattr(type(model), "save_pretrained", otherwise)
+    with pytest.raises(AnotherModel, match=next(iter(change))):
+        save_folder(model, tiny_tokenizer(), tmp_path / "other")
+    assert not list(tmp_path.iterdir())

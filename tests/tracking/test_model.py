@@ -53,6 +53,14 @@ def test_adapters(elsewhere):
     assert {path.name for path in folder.glob("*.safetensors")} == {"adapter_model.safetensors"}
 
 
+def test_adapters_of_scaled_positions_are_left_to_their_checkpoint(elsewhere, caplog):
+    """Whoever loaded the folder would get the base model's positions."""
+    lora = ["--model.backbone.lora", "{rank: 4}", "--model.backbone.rope_scaling", "{rope_type: yarn, factor: 2}"]
+    main([*FIT, *lora, "--trainer.max_steps", "1"])
+    assert not list(elsewhere.rglob("adapter_config.json"))
+    assert any("model.backbone.rope_scaling" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("what", ["none", "adapters"])
 def test_switched_off(elsewhere, what):
     callback = f"[{{class_path: lrsa_lit.tracking.LogModel, init_args: {{what: {what}}}}}]"

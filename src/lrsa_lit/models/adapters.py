@@ -36,6 +36,18 @@ def holds_adapters(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def check_holdable(backbone: Backbone) -> None:
+    """Check that a folder of adapters can say all that was trained with.
+
+    Raises:
+        UserError: it cannot: whoever loads it takes the base model's own positions.
+    """
+    if backbone.rope_scaling is not None:
+        raise UserError(
+            "a folder of adapters cannot hold the positions of model.backbone.rope_scaling; export the merged model"
+        )
+
+
 def load_adapters(folder: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:
     """The trained model of an adapter folder: its base model, adapters and rule.
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_OF_LOADING = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
+"""Settings of a config that say where a model came from and how it was loaded, not which one it is."""
+
+
 class AnotherModel(Exception):  # noqa: N818 - what was written
     """What was written is not what was trained."""
 
@@ -47,7 +51,7 @@ def save_folder(
         folder: appears only when it is complete, its parents are made; it must not exist.
         weights: weights to write instead of those that the model has now, under the names of its ``state_dict``.
         expected: what :func:`logits` must give of the ``PreTrainedModel`` that is loaded again. The one that is given
-            then loses its weights, to make room. None: all weights must be the same.
+            then loses its weights, to make room. None: all weights and settings must be the same.
 
     Raises:
         AnotherModel: what was written is another model; nothing is left behind.
@@ -121,10 +125,25 @@ def _check_model(model: Any, folder: Path, weights: Mapping[str, Tensor] | None,
         if not (distance := difference(found, expected)) <= 1e-3:
             raise AnotherModel(f"its logits differ by {distance:.1%} from those of what was trained")
         return
-    held = _loaded(type(model), folder, model.dtype).state_dict()
+    loaded = _loaded(type(model), folder, model.dtype)
+    held = loaded.state_dict()
     for name, weight in (model.state_dict() if weights is None else weights).items():
         if name not in held or not _same(held[name], weight):
             raise AnotherModel(f"its {name} is not the one that was trained")
+    written, trained = _settings(loaded.config), _settings(model.config)
+    if different := sorted(name for name in written | trained if written.get(name) != trained.get(name)):
+        raise AnotherModel(f"its config.json has another {different[0]}")
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What of a config decides the logits, as JSON has it."""
+
+    def decisive(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in _OF_LOADING}
+
+    # Configs of several models have one for each.
+    kept: dict[str, Any] = json.loads(config.to_json_string(use_diff=False), object_hook=decisive)
+    return kept
 
 
 def _loaded(kind: Any, folder: Path, dtype: Any) -> Any:

@@ -11,10 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.folder import AnotherModel, save_folder
 from lrsa_lit.store import answering, reason
 from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tracking.artifacts import run_folder
 from lrsa_lit.tracking.logger import MLflowRun
 
 FOLDER = "model"
@@ -30,8 +32,9 @@ class LogModel(Callback):
 
     It holds what :func:`lrsa_lit.models.folder.save_folder` writes, compared with what was trained: all weights, or the
     adapters where those were trained. Without a best checkpoint it is the model as the training left it. A store on
-    this machine has the folder written in its place; to any other it is uploaded. A fit that was stopped logs none.
-    Weights that a strategy has sharded are left to their checkpoint.
+    this machine has the folder written in its place; to any other it is uploaded. A fit that was stopped logs none, nor
+    does one of adapters with scaled positions, which a folder of adapters cannot hold. Weights that a strategy has
+    sharded are left to their checkpoint.
 
     Args:
         what: ``all`` trained weights, which take as much room as the model; ``adapters`` leaves out models whose
@@ -48,8 +51,10 @@ class LogModel(Callback):
             return
         if isinstance(trainer.strategy, _SHARDED) or not trainer.is_global_zero:
             return
-        scratch = Path(trainer.default_root_dir, str(logger.name), str(logger.version), FOLDER)
+        scratch = run_folder(trainer) / FOLDER
         try:
+            if pl_module.backbone.lora is not None:
+                check_holdable(pl_module.backbone)
             with answering(logger.tracking_uri):
                 local = _local_artifacts(logger)
                 target = scratch if local is None else local / FOLDER
