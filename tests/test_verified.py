@@ -84,6 +84,19 @@ def test_damage_is_named(folder, change, said):
     assert said in verified.damage(folder)
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "deep/.nfs0000012"])
+def test_files_of_the_system_are_no_damage(folder, name):
+    (folder / name).touch()
+    assert verified.damage(folder) is None
+
+
+def test_a_hidden_file_of_the_seal_is_checked(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"a")
+    verified.seal(tmp_path)
+    (tmp_path / ".metadata").unlink()
+    assert verified.damage(tmp_path) == ".metadata is missing"
+
+
 def test_a_damaged_folder_is_replaced_and_a_good_one_is_not(folder):
     def other(folder):
         (folder / "other").touch()

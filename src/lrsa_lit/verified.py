@@ -31,7 +31,10 @@ def build(folder: Path, fill: Callable[[Path], object]) -> None:
         fill(partial)
         seal(partial)
         try:
-            if not folder.is_dir() or damage(folder) is not None:
+            if not folder.exists():
+                # Fails where another process was first: its folder, which may be in use by now, stays.
+                partial.rename(folder)
+            elif damage(folder) is not None:
                 put_in_place(partial, folder)
         except OSError:
             if damage(folder) is not None:
@@ -66,13 +69,13 @@ def is_sealed(folder: Path) -> bool:
 def damage(folder: Path) -> str | None:
     """What differs from the seal, in a few words; None if nothing does.
 
-    Names and sizes are compared each time, contents once a process: again only where a file has changed since.
+    Names and sizes are compared each time, contents once a process: again only where a file has changed since. Hidden
+    files that the seal does not name are passed over: systems leave theirs, such as ``.DS_Store`` or ``.nfs0123``.
     """
     try:
         files = _sealed(folder)
-        if (names := _names(folder)) != sorted(files):
-            odd = sorted(set(names) ^ set(files))[0]
-            return f"{odd} is missing" if odd in files else f"{odd} does not belong there"
+        if odd := sorted(name for name in set(_names(folder)) ^ set(files) if name in files or not _is_hidden(name)):
+            return f"{odd[0]} is missing" if odd[0] in files else f"{odd[0]} does not belong there"
         for name, entry in files.items():
             if (size := (folder / name).stat().st_size) != entry["size"]:
                 return f"{name} has {size:,} bytes instead of {entry['size']:,}"
@@ -104,6 +107,10 @@ def _names(folder: Path) -> list[str]:
     """The files of a folder, as paths within it; hidden ones too, but not the seal."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in found if name != SEAL)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
 
 
 def version(path: Path) -> tuple[int, ...]:

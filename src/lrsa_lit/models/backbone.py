@@ -139,7 +139,7 @@ class Backbone:
         if self.source.startswith(PACKAGE_SCHEME) or self.source.endswith(".gguf"):
             from lrsa_lit.models.gguf import converted
 
-            return str(converted(resolve(self.source, self.sha256, KEY)))
+            return str(converted(resolve(self.source, self.sha256, KEY), self.sha256))
         path = expanded(KEY, self.source)
         if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
             raise UserError(

@@ -13,18 +13,19 @@ from lrsa_lit.paths import cache_dir, sha256_of
 _log = logging.getLogger(__name__)
 
 
-def converted(path: Path) -> Path:
+def converted(path: Path, sha256: str | None = None) -> Path:
     """The folder of the de-quantised model and its tokenizer, made on the first call.
 
     The folder is named by the file's hash, appears only when it is complete, and is made again where it is damaged.
 
     Args:
         path: a GGUF file; its weights are de-quantised to float32.
+        sha256: its hex digest, where that is known.
 
     Raises:
         UserError: the file is not a GGUF model that transformers can read, or the cache cannot be written.
     """
-    target = cache_dir("models", f"{path.stem}-{sha256_of(path)[:12]}")
+    target = cache_dir("models", f"{path.stem}-{(sha256 or sha256_of(path))[:12]}")
     reason = verified.damage(target) if target.is_dir() else None
     if target.is_dir() and reason is None:
         return target
