@@ -76,9 +76,17 @@ class Trained(NamedTuple):
                 )
 
 
-def trained_weights(backbone: Backbone, model: nn.Module) -> dict[str, Tensor]:
-    """What of a model's weights a fit changes: the adapters, or all."""
-    weights = model.state_dict()
+def trained_weights(
+    backbone: Backbone, model: nn.Module, weights: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weights that a fit changes: the adapters, or all.
+
+    Args:
+        backbone: says which.
+        model: its model, or a module around it.
+        weights: a state dict of that model; None: the one that it has now.
+    """
+    weights = model.state_dict() if weights is None else weights
     if backbone.lora is None:
         return weights
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -13,13 +13,14 @@ import torch
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.errors import UserError
 from lrsa_lit.flops import kv_ratio
+from lrsa_lit.models.checkpoint import trained_weights
 from lrsa_lit.paths import check_writable
 from lrsa_lit.study import machine, tokens
 from lrsa_lit.study.plan import Evaluation, Row, Study, Work, digest
 from lrsa_lit.study.results import Line, Results
 from lrsa_lit.study.shards import Outcome, Weights, release, shard_size, shards_of
 from lrsa_lit.study.tokens import TokenFile
-from lrsa_lit.study.training import Meter, digest_of_weights, task_of, train, trained_weights
+from lrsa_lit.study.training import Meter, digest_of_weights, task_of, train
 from lrsa_lit.study.workers import OutOfTimeError, Workers
 
 _SPARE = 15.0
@@ -142,7 +143,7 @@ class Runner:
             _say(f"{work.row.name}, seed {work.seed}: stopped at step {steps} of {work.row.steps}")
             _obey(signalled)
             raise OutOfTimeError
-        weights = trained_weights(task)
+        weights = trained_weights(task.backbone, task.model)
         found = digest_of_weights(weights)
         AtomicCheckpointIO().save_checkpoint(weights, self._place(work) / f"{found}.pt")
         self.results.append(self._training_line(work, meter, found))

@@ -188,12 +188,6 @@ def task_of(row: Row, source: str | None = None) -> LongContextQA:
     )
 
 
-def trained_weights(task: LongContextQA) -> dict[str, Tensor]:
-    """What a training has changed, by the model's own names: all weights, or the adapters."""
-    weights = task._trained({f"model.{name}": weight for name, weight in task.model.state_dict().items()})
-    return {name.removeprefix("model."): weight for name, weight in weights.items()}
-
-
 def digest_of_weights(weights: dict[str, Tensor]) -> str:
     """Twelve hex digits of the names and of every bit."""
     found = hashlib.sha256()

@@ -32,7 +32,7 @@ from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.errors import UserError
 from lrsa_lit.metrics import exact_match, f1_score
 from lrsa_lit.models import Backbone, uncompiled
-from lrsa_lit.models.checkpoint import describe
+from lrsa_lit.models.checkpoint import describe, trained_weights
 from lrsa_lit.models.generation import GREEDY, before_stop, stop_tokens
 from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
 from lrsa_lit.models.sharding import is_sharded, shard
@@ -175,7 +175,7 @@ class LongContextQA(lightning.LightningModule):
             UserError: its weights are not the ones that this configuration trains, or its schedule has another length.
         """
         saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
-        needed = {name: tuple(weight.shape) for name, weight in self._trained(self.state_dict()).items()}
+        needed = {name: tuple(weight.shape) for name, weight in trained_weights(self.backbone, self).items()}
         if saved != needed:
             kinds = [
                 "adapters" if any("lora_" in name for name in names) else "all weights" for names in (saved, needed)
@@ -195,16 +195,9 @@ class LongContextQA(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, if that is adapters, and say what it is."""
-        checkpoint["state_dict"] = self._trained(checkpoint["state_dict"])
+        checkpoint["state_dict"] = trained_weights(self.backbone, self, checkpoint["state_dict"])
         rule = None if self.train_config is None else self.train_config.to_dict()
         describe(checkpoint, self.backbone, rule, self.template_arguments)
-
-    def _trained(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint holds of a state dict: all of it, or the adapters where only those are trained."""
-        if self.backbone.lora is None:
-            return weights
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name: weight for name, weight in weights.items() if name in trained}
 
     def answer_loss(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the answer tokens of a batch, float32, and their number; neither waits for a GPU.
