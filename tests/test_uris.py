@@ -21,6 +21,7 @@ USERS = [
     ("postgresql+psycopg2://joe:hunt/er2@db/runs", "postgresql+psycopg2://db/runs"),
     ("postgresql://joe:hun@ter2@db/runs", "postgresql://db/runs"),
     ("mysql://db/runs?user=joe&password=hunter2&ssl=1", "mysql://db/runs?user=***&password=***&ssl=1"),
+    ("mssql+pyodbc:///?odbc_connect=SERVER%3Ddb%3BUID%3Djoe%3BPWD%3Dhunter2", "mssql+pyodbc:///?odbc_connect=***"),
 ]
 FREE = ["sqlite:////home/a@b/c:d@e/mlflow.db", "http://host:5000/a", "mail joe@host", "sqlite:///runs/mlflow.db"]
 

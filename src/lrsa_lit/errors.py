@@ -8,7 +8,9 @@ import unicodedata
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 # A password may hold slashes.
 _USER = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:@]*:[^\s@]*@)")
-_OPTION = re.compile(r"([?&](?:\w*password|passwd|pwd|\w*token|\w*secret|user|username)=)[^&\s\"']+", re.IGNORECASE)
+_OPTION = re.compile(
+    r"([?&](?:\w*password|passwd|pwd|odbc_connect|\w*token|\w*secret|user|username)=)[^&\s\"']+", re.IGNORECASE
+)
 
 
 class UserError(ValueError):

@@ -11,7 +11,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, printable
 
 PACKAGE_SCHEME = "package://"
 _PACKAGE_DIR = Path(__file__).resolve().parent
@@ -39,14 +39,14 @@ def check_path(key: str, path: str | Path) -> None:
         UserError: it holds a control character or is too long; the message names the setting ``key``.
     """
     if any(ord(character) < 32 for character in str(path)):
-        raise UserError(f"{key}: {printable(path)} is no path (it holds a control character)")
+        raise UserError(f"{key}: {_short(path)} is no path (it holds a control character)")
     try:
         os.lstat(path)
     except (ValueError, UnicodeError) as error:
-        raise UserError(f"{key}: {printable(path)} is no path ({error})") from None
+        raise UserError(f"{key}: {_short(path)} is no path ({error})") from None
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
-            raise UserError(f"{key}: {printable(path)} is no path ({error.strerror})") from None
+            raise UserError(f"{key}: {_short(path)} is no path ({error.strerror})") from None
 
 
 def expanded(key: str, path: str | Path) -> Path:
@@ -58,15 +58,9 @@ def expanded(key: str, path: str | Path) -> Path:
     try:
         found = Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{key}: {printable(path)} is no path ({error})") from None
+        raise UserError(f"{key}: {_short(path)} is no path ({error})") from None
     check_path(key, found)
     return found
-
-
-def printable(path: str | Path) -> str:
-    """A path with its control characters escaped, cut after 100 characters."""
-    text = str(path).encode("unicode_escape").decode() if not str(path).isprintable() else str(path)
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def check_writable(key: str, value: object, folder: Path) -> None:
@@ -120,13 +114,19 @@ def resolve(source: str, sha256: str | None = None, key: str = "") -> Path:
     Raises:
         UserError: the package or the file is missing, or the digest differs.
     """
-    named = f"{key}: {printable(source)}" if key else printable(source)
+    named = f"{key}: {_short(source)}" if key else _short(source)
     path = _in_package(source, named) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source, key)
     if not path.is_file():
         raise UserError(f"{named}: no such file ({path.absolute()})")
     if sha256 is not None and (found := sha256_of(path)) != sha256:
         raise UserError(f"{named}: the file is corrupt or another version: sha256 is {found}, expected {sha256}")
     return path
+
+
+def _short(path: str | Path) -> str:
+    """A path as a message names it."""
+    text = printable(str(path))
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _here_or_shipped(source: str, key: str) -> Path:
