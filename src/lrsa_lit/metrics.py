@@ -77,7 +77,7 @@ def _spaced(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-_FORMS = (normalize_answer, _with_articles, _spaced)
+_FORMS = (normalize_answer, _with_articles)
 
 
 def _f1(predicted: list[str], expected: list[str]) -> float:

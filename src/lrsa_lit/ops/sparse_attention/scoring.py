@@ -79,7 +79,10 @@ def weighted_ranking(spreads: Sequence[Tensor], weights: Sequence[float]) -> Ran
     sums = [(spread - top).exp().sum(dim=-1, keepdim=True) for spread, top in zip(spreads, highest, strict=True)]
     weight = math.log(weights[1]) - math.log(weights[0])
     shift = (highest[0] - highest[1]) + (sums[0] / sums[1]).log() + weight
-    return Ranking(parts[0] + parts[1], torch.logaddexp(first - shift.clamp(min=0), second + shift.clamp(max=0)))
+    first, second = first - shift.clamp(min=0), second + shift.clamp(max=0)
+    # Not torch.logaddexp: on the CPU it rounds the last few numbers of a tensor differently, which would break ties.
+    order = torch.maximum(first, second) + (-(first - second).abs()).exp().log1p()
+    return Ranking(parts[0] + parts[1], order)
 
 
 def token_hash(seed: int, *counters: Tensor) -> Tensor:
