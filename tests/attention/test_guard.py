@@ -3,13 +3,15 @@
 import copy
 import gc
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers import one_line
 from torch.utils.checkpoint import checkpoint
 
-from lrsa_lit.attention import LRSACache, disable, enable, observing, prefill
+from lrsa_lit.attention import LAYOUT, LRSACache, disable, enable, observing, packed_layout, prefill
 from lrsa_lit.attention.cache_layer import LRSACacheLayer
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.errors import UserError
@@ -209,6 +211,40 @@ def test_a_family_that_attends_twice_in_a_layer_is_refused(with_cache, tiny, tok
     for _ in range(2):
         line = refusal(lambda: feed(model, LRSACache.of(model) if with_cache else None, tokens(1, 40)))
         assert line == "model: layer 0 attends more than once per call; this family is not supported"
+
+
+def test_threads_share_a_model_from_its_first_call_on(model, tokens, rule):
+    expected = model(tokens(1, 40), use_cache=False).logits
+    enable(model, rule)
+    together = threading.Barrier(2)
+
+    def first_call(_):
+        try:
+            return model(tokens(1, 40), use_cache=False).logits
+        except BaseException:
+            together.abort()
+            raise
+
+    def wait(*_):
+        together.wait()
+
+    # Both threads have begun before either attends, and both have attended in the first layer before either goes on.
+    layer = model.model.layers[0]
+    layer.register_forward_pre_hook(wait)
+    layer.register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        for logits in threads.map(first_call, range(2)):
+            assert logits.equal(expected)
+
+
+def test_a_layout_may_be_handed_in_again_after_a_call_that_failed(model, tokens):
+    given = {LAYOUT: packed_layout([0, 15, 40]), "position_ids": torch.tensor([[*range(15), *range(25)]])}
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens(1, 40), use_cache=False, **given)
+    hook.remove()
+    first, again = (model(tokens(1, 40), use_cache=False, **given).logits for _ in range(2))
+    assert first.equal(again)
 
 
 def test_a_family_that_attends_to_other_keys_than_it_stores_takes_no_cache(tiny, tokens, rule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -166,11 +167,12 @@ def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
 
 def _prepare(
     state: Enabled, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[()], dict[str, Any]] | None:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the decoder runs: read padding and packing once, and hand the layout down to every layer."""
     _check_switch(state)
     if LAYOUT in kwargs:
-        return None
+        # Until the family is known, the layers tell calls apart by their layouts.
+        return None if state.checked else (args, {**kwargs, LAYOUT: dataclasses.replace(kwargs[LAYOUT])})
     given = arguments_by_name(decoder, args, kwargs)
     tokens = tokens_of_call(given)
     if tokens is None:
@@ -199,16 +201,13 @@ def _prepare(
 
 
 def _check_switch(state: Enabled) -> None:
-    """Refuse a model whose attention somebody switched; begin the count of its calls."""
+    """Refuse a model whose attention somebody switched."""
     config: Any = state.modules[0].config
     if config._attn_implementation not in (NAME, OBSERVED):
         raise UserError(
             f"model: its attention was set to {config._attn_implementation!r} while LRSA is enabled; call "
             "lrsa_lit.attention.disable(model) for the model's own attention, or enable(model, …) again"
         )
-    if not state.checked:
-        for module in state.modules:
-            getattr(module, RULE).called = False
 
 
 def _attention(
@@ -234,8 +233,10 @@ def _attention(
     _refuse(dropout, kwargs)
     if key.shape[-1] != value.shape[-1]:
         raise UserError(f"model: keys of {key.shape[-1]} and values of {value.shape[-1]} channels are not supported")
-    if not torch.compiler.is_compiling() and rule.called and not rule.state.checked:
-        raise UserError(f"model: layer {rule.layer} attends more than once per call; this family is not supported")
+    if not torch.compiler.is_compiling() and not rule.state.checked:
+        if rule.layout is layout:
+            raise UserError(f"model: layer {rule.layer} attends more than once per call; this family is not supported")
+        rule.layout = layout
     rule.called = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _in_one_dtype(query, key, value)

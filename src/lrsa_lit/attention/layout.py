@@ -124,7 +124,7 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
 
 def positions_from_mask(mask: Tensor, length: int) -> Tensor:
     """(B, T) positions that count from each row's first real token; pads get 0."""
-    return (mask.bool().long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
 def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: int) -> Tensor:

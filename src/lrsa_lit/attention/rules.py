@@ -49,6 +49,7 @@ class Rule:
         layer: which one.
         numbers: the config as a compiled layer takes it, or None.
         called: whether the module has called the attention.
+        layout: of the last call, until a first call has shown that each layer attends once.
     """
 
     state: Enabled
@@ -56,6 +57,7 @@ class Rule:
     layer: int
     numbers: Tensor | None = None
     called: bool = False
+    layout: Layout | None = None
 
 
 def enabled_state(model: PreTrainedModel) -> Enabled | None:
