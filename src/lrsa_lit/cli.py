@@ -206,7 +206,11 @@ def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:
-    """Replace config files that are not in the working directory by the shipped ones of that name."""
+    """Replace config files that are not in the working directory by the shipped ones of that name.
+
+    Raises:
+        UserError: a config file is missing or is not YAML, or an argument can have no meaning.
+    """
     found = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         flag, assigned, value = (
@@ -215,8 +219,33 @@ def _find_configs(arguments: Sequence[str]) -> list[str]:
         if assigned or previous in ("--config", "-c"):
             found.append(flag + assigned + _config_path(value))
         else:
+            _check_argument(previous, argument)
             found.append(argument)
     return found
+
+
+def _check_argument(previous: str, argument: str) -> None:
+    """Refuse a value that the parser would never be done with: it takes any for YAML, or for a file that holds some.
+
+    Raises:
+        UserError: it contains itself, is nested too deeply, or names a pipe; or it holds a NUL character.
+    """
+    from lrsa_lit.yaml_file import check_bounds
+
+    flag, _, value = argument.partition("=") if argument.startswith("--") else (previous, "", argument)
+    key = flag.removeprefix("--")
+    if "\0" in argument:
+        raise UserError(f"{key}: {argument} is not allowed (it holds a NUL character)")
+    # Most values are short words and numbers.
+    if "&" in value or value.count("[") + value.count("{") > 50:
+        check_bounds(key, value)
+    if not os.path.exists(value):
+        return
+    path = Path(value)
+    if path.is_fifo():
+        raise UserError(f"{key}: {value} is a pipe; allowed is a file")
+    if path.suffix in (".yaml", ".yml"):
+        check_bounds(key, path)
 
 
 def _config_path(value: str) -> str:

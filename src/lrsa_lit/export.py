@@ -15,7 +15,7 @@ from lrsa_lit.arguments import Parser
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import Trained, load_trained
-from lrsa_lit.paths import check_path, check_writable, put_in_place
+from lrsa_lit.paths import check_writable, expanded, put_in_place
 from lrsa_lit.terminal import PlainConsole, log_to
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def run(arguments: Sequence[str]) -> None:
         UserError: a mistake in the arguments, the checkpoint or the folder.
     """
     options = _parse(arguments)
+    options.out = expanded("--out", options.out)
     _check_out(options.out, force=options.force)
     log_to(PlainConsole(stderr=True))
     try:
@@ -78,7 +79,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _check_out(out: Path, *, force: bool) -> None:
     """Refuse to delete what is not ours, or not asked for."""
-    check_path("--out", out)
     if out.is_symlink():
         raise UserError(f"--out: {out} is a link to {out.readlink()}; name the folder itself, or remove the link")
     if out.exists() and not out.is_dir():

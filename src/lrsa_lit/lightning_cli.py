@@ -16,6 +16,7 @@ import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import Accelerator
@@ -37,15 +38,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_answers, show_evaluation
-from lrsa_lit.checkpoints import AtomicCheckpointIO, ExactState, FiniteLoss, GracefulStop, resume
+from lrsa_lit.checkpoints import AtomicCheckpointIO, CheckedForm, ExactState, FiniteLoss, GracefulStop, resume
 from lrsa_lit.checkpoints.files import claim
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import check_classes
 from lrsa_lit.data.module import QADataModule
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, said
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.ops.sparse_attention import Compressor
-from lrsa_lit.paths import check_writable
+from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.settings_parser import OneLineParser, first_user_error, one_line
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 from lrsa_lit.terminal import PlainConsole, log_to
@@ -139,7 +140,7 @@ class LRSACLI(LightningCLI):
         if self._get(self.config, "estimate"):
             self._record_nothing(trainer)
             return
-        folder = Path(trainer.get("default_root_dir") or ".")
+        folder = _root_folder(trainer)
         self._choose_checkpoint(folder)
         _check_shards(self._get(self.config, "ckpt_path"), trainer.get("strategy"))
         check_writable("trainer.default_root_dir", folder, folder)
@@ -245,7 +246,7 @@ class LRSACLI(LightningCLI):
         path = options.get("ckpt_path")
         if path != resume.LAST:
             if path is not None:
-                resume.named(Path(path))
+                options["ckpt_path"] = str(resume.named(expanded("ckpt_path", path)))
             return
         fit = self.subcommand == "fit"
         found = resume.last(self._run_folders(root), self.settings, "" if fit else "model.backbone")
@@ -272,7 +273,7 @@ class LRSACLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             config["plugins"] = [*plugins, AtomicCheckpointIO()]
-        always = [ExactState(self.settings), FiniteLoss(), self.graceful_stop]
+        always = [CheckedForm(), ExactState(self.settings), FiniteLoss(), self.graceful_stop]
         try:
             trainer = super()._instantiate_trainer(config, [*callbacks, *always])
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
@@ -382,6 +383,21 @@ def _check_shards(path: str | None, strategy: object) -> None:
             f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
             "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
         )
+
+
+def _root_folder(trainer: Any) -> Path:
+    """The folder of runs, whose ~ is made a folder for all that read the setting."""
+    given = str(trainer.get("default_root_dir") or ".")
+    try:
+        get_filesystem(given)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"trainer.default_root_dir: {given} is not allowed ({said(error)}); it must be a folder"
+        ) from None
+    folder = expanded("trainer.default_root_dir", given)
+    if given.startswith("~"):
+        trainer.default_root_dir = str(folder)
+    return folder
 
 
 def _check_intervals(trainer: Mapping[str, Any]) -> None:

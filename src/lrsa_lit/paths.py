@@ -112,12 +112,17 @@ def resolve(source: str, sha256: str | None = None, key: str = "") -> Path:
         key: of the setting that names the source, for the error.
 
     Raises:
-        UserError: the package or the file is missing, or the digest differs.
+        UserError: the package or the file is missing or cannot be read, or the digest differs.
     """
     named = f"{key}: {_short(source)}" if key else _short(source)
     path = _in_package(source, named) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source, key)
     if not path.is_file():
         raise UserError(f"{named}: no such file ({path.absolute()})")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise UserError(f"{named}: it cannot be read ({error.strerror})") from None
     if sha256 is not None and (found := sha256_of(path)) != sha256:
         raise UserError(f"{named}: the file is corrupt or another version: sha256 is {found}, expected {sha256}")
     return path

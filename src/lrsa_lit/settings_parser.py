@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -25,6 +26,16 @@ class _Complaint(UserError):  # noqa: N818 - what it is
 
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line, without the usage of several hundred settings."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Parse; the parser reads a file where one is given instead of a group of settings, and it must be text."""
+        try:
+            return super().parse_args(args, *rest, **options)
+        except UnicodeDecodeError as error:
+            name = next((text for text in args or () if _holds(text, error.object)), "")
+            raise UserError(f"{name.removeprefix('--')}: the file is not UTF-8 text ({error.reason})") from error
+        except RecursionError:
+            raise UserError("settings: a value is nested too deeply") from None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command line prints in one line."""
@@ -47,6 +58,12 @@ def one_line(message: str) -> str:
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r"Expected a (\w+)\. Got value: (.*)", r"\2 is not allowed; it must be of type \1", text)
     return re.sub(r"^Parser key \"(.+?)\": (?:- )?", r"\1: ", text)
+
+
+def _holds(argument: str, content: bytes) -> bool:
+    """Whether an argument names the file of that content."""
+    path = Path(argument.rpartition("=")[2])
+    return path.is_file() and path.read_bytes() == content
 
 
 def _settings(parser: LightningArgumentParser) -> Iterator[str]:

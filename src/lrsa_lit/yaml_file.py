@@ -1,4 +1,4 @@
-"""YAML files that users write: what is wrong with one is said in one line, and nothing in it is dropped unseen."""
+"""YAML that users write: what is wrong with it is said in one line, and nothing in it is dropped unseen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from lrsa_lit.errors import UserError, said
 _MERGE = "tag:yaml.org,2002:merge"
 _MOST_BYTES = 1 << 22
 _MOST_VALUES = 100_000
+
+
+class _Boundless(yaml.MarkedYAMLError):
+    """What it describes has no end, or is too large."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,11 +51,11 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
     """How many values a node would have with its aliases written out.
 
     Raises:
-        yaml.MarkedYAMLError: they are too many, or it contains itself.
+        _Boundless: they are too many, or it contains itself.
     """
     if node in counts:
         if not counts[node]:
-            raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
+            raise _Boundless(problem="a value contains itself", problem_mark=node.start_mark)
         return counts[node]
     counts[node] = 0
     parts: list[yaml.Node] = []
@@ -62,7 +66,7 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
     total = 1 + sum(_count(part, counts) for part in parts)
     if total > _MOST_VALUES:
         problem = f"it holds more than {_MOST_VALUES} values, counting repeated ones"
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        raise _Boundless(problem=problem, problem_mark=node.start_mark)
     counts[node] = total
     return total
 
@@ -77,8 +81,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is not YAML or not a mapping, has a key twice, contains itself, or is too large.
     """
     try:
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise UserError(f"{path}: it has {size} bytes; settings may have {_MOST_BYTES}")
+        _check_size(path)
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -94,3 +97,33 @@ def read_settings(path: Path) -> dict[str, Any]:
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{path}: it holds {found}; it must be a mapping of settings")
     return content
+
+
+def check_bounds(key: str, text: str | Path) -> None:
+    """Check that YAML has an end, before a library reads it; what else is wrong, that one says.
+
+    Args:
+        key: what is set to it, for the error.
+        text: the YAML, or a file of it.
+
+    Raises:
+        UserError: it contains itself, or is nested too deeply or too large.
+    """
+    try:
+        if isinstance(text, Path):
+            _check_size(text)
+            text = text.read_text(encoding="utf-8")
+        yaml.load(text, _Loader)
+    except _Boundless as error:
+        raise UserError(f"{key}: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"{key}: it is nested too deeply") from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    except (yaml.YAMLError, OSError, ValueError):
+        return
+
+
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise UserError(f"{path}: it has {size} bytes; settings may have {_MOST_BYTES}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
@@ -13,6 +15,7 @@ def bad_inputs():
     broken = '{"id": "a", "passages": [{"title": "t", "text": "x"}], "question": "q", "answers": ["x"]}\n{"id": \n'
     record = '{"id": "a", "passages": [{"title": "t", "text": "x"}], "question": "q", "answers": ["x"]}\n'
     rule = "model.lrsa"
+    laughs = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 9))
     yield "lag size negative", [f"--{rule}.lag_size", "-3"], {}, ["lrsa.lag_size", "-3", ">= 2"]
     yield "lag size one", [f"--{rule}.lag_size", "1"], {}, ["lrsa.lag_size", "1", ">= 2"]
     yield "lag size text", [f"--{rule}.lag_size", "abc"], {}, ["model.lrsa.lag_size", "abc", "int"]
@@ -185,6 +188,17 @@ def bad_inputs():
     yield "config with a NUL", ["--config", "a\0b"], {}, ["--config: ", "no path"]
     yield "config of a long name", ["--config", "a" * 5000], {}, ["--config: ", "no path"]
     yield "config that contains itself", ["--config", "x.yaml"], {"x.yaml": "a: &a [*a]"}, ["x.yaml", "contains itself"]
+    yield "value that contains itself", ["--model.evaluate", "{x: &a [*a]}"], {}, ["model.evaluate", "contains itself"]
+    yield "value without an end", ["--model.lrsa=" + "{a: " * 2000], {}, ["model.lrsa", "nested too deeply"]
+    yield "group of a file that explodes", ["--model.lrsa", "x.yaml"], {"x.yaml": laughs}, ["model.lrsa", "values"]
+    yield "NUL in a group", ["--model.backbone=a\0b"], {}, ["model.backbone", "NUL"]
+    yield (
+        "unknown kind of folder",
+        ["--trainer.default_root_dir", "package:///x"],
+        {},
+        ["trainer.default_root_dir: pack"],
+    )
+    yield "unreadable data", ["--data.init_args.train", "/proc/self/mem"], {}, ["data.init_args.train: /proc/self/mem"]
     yield "seed", ["--seed_everything", "-1"], {}, ["seed_everything", "-1", "from 0 to"]
     yield "lora rank", ["--model.backbone.lora.rank", "0"], {}, ["model.backbone.lora.rank", "0", ">= 1"]
 
@@ -211,6 +225,34 @@ def test_an_evaluation_of_no_batch(command, split, capfd):
         main([command, *DEBUG, *NO_LOGGER, f"--trainer.limit_{split}_batches", "0"])
     assert stop.value.code == 2
     assert f"trainer.limit_{split}_batches: 0" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("group", ["model", "model.backbone", "model.lrsa", "trainer"])
+def test_a_group_of_a_file_that_is_no_text(group, tmp_path, capfd):
+    (tmp_path / "junk.json").write_bytes(b"\x9b\xff" * 9)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, f"--{group}=junk.json"])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"lrsa: error: {group}=junk.json: ")
+
+
+@pytest.mark.parametrize("setting", ["model.backbone", "data", "data.init_args.train", "ckpt_path"])
+def test_a_pipe_is_not_waited_for(setting, tmp_path, capfd):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, f"--{setting}", "pipe"])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"lrsa: error: {setting}: pipe ")
+
+
+def test_home_is_where_runs_are_kept(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    main(["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.default_root_dir", "~/runs"])
+    (saved,) = (tmp_path / "home/runs").rglob("last.ckpt")
+    assert not (tmp_path / "~").exists()
+    (tmp_path / "home/x.ckpt").write_bytes(saved.read_bytes())
+    main(["export", "~/x.ckpt", "--out", "~/model"])
+    assert (tmp_path / "home/model/config.json").is_file()
 
 
 def test_settings_in_the_environment_are_named(monkeypatch, caplog, capfd):

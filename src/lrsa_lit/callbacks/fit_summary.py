@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.names import OWN, SCORES
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.logger import MLflowRun
@@ -29,7 +30,14 @@ class FitSummary(Callback):
         return {"history": [[step, values] for step, values in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the validations of the run so far."""
+        """Take up the validations of the run so far.
+
+        Raises:
+            UserError: they are none.
+        """
+        for number, entry in enumerate(state_dict["history"]):
+            check_form(entry, [0, {}], f"callbacks.FitSummary.history.{number}")
+            check_form(list(entry[1].values()), [0.0] * len(entry[1]), f"callbacks.FitSummary.history.{number}.1")
         self.history = [(step, values) for step, values in state_dict["history"]]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

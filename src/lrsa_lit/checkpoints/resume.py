@@ -8,9 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from packaging.version import InvalidVersion, Version
+from torch import Tensor
+
 from lrsa_lit.checkpoints.exact_state import KEY, other_processes
 from lrsa_lit.checkpoints.files import newest_first, tidy
 from lrsa_lit.errors import UserError
+from lrsa_lit.models.checkpoint import typed
 from lrsa_lit.models.checkpoint_file import Unreadable, damage, read
 from lrsa_lit.paths import check_path
 
@@ -20,11 +24,12 @@ LAST = "last"
 RUN = "mlflow_run"
 """Where a checkpoint keeps the id of the run that wrote it."""
 
+_SECTION = dict[str, Any]
 _VERSION = "pytorch-lightning_version"
 """What every checkpoint of Lightning says, and no other file of torch."""
 
-_PARTS: dict[str, type] = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "state_dict": dict}
-_PARTS |= {"optimizer_states": list, "lr_schedulers": list, RUN: str}
+_PARTS: dict[str, Any] = {"epoch": int, "global_step": int, "loops": _SECTION, "callbacks": _SECTION, RUN: str}
+_PARTS |= {"state_dict": dict[str, Tensor], "optimizer_states": list[_SECTION], "lr_schedulers": list[_SECTION]}
 """What Lightning writes into a checkpoint, and goes on from."""
 
 _log = logging.getLogger("lrsa_lit.checkpoints")
@@ -66,10 +71,10 @@ def about(path: Path) -> About:
         Unreadable: it is none that Lightning has written, or a damaged one.
     """
     content = read(path, tensors=False)
-    if _VERSION not in content:
-        raise Unreadable(f"{_VERSION} is missing")
-    if wrong := [name for name, kind in _PARTS.items() if name in content and not isinstance(content[name], kind)]:
-        raise Unreadable(f"{wrong[0]} has not the form that a fit writes")
+    _check_version(content.get(_VERSION))
+    for name, kind in _PARTS.items():
+        if name in content:
+            typed(kind, content[name], name)
     state, run, step = content.get(KEY), content.get(RUN), content.get("global_step", 0)
     if state is None:
         return About(None, None, run, step)
@@ -79,6 +84,15 @@ def about(path: Path) -> About:
     if settings is not None and not _is_settings(settings):
         raise Unreadable(f"{KEY}.settings has not the form that a fit writes")
     return About(settings, len(state["random"]), run, step)
+
+
+def _check_version(value: object) -> None:
+    if value is None:
+        raise Unreadable(f"{_VERSION} is missing")
+    try:
+        Version(typed(str, value, _VERSION))
+    except InvalidVersion:
+        raise Unreadable(f"{_VERSION} is not a version") from None
 
 
 def _is_settings(value: object) -> bool:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved, NonFiniteLoss, system_error
 from lrsa_lit.checkpoints.exact_state import accumulating, validation_is_due
 from lrsa_lit.checkpoints.files import claim, release
+from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.checkpoints.stop import StoppedByUser, Terminated
 from lrsa_lit.errors import UserError, said
 
@@ -68,7 +69,16 @@ class SafeModelCheckpoint(ModelCheckpoint):
             self._release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what Lightning saves, of which it forgets one value."""
+        """Restore what Lightning saves, of which it forgets one value.
+
+        Raises:
+            UserError: it is of another form.
+        """
+        score, scores = self.kth_value, state_dict["best_k_models"]
+        check_form(scores, dict.fromkeys(scores, score), "callbacks.SafeModelCheckpoint.best_k_models")
+        for name in ("best_model_score", "current_score"):
+            if state_dict[name] is not None:
+                check_form(state_dict[name], score, f"callbacks.SafeModelCheckpoint.{name}")
         super().load_state_dict(state_dict)
         self.current_score = state_dict["current_score"]
 

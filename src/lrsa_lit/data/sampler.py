@@ -88,8 +88,11 @@ class EpochSampler(Sampler[list[int]]):
         """Let the next pass go on where a state was taken.
 
         Raises:
-            UserError: the batches of this run are not the ones that the state counts.
+            UserError: the batches of this run are not the ones that the state counts, or it is no state.
         """
+        counts = [state.get(name) for name in ("seed", "epoch", "batch")]
+        if not all(isinstance(count, int) for count in counts) or not isinstance(state.get("made_of"), Mapping):
+            raise UserError("ckpt_path: its place in the training data has not the form that a fit writes")
         saved, own = state["made_of"], self._made_of()
         differing = [name for name in own if saved.get(name) != own[name]]
         if differing:

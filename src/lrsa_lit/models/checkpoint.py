@@ -13,7 +13,7 @@ from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.backbone import Backbone
 from lrsa_lit.models.checkpoint_file import Unreadable, read
-from lrsa_lit.paths import check_path
+from lrsa_lit.paths import expanded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -118,7 +118,7 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         UserError: it is none, it is truncated or damaged, or it was written by an earlier version that described
             nothing.
     """
-    check_path("model", path)
+    path = expanded("model", path)
     if not path.exists():
         raise UserError(f"model: {path}: no such file")
     try:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from lrsa_lit.classes import argument_kinds, named_class
 from lrsa_lit.errors import UserError
-from lrsa_lit.paths import shipped
+from lrsa_lit.paths import check_path, shipped
 from lrsa_lit.yaml_file import read_settings
 
 Settings = dict[str, Any]
@@ -30,6 +30,7 @@ def read(name: str) -> Settings:
     Raises:
         UserError: there is none, or it is no mapping, or has a key twice.
     """
+    check_path("study", name)
     try:
         path = Path(name) if Path(name).is_file() else shipped(name)
     except FileNotFoundError:

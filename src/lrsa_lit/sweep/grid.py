@@ -45,6 +45,8 @@ def parse(axes: Sequence[str]) -> dict[str, list[str]]:
     """
     import yaml
 
+    from lrsa_lit.yaml_file import check_bounds
+
     if not axes:
         raise UserError(f"{FLAG}: none is given; at least one KEY=VALUE,VALUE is needed")
     grid: dict[str, list[str]] = {}
@@ -54,14 +56,16 @@ def parse(axes: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"{FLAG}: {key} stands twice; give all its values in one {FLAG}")
         if key.startswith(_LOGGER):
             raise UserError(f"{FLAG}: {key} is not allowed; the runs of a sweep stand in one store and experiment")
+        check_bounds(f"{FLAG}: {key}", f"[{text}]")
         try:
             values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
+            texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        except (yaml.YAMLError, TypeError, ValueError):
+            # JSON has neither dates nor sets, which are no settings either.
             values = []
         # YAML allows a comma at the end, which rather is a value that was forgotten.
         if not key or not values or text.rstrip().endswith(","):
             raise UserError(f"{FLAG}: {axis!r} is not allowed; it must be KEY=VALUE,VALUE without empty values")
-        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
         if doubled := [value for value in texts if texts.count(value) > 1]:
             raise UserError(f"{FLAG}: {key} has the value {doubled[0]} twice; each must be another one")
         grid[key] = texts
