@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import Accelerator
@@ -43,32 +39,25 @@ from lrsa_lit.checkpoints.files import claim
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import check_classes
 from lrsa_lit.data.module import QADataModule
-from lrsa_lit.errors import UserError, said
-from lrsa_lit.models.checkpoint_file import holds_shards
+from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable, expanded
+from lrsa_lit.preflight import (
+    check_amounts,
+    check_intervals,
+    check_shards,
+    note_environment,
+    quiet_libraries,
+    root_folder,
+)
 from lrsa_lit.settings_parser import OneLineParser, first_user_error, one_line
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
-from lrsa_lit.terminal import PlainConsole, log_to
+from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking import MLflowRun, RecordConfig
 from lrsa_lit.trainer import Trainer
 from lrsa_lit.uris import register
 
 _log = logging.getLogger("lrsa_lit")
-_NOISE = (
-    ".*args parameter is intended.*",
-    ".*does not have many workers.*",
-    ".*LeafSpec.*",
-    ".*set_vital.*",
-    # The metrics of a validation are of all devices already.
-    ".*when logging on epoch level in distributed setting.*",
-    # The loss is a view of itself, and nobody changes it in place.
-    "FSDP2-wrapped module .* returned a view tensor.*",
-    # Evaluating a checkpoint in another folder is no reason for concern.
-    "The dirpath has changed.*",
-    # Nor is a resumed run's folder, which holds what it wrote before.
-    "Checkpoint directory .* exists and is not empty.*",
-)
 # What settings make objects of, and where a parser that knows no type would make any.
 _PARTS_OF_TRAINER = (
     Callback,
@@ -84,7 +73,6 @@ _PARTS_OF_TRAINER = (
 _KINDS = (*_PARTS_OF_TRAINER, QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor)
 _SLOTS = {"model.evaluate": (Compressor,), "model.train_attention": (Compressor,), "model.lr_scheduler": (LRScheduler,)}
 _SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
-_INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
 
 
 class LRSACLI(LightningCLI):
@@ -134,15 +122,15 @@ class LRSACLI(LightningCLI):
         """Check what a run reads and writes before anything is loaded."""
         check_classes("", self.config[str(self.subcommand)].as_dict(), _KINDS, _SLOTS, LongContextQA)
         trainer = self._get(self.config, "trainer")
-        _check_intervals(trainer)
-        _check_amounts(str(self.subcommand), trainer)
+        check_intervals(trainer)
+        check_amounts(str(self.subcommand), trainer)
         self.settings = self._settings()
         if self._get(self.config, "estimate"):
             self._record_nothing(trainer)
             return
-        folder = _root_folder(trainer)
+        folder = root_folder(trainer)
         self._choose_checkpoint(folder)
-        _check_shards(self._get(self.config, "ckpt_path"), trainer.get("strategy"))
+        check_shards(self._get(self.config, "ckpt_path"), trainer.get("strategy"))
         check_writable("trainer.default_root_dir", folder, folder)
         precision = str(trainer.get("precision") or "")
         if self.subcommand == "predict" and "FullySharded" in str(trainer.get("strategy")):
@@ -353,9 +341,9 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         UserError: a mistake in the arguments or files.
     """
-    _quiet_libraries()
+    quiet_libraries()
     register()
-    _note_environment()
+    note_environment()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         LRSACLI(
@@ -375,70 +363,3 @@ def run(arguments: Sequence[str]) -> None:
         raise first_user_error(error) or UserError(one_line(str(error))) from error
     except ValueError as error:
         raise first_user_error(error) or error from None
-
-
-def _check_shards(path: str | None, strategy: object) -> None:
-    if path is not None and holds_shards(Path(path)) and "FullySharded" not in str(strategy):
-        raise UserError(
-            f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
-            "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
-        )
-
-
-def _root_folder(trainer: Any) -> Path:
-    """The folder of runs, whose ~ is made a folder for all that read the setting."""
-    given = str(trainer.get("default_root_dir") or ".")
-    try:
-        get_filesystem(given)
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"trainer.default_root_dir: {given} is not allowed ({said(error)}); it must be a folder"
-        ) from None
-    folder = expanded("trainer.default_root_dir", given)
-    if given.startswith("~"):
-        trainer.default_root_dir = str(folder)
-    return folder
-
-
-def _check_intervals(trainer: Mapping[str, Any]) -> None:
-    """Lightning divides by them, and not before the first step."""
-    for name in _INTERVALS:
-        value = trainer.get(name)
-        if isinstance(value, int | float) and value <= 0:
-            raise UserError(f"trainer.{name}: {value} is not allowed; it must be more than 0")
-
-
-def _check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
-    """Refuse a command without a batch, and more processes on a CPU than it has cores, each of which would start."""
-    name = {"fit": "limit_train_batches", "validate": "limit_val_batches"}.get(
-        subcommand, f"limit_{subcommand}_batches"
-    )
-    if (value := trainer.get(name)) is not None and value == 0:
-        raise UserError(f"trainer.{name}: {value} is not allowed for {subcommand}; it must be more than 0")
-    devices, cores = str(trainer.get("devices")), os.cpu_count() or 1
-    on_cpu = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
-    if on_cpu and devices.isdecimal() and int(devices) > cores:
-        raise UserError(f"trainer.devices: {devices} is not allowed; this CPU has {cores} cores")
-
-
-def _note_environment() -> None:
-    """Name the variables that LightningCLI or a Trainer would read as settings: here files and flags alone decide."""
-    prefixes = ("PL_TRAINER_", *(f"PL_{command}__" for command in ("FIT", "VALIDATE", "TEST", "PREDICT")))
-    if ignored := sorted(name for name in os.environ if name.startswith(prefixes)):
-        _log.warning("Not read from the environment: %s; settings are given by --config and flags", ", ".join(ignored))
-
-
-def _quiet_libraries() -> None:
-    """Log this project's lines through rich; silence what no user can act on."""
-    log_to()
-    # Of several processes one says what all of them do.
-    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
-    if not first:
-        logging.getLogger("lrsa_lit").setLevel(logging.WARNING)
-    # Lightning's start-up hints, and retries whose outcome is raised or said anyway.
-    hints = "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"
-    for name in (*hints, "urllib3.connectionpool", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for pattern in _NOISE:
-        warnings.filterwarnings("ignore", message=pattern)

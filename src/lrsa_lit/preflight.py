@@ -1,0 +1,103 @@
+"""What is checked, and silenced, before a run's parts are built: values that Lightning would trip over much later."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
+from lrsa_lit.errors import UserError, said
+from lrsa_lit.models.checkpoint_file import holds_shards
+from lrsa_lit.paths import expanded
+from lrsa_lit.terminal import log_to
+
+_log = logging.getLogger("lrsa_lit")
+_NOISE = (
+    ".*args parameter is intended.*",
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    ".*set_vital.*",
+    # The metrics of a validation are of all devices already.
+    ".*when logging on epoch level in distributed setting.*",
+    # The loss is a view of itself, and nobody changes it in place.
+    "FSDP2-wrapped module .* returned a view tensor.*",
+    # Evaluating a checkpoint in another folder is no reason for concern.
+    "The dirpath has changed.*",
+    # Nor is a resumed run's folder, which holds what it wrote before.
+    "Checkpoint directory .* exists and is not empty.*",
+)
+_INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
+
+
+def check_shards(path: str | None, strategy: object) -> None:
+    """Refuse a checkpoint of a sharded model for a strategy that does not read one."""
+    if path is not None and holds_shards(Path(path)) and "FullySharded" not in str(strategy):
+        raise UserError(
+            f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
+            "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
+        )
+
+
+def root_folder(trainer: Any) -> Path:
+    """The folder of runs, whose ~ is made a folder for all that read the setting."""
+    given = str(trainer.get("default_root_dir") or ".")
+    try:
+        get_filesystem(given)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"trainer.default_root_dir: {given} is not allowed ({said(error)}); it must be a folder"
+        ) from None
+    folder = expanded("trainer.default_root_dir", given)
+    if given.startswith("~"):
+        trainer.default_root_dir = str(folder)
+    return folder
+
+
+def check_intervals(trainer: Mapping[str, Any]) -> None:
+    """Lightning divides by them, and not before the first step."""
+    for name in _INTERVALS:
+        value = trainer.get(name)
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(f"trainer.{name}: {value} is not allowed; it must be more than 0")
+
+
+def check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
+    """Refuse a command without a batch, and more processes on a CPU than it has cores, each of which would start."""
+    name = {"fit": "limit_train_batches", "validate": "limit_val_batches"}.get(
+        subcommand, f"limit_{subcommand}_batches"
+    )
+    if (value := trainer.get(name)) is not None and value == 0:
+        raise UserError(f"trainer.{name}: {value} is not allowed for {subcommand}; it must be more than 0")
+    devices, cores = str(trainer.get("devices")), os.cpu_count() or 1
+    on_cpu = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    if on_cpu and devices.isdecimal() and int(devices) > cores:
+        raise UserError(f"trainer.devices: {devices} is not allowed; this CPU has {cores} cores")
+
+
+def note_environment() -> None:
+    """Name the variables that LightningCLI or a Trainer would read as settings: here files and flags alone decide."""
+    prefixes = ("PL_TRAINER_", *(f"PL_{command}__" for command in ("FIT", "VALIDATE", "TEST", "PREDICT")))
+    if ignored := sorted(name for name in os.environ if name.startswith(prefixes)):
+        _log.warning("Not read from the environment: %s; settings are given by --config and flags", ", ".join(ignored))
+
+
+def quiet_libraries() -> None:
+    """Log this project's lines through rich; silence what no user can act on."""
+    log_to()
+    # Of several processes one says what all of them do.
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+    if not first:
+        logging.getLogger("lrsa_lit").setLevel(logging.WARNING)
+    # Lightning's start-up hints, and retries whose outcome is raised or said anyway.
+    hints = "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"
+    for name in (*hints, "urllib3.connectionpool", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for pattern in _NOISE:
+        warnings.filterwarnings("ignore", message=pattern)
