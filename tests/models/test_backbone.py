@@ -73,6 +73,14 @@ def test_tokenizer_without_template_is_refused(tmp_path):
         _ = Backbone(str(tmp_path / "bare")).tokenizer
 
 
+@pytest.mark.parametrize("random_weights", [False, True])
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(folder, random_weights):
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
+    with pytest.raises(UserError, match=r"model\.backbone\.source.*259.*100"):
+        _ = Backbone(folder, random_weights=random_weights).tokenizer
+
+
 def test_rule_travels_in_the_saved_config(folder, tmp_path, caplog):
     rule = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
     model = enable(Backbone(folder).build(), rule)

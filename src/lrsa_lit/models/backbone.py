@@ -116,7 +116,7 @@ class Backbone:
         """The tokenizer, with a pad token and a chat template.
 
         Raises:
-            UserError: it cannot be loaded or has no chat template.
+            UserError: it cannot be loaded, has no chat template, or has more tokens than the model.
         """
         from transformers import AutoTokenizer
 
@@ -131,7 +131,20 @@ class Backbone:
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self._check_vocabulary(tokenizer)
         return tokenizer
+
+    def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a model without embeddings for the tokens of a text.
+
+        Tokens that were added to the vocabulary, such as one that stands for an image, may be beyond them.
+        """
+        rows = getattr(self.config, "vocab_size", None)
+        if rows is not None and tokenizer.vocab_size > rows:
+            raise UserError(
+                f"{KEY}: {self.source} has a tokenizer of {tokenizer.vocab_size} tokens, but its config.json has a "
+                f"vocab_size of {rows}; it must be at least as large"
+            )
 
     @functools.cached_property
     def location(self) -> str:
