@@ -130,10 +130,12 @@ def _train(attention: str, rule: LRSAConfig, tokens: int, options: argparse.Name
         gradient_checkpointing=not options.keep_activations,
         compile_layers=not options.eager,
     )
+    # Under mixed precision Lightning clips no gradients of a fused optimizer.
+    fused = torch.cuda.is_available() and not options.precision.endswith("mixed")
     task = LongContextQA(
         backbone,
         rule,
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-5, fused=torch.cuda.is_available()),
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-5, fused=fused),
         train_attention={} if attention == "lrsa" else None,
     )
     watch = Watch(options.warm_up)
