@@ -130,8 +130,8 @@ def _train(attention: str, rule: LRSAConfig, tokens: int, options: argparse.Name
         gradient_checkpointing=not options.keep_activations,
         compile_layers=not options.eager,
     )
-    # Under mixed precision Lightning clips no gradients of a fused optimizer.
-    fused = torch.cuda.is_available() and not options.precision.endswith("mixed")
+    # Under mixed precision Lightning clips no gradients of a fused optimizer. None lets torch take all weights at once.
+    fused = True if torch.cuda.is_available() and not options.precision.endswith("mixed") else None
     task = LongContextQA(
         backbone,
         rule,
