@@ -35,13 +35,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 
-import lrsa_lit.ask.command
-import lrsa_lit.export
-import lrsa_lit.lightning_cli
-import lrsa_lit.study.command
-import lrsa_lit.sweep.command
-import lrsa_lit.ui  # noqa: F401 - the commands import them late; here once for all tries
-from lrsa_lit.cli import main as lrsa
+from lrsa_lit.cli.main import main as lrsa
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 
 MEMORY = 8 * 2**30

@@ -31,7 +31,7 @@ Reader = Callable[[Path], Any]
 
 def written_by_a_fit() -> Path:
     """A checkpoint of two steps of the tiny model."""
-    from lrsa_lit.cli import main
+    from lrsa_lit.cli.main import main
 
     few = ["--trainer.max_steps", "2", "--validate_first", "false", "--trainer.logger", "false"]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -63,8 +63,8 @@ def converted_model(gguf: Path) -> Path:
 
 def readers() -> dict[str, tuple[str, Reader]]:
     """By name: what is read, and how a command does it."""
-    from lrsa_lit.ask.command import _trained
     from lrsa_lit.checkpoints import AtomicCheckpointIO, resume
+    from lrsa_lit.cli.ask.command import _trained
     from lrsa_lit.models.checkpoint import load_trained
     from lrsa_lit.models.shards import read_weights
     from lrsa_lit.strategies import FullySharded

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrsa_lit.checkpoints import atomic_io
-from lrsa_lit.cli import main as lrsa
+from lrsa_lit.cli.main import main as lrsa
 
 
 def start(folder: Path, arguments: list[str], prepare: Callable[[], None] = lambda: None) -> int:
@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
     import peft  # noqa: F401
 
-    import lrsa_lit.lightning_cli
+    import lrsa_lit.cli.lightning_cli
     import lrsa_lit.models.tiny  # noqa: F401
 
     torch.set_num_threads(1)

@@ -40,7 +40,7 @@ def forwards(*arguments):
     """Calls of the decoder in a fit of the debug config, validations included."""
     from transformers import LlamaModel
 
-    from lrsa_lit.cli import main
+    from lrsa_lit.cli.main import main
 
     count = [0]
     original = LlamaModel.forward

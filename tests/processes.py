@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import ProcessException
 COUNT = 2
 
 multiprocessing.set_forkserver_preload(
-    ["lrsa_lit.lightning_cli", "mlflow.system_metrics.system_metrics_monitor", "peft"]
+    ["lrsa_lit.cli.lightning_cli", "mlflow.system_metrics.system_metrics_monitor", "peft"]
 )
 
 
@@ -61,6 +61,6 @@ def _run(rank: int, port: int, environment: dict[str, str], arguments: list[str]
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
     sys.argv = ["lrsa"]
-    from lrsa_lit.cli import main
+    from lrsa_lit.cli.main import main
 
     main(arguments)

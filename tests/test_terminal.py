@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError, printable
 from lrsa_lit.terminal import PlainConsole, log_to
 
@@ -72,7 +72,7 @@ def test_an_error_is_one_line(monkeypatch, capsys):
     def fail(arguments):
         raise UserError(f"{EVIL} http://joe:hunter2@host")
 
-    monkeypatch.setattr("lrsa_lit.ui.run", fail)
+    monkeypatch.setattr("lrsa_lit.cli.ui.run", fail)
     with pytest.raises(SystemExit, match="2"):
         main(["ui"])
     assert capsys.readouterr().err == f"lrsa: error: {ESCAPED} http://host\n"

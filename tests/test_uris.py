@@ -10,9 +10,9 @@ import sqlalchemy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError, redacted
-from lrsa_lit.store import answering, artifact_location, checked_uri, connect, experiment_id
+from lrsa_lit.tracking.store import answering, artifact_location, checked_uri, connect, experiment_id
 from lrsa_lit.uris import sqlite_path, sqlite_uri, store_uri, with_user
 
 USERS = [

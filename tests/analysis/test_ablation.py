@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lrsa_lit.analysis.ablation import LayerAblation
 from lrsa_lit.attention import enable, using
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.data.collate import collate
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone

@@ -14,7 +14,7 @@ from lrsa_lit.analysis.capture import record
 from lrsa_lit.analysis.metrics import survival
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.attention import enable
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.data.collate import collate
 from lrsa_lit.data.prompts import encode
 from lrsa_lit.data.records import read_records

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from study.conftest import STUDY, run_study, write_data
 
 from lrsa_lit.analysis import runs
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.paths import shipped
 
 NOTEBOOKS = shipped("notebooks/compare_runs.py").parent

@@ -12,7 +12,7 @@ from helpers import one_line
 
 from lrsa_lit.analysis import runs
 from lrsa_lit.errors import UserError
-from lrsa_lit.store import find_experiment
+from lrsa_lit.tracking.store import find_experiment
 
 
 def add_run(store, experiment, name, *, top_k=8, seed=0, train="{}", answers=None, **metrics):

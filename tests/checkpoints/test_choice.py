@@ -12,7 +12,7 @@ from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
 from mlflow.tracking import MlflowClient
 
 from lrsa_lit.checkpoints import atomic_io, resume
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.limit_val_batches", "1"]
 LAST = ["--ckpt_path", "last"]

@@ -7,7 +7,7 @@ import torch
 from cli_helpers import DEBUG, NO_LOGGER
 
 from lrsa_lit.checkpoints.errors import NonFiniteLoss
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.tasks import LongContextQA
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.max_steps", "6"]

@@ -10,7 +10,7 @@ from cli_helpers import DEBUG, NO_LOGGER
 from torch import nn
 
 from lrsa_lit.checkpoints.form import check_form, check_optimizer
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 
 DELETED = object()

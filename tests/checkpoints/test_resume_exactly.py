@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lrsa_lit.checkpoints import ExactState, rng
 from lrsa_lit.checkpoints.exact_state import KEY
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.tasks import LongContextQA
 
 STEPS = 12

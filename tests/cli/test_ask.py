@@ -20,11 +20,11 @@ from scripted import scripted_model
 from transformers import DynamicCache, TextStreamer
 
 import lrsa_lit.attention
-from lrsa_lit.ask.dialogue import Dialogue
-from lrsa_lit.ask.reader import Reader, kept_tokens
 from lrsa_lit.attention import LRSACache, enable
 from lrsa_lit.chat_template import render
-from lrsa_lit.cli import main
+from lrsa_lit.cli.ask.dialogue import Dialogue
+from lrsa_lit.cli.ask.reader import Reader, kept_tokens
+from lrsa_lit.cli.main import main
 from lrsa_lit.data.prompts import INSTRUCTION
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.checkpoint import load_trained
@@ -384,7 +384,9 @@ def test_ctrl_c_instead_of_a_question(monkeypatch, capfd):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from lrsa_lit.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    code = (
+        "import sys; from lrsa_lit.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    )
     for arguments in (["--help"], ["ask", "--help"]):
         run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert "ask" in run.stdout

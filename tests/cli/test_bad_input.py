@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 
 
 def bad_inputs():
@@ -385,7 +385,7 @@ def test_a_device_without_enough_memory(command, remedy, capfd, monkeypatch):
             "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of …\nMore lines."
         )
 
-    monkeypatch.setattr("lrsa_lit.ask.run" if command == "ask" else "lrsa_lit.lightning_cli.run", full)
+    monkeypatch.setattr("lrsa_lit.cli.ask.run" if command == "ask" else "lrsa_lit.cli.lightning_cli.run", full)
     with pytest.raises(SystemExit) as stop:
         main([command])
     assert stop.value.code == 2
@@ -398,6 +398,6 @@ def test_other_failures_are_not_hidden(monkeypatch):
     def broken(*_):
         raise RuntimeError("a mistake of the code")
 
-    monkeypatch.setattr("lrsa_lit.ask.run", broken)
+    monkeypatch.setattr("lrsa_lit.cli.ask.run", broken)
     with pytest.raises(RuntimeError, match="a mistake of the code"):
         main(["ask"])

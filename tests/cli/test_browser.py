@@ -9,7 +9,7 @@ import pytest
 from browser import PROGRAMS, chromium, serving
 from cli_helpers import DEBUG, recorded_runs
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 
 
 @pytest.fixture

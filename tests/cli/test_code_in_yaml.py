@@ -10,7 +10,7 @@ from cli_helpers import DEBUG, NO_LOGGER
 from lightning.pytorch import Callback
 
 from lrsa_lit.classes import check_classes
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Compressor, MeanPool
 from lrsa_lit.study import settings

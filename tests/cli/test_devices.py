@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli_helpers import DEBUG, NO_LOGGER
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.models.checkpoint import load_trained
 
 # Two questions, one for each device: every answer token weighs the same, however they are spread over devices.

@@ -12,7 +12,7 @@ from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lrsa_lit.callbacks.line_file import LineFile
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.data.ruler import RULER_TASKS
 from lrsa_lit.errors import UserError
 

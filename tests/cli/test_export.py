@@ -16,7 +16,7 @@ from torch.distributed import checkpoint as distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lrsa_lit.attention import enable
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.checkpoint import describe, load_trained, trained_weights
 from lrsa_lit.models.checkpoint_file import META

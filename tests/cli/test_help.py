@@ -13,7 +13,7 @@ import pytest
 from cli_helpers import DEBUG
 
 import lrsa_lit
-from lrsa_lit.cli import COMMANDS, HELP, main
+from lrsa_lit.cli.main import COMMANDS, HELP, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -28,7 +28,7 @@ def test_print_config_resolves_interpolation(capfd):
 
 
 def test_help_and_version_import_nothing_heavy():
-    code = "import sys; from lrsa_lit.cli import main; main(sys.argv[1:]); print(sorted(sys.modules))"
+    code = "import sys; from lrsa_lit.cli.main import main; main(sys.argv[1:]); print(sorted(sys.modules))"
     for argument in ("--help", "--version"):
         shown = subprocess.run(
             [sys.executable, "-c", code, argument], capture_output=True, text=True, check=True
@@ -96,6 +96,6 @@ def test_another_broken_pipe_is_told(monkeypatch):
     def broken(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr("lrsa_lit.cli._main", broken)
+    monkeypatch.setattr("lrsa_lit.cli.main._main", broken)
     with pytest.raises(BrokenPipeError):
         main([])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 
 
 def test_fit_then_test_then_predict_then_validate(tmp_path, capfd):

@@ -12,8 +12,8 @@ import pytest
 from ask_helpers import FIRST, TEXT
 from cli_helpers import DEBUG
 
-import lrsa_lit.ask
-from lrsa_lit.cli import main
+import lrsa_lit.cli.ask
+from lrsa_lit.cli.main import main
 
 ASK = ["ask", "--model", "tiny", "--max-new-tokens", "3"]
 LIGHT = {
@@ -57,7 +57,7 @@ def test_without_stdin_and_stdout_a_mistake_is_one_line(arguments, code):
 
 def test_files_do_not_take_the_place_of_closed_streams(tmp_path):
     code = (
-        "import os; from lrsa_lit.cli import main; main(['--version'])\n"
+        "import os; from lrsa_lit.cli.main import main; main(['--version'])\n"
         "file = open('new.txt', 'w'); os.write(1, b'printed'); os.write(2, b'printed'); print(file.fileno() > 2)"
     )
     subprocess.run(["sh", "-c", f'{sys.executable} -c "$0" <&- >&- 2>&-', code], check=True)
@@ -79,7 +79,7 @@ def test_other_errors_of_the_system_are_not_hidden(stdout, monkeypatch):
     def broken(arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lrsa_lit.ask, "run", broken)
+    monkeypatch.setattr(lrsa_lit.cli.ask, "run", broken)
     if stdout == "no file":
         monkeypatch.setattr(sys, "stdout", io.StringIO())
     with pytest.raises(OSError, match="No space"):

@@ -14,12 +14,12 @@ import pytest
 from cli_helpers import DEBUG, interruptible, recorded_runs
 from mlflow.tracking import MlflowClient
 
-from lrsa_lit import heartbeat
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.sweep import command
 from lrsa_lit.sweep.grid import parse, points
 from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tracking import heartbeat
 
 SHORT = ["--trainer.max_steps", "1", "--validate_first", "false"]
 TWO = ["sweep", *DEBUG, "--grid", "model.lrsa.top_k=4,8"]
@@ -285,7 +285,9 @@ def test_values_are_yaml():
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from lrsa_lit.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    code = (
+        "import sys; from lrsa_lit.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", code, "sweep", "--help"], capture_output=True, text=True, check=True)
     assert "--grid KEY=V1,V2" in run.stdout
     for module in ("torch", "transformers", "lightning", "mlflow"):

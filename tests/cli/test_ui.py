@@ -17,8 +17,8 @@ import pytest
 from cli_helpers import interruptible
 from mlflow.tracking import MlflowClient
 
-from lrsa_lit import ui
-from lrsa_lit.cli import main
+from lrsa_lit.cli import ui
+from lrsa_lit.cli.main import main
 
 
 @pytest.fixture
@@ -162,7 +162,9 @@ def test_the_browser_is_opened_only_where_there_is_a_screen(monkeypatch, capfd):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from lrsa_lit.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    code = (
+        "import sys; from lrsa_lit.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", code, "ui", "--help"], capture_output=True, text=True, check=True)
     assert "--experiment NAME" in run.stdout
     assert "sqlite:///runs/mlflow.db" in run.stdout.replace("\n", "")

@@ -9,8 +9,8 @@ import torch
 
 from lrsa_lit.attention import enable
 from lrsa_lit.errors import UserError
-from lrsa_lit.flops import Shape
 from lrsa_lit.models import Backbone, LoRA
+from lrsa_lit.models.flops import Shape
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 

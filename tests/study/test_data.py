@@ -9,7 +9,7 @@ import yaml
 from helpers import one_line
 from study.conftest import STUDY
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.data.prompts import TooLong
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_tokenizer

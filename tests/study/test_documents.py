@@ -11,7 +11,7 @@ from matplotlib.container import BarContainer
 from study.conftest import STUDY
 from study.lines import evaluation, scores, training
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.report import markdown, plots

@@ -25,7 +25,7 @@ def no_version(name):
     return version(name)
 
 importlib.metadata.version = no_version
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 main(sys.argv[1:])
 assert not set(MISSING) & {{name.partition(".")[0] for name in sys.modules}}
 """

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from study.conftest import STUDY
 from study.lines import evaluation
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, visibility_mask
 from lrsa_lit.study import tokens

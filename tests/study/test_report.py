@@ -10,7 +10,7 @@ from helpers import one_line
 from study.conftest import STUDY
 from study.lines import evaluation, scores
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.report.document import results_of

@@ -14,7 +14,7 @@ from cli_helpers import interruptible
 from helpers import one_line
 from study.conftest import STUDY, without_times
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.study import settings
 from lrsa_lit.study.plan import Study

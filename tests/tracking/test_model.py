@@ -7,7 +7,7 @@ import torch
 from cli_helpers import DEBUG, recorded_runs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.folder import save_folder
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer

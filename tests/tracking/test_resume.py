@@ -9,7 +9,7 @@ import pytest
 from cli_helpers import DEBUG, recorded_runs
 from mlflow.tracking import MlflowClient
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.tasks import LongContextQA
 
 FIT = ["fit", *DEBUG, "--trainer.max_steps", "6", "--trainer.val_check_interval", "8"]

@@ -20,7 +20,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import delivery, logger
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lrsa_lit import statistics
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.errors import UserError, printable
+from lrsa_lit.evaluation import statistics
 from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
-from lrsa_lit.store import connect, existing_uri, find_experiment
+from lrsa_lit.tracking.store import connect, existing_uri, find_experiment
 from lrsa_lit.uris import sqlite_uri
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lrsa_lit.callbacks.line_file import LineFile
 from lrsa_lit.errors import UserError
-from lrsa_lit.metrics import exact_match, f1_score, recall
+from lrsa_lit.evaluation.metrics import exact_match, f1_score, recall
 from lrsa_lit.names import OWN
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import sys
 import uuid
 from pathlib import Path
 
-from lrsa_lit import chat_template, metrics
+from lrsa_lit import chat_template
+from lrsa_lit.evaluation import metrics
 
 _NO_FILE = "no file "
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.data.tokenization import Span
-from lrsa_lit.metrics import Match
+from lrsa_lit.evaluation.metrics import Match
 
 IGNORE_INDEX = -100
 

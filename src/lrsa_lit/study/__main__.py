@@ -2,7 +2,7 @@
 
 import sys
 
-from lrsa_lit.cli import main
+from lrsa_lit.cli.main import main
 
 if __name__ == "__main__":
     main(["study", *sys.argv[1:]])

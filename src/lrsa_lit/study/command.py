@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from lrsa_lit.arguments import Parser
+from lrsa_lit.cli.arguments import Parser
 from lrsa_lit.errors import UserError
 
 _REPORT = Path("study/report")
@@ -150,9 +150,9 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lrsa_lit.store import checked_uri
     from lrsa_lit.study.plan import Study
     from lrsa_lit.study.report.document import fill, results_of, write_report
+    from lrsa_lit.tracking.store import checked_uri
 
     study = Study(options.study)
     lines = results_of(study, options.results)

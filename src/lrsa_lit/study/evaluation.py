@@ -17,7 +17,7 @@ from lrsa_lit.attention import LRSACache, prefill, using
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.data.collate import collate, collate_training, token_ids
 from lrsa_lit.data.prompts import Example
-from lrsa_lit.metrics import exact_match, f1_score, recall
+from lrsa_lit.evaluation.metrics import exact_match, f1_score, recall
 from lrsa_lit.models import uncompiled
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import answer_losses

@@ -12,8 +12,8 @@ import torch
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.errors import UserError
-from lrsa_lit.flops import kv_ratio
 from lrsa_lit.models.checkpoint import trained_weights
+from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.paths import check_writable
 from lrsa_lit.study import machine, tokens
 from lrsa_lit.study.plan import Evaluation, Row, Study, Work, digest

@@ -24,12 +24,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lrsa_lit import heartbeat
-from lrsa_lit.arguments import Parser, terminable
+from lrsa_lit.cli.arguments import Parser, terminable
 from lrsa_lit.errors import UserError, printable
-from lrsa_lit.store import URI_KEY, answering, checked_uri, connect, experiment_id
 from lrsa_lit.sweep.grid import FLAG, Point, parse, points
 from lrsa_lit.sweep.summary import Outcome, show
+from lrsa_lit.tracking import heartbeat
+from lrsa_lit.tracking.store import URI_KEY, answering, checked_uri, connect, experiment_id
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

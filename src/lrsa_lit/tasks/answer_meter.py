@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torchmetrics import MeanMetric
 
-from lrsa_lit.qa_score import QAScore
+from lrsa_lit.evaluation.qa_score import QAScore
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch

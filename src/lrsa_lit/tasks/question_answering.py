@@ -30,7 +30,7 @@ from lrsa_lit.attention import (
 )
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.errors import UserError
-from lrsa_lit.metrics import exact_match, f1_score
+from lrsa_lit.evaluation.metrics import exact_match, f1_score
 from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import describe, trained_weights
 from lrsa_lit.models.generation import GREEDY, before_stop, stop_tokens

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lrsa_lit.store import reason, refused
+from lrsa_lit.tracking.store import reason, refused
 
 METRICS = "metric values"
 _RETRY_SECONDS = 15.0

@@ -17,10 +17,10 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lrsa_lit import heartbeat
 from lrsa_lit.errors import UserError, redacted
-from lrsa_lit.store import EXPERIMENT, answering, checked_uri, connect, experiment_id, find_run, is_new
+from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.delivery import Delivery
+from lrsa_lit.tracking.store import EXPERIMENT, answering, checked_uri, connect, experiment_id, find_run, is_new
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -14,10 +14,10 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.folder import AnotherModel, save_folder
-from lrsa_lit.store import answering, reason
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.artifacts import run_folder
 from lrsa_lit.tracking.logger import MLflowRun
+from lrsa_lit.tracking.store import answering, reason
 
 FOLDER = "model"
 """The artifact's name in MLflow."""

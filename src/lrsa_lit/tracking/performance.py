@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lrsa_lit.flops import Shape, peak_flops, training_flops
+from lrsa_lit.models.flops import Shape, peak_flops, training_flops
 from lrsa_lit.tasks import LongContextQA
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Throughput(Callback):
     Each is of one device and over the steps since the last logged one, waiting for data included, validation and
     checkpoints not. Tokens are those without padding. The peak is that of PyTorch's allocator on a GPU and of the whole
     process elsewhere. Padding is its share of the training batches or, packed, the unused share of the budget.
-    MFU is the rate of :func:`lrsa_lit.flops.training_flops` by the device's 16-bit peak; it is left out where that is
-    not known.
+    MFU is the rate of :func:`lrsa_lit.models.flops.training_flops` by the device's 16-bit peak; it is left out where
+    that is not known.
     """
 
     def __init__(self) -> None:

@@ -19,10 +19,10 @@ from lrsa_lit.checkpoints.resume import RUN, about
 from lrsa_lit.checkpoints.stop import Terminated
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import redacted
-from lrsa_lit.flops import kv_ratio
-from lrsa_lit.store import answering
+from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
+from lrsa_lit.tracking.store import answering
 
 _PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
 _MAX_PARAM = 250

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lrsa_lit.metrics import exact_match, f1_score
+from lrsa_lit.evaluation.metrics import exact_match, f1_score
 from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun

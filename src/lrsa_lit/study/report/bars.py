@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from lrsa_lit import statistics
 from lrsa_lit.errors import UserError
+from lrsa_lit.evaluation import statistics
+from lrsa_lit.evaluation.statistics import Comparison, Estimate
 from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
-from lrsa_lit.statistics import Comparison, Estimate
 from lrsa_lit.study.checks import MEASURES
 from lrsa_lit.study.plan import DENSE, Study, digest_of
 from lrsa_lit.study.report import markdown

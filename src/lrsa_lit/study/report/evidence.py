@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from lrsa_lit import statistics
-from lrsa_lit.statistics import Estimate
+from lrsa_lit.evaluation import statistics
+from lrsa_lit.evaluation.statistics import Estimate
 from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.tables import Cell, Cells, Table, measure_of, of_common_seeds, score_of
 

@@ -6,9 +6,9 @@ import html
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from lrsa_lit import statistics
 from lrsa_lit.errors import printable
-from lrsa_lit.statistics import Comparison, Estimate
+from lrsa_lit.evaluation import statistics
+from lrsa_lit.evaluation.statistics import Comparison, Estimate
 from lrsa_lit.study.report.tables import Cell, Entry, Table
 from lrsa_lit.study.results import Line
 

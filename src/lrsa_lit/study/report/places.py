@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lrsa_lit import statistics
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
+from lrsa_lit.evaluation import statistics
+from lrsa_lit.evaluation.statistics import Estimate
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start
-from lrsa_lit.statistics import Estimate
 from lrsa_lit.study import tokens
 from lrsa_lit.study.report import markdown
 from lrsa_lit.study.report.tables import Cell, Table

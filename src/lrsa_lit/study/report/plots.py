@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lrsa_lit.statistics import Estimate
+    from lrsa_lit.evaluation.statistics import Estimate
     from lrsa_lit.study.report.evidence import LayerGain, Survival, Text
     from lrsa_lit.study.report.tables import Entry
     from lrsa_lit.study.results import Line

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from lrsa_lit import statistics
-from lrsa_lit.statistics import Comparison, Estimate, Groups, Scores
+from lrsa_lit.evaluation import statistics
+from lrsa_lit.evaluation.statistics import Comparison, Estimate, Groups, Scores
 from lrsa_lit.study.plan import DENSE, OWN, Evaluation, Row, Study, digest_of
 from lrsa_lit.study.results import Line, current
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.arguments import Parser
+from lrsa_lit.cli.arguments import Parser
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import Trained, load_trained

@@ -1,4 +1,4 @@
-"""The scores of :mod:`lrsa_lit.metrics`, averaged over a data set and over the processes of a run."""
+"""The scores of :mod:`lrsa_lit.evaluation.metrics`, averaged over a data set and over the processes of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lrsa_lit.metrics import Match, exact_match, f1_score, recall
+from lrsa_lit.evaluation.metrics import Match, exact_match, f1_score, recall
 
 
 class QAScore(Metric):

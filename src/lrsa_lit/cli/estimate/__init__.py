@@ -6,7 +6,7 @@ the optimizer's step, grow linearly with the layers. Nothing is loaded but the m
 recorded or written.
 """
 
-from lrsa_lit.estimate.layers import Layers, cost_of, extrapolate
-from lrsa_lit.estimate.probe import Batches, Cost, measure
+from lrsa_lit.cli.estimate.layers import Layers, cost_of, extrapolate
+from lrsa_lit.cli.estimate.probe import Batches, Cost, measure
 
 __all__ = ["Batches", "Cost", "Layers", "cost_of", "extrapolate", "measure"]

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from lrsa_lit import statistics
 from lrsa_lit.errors import UserError
+from lrsa_lit.evaluation import statistics
 
 
 def test_an_interval_of_one_seed_is_that_of_the_mean():

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit import heartbeat
 from lrsa_lit.errors import UserError, redacted, said
 from lrsa_lit.paths import check_writable, shipped
+from lrsa_lit.tracking import heartbeat
 from lrsa_lit.uris import SQLITE, register, sqlite_path, sqlite_uri, with_user
 
 if TYPE_CHECKING:

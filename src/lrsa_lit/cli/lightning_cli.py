@@ -38,11 +38,7 @@ from lrsa_lit.checkpoints import AtomicCheckpointIO, CheckedForm, ExactState, Fi
 from lrsa_lit.checkpoints.files import claim
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import check_classes
-from lrsa_lit.data.module import QADataModule
-from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Compressor
-from lrsa_lit.paths import check_writable, expanded
-from lrsa_lit.preflight import (
+from lrsa_lit.cli.preflight import (
     check_amounts,
     check_intervals,
     check_shards,
@@ -50,11 +46,15 @@ from lrsa_lit.preflight import (
     quiet_libraries,
     root_folder,
 )
-from lrsa_lit.settings_parser import OneLineParser, first_user_error, one_line
+from lrsa_lit.cli.settings_parser import OneLineParser, first_user_error, one_line
+from lrsa_lit.cli.trainer import Trainer
+from lrsa_lit.data.module import QADataModule
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import Compressor
+from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking import MLflowRun, RecordConfig
-from lrsa_lit.trainer import Trainer
 from lrsa_lit.uris import register
 
 _log = logging.getLogger("lrsa_lit")
@@ -275,7 +275,7 @@ class LRSACLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C or SIGTERM say where the run can be taken up again."""
         if self._get(self.config, "estimate"):
-            from lrsa_lit.estimate.report import estimate, table
+            from lrsa_lit.cli.estimate.report import estimate, table
 
             settings = dict(self._get(self.config, "trainer"))
             PlainConsole().print(table(estimate(self.model, self.datamodule, self.trainer, settings)))

@@ -34,6 +34,8 @@ TOOLS = {
 }
 """Commands with options of their own: each is a module of that name with a function ``run``."""
 
+_MODULES = {"study": "lrsa_lit.study", "sweep": "lrsa_lit.sweep"}
+
 HELP = """\
 usage: lrsa [-h] [--version] COMMAND [options]
 
@@ -156,10 +158,10 @@ def _main(arguments: list[str]) -> None:
         _fail(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS | TOOLS)}")
     try:
         if arguments[0] in TOOLS:
-            importlib.import_module(f"lrsa_lit.{arguments[0]}").run(arguments[1:])
+            importlib.import_module(_MODULES.get(arguments[0], f"lrsa_lit.cli.{arguments[0]}")).run(arguments[1:])
             return
         # Lightning and transformers take seconds to import: not before there is something to run.
-        from lrsa_lit.lightning_cli import run
+        from lrsa_lit.cli.lightning_cli import run
 
         run(lightning_arguments(arguments[0], arguments[1:]))
     except UserError as error:
@@ -269,7 +271,3 @@ def _config_path(value: str) -> str:
 def _fail(message: str) -> NoReturn:
     print(f"lrsa: error: {printable(redacted(message))}", file=sys.stderr)
     raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main()

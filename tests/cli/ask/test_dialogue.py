@@ -6,8 +6,8 @@ import pytest
 from ask_helpers import FIRST, SECOND, TEXT, bare, ids_of, prompt_of
 from chat_templates import MISTRAL, QWEN3, TEMPLATES, with_template
 
-from lrsa_lit.ask.dialogue import Dialogue
 from lrsa_lit.chat_template import with_arguments
+from lrsa_lit.cli.ask.dialogue import Dialogue
 from lrsa_lit.data.prompts import INSTRUCTION
 from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError

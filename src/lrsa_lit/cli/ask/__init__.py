@@ -1,5 +1,5 @@
 """``lrsa ask FILE "question"``: read a text of any length into one cache and answer questions from what it kept."""
 
-from lrsa_lit.ask.command import run
+from lrsa_lit.cli.ask.command import run
 
 __all__ = ["run"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from jsonargparse import ArgumentParser
 
-from lrsa_lit.trainer import Trainer
+from lrsa_lit.cli.trainer import Trainer
 
 SETTINGS = (
     *(f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrsa_lit.metrics import exact_match, f1_score, normalize_answer, recall
-from lrsa_lit.qa_score import QAScore
+from lrsa_lit.evaluation.metrics import exact_match, f1_score, normalize_answer, recall
+from lrsa_lit.evaluation.qa_score import QAScore
 
 
 @pytest.mark.parametrize(
@@ -125,5 +125,5 @@ def test_score_state_is_summed_across_processes():
 
 
 def test_the_functions_do_without_torch():
-    code = "import sys, lrsa_lit.metrics, lrsa_lit.data.prompts; sys.exit('torch' in sys.modules)"
+    code = "import sys, lrsa_lit.evaluation.metrics, lrsa_lit.data.prompts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

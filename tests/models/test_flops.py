@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrsa_lit.flops import Shape, kv_ratio, peak_flops, training_flops
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.backbone import LoRA
+from lrsa_lit.models.flops import Shape, kv_ratio, peak_flops, training_flops
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.arguments import Parser
-from lrsa_lit.ask.dialogue import Dialogue
-from lrsa_lit.ask.reader import Answer, Reader
+from lrsa_lit.cli.arguments import Parser
+from lrsa_lit.cli.ask.dialogue import Dialogue
+from lrsa_lit.cli.ask.reader import Answer, Reader
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import Trained, load_trained
 from lrsa_lit.models.checkpoint_file import SUFFIX

@@ -10,12 +10,12 @@ import lightning
 import torch
 from rich.table import Table
 
+from lrsa_lit.cli.estimate.layers import Layers, cost_of
+from lrsa_lit.cli.estimate.probe import Batches, Cost
 from lrsa_lit.data import cache
 from lrsa_lit.data.collate import collate
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
-from lrsa_lit.estimate.layers import Layers, cost_of
-from lrsa_lit.estimate.probe import Batches, Cost
 from lrsa_lit.tasks import LongContextQA
 
 _GIB = 2**30

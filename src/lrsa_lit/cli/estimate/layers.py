@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lrsa_lit.cli.estimate.memory import release
+from lrsa_lit.cli.estimate.probe import Batches, Cost, measure
 from lrsa_lit.errors import UserError
-from lrsa_lit.estimate.memory import release
-from lrsa_lit.estimate.probe import Batches, Cost, measure
 from lrsa_lit.models import Backbone
 from lrsa_lit.tasks import LongContextQA
 

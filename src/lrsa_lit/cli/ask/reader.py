@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lrsa_lit.ask.dialogue import Dialogue
+from lrsa_lit.cli.ask.dialogue import Dialogue
 from lrsa_lit.models.generation import GREEDY, stop_tokens
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import filelock
 import pytest
 from mlflow.tracking import MlflowClient
 
-from lrsa_lit import heartbeat, store
 from lrsa_lit.errors import UserError
-from lrsa_lit.store import checked_uri, connect, default_uri, existing_uri, find_experiment
+from lrsa_lit.tracking import heartbeat, store
+from lrsa_lit.tracking.store import checked_uri, connect, default_uri, existing_uri, find_experiment
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_silent_runs_are_marked_when_the_store_is_opened(uri):
 def test_a_run_whose_process_is_gone_is_marked_at_once(uri):
     client = MlflowClient(uri)
     experiment = client.create_experiment("e")
-    code = "import sys; from lrsa_lit import heartbeat; print(heartbeat.tags()[heartbeat.PROCESS])"
+    code = "import sys; from lrsa_lit.tracking import heartbeat; print(heartbeat.tags()[heartbeat.PROCESS])"
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     machine, number, started = heartbeat.tags()[heartbeat.PROCESS].split()
     written = {

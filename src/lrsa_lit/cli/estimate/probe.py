@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lrsa_lit.checkpoints import exit_codes
-from lrsa_lit.estimate.memory import CPUMemory, GPUMemory, Memory, release
+from lrsa_lit.cli.estimate.memory import CPUMemory, GPUMemory, Memory, release
 from lrsa_lit.tasks import LongContextQA
 
 _REPEATS = 4

@@ -19,9 +19,9 @@ import webbrowser
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
-from lrsa_lit.arguments import Parser, terminable
+from lrsa_lit.cli.arguments import Parser, terminable
 from lrsa_lit.errors import UserError, redacted
-from lrsa_lit.store import (
+from lrsa_lit.tracking.store import (
     SERVER,
     answering,
     artifact_location,

@@ -1,0 +1,1 @@
+"""What answers are worth: scores, the task's own one for a question, and statistics over questions."""
