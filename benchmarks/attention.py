@@ -2,7 +2,7 @@
 
 Run ``python benchmarks/attention.py`` on a CUDA device.
 Times the Triton kernels, selection and gather included, against dense cuDNN and FlashAttention (torch SDPA),
-FlexAttention with the same rule, and the eager reference: forward, and forward + backward, medians in one process. Runs
+FlexAttention with the same rule, and eager PyTorch: forward, and forward + backward, medians in one process. Runs
 a correctness gate first and prints no speed-up if it fails. Writes ``results/attention.json`` and ``attention.png``.
 
 *Efficiency* = dense cuDNN time x (pairs attended / pairs of dense causal attention) / LRSA time: 1.0 means as good per
@@ -91,9 +91,9 @@ def _gate() -> bool:
     """Output and gradients of the kernels err no more than 1.5x what eager PyTorch does, against float64."""
     *tensors, gradient = _inputs(8, 2, 128, 2049)
     config = LRSAConfig(16, 128, 32)
-    chosen = select(tensors[1], tensors[2], config, impl="reference")
+    chosen = select(tensors[1], tensors[2], config, impl="eager")
     results = []
-    for impl, dtype in (("reference", torch.float64), ("reference", torch.bfloat16), ("triton", torch.bfloat16)):
+    for impl, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), ("triton", torch.bfloat16)):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
         output = sparse_attention(*leaves, config, selection=chosen, impl=impl)
         results.append([output, *torch.autograd.grad(output, leaves, gradient.to(dtype))])
@@ -118,7 +118,7 @@ def _measure(shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, A
         row["flex"] = _flex(tensors, config, functools.partial(_time, tensors, repeats=options.repeats, graphed=False))
     if "eager" in options.peers and main_shape and length <= 8192:
         row["eager"] = _time(
-            tensors, lambda q, k, v: sparse_attention(q, k, v, config, impl="reference"), repeats=3, graphed=False
+            tensors, lambda q, k, v: sparse_attention(q, k, v, config, impl="eager"), repeats=3, graphed=False
         )
     pairs = attended_pairs(length, config)
     share = pairs / attended_pairs(length, None)
@@ -133,7 +133,7 @@ def _measure(shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, A
 
 def select_only(tensors: list[Tensor], config: LRSAConfig) -> None:
     """The fused selection without the list of indices that ``select`` makes for people."""
-    from lrsa_lit.ops.sparse_attention.impl.triton import _select_lag_relative
+    from lrsa_lit.ops.sparse_attention.triton.launch import _select_lag_relative
 
     _select_lag_relative(tensors[1], tensors[2], config, (0, tensors[1].shape[2]))
 

@@ -1,6 +1,6 @@
 """Does the operator give what its definition says? Random configurations and odd inputs against a float64 oracle.
 
-Run ``python benchmarks/fuzz_operator.py`` for 5,000 configurations of the reference implementation, or ``--impl triton
+Run ``python benchmarks/fuzz_operator.py`` for 5,000 configurations of the eager implementation, or ``--impl triton
 --cases 300`` for the kernels: on the GPU if there is one, otherwise under Triton's interpreter. A configuration follows
 from its seed alone: ``--first SEED --cases 1`` runs it again. Three questions are asked of each:
 
@@ -101,7 +101,7 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
-    parser.add_argument("--impl", choices=["reference", "triton"], default="reference")
+    parser.add_argument("--impl", choices=["eager", "triton"], default="eager")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     counts: collections.Counter[str] = collections.Counter()

@@ -114,8 +114,8 @@ def test_pads_in_a_mask_interrupt_the_graph(models):
 
 @pytest.mark.parametrize(
     ("rule", "impl"),
-    [(RULE.replace(compressor=RandomTokens()), "triton"), (RULE, "reference")],
-    ids=["other compressor", "reference"],
+    [(RULE.replace(compressor=RandomTokens()), "triton"), (RULE, "eager")],
+    ids=["other compressor", "eager"],
 )
 def test_what_cannot_be_traced_interrupts_the_graph(rule, impl, models):
     assert_same(models, tokens(1, 40), rule, impl=impl)

@@ -111,14 +111,14 @@ def test_using_restores_the_implementation_too(tiny, rule, monkeypatch, tokens):
         return args[0]
 
     monkeypatch.setattr(interface, "sparse_attention", spy)
-    model = enable(tiny("Llama"), rule, impl="reference")
+    model = enable(tiny("Llama"), rule, impl="eager")
     for inside in (rule.replace(top_k=1), None):
         with using(model, inside, impl="auto"):
             logits(model, tokens(1, 5))
         logits(model, tokens(1, 5))
     with using(model, rule, impl="auto"):
         logits(model, tokens(1, 5))
-    assert asked == ["auto"] * 3 + ["reference"] * 6 + ["auto"] * 3
+    assert asked == ["auto"] * 3 + ["eager"] * 6 + ["auto"] * 3
 
 
 def test_the_rule_is_saved_and_a_reloaded_model_runs_it(tiny, tokens, rule, tmp_path):

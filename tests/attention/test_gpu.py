@@ -1,4 +1,4 @@
-"""The seam over the Triton kernels: ``make test-gpu``. The reference on the same device is what it is held to."""
+"""The seam over the Triton kernels: ``make test-gpu``. Eager PyTorch on the same device is what it is held to."""
 
 import contextlib
 
@@ -42,7 +42,7 @@ def logits(model, impl, **inputs):
 
 def test_whole_rows(model):
     ids = tokens(2, 700)
-    ours, theirs = (logits(model, impl, input_ids=ids) for impl in ("triton", "reference"))
+    ours, theirs = (logits(model, impl, input_ids=ids) for impl in ("triton", "eager"))
     torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)
 
 
@@ -51,7 +51,7 @@ def test_padded_rows(model, side):
     ids, mask = tokens(3, 400), torch.zeros(3, 400, dtype=torch.long, device="cuda")
     for row, length in enumerate((400, 150, 1)):
         mask[row, slice(400 - length, None) if side == "left" else slice(length)] = 1
-    ours, theirs = (logits(model, impl, input_ids=ids, attention_mask=mask) for impl in ("triton", "reference"))
+    ours, theirs = (logits(model, impl, input_ids=ids, attention_mask=mask) for impl in ("triton", "eager"))
     torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], atol=1e-2, rtol=1e-2)
 
 
@@ -65,7 +65,7 @@ def test_packed_rows_equal_their_sequences(model):
 
 def test_gradients_with_and_without_checkpointing(model):
     ids, gradients = tokens(1, 500), []
-    for impl, checkpointing in (("reference", False), ("triton", False), ("triton", True)):
+    for impl, checkpointing in (("eager", False), ("triton", False), ("triton", True)):
         enable(model, RULE, impl=impl).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -88,7 +88,7 @@ def test_compiled_layers_train_alike(layers):
         double = dtype == torch.float64
         with (
             torch.autocast("cuda", dtype=torch.bfloat16, enabled=not double),
-            using(model.double() if double else model, rule, impl="reference" if double else "auto"),
+            using(model.double() if double else model, rule, impl="eager" if double else "auto"),
         ):
             logits = model(ids, use_cache=False).logits
             logits.to(dtype).square().mean().backward()

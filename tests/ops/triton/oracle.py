@@ -1,4 +1,4 @@
-"""How the kernels are judged: against the reference in float64, by the error of the reference in the same dtype.
+"""How the kernels are judged: against eager PyTorch in float64, by its error in the same dtype.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, Selection, Selector
-from lrsa_lit.ops.sparse_attention.impl import reference
-from lrsa_lit.ops.sparse_attention.impl import triton as kernels
+from lrsa_lit.ops.sparse_attention import LRSAConfig, Selection, Selector, eager
 from lrsa_lit.ops.sparse_attention.selection import select_packed
+from lrsa_lit.ops.sparse_attention.triton import launch as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTOR = 1.5
@@ -49,10 +48,10 @@ def assert_as_exact_as_eager(tensors, config: LRSAConfig, boundaries=None, cappe
     dtype = tensors[1].dtype
     boundaries = boundaries or (0, tensors[1].shape[2])
     chosen = given_selection(tensors, config, boundaries)
-    exact = run(reference.forward, tensors, config, boundaries, chosen, torch.float64)
-    eager = run(reference.forward, tensors, config, boundaries, chosen, dtype)
+    exact = run(eager.forward, tensors, config, boundaries, chosen, torch.float64)
+    theirs = run(eager.forward, tensors, config, boundaries, chosen, dtype)
     ours = run(kernels.forward, tensors, config, boundaries, chosen, dtype)
-    for name, truth, allowed, got in zip(NAMES, exact, eager, ours, strict=True):
+    for name, truth, allowed, got in zip(NAMES, exact, theirs, ours, strict=True):
         assert got.isfinite().all(), f"{name}: not finite"
         size, error, eager_error = truth.square().mean().sqrt(), _rms(got, truth), _rms(allowed, truth)
         if size < 1e-9:

@@ -4,10 +4,9 @@ import pytest
 import torch
 from ops.triton.oracle import DEVICE, assert_as_exact_as_eager, given_selection, inputs, run
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, sparse_attention
-from lrsa_lit.ops.sparse_attention.impl import reference
-from lrsa_lit.ops.sparse_attention.impl import triton as kernels
+from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, eager, sparse_attention
 from lrsa_lit.ops.sparse_attention.selection import compact_buffer
+from lrsa_lit.ops.sparse_attention.triton import launch as kernels
 
 SMALL = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 
@@ -76,7 +75,7 @@ def test_separate_buffers_of_a_stream():
     raw = key[:, :, dropped:], value[:, :, dropped:]
     options = {"scale": 0.25, "query_offset": start, "raw_offset": dropped}
     output = kernels.attend(query[:, :, start:], compact, raw, SMALL, **options)
-    torch.testing.assert_close(output, reference.attend(query[:, :, start:], compact, raw, SMALL, **options))
+    torch.testing.assert_close(output, eager.attend(query[:, :, start:], compact, raw, SMALL, **options))
 
 
 @pytest.mark.parametrize("value", [0.0, -0.3, 5.0])
@@ -85,7 +84,7 @@ def test_any_scale(value):
     chosen = given_selection((query, key, values), SMALL, (0, 60))
     results = [
         forward(query, key, values, SMALL, boundaries=(0, 60), scale=value, selection=chosen)
-        for forward in (reference.forward, kernels.forward)
+        for forward in (eager.forward, kernels.forward)
     ]
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
@@ -156,7 +155,7 @@ def test_auto_runs_the_kernels_on_cuda(caplog):
     with caplog.at_level("INFO"):
         sparse_attention(*tensors[:3], SMALL)
     if DEVICE == "cuda":
-        assert not [record for record in caplog.records if "impl=reference" in record.message]
+        assert not [record for record in caplog.records if "impl=eager" in record.message]
 
 
 @pytest.mark.parametrize(

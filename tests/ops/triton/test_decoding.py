@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.triton.oracle import CAP, DEVICE, FACTOR
 
-from lrsa_lit.ops.sparse_attention.impl import reference
-from lrsa_lit.ops.sparse_attention.impl.triton import decoding
-from lrsa_lit.ops.sparse_attention.impl.triton.decoding import attend_one
+from lrsa_lit.ops.sparse_attention import eager as eager_attention
+from lrsa_lit.ops.sparse_attention.triton import decode_kernels
+from lrsa_lit.ops.sparse_attention.triton.decode_kernels import attend_one
 
 # The running maximum starts near the end of float32: what it is worth then overflows on its way to zero.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply")
@@ -53,7 +53,7 @@ def softmax_attention(query, key, value, length, scale):
 def eager(query, key, value, length, scale):
     """What PyTorch makes of it in the same dtype."""
     grouped = query.unflatten(1, (key.shape[1], -1))
-    return reference.causal_attention(grouped, key[:, :, :length], value[:, :, :length], scale).flatten(1, 2)
+    return eager_attention.causal_attention(grouped, key[:, :, :length], value[:, :, :length], scale).flatten(1, 2)
 
 
 def poisoned(tensor, length):
@@ -124,7 +124,7 @@ def test_rows_that_are_not_contiguous():
 
 def test_a_slice_of_several_blocks():
     query, key, value = buffers(1, 1, 2, 9000, 16)
-    cut = decoding._cut_for(16, query.dtype, 2, 1, 9000)
+    cut = decode_kernels._cut_for(16, query.dtype, 2, 1, 9000)
     assert cut.splits == 128
     assert cut.splits * cut.columns < 8999
     assert_exact(query, key, value, 8999)
@@ -132,7 +132,7 @@ def test_a_slice_of_several_blocks():
 
 def test_one_slice_only():
     query, key, value = buffers(1, 135, 2, 100, 16)
-    assert decoding._cut_for(16, query.dtype, 2, 135, 100).splits == 1
+    assert decode_kernels._cut_for(16, query.dtype, 2, 135, 100).splits == 1
     assert_exact(query, key, value, 99)
 
 
@@ -179,7 +179,7 @@ def assert_each_row_exact(query, key, value, lengths, scale=None, run=attend_one
         assert_exact(*tensors, count, scale, slack=1.0, run=lambda *_, row=row: got[row, None])
 
 
-IMPLEMENTATIONS = pytest.mark.parametrize("run", [attend_one, reference.attend_one], ids=["triton", "reference"])
+IMPLEMENTATIONS = pytest.mark.parametrize("run", [attend_one, eager_attention.attend_one], ids=["triton", "eager"])
 
 
 @IMPLEMENTATIONS

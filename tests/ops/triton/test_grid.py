@@ -5,8 +5,7 @@ import torch
 from ops.triton.oracle import assert_as_exact_as_eager, inputs
 from ops.triton.test_selection import assert_same_selection
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, sparse_attention
-from lrsa_lit.ops.sparse_attention.impl import reference
+from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, eager, sparse_attention
 from lrsa_lit.ops.sparse_attention.selection import compact_buffer
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +52,7 @@ def test_length(length, dtype):
     ],
 )
 def test_rule(changes):
-    # The reference needs a step for each compression: keep their number in bounds.
+    # Eager PyTorch needs a step for each compression: keep their number in bounds.
     config = LRSAConfig().replace(**changes)
     length = min(3001, 150 * config.lag_size)
     assert_as_exact_as_eager(inputs(1, 4, 2, length, 64, torch.bfloat16), config)
@@ -92,14 +91,14 @@ def test_selection(lag, keep, dtype):
 
 
 def test_a_new_top_k_does_not_compile_again():
-    from lrsa_lit.ops.sparse_attention.impl.triton import key_gradient, query_gradient, scoring
+    from lrsa_lit.ops.sparse_attention.triton import key_gradient_kernel, query_gradient_kernel, select_kernels
 
     tensors = inputs(1, 4, 2, 1025, 64, torch.bfloat16)
     compiled = []
     for keep in (32, 16, 1, 77):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
         sparse_attention(*leaves, RULE.replace(top_k=keep), impl="triton").backward(tensors[3])
-        kernels = query_gradient._query_kernel, key_gradient._key_kernel, scoring._keep_kernel
+        kernels = query_gradient_kernel._query_kernel, key_gradient_kernel._key_kernel, select_kernels._keep_kernel
         compiled.append([len(kernel.device_caches[0][0]) for kernel in kernels])
     assert all(count == compiled[0] for count in compiled)
 
@@ -113,7 +112,7 @@ def test_a_million_tokens_address_beyond_32_bits():
     with torch.no_grad():
         output = sparse_attention(query, key, value, rule, impl="triton")[:, :, -tail:]
         compact = compact_buffer(key, value, rule)
-        expected = reference.attend(
+        expected = eager.attend(
             query[:, :, -tail:].double(),
             tuple(part.double() for part in compact),
             (key.double(), value.double()),
@@ -124,8 +123,8 @@ def test_a_million_tokens_address_beyond_32_bits():
     torch.testing.assert_close(output.double(), expected, rtol=2e-2, atol=2e-3)
 
 
-def test_the_loss_curve_of_training_is_that_of_the_reference():
-    curves = [_loss_curve(impl) for impl in ("reference", "triton")]
+def test_the_loss_curve_of_training_is_that_of_eager_pytorch():
+    curves = [_loss_curve(impl) for impl in ("eager", "triton")]
     difference = (curves[0] - curves[1]).abs()
     assert curves[0][-20:].mean() < 0.5 * curves[0][:20].mean()
     assert difference.mean() < 0.02 * curves[0].mean()

@@ -1,4 +1,4 @@
-"""Fused selection against the reference in float64: equal where the scores at the cut differ by more than rounding."""
+"""Fused selection against eager PyTorch in float64: equal where the scores at the cut differ by more than rounding."""
 
 from dataclasses import dataclass
 
@@ -6,17 +6,16 @@ import pytest
 import torch
 from ops.triton.oracle import DEVICE, inputs
 
-from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig, Recency, SpreadSelector, ValueRelative, select
-from lrsa_lit.ops.sparse_attention.impl import reference
-from lrsa_lit.ops.sparse_attention.impl import triton as kernels
+from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig, Recency, SpreadSelector, ValueRelative, eager, select
 from lrsa_lit.ops.sparse_attention.selection import compress_partitions, partitions_of
+from lrsa_lit.ops.sparse_attention.triton import launch as kernels
 
 CLOSE = 1e-6
 """Relative distance of the K-th and the next score under which two correct implementations may differ."""
 
 
 def assert_same_selection(key, value, config, cu_seqlens=None):
-    exact = select(key.double(), value.double(), config, cu_seqlens=cu_seqlens, impl="reference")
+    exact = select(key.double(), value.double(), config, cu_seqlens=cu_seqlens, impl="eager")
     got = select(key, value, config, cu_seqlens=cu_seqlens, impl="triton")
     torch.testing.assert_close(got.scores.double(), exact.scores, rtol=1e-4, atol=1e-7)
     assert got.indices.shape == exact.indices.shape
@@ -30,7 +29,7 @@ def assert_same_selection(key, value, config, cu_seqlens=None):
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize(("lag", "keep"), [(16, 5), (7, 3), (100, 33), (128, 0), (32, 32)])
-def test_same_tokens_as_the_reference(lag, keep, weight):
+def test_same_tokens_as_eager_pytorch(lag, keep, weight):
     _, key, value, _ = inputs(2, 2, 2, 4 * lag + 11, 24)
     assert_same_selection(key, value, LRSAConfig(5, lag, keep, value_weight=weight))
 
@@ -69,7 +68,7 @@ def test_partitions_of_a_call_keep_the_same_pairs(selector):
 def test_pairs_that_want_gradients_pass_them_on():
     _, key, value, _ = inputs(1, 2, 2, 75, 24)
     config, gradients = LRSAConfig(5, 16, 5), []
-    for compress in (kernels.compress, reference.compress):
+    for compress in (kernels.compress, eager.compress):
         leaves = [tensor.detach().requires_grad_() for tensor in (key, value)]
         compact = compress(*leaves, config, 3, first=0)
         gradients.append(torch.autograd.grad(sum(part.square().sum() for part in compact), leaves))
@@ -98,10 +97,10 @@ def test_constant_channels_count_as_zero():
 
 
 def assert_same_order(key, value, config):
-    """What is kept is what the reference keeps in float64, for all kinds of K."""
+    """What is kept is what eager PyTorch keeps in float64, for all kinds of K."""
     for keep in range(1, config.lag_size, 2):
         rule = config.replace(top_k=keep)
-        exact = select(key.double(), value.double(), rule, impl="reference").indices
+        exact = select(key.double(), value.double(), rule, impl="eager").indices
         assert torch.equal(select(key, value, rule, impl="triton").indices, exact)
 
 
@@ -145,5 +144,5 @@ def test_scores_that_are_not_finite_keep_k_tokens():
 def test_other_compressors_select_as_they_do():
     _, key, value, _ = inputs(1, 2, 2, 90, 16)
     config = LRSAConfig(4, 16, 4, compressor=Recency())
-    chosen = [select(key, value, config, impl=impl).indices for impl in ("triton", "reference")]
+    chosen = [select(key, value, config, impl=impl).indices for impl in ("triton", "eager")]
     assert torch.equal(*chosen)

@@ -1,6 +1,7 @@
 """Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
 
 from lrsa_lit.ops.sparse_attention.api import Impl, select, sparse_attention, visibility_mask
+from lrsa_lit.ops.sparse_attention.compiled_layers import is_traceable, numbers_of, traced_attention
 from lrsa_lit.ops.sparse_attention.compressors import (
     ChunkWise,
     Compressor,
@@ -17,7 +18,6 @@ from lrsa_lit.ops.sparse_attention.compressors import (
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection
-from lrsa_lit.ops.sparse_attention.traced import is_traceable, numbers_of, traced_attention
 
 __all__ = [
     "ChunkWise",

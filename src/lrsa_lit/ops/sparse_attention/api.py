@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, compressed_at, raw_start
-from lrsa_lit.ops.sparse_attention.impl import reference
 from lrsa_lit.ops.sparse_attention.selection import Selection, select_packed
 
-Impl = Literal["auto", "reference", "triton"]
+Impl = Literal["auto", "eager", "triton"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def sparse_attention(
         cu_seqlens: int32 (N + 1,), boundaries 0 … T of N sequences packed in one row (B = 1); none sees another.
         scale: factor of the scores; default D ** -0.5.
         selection: what the partitions keep, as :func:`select` returned it; default: the config's compressor decides.
-        impl: ``"reference"``, ``"triton"``, or ``"auto"`` for the fastest that the device has.
+        impl: ``"eager"``, ``"triton"``, or ``"auto"`` for the fastest that the device has.
 
     Returns:
         (B, Hq, Tq, D) in the query's dtype.
@@ -85,7 +85,7 @@ def select(
     check_tensors(key, key, value)
     boundaries = _boundaries(cu_seqlens, key, key)
     chosen = _choose(impl, key.device.type, key.dtype, key.shape[-1])
-    if chosen == "reference":
+    if chosen == "eager":
         return select_packed(key, value, config, boundaries)
     selection: Selection = _triton().select(key, value, config, boundaries)
     return selection
@@ -125,7 +125,7 @@ def implementation(impl: str, query: Tensor) -> ModuleType:
         UserError: no such implementation, or one that cannot run here.
     """
     chosen = _choose(impl, query.device.type, query.dtype, query.shape[-1])
-    return reference if chosen == "reference" else _triton()
+    return eager if chosen == "eager" else _triton()
 
 
 def _choose(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
@@ -142,17 +142,17 @@ def _decide(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
     """Cached, so that the choice of ``auto`` and its reason are logged once."""
     if impl not in get_args(Impl):
         raise UserError(f"impl: {impl!r} is not allowed; it must be one of {', '.join(get_args(Impl))}")
-    if impl == "reference":
+    if impl == "eager":
         return impl
     if impl == "auto" and device != "cuda":
-        _log.info("sparse_attention on %s runs impl=reference", device)
-        return "reference"
+        _log.info("sparse_attention on %s runs impl=eager", device)
+        return "eager"
     reason = _no_triton(device, dtype, dim)
     if impl == "triton" and reason is not None:
         raise UserError(reason)
     if reason is not None:
-        _log.warning("sparse_attention on %s runs impl=reference, which is slow: %s", device, reason)
-        return "reference"
+        _log.warning("sparse_attention on %s runs impl=eager, which is slow: %s", device, reason)
+        return "eager"
     _log.info("sparse_attention on %s runs impl=triton", device)
     return "triton"
 
@@ -160,16 +160,16 @@ def _decide(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
 def _no_triton(device: str, dtype: torch.dtype, dim: int) -> str | None:
     """Why the Triton kernels cannot run, None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "impl: 'triton' needs the package triton, which is not installed; use 'reference'"
+        return "impl: 'triton' needs the package triton, which is not installed; use 'eager'"
     reason: str | None = _triton().unsupported(device, dtype, dim)
     return reason
 
 
 def _triton() -> ModuleType:
     """The Triton implementation, imported where one is asked for: there is no triton wheel for every platform."""
-    from lrsa_lit.ops.sparse_attention.impl import triton
+    from lrsa_lit.ops.sparse_attention.triton import launch
 
-    return triton
+    return launch
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import Impl, implementation
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size
-from lrsa_lit.ops.sparse_attention.impl import reference
 
 _KEEP_ALL = LRSAConfig(sink_size=0, lag_size=1 << 29, top_k=0)
 """Dense attention as a rule: partitions so long that none is ever full."""
@@ -61,7 +61,7 @@ class KeyValueStream:
         visible = self.extend(key, value)
         if count == 1:
             grouped = query.unflatten(1, (key.shape[1], -1))
-            return reference.causal_attention(grouped, *visible, scale).flatten(1, 2)
+            return eager.causal_attention(grouped, *visible, scale).flatten(1, 2)
         nothing, past = (key[:, :, :0], value[:, :, :0]), visible[0].shape[2] - count
         attend = implementation(self.impl, query).attend
         output: Tensor = attend(query, nothing, visible, _KEEP_ALL, scale=scale, query_offset=past)

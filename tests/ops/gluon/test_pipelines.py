@@ -7,12 +7,13 @@ import torch
 from ops.triton.oracle import assert_as_exact_as_eager, inputs
 
 from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool
-from lrsa_lit.ops.sparse_attention.impl.triton import hopper, plan
-from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
-from lrsa_lit.ops.sparse_attention.impl.triton.query_gradient import query_gradient
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved
+from lrsa_lit.ops.sparse_attention.gluon import hopper
+from lrsa_lit.ops.sparse_attention.triton import work_tables
+from lrsa_lit.ops.sparse_attention.triton.backward_pass import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved
+from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gradient
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry
 
 pytestmark = pytest.mark.gpu
 
@@ -41,7 +42,7 @@ KERNELS = {
     "queries": lambda saved, output_grad, geometry: query_gradient(saved, output_grad, geometry, 0.1),
     "keys": lambda saved, output_grad, geometry: attend_backward(saved, output_grad, None, geometry, 0.1)[3:],
 }
-"""Output and denominator; dQ and row sums of output x gradient; dK and dV of the compact buffer."""
+"""Output and log-sum-exp; dQ and row sums of output x gradient; dK and dV of the compact buffer."""
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def arguments(geometry, query_heads, heads, dtype, batch=1, broken=None):
     def normal(*shape):
         return torch.randn(*shape, 128, generator=generator, device="cuda", dtype=dtype)
 
-    tokens, rows = geometry.boundaries[-1], sum(plan.compact_rows(geometry))
+    tokens, rows = geometry.boundaries[-1], sum(work_tables.compact_rows(geometry))
     queries = tokens - geometry.queries_from
     shapes = (queries, query_heads), (tokens, heads), (tokens, heads), (queries, query_heads)
     *raw, output_grad = (normal(batch, *shape).transpose(1, 2) for shape in shapes)
@@ -81,7 +82,7 @@ def arguments(geometry, query_heads, heads, dtype, batch=1, broken=None):
 
 def rows_of(geometry, sequence):
     """Rows of the compact buffer that belong to a sequence."""
-    return slice(*(sum(plan.compact_rows(geometry)[:count]) for count in (sequence, sequence + 1)))
+    return slice(*(sum(work_tables.compact_rows(geometry)[:count]) for count in (sequence, sequence + 1)))
 
 
 def both(kernel, saved, output_grad, geometry):
@@ -130,7 +131,11 @@ def test_every_run_gives_the_same_bits(kernel):
 
 
 def test_a_new_top_k_does_not_compile_again():
-    kernels = [module._hopper_kernel for module in (hopper.forward, hopper.queries, hopper.keys)]
+    kernels = [
+        hopper.forward_pipeline._hopper_forward_kernel,
+        hopper.query_gradient_pipeline._hopper_query_kernel,
+        hopper.key_gradient_pipeline._hopper_key_kernel,
+    ]
     compiled = []
     for keep in (32, 16, 1, 77):
         geometry = Geometry((0, 1025 + keep), 0, 0, 16, 128, keep, 128)

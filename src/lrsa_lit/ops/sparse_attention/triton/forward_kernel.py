@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton import hopper
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+from lrsa_lit.ops.sparse_attention.gluon import hopper
+from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COLUMNS,
     COMPACT_ROW,
     KEY_ROW,
@@ -26,8 +25,9 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     store_rows,
     visible_range,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E, row_descriptor
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, row_descriptor
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
 
 _INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"]
 
@@ -53,16 +53,16 @@ def attend_forward(
         scale: factor of the scores, not negative.
 
     Returns:
-        Output (B, Hq, Tq, D), laid out as the query; base-2 logarithm of the softmax's denominator (B, Hq, Tq) float32.
+        Output (B, Hq, Tq, D), laid out as the query; base-2 log-sum-exp of its scores (B, Hq, Tq) float32.
     """
     batch, query_heads, queries, dim = query.shape
     heads = key.shape[1]
     output = torch.empty_like(query)
-    denominator = query.new_empty((batch, query_heads, queries), dtype=torch.float32)
+    lse = query.new_empty((batch, query_heads, queries), dtype=torch.float32)
     tensors = query, key, value, compact_key, compact_value
     if hopper.suits(*tensors):
-        hopper.forward.launch(*tensors, output, denominator, geometry, scale * LOG2_E)
-        return output, denominator
+        hopper.forward_pipeline.launch(*tensors, output, lse, geometry, scale * LOG2_E)
+        return output, lse
     tile = tiles_for(dim, query.dtype).forward
     table = query_tiles(geometry, query.device, tile.rows)
     padded = triton.next_power_of_2(dim)
@@ -74,7 +74,7 @@ def attend_forward(
         compact_value,
         *(row_descriptor(tensor, tile.columns, padded) for tensor in (key, value, compact_key, compact_value)),
         output,
-        denominator,
+        lse,
         table,
         sequence_table(geometry, query.device),
         *query.stride()[:3],
@@ -96,7 +96,7 @@ def attend_forward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return output, denominator
+    return output, lse
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -111,7 +111,7 @@ def _forward_kernel(
     d_compact_key,
     d_compact_value,
     p_output,
-    p_denominator,
+    p_lse,
     p_tiles,
     p_sequences,
     stride_qb,
@@ -232,8 +232,8 @@ def _forward_kernel(
     else:
         b_output *= (1.0 / b_sum)[:, None]
     store_rows(p_output, i_query_row + i_first, stride_ot, m_t, b_output, DIM, BLOCK_M, PADDED)
-    p_denominator += i_bh.to(tl.int64) * n_queries
-    tl.store(p_denominator + o_row, b_max * scale_log2 + tl.log2(b_sum), mask=m_t)
+    p_lse += i_bh.to(tl.int64) * n_queries
+    tl.store(p_lse + o_row, b_max * scale_log2 + tl.log2(b_sum), mask=m_t)
 
 
 @triton.jit
@@ -265,7 +265,7 @@ def _attend_source(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Take in one source: full blocks, then those with masks (see primitives.py)."""
+    """Take in one source: full blocks, then those with masks (see device_functions.py)."""
     i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
     i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
     i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
@@ -301,17 +301,17 @@ def _attend_block(b_output, b_sum, b_max, b_query, b_key, b_value, m_visible, sc
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
     if m_visible is not None:
         b_score = tl.where(m_visible, b_score, float("-inf"))
-    # Subtract, then scale: the power of the highest score is then 1 exactly. With the two in one multiply-add it is off
+    # Subtract, then scale: the P of the highest score is then 1 exactly. With the two in one multiply-add it is off
     # by the rounding of the highest score, which at scores of 1e5 is more than half precision loses.
     b_top = tl.maximum(b_max, tl.max(b_score, axis=1))
-    b_power = tl.exp2((b_score - b_top[:, None]) * scale_log2)
+    b_p = tl.exp2((b_score - b_top[:, None]) * scale_log2)
     b_decay = tl.exp2((b_max - b_top) * scale_log2)
-    b_sum = b_sum * b_decay + tl.sum(b_power, axis=1)
+    b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
     b_output = b_output * b_decay[:, None]
     # [BLOCK_M, PADDED]
     if b_value.dtype == tl.float32:
         # A running sum over all keys rounds at each; summing blocks first rounds less.
-        b_output += tl.dot(b_power, b_value, input_precision=PRECISION)
+        b_output += tl.dot(b_p, b_value, input_precision=PRECISION)
     else:
-        b_output = tl.dot(b_power.to(b_value.dtype), b_value, b_output)
+        b_output = tl.dot(b_p.to(b_value.dtype), b_value, b_output)
     return b_output, b_sum, b_top

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import _attend_block
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import LOWEST, load_rows
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of
+from lrsa_lit.ops.sparse_attention.triton.device_functions import LOWEST, load_rows
+from lrsa_lit.ops.sparse_attention.triton.forward_kernel import _attend_block
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import precision_of
 
 _PROGRAMS = 2 * 132
 """Programs wanted: enough loads under way to saturate the memory of a GPU with 132 multiprocessors."""
@@ -73,7 +73,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
     cut = _cut_for(dim, query.dtype, group, batch * heads, capacity)
     padded = triton.next_power_of_2(dim)
     partial_output = query.new_empty((cut.splits, rows, dim), dtype=torch.float32)
-    # Maximum and sum, not the logarithm of the softmax's denominator: see _join_kernel.
+    # Maximum and sum, not the log-sum-exp: see _join_kernel.
     partial_max, partial_sum = query.new_empty((2, cut.splits, rows), dtype=torch.float32)
     _slice_kernel[(cut.splits, batch * heads, triton.cdiv(group, cut.rows))](
         query,
@@ -165,7 +165,7 @@ def _slice_kernel(
 ):
     """One program per slice of the keys, key-value head, and BLOCK_M of its query heads: keys and values are read once.
 
-    Leaves per query head the highest score, the sum of the powers relative to it, and the values weighted by them.
+    Leaves per query head the highest score, the sum of exponentials relative to it, and the values weighted by them.
     """
     i_split, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)

@@ -1,9 +1,9 @@
 """The kernels as registered operators, with fake implementations and autograd: torch.compile sees three opaque calls.
 
 Operators take integers and tensors only: ``numbers`` are queries_from, keys_from, S, L, K and C of a
-:class:`~lrsa_lit.ops.sparse_attention.impl.triton.plan.Geometry`. ``select_lag_relative``, ``gather`` and ``attend`` go
-through them only where somebody traces or watches the calls: the dispatcher's bookkeeping costs the host more than the
-launches, and short sequences wait for the host.
+``work_tables.Geometry``. ``select_lag_relative``, ``gather`` and ``attend`` go through them only where somebody traces
+or watches the calls: the dispatcher's bookkeeping costs the host more than the launches, and short sequences wait for
+the host.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, L lag_size, M compact rows, D head_dim.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
-from lrsa_lit.ops.sparse_attention.impl.triton.gather import gather_compact
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import TAGS, Geometry
-from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved, with_rows
+from lrsa_lit.ops.sparse_attention.triton.backward_pass import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
+from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved, with_rows
+from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
+from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS, Geometry
 
 
 def select_lag_relative(
@@ -102,7 +102,7 @@ def _attend(
     numbers: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Tq, D) and log2 of the softmax's denominator (B, Hq, Tq), which the backward reads."""
+    """Output (B, Hq, Tq, D) and the base-2 log-sum-exp (B, Hq, Tq), which the backward reads."""
     compact = compact_key.contiguous(), compact_value.contiguous()
     return attend_forward(
         with_rows(query), with_rows(key), with_rows(value), *compact, _geometry(boundaries, numbers), scale
@@ -118,9 +118,9 @@ def _attend_grad(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, compact keys and compact values; see ``backward``."""
-    query, key, value, compact_key, compact_value, output, denominator = saved
+    query, key, value, compact_key, compact_value, output, lse = saved
     inputs = with_rows(query), with_rows(key), with_rows(value), compact_key.contiguous(), compact_value.contiguous()
-    results = Saved(*inputs, output, denominator)
+    results = Saved(*inputs, output, lse)
     return attend_backward(results, with_rows(output_grad), ranks, _geometry(boundaries, numbers), scale)
 
 

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, partition_table, partitions, sequence_table
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COLUMNS, KEY_ROW
 from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL, SHRINK
+from lrsa_lit.ops.sparse_attention.triton.device_functions import COLUMNS, KEY_ROW
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, partitions, sequence_table
 
 _INTEGERS = ["heads", "n_partitions", "sink", "lag", "keep"]
 _TOKENS = 32
@@ -160,13 +160,13 @@ def _spread_kernel(
 
 
 @triton.jit
-def _powers(p_spread, o_token, m_token):
-    """Spreads, the highest of them, and the powers of e relative to it with their sum; padding is 0."""
+def _exponentials(p_spread, o_token, m_token):
+    """Spreads, the highest of them, their exponentials relative to it and the sum of those; padding is 0."""
     # Spreads are not negative: padding does not change the highest.
     b_spread = tl.load(p_spread + o_token, mask=m_token, other=0.0)
     highest = tl.max(b_spread, axis=0)
-    b_power = tl.where(m_token, tl.exp(b_spread - highest), 0.0)
-    return b_spread, highest, b_power, tl.sum(b_power, axis=0)
+    b_exp = tl.where(m_token, tl.exp(b_spread - highest), 0.0)
+    return b_spread, highest, b_exp, tl.sum(b_exp, axis=0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -191,12 +191,13 @@ def _keep_kernel(
     o_partition = (tl.program_id(1).to(tl.int64) * n_partitions + tl.program_id(0)) * lag
     o_token = tl.arange(0, BLOCK)
     m_token = o_token < lag
-    b_log, highest, b_power, total = _powers(p_spreads + o_partition, o_token, m_token)
-    b_score = first_weight * (b_power / total)
+    b_log, highest, b_exp, total = _exponentials(p_spreads + o_partition, o_token, m_token)
+    b_score = first_weight * (b_exp / total)
     if BOTH:
         o_second = tl.cast(n_heads, tl.int64) * n_partitions * lag
-        b_second, second_highest, b_power, second_total = _powers(p_spreads + o_second + o_partition, o_token, m_token)
-        b_score += second_weight * (b_power / second_total)
+        p_second = p_spreads + o_second + o_partition
+        b_second, second_highest, b_exp, second_total = _exponentials(p_second, o_token, m_token)
+        b_score += second_weight * (b_exp / second_total)
         shift = (highest - second_highest) + tl.log(total / second_total) + log_ratio
         b_log -= tl.maximum(shift, 0.0)
         b_second += tl.minimum(shift, 0.0)

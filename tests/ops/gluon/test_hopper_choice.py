@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from lrsa_lit.ops.sparse_attention.impl.triton import hopper
+from lrsa_lit.ops.sparse_attention.gluon import hopper
 
 FITTING = torch.zeros(1, 2, 32, hopper.DIM, dtype=torch.float16)
 

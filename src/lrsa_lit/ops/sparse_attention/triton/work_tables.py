@@ -96,7 +96,7 @@ def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_table
 def sequence_table(geometry: Geometry) -> Tensor:
-    """(N, 9), the columns that primitives.py names: where the parts of each sequence stand.
+    """(N, 9), the columns that device_functions.py names: where the parts of each sequence stand.
 
     Rows are those of position 0, wherever the first position at hand stands: row of t = row + t.
     """

@@ -1,7 +1,7 @@
 """What the Hopper kernels share: how a program walks its tiles, and how a tile of queries is cut into blocks of keys.
 
-Prefixes of kernel locals are those of primitives.py, and s a buffer in shared memory. ``*_full`` and ``*_free`` are the
-barriers at which a buffer is handed to the consumers and back; both count how often it went round.
+Prefixes of kernel locals are those of device_functions.py, and s a buffer in shared memory. ``*_full`` and ``*_free``
+are the barriers at which a buffer is handed to the consumers and back; both count how often it went round.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lrsa_lit.ops.sparse_attention.impl.triton import primitives
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COLUMNS, QUERY_FROM, QUERY_TO
+from lrsa_lit.ops.sparse_attention.triton import device_functions
+from lrsa_lit.ops.sparse_attention.triton.device_functions import COLUMNS, QUERY_FROM, QUERY_TO
 
 HALF = gl.constexpr(64)
 """Queries of a consumer: the rows of one warpgroup's product."""
 
-visible_range = gluon.jit(primitives.visible_range.fn)
-split_blocks = gluon.jit(primitives.split_blocks.fn)
-masked_block = gluon.jit(primitives.masked_block.fn)
-first_seen_by = gluon.jit(primitives.first_seen_by.fn)
+visible_range = gluon.jit(device_functions.visible_range.fn)
+split_blocks = gluon.jit(device_functions.split_blocks.fn)
+masked_block = gluon.jit(device_functions.masked_block.fn)
+first_seen_by = gluon.jit(device_functions.first_seen_by.fn)
 
 _ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
@@ -107,7 +107,7 @@ def around(i_step, STAGES: gl.constexpr):
 
 @gluon.jit
 def clear(s_rows, count):
-    """Zero the rows from ``count`` on: powers of zero do not hide what is not finite there.
+    """Zero the rows from ``count`` on: a P of zero does not hide what is not finite there.
 
     Both consumers do this, each before its own product, and write the same bits.
     """

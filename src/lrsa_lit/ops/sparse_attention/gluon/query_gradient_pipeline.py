@@ -1,13 +1,12 @@
 """The gradient of the queries on Hopper, in Gluon: one warp loads, two warpgroups of 64 queries each compute.
 
-Programs, tiles, the order of blocks and the way from one tile to the next are those of forward.py. A block takes three
-products: scores Q K^T, *shares* dO V^T (the gradient of the powers), and what the block adds to dQ. A consumer queues
-scores and shares of the next block, then this block's part of dQ, and computes beside it. That keeps the tensor cores
-busy without turns. Keys serve two of the products, values one and for a shorter time: there are twice as many buffers
-for keys.
+Programs, tiles, the order of blocks and the way from one tile to the next are those of forward_pipeline.py. A block
+takes three products: scores Q K^T, dP = dO V^T, and what the block adds to dQ. A consumer queues scores and dP of the
+next block, then this block's part of dQ, and computes beside it. That keeps the tensor cores busy without turns. Keys
+serve two of the products, values one and for a shorter time: there are twice as many buffers for keys.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
-Names in the kernel are explained in shared.py.
+Names in the kernel are explained in pipeline.py.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
+from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     HALF,
     around,
     block_at,
@@ -35,10 +34,10 @@ from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
     tile_of,
     visible_range,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import COMPACT_ROW, KEY_ROW, KEY_TO, PARTITIONS, QUERY_ROW
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile
+from lrsa_lit.ops.sparse_attention.triton.device_functions import COMPACT_ROW, KEY_ROW, KEY_TO, PARTITIONS, QUERY_ROW
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
 
 TILE = Tile(128, 64, 4, 4)
 """Warps are those of one consumer, stages those of the keys; values have half as many, which is all that fits."""
@@ -64,11 +63,11 @@ def launch(
     table = query_tiles(geometry, query.device, TILE.rows)
     n_work = len(table) * batch * query_heads
     raw = saved[1:3]
-    _hopper_kernel[(min(n_work, multiprocessors(query.device)),)](
+    _hopper_query_kernel[(min(n_work, multiprocessors(query.device)),)](
         *(descriptor(tensor, HALF.value) for tensor in (query, output_grad)),
         *(descriptor(tensor, TILE.columns) for tensor in (*raw, *(saved[3:5] if saved.compact_key.numel() else raw))),
         saved.output,
-        saved.denominator,
+        saved.lse,
         delta,
         query_grad,
         table,
@@ -91,17 +90,17 @@ def launch(
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
-def _hopper_kernel(
+def _hopper_query_kernel(
     d_query,
-    d_gradient,
+    d_do,
     d_key,
     d_value,
     d_compact_key,
     d_compact_value,
     p_output,
-    p_denominator,
+    p_lse,
     p_delta,
-    p_query_grad,
+    p_dq,
     p_tiles,
     p_sequences,
     stride_ob,
@@ -128,7 +127,7 @@ def _hopper_kernel(
     """Allocate buffers and barriers, then run the three roles side by side."""
     # Two tiles' queries and gradients, of two consumers each.
     s_query = gl.allocate_shared_memory(d_query.dtype, [4, 1, 1, HALF, DIM], d_query.layout)
-    s_gradient = gl.allocate_shared_memory(d_gradient.dtype, [4, 1, 1, HALF, DIM], d_gradient.layout)
+    s_do = gl.allocate_shared_memory(d_do.dtype, [4, 1, 1, HALF, DIM], d_do.layout)
     s_key = gl.allocate_shared_memory(d_key.dtype, [STAGES, 1, 1, BLOCK_N, DIM], d_key.layout)
     s_value = gl.allocate_shared_memory(d_value.dtype, [STAGES // 2, 1, 1, BLOCK_N, DIM], d_value.layout)
     query_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
@@ -148,14 +147,14 @@ def _hopper_kernel(
         mbarrier.init(value_free.index(i), count=2)
     fence_async_shared()
 
-    buffers = (s_query, s_gradient, s_key, s_value)
+    buffers = (s_query, s_do, s_key, s_value)
     full = (query_full, key_full, value_full)
     free = (query_free, key_free, value_free)
     work = (p_tiles, p_sequences, n_work, n_batch_heads, heads)
     rule = (sink, lag, keep, chunk)
-    rows = (p_output, p_denominator, p_delta, stride_ob, stride_oh, stride_ot, n_queries, heads)
-    results = (p_query_grad, stride_db, stride_dh, stride_dt, scale)
-    descriptors = (d_query, d_gradient, d_key, d_value, d_compact_key, d_compact_value)
+    rows = (p_output, p_lse, p_delta, stride_ob, stride_oh, stride_ot, n_queries, heads)
+    results = (p_dq, stride_db, stride_dh, stride_dt, scale)
+    descriptors = (d_query, d_do, d_key, d_value, d_compact_key, d_compact_value)
     gl.warp_specialize(
         [
             (_consume, (0, buffers, full, free, work, rule, rows, results, scale_log2)),
@@ -163,7 +162,7 @@ def _hopper_kernel(
             (_produce, (buffers, full, free, descriptors, work, rule, group)),
         ],
         [4, 1],
-        # As in forward.py: the first consumer gets what these leave of 504.
+        # As in forward_pipeline.py: the first consumer gets what these leave of 504.
         [240, 24],
     )
 
@@ -171,10 +170,10 @@ def _hopper_kernel(
 @gluon.jit
 def _produce(buffers, full, free, descriptors, work, rule, group):
     """Load what the consumers read, in the order in which they read it."""
-    s_query, s_gradient, s_key, s_value = buffers
+    s_query, s_do, s_key, s_value = buffers
     query_full, key_full, value_full = full
     query_free, key_free, value_free = free
-    d_query, d_gradient, d_key, d_value, d_compact_key, d_compact_value = descriptors
+    d_query, d_do, d_key, d_value, d_compact_key, d_compact_value = descriptors
     n_columns: gl.constexpr = s_key.shape[3]
     i_step = 0
     for i_round in range(count_rounds(work[2])):
@@ -187,10 +186,10 @@ def _produce(buffers, full, free, descriptors, work, rule, group):
             i_query = i_buffer * 2 + i_half
             b_full = query_full.index(i_query)
             mbarrier.wait(query_free.index(i_query), i_parity ^ 1)
-            mbarrier.expect(b_full, d_query.block_type.nbytes + d_gradient.block_type.nbytes)
+            mbarrier.expect(b_full, d_query.block_type.nbytes + d_do.block_type.nbytes)
             i_from = [i_b, i_h, i_row + i_half * HALF, 0]
             tma.async_copy_global_to_shared(d_query, i_from, b_full, s_query.index(i_query))
-            tma.async_copy_global_to_shared(d_gradient, i_from, b_full, s_gradient.index(i_query))
+            tma.async_copy_global_to_shared(d_do, i_from, b_full, s_do.index(i_query))
         i_raw_row = gl.load(p_sequence + KEY_ROW)
         i_compact_row = gl.load(p_sequence + COMPACT_ROW)
         for i_block in range(n_all):
@@ -216,7 +215,7 @@ def _copy(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
 @gluon.jit
 def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results, scale_log2):
     """dQ of half of every tile."""
-    s_query, s_gradient, s_key, s_value = buffers
+    s_query, s_do, s_key, s_value = buffers
     query_full, key_full, value_full = full
     query_free, key_free, value_free = free
     n_keys: gl.constexpr = s_key.shape[0]
@@ -236,49 +235,45 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
     n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
     i_first += WHICH * HALF
     i_row = gl.load(p_sequence + QUERY_ROW) + i_first
-    b_output, b_denominator = _load_rows(i_b, i_h, i_row, i_first, i_low, i_high, rows, n_dim, score_layout)
+    b_output, b_lse = _load_rows(i_b, i_h, i_row, i_first, i_low, i_high, rows, n_dim, score_layout)
     bounds = _bounds(p_sequence, i_first, rule, score_layout)
     mbarrier.wait(query_full.index(WHICH), 0)
     b_query = s_query.index(WHICH).reshape([HALF, n_dim]).load(query_layout)
     mbarrier.wait(key_full.index(0), 0)
     mbarrier.wait(value_full.index(0), 0)
-    first = _queue_scores(b_query, s_gradient.index(WHICH), s_key.index(0), s_value.index(0))
-    b_delta = _delta(b_output, s_gradient.index(WHICH), i_b, i_h, i_row, i_first, i_low, i_high, rows, score_layout)
-    b_score, b_share = warpgroup_mma_wait(0, deps=first)
+    first = _queue_scores(b_query, s_do.index(WHICH), s_key.index(0), s_value.index(0))
+    b_delta = _delta(b_output, s_do.index(WHICH), i_b, i_h, i_row, i_first, i_low, i_high, rows, score_layout)
+    b_score, b_dp = warpgroup_mma_wait(0, deps=first)
     mbarrier.arrive(value_free.index(0))
     for i_round in range(n_rounds):
         i_query = (i_round % 2) * 2 + WHICH
-        s_mine = s_gradient.index(i_query)
-        b_query_grad = gl.zeros([HALF, n_dim], gl.float32, layout)
+        s_mine = s_do.index(i_query)
+        b_dq = gl.zeros([HALF, n_dim], gl.float32, layout)
         # Keys from here on in the block belong to another sequence, or to nobody.
         n_own = n_columns
-        b_power = gl.exp2(b_score * scale_log2 - b_denominator[:, None])
-        b_score_grad = b_power * (b_share - b_delta[:, None])
+        b_p = gl.exp2(b_score * scale_log2 - b_lse[:, None])
+        b_ds = b_p * (b_dp - b_delta[:, None])
         if n_full == 0:
             m_visible, n_own = _visible(0, n_full, cuts, i_first, bounds, n_columns, score_layout)
-            b_score_grad = gl.where(m_visible, b_score_grad, 0.0)
-        b_left = gl.convert_layout(b_score_grad.to(dtype), left_layout)
+            b_ds = gl.where(m_visible, b_ds, 0.0)
+        b_left = gl.convert_layout(b_ds.to(dtype), left_layout)
         if n_all > 1:
             i_buffer, i_parity = around(i_step + 1, n_keys)
             mbarrier.wait(key_full.index(i_buffer), i_parity)
             i_buffer, i_parity = around(i_step + 1, n_values)
             mbarrier.wait(value_full.index(i_buffer), i_parity)
         for i_block in range(1, n_full):
-            queued = _queue(i_step, b_query, s_mine, b_left, b_query_grad, n_columns, s_key, s_value)
-            b_score_grad, b_query_grad = _take(
-                i_step, i_block + 1 < n_all, queued, b_denominator, b_delta, scale_log2, full, free
-            )
-            b_left = gl.convert_layout(b_score_grad.to(dtype), left_layout)
+            queued = _queue(i_step, b_query, s_mine, b_left, b_dq, n_columns, s_key, s_value)
+            b_ds, b_dq = _take(i_step, i_block + 1 < n_all, queued, b_lse, b_delta, scale_log2, full, free)
+            b_left = gl.convert_layout(b_ds.to(dtype), left_layout)
             i_step += 1
         for i_block in range(gl.maximum(n_full, 1), n_all):
-            queued = _queue(i_step, b_query, s_mine, b_left, b_query_grad, n_own, s_key, s_value)
-            b_score_grad, b_query_grad = _take(
-                i_step, i_block + 1 < n_all, queued, b_denominator, b_delta, scale_log2, full, free
-            )
+            queued = _queue(i_step, b_query, s_mine, b_left, b_dq, n_own, s_key, s_value)
+            b_ds, b_dq = _take(i_step, i_block + 1 < n_all, queued, b_lse, b_delta, scale_log2, full, free)
             # Behind the products: in front of them, 64 bits a thread would be packed into registers and unpacked.
             m_visible, n_own = _visible(i_block, n_full, cuts, i_first, bounds, n_columns, score_layout)
-            b_score_grad = gl.where(m_visible, b_score_grad, 0.0)
-            b_left = gl.convert_layout(b_score_grad.to(dtype), left_layout)
+            b_ds = gl.where(m_visible, b_ds, 0.0)
+            b_left = gl.convert_layout(b_ds.to(dtype), left_layout)
             i_step += 1
 
         # The first scores of the next tile; after the last one, products of what the buffers still hold.
@@ -291,7 +286,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
         mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_more)
         i_buffer, i_parity = around(i_step + 1, n_values)
         mbarrier.wait(value_full.index(i_buffer), i_parity, pred=m_more)
-        queued = _queue(i_step, b_query, s_gradient.index(i_next), b_left, b_query_grad, n_own, s_key, s_value)
+        queued = _queue(i_step, b_query, s_do.index(i_next), b_left, b_dq, n_own, s_key, s_value)
         # All that the next tile needs to know is looked up while the tensor cores are busy.
         i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = tile_of(i_round + 1, work)
         n_full, n_all, cuts = blocks_of(i_next_low, i_next_high, rule, n_columns)
@@ -299,26 +294,24 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
         i_next_high = gl.where(m_more, i_next_high, i_next_low)
         i_next_first += WHICH * HALF
         i_next_row = gl.load(p_sequence + QUERY_ROW) + i_next_first
-        b_output, b_denominator = _load_rows(
+        b_output, b_lse = _load_rows(
             i_next_b, i_next_h, i_next_row, i_next_first, i_next_low, i_next_high, rows, n_dim, score_layout
         )
         bounds = _bounds(p_sequence, i_next_first, rule, score_layout)
-        b_score, b_share, b_query_grad = warpgroup_mma_wait(0, deps=queued)
+        b_score, b_dp, b_dq = warpgroup_mma_wait(0, deps=queued)
         mbarrier.arrive(key_free.index(i_step % n_keys))
         i_step += 1
         mbarrier.arrive(value_free.index(i_step % n_values), pred=m_more)
         s_rows = s_query.index(i_query).reshape([HALF, n_dim])
-        _store(b_query_grad, s_rows, query_free.index(i_query), i_b, i_h, i_row, i_first, i_low, i_high, results)
+        _store(b_dq, s_rows, query_free.index(i_query), i_b, i_h, i_row, i_first, i_low, i_high, results)
         i_b, i_h, i_row, i_first = i_next_b, i_next_h, i_next_row, i_next_first
         i_low, i_high = i_next_low, i_next_high
-        b_delta = _delta(
-            b_output, s_gradient.index(i_next), i_b, i_h, i_row, i_first, i_low, i_high, rows, score_layout
-        )
+        b_delta = _delta(b_output, s_do.index(i_next), i_b, i_h, i_row, i_first, i_low, i_high, rows, score_layout)
 
 
 @gluon.jit
-def _queue_scores(b_query, s_gradient, s_keys, s_values):
-    """Queue scores and shares of a block."""
+def _queue_scores(b_query, s_do, s_keys, s_values):
+    """Queue scores and dP of a block."""
     n_columns: gl.constexpr = s_keys.shape[2]
     n_dim: gl.constexpr = s_keys.shape[3]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_columns, 16])
@@ -326,46 +319,46 @@ def _queue_scores(b_query, s_gradient, s_keys, s_values):
     s_keys = s_keys.reshape([n_columns, n_dim]).permute([1, 0])
     b_score = warpgroup_mma(b_query, s_keys, b_zero, use_acc=False, is_async=True)
     s_values = s_values.reshape([n_columns, n_dim]).permute([1, 0])
-    b_share = warpgroup_mma(s_gradient.reshape([HALF, n_dim]), s_values, b_zero, use_acc=False, is_async=True)
-    return b_score, b_share
+    b_dp = warpgroup_mma(s_do.reshape([HALF, n_dim]), s_values, b_zero, use_acc=False, is_async=True)
+    return b_score, b_dp
 
 
 @gluon.jit
-def _queue(i_step, b_query, s_gradient, b_left, b_query_grad, n_own, s_key, s_value):
-    """Queue scores and shares of the next block, and what this one adds to dQ."""
+def _queue(i_step, b_query, s_do, b_left, b_dq, n_own, s_key, s_value):
+    """Queue scores and dP of the next block, and what this one adds to dQ."""
     n_keys: gl.constexpr = s_key.shape[0]
     n_values: gl.constexpr = s_value.shape[0]
     s_keys = s_key.index(i_step % n_keys).reshape([s_key.shape[3], s_key.shape[4]])
     if n_own < s_key.shape[3]:
         clear(s_keys, n_own)
-    b_score, b_share = _queue_scores(
-        b_query, s_gradient, s_key.index((i_step + 1) % n_keys), s_value.index((i_step + 1) % n_values)
+    b_score, b_dp = _queue_scores(
+        b_query, s_do, s_key.index((i_step + 1) % n_keys), s_value.index((i_step + 1) % n_values)
     )
-    b_query_grad = warpgroup_mma(b_left, s_keys, b_query_grad, is_async=True)
-    return b_score, b_share, b_query_grad
+    b_dq = warpgroup_mma(b_left, s_keys, b_dq, is_async=True)
+    return b_score, b_dp, b_dq
 
 
 @gluon.jit
-def _take(i_step, m_wait, queued, b_denominator, b_delta, scale_log2, full, free):
+def _take(i_step, m_wait, queued, b_lse, b_delta, scale_log2, full, free):
     """Wait for what ``_queue`` queued: the gradient of the next block's scores, and dQ so far."""
     _, key_full, value_full = full
     _, key_free, value_free = free
     n_keys: gl.constexpr = key_full.shape[0]
     n_values: gl.constexpr = value_full.shape[0]
-    b_score, b_share, b_query_grad = queued
+    b_score, b_dp, b_dq = queued
     b_score = warpgroup_mma_wait(2, deps=[b_score])
-    b_power = gl.exp2(b_score * scale_log2 - b_denominator[:, None])
-    # As in forward.py: only the loop of another wait keeps a wait for products where it is written.
+    b_p = gl.exp2(b_score * scale_log2 - b_lse[:, None])
+    # As in forward_pipeline.py: only the loop of another wait keeps a wait for products where it is written.
     i_buffer, i_parity = around(i_step + 2, n_keys)
     mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_wait)
-    b_share = warpgroup_mma_wait(1, deps=[b_share])
+    b_dp = warpgroup_mma_wait(1, deps=[b_dp])
     mbarrier.arrive(value_free.index((i_step + 1) % n_values))
-    b_score_grad = b_power * (b_share - b_delta[:, None])
+    b_ds = b_p * (b_dp - b_delta[:, None])
     i_buffer, i_parity = around(i_step + 2, n_values)
     mbarrier.wait(value_full.index(i_buffer), i_parity, pred=m_wait)
-    b_query_grad = warpgroup_mma_wait(0, deps=[b_query_grad])
+    b_dq = warpgroup_mma_wait(0, deps=[b_dq])
     mbarrier.arrive(key_free.index(i_step % n_keys))
-    return b_score_grad, b_query_grad
+    return b_ds, b_dq
 
 
 @gluon.jit
@@ -394,8 +387,8 @@ def _visible(i_block, n_full, cuts, i_first, bounds, BLOCK_N: gl.constexpr, layo
 
 @gluon.jit
 def _load_rows(i_b, i_h, i_row, i_first, i_low, i_high, rows, DIM: gl.constexpr, score_layout: gl.constexpr):
-    """Output [HALF, DIM] and denominator [HALF] of the consumer's queries; zero and infinity for rows without one."""
-    p_output, p_denominator, _, stride_ob, stride_oh, stride_ot, n_queries, heads = rows
+    """Output [HALF, DIM] and log-sum-exp [HALF] of the consumer's queries; zero and infinity for rows without one."""
+    p_output, p_lse, _, stride_ob, stride_oh, stride_ot, n_queries, heads = rows
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
     o_dim = gl.arange(0, DIM, gl.SliceLayout(0, layout))
@@ -405,17 +398,17 @@ def _load_rows(i_b, i_h, i_row, i_first, i_low, i_high, rows, DIM: gl.constexpr,
     b_output = gl.load(p_rows, mask=m_row[:, None], other=0.0)
     o_row = gl.arange(0, HALF, gl.SliceLayout(1, score_layout))
     m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
-    p_denominator += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
-    return b_output, gl.load(p_denominator + o_row, mask=m_row, other=float("inf"))
+    p_lse += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
+    return b_output, gl.load(p_lse + o_row, mask=m_row, other=float("inf"))
 
 
 @gluon.jit
-def _delta(b_output, s_gradient, i_b, i_h, i_row, i_first, i_low, i_high, rows, score_layout: gl.constexpr):
+def _delta(b_output, s_do, i_b, i_h, i_row, i_first, i_low, i_high, rows, score_layout: gl.constexpr):
     """Row sums of output x gradient, [HALF]; stores those of the queries in [low, high)."""
     _, _, p_delta, _, _, _, n_queries, heads = rows
     layout: gl.constexpr = b_output.type.layout
-    b_gradient = s_gradient.reshape(b_output.shape).load(layout)
-    b_delta = gl.sum(b_output.to(gl.float32) * b_gradient.to(gl.float32), axis=1)
+    b_do = s_do.reshape(b_output.shape).load(layout)
+    b_delta = gl.sum(b_output.to(gl.float32) * b_do.to(gl.float32), axis=1)
     o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
     m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
     p_delta += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
@@ -424,12 +417,12 @@ def _delta(b_output, s_gradient, i_b, i_h, i_row, i_first, i_low, i_high, rows, 
 
 
 @gluon.jit
-def _store(b_query_grad, s_rows, query_free, i_b, i_h, i_row, i_first, i_low, i_high, results):
+def _store(b_dq, s_rows, query_free, i_b, i_h, i_row, i_first, i_low, i_high, results):
     """Store the rows of the queries in [low, high), by way of the buffer that held the queries, and hand that back."""
-    p_query_grad, stride_db, stride_dh, stride_dt, scale = results
+    p_dq, stride_db, stride_dh, stride_dt, scale = results
     n_dim: gl.constexpr = s_rows.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // n_dim, n_dim // 8], [4, 1], [1, 0])
-    s_rows.store((b_query_grad * scale).to(s_rows.dtype))
+    s_rows.store((b_dq * scale).to(s_rows.dtype))
     b_rows = s_rows.load(layout)
     fence_async_shared()
     gl.thread_barrier()
@@ -437,5 +430,5 @@ def _store(b_query_grad, s_rows, query_free, i_b, i_h, i_row, i_first, i_low, i_
     o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
     o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
     m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
-    p_query_grad += i_b.to(gl.int64) * stride_db + i_h.to(gl.int64) * stride_dh + i_row.to(gl.int64) * stride_dt
-    gl.store(p_query_grad + (o_row * stride_dt)[:, None] + o_dim[None, :], b_rows, mask=m_row[:, None])
+    p_dq += i_b.to(gl.int64) * stride_db + i_h.to(gl.int64) * stride_dh + i_row.to(gl.int64) * stride_dt
+    gl.store(p_dq + (o_row * stride_dt)[:, None] + o_dim[None, :], b_rows, mask=m_row[:, None])

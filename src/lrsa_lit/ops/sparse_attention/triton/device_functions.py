@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of the sequence table (plan.sequence_table).
+# Columns of the sequence table (work_tables.sequence_table).
 QUERY_ROW = tl.constexpr(0)
 QUERY_FROM = tl.constexpr(1)
 QUERY_TO = tl.constexpr(2)

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
-from lrsa_lit.ops.sparse_attention.impl.triton.backward import attend_backward
-from lrsa_lit.ops.sparse_attention.impl.triton.forward import attend_forward
-from lrsa_lit.ops.sparse_attention.impl.triton.gather import gather_compact
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import TAGS, Geometry, partitions
-from lrsa_lit.ops.sparse_attention.impl.triton.scoring import select_ranks
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved, positive_scale, with_rows
+from lrsa_lit.ops.sparse_attention.triton.backward_pass import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
+from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved, positive_scale, with_rows
+from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
+from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS, Geometry, partitions
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
-    """Output (B, Hq, T, D); arguments as in ``traced.traced_attention``."""
+    """Output (B, Hq, T, D); arguments as in ``compiled_layers.traced_attention``."""
     query, scale = positive_scale(query, scale)
     output: Tensor = _forward_op(query, key, value, numbers, cu_seqlens, scale)[0]
     return output
@@ -36,7 +36,7 @@ def attention(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log2 of the softmax's denominator (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
+    """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
     query, key, value = with_rows(query), with_rows(key), with_rows(value)
     geometry, weights = _call(key, numbers, cu_seqlens)
     buffer = _rank_buffer(key)
@@ -49,12 +49,12 @@ def _backward(
     saved: Sequence[Tensor], output_grad: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    query, key, value, output, denominator, buffer = saved
+    query, key, value, output, lse, buffer = saved
     query, key, value = with_rows(query), with_rows(key), with_rows(value)
     geometry, _ = _call(key, numbers, cu_seqlens)
     ranks = _ranks_in(buffer, geometry)
     compact = gather_compact(key, value, ranks, geometry)
-    results = Saved(query, key, value, *compact, output, denominator)
+    results = Saved(query, key, value, *compact, output, lse)
     return attend_backward(results, with_rows(output_grad), ranks, geometry, scale)[:3]
 
 
@@ -64,8 +64,8 @@ _backward_op = torch.library.custom_op("lrsa_lit::attention_backward", _backward
 
 @_forward_op.register_fake
 def _(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    denominator = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return torch.empty_like(with_rows(query)), denominator, _rank_buffer(key)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return torch.empty_like(with_rows(query)), lse, _rank_buffer(key)
 
 
 @_backward_op.register_fake

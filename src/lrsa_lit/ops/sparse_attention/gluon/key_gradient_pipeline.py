@@ -1,14 +1,14 @@
 """dK and dV of the compact buffer on Hopper, in Gluon: one warp loads, two warpgroups own half a tile of keys each.
 
 One program per multiprocessor walks tiles of 128 keys. Its *producer* warp loads a tile's keys and values once, and
-blocks of queries and output gradients, with their denominators and deltas, as far ahead as the ring of buffers reaches.
+blocks of queries and output gradients, with their log-sum-exps and deltas, as far ahead as the ring of buffers reaches.
 Its two *consumers* add what each block gives to dK and dV of their 64 keys, in registers. Scores stand transposed:
-keys are the rows, so that powers and the gradients of scores are left operands of the next products as they stand. The
-powers' gradients are multiplied while a consumer computes the powers, and dV while it computes the gradients of the
-scores; at the end of a block, where it waits for dK, the other one's products keep the tensor cores busy.
+keys are the rows, so that P and dS are left operands of the next products as they stand. dP is multiplied while a
+consumer computes P, and dV while it computes dS; at the end of a block, where it waits for dK, the other one's products
+keep the tensor cores busy.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
-Names in the kernel are explained in shared.py.
+Names in the kernel are explained in pipeline.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
+from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     HALF,
     around,
     clear,
@@ -37,8 +37,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
     place,
     split_blocks,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, sequence_table
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COLUMNS,
     COMPACT_ROW,
     PARTITIONS,
@@ -46,7 +45,8 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     QUERY_ROW,
     QUERY_TO,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
 
 TILE = Tile(128, 64, 4, 4)
 """Warps are those of one consumer."""
@@ -61,7 +61,7 @@ def launch(
     compact_key: Tensor,
     compact_value: Tensor,
     output_grad: Tensor,
-    denominator: Tensor,
+    lse: Tensor,
     delta: Tensor,
     partial: tuple[Tensor, Tensor],
     table: Tensor,
@@ -69,15 +69,15 @@ def launch(
     scale_log2: float,
     scale: float,
 ) -> None:
-    """Fill ``partial``; the tensors are those of ``key_gradient.key_gradient``, all fit for the copy engine."""
+    """Fill ``partial``; the tensors are those of ``key_gradient_kernel.key_gradient``, all fit for the copy engine."""
     batch, query_heads, queries, dim = query.shape
     heads, rows = compact_key.shape[1:3]
     splits = partial[0].shape[0]
     n_work = len(table) * batch * heads * splits
-    _hopper_kernel[(min(n_work, multiprocessors(query.device)),)](
+    _hopper_key_kernel[(min(n_work, multiprocessors(query.device)),)](
         *(descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
         *(descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),
-        denominator,
+        lse,
         delta,
         *partial,
         table,
@@ -100,15 +100,15 @@ def launch(
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
-def _hopper_kernel(
+def _hopper_key_kernel(
     d_key,
     d_value,
     d_query,
-    d_gradient,
-    p_denominator,
+    d_do,
+    p_lse,
     p_delta,
-    p_key_grad,
-    p_value_grad,
+    p_dk,
+    p_dv,
     p_tiles,
     p_sequences,
     n_work,
@@ -133,9 +133,9 @@ def _hopper_kernel(
     s_key = gl.allocate_shared_memory(d_key.dtype, [2, 1, 1, HALF, DIM], d_key.layout)
     s_value = gl.allocate_shared_memory(d_value.dtype, [2, 1, 1, HALF, DIM], d_value.layout)
     s_query = gl.allocate_shared_memory(d_query.dtype, [STAGES, 1, 1, BLOCK_M, DIM], d_query.layout)
-    s_gradient = gl.allocate_shared_memory(d_gradient.dtype, [STAGES, 1, 1, BLOCK_M, DIM], d_gradient.layout)
+    s_do = gl.allocate_shared_memory(d_do.dtype, [STAGES, 1, 1, BLOCK_M, DIM], d_do.layout)
     scalar_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    s_denominator = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
     key_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     key_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -150,13 +150,13 @@ def _hopper_kernel(
         mbarrier.init(block_free.index(i), count=2)
     fence_async_shared()
 
-    buffers = (s_key, s_value, s_query, s_gradient, s_denominator, s_delta)
+    buffers = (s_key, s_value, s_query, s_do, s_lse, s_delta)
     barriers = (key_full, key_free, block_full, block_free)
     work = (p_tiles, p_sequences, n_work, n_batch_heads, heads, group, n_splits)
     rule = (sink, lag, keep, chunk)
-    scalars = (p_denominator, p_delta, n_queries)
-    results = (p_key_grad, p_value_grad, n_rows, scale)
-    descriptors = (d_key, d_value, d_query, d_gradient)
+    scalars = (p_lse, p_delta, n_queries)
+    results = (p_dk, p_dv, n_rows, scale)
+    descriptors = (d_key, d_value, d_query, d_do)
     gl.warp_specialize(
         [
             (_consume, (0, buffers, barriers, work, rule, results, scale_log2)),
@@ -219,10 +219,10 @@ def _partial_block(i_block, cuts, BLOCK_M: gl.constexpr):
 @gluon.jit
 def _produce(buffers, barriers, descriptors, scalars, work, rule):
     """Load what the consumers read, in the order in which they read it."""
-    s_key, s_value, s_query, s_gradient, s_denominator, s_delta = buffers
+    s_key, s_value, s_query, s_do, s_lse, s_delta = buffers
     key_full, key_free, block_full, block_free = barriers
-    d_key, d_value, d_query, d_gradient = descriptors
-    p_denominator, p_delta, n_queries = scalars
+    d_key, d_value, d_query, d_do = descriptors
+    p_lse, p_delta, n_queries = scalars
     n_stages: gl.constexpr = s_query.shape[0]
     n_block: gl.constexpr = s_query.shape[3]
     o_m = gl.arange(0, n_block, gl.BlockedLayout([1], [32], [1], [0]))
@@ -251,16 +251,14 @@ def _produce(buffers, barriers, descriptors, scalars, work, rule):
             i_buffer, i_parity = around(i_step, n_stages)
             b_full = block_full.index(i_buffer)
             mbarrier.wait(block_free.index(i_buffer), i_parity ^ 1)
-            mbarrier.expect(b_full, d_query.block_type.nbytes + d_gradient.block_type.nbytes)
+            mbarrier.expect(b_full, d_query.block_type.nbytes + d_do.block_type.nbytes)
             i_m_row = i_query_row + i_m
             tma.async_copy_global_to_shared(d_query, [i_b, i_head, i_m_row, 0], b_full, s_query.index(i_buffer))
-            tma.async_copy_global_to_shared(d_gradient, [i_b, i_head, i_m_row, 0], b_full, s_gradient.index(i_buffer))
+            tma.async_copy_global_to_shared(d_do, [i_b, i_head, i_m_row, 0], b_full, s_do.index(i_buffer))
             # Rows start anywhere, and the copy engine only where 16 bytes do.
             i_scalar = (i_b * heads * group + i_head).to(gl.int64) * n_queries + i_m_row
             m_m = i_m + o_m < cuts[5]
-            async_copy.async_copy_global_to_shared(
-                s_denominator.index(i_buffer), p_denominator + i_scalar + o_m, mask=m_m
-            )
+            async_copy.async_copy_global_to_shared(s_lse.index(i_buffer), p_lse + i_scalar + o_m, mask=m_m)
             async_copy.async_copy_global_to_shared(s_delta.index(i_buffer), p_delta + i_scalar + o_m, mask=m_m)
             async_copy.mbarrier_arrive(b_full, increment_count=False)
             i_step += 1
@@ -283,15 +281,13 @@ def _consume(WHICH: gl.constexpr, buffers, barriers, work, rule, results, scale_
     for i_round in range(count_rounds(work[2])):
         i_bh, i_split, p_sequence, i_first = _tile(i_round, work)
         n_full, n_masked, cuts = _blocks(p_sequence, i_first, work, rule, n_block)
-        b_key_grad = gl.zeros([HALF, n_dim], gl.float32, layout)
-        b_value_grad = gl.zeros([HALF, n_dim], gl.float32, layout)
+        b_dk = gl.zeros([HALF, n_dim], gl.float32, layout)
+        b_dv = gl.zeros([HALF, n_dim], gl.float32, layout)
         mbarrier.wait(key_full.index(WHICH), i_round & 1)
         for _ in range(n_full):
             i_buffer, i_parity = around(i_step, n_stages)
             mbarrier.wait(block_full.index(i_buffer), i_parity)
-            b_key_grad, b_value_grad = _step(
-                i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_log2, None, 0
-            )
+            b_dk, b_dv = _step(i_buffer, b_dk, b_dv, s_keys, s_values, buffers, scale_log2, None, 0)
             mbarrier.arrive(block_free.index(i_buffer))
             i_step += 1
         o_n = i_first + WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, score_layout))
@@ -302,59 +298,57 @@ def _consume(WHICH: gl.constexpr, buffers, barriers, work, rule, results, scale_
             n_own = cuts[5] - i_m
             i_buffer, i_parity = around(i_step, n_stages)
             mbarrier.wait(block_full.index(i_buffer), i_parity)
-            b_key_grad, b_value_grad = _step(
-                i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_log2, o_seen - i_m, n_own
-            )
+            b_dk, b_dv = _step(i_buffer, b_dk, b_dv, s_keys, s_values, buffers, scale_log2, o_seen - i_m, n_own)
             mbarrier.arrive(block_free.index(i_buffer))
             i_step += 1
         mbarrier.arrive(key_free.index(WHICH))
-        _store(b_key_grad * results[3], b_value_grad, WHICH, i_bh, i_split, p_sequence, i_first, work, rule, results)
+        _store(b_dk * results[3], b_dv, WHICH, i_bh, i_split, p_sequence, i_first, work, rule, results)
 
 
 @gluon.jit
-def _step(i_buffer, b_key_grad, b_value_grad, s_keys, s_values, buffers, scale_log2, o_seen, n_own):
-    """Add what one block of queries gives to dK (before the scale) and dV, as ``key_gradient._key_block``.
+def _step(i_buffer, b_dk, b_dv, s_keys, s_values, buffers, scale_log2, o_seen, n_own):
+    """Add what one block of queries gives to dK (before the scale) and dV, as ``key_gradient_kernel._key_block``.
 
     Key n is seen by the block's queries ``o_seen[n]`` … ``n_own``; by all of them if ``o_seen`` is None.
     """
-    s_query, s_gradient, s_denominator, s_delta = buffers[2:]
+    s_query, s_do, s_lse, s_delta = buffers[2:]
     n_block: gl.constexpr = s_query.shape[3]
     n_dim: gl.constexpr = s_query.shape[4]
     dtype: gl.constexpr = s_query.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_block, 16])
-    left_layout: gl.constexpr = gl.DotOperandLayout(0, b_key_grad.type.layout, 2)
+    left_layout: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
     column_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     s_queries = s_query.index(i_buffer).reshape([n_block, n_dim])
-    s_gradients = s_gradient.index(i_buffer).reshape([n_block, n_dim])
+    s_dos = s_do.index(i_buffer).reshape([n_block, n_dim])
     if o_seen is not None and n_own < n_block:
         clear(s_queries, n_own)
-        clear(s_gradients, n_own)
+        clear(s_dos, n_own)
     # [HALF, n_block]
     b_zero = gl.zeros([HALF, n_block], gl.float32, score_layout)
     b_score = warpgroup_mma(s_keys, s_queries.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-    b_share = warpgroup_mma(s_values, s_gradients.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-    b_denominator = s_denominator.index(i_buffer).load(column_layout)
+    b_dp = warpgroup_mma(s_values, s_dos.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+    b_lse = s_lse.index(i_buffer).load(column_layout)
     b_score = warpgroup_mma_wait(1, deps=[b_score])
-    b_power = gl.exp2(b_score * scale_log2 - b_denominator[None, :])
+    b_p = gl.exp2(b_score * scale_log2 - b_lse[None, :])
     if o_seen is not None:
         o_m = gl.arange(0, n_block, column_layout)
-        b_power = gl.where((o_m[None, :] >= o_seen[:, None]) & (o_m < n_own)[None, :], b_power, 0.0)
-    b_left = gl.convert_layout(b_power.to(dtype), left_layout)
-    b_value_grad = warpgroup_mma(b_left, s_gradients, b_value_grad, is_async=True)
+        b_p = gl.where((o_m[None, :] >= o_seen[:, None]) & (o_m < n_own)[None, :], b_p, 0.0)
+    b_left = gl.convert_layout(b_p.to(dtype), left_layout)
+    b_dv = warpgroup_mma(b_left, s_dos, b_dv, is_async=True)
     b_delta = s_delta.index(i_buffer).load(column_layout)
-    b_share = warpgroup_mma_wait(1, deps=[b_share])
-    b_left = gl.convert_layout((b_power * (b_share - b_delta[None, :])).to(dtype), left_layout)
-    b_key_grad = warpgroup_mma(b_left, s_queries, b_key_grad, is_async=True)
-    return warpgroup_mma_wait(0, deps=[b_key_grad, b_value_grad])
+    b_dp = warpgroup_mma_wait(1, deps=[b_dp])
+    b_left = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(dtype), left_layout)
+    b_dk = warpgroup_mma(b_left, s_queries, b_dk, is_async=True)
+    return warpgroup_mma_wait(0, deps=[b_dk, b_dv])
 
 
 @gluon.jit
-def _store(b_key_grad, b_value_grad, WHICH: gl.constexpr, i_bh, i_split, p_sequence, i_first, work, rule, results):
+def _store(b_dk, b_dv, WHICH: gl.constexpr, i_bh, i_split, p_sequence, i_first, work, rule, results):
     """Store the rows of the consumer's keys that belong to the sequence."""
-    p_key_grad, p_value_grad, n_rows, _ = results
+    p_dk, p_dv, n_rows, _ = results
     sink, _, keep, _ = rule
-    n_dim: gl.constexpr = b_key_grad.shape[1]
-    layout: gl.constexpr = b_key_grad.type.layout
+    n_dim: gl.constexpr = b_dk.shape[1]
+    layout: gl.constexpr = b_dk.type.layout
     o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
     o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
     i_first += WHICH * HALF
@@ -362,5 +356,5 @@ def _store(b_key_grad, b_value_grad, WHICH: gl.constexpr, i_bh, i_split, p_seque
     i_row = (i_split * work[3] + i_bh).to(gl.int64) * n_rows + gl.load(p_sequence + COMPACT_ROW) + i_first
     # Straight from where the products leave them: four threads fill a sector, and shared memory is full.
     o_rows = (o_row * n_dim)[:, None] + o_dim[None, :]
-    gl.store(p_key_grad + i_row * n_dim + o_rows, b_key_grad, mask=m_row[:, None])
-    gl.store(p_value_grad + i_row * n_dim + o_rows, b_value_grad, mask=m_row[:, None])
+    gl.store(p_dk + i_row * n_dim + o_rows, b_dk, mask=m_row[:, None])
+    gl.store(p_dv + i_row * n_dim + o_rows, b_dv, mask=m_row[:, None])

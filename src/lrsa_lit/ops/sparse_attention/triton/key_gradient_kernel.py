@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton import hopper
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, sequence_table
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+from lrsa_lit.ops.sparse_attention.gluon import hopper
+from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COLUMNS,
     COMPACT_ROW,
     KEY_FROM,
@@ -29,8 +28,9 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     split_blocks,
     store_rows,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E, Saved, row_descriptor
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile, precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile, precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
@@ -40,12 +40,12 @@ _INTEGERS = [
 def compact_tile(saved: Saved, output_grad: Tensor) -> Tile:
     """The tile by which :func:`key_gradient` expects the compact buffer to be cut."""
     if _suits_hopper(saved, output_grad):
-        return hopper.keys.TILE
+        return hopper.key_gradient_pipeline.TILE
     return tiles_for(saved.query.shape[3], saved.query.dtype).key
 
 
 def _suits_hopper(saved: Saved, output_grad: Tensor) -> bool:
-    """Whether the compact buffer goes to the kernel of hopper/keys.py."""
+    """Whether the compact buffer goes to the kernel of gluon/key_gradient_pipeline.py."""
     return hopper.suits(saved.query, saved.compact_key, saved.compact_value, output_grad)
 
 
@@ -71,8 +71,8 @@ def key_gradient(
     tile = tiles_for(dim, query.dtype).key
     compact = key_grad is None or value_grad is None
     if compact and _suits_hopper(saved, output_grad):
-        arguments = query, saved.compact_key, saved.compact_value, output_grad, saved.denominator, delta, partial
-        hopper.keys.launch(*arguments, table, geometry, scale * LOG2_E, scale)
+        arguments = query, saved.compact_key, saved.compact_value, output_grad, saved.lse, delta, partial
+        hopper.key_gradient_pipeline.launch(*arguments, table, geometry, scale * LOG2_E, scale)
         return
     source = (saved.compact_key, saved.compact_value) if compact else (key, value)
     target = (key, value) if key_grad is None or value_grad is None else (key_grad, value_grad)
@@ -84,7 +84,7 @@ def key_gradient(
         output_grad,
         row_descriptor(query, tile.columns, padded),
         row_descriptor(output_grad, tile.columns, padded),
-        saved.denominator,
+        saved.lse,
         delta,
         *partial,
         ranks,
@@ -123,16 +123,16 @@ def _key_kernel(
     p_query,
     p_key,
     p_value,
-    p_gradient,
+    p_do,
     d_query,
-    d_gradient,
-    p_denominator,
+    d_do,
+    p_lse,
     p_delta,
     p_partial_key,
     p_partial_value,
     p_ranks,
-    p_key_grad,
-    p_value_grad,
+    p_dk,
+    p_dv,
     p_tiles,
     p_sequences,
     stride_qb,
@@ -212,8 +212,8 @@ def _key_kernel(
     b_key = tl.load(p_key + o_row[:, None] * stride_kt + o_dim[None, :], mask=m_tile, other=0.0)
     p_value += i_b * stride_vb + i_h * stride_vh
     b_value = tl.load(p_value + o_row[:, None] * stride_vt + o_dim[None, :], mask=m_tile, other=0.0)
-    b_key_grad = tl.zeros([BLOCK_N, PADDED], tl.float32)
-    b_value_grad = tl.zeros([BLOCK_N, PADDED], tl.float32)
+    b_dk = tl.zeros([BLOCK_N, PADDED], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, PADDED], tl.float32)
 
     i_start = tl.maximum(first_seen_by(i_low, sink, lag, keep, chunk, COMPACT), i_query_from)
     i_full_from = first_seen_by(i_high - 1, sink, lag, keep, chunk, COMPACT)
@@ -226,7 +226,7 @@ def _key_kernel(
     n_group = group // n_splits if COMPACT else group
     i_group = i_h * group + i_split * n_group
     p_query += i_b * stride_qb
-    p_gradient += i_b * stride_gb
+    p_do += i_b * stride_gb
     o_scalars = i_b * heads * group * n_queries + i_query_row
     # One loop over the blocks of all heads, so that loads run ahead across heads too. It goes backwards: programs that
     # run together then start at the same queries, the last ones, and share them in L2.
@@ -241,22 +241,22 @@ def _key_kernel(
         else:
             b_query = d_query.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
             b_query = b_query.reshape(BLOCK_M, PADDED)
-        if d_gradient is None:
-            p_g = p_gradient + i_query_head * stride_gh
-            b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
+        if d_do is None:
+            p_g = p_do + i_query_head * stride_gh
+            b_do = load_rows(p_g, i_query_row + i_m, stride_gt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
         else:
-            b_gradient = d_gradient.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
-            b_gradient = b_gradient.reshape(BLOCK_M, PADDED)
+            b_do = d_do.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
+            b_do = b_do.reshape(BLOCK_M, PADDED)
         o_scalar = o_scalars + i_query_head * n_queries + i_m + o_m
-        b_denominator, b_delta = tl.load(p_denominator + o_scalar), tl.load(p_delta + o_scalar)
-        b_key_grad, b_value_grad = _key_block(
-            b_key_grad,
-            b_value_grad,
+        b_lse, b_delta = tl.load(p_lse + o_scalar), tl.load(p_delta + o_scalar)
+        b_dk, b_dv = _key_block(
+            b_dk,
+            b_dv,
             b_key,
             b_value,
             b_query,
-            b_gradient,
-            b_denominator,
+            b_do,
+            b_lse,
             b_delta,
             None,
             scale_log2,
@@ -268,32 +268,32 @@ def _key_kernel(
         # [BLOCK_M, PADDED]
         p_q = p_query + i_query_head * stride_qh
         b_query = load_rows(p_q, i_query_row + i_m, stride_qt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
-        p_g = p_gradient + i_query_head * stride_gh
-        b_gradient = load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
+        p_g = p_do + i_query_head * stride_gh
+        b_do = load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
         o_t = i_m + o_m
         o_scalar = o_scalars + i_query_head * n_queries + o_t
-        b_denominator = tl.load(p_denominator + o_scalar, mask=o_t < i_stop, other=float("inf"))
+        b_lse = tl.load(p_lse + o_scalar, mask=o_t < i_stop, other=float("inf"))
         b_delta = tl.load(p_delta + o_scalar, mask=o_t < i_stop, other=0.0)
         m_visible = (o_t[None, :] >= o_seen[:, None]) & (o_t[None, :] < o_lost[:, None])
-        b_key_grad, b_value_grad = _key_block(
-            b_key_grad,
-            b_value_grad,
+        b_dk, b_dv = _key_block(
+            b_dk,
+            b_dv,
             b_key,
             b_value,
             b_query,
-            b_gradient,
-            b_denominator,
+            b_do,
+            b_lse,
             b_delta,
             m_visible,
             scale_log2,
             PRECISION,
         )
 
-    b_key_grad *= scale
+    b_dk *= scale
     if COMPACT:
         o_head = ((i_split * n_batch_heads + i_bh).to(tl.int64) * n_rows + i_row) * DIM
-        store_rows(p_partial_key + o_head, i_first, DIM, m_n, b_key_grad, DIM, BLOCK_N, PADDED)
-        store_rows(p_partial_value + o_head, i_first, DIM, m_n, b_value_grad, DIM, BLOCK_N, PADDED)
+        store_rows(p_partial_key + o_head, i_first, DIM, m_n, b_dk, DIM, BLOCK_N, PADDED)
+        store_rows(p_partial_value + o_head, i_first, DIM, m_n, b_dv, DIM, BLOCK_N, PADDED)
     else:
         if p_ranks is not None:
             # [BLOCK_N]: the token's row in the buffer, -1 if it has none
@@ -308,40 +308,40 @@ def _key_kernel(
             for i_part in range(0, n_splits):
                 o_head = ((i_part * n_batch_heads + i_bh).to(tl.int64) * n_rows + i_compact_row) * DIM
                 o_kept = o_head + b_slot[:, None] * DIM + o_dim[None, :]
-                b_key_grad += tl.load(p_partial_key + o_kept, mask=m_kept, other=0.0)
-                b_value_grad += tl.load(p_partial_value + o_kept, mask=m_kept, other=0.0)
-        p_key_grad += i_b * stride_ab + i_h * stride_ah
-        store_rows(p_key_grad, i_row + i_first, stride_at, m_n, b_key_grad, DIM, BLOCK_N, PADDED)
-        p_value_grad += i_b * stride_cb + i_h * stride_ch
-        store_rows(p_value_grad, i_row + i_first, stride_ct, m_n, b_value_grad, DIM, BLOCK_N, PADDED)
+                b_dk += tl.load(p_partial_key + o_kept, mask=m_kept, other=0.0)
+                b_dv += tl.load(p_partial_value + o_kept, mask=m_kept, other=0.0)
+        p_dk += i_b * stride_ab + i_h * stride_ah
+        store_rows(p_dk, i_row + i_first, stride_at, m_n, b_dk, DIM, BLOCK_N, PADDED)
+        p_dv += i_b * stride_cb + i_h * stride_ch
+        store_rows(p_dv, i_row + i_first, stride_ct, m_n, b_dv, DIM, BLOCK_N, PADDED)
 
 
 @triton.jit
 def _key_block(
-    b_key_grad,
-    b_value_grad,
+    b_dk,
+    b_dv,
     b_key,
     b_value,
     b_query,
-    b_gradient,
-    b_denominator,
+    b_do,
+    b_lse,
     b_delta,
     m_visible,
     scale_log2,
     PRECISION: tl.constexpr,
 ):
     """What one block of queries adds to dK (before the scale) and dV. Scores stand transposed: keys are the rows."""
-    # In this order fewer values are alive at a time: dV takes in the powers before their gradient is computed.
+    # In this order fewer values are alive at a time: dV takes in P before dP is computed.
     # [BLOCK_N, BLOCK_M]
     b_score = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION)
-    b_power = tl.exp2(b_score * scale_log2 - b_denominator[None, :])
+    b_p = tl.exp2(b_score * scale_log2 - b_lse[None, :])
     if m_visible is not None:
-        b_power = tl.where(m_visible, b_power, 0.0)
+        b_p = tl.where(m_visible, b_p, 0.0)
     # [BLOCK_N, PADDED]
-    b_value_grad = tl.dot(b_power.to(b_gradient.dtype), b_gradient, b_value_grad, input_precision=PRECISION)
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
     # [BLOCK_N, BLOCK_M]
-    b_share = tl.dot(b_value, tl.trans(b_gradient), input_precision=PRECISION)
-    b_score_grad = b_power * (b_share - b_delta[None, :])
+    b_dp = tl.dot(b_value, tl.trans(b_do), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[None, :])
     # [BLOCK_N, PADDED]
-    b_key_grad = tl.dot(b_score_grad.to(b_query.dtype), b_query, b_key_grad, input_precision=PRECISION)
-    return b_key_grad, b_value_grad
+    b_dk = tl.dot(b_ds.to(b_query.dtype), b_query, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv

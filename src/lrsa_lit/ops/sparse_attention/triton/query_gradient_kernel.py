@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton import hopper
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+from lrsa_lit.ops.sparse_attention.gluon import hopper
+from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COLUMNS,
     COMPACT_ROW,
     KEY_ROW,
@@ -25,8 +24,9 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     store_rows,
     visible_range,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import LOG2_E, Saved, row_descriptor
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptor
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
@@ -38,9 +38,9 @@ def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale:
     query, key, value = saved.query, saved.key, saved.value
     batch, query_heads, queries, dim = query.shape
     query_grad = torch.empty_like(query)
-    delta = torch.empty_like(saved.denominator)
+    delta = torch.empty_like(saved.lse)
     if hopper.suits(*saved[:5], output_grad):
-        hopper.queries.launch(saved, output_grad, delta, query_grad, geometry, scale * LOG2_E, scale)
+        hopper.query_gradient_pipeline.launch(saved, output_grad, delta, query_grad, geometry, scale * LOG2_E, scale)
         return query_grad, delta
     tile = tiles_for(dim, query.dtype).query
     padded = triton.next_power_of_2(dim)
@@ -54,7 +54,7 @@ def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale:
         *(row_descriptor(tensor, tile.columns, padded) for tensor in saved[1:5]),
         saved.output,
         output_grad,
-        saved.denominator,
+        saved.lse,
         delta,
         query_grad,
         table,
@@ -96,10 +96,10 @@ def _query_kernel(
     d_compact_key,
     d_compact_value,
     p_output,
-    p_gradient,
-    p_denominator,
+    p_do,
+    p_lse,
     p_delta,
-    p_query_grad,
+    p_dq,
     p_tiles,
     p_sequences,
     stride_qb,
@@ -153,26 +153,26 @@ def _query_kernel(
     m_tile = m_t[:, None] & (o_dim < DIM)[None, :]
 
     # [BLOCK_M, PADDED]
-    p_gradient += i_b * stride_gb + i_h * stride_gh
-    b_gradient = tl.load(p_gradient + o_row[:, None] * stride_gt + o_dim[None, :], mask=m_tile, other=0.0)
+    p_do += i_b * stride_gb + i_h * stride_gh
+    b_do = tl.load(p_do + o_row[:, None] * stride_gt + o_dim[None, :], mask=m_tile, other=0.0)
     p_output += i_b * stride_ob + i_h * stride_oh
     b_output = tl.load(p_output + o_row[:, None] * stride_ot + o_dim[None, :], mask=m_tile, other=0.0)
-    b_delta = tl.sum(b_output.to(tl.float32) * b_gradient.to(tl.float32), axis=1)
+    b_delta = tl.sum(b_output.to(tl.float32) * b_do.to(tl.float32), axis=1)
     o_rows = i_bh.to(tl.int64) * n_queries + o_row
     tl.store(p_delta + o_rows, b_delta, mask=m_t)
-    # An infinite denominator makes rows without a query count for nothing.
-    b_denominator = tl.load(p_denominator + o_rows, mask=m_t, other=float("inf"))
+    # An infinite log-sum-exp makes rows without a query count for nothing.
+    b_lse = tl.load(p_lse + o_rows, mask=m_t, other=float("inf"))
     p_query += i_b * stride_qb + i_h * stride_qh
     b_query = tl.load(p_query + o_row[:, None] * stride_qt + o_dim[None, :], mask=m_tile, other=0.0)
-    b_query_grad = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    b_dq = tl.zeros([BLOCK_M, PADDED], tl.float32)
 
     i_head = i_b * (heads // group) + i_kv
     o_compact = i_head * n_rows * DIM
-    b_query_grad = _query_source(
-        b_query_grad,
+    b_dq = _query_source(
+        b_dq,
         b_query,
-        b_gradient,
-        b_denominator,
+        b_do,
+        b_lse,
         b_delta,
         p_compact_key + o_compact,
         p_compact_value + o_compact,
@@ -197,11 +197,11 @@ def _query_kernel(
         PRECISION,
         BLOCK_N,
     )
-    b_query_grad = _query_source(
-        b_query_grad,
+    b_dq = _query_source(
+        b_dq,
         b_query,
-        b_gradient,
-        b_denominator,
+        b_do,
+        b_lse,
         b_delta,
         p_key + i_b * stride_kb + i_kv * stride_kh,
         p_value + i_b * stride_vb + i_kv * stride_vh,
@@ -226,16 +226,16 @@ def _query_kernel(
         PRECISION,
         BLOCK_N,
     )
-    p_query_grad += i_b * stride_db + i_h * stride_dh
-    store_rows(p_query_grad, i_query_row + i_first, stride_dt, m_t, b_query_grad * scale, DIM, BLOCK_M, PADDED)
+    p_dq += i_b * stride_db + i_h * stride_dh
+    store_rows(p_dq, i_query_row + i_first, stride_dt, m_t, b_dq * scale, DIM, BLOCK_M, PADDED)
 
 
 @triton.jit
 def _query_source(
-    b_query_grad,
+    b_dq,
     b_query,
-    b_gradient,
-    b_denominator,
+    b_do,
+    b_lse,
     b_delta,
     p_key,
     p_value,
@@ -260,7 +260,7 @@ def _query_source(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What one source adds to dQ: full blocks, then those with masks (see primitives.py)."""
+    """What one source adds to dQ: full blocks, then those with masks (see device_functions.py)."""
     i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
     i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
     i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
@@ -274,27 +274,23 @@ def _query_source(
         else:
             b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
             b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
-        b_query_grad = _query_block(
-            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, None, scale_log2, PRECISION
-        )
+        b_dq = _query_block(b_dq, b_query, b_do, b_lse, b_delta, b_key, b_value, None, scale_log2, PRECISION)
     for i_step in range(0, n_masked, BLOCK_N):
         i_n = masked_block(i_step, i_start, i_begin, i_end)
         # [BLOCK_N, PADDED]
         b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
         b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
         m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
-        b_query_grad = _query_block(
-            b_query_grad, b_query, b_gradient, b_denominator, b_delta, b_key, b_value, m_visible, scale_log2, PRECISION
-        )
-    return b_query_grad
+        b_dq = _query_block(b_dq, b_query, b_do, b_lse, b_delta, b_key, b_value, m_visible, scale_log2, PRECISION)
+    return b_dq
 
 
 @triton.jit
 def _query_block(
-    b_query_grad,
+    b_dq,
     b_query,
-    b_gradient,
-    b_denominator,
+    b_do,
+    b_lse,
     b_delta,
     b_key,
     b_value,
@@ -305,10 +301,10 @@ def _query_block(
     """What one block of keys adds to dQ, before the scale."""
     # [BLOCK_M, BLOCK_N]
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-    b_share = tl.dot(b_gradient, tl.trans(b_value), input_precision=PRECISION)
-    b_power = tl.exp2(b_score * scale_log2 - b_denominator[:, None])
+    b_dp = tl.dot(b_do, tl.trans(b_value), input_precision=PRECISION)
+    b_p = tl.exp2(b_score * scale_log2 - b_lse[:, None])
     if m_visible is not None:
-        b_power = tl.where(m_visible, b_power, 0.0)
-    b_score_grad = b_power * (b_share - b_delta[:, None])
+        b_p = tl.where(m_visible, b_p, 0.0)
+    b_ds = b_p * (b_dp - b_delta[:, None])
     # [BLOCK_M, PADDED]
-    return tl.dot(b_score_grad.to(b_key.dtype), b_key, b_query_grad, input_precision=PRECISION)
+    return tl.dot(b_ds.to(b_key.dtype), b_key, b_dq, input_precision=PRECISION)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import check_packing, check_tensors, implementation
 from lrsa_lit.ops.sparse_attention.compressors import SpreadSelector
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
-from lrsa_lit.ops.sparse_attention.impl import reference
 
 
 def numbers_of(config: LRSAConfig) -> Tensor | None:
@@ -33,7 +33,7 @@ def numbers_of(config: LRSAConfig) -> Tensor | None:
 
 def is_traceable(impl: str, query: Tensor) -> bool:
     """Whether :func:`traced_attention` runs on such queries: where ``impl`` means the Triton kernels."""
-    return implementation(impl, query) is not reference
+    return implementation(impl, query) is not eager
 
 
 def traced_attention(
@@ -60,6 +60,6 @@ def traced_attention(
         raise UserError(f"query: {query.shape[2]} tokens over {key.shape[2]} keys; here they must be as many")
     if cu_seqlens is not None:
         check_packing(cu_seqlens, key, query)
-    from lrsa_lit.ops.sparse_attention.impl.triton import traced
+    from lrsa_lit.ops.sparse_attention.triton import traced_op
 
-    return traced.attention(query, key, value, numbers, cu_seqlens, scale)
+    return traced_op.attention(query, key, value, numbers, cu_seqlens, scale)

@@ -12,7 +12,7 @@ LOG2_E = 1.4426950408889634
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward; shapes as in ``forward.attend_forward``."""
+    """What the forward leaves for the backward; shapes as in ``forward_kernel.attend_forward``."""
 
     query: Tensor
     key: Tensor
@@ -20,7 +20,7 @@ class Saved(NamedTuple):
     compact_key: Tensor
     compact_value: Tensor
     output: Tensor
-    denominator: Tensor
+    lse: Tensor
 
 
 def row_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:

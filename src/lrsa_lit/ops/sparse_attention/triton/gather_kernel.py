@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, compact_rows, partition_table, sequence_table
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COLUMNS,
     COMPACT_ROW,
     KEY_ROW,
     PARTITION_ROW,
     PARTITIONS,
 )
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_rows, partition_table, sequence_table
 
 _INTEGERS = ["heads", "n_partitions", "n_rows", "sink", "lag", "keep"]
 _BLOCK = 32

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA devices, and for the CPU under Triton's interpreter. The one package that imports triton.
+"""The Triton implementation of the operator, for CUDA devices, and for the CPU under Triton's interpreter.
 
 ``forward`` is the operator; ``attend`` and ``compress`` are its parts, for callers that keep their own compact buffer;
 ``attend_one`` is the kernel for decoding, ``select`` the fused selection. Gradients flow to everything that floats.
@@ -19,11 +19,6 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.compressors import Selector, SpreadSelector
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
-from lrsa_lit.ops.sparse_attention.impl.triton import ops
-from lrsa_lit.ops.sparse_attention.impl.triton.decoding import attend_one
-from lrsa_lit.ops.sparse_attention.impl.triton.gather import ranks_of
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import positive_scale
 from lrsa_lit.ops.sparse_attention.selection import (
     Selection,
     compact_buffer,
@@ -31,6 +26,11 @@ from lrsa_lit.ops.sparse_attention.selection import (
     partitions_of,
     select_packed,
 )
+from lrsa_lit.ops.sparse_attention.triton import registered_ops
+from lrsa_lit.ops.sparse_attention.triton.decode_kernels import attend_one
+from lrsa_lit.ops.sparse_attention.triton.gather_kernel import ranks_of
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import positive_scale
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry
 
 __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
 
@@ -69,7 +69,7 @@ def forward(
     if isinstance(config.compressor, Selector):
         with torch.no_grad():
             ranks = _ranks(key, value, config, boundaries, selection)
-            compact = ops.gather(key, value, ranks, boundaries, numbers, _compact_rows(config, boundaries))
+            compact = registered_ops.gather(key, value, ranks, boundaries, numbers, _compact_rows(config, boundaries))
     else:
         ranks = None
         pieces = [
@@ -110,7 +110,7 @@ def attend(
 
 
 def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: int) -> tuple[Tensor, Tensor]:
-    """What ``count`` partitions of a sequence become; arguments as in ``reference.compress``."""
+    """What ``count`` partitions of a sequence become; arguments as in ``eager.compress``."""
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     if grads or not isinstance(config.compressor, SpreadSelector):
         return compress_partitions(partitions_of(key, value, config, count, first), config)
@@ -118,7 +118,7 @@ def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: 
     whole = config.replace(sink_size=0, chunk_size=config.lag_size)
     boundaries = 0, (count + 1) * config.lag_size + 1
     ranks = _select_lag_relative(key, value, whole, boundaries)[0]
-    return ops.gather(key, value, ranks, boundaries, _numbers(whole), count * config.top_k)
+    return registered_ops.gather(key, value, ranks, boundaries, _numbers(whole), count * config.top_k)
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def _select_lag_relative(
     """Ranks and scores under a rule whose compressor is a :class:`SpreadSelector`."""
     weights = cast("SpreadSelector", config.compressor).weights(config)
     partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
-    return ops.select_lag_relative(key, value, boundaries, _numbers(config), weights, partitions)
+    return registered_ops.select_lag_relative(key, value, boundaries, _numbers(config), weights, partitions)
 
 
 def _attend(
@@ -169,7 +169,7 @@ def _attend(
     scale: float,
 ) -> Tensor:
     query, scale = positive_scale(query, scale)
-    return ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)
+    return registered_ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)
 
 
 def _compact_rows(config: LRSAConfig, boundaries: Sequence[int]) -> int:

@@ -3,11 +3,11 @@
 One program per multiprocessor walks many tiles of 128 queries. Its *producer* warp copies queries, keys and values into
 shared memory and runs ahead as far as the buffers reach, over the ends of tiles. Its two *consumers* own half a tile
 each. While one computes its softmax, the products of the other keep the tensor cores busy; a *turn* that the two hand
-to each other keeps them out of step. Within a consumer the next block's scores are queued before the product of the
-powers and values of this one, and so are those of the next tile's first block.
+to each other keeps them out of step. Within a consumer the next block's scores are queued before the product P V of
+this one, and so are those of the next tile's first block.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
-Names in the kernel are explained in shared.py.
+Names in the kernel are explained in pipeline.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
+from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     HALF,
     around,
     block_at,
@@ -35,8 +35,7 @@ from lrsa_lit.ops.sparse_attention.impl.triton.hopper.shared import (
     tile_of,
     visible_range,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, query_tiles, sequence_table
-from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
+from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COMPACT_ROW,
     KEY_ROW,
     KEY_TO,
@@ -44,7 +43,8 @@ from lrsa_lit.ops.sparse_attention.impl.triton.primitives import (
     PARTITIONS,
     QUERY_ROW,
 )
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import Tile
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
 
 TILE = Tile(128, 128, 4, 2)
 """Warps are those of one consumer."""
@@ -59,23 +59,23 @@ def launch(
     compact_key: Tensor,
     compact_value: Tensor,
     output: Tensor,
-    denominator: Tensor,
+    lse: Tensor,
     geometry: Geometry,
     scale_log2: float,
 ) -> None:
-    """Fill output and denominator; the tensors are those of ``forward.attend_forward``, all fit for the copy engine.
+    """Fill output and log-sum-exp; arguments as in ``forward_kernel.attend_forward``.
 
-    A compact buffer of no rows is never read.
+    The copy engine can express all of them. A compact buffer of no rows is never read.
     """
     batch, query_heads, queries, dim = query.shape
     table = query_tiles(geometry, query.device, TILE.rows)
     n_work = len(table) * batch * query_heads
     compact = (compact_key, compact_value) if compact_key.numel() else (key, value)
-    _hopper_kernel[(min(n_work, multiprocessors(query.device)),)](
+    _hopper_forward_kernel[(min(n_work, multiprocessors(query.device)),)](
         descriptor(query, HALF.value),
         *(descriptor(tensor, TILE.columns) for tensor in (key, value, *compact)),
         output,
-        denominator,
+        lse,
         table,
         sequence_table(geometry, query.device),
         *output.stride()[:3],
@@ -94,14 +94,14 @@ def launch(
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
-def _hopper_kernel(
+def _hopper_forward_kernel(
     d_query,
     d_key,
     d_value,
     d_compact_key,
     d_compact_value,
     p_output,
-    p_denominator,
+    p_lse,
     p_tiles,
     p_sequences,
     stride_ob,
@@ -150,7 +150,7 @@ def _hopper_kernel(
     free = (query_free, key_free, value_free)
     work = (p_tiles, p_sequences, n_work, n_batch_heads, heads)
     rule = (sink, lag, keep, chunk)
-    results = (p_output, p_denominator, stride_ob, stride_oh, stride_ot, n_queries)
+    results = (p_output, p_lse, stride_ob, stride_oh, stride_ot, n_queries)
     descriptors = (d_query, d_key, d_value, d_compact_key, d_compact_value)
     gl.warp_specialize(
         [
@@ -257,8 +257,8 @@ def _consume(
         if n_full == 0:
             m_visible, n_own = _visible(0, n_full, cuts, p_sequence, i_first, rule, BLOCK_N, score_layout)
             b_score = gl.where(m_visible, b_score, float("-inf"))
-        b_power, b_sum, b_max, _ = _softmax(b_score, b_sum, b_max, scale_log2)
-        b_left = gl.convert_layout(b_power.to(dtype), left_layout)
+        b_p, b_sum, b_max, _ = _softmax(b_score, b_sum, b_max, scale_log2)
+        b_left = gl.convert_layout(b_p.to(dtype), left_layout)
         if n_all > 1:
             i_buffer, i_parity = around(i_step + 1, STAGES)
             mbarrier.wait(key_full.index(i_buffer), i_parity)
@@ -266,9 +266,9 @@ def _consume(
             b_score, b_output = _queue(
                 WHICH, i_query, i_step, b_left, b_output, BLOCK_N, s_query, s_key, s_value, key_free, value_full, turn
             )
-            b_power, b_sum, b_max, b_decay = _softmax(b_score, b_sum, b_max, scale_log2)
+            b_p, b_sum, b_max, b_decay = _softmax(b_score, b_sum, b_max, scale_log2)
             b_output = _take(i_step, i_block + 1 < n_all, b_output, b_decay, key_full, value_free)
-            b_left = gl.convert_layout(b_power.to(dtype), left_layout)
+            b_left = gl.convert_layout(b_p.to(dtype), left_layout)
             i_step += 1
         for i_block in range(gl.maximum(n_full, 1), n_all):
             b_score, b_output = _queue(
@@ -276,9 +276,9 @@ def _consume(
             )
             m_visible, n_own = _visible(i_block, n_full, cuts, p_sequence, i_first, rule, BLOCK_N, score_layout)
             b_score = gl.where(m_visible, b_score, float("-inf"))
-            b_power, b_sum, b_max, b_decay = _softmax(b_score, b_sum, b_max, scale_log2)
+            b_p, b_sum, b_max, b_decay = _softmax(b_score, b_sum, b_max, scale_log2)
             b_output = _take(i_step, i_block + 1 < n_all, b_output, b_decay, key_full, value_free)
-            b_left = gl.convert_layout(b_power.to(dtype), left_layout)
+            b_left = gl.convert_layout(b_p.to(dtype), left_layout)
             i_step += 1
         mbarrier.arrive(query_free.index(i_query))
 
@@ -294,13 +294,13 @@ def _consume(
         )
         # All that the next tile needs to know is looked up while the tensor cores are busy.
         b_factor = 1.0 / b_sum
-        b_denominator = b_max * scale_log2 + gl.log2(b_sum)
+        b_lse = b_max * scale_log2 + gl.log2(b_sum)
         i_row = gl.load(p_sequence + QUERY_ROW)
         i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = tile_of(i_round + 1, work)
         n_full, n_all, cuts = blocks_of(i_next_low, i_next_high, rule, BLOCK_N)
         b_output = _take(i_step, False, b_output, b_factor, key_full, value_free)
         i_step += 1
-        _store(b_output.to(dtype), b_denominator, i_b, i_h, i_row, i_first, i_low, i_high, results, work[4])
+        _store(b_output.to(dtype), b_lse, i_b, i_h, i_row, i_first, i_low, i_high, results, work[4])
         i_b, i_h, i_first, i_low, i_high = i_next_b, i_next_h, i_next_first, i_next_low, i_next_high
 
 
@@ -308,7 +308,7 @@ def _consume(
 def _queue(
     WHICH: gl.constexpr, i_query, i_step, b_left, b_output, n_own, s_query, s_key, s_value, key_free, value_full, turn
 ):
-    """Queue the scores of the next block and the product of this one's powers and values; wait for the former."""
+    """Queue the scores of the next block and this one's product P V; wait for the former."""
     n_stages: gl.constexpr = s_key.shape[0]
     n_columns: gl.constexpr = s_key.shape[3]
     n_dim: gl.constexpr = s_key.shape[4]
@@ -334,7 +334,7 @@ def _queue(
 
 @gluon.jit
 def _take(i_step, m_wait, b_output, b_factor, key_full, value_free):
-    """Wait for the product of powers and values, and scale its rows."""
+    """Wait for the product P V, and scale its rows."""
     n_stages: gl.constexpr = value_free.shape[0]
     layout: gl.constexpr = gl.SliceLayout(1, b_output.type.tensor_type.layout)
     # ptxas moves the wait for a product in front of the softmax that should run beside it, but not over the loop of
@@ -348,11 +348,11 @@ def _take(i_step, m_wait, b_output, b_factor, key_full, value_free):
 
 @gluon.jit
 def _softmax(b_score, b_sum, b_max, scale_log2):
-    """One step of the online softmax, as in ``forward._attend_block``."""
+    """One step of the online softmax, as in ``forward_kernel._attend_block``."""
     b_top = gl.maximum(b_max, gl.max(b_score, axis=1))
-    b_power = gl.exp2((b_score - b_top[:, None]) * scale_log2)
+    b_p = gl.exp2((b_score - b_top[:, None]) * scale_log2)
     b_decay = gl.exp2((b_max - b_top) * scale_log2)
-    return b_power, b_sum * b_decay + gl.sum(b_power, axis=1), b_top, b_decay
+    return b_p, b_sum * b_decay + gl.sum(b_p, axis=1), b_top, b_decay
 
 
 @gluon.jit
@@ -373,9 +373,9 @@ def _visible(i_block, n_full, cuts, p_sequence, i_first, rule, BLOCK_N: gl.const
 
 
 @gluon.jit
-def _store(b_output, b_denominator, i_b, i_h, i_row, i_first, i_low, i_high, results, heads):
-    """Store the rows of the queries in [low, high), of output and denominator."""
-    p_output, p_denominator, stride_ob, stride_oh, stride_ot, n_queries = results
+def _store(b_output, b_lse, i_b, i_h, i_row, i_first, i_low, i_high, results, heads):
+    """Store the rows of the queries in [low, high), of output and log-sum-exp."""
+    p_output, p_lse, stride_ob, stride_oh, stride_ot, n_queries = results
     n_dim: gl.constexpr = b_output.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // n_dim, n_dim // 8], [4, 1], [1, 0])
     o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
@@ -385,7 +385,7 @@ def _store(b_output, b_denominator, i_b, i_h, i_row, i_first, i_low, i_high, res
     p_output += i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh + i_row * stride_ot
     p_rows = p_output + (o_row * stride_ot)[:, None] + o_dim[None, :]
     gl.store(p_rows, gl.convert_layout(b_output, layout), mask=m_row[:, None])
-    o_row = gl.arange(0, HALF, b_denominator.type.layout)
+    o_row = gl.arange(0, HALF, b_lse.type.layout)
     m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
-    p_denominator += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
-    gl.store(p_denominator + o_row, b_denominator, mask=m_row)
+    p_lse += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
+    gl.store(p_lse + o_row, b_lse, mask=m_row)

@@ -1,6 +1,6 @@
-"""Warp-specialised kernels for Hopper GPUs in Gluon, Triton's lower-level language: forward, dQ, dK and dV.
+"""Which calls go to the kernels for Hopper GPUs: forward, dQ, and dK and dV of the compact buffer.
 
-:func:`suits` decides what goes to them; everything else runs the plain kernels, to the same accuracy. Gluon is
+Everything else runs the plain kernels, to the same accuracy. Gluon is
 experimental, and so only versions of Triton that the kernels were run with are let in.
 """
 
@@ -13,9 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import expressible
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import expressible
 
-__all__ = ["CHECKED", "DIM", "ENOUGH", "forward", "keys", "queries", "suits"]
+__all__ = ["CHECKED", "DIM", "ENOUGH", "forward_pipeline", "key_gradient_pipeline", "query_gradient_pipeline", "suits"]
 
 CHECKED: bool = triton.__version__.startswith("3.6.")
 """Whether the kernels were run with this version of Triton."""
@@ -23,7 +23,7 @@ CHECKED: bool = triton.__version__.startswith("3.6.")
 _log = logging.getLogger(__name__)
 
 if CHECKED:
-    from lrsa_lit.ops.sparse_attention.impl.triton.hopper import forward, keys, queries
+    from lrsa_lit.ops.sparse_attention.gluon import forward_pipeline, key_gradient_pipeline, query_gradient_pipeline
 
 DIM = 128
 """The head size that the kernels are faster for; at 64 the plain ones are."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.impl.triton.key_gradient import compact_tile, key_gradient
-from lrsa_lit.ops.sparse_attention.impl.triton.plan import Geometry, compact_tiles, raw_tiles
-from lrsa_lit.ops.sparse_attention.impl.triton.query_gradient import query_gradient
-from lrsa_lit.ops.sparse_attention.impl.triton.tensors import Saved
-from lrsa_lit.ops.sparse_attention.impl.triton.tiles import tiles_for
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved
+from lrsa_lit.ops.sparse_attention.triton.key_gradient_kernel import compact_tile, key_gradient
+from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gradient
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_tiles, raw_tiles
 
 _PROGRAMS = 512
 """Programs that keep a large GPU busy to the end; with fewer, the heads of a group are split over programs."""

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices, and for the CPU under Triton's interpreter; ``launch`` is the way in."""
