@@ -8,7 +8,8 @@ import pytest
 from helpers import one_line
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.paths import cache_dir, resolve, sha256_of, shipped
+from lrsa_lit.io import sha256_of
+from lrsa_lit.paths import cache_dir, resolve, shipped
 
 
 def test_file_inside_a_package():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrsa_lit import verified
-from lrsa_lit.files import PARTIAL, partial_folder
+from lrsa_lit.io import PARTIAL, partial_folder
 
 
 def fill(folder):

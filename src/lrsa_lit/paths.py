@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
-import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from lrsa_lit.errors import UserError, printable
+from lrsa_lit.io import sha256_of
 
 PACKAGE_SCHEME = "package://"
 _PACKAGE_DIR = Path(__file__).resolve().parent
@@ -76,29 +75,6 @@ def check_writable(key: str, value: object, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}: {value} cannot be written ({error.strerror})") from None
-
-
-def put_in_place(complete: Path, target: Path) -> None:
-    """Give a complete folder its final name, in place of what bears it now; both are on one file system.
-
-    A folder that is not empty cannot be renamed over, so for a moment there is none of that name.
-    """
-    old = target.with_name(f".{target.name}.old")
-    _remove(old)
-    if target.exists():
-        target.rename(old)
-    complete.rename(target)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def resolve(source: str, sha256: str | None = None, key: str = "") -> Path:

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from lrsa_lit import verified
 from lrsa_lit.errors import UserError
+from lrsa_lit.io import put_in_place, sha256_of
 from lrsa_lit.models.checkpoint_file import META, Unreadable, holds_shards, read
 from lrsa_lit.models.shards import WEIGHTS, empty_weights, load_into
-from lrsa_lit.paths import put_in_place, sha256_of
 
 
 class FullySharded(ModelParallelStrategy):

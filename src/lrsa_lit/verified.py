@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lrsa_lit.files import bring_to_disk, partial_folder, sync_names
-from lrsa_lit.paths import put_in_place, sha256_of
+from lrsa_lit.io import bring_to_disk, partial_folder, put_in_place, sha256_of, sync_names
 
 SEAL = "seal.json"
 """Holds ``{"files": {name: {"size": bytes, "sha256": hex}}}``; the last file that is written."""

@@ -146,7 +146,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path):
 
 def test_what_a_killed_build_has_left_is_removed(tmp_path: Path):
     code = (
-        "import os, sys; from pathlib import Path; from lrsa_lit.files import partial_folder\n"
+        "import os, sys; from pathlib import Path; from lrsa_lit.io import partial_folder\n"
         "with partial_folder(Path(sys.argv[1])) as partial: (partial / 'x').touch(); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "key" / "train")], check=False).returncode == 9

@@ -18,7 +18,7 @@ from lrsa_lit.analysis.layer_gains import LayerGains, exactly
 from lrsa_lit.attention import rules, using
 from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.errors import UserError
-from lrsa_lit.files import write_atomically
+from lrsa_lit.io import write_atomically
 from lrsa_lit.models import uncompiled
 from lrsa_lit.models.head import answer_losses
 from lrsa_lit.ops.sparse_attention import LRSAConfig

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrsa_lit.errors import UserError, said
-from lrsa_lit.files import write_atomically
+from lrsa_lit.io import write_atomically
 
 SCHEMA = 1
 """Version of the file format; a reader takes its own only."""

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.errors import UserError
-from lrsa_lit.files import PARTIAL
+from lrsa_lit.io import PARTIAL
 from lrsa_lit.tracking.artifacts import numbered, shared_run_folder, upload
 
 _log = logging.getLogger("lrsa_lit")

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lrsa_lit.checkpoints.errors import CheckpointNotSaved, system_error
 from lrsa_lit.checkpoints.files import tidy
 from lrsa_lit.errors import UserError
-from lrsa_lit.files import write_atomically
+from lrsa_lit.io import write_atomically
 from lrsa_lit.models.checkpoint_file import Unreadable, read
 
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from lrsa_lit.files import PARTIAL, lock
+from lrsa_lit.io import PARTIAL, lock
 from lrsa_lit.models.checkpoint_file import SUFFIX
 
 try:

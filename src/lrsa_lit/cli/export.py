@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.cli.arguments import Parser
 from lrsa_lit.errors import UserError
+from lrsa_lit.io import put_in_place
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import Trained, load_trained
-from lrsa_lit.paths import check_writable, expanded, put_in_place
+from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.terminal import PlainConsole, log_to
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lrsa_lit.data.files import QAFiles
     from lrsa_lit.data.hotpotqa import HotpotQA
     from lrsa_lit.data.longbench import LongBench
     from lrsa_lit.data.mixture import Mixture
     from lrsa_lit.data.module import QADataModule
     from lrsa_lit.data.needle import Needles
+    from lrsa_lit.data.qa_files import QAFiles
     from lrsa_lit.data.ruler import Ruler
     from lrsa_lit.data.squad import SquadArticles
 

@@ -18,7 +18,7 @@ import datasets
 import pyarrow.compute
 from datasets.arrow_writer import ArrowWriter
 
-from lrsa_lit import files, verified
+from lrsa_lit import io, verified
 from lrsa_lit.data.code import PROJECT
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
@@ -110,7 +110,7 @@ def remove_abandoned(root: Path) -> None:
     with contextlib.suppress(OSError):
         for key in root.iterdir():
             if key.is_dir():
-                files.remove_abandoned(key)
+                io.remove_abandoned(key)
 
 
 def forget_at_exit(folder: Path) -> None:

@@ -17,7 +17,8 @@ from lrsa_lit.data.reading import kind_of, read_lines
 from lrsa_lit.data.records import Passage, QARecord, check_name, records_of
 from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
-from lrsa_lit.paths import resolve, sha256_of
+from lrsa_lit.io import sha256_of
+from lrsa_lit.paths import resolve
 
 REQUIRED = ("input", "context", "answers")
 OPTIONAL = ("_id", "dataset", "language", "length", "all_classes")

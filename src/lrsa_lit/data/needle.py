@@ -20,7 +20,8 @@ from lrsa_lit.data.needle_tasks import TASKS
 from lrsa_lit.data.prompts import Example, TooLong
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.errors import UserError
-from lrsa_lit.paths import resolve, sha256_of
+from lrsa_lit.io import sha256_of
+from lrsa_lit.paths import resolve
 
 
 class Needles(QADataModule):

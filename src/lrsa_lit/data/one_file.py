@@ -6,7 +6,8 @@ from typing import Any
 
 from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.data.splits import check_fractions
-from lrsa_lit.paths import resolve, sha256_of
+from lrsa_lit.io import sha256_of
+from lrsa_lit.paths import resolve
 
 
 class OneFileDataModule(QADataModule):

@@ -22,7 +22,8 @@ from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.splits import check_fractions
 from lrsa_lit.data.word_tasks import WORD_TASKS, WORDS, largest
 from lrsa_lit.errors import UserError
-from lrsa_lit.paths import resolve, sha256_of
+from lrsa_lit.io import sha256_of
+from lrsa_lit.paths import resolve
 
 RULER_TASKS = (*TASKS, *WORD_TASKS, *QA_TASKS)
 

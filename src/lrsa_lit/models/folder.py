@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.attention.rules import base_of
-from lrsa_lit.files import bring_to_disk, partial_folder
+from lrsa_lit.io import bring_to_disk, partial_folder
 from lrsa_lit.models.adapters import RULE_FILE, read_adapters
 from lrsa_lit.models.backbone import ADAPTER_CONFIG
 from lrsa_lit.models.loading import check_complete, system_errors

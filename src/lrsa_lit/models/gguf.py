@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lrsa_lit import verified
 from lrsa_lit.errors import UserError
+from lrsa_lit.io import sha256_of
 from lrsa_lit.models.loading import load_model, pretrained, system_errors
-from lrsa_lit.paths import cache_dir, sha256_of
+from lrsa_lit.paths import cache_dir
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
-from lrsa_lit.files import write_atomically
+from lrsa_lit.io import write_atomically
 
 _QUESTION = 160
 """Tokens at the end of a prompt that may be its instruction and question."""

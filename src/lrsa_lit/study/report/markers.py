@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.files import write_atomically
+from lrsa_lit.io import write_atomically
 
 _OPEN = re.compile(rb"<!-- study:(\S+) -->\s*")
 _CLOSE = re.compile(rb"<!-- /study -->\s*")

@@ -7,6 +7,7 @@ process can tell it from what a dead process has left.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -21,7 +22,10 @@ except ImportError:  # Windows, where what a dead process left stays.
     fcntl = None  # type: ignore[assignment]
 
 PARTIAL = ".partial"
-_FOLDER = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+REPLACED = ".old"
+"""The end of the hidden name of a folder that is being replaced."""
+
+_OURS = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -31,36 +35,71 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         OSError: the disk is full, for example. What was at ``path`` before is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _claimed(path) as (partial, file):
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    sync_names(path.parent)
+    while True:
+        partial = _hidden(path)
+        with partial.open("xb") as file:
+            if not lock(file) or not os.fstat(file.fileno()).st_nlink:
+                # Between its creation and its lock, another process has taken it for abandoned.
+                continue
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        return sync_names(path.parent)
 
 
 @contextlib.contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
     """A new, empty, hidden folder beside ``target``, for its writer to fill and rename; what is not renamed is removed.
 
-    Its mode is what the umask says. Folders beside it that dead processes left half-written are removed.
+    Its mode is what the umask says. What dead processes left half-written beside it is removed.
 
     Raises:
         OSError: the folder cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent)
-    partial, descriptor = _claimed_folder(target)
+    partial, descriptor = _locked_folder(target)
     try:
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if descriptor is not None:
             os.close(descriptor)
+
+
+def put_in_place(complete: Path, target: Path) -> None:
+    """Give a complete folder its final name, in place of what bears it now; both are on one file system.
+
+    A folder that is not empty cannot be renamed over, so for a moment there is none of that name.
+    """
+    old = target.with_name(f".{target.name}{REPLACED}")
+    _remove(old)
+    if target.exists():
+        target.rename(old)
+    complete.rename(target)
+    _remove(old)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the files and folders that dead processes have left half-written in a folder."""
+    if fcntl is None:
+        return
+    for partial in parent.iterdir():
+        if not _OURS.fullmatch(partial.name) or partial.is_symlink():
+            continue
+        # It may be gone by now, or somebody else's: then it stays.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                if _lock(descriptor, created=False):
+                    _remove(partial)
+            finally:
+                os.close(descriptor)
 
 
 def bring_to_disk(folder: Path) -> None:
@@ -70,6 +109,23 @@ def bring_to_disk(folder: Path) -> None:
             with Path(parent, name).open("rb") as file:
                 os.fsync(file.fileno())
         sync_names(Path(parent))
+
+
+def sync_names(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    if fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock(file: IO[bytes]) -> bool:
@@ -89,33 +145,14 @@ def _lock(descriptor: int, *, created: bool) -> bool:
     return True
 
 
-def sync_names(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    if fcntl is None:
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
 
 
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A new file beside ``path``, locked for as long as this process has it open, and lives."""
-    while True:
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-        with partial.open("xb") as file:
-            # Between its creation and its lock, another process may have taken it for abandoned.
-            if lock(file) and os.fstat(file.fileno()).st_nlink:
-                yield partial, file
-                return
-
-
-def _claimed_folder(target: Path) -> tuple[Path, int | None]:
+def _locked_folder(target: Path) -> tuple[Path, int | None]:
     """A new folder beside ``target``, and the descriptor that keeps it locked."""
     while True:
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+        partial = _hidden(target)
         # Not tempfile.mkdtemp: nobody else could read what comes of it.
         partial.mkdir()
         if fcntl is None:
@@ -128,18 +165,5 @@ def _claimed_folder(target: Path) -> tuple[Path, int | None]:
             os.close(descriptor)
 
 
-def remove_abandoned(parent: Path) -> None:
-    """Remove the folders that dead processes have left half-written in a folder."""
-    if fcntl is None:
-        return
-    for partial in parent.iterdir():
-        if not _FOLDER.fullmatch(partial.name) or partial.is_symlink() or not partial.is_dir():
-            continue
-        # It may be gone by now, or somebody else's: then it stays.
-        with contextlib.suppress(OSError):
-            descriptor = os.open(partial, os.O_RDONLY)
-            try:
-                if _lock(descriptor, created=False):
-                    shutil.rmtree(partial, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -14,7 +14,8 @@ from lrsa_lit.data.module import SPLITS, QADataModule, Split
 from lrsa_lit.data.reading import TABLES, Row, read_table
 from lrsa_lit.data.records import QARecord, read_records, records_of
 from lrsa_lit.errors import UserError, said
-from lrsa_lit.paths import cache_dir, resolve, sha256_of
+from lrsa_lit.io import sha256_of
+from lrsa_lit.paths import cache_dir, resolve
 
 
 class QAFiles(QADataModule):

@@ -8,8 +8,8 @@ import pytest
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
-from lrsa_lit.data.files import QAFiles
 from lrsa_lit.data.hub_fields import canonical
+from lrsa_lit.data.qa_files import QAFiles
 from lrsa_lit.data.records import QARecord, read_records
 from lrsa_lit.errors import UserError
 
