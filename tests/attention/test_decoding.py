@@ -10,7 +10,8 @@ import torch
 from helpers import one_line
 
 from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
-from lrsa_lit.attention.decoding import Decoder, _waits_for_lengths, serving
+from lrsa_lit.attention.decoding import Decoder, serving
+from lrsa_lit.attention.decoding.decoder import _waits_for_lengths
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import stored_size

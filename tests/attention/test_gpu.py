@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
+from lrsa_lit.attention import Greedy, LRSACache, enable, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_config, tiny_model
-from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
@@ -241,3 +241,23 @@ def test_allocated_memory_is_what_the_rule_says():
             stream.attend(query[:, :, part], *(pair[:, :, part] for pair in pairs), 0.125)
     grown = torch.cuda.memory_allocated() - before
     assert grown <= (stored_size(60_000, RULE) * 33 / 32 - held) * per_token + 2**20
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("change", [{}, {"compressor": RandomTokens()}, {"dense_layers": (0, 1)}], ids=str)
+def test_one_graph_answers_all_prompts(change, rows, monkeypatch):
+    model = tiny_model().eval().cuda()
+    enable(model, LRSAConfig(sink_size=2, lag_size=16, top_k=4).replace(**change))
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(3, 259, (rows, length), generator=generator).cuda() for length in (90, 201, 60, 333)]
+    captures, capture = [], torch.cuda.graph.__enter__
+    monkeypatch.setattr(torch.cuda.graph, "__enter__", lambda graph: (captures.append(1), capture(graph))[1])
+    greedy = Greedy(model, [2], max_new_tokens=24, longest_prompt=333)
+    for batch in batches:
+        for prompt, answer in zip(batch, greedy(batch), strict=True):
+            options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": 2, "pad_token_id": 2}
+            options["past_key_values"] = LRSACache.of(model)
+            whole = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], **options)
+            alone = whole[0, len(prompt) :].tolist()
+            assert answer == (alone[: alone.index(2)] if 2 in alone else alone)
+    assert len(captures) == 1

@@ -6,15 +6,14 @@ Dimensions: B prompts in a batch, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrsa_lit.attention import LRSACache, prefill, using
-from lrsa_lit.attention.decoding import Decoder
+from lrsa_lit.attention import Greedy, using
 from lrsa_lit.data.collate import collate, collate_training, token_ids
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.evaluation.metrics import exact_match, f1_score, recall
@@ -22,7 +21,6 @@ from lrsa_lit.models import uncompiled
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import answer_losses
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Selector
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
 
 
 @dataclass
@@ -102,12 +100,12 @@ def _generate(
 ) -> list[list[int]]:
     """The tokens of the answers, in the order of the examples."""
     prompts = [token_ids(example)[: example["prompt_length"]] for example in examples]
-    greedy = Greedy(model, max_new_tokens, max(map(len, prompts)))
-    stops = stop_tokens(tokenizer)
+    longest = max(map(len, prompts))
+    greedy = Greedy(model, stop_tokens(tokenizer), max_new_tokens=max_new_tokens, longest_prompt=longest)
     found: dict[int, list[int]] = {}
     for places in alike(list(map(len, prompts)), batch_size):
         batch = torch.stack([prompts[place] for place in places]).to(model.device)
-        found |= zip(places, greedy(batch, stops), strict=True)
+        found |= zip(places, greedy(batch), strict=True)
     return [found[place] for place in range(len(examples))]
 
 
@@ -117,81 +115,6 @@ def alike(lengths: Sequence[int], most: int) -> list[list[int]]:
     for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
         groups.setdefault(lengths[place], []).append(place)
     return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
-
-
-class Greedy:
-    """Greedy decoding of prompts after prompts, in the same memory, so that on CUDA few graphs serve them all.
-
-    Args:
-        model: a causal language model with LRSA enabled; its rule must not change.
-        max_new_tokens: most tokens of an answer.
-        longest: tokens of the longest prompt.
-    """
-
-    def __init__(self, model: Any, max_new_tokens: int, longest: int) -> None:
-        self.model, self.max_new_tokens = model, max_new_tokens
-        self.longest = longest + max_new_tokens
-        self.memories: dict[int, Memory] = {}
-
-    @torch.no_grad()
-    def __call__(self, prompts: Tensor, stops: Container[int]) -> list[list[int]]:
-        """The tokens that follow each prompt, up to the first that ends an answer, which is not among them.
-
-        Args:
-            prompts: (B, T) of one length.
-            stops: the tokens that end an answer.
-        """
-        rows = len(prompts)
-        # A graph is for a number of rows: the next power of two, with rows that are there twice.
-        size = 1 << (rows - 1).bit_length()
-        prompts = prompts[torch.arange(size, device=prompts.device) % rows]
-        if size not in self.memories:
-            self.memories[size] = Memory(self.model, self.max_new_tokens, self.longest)
-        memory = self.memories[size]
-        memory.cache.reset()
-        tokens = prefill(self.model, prompts, memory.cache)[:, -1].argmax(dim=-1)
-        memory.settle()
-        answers: list[list[int]] = [[] for _ in range(rows)]
-        ended = [False] * rows
-        for count in range(1, self.max_new_tokens + 1):
-            for row, token in enumerate(tokens[:rows].tolist()):
-                ended[row] = ended[row] or token in stops
-                if not ended[row]:
-                    answers[row].append(token)
-            if all(ended) or count == self.max_new_tokens:
-                break
-            tokens = memory.decoder.step(tokens[:, None])[:, -1].argmax(dim=-1)
-        return answers
-
-
-class Memory:
-    """A cache that takes one batch of prompts after another in, always at the same place.
-
-    Args:
-        model: a causal language model with LRSA enabled.
-        room: new tokens behind the prompts.
-        longest: most tokens, the new ones included.
-    """
-
-    def __init__(self, model: Any, room: int, longest: int) -> None:
-        self.cache = LRSACache.of(model)
-        self.decoder = Decoder(model, self.cache, room=room)
-        self.longest = longest
-        self._pairs: list[tuple[Tensor, Tensor]] | None = None
-
-    def settle(self) -> None:
-        """Put what the prompts have left where those before them had been."""
-        streams = [layer.stream for layer in self.cache.layers]
-        if self._pairs is None:
-            # No answer may need more rows: the first memory is the last.
-            rules = {stream.rule for stream in streams}
-            rows = {rule: max(stored_size(length, rule) for length in range(1, self.longest + 1)) for rule in rules}
-            for stream in streams:
-                stream.buffer.reserve(rows[stream.rule])
-            self._pairs = [stream.buffer.whole for stream in streams]
-            return
-        for stream, memory in zip(streams, self._pairs, strict=True):
-            stream.buffer.move_to(memory)
 
 
 def survival(model: Any, tokenizer: Any, examples: Sequence[Example], rule: LRSAConfig | None) -> dict[str, Any] | None:

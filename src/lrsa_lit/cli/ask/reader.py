@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lrsa_lit.cli.ask.dialogue import Dialogue
-from lrsa_lit.models.generation import GREEDY, stop_tokens
+from lrsa_lit.models.generation import stop_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +69,15 @@ class Reader:
         dialogue: Dialogue,
         max_new_tokens: int,
     ) -> None:
+        from lrsa_lit.attention import single_token_steps
+
         self.model = model
         self.cache = cache
         self.tokenizer = tokenizer
         self.dialogue = dialogue
         self.max_new_tokens = max_new_tokens
         self._reading = 0.0
+        self._step = single_token_steps(model, cache, room=min(max_new_tokens, _ROOM))
 
     def read(self, console: Console) -> None:
         """Take in the text, with a progress bar."""
@@ -93,7 +95,8 @@ class Reader:
                 rate = count / (time.perf_counter() - started)
                 progress.update(task, completed=count, rate=f"{rate:,.0f} tokens/s")
 
-            self._feed(self.dialogue.ids, show)
+            if self.dialogue.ids:
+                self._feed(self.dialogue.ids, show)
         self._reading = time.perf_counter() - started
 
     def answer(self, question: str, *, show: bool) -> Answer:
@@ -103,80 +106,44 @@ class Reader:
             question: a further turn of the dialogue.
             show: print the answer to stdout while it is generated.
         """
+        import torch
         from transformers import TextStreamer
 
-        from lrsa_lit.attention import cache_argument
+        from lrsa_lit.attention import greedy_tokens
 
         started, self._reading = time.perf_counter() - self._reading, 0.0
         self.dialogue.ask(question)
-        # All but the last token, in calls of bounded length: a question may be long, too.
-        self._feed(self.dialogue.ids[self.cache.get_seq_length() : -1])
-        ids = self._tensor(self.dialogue.ids)
-        clock = _Clock(TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None)
-        with self._fast():
-            output: Any = self.model.generate(
-                input_ids=ids,
-                attention_mask=ids.new_ones(ids.shape),
-                streamer=clock,
-                max_new_tokens=self.max_new_tokens,
-                use_cache=True,
-                eos_token_id=stop_tokens(self.tokenizer),
-                pad_token_id=self.tokenizer.pad_token_id,
-                **cache_argument(self.model, self.cache),
-                **GREEDY,
-            )
+        logits = self._feed(self.dialogue.ids[self.cache.get_seq_length() :])
+        streamer = TextStreamer(self.tokenizer, skip_special_tokens=True) if show else None
+        new: list[int] = []
+        first = 0.0
+        for (token,) in greedy_tokens(logits, self._step, stop_tokens(self.tokenizer), most=self.max_new_tokens):
+            first = first or time.perf_counter()
+            new.append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
         ended = time.perf_counter()
-        new = output[0, ids.shape[1] :].tolist()
         self.dialogue.take(new)
         return Answer(
             question=question,
             answer=str(self.tokenizer.decode(new, skip_special_tokens=True)).strip(),
             tokens_seen=self.cache.get_seq_length(),
             tokens_kept=kept_tokens(self.cache),
-            seconds_to_first_token=round(clock.first - started, 3),
+            seconds_to_first_token=round(first - started, 3),
             seconds=round(ended - started, 3),
         )
 
-    def _fast(self) -> contextlib.AbstractContextManager[None]:
-        """Single tokens by a CUDA graph, where there is a compressed cache on such a device."""
-        from lrsa_lit.attention import LRSACache, graphed_decoding
-
-        if not isinstance(self.cache, LRSACache):
-            return contextlib.nullcontext()
-        return graphed_decoding(self.model, self.cache, room=min(self.max_new_tokens, _ROOM))
-
-    def _feed(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> None:
-        from lrsa_lit.attention import prefill
-
-        if ids:
-            step = _TOKENS_PER_CALL["cpu" if self.model.device.type == "cpu" else "accelerator"]
-            prefill(self.model, self._tensor(ids), self.cache, tokens_per_call=step, progress=progress)
-
-    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
+    def _feed(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> torch.Tensor:
+        """Logits (1, 1, V) of the last of some tokens, one or more, fed in calls of bounded length."""
         import torch
 
-        return torch.tensor([ids], device=self.model.device)
+        from lrsa_lit.attention import prefill
 
-
-class _Clock:
-    """A streamer of ``generate`` that notes when the first token came, and hands all on to another streamer."""
-
-    def __init__(self, inner: Any) -> None:
-        self.first = 0.0
-        self._inner = inner
-        self._calls = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self._calls += 1
-        # The first call hands over the prompt.
-        if self._calls == 2:
-            self.first = time.perf_counter()
-        if self._inner is not None:
-            self._inner.put(value)
-
-    def end(self) -> None:
-        if self._inner is not None:
-            self._inner.end()
+        calls = _TOKENS_PER_CALL["cpu" if self.model.device.type == "cpu" else "accelerator"]
+        tokens = torch.tensor([ids], device=self.model.device)
+        return prefill(self.model, tokens, self.cache, tokens_per_call=calls, progress=progress)
 
 
 def kept_tokens(cache: Cache) -> int:

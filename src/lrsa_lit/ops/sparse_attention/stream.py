@@ -114,7 +114,7 @@ class KeyValueStream:
 
     def most_stored(self, tokens: int) -> int:
         """The most places that are filled at a time while ``tokens`` more come in one by one."""
-        return max(stored_size(self.seen + count, self.rule) for count in range(1, tokens + 1))
+        return max((stored_size(self.seen + count, self.rule) for count in range(1, tokens + 1)), default=0)
 
     def count(self, tokens: int) -> None:
         """Take note of tokens that somebody wrote behind the filled rows of the :attr:`buffer`."""

@@ -13,6 +13,8 @@ from lrsa_lit.attention.rules import base_of, cache_argument, enabled_state
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.geometry import spans
 
+TOKENS_PER_CALL = 8192
+
 
 @torch.no_grad()
 def prefill(
@@ -21,7 +23,7 @@ def prefill(
     cache: Any,
     *,
     attention_mask: Tensor | None = None,
-    tokens_per_call: int = 8192,
+    tokens_per_call: int = TOKENS_PER_CALL,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Feed tokens to a cache in calls of bounded length, so that memory does not grow with the text.

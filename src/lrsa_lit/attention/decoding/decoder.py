@@ -1,33 +1,30 @@
-"""Token by token: single-token calls replay a CUDA graph instead of launching the model kernel by kernel.
+"""Single-token steps that replay a CUDA graph instead of launching the model kernel by kernel.
 
 Dimensions: B rows, H key-value heads, Hq query heads, D head_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
-from lrsa_lit.attention.rules import base_of, cache_argument, cache_of_call, enabled_state
-from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
+from lrsa_lit.attention.rules import enabled_state
+from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.api import implementation
-from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, share_memory
+from lrsa_lit.ops.sparse_attention.buffer import PairBuffer, share_memory
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 _WARM_UP = 3
 """Steps that launch kernel by kernel before one is captured: what compiles or allocates on first use may not do so
 then, and an answer that ends before costs no capture."""
-_ROOM = 256
+ROOM = 256
+"""New tokens to allocate for ahead, where nobody says how many there will be."""
 _UNGRAPHED_ROPE = ("dynamic", "longrope")
 """Rotary frequencies that transformers makes anew at some length, for which the host must wait in each forward pass."""
 _PLAIN = Layout()
@@ -36,83 +33,28 @@ Streams = list[list[KeyValueStream]]
 """Of each layer: the one that its rows share, or one for each row."""
 
 
-@contextlib.contextmanager
-def graphed_decoding(model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: bool = False) -> Iterator[None]:
-    """Serve the single-token calls of a block (``model.generate(…, past_key_values=cache)``) by a CUDA graph.
-
-    The tokens of such calls are taken as real ones, whatever the mask, and rows of unequal lengths are served like
-    others. All other calls, and those of rows that are empty or that a beam search has just reordered, run as ever. On
-    other devices than CUDA all calls do: there is no graph to replay. Models with dynamic or "longrope" rotary
-    frequencies, which depend on the length, are served without a graph.
-
-    Args:
-        model: a causal language model with LRSA enabled.
-        cache: its cache.
-        room: new tokens to allocate for ahead, at least 1; more than these only cost another capture.
-        fuse: fuse the model's own operations with ``torch.compile`` first, which takes a minute.
-
-    Raises:
-        UserError: LRSA is not enabled, or the cache is no :class:`LRSACache`.
-    """
-    inner = base_of(model)
-    if enabled_state(inner) is None or not isinstance(cache, LRSACache):
-        raise UserError("model, cache: graphed_decoding needs a model with LRSA enabled and its LRSACache")
-    if inner.device.type != "cuda":
-        yield
-        return
-    decoder = Decoder(inner, cache, room=room, fuse=fuse)
-    with serving(inner, decoder):
-        yield
-
-
-@contextlib.contextmanager
-def serving(model: Any, decoder: Decoder) -> Iterator[None]:
-    """Let a decoder answer those calls of the model that it is ready for."""
-    own = vars(model).get("forward")
-    model.forward = _served(model.forward, decoder, decoder.cache)
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
-
-
-def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Callable[..., Any]:
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        ids: Any = kwargs.get("input_ids")
-        single = not args and ids is not None and ids.shape[1] == 1 and cache_of_call(*kwargs.values()) is cache
-        if single and decoder.ready(rows=ids.shape[0]):
-            logits = decoder.step(ids, kwargs.get("position_ids"))
-            return CausalLMOutputWithPast(logits=logits, **cache_argument(decoder.model, cache))  # type: ignore[arg-type]
-        output = plain(*args, **kwargs)
-        decoder.note_order()
-        return output
-
-    return forward
-
-
 class Decoder:
     """Single-token steps of a model over the preallocated memory of its cache.
 
     Lengths and positions stand in device tensors, so that one graph serves all tokens. Compressions happen between the
     steps, in the same memory, and at different steps for rows of unequal lengths: each layer has one memory, whose rows
     are filled to lengths of their own. Any other call of the model may come between two steps. The graph is captured
-    after a few steps in the same memory.
+    after a few steps in the same memory. After a reset of the cache its new rows go on in that memory, if they fit.
 
     Args:
         model: a causal language model with LRSA enabled.
         cache: its cache.
         room: new tokens to allocate for ahead, at least 1.
+        longest: allocate for rows of so many tokens in any case.
         fuse: whether ``torch.compile`` fuses the model's own operations.
     """
 
-    def __init__(self, model: Any, cache: LRSACache, *, room: int = _ROOM, fuse: bool = False) -> None:
+    def __init__(self, model: Any, cache: LRSACache, *, room: int = ROOM, longest: int = 0, fuse: bool = False) -> None:
         self.model, self.cache, self.room = model, cache, room
-        self.layers: list[_Slot] = []
-        self._alike = _layers_by_rule(cache)
+        self.layers: list[_LayerMemory] = []
+        by_rule = _layers_by_rule(cache)
+        self._layers_of_rules = list(by_rule.values())
+        self._places_at_once = [KeyValueStream(rule).most_stored(longest) for rule in by_rule]
         self._graphable = model.device.type == "cuda" and not _waits_for_lengths(model)
         # A function of the class: a method of its own would leave a decoder, its graph and memory, to the collector.
         self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
@@ -146,7 +88,7 @@ class Decoder:
         streams = [layer.streams for layer in self.cache.layers]
         with self.cache.changing():
             self._compress(streams)
-            if not self._fits(streams):
+            if not self._fits(streams) and not self._reuse(streams):
                 self._prepare(ids, streams)
             self._write(ids, position_ids, streams)
             logits = self._replayed() if self._graphable and self._launched >= _WARM_UP else self._launch()
@@ -158,7 +100,7 @@ class Decoder:
 
     def _compress(self, streams: Streams) -> None:
         """Compress the rows in which something is due."""
-        for layers in self._alike:
+        for layers in self._layers_of_rules:
             for row, stream in enumerate(streams[layers[0]]):
                 if stream.due:
                     for layer in layers:
@@ -169,18 +111,40 @@ class Decoder:
         full = any(_buffer(stream).is_full for rows in streams for stream in rows)
         return not full and _addresses(streams) == self._prepared
 
+    def _places(self, streams: Streams) -> list[int]:
+        """For each layer, the places that its rows need for the tokens to come."""
+        places = [0] * len(streams)
+        for layers, at_once in zip(self._layers_of_rules, self._places_at_once, strict=True):
+            needed = max(at_once, *(stream.most_stored(self.room) for stream in streams[layers[0]]))
+            for layer in layers:
+                places[layer] = needed
+        return places
+
+    def _reuse(self, streams: Streams) -> bool:
+        """Move rows that stand elsewhere into the prepared memory; False if it is too small or made for others."""
+        together = list(zip(self.layers, streams, self._places(streams), strict=False))
+        if not together or not all(memory.can_hold(rows, places) for memory, rows, places in together):
+            return False
+        for memory, rows, _ in together:
+            memory.take(rows)
+        if torch.is_autocast_enabled(self.model.device.type):
+            # The graph reads the weights that autocast had converted, and forgot when its block ended.
+            self._graph, self._launched = None, 0
+        return True
+
     def _prepare(self, ids: Tensor, streams: Streams) -> None:
         """Make the tensors that steps write into."""
-        # What the old slots hold would not be free for what rows move into.
+        # What the old memory holds would not be free for what rows move into.
         self.layers, self._graph, self._launched = [], None, 0
-        self._state = torch.zeros(1 + len(self._alike), len(streams[0]), dtype=torch.int64, device=ids.device)
+        rules = len(self._layers_of_rules)
+        self._state = torch.zeros(1 + rules, len(streams[0]), dtype=torch.int64, device=ids.device)
         self._ids, self._position = ids.clone(), self._state.new_zeros(ids.shape)
-        self._fills = [_Fill(ends) for ends in self._state[1:]]
-        slots: dict[int, _Slot] = {}
-        for fill, layers in zip(self._fills, self._alike, strict=True):
-            places = max(stream.most_stored(self.room) for stream in streams[layers[0]])
-            slots |= {layer: _Slot(_memory(streams[layer], places), fill, streams[layer][0].impl) for layer in layers}
-        self.layers = [slots[layer] for layer in range(len(slots))]
+        self._filled = [_FilledLengths(ends) for ends in self._state[1:]]
+        of_layer = {layer: self._filled[rule] for rule in range(rules) for layer in self._layers_of_rules[rule]}
+        self.layers = [
+            _LayerMemory(rows, places, of_layer[layer])
+            for layer, (rows, places) in enumerate(zip(streams, self._places(streams), strict=True))
+        ]
         self._prepared = _addresses(streams)
 
     def _launch(self) -> Tensor:
@@ -201,7 +165,7 @@ class Decoder:
     def _write(self, ids: Tensor, position_ids: Tensor | None, streams: Streams) -> None:
         """Hand the token, its positions and the lengths over, these in one copy, for which nobody waits."""
         state = [[stream.seen for stream in streams[0]]]
-        state += [[_buffer(stream).length for stream in streams[layers[0]]] for layers in self._alike]
+        state += [[_buffer(stream).length for stream in streams[layers[0]]] for layers in self._layers_of_rules]
         # Pinned memory that is new each time: the copy of the step before may still be under way.
         host = torch.tensor(state, device="cpu", pin_memory=ids.device.type == "cuda")
         self._state.copy_(host, non_blocking=True)
@@ -209,8 +173,8 @@ class Decoder:
         self._position.copy_(self._state[0, :, None] if position_ids is None else position_ids)
 
     def _run(self) -> Tensor:
-        for fill in self._fills:
-            fill.include_new()
+        for filled in self._filled:
+            filled.include_new()
         output = self.model.__class__.forward(
             self.model,
             input_ids=self._ids,
@@ -223,7 +187,7 @@ class Decoder:
         return logits
 
 
-class _Fill:
+class _FilledLengths:
     """How far the memories of the layers of one rule are filled, on the device.
 
     Args:
@@ -247,20 +211,44 @@ class _Fill:
             memory[self.rows, :, self.ends] = new[:, :, 0]
 
 
-class _Slot:
-    """The memory of one layer, as the attention sees it: in the place of a cache's layer."""
+class _LayerMemory:
+    """The memory of one layer, as the attention sees it: in the place of a cache's layer.
 
-    def __init__(self, memory: Pair, fill: _Fill, impl: Impl) -> None:
-        (self.key, self.value), self.fill, self.impl = memory, fill, impl
+    Args:
+        streams: of its rows, which go on in this memory.
+        places: tokens of each row that it has room for, or more.
+        filled: how far it is filled.
+    """
+
+    def __init__(self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths) -> None:
+        self.filled, self.impl = filled, streams[0].impl
+        buffers = [_buffer(stream) for stream in streams]
+        if len(buffers) == 1:
+            buffers[0].reserve(places)
+        self.key, self.value = buffers[0].whole if len(buffers) == 1 else share_memory(buffers, places)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
-        self.fill.put(self.key, key)
-        self.fill.put(self.value, value)
+        self.filled.put(self.key, key)
+        self.filled.put(self.value, value)
         output: Tensor = implementation(self.impl, query).attend_one(
-            query, self.key, self.value, self.fill.length, scale
+            query, self.key, self.value, self.filled.length, scale
         )
         return output
+
+    def can_hold(self, streams: Sequence[KeyValueStream], places: int) -> bool:
+        """Whether there is room for these rows, as many and of the same kind as those that it was made for."""
+        key = _buffer(streams[0]).whole[0]
+        writable = torch.is_inference_mode_enabled() or not self.key.is_inference()
+        rows = key.shape[0] if len(streams) == 1 else len(streams)
+        same = (rows, key.dtype, len(streams)) == (len(self.key), self.key.dtype, len(self.filled.ends))
+        return writable and same and streams[0].impl == self.impl and self.key.shape[2] >= places
+
+    def take(self, streams: Sequence[KeyValueStream]) -> None:
+        """Let other rows go on here."""
+        for row, stream in enumerate(streams):
+            part = slice(None) if len(streams) == 1 else slice(row, row + 1)
+            _buffer(stream).move_to((self.key[part], self.value[part]))
 
 
 def _waits_for_lengths(model: Any) -> bool:
@@ -269,21 +257,12 @@ def _waits_for_lengths(model: Any) -> bool:
     return any(kind in kinds for kind in _UNGRAPHED_ROPE)
 
 
-def _layers_by_rule(cache: LRSACache) -> list[list[int]]:
+def _layers_by_rule(cache: LRSACache) -> dict[LRSAConfig | None, list[int]]:
     """The layers of each rule, which hold equally many tokens at any time."""
     layers: dict[LRSAConfig | None, list[int]] = {}
     for index, layer in enumerate(cache.layers):
         layers.setdefault(layer.config, []).append(index)
-    return list(layers.values())
-
-
-def _memory(streams: Sequence[KeyValueStream], places: int) -> Pair:
-    """One memory (B, H, ``places`` or more, D) of all rows of a layer."""
-    buffers = [_buffer(stream) for stream in streams]
-    if len(buffers) > 1:
-        return share_memory(buffers, places)
-    buffers[0].reserve(places)
-    return buffers[0].whole
+    return layers
 
 
 def _addresses(streams: Streams) -> list[int]:

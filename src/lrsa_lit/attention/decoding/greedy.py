@@ -1,0 +1,132 @@
+"""Greedy answers: the likeliest token each time, until one ends the answer.
+
+Dimensions: B prompts, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.attention.cache import LRSACache
+from lrsa_lit.attention.decoding.chunked_prefill import TOKENS_PER_CALL, prefill
+from lrsa_lit.attention.decoding.decoder import ROOM, Decoder
+from lrsa_lit.attention.rules import base_of, enabled_state
+
+Step = Callable[[Tensor], Tensor]
+"""Takes in one token per row, (B, 1), and returns logits (B, 1, V), which the next step may overwrite."""
+
+
+class Greedy:
+    """Answers to batch after batch of prompts, in the same memory, so that on CUDA few graphs serve them all.
+
+    Keep it for one evaluation: it holds the memory of its caches.
+
+    Args:
+        model: a causal language model with LRSA enabled; the rule must stay the same.
+        stops: the tokens that end an answer.
+        max_new_tokens: most tokens of an answer.
+        longest_prompt: tokens of the longest prompt, if it is known: memory for it is then made at once.
+        synced: other processes answer at the same time, and each forward needs all of them (sharded weights). They must
+            be called as often as this one, and all go on until the last one has its answers.
+    """
+
+    def __init__(
+        self, model: Any, stops: Container[int], *, max_new_tokens: int, longest_prompt: int = 0, synced: bool = False
+    ) -> None:
+        self.model = model
+        self._stops, self._most, self._synced = stops, max_new_tokens, synced
+        self._longest = longest_prompt + max_new_tokens if longest_prompt else 0
+        self._graphed = base_of(model).device.type == "cuda" and not synced
+        self._caches: dict[int, tuple[LRSACache, Step]] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
+        """The tokens that follow each prompt, without the one that ends the answer.
+
+        Args:
+            prompts: (B, T), of unequal lengths if padded on the left.
+            attention_mask: (B, T), 1 for real tokens, of which each prompt has one or more; None: all are real.
+        """
+        rows = len(prompts)
+        if self._graphed:
+            # A graph is for a number of rows: the next power of two, with rows that are there twice.
+            order = torch.arange(1 << (rows - 1).bit_length(), device=prompts.device) % rows
+            prompts = prompts[order]
+            attention_mask = None if attention_mask is None else attention_mask[order]
+        cache, step = self._cache_for(len(prompts))
+        # The prompts of other processes may need another number of calls.
+        most = prompts.shape[1] if self._synced else TOKENS_PER_CALL
+        logits = prefill(self.model, prompts, cache, attention_mask=attention_mask, tokens_per_call=most)
+        steps = greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced)
+        tokens = list(zip(*steps, strict=True))[:rows]
+        return [list(itertools.takewhile(lambda token: token not in self._stops, answer)) for answer in tokens]
+
+    def _cache_for(self, rows: int) -> tuple[LRSACache, Step]:
+        """An empty cache for so many rows, and what takes in their next tokens."""
+        if rows not in self._caches:
+            cache = LRSACache.of(self.model)
+            if self._synced:
+                self._caches[rows] = cache, _plain_steps(self.model, cache)
+            else:
+                step = single_token_steps(self.model, cache, room=self._most, longest=self._longest)
+                self._caches[rows] = cache, step
+        cache, step = self._caches[rows]
+        cache.reset()
+        return cache, step
+
+
+def single_token_steps(model: Any, cache: Any, *, room: int = ROOM, longest: int = 0) -> Step:
+    """The fastest way to take in one token per row, none of which is empty, where the cache stands.
+
+    Args:
+        model: a causal language model, LRSA enabled or not.
+        cache: its cache; any of transformers.
+        room: new tokens to allocate for ahead.
+        longest: allocate for rows of so many tokens at once.
+    """
+    inner = base_of(model)
+    if inner.device.type == "cuda" and isinstance(cache, LRSACache) and enabled_state(inner) is not None:
+        return Decoder(inner, cache, room=room, longest=longest).step
+    return _plain_steps(model, cache)
+
+
+def _plain_steps(model: Any, cache: Any) -> Step:
+    return lambda tokens: prefill(model, tokens, cache)
+
+
+@torch.no_grad()
+def greedy_tokens(
+    logits: Tensor, step: Step, stops: Container[int], *, most: int, synced: bool = False
+) -> Iterator[list[int]]:
+    """The next token of each row, step by step, until every row has had one that ends its answer.
+
+    Args:
+        logits: (B, 1, V), of the prompts' last tokens.
+        step: what takes tokens in, such as :func:`single_token_steps`.
+        stops: the tokens that end an answer; a row goes on behind it while others have none.
+        most: tokens of each row.
+        synced: go on until the rows of all processes have ended.
+    """
+    ended: set[int] = set()
+    for count in range(1, most + 1):
+        tokens = logits[:, -1].argmax(dim=-1)
+        values: list[int] = tokens.tolist()
+        yield values
+        ended |= {row for row, token in enumerate(values) if token in stops}
+        if count == most or _everybody(len(ended) == len(values), tokens.device, synced):
+            return
+        logits = step(tokens[:, None])
+
+
+def _everybody(done: bool, device: torch.device, synced: bool) -> bool:
+    """Whether this process is done, or all of them are."""
+    if not synced:
+        return done
+    open_ends = torch.tensor(int(not done), device=device)
+    torch.distributed.all_reduce(open_ends)
+    return int(open_ends) == 0
