@@ -22,8 +22,8 @@
 # %matplotlib inline
 from IPython.display import display_png
 
-from lrsa_lit.study.report import evidence, frames, plots
-from lrsa_lit.study.report.tables import Table, measure_of
+from lrsa_lit.experiments.report import evidence, frames, plots
+from lrsa_lit.experiments.report.tables import Table, measure_of
 
 # %% [markdown]
 # Files are looked for in this folder and in those above it.

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from experiments.report.lines import training
 from helpers import one_line
 from study.conftest import examples
-from study.lines import training
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.study import tokens

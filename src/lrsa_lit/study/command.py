@@ -150,8 +150,8 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from lrsa_lit.experiments.report.document import fill, results_of, write_report
     from lrsa_lit.study.plan import Study
-    from lrsa_lit.study.report.document import fill, results_of, write_report
     from lrsa_lit.tracking.store import checked_uri
 
     study = Study(options.study)
@@ -164,6 +164,6 @@ def _report(options: argparse.Namespace) -> None:
     if options.to or not options.into:
         write_report(study, lines, options.to or _REPORT)
     if options.mlflow is not None:
-        from lrsa_lit.study.report.mlflow import to_mlflow
+        from lrsa_lit.experiments.report.mlflow import to_mlflow
 
         to_mlflow(study, lines, options.mlflow)

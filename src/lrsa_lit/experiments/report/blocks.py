@@ -9,10 +9,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report import evidence, markdown, places, plots
+from lrsa_lit.experiments.report.bars import Bars, Best
+from lrsa_lit.experiments.report.tables import Cell, Cells, Table
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import evidence, markdown, places, plots
-from lrsa_lit.study.report.bars import Bars, Best
-from lrsa_lit.study.report.tables import Cell, Cells, Table
 from lrsa_lit.study.results import Line
 from lrsa_lit.study.settings import Settings
 

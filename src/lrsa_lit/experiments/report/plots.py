@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lrsa_lit.analysis.plots import OKABE_ITO, legend, subplots
-from lrsa_lit.study.report.evidence import WHEN
-from lrsa_lit.study.report.markdown import LABELS
+from lrsa_lit.experiments.report.evidence import WHEN
+from lrsa_lit.experiments.report.markdown import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from lrsa_lit.evaluation.statistics import Estimate
-    from lrsa_lit.study.report.evidence import LayerGain, Survival, Text
-    from lrsa_lit.study.report.tables import Entry
+    from lrsa_lit.experiments.report.evidence import LayerGain, Survival, Text
+    from lrsa_lit.experiments.report.tables import Entry
     from lrsa_lit.study.results import Line
 
 _MARKERS = "osD^vP*X"

@@ -2,14 +2,14 @@
 
 import pytest
 import yaml
+from experiments.report.lines import evaluation, scores
 from helpers import one_line
 from study.conftest import STUDY
-from study.lines import evaluation, scores
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report.bars import Bars
+from lrsa_lit.experiments.report.tables import Cells, compared
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report.bars import Bars
-from lrsa_lit.study.report.tables import Cells, compared
 
 SHIPPED = "configs/experiment/robustness.yaml"
 

@@ -22,11 +22,19 @@ import numpy as np
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
+from lrsa_lit.experiments.report import markdown
+from lrsa_lit.experiments.report.tables import (
+    Cell,
+    Cells,
+    compared,
+    measure_of,
+    of_common_seeds,
+    reference_of,
+    score_of,
+)
 from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
 from lrsa_lit.study.checks import MEASURES
 from lrsa_lit.study.plan import DENSE, Study, digest_of
-from lrsa_lit.study.report import markdown
-from lrsa_lit.study.report.tables import Cell, Cells, compared, measure_of, of_common_seeds, reference_of, score_of
 from lrsa_lit.study.settings import Settings
 
 _SHARES = ("kept", "pairs")

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report import markdown
+from lrsa_lit.experiments.report.blocks import Blocks
+from lrsa_lit.experiments.report.markers import filled, replace
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import markdown
-from lrsa_lit.study.report.blocks import Blocks
-from lrsa_lit.study.report.markers import filled, replace
 from lrsa_lit.study.results import Line, read_lines
 
 _WHOLE = {"bars": "What was to be reached", "perplexity": "Perplexity", "survival": "Supporting tokens kept",
@@ -73,7 +73,7 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], plots: Path
     Args:
         study: the study.
         lines: the results.
-        files: the files, as :mod:`lrsa_lit.study.report.markers` describes them.
+        files: the files, as :mod:`lrsa_lit.experiments.report.markers` describes them.
         plots: folder for the plots that they show.
         data: folder of the study's token files, for the blocks that look at the questions.
 

@@ -11,11 +11,11 @@ import pandas as pd
 
 from lrsa_lit.data.prompts import INSTRUCTION
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report import evidence, places
+from lrsa_lit.experiments.report.bars import Bars
+from lrsa_lit.experiments.report.document import results_of
+from lrsa_lit.experiments.report.tables import Cells, Table
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import evidence, places
-from lrsa_lit.study.report.bars import Bars
-from lrsa_lit.study.report.document import results_of
-from lrsa_lit.study.report.tables import Cells, Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,15 +6,15 @@ import math
 import numpy as np
 import pytest
 import yaml
+from experiments.report.lines import evaluation, scores
 from helpers import one_line
 from study.conftest import STUDY
-from study.lines import evaluation, scores
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report.document import results_of
+from lrsa_lit.experiments.report.tables import Cells, Table, reference_of
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report.document import results_of
-from lrsa_lit.study.report.tables import Cells, Table, reference_of
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner
 

@@ -4,12 +4,12 @@ import math
 
 import pandas as pd
 import pytest
-from study.lines import evaluation, scores
+from experiments.report.lines import evaluation, scores
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report import frames
+from lrsa_lit.experiments.report.tables import Cells, Table
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import frames
-from lrsa_lit.study.report.tables import Cells, Table
 
 
 @pytest.fixture

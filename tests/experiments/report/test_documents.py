@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 import yaml
+from experiments.report.lines import evaluation, scores, training
 from helpers import one_line
 from matplotlib.container import BarContainer
 from study.conftest import STUDY
-from study.lines import evaluation, scores, training
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report import markdown, plots
+from lrsa_lit.experiments.report.blocks import Blocks
+from lrsa_lit.experiments.report.document import fill
+from lrsa_lit.experiments.report.evidence import layers
+from lrsa_lit.experiments.report.markers import filled, replace
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import markdown, plots
-from lrsa_lit.study.report.blocks import Blocks
-from lrsa_lit.study.report.document import fill
-from lrsa_lit.study.report.evidence import layers
-from lrsa_lit.study.report.markers import filled, replace
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.shards import Weights, shards_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROSE = "# Title\r\n\r\nWritten by `<!-- study:none -->` hand.  \n"
 
 

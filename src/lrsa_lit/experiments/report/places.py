@@ -13,11 +13,11 @@ from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
+from lrsa_lit.experiments.report import markdown
+from lrsa_lit.experiments.report.tables import Cell, Table
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start
 from lrsa_lit.study import tokens
-from lrsa_lit.study.report import markdown
-from lrsa_lit.study.report.tables import Cell, Table
 from lrsa_lit.study.tokens import TokenFile
 
 ALWAYS = "seen by all"

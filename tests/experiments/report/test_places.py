@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from experiments.report.lines import evaluation
 from helpers import one_line
 from hypothesis import given
 from hypothesis import strategies as st
 from study.conftest import STUDY
-from study.lines import evaluation
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report import frames, places
+from lrsa_lit.experiments.report.places import ALWAYS, ELSEWHERE, LAST, NOWHERE, PLACES, place_of
+from lrsa_lit.experiments.report.tables import Cells, Table
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, visibility_mask
 from lrsa_lit.study import tokens
 from lrsa_lit.study.plan import Study
-from lrsa_lit.study.report import frames, places
-from lrsa_lit.study.report.places import ALWAYS, ELSEWHERE, LAST, NOWHERE, PLACES, place_of
-from lrsa_lit.study.report.tables import Cells, Table
 
 RULE = {"lag_size": 4, "top_k": 1}
 SPANS = st.lists(st.tuples(st.integers(0, 59), st.integers(1, 8)), max_size=3)

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
-from lrsa_lit.study.report import markdown
-from lrsa_lit.study.report.tables import Cell, Cells, Table, measure_of, of_common_seeds, score_of
+from lrsa_lit.experiments.report import markdown
+from lrsa_lit.experiments.report.tables import Cell, Cells, Table, measure_of, of_common_seeds, score_of
 
 WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from lrsa_lit.errors import printable
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
-from lrsa_lit.study.report.tables import Cell, Entry, Table
+from lrsa_lit.experiments.report.tables import Cell, Entry, Table
 from lrsa_lit.study.results import Line
 
 LABELS = {"f1": "F1", "recall": "recall", "em": "exact match", "loss": "perplexity"}
