@@ -155,7 +155,10 @@ def test_a_reloaded_model_takes_the_rule_that_it_was_saved_with(tiny, tokens, ru
         (None, "config: the model's config.json holds no LRSA rule"),
         ({"lag": 3}, "lrsa.lag: no such setting"),
         ([3], "lrsa: [3] is not allowed"),
-        ({"compressor": {"class_path": "os.system"}}, "lrsa.compressor: 'os.system' is not an imported compressor"),
+        (
+            {"compressor": {"class_path": "os.system"}},
+            "lrsa.compressor: 'os.system' is no compressor that is known here",
+        ),
     ],
     ids=["none", "unknown-setting", "list", "foreign-class"],
 )

@@ -134,10 +134,16 @@ def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
     ("values", "message"),
     [
         ({"lag": 3}, "lrsa.lag: no such setting"),
-        ({"compressor": {"class_path": "os.system"}}, "lrsa.compressor: 'os.system' is not an imported compressor"),
-        ({"compressor": {}}, "lrsa.compressor: None is not an imported compressor"),
+        (
+            {"compressor": {"class_path": "os.system"}},
+            "lrsa.compressor: 'os.system' is no compressor that is known here",
+        ),
+        ({"compressor": {}}, "lrsa.compressor: None is no compressor that is known here"),
         ({"compressor": {"class_path": f"{Recency.__module__}.Selector"}}, "lrsa.compressor: "),
-        ({"compressor": {"class_path": ["Recency"]}}, "lrsa.compressor: ['Recency'] is not an imported compressor"),
+        (
+            {"compressor": {"class_path": ["Recency"]}},
+            "lrsa.compressor: ['Recency'] is no compressor that is known here",
+        ),
         ({"compressor": Recency().to_dict() | {"init_args": {"seeds": 1}}}, "lrsa.compressor: "),
         ({"compressor": None}, "lrsa.compressor: None is not allowed; it must be a Compressor"),
         ({3: 4}, "lrsa: {3: 4} is not allowed"),

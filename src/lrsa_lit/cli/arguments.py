@@ -23,6 +23,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """The option ``--plugins``, whose value is a list of modules' names."""
+    parser.add_argument(
+        "--plugins",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of yours, whose compressor the model was trained with; may be given several times",
+    )
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C within the block, so that child processes are stopped either way."""

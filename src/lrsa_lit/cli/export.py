@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.cli.arguments import Parser
+from lrsa_lit import plugins
+from lrsa_lit.cli.arguments import Parser, add_plugins
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import put_in_place
 from lrsa_lit.models.adapters import check_holdable
@@ -56,6 +57,7 @@ def run(arguments: Sequence[str]) -> None:
     _check_out(options.out, force=options.force)
     log_to(PlainConsole(stderr=True))
     try:
+        plugins.load(options.plugins, ["compressors"])
         trained = load_trained(options.checkpoint, options.dtype, trust_remote_code=options.trust_remote_code)
         _check_adapters(trained, options)
         _write(trained, options.out, merge=not options.adapters)
@@ -74,6 +76,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--adapters", action="store_true", help="write the LoRA adapters alone, unmerged, as peft loads them")
     add("--force", action="store_true", help="replace a model that is in the folder already")
     add("--trust-remote-code", action="store_true", help="run code that comes with the base model")
+    add_plugins(parser)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the one of the training")
     return parser.parse_args(arguments)
 

@@ -99,6 +99,9 @@ class LRSACLI(LightningCLI):
         parser.add_argument(
             "--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it."
         )
+        parser.add_argument(
+            "--plugins", type=list[str] | str, default=[], help="Modules of yours, which add data sets or compressors."
+        )
         parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import re
 import select
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import lrsa_lit
+from lrsa_lit import plugins
 from lrsa_lit.classes import check_class_paths
 from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.paths import check_path, shipped
@@ -34,6 +36,7 @@ TOOLS = {
 }
 """Commands with options of their own: each is a module of that name with a function ``run``."""
 
+_ASSIGNED = ("--config=", "-c=", "--plugins=")
 _MODULES = {"study": "lrsa_lit.study", "sweep": "lrsa_lit.sweep"}
 
 HELP = """\
@@ -53,6 +56,7 @@ commands:
                          any other setting of the YAML files
   --ckpt_path FILE       weights to evaluate, or the run to resume; settings stay what you ask for. "last" takes the
                          newest good checkpoint of the same settings, if there is one
+  --plugins MODULE       import a module of yours, which adds data sets or compressors; may be given several times
   --estimate             say what memory and time a fit will take, and do not start it
   --print_config         print the resolved settings and exit
   --help                 the settings of a command, with their meaning; --data.help lrsa_lit.data.HotpotQA those of a
@@ -160,10 +164,11 @@ def _main(arguments: list[str]) -> None:
         if arguments[0] in TOOLS:
             importlib.import_module(_MODULES.get(arguments[0], f"lrsa_lit.cli.{arguments[0]}")).run(arguments[1:])
             return
+        told = lightning_arguments(arguments[0], arguments[1:])
         # Lightning and transformers take seconds to import: not before there is something to run.
         from lrsa_lit.cli.lightning_cli import run
 
-        run(lightning_arguments(arguments[0], arguments[1:]))
+        run(told)
     except UserError as error:
         _fail(str(error))
     except (RuntimeError, MemoryError) as error:
@@ -201,29 +206,55 @@ def _listed(names: Iterable[str]) -> str:
 def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
     """What the LightningCLI is told: the command, the shipped defaults, then the user's arguments.
 
+    Plugins are imported on the way: a parser knows only classes that are there when it reads their names.
+
     Raises:
-        UserError: a config file is missing or no YAML.
+        UserError: a config file is missing or no YAML, or a plugin cannot be loaded.
     """
-    return [command, "--config", str(shipped("cli.yaml")), *_find_configs(arguments)]
+    found, modules = _find_configs(arguments)
+    plugins.load(modules)
+    # All of them together; the parser would keep the last list alone.
+    named = [f"--plugins={json.dumps(modules)}"] if modules else []
+    return [command, "--config", str(shipped("cli.yaml")), *found, *named]
 
 
-def _find_configs(arguments: Sequence[str]) -> list[str]:
+def _find_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Replace config files that are not in the working directory by the shipped ones of that name.
+
+    Returns:
+        The arguments without --plugins, and the modules that these and the config files name.
 
     Raises:
         UserError: a config file is missing or is not YAML, or an argument can have no meaning.
     """
-    found = []
+    found: list[str] = []
+    modules: list[str] = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
-        flag, assigned, value = (
-            argument.partition("=") if argument.startswith(("--config=", "-c=")) else ("", "", argument)
-        )
-        if assigned or previous in ("--config", "-c"):
-            found.append(flag + assigned + _config_path(value))
-        else:
+        flag, assigned, value = argument.partition("=") if argument.startswith(_ASSIGNED) else ("", "", argument)
+        if (flag if assigned else previous) == "--plugins":
+            modules += _modules(value)
+        elif assigned or previous in ("--config", "-c"):
+            path, settings = _config(value)
+            modules += plugins.names_of(settings.get("plugins") or [])
+            found.append(flag + assigned + path)
+        elif argument != "--plugins":
             _check_argument(previous, argument)
             found.append(argument)
-    return found
+    if arguments and arguments[-1] == "--plugins":
+        raise UserError("--plugins: it names no module")
+    return found, list(dict.fromkeys(modules))
+
+
+def _modules(value: str) -> list[str]:
+    """What a ``--plugins`` names: a module, or a list of them in YAML."""
+    if not value.startswith("["):
+        return plugins.names_of(value)
+    import yaml
+
+    try:
+        return plugins.names_of(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise UserError(f"--plugins: {value} is not allowed; it must be a module or a list of modules") from None
 
 
 def _check_argument(previous: str, argument: str) -> None:
@@ -250,7 +281,8 @@ def _check_argument(previous: str, argument: str) -> None:
         check_bounds(key, path)
 
 
-def _config_path(value: str) -> str:
+def _config(value: str) -> tuple[str, dict[str, Any]]:
+    """The path of a config file and what it holds."""
     path = Path(value)
     check_path("--config", path)
     if not path.is_file():
@@ -262,10 +294,11 @@ def _config_path(value: str) -> str:
     from lrsa_lit.yaml_file import read_settings
 
     try:
-        check_class_paths("", read_settings(path))
+        settings = read_settings(path)
+        check_class_paths("", settings)
     except UserError as error:
         raise UserError(f"--config: {error}") from None
-    return str(path)
+    return str(path), settings
 
 
 def _fail(message: str) -> NoReturn:

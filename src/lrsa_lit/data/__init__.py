@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lrsa_lit.lazy import lazily
 
 if TYPE_CHECKING:
     from lrsa_lit.data.hotpotqa import HotpotQA
@@ -26,19 +27,16 @@ __all__ = [
     "SquadArticles",
 ]
 
-_MODULES = {
-    "HotpotQA": "hotpotqa",
-    "LongBench": "longbench",
-    "Mixture": "mixture",
-    "Needles": "needle",
-    "QADataModule": "module",
-    "QAFiles": "files",
-    "Ruler": "ruler",
-    "SquadArticles": "squad",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "HotpotQA": "lrsa_lit.data.hotpotqa",
+        "LongBench": "lrsa_lit.data.longbench",
+        "Mixture": "lrsa_lit.data.mixture",
+        "Needles": "lrsa_lit.data.needle",
+        "QADataModule": "lrsa_lit.data.module",
+        "QAFiles": "lrsa_lit.data.qa_files",
+        "Ruler": "lrsa_lit.data.ruler",
+        "SquadArticles": "lrsa_lit.data.squad",
+    },
+)

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.cli.arguments import Parser
+from lrsa_lit import plugins
+from lrsa_lit.cli.arguments import Parser, add_plugins
 from lrsa_lit.cli.ask.dialogue import Dialogue
 from lrsa_lit.cli.ask.reader import Answer, Reader
 from lrsa_lit.errors import UserError
@@ -86,6 +87,7 @@ def _run(options: argparse.Namespace) -> None:
     notes = PlainConsole(stderr=True, soft_wrap=True)
     log_to(notes)
     device = _device(options.device)
+    plugins.load(options.plugins, ["compressors"])
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     trained = _trained(options.model, dtype, trust_remote_code=options.trust_remote_code)
     if options.rope_scaling is not None:
@@ -181,6 +183,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--sink-size", type=_integer(), metavar="S", help=f"first tokens, all kept {rule.format('16')}")
     add("--chunk-size", type=_integer(), metavar="C", help=f"tokens between compressions {rule.format('L')}")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_plugins(parser)
     add("--dense", action="store_true", help="keep everything and attend densely, for comparison")
     add("--rope-scaling", type=_scaling, metavar="TYPE:FACTOR", help="more positions, as in yarn:4 or linear:2.5")
     add(

@@ -10,7 +10,6 @@ Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D hea
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lrsa_lit import plugins
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.bounds import is_integer
 from lrsa_lit.ops.sparse_attention.scoring import Ranking, lag_relative_spread, token_hash, weighted_ranking
@@ -68,15 +68,12 @@ class Compressor(ABC):
         """The compressor that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
         if not isinstance(values, dict):
             raise UserError(f"lrsa.compressor: {values!r} is not allowed; it must be a Compressor, or its dict")
-        classes = [cls for cls in _subclasses(Compressor) if not inspect.isabstract(cls)]  # type: ignore[type-abstract]
-        known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
-        path = values.get("class_path")
-        if not isinstance(path, str) or path not in known:
-            raise UserError(f"lrsa.compressor: {path!r} is not an imported compressor; there are {', '.join(known)}")
+        found = plugins.find("compressors", values.get("class_path"), "lrsa.compressor")
         try:
-            return known[path](**(values.get("init_args") or {}))
+            made: Compressor = found(**(values.get("init_args") or {}))
         except TypeError as error:
-            raise UserError(f"lrsa.compressor: init_args of {path}: {error}") from None
+            raise UserError(f"lrsa.compressor: init_args of {found.__name__}: {error}") from None
+        return made
 
 
 class Selector(Compressor):
@@ -274,7 +271,3 @@ def gather_kept(tokens: Tensor, indices: Tensor) -> Tensor:
 
 def _places(partitions: Partitions) -> Tensor:
     return torch.arange(partitions.key.shape[-2], device=partitions.key.device)
-
-
-def _subclasses(cls: type[Compressor]) -> list[type[Compressor]]:
-    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]

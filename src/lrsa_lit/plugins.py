@@ -1,0 +1,162 @@
+"""Classes of one's own: from modules that the user names, and from the entry points of installed packages.
+
+A file never imports anything: a class that a checkpoint or a config.json names is looked up among those that are known.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import keyword
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+from typing import TypeGuard
+
+from lrsa_lit.errors import UserError, said
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a plugin can add.
+
+    Attributes:
+        title: what messages call one.
+        home: the package that exports the shipped classes.
+        base: the class there that all are subclasses of.
+    """
+
+    title: str
+    home: str
+    base: str
+
+
+KINDS = {
+    "compressors": Kind("compressor", "lrsa_lit.ops.sparse_attention", "Compressor"),
+    "data": Kind("data set", "lrsa_lit.data", "QADataModule"),
+}
+"""By name. An installed package registers a class as the entry point ``NAME = "module:NAME"`` of ``lrsa_lit.KIND``."""
+
+_added: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
+
+
+def names_of(value: object) -> list[str]:
+    """The modules that a setting names: one, or a list.
+
+    Raises:
+        UserError: it is neither, or one of them belongs to Python's standard library, which has no plugins.
+    """
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list):
+        raise UserError(f"plugins: {value!r} is not allowed; it must be a list of modules, such as [my_package]")
+    for name in names:
+        if not _is_module_name(name):
+            raise UserError(f"plugins: {name!r} is not allowed; it must be a module of yours, such as my_package")
+    return list(dict.fromkeys(names))
+
+
+def load(modules: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> None:
+    """Import modules that the user names, and the classes that installed packages register.
+
+    Args:
+        modules: their public classes of every kind become known.
+        kinds: whose entry points are read.
+
+    Raises:
+        UserError: one cannot be imported, or adds a class under a name that another class has.
+    """
+    for name in names_of(list(modules)):
+        module = _imported(name, name)
+        for kind in KINDS:
+            for found in _classes_in(module, kind):
+                _add(kind, found, name)
+    for kind in kinds:
+        for point in metadata.entry_points(group=f"lrsa_lit.{kind}"):
+            origin = f"{point.value} of {point.dist.name if point.dist else 'a package'}"
+            named = getattr(_imported(point.module, origin), point.attr, None)
+            if not _is_of(named, kind) or named.__name__ != point.name:
+                raise UserError(f"plugins: {origin} is not a {KINDS[kind].title} of the name {point.name}")
+            _add(kind, named, origin)
+
+
+def registered(kind: str) -> dict[str, type]:
+    """The classes of a kind by name: the shipped ones, then those that :func:`load` has added."""
+    home = importlib.import_module(KINDS[kind].home)
+    return {found.__name__: found for found in _classes_in(home, kind)} | _added[kind]
+
+
+def find(kind: str, path: object, key: str) -> type:
+    """The class that a file names by module and name, if it is imported or registered by an installed package.
+
+    Args:
+        kind: what it must be.
+        path: what the file holds.
+        key: where, for the error.
+
+    Raises:
+        UserError: it is neither; the message says what would make it known.
+    """
+    home = importlib.import_module(KINDS[kind].home)
+    base = getattr(home, KINDS[kind].base)
+    module, _, name = str(path).rpartition(".")
+    if f"{module}.".startswith(f"{home.__name__}.") and name in (shipped := registered(kind)):
+        # Wherever the package defines it by now.
+        return shipped[name]
+    for look_again in (True, False):
+        for known in _subclasses(base):
+            if path == f"{known.__module__}.{known.__qualname__}" and not inspect.isabstract(known):
+                return known
+        if look_again:
+            load(kinds=[kind])
+    unknown = f"{key}: {path!r} is no {KINDS[kind].title} that is known here"
+    if not _is_module_name(module):
+        raise UserError(unknown)
+    raise UserError(f"{unknown}; --plugins {module} (in YAML, plugins: [{module}]) would make it known")
+
+
+def _is_module_name(name: object) -> bool:
+    parts = name.split(".") if isinstance(name, str) else [""]
+    written = all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
+    return written and parts[0] not in sys.stdlib_module_names
+
+
+def _imported(name: str, origin: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    # It is somebody else's code, which can fail in any way.
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {said(error)}".removesuffix(": ")
+        hint = "; install it, or name its folder in PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(f"plugins: {origin} cannot be imported ({what}){hint}") from error
+
+
+def _add(kind: str, found: type, origin: str) -> None:
+    if (other := registered(kind).get(found.__name__, found)) is not found:
+        where = f"{other.__module__}.{other.__qualname__}"
+        raise UserError(f"plugins: {origin} has a {KINDS[kind].title} {found.__name__}, and so has {where}; rename one")
+    _added[kind][found.__name__] = found
+
+
+def _classes_in(module: ModuleType, kind: str) -> Iterator[type]:
+    """The public, complete classes of a kind that a module or its package defines and the module exports."""
+    package = module.__name__.partition(".")[0]
+    for name in getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]:
+        found = getattr(module, name, None)
+        if _is_of(found, kind) and found.__module__.partition(".")[0] == package:
+            yield found
+
+
+def _is_of(found: object, kind: str) -> TypeGuard[type]:
+    """Whether it is a complete class of a kind; by names, since the base may never have been imported."""
+    if not inspect.isclass(found) or inspect.isabstract(found):
+        return False
+    home, base = KINDS[kind].home, KINDS[kind].base
+    return any(each.__name__ == base and f"{each.__module__}.".startswith(f"{home}.") for each in found.__mro__[1:])
+
+
+def _subclasses(base: type[object]) -> Iterator[type]:
+    for child in base.__subclasses__():
+        yield child
+        yield from _subclasses(child)
