@@ -6,13 +6,15 @@ it can judge the package. A rule is anything with the attributes sink_size, lag_
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, S sink_size, L lag_size, K top_k.
 """
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -202,3 +204,15 @@ def one_line(error: BaseException) -> str:
     assert message, "empty message"
     assert "\n" not in message
     return message
+
+
+@contextlib.contextmanager
+def refused(field: str, value: object = ..., allowed: str = "") -> Iterator[pytest.ExceptionInfo[ValueError]]:
+    """A block that ends in a user error, in one line; ``allowed`` is part of what it calls allowed."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - what it is about is what matters
+        yield caught
+    error = caught.value
+    assert error.field == field
+    assert value is ... or error.value is value or error.value == value
+    assert allowed in error.allowed
+    one_line(error)

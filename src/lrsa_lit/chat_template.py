@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizer
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     # A template is a program that comes with the model, so any error in it is possible.
     except Exception as error:
-        reason = said(error) or type(error).__name__
+        reason = message_of(error) or type(error).__name__
         raise UserError(f"model.tokenizer: the chat template of {_name(tokenizer)} fails: {reason[:300]}") from error
 
 
@@ -83,7 +83,7 @@ def _argument_names(template: str, tokenizer: PreTrainedTokenizerBase) -> set[st
         used = jinja2.meta.find_undeclared_variables(environment.parse(template))
     except jinja2.TemplateError as error:
         raise UserError(
-            f"model.tokenizer: the chat template of {_name(tokenizer)} is not valid: {said(error)[:300]}"
+            f"model.tokenizer: the chat template of {_name(tokenizer)} is not valid: {message_of(error)[:300]}"
         ) from error
     given = {*_PASSED, *tokenizer.special_tokens_map, *environment.globals, "raise_exception", "strftime_now"}
     return used - given

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
+from collections.abc import Iterator
 
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 # A password may hold slashes.
@@ -14,16 +16,53 @@ _OPTION = re.compile(
 
 
 class UserError(ValueError):
-    """A mistake in a config, a file or an argument.
+    """A mistake in a config, a file or an argument, told in one line.
 
-    The message is one line that names the key, the value and what is allowed. The command line prints it
-    without a traceback and exits with code 2; library users catch it as a :class:`ValueError`.
+    The command line prints it without a traceback and exits with code 2; library users catch it as a
+    :class:`ValueError`.
+
+    Args:
+        field: the argument as its owner calls it (``max_tokens``), or the file, variable or option that is wrong.
+        value: what was given; None where there is nothing to show.
+        allowed: what it must be: "an integer >= 1".
+        reason: what is wrong with it: "cannot be read (no such file)".
+        hint: how else to mend it: "use ddp instead".
     """
 
+    def __init__(
+        self, field: str, value: object = None, allowed: str = "", *, reason: str = "", hint: str = ""
+    ) -> None:
+        super().__init__(field, value, allowed)
+        if not (reason or hint or allowed) and value is None:
+            field, _, reason = field.partition(": ")
+        self.field, self.value, self.allowed = field, value, allowed
+        self.reason, self.hint = reason, hint
 
-def said(error: BaseException) -> str:
+    def __str__(self) -> str:
+        wrong = self.reason
+        if self.value is not None:
+            wrong = f"{_shown(self.value)} {self.reason or 'is not allowed'}"
+        told = "; ".join(filter(None, (wrong, self.allowed and f"it must be {self.allowed}", self.hint)))
+        return f"{self.field}: {told}" if told else self.field
+
+
+@contextlib.contextmanager
+def under(key: str) -> Iterator[None]:
+    """Name the arguments of a part by the argument that the part is: ``top_k`` becomes ``KEY.top_k``."""
+    try:
+        yield
+    except UserError as error:
+        error.field = f"{key}.{error.field}"
+        raise
+
+
+def message_of(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split())
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def printable(text: str, keep: str = "") -> str:

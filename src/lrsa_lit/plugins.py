@@ -15,7 +15,7 @@ from importlib import metadata
 from types import ModuleType
 from typing import TypeGuard
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def names_of(value: object) -> list[str]:
     """
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list):
-        raise UserError(f"plugins: {value!r} is not allowed; it must be a list of modules, such as [my_package]")
+        raise UserError("plugins", value, "a list of modules, such as [my_package]")
     for name in names:
         if not _is_module_name(name):
-            raise UserError(f"plugins: {name!r} is not allowed; it must be a module of yours, such as my_package")
+            raise UserError("plugins", name, "a module of yours, such as my_package")
     return list(dict.fromkeys(names))
 
 
@@ -77,7 +77,7 @@ def load(modules: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> No
             origin = f"{point.value} of {point.dist.name if point.dist else 'a package'}"
             named = getattr(_imported(point.module, origin), point.attr, None)
             if not _is_of(named, kind) or named.__name__ != point.name:
-                raise UserError(f"plugins: {origin} is not a {KINDS[kind].title} of the name {point.name}")
+                raise UserError("plugins", reason=f"{origin} is not a {KINDS[kind].title} of the name {point.name}")
             _add(kind, named, origin)
 
 
@@ -110,10 +110,8 @@ def find(kind: str, path: object, key: str) -> type:
                 return known
         if look_again:
             load(kinds=[kind])
-    unknown = f"{key}: {path!r} is no {KINDS[kind].title} that is known here"
-    if not _is_module_name(module):
-        raise UserError(unknown)
-    raise UserError(f"{unknown}; --plugins {module} (in YAML, plugins: [{module}]) would make it known")
+    hint = f"--plugins {module} (in YAML, plugins: [{module}]) would make it known" if _is_module_name(module) else ""
+    raise UserError(key, path, reason=f"is no {KINDS[kind].title} that is known here", hint=hint)
 
 
 def _is_module_name(name: object) -> bool:
@@ -127,15 +125,16 @@ def _imported(name: str, origin: str) -> ModuleType:
         return importlib.import_module(name)
     # It is somebody else's code, which can fail in any way.
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {said(error)}".removesuffix(": ")
-        hint = "; install it, or name its folder in PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        raise UserError(f"plugins: {origin} cannot be imported ({what}){hint}") from error
+        what = f"{type(error).__name__}: {message_of(error)}".removesuffix(": ")
+        hint = "install it, or name its folder in PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError("plugins", reason=f"{origin} cannot be imported ({what})", hint=hint) from error
 
 
 def _add(kind: str, found: type, origin: str) -> None:
     if (other := registered(kind).get(found.__name__, found)) is not found:
         where = f"{other.__module__}.{other.__qualname__}"
-        raise UserError(f"plugins: {origin} has a {KINDS[kind].title} {found.__name__}, and so has {where}; rename one")
+        both = f"{origin} has a {KINDS[kind].title} {found.__name__}, and so has {where}"
+        raise UserError("plugins", reason=both, hint="rename one")
     _added[kind][found.__name__] = found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 
 _MERGE = "tag:yaml.org,2002:merge"
 _MOST_BYTES = 1 << 22
@@ -92,7 +92,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: it is nested too deeply") from None
     except (yaml.YAMLError, OSError, ValueError) as error:
         # ValueError: text that is not UTF-8, a date that there is not, or an integer of thousands of digits.
-        raise UserError(f"{path}: it cannot be read as YAML ({said(error)})") from None
+        raise UserError(f"{path}: it cannot be read as YAML ({message_of(error)})") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{path}: it holds {found}; it must be a mapping of settings")

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import one_line
+from helpers import refused
 from transformers import AutoModelForCausalLM
 
 from lrsa_lit.attention import LRSACache, disable, enable, enabled_config, interface, prefill, using
@@ -67,9 +67,8 @@ def test_disable_leaves_no_trace(tiny, tokens, rule):
 def test_a_refused_rule_leaves_the_rule_before_it(tiny, tokens, rule):
     model = enable(tiny("Llama"), rule)
     before = logits(model, tokens(1, 70))
-    with pytest.raises(UserError) as caught:
+    with refused("dense_layers", [3]):
         enable(model, rule.replace(dense_layers=(1, 3)))
-    assert one_line(caught.value) == "lrsa.dense_layers: [3] is not allowed; this model has layers 0 to 2"
     assert enabled_config(model) == rule
     assert logits(model, tokens(1, 70)).equal(before)
 
@@ -150,25 +149,21 @@ def test_a_reloaded_model_takes_the_rule_that_it_was_saved_with(tiny, tokens, ru
 
 @pytest.mark.parametrize("call", [enable, LRSACache.of], ids=["enable", "cache"])
 @pytest.mark.parametrize(
-    ("stored", "message"),
+    ("stored", "field"),
     [
-        (None, "config: the model's config.json holds no LRSA rule"),
-        ({"lag": 3}, "lrsa.lag: no such setting"),
-        ([3], "lrsa: [3] is not allowed"),
-        (
-            {"compressor": {"class_path": "os.system"}},
-            "lrsa.compressor: 'os.system' is no compressor that is known here",
-        ),
+        (None, "config"),
+        ({"lag": 3}, "config.lrsa.lag"),
+        ([3], "config.lrsa.values"),
+        ({"compressor": {"class_path": "os.system"}}, "config.lrsa.compressor"),
     ],
     ids=["none", "unknown-setting", "list", "foreign-class"],
 )
-def test_a_model_without_a_valid_rule_needs_one(stored, message, call, tiny):
+def test_a_model_without_a_valid_rule_needs_one(stored, field, call, tiny):
     model = tiny("Llama")
     if stored is not None:
         model.config.lrsa = stored
-    with pytest.raises(UserError) as caught:
+    with refused(field):
         call(model)
-    assert one_line(caught.value).startswith(message)
     assert enabled_config(model) is None
 
 

@@ -4,9 +4,8 @@ import logging
 
 import pytest
 import torch
-from helpers import one_line, random_qkv
+from helpers import random_qkv, refused
 
-from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig, api, select, sparse_attention, visibility_mask
 
 RULE = LRSAConfig(sink_size=2, lag_size=4, top_k=2)
@@ -22,64 +21,62 @@ def tensors(**sizes):
 
 
 CASES = {
-    "query-3d": (lambda q, k, v: (q[0], k, v), {}, "query, key: shapes (4, 20, 5) and"),
-    "key-3d": (lambda q, k, v: (q, k[0], v[0]), {}, "query, key: shapes"),
-    "value-shape": (lambda q, k, v: (q, k, v[:, :, 1:]), {}, "value: shape (1, 2, 19, 5) differs"),
-    "value-3d": (lambda q, k, v: (q, k, v[0]), {}, "value: shape"),
-    "batch": (lambda q, k, v: (q.expand(2, -1, -1, -1), k, v), {}, "key: shape (1, 2, 20, 5) does not fit query"),
-    "head-dim": (lambda q, k, v: (q[..., 1:], k, v), {}, "key: shape"),
-    "groups": (lambda q, k, v: (q[:, :3], k, v), {}, "query: 3 heads are no multiple of the 2 key-value heads"),
-    "fewer-query-heads": (lambda q, k, v: (q[:, :1], k, v), {}, "query: 1 heads"),
-    "no-key-heads": (lambda q, k, v: (q, k[:, :0], v[:, :0]), {}, "query: 4 heads"),
-    "no-query-heads": (lambda q, k, v: (q[:, :0], k, v), {}, "query: 0 heads"),
-    "more-queries": (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), {}, "query: 20 tokens over 19 keys"),
-    "no-queries": (lambda q, k, v: (q[:, :, :0], k, v), {}, "query: 0 tokens over 20 keys"),
-    "no-tokens": (lambda q, k, v: (q[:, :, :0], k[:, :, :0], v[:, :, :0]), {}, "query: 0 tokens over 0 keys"),
-    "mixed-dtype": (lambda q, k, v: (q, k.float(), v), {}, "dtype: torch.float64, torch.float32"),
-    "integers": (lambda q, k, v: (q.int(), k.int(), v.int()), {}, "dtype: torch.int32"),
-    "devices": (lambda q, k, v: (q, k.to("meta"), v.to("meta")), {}, "device: cpu, meta, meta"),
-    "cu-start": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(1, 20)}, "cu_seqlens: [1, 20] must start at 0"),
-    "cu-end": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(0, 19)}, "cu_seqlens: [0, 19] must"),
-    "cu-beyond": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(0, 21)}, "cu_seqlens: [0, 21] must"),
-    "cu-decreasing": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(0, 9, 5, 20)}, "cu_seqlens: [0, 9, 5, 20] must"),
-    "cu-empty": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints()}, "cu_seqlens: [] must"),
+    "query-3d": (lambda q, k, v: (q[0], k, v), {}, ("query, key", ((4, 20, 5), (1, 2, 20, 5)))),
+    "key-3d": (lambda q, k, v: (q, k[0], v[0]), {}, ("query, key", ((1, 4, 20, 5), (2, 20, 5)))),
+    "value-shape": (lambda q, k, v: (q, k, v[:, :, 1:]), {}, ("value", (1, 2, 19, 5))),
+    "value-3d": (lambda q, k, v: (q, k, v[0]), {}, ("value", (2, 20, 5))),
+    "batch": (lambda q, k, v: (q.expand(2, -1, -1, -1), k, v), {}, ("key", (1, 2, 20, 5))),
+    "head-dim": (lambda q, k, v: (q[..., 1:], k, v), {}, ("key", (1, 2, 20, 5))),
+    "groups": (lambda q, k, v: (q[:, :3], k, v), {}, ("query", (1, 3, 20, 5))),
+    "fewer-query-heads": (lambda q, k, v: (q[:, :1], k, v), {}, ("query", (1, 1, 20, 5))),
+    "no-key-heads": (lambda q, k, v: (q, k[:, :0], v[:, :0]), {}, ("query", (1, 4, 20, 5))),
+    "no-query-heads": (lambda q, k, v: (q[:, :0], k, v), {}, ("query", (1, 0, 20, 5))),
+    "more-queries": (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), {}, ("query", (1, 4, 20, 5))),
+    "no-queries": (lambda q, k, v: (q[:, :, :0], k, v), {}, ("query", (1, 4, 0, 5))),
+    "no-tokens": (lambda q, k, v: (q[:, :, :0], k[:, :, :0], v[:, :, :0]), {}, ("query", (1, 4, 0, 5))),
+    "mixed-dtype": (lambda q, k, v: (q, k.float(), v), {}, ("dtype", (torch.float64, torch.float32, torch.float64))),
+    "integers": (lambda q, k, v: (q.int(), k.int(), v.int()), {}, ("dtype", (torch.int32, torch.int32, torch.int32))),
+    "devices": (lambda q, k, v: (q, k.to("meta"), v.to("meta")), {}, ("device", "cpu, meta, meta")),
+    "cu-start": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(1, 20)}, ("cu_seqlens", [1, 20])),
+    "cu-end": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(0, 19)}, ("cu_seqlens", [0, 19])),
+    "cu-beyond": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(0, 21)}, ("cu_seqlens", [0, 21])),
+    "cu-decreasing": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(0, 9, 5, 20)}, ("cu_seqlens", [0, 9, 5, 20])),
+    "cu-empty": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints()}, ("cu_seqlens", [])),
     "cu-float": (
         lambda q, k, v: (q, k, v),
         {"cu_seqlens": torch.tensor([0.0, 20.0])},
-        "cu_seqlens: torch.float32 (2,); it must be int32",
+        ("cu_seqlens", (torch.float32, 2)),
     ),
-    "cu-2d": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(0, 20)[None]}, "cu_seqlens: torch.int32 (1, 2)"),
-    "cu-list": (lambda q, k, v: (q, k, v), {"cu_seqlens": [0, 20]}, "cu_seqlens: list; it must be int32"),
+    "cu-2d": (lambda q, k, v: (q, k, v), {"cu_seqlens": ints(0, 20)[None]}, ("cu_seqlens", (torch.int32, 1, 2))),
+    "cu-list": (lambda q, k, v: (q, k, v), {"cu_seqlens": [0, 20]}, ("cu_seqlens", "list")),
     "cu-batch": (
         lambda q, k, v: tuple(x.expand(2, -1, -1, -1) for x in (q, k, v)),
         {"cu_seqlens": ints(0, 20)},
-        "cu_seqlens: packed rows need B = 1",
+        ("cu_seqlens", None),
     ),
     "cu-fewer-queries": (
         lambda q, k, v: (q[:, :, 1:], k, v),
         {"cu_seqlens": ints(0, 20)},
-        "cu_seqlens: packed rows need B = 1 and a query for each key, got B = 1, 19 queries and 20 keys",
+        ("cu_seqlens", None),
     ),
-    "impl": (lambda q, k, v: (q, k, v), {"impl": "cuda"}, "impl: 'cuda' is not allowed; it must be one of auto, "),
+    "impl": (lambda q, k, v: (q, k, v), {"impl": "cuda"}, ("impl", "cuda")),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_argument_is_named(case):
-    change, options, message = CASES[case]
-    with pytest.raises(UserError) as caught:
+    change, options, (field, value) = CASES[case]
+    with refused(field, value):
         sparse_attention(*change(*tensors()), RULE, **options)
-    assert one_line(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("call", [select, visibility_mask], ids=["select", "visibility_mask"])
 @pytest.mark.parametrize("case", ["value-shape", "value-3d", "integers", "no-tokens", "cu-end", "cu-float", "cu-batch"])
 def test_the_other_entries_check_the_same(call, case):
-    change, options, _ = CASES[case]
+    change, options, (field, _) = CASES[case]
     _, key, value = change(*tensors())
-    with pytest.raises(UserError) as caught:
+    with refused(field.replace("query, ", "")):
         call(key, value, RULE, **options)
-    one_line(caught.value)
 
 
 def test_the_implementations_that_run_here_agree():

@@ -5,9 +5,8 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from helpers import one_line
+from helpers import refused
 
-from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, Recency
 
 BAD = [
@@ -37,12 +36,8 @@ BAD = [
 
 @pytest.mark.parametrize(("key", "value", "allowed"), BAD, ids=[f"{key}={value}" for key, value, _ in BAD])
 def test_a_value_out_of_bounds_is_told_with_its_key_and_what_is_allowed(key, value, allowed):
-    with pytest.raises(UserError) as caught:
+    with refused(key, value, allowed):
         LRSAConfig(**{key: value})
-    message = one_line(caught.value)
-    assert message.startswith(f"lrsa.{key}: ")
-    assert repr(value) in message
-    assert allowed in message
 
 
 @pytest.mark.parametrize(
@@ -108,11 +103,11 @@ def test_replace_changes_a_copy_and_checks_it():
     config = LRSAConfig()
     assert config.replace(top_k=5).top_k == 5
     assert config.top_k == 32
-    with pytest.raises(UserError, match=r"lrsa\.top_k: 999"):
+    with refused("top_k", 999):
         config.replace(top_k=999)
-    with pytest.raises(UserError) as caught:
+    with refused("topk") as caught:
         config.replace(topk=5)
-    assert one_line(caught.value).startswith("lrsa.topk: no such setting; there are sink_size, ")
+    assert "top_k" in caught.value.hint
 
 
 @pytest.mark.parametrize("compressor", [RandomTokens(seed=7), MeanPool(), Recency()], ids=lambda c: type(c).__name__)
@@ -131,24 +126,18 @@ def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "field", "value"),
     [
-        ({"lag": 3}, "lrsa.lag: no such setting"),
-        (
-            {"compressor": {"class_path": "os.system"}},
-            "lrsa.compressor: 'os.system' is no compressor that is known here",
-        ),
-        ({"compressor": {}}, "lrsa.compressor: None is no compressor that is known here"),
-        ({"compressor": {"class_path": f"{Recency.__module__}.Selector"}}, "lrsa.compressor: "),
-        (
-            {"compressor": {"class_path": ["Recency"]}},
-            "lrsa.compressor: ['Recency'] is no compressor that is known here",
-        ),
-        ({"compressor": Recency().to_dict() | {"init_args": {"seeds": 1}}}, "lrsa.compressor: "),
-        ({"compressor": None}, "lrsa.compressor: None is not allowed; it must be a Compressor"),
-        ({3: 4}, "lrsa: {3: 4} is not allowed"),
-        ([["top_k", 3]], "lrsa: [['top_k', 3]] is not allowed"),
-        ({"compressor": "Recency"}, "lrsa.compressor: 'Recency' is not allowed; it must be a Compressor"),
+        ({"lag": 3}, "lag", None),
+        ({"compressor": {"class_path": "os.system"}}, "compressor", "os.system"),
+        ({"compressor": {}}, "compressor", None),
+        ({"compressor": {"class_path": f"{Recency.__module__}.Selector"}}, "compressor", ...),
+        ({"compressor": {"class_path": ["Recency"]}}, "compressor", ["Recency"]),
+        ({"compressor": Recency().to_dict() | {"init_args": {"seeds": 1}}}, "compressor", ...),
+        ({"compressor": None}, "compressor", None),
+        ({3: 4}, "values", {3: 4}),
+        ([["top_k", 3]], "values", [["top_k", 3]]),
+        ({"compressor": "Recency"}, "compressor", "Recency"),
     ],
     ids=[
         "unknown-setting",
@@ -163,10 +152,9 @@ def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
         "name-alone",
     ],
 )
-def test_a_dict_that_names_something_unknown_is_refused(values, message):
-    with pytest.raises(UserError) as caught:
+def test_a_dict_that_names_something_unknown_is_refused(values, field, value):
+    with refused(field, value):
         LRSAConfig.from_dict(values)
-    assert one_line(caught.value).startswith(message)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.io import write_atomically
 
 SCHEMA = 1
@@ -180,7 +180,7 @@ class SelectionRecord:
         except UserError:
             raise
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-            reason = said(error)[:80]
+            reason = message_of(error)[:80]
             raise UserError(f"{path}: not a selection record, or a truncated one ({reason})") from None
         if model not in (None, header["model"], header["digest"]):
             raise UserError(f"{path}: recorded with {header['model']} ({header['digest']}), not with {model}")

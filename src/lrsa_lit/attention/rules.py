@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from lrsa_lit.attention.layout import Layout
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, under
 from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
 
 RULE = "_lrsa_rule"
@@ -109,8 +109,9 @@ def given_or_stored(config: LRSAConfig | None, model: PreTrainedModel) -> LRSACo
         return config
     stored = getattr(model.config, "lrsa", None)
     if stored is None:
-        raise UserError("config: the model's config.json holds no LRSA rule; pass an LRSAConfig")
-    return LRSAConfig.from_dict(stored)
+        raise UserError("config", reason="the model's config.json holds no LRSA rule", hint="pass an LRSAConfig")
+    with under("config.lrsa"):
+        return LRSAConfig.from_dict(stored)
 
 
 def warn_if_trained_otherwise(model: PreTrainedModel, config: LRSAConfig) -> None:

@@ -19,7 +19,7 @@ from lrsa_lit.checkpoints.exact_state import accumulating, validation_is_due
 from lrsa_lit.checkpoints.files import claim, release
 from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.checkpoints.stop import StoppedByUser, Terminated
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 
 _log = logging.getLogger("lrsa_lit.checkpoints")
 
@@ -198,7 +198,7 @@ class SafeModelCheckpoint(ModelCheckpoint):
             trainer.strategy.barrier("Trainer.save_checkpoint")
         message = trainer.strategy.broadcast(failure and str(failure))
         if message is not None:
-            raise failure or CheckpointNotSaved(message)
+            raise failure or CheckpointNotSaved(str(message))
 
     @contextmanager
     def _putting_off(self) -> Iterator[None]:
@@ -212,7 +212,7 @@ class SafeModelCheckpoint(ModelCheckpoint):
 def _reason(error: OSError | CheckpointException) -> str:
     failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
     causes = [system_error(cause) for cause, _ in failures]
-    return next((cause.strerror for cause in causes if cause and cause.strerror), said(error))
+    return next((cause.strerror for cause in causes if cause and cause.strerror), message_of(error))
 
 
 def last_good(trainer: Trainer) -> str:

@@ -62,8 +62,8 @@ def run(arguments: Sequence[str]) -> None:
         _check_adapters(trained, options)
         _write(trained, options.out, merge=not options.adapters)
     except UserError as error:
-        key, colon, rest = str(error).partition(":")
-        raise UserError(_FLAGS.get(key, key) + colon + rest) from error
+        error.field = _FLAGS.get(error.field, error.field)
+        raise
     kind = "Adapters" if options.adapters else "Model"
     PlainConsole().say(f"{kind} of {options.checkpoint} in {options.out}")
 

@@ -46,7 +46,8 @@ from lrsa_lit.cli.preflight import (
     quiet_libraries,
     root_folder,
 )
-from lrsa_lit.cli.settings_parser import OneLineParser, first_user_error, one_line
+from lrsa_lit.cli.setting_keys import DATA_TOKENIZER, TOKENIZER, first_user_error
+from lrsa_lit.cli.settings_parser import OneLineParser, one_line
 from lrsa_lit.cli.trainer import Trainer
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
@@ -102,7 +103,7 @@ class LRSACLI(LightningCLI):
         parser.add_argument(
             "--plugins", type=list[str] | str, default=[], help="Modules of yours, which add data sets or compressors."
         )
-        parser.link_arguments("model.tokenizer", "data.init_args.tokenizer", apply_on="instantiate")
+        parser.link_arguments(TOKENIZER, DATA_TOKENIZER, apply_on="instantiate")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's list of all metrics only on request: an evaluation closes with a table of its own."""
@@ -215,13 +216,11 @@ class LRSACLI(LightningCLI):
         try:
             self.model.check_optimizer()
         except UserError as error:
-            if not str(error).startswith("model.lr_scheduler"):
-                raise
-            steps = self._get(self.config, "trainer").max_steps
-            raise UserError(
-                f"{error}; with trainer.max_steps={steps}, give it other init_args (such as total_steps), or set "
-                "model.lr_scheduler=null"
-            ) from None
+            if error.field == "lr_scheduler" and not error.hint:
+                steps = self._get(self.config, "trainer").max_steps
+                others = "give it other init_args (such as total_steps), or set model.lr_scheduler=null"
+                error.hint = f"with trainer.max_steps={steps}, {others}"
+            raise
 
     def _settings(self) -> dict[str, str]:
         """What decides the weights, for checkpoints to be compared with."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.paths import expanded
 from lrsa_lit.terminal import log_to
@@ -51,7 +51,7 @@ def root_folder(trainer: Any) -> Path:
         get_filesystem(given)
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"trainer.default_root_dir: {given} is not allowed ({said(error)}); it must be a folder"
+            f"trainer.default_root_dir: {given} is not allowed ({message_of(error)}); it must be a folder"
         ) from None
     folder = expanded("trainer.default_root_dir", given)
     if given.startswith("~"):

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lrsa_lit.cli.setting_keys import first_user_error
 from lrsa_lit.errors import UserError
 
 # The last form is that of a parser of one class within the whole.
@@ -73,12 +74,3 @@ def _settings(parser: LightningArgumentParser) -> Iterator[str]:
             for child in action.choices.values():
                 yield from _settings(child)
         yield str(action.dest)
-
-
-def first_user_error(error: BaseException | None, but: type[UserError] | tuple[()] = ()) -> UserError | None:
-    """The UserError among an error's causes: jsonargparse wraps what a constructor raised, several times over."""
-    while error is not None:
-        if isinstance(error, UserError) and not isinstance(error, but):
-            return UserError(re.sub(r"^lrsa\.", "model.lrsa.", str(error)))
-        error = error.__cause__ or error.__context__
-    return None

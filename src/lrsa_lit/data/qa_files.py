@@ -13,7 +13,7 @@ from lrsa_lit.data.hub_fields import canonical, check_fields
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
 from lrsa_lit.data.reading import TABLES, Row, read_table
 from lrsa_lit.data.records import QARecord, read_records, records_of
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.io import sha256_of
 from lrsa_lit.paths import cache_dir, resolve
 
@@ -93,7 +93,7 @@ class QAFiles(QADataModule):
         try:
             return datasets.load_dataset_builder(str(self.hub), self.hub_config, **self._hub_options())
         except (OSError, ValueError) as error:
-            raise UserError(f"data.init_args.hub {self.hub}: cannot be loaded ({said(error)})") from None
+            raise UserError(f"data.init_args.hub {self.hub}: cannot be loaded ({message_of(error)})") from None
 
     def _hub_records(self, split: Split) -> Iterator[QARecord]:
         name = self.hub_splits[split]
@@ -117,7 +117,7 @@ class QAFiles(QADataModule):
             for number, row in enumerate(rows, start=1):
                 yield f"{name} row {number}", row
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise UserError(f"cannot be loaded ({said(error)})") from None
+            raise UserError(f"cannot be loaded ({message_of(error)})") from None
 
     def _hub_options(self) -> dict[str, Any]:
         return {"revision": self.hub_revision, "cache_dir": str(cache_dir("hub"))}

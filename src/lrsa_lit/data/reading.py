@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -114,7 +114,7 @@ def parse_json(data: bytes, place: str) -> Any:
         raise UserError(f"{place}: {error}") from None
     except ValueError as error:
         # The only other one is about numbers of very many digits.
-        raise UserError(f"{place}: not readable JSON ({said(error).partition(';')[0]})") from None
+        raise UserError(f"{place}: not readable JSON ({message_of(error).partition(';')[0]})") from None
     return value
 
 
@@ -220,7 +220,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         where = f"damaged behind row {number}" if number else "not a Parquet file, or damaged"
-        raise UserError(f"{path}: {where} ({said(error)})") from None
+        raise UserError(f"{path}: {where} ({message_of(error)})") from None
 
 
 def _check_once(names: list[str], path: Path) -> None:
@@ -243,6 +243,6 @@ def _rows(batch: pyarrow.RecordBatch, path: Path, before: int) -> list[dict[str,
                     part.to_pylist()
                 except ValueError as error:
                     place = f"{path}, row {before + number + 1}"
-                    raise UserError(f"{place}: field {name!r} cannot be read ({said(error)})") from None
+                    raise UserError(f"{place}: field {name!r} cannot be read ({message_of(error)})") from None
         raise UserError(f"{path}: damaged behind row {before}") from None
     return rows

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models.backbone import ADAPTER_CONFIG, Backbone, LoRA
 from lrsa_lit.models.checkpoint import Trained, typed
 from lrsa_lit.models.checkpoint_file import Unreadable, reason_of
@@ -109,7 +109,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model: {path} cannot be read ({said(error)[:120]})") from error
+        raise UserError(f"model: {path} cannot be read ({message_of(error)[:120]})") from error
     if not isinstance(content, dict):
         raise UserError(f"model: {path} must hold a JSON object")
     return content

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models.loading import KEY, from_config, load_model, pretrained
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve
@@ -313,6 +313,6 @@ def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
         adapted: nn.Module = peft.get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise UserError(
-            f"model.backbone.lora.target_modules: {lora.target_modules} is not allowed: {said(error)}"
+            f"model.backbone.lora.target_modules: {lora.target_modules} is not allowed: {message_of(error)}"
         ) from error
     return adapted

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lrsa_lit import verified
-from lrsa_lit.errors import said
+from lrsa_lit.errors import message_of
 
 SUFFIX = ".ckpt"
 INDEX = ".metadata"
@@ -82,7 +82,7 @@ def reason_of(error: BaseException) -> str:
     """What an error of a library says, short enough for a line."""
     if isinstance(error, OSError) and error.filename:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
-    return (said(error) or type(error).__name__)[:120]
+    return (message_of(error) or type(error).__name__)[:120]
 
 
 def holds_shards(path: Path) -> bool:
@@ -123,5 +123,5 @@ def _read_through(path: Path, tensors: bool, *version: int) -> str | None:
                         while file.read(_BLOCK):
                             pass
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
-        return said(error) or type(error).__name__
+        return message_of(error) or type(error).__name__
     return None

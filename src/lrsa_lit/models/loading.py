@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -108,7 +108,7 @@ def check_complete(info: dict[str, Any], source: str) -> None:
             f"{tuple(held)} instead of {tuple(needed)}"
         )
     if info["error_msgs"]:
-        raise UserError(f"{KEY}: {source} cannot be loaded: {said(ValueError(info['error_msgs'][0]))[:300]}")
+        raise UserError(f"{KEY}: {source} cannot be loaded: {message_of(ValueError(info['error_msgs'][0]))[:300]}")
     if unexpected:
         _log.warning("%s: %d weights have no place in the model, such as %s", source, len(unexpected), unexpected[0])
 
@@ -144,7 +144,7 @@ def _in_one_line(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = said(error) or type(error).__name__
+        reason = message_of(error) or type(error).__name__
         if "trust_remote_code" in reason:
             raise UserError(
                 f"model.backbone.trust_remote_code: {source} comes with code of its own, which only this setting runs; "

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, under
 from lrsa_lit.ops.sparse_attention import Compressor, LRSAConfig
 from lrsa_lit.ops.sparse_attention.bounds import is_integer
 from lrsa_lit.study import settings
@@ -266,12 +266,10 @@ def digest(values: Any) -> str:
 
 def _rule(key: str, below: LRSAConfig | Settings, changes: Mapping[str, Any]) -> LRSAConfig:
     """A rule with changes; a compressor stands in the YAML as a class."""
-    try:
+    with under(key):
         if not isinstance(below, LRSAConfig):
             below = LRSAConfig().replace(**{name: settings.made(value, Compressor) for name, value in below.items()})
         return below.replace(**{name: settings.made(value, Compressor) for name, value in changes.items()})
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
 
 
 def _each_layer(inference: Mapping[str, Settings | None]) -> Iterator[tuple[str, Settings | None]]:

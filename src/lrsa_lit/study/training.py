@@ -25,7 +25,7 @@ from lrsa_lit.data.order import Mixed, shares
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import checked_policy
 from lrsa_lit.data.prompts import Example
-from lrsa_lit.errors import UserError, said
+from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.backbone import LoRA
 from lrsa_lit.ops.sparse_attention import Compressor, LRSAConfig
@@ -269,7 +269,7 @@ def _trainer(row: Row, callbacks: list[lightning.Callback]) -> lightning.Trainer
             plugins=[AtomicCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UserError(f"rows.{row.name}.trainer: {said(error)}") from error
+        raise UserError(f"rows.{row.name}.trainer: {message_of(error)}") from error
 
 
 @contextlib.contextmanager

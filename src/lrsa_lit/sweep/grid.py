@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lrsa_lit.errors import UserError, redacted
+from lrsa_lit.errors import UserError, redacted, under
 
 FLAG = "--grid"
 _LOGGER = "trainer.logger"
@@ -105,9 +105,7 @@ def _resolved(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         run(lightning_arguments("fit", [*arguments, "--print_config"]))
     config: dict[str, Any] = yaml.safe_load(shown.getvalue())
-    try:
+    with under("model.lrsa"):
         # Bounds that depend on each other are the rule's own to check.
         LRSAConfig(**{name: value for name, value in config["model"]["lrsa"].items() if name != "compressor"})
-    except UserError as error:
-        raise UserError(f"model.{error}") from None
     return shown.getvalue(), config

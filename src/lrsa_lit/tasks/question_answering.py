@@ -29,7 +29,7 @@ from lrsa_lit.attention import (
     using,
 )
 from lrsa_lit.chat_template import with_arguments
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.evaluation.metrics import exact_match, f1_score
 from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import describe, trained_weights
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Attention = dict[str, Any] | None
 """What a further attention changes of the run's own rule, as in ``{top_k: 16}``; null is dense attention."""
 
-Made = TypeVar("Made")
+Built = TypeVar("Built")
 
 
 class Prediction(TypedDict):
@@ -99,22 +99,22 @@ class LongContextQA(lightning.LightningModule):
     ) -> None:
         super().__init__()
         if max_new_tokens < 1:
-            raise UserError(f"model.max_new_tokens: {max_new_tokens} is not allowed; it must be an integer >= 1")
+            raise UserError("max_new_tokens", max_new_tokens, "an integer >= 1")
         self.backbone = backbone
         self.lrsa = lrsa
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
-        self.train_config = _derived("model.train_attention", lrsa, train_attention)
+        self.train_config = _derived("train_attention", lrsa, train_attention)
         self.train_top_k = train_top_k
         if train_top_k is not None:
             if self.train_config is None:
-                raise UserError("model.train_top_k: it is not allowed where model.train_attention is null (dense)")
+                raise UserError("train_top_k", hint="it is not allowed where train_attention is null (dense)")
             train_top_k.check(self.train_config)
         self.attentions: dict[str, LRSAConfig | None] = {"": lrsa}
         for name, changes in evaluate.items():
             if not re.fullmatch(r"[\w-]+", name):
-                raise UserError(f"model.evaluate: the name {name!r} is not allowed; use letters, digits, - and _")
-            self.attentions[f"{name}/"] = _derived(f"model.evaluate.{name}", lrsa, changes)
+                raise UserError("evaluate", name, "a name of letters, digits, - and _")
+            self.attentions[f"{name}/"] = _derived(f"evaluate.{name}", lrsa, changes)
         self.meters = nn.ModuleList(AnswerMeter() for _ in self.attentions)
         self.max_new_tokens = max_new_tokens
         self.template_arguments = template_arguments
@@ -157,15 +157,13 @@ class LongContextQA(lightning.LightningModule):
         self._optimizer([nn.Parameter(torch.zeros(1, 1))])
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> tuple[Any, Any]:
-        optimizer = _made("model.optimizer", self.make_optimizer, parameters)
+        optimizer = _built("optimizer", self.make_optimizer, parameters)
         if self.make_scheduler is None:
             return optimizer, None
-        scheduler = _made("model.lr_scheduler", self.make_scheduler, optimizer)
+        scheduler = _built("lr_scheduler", self.make_scheduler, optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
-            raise UserError(
-                f"model.lr_scheduler: {type(scheduler).__name__} is not allowed; a schedule is stepped after each "
-                "optimizer step and sees no metric"
-            )
+            name, seen = type(scheduler).__name__, "a schedule is stepped after each optimizer step and sees no metric"
+            raise UserError("lr_scheduler", name, hint=seen)
         return optimizer, scheduler
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -182,16 +180,15 @@ class LongContextQA(lightning.LightningModule):
             ]
             differing = sorted(name for name in saved.keys() | needed.keys() if saved.get(name) != needed.get(name))
             raise UserError(
-                f"ckpt_path: it holds {kinds[0]} of another shape than this configuration, which trains {kinds[1]}; "
-                f"they differ in {len(differing)} tensors, such as {differing[0]}"
+                "ckpt_path",
+                reason=f"it holds {kinds[0]} of another shape than this configuration, which trains {kinds[1]}",
+                hint=f"they differ in {len(differing)} tensors, such as {differing[0]}",
             )
         steps = [state.get("total_steps") for state in checkpoint.get("lr_schedulers", [])]
         planned = self.trainer.max_steps
         if self.trainer.training and steps and steps[0] not in (None, planned):
-            raise UserError(
-                f"ckpt_path: its learning-rate schedule is {steps[0]} steps long and cannot go on to "
-                f"trainer.max_steps={planned}; resume with trainer.max_steps={steps[0]}"
-            )
+            wrong = f"its learning-rate schedule is {steps[0]} steps long and cannot go on to max_steps={planned}"
+            raise UserError("ckpt_path", reason=wrong, hint=f"resume with max_steps={steps[0]}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, if that is adapters, and say what it is."""
@@ -345,8 +342,7 @@ class LongContextQA(lightning.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         groups = [] if data is None else data.groups(split)
         if both := {group.partition("/")[0] for group in groups} & {name.rstrip("/") for name in self.attentions}:
-            name = min(both)
-            raise UserError(f"model.evaluate: the name {name!r} is not allowed; a data set or task has it as well")
+            raise UserError("evaluate", min(both), "another name than those of the data sets and tasks")
         for meter in self._meters:
             meter.reset(groups)
 
@@ -368,18 +364,16 @@ def _packed(batch: TrainBatch) -> dict[str, Any]:
 
 
 def _derived(key: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
-    """The rule with some values changed; an error names the key of the YAML that asked for it."""
+    """The rule with some values changed; an error names the argument that asked for it."""
     if changes is None:
         return None
-    try:
+    with under(key):
         return own.replace(**changes)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
 
 
-def _made(key: str, make: Callable[[Any], Made], argument: Any) -> Made:
-    """What a constructor from the YAML makes; its complaint becomes one line that names the key."""
+def _built(field: str, build: Callable[[Any], Built], argument: Any) -> Built:
+    """What an argument of the task builds; its complaint becomes one line that names the argument."""
     try:
-        return make(argument)
+        return build(argument)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(field, reason=message_of(error)) from error

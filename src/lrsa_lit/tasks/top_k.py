@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LRSAConfig
 
-_KEY = "model.train_top_k"
-
 
 class TopKSchedule(ABC):
     """Decides K by the run's seed and the step alone, so that a resumed run goes on with the same."""
@@ -38,7 +36,7 @@ class SampledTopK(TopKSchedule):
         """Make the tuple that YAML cannot write."""
         object.__setattr__(self, "choices", tuple(self.choices))
         if not self.choices:
-            raise UserError(f"{_KEY}.choices is empty; it must hold at least one K")
+            raise UserError("choices", self.choices, "a list of at least one K")
 
     def __call__(self, seed: int, step: int, rule: LRSAConfig) -> int:
         """One of the choices."""
@@ -65,7 +63,7 @@ class AnnealedTopK(TopKSchedule):
     def __post_init__(self) -> None:
         """Check the bound once."""
         if self.steps < 1:
-            raise UserError(f"{_KEY}.steps: {self.steps} is not allowed; it must be an integer >= 1")
+            raise UserError("steps", self.steps, "an integer >= 1")
 
     def __call__(self, seed: int, step: int, rule: LRSAConfig) -> int:
         """Rounded to whole pairs."""
@@ -81,4 +79,4 @@ def _check_top_k(name: str, rule: LRSAConfig, top_k: int) -> None:
     try:
         rule.replace(top_k=top_k)
     except UserError as error:
-        raise UserError(f"{_KEY}.{name}: {error}") from None
+        raise UserError(name, top_k, error.allowed) from None

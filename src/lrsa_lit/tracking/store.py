@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.errors import UserError, redacted, said
+from lrsa_lit.errors import UserError, message_of, redacted
 from lrsa_lit.paths import check_writable, shipped
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.uris import SQLITE, register, sqlite_path, sqlite_uri, with_user
@@ -166,7 +166,7 @@ def refused(error: Exception) -> bool:
 
 def reason(error: BaseException) -> str:
     """Why a store does not answer, without the layers that its libraries wrap it in."""
-    text = redacted(said(error))
+    text = redacted(message_of(error))
     if cause := re.search(r"\[Errno -?\d+\] ([\w ]+)", text):
         return cause[1]
     if "timed out" in text:

@@ -47,7 +47,7 @@ _FLAGS = (
         "model.template_arguments": "--template-arguments",
         "model.backbone.trust_remote_code": "--trust-remote-code",
     }
-    | {f"lrsa.{name}": f"--{name.replace('_', '-')}" for name in _RULE_FLAGS}
+    | {name: f"--{name.replace('_', '-')}" for name in _RULE_FLAGS}
 )
 """What this command calls the settings that messages name as the YAML files do."""
 
@@ -75,8 +75,8 @@ def run(arguments: Sequence[str]) -> None:
     try:
         _run(_parse(arguments))
     except UserError as error:
-        key, colon, rest = str(error).partition(":")
-        raise UserError(_FLAGS.get(key, key) + colon + rest) from error
+        error.field = _FLAGS.get(error.field, error.field)
+        raise
     except KeyboardInterrupt:
         print("\nlrsa: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -204,7 +204,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"QUESTION: number {number} is not UTF-8 text; only that is allowed")
     ignored = [name for name in _RULE_FLAGS if options.dense and getattr(options, name) is not None]
     if ignored:
-        raise UserError(f"{_FLAGS[f'lrsa.{ignored[0]}']}: it is not allowed with --dense, which compresses nothing")
+        raise UserError(_FLAGS[ignored[0]], reason="it is not allowed with --dense, which compresses nothing")
     if not options.questions and not _asks(options):
         raise UserError("QUESTION: none is given; at least one is needed where none can be typed")
     return options
@@ -329,7 +329,7 @@ def _rule(model: Trained, options: argparse.Namespace, notes: PlainConsole) -> L
     try:
         rule = LRSAConfig.from_dict(model.rule)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--model: {model.backbone.source} has no valid rule: {error}") from None
+        raise UserError("--model", model.backbone.source, reason=f"has no valid rule ({error})") from None
     return rule.replace(**changes)
 
 

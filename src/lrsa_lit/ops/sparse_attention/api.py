@@ -141,28 +141,28 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _decide(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
     """Cached, so that the choice of ``auto`` and its reason are logged once."""
     if impl not in get_args(Impl):
-        raise UserError(f"impl: {impl!r} is not allowed; it must be one of {', '.join(get_args(Impl))}")
+        raise UserError("impl", impl, f"one of {', '.join(get_args(Impl))}")
     if impl == "eager":
         return impl
     if impl == "auto" and device != "cuda":
         _log.info("sparse_attention on %s runs impl=eager", device)
         return "eager"
-    reason = _no_triton(device, dtype, dim)
-    if impl == "triton" and reason is not None:
-        raise UserError(reason)
-    if reason is not None:
-        _log.warning("sparse_attention on %s runs impl=eager, which is slow: %s", device, reason)
+    refusal = _no_triton(device, dtype, dim)
+    if impl == "triton" and refusal is not None:
+        raise refusal
+    if refusal is not None:
+        _log.warning("sparse_attention on %s runs impl=eager, which is slow: %s", device, refusal)
         return "eager"
     _log.info("sparse_attention on %s runs impl=triton", device)
     return "triton"
 
 
-def _no_triton(device: str, dtype: torch.dtype, dim: int) -> str | None:
+def _no_triton(device: str, dtype: torch.dtype, dim: int) -> UserError | None:
     """Why the Triton kernels cannot run, None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "impl: 'triton' needs the package triton, which is not installed; use 'eager'"
-    reason: str | None = _triton().unsupported(device, dtype, dim)
-    return reason
+        return UserError("impl", "triton", reason="needs the package triton, which is not installed", hint="use eager")
+    refusal: UserError | None = _triton().unsupported(device, dtype, dim)
+    return refusal
 
 
 def _triton() -> ModuleType:
@@ -179,20 +179,22 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         UserError: they do not; see :func:`sparse_attention` for what they must be.
     """
     if query.ndim != 4 or key.ndim != 4:
-        raise UserError(f"query, key: shapes {_shape(query)} and {_shape(key)}; both must be (B, heads, T, D)")
+        raise UserError("query, key", (_shape(query), _shape(key)), "(B, heads, T, D) both")
     if key.shape != value.shape:
-        raise UserError(f"value: shape {_shape(value)} differs from key's {_shape(key)}; they must be equal")
+        raise UserError("value", _shape(value), f"of the shape of key, {_shape(key)}")
     batch, query_heads, queries, dim = query.shape
     if (batch, dim) != (key.shape[0], key.shape[3]):
-        raise UserError(f"key: shape {_shape(key)} does not fit query {_shape(query)}; B and D must be equal")
+        raise UserError("key", _shape(key), f"of the B and D of query, {_shape(query)}")
     if min(query_heads, key.shape[1]) == 0 or query_heads % key.shape[1]:
-        raise UserError(f"query: {query_heads} heads are no multiple of the {key.shape[1]} key-value heads")
+        allowed = f"of a multiple of the {key.shape[1]} key-value heads"
+        raise UserError("query", _shape(query), allowed, reason=f"has {query_heads} heads")
     if not 1 <= queries <= key.shape[2]:
-        raise UserError(f"query: {queries} tokens over {key.shape[2]} keys; allowed are 1 to the number of keys")
+        allowed = f"of 1 to {key.shape[2]} tokens, as there are so many keys"
+        raise UserError("query", _shape(query), allowed, reason=f"has {queries} tokens")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise UserError(f"dtype: {query.dtype}, {key.dtype}, {value.dtype}; all three must be one floating dtype")
+        raise UserError("dtype", (query.dtype, key.dtype, value.dtype), "one floating dtype for all three")
     if not query.device == key.device == value.device:
-        raise UserError(f"device: {query.device}, {key.device}, {value.device}; all three must be on one device")
+        raise UserError("device", f"{query.device}, {key.device}, {value.device}", "one device for all three")
 
 
 def _boundaries(cu_seqlens: Tensor | None, key: Tensor, query: Tensor) -> Sequence[int]:
@@ -212,12 +214,12 @@ def check_packing(cu_seqlens: Tensor, key: Tensor, query: Tensor) -> None:
     """
     length = key.shape[2]
     if not isinstance(cu_seqlens, Tensor):
-        raise UserError(f"cu_seqlens: {type(cu_seqlens).__name__}; it must be int32 (N + 1,)")
+        raise UserError("cu_seqlens", type(cu_seqlens).__name__, "an int32 tensor (N + 1,)")
     if key.shape[0] != 1 or query.shape[2] != length:
         given = f"got B = {key.shape[0]}, {query.shape[2]} queries and {length} keys"
-        raise UserError(f"cu_seqlens: packed rows need B = 1 and a query for each key, {given}")
+        raise UserError("cu_seqlens", reason=f"packed rows need B = 1 and a query for each key; {given}")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise UserError(f"cu_seqlens: {cu_seqlens.dtype} {_shape(cu_seqlens)}; it must be int32 (N + 1,)")
+        raise UserError("cu_seqlens", (cu_seqlens.dtype, *_shape(cu_seqlens)), "int32 (N + 1,)")
 
 
 def _check_selection(selection: Selection, key: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> None:
@@ -225,7 +227,7 @@ def _check_selection(selection: Selection, key: Tensor, config: LRSAConfig, boun
     partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
     needed = (*key.shape[:2], partitions, config.top_k)
     if _shape(selection.indices) != needed:
-        raise UserError(f"selection: indices {_shape(selection.indices)}; this rule and these keys need {needed}")
+        raise UserError("selection", _shape(selection.indices), f"indices {needed} for this rule and these keys")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

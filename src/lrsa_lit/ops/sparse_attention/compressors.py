@@ -67,12 +67,13 @@ class Compressor(ABC):
     def from_dict(values: Any) -> Compressor:
         """The compressor that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
         if not isinstance(values, dict):
-            raise UserError(f"lrsa.compressor: {values!r} is not allowed; it must be a Compressor, or its dict")
-        found = plugins.find("compressors", values.get("class_path"), "lrsa.compressor")
+            raise UserError("compressor", values, "a Compressor, or its dict")
+        found = plugins.find("compressors", values.get("class_path"), "compressor")
         try:
             made: Compressor = found(**(values.get("init_args") or {}))
         except TypeError as error:
-            raise UserError(f"lrsa.compressor: init_args of {found.__name__}: {error}") from None
+            what = f"does not take these init_args ({error})"
+            raise UserError("compressor", found.__name__, reason=what) from None
         return made
 
 
@@ -167,7 +168,7 @@ class ChunkWise(Selector):
     def __post_init__(self) -> None:
         """Check the size, which no other setting bounds."""
         if not is_integer(self.size) or self.size < 1:
-            raise UserError(f"lrsa.compressor: size {self.size!r} is not allowed; it must be an integer >= 1")
+            raise UserError("size", self.size, "an integer >= 1")
 
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
         """The mean over the token's run; equal scores keep the order, so that runs are kept one after the other."""
@@ -213,7 +214,7 @@ class RandomTokens(Selector):
     def __post_init__(self) -> None:
         """Check the seed here: the hash would only show when tokens are kept."""
         if not is_integer(self.seed):
-            raise UserError(f"lrsa.compressor: seed {self.seed!r} is not allowed; it must be an integer")
+            raise UserError("seed", self.seed, "an integer")
 
     def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
         """Uniform in [0, 1), the same for every row of the batch."""

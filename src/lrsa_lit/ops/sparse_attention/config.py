@@ -73,7 +73,7 @@ class LRSAConfig:
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
-            raise UserError(f"lrsa.{name}: {getattr(self, name)!r} is not allowed; it must be {allowed}")
+            raise UserError(name, getattr(self, name), allowed)
 
     @property
     def chunk(self) -> int:
@@ -90,13 +90,13 @@ class LRSAConfig:
         known = [item.name for item in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise UserError(f"lrsa.{name}: no such setting; there are {', '.join(known)}")
+                raise UserError(name, reason="no such setting", hint=f"there are {', '.join(known)}")
         return dataclasses.replace(self, **changes)
 
     def check_layers(self, count: int) -> None:
         """Raise a UserError if a dense layer is none of a model's ``count`` layers."""
         if unknown := [layer for layer in self.dense_layers if layer >= count]:
-            raise UserError(f"lrsa.dense_layers: {unknown} is not allowed; this model has layers 0 to {count - 1}")
+            raise UserError("dense_layers", unknown, hint=f"this model has layers 0 to {count - 1}")
 
     def for_layer(self, layer: int) -> LRSAConfig | None:
         """The rule of one layer of a model, or None where the layer stays dense."""
@@ -117,7 +117,7 @@ class LRSAConfig:
             UserError: an unknown setting, a value out of bounds, or a compressor whose module is not imported.
         """
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-            raise UserError(f"lrsa: {values!r} is not allowed; it must be a dict of settings")
+            raise UserError("values", values, "a dict of settings")
         return cls().replace(**values)
 
     def digest(self) -> str:

@@ -31,7 +31,7 @@ def checked_boundaries(values: Sequence[int], length: int, name: str = "cu_seqle
     """
     ends = itertools.pairwise(values)
     if len(values) < 2 or values[0] != 0 or values[-1] != length or any(stop < start for start, stop in ends):
-        raise UserError(f"{name}: {values} must start at 0, never decrease and end at T = {length}")
+        raise UserError(name, values, f"integers from 0 to T = {length} that never decrease")
     return sorted(set(values))
 
 

@@ -53,7 +53,7 @@ def select_sequence(key: Tensor, value: Tensor, config: LRSAConfig) -> Selection
     """What the partitions of one sequence (B, H, T, D) keep by the time of its last query."""
     if not isinstance(config.compressor, Selector):
         name = type(config.compressor).__name__
-        raise UserError(f"lrsa.compressor: {name} makes new pairs and selects none; use a Selector")
+        raise UserError("compressor", name, "a Selector", reason="makes new pairs and selects none")
     batch, heads, length, _ = key.shape
     count = compressed_at(length - 1, config)
     if count == 0:

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.compressors import Selector, SpreadSelector
 from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
@@ -37,17 +38,17 @@ __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def unsupported(device: str, dtype: torch.dtype, dim: int) -> str | None:
-    """Why these kernels cannot run on such tensors, in one line that names the argument; None if they can."""
+def unsupported(device: str, dtype: torch.dtype, dim: int) -> UserError | None:
+    """Why these kernels cannot run on such tensors; None if they can."""
     interpreted = triton.knobs.runtime.interpret
     if device != "cuda" and not interpreted:
-        return f"device: impl='triton' runs on cuda, or on the CPU with TRITON_INTERPRET=1; got {device}"
+        return UserError("device", device, "cuda for impl=triton, or the CPU with TRITON_INTERPRET=1")
     if dtype not in _DTYPES:
-        return f"dtype: {dtype} is not allowed with impl='triton'; it must be bfloat16, float16 or float32"
+        return UserError("dtype", dtype, "bfloat16, float16 or float32 for impl=triton")
     if interpreted and dtype == torch.bfloat16:
-        return "dtype: Triton's interpreter computes bfloat16 products wrongly; use float32 or float16 with it"
+        return UserError("dtype", dtype, "float32 or float16 in Triton's interpreter, which computes others wrongly")
     if dim % 8 or not 16 <= dim <= 256:
-        return f"query: head size {dim} is not allowed with impl='triton'; it must be a multiple of 8 from 16 to 256"
+        return UserError("head size", dim, "a multiple of 8 from 16 to 256 for impl=triton")
     return None
 
 

@@ -1,0 +1,58 @@
+"""The command line names an argument by the key under which it stands, wherever its part complains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lrsa_lit.cli.setting_keys import first_user_error
+from lrsa_lit.data import HotpotQA
+from lrsa_lit.errors import UserError
+from lrsa_lit.models import Backbone, LoRA
+from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
+from lrsa_lit.tasks import LongContextQA, SampledTopK
+
+
+class Plugin(HotpotQA):
+    """A data set of one's own."""
+
+    def __init__(self, colour: str = "red", **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.colour = colour
+
+    def complain(self, field: str) -> None:
+        raise UserError(field, 3)
+
+
+def task(**options):
+    return LongContextQA(Backbone("tiny"), **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "key"),
+    [
+        (lambda: LRSAConfig(lag_size=1), "model.lrsa.lag_size"),
+        (lambda: RandomTokens(seed="a"), "model.lrsa.compressor.init_args.seed"),
+        (lambda: LoRA(rank=0), "model.backbone.lora.rank"),
+        (lambda: task(max_new_tokens=0), "model.max_new_tokens"),
+        (lambda: task(evaluate={"k": {"lag": 1}}), "model.evaluate.k.lag"),
+        (lambda: task(train_top_k=SampledTopK((999,))), "model.train_top_k.init_args.choices"),
+        (
+            lambda: task(optimizer=lambda weights: torch.optim.AdamW(weights, lr=-1)).check_optimizer(),
+            "model.optimizer",
+        ),
+        (lambda: Plugin().complain("colour"), "data.init_args.colour"),
+        (lambda: Plugin().complain("limit.train"), "data.init_args.limit.train"),
+        (lambda: Plugin().complain("tokenizer"), "model.tokenizer"),
+        (lambda: Plugin().complain("x.jsonl, line 3"), "x.jsonl, line 3"),
+        (lambda: Plugin().complain("ckpt_path"), "ckpt_path"),
+    ],
+)
+def test_an_argument_is_named_by_its_key(call, key):
+    try:
+        call()
+    except UserError as error:
+        wrapped = ValueError("as a parser does")
+        wrapped.__cause__ = error
+    assert first_user_error(wrapped).field == key
+    assert first_user_error(wrapped).field == key, "twice is once"
