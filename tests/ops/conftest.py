@@ -1,7 +1,13 @@
-"""Memory that nobody wrote shows as NaN in every test of the operators."""
+"""Memory that nobody wrote shows as NaN in every test of the operators; those for a GPU are skipped without one."""
 
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -194,7 +194,7 @@ def _slice_kernel(
         b_value = load_rows(p_value, i_n, stride_vt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
         m_filled = (i_n + o_n < i_to)[None, :]
         b_output, b_sum, b_max = _attend_block(
-            b_output, b_sum, b_max, b_query, b_key, b_value, m_filled, scale_log2, PRECISION
+            (b_output, b_sum, b_max), (b_query,), b_key, b_value, m_filled, scale_log2, PRECISION
         )
 
     o_row = (i_split.to(tl.int64) * (tl.num_programs(1) // heads) + i_b) * heads * group + o_h

@@ -119,3 +119,36 @@ def store_rows(p_base, row, stride, m_row, b_rows, DIM: tl.constexpr, BLOCK: tl.
     o_dim = tl.arange(0, PADDED)
     p_rows = p_base + tl.cast(row, tl.int64) * stride + o_row[:, None] * stride + o_dim[None, :]
     tl.store(p_rows, b_rows.to(p_base.dtype.element_ty), mask=m_row[:, None] & (o_dim < DIM)[None, :])
+
+
+@triton.jit
+def walk(
+    state, tile, source, seen, rule, scale_log2, STEP: tl.constexpr, COMPACT: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Fold STEP over the blocks of keys of one source that a tile of queries sees: full blocks, then masked ones."""
+    p_key, p_value, stride_k, stride_v, d_key, d_value, i_b, i_head, i_row = source
+    o_t, i_low, i_high = seen
+    sink, lag, keep, chunk = rule
+    i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
+    i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
+    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
+    o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, COMPACT)
+    o_n = tl.arange(0, BLOCK_N)
+    for i_n in range(i_begin, i_end, BLOCK_N):
+        # [BLOCK_N, PADDED]
+        if d_key is None:
+            b_key = load_rows(p_key, i_row + i_n, stride_k, BLOCK_N, DIM, BLOCK_N, PADDED, False)
+            b_value = load_rows(p_value, i_row + i_n, stride_v, BLOCK_N, DIM, BLOCK_N, PADDED, False)
+        else:
+            b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+            b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+        state = STEP(state, tile, b_key, b_value, None, scale_log2, PRECISION)
+    for i_step in range(0, n_masked, BLOCK_N):
+        i_n = masked_block(i_step, i_start, i_begin, i_end)
+        # [BLOCK_N, PADDED]
+        b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
+        m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
+        state = STEP(state, tile, b_key, b_value, m_visible, scale_log2, PRECISION)
+    return state

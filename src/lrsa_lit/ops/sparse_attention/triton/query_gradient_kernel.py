@@ -18,11 +18,8 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     QUERY_FROM,
     QUERY_ROW,
     QUERY_TO,
-    load_rows,
-    masked_block,
-    split_blocks,
     store_rows,
-    visible_range,
+    walk,
 )
 from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptor
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import precision_of, tiles_for
@@ -166,139 +163,33 @@ def _query_kernel(
     b_query = tl.load(p_query + o_row[:, None] * stride_qt + o_dim[None, :], mask=m_tile, other=0.0)
     b_dq = tl.zeros([BLOCK_M, PADDED], tl.float32)
 
-    i_head = i_b * (heads // group) + i_kv
-    o_compact = i_head * n_rows * DIM
-    b_dq = _query_source(
-        b_dq,
-        b_query,
-        b_do,
-        b_lse,
-        b_delta,
-        p_compact_key + o_compact,
-        p_compact_value + o_compact,
-        DIM,
-        DIM,
-        d_compact_key,
-        d_compact_value,
-        i_b.to(tl.int32),
-        i_kv.to(tl.int32),
-        tl.load(p_sequence + COMPACT_ROW),
-        o_t,
-        i_low,
-        i_high,
-        sink,
-        lag,
-        keep,
-        chunk,
-        scale_log2,
-        True,
-        DIM,
-        PADDED,
-        PRECISION,
-        BLOCK_N,
-    )
-    b_dq = _query_source(
-        b_dq,
-        b_query,
-        b_do,
-        b_lse,
-        b_delta,
-        p_key + i_b * stride_kb + i_kv * stride_kh,
-        p_value + i_b * stride_vb + i_kv * stride_vh,
-        stride_kt,
-        stride_vt,
-        d_key,
-        d_value,
-        i_b.to(tl.int32),
-        i_kv.to(tl.int32),
-        tl.load(p_sequence + KEY_ROW),
-        o_t,
-        i_low,
-        i_high,
-        sink,
-        lag,
-        keep,
-        chunk,
-        scale_log2,
-        False,
-        DIM,
-        PADDED,
-        PRECISION,
-        BLOCK_N,
-    )
+    tile, seen, rule = (b_query, b_do, b_lse, b_delta), (o_t, i_low, i_high), (sink, lag, keep, chunk)
+    place = i_b.to(tl.int32), i_kv.to(tl.int32)
+    o_compact = (i_b * (heads // group) + i_kv) * n_rows * DIM
+    compact = p_compact_key + o_compact, p_compact_value + o_compact, DIM, DIM, d_compact_key, d_compact_value
+    i_row = tl.load(p_sequence + COMPACT_ROW)
+    state = walk(
+        (b_dq,), tile, compact + place + (i_row,), seen, rule, scale_log2,
+        _query_block, True, DIM, PADDED, PRECISION, BLOCK_N,
+    )  # fmt: skip
+    p_key += i_b * stride_kb + i_kv * stride_kh
+    p_value += i_b * stride_vb + i_kv * stride_vh
+    raw = p_key, p_value, stride_kt, stride_vt, d_key, d_value
+    i_row = tl.load(p_sequence + KEY_ROW)
+    state = walk(
+        state, tile, raw + place + (i_row,), seen, rule, scale_log2,
+        _query_block, False, DIM, PADDED, PRECISION, BLOCK_N,
+    )  # fmt: skip
+    (b_dq,) = state
     p_dq += i_b * stride_db + i_h * stride_dh
     store_rows(p_dq, i_query_row + i_first, stride_dt, m_t, b_dq * scale, DIM, BLOCK_M, PADDED)
 
 
 @triton.jit
-def _query_source(
-    b_dq,
-    b_query,
-    b_do,
-    b_lse,
-    b_delta,
-    p_key,
-    p_value,
-    stride_k,
-    stride_v,
-    d_key,
-    d_value,
-    i_b,
-    i_head,
-    i_row,
-    o_t,
-    i_low,
-    i_high,
-    sink,
-    lag,
-    keep,
-    chunk,
-    scale_log2,
-    COMPACT: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """What one source adds to dQ: full blocks, then those with masks (see device_functions.py)."""
-    i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
-    i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
-    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_N)
-    o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, COMPACT)
-    o_n = tl.arange(0, BLOCK_N)
-    for i_n in range(i_begin, i_end, BLOCK_N):
-        # [BLOCK_N, PADDED]
-        if d_key is None:
-            b_key = load_rows(p_key, i_row + i_n, stride_k, BLOCK_N, DIM, BLOCK_N, PADDED, False)
-            b_value = load_rows(p_value, i_row + i_n, stride_v, BLOCK_N, DIM, BLOCK_N, PADDED, False)
-        else:
-            b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
-            b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
-        b_dq = _query_block(b_dq, b_query, b_do, b_lse, b_delta, b_key, b_value, None, scale_log2, PRECISION)
-    for i_step in range(0, n_masked, BLOCK_N):
-        i_n = masked_block(i_step, i_start, i_begin, i_end)
-        # [BLOCK_N, PADDED]
-        b_key = load_rows(p_key, i_row + i_n, stride_k, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
-        b_value = load_rows(p_value, i_row + i_n, stride_v, i_stop - i_n, DIM, BLOCK_N, PADDED, True)
-        m_visible = (i_n + o_n[None, :] >= o_from[:, None]) & (i_n + o_n[None, :] < o_to[:, None])
-        b_dq = _query_block(b_dq, b_query, b_do, b_lse, b_delta, b_key, b_value, m_visible, scale_log2, PRECISION)
-    return b_dq
-
-
-@triton.jit
-def _query_block(
-    b_dq,
-    b_query,
-    b_do,
-    b_lse,
-    b_delta,
-    b_key,
-    b_value,
-    m_visible,
-    scale_log2,
-    PRECISION: tl.constexpr,
-):
+def _query_block(state, tile, b_key, b_value, m_visible, scale_log2, PRECISION: tl.constexpr):
     """What one block of keys adds to dQ, before the scale."""
+    (b_dq,) = state
+    b_query, b_do, b_lse, b_delta = tile
     # [BLOCK_M, BLOCK_N]
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_value), input_precision=PRECISION)
@@ -307,4 +198,4 @@ def _query_block(
         b_p = tl.where(m_visible, b_p, 0.0)
     b_ds = b_p * (b_dp - b_delta[:, None])
     # [BLOCK_M, PADDED]
-    return tl.dot(b_ds.to(b_key.dtype), b_key, b_dq, input_precision=PRECISION)
+    return (tl.dot(b_ds.to(b_key.dtype), b_key, b_dq, input_precision=PRECISION),)
