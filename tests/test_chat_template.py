@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lrsa_lit.chat_template import render, with_arguments
-from lrsa_lit.data.cache import tokenizer_fingerprint
+from lrsa_lit.data.fingerprint import of_tokenizer
 from lrsa_lit.errors import UserError
 
 MESSAGES = [
@@ -63,8 +63,8 @@ def test_a_saved_tokenizer_has_the_arguments_as_defaults(tmp_path):
 
 def test_cached_data_knows_the_arguments():
     plain = with_template(SMOLLM3)
-    prints = {tokenizer_fingerprint(with_arguments(plain, {"enable_thinking": value})) for value in (True, False)}
-    assert len({*prints, tokenizer_fingerprint(plain)}) == 3
+    prints = {of_tokenizer(with_arguments(plain, {"enable_thinking": value})) for value in (True, False)}
+    assert len({*prints, of_tokenizer(plain)}) == 3
 
 
 @pytest.mark.parametrize(

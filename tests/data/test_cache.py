@@ -13,7 +13,6 @@ import pytest
 from lrsa_lit.data import cache
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
-from lrsa_lit.models.tiny import tiny_tokenizer
 
 EXAMPLE = Example(
     id="é",
@@ -155,22 +154,3 @@ def test_what_a_killed_build_has_left_is_removed(tmp_path: Path):
     cache.remove_abandoned(tmp_path / "none")
     cache.remove_abandoned(tmp_path)
     assert list((tmp_path / "key").iterdir()) == []
-
-
-def test_the_digest_depends_on_every_part_but_not_on_order(monkeypatch: pytest.MonkeyPatch):
-    first = cache.digest({"a": 1, "b": [2]})
-    assert first == cache.digest({"b": [2], "a": 1})
-    assert first != cache.digest({"a": 1, "b": [3]})
-    monkeypatch.setattr(cache, "PROJECT", "changed")
-    assert first != cache.digest({"a": 1, "b": [2]})
-
-
-def test_a_tokenizer_is_known_by_what_decides_its_tokens():
-    first, second = tiny_tokenizer(), tiny_tokenizer()
-    second(["a", "longer text"], padding=True, truncation=True, max_length=3)
-    assert cache.tokenizer_fingerprint(first) == cache.tokenizer_fingerprint(second)
-    second.chat_template += " "
-    assert cache.tokenizer_fingerprint(first) != cache.tokenizer_fingerprint(second)
-    third = tiny_tokenizer()
-    third.add_tokens(["token"])
-    assert cache.tokenizer_fingerprint(first) != cache.tokenizer_fingerprint(third)

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
 import pyarrow.compute
 from datasets.arrow_writer import ArrowWriter
 
 from lrsa_lit import io, verified
-from lrsa_lit.data.code import PROJECT
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger("lrsa_lit.data")
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"
@@ -42,21 +36,6 @@ _FEATURES = datasets.Features(
         "subject": datasets.Value("string"),
     }
 )
-
-
-def digest(parts: Mapping[str, object]) -> str:
-    """A key of 16 hex digits that is the same wherever this project's code and the JSON-able parts are the same."""
-    text = json.dumps({**parts, "project": PROJECT}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides a prompt's tokens: the fast tokenizer's definition, chat template and end token."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Both are leftovers of the last call with padding=… or truncation=…, not properties of the tokenizer.
-    backend.pop("padding"), backend.pop("truncation")
-    parts = [backend, tokenizer.chat_template, str(tokenizer.eos_token)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def is_built(folder: Path) -> bool:

@@ -70,7 +70,7 @@ class HotpotQA(OneFileDataModule):
     @cached_property
     def raw(self) -> list[dict[str, Any]]:
         """The questions of all splits as :func:`load_questions` has them."""
-        return load_questions(self.source, self.sha256)
+        return load_questions(self.source, self.sha256, "data.init_args.source")
 
     @cached_property
     def _questions(self) -> list[QARecord]:
@@ -95,13 +95,13 @@ class HotpotQA(OneFileDataModule):
         }
 
 
-def load_questions(source: str = SOURCE, sha256: str | None = SHA256) -> list[dict[str, Any]]:
+def load_questions(source: str = SOURCE, sha256: str | None = SHA256, key: str = "") -> list[dict[str, Any]]:
     """HotpotQA's JSON: a list of objects with _id, question, answer, supporting_facts and context.
 
     Raises:
         UserError: the file is missing, another version, or of another format.
     """
-    questions: list[dict[str, Any]] = read_json(resolve(source, sha256), list)
+    questions: list[dict[str, Any]] = read_json(resolve(source, sha256, key), list)
     for number, question in enumerate(questions, start=1):
         try:
             check_shape(question, _SHAPE, "")

@@ -17,7 +17,6 @@ from lrsa_lit.data.reading import kind_of, read_lines
 from lrsa_lit.data.records import Passage, QARecord, check_name, records_of
 from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
-from lrsa_lit.io import sha256_of
 from lrsa_lit.paths import resolve
 
 REQUIRED = ("input", "context", "answers")
@@ -72,14 +71,6 @@ class LongBench(QADataModule):
     def splits(self) -> tuple[Split, ...]:
         """The splits that were given."""
         return tuple(split for split in SPLITS if self._files(split))
-
-    def sources(self) -> dict[str, str]:
-        """The digest of each file."""
-        return {
-            f"{split}{number}": sha256_of(resolve(file, key=f"{_KEY}.{split}"))
-            for split in self.splits()
-            for number, file in enumerate(self._files(split))
-        }
 
     def records(self, split: Split) -> Iterator[QARecord]:
         """The records of a split in the order of its files, those that are too long cut if that was asked for."""

@@ -8,7 +8,7 @@ from functools import cached_property
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lrsa_lit.data import cache
+from lrsa_lit.data import fingerprint
 from lrsa_lit.data.curriculum import Stage
 from lrsa_lit.data.module import NOT_IN_KEY, SPLITS, QADataModule, Score, Split, at_least
 from lrsa_lit.data.order import Mixed, Order, shares
@@ -80,7 +80,7 @@ class Mixture(QADataModule):
     def fingerprint(self) -> str:
         """Names the examples of all data sets."""
         parts = {name: data_set.fingerprint for name, data_set in self.data_sets.items()}
-        return f"{type(self).__name__}-{cache.digest({'data_sets': parts, 'evaluate_on': self.evaluate_on})}"
+        return f"{type(self).__name__}-{fingerprint.digest({'data_sets': parts, 'evaluate_on': self.evaluate_on})}"
 
     def sources(self) -> dict[str, str]:
         """Those of all data sets, after their names."""

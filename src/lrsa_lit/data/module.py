@@ -1,8 +1,8 @@
 """The base of every data set: records become cached examples, examples become batches.
 
 A new data set is one subclass with one method, :meth:`QADataModule.records`, and one YAML. Every parameter of its
-constructor is stored under its own name; those names and values, the class's module and this project's code of data
-sets are the key of its cache.
+constructor is stored under its own name; those names and values, the files that they name, the code of the class's
+package and this project's code of data sets are the key of its cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lrsa_lit.data import cache, code
+from lrsa_lit.data import cache, fingerprint
 from lrsa_lit.data.collate import Batch, groups_of
 from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages
 from lrsa_lit.data.loading import TrainerSettings, evaluation_loader, training_loader
@@ -95,7 +95,7 @@ class QADataModule(lightning.LightningDataModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._definition = code.definition(cls)
+        cls._definition = fingerprint.of_code(cls)
 
     def __init__(
         self,
@@ -136,8 +136,8 @@ class QADataModule(lightning.LightningDataModule):
         return encode(record, self.checked_tokenizer, self.max_tokens)
 
     def sources(self) -> dict[str, str]:
-        """What else decides the records, such as the SHA-256 of the files they come from."""
-        return {}
+        """What else decides the records: size and SHA-256 of every file that a parameter names."""
+        return fingerprint.of_files(self._parameters())
 
     def splits(self) -> tuple[Split, ...]:
         """The splits this data set has."""
@@ -177,9 +177,9 @@ class QADataModule(lightning.LightningDataModule):
             "code": self._definitions(),
             "parameters": self._parameters(),
             "sources": self.sources(),
-            "tokenizer": cache.tokenizer_fingerprint(self.checked_tokenizer),
+            "tokenizer": fingerprint.of_tokenizer(self.checked_tokenizer),
         }
-        return f"{type(self).__name__}-{cache.digest(parts)}"
+        return f"{type(self).__name__}-{fingerprint.digest(parts)}"
 
     @property
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -201,7 +201,7 @@ class QADataModule(lightning.LightningDataModule):
             self.report[split].clear()
             cache.remove_abandoned(cache_dir("data"))
             cache.build(folder, self._build(split), self.report[split])
-            if not all(map(code.is_of_a_file, self._definitions())):
+            if not all(map(fingerprint.is_of_a_file, self._definitions())):
                 _log.warning(
                     "%s is defined in no file, so a change of its code could not be seen: its examples are tokenised "
                     "anew by each process",

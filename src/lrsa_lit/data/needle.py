@@ -20,8 +20,6 @@ from lrsa_lit.data.needle_tasks import TASKS
 from lrsa_lit.data.prompts import Example, TooLong
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.errors import UserError
-from lrsa_lit.io import sha256_of
-from lrsa_lit.paths import resolve
 
 
 class Needles(QADataModule):
@@ -58,10 +56,6 @@ class Needles(QADataModule):
         self.source = source
         self.sha256 = sha256
 
-    def sources(self) -> dict[str, str]:
-        """The digest of the haystack's file."""
-        return {"sha256": sha256_of(resolve(self.source, self.sha256, "data.init_args.source"))}
-
     def records(self, split: Split) -> Sequence[QARecord]:
         """The questions of a split with their needles alone; ids such as "test-niah_single-0"."""
         count = {name: getattr(self, name) for name in SPLITS}[split]
@@ -91,4 +85,4 @@ class Needles(QADataModule):
 
     @cached_property
     def _pool(self) -> ParagraphPool:
-        return paragraph_pool(load_questions(self.source, self.sha256))
+        return paragraph_pool(load_questions(self.source, self.sha256, "data.init_args.source"))

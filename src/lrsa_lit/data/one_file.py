@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.data.splits import check_fractions
-from lrsa_lit.io import sha256_of
 from lrsa_lit.paths import resolve
 
 
@@ -36,10 +36,9 @@ class OneFileDataModule(QADataModule):
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
 
-    def sources(self) -> dict[str, str]:
-        """The digest of the file in use."""
-        path = resolve(self.source, self.sha256, "data.init_args.source")
-        return {"sha256": self.sha256 or sha256_of(path)}
+    def path(self) -> Path:
+        """The source file, known to be the expected one."""
+        return resolve(self.source, self.sha256, "data.init_args.source")
 
     def _origin(self, split: Split) -> str:
         return f"data.init_args.source: {self.source}"

@@ -9,12 +9,12 @@ from typing import Any
 
 import datasets
 
+from lrsa_lit.data import fingerprint
 from lrsa_lit.data.hub_fields import canonical, check_fields
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
 from lrsa_lit.data.reading import TABLES, Row, read_table
 from lrsa_lit.data.records import QARecord, read_records, records_of
 from lrsa_lit.errors import UserError, message_of
-from lrsa_lit.io import sha256_of
 from lrsa_lit.paths import cache_dir, resolve
 
 
@@ -59,16 +59,14 @@ class QAFiles(QADataModule):
         return tuple(split for split in SPLITS if split in given)
 
     def sources(self) -> dict[str, str]:
-        """The digest of each file, or the hash that the ``datasets`` library gives the hub's files."""
+        """The files, or the hash that the ``datasets`` library gives the hub's and those of them that lie here."""
         if not self.hub:
-            return {split: sha256_of(self._path(split)) for split in self.splits()}
+            return super().sources()
         builder = self._builder()
-        files = {
-            f"{split}{number}": path
-            for split in self.splits()
-            for number, path in enumerate(_local(builder, self.hub_splits[split]))
-        }
-        return {"hub": str(builder.hash)} | {name: sha256_of(path) for name, path in files.items()}
+        files = [str(path) for split in self.splits() for path in _local(builder, self.hub_splits[split])]
+        # Not by their places, which differ between machines.
+        digests = enumerate(fingerprint.of_files(files).values())
+        return {"hub": str(builder.hash)} | {f"file{number}": digest for number, digest in digests}
 
     def records(self, split: Split) -> Iterator[QARecord]:
         """The records of a split in the order of its file."""

