@@ -207,12 +207,15 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def refused(field: str, value: object = ..., allowed: str = "") -> Iterator[pytest.ExceptionInfo[ValueError]]:
-    """A block that ends in a user error, in one line; ``allowed`` is part of what it calls allowed."""
+def refused(
+    field: str, value: object = ..., allowed: str = "", *, reason: str = ""
+) -> Iterator[pytest.ExceptionInfo[ValueError]]:
+    """A block that ends in a user error, in one line; ``allowed`` and ``reason`` are parts of what it says."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - what it is about is what matters
         yield caught
     error = caught.value
     assert error.field == field
     assert value is ... or error.value is value or error.value == value
     assert allowed in error.allowed
+    assert reason in error.reason
     one_line(error)

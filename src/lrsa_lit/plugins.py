@@ -110,8 +110,8 @@ def find(kind: str, path: object, key: str) -> type:
                 return known
         if look_again:
             load(kinds=[kind])
-    hint = f"--plugins {module} (in YAML, plugins: [{module}]) would make it known" if _is_module_name(module) else ""
-    raise UserError(key, path, reason=f"is no {KINDS[kind].title} that is known here", hint=hint)
+    hint = f"; --plugins {module} (in YAML, plugins: [{module}]) would make it known" if _is_module_name(module) else ""
+    raise UserError(key, path, reason=f"is no {KINDS[kind].title} that is known here{hint}")
 
 
 def _is_module_name(name: object) -> bool:
@@ -126,15 +126,15 @@ def _imported(name: str, origin: str) -> ModuleType:
     # It is somebody else's code, which can fail in any way.
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {message_of(error)}".removesuffix(": ")
-        hint = "install it, or name its folder in PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        raise UserError("plugins", reason=f"{origin} cannot be imported ({what})", hint=hint) from error
+        hint = "; install it, or name its folder in PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError("plugins", reason=f"{origin} cannot be imported ({what}){hint}") from error
 
 
 def _add(kind: str, found: type, origin: str) -> None:
     if (other := registered(kind).get(found.__name__, found)) is not found:
         where = f"{other.__module__}.{other.__qualname__}"
         both = f"{origin} has a {KINDS[kind].title} {found.__name__}, and so has {where}"
-        raise UserError("plugins", reason=both, hint="rename one")
+        raise UserError("plugins", reason=f"{both}; rename one")
     _added[kind][found.__name__] = found
 
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from helpers import one_line
+from helpers import refused
 
 from lrsa_lit.attention import LRSACache, enable
-from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.geometry import stored_size
 
 NEW = 24
@@ -132,12 +131,6 @@ def test_dense_layers_generate_too(tiny, tokens, rule):
     assert cache.stored_tokens() == [everything, 2 * stored_size(40 + NEW - 1, rule), everything]
 
 
-def refusal(call):
-    with pytest.raises(UserError) as caught:
-        call()
-    return one_line(caught.value)
-
-
 @pytest.mark.parametrize("helper", ["prompt_lookup_num_tokens", "assistant_model"])
 def test_assisted_decoding_is_refused(helper, model, tiny, tokens, rule):
     given = {helper: 3 if helper == "prompt_lookup_num_tokens" else tiny("Llama", seed=1)}
@@ -147,10 +140,10 @@ def test_assisted_decoding_is_refused(helper, model, tiny, tokens, rule):
 
 
 def test_a_static_cache_is_refused(model, tokens):
-    line = refusal(lambda: model.generate(tokens(1, 20), cache_implementation="static", **GREEDY))
-    assert line.startswith("past_key_values: static caches are not allowed")
+    with refused("past_key_values", reason="static"):
+        model.generate(tokens(1, 20), cache_implementation="static", **GREEDY)
 
 
 def test_a_plain_model_is_refused(tiny, tokens, rule):
-    line = refusal(lambda: tiny("Llama").generate(tokens(1, 20), past_key_values=LRSACache(rule, 3), **GREEDY))
-    assert line.startswith("cache: LRSACache needs a model with LRSA attention")
+    with refused("cache", reason="needs a model with LRSA"):
+        tiny("Llama").generate(tokens(1, 20), past_key_values=LRSACache(rule, 3), **GREEDY)

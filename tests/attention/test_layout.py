@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import one_line
+from helpers import refused
 
 from lrsa_lit.attention import enable
 from lrsa_lit.attention.layout import read_layout, restarting_positions
-from lrsa_lit.errors import UserError
 
 LENGTHS = [70, 5, 41, 1]
 PADDED = 75
@@ -204,35 +203,34 @@ def mask_of(rows):
 
 
 REFUSED = {
-    "hole": (mask_of([[1] * 12, [1, 1, 0, 1] * 3]), "attention_mask: row 1 has a hole"),
-    "hole-between-pads": (mask_of([[0, 1, 0, 1] + [0] * 8, [1] * 12]), "attention_mask: row 0 has a hole"),
+    "hole": (mask_of([[1] * 12, [1, 1, 0, 1] * 3]), None),
+    "hole-between-pads": (mask_of([[0, 1, 0, 1] + [0] * 8, [1] * 12]), None),
     "4d-mask": (
         {"attention_mask": torch.zeros(2, 1, 12, 12)},
-        "attention_mask: shape (2, 1, 12, 12) is not allowed; it must be (2, 12)",
+        (2, 1, 12, 12),
     ),
-    "short-mask": (mask_of([[1] * 11] * 2), "attention_mask: shape (2, 11) is not allowed"),
-    "long-mask": (mask_of([[1] * 13] * 2), "attention_mask: shape (2, 13) is not allowed"),
-    "one-row-mask": (mask_of([[1] * 11 + [0]]), "attention_mask: shape (1, 12) is not allowed"),
-    "numbered-sequences": (mask_of([[1] * 5 + [2] * 7] * 2), "attention_mask: value 2 (torch.int64) is not allowed"),
-    "numbered-and-padded": (mask_of([[0] * 5 + [1] * 3 + [2] * 4] * 2), "attention_mask: value 2 (torch.int64)"),
-    "negative": (mask_of([[1] * 11 + [-1]] * 2), "attention_mask: value -1 (torch.int64) is not allowed"),
-    "additive": (mask_of([[0.0] * 11 + [-1e9]] * 2), "attention_mask: value -1000000000.0 (torch.float32)"),
-    "additive-that-hides-nothing": (mask_of([[0.0] * 12] * 2), "attention_mask: value 0.0 (torch.float32)"),
-    "half": (mask_of([[1.0] * 11 + [0.5]] * 2), "attention_mask: value 0.5 (torch.float32) is not allowed"),
-    "not-a-number": (mask_of([[1.0] * 11 + [math.nan]] * 2), "attention_mask: value nan (torch.float32)"),
-    "by-layer-type": ({"attention_mask": {"full_attention": None}}, "attention_mask: a dict is not allowed"),
-    "not-causal": ({"is_causal": False}, "is_causal: False is not allowed"),
-    "flat-positions": ({"position_ids": torch.arange(12)}, "position_ids: shape (12,) is not allowed"),
-    "short-positions": ({"position_ids": torch.arange(11)[None]}, "position_ids: shape (1, 11) is not allowed"),
+    "short-mask": (mask_of([[1] * 11] * 2), (2, 11)),
+    "long-mask": (mask_of([[1] * 13] * 2), (2, 13)),
+    "one-row-mask": (mask_of([[1] * 11 + [0]]), (1, 12)),
+    "numbered-sequences": (mask_of([[1] * 5 + [2] * 7] * 2), 2),
+    "numbered-and-padded": (mask_of([[0] * 5 + [1] * 3 + [2] * 4] * 2), 2),
+    "negative": (mask_of([[1] * 11 + [-1]] * 2), -1),
+    "additive": (mask_of([[0.0] * 11 + [-1e9]] * 2), -1000000000.0),
+    "additive-that-hides-nothing": (mask_of([[0.0] * 12] * 2), 0.0),
+    "half": (mask_of([[1.0] * 11 + [0.5]] * 2), 0.5),
+    "not-a-number": (mask_of([[1.0] * 11 + [math.nan]] * 2), ...),
+    "by-layer-type": ({"attention_mask": {"full_attention": None}}, "dict"),
+    "not-causal": ({"is_causal": False}, ...),
+    "flat-positions": ({"position_ids": torch.arange(12)}, (12,)),
+    "short-positions": ({"position_ids": torch.arange(11)[None]}, (1, 11)),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_laid_out_is_refused(case, tiny, tokens, rule):
-    given, message = REFUSED[case]
-    with pytest.raises(UserError) as caught:
+    given, value = REFUSED[case]
+    with refused(next(iter(given)), value):
         enable(tiny("Llama"), rule)(tokens(2, 12), **given)
-    assert one_line(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8, torch.float32, torch.bfloat16], ids=str)
@@ -258,11 +256,10 @@ BAD_BOUNDARIES = {
 @pytest.mark.parametrize("case", BAD_BOUNDARIES)
 def test_boundaries_that_do_not_fit_are_refused(case, tiny, tokens, rule):
     boundaries, given = BAD_BOUNDARIES[case]
-    with pytest.raises(UserError) as caught:
+    with refused("cu_seq_lens_q"):
         enable(tiny("Llama"), rule)(
             tokens(1, 12), cu_seq_lens_q=torch.tensor(boundaries, dtype=torch.int32), use_cache=False, **given
         )
-    assert one_line(caught.value).startswith("cu_seq_lens_q: ")
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def test_replace_changes_a_copy_and_checks_it():
         config.replace(top_k=999)
     with refused("topk") as caught:
         config.replace(topk=5)
-    assert "top_k" in caught.value.hint
+    assert "top_k" in caught.value.reason
 
 
 @pytest.mark.parametrize("compressor", [RandomTokens(seed=7), MeanPool(), Recency()], ids=lambda c: type(c).__name__)

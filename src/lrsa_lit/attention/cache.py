@@ -59,14 +59,16 @@ class LRSACache(Cache):
         state = enabled_state(inner)
         if state is not None:
             if config not in (None, state.config):
-                raise UserError(f"config: {config} is not the rule {state.config} that the model was enabled with")
+                raise UserError(
+                    "config", config, reason=f"is not the rule {state.config} that the model was enabled with"
+                )
             return cls(state.config, len(state.modules))
         config = given_or_stored(config, inner)
         layers = len(attention_modules(inner))
         config.check_layers(layers)
         if config.dense_layers:
             raise UserError(
-                f"config.dense_layers: {config.dense_layers} need enable(model, …); stock layers share one mask"
+                "config.dense_layers", config.dense_layers, reason="need enable(model, …); stock layers share one mask"
             )
         warn_if_trained_otherwise(inner, config)
         cache = cls(config, layers)
@@ -87,13 +89,16 @@ class LRSACache(Cache):
         progress = {layer.progress for layer in self.layers}
         if self._busy == "change" or len(progress) > 1 or None in progress:
             raise UserError(
-                "cache: an exception ended an earlier call inside the layers, which now hold different tokens; reset() "
-                "it or make a new one"
+                "cache",
+                reason="an exception ended an earlier call inside the layers, which now hold different tokens; "
+                "reset() it or make a new one",
             )
         if layout is not None and layout.cu_seqlens is not None:
             rows = batch if layout.row_spans is None else sum(start < stop for start, stop in layout.row_spans)
             if len(layout.cu_seqlens) - 1 > rows:
-                raise UserError("position_ids: they restart inside a row, but packed sequences cannot be cached")
+                raise UserError(
+                    "position_ids", reason="they restart inside a row, but packed sequences cannot be cached"
+                )
         self._busy = "call"
         for layer in self.layers:
             layer.begin(layout, batch, impl)
@@ -105,7 +110,9 @@ class LRSACache(Cache):
             UserError: some layer did not, so that what the model returned is not what it would return without a cache.
         """
         if skipped := [index for index, layer in enumerate(self.layers) if not layer.is_done]:
-            raise UserError(f"cache: layers {skipped} of the model did not attend through it; this is not supported")
+            raise UserError(
+                "cache", reason=f"layers {skipped} of the model did not attend through it; this is not supported"
+            )
         self._busy = None
 
     @property
@@ -160,11 +167,11 @@ def compressed_cache(cache: Any, config: LRSAConfig, num_layers: int) -> LRSACac
     """The cache if it is a compressed one, which must have the model's rule; None if it keeps everything."""
     if not isinstance(cache, LRSACache):
         if getattr(cache, "is_compileable", False):
-            raise UserError("past_key_values: static caches are not allowed; use LRSACache or a dynamic cache")
+            raise UserError("past_key_values", reason="static caches are not allowed; use LRSACache or a dynamic cache")
         return None
     if (len(cache.layers), cache.config) != (num_layers, config):
         has, needs = (
             f"{count} layers, {rule}" for count, rule in ((len(cache.layers), cache.config), (num_layers, config))
         )
-        raise UserError(f"past_key_values: the LRSACache has {has}; this model needs {needs}")
+        raise UserError("past_key_values", reason=f"the LRSACache has {has}; this model needs {needs}")
     return cache

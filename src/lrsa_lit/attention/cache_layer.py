@@ -49,11 +49,11 @@ class LRSACacheLayer(CacheLayerMixin):
             self._batch = batch
             self._streams = [KeyValueStream(self.config, impl)]
         elif batch != self._batch:
-            raise UserError(f"cache: it holds {self._batch} rows and cannot continue {batch}; make a new one")
+            raise UserError("cache", reason=f"it holds {self._batch} rows and cannot continue {batch}; make a new one")
         self._step, self.stock = "begun", layout is None
         self._spans = None if layout is None else layout.row_spans
         if self.stock and len(self._streams) > 1:
-            raise UserError("cache: its rows are of unequal lengths, which stock attention cannot continue")
+            raise UserError("cache", reason="its rows are of unequal lengths, which stock attention cannot continue")
         if self._spans is not None and len(set(self._spans)) > 1 and len(self._streams) < batch:
             (shared,) = self._streams
             self._streams = [shared.rows(torch.tensor([row])) for row in range(batch)]
@@ -85,14 +85,17 @@ class LRSACacheLayer(CacheLayerMixin):
     def _check(self, key: Tensor) -> None:
         if self._step != "begun":
             raise UserError(
-                "cache: LRSACache needs a model with LRSA attention (lrsa_lit.attention.enable), or to be made by "
+                "cache",
+                reason="LRSACache needs a model with LRSA attention (lrsa_lit.attention.enable), or to be made by "
                 "LRSACache.of(model, config) for its stock attention; each layer stores once per call, so gradient "
-                "checkpointing, which runs layers again, excludes it"
+                "checkpointing, which runs layers again, excludes it",
             )
         stored = self._streams[0].stored
         if stored is not None and (stored[0].shape[1], stored[0].shape[3]) != (key.shape[1], key.shape[3]):
             has, given = (f"{pair.shape[1]} heads of {pair.shape[3]} channels" for pair in (stored[0], key))
-            raise UserError(f"cache: it holds {has} of another model and cannot continue {given}; make a new one")
+            raise UserError(
+                "cache", reason=f"it holds {has} of another model and cannot continue {given}; make a new one"
+            )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of new tokens.
@@ -111,8 +114,9 @@ class LRSACacheLayer(CacheLayerMixin):
         """
         if self._step != "given" or self._given != (key.shape, value.shape):
             raise UserError(
-                "cache: a layer must attend once to what it stored; this model's attend more often, to other keys, or "
-                "without having stored (as in training with gradient checkpointing); run it without an LRSACache"
+                "cache",
+                reason="a layer must attend once to what it stored; this model's attend more often, to other keys, "
+                "or without having stored (as in training with gradient checkpointing); run it without an LRSACache",
             )
         self._step = "storing"
         output = self._attend(query, key, value, scale)
@@ -184,8 +188,9 @@ class LRSACacheLayer(CacheLayerMixin):
         (stream,) = self._streams
         if stream.crosses(query_length):
             raise UserError(
-                f"input_ids: {query_length} tokens behind {self._columns} reach over a compression, which stock "
-                "attention cannot follow; feed them with lrsa_lit.attention.prefill first"
+                "input_ids",
+                reason=f"{query_length} tokens behind {self._columns} reach over a compression, which stock attention "
+                "cannot follow; feed them with lrsa_lit.attention.prefill first",
             )
         # The last of the new tokens sees what is stored once it is in.
         stored = stored_size(self._columns + query_length, stream.rule)
@@ -215,7 +220,9 @@ class LRSACacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: dropped tokens cannot come back."""
-        raise UserError("cache: LRSACache cannot be cropped (assisted decoding needs that); use a dense cache for it")
+        raise UserError(
+            "cache", reason="LRSACache cannot be cropped (assisted decoding needs that); use a dense cache for it"
+        )
 
 
 def _place(output: Tensor, query: Tensor, start: int) -> Tensor:

@@ -24,14 +24,14 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         key=lambda module: module.layer_idx,
     )
     if reason := next(_obstacles(config, modules), None):
-        raise UserError(f"model: {name} {reason}, which LRSA does not support")
+        raise UserError("model", name, reason=f"{reason}, which LRSA does not support")
     layers = config.num_hidden_layers
     if not model._can_set_attn_implementation() or [m.layer_idx for m in modules] != list(range(layers)):
         raise UserError(
-            f"model: {name} does not route all its {layers} layers through transformers' attention interface"
+            "model", name, reason=f"does not route all its {layers} layers through transformers' attention interface"
         )
     if getattr(config, "attention_dropout", 0.0):
-        raise UserError(f"model: attention_dropout={config.attention_dropout}; LRSA supports 0 only")
+        raise UserError("model", reason=f"attention_dropout={config.attention_dropout}; LRSA supports 0 only")
     return modules
 
 

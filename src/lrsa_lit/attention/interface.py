@@ -150,7 +150,9 @@ def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
     inner = base_of(model)
     state = enabled_state(inner)
     if state is None:
-        raise UserError("model: LRSA is not enabled on it, so it selects nothing; call lrsa_lit.attention.enable first")
+        raise UserError(
+            "model", reason="LRSA is not enabled on it, so it selects nothing; call lrsa_lit.attention.enable first"
+        )
     AttentionInterface.register(OBSERVED, _observed)
     before = state.observe, inner.config._attn_implementation
     state.observe = observe
@@ -158,7 +160,9 @@ def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
     try:
         yield
         if enabled_state(inner) is not state:
-            raise UserError("model: its rule was switched while it was observed; switch it around the block instead")
+            raise UserError(
+                "model", reason="its rule was switched while it was observed; switch it around the block instead"
+            )
     finally:
         state.observe = before[0]
         if enabled_state(inner) is state:
@@ -205,8 +209,9 @@ def _check_switch(state: Enabled) -> None:
     config: Any = state.modules[0].config
     if config._attn_implementation not in (NAME, OBSERVED):
         raise UserError(
-            f"model: its attention was set to {config._attn_implementation!r} while LRSA is enabled; call "
-            "lrsa_lit.attention.disable(model) for the model's own attention, or enable(model, …) again"
+            "model",
+            reason=f"its attention was set to {config._attn_implementation!r} while LRSA is enabled; call "
+            "lrsa_lit.attention.disable(model) for the model's own attention, or enable(model, …) again",
         )
 
 
@@ -225,17 +230,27 @@ def _attention(
     rule: Rule | None = getattr(module, RULE, None)
     layout: Layout | None = kwargs.get(LAYOUT)
     if rule is None:
-        raise UserError("model: its attention is set to 'lrsa' but not by lrsa_lit.attention.enable; call that instead")
+        raise UserError(
+            "model", reason="its attention is set to 'lrsa' but not by lrsa_lit.attention.enable; call that instead"
+        )
     if layout is None:
-        raise UserError("model: it hands no keywords down to its attention layers; this family is not supported")
+        raise UserError(
+            "model", reason="it hands no keywords down to its attention layers; this family is not supported"
+        )
     if attention_mask is not None:
-        raise UserError("attention_mask: masks prepared in 4-D are not allowed; pass the (B, T) mask of the tokens")
+        raise UserError(
+            "attention_mask", reason="masks prepared in 4-D are not allowed; pass the (B, T) mask of the tokens"
+        )
     _refuse(dropout, kwargs)
     if key.shape[-1] != value.shape[-1]:
-        raise UserError(f"model: keys of {key.shape[-1]} and values of {value.shape[-1]} channels are not supported")
+        raise UserError(
+            "model", reason=f"keys of {key.shape[-1]} and values of {value.shape[-1]} channels are not supported"
+        )
     if not torch.compiler.is_compiling() and not rule.state.checked:
         if rule.layout is layout:
-            raise UserError(f"model: layer {rule.layer} attends more than once per call; this family is not supported")
+            raise UserError(
+                "model", reason=f"layer {rule.layer} attends more than once per call; this family is not supported"
+            )
         rule.layout = layout
     rule.called = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -296,7 +311,7 @@ def _observed(
     """:func:`_attention`, and a look at what it was given."""
     if kwargs.get(CACHE) is not None:
         raise UserError(
-            "past_key_values: an LRSACache cannot be observed; run the whole text in one forward without it"
+            "past_key_values", reason="an LRSACache cannot be observed; run the whole text in one forward without it"
         )
     output: tuple[Tensor, None] = _attention(module, query, key, value, attention_mask, **kwargs)
     state: Enabled = getattr(module, RULE).state
@@ -315,12 +330,12 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
-        raise UserError(f"attention_dropout: {dropout} is not allowed; LRSA supports 0 only")
+        raise UserError("attention_dropout", dropout, reason="is not allowed; LRSA supports 0 only")
     if kwargs.get("is_causal") is False:
-        raise UserError("is_causal: False is not allowed; LRSA is causal")
+        raise UserError("is_causal", reason="False is not allowed; LRSA is causal")
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise UserError(f"{name}: the model needs it, and LRSA does not support it")
+            raise UserError(name, reason="the model needs it, and LRSA does not support it")
 
 
 def _sparse(config: LRSAConfig, impl: Impl, scale: float) -> Any:
@@ -368,7 +383,7 @@ def _finish(
     rules: list[Rule] = [getattr(module, RULE) for module in state.modules]
     if missing := [rule.layer for rule in rules if not rule.called]:
         raise UserError(
-            f"model: layers {missing} of {name} did not call the LRSA attention; this family is not supported"
+            "model", reason=f"layers {missing} of {name} did not call the LRSA attention; this family is not supported"
         )
     state.checked = True
     _log.debug("all %d layers of %s run LRSA attention", len(rules), name)

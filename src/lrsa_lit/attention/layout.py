@@ -102,7 +102,7 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
     """
     batch, length = shape
     if positions is not None and tuple(positions.shape) not in ((1, length), (batch, length)):
-        raise UserError(f"position_ids: shape {tuple(positions.shape)} is not allowed; it must be ({batch}, {length})")
+        raise UserError("position_ids", tuple(positions.shape), f"({batch}, {length})")
     mask = None if mask is None else checked_mask(mask, (batch, past + length))
     spans = None if mask is None else _row_spans(mask)
     if positions is not None:
@@ -110,7 +110,9 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
     starts = _sequence_starts(mask, positions, shape, past)
     rows = batch if mask is None else int(mask[:, past:].any(dim=-1).sum())
     if past and len(starts) > rows:
-        raise UserError("position_ids: they restart inside a row, but packed sequences cannot continue a cache")
+        raise UserError(
+            "position_ids", reason="they restart inside a row, but packed sequences cannot continue a cache"
+        )
     if spans is None and len(starts) <= batch:
         return Layout()
     if spans is None and batch == 1:
@@ -133,7 +135,7 @@ def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: i
     parts = [torch.arange(stop - start, device="cpu") for start, stop in itertools.pairwise(values)]
     restarting = torch.cat(parts)[None]
     if positions is not None and not (positions.shape[-1] == length and bool((positions.cpu() == restarting).all())):
-        raise UserError(f"cu_seq_lens_q: position_ids must count from 0 in each of its sequences {values}")
+        raise UserError("cu_seq_lens_q", reason=f"position_ids must count from 0 in each of its sequences {values}")
     return restarting
 
 
@@ -145,8 +147,8 @@ def checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
             one, or one with the numbers of packed sequences.
     """
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-        given = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise UserError(f"attention_mask: {given} is not allowed; it must be {shape}")
+        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UserError("attention_mask", given, f"a tensor {shape}")
     real = mask == 1
     if bool(real.all()):
         return None
@@ -155,8 +157,9 @@ def checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
     if len(others) or (mask.is_floating_point() and not bool(real.any())):
         value = others[0].item() if len(others) else 0.0
         raise UserError(
-            f"attention_mask: value {value} ({mask.dtype}) is not allowed; it must be 1 for real tokens and 0 for "
-            "pads; pack sequences by position_ids that restart or by cu_seq_lens_q"
+            "attention_mask",
+            value,
+            "1 for real tokens and 0 for pads; pack sequences by position_ids that restart or by cu_seq_lens_q",
         )
     return real
 
@@ -169,7 +172,9 @@ def _row_spans(mask: Tensor) -> tuple[tuple[int, int], ...]:
     stop = torch.where(count > 0, columns - mask.flip(-1).int().argmax(dim=-1), 0)
     holes = (stop - start != count).tolist()
     if any(holes):
-        raise UserError(f"attention_mask: row {holes.index(True)} has a hole; only left and right padding are allowed")
+        raise UserError(
+            "attention_mask", reason=f"row {holes.index(True)} has a hole; only left and right padding are allowed"
+        )
     return tuple(zip(start.tolist(), stop.tolist(), strict=True))
 
 

@@ -109,7 +109,7 @@ def given_or_stored(config: LRSAConfig | None, model: PreTrainedModel) -> LRSACo
         return config
     stored = getattr(model.config, "lrsa", None)
     if stored is None:
-        raise UserError("config", reason="the model's config.json holds no LRSA rule", hint="pass an LRSAConfig")
+        raise UserError("config", reason="the model's config.json holds no LRSA rule; pass an LRSAConfig")
     with under("config.lrsa"):
         return LRSAConfig.from_dict(stored)
 

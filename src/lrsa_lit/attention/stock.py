@@ -61,7 +61,8 @@ class _Watch:
         mask = given.get("attention_mask")
         if mask is not None and checked_mask(mask, (rows, cache.get_seq_length() + length)) is not None:
             raise UserError(
-                "attention_mask: with stock attention LRSACache takes rows without pads only; call enable(model, …)"
+                "attention_mask",
+                reason="with stock attention LRSACache takes rows without pads only; call enable(model, …)",
             )
         cache.begin(None, rows)
 

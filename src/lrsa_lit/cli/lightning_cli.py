@@ -216,10 +216,10 @@ class LRSACLI(LightningCLI):
         try:
             self.model.check_optimizer()
         except UserError as error:
-            if error.field == "lr_scheduler" and not error.hint:
+            if error.field == "lr_scheduler" and not error.allowed:
                 steps = self._get(self.config, "trainer").max_steps
                 others = "give it other init_args (such as total_steps), or set model.lr_scheduler=null"
-                error.hint = f"with trainer.max_steps={steps}, {others}"
+                error.reason += f"; with trainer.max_steps={steps}, {others}"
             raise
 
     def _settings(self) -> dict[str, str]:

@@ -108,7 +108,7 @@ class LongContextQA(lightning.LightningModule):
         self.train_top_k = train_top_k
         if train_top_k is not None:
             if self.train_config is None:
-                raise UserError("train_top_k", hint="it is not allowed where train_attention is null (dense)")
+                raise UserError("train_top_k", reason="it is not allowed where train_attention is null (dense)")
             train_top_k.check(self.train_config)
         self.attentions: dict[str, LRSAConfig | None] = {"": lrsa}
         for name, changes in evaluate.items():
@@ -162,8 +162,8 @@ class LongContextQA(lightning.LightningModule):
             return optimizer, None
         scheduler = _built("lr_scheduler", self.make_scheduler, optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
-            name, seen = type(scheduler).__name__, "a schedule is stepped after each optimizer step and sees no metric"
-            raise UserError("lr_scheduler", name, hint=seen)
+            allowed = "one without a metric, as it is stepped after each optimizer step"
+            raise UserError("lr_scheduler", type(scheduler).__name__, allowed)
         return optimizer, scheduler
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -181,14 +181,14 @@ class LongContextQA(lightning.LightningModule):
             differing = sorted(name for name in saved.keys() | needed.keys() if saved.get(name) != needed.get(name))
             raise UserError(
                 "ckpt_path",
-                reason=f"it holds {kinds[0]} of another shape than this configuration, which trains {kinds[1]}",
-                hint=f"they differ in {len(differing)} tensors, such as {differing[0]}",
+                reason=f"it holds {kinds[0]} of another shape than this configuration, which trains {kinds[1]}; "
+                f"they differ in {len(differing)} tensors, such as {differing[0]}",
             )
         steps = [state.get("total_steps") for state in checkpoint.get("lr_schedulers", [])]
         planned = self.trainer.max_steps
         if self.trainer.training and steps and steps[0] not in (None, planned):
-            wrong = f"its learning-rate schedule is {steps[0]} steps long and cannot go on to max_steps={planned}"
-            raise UserError("ckpt_path", reason=wrong, hint=f"resume with max_steps={steps[0]}")
+            reason = f"its learning-rate schedule is {steps[0]} steps long and cannot go on to max_steps={planned}"
+            raise UserError("ckpt_path", reason=f"{reason}; resume with max_steps={steps[0]}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, if that is adapters, and say what it is."""

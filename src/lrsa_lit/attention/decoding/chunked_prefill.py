@@ -47,7 +47,7 @@ def prefill(
     """
     if input_ids.shape[1] == 0 or tokens_per_call < 1:
         raise UserError(
-            f"input_ids, tokens_per_call: {input_ids.shape[1]} tokens by {tokens_per_call}; both must be at least 1"
+            "input_ids, tokens_per_call", reason=f"{input_ids.shape[1]} tokens by {tokens_per_call}; both must be >= 1"
         )
     seen, logits = int(cache.get_seq_length()), input_ids.new_empty(0)
     for start, stop in _calls(model, cache, seen, seen + input_ids.shape[1], tokens_per_call):

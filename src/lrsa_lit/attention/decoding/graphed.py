@@ -35,7 +35,7 @@ def graphed_decoding(model: Any, cache: LRSACache, *, room: int = ROOM, fuse: bo
     """
     inner = base_of(model)
     if enabled_state(inner) is None or not isinstance(cache, LRSACache):
-        raise UserError("model, cache: graphed_decoding needs a model with LRSA enabled and its LRSACache")
+        raise UserError("model, cache", reason="graphed_decoding needs a model with LRSA enabled and its LRSACache")
     if inner.device.type != "cuda":
         yield
         return

@@ -160,7 +160,7 @@ def _decide(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
 def _no_triton(device: str, dtype: torch.dtype, dim: int) -> UserError | None:
     """Why the Triton kernels cannot run, None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return UserError("impl", "triton", reason="needs the package triton, which is not installed", hint="use eager")
+        return UserError("impl", "triton", reason="needs the package triton, which is not installed; use eager")
     refusal: UserError | None = _triton().unsupported(device, dtype, dim)
     return refusal
 

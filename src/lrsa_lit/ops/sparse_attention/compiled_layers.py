@@ -57,9 +57,7 @@ def traced_attention(
     """
     check_tensors(query, key, value)
     if query.shape[2] != key.shape[2]:
-        raise UserError(
-            "query", reason=f"{query.shape[2]} tokens over {key.shape[2]} keys", hint="here they are as many"
-        )
+        raise UserError("query", reason=f"{query.shape[2]} tokens over {key.shape[2]} keys; here they are as many")
     if cu_seqlens is not None:
         check_packing(cu_seqlens, key, query)
     from lrsa_lit.ops.sparse_attention.triton import traced_op

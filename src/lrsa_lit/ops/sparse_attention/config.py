@@ -90,13 +90,13 @@ class LRSAConfig:
         known = [item.name for item in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise UserError(name, reason="no such setting", hint=f"there are {', '.join(known)}")
+                raise UserError(name, reason=f"no such setting; there are {', '.join(known)}")
         return dataclasses.replace(self, **changes)
 
     def check_layers(self, count: int) -> None:
         """Raise a UserError if a dense layer is none of a model's ``count`` layers."""
         if unknown := [layer for layer in self.dense_layers if layer >= count]:
-            raise UserError("dense_layers", unknown, hint=f"this model has layers 0 to {count - 1}")
+            raise UserError("dense_layers", unknown, f"a list of some of the model's layers, 0 to {count - 1}")
 
     def for_layer(self, layer: int) -> LRSAConfig | None:
         """The rule of one layer of a model, or None where the layer stays dense."""
