@@ -22,8 +22,11 @@
 # %matplotlib inline
 from IPython.display import display_png
 
-from lrsa_lit.experiments.report import evidence, frames, plots
-from lrsa_lit.experiments.report.tables import Table, measure_of
+from lrsa_lit.experiments.report import evidence, frames, plots, summaries
+from lrsa_lit.experiments.report.bars import Bars, table_of
+from lrsa_lit.experiments.report.cells import measure_of
+from lrsa_lit.experiments.report.places import by_place
+from lrsa_lit.experiments.report.tables import Table
 
 # %% [markdown]
 # Files are looked for in this folder and in those above it.
@@ -42,14 +45,14 @@ list(study.parts)
 # %%
 part = "main"
 table = Table(cells, part, study.parts[part]["sets"][0])
-frames.matrix(table)
+summaries.matrix(table).frame(intervals=False)
 
 # %% [markdown]
 # Each cell with its interval, its share of dense training with dense inference, and its gain over dense training under the
 # same attention.
 
 # %%
-frames.entries(table)
+summaries.full(table).frame()
 
 # %%
 plots.against_share(table.entries, table.measure, f"{part}: {table.data_set}")
@@ -58,7 +61,7 @@ plots.against_share(table.entries, table.measure, f"{part}: {table.data_set}")
 # What was to be reached, and what was:
 
 # %%
-frames.bars(cells)
+table_of(Bars(cells).verdicts()).frame()
 
 # %% [markdown]
 # ## Which layers matter
@@ -85,7 +88,7 @@ plots.training_curves([line for line in cells.lines if line["row"] in study.part
 # The share of the supporting passages' tokens that a head keeps: a head that chooses at random keeps K/L of them.
 
 # %%
-frames.survival(cells)
+evidence.survival(cells).frame()
 
 # %%
 plots.survival(evidence.pairs(cells))
@@ -105,7 +108,7 @@ plots.perplexity(evidence.texts(cells))
 
 # %%
 named = next(name for name in study.parts if "against" in study.parts[name])
-frames.by_place(Table(cells, named, study.parts[named]["sets"][0]), "study/data")
+by_place(Table(cells, named, study.parts[named]["sets"][0]), frames.nearest("study/data")).frame()
 
 # %% [markdown]
 # ## One question, all answers

@@ -29,7 +29,7 @@ def imported(path):
 def test_imports_go_one_way(path):
     if path.parent.name == "analysis":
         allowed = {"analysis", "ops", "attention", "models", "data", "store", "errors", "io", "names", "tracking"}
-        allowed |= {"checkpoints", "statistics", "terminal", "uris"}
+        allowed |= {"checkpoints", "evaluation", "terminal", "uris"}
         assert imported(path) <= allowed
     elif not {"experiments", "study"} & set(path.parts):
         assert "analysis" not in imported(path)

@@ -16,7 +16,7 @@ from study.conftest import STUDY, without_times
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report.tables import Cells
+from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.study import settings
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.results import read_lines

@@ -8,7 +8,7 @@ from study.conftest import STUDY
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report.bars import Bars
-from lrsa_lit.experiments.report.tables import Cells, compared
+from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.study.plan import Study
 
 SHIPPED = "configs/experiment/robustness.yaml"
@@ -150,7 +150,7 @@ def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
     other = [evaluation(study, "lrsa", "random-4x", scores(share), seed) for seed, share in ((0, 0.4), (2, 0.6))]
     cells = Cells(study, [*own, *other])
     one, two = cells.on("plain", "test")
-    found = compared(one, two, "f1").difference
+    found = one.compared(two, "f1").difference
     assert found.value == pytest.approx(0.1)
     assert 0.05 < found.low < found.high < 0.15
 
@@ -168,13 +168,13 @@ def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
         ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference": "dense"}, "bars.b.reference: 'dense'"),
         ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": 0.5}, "bars.b.reference_at_least: 0.5"),
         ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": {"em": "x"}}, "{'em': 'x'}"),
-        ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": {"x": 1}}, "at_least: 'x'"),
+        ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": {"x": 1}}, "at_least: {'x': 1}"),
         (ABOVE | {"row": "none"}, "'none'"),
         (ABOVE | {"above": [["dense", "none"]]}, "'none'"),
         (ABOVE | {"above": ["dense"]}, "bars.b.above"),
-        (ABOVE | {"above": None}, "bars.b.above: None"),
-        (ABOVE | {"row": 3}, "bars.b: row and inference must be names"),
-        (ABOVE | {"inference": ["4x"]}, "bars.b: row and inference must be names"),
+        (ABOVE | {"above": None}, "bars.b.above: it must be"),
+        (ABOVE | {"row": 3}, "bars.b.row: 3"),
+        (ABOVE | {"inference": ["4x"]}, "bars.b.inference: ['4x']"),
         ({"set": ["plain"], "kept": 0.5, "of_dense": 0.5}, "['plain']"),
     ],
 )

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 from experiments.report.lines import evaluation, scores, training
-from helpers import one_line
+from helpers import one_line, refused
 from matplotlib.container import BarContainer
 from study.conftest import STUDY
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import markdown, plots
-from lrsa_lit.experiments.report.blocks import Blocks
-from lrsa_lit.experiments.report.document import fill
+from lrsa_lit.experiments.report import plots, summaries
+from lrsa_lit.experiments.report.document import Blocks, fill, results_of
 from lrsa_lit.experiments.report.evidence import layers
 from lrsa_lit.experiments.report.markers import filled, replace
 from lrsa_lit.study.plan import Study
@@ -91,8 +90,10 @@ def test_mistakes_are_named_and_nothing_is_written(names, after, named, study_fi
 
 
 def test_an_unknown_block_says_which_there_are(study_file, tmp_path):
-    with pytest.raises(UserError, match=r"line 4: .*summary, legend, bars.*PART/SET.*main, all"):
-        filled(document(tmp_path, "mian"), Blocks(Study(str(study_file)), []).text)
+    path = document(tmp_path, "mian")
+    with refused(f"{path}, line 4") as caught:
+        fill(Study(str(study_file)), [], [path], tmp_path)
+    assert re.search(r"summary, legend, bars.*PART/SET.*main, all", str(caught.value))
 
 
 def test_a_missing_file_is_named(study_file, tmp_path):
@@ -116,13 +117,13 @@ def test_another_content_leaves_the_permissions_and_no_other_file(tmp_path):
 def test_what_is_not_measured_is_left_empty(study_file):
     study = Study(str(study_file))
     blocks = Blocks(study, [evaluation(study, "lrsa", "4x", scores(0.5))])
-    assert blocks.text("main").splitlines()[2:] == [
+    assert blocks.texts["main"]().splitlines()[2:] == [
         "1 of 4 results are in.", "", "| trained | seeds | dense | 4x |", "|---|---:|---:|---:|",
-        f"| lrsa | 1 |  | {blocks.table('main', 'plain').entries[0].score.value:.3f} [0.430, 0.570] |"]  # fmt: skip
+        f"| lrsa | 1 |  | {blocks.tables['main/plain'].entries[0].score.value:.3f} [0.430, 0.570] |"]  # fmt: skip
     for name in ("main/text", "summary", "bars", "perplexity", "survival"):
-        assert blocks.text(name) == "", name
+        assert blocks.texts[name]() == "", name
     for name in ("main/text/plot", "perplexity/plot", "survival/plot"):
-        assert blocks.figure(name) is None
+        assert blocks.plots[name][1]() is None
 
 
 def test_the_summary_says_what_is_kept_and_what_is_attended_to(study_file):
@@ -131,14 +132,14 @@ def test_the_summary_says_what_is_kept_and_what_is_attended_to(study_file):
     lines = [evaluation(study, row, attention, scores(share)) for row, attention, share in cells]
     # A seed that only one side has would be compared with the order of the data.
     lines += [evaluation(study, "dense", attention, scores(0.1), seed=1) for attention in ("dense", "4x")]
-    head, _, row, *_ = Blocks(study, lines).text("summary").splitlines()
+    head, _, row, *_ = Blocks(study, lines).texts["summary"]().splitlines()
     assert head.endswith("| of dense | kept | pairs | seeds |")
     assert row.startswith("| at 4x | F1 | 0.800 | 0.400 | 0.600 | 75.0% [")
     assert row.endswith("] | 25% | 50% | 1 |")
     # Dense training may have been run under the rule in fewer seeds.
     del lines[-1]
     lines.append(evaluation(study, "lrsa", "4x", scores(0.6), seed=1))
-    row = Blocks(study, lines).text("summary").splitlines()[2]
+    row = Blocks(study, lines).texts["summary"]().splitlines()[2]
     assert row.startswith("| at 4x | F1 | 0.450 | 0.400 (1 seed) | 0.600 |")
     assert row.endswith("] | 25% | 50% | 2 |")
 
@@ -153,7 +154,7 @@ def test_the_best_of_several_budgets_stands_at_the_smallest_one(tmp_path):
 
     def shown(*cells):
         lines = [evaluation(study, row, attention, scores(score)) for row, attention, score in cells]
-        return [line.split("|")[1].strip() for line in Blocks(study, lines).text("summary").splitlines()[2:-3]]
+        return [line.split("|")[1].strip() for line in Blocks(study, lines).texts["summary"]().splitlines()[2:-3]]
 
     assert shown(("dense", "dense", 0.8), ("lrsa", "4x", 0.6)) == ["quarter"]
     assert shown(("dense", "dense", 0.8), ("lrsa", "4x", 0.6), ("lrsa", "8x", 0.5)) == ["quarter", "eighth"]
@@ -163,22 +164,22 @@ def test_a_part_says_how_much_of_it_there_is(study_file):
     study = Study(str(study_file))
     cells = [("dense", "dense"), ("dense", "4x"), ("lrsa", "dense"), ("lrsa", "4x")]
     whole = [evaluation(study, *names, scores(0.5)) for names in cells]
-    assert "results are in" not in Blocks(study, whole).text("main")
-    assert "3 of 4 results are in." in Blocks(study, whole[1:]).text("main")
+    assert "results are in" not in Blocks(study, whole).texts["main"]()
+    assert "3 of 4 results are in." in Blocks(study, whole[1:]).texts["main"]()
     # Another seed than the part's is no part of it.
     other = [*whole[1:], evaluation(study, "dense", "dense", scores(0.5), seed=7)]
-    assert "3 of 4 results are in." in Blocks(study, other).text("main/plain")
+    assert "3 of 4 results are in." in Blocks(study, other).texts["main/plain"]()
     # Of seeds that the part does not ask for alone.
-    assert Blocks(study, [{**line, "seed": 7} for line in whole]).text("main") == ""
+    assert Blocks(study, [{**line, "seed": 7} for line in whole]).texts["main"]() == ""
 
 
 def test_hours_are_those_that_the_results_know(study_file):
     study = Study(str(study_file))
     lines = [evaluation(study, "dense", "dense", scores(0.5), seconds=5400.0),
              evaluation(study, "dense", "4x", scores(0.5))]  # fmt: skip
-    (row,) = Blocks(study, lines).text("machines").splitlines()[2:]
+    (row,) = Blocks(study, lines).texts["machines"]().splitlines()[2:]
     assert row == "| abacus | torch 2.0 | c0ffee | 0 | 0 | 2 | 1.5 (1 of 2 results say) |"
-    assert Blocks(study, lines[1:]).text("machines").endswith("| 0 | 1 |  |")
+    assert Blocks(study, lines[1:]).texts["machines"]().endswith("| 0 | 1 |  |")
 
 
 def test_survival_stands_beside_that_of_the_base_model(study_file):
@@ -192,7 +193,7 @@ def test_survival_stands_beside_that_of_the_base_model(study_file):
         ),
         evaluation(study, "lrsa", "8x", scores(0.5), survival=kept),
     ]
-    assert Blocks(study, lines).text("survival").splitlines()[2:] == [
+    assert Blocks(study, lines).texts["survival"]().splitlines()[2:] == [
         "| plain | lrsa | 4x | 25% | 30% | 45% |  |  | 50% 30% 20% 0% |"]  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def test_all_rows_under_an_attention_stand_on_one_line_of_the_plot(study_file):
         evaluation(study, "base", "8x", scores(0.1), survival=kept | {"gold": 0.0, "chance": 0.0}),
         evaluation(study, "lrsa", "8x", scores(0.1), survival=kept | {"gold": 0.0, "chance": 0.0}),
     ]
-    (axes,) = Blocks(study, lines).figure("survival/plot").axes
+    (axes,) = Blocks(study, lines).plots["survival/plot"][1]().axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plain: 4x"]
     _, before, after = axes.get_lines()
     assert before.get_ydata().tolist() == after.get_ydata().tolist() == [0, 0]
@@ -236,19 +237,19 @@ def test_a_layer_is_held_against_the_same_rule_without_it(tmp_path):
     lines = [evaluation(study, "dense", name, [0.0, 0.0], loss=loss, tokens=[1, 3], generated=False)
              for name, loss in losses.items()]  # fmt: skip
     blocks = Blocks(study, lines)
-    found = layers(blocks.table("layers", "plain"))
+    found = layers(blocks.tables["layers/plain"])
     # By tokens: 0 + 1 of 4, and 2 + 3 of 4; each draw takes the same questions on both sides.
     assert [(*item[:4], item.gain.value) for item in found] == [
         ("dense", "8x", (), 0, 0.25), ("dense", "8x", (), 1, 1.25)]  # fmt: skip
     assert found[1].gain.low == pytest.approx(1.0)
     assert found[1].gain.high == pytest.approx(2.0)
-    (axes,) = blocks.figure("layers/plain/plot").axes
+    (axes,) = blocks.plots["layers/plain/plot"][1]().axes
     assert bars(axes) == {"0": 0.25, "1": 1.25}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("dense layer", "fall of the answer loss,\nnats a token (95 %)")
     assert axes.get_legend().get_title().get_text() == "trained; dense as well: none"
     # Another seed than the base's says nothing of the layer.
-    assert layers(Blocks(study, [lines[0], {**lines[3], "seed": 1}]).table("layers", "plain")) == []
-    assert Blocks(study, lines[1:]).figure("layers/plain/plot") is None
+    assert layers(Blocks(study, [lines[0], {**lines[3], "seed": 1}]).tables["layers/plain"]) == []
+    assert Blocks(study, lines[1:]).plots["layers/plain/plot"][1]() is None
 
 
 def bars(axes):
@@ -280,13 +281,13 @@ def test_layers_are_held_against_the_base_that_most_others_have(tmp_path):
     lines = [evaluation(study, row, name, [0.0, 0.0], loss=[loss * more] * 2, tokens=[1, 1], generated=False)
              for name, loss in losses.items() for row, more in (("dense", 1), ("lrsa", 2))]  # fmt: skip
     blocks = Blocks(study, lines)
-    found = layers(blocks.table("layers", "plain"))
+    found = layers(blocks.tables["layers/plain"])
     assert {item[1:4]: item.gain.value for item in found if item.row == "dense"} == {
         ("two", (1, 3), 0): 0.5, ("two", (1, 3), 2): 0.25, ("other", (1, 3), 0): 1.0,
         ("8x", (), 0): 1.0, ("8x", (), 1): 4.0, ("8x", (), 2): -0.5, ("8x", (), 3): 3.0,
         ("only-1", (1,), 0): 1.0, ("only-1", (1,), 3): 2.0}  # fmt: skip
     assert len(found) == 18
-    figure = blocks.figure("layers/plain/plot")
+    figure = blocks.plots["layers/plain/plot"][1]()
     assert figure.get_suptitle() == "layers: plain"
     legends = [axes.get_legend() for axes in figure.axes]
     assert [(legend.get_title().get_text().partition(": ")[2], legend.get_texts()[0].get_text())
@@ -304,19 +305,17 @@ def test_texts_have_no_plot_of_layers(tmp_path):
     study = Study(str(path))
     lines = [evaluation(study, "dense", name, [0.0, 0.0], data_set="text", generated=False) for name in ("4x", "one")]
     blocks = Blocks(study, lines)
-    assert len(layers(blocks.table("main", "text"))) == 1
-    assert blocks.figure("main/text/plot") is None
-    assert blocks.caption("main/text/plot") == "main/text: perplexity"
-    assert blocks.caption("main/plain/plot") == "main/plain: the score against the share of pairs attended to"
-    with pytest.raises(UserError, match="'main/plot'"):
-        blocks.caption("main/plot")
+    assert len(layers(blocks.tables["main/text"])) == 1
+    assert blocks.plots["main/text/plot"][1]() is None
+    assert blocks.plots["main/text/plot"][0] == "main/text: perplexity"
+    assert blocks.plots["main/plain/plot"][0] == "main/plain: the score against the share of pairs attended to"
 
 
 def test_the_legend_says_of_how_many_questions_selections_are_looked_at(study_file):
     weights = Weights(Study(str(study_file)).row("base"), None, None)
     shards = shards_of(weights, None, Path("test.npz"), 400, 400, generates=True, whole_text=False)
     (looked,) = (shard for shard in shards if shard.kind == "survival")
-    assert f"of the first {looked.size} questions." in " ".join(markdown.LEGEND.split())
+    assert f"of the first {looked.size} questions." in " ".join(summaries.LEGEND.split())
 
 
 def test_perplexity_of_texts_is_by_tokens(tmp_path):
@@ -325,12 +324,19 @@ def test_perplexity_of_texts_is_by_tokens(tmp_path):
     study = Study(str(path))
     line = evaluation(study, "dense", "4x", [0.0, 0.0], data_set="text")
     line |= {"f1": [], "em": [], "recall": [], "loss": [1.0, 5.0], "tokens": [1, 2]}
-    (row,) = Blocks(study, [line]).text("perplexity").splitlines()[2:]
+    (row,) = Blocks(study, [line]).texts["perplexity"]().splitlines()[2:]
     assert row == "| text | dense | 4x | 1 | 25% | 50% | 7.39 [2.72, 12.18] |"
 
 
-def test_the_shipped_documents_have_blocks_that_there_are():
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+def test_the_shipped_documents_say_what_the_shipped_results_give(name):
     study = Study("configs/experiment/robustness.yaml")
-    blocks = Blocks(study, [])
-    for name in ("README.md", "RESULTS.md"):
-        filled(ROOT / name, lambda block: str(blocks.figure(block)) if block.endswith("/plot") else blocks.text(block))
+    blocks = Blocks(study, results_of(study, ROOT / "study" / "results.jsonl"))
+    unchecked = set(blocks.plots) | {block for block in blocks.texts if block.endswith("/places")}
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = re.findall(r"<!-- study:(\S+) -->\n(.*?)<!-- /study -->", text, re.DOTALL)
+    assert found
+    for block, written in found:
+        blocks.check(block)
+        if block not in unchecked:
+            assert written.strip() == blocks.texts[block](), block

@@ -8,7 +8,9 @@ from experiments.report.lines import evaluation, scores
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import frames
-from lrsa_lit.experiments.report.tables import Cells, Table
+from lrsa_lit.experiments.report.cells import Cells
+from lrsa_lit.experiments.report.summaries import full, matrix
+from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.study.plan import Study
 
 
@@ -25,8 +27,8 @@ def cells(study_file):
 
 
 def test_a_matrix_has_a_place_for_what_is_not_measured(cells):
-    found = frames.matrix(Table(cells, "main", "plain"))
-    wanted = pd.DataFrame({"dense": [0.8, math.nan], "4x": [0.4, 0.6]}, index=["dense", "lrsa"])
+    found = matrix(Table(cells, "main", "plain")).frame(intervals=False)
+    wanted = pd.DataFrame({"trained": ["dense", "lrsa"], "seeds": 1, "dense": [0.8, math.nan], "4x": [0.4, 0.6]})
     pd.testing.assert_frame_equal(found, wanted)
 
 
@@ -35,11 +37,12 @@ def test_a_row_own_attention_is_a_column_if_it_is_another(cells):
 
 
 def test_entries_hold_what_is_compared(cells):
-    found = frames.entries(Table(cells, "main", "plain")).set_index(["trained", "inference"])
+    found = full(Table(cells, "main", "plain")).frame().set_index(["trained", "inference"])
     assert list(found.index) == [("dense", "dense"), ("dense", "4x"), ("lrsa", "4x")]
-    assert found.loc[("lrsa", "4x"), ["seeds", "kept", "of_dense", "gain"]].tolist() == pytest.approx(
+    assert found.loc[("lrsa", "4x"), ["seeds", "kept", "of dense", "minus dense-trained"]].tolist() == pytest.approx(
         [1, 0.25, 0.6 / 0.8, 0.2]
     )
+    assert found.loc[("lrsa", "4x"), "F1 low"] < 0.6 < found.loc[("lrsa", "4x"), "F1 high"]
     assert found["p"].isna().tolist() == [True, True, False]
 
 

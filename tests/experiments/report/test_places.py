@@ -14,9 +14,10 @@ from study.conftest import STUDY
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import frames, places
+from lrsa_lit.experiments.report import places
+from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.experiments.report.places import ALWAYS, ELSEWHERE, LAST, NOWHERE, PLACES, place_of
-from lrsa_lit.experiments.report.tables import Cells, Table
+from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, visibility_mask
 from lrsa_lit.study import tokens
 from lrsa_lit.study.plan import Study
@@ -62,20 +63,11 @@ def lines_of(study, data):
 def test_scores_are_of_the_questions_of_each_place(against, data, monkeypatch):
     monkeypatch.setattr(places, "place_of", lambda example, rule: LAST if example["id"] == "test-1" else NOWHERE)
     table = Table(Cells(against, lines_of(against, data)), "places", "plain")
-    found = {cell.attention: {place.name: place for place in row} for cell, row in places.by_place(table, data)}
-    assert [place.questions for place in found["short"].values()] == [0, 1, 0, 2]
-    assert found["short"][LAST].score.value == 0.5
-    assert found["short"][NOWHERE].score.value == 0.5
-    assert found["dense"][NOWHERE].score.value == 0.5
-    assert found["dense"][LAST].score.value == 0.0
-    assert found["dense"][ALWAYS].score is None
-    frame = frames.by_place(table, str(data))
-    assert list(frame.columns) == [
-        "trained",
-        "inference",
-        *(f"{n} ({c})" for n, c in zip(PLACES, [0, 1, 0, 2], strict=True)),
-    ]
-    assert np.isnan(frame["elsewhere (0)"]).all()
+    found = places.by_place(table, data).frame(intervals=False).set_index("inference")
+    names = [f"{name} ({count})" for name, count in zip(PLACES, [0, 1, 0, 2], strict=True)]
+    assert list(found.columns) == ["trained", "seeds", *names]
+    assert found.loc["short", names].astype(float).tolist() == pytest.approx([np.nan, 0.5, np.nan, 0.5], nan_ok=True)
+    assert found.loc["dense", names].astype(float).tolist() == pytest.approx([np.nan, 0.0, np.nan, 0.5], nan_ok=True)
 
 
 def test_a_document_has_them_as_a_block_and_says_what_it_needs(

@@ -12,8 +12,9 @@ from study.conftest import STUDY
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report.cells import Cells, reference_of
 from lrsa_lit.experiments.report.document import results_of
-from lrsa_lit.experiments.report.tables import Cells, Table, reference_of
+from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner

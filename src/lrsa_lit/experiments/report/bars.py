@@ -15,37 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
-from lrsa_lit.experiments.report import markdown
-from lrsa_lit.experiments.report.tables import (
-    Cell,
-    Cells,
-    compared,
-    measure_of,
-    of_common_seeds,
-    reference_of,
-    score_of,
-)
-from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig
-from lrsa_lit.study.checks import MEASURES
-from lrsa_lit.study.plan import DENSE, Study, digest_of
+from lrsa_lit.experiments.report import grid
+from lrsa_lit.experiments.report.bar_checks import check_bar
+from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of, reference_of
+from lrsa_lit.experiments.report.grid import Column, Grid
+from lrsa_lit.experiments.report.summaries import LABELS
+from lrsa_lit.ops.sparse_attention import LagRelative
+from lrsa_lit.study.plan import DENSE, digest_of
 from lrsa_lit.study.settings import Settings
-
-_SHARES = ("kept", "pairs")
-_REFERENCE = {"reference", "reference_at_least"}
-_FORMS = (
-    ({"set", "measure", "kept", "of_dense", *_REFERENCE}, {"set", "kept", "of_dense"}),
-    ({"set", "measure", "pairs", "of_dense", *_REFERENCE}, {"set", "pairs", "of_dense"}),
-    ({"set", "measure", "row", "inference", "at_least"}, {"set", "row", "inference", "at_least"}),
-    ({"set", "measure", "row", "inference", "above", "p"}, {"set", "row", "inference", "above", "p"}),
-)
-"""What a bar of each kind may have, and must have."""
 
 _HALF_A_PERCENT = 0.005
 """Shares are held against a bar's as whole percents, as the tables show them."""
@@ -73,23 +56,22 @@ class Best:
     ratio_apart: float | None
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A bar and what was reached.
 
     Attributes:
-        name: of the bar.
+        bar: its name.
         required: what it asks for.
         reached: what the results say; empty where there are none.
-        by: which cells reached it.
         verdict: ``met``, ``missed`` or ``open``, and whether the interval leaves it undecided.
+        by: which cells reached it.
     """
 
-    name: str
+    bar: str
     required: str
-    reached: str
-    by: str
-    verdict: str
+    reached: str = ""
+    verdict: str = "open"
+    by: str = ""
 
 
 class Bars:
@@ -105,11 +87,16 @@ class Bars:
     def __init__(self, cells: Cells) -> None:
         self.cells, self.study = cells, cells.study
         for name, bar in self.study.bars.items():
-            _check(self.study, name, bar)
+            check_bar(self.study, name, bar)
 
     def verdicts(self) -> list[Verdict]:
         """One for each bar."""
         return [self._verdict(name, bar) for name, bar in self.study.bars.items()]
+
+    def _verdict(self, name: str, bar: Settings) -> Verdict:
+        if "of_dense" in bar:
+            return self._of_dense(name, bar)
+        return self._score(name, bar) if "at_least" in bar else self._above(name, bar)
 
     def measure(self, bar: Settings) -> str:
         """What a bar is about."""
@@ -121,24 +108,58 @@ class Bars:
         Of these only the ones of as many seeds as the study has, or else of the most: of one seed the best is the
         luckiest.
         """
-        kind, measure = next(name for name in _SHARES if name in bar), self.measure(bar)
-        pairs: list[tuple[Cell, Cell]] = []
-        for cell in self.cells.on(bar["set"], "test", measure):
-            row = self.study.row(cell.row)
-            ruled = row.rule is not None and _selects(row.rule) and _lag_relative(cell)
-            if ruled and row.steps and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT:
-                pairs += [pair] if (pair := self._with_reference(bar, cell)) else []
+        measure = self.measure(bar)
+        allowed = [cell for cell in self.cells.on(bar["set"], "test", measure) if self._counts(bar, cell)]
+        pairs = [pair for cell in allowed if (pair := self._with_reference(bar, cell)) is not None]
         enough = min(len(self.study.seeds), max((len(cell.lines) for cell, _ in pairs), default=0))
         pairs = [pair for pair in pairs if len(pair[0].lines) >= enough]
         if not pairs:
             return None
         cell, reference = max(pairs, key=lambda pair: pair[0].mean(measure) / pair[1].mean(measure))
-        found = compared(cell, reference, measure)
+        found = cell.compared(reference, measure)
         assert found is not None  # they are of other weights, and of the same questions and seeds
         dense = self.study.row(reference.row)
         seeds = {line["seed"] for line in reference.lines}
-        same = self.cells.cell(dense, cell.attention, cell.line["rule_digest"], bar["set"], "test", measure, seeds)
+        same = self.cells.cell(dense, cell.attention, cell.key[1], bar["set"], "test", measure, seeds)
         return Best(cell, reference, same, found.ratio, len(pairs), _apart(pairs, measure))
+
+    def summary(self) -> Grid:
+        """The best of each budget beside dense training, compressed at inference only.
+
+        What is the best of several budgets stands once: at the smallest one of kept pairs, else of all pairs.
+        """
+        bars = {name: bar for name, bar in self.study.bars.items() if "of_dense" in bar}
+        found = {name: best for name, bar in bars.items() if (best := self.best(bar)) is not None}
+        smallest: dict[tuple[str, ...], str] = {}
+        for name in sorted(found, key=lambda name: ("pairs" in bars[name], bars[name][_kind(bars[name])])):
+            smallest.setdefault((*found[name].cell.key, bars[name]["set"]), name)
+        shown = {name: best for name, best in found.items() if name in smallest.values()}
+        rows, cells = list(shown.values()), [best.cell for best in shown.values()]
+        measures = [self.measure(bars[name]) for name in shown]
+
+        def means(title: str, of: Sequence[Cell | None]) -> Column:
+            three = zip(of, measures, cells, strict=True)
+            return Column(title, [cell and _mean(cell, measure, len(best.lines)) for cell, measure, best in three])
+
+        return Grid(
+            [
+                Column("", list(shown)),
+                Column("measure", [LABELS[measure] for measure in measures]),
+                means("dense", [best.reference for best in rows]),
+                means("dense-trained, compressed", [best.same for best in rows]),
+                means("LRSA-trained, compressed", cells),
+                Column("of dense", [best.ratio for best in rows], grid.percent),
+                *grid.shares(cells),
+                *grid.about(cells)[2:],
+            ]
+        )
+
+    def _counts(self, bar: Settings, cell: Cell) -> bool:
+        """Whether a row was trained to choose tokens, does so here, and keeps no more pairs than the bar says."""
+        row, kind, rule = self.study.row(cell.row), _kind(bar), cell.line["rule"]
+        trained = row.steps and row.rule is not None and _selects(row.rule.to_dict())
+        chooses = _selects(rule) and len(rule["dense_layers"]) < cell.line["layers"]
+        return bool(trained and chooses and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT)
 
     def _with_reference(self, bar: Settings, cell: Cell) -> tuple[Cell, Cell] | None:
         """A cell and dense training with dense inference that it is held against, if the bar allows that one."""
@@ -148,62 +169,56 @@ class Bars:
         reference = self.cells.cell(dense, DENSE, DENSE, bar["set"], "test", measure)
         if reference is None or reference.line["set_digest"] != cell.line["set_digest"]:
             return None
-        pair = of_common_seeds(cell, reference)
+        pair = cell.paired(reference)
         if pair is None or not pair[1].mean(measure):
             return None
         asked = bar.get("reference_at_least", {})
         return pair if all(pair[1].mean(name) >= least for name, least in asked.items()) else None
 
-    def _verdict(self, name: str, bar: Settings) -> Verdict:
-        if "of_dense" in bar:
-            return self._of_dense(name, bar)
-        return self._score(name, bar) if "at_least" in bar else self._above(name, bar)
-
     def _of_dense(self, name: str, bar: Settings) -> Verdict:
-        kind = next(share for share in _SHARES if share in bar)
+        kind = _kind(bar)
         required = f"{bar['of_dense']:.0%} of dense {self._label(bar)}, {bar[kind]:.3g} {kind}"
         asked = bar.get("reference_at_least", {}).items()
-        required += "".join(f", dense {markdown.LABELS[name]} at least {least:g}" for name, least in asked)
-        best = self.best(bar)
-        if best is None:
-            return Verdict(name, required, "", "", "open")
+        required += "".join(f", dense {LABELS[measure]} at least {least:g}" for measure, least in asked)
+        if (best := self.best(bar)) is None:
+            return Verdict(name, required)
         cell = best.cell
-        shares = f"kept {cell.kept:.1%}, pairs {cell.pairs:.1%}"
-        seeds = markdown.seeds(len(cell.lines))
-        by = f"{cell.row} under {cell.attention} ({shares}), against {best.reference.row}, {seeds}"
+        by = f"{cell.row} under {cell.attention} (kept {cell.kept:.1%}, pairs {cell.pairs:.1%})"
+        by += f", against {best.reference.row}, {grid.seeds(len(cell.lines))}"
         if best.ratio_apart is not None:
             by += f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
-        return Verdict(name, required, markdown.percent(best.ratio), by, _judged(best.ratio, bar["of_dense"]))
+        return Verdict(name, required, grid.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by)
 
     def _score(self, name: str, bar: Settings) -> Verdict:
         required, measure = f"{self._label(bar)} at least {bar['at_least']:g}", self.measure(bar)
         rows = [bar["row"]] if isinstance(bar["row"], str) else bar["row"]
         found = [cell for row in rows if (cell := self._cell(bar, row, bar["inference"])) is not None]
         if not found:
-            return Verdict(name, required, "", "", "open")
+            return Verdict(name, required)
         cell = max(found, key=lambda cell: cell.mean(measure))
-        score = score_of(cell, measure)
-        by = f"{cell.row} under {cell.attention}, {markdown.seeds(len(cell.lines))}"
+        score = cell.estimate(measure)
+        by = f"{cell.row} under {cell.attention}, {grid.seeds(len(cell.lines))}"
         by += f"; best of {len(found)}" if len(found) > 1 else ""
-        return Verdict(name, required, markdown.interval(score, 3), by, _judged(score, bar["at_least"]))
+        return Verdict(name, required, grid.interval(score), _judged(score, bar["at_least"]), by)
 
     def _above(self, name: str, bar: Settings) -> Verdict:
         measure, asked = self.measure(bar), bar["above"]
-        required = f"{self._label(bar)} above {_listed(asked)}, p < {bar['p']:g}"
+        others = ", ".join(f"{row} under {attention}" for row, attention in asked)
+        required = f"{self._label(bar)} above {others}, p < {bar['p']:g}"
         cell = self._cell(bar, bar["row"], bar["inference"])
-        others = [other for row, attention in asked if (other := self._cell(bar, row, attention)) is not None]
-        pairs = [pair for other in others if cell and (pair := of_common_seeds(cell, other))]
-        found = [(len(pair[0].lines), item) for pair in pairs if (item := compared(*pair, measure)) is not None]
-        known = [item for _, item in found]
-        if not known:
-            return Verdict(name, required, "", "", "open")
-        p_values = statistics.holm([item.p_value for item in known])
-        worst = min(range(len(known)), key=lambda number: known[number].difference.value)
-        reached = f"{markdown.interval(known[worst].difference, 3, '+')}, p = {max(p_values):.4f}"
-        measured = f" ({len(known)} of {len(asked)} measured)" if len(known) < len(asked) else ""
-        seeds = markdown.seeds(min(count for count, _ in found))
-        by = f"{bar['row']} under {bar['inference']}, {seeds}; the smallest difference and the largest p{measured}"
-        return Verdict(name, required, reached, by, _significant(known, p_values, bar["p"], len(asked)))
+        measured = [other for row, attention in asked if (other := self._cell(bar, row, attention)) is not None]
+        pairs = [pair for other in measured if cell and (pair := cell.paired(other))]
+        found = [(item, pair[0]) for pair in pairs if (item := pair[0].compared(pair[1], measure)) is not None]
+        if not found:
+            return Verdict(name, required)
+        items = [item for item, _ in found]
+        p_values = statistics.holm([item.p_value for item in items])
+        smallest = min((item.difference for item in items), key=lambda difference: difference.value)
+        seeds = grid.seeds(min(len(own.lines) for _, own in found))
+        by = f"{bar['row']} under {bar['inference']}, {seeds}; the smallest difference and the largest p"
+        by += f" ({len(found)} of {len(asked)} measured)" if len(found) < len(asked) else ""
+        verdict = _significant(items, p_values, bar["p"], len(asked))
+        return Verdict(name, required, f"{grid.signed(smallest)}, p = {max(p_values):.4f}", verdict, by)
 
     def _cell(self, bar: Settings, row: str, attention: str) -> Cell | None:
         found = self.study.row(row)
@@ -211,7 +226,28 @@ class Bars:
         return self.cells.cell(found, attention, digest, bar["set"], "test", self.measure(bar))
 
     def _label(self, bar: Settings) -> str:
-        return f"{bar['set']} {markdown.LABELS[self.measure(bar)]}"
+        return f"{bar['set']} {LABELS[self.measure(bar)]}"
+
+
+def table_of(verdicts: Sequence[Verdict]) -> Grid:
+    """A row for each bar."""
+    return Grid([Column(name, [getattr(item, name) for item in verdicts]) for name in Verdict._fields], names=5)
+
+
+def _kind(bar: Settings) -> str:
+    """Which pairs a bar counts: those ``kept``, or all ``pairs``."""
+    return "kept" if "kept" in bar else "pairs"
+
+
+def _selects(rule: Settings | None) -> bool:
+    """Whether tokens are kept by the lag-relative score; sinks and window alone are a control."""
+    return bool(rule and rule["top_k"] and rule["compressor"]["class_path"].endswith(f".{LagRelative.__name__}"))
+
+
+def _mean(cell: Cell, measure: str, seeds: int) -> str:
+    """A cell's score, with its seeds where it has fewer than others of its row."""
+    fewer = f" ({grid.seeds(len(cell.lines))})" if len(cell.lines) < seeds else ""
+    return f"{cell.mean(measure):.3f}{fewer}"
 
 
 def _judged(found: Estimate, required: float) -> str:
@@ -248,65 +284,3 @@ def _apart(pairs: Sequence[tuple[Cell, Cell]], measure: str) -> float | None:
     chosen = (sums[:, 0] / sums[:, 1]).argmax(axis=0)[::-1]
     reached, dense = sums[chosen, :, [0, 1]].sum(axis=0)
     return float(reached / dense)
-
-
-def _selects(rule: LRSAConfig) -> bool:
-    """Whether tokens are kept by the lag-relative score; sinks and window alone are a control."""
-    return isinstance(rule.compressor, LagRelative) and rule.top_k > 0
-
-
-def _lag_relative(cell: Cell) -> bool:
-    rule = cell.line["rule"]
-    layers = cell.line["layers"]
-    own = rule is not None and rule["compressor"]["class_path"].endswith(f".{LagRelative.__name__}")
-    return bool(own and rule["top_k"] > 0 and len(rule["dense_layers"]) < layers)
-
-
-def _listed(cells: Sequence[Sequence[str]]) -> str:
-    return ", ".join(f"{row} under {attention}" for row, attention in cells)
-
-
-def _check(study: Study, name: str, bar: Any) -> None:
-    where = f"{study.name}: bars.{name}"
-    keys = set(bar) if isinstance(bar, dict) else set()
-    if not any(must <= keys <= may for may, must in _FORMS):
-        allowed = "; or ".join(", ".join(sorted(must)) for _, must in _FORMS)
-        raise UserError(
-            f"{where}: the keys {', '.join(map(str, keys)) or 'none'} are not allowed; they must be {allowed}"
-        )
-    if not isinstance(bar["set"], str) or bar["set"] not in study.data_sets:
-        raise UserError(f"{where}.set: there is no data set {bar['set']!r} in data_sets")
-    measure = bar.get("measure") or measure_of(study, bar["set"])
-    if measure not in MEASURES:
-        raise UserError(f"{where}.measure: {measure!r} is not allowed; it must be {', '.join(MEASURES)}")
-    for key in ("kept", "pairs", "of_dense", "at_least", "p"):
-        if not isinstance(bar.get(key, 0), int | float):
-            raise UserError(f"{where}.{key}: {bar[key]!r} is not allowed; it must be a number")
-    _check_reference(study, where, bar)
-    above = bar.get("above", [])
-    if not isinstance(above, list) or any(not _is_names(other) or len(other) != 2 for other in above):
-        raise UserError(f"{where}.above: {above} is not allowed; it must be a list of [row, inference]")
-    rows = [bar["row"]] if isinstance(bar.get("row"), str) else bar.get("row", [])
-    if not _is_names([*rows, bar.get("inference", "")] if isinstance(rows, list) else rows):
-        raise UserError(f"{where}: row and inference must be names; {rows!r} and {bar['inference']!r} are not allowed")
-    for row, attention in [*((row, bar["inference"]) for row in rows), *above]:
-        study.rule_of(study.row(row), attention, where)
-
-
-def _is_names(given: Any) -> bool:
-    return isinstance(given, list) and all(isinstance(name, str) for name in given)
-
-
-def _check_reference(study: Study, where: str, bar: Settings) -> None:
-    rows, least = bar.get("reference", []), bar.get("reference_at_least", {})
-    if not _is_names(rows):
-        raise UserError(f"{where}.reference: {rows!r} is not allowed; it must be a list of rows")
-    for row in rows:
-        study.row(row)
-    if not isinstance(least, dict) or not all(isinstance(value, int | float) for value in least.values()):
-        raise UserError(
-            f"{where}.reference_at_least: {least!r} is not allowed; it must be measures, each with a number"
-        )
-    if unknown := [measure for measure in least if measure not in MEASURES]:
-        allowed = ", ".join(MEASURES)
-        raise UserError(f"{where}.reference_at_least: {unknown[0]!r} is not allowed; it must be {allowed}")

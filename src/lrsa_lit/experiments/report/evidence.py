@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
-from lrsa_lit.experiments.report import markdown
-from lrsa_lit.experiments.report.tables import Cell, Cells, Table, measure_of, of_common_seeds, score_of
+from lrsa_lit.experiments.report import grid
+from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of
+from lrsa_lit.experiments.report.grid import Column, Grid
+from lrsa_lit.experiments.report.tables import Table
 
 WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")
 
@@ -36,8 +37,7 @@ class Survival(NamedTuple):
 
     def share(self, when: Literal["before", "after"], evidence: str = "gold") -> float | None:
         """What a head keeps of the ``gold`` or ``answer`` tokens."""
-        cell = self.before if when == "before" else self.after
-        return cell.survival(evidence)
+        return (self.before if when == "before" else self.after).survival(evidence)
 
 
 class LayerGain(NamedTuple):
@@ -61,50 +61,50 @@ class LayerGain(NamedTuple):
 def texts(cells: Cells) -> list[Text]:
     """All cells on data sets without answers, on their test splits."""
     names = [name for name in cells.study.data_sets if measure_of(cells.study, name) == "loss"]
-    return [Text(name, cell, score_of(cell, "loss")) for name in names for cell in cells.on(name, "test")]
+    return [Text(name, cell, cell.estimate("loss")) for name in names for cell in cells.on(name, "test")]
 
 
-def perplexity(cells: Cells) -> list[str]:
+def perplexity(cells: Cells) -> Grid:
     """A row for each cell: the share of pairs kept, and the perplexity."""
-    body = []
-    for data_set, cell, loss in texts(cells):
-        shares = [markdown.share(cell.kept), markdown.share(cell.pairs)]
-        body.append([data_set, cell.row, cell.attention, str(len(cell.lines)), *shares, markdown.perplexity(loss)])
-    head = ["text", "trained", "inference", "seeds", "kept", "pairs", "perplexity"]
-    return markdown.rows_of(head, body, names=3) if body else []
+    found = texts(cells)
+    own = [text.cell for text in found]
+    losses = Column("perplexity", [text.loss for text in found], grid.perplexity)
+    return Grid([Column("text", [text.data_set for text in found]), *grid.about(own), *grid.shares(own), losses], 3)
 
 
 def pairs(cells: Cells) -> list[Survival]:
     """Cells of trained rows on test splits whose selections were looked at, and the base LLM's as well."""
-    return list(_pairs(cells))
-
-
-def _pairs(cells: Cells) -> Iterator[Survival]:
+    found: list[Survival] = []
     for data_set in cells.study.data_sets:
-        measure = measure_of(cells.study, data_set)
-        found = [cell for cell in cells.on(data_set, "test", measure) if cell.survival("gold") is not None]
-        steps = {cell.row: cells.study.row(cell.row).steps for cell in found}
-        before = {cell.line["rule_digest"]: cell for cell in found if not steps[cell.row]}
-        for cell in found:
-            if steps[cell.row] and (base := before.get(cell.line["rule_digest"])):
-                yield Survival(data_set, base, cell)
+        own = cells.on(data_set, "test", measure_of(cells.study, data_set))
+        looked = [cell for cell in own if cell.survival("gold") is not None]
+        before = {cell.key[1]: cell for cell in looked if not cells.study.row(cell.row).steps}
+        found += [
+            Survival(data_set, before[cell.key[1]], cell)
+            for cell in looked
+            if cells.study.row(cell.row).steps and cell.key[1] in before
+        ]
+    return found
 
 
-def survival(cells: Cells) -> list[str]:
+def survival(cells: Cells) -> Grid:
     """A row for each trained cell: the share of supporting and answer tokens that a head keeps, before and after.
 
     Last stands what is kept of each quarter of a partition after training, where results say so.
     """
-    body = []
-    for item in pairs(cells):
-        names = [item.data_set, item.after.row, item.after.attention]
-        shares = [item.share(when, evidence) for evidence in ("gold", "answer") for when in WHEN]
-        quarters = " ".join(markdown.share(share) for share in item.after.quarters or [])
-        body.append([*names, markdown.share(item.chance), *map(markdown.share, shares), quarters])
-    head = ["questions", "trained", "inference", "chance", "gold before", "gold after", "answer before", "answer after"]
-    if any(row[-1] for row in body):
-        head.append("by quarter")
-    return markdown.rows_of(head, [row[: len(head)] for row in body], names=3) if body else []
+    found = pairs(cells)
+    columns = [
+        Column("questions", [item.data_set for item in found]),
+        *grid.about([item.after for item in found])[:2],
+        Column("chance", [item.chance for item in found], grid.share),
+    ]
+    for evidence in ("gold", "answer"):
+        for when in WHEN:
+            columns.append(Column(f"{evidence} {when}", [item.share(when, evidence) for item in found], grid.share))
+    quarters = [item.after.quarters for item in found]
+    if any(quarters):
+        columns.append(Column("by quarter", quarters, lambda shares: " ".join(map(grid.share, shares))))
+    return Grid(columns, names=3)
 
 
 def layers(table: Table) -> list[LayerGain]:
@@ -113,12 +113,12 @@ def layers(table: Table) -> list[LayerGain]:
     Where several cells have one layer less, a cell is held against the one that most cells can be held against.
     """
     both = ((cell, base) for cell in table.cells for base in table.cells if _has_one_more(cell, base))
-    pairs = [pair for cell, base in both if (pair := of_common_seeds(cell, base)) is not None]
-    uses = Counter(_key(less) for _, less in pairs)
+    pairs = [pair for cell, base in both if (pair := cell.paired(base)) is not None]
+    uses = Counter(less.key for _, less in pairs)
     chosen: dict[tuple[str, str], tuple[Cell, Cell]] = {}
-    for pair in sorted(pairs, key=lambda pair: -uses[_key(pair[1])]):
-        chosen.setdefault(_key(pair[0]), pair)
-    return [_gain(*chosen[_key(cell)]) for cell in table.cells if _key(cell) in chosen]
+    for pair in sorted(pairs, key=lambda pair: -uses[pair[1].key]):
+        chosen.setdefault(pair[0].key, pair)
+    return [_gain(*chosen[cell.key]) for cell in table.cells if cell.key in chosen]
 
 
 def _has_one_more(cell: Cell, base: Cell) -> bool:
@@ -135,10 +135,6 @@ def _gain(more: Cell, less: Cell) -> LayerGain:
     fall = statistics.ratio_of_sums(less.scores("loss") - more.scores("loss"), more.scores("tokens"), more.groups)
     (layer,) = _dense_layers(more) - _dense_layers(less)
     return LayerGain(more.row, less.attention, tuple(sorted(_dense_layers(less))), layer, fall)
-
-
-def _key(cell: Cell) -> tuple[str, str]:
-    return cell.row, cell.line["rule_digest"]
 
 
 def _dense_layers(cell: Cell) -> set[int]:

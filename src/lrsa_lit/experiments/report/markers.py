@@ -6,6 +6,7 @@ kept byte for byte.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,7 @@ from typing import IO
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 
-_OPEN = re.compile(rb"<!-- study:(\S+) -->\s*")
-_CLOSE = re.compile(rb"<!-- /study -->\s*")
+_MARK = re.compile(rb"^<!-- (?:study:(\S+)|/study) -->[^\S\n]*(?:\n|\Z)", re.MULTILINE)
 
 
 def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
@@ -28,28 +28,26 @@ def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
     Raises:
         UserError: there is no such file, no block in it, one that is not closed, or one without a beginning.
     """
-    parts: list[bytes] = []
-    opened: tuple[int, bytes] | None = None
-    found = False
-    for number, line in enumerate(_content(path).splitlines(keepends=True), start=1):
-        if opening := _OPEN.fullmatch(line):
-            if opened:
-                raise _unclosed(path, *opened)
-            opened, found = (number, opening[1]), True
-            parts.append(line)
-            parts.append(_text(path, number, opening[1].decode(), text_of))
-        elif _CLOSE.fullmatch(line):
-            if opened is None:
-                raise UserError(f"{path}, line {number}: <!-- /study --> closes nothing; allowed is one for each block")
-            opened = None
-            parts.append(line)
-        elif opened is None:
-            parts.append(line)
-    if opened:
-        raise _unclosed(path, *opened)
-    if not found:
-        raise UserError(f"{path}: it has no block; one is a line <!-- study:NAME --> and a line <!-- /study -->")
-    return b"".join(parts)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(str(path), reason=f"it cannot be read ({error.strerror})") from None
+    marks = list(_MARK.finditer(content))
+    if not marks:
+        hint = "one is a line <!-- study:NAME --> and a line <!-- /study -->"
+        raise UserError(str(path), reason="it has no block", hint=hint)
+    parts, kept_from = [], 0
+    for opening, closing in itertools.zip_longest(marks[::2], marks[1::2]):
+        number = content.count(b"\n", 0, opening.start()) + 1
+        where = f"{path}, line {number}"
+        if not opening[1]:
+            raise UserError(where, reason="<!-- /study --> closes nothing", hint="allowed is one for each block")
+        name = opening[1].decode()
+        if closing is None or closing[1]:
+            raise UserError(where, reason=f"the block {name!r} is not closed by a line <!-- /study -->")
+        parts += [content[kept_from : opening.end()], _text(where, name, text_of)]
+        kept_from = closing.start()
+    return b"".join([*parts, content[kept_from:]])
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -67,26 +65,15 @@ def replace(path: Path, content: bytes) -> None:
     try:
         write_atomically(path, write)
     except OSError as error:
-        raise UserError(f"{path}: it cannot be written ({error.strerror})") from None
+        raise UserError(str(path), reason=f"it cannot be written ({error.strerror})") from None
 
 
-def _content(path: Path) -> bytes:
+def _text(where: str, name: str, text_of: Callable[[str], str]) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: it cannot be read ({error.strerror})") from None
-
-
-def _text(path: Path, number: int, name: str, text_of: Callable[[str], str]) -> bytes:
-    try:
-        text = text_of(name)
+        text = text_of(name).encode()
     except UserError as error:
-        raise UserError(f"{path}, line {number}: {error}") from None
-    if any(mark.fullmatch(line) for line in text.encode().splitlines(keepends=True) for mark in (_OPEN, _CLOSE)):
-        raise UserError(f"{path}, line {number}: the text of the block {name!r} holds the mark of a block itself")
+        raise UserError(where, reason=str(error)) from None
+    if _MARK.search(text):
+        raise UserError(where, reason=f"the text of the block {name!r} holds the mark of a block itself")
     # Markdown takes a table right after a comment for a part of it.
-    return f"\n{text}\n\n".encode() if text else b""
-
-
-def _unclosed(path: Path, number: int, name: bytes) -> UserError:
-    return UserError(f"{path}, line {number}: the block {name.decode()!r} is not closed by a line <!-- /study -->")
+    return b"\n" + text + b"\n\n" if text else b""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lrsa_lit.analysis.plots import OKABE_ITO, legend, subplots
 from lrsa_lit.experiments.report.evidence import WHEN
-from lrsa_lit.experiments.report.markdown import LABELS
+from lrsa_lit.experiments.report.summaries import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,147 @@
+"""The tables of a part, and of all trainings and machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lrsa_lit.evaluation import statistics
+from lrsa_lit.evaluation.statistics import Comparison
+from lrsa_lit.experiments.report import grid
+from lrsa_lit.experiments.report.grid import Column, Grid
+from lrsa_lit.experiments.report.tables import Entry, Table
+from lrsa_lit.study.results import Line
+
+LABELS = {"f1": "F1", "recall": "recall", "em": "exact match", "loss": "perplexity"}
+
+SHARES = """\
+*kept* is K/L in sparse layers and 1 in dense ones, *pairs* the share of query-key pairs attended to,
+sinks and windows included."""
+
+LEGEND = f"""\
+Brackets are 95 % bootstrap intervals over questions; questions about one text are drawn together. With several seeds,
+seeds are drawn too. Comparisons are over the seeds that both sides have, each of which takes the data in its own order;
+one seed's interval knows nothing of other trainings.
+
+{SHARES} *of dense* is the score by that of dense training, of as many steps on the same data
+at the rate chosen for it, with dense inference; *minus dense-trained* the difference to dense training under the same
+attention, with the p-value of a paired permutation test of the questions, alone and adjusted for the tests of its
+column by Holm's method: whether these trained models differ, not whether others would. *gold kept* is the share of the
+supporting passages' tokens that a head of a sparse layer keeps, of the first 16 questions."""
+
+_number = "{:.3f}".format
+
+
+def matrix(table: Table) -> Grid:
+    """A row for each training and a column for each attention: the score, and its share of dense training."""
+    rows: dict[str, int] = {}
+    for cell in table.cells:
+        rows[cell.row] = max(rows.get(cell.row, 0), len(cell.lines))
+
+    def shown(entry: Entry) -> str:
+        if table.measure == "loss":
+            return grid.perplexity(entry.score)
+        return grid.interval(entry.score) + (f"\n{grid.percent(entry.of_dense.ratio)}" if entry.of_dense else "")
+
+    scores = [
+        Column(name, [table.entry(row, name) for row in rows], shown, lambda entry: entry.score)
+        for name in table.attentions
+    ]
+    return Grid([Column("trained", list(rows)), Column("seeds", list(rows.values())), *scores], names=1)
+
+
+def full(table: Table) -> Grid:
+    """A row for each cell, with all that is compared."""
+    cells, scores = table.cells, [entry.score for entry in table.entries]
+    columns = [*grid.about(cells), *grid.shares(cells)]
+    if table.measure == "loss":
+        return Grid([*columns, Column("loss", scores, grid.interval), Column("perplexity", scores, grid.perplexity)])
+    losses = [float(cell.scores("loss").sum() / cell.scores("tokens").sum()) for cell in cells]
+    ratios = [entry.of_dense.ratio if entry.of_dense else None for entry in table.entries]
+    columns += [
+        Column(LABELS[table.measure], scores, grid.interval),
+        Column("exact match", [cell.mean("em") for cell in cells], _number),
+        Column("loss", losses, _number),
+        Column("of dense", ratios, grid.percent),
+        Column("gold kept", [cell.survival("gold") for cell in cells], grid.share),
+        *_differences("dense-trained", [entry.of_same for entry in table.entries]),
+    ]
+    if table.against:
+        columns += _differences(", ".join(table.against), [entry.of_named for entry in table.entries])
+    return Grid(columns)
+
+
+def _differences(title: str, found: Sequence[Comparison | None]) -> list[Column]:
+    p_values = [item and item.p_value for item in found]
+    adjusted = iter(statistics.holm([p_value for p_value in p_values if p_value is not None]))
+    p_value = "{:.4f}".format
+    return [
+        Column(f"minus {title}", [item and item.difference for item in found], grid.signed),
+        Column("p", p_values, p_value),
+        Column("Holm", [item and next(adjusted) for item in found], p_value),
+    ]
+
+
+def training(lines: Sequence[Line]) -> Grid:
+    """Loss, speed, memory and time of each training, means of its seeds."""
+    rows = _grouped((line for line in lines if line["kind"] == "training"), lambda line: line["row"])
+    groups = list(rows.values())
+
+    def means(title: str, name: str, form: str, unit: float = 1) -> Column:
+        known = [[line[name] for line in own if line.get(name) is not None] for own in groups]
+        means = [math.fsum(values) / len(values) / unit if values else None for values in known]
+        return Column(title, means, f"{{:{form}}}".format)
+
+    return Grid(
+        [
+            Column("trained", list(rows)),
+            Column("seeds", list(map(len, groups))),
+            Column("steps", [_listed(line["steps"] for line in own) for own in groups]),
+            means("loss of the last 20 steps", "loss_of_last_20_steps", ".3f"),
+            means("tokens/s", "tokens_per_second", ",.0f"),
+            means("peak memory, GiB", "peak_memory_bytes", ".1f", 2**30),
+            means("minutes", "seconds", ".1f", 60),
+        ],
+        names=1,
+    )
+
+
+def machines(lines: Sequence[Line]) -> Grid:
+    """Where and with what the results were made, in how many hours."""
+    rows = _grouped(
+        lines, lambda line: tuple((name, str(of)) for name, of in line["machine"].items() if name != "commit")
+    )
+    groups = list(rows.values())
+    versions = [", ".join(f"{name} {value}" for name, value in about if name != "device" and value != "None")
+                for about in rows]  # fmt: skip
+    trainings = [sum(line["kind"] == "training" for line in own) for own in groups]
+    return Grid(
+        [
+            Column("device", [dict(about)["device"] for about in rows]),
+            Column("versions", versions),
+            Column("commits", [_listed(line["machine"].get("commit") for line in own) for own in groups]),
+            Column("seeds", [_listed(sorted(line["seed"] for line in own)) for own in groups]),
+            Column("trainings", trainings),
+            Column("evaluations", [len(own) - trained for own, trained in zip(groups, trainings, strict=True)]),
+            Column("hours", list(map(_hours, groups))),
+        ],
+        names=4,
+    )
+
+
+def _grouped(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
+    found: dict[Any, list[Line]] = {}
+    for line in lines:
+        found.setdefault(key(line), []).append(line)
+    return found
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def _hours(lines: Sequence[Line]) -> str | None:
+    known = [line["seconds"] for line in lines if line.get("seconds") is not None]
+    counted = "" if len(known) == len(lines) else f" ({len(known)} of {len(lines)} results say)"
+    return f"{math.fsum(known) / 3600:.1f}{counted}" if known else None
