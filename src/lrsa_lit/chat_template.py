@@ -31,7 +31,7 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizer
     # A template is a program that comes with the model, so any error in it is possible.
     except Exception as error:
         reason = message_of(error) or type(error).__name__
-        raise UserError(f"model.tokenizer: the chat template of {_name(tokenizer)} fails: {reason[:300]}") from error
+        raise UserError("tokenizer", reason=f"the chat template of {_name(tokenizer)} fails: {reason[:300]}") from error
 
 
 def with_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
@@ -58,8 +58,9 @@ def with_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
     for name in arguments:
         if name not in names:
             raise UserError(
-                f"model.template_arguments: the chat template of {_name(tokenizer)} has no argument {name!r}; "
-                f"it has {', '.join(sorted(names)) or 'none'}"
+                f"template_arguments.{name}",
+                reason=f"the chat template of {_name(tokenizer)} has no such argument; it has "
+                f"{', '.join(sorted(names)) or 'none'}",
             )
     # The templates are rendered with trim_blocks, which removes the line break after the last block.
     lines = (
@@ -83,7 +84,7 @@ def _argument_names(template: str, tokenizer: PreTrainedTokenizerBase) -> set[st
         used = jinja2.meta.find_undeclared_variables(environment.parse(template))
     except jinja2.TemplateError as error:
         raise UserError(
-            f"model.tokenizer: the chat template of {_name(tokenizer)} is not valid: {message_of(error)[:300]}"
+            "tokenizer", reason=f"the chat template of {_name(tokenizer)} is not valid: {message_of(error)[:300]}"
         ) from error
     given = {*_PASSED, *tokenizer.special_tokens_map, *environment.globals, "raise_exception", "strftime_now"}
     return used - given
@@ -114,8 +115,7 @@ def _literal(name: str, value: Any) -> str:
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return repr(value)
     raise UserError(
-        f"model.template_arguments: {name}: {value!r} is not allowed; it must be text, a number, true, false, null, or "
-        "a list or mapping of them"
+        f"template_arguments.{name}", value, "text, a number, true, false, null, or a list or mapping of them"
     )
 
 

@@ -289,8 +289,8 @@ def test_checkpoints_that_are_none(fit, tmp_path, capfd):
             main(["export", name, "--out", "out"])
         assert stop.value.code == 2
         (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-        what = ": no such file" if name == "nowhere.ckpt" else " is no checkpoint"
-        assert line.startswith(f"lrsa: error: CKPT: {name}{what}")
+        what = "does not exist" if name == "nowhere.ckpt" else "is no checkpoint"
+        assert line.startswith(f"lrsa: error: CKPT: {name} {what}")
     assert not (tmp_path / "out").exists()
 
 
@@ -301,7 +301,7 @@ def test_adapters_where_there_are_none_or_not_enough(fit, capfd):
     checkpoint = fit(*LORA, "--model.backbone.rope_scaling", "{rope_type: yarn, factor: 2}")
     with pytest.raises(SystemExit):
         main(["export", str(checkpoint), "--out", "out", "--adapters"])
-    assert "model.backbone.rope_scaling" in capfd.readouterr().err
+    assert "error: --adapters: " in capfd.readouterr().err
 
 
 def test_mistakes_are_told_before_anything_is_imported(capfd, monkeypatch):

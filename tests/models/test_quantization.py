@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 import torch
+from helpers import refused
 
 from lrsa_lit.attention import enable
-from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.flops import Shape
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
@@ -47,14 +47,14 @@ def test_the_base_is_the_models_own_rounded_to_four_bits(folder):
 
 
 def test_what_does_not_go_together():
-    with pytest.raises(UserError, match=r"quantization: nf4 is not allowed without model\.backbone\.lora"):
+    with refused("quantization", "nf4", reason="lora"):
         Backbone("some/model", quantization="nf4")
-    with pytest.raises(UserError, match=r"quantization: nf4 is not allowed for random weights"):
+    with refused("quantization", "nf4", reason="random weights"):
         Backbone("tiny", quantization="nf4", lora=LoRA())
 
 
 def test_without_bitsandbytes(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
-    with pytest.raises(UserError, match=r"needs bitsandbytes.*pip install 'lrsa-lit\[qlora\]'"):
+    with refused("quantization", "nf4", reason="pip install 'lrsa-lit[qlora]'"):
         Backbone("some/model", quantization="nf4", lora=LoRA())

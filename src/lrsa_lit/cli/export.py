@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _MODEL_FILES = ("config.json", "adapter_config.json")
 """One of them stands in every folder that this command writes."""
 
-_FLAGS = {"model": "CKPT", "model.backbone.trust_remote_code": "--trust-remote-code"}
-"""What this command calls the settings that messages name as the YAML files do."""
+_FLAGS = {"model": "CKPT", "trust_remote_code": "--trust-remote-code", "rope_scaling": "--adapters"}
+"""What this command calls the arguments of its parts."""
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.15}
 """How far merging may move the logits (:func:`lrsa_lit.models.folder.difference`): more than rounding did, measured
 with large adapters on the tiny model."""
@@ -101,11 +101,8 @@ def _check_adapters(trained: Trained, options: argparse.Namespace) -> None:
     if not options.adapters:
         return
     if trained.backbone.lora is None:
-        raise UserError(f"--adapters: {options.checkpoint} holds all weights and no adapters")
-    try:
-        check_holdable(trained.backbone)
-    except UserError as error:
-        raise UserError(f"--adapters: {error}") from None
+        raise UserError("--adapters", options.checkpoint, reason="holds all weights and no adapters")
+    check_holdable(trained.backbone)
 
 
 def _write(trained: Trained, out: Path, *, merge: bool) -> None:

@@ -61,7 +61,7 @@ def with_key(error: UserError) -> UserError:
             key = next((key for kind, key in _KEYS.items() if isinstance(owner, kind)), type(owner).__name__)
             error.field = f"{key}.{error.field}"
             break
-    if error.field == DATA_TOKENIZER:
+    if error.field in ("tokenizer", DATA_TOKENIZER):
         error.field = TOKENIZER
     # The key is there once and for all.
     return error.with_traceback(None)

@@ -44,7 +44,7 @@ def check_holdable(backbone: Backbone) -> None:
     """
     if backbone.rope_scaling is not None:
         raise UserError(
-            "a folder of adapters cannot hold the positions of model.backbone.rope_scaling; export the merged model"
+            "rope_scaling", reason="a folder of adapters cannot hold the scaled positions; export the merged model"
         )
 
 
@@ -62,7 +62,7 @@ def load_adapters(folder: Path, dtype: Any = None, *, trust_remote_code: bool = 
     lora, weights = read_adapters(folder)
     base = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"model: {folder / ADAPTER_CONFIG}: base_model_name_or_path is missing")
+        raise UserError("model", folder / ADAPTER_CONFIG, reason="has no base_model_name_or_path")
     rule = _json(folder / RULE_FILE) if (folder / RULE_FILE).is_file() else None
     options = {} if dtype is None else {"dtype": dtype}
     return Trained(Backbone(base, lora=lora, trust_remote_code=trust_remote_code, **options), rule, weights)
@@ -81,19 +81,18 @@ def read_adapters(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
     kind = config.get("peft_type"), config.get("task_type")
     if kind != ("LORA", "CAUSAL_LM"):
         raise UserError(
-            f"model: {folder} holds adapters of type {kind[0]} for {kind[1]}; only LORA for CAUSAL_LM is read"
+            "model", folder, reason=f"holds adapters of type {kind[0]} for {kind[1]}; only LORA for CAUSAL_LM is read"
         )
     for name, value in config.items():
         if name not in _USED | _INDIFFERENT and value not in _DEFAULTS and not _is_default(name, value):
-            raise UserError(
-                f"model: {folder / ADAPTER_CONFIG}: {name} = {value!r} is not supported; merge them with peft"
-            )
+            reason = f"has {name} = {value!r}, which is not supported; merge them with peft"
+            raise UserError("model", folder / ADAPTER_CONFIG, reason=reason)
     names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
     try:
         lora = typed(LoRA, {ours: config.get(theirs) for ours, theirs in names.items()}, ADAPTER_CONFIG)
         weights = load_file(folder / _WEIGHTS)
-    except (Unreadable, OSError, SafetensorError) as error:
-        raise UserError(f"model: {folder} holds no adapters that can be read ({reason_of(error)})") from error
+    except (Unreadable, UserError, OSError, SafetensorError) as error:
+        raise UserError("model", folder, reason=f"holds no adapters that can be read ({reason_of(error)})") from error
     return lora, {
         re.sub(r"(\.lora_\w+)(?=\.weight$|$)", r"\1.default", name): weight for name, weight in weights.items()
     }
@@ -109,7 +108,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model: {path} cannot be read ({message_of(error)[:120]})") from error
+        raise UserError("model", path, reason=f"cannot be read ({message_of(error)[:120]})") from error
     if not isinstance(content, dict):
-        raise UserError(f"model: {path} must hold a JSON object")
+        raise UserError("model", path, reason="must hold a JSON object")
     return content

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lrsa_lit.errors import UserError, message_of
-from lrsa_lit.models.loading import KEY, from_config, load_model, pretrained
+from lrsa_lit.models.loading import from_config, load_model, pretrained
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve
 
@@ -50,9 +50,9 @@ class LoRA:
     def __post_init__(self) -> None:
         """Check the bounds once."""
         if self.rank < 1:
-            raise UserError(f"model.backbone.lora.rank: {self.rank} is not allowed; it must be an integer >= 1")
+            raise UserError("rank", self.rank, "an integer >= 1")
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"model.backbone.lora.dropout: {self.dropout} is not allowed; it must be in [0, 1)")
+            raise UserError("dropout", self.dropout, "in [0, 1)")
 
 
 @dataclass(eq=False)
@@ -92,18 +92,21 @@ class Backbone:
             return
         if self.lora is None:
             raise UserError(
-                f"model.backbone.quantization: {self.quantization} is not allowed without model.backbone.lora; weights "
-                "of 4 bits cannot be trained"
+                "quantization",
+                self.quantization,
+                reason="is not allowed without lora; weights of 4 bits cannot be trained",
             )
         if self.source == TINY or self.random_weights:
             raise UserError(
-                f"model.backbone.quantization: {self.quantization} is not allowed for random weights; it needs a "
-                "model.backbone.source that is loaded"
+                "quantization",
+                self.quantization,
+                reason="is not allowed for random weights; it needs a source that is loaded",
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
-                f"model.backbone.quantization: {self.quantization} needs bitsandbytes, which is not installed; "
-                "pip install 'lrsa-lit[qlora]'"
+                "quantization",
+                self.quantization,
+                reason="needs bitsandbytes, which is not installed; pip install 'lrsa-lit[qlora]'",
             )
 
     @property
@@ -126,9 +129,7 @@ class Backbone:
             return tiny_tokenizer()
         tokenizer: PreTrainedTokenizerBase = self._pretrained(AutoTokenizer)
         if tokenizer.chat_template is None:
-            raise UserError(
-                f"model.backbone.source: {self.source} has no chat template; use an instruction-tuned model"
-            )
+            raise UserError("source", self.source, reason="has no chat template; use an instruction-tuned model")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._check_vocabulary(tokenizer)
@@ -142,8 +143,10 @@ class Backbone:
         rows = getattr(self.config, "vocab_size", None)
         if rows is not None and tokenizer.vocab_size > rows:
             raise UserError(
-                f"{KEY}: {self.source} has a tokenizer of {tokenizer.vocab_size} tokens, but its config.json has a "
-                f"vocab_size of {rows}; it must be at least as large"
+                "source",
+                self.source,
+                reason=f"has a tokenizer of {tokenizer.vocab_size} tokens, but a config.json with a vocab_size of "
+                f"{rows}",
             )
 
     @functools.cached_property
@@ -152,19 +155,23 @@ class Backbone:
         if self.source.startswith(PACKAGE_SCHEME) or self.source.endswith(".gguf"):
             from lrsa_lit.models.gguf import converted
 
-            return str(converted(resolve(self.source, self.sha256, KEY), self.sha256))
-        path = expanded(KEY, self.source)
+            return str(converted(resolve(self.source, self.sha256, "source"), self.sha256))
+        path = expanded("source", self.source)
         if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
             raise UserError(
-                f"{KEY}: {self.source} holds adapters alone; allowed is a whole model, such as `lrsa export` writes "
-                "without --adapters"
+                "source",
+                self.source,
+                "a whole model, such as `lrsa export` writes without --adapters",
+                reason="holds adapters alone",
             )
         if path.is_dir():
             return str(path)
         if self.source.startswith((".", "/", "~")):
             raise UserError(
-                f"model.backbone.source: {self.source} is no folder; allowed are a folder, a hub name, "
-                f"a GGUF file, package://…, or {TINY}"
+                "source",
+                self.source,
+                f"a folder, a hub name, a GGUF file, package://…, or {TINY}",
+                reason="is no folder",
             )
         return self.source
 
@@ -312,7 +319,5 @@ def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     try:
         adapted: nn.Module = peft.get_peft_model(model, config)
     except (ValueError, re.error) as error:
-        raise UserError(
-            f"model.backbone.lora.target_modules: {lora.target_modules} is not allowed: {message_of(error)}"
-        ) from error
+        raise UserError("target_modules", lora.target_modules, reason=f"is not allowed: {message_of(error)}") from error
     return adapted

@@ -71,9 +71,8 @@ class Trained(NamedTuple):
             ({name for name in needed.keys() & held.keys() if needed[name] != held[name]}, "have another shape"),
         ):
             if names:
-                raise UserError(
-                    f"model: {len(names)} of the trained weights {what} in {self.backbone.source}, such as {min(names)}"
-                )
+                where = f"{what} in {self.backbone.source}, such as {min(names)}"
+                raise UserError("model", reason=f"{len(names)} of the trained weights {where}")
 
 
 def trained_weights(
@@ -120,7 +119,7 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
     """
     path = expanded("model", path)
     if not path.exists():
-        raise UserError(f"model: {path}: no such file")
+        raise UserError("model", path, reason="does not exist")
     try:
         content = read(path)
         about = typed(dict[str, Any], content.get(_KEY), _KEY)
@@ -133,7 +132,7 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         weights = _weights(path, content)
     except Unreadable as error:
         raise UserError(
-            f"model: {path} is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
+            "model", path, reason=f"is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
         ) from error
     _check_rule(path, rule)
     return Trained(backbone, rule, weights, arguments)
@@ -156,7 +155,7 @@ def _check_rule(path: Path, rule: dict[str, Any] | None) -> None:
         if rule is not None:
             LRSAConfig.from_dict(rule)
     except (TypeError, ValueError) as error:
-        raise UserError(f"model: {path} has no valid rule: {error}") from error
+        raise UserError("model", path, reason=f"has no valid rule: {error}") from error
 
 
 def typed(kind: Any, value: Any, name: str) -> Any:

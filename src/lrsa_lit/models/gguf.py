@@ -36,7 +36,7 @@ def converted(path: Path, sha256: str | None = None) -> Path:
         with system_errors():
             verified.build(target, lambda folder: _convert(path, folder))
     except OSError as error:
-        raise UserError(f"LRSA_CACHE_DIR: {target} cannot be written ({error.strerror or error})") from error
+        raise UserError("LRSA_CACHE_DIR", target, reason=f"cannot be written ({error.strerror or error})") from error
     return target
 
 

@@ -16,7 +16,6 @@ from lrsa_lit.errors import UserError, message_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-KEY = "model.backbone.source"
 
 _MOST_LAYERS = 10_000
 _NUMBER = re.compile(r"\.\d+\.")
@@ -56,7 +55,7 @@ def from_config(config: PreTrainedConfig, source: str, **options: Any) -> PreTra
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:
         raise UserError(
-            f"{KEY}: {source}: num_hidden_layers: {layers} is not allowed; it must be from 1 to {_MOST_LAYERS}"
+            "source", source, reason=f"has num_hidden_layers {layers!r}, which must be from 1 to {_MOST_LAYERS}"
         )
     with _in_one_line(source):
         return AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-any-return]
@@ -100,15 +99,19 @@ def check_complete(info: dict[str, Any], source: str) -> None:
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         instead = f"; it holds {len(unexpected)} others, such as {unexpected[0]}" if unexpected else ""
-        raise UserError(f"{KEY}: {source}: {len(missing)} weights are missing, such as {missing[0]}{instead}")
+        raise UserError("source", source, reason=f"lacks {len(missing)} weights, such as {missing[0]}{instead}")
     if mismatched := sorted(info["mismatched_keys"]):
         name, held, needed = mismatched[0]
         raise UserError(
-            f"{KEY}: {source}: {len(mismatched)} weights have another shape than its config.json says, such as {name}: "
-            f"{tuple(held)} instead of {tuple(needed)}"
+            "source",
+            source,
+            reason=f"has {len(mismatched)} weights of another shape than its config.json says, such as {name}: "
+            f"{tuple(held)} instead of {tuple(needed)}",
         )
     if info["error_msgs"]:
-        raise UserError(f"{KEY}: {source} cannot be loaded: {message_of(ValueError(info['error_msgs'][0]))[:300]}")
+        raise UserError(
+            "source", source, reason=f"cannot be loaded: {message_of(ValueError(info['error_msgs'][0]))[:300]}"
+        )
     if unexpected:
         _log.warning("%s: %d weights have no place in the model, such as %s", source, len(unexpected), unexpected[0])
 
@@ -124,7 +127,9 @@ def _check_size(config: PreTrainedConfig, location: str, source: str, trust_remo
         needed = from_config(copy.deepcopy(config), source, trust_remote_code=trust_remote_code).num_parameters()
     # No quantisation holds a weight in less than a bit.
     if needed > 8 * sum(path.stat().st_size for path in files):
-        raise UserError(f"{KEY}: {source}: its config.json asks for {needed:,} weights, more than its files can hold")
+        raise UserError(
+            "source", source, reason=f"has a config.json that asks for {needed:,} weights, more than its files hold"
+        )
 
 
 def _check_nothing_left_out(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
@@ -133,8 +138,10 @@ def _check_nothing_left_out(model: PreTrainedModel, info: dict[str, Any], source
     left_out = sorted(name for name in info["unexpected_keys"] if _NUMBER.sub(".N.", name) in known)
     if left_out:
         raise UserError(
-            f"{KEY}: {source} has weights of more layers than its config.json, such as {left_out[0]}; "
-            "num_hidden_layers does not fit"
+            "source",
+            source,
+            reason=f"has weights of more layers than its config.json, such as {left_out[0]}; num_hidden_layers does "
+            "not fit",
         )
 
 
@@ -147,10 +154,11 @@ def _in_one_line(source: str) -> Iterator[None]:
         reason = message_of(error) or type(error).__name__
         if "trust_remote_code" in reason:
             raise UserError(
-                f"model.backbone.trust_remote_code: {source} comes with code of its own, which only this setting runs; "
-                "set it if you trust that code"
+                "trust_remote_code",
+                source,
+                reason="comes with code of its own, which only this setting runs; set it if you trust that code",
             ) from error
-        raise UserError(f"{KEY}: {source} cannot be loaded: {reason[:300]}") from error
+        raise UserError("source", source, reason=f"cannot be loaded: {reason[:300]}") from error
 
 
 @contextlib.contextmanager

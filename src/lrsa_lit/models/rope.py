@@ -10,7 +10,6 @@ from lrsa_lit.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_KEY = "model.backbone.rope_scaling"
 LARGEST_FACTOR = 1_000_000
 """More positions than any tokens that fit into memory."""
 
@@ -37,14 +36,10 @@ class RopeScaling:
     def __post_init__(self) -> None:
         """Check the bounds once."""
         if not 1.0 <= self.factor <= LARGEST_FACTOR:
-            raise UserError(
-                f"{_KEY}.factor: {self.factor} is not allowed; it must be a number from 1 to {LARGEST_FACTOR:,}"
-            )
+            raise UserError("factor", self.factor, f"a number from 1 to {LARGEST_FACTOR:,}")
         original = self.original_max_position_embeddings
         if original is not None and original < 1:
-            raise UserError(
-                f"{_KEY}.original_max_position_embeddings: {original} is not allowed; it must be an integer >= 1"
-            )
+            raise UserError("original_max_position_embeddings", original, "an integer >= 1")
 
     def apply(self, config: PreTrainedConfig) -> None:
         """Write the scaling into a text model's config, in place; one that has it already stays as it is.
@@ -56,14 +51,17 @@ class RopeScaling:
         positions = getattr(config, "max_position_embeddings", None)
         if not positions or not present or "rope_type" not in present:
             raise UserError(
-                f"{_KEY}: {config.model_type} has no rotary positions of one kind for all layers that could be scaled"
+                "rope_scaling",
+                config.model_type,
+                reason="has no rotary positions of one kind for all layers that could be scaled",
             )
         if self._is_in(present):
             return
         if present["rope_type"] != "default" and self.original_max_position_embeddings is None:
             raise UserError(
-                f"{_KEY}: the model is scaled already ({_shown(present)}, {positions} positions); to replace that give "
-                f"original_max_position_embeddings, too"
+                "rope_scaling",
+                reason=f"the model is scaled already ({_shown(present)}, {positions} positions); to replace that "
+                "give original_max_position_embeddings, too",
             )
         original = self.original_max_position_embeddings or positions
         kept = {name: present[name] for name in ("rope_theta", "partial_rotary_factor") if name in present}

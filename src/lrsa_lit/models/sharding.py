@@ -33,9 +33,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = Non
     names = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in names]
     if not layers:
-        raise UserError(f"trainer.strategy: {type(base).__name__} does not say what its layers are; use ddp instead")
+        raise UserError("strategy", type(base).__name__, reason="does not say what its layers are; use ddp instead")
     if any(not weight.is_floating_point() for weight in base.parameters()):
-        raise UserError("trainer.strategy: weights of model.backbone.quantization cannot be sharded; use ddp instead")
+        raise UserError("strategy", reason="quantized weights cannot be sharded; use ddp instead")
     # Inputs keep their dtype: autocast decides what runs in which, as on one device.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:

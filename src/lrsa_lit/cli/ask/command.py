@@ -40,16 +40,11 @@ STDIN = "-"
 _LARGEST = 2**31 - 1
 """Bound of all integers: more than any number of tokens that fits into memory."""
 _RULE_FLAGS = ("lag_size", "top_k", "sink_size", "chunk_size")
-_FLAGS = (
-    dict.fromkeys(("model", "model.backbone.source", "model.tokenizer"), "--model")
-    | {
-        "model.backbone.rope_scaling": "--rope-scaling",
-        "model.template_arguments": "--template-arguments",
-        "model.backbone.trust_remote_code": "--trust-remote-code",
-    }
-    | {name: f"--{name.replace('_', '-')}" for name in _RULE_FLAGS}
-)
-"""What this command calls the settings that messages name as the YAML files do."""
+_FLAGS = dict.fromkeys(("model", "source", "tokenizer"), "--model") | {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("rope_scaling", "template_arguments", "trust_remote_code", *_RULE_FLAGS)
+}
+"""What this command calls the arguments of its parts."""
 
 EPILOG = """\
 The answer is printed as it is generated, then how many tokens were read and how many the cache kept. With a terminal on
@@ -75,7 +70,8 @@ def run(arguments: Sequence[str]) -> None:
     try:
         _run(_parse(arguments))
     except UserError as error:
-        error.field = _FLAGS.get(error.field, error.field)
+        name, dot, rest = error.field.partition(".")
+        error.field = _FLAGS.get(name, name) + dot + rest
         raise
     except KeyboardInterrupt:
         print("\nlrsa: interrupted", file=sys.stderr)
