@@ -17,7 +17,7 @@ from lrsa_lit.errors import UserError, under
         (UserError("top_k", "9", "an integer"), "top_k: '9' is not allowed; it must be an integer"),
         (UserError("top_k", None, "an integer"), "top_k: it must be an integer"),
         (UserError("top_k", 0), "top_k: 0 is not allowed"),
-        (UserError("train", Path("x"), reason="is a folder; name a file"), "train: x is a folder; name a file"),
+        (UserError("train", Path("x"), reason="is a folder", hint="name a file"), "train: x is a folder; name a file"),
         (UserError("a.jsonl, line 2", reason="not valid JSON"), "a.jsonl, line 2: not valid JSON"),
         (UserError("the device is out of memory"), "the device is out of memory"),
     ],

@@ -25,20 +25,23 @@ class UserError(ValueError):
         field: the argument as its owner calls it (``max_tokens``), or the file, variable or option that is wrong.
         value: what was given; None where there is nothing to show.
         allowed: what it must be: "an integer >= 1".
-        reason: what else is wrong with it, and how to mend it: "is a folder; name a file".
+        reason: what is wrong with it, where "is not allowed" says too little: "is a folder".
+        hint: how to mend it, where ``allowed`` says too little: "use ddp instead".
     """
 
-    def __init__(self, field: str, value: object = None, allowed: str = "", *, reason: str = "") -> None:
+    def __init__(
+        self, field: str, value: object = None, allowed: str = "", *, reason: str = "", hint: str = ""
+    ) -> None:
         super().__init__(field, value, allowed)
-        if not (reason or allowed) and value is None:
+        if not (reason or hint or allowed) and value is None:
             field, _, reason = field.partition(": ")
-        self.field, self.value, self.allowed, self.reason = field, value, allowed, reason
+        self.field, self.value, self.allowed, self.reason, self.hint = field, value, allowed, reason, hint
 
     def __str__(self) -> str:
         wrong = self.reason
         if self.value is not None:
             wrong = f"{_shown(self.value)} {self.reason or 'is not allowed'}"
-        told = "; ".join(filter(None, (wrong, self.allowed and f"it must be {self.allowed}")))
+        told = "; ".join(filter(None, (wrong, self.allowed and f"it must be {self.allowed}", self.hint)))
         return f"{self.field}: {told}" if told else self.field
 
 

@@ -121,7 +121,7 @@ def test_a_folder_of_adapters_is_no_backbone(tmp_path):
 
 @pytest.mark.parametrize("modules", ["(", ["nothing"], "nothing", []])
 def test_adapters_for_what_is_not_there(modules):
-    with refused("target_modules"):
+    with refused("lora.target_modules"):
         Backbone("tiny", lora=LoRA(target_modules=modules)).build()
 
 

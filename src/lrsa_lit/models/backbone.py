@@ -319,5 +319,7 @@ def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     try:
         adapted: nn.Module = peft.get_peft_model(model, config)
     except (ValueError, re.error) as error:
-        raise UserError("target_modules", lora.target_modules, reason=f"is not allowed: {message_of(error)}") from error
+        raise UserError(
+            "lora.target_modules", lora.target_modules, reason=f"is not allowed: {message_of(error)}"
+        ) from error
     return adapted
