@@ -31,9 +31,8 @@ import triton
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from lrsa_lit.attention import LRSACache, graphed_decoding, prefill, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 RESULTS = Path(__file__).parent / "results"
 RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)

@@ -7,13 +7,11 @@ import torch
 from helpers import refused
 from scripted import scripted_model
 
-from lrsa_lit.attention import enabled_config
+from lrsa_lit.attention import LRSAConfig, base_of, enabled_config
 from lrsa_lit.attention.decoding import Decoder, serving
-from lrsa_lit.attention.rules import base_of
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA, question_answering
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)

@@ -15,13 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis.capture import first_rows
 from lrsa_lit.analysis.layer_gains import LayerGains, exactly
-from lrsa_lit.attention import rules, using
+from lrsa_lit.attention import LRSAConfig, attached, using
 from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models import uncompiled
 from lrsa_lit.models.head import answer_losses
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.artifacts import numbered, run_folder, upload
 
@@ -166,7 +165,7 @@ def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[_Question]:
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
     """Say nothing of weights that were trained with another rule: N + 2 rules are asked for here."""
-    log = logging.getLogger(rules.__name__)
+    log = logging.getLogger(attached.__name__)
 
     def nothing(record: logging.LogRecord) -> bool:
         return False

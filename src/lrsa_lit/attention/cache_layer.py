@@ -10,9 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Rule, stored_size
 
 
 class LRSACacheLayer(CacheLayerMixin):
@@ -26,9 +24,9 @@ class LRSACacheLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, config: LRSAConfig | None) -> None:
+    def __init__(self, rule: Rule | None) -> None:
         super().__init__()
-        self.config = config
+        self.rule = rule
         self.reset()
 
     def reset(self) -> None:
@@ -47,7 +45,7 @@ class LRSACacheLayer(CacheLayerMixin):
         """Prepare for new columns of ``batch`` rows, of which the layout says which are real."""
         if not self._columns:
             self._batch = batch
-            self._streams = [KeyValueStream(self.config, impl)]
+            self._streams = [KeyValueStream(self.rule, impl)]
         elif batch != self._batch:
             raise UserError("cache", reason=f"it holds {self._batch} rows and cannot continue {batch}; make a new one")
         self._step, self.stock = "begun", layout is None

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrsa_lit.attention import Greedy, using
+from lrsa_lit.attention import Greedy, LRSAConfig, using
 from lrsa_lit.data.collate import collate, collate_training, token_ids
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.evaluation.metrics import exact_match, f1_score, recall
 from lrsa_lit.models import uncompiled
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import answer_losses
-from lrsa_lit.ops.sparse_attention import LRSAConfig, Selector
+from lrsa_lit.ops.sparse_attention import Selector
 
 
 @dataclass

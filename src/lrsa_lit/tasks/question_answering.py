@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lrsa_lit.attention import (
     LAYOUT,
     LRSACache,
+    LRSAConfig,
     cache_argument,
     disable,
     enable,
@@ -36,7 +37,6 @@ from lrsa_lit.models.checkpoint import describe, trained_weights
 from lrsa_lit.models.generation import GREEDY, before_stop, stop_tokens
 from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
 from lrsa_lit.models.sharding import is_sharded, shard
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.top_k import TopKSchedule
 
