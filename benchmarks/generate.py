@@ -163,7 +163,7 @@ def _read(model: Any, ids: Tensor, make: Callable[[], Any], repeats: int) -> Cel
 def _cache_bytes(cache: Any) -> int:
     """Memory behind the keys and values, spare rows included."""
     if isinstance(cache, LRSACache):
-        return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in layer.stream.buffer.whole)
+        return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in layer.streams[0].buffer.whole)
     return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in (layer.keys, layer.values))
 
 

@@ -142,7 +142,7 @@ def test_rows_padded_alike_share_a_stream(model, tokens, rule):
     mask[:, :6] = 0
     cache = LRSACache(rule, 3)
     close(feed(model, cache, ids, [50, 30], mask)[:, 6:], model(ids[:, 6:], use_cache=False).logits)
-    assert all(layer.stream is not None for layer in cache.layers)
+    assert all(len(layer.streams) == 1 for layer in cache.layers)
     assert cache.stored_tokens() == [3 * stored_size(74, rule.rule)] * 3
 
 
