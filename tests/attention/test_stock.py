@@ -106,10 +106,10 @@ def test_a_call_over_a_compression_is_refused_and_nothing_is_taken_in(tiny, toke
         model(ids, past_key_values=cache)
     assert cache.stored_tokens() == [0, 0, 0]
     prefill(model, ids, cache)
-    crossing = tokens(1, 2 * rule.chunk)
+    crossing = tokens(1, 2 * rule.rule.chunk)
     with refused("input_ids", reason="tokens behind 90 "):
         model(crossing, past_key_values=cache)
-    assert cache.stored_tokens() == [stored_size(90, rule)] * 3
+    assert cache.stored_tokens() == [stored_size(90, rule.rule)] * 3
 
 
 def test_pads_are_refused(tiny, tokens, rule):
