@@ -69,7 +69,7 @@ def test_the_fused_loss_is_as_exact_as_float32_logits(monkeypatch):
     pytest.importorskip("liger_kernel")
     monkeypatch.setattr(head, "ROWS", 0)
     states, weight = torch.randn(300, 128), torch.randn(5000, 128) / 8
-    targets = torch.randint(5000, (300,)).index_fill(0, torch.arange(0, 300, 7), head.IGNORE_INDEX)
+    targets = torch.randint(5000, (300,)).index_fill(0, torch.arange(0, 300, 7), -100)
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         leaves = [part.to(torch.bfloat16).to(dtype).requires_grad_() for part in (states, weight)]
