@@ -1,8 +1,8 @@
-import json
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
+import data_files
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -66,30 +66,6 @@ def test_the_budget_holds_and_is_used(batches: dict[str, list[dict[str, Any]]]):
     assert sum(lengths) / len(lengths) > 0.95 * MAX_TOKENS
 
 
-def test_gold_spans_decode_to_the_gold_paragraphs(
-    batches: dict[str, list[dict[str, Any]]],
-    questions: dict[str, dict[str, Any]],
-    tokenizer: PreTrainedTokenizerFast,
-):
-    for batch in batches["test"]:
-        question = questions[batch["id"][0]]
-        shown = {tokenizer.decode(batch["input_ids"][0, start:end]) for start, end in batch["gold_spans"][0]}
-        context = {title: "".join(sentences).strip() for title, sentences in question["context"]}
-        assert shown == {f"{title}\n{context[title]}" for title in gold_titles(question)}
-        for start, end in batch["answer_spans"][0]:
-            assert tokenizer.decode(batch["input_ids"][0, start:end]).lower() == question["answer"].lower()
-
-
-def test_labels_decode_to_the_answer(
-    batches: dict[str, list[dict[str, Any]]],
-    questions: dict[str, dict[str, Any]],
-    tokenizer: PreTrainedTokenizerFast,
-):
-    for batch in batches["val"]:
-        learnt = batch["labels"][0][batch["labels"][0] != -100]
-        assert tokenizer.decode(learnt) == questions[batch["id"][0]]["answer"] + "<|im_end|>"
-
-
 def test_distractors_neither_answer_nor_belong_to_another_split(
     built: HotpotQA,
     batches: dict[str, list[dict[str, Any]]],
@@ -143,24 +119,7 @@ def test_a_context_depends_on_the_seed_and_the_question_alone(
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Ten questions, each with a distractor that contains its answer and one that does not."""
-    questions = []
-    for n in range(10):
-        titles = [f"Gold {n}a", f"Gold {n}b", f"gives away {n}", f"harmless {n}"]
-        texts = ["First.", f"It is Vilnius {n}.", f"Vilnius {n}!", "Nothing."]
-        context = [[title, [text]] for title, text in zip(titles, texts, strict=True)]
-        facts = [[titles[0], 0], [titles[1], 0]]
-        question = {"_id": f"q{n}", "question": "Where?", "answer": f"Vilnius {n}"}
-        questions.append({**question, "supporting_facts": facts, "context": context})
-    path = tmp_path / "small.json"
-    path.write_text(json.dumps(questions))
-    return path
-
-
-def test_a_changed_file_is_another_data_set(small: Path, tokenizer: PreTrainedTokenizerFast):
-    before = HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None).fingerprint
-    small.write_text(small.read_text() + "\n")
-    assert HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None).fingerprint != before
+    return Path(data_files.hotpotqa(tmp_path)["source"])
 
 
 def test_the_question_may_come_first(small: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch, tmp_path: Path):

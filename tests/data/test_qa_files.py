@@ -57,13 +57,6 @@ def test_validation_is_optional_and_other_splits_are_missed(jsonl: Path, tokeniz
         data.setup("predict")
 
 
-def test_a_changed_file_is_another_data_set(jsonl: Path, tokenizer: PreTrainedTokenizerFast):
-    before = QAFiles(train=str(jsonl), tokenizer=tokenizer).fingerprint
-    assert QAFiles(train=str(jsonl), tokenizer=tokenizer).fingerprint == before
-    jsonl.write_text(jsonl.read_text() + "\n")
-    assert QAFiles(train=str(jsonl), tokenizer=tokenizer).fingerprint != before
-
-
 def test_a_missing_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     path = tmp_path / "none.jsonl"
     with pytest.raises(UserError, match=f"^data.init_args.train: {path}: no such file"):

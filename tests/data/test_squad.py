@@ -1,7 +1,7 @@
-import json
 from pathlib import Path
 from typing import Any
 
+import data_files
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -10,29 +10,9 @@ from lrsa_lit.data.squad import SquadArticles, article_records
 from lrsa_lit.errors import UserError
 
 
-def article(name: str, length: int) -> dict[str, Any]:
-    """Three paragraphs; the second has two answerable questions and one that is not."""
-    answers = [{"text": "Oslo", "answer_start": 0}, {"text": "in Oslo", "answer_start": 0}, {"text": "Oslo"}]
-    asked = [
-        {"id": f"{name}-1", "question": " Where is it?", "answers": answers, "is_impossible": False},
-        {"id": f"{name}-2", "question": "Where is the fiord?", "answers": answers[:1], "is_impossible": False},
-        {"id": f"{name}-3", "question": "Who?", "answers": [], "is_impossible": True},
-    ]
-    texts = ["Oslo again.", "It is in Oslo.", "x" * length]
-    return {
-        "title": name,
-        "paragraphs": [{"context": text, "qas": asked if text == texts[1] else []} for text in texts],
-    }
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> str:
-    """Ten articles of which "Long_0" to "Long_3" take over 1,000 bytes, and one without a question."""
-    articles = [article(f"Short_{n}", 10) for n in range(6)] + [article(f"Long_{n}", 1000) for n in range(4)]
-    unasked = {"title": "Unasked", "paragraphs": [{"context": "x", "qas": []}]}
-    path = tmp_path / "squad.json"
-    path.write_text(json.dumps({"data": [*articles, unasked]}))
-    return str(path)
+    return str(data_files.squad(tmp_path)["source"])
 
 
 def small(source: str, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> SquadArticles:
@@ -40,7 +20,7 @@ def small(source: str, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> Squ
 
 
 def test_the_context_is_the_whole_article():
-    records = article_records(article("The_Fiords", 5))
+    records = article_records(data_files.article("The_Fiords", 5))
     assert [record.id for record in records] == ["The_Fiords-1", "The_Fiords-2"]
     assert [passage.title for passage in records[0].passages] == [f"The Fiords ({n})" for n in (1, 2, 3)]
     assert records[0].supporting_titles == ("The Fiords (2)",)
@@ -58,7 +38,7 @@ def test_articles_that_do_not_fit_are_counted(source: str, tokenizer: PreTrained
 
 
 def test_the_longer_question_of_an_article_may_be_left_out_alone(source: str, tokenizer: PreTrainedTokenizerFast):
-    records = article_records(article("Short_0", 10))
+    records = article_records(data_files.article("Short_0", 10))
     example = small(source, tokenizer).to_example(records[0])
     data = small(source, tokenizer, max_tokens=len(example["input_ids"]))
     data.prepare_data()

@@ -1,0 +1,94 @@
+"""What every class of a kind must hold to: the shipped ones, the worked examples of docs/extending.md, and your own.
+
+``pytest tests/conformance --plugins my_package`` adds the classes of a module, and
+``--init-args '{MyData: {source: my.jsonl}}'`` gives the arguments that they cannot do without.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import functools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from data_files import FILES
+from plugin_helpers import write_examples
+
+from lrsa_lit import plugins
+
+# Of the classes that are shipped or shown: what their defaults would leave untested, or a first file to read.
+INIT_ARGS: dict[str, dict[str, Any]] = {"ChunkWise": {"size": 3}}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--plugins", dest="own_plugins", action="append", default=[], help="modules whose classes are tested, too"
+    )
+    parser.addoption("--init-args", default="{}", help="YAML: arguments of classes by name")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for kind, fixture in (("compressors", "compressor"), ("data", "make")):
+        if fixture in metafunc.fixturenames:
+            found = registered(metafunc.config, kind)
+            metafunc.parametrize(fixture, found.values(), ids=found.keys(), indirect=True, scope="module")
+
+
+def registered(config: pytest.Config, kind: str) -> dict[str, tuple[type, dict[str, Any]]]:
+    """The classes of a kind, those of the modules and of the worked examples among them, and their arguments."""
+    plugins.load([*examples(), *config.getoption("own_plugins", [])])
+    given = INIT_ARGS | yaml.safe_load(config.getoption("--init-args", "{}"))
+    return {name: (found, given.get(name, {})) for name, found in plugins.registered(kind).items()}
+
+
+@functools.cache
+def examples() -> list[str]:
+    """The names of the worked examples, which can be imported from then on."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sys.path.append(str(folder))
+    return list(write_examples(folder))
+
+
+def files_of(cls: type, folder: Path) -> dict[str, Any]:
+    """Files for a data set, written into a folder, as its arguments."""
+    return FILES[cls.__name__](folder) if cls.__name__ in FILES else {}
+
+
+@pytest.fixture
+def data_sets(request, tmp_path):
+    """All data sets and their arguments, but for those that take others."""
+    found = []
+    for name, (cls, init_args) in registered(request.config, "data").items():
+        (tmp_path / name).mkdir()
+        init_args = files_of(cls, tmp_path / name) | init_args
+        if "data_sets" not in init_args:
+            found.append((cls, init_args))
+    return found
+
+
+@pytest.fixture(scope="module")
+def compressor(request):
+    cls, init_args = request.param
+    return cls(**init_args)
+
+
+@pytest.fixture(scope="module")
+def make(request, tmp_path_factory):
+    """Makes a data set of the class, each time a new one; ``make.files`` are those that it reads."""
+    cls, init_args = request.param
+    folder = tmp_path_factory.mktemp("files")
+    init_args = files_of(cls, folder) | init_args
+
+    def make(**options: Any) -> Any:
+        # Data sets of a mixture keep what they were once handed.
+        return cls(**{"max_tokens": 2048, **copy.deepcopy(init_args), **options})
+
+    make.files = [path for path in folder.iterdir() if path.is_file()]
+    return make
