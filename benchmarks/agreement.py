@@ -18,9 +18,8 @@ import yaml
 from torch import Tensor
 from transformers import DynamicCache
 
-from lrsa_lit.attention import LRSACache, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, using
 from lrsa_lit.models import Backbone
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.paths import shipped
 
 RULES = {"dense": None, "L=128 K=32": LRSAConfig(16, 128, 32), "L=128 K=16": LRSAConfig(16, 128, 16)}

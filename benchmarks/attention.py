@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, select, sparse_attention
+from lrsa_lit.ops.sparse_attention import Rule, select, sparse_attention
 from lrsa_lit.ops.sparse_attention.geometry import attended_pairs, compact_size, compressed_at, raw_start
 
 RESULTS = Path(__file__).parent / "results"
@@ -90,7 +90,7 @@ def _inputs(query_heads: int, heads: int, dim: int, length: int, seed: int = 0) 
 def _gate() -> bool:
     """Output and gradients of the kernels err no more than 1.5x what eager PyTorch does, against float64."""
     *tensors, gradient = _inputs(8, 2, 128, 2049)
-    config = LRSAConfig(16, 128, 32)
+    config = Rule(16, 128, 32)
     chosen = select(tensors[1], tensors[2], config, impl="eager")
     results = []
     for impl, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), ("triton", torch.bfloat16)):
@@ -103,7 +103,7 @@ def _gate() -> bool:
 
 def _measure(shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, Any]:
     query_heads, heads, dim, lag, keep, length = shape
-    config = LRSAConfig(16, lag, keep)
+    config = Rule(16, lag, keep)
     names = ("query_heads", "heads", "dim", "lag", "keep", "tokens")
     row: dict[str, Any] = dict(zip(names, shape, strict=True))
     tensors = _inputs(query_heads, heads, dim, length)
@@ -131,7 +131,7 @@ def _measure(shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, A
     return row
 
 
-def select_only(tensors: list[Tensor], config: LRSAConfig) -> None:
+def select_only(tensors: list[Tensor], config: Rule) -> None:
     """The fused selection without the list of indices that ``select`` makes for people."""
     from lrsa_lit.ops.sparse_attention.triton.launch import _select_lag_relative
 
@@ -157,7 +157,7 @@ def _dense(backend: SDPBackend, tensors: list[Tensor], time: Callable[..., Times
         return time(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped))
 
 
-def _flex(tensors: list[Tensor], config: LRSAConfig, time: Callable[..., Times]) -> Times:
+def _flex(tensors: list[Tensor], config: Rule, time: Callable[..., Times]) -> Times:
     """FlexAttention given the rule in the form that suits it best: over [sinks and kept tokens | all tokens].
 
     Selection, block mask and the lookup of what is visible are built outside of the timing; the gather is inside.

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import transformers
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.estimate import Batches, Cost, cost_of, measure
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA
 
 HERE = Path(__file__).parent

@@ -26,12 +26,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from lrsa_lit.attention import LRSACache, cache_argument, enable, prefill
+from lrsa_lit.attention import LRSACache, LRSAConfig, cache_argument, enable, prefill
 from lrsa_lit.attention.cache_layer import LRSACacheLayer
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig, MeanPool, RandomTokens, Recency
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+from lrsa_lit.ops.sparse_attention import KeyValueStream, LagRelative, MeanPool, RandomTokens, Recency
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},

@@ -36,13 +36,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 from helpers import boundaries, lag_relative_logs, lag_spread, mean_pool, oracle_attention, partitions_compressed
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention import (
     ChunkWise,
     LagRelative,
-    LRSAConfig,
     MeanPool,
     RandomTokens,
     Recency,
+    Rule,
     Selector,
     Strided,
     ValueRelative,
@@ -86,7 +87,7 @@ class Case:
     """
 
     seed: int
-    rule: LRSAConfig
+    rule: Rule
     lengths: tuple[int, ...]
     packed: bool
     sizes: tuple[int, int, int, int]
@@ -136,7 +137,7 @@ def drawn(seed: int, impl: str) -> Case:
         chunk_size=draw.choice([None, None, 1, 2, draw.randint(1, 2 * lag + 1)]),
         value_weight=draw.choice([0.0, 1e-6, 0.3, 0.5, 1.0, 1.0, 2.0, 1e6, 1e20]),
         compressor=draw.choice(COMPRESSORS),
-    )
+    ).rule
     packed = draw.random() < 0.3
     lengths = tuple(draw.randint(0, 45) for _ in range(draw.randint(1, 4))) if packed else (draw.randint(1, 70),)
     if not sum(lengths):
@@ -288,7 +289,7 @@ def _wrong_selection(
     return None
 
 
-def _logs(parts: list[Tensor], rule: LRSAConfig) -> tuple[np.ndarray, np.ndarray]:
+def _logs(parts: list[Tensor], rule: Rule) -> tuple[np.ndarray, np.ndarray]:
     """Logarithms (L,) of the exact scores of a partition, and the spreads of its tokens, which bound their rounding."""
     compressor, places = rule.compressor, np.arange(rule.lag_size)
     if isinstance(compressor, Recency):
@@ -298,9 +299,9 @@ def _logs(parts: list[Tensor], rule: LRSAConfig) -> tuple[np.ndarray, np.ndarray
         return np.isin(places, chosen).astype(float), np.zeros(rule.lag_size)
     key, value, next_key, next_value = parts
     if isinstance(compressor, ValueRelative) or getattr(compressor, "values_only", False):
-        key, next_key, rule = value, next_value, rule.replace(value_weight=0.0)
+        key, next_key, rule = value, next_value, rule.replace(compressor=LagRelative(value_weight=0.0))
     logs = lag_relative_logs(key, value, next_key, next_value, rule)
-    sources = [(key, next_key), (value, next_value)] if rule.value_weight else [(key, next_key)]
+    sources = [(key, next_key), (value, next_value)] if rule.compressor.value_weight else [(key, next_key)]
     spreads = np.max([lag_spread(*(x.numpy() for x in source)) for source in sources], axis=0)
     if isinstance(compressor, ChunkWise):
         runs = places // compressor.size

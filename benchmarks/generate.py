@@ -31,9 +31,8 @@ import triton
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from lrsa_lit.attention import LRSACache, graphed_decoding, prefill, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 RESULTS = Path(__file__).parent / "results"
 RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
@@ -164,7 +163,7 @@ def _read(model: Any, ids: Tensor, make: Callable[[], Any], repeats: int) -> Cel
 def _cache_bytes(cache: Any) -> int:
     """Memory behind the keys and values, spare rows included."""
     if isinstance(cache, LRSACache):
-        return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in layer.stream.buffer.whole)
+        return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in layer.streams[0].buffer.whole)
     return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in (layer.keys, layer.values))
 
 

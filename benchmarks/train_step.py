@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.data.collate import TrainBatch
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.flops import Shape, peak_flops, training_flops
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA
 
 HERE = Path(__file__).parent

@@ -30,9 +30,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.strategies import FullySharded
 from lrsa_lit.tasks import LongContextQA
 

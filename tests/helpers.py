@@ -1,7 +1,7 @@
 """An oracle of lag-relative sparse attention: float64, loops over heads, tokens and queries, nothing of the package.
 
 It is written from the definition in the operator's README.md and held to the recorded runs in tests/vectors, so that
-it can judge the package. A rule is anything with the attributes sink_size, lag_size, top_k, chunk_size, value_weight.
+it can judge the package. A rule is anything with the attributes sink_size, lag_size, top_k, chunk_size, compressor.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, S sink_size, L lag_size, K top_k.
 """
@@ -75,10 +75,10 @@ def lag_relative_logs(key: Tensor, value: Tensor, next_key: Tensor, next_value: 
     """
     arrays = [tensor.detach().double().numpy().astype(np.longdouble) for tensor in (key, value, next_key, next_value)]
     of_keys = log_softmax(lag_spread(arrays[0], arrays[2]))
-    if rule.value_weight == 0:
+    if rule.compressor.value_weight == 0:
         return of_keys
     return np.logaddexp(
-        of_keys, np.log(np.longdouble(rule.value_weight)) + log_softmax(lag_spread(arrays[1], arrays[3]))
+        of_keys, np.log(np.longdouble(rule.compressor.value_weight)) + log_softmax(lag_spread(arrays[1], arrays[3]))
     )
 
 

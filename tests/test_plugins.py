@@ -18,7 +18,7 @@ from lrsa_lit.ops.sparse_attention import Selector, MeanPool
 @dataclass(frozen=True)
 class {name}(Selector):
     scale: float = 1.0
-    def score(self, partitions, rule):
+    def score(self, partitions):
         return partitions.key.float().norm(dim=-1) * self.scale
 
 class Incomplete(Selector): ...

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrsa_lit.attention import LRSACache, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, using
 from lrsa_lit.cli.ask.command import EPILOG
 from lrsa_lit.cli.main import HELP, main
 from lrsa_lit.models import Backbone
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 pytestmark = pytest.mark.slow
 

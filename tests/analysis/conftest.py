@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lrsa_lit.analysis.record import LayerSelection, Sample, SelectionRecord
-from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import compressed_at
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.ops.sparse_attention import compressed_at
 
 WORDS = [" the", " Isk", " is", " 2", "12", " km", ".", " Then", " a", "\n", "river", " ran", ",", " Ös", "tra", " "]
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
@@ -31,7 +31,7 @@ def chosen(
     draw, text = np.random.default_rng(seed), np.random.default_rng(token_seed)
     samples = []
     for number, length in enumerate(lengths):
-        count = compressed_at(length - 1, rule)
+        count = compressed_at(length - 1, rule.rule)
         starts = rule.sink_size + rule.lag_size * np.arange(count)
         made = []
         for layer in range(layers):

@@ -17,13 +17,13 @@ from mlflow.tracking import MlflowClient
 from torch.utils.data import DataLoader
 
 from lrsa_lit.analysis.ablation import LayerAblation
-from lrsa_lit.attention import enable, using
+from lrsa_lit.attention import LRSAConfig, enable, using
 from lrsa_lit.cli.main import main
 from lrsa_lit.data.collate import collate
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool
+from lrsa_lit.ops.sparse_attention import MeanPool
 from lrsa_lit.tasks import LongContextQA
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=2)

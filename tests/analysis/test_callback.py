@@ -13,7 +13,7 @@ from lrsa_lit.analysis.callback import CaptureSelections
 from lrsa_lit.analysis.capture import record
 from lrsa_lit.analysis.metrics import survival
 from lrsa_lit.analysis.record import SelectionRecord
-from lrsa_lit.attention import enable
+from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.cli.main import main
 from lrsa_lit.data.collate import collate
 from lrsa_lit.data.prompts import encode
@@ -21,7 +21,6 @@ from lrsa_lit.data.records import read_records
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.tiny import tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.paths import shipped
 
 CAPTURE = ["--config", "configs/experiment/selections.yaml"]

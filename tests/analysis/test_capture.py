@@ -9,11 +9,11 @@ from helpers import one_line, oracle_kept
 from transformers import DynamicCache
 
 from lrsa_lit.analysis.capture import capture, first_rows, record, shape_digest
-from lrsa_lit.attention import LRSACache, enable, enabled_config, observing, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, enable, enabled_config, observing, using
 from lrsa_lit.data.collate import collate
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens
+from lrsa_lit.ops.sparse_attention import MeanPool, RandomTokens
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
 LENGTHS = (70, 40, 11)
@@ -103,12 +103,12 @@ def test_scores_are_those_of_the_kept_tokens():
     with capture(under) as found:
         under(row[None])
     for index, layer in enumerate(found.forwards[0][0].layers):
-        compressor = rule.for_layer(index).compressor
+        compressor = rule.layers.of(index).compressor
         assert layer.scores.shape == layer.positions.shape == (2, 6, 3)
         # A random score depends on head, partition and place alone, so it can be asked for again.
         shape = torch.zeros(1, 2, 6, 8, 1)
         partitions = type("P", (), {"key": shape, "first": 0})()
-        every = compressor.score(partitions, rule)[0].numpy()
+        every = compressor.score(partitions)[0].numpy()
         places = (layer.positions - rule.sink_size) % rule.lag_size
         np.testing.assert_array_equal(layer.scores, np.take_along_axis(every, places, axis=-1).astype(np.float32))
 

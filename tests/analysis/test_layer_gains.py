@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lrsa_lit.analysis.layer_gains import LayerGains, suggest
-from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.attention import LRSAConfig
 
 
 def gains(single, *, none=(4.0, 8.0), dense=(2.0, 4.0), tokens=(2.0, 4.0)):

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lrsa_lit.analysis import metrics
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 
 @st.composite

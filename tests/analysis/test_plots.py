@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from lrsa_lit.analysis import metrics, plots
-from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.attention import LRSAConfig
 
 
 class Words(HTMLParser):

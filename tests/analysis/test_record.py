@@ -12,8 +12,8 @@ import pytest
 from helpers import one_line
 
 from lrsa_lit.analysis.record import SCHEMA, SelectionRecord, check_comparable
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3, dense_layers=(1,))
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.attention import LRSAConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -6,7 +6,7 @@ from helpers import refused
 from transformers import StaticCache
 
 from lrsa_lit.attention import LRSACache, cache_argument, disable, enable, using
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
+from lrsa_lit.ops.sparse_attention import stored_size
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_any_split_gives_the_parallel_pass(family, sizes, tiny, tokens, rule):
     model, ids = enable(tiny(family), rule), tokens(2, 90)
     cache = LRSACache(rule, 3)
     close(feed(model, cache, ids, sizes), model(ids, use_cache=False).logits)
-    assert cache.stored_tokens() == [2 * stored_size(90, rule)] * 3
+    assert cache.stored_tokens() == [2 * stored_size(90, rule.rule)] * 3
     assert cache.get_seq_length() == 90
 
 
@@ -51,7 +51,7 @@ def test_the_cache_is_taken_under_the_name_that_transformers_has_now(by_place, m
         output = model(part, None, None, cache) if by_place else model(part, **cache_argument(model, cache))
         parts.append(output.logits)
     close(torch.cat(parts, dim=1), model(ids, use_cache=False).logits)
-    assert cache.stored_tokens() == [stored_size(70, rule)] * 3
+    assert cache.stored_tokens() == [stored_size(70, rule.rule)] * 3
 
 
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
@@ -65,7 +65,7 @@ def test_dense_layers_hold_everything(tiny, tokens, rule):
     config, ids = rule.replace(dense_layers=(1,)), tokens(2, 90)
     model, cache = enable(tiny("Llama"), config), LRSACache(config, 3)
     close(feed(model, cache, ids, [50, 1, 39]), model(ids, use_cache=False).logits)
-    sparse = 2 * stored_size(90, rule)
+    sparse = 2 * stored_size(90, rule.rule)
     assert cache.stored_tokens() == [sparse, 2 * 90, sparse]
 
 
@@ -91,7 +91,7 @@ def test_left_padded_rows_get_what_each_gets_alone(sizes, model, tokens, rule):
     for row, sequence in enumerate(sequences):
         close(logits[row, None, starts[row] :], model(sequence, use_cache=False).logits)
     assert logits.isfinite().all()
-    assert cache.stored_tokens() == [sum(stored_size(length, rule) for length in LENGTHS)] * 3, "no pad is stored"
+    assert cache.stored_tokens() == [sum(stored_size(length, rule.rule) for length in LENGTHS)] * 3, "no pad is stored"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_turn_of_right_padded_rows_is_continued_without_the_pads(model, tokens
     for row, sequence in enumerate(sequences):
         whole = model(torch.cat([sequence, more[row, None]], dim=1), use_cache=False).logits
         close(logits[row, None, 90:], whole[:, -25:])
-    assert cache.stored_tokens() == [sum(stored_size(length + 25, rule) for length in LENGTHS)] * 3
+    assert cache.stored_tokens() == [sum(stored_size(length + 25, rule.rule) for length in LENGTHS)] * 3
 
 
 def test_rows_padded_alike_share_a_stream(model, tokens, rule):
@@ -140,8 +140,8 @@ def test_rows_padded_alike_share_a_stream(model, tokens, rule):
     mask[:, :6] = 0
     cache = LRSACache(rule, 3)
     close(feed(model, cache, ids, [50, 30], mask)[:, 6:], model(ids[:, 6:], use_cache=False).logits)
-    assert all(layer.stream is not None for layer in cache.layers)
-    assert cache.stored_tokens() == [3 * stored_size(74, rule)] * 3
+    assert all(len(layer.streams) == 1 for layer in cache.layers)
+    assert cache.stored_tokens() == [3 * stored_size(74, rule.rule)] * 3
 
 
 def test_a_row_of_pads_alone_stores_nothing(model, tokens, rule):
@@ -151,7 +151,7 @@ def test_a_row_of_pads_alone_stores_nothing(model, tokens, rule):
     logits = feed(model, cache, ids, [50, 40], mask)
     assert logits.isfinite().all()
     lengths = [length for row, length in enumerate(LENGTHS) if row != 2]
-    assert cache.stored_tokens() == [sum(stored_size(length, rule) for length in lengths)] * 3
+    assert cache.stored_tokens() == [sum(stored_size(length, rule.rule) for length in lengths)] * 3
 
 
 def test_reset_starts_again(model, tokens, rule):
@@ -180,7 +180,7 @@ def test_rows_are_repeated_reordered_and_selected(padding, model, tokens, rule):
             close(logits[row, None], model(sequence, use_cache=False).logits[:, -30:])
     cache.batch_select_indices(torch.tensor([2]))
     length = int(mask[0].sum()) + 30
-    assert cache.stored_tokens() == [stored_size(length, rule)] * 3
+    assert cache.stored_tokens() == [stored_size(length, rule.rule)] * 3
 
 
 def test_another_batch_size_is_refused(model, tokens, rule):

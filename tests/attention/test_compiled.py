@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lrsa_lit.attention import LAYOUT, LRSACache, enable, observing, packed_layout, using
+from lrsa_lit.attention import LAYOUT, LRSACache, LRSAConfig, enable, observing, packed_layout, using
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
+from lrsa_lit.ops.sparse_attention import RandomTokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from helpers import refused
 
-from lrsa_lit.attention import LRSACache, enable, graphed_decoding, prefill, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, enable, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder, serving
 from lrsa_lit.attention.decoding.decoder import _waits_for_lengths
-from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
+from lrsa_lit.ops.sparse_attention import stored_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,7 +46,7 @@ def test_steps_give_the_parallel_pass(change, room, tiny, tokens, rule):
     decoder = Decoder(model, cache, room=room)
     for at in range(40, 110):
         logits.append(decoder.step(ids[:, at, None]).clone())
-        sparse = 2 * stored_size(at + 1, config)
+        sparse = 2 * stored_size(at + 1, config.rule)
         dense = 2 * (at + 1) if config.dense_layers else sparse
         assert cache.stored_tokens() == [sparse, dense, sparse]
     with torch.no_grad():
@@ -206,7 +205,7 @@ def test_unequal_rows_get_what_each_gets_alone(change, room, tiny, tokens, rule)
         for at in range(cache.get_seq_length(), stop):
             parts.append(decoder.step(columns[:, at, None]).clone())
             seen = [length + at - 39 for length in LENGTHS]
-            sparse = sum(stored_size(length, config) for length in seen)
+            sparse = sum(stored_size(length, config.rule) for length in seen)
             assert cache.stored_tokens() == [sparse, sum(seen) if config.dense_layers else sparse, sparse]
 
     def call_to(stop):

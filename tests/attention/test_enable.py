@@ -9,9 +9,9 @@ import torch
 from helpers import refused
 from transformers import AutoModelForCausalLM
 
-from lrsa_lit.attention import LRSACache, disable, enable, enabled_config, interface, prefill, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, disable, enable, enabled_config, interface, prefill, using
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens, Recency
+from lrsa_lit.ops.sparse_attention import RandomTokens, Recency
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def test_a_reloaded_model_keeps_the_rule_it_was_trained_with_in_its_config(tiny,
 def test_random_layers_lose_different_tokens(tiny, rule):
     model = enable(tiny("Llama"), rule.replace(compressor=RandomTokens(seed=5)))
     rules = [vars(module)["_lrsa_rule"] for module in model.modules() if "_lrsa_rule" in vars(module)]
-    assert len({each.config.compressor.seed for each in rules}) == 3
+    assert len({each.rule.compressor.seed for each in rules}) == 3
 
 
 def test_the_compressor_of_the_rule_is_the_one_that_runs(tiny, tokens, rule):

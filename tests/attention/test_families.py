@@ -19,7 +19,7 @@ def test_keeping_all_is_the_models_own_attention_and_keeping_fewer_is_not(family
     torch.testing.assert_close(model(ids, use_cache=False).logits, dense, rtol=0, atol=1e-5)
     enable(model, rule)
     sparse = model(ids, use_cache=False).logits
-    first = rule.first_compression
+    first = rule.rule.first_compression
     torch.testing.assert_close(sparse[:, :first], dense[:, :first], rtol=0, atol=1e-5)
     gap = (sparse - dense)[:, first:].abs().amax(dim=(0, 2))
     assert (gap > 1e-2).all(), "every later token must lose something"

@@ -5,7 +5,7 @@ import torch
 from helpers import refused
 
 from lrsa_lit.attention import LRSACache, enable
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
+from lrsa_lit.ops.sparse_attention import stored_size
 
 NEW = 24
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
@@ -41,7 +41,7 @@ def test_greedy_search_is_the_parallel_pass_token_by_token(length, model, tokens
     cache = LRSACache(rule, 3)
     assert model.generate(ids, past_key_values=cache, **GREEDY).equal(expected)
     assert cache.get_seq_length() == length + NEW - 1
-    assert cache.stored_tokens() == [2 * stored_size(length + NEW - 1, rule)] * 3
+    assert cache.stored_tokens() == [2 * stored_size(length + NEW - 1, rule.rule)] * 3
 
 
 def test_the_rule_changes_what_is_generated(model, tiny, tokens):
@@ -63,7 +63,7 @@ def test_unequal_left_padded_rows_generate_what_each_does_alone(kind, model, tok
     for row, length in enumerate(lengths):
         assert together[row, None, 40 - length :].equal(greedy(model, tokens(1, length, seed=length)))
     if kind == "compressed":
-        stored = sum(stored_size(length + NEW - 1, rule) for length in lengths)
+        stored = sum(stored_size(length + NEW - 1, rule.rule) for length in lengths)
         assert given["past_key_values"].stored_tokens() == [stored] * 3
 
 
@@ -107,7 +107,7 @@ def test_a_second_turn_continues_on_the_same_cache(model, tokens, rule):
     turn = torch.cat([first, tokens(1, 12, seed=1)], dim=1)
     second = model.generate(turn, past_key_values=cache, **GREEDY)
     assert second.equal(greedy(model, turn))
-    assert cache.stored_tokens() == [stored_size(second.shape[1] - 1, rule)] * 3
+    assert cache.stored_tokens() == [stored_size(second.shape[1] - 1, rule.rule)] * 3
 
 
 def test_a_second_turn_of_padded_rows(model, tokens, rule):
@@ -128,7 +128,7 @@ def test_dense_layers_generate_too(tiny, tokens, rule):
     cache = LRSACache(config, 3)
     assert model.generate(ids, past_key_values=cache, **GREEDY).equal(greedy(model, ids))
     everything = 2 * (40 + NEW - 1)
-    assert cache.stored_tokens() == [everything, 2 * stored_size(40 + NEW - 1, rule), everything]
+    assert cache.stored_tokens() == [everything, 2 * stored_size(40 + NEW - 1, rule.rule), everything]
 
 
 @pytest.mark.parametrize("helper", ["prompt_lookup_num_tokens", "assistant_model"])

@@ -6,13 +6,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lrsa_lit.attention import Greedy, LRSACache, enable, graphed_decoding, prefill, using
+from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, enable, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_config, tiny_model
-from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+from lrsa_lit.ops.sparse_attention import KeyValueStream, RandomTokens, stored_size
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -134,7 +132,7 @@ def test_a_graph_generates_what_launches_do(model, rows):
         cache = LRSACache.of(model)
         with graphed_decoding(model, cache, room=40) if served else contextlib.nullcontext():
             texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings))
-        assert cache.stored_tokens()[0] == rows * stored_size(349, RULE)
+        assert cache.stored_tokens()[0] == rows * stored_size(349, RULE.rule)
     assert (texts[0] == texts[1]).float().mean() > 0.9
 
 
@@ -168,7 +166,7 @@ def test_a_graph_generates_unequal_rows_as_launches_do(model, layers, lengths):
         cache = LRSACache.of(model)
         with graphed_decoding(model, cache, room=40) if served else contextlib.nullcontext():
             texts.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **settings))
-        assert cache.stored_tokens()[0] == sum(stored_size(length + 149, RULE) for length in lengths)
+        assert cache.stored_tokens()[0] == sum(stored_size(length + 149, RULE.rule) for length in lengths)
     real = torch.tensor(lengths) > 0
     assert (texts[0] == texts[1])[real].float().mean() > 0.9
 
@@ -230,17 +228,17 @@ def test_stock_attention_sees_the_same_keys(model):
 
 
 def test_allocated_memory_is_what_the_rule_says():
-    stream, per_token = KeyValueStream(RULE), 2 * 2 * 2 * 64
+    stream, per_token = KeyValueStream(RULE.rule), 2 * 2 * 2 * 64
     pairs = [torch.randn(1, 2, 60_000, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     query = torch.randn(1, 4, 60_000, 64, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         stream.attend(query[:, :, :1000], *(pair[:, :, :1000] for pair in pairs), 0.125)
-        before, held = torch.cuda.memory_allocated(), stored_size(1000, RULE)
+        before, held = torch.cuda.memory_allocated(), stored_size(1000, RULE.rule)
         for start in range(1000, 60_000, 1000):
             part = slice(start, start + 1000)
             stream.attend(query[:, :, part], *(pair[:, :, part] for pair in pairs), 0.125)
     grown = torch.cuda.memory_allocated() - before
-    assert grown <= (stored_size(60_000, RULE) * 33 / 32 - held) * per_token + 2**20
+    assert grown <= (stored_size(60_000, RULE.rule) * 33 / 32 - held) * per_token + 2**20
 
 
 @pytest.mark.parametrize("rows", [1, 3])

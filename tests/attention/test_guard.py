@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lrsa_lit.attention import LAYOUT, LRSACache, disable, enable, observing, packed_layout, prefill
 from lrsa_lit.attention.cache_layer import LRSACacheLayer
 from lrsa_lit.attention.decoding import Decoder
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+from lrsa_lit.ops.sparse_attention import KeyValueStream
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from helpers import VECTORS
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrsa_lit.attention import LRSACache, enable
-from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import spans, stored_size
+from lrsa_lit.attention import LRSACache, LRSAConfig, enable
+from lrsa_lit.ops.sparse_attention import spans, stored_size
 
 TOLERANCE = 1e-4
 LENGTH = 150
@@ -76,7 +75,7 @@ def test_the_compressed_cache_gives_the_recorded_logits_over_any_split(run, mode
         parts.append(model(ids[:, start : start + size], past_key_values=cache).logits)
         start += size
         assert cache.get_seq_length() == start
-        assert cache.stored_tokens() == [stored_size(start, config)] * 3
+        assert cache.stored_tokens() == [stored_size(start, config.rule)] * 3
     assert gap(torch.cat(parts, dim=1), logits) < TOLERANCE
     # S + K P + raw: P(149) = 8 partitions, raw from 4 + 8 x 16.
     assert cache.stored_tokens() == [4 + 4 * 8 + 150 - 132] * 3
@@ -88,10 +87,10 @@ def test_stock_attention_over_the_compressed_cache_gives_the_recorded_logits(run
     config, ids, logits, dense = run
     model = load()
     cache, parts = LRSACache.of(model, config), []
-    cuts = [(span.start, span.stop) for span in spans(0, LENGTH, config)]
+    cuts = [(span.start, span.stop) for span in spans(0, LENGTH, config.rule)]
     for start, stop in cuts if calls == "spans" else [(at, at + 1) for at in range(LENGTH)]:
         parts.append(model(ids[:, start:stop], past_key_values=cache).logits)
-        assert cache.stored_tokens() == [stored_size(stop, config)] * 3
+        assert cache.stored_tokens() == [stored_size(stop, config.rule)] * 3
     assert gap(torch.cat(parts, dim=1), logits) < TOLERANCE
     assert gap(torch.cat(parts, dim=1), dense) > 1
 

@@ -8,7 +8,7 @@ from helpers import refused
 from transformers import DynamicCache
 
 from lrsa_lit.attention import LRSACache, disable, enable, enabled_config, prefill
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
+from lrsa_lit.ops.sparse_attention import stored_size
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def test_prefill_and_single_tokens_give_the_parallel_pass(family, change, tiny, 
     logits = [prefill(model, ids[:, :60], cache)]
     with torch.no_grad():
         logits += [model(ids[:, at, None], past_key_values=cache).logits for at in range(60, 90)]
-    assert cache.stored_tokens() == [2 * stored_size(90, config)] * 3
+    assert cache.stored_tokens() == [2 * stored_size(90, config.rule)] * 3
     assert cache.get_seq_length() == 90
     assert enabled_config(model) is None
     close(torch.cat(logits, dim=1), parallel(model, config, ids)[:, 59:])
@@ -41,14 +41,14 @@ def test_prefill_and_single_tokens_give_the_parallel_pass(family, change, tiny, 
 def test_all_columns_of_the_calls_are_those_of_the_parallel_pass(tiny, tokens, rule):
     model, ids, parts = tiny("Llama"), tokens(1, 80), []
     cache, start = LRSACache.of(model, rule), 0
-    first = rule.first_compression
-    for stop in (first - 3, first, first + 1, first + rule.chunk, 80):
+    first, chunk = rule.rule.first_compression, rule.rule.chunk
+    for stop in (first - 3, first, first + 1, first + chunk, 80):
         while start < stop:
-            end = min(stop, start + 4 if start < first else first + ((start - first) // rule.chunk + 1) * rule.chunk)
+            end = min(stop, start + 4 if start < first else first + ((start - first) // chunk + 1) * chunk)
             with torch.no_grad():
                 parts.append(model(ids[:, start:end], past_key_values=cache).logits)
             start = end
-            assert cache.stored_tokens() == [stored_size(start, rule)] * 3
+            assert cache.stored_tokens() == [stored_size(start, rule.rule)] * 3
     close(torch.cat(parts, dim=1), parallel(model, rule, ids))
 
 
@@ -106,10 +106,10 @@ def test_a_call_over_a_compression_is_refused_and_nothing_is_taken_in(tiny, toke
         model(ids, past_key_values=cache)
     assert cache.stored_tokens() == [0, 0, 0]
     prefill(model, ids, cache)
-    crossing = tokens(1, 2 * rule.chunk)
+    crossing = tokens(1, 2 * rule.rule.chunk)
     with refused("input_ids", reason="tokens behind 90 "):
         model(crossing, past_key_values=cache)
-    assert cache.stored_tokens() == [stored_size(90, rule)] * 3
+    assert cache.stored_tokens() == [stored_size(90, rule.rule)] * 3
 
 
 def test_pads_are_refused(tiny, tokens, rule):

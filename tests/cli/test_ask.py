@@ -20,7 +20,7 @@ from scripted import scripted_model
 from transformers import DynamicCache, TextStreamer
 
 import lrsa_lit.attention
-from lrsa_lit.attention import LRSACache, enable
+from lrsa_lit.attention import LRSACache, LRSAConfig, enable
 from lrsa_lit.chat_template import render
 from lrsa_lit.cli.ask.dialogue import Dialogue
 from lrsa_lit.cli.ask.reader import Reader, kept_tokens
@@ -31,8 +31,7 @@ from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.folder import save_folder
 from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
+from lrsa_lit.ops.sparse_attention import stored_size
 
 RULE = LRSAConfig(sink_size=4, lag_size=32, top_k=8)
 FLAGS = ["--lag-size", "32", "--top-k", "8", "--sink-size", "4"]
@@ -111,7 +110,7 @@ def test_the_answer_is_printed_and_what_was_kept_of_the_text(ask):
     shown = ask(*FLAGS, "text.txt", FIRST)
     answer = greedy(enable(tiny_model().eval(), RULE), prompt_of(FIRST))
     seen = len(prompt_of(FIRST)) + len(answer) - 1
-    kept = stored_size(seen, RULE)
+    kept = stored_size(seen, RULE.rule)
     assert kept < seen / 2
     assert counts(shown.out) == [(seen, kept, round(100 * kept / seen))]
     assert words(answer) in shown.out
@@ -140,7 +139,7 @@ def test_a_follow_up_is_the_whole_conversation_from_scratch(ask):
     assert first["answer"] == words(answer)
     assert second["answer"] == words(greedy(model, conversation))
     assert second["tokens_seen"] == len(conversation) + len(greedy(model, conversation)) - 1
-    assert second["tokens_kept"] == stored_size(second["tokens_seen"], RULE)
+    assert second["tokens_kept"] == stored_size(second["tokens_seen"], RULE.rule)
 
 
 @pytest.mark.parametrize("end", ["<|im_start|>", "<|im_end|>"], ids=["another message", "end of message"])
@@ -246,15 +245,15 @@ def test_the_models_own_rule_is_the_default(ask, tmp_path):
     model = saved(tmp_path / "model", RULE.replace(top_k=4))
     shown = ask("--model", model, "text.txt", FIRST)
     ((seen, kept, _),) = counts(shown.out)
-    assert kept == stored_size(seen, RULE.replace(top_k=4))
+    assert kept == stored_size(seen, RULE.replace(top_k=4).rule)
     assert "never trained" not in shown.err
     ((seen, kept, _),) = counts(ask("--model", model, "--top-k", "16", "text.txt", FIRST).out)
-    assert kept == stored_size(seen, RULE.replace(top_k=16))
+    assert kept == stored_size(seen, RULE.replace(top_k=16).rule)
 
 
 def test_an_untrained_model_keeps_a_quarter(ask):
     ((seen, kept, _),) = counts(ask("--lag-size", "64", "text.txt", FIRST).out)
-    assert kept == stored_size(seen, LRSAConfig(lag_size=64, top_k=16))
+    assert kept == stored_size(seen, LRSAConfig(lag_size=64, top_k=16).rule)
 
 
 def test_dense_layers_are_averaged():
@@ -262,7 +261,7 @@ def test_dense_layers_are_averaged():
     model, cache = enable(tiny_model().eval(), rule), LRSACache(rule, 2)
     model(torch.tensor([prompt_of(FIRST)]), past_key_values=cache)
     seen = len(prompt_of(FIRST))
-    assert kept_tokens(cache) == round((seen + stored_size(seen, RULE)) / 2)
+    assert kept_tokens(cache) == round((seen + stored_size(seen, RULE.rule)) / 2)
 
 
 def bad_inputs():
@@ -408,7 +407,7 @@ def test_the_checkpoint_of_a_fit(lora, ask, tmp_path, capfd):
     assert (trained.backbone.lora is not None) == lora
     assert "never trained" not in shown.err
     seen = int(re.search(r"([\d,]+) tokens read", shown.out)[1].replace(",", ""))
-    kept = stored_size(seen, LRSAConfig.from_dict(trained.rule))
+    kept = stored_size(seen, LRSAConfig.from_dict(trained.rule).rule)
     assert f"{kept:,} kept per head" in shown.out
     weights = trained.build().state_dict()
     assert all(weights[name].equal(weight) for name, weight in trained.weights.items())

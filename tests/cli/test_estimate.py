@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_helpers import DEBUG, interruptible
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.estimate import Batches, Cost, Layers, extrapolate, measure
 from lrsa_lit.cli.estimate import layers as few
 from lrsa_lit.cli.main import main
@@ -17,7 +18,6 @@ from lrsa_lit.data.collate import collate
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_config
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA
 
 CPU = {"accelerator": "cpu", "gradient_clip_val": 1.0}

@@ -11,6 +11,7 @@ import pytest
 from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.callbacks.line_file import LineFile
 from lrsa_lit.cli.main import main
 from lrsa_lit.data.ruler import RULER_TASKS
@@ -64,8 +65,74 @@ def test_rows_of_unequal_length_in_a_batch_get_what_they_get_alone(tmp_path):
             ]
         )
         lines.append(answers(tmp_path))
+    losses = [[line[name].pop("loss") for line in found for name in ("LRSA", "dense")] for found in lines]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert lines[0] == lines[1]
     assert len({line["LRSA"]["prediction"] for line in lines[0]}) > 1
+
+
+def test_what_was_evaluated_is_said_beside_the_answers(tmp_path):
+    main(["test", *TINY, *SHORT, "--config", "configs/data/longbench.yaml"])
+    about = json.loads(next((tmp_path / "runs").rglob("answers.json")).read_text())
+    found = answers(tmp_path)
+    expected = {"command": "test", "split": "test", "checkpoint": None, "model": "tiny", "layers": 2,
+                "dtype": "float32", "generated": True, "max_new_tokens": 4}  # fmt: skip
+    assert about | expected == about
+    assert about["attentions"]["dense"] == {"rule": None, "rule_digest": "dense"}
+    rule = LRSAConfig.from_dict(about["attentions"]["LRSA"]["rule"])
+    assert about["attentions"]["LRSA"]["rule_digest"] == rule.digest()
+    (data,) = about["data_sets"].values()
+    assert data["questions"] == len(data["contexts"]) == len(found) == 4
+    assert data["kv_share"]["dense"] == 1 > data["kv_share"]["LRSA"] > 0
+    assert len(data["set_digest"]) == 12
+    for line in found:
+        assert 1 <= line["answer_tokens"] < line["prompt_tokens"] <= data["length"] * 4
+        assert all(line[name]["loss"] > 0 for name in ("LRSA", "dense"))
+
+
+def test_losses_alone_for_each_layer(tmp_path, capfd):
+    settings = "{dense: null, only: {top_k: 4, dense_layers: {only: 2}}, but: {dense_layers: {all_but: 2}}}"
+    options = ["--model.generate_answers", "false", "--model.evaluate", settings]
+    main(["test", *TINY, "--config", "configs/data/longbench.yaml", *options])
+    shown = capfd.readouterr().out
+    assert "F1" not in shown
+    assert "never given in full" not in shown
+    names = ["LRSA", "dense", "only-0", "only-1", "but-0", "but-1"]
+    # A line each, since they are many.
+    assert [row[0] for row in rows(shown)] == names
+    assert {len(row) for row in rows(shown)} == {2}
+    (path,) = (tmp_path / "runs").rglob("answers.json")
+    about = json.loads(path.read_text())
+    assert list(about["attentions"]) == names
+    assert [about["attentions"][name]["rule"]["dense_layers"] for name in names[2:]] == [[0], [1], [1], [0]]
+    for line in answers(tmp_path):
+        assert all(set(line[name]) == {"loss"} for name in names)
+        assert line["but-0"]["loss"] != line["only-1"]["loss"] != line["dense"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{x: {dense_layers: {only: 0}}}", "model.evaluate.x.dense_layers.only: 0"),
+        ("{x: {dense_layers: {only: 2, beside: [0, 1]}}}", "model.evaluate.x.dense_layers.beside: [0, 1]"),
+        ("{x: {dense_layers: {each: 2}}}", "model.evaluate.x.dense_layers: {'each': 2}"),
+        ("{x: {dense_layers: {only: 3}}}", "model.evaluate.x-2.dense_layers: [2]"),
+        ("{x-0: {}, x: {dense_layers: {only: 2}}}", "model.evaluate: 'x-0'"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused_before_anything_is_run(settings, said, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", settings])
+    assert stop.value.code == 2
+    assert said in capfd.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_fit_that_watches_a_score_needs_answers(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, *NO_LOGGER, "--model.generate_answers", "false"])
+    assert stop.value.code == 2
+    assert "cannot monitor 'val/f1'" in capfd.readouterr().err.splitlines()[-1]
 
 
 def longbench(folder):
@@ -155,7 +222,7 @@ def test_an_attention_does_not_take_the_place_of_something_else_in_the_answers(n
     with pytest.raises(SystemExit) as stop:
         main(["test", *TINY, *longbench(tmp_path), "--model.evaluate", f"{{{name}: null}}"])
     assert stop.value.code == 2
-    assert f"model.evaluate: the name '{name}' is not allowed" in capfd.readouterr().err
+    assert f"model.evaluate: '{name}' is not allowed" in capfd.readouterr().err
     assert not list((tmp_path / "runs").iterdir())
     assert not (tmp_path / "cache/data").exists()
 
@@ -164,7 +231,7 @@ def test_an_attention_and_a_task_need_different_names(tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         main(["test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", "{ferry: null}"])
     assert stop.value.code == 2
-    assert "model.evaluate: the name 'ferry' is not allowed" in capfd.readouterr().err
+    assert "model.evaluate: 'ferry' is not allowed" in capfd.readouterr().err
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -222,7 +289,7 @@ def test_an_evaluation_is_a_run_with_its_answers(tmp_path, capfd):
 class Alone:
     """A trainer of one process."""
 
-    world_size, global_rank, is_global_zero, logger, callbacks = 1, 0, True, None, ()
+    world_size, num_nodes, global_rank, is_global_zero, logger, callbacks = 1, 1, 0, True, None, ()
     state = TrainerState(fn=TrainerFn.TESTING)
 
     def __init__(self, root):
@@ -235,12 +302,12 @@ class Alone:
 def test_a_full_disk_keeps_the_answers_before(tmp_path):
     lines = LineFile("k", None, "answers.jsonl")
     lines.begin(Alone(tmp_path))
-    lines.write([{"id": 1}, {"id": "\udc80"}])
+    lines.write([{"id": 1}, {"id": "\udc80"}], [0, 1])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
     try:
         with pytest.raises(UserError, match=r"^k: .* cannot be written .* the 2 answers before stand in ") as caught:
-            lines.write([{"id": "x" * 100}])
+            lines.write([{"id": "x" * 100}], [2])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     kept = Path(str(caught.value).rpartition(" in ")[2])

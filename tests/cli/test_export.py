@@ -15,13 +15,12 @@ from cli_helpers import DEBUG, NO_LOGGER
 from torch.distributed import checkpoint as distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lrsa_lit.attention import enable
+from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.cli.main import main
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.checkpoint import describe, load_trained, trained_weights
 from lrsa_lit.models.checkpoint_file import META
 from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--data.init_args.val", "null"]
 # Steps that are large enough to tell the trained model from the base.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.setting_keys import first_user_error
 from lrsa_lit.data import HotpotQA
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
+from lrsa_lit.ops.sparse_attention import RandomTokens
 from lrsa_lit.tasks import LongContextQA, SampledTopK
 
 

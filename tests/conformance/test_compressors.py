@@ -12,13 +12,12 @@ from cli_helpers import DEBUG, NO_LOGGER
 from helpers import boundaries, random_qkv
 from torch.nn.functional import scaled_dot_product_attention
 
-from lrsa_lit.attention import LRSACache, cache_argument, enable
+from lrsa_lit.attention import LRSACache, LRSAConfig, cache_argument, enable
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.ops.sparse_attention import (
     Compressor,
     LagRelative,
-    LRSAConfig,
     Partitions,
     Selector,
     sparse_attention,
@@ -30,14 +29,19 @@ COLUMNS = 75
 
 
 @pytest.fixture(scope="module")
-def rule(compressor):
+def config(compressor):
     return LRSAConfig(sink_size=3, lag_size=8, top_k=3, compressor=compressor)
 
 
 @pytest.fixture(scope="module")
-def model(rule):
+def rule(config):
+    return config.rule
+
+
+@pytest.fixture(scope="module")
+def model(config):
     """In float64, but for what transformers computes in float32."""
-    return enable(tiny_model(hidden_size=32, num_heads=4, num_kv_heads=2).double().eval(), rule)
+    return enable(tiny_model(hidden_size=32, num_heads=4, num_kv_heads=2).double().eval(), config)
 
 
 def tokens(rows, length, seed=0):
@@ -81,8 +85,8 @@ def test_padded_rows_get_what_each_gets_alone(model, side):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
-def test_any_split_of_calls_is_the_parallel_pass(model, rule, sizes):
-    ids, cache, start, parts = tokens(2, sum(sizes)), LRSACache(rule, model.config.num_hidden_layers), 0, []
+def test_any_split_of_calls_is_the_parallel_pass(model, config, sizes):
+    ids, cache, start, parts = tokens(2, sum(sizes)), LRSACache(config, model.config.num_hidden_layers), 0, []
     for size in sizes:
         parts.append(model(ids[:, start : start + size], **cache_argument(model, cache)).logits)
         start += size
@@ -93,9 +97,9 @@ def test_any_split_of_calls_is_the_parallel_pass(model, rule, sizes):
 def test_partitions_are_compressed_alike_at_once_and_one_by_one(rule):
     _, key, value = (x.unflatten(2, (7, rule.lag_size)) for x in random_qkv(7 * rule.lag_size, batch=2))
     whole = key[:, :, :-1], value[:, :, :-1], key[:, :, 1:], value[:, :, 1:]
-    together = rule.compressor.compress(Partitions(*whole), rule)
+    together = rule.compressor.compress(Partitions(*whole, rule.top_k))
     for p in range(6):
-        alone = rule.compressor.compress(Partitions(*(x[:, :, p : p + 1] for x in whole), first=p), rule)
+        alone = rule.compressor.compress(Partitions(*(x[:, :, p : p + 1] for x in whole), rule.top_k, p))
         for found, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(found[:, :, p : p + 1], expected)
 
@@ -128,10 +132,10 @@ def test_a_whole_partition_is_as_many_pairs_and_a_selector_drops_none(rule):
         torch.testing.assert_close(output, dense)
 
 
-def test_it_survives_being_written_as_json(compressor, rule):
-    stored = json.loads(json.dumps(rule.to_dict()))
-    assert LRSAConfig.from_dict(stored) == rule
-    assert LRSAConfig.from_dict(stored).digest() == rule.digest()
+def test_it_survives_being_written_as_json(compressor, config):
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert LRSAConfig.from_dict(stored) == config
+    assert LRSAConfig.from_dict(stored).digest() == config.digest()
     assert hash(Compressor.from_dict(compressor.to_dict())) == hash(compressor)
     assert isinstance(compressor.for_layer(1), Compressor)
 

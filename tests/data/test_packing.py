@@ -6,12 +6,11 @@ from data_helpers import example, examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrsa_lit.attention import enable
+from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.data.collate import TrainBatch, collate_training
 from lrsa_lit.data.packing import collate_packed
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 packs = st.lists(examples(), min_size=1, max_size=5)
 

@@ -1,12 +1,13 @@
+import math
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrsa_lit.evaluation.answers import scores
 from lrsa_lit.evaluation.metrics import exact_match, f1_score, normalize_answer, recall
 from lrsa_lit.evaluation.qa_score import QAScore
 
@@ -107,21 +108,31 @@ def test_recall_is_rulers_string_match(prediction: str, answers: list[str], matc
 
 def test_score_averages_over_updates():
     score = QAScore()
-    score.update(["in Paris"], [("Paris",)], ["any"])
-    score.update(["11", "x"], [("11", "22"), ("y",)], ["all", "any"])
-    result = {name: value.item() for name, value in score.compute().items()}
-    assert result == pytest.approx({"f1": (2 / 3 + 2 / 3) / 3, "em": 0.0, "recall": 1.5 / 3, "count": 3})
+    score.update(3.0, 2, scores("in Paris", ("Paris",), "any"))
+    score.update(1.0, 1, scores("11", ("11", "22"), "all"))
+    score.update(1.0, 2, scores("x", ("y",), "any"))
+    assert score.means(generated=True) == pytest.approx(
+        {"loss": 5 / 5, "f1": (2 / 3 + 2 / 3) / 3, "em": 0.0, "recall": 1.5 / 3, "count": 3}
+    )
 
 
-def test_score_state_is_summed_across_processes():
-    parts = [QAScore(), QAScore()]
-    parts[0].update(["Paris", "Rome"], [("Paris",), ("Paris",)], ["any", "any"])
-    parts[1].update(["Paris"], [("Paris",)], ["any"])
-    whole = QAScore()
-    for name, reduction in whole._reductions.items():
-        setattr(whole, name, reduction(torch.stack([getattr(part, name) for part in parts])))
-    assert whole.f1 / whole.count == pytest.approx(2 / 3)
-    assert whole.count == 3
+def test_scores_of_processes_add_up():
+    parts = [QAScore(), QAScore(), QAScore()]
+    parts[0].update(1.0, 1, scores("Paris", ("Paris",), "any"))
+    parts[0].update(1.0, 1, scores("Rome", ("Paris",), "any"))
+    parts[2].update(4.0, 1, scores("Paris", ("Paris",), "any"))
+    whole = QAScore.total(parts).means(generated=True)
+    assert whole == pytest.approx({"loss": 2.0, "f1": 2 / 3, "em": 2 / 3, "recall": 2 / 3, "count": 3})
+
+
+def test_losses_alone_and_parts_without_a_question():
+    score = QAScore()
+    score.update(3.0, 2, {})
+    assert QAScore.total([QAScore(), score]).means(generated=False) == {"loss": 1.5, "count": 1}
+    none = QAScore.total([QAScore(), QAScore()]).means(generated=True)
+    assert none.pop("count") == 0
+    assert none.keys() == {"loss", "f1", "em", "recall"}
+    assert all(math.isnan(value) for value in none.values())
 
 
 def test_the_functions_do_without_torch():

@@ -10,10 +10,9 @@ import torch
 from helpers import refused
 from transformers import AutoConfig
 
-from lrsa_lit.attention import enable
+from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.models import Backbone, LoRA, gguf
 from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 
 @pytest.fixture

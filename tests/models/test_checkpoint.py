@@ -18,13 +18,13 @@ from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from lrsa_lit import verified
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.checkpoint import describe, load_trained
 from lrsa_lit.models.checkpoint_file import INDEX, META, Unreadable, read
 from lrsa_lit.models.shards import load_into
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3).to_dict()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.backbone import LoRA
 from lrsa_lit.models.flops import Shape, kv_ratio, peak_flops, training_flops
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 # S=1, L=2, K=1: the first partition is compressed at position 5, the second at 7.
 RULE = LRSAConfig(sink_size=1, lag_size=2, top_k=1)

@@ -9,12 +9,11 @@ import torch
 from helpers import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrsa_lit.attention import disable, enable
+from lrsa_lit.attention import LRSAConfig, disable, enable
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.adapters import RULE_FILE, load_adapters
 from lrsa_lit.models.folder import AnotherModel, save_folder
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
 IDS = torch.arange(60)[None] % 250

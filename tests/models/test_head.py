@@ -19,7 +19,7 @@ def reference(model, ids, targets, columns):
 def tokens():
     torch.manual_seed(0)
     ids, columns = torch.randint(259, (2, 60)), torch.tensor([3, 4, 30, 50])
-    return ids, ids[:, columns + 1].index_fill(1, torch.tensor([1]), head.IGNORE_INDEX), columns
+    return ids, ids[:, columns + 1].index_fill(1, torch.tensor([1]), -100), columns
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1024])
@@ -75,14 +75,13 @@ def test_losses_of_examples_are_those_of_each_alone():
     # Answers of other lengths in rows of other lengths, padded with a token that is also one of theirs.
     lengths, answers = (60, 43, 51), (4, 1, 6)
     ids = [torch.randint(259, (length,), generator=generator) for length in lengths]
-    labels = [row.clone().index_fill(0, torch.arange(len(row) - count), head.IGNORE_INDEX)
+    labels = [row.clone().index_fill(0, torch.arange(len(row) - count), -100)
               for row, count in zip(ids, answers, strict=True)]  # fmt: skip
     together = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-                for rows, pad in ((ids, 2), (labels, head.IGNORE_INDEX))]  # fmt: skip
-    columns = (together[1][:, 1:] != head.IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
-    losses, counts = head.answer_losses(model, *together, columns)
+                for rows, pad in ((ids, 2), (labels, -100))]  # fmt: skip
+    columns = (together[1][:, 1:] != -100).any(dim=0).nonzero()[:, 0]
+    losses = head.losses_of_rows(model, together[1][:, 1:][:, columns], columns, input_ids=together[0])
     assert losses.dtype == torch.float64
-    assert counts.tolist() == list(answers)
     expected = []
     for row, count in zip(ids, answers, strict=True):
         own = torch.arange(len(row) - count - 1, len(row) - 1)

@@ -8,11 +8,10 @@ import pytest
 import torch
 from helpers import refused
 
-from lrsa_lit.attention import enable
+from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.flops import Shape
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 IDS = torch.randint(3, 259, (1, 100), generator=torch.Generator().manual_seed(0))

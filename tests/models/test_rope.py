@@ -9,11 +9,10 @@ import torch
 from helpers import refused
 from transformers import AutoModelForCausalLM
 
-from lrsa_lit.attention import enable
+from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.models import Backbone, RopeScaling
 from lrsa_lit.models.checkpoint import describe, load_trained
 from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}

@@ -13,12 +13,11 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lrsa_lit.attention import LRSACache, enable, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, enable, using
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.generation import GREEDY
 from lrsa_lit.models.sharding import is_sharded, shard
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 CLIP = 0.5

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import random_qkv, refused
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, api, select, sparse_attention, visibility_mask
+from lrsa_lit.ops.sparse_attention import Rule, api, select, sparse_attention, visibility_mask
 
-RULE = LRSAConfig(sink_size=2, lag_size=4, top_k=2)
+RULE = Rule(sink_size=2, lag_size=4, top_k=2)
 
 
 def ints(*values, dtype=torch.int32):

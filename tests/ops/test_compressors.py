@@ -12,12 +12,12 @@ from lrsa_lit.ops.sparse_attention import (
     ChunkWise,
     Compressor,
     LagRelative,
-    LRSAConfig,
     MeanPool,
     Partitions,
     RandomTokens,
     Ranking,
     Recency,
+    Rule,
     Selector,
     Strided,
     ValueRelative,
@@ -26,18 +26,22 @@ from lrsa_lit.ops.sparse_attention import (
 )
 
 
-def partitions(count: int, lag: int, *, heads: int = 1, batch: int = 1, first: int = 0, dim: int = 2) -> Partitions:
+def partitions(
+    count: int, lag: int, top_k: int = 0, *, heads: int = 1, batch: int = 1, first: int = 0, dim: int = 2
+) -> Partitions:
     _, key, value = random_qkv((count + 1) * lag, batch=batch, heads=heads, dim=dim)
     key, value = key.unflatten(2, (count + 1, lag)), value.unflatten(2, (count + 1, lag))
-    return Partitions(key[:, :, :-1], value[:, :, :-1], key[:, :, 1:], value[:, :, 1:], first)
+    return Partitions(key[:, :, :-1], value[:, :, :-1], key[:, :, 1:], value[:, :, 1:], top_k, first)
 
 
-def one_partition(key: list, next_key: list, value: list | None = None, next_value: list | None = None) -> Partitions:
+def one_partition(
+    key: list, next_key: list, value: list | None = None, next_value: list | None = None, top_k: int = 0
+) -> Partitions:
     """A partition of one head from lists of (L, D); values default to zeros, whose scores are equal."""
     tensors = [torch.tensor(rows, dtype=torch.float64)[None, None, None] for rows in (key, next_key)]
     values = [torch.tensor(rows, dtype=torch.float64)[None, None, None] if rows else torch.zeros_like(tensors[0])
               for rows in (value, next_value)]  # fmt: skip
-    return Partitions(tensors[0], values[0], tensors[1], values[1])
+    return Partitions(tensors[0], values[0], tensors[1], values[1], top_k)
 
 
 TOKENS = [[0.0, 0.0], [1.0, 0.0], [0.5, 10.0], [0.5, 0.0]]
@@ -52,13 +56,13 @@ def softmax(*numbers: float) -> list[float]:
 
 def test_lag_relative_scores_by_hand():
     half = math.sqrt(0.5)
-    scores = LagRelative().score(one_partition(TOKENS, REFERENCE), LRSAConfig(0, 4, 2, value_weight=0))
+    scores = LagRelative(value_weight=0).score(one_partition(TOKENS, REFERENCE))
     assert scores.flatten().tolist() == pytest.approx(softmax(0, half, half / 2, half / 2))
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(0, []), (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])])
 def test_lag_relative_keeps_the_widest_spread_and_the_earlier_of_equals(top_k, kept):
-    indices, _ = LagRelative().keep(one_partition(TOKENS, REFERENCE), LRSAConfig(0, 4, top_k))
+    indices, _ = LagRelative().keep(one_partition(TOKENS, REFERENCE, top_k=top_k))
     assert indices.flatten().tolist() == kept
 
 
@@ -67,17 +71,17 @@ def test_lag_relative_adds_the_weighted_value_score():
     both = one_partition(TOKENS, REFERENCE, TOKENS[::-1], REFERENCE)
     of_keys, of_values = softmax(0, half, half / 2, half / 2), softmax(half / 2, half / 2, half, 0)
     for weight in (0.0, 0.5, 1.0, 3.0):
-        scores = LagRelative().score(both, LRSAConfig(0, 4, 2, value_weight=weight)).flatten().tolist()
+        scores = LagRelative(value_weight=weight).score(both).flatten().tolist()
         assert scores == pytest.approx([k + weight * v for k, v in zip(of_keys, of_values, strict=True)])
 
 
 def test_value_relative_is_the_value_score_alone():
     both = one_partition(TOKENS, REFERENCE, TOKENS[::-1], REFERENCE)
     half = math.sqrt(0.5)
-    scores = ValueRelative().score(both, LRSAConfig(0, 4, 2, value_weight=0)).flatten().tolist()
+    scores = ValueRelative().score(both).flatten().tolist()
     assert scores == pytest.approx(softmax(half / 2, half / 2, half, 0))
-    swapped = Partitions(both.value, both.key, both.next_value, both.next_key)
-    of_keys = LagRelative().score(swapped, LRSAConfig(0, 4, 2, value_weight=0)).flatten().tolist()
+    swapped = Partitions(both.value, both.key, both.next_value, both.next_key, 0)
+    of_keys = LagRelative(value_weight=0).score(swapped).flatten().tolist()
     assert scores == of_keys
 
 
@@ -102,16 +106,15 @@ def test_chunk_wise_keeps_whole_runs_by_their_mean(size, top_k, kept, values_onl
     scored, other = (ValueRelative, LagRelative) if values_only else (LagRelative, ValueRelative)
     monkeypatch.setattr(scored, "rank", lambda *_: Ranking(scores, scores.log()))
     monkeypatch.setattr(other, "rank", None)
-    indices, _ = ChunkWise(size, values_only).keep(partitions(3, 6, heads=2), LRSAConfig(0, 6, top_k))
+    indices, _ = ChunkWise(size, values_only).keep(partitions(3, 6, top_k, heads=2))
     assert indices.tolist() == [[[kept] * 3] * 2]
 
 
 def test_a_shorter_last_run_counts_by_its_own_mean():
-    compressor, config = ChunkWise(4), LRSAConfig(0, 6, 2)
-    parts = partitions(5, 6, heads=2, batch=2)
-    scores = LagRelative().score(parts, config)
+    compressor, parts = ChunkWise(4), partitions(5, 6, 2, heads=2, batch=2)
+    scores = LagRelative().score(parts)
     means = scores[..., :4].mean(dim=-1), scores[..., 4:].mean(dim=-1)
-    indices, ranked = compressor.keep(parts, config)
+    indices, ranked = compressor.keep(parts)
     torch.testing.assert_close(ranked[..., 0], means[0])
     torch.testing.assert_close(ranked[..., 5], means[1])
     last = means[1] > means[0]
@@ -121,9 +124,9 @@ def test_a_shorter_last_run_counts_by_its_own_mean():
 
 
 def test_runs_of_one_token_keep_what_the_scores_keep():
-    parts, config = partitions(4, 16, heads=2), LRSAConfig(0, 16, 5)
+    parts = partitions(4, 16, 5, heads=2)
     for values_only, alone in ((False, LagRelative()), (True, ValueRelative())):
-        assert ChunkWise(1, values_only).keep(parts, config)[0].equal(alone.keep(parts, config)[0])
+        assert ChunkWise(1, values_only).keep(parts)[0].equal(alone.keep(parts)[0])
 
 
 @pytest.mark.parametrize("seed", [1.5, True, "a", None])
@@ -140,11 +143,11 @@ def test_a_run_has_a_whole_number_of_tokens(size):
 
 @pytest.mark.parametrize("compressor", [ChunkWise(3), RandomTokens(4), Recency(), Strided(), ValueRelative()])
 def test_gradients_of_a_selector_reach_what_it_keeps_and_nothing_else(compressor):
-    parts, config = partitions(3, 8, heads=2), LRSAConfig(0, 8, 3)
+    parts = partitions(3, 8, 3, heads=2)
     key, value = parts.key.clone().requires_grad_(), parts.value.clone().requires_grad_()
-    given = Partitions(key, value, parts.next_key.requires_grad_(), parts.next_value.requires_grad_())
-    kept, _ = compressor.keep(given, config)
-    compact_key, compact_value = compressor.compress(given, config)
+    given = Partitions(key, value, parts.next_key.requires_grad_(), parts.next_value.requires_grad_(), 3)
+    kept, _ = compressor.keep(given)
+    compact_key, compact_value = compressor.compress(given)
     (compact_key.sum() + 2 * compact_value.sum()).backward()
     member = torch.zeros(key.shape[:-1], dtype=key.dtype).scatter(-1, kept, 1.0)[..., None].expand_as(key)
     assert key.grad.equal(member)
@@ -155,7 +158,7 @@ def test_gradients_of_a_selector_reach_what_it_keeps_and_nothing_else(compressor
 def test_a_constant_channel_is_zero_and_still_counts():
     tokens = [[*row, 7.0 + place] for place, row in enumerate(TOKENS)]
     reference = [[*row, 7.0] for row in REFERENCE]
-    scores = LagRelative().score(one_partition(tokens, reference), LRSAConfig(0, 4, 2, value_weight=0))
+    scores = LagRelative(value_weight=0).score(one_partition(tokens, reference))
     rows = [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.5, 0.0, 0.0]]
     expected = softmax(*[torch.tensor(row, dtype=torch.float64).std().item() for row in rows])
     assert scores.flatten().tolist() == pytest.approx(expected)
@@ -166,13 +169,13 @@ def test_a_constant_channel_is_zero_and_still_counts():
 def test_a_channel_is_constant_up_to_a_millionth_of_its_magnitude(ratio, constant, sign):
     reference = [[*row, sign * (1000.0 + (1000.0 * ratio if place == 2 else 0))] for place, row in enumerate(REFERENCE)]
     tokens = [[*row, 0.0] for row in TOKENS]
-    scores = LagRelative().score(one_partition(tokens, reference), LRSAConfig(0, 4, 2, value_weight=0)).flatten()
+    scores = LagRelative(value_weight=0).score(one_partition(tokens, reference)).flatten()
     by_two_channels = softmax(*[torch.tensor([*row, 0.0]).double().std().item() for row in ([0, 0], [1, 0])])
     assert (abs((scores[1] / scores[0]).item() - by_two_channels[1] / by_two_channels[0]) < 1e-9) == constant
 
 
 def test_recency_keeps_the_last_tokens():
-    indices, _ = Recency().keep(partitions(3, 5, heads=2), LRSAConfig(0, 5, 2))
+    indices, _ = Recency().keep(partitions(3, 5, 2, heads=2))
     assert indices.tolist() == [[[[3, 4]] * 3] * 2]
 
 
@@ -180,7 +183,7 @@ def test_recency_keeps_the_last_tokens():
     ("lag", "top_k", "kept"), [(8, 4, [0, 2, 4, 6]), (8, 3, [0, 2, 5]), (5, 2, [0, 2]), (5, 0, []), (3, 3, [0, 1, 2])]
 )
 def test_strided_keeps_the_places_floor_of_i_times_l_over_k(lag, top_k, kept):
-    indices, _ = Strided().keep(partitions(2, lag, heads=2), LRSAConfig(0, lag, top_k))
+    indices, _ = Strided().keep(partitions(2, lag, top_k, heads=2))
     assert indices.tolist() == [[[kept] * 2] * 2]
 
 
@@ -189,8 +192,8 @@ def test_strided_keeps_the_places_floor_of_i_times_l_over_k(lag, top_k, kept):
     [(4, 2, [[0, 1], [2, 3]]), (5, 2, [[0, 1, 2], [3, 4]]), (7, 3, [[0, 1, 2], [3, 4], [5, 6]]), (3, 0, [])],
 )
 def test_mean_pool_averages_consecutive_groups(lag, top_k, groups):
-    parts = partitions(3, lag, heads=2, batch=2)
-    key, value = MeanPool().compress(parts, LRSAConfig(0, lag, top_k))
+    parts = partitions(3, lag, top_k, heads=2, batch=2)
+    key, value = MeanPool().compress(parts)
     assert key.shape == value.shape == (2, 2, 3, top_k, 2)
     for place, group in enumerate(groups):
         torch.testing.assert_close(key[:, :, :, place], parts.key[:, :, :, group].mean(dim=3))
@@ -200,7 +203,7 @@ def test_mean_pool_averages_consecutive_groups(lag, top_k, groups):
 def test_mean_pool_gives_every_token_of_a_group_its_share_of_the_gradient():
     parts = partitions(1, 5)
     key = parts.key.clone().requires_grad_()
-    pooled, _ = MeanPool().compress(Partitions(key, parts.value, parts.next_key, parts.next_value), LRSAConfig(0, 5, 2))
+    pooled, _ = MeanPool().compress(Partitions(key, parts.value, parts.next_key, parts.next_value, 2))
     pooled[..., 0, :].sum().backward()
     assert key.grad[0, 0, 0, :, 0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
 
@@ -208,8 +211,8 @@ def test_mean_pool_gives_every_token_of_a_group_its_share_of_the_gradient():
 def test_mean_pool_averages_half_precision_in_single():
     lag = 60  # 1 / 60 in bfloat16 is off by 0.3 %
     parts = partitions(1, lag, dim=64)
-    half = Partitions(*(tensor.bfloat16() for tensor in (parts.key, parts.value, parts.next_key, parts.next_value)))
-    pooled = MeanPool().compress(half, LRSAConfig(0, lag, 1))
+    half = Partitions(*(tensor.bfloat16() for tensor in (parts.key, parts.value, parts.next_key, parts.next_value)), 1)
+    pooled = MeanPool().compress(half)
     for ours, tokens in zip(pooled, (half.key, half.value), strict=True):
         assert ours.dtype == torch.bfloat16
         mean = tokens.double().mean(dim=3, keepdim=True).bfloat16()
@@ -217,7 +220,7 @@ def test_mean_pool_averages_half_precision_in_single():
 
 
 def kept_at_random(seed: int, count: int = 6, lag: int = 12, top_k: int = 4, **shape: int) -> Tensor:
-    return RandomTokens(seed).keep(partitions(count, lag, **shape), LRSAConfig(0, lag, top_k))[0]
+    return RandomTokens(seed).keep(partitions(count, lag, top_k, **shape))[0]
 
 
 def test_random_tokens_repeat_with_the_seed_and_only_with_it():
@@ -232,7 +235,7 @@ def test_random_tokens_differ_between_heads_partitions_and_layers():
     assert not kept[0].equal(kept[1])
     assert not kept[1].equal(kept[2])
     assert not kept[0, 0].equal(kept[0, 1])
-    layers = [RandomTokens(0).for_layer(layer).keep(partitions(6, 12), LRSAConfig(0, 12, 4))[0] for layer in range(3)]
+    layers = [RandomTokens(0).for_layer(layer).keep(partitions(6, 12, 4))[0] for layer in range(3)]
     assert not layers[0].equal(layers[1])
     assert not layers[1].equal(layers[2])
 
@@ -255,7 +258,7 @@ def test_random_tokens_keep_each_place_equally_often():
 
 def test_random_scores_lie_in_the_unit_interval_and_do_not_repeat():
     for seed in (0, -1, 2**31, 10**18):
-        scores = RandomTokens(seed).score(partitions(20, 64, heads=3), LRSAConfig(0, 64, 4))
+        scores = RandomTokens(seed).score(partitions(20, 64, heads=3))
         assert scores.min() >= 0
         assert scores.max() < 1
         assert len(scores.unique()) >= scores.numel() - 2, "heads, partitions and tokens draw apart"
@@ -265,7 +268,7 @@ def test_random_scores_lie_in_the_unit_interval_and_do_not_repeat():
 class KeyNorm(Selector):
     """Keep the keys of the smallest norm: what a newcomer would write."""
 
-    def score(self, partitions, config):
+    def score(self, partitions):
         return -partitions.key.float().norm(dim=-1)
 
 
@@ -273,12 +276,12 @@ class KeyNorm(Selector):
 class Doubled(Compressor):
     """A synthesizer: twice the first K pairs."""
 
-    def compress(self, partitions, config):
-        return partitions.key[..., : config.top_k, :] * 2, partitions.value[..., : config.top_k, :] * 2
+    def compress(self, partitions):
+        return partitions.key[..., : partitions.top_k, :] * 2, partitions.value[..., : partitions.top_k, :] * 2
 
 
 def test_a_selector_of_ten_lines_works_through_the_config():
-    config = LRSAConfig(1, 4, 1, compressor=KeyNorm())
+    config = Rule(1, 4, 1, compressor=KeyNorm())
     query, key, value = random_qkv(20)
     selection = select(key, value, config)
     norms = key[:, :, 1:17].norm(dim=-1).unflatten(2, (4, 4))[:, :, :3]
@@ -290,7 +293,7 @@ def test_a_selector_of_ten_lines_works_through_the_config():
 
 
 def test_a_synthesizer_of_ten_lines_works_through_the_config():
-    config = LRSAConfig(0, 2, 1, compressor=Doubled())
+    config = Rule(0, 2, 1, compressor=Doubled())
     query, key, value = random_qkv(5, heads=1, group=1)
     keys = torch.cat([key[:, :, :1] * 2, key[:, :, 2:5]], dim=2)
     values = torch.cat([value[:, :, :1] * 2, value[:, :, 2:5]], dim=2)

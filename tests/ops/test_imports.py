@@ -17,10 +17,10 @@ def modules_after(code: str) -> set[str]:
 def loaded() -> set[str]:
     return modules_after(
         "import torch\n"
-        "from lrsa_lit.ops.sparse_attention import LRSAConfig, sparse_attention\n"
+        "from lrsa_lit.ops.sparse_attention import Rule, sparse_attention\n"
         "from lrsa_lit.ops.sparse_attention import stream\n"
         "x = torch.randn(1, 1, 20, 4)\n"
-        "sparse_attention(x, x, x, LRSAConfig(1, 4, 2))"
+        "sparse_attention(x, x, x, Rule(1, 4, 2))"
     )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig, MeanPool, sparse_attention
+from lrsa_lit.ops.sparse_attention import LagRelative, MeanPool, Rule, sparse_attention
 
 COMPRESS = {LagRelative: lag_relative, MeanPool: mean_pool}
 
@@ -16,13 +16,12 @@ COMPRESS = {LagRelative: lag_relative, MeanPool: mean_pool}
 def cases(draw):
     """A rule, the lengths of packed sequences, and the sizes of the tensors."""
     lag = draw(st.integers(2, 9))
-    rule = LRSAConfig(
+    rule = Rule(
         sink_size=draw(st.integers(0, 5)),
         lag_size=lag,
         top_k=draw(st.integers(0, lag)),
         chunk_size=draw(st.one_of(st.none(), st.integers(1, 2 * lag + 1))),
-        value_weight=draw(st.sampled_from([0.0, 0.5, 1.0])),
-        compressor=draw(st.sampled_from([LagRelative(), LagRelative(), MeanPool()])),
+        compressor=draw(st.sampled_from([*(LagRelative(value_weight=weight) for weight in (0, 0.5, 1)), MeanPool()])),
     )
     packed = draw(st.booleans())
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(sum)) if packed else None
@@ -60,7 +59,7 @@ def test_outputs_and_gradients_are_the_oracles(case):
     check(rule, sizes, lengths=lengths)
 
 
-RULE = LRSAConfig(sink_size=3, lag_size=8, top_k=3)
+RULE = Rule(sink_size=3, lag_size=8, top_k=3)
 FIRST = RULE.first_compression
 
 
@@ -122,13 +121,13 @@ def test_the_scale_multiplies_the_scores(scale):
 
 @pytest.mark.parametrize("compressor", [LagRelative(), MeanPool()], ids=lambda c: type(c).__name__)
 def test_gradcheck(compressor):
-    rule = LRSAConfig(1, 3, 2, compressor=compressor)
+    rule = Rule(1, 3, 2, compressor=compressor)
     tensors = random_qkv(14, heads=1, group=2, dim=2, grad=True)
     assert torch.autograd.gradcheck(lambda q, k, v: sparse_attention(q, k, v, rule), tensors)
 
 
 def test_a_synthesizer_hands_gradient_to_every_pooled_token_that_no_raw_range_holds():
-    rule = LRSAConfig(2, 4, 1, compressor=MeanPool())
+    rule = Rule(2, 4, 1, compressor=MeanPool())
     query, key, value = random_qkv(30, grad=True)
     last = sparse_attention(query, key, value, rule)[:, :, -1]
     for tensor, gradient in zip(("key", "value"), torch.autograd.grad(last.sum(), (key, value)), strict=True):
@@ -152,7 +151,7 @@ def dense(query, key, value, **options):
 
 @pytest.mark.parametrize("chunk", [None, 5, 12])
 def test_keeping_all_is_dense_attention_and_keeping_fewer_is_not(chunk):
-    rule = LRSAConfig(3, 8, 8, chunk)
+    rule = Rule(3, 8, 8, chunk)
     query, key, value = random_qkv(100, batch=2)
     torch.testing.assert_close(sparse_attention(query, key, value, rule), dense(query, key, value))
     for top_k in (0, 3, 7):
@@ -164,7 +163,7 @@ def test_keeping_all_is_dense_attention_and_keeping_fewer_is_not(chunk):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 6])
 def test_every_chunk_that_divides_the_lag_gives_the_same_bits(chunk):
-    rule = LRSAConfig(3, 12, 4)
+    rule = Rule(3, 12, 4)
     tensors = random_qkv(111)
     assert sparse_attention(*tensors, rule.replace(chunk_size=chunk)).equal(sparse_attention(*tensors, rule))
     assert not sparse_attention(*tensors, rule.replace(chunk_size=24)).equal(sparse_attention(*tensors, rule))

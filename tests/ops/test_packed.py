@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import boundaries, oracle_attention, random_qkv
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, sparse_attention
+from lrsa_lit.ops.sparse_attention import MeanPool, RandomTokens, Rule, sparse_attention
 
-RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
+RULE = Rule(sink_size=4, lag_size=16, top_k=4)
 LENGTHS = [1, 5, 300, 0, 36, 37, 120]
 COMPRESSORS = [RULE.compressor, RandomTokens(), MeanPool()]
 compressors = pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: type(c).__name__)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lrsa_lit.ops import sparse_attention
-from lrsa_lit.ops.sparse_attention import LRSAConfig, visibility_mask
+from lrsa_lit.ops.sparse_attention import Rule, visibility_mask
 from lrsa_lit.ops.sparse_attention.geometry import attended_pairs, compressed_at, raw_start
 
 TEXT = (Path(sparse_attention.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -21,12 +21,12 @@ def test_the_code_runs_from_top_to_bottom():
         exec(compile(block, "README.md", "exec", dont_inherit=True), names)
     assert names["output"].shape == names["packed"].shape == (1, 8, 1000, 64)
     assert names["same"].equal(names["output"])
-    again = names["sparse_attention"](names["query"], names["key"], names["value"], names["config"])
-    assert not torch.allclose(again, names["output"]), "the second config has another compressor"
+    again = names["sparse_attention"](names["query"], names["key"], names["value"], names["rule"])
+    assert not torch.allclose(again, names["output"]), "the second rule has another compressor"
 
 
 def test_the_picture_of_visibility_is_true():
-    config = LRSAConfig(2, 4, 2)
+    config = Rule(2, 4, 2)
     torch.manual_seed(0)
     key, value = torch.randn(1, 1, 23, 8), torch.randn(1, 1, 23, 8)
     mask = visibility_mask(key, value, config)[0, 0]
@@ -43,7 +43,7 @@ def test_the_picture_of_visibility_is_true():
     "row", re.findall(r"^\| (\d+), (\d+) \|(.*)\|$", TEXT, re.MULTILINE), ids=lambda r: "-".join(r[:2])
 )
 def test_the_table_of_speed_ups_is_true(row):
-    config = LRSAConfig(16, int(row[0]), int(row[1]))
+    config = Rule(16, int(row[0]), int(row[1]))
     for length, cell in zip((8192, 32768, 131072), row[2].split("|"), strict=True):
         if cell.strip():
             ratio = attended_pairs(length, None) / attended_pairs(length, config)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import boundaries, oracle_attention, random_qkv, refused
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, Recency, Selection, select, sparse_attention
+from lrsa_lit.ops.sparse_attention import Recency, Rule, Selection, select, sparse_attention
 
-RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
+RULE = Rule(sink_size=2, lag_size=8, top_k=3)
 PACKINGS = [None, [60], [10, 50], [1, 5, 0, 40, 14]]
 
 

@@ -7,9 +7,10 @@ from helpers import boundaries, lag_relative_logs, oracle_kept, oracle_mask, ran
 
 from lrsa_lit.ops.sparse_attention import (
     ChunkWise,
-    LRSAConfig,
+    LagRelative,
     MeanPool,
     Recency,
+    Rule,
     Selection,
     ValueRelative,
     select,
@@ -18,7 +19,7 @@ from lrsa_lit.ops.sparse_attention import (
 )
 from lrsa_lit.ops.sparse_attention.scoring import weighted_ranking
 
-RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
+RULE = Rule(sink_size=2, lag_size=8, top_k=3)
 
 
 def assert_oracle_selects(key, value, rule):
@@ -32,7 +33,7 @@ def assert_oracle_selects(key, value, rule):
 @pytest.mark.parametrize("dim", [2, 7, 16])
 def test_the_oracle_selects_the_same(dim, weight):
     _, key, value = random_qkv(120, batch=2, heads=3, dim=dim)
-    assert_oracle_selects(key, value, RULE.replace(value_weight=weight))
+    assert_oracle_selects(key, value, RULE.replace(compressor=LagRelative(value_weight=weight)))
 
 
 def test_positions_ascend_inside_their_partition_and_scores_rank_them():
@@ -131,8 +132,8 @@ def dominated(dtype, factor=1000.0, **sizes):
 def test_the_tokens_beside_one_that_dominates_are_ranked_too(weight, dtype):
     key, value = dominated(dtype, heads=3)
     for top_k in range(1, 8):
-        assert_oracle_selects(key, value, RULE.replace(value_weight=weight, top_k=top_k))
-    scores = select(key.float(), value.float(), RULE.replace(value_weight=0.0)).scores
+        assert_oracle_selects(key, value, RULE.replace(compressor=LagRelative(value_weight=weight), top_k=top_k))
+    scores = select(key.float(), value.float(), RULE.replace(compressor=LagRelative(value_weight=0.0))).scores
     assert (scores == 0).float().mean() > 0.3, "scores that float32 rounds to 0 are what this is about"
 
 
@@ -140,7 +141,7 @@ def test_the_tokens_beside_one_that_dominates_are_ranked_too(weight, dtype):
 def test_one_score_alone_ranks_beside_a_token_that_dominates(dtype):
     key, value = dominated(dtype)
     by_values = select(key, value, RULE.replace(compressor=ValueRelative())).indices
-    assert by_values.equal(select(value, key, RULE.replace(value_weight=0.0)).indices)
+    assert by_values.equal(select(value, key, RULE.replace(compressor=LagRelative(value_weight=0.0))).indices)
     assert_oracle_selects(value, value, RULE)
     assert by_values.equal(select(value, value, RULE).indices)
 
@@ -184,7 +185,7 @@ def test_inputs_that_are_not_finite_stay_in_range(bad, where):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_scored_in_single(dtype):
-    rule = LRSAConfig(4, 64, 16)
+    rule = Rule(4, 64, 16)
     _, key, value = random_qkv(4 + 64 * 20, heads=4, dim=32, dtype=dtype)
     selection = select(key, value, rule)
     assert selection.scores.dtype == torch.float32

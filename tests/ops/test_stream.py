@@ -8,13 +8,13 @@ from helpers import random_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, Recency, sparse_attention
+from lrsa_lit.ops.sparse_attention import MeanPool, RandomTokens, Recency, Rule, sparse_attention
 from lrsa_lit.ops.sparse_attention.buffer import PairBuffer, share_memory
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start, stored_size
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 SCALE = 0.4
-RULE = LRSAConfig(sink_size=3, lag_size=8, top_k=3)
+RULE = Rule(sink_size=3, lag_size=8, top_k=3)
 
 
 def run(config, tensors, sizes):
@@ -32,7 +32,7 @@ def run(config, tensors, sizes):
 @st.composite
 def splits(draw):
     lag = draw(st.integers(2, 8))
-    config = LRSAConfig(
+    config = Rule(
         sink_size=draw(st.integers(0, 5)),
         lag_size=lag,
         top_k=draw(st.integers(0, lag)),

@@ -4,9 +4,9 @@ import pytest
 import torch
 from scripted import scripted_model
 
-from lrsa_lit.attention import enable
+from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool
+from lrsa_lit.ops.sparse_attention import MeanPool
 from lrsa_lit.study.evaluation import Answers, alike, dense_rule, evaluate, survival
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)

@@ -9,11 +9,12 @@ import yaml
 from helpers import one_line
 from study.conftest import STUDY
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
 from lrsa_lit.data import Mixture
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import kv_ratio
-from lrsa_lit.ops.sparse_attention import LRSAConfig, RandomTokens
+from lrsa_lit.ops.sparse_attention import RandomTokens
 from lrsa_lit.study import checks, settings
 from lrsa_lit.study.plan import Study
 from lrsa_lit.tasks import LongContextQA

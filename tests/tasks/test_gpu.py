@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from lrsa_lit.attention import decoding
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.attention.decoding import decoder
 from lrsa_lit.data.collate import TrainBatch
 from lrsa_lit.models import Backbone, head
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA
 
 pytestmark = pytest.mark.gpu
@@ -69,7 +69,7 @@ def test_the_fused_loss_is_as_exact_as_float32_logits(monkeypatch):
     pytest.importorskip("liger_kernel")
     monkeypatch.setattr(head, "ROWS", 0)
     states, weight = torch.randn(300, 128), torch.randn(5000, 128) / 8
-    targets = torch.randint(5000, (300,)).index_fill(0, torch.arange(0, 300, 7), head.IGNORE_INDEX)
+    targets = torch.randint(5000, (300,)).index_fill(0, torch.arange(0, 300, 7), -100)
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         leaves = [part.to(torch.bfloat16).to(dtype).requires_grad_() for part in (states, weight)]
@@ -96,7 +96,7 @@ def test_a_graph_answers_what_launches_do(dtype, monkeypatch):
     answers = []
     for warm_up in (3, 1000):
         # The same kernels, replayed and launched.
-        monkeypatch.setattr(decoding, "_WARM_UP", warm_up)
+        monkeypatch.setattr(decoder, "_WARM_UP", warm_up)
         for prompt in prompts:
             autocast = torch.autocast("cuda", torch.bfloat16, enabled=dtype == "float32")
             with torch.inference_mode(), autocast:

@@ -7,13 +7,11 @@ import torch
 from helpers import refused
 from scripted import scripted_model
 
-from lrsa_lit.attention import enabled_config
+from lrsa_lit.attention import LRSAConfig, base_of, enabled_config
 from lrsa_lit.attention.decoding import Decoder, serving
-from lrsa_lit.attention.rules import base_of
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_tokenizer
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA, question_answering
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
@@ -71,7 +69,7 @@ def test_training_attention_stands_and_evaluation_restores_it():
     assert enabled_config(made.model) == RULE.replace(top_k=8)
     made._evaluate(batch(100))
     assert enabled_config(made.model) == RULE.replace(top_k=8)
-    losses = {float(meter.loss.compute()) for meter in made.meters}
+    losses = {meter.means([meter.scores])["loss"] for meter in made.meters.values()}
     assert len(losses) == 3
 
 
@@ -156,10 +154,11 @@ def test_a_row_that_counts_on_another_device_changes_no_score():
     both["repeated"] = [False, True]
     results = []
     for rows in (alone, both):
-        meter = made.meters[0]
+        meter = made.meters[""]
         meter.reset([])
         made._evaluate(rows)
-        results.append((float(meter.loss.compute()), float(meter.score.compute()["count"])))
+        found = meter.means([meter.scores])
+        results.append((found["loss"], found["count"]))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     assert results[0][1] == 1
 
@@ -168,9 +167,9 @@ def test_the_parts_of_an_evaluation_have_scores_of_their_own():
     made = task(max_new_tokens=3)
     rows = batch(60, 90, 75)
     rows["groups"] = [["a", "a/x"], ["b", "b/x"], ["a", "a/y"]]
-    meter = made.meters[0]
+    meter = made.meters[""]
     meter.reset(["a", "b", "a/x", "a/y"])
     made._evaluate(rows)
-    counts = {name: float(score.compute()["count"]) for name, score in meter.groups.items()}
-    assert counts == {"a": 2, "b": 1, "a/x": 1, "a/y": 1}
-    assert float(meter.score.compute()["count"]) == 3
+    found = meter.means([meter.scores])
+    counts = {name: value for name, value in found.items() if name.endswith("count")}
+    assert counts == {"a/count": 2, "b/count": 1, "a/x/count": 1, "a/y/count": 1, "count": 3}

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 from helpers import refused
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.models import Backbone
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import AnnealedTopK, LongContextQA, SampledTopK
 
 RULE = LRSAConfig(sink_size=2, lag_size=64, top_k=16)

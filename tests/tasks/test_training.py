@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lrsa_lit.attention import enabled_config
+from lrsa_lit.attention import LRSAConfig, enabled_config
 from lrsa_lit.data.collate import TrainBatch, collate
 from lrsa_lit.models import Backbone
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA, SampledTopK
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)

@@ -11,10 +11,10 @@ from cli_helpers import DEBUG, recorded_runs
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.flops import Shape, training_flops
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import performance
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 from cli_helpers import DEBUG, recorded_runs
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import kv_ratio
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tracking import MLflowRun, flatten, heartbeat, record, run_name
 from lrsa_lit.tracking.record import family
 

@@ -15,13 +15,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis.capture import first_rows
 from lrsa_lit.analysis.layer_gains import LayerGains, exactly
-from lrsa_lit.attention import rules, using
+from lrsa_lit.attention import LRSAConfig, attached, using
 from lrsa_lit.checkpoints.processes import gathered
+from lrsa_lit.data.collate import IGNORE_INDEX, targets
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models import uncompiled
-from lrsa_lit.models.head import answer_losses
-from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.artifacts import numbered, run_folder, upload
 
@@ -154,11 +154,15 @@ class LayerAblation(Callback):
 def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[_Question]:
     """The questions of a batch under each attention: none, every single one, all layers dense."""
     layers = range(task.model.config.get_text_config().num_hidden_layers)
-    losses = []
+    wanted, losses = targets(batch), []
     for attention in [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]:
         with _unwarned(), using(task.model, attention), uncompiled():
-            found, tokens = answer_losses(task.model, batch["input_ids"], batch["labels"], batch["label_columns"])
-        losses.append(found)
+            losses.append(
+                losses_of_rows(
+                    task.model, wanted, batch["label_columns"], input_ids=batch["input_ids"], use_cache=False
+                )
+            )
+    tokens = (wanted != IGNORE_INDEX).sum(dim=1)
     of_rows = batch["id"], batch["repeated"], tokens.tolist(), torch.stack(losses, dim=1).tolist()
     return [_Question(*values) for values in zip(*of_rows, strict=True)]
 
@@ -166,7 +170,7 @@ def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[_Question]:
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
     """Say nothing of weights that were trained with another rule: N + 2 rules are asked for here."""
-    log = logging.getLogger(rules.__name__)
+    log = logging.getLogger(attached.__name__)
 
     def nothing(record: logging.LogRecord) -> bool:
         return False

@@ -19,12 +19,9 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.analysis.record import LayerSelection, Sample, SelectionRecord
-from lrsa_lit.attention import enabled_config, observing
-from lrsa_lit.attention.layout import Layout
-from lrsa_lit.attention.rules import Rule, base_of
+from lrsa_lit.attention import AttachedRule, Layout, LRSAConfig, base_of, enabled_config, observing
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LRSAConfig, Selection, Selector, select
-from lrsa_lit.ops.sparse_attention.selection import of_sequence
+from lrsa_lit.ops.sparse_attention import Rule, Selection, Selector, of_sequence, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,17 +73,17 @@ class Capture:
         ]
 
     @torch.no_grad()
-    def observe(self, rule: Rule, layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def observe(self, attached: AttachedRule, layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Take down what one layer keeps in one forward."""
         pieces: list[tuple[int, LayerSelection | None]] = []
 
-        def look(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-            pieces.extend(_sequences(rule, key, value, cu_seqlens))
+        def keep_pieces(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+            pieces.extend(_sequences(attached, key, value, cu_seqlens))
             return query
 
         # The layout cuts the rows into sequences here just as it does for the attention.
-        layout.apply(look, query, key, value)
-        self._forwards.setdefault(id(layout), (layout, {}))[1][rule.layer] = pieces
+        layout.apply(keep_pieces, query, key, value)
+        self._forwards.setdefault(id(layout), (layout, {}))[1][attached.layer] = pieces
 
 
 @contextlib.contextmanager
@@ -169,25 +166,26 @@ def _check(config: LRSAConfig, layers: int) -> None:
 
 
 def _sequences(
-    rule: Rule, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
+    attached: AttachedRule, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
 ) -> Iterator[tuple[int, LayerSelection | None]]:
     """Length and selection of each sequence in keys and values (B, H, T, D), or packed in (1, H, T, D)."""
     boundaries = [0, key.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(boundaries)]
-    if rule.config is None:
+    rule = attached.rule
+    if rule is None:
         yield from ((length, None) for _ in range(key.shape[0]) for length in lengths)
         return
-    chosen = select(key, value, rule.config, cu_seqlens=cu_seqlens, impl=rule.state.impl)
-    parts = [of_sequence(chosen, rule.config, boundaries, index) for index in range(len(lengths))]
+    chosen = select(key, value, rule, cu_seqlens=cu_seqlens, impl=attached.state.impl)
+    parts = [of_sequence(chosen, rule, boundaries, index) for index in range(len(lengths))]
     for row in range(key.shape[0]):
         for length, part in zip(lengths, parts, strict=True):
-            yield length, _layer(part, row, rule.config)
+            yield length, _layer(part, row, rule)
 
 
-def _layer(part: Selection, row: int, config: LRSAConfig) -> LayerSelection:
+def _layer(part: Selection, row: int, rule: Rule) -> LayerSelection:
     """One row of a selection, with the scores (H, P, L) cut to those of the kept tokens (H, P, K)."""
     indices = part.indices[row]
-    scores = part.scores[row].gather(-1, (indices - config.sink_size) % config.lag_size)
+    scores = part.scores[row].gather(-1, (indices - rule.sink_size) % rule.lag_size)
     return LayerSelection(indices.int().cpu().numpy(), scores.float().cpu().numpy())
 
 

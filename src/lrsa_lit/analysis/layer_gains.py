@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.evaluation.statistics import Estimate, ratio_of_sums
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 Losses = NDArray[np.float64]
 

@@ -1,15 +1,28 @@
-"""The Hugging Face seam: ``enable(model, LRSAConfig(…))`` and the compressed cache for generation."""
+"""The Hugging Face seam: ``enable(model, LRSAConfig(…))``, the compressed cache and generation."""
 
-from lrsa_lit.attention.cache import LRSACache
-from lrsa_lit.attention.decoding import Greedy, graphed_decoding, greedy_tokens, prefill, single_token_steps
-from lrsa_lit.attention.interface import LAYOUT, disable, enable, enabled_config, observing, using
-from lrsa_lit.attention.layout import packed_layout
-from lrsa_lit.attention.rules import cache_argument
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lrsa_lit.lazy import lazily
+
+if TYPE_CHECKING:
+    from lrsa_lit.attention.attached import AttachedRule, base_of, cache_argument
+    from lrsa_lit.attention.cache import LRSACache
+    from lrsa_lit.attention.config import LayerRules, LRSAConfig
+    from lrsa_lit.attention.decoding import Greedy, graphed_decoding, greedy_tokens, prefill, single_token_steps
+    from lrsa_lit.attention.interface import LAYOUT, disable, enable, enabled_config, observing, using
+    from lrsa_lit.attention.layout import Layout, packed_layout
 
 __all__ = [
     "LAYOUT",
+    "AttachedRule",
     "Greedy",
     "LRSACache",
+    "LRSAConfig",
+    "LayerRules",
+    "Layout",
+    "base_of",
     "cache_argument",
     "disable",
     "enable",
@@ -22,3 +35,14 @@ __all__ = [
     "single_token_steps",
     "using",
 ]
+
+_NAMES = {
+    "attached": ("AttachedRule", "base_of", "cache_argument"),
+    "cache": ("LRSACache",),
+    "config": ("LRSAConfig", "LayerRules"),
+    "decoding": ("Greedy", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),
+    "interface": ("LAYOUT", "disable", "enable", "enabled_config", "observing", "using"),
+    "layout": ("Layout", "packed_layout"),
+}
+# A config is checked where nobody needs transformers yet, which take seconds to import.
+__getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names})

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lrsa_lit.attention.attached import base_of, enabled_state, given_or_stored, warn_if_trained_otherwise
 from lrsa_lit.attention.cache_layer import LRSACacheLayer
+from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout
-from lrsa_lit.attention.rules import base_of, enabled_state, given_or_stored, warn_if_trained_otherwise
 from lrsa_lit.attention.stock import Lease, lease
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
+from lrsa_lit.ops.sparse_attention import Impl
 
 
 class LRSACache(Cache):
@@ -41,7 +42,7 @@ class LRSACache(Cache):
         self.config = config
         self.lease: Lease | None = None
         self._busy: Literal["call", "change"] | None = None
-        super().__init__(layers=[LRSACacheLayer(config.for_layer(layer)) for layer in range(num_layers)])
+        super().__init__(layers=[LRSACacheLayer(config.layers.of(layer)) for layer in range(num_layers)])
 
     @classmethod
     def of(cls, model: Any, config: LRSAConfig | None = None) -> LRSACache:
@@ -65,7 +66,7 @@ class LRSACache(Cache):
             return cls(state.config, len(state.modules))
         config = given_or_stored(config, inner)
         layers = len(attention_modules(inner))
-        config.check_layers(layers)
+        config.layers.check(layers)
         if config.dense_layers:
             raise UserError(
                 "config.dense_layers", config.dense_layers, reason="need enable(model, …); stock layers share one mask"

@@ -10,9 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import stored_size
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Rule, stored_size
 
 
 class LRSACacheLayer(CacheLayerMixin):
@@ -20,15 +18,22 @@ class LRSACacheLayer(CacheLayerMixin):
 
     In each call the layer first hands over its tokens (:meth:`update`) and then attends to them (:meth:`attend`), each
     once; with stock attention, which attends by itself, the first alone. Anything else is refused.
+
+    Args:
+        rule: of the layer; None keeps everything.
+
+    Attributes:
+        rows: of the batch; 0 before the first call.
+        streams: one that all rows share, or one for each row; none before the first call.
     """
 
     is_sliding = False
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, config: LRSAConfig | None) -> None:
+    def __init__(self, rule: Rule | None) -> None:
         super().__init__()
-        self.config = config
+        self.rule = rule
         self.reset()
 
     def reset(self) -> None:
@@ -36,8 +41,8 @@ class LRSACacheLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
         self.stock = False
-        self._streams: list[KeyValueStream] = []
-        self._batch = 0
+        self.streams: list[KeyValueStream] = []
+        self.rows = 0
         self._columns = 0
         self._step: Literal["idle", "begun", "given", "storing"] = "idle"
         self._given: tuple[torch.Size, torch.Size] | None = None
@@ -46,17 +51,17 @@ class LRSACacheLayer(CacheLayerMixin):
     def begin(self, layout: Layout | None, batch: int, impl: Impl) -> None:
         """Prepare for new columns of ``batch`` rows, of which the layout says which are real."""
         if not self._columns:
-            self._batch = batch
-            self._streams = [KeyValueStream(self.config, impl)]
-        elif batch != self._batch:
-            raise UserError("cache", reason=f"it holds {self._batch} rows and cannot continue {batch}; make a new one")
+            self.rows = batch
+            self.streams = [KeyValueStream(self.rule, impl)]
+        elif batch != self.rows:
+            raise UserError("cache", reason=f"it holds {self.rows} rows and cannot continue {batch}; make a new one")
         self._step, self.stock = "begun", layout is None
         self._spans = None if layout is None else layout.row_spans
-        if self.stock and len(self._streams) > 1:
+        if self.stock and len(self.streams) > 1:
             raise UserError("cache", reason="its rows are of unequal lengths, which stock attention cannot continue")
-        if self._spans is not None and len(set(self._spans)) > 1 and len(self._streams) < batch:
-            (shared,) = self._streams
-            self._streams = [shared.rows(torch.tensor([row])) for row in range(batch)]
+        if self._spans is not None and len(set(self._spans)) > 1 and len(self.streams) < batch:
+            (shared,) = self.streams
+            self.streams = [shared.rows(torch.tensor([row])) for row in range(batch)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new keys and values (B, H, N, D).
@@ -74,11 +79,11 @@ class LRSACacheLayer(CacheLayerMixin):
             self._step, self._given = "given", (key_states.shape, value_states.shape)
             return key_states, value_states
         self._step = "storing"
-        stored = self._streams[0].extend(key_states, value_states)
-        self._took_in(key_states.shape[2])
+        stored = self.streams[0].extend(key_states, value_states)
+        self._count_call(key_states.shape[2])
         return stored
 
-    def _took_in(self, columns: int) -> None:
+    def _count_call(self, columns: int) -> None:
         self._columns += columns
         self._step = "idle"
 
@@ -90,7 +95,7 @@ class LRSACacheLayer(CacheLayerMixin):
                 "LRSACache.of(model, config) for its stock attention; each layer stores once per call, so gradient "
                 "checkpointing, which runs layers again, excludes it",
             )
-        stored = self._streams[0].stored
+        stored = self.streams[0].stored
         if stored is not None and (stored[0].shape[1], stored[0].shape[3]) != (key.shape[1], key.shape[3]):
             has, given = (f"{pair.shape[1]} heads of {pair.shape[3]} channels" for pair in (stored[0], key))
             raise UserError(
@@ -120,38 +125,22 @@ class LRSACacheLayer(CacheLayerMixin):
             )
         self._step = "storing"
         output = self._attend(query, key, value, scale)
-        self._took_in(query.shape[2])
+        self._count_call(query.shape[2])
         return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if len(self._streams) == 1:
-            start, stop = (0, query.shape[2]) if self._spans is None else self._spans[0]
-            if start >= stop:
-                return torch.zeros_like(query)
-            real = (slice(None), slice(None), slice(start, stop))
-            return _place(self._streams[0].attend(query[real], key[real], value[real], scale), query, start)
+        whole = (0, query.shape[2])
+        spans = self._spans or [whole] * self.rows
+        if len(self.streams) == 1 and spans[0] == whole:
+            return self.streams[0].attend(query, key, value, scale)
         output = torch.zeros_like(query)
-        for row, stream in enumerate(self._streams):
-            start, stop = (0, query.shape[2]) if self._spans is None else self._spans[row]
-            part = (slice(row, row + 1), slice(None), slice(start, stop))
+        for row, stream in enumerate(self.streams):
+            rows = slice(None) if len(self.streams) == 1 else slice(row, row + 1)
+            start, stop = spans[row]
+            real = rows, slice(None), slice(start, stop)
             if start < stop:
-                output[part] = stream.attend(query[part], key[part], value[part], scale)
+                output[real] = stream.attend(query[real], key[real], value[real], scale)
         return output
-
-    @property
-    def stream(self) -> KeyValueStream | None:
-        """What all rows share; None before the first call, and where their lengths differ."""
-        return self._streams[0] if len(self._streams) == 1 else None
-
-    @property
-    def streams(self) -> list[KeyValueStream]:
-        """One that all rows share, or one for each row; none before the first call."""
-        return self._streams
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch; 0 before the first call."""
-        return self._batch
 
     @property
     def is_done(self) -> bool:
@@ -163,7 +152,7 @@ class LRSACacheLayer(CacheLayerMixin):
         """Columns and tokens seen, the same in all layers between two calls; None if an exception cut storing short."""
         if self._step == "storing":
             return None
-        return (self._columns, *(stream.seen for stream in self._streams)) if self._columns else (0,)
+        return (self._columns, *(stream.seen for stream in self.streams)) if self._columns else (0,)
 
     def count(self, columns: int) -> None:
         """Take note of columns that somebody wrote into the :attr:`streams` past :meth:`update`."""
@@ -171,7 +160,7 @@ class LRSACacheLayer(CacheLayerMixin):
 
     def stored_tokens(self) -> int:
         """Tokens stored per head, summed over the rows."""
-        pairs = [stream.stored for stream in self._streams]
+        pairs = [stream.stored for stream in self.streams]
         return sum(pair[0].shape[0] * pair[0].shape[2] for pair in pairs if pair is not None)
 
     def get_seq_length(self) -> int:
@@ -185,7 +174,7 @@ class LRSACacheLayer(CacheLayerMixin):
         """
         if not self.stock or self._step != "begun":
             return self._columns + query_length, 0
-        (stream,) = self._streams
+        (stream,) = self.streams
         if stream.crosses(query_length):
             raise UserError(
                 "input_ids",
@@ -205,30 +194,21 @@ class LRSACacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order."""
-        if not self._streams:
+        if not self.streams:
             return
-        if len(self._streams) == 1:
-            self._streams = [self._streams[0].rows(indices)]
+        if len(self.streams) == 1:
+            self.streams = [self.streams[0].rows(indices)]
         else:
-            self._streams = [self._streams[row].rows(torch.tensor([0])) for row in indices.tolist()]
-        self._batch = len(indices)
+            self.streams = [self.streams[row].rows(torch.tensor([0])) for row in indices.tolist()]
+        self.rows = len(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times."""
-        if self._streams:
-            self.batch_select_indices(torch.arange(self._batch).repeat_interleave(repeats))
+        if self.streams:
+            self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: dropped tokens cannot come back."""
         raise UserError(
             "cache", reason="LRSACache cannot be cropped (assisted decoding needs that); use a dense cache for it"
         )
-
-
-def _place(output: Tensor, query: Tensor, start: int) -> Tensor:
-    """Outputs of the real columns, zeros at the pads around them."""
-    if output.shape == query.shape:
-        return output
-    padded = torch.zeros_like(query)
-    padded[:, :, start : start + output.shape[2]] = output
-    return padded

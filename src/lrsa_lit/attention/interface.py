@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lrsa_lit.attention.cache import LRSACache, compressed_cache
-from lrsa_lit.attention.families import attention_modules
-from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions, split_boundaries
-from lrsa_lit.attention.rules import (
+from lrsa_lit.attention.attached import (
     RULE,
+    AttachedRule,
     Enabled,
     Observe,
-    Rule,
     arguments_by_name,
     base_of,
     cache_of_call,
@@ -30,8 +27,12 @@ from lrsa_lit.attention.rules import (
     tokens_of_call,
     warn_if_trained_otherwise,
 )
+from lrsa_lit.attention.cache import LRSACache, compressed_cache
+from lrsa_lit.attention.config import LRSAConfig
+from lrsa_lit.attention.families import attention_modules
+from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions, split_boundaries
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig, is_traceable, numbers_of, sparse_attention, traced_attention
+from lrsa_lit.ops.sparse_attention import Impl, Rule, is_traceable, numbers_of, sparse_attention, traced_attention
 
 NAME = "lrsa"
 """Under this name the attention is registered with transformers."""
@@ -73,7 +74,7 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     inner = base_of(model)
     config = given_or_stored(config, inner)
     modules = attention_modules(inner)
-    config.check_layers(len(modules))
+    config.layers.check(len(modules))
     disable(inner)
     # Without a mask function of that name transformers makes no mask, for which there is the layout. With one it would
     # look for packed sequences in the positions, and wait for the GPU.
@@ -82,8 +83,8 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     warn_if_trained_otherwise(inner, config)
     state = Enabled(config, impl, inner.config._attn_implementation, modules, trained_with)
     for layer, module in enumerate(modules):
-        rule = config.for_layer(layer)
-        setattr(module, RULE, Rule(state, rule, layer, None if rule is None else numbers_of(rule)))
+        rule = config.layers.of(layer)
+        setattr(module, RULE, AttachedRule(state, rule, layer, None if rule is None else numbers_of(rule)))
     decoder = inner.base_model
     state.handles = [
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
@@ -227,9 +228,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention: (B, Hq, T, D) queries in, (B, T, Hq, D) out."""
-    rule: Rule | None = getattr(module, RULE, None)
+    attached: AttachedRule | None = getattr(module, RULE, None)
     layout: Layout | None = kwargs.get(LAYOUT)
-    if rule is None:
+    if attached is None:
         raise UserError(
             "model", reason="its attention is set to 'lrsa' but not by lrsa_lit.attention.enable; call that instead"
         )
@@ -246,19 +247,19 @@ def _attention(
         raise UserError(
             "model", reason=f"keys of {key.shape[-1]} and values of {value.shape[-1]} channels are not supported"
         )
-    if not torch.compiler.is_compiling() and not rule.state.checked:
-        if rule.layout is layout:
+    if not torch.compiler.is_compiling() and not attached.state.checked:
+        if attached.layout is layout:
             raise UserError(
-                "model", reason=f"layer {rule.layer} attends more than once per call; this family is not supported"
+                "model", reason=f"layer {attached.layer} attends more than once per call; this family is not supported"
             )
-        rule.layout = layout
-    rule.called = True
+        attached.layout = layout
+    attached.has_attended = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _in_one_dtype(query, key, value)
     cache: LRSACache | None = kwargs.get(CACHE)
     if not torch.compiler.is_compiling():
         output = _attend(module, layout, cache, query, key, value, scale)
-    elif cache is None and _is_traceable(rule, layout, query, key):
+    elif cache is None and _is_traceable(attached, layout, query, key):
         output = _attend_traced(module, layout, query, key, value, scale)
     else:
         output = _attend_untraced(module, layout, cache, query, key, value, scale)
@@ -269,11 +270,11 @@ def _attend(
     module: nn.Module, layout: Layout, cache: LRSACache | None, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
     """Attention of a layer, (B, Hq, T, D)."""
-    rule: Rule = getattr(module, RULE)
+    attached: AttachedRule = getattr(module, RULE)
     if cache is not None:
-        output: Tensor = cache.layers[rule.layer].attend(query, key, value, scale)
+        output: Tensor = cache.layers[attached.layer].attend(query, key, value, scale)
         return output
-    attend = _dense(module, scale) if rule.config is None else _sparse(rule.config, rule.state.impl, scale)
+    attend = _dense(module, scale) if attached.rule is None else _sparse(attached.rule, attached.state.impl, scale)
     return layout.apply(attend, query, key, value)
 
 
@@ -285,23 +286,23 @@ def _attend_traced(
     module: nn.Module, layout: Layout, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
     """:func:`_attend` as a part of a compiled layer's graph, which serves all layers and their rules."""
-    rule: Rule = getattr(module, RULE)
-    if rule.numbers is None:
+    attached: AttachedRule = getattr(module, RULE)
+    if attached.rule_tensor is None:
         output: Tensor = _dense(module, scale)(query, key, value, None)
         return output
-    return traced_attention(query, key, value, rule.numbers, cu_seqlens=layout.cu_seqlens, scale=scale)
+    return traced_attention(query, key, value, attached.rule_tensor, cu_seqlens=layout.cu_seqlens, scale=scale)
 
 
-def _is_traceable(rule: Rule, layout: Layout, query: Tensor, key: Tensor) -> bool:
+def _is_traceable(attached: AttachedRule, layout: Layout, query: Tensor, key: Tensor) -> bool:
     """Whether a compiled layer need not stop for the attention: none for pads, kernels and a rule that is a tensor.
 
     Dense layers stop where sequences are packed, whose number would be the number of calls in the graph.
     """
     if layout.real is not None or query.shape[2] != key.shape[2]:
         return False
-    if rule.config is None:
+    if attached.rule is None:
         return layout.cu_seqlens is None
-    return rule.numbers is not None and is_traceable(rule.state.impl, query)
+    return attached.rule_tensor is not None and is_traceable(attached.state.impl, query)
 
 
 @torch.compiler.disable
@@ -338,9 +339,9 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             raise UserError(name, reason="the model needs it, and LRSA does not support it")
 
 
-def _sparse(config: LRSAConfig, impl: Impl, scale: float) -> Any:
+def _sparse(rule: Rule, impl: Impl, scale: float) -> Any:
     def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return sparse_attention(query, key, value, config, cu_seqlens=cu_seqlens, scale=scale, impl=impl)
+        return sparse_attention(query, key, value, rule, cu_seqlens=cu_seqlens, scale=scale, impl=impl)
 
     return attend
 
@@ -380,10 +381,10 @@ def _finish(
         cache.end()
     if state.checked:
         return
-    rules: list[Rule] = [getattr(module, RULE) for module in state.modules]
-    if missing := [rule.layer for rule in rules if not rule.called]:
+    layers: list[AttachedRule] = [getattr(module, RULE) for module in state.modules]
+    if missing := [attached.layer for attached in layers if not attached.has_attended]:
         raise UserError(
             "model", reason=f"layers {missing} of {name} did not call the LRSA attention; this family is not supported"
         )
     state.checked = True
-    _log.debug("all %d layers of %s run LRSA attention", len(rules), name)
+    _log.debug("all %d layers of %s run LRSA attention", len(layers), name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
+from lrsa_lit.ops.sparse_attention import checked_boundaries
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """query, key, value and cu_seqlens -> output, all (B, heads, T, D)."""

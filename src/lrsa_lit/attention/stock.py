@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lrsa_lit.attention.attached import arguments_by_name, cache_of_call, enabled_state, tokens_of_call
 from lrsa_lit.attention.layout import checked_mask
-from lrsa_lit.attention.rules import arguments_by_name, cache_of_call, enabled_state, tokens_of_call
 from lrsa_lit.errors import UserError
 
 

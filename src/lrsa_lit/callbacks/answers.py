@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lrsa_lit.callbacks.evaluation_facts import facts
 from lrsa_lit.callbacks.line_file import LineFile
 from lrsa_lit.errors import UserError
-from lrsa_lit.evaluation.metrics import exact_match, f1_score, recall
+from lrsa_lit.evaluation.answers import Answers, scores
+from lrsa_lit.io import write_atomically
 from lrsa_lit.names import OWN
+from lrsa_lit.tracking.artifacts import upload
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch
+    from lrsa_lit.tasks import LongContextQA
 
-_ABOUT = ("id", "data_set", "task", "gold")
+_ABOUT = ("id", "data_set", "task", "gold", "prompt_tokens", "answer_tokens")
 """What a line of the answers says of the question."""
 
 _STAGES = ("validate", "test")
@@ -63,7 +69,8 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write the lines of a batch."""
-        self.lines.write(prediction)
+        rows = zip(batch["position"], batch["repeated"], strict=True)
+        self.lines.write(prediction, [position for position, repeated in rows if not repeated])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the file its name."""
@@ -75,20 +82,29 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class AnswerWriter(Callback):
-    """Write the answers of a test or a validation by itself as JSON lines: id, data_set, task, gold and the answers.
+    """Write what a test, or a validation by itself, finds for each question, as JSON lines in the order of the split.
 
-    They stand under the names of the attentions, of which ``LRSA`` is the run's own; each has prediction, f1,
-    exact_match and recall. The file is an artifact of the run too.
+    A line has ``id``, ``data_set``, ``task``, ``gold``, ``prompt_tokens``, ``answer_tokens`` (of the reference answer)
+    and, under the name of each attention (``LRSA`` is the run's own), the summed ``loss`` of these tokens and, where
+    answers are generated, ``prediction``, ``f1``, ``exact_match`` and ``recall``.
+
+    Beside it lies a file of the same name with the end ``.json``, which says what was evaluated:
+    :func:`lrsa_lit.callbacks.evaluation_facts.facts`. Both are artifacts of the run too.
 
     Args:
         path: the file, which must not exist; null is ``answers.jsonl`` in the run's folder. It has the end ``.partial``
             until all answers are there.
+
+    Attributes:
+        more: what other callbacks add to the file that says what was evaluated.
     """
 
     only_validates = True
 
     def __init__(self, path: str | None = None) -> None:
         self.lines = LineFile("AnswerWriter.path", path, "answers.jsonl")
+        self.more: dict[str, Any] = {}
+        self._began = 0.0
 
     def check_settings(self, task: LightningModule, stage: str) -> None:
         """Refuse an attention of the name of another key, whose place it would take without a word.
@@ -100,9 +116,8 @@ class AnswerWriter(Callback):
         """
         if stage not in _STAGES:
             return
-        names = {prefix.removesuffix("/") for prefix in getattr(task, "attentions", ())}
-        if taken := sorted(names & {*_ABOUT, OWN}):
-            raise UserError(f"model.evaluate: the name {taken[0]!r} is not allowed; each line of the answers has it")
+        if taken := sorted({*getattr(task, "attentions", ())} & {*_ABOUT, OWN}):
+            raise UserError("model.evaluate", taken[0], "a name that no line of the answers has already")
         self.lines.check()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -110,6 +125,7 @@ class AnswerWriter(Callback):
         if stage in _STAGES:
             self.check_settings(pl_module, stage)
             self.lines.begin(trainer)
+            self.more, self._began = {}, time.perf_counter()
 
     def on_test_batch_end(
         self,
@@ -122,7 +138,8 @@ class AnswerWriter(Callback):
     ) -> None:
         """Write the answers of a batch, but not of rows that another device has as well."""
         rows = [row for row, repeated in enumerate(batch["repeated"]) if not repeated]
-        self.lines.write(_answers(batch, row, outputs) for row in rows)
+        positions = [batch["position"][row] for row in rows]
+        self.lines.write((_answers(batch, row, outputs) for row in rows), positions)
 
     def on_validation_batch_end(
         self,
@@ -138,25 +155,35 @@ class AnswerWriter(Callback):
             self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the file its name."""
+        """Give the file its name, and write what was evaluated."""
         self.lines.finish(trainer)
+        if self.lines.written:
+            path, seconds = self.lines.written[0].with_suffix(".json"), time.perf_counter() - self._began
+            about = facts(trainer, cast("LongContextQA", pl_module)) | {"seconds": round(seconds, 1), **self.more}
+            text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
+            write_atomically(path, lambda file: file.write(text.encode()))
+            upload(trainer, [path])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same for a validation, unless it is one of a fit."""
         if trainer.state.fn == "validate":
-            self.lines.finish(trainer)
+            self.on_test_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what there is."""
         self.lines.stop()
 
 
-def _answers(batch: Batch, row: int, outputs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _answers(batch: Batch, row: int, found: Mapping[str, Answers]) -> dict[str, Any]:
     gold, match = batch["answers"][row], batch["match"][row]
-    about = batch["id"][row], batch["source"][row], batch["task"][row], list(gold)
+    tokens = next(iter(found.values())).tokens[row]
+    about = batch["id"][row], batch["source"][row], batch["task"][row], list(gold), batch["prompt_length"][row], tokens
     line: dict[str, Any] = dict(zip(_ABOUT, about, strict=True))
-    scores = {"f1": f1_score, "exact_match": exact_match, "recall": recall}
-    for name, texts in outputs.items():
-        values = {score: measure(texts[row], gold, match) for score, measure in scores.items()}
-        line[name or OWN] = {"prediction": texts[row], **values}
+    for name, answers in found.items():
+        line[name or OWN] = {"loss": answers.loss[row]}
+        if answers.text is not None:
+            text = answers.text[row]
+            of_text = scores(text, gold, match)
+            line[name or OWN] |= {"prediction": text, "f1": of_text["f1"], "exact_match": of_text["em"],
+                                  "recall": of_text["recall"]}  # fmt: skip
     return line

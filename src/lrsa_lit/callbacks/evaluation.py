@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _EVALUATED = {**SCORES, "recall": "recall"}
 _STAGES = {"val": "Validation", "test": "Test"}
+_COLUMNS = 5
+"""Attentions that fit into a table side by side."""
 
 
 def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, split: Split) -> None:
@@ -30,7 +32,7 @@ def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, 
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     console = PlainConsole()
     console.print(evaluation_table(metrics, list(model.attentions), data, split))
-    for line in evaluation_notes(data, split, model.max_new_tokens):
+    for line in evaluation_notes(data, split, model.max_new_tokens if model.generate_answers else None):
         console.say(line)
     show_answers(trainer)
 
@@ -48,39 +50,53 @@ def show_answers(trainer: Trainer) -> None:
         console.say(line)
 
 
-def evaluation_table(metrics: Mapping[str, float], prefixes: Sequence[str], data: QADataModule, split: Split) -> Table:
-    """A line for each part of an evaluation with its own score, then all scores of all questions, its own in bold.
+def evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: QADataModule, split: Split) -> Table:
+    """What an evaluation found, with a column for each attention, or a line for each where they are many.
+
+    There is a line for each part of the evaluation with the score that it is published with (the loss, if nothing else
+    was asked for), then all scores of all questions, that score in bold.
 
     Args:
         metrics: as the task logs them.
-        prefixes: of the attentions in the names of metrics, such as "" (the run's own, shown as LRSA) and "dense/".
+        names: of the attentions, the run's own as "" (shown as LRSA).
         data: says what the parts are.
         split: "val" or "test".
     """
+    scores = {name: label for name, label in _EVALUATED.items() if f"{split}/{name}" in metrics}
     questions = int(metrics[f"{split}/count"])
     table = Table(title=f"{_STAGES[split]} on {questions} question{'' if questions == 1 else 's'}")
-    for name in ("part", "questions", "score"):
-        table.add_column(name, justify="right" if name == "questions" else "left")
-    for prefix in prefixes:
-        table.add_column(prefix.removesuffix("/") or OWN, justify="right")
+
+    def values(group: str, score: str) -> list[str]:
+        stems = [f"{split}/{name}/" if name else f"{split}/" for name in names]
+        found = [metrics[f"{stem}{group}{score}"] for stem in stems]
+        # Fewer than all batches may leave a part without a question.
+        return ["-" if math.isnan(value) else f"{value:.3f}" for value in found]
+
+    if len(names) > _COLUMNS:
+        table.add_column("inference")
+        for label in scores.values():
+            table.add_column(label, justify="right")
+        for row in zip(names, *(values("", score) for score in scores), strict=True):
+            table.add_row(row[0] or OWN, *row[1:])
+        return table
+    for name in ("part", "questions", "score", *(name or OWN for name in names)):
+        table.add_column(name, justify="left" if name in ("part", "score") else "right")
 
     def add(part: str, group: str, score: str) -> None:
-        values = [metrics[f"{split}/{prefix}{group}{score}"] for prefix in prefixes]
-        # Fewer than all batches may leave a part without a question.
-        shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in values]
         style = "bold" if score == data.score_of(group.removesuffix("/")) else None
-        table.add_row(part, f"{metrics[f'{split}/{group}count']:.0f}", _EVALUATED[score], *shown, style=style)
+        count = f"{metrics[f'{split}/{group}count']:.0f}"
+        table.add_row(part, count, scores[score], *values(group, score), style=style)
 
     for group in data.groups(split):
-        add(group, f"{group}/", data.score_of(group))
+        add(group, f"{group}/", data.score_of(group) if "f1" in scores else "loss")
     table.add_section()
-    for score in _EVALUATED:
+    for score in scores:
         add("all", "", score)
     return table
 
 
-def evaluation_notes(data: QADataModule, split: Split, new_tokens: int) -> list[str]:
-    """Lines on questions that were left out or cut, and on answers that were given too little room."""
+def evaluation_notes(data: QADataModule, split: Split, new_tokens: int | None) -> list[str]:
+    """Lines on questions that were left out or cut, and on answers that were given too little room, if any were."""
     totals: Counter[str] = Counter()
     for name, count in data.report[split].items():
         totals[name.rpartition("/")[2]] += count
@@ -92,7 +108,7 @@ def evaluation_notes(data: QADataModule, split: Split, new_tokens: int) -> list[
         f"Left out, as they exceed {budget}: {{}} questions{f' ({tasks})' if tasks else ''}": totals["too_long"],
         f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} questions": totals["truncated"],
         f"Longer than model.max_new_tokens ({new_tokens}), so never given in full: {{}} of {kept} reference answers": (
-            data.unanswerable(split, new_tokens)
+            0 if new_tokens is None else data.unanswerable(split, new_tokens)
         ),
     }
     return [line.format(count) for line, count in notes.items() if count]

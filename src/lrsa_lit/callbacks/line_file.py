@@ -1,4 +1,4 @@
-"""JSON lines that are written as they come, and never over others."""
+"""JSON lines that are written as they come, one file in the end, and never over others."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from lightning.pytorch import Trainer
 
 from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.errors import UserError
-from lrsa_lit.io import PARTIAL
+from lrsa_lit.io import PARTIAL, write_atomically
 from lrsa_lit.tracking.artifacts import numbered, shared_run_folder, upload
 
 _log = logging.getLogger("lrsa_lit")
 
 
 class LineFile:
-    """A file of JSON lines that are written as they come; of several processes each has its own.
+    """A file of JSON lines that are written as they come.
+
+    Each of several processes writes a file. In the end the first process makes one of them, in the order of the
+    positions; but processes of several machines, whose disks may differ, keep theirs.
 
     Args:
         key: the setting of the path, for errors.
@@ -28,12 +31,13 @@ class LineFile:
         name: of that file.
 
     Attributes:
-        written: the files of all processes, on the first one, when they are complete.
+        written: the files, on the first process, when they are complete.
     """
 
     def __init__(self, key: str, path: str | None, name: str) -> None:
         self._key, self._path, self._name = key, path, name
-        self._target, self._count = Path(), 0
+        self._target, self._process = Path(), ""
+        self._positions: list[int] = []
         self._file: IO[bytes] | None = None
         self.written: list[Path] = []
 
@@ -59,7 +63,7 @@ class LineFile:
             UserError: it exists or cannot be written.
         """
         self.check()
-        self.written, self._count = [], 0
+        self.written, self._positions = [], []
         try:
             asked = shared_run_folder(trainer) / self._name if self._path is None else Path(self._path)
             asked.parent.mkdir(parents=True, exist_ok=True)
@@ -69,14 +73,14 @@ class LineFile:
                 f"{self._key}: {self._path or error.filename} cannot be written ({error.strerror})"
             ) from None
 
-    def write(self, lines: Iterable[Any]) -> None:
-        """Add lines; each batch reaches the disk's cache at once.
+    def write(self, lines: Iterable[Any], positions: Iterable[int]) -> None:
+        """Add lines, each with its position among those of all processes; they reach the disk's cache at once.
 
         Raises:
             UserError: the disk is full, for example; the whole lines before are kept.
         """
         assert self._file is not None
-        for line in lines:
+        for line, position in zip(lines, positions, strict=True):
             start, text = self._file.tell(), json.dumps(line, ensure_ascii=False) + "\n"
             try:
                 # Unbuffered, so a line is there or it is not. Lone surrogates are no UTF-8.
@@ -86,36 +90,62 @@ class LineFile:
             except OSError as error:
                 self._file.truncate(start)
                 self._close()
-                partial = _partial(self._target)
-                kept = f"the {self._count} answers before stand in {partial}"
-                raise UserError(f"{self._key}: {partial} cannot be written ({error.strerror}); {kept}") from None
-            self._count += 1
+                kept = f"the {len(self._positions)} answers before stand in {self._partial}"
+                raise UserError(f"{self._key}: {self._partial} cannot be written ({error.strerror}); {kept}") from None
+            self._positions.append(position)
 
     def finish(self, trainer: Trainer) -> None:
-        """Give the file its name, and log those of all processes as artifacts."""
+        """Give the lines of all processes their place and name, and log the file as an artifact.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self._file is None:
             return
         self._close()
-        _partial(self._target).rename(self._target)
-        targets: list[Path] = gathered(trainer, self._target)
+        if trainer.num_nodes > 1:
+            target = self._target.with_name(f"{self._target.stem}{self._process}{self._target.suffix}")
+            self._partial.rename(target)
+            targets: list[Path] = gathered(trainer, target)
+        else:
+            parts = gathered(trainer, (self._partial, self._positions))
+            targets = [self._target]
+            if trainer.is_global_zero:
+                self._join(parts)
         if trainer.is_global_zero:
             self.written = targets
             # Those of another machine may stand on a disk of its own.
             upload(trainer, [path for path in targets if path.is_file()])
+
+    def _join(self, parts: list[tuple[Path, list[int]]]) -> None:
+        """Write the lines of all processes in order, then remove the files that these have written."""
+        try:
+            lines = [line for path, positions in parts
+                     for line in zip(positions, path.read_bytes().splitlines(keepends=True), strict=True)]  # fmt: skip
+            write_atomically(self._target, lambda file: file.writelines(line for _, line in sorted(lines)))
+        except OSError as error:
+            raise UserError(f"{self._key}: {self._target} cannot be written ({error.strerror})") from None
+        for path, _ in parts:
+            path.unlink()
 
     def stop(self) -> None:
         """Close the file where the evaluation ends early; without a line there is none."""
         if self._file is None:
             return
         self._close()
-        if not self._count:
-            _partial(self._target).unlink(missing_ok=True)
+        if not self._positions:
+            self._partial.unlink(missing_ok=True)
             if self._path is None:
                 # The run's folder, unless something else is in it.
                 with contextlib.suppress(OSError):
                     self._target.parent.rmdir()
         else:
-            _log.warning("The %d answers so far stand in %s", self._count, _partial(self._target))
+            _log.warning("The %d answers so far stand in %s", len(self._positions), self._partial)
+
+    @property
+    def _partial(self) -> Path:
+        """Where this process writes."""
+        return _partial(self._target.with_name(f"{self._target.stem}{self._process}{self._target.suffix}"))
 
     def _close(self) -> None:
         assert self._file is not None
@@ -124,18 +154,17 @@ class LineFile:
 
     def _open(self, asked: Path, process: str) -> None:
         """Open the file; in the run's folder the next one whose name is free, for a run may be evaluated again."""
-        for name in numbered(asked):
-            target = name.with_name(f"{name.stem}{process}{name.suffix}")
-            if not target.exists():
+        self._process = process
+        for self._target in numbered(asked):
+            if not self._target.exists():
                 try:
-                    self._file = _partial(target).open("xb", buffering=0)
+                    self._file = self._partial.open("xb", buffering=0)
                 except FileExistsError:
                     pass
                 else:
-                    self._target = target
                     return
             if self._path is not None:
-                raise UserError(f"{self._key}: {target} exists; name another file")
+                raise UserError(f"{self._key}: {self._target} exists; name another file")
 
 
 def _partial(path: Path) -> Path:

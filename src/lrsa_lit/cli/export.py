@@ -129,7 +129,7 @@ def _model(trained: Trained, *, merge: bool) -> tuple[Any, Tensor | None]:
     Raises:
         AnotherModel: merged adapters give other logits than adapters beside the weights.
     """
-    from lrsa_lit.attention.rules import base_of
+    from lrsa_lit.attention import base_of
     from lrsa_lit.models.folder import AnotherModel, difference, logits
 
     # Merged into weights of 4 bits, most of what the adapters learned would be rounded away.

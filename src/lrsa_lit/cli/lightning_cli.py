@@ -162,7 +162,7 @@ class LRSACLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check what two parts must agree on, and prepare the data, before the run is recorded."""
         config, model = self.model.backbone.config, self.model
-        model.lrsa.check_layers(config.num_hidden_layers)
+        model.check_layers(config.num_hidden_layers)
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         needed = self.datamodule.max_tokens + model.max_new_tokens
         if needed > positions:

@@ -9,12 +9,13 @@ import traceback
 import lightning
 from lightning.pytorch.loggers import Logger
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.data.policies import Packed
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.backbone import Backbone, LoRA
 from lrsa_lit.models.rope import RopeScaling
-from lrsa_lit.ops.sparse_attention import Compressor, LRSAConfig
+from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 
 TOKENIZER = "model.tokenizer"

@@ -14,6 +14,7 @@ from lrsa_lit.data.tokenization import Span
 from lrsa_lit.evaluation.metrics import Match
 
 IGNORE_INDEX = -100
+"""Labels of this value count for nothing, as in PyTorch's cross-entropy."""
 
 
 class TrainBatch(TypedDict):
@@ -54,6 +55,7 @@ class Batch(TrainBatch):
         source: the name of each record's data set within a mixture, "" where there is none.
         groups: the parts of the evaluation that each row counts for, as :func:`groups_of` names them.
         repeated: whether a row only fills up this device's share; it counts on another device already.
+        position: of each row's question in the split.
     """
 
     prompt_ids: Tensor
@@ -67,6 +69,7 @@ class Batch(TrainBatch):
     source: list[str]
     groups: list[list[str]]
     repeated: list[bool]
+    position: list[int]
 
 
 def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
@@ -102,6 +105,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         source=[example.get("source", "") for example in examples],
         groups=[groups_of(example.get("source", ""), example.get("task", "")) for example in examples],
         repeated=[example.get("repeated", False) for example in examples],
+        position=[example.get("position", row) for row, example in enumerate(examples)],
     )
 
 
@@ -112,6 +116,11 @@ def groups_of(source: str, task: str) -> list[str]:
     """
     data_set = [source] if source else []
     return [*data_set, "/".join([*data_set, task])] if task else data_set
+
+
+def targets(batch: TrainBatch) -> Tensor:
+    """(B, N) the labels that a batch's predicting columns are compared with."""
+    return batch["labels"][:, 1:][:, batch["label_columns"]]
 
 
 def token_ids(example: Example) -> Tensor:

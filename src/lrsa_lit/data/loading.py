@@ -144,7 +144,7 @@ class _Repeating(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         turn, position = divmod(position, len(self._examples))
-        return {**self._examples[position], "repeated": turn > 0}
+        return {**self._examples[position], "repeated": turn > 0, "position": position}
 
 
 def _options(workers: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ package and this project's code of data sets are the key of its cache.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sized
@@ -31,6 +32,7 @@ from lrsa_lit.data.policies import Packed, checked_policy
 from lrsa_lit.data.prompts import Example, TooLong, checked, encode
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.sampler import ResumableLoader
+from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.errors import UserError
 from lrsa_lit.names import TOO_LONG_OF
 from lrsa_lit.paths import cache_dir
@@ -157,6 +159,13 @@ class QADataModule(lightning.LightningDataModule):
         # A data set of a single task, or a mixture of a single data set, is as good as its part.
         siblings = Counter(name.rpartition("/")[0] for name in names)
         return [name for name in names if siblings[name.rpartition("/")[0]] > 1]
+
+    def facts(self, split: Split) -> dict[str, SplitFacts]:
+        """What identifies the questions of an open split, for each data set of a mixture; else under the name ""."""
+        examples = self._opened(split)
+        sources = examples["source"] if "source" in examples.column_names else [""] * len(examples)
+        parts = itertools.groupby(zip(sources, examples, strict=True), key=lambda pair: pair[0])
+        return {source: SplitFacts.of(example for _, example in pairs) for source, pairs in parts}
 
     def score_of(self, group: str) -> Score:
         """The score that a part of the evaluation is published with; "" is all of it."""

@@ -92,6 +92,7 @@ class Example(TypedDict):
         subject: what the context is about, where those of other questions are about it too without being the same.
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
+        position: in its split.
     """
 
     id: str
@@ -105,6 +106,7 @@ class Example(TypedDict):
     subject: NotRequired[str]
     source: NotRequired[str]
     repeated: NotRequired[bool]
+    position: NotRequired[int]
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,46 @@
-"""The scores of :mod:`lrsa_lit.evaluation.metrics`, averaged over a data set and over the processes of a run."""
+"""Losses and scores of answers, averaged over questions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-
-from lrsa_lit.evaluation.metrics import Match, exact_match, f1_score, recall
+_SCORES = ("f1", "em", "recall")
 
 
-class QAScore(Metric):
-    """Mean F1, exact match and recall of generated answers.
+@dataclass
+class QAScore:
+    """Sums over questions: those of several processes add up, so the means do not depend on who had which question.
 
-    The state is four float64 sums, added up across processes, so the result does not depend on how the questions
-    were dealt out.
+    Attributes:
+        loss: summed cross-entropy of the reference answers' tokens.
+        tokens: of the reference answers.
+        count: questions.
+        scores: sums of ``f1``, ``em`` and ``recall``; empty where nothing was generated.
     """
 
-    higher_is_better = True
-    full_state_update = False
-    f1: Tensor
-    em: Tensor
-    recall: Tensor
-    count: Tensor
+    loss: float = 0.0
+    tokens: int = 0
+    count: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
 
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("f1", "em", "recall", "count"):
-            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    def update(self, loss: float, tokens: int, scores: Mapping[str, float]) -> None:
+        """Add a question; ``scores`` are empty where nothing was generated."""
+        self.loss, self.tokens, self.count = self.loss + loss, self.tokens + tokens, self.count + 1
+        self.scores = {name: self.scores.get(name, 0.0) + value for name, value in scores.items()}
 
-    def update(self, predictions: Sequence[str], answers: Sequence[Sequence[str]], match: Sequence[Match]) -> None:
-        """Add generated texts with, for each, its reference answers and how they are matched."""
-        for text, references, mode in zip(predictions, answers, match, strict=True):
-            self.f1 += f1_score(text, references, mode)
-            self.em += exact_match(text, references, mode)
-            self.recall += recall(text, references, mode)
-            self.count += 1
+    @classmethod
+    def total(cls, parts: Iterable[QAScore]) -> QAScore:
+        """All questions of all processes."""
+        parts = list(parts)
+        names = next((part.scores for part in parts if part.count), {})
+        scores = {name: sum(part.scores[name] for part in parts if part.count) for name in names}
+        loss, tokens, count = (sum(getattr(part, name) for part in parts) for name in ("loss", "tokens", "count"))
+        return cls(loss, tokens, count, scores)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The means ``f1``, ``em`` and ``recall`` in [0, 1] and the ``count`` of questions, scalars of float32."""
-        sums = {"f1": self.f1, "em": self.em, "recall": self.recall}
-        means = {name: (total / self.count).float() for name, total in sums.items()}
-        return {**means, "count": self.count.float()}
+    def means(self, *, generated: bool) -> dict[str, float]:
+        """``loss`` per token, the scores if answers were ``generated``, and ``count``; NaN without questions."""
+        loss = self.loss / self.tokens if self.tokens else math.nan
+        scores = {name: self.scores[name] / self.count if self.count else math.nan for name in _SCORES if generated}
+        return {"loss": loss, **scores, "count": float(self.count)}

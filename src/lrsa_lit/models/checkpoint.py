@@ -149,7 +149,7 @@ def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_rule(path: Path, rule: dict[str, Any] | None) -> None:
-    from lrsa_lit.ops.sparse_attention import LRSAConfig
+    from lrsa_lit.attention import LRSAConfig
 
     try:
         if rule is not None:

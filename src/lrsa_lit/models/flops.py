@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import attended_pairs
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.ops.sparse_attention import attended_pairs
 
 _PEAK_TFLOPS = {
     "B200": 2250,
@@ -125,5 +125,7 @@ def _numel(weight: Any) -> int:
 
 
 def _pairs_of_layers(length: int, layers: int, rule: LRSAConfig | None) -> int:
-    dense = layers if rule is None else len(rule.dense_layers)
-    return dense * attended_pairs(length, None) + (layers - dense) * attended_pairs(length, rule)
+    if rule is None:
+        return layers * attended_pairs(length, None)
+    dense = len(rule.dense_layers)
+    return dense * attended_pairs(length, None) + (layers - dense) * attended_pairs(length, rule.rule)

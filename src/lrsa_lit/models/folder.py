@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.attention.rules import base_of
+from lrsa_lit.attention import base_of
 from lrsa_lit.io import bring_to_disk, partial_folder
 from lrsa_lit.models.adapters import RULE_FILE, read_adapters
 from lrsa_lit.models.backbone import ADAPTER_CONFIG

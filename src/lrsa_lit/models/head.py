@@ -8,14 +8,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-IGNORE_INDEX = -100
-"""Targets of this value count for nothing."""
 
 ROWS = 1024
 """Positions whose logits exist at a time, where no fused kernel does the work; it is not asked for fewer than that."""
@@ -27,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def summed_loss(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
-    """Sum of the cross-entropies of a model's next tokens.
+    """Sum of the cross-entropies of a model's next tokens, to train with.
 
     The hidden states at ``columns`` alone reach the head, and there they become the loss at once. A model that changes
     its logits behind the head (a scale, a soft cap) or whose head is no plain linear layer makes them, in float32.
@@ -41,43 +39,52 @@ def summed_loss(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> 
     Returns:
         float32, no dimensions.
     """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or _changes_logits(model.config.get_text_config()):
-        logits = model(**inputs, logits_to_keep=columns).logits
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def lose(hidden: Tensor) -> Tensor:
-        total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, targets.flatten())
-        return total.reshape(1, 1, 1)
+    def lose(hidden: Tensor, head: nn.Linear) -> Tensor:
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, targets.flatten()).reshape(1, 1, 1)
 
-    # Inside of the model's own forward, because only there do sharded weights stand together.
-    head.forward = lose  # type: ignore[method-assign, assignment]
-    try:
-        loss: Tensor = model(**inputs, logits_to_keep=columns).logits
-    finally:
-        del head.forward
-    return loss.squeeze()
+    if (loss := _in_place_of_logits(model, lose, columns, **inputs)) is not None:
+        return loss.squeeze()
+    logits = model(**inputs, logits_to_keep=columns).logits
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def answer_losses(model: Any, input_ids: Tensor, labels: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each example's labels by itself, and their number, to evaluate with.
-
-    The logits of all examples at ``columns`` exist at once, in float32.
-
-    Args:
-        model: a causal language model of transformers, or peft's wrapper around it.
-        input_ids: (B, T) int64, padded on the right.
-        labels: (B, T) int64, not shifted; -100 where nothing is to be predicted.
-        columns: (N,) int64, the positions before those where some example has a label.
+@torch.no_grad()
+def losses_of_rows(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
+    """As :func:`summed_loss`, but by row, to evaluate with.
 
     Returns:
-        (B,) float64 sums, and (B,) int64.
+        (B,) float64.
     """
-    targets = labels[:, 1:][:, columns]
-    # No mask: pads stand behind the tokens, and neither attention looks ahead.
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits.float()
-    losses = nn.functional.cross_entropy(logits.mT, targets, ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.double().sum(dim=1), (targets != IGNORE_INDEX).sum(dim=1)
+
+    def lose(hidden: Tensor, head: nn.Linear) -> Tensor:
+        parts = zip(hidden.flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True)
+        losses = [_cross_entropy(rows, head.weight, head.bias, wanted, "none") for rows, wanted in parts]
+        return torch.cat(losses).reshape(*targets.shape, 1)
+
+    losses = _in_place_of_logits(model, lose, columns, **inputs)
+    if losses is None:
+        logits = model(**inputs, logits_to_keep=columns).logits.float()
+        losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+    return losses.reshape(targets.shape).double().sum(dim=1)
+
+
+def _in_place_of_logits(
+    model: Any, lose: Callable[[Tensor, nn.Linear], Tensor], columns: Tensor, **inputs: Any
+) -> Tensor | None:
+    """What ``lose`` makes of the hidden states (B, N, D) and the head; None where the logits are not the head's alone.
+
+    It runs inside of the model's own forward: only there are sharded weights whole.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or _changes_logits(model.config.get_text_config()):
+        return None
+    head.forward = lambda hidden: lose(hidden, head)  # type: ignore[method-assign, assignment]
+    try:
+        found: Tensor = model(**inputs, logits_to_keep=columns).logits
+    finally:
+        del head.forward
+    return found
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -103,20 +110,18 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         if device == "cuda" and len(targets) > ROWS and _has_liger():
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-            loss: Tensor = liger_fused_linear_cross_entropy(
-                hidden, weight, targets, bias, ignore_index=IGNORE_INDEX, reduction="sum"
-            )
+            loss: Tensor = liger_fused_linear_cross_entropy(hidden, weight, targets, bias, reduction="sum")
             return loss.float()
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
             # Computed again in the backward pass: B N x V numbers are what must not be kept.
-            total = total + checkpoint(_loss_of_rows, rows, weight, bias, wanted, use_reentrant=False)
+            total = total + checkpoint(_cross_entropy, rows, weight, bias, wanted, "sum", use_reentrant=False)
         return total
 
 
-def _loss_of_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str) -> Tensor:
     logits = nn.functional.linear(hidden, weight, bias).float()
-    return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return nn.functional.cross_entropy(logits, targets, reduction=reduction)
 
 
 def _changes_logits(config: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lrsa_lit.attention.rules import base_of
+from lrsa_lit.attention import base_of
 from lrsa_lit.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrsa_lit.attention import Greedy, using
-from lrsa_lit.data.collate import collate, collate_training, token_ids
+from lrsa_lit.attention import Greedy, LRSAConfig, using
+from lrsa_lit.data.collate import IGNORE_INDEX, collate, collate_training, targets, token_ids
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.evaluation.metrics import exact_match, f1_score, recall
 from lrsa_lit.models import uncompiled
 from lrsa_lit.models.generation import stop_tokens
-from lrsa_lit.models.head import answer_losses
-from lrsa_lit.ops.sparse_attention import LRSAConfig, Selector
+from lrsa_lit.models.head import losses_of_rows
+from lrsa_lit.ops.sparse_attention import Selector
 
 
 @dataclass
@@ -78,16 +78,16 @@ def evaluate(
     with uncompiled(), using(model, dense_rule(model) if rule is None else rule):
         for start in range(0, len(examples), batch_size):
             batch = collate_training(examples[start : start + batch_size], tokenizer.pad_token_id)
-            parts = (batch["input_ids"], batch["labels"], batch["label_columns"])
-            losses, counts = answer_losses(model, *(part.to(model.device) for part in parts))
-            found.loss += losses.tolist()
-            found.tokens += counts.tolist()
+            parts = (batch["input_ids"], targets(batch), batch["label_columns"])
+            ids, wanted, columns = (part.to(model.device) for part in parts)
+            found.loss += losses_of_rows(model, wanted, columns, input_ids=ids, use_cache=False).tolist()
+            found.tokens += (wanted != IGNORE_INDEX).sum(dim=1).tolist()
         if not max_new_tokens:
             return found
-        for ids, example in zip(
+        for answer, example in zip(
             _generate(model, tokenizer, examples, max_new_tokens, batch_size), examples, strict=True
         ):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            text = tokenizer.decode(answer, skip_special_tokens=True).strip()
             found.text.append(text)
             found.f1.append(f1_score(text, example["answers"], example["match"]))
             found.em.append(exact_match(text, example["answers"], example["match"]))

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.errors import UserError, under
-from lrsa_lit.ops.sparse_attention import Compressor, LRSAConfig
+from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.ops.sparse_attention.bounds import is_integer
 from lrsa_lit.study import settings
 from lrsa_lit.study.checks import TRAINER, check_overlay, check_row, check_study

@@ -123,7 +123,7 @@ class Runner:
         for item in work.evaluations:
             try:
                 if item.rule is not None:
-                    item.rule.check_layers(layers)
+                    item.rule.layers.check(layers)
             except UserError as error:
                 raise UserError(f"inference.{item.name}: {error}") from None
 

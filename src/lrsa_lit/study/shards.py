@@ -12,8 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lrsa_lit.attention.rules import base_of
-from lrsa_lit.ops.sparse_attention import LRSAConfig
+from lrsa_lit.attention import LRSAConfig, base_of
 from lrsa_lit.study import tokens
 from lrsa_lit.study.evaluation import Answers, evaluate, survival
 from lrsa_lit.study.plan import Row

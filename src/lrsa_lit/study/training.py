@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.checkpoints import AtomicCheckpointIO, GracefulStop, exit_codes
 from lrsa_lit.data.collate import TrainBatch, collate_training
 from lrsa_lit.data.order import Mixed, shares
@@ -28,7 +29,7 @@ from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.backbone import LoRA
-from lrsa_lit.ops.sparse_attention import Compressor, LRSAConfig
+from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.study import settings
 from lrsa_lit.study.plan import Row
 from lrsa_lit.study.tokens import TokenFile

@@ -97,9 +97,9 @@ def _resolved(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The config that a fit with these arguments runs, as ``--print_config`` shows it and as values."""
     import yaml
 
+    from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.cli.lightning_cli import run
     from lrsa_lit.cli.main import lightning_arguments
-    from lrsa_lit.ops.sparse_attention import LRSAConfig
 
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
-from torchmetrics import MeanMetric
-
+from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.evaluation.qa_score import QAScore
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch
 
 
-class AnswerMeter(nn.Module):
-    """The loss, averaged over answer tokens, and the scores of the answers, all over the processes of a run.
+class AnswerMeter:
+    """Losses and scores of the answers of one process: of all, and of each part of the evaluation.
 
-    Attributes:
-        groups: the scores of each part of the evaluation, such as a data set of a mixture or a task.
+    A part is a data set of a mixture or a task.
+
+    Args:
+        generated: whether there are generated answers; else there are losses alone.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.loss = MeanMetric()
-        self.score = QAScore()
-        self.groups: dict[str, QAScore] = {}
+    def __init__(self, *, generated: bool = True) -> None:
+        self.generated = generated
+        self.reset(())
 
-    def reset(self, groups: Sequence[str]) -> None:
-        """Start anew, with scores of their own for these parts."""
-        self.loss.reset()
-        self.score.reset()
-        self.groups = {name: QAScore().to(self.score.f1.device) for name in groups}
+    def reset(self, groups: Iterable[str]) -> None:
+        """Start anew, with scores for these parts."""
+        self.scores = {name: QAScore() for name in ("", *groups)}
 
-    def update(self, texts: Sequence[str], batch: Batch) -> None:
-        """Add answers, but not to rows that count on another device."""
-        for row, text in enumerate(texts):
+    def update(self, answers: Answers, batch: Batch) -> None:
+        """Add the answers to a batch, except those of rows that count on another device."""
+        for row, (loss, tokens) in enumerate(zip(answers.loss, answers.tokens, strict=True)):
             if batch["repeated"][row]:
                 continue
-            for score in [self.score, *(self.groups[name] for name in batch["groups"][row] if name in self.groups)]:
-                score.update([text], [batch["answers"][row]], [batch["match"][row]])
+            found = (
+                {} if answers.text is None else scores(answers.text[row], batch["answers"][row], batch["match"][row])
+            )
+            for name in ("", *batch["groups"][row]):
+                if name in self.scores:
+                    self.scores[name].update(loss, tokens, found)
+
+    def means(self, of_processes: Sequence[dict[str, QAScore]]) -> dict[str, float]:
+        """The means over the ``scores`` of all processes by name: ``loss``, ``f1`` …, and of a part ``needle/f1`` …."""
+        parts = defaultdict(list)
+        for scores_of_process in of_processes:
+            for group, score in scores_of_process.items():
+                parts[group].append(score)
+        return {
+            f"{group}/{name}" if group else name: value
+            for group, found in parts.items()
+            for name, value in QAScore.total(found).means(generated=self.generated).items()
+        }

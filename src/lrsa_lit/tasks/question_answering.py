@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import lightning
 import torch
@@ -20,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lrsa_lit.attention import (
     LAYOUT,
     LRSACache,
+    LRSAConfig,
     cache_argument,
     disable,
     enable,
@@ -29,15 +29,17 @@ from lrsa_lit.attention import (
     using,
 )
 from lrsa_lit.chat_template import with_arguments
+from lrsa_lit.checkpoints.processes import gathered
+from lrsa_lit.data.collate import IGNORE_INDEX, targets
 from lrsa_lit.errors import UserError, message_of, under
-from lrsa_lit.evaluation.metrics import exact_match, f1_score
+from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import describe, trained_weights
 from lrsa_lit.models.generation import GREEDY, before_stop, stop_tokens
-from lrsa_lit.models.head import IGNORE_INDEX, summed_loss
+from lrsa_lit.models.head import losses_of_rows, summed_loss
 from lrsa_lit.models.sharding import is_sharded, shard
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 from lrsa_lit.tasks.answer_meter import AnswerMeter
+from lrsa_lit.tasks.attentions import derived, evaluated
 from lrsa_lit.tasks.top_k import TopKSchedule
 
 if TYPE_CHECKING:
@@ -45,9 +47,6 @@ if TYPE_CHECKING:
 
     from lrsa_lit.data.collate import Batch, TrainBatch
     from lrsa_lit.data.module import Split
-
-Attention = dict[str, Any] | None
-"""What a further attention changes of the run's own rule, as in ``{top_k: 16}``; null is dense attention."""
 
 Built = TypeVar("Built")
 
@@ -80,8 +79,11 @@ class LongContextQA(lightning.LightningModule):
         train_attention: what training changes of the rule ({} nothing, {top_k: 64} another K); null trains dense.
         train_top_k: another K in each training step: falling (AnnealedTopK) or drawn from several (SampledTopK); null
             keeps the one of the training attention.
-        evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}.
+        evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}. One
+            with ``dense_layers: {only: 30}`` stands for 30, named NAME-0 to NAME-29, each with that layer alone dense;
+            {only: 30, beside: [18]} leaves layer 18 dense as well, {all_but: 30} all layers but one.
         max_new_tokens: most tokens of a generated answer.
+        generate_answers: whether validation and test generate answers; else they find losses alone.
         template_arguments: arguments of the model's chat template, as in {enable_thinking: false}.
     """
 
@@ -95,6 +97,7 @@ class LongContextQA(lightning.LightningModule):
         train_top_k: TopKSchedule | None = None,
         evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
         max_new_tokens: int = 32,
+        generate_answers: bool = True,
         template_arguments: dict[str, Any] = {},  # noqa: B006 - read only
     ) -> None:
         super().__init__()
@@ -104,18 +107,15 @@ class LongContextQA(lightning.LightningModule):
         self.lrsa = lrsa
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
-        self.train_config = _derived("train_attention", lrsa, train_attention)
+        self.train_config = derived("train_attention", lrsa, train_attention)
         self.train_top_k = train_top_k
         if train_top_k is not None:
             if self.train_config is None:
                 raise UserError("train_top_k", reason="it is not allowed where train_attention is null (dense)")
             train_top_k.check(self.train_config)
-        self.attentions: dict[str, LRSAConfig | None] = {"": lrsa}
-        for name, changes in evaluate.items():
-            if not re.fullmatch(r"[\w-]+", name):
-                raise UserError("evaluate", name, "a name of letters, digits, - and _")
-            self.attentions[f"{name}/"] = _derived(f"evaluate.{name}", lrsa, changes)
-        self.meters = nn.ModuleList(AnswerMeter() for _ in self.attentions)
+        self.attentions = evaluated(lrsa, evaluate)
+        self.generate_answers = generate_answers
+        self.meters = {name: AnswerMeter(generated=generate_answers) for name in self.attentions}
         self.max_new_tokens = max_new_tokens
         self.template_arguments = template_arguments
         # Of the batches since the last optimizer step. No buffer, which DDP would overwrite with the first process's.
@@ -128,6 +128,19 @@ class LongContextQA(lightning.LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer, with the template arguments."""
         return with_arguments(self.backbone.tokenizer, self.template_arguments)
+
+    def check_layers(self, count: int) -> None:
+        """Refuse a rule that names a layer beyond the model's ``count`` layers.
+
+        Raises:
+            UserError: one does.
+        """
+        rules = {"train_attention": self.train_config}
+        rules |= {f"evaluate.{name}" if name else "lrsa": rule for name, rule in self.attentions.items()}
+        for field, rule in rules.items():
+            if rule is not None:
+                with under(field):
+                    rule.layers.check(count)
 
     def configure_model(self) -> None:
         """Load the base LLM and give it the training attention; runs once, on the trainer's first use."""
@@ -201,13 +214,11 @@ class LongContextQA(lightning.LightningModule):
 
         Only the positions that some row predicts an answer token at reach the output head, not the whole context.
         """
-        columns = batch["label_columns"]
-        targets = batch["labels"][:, 1:][:, columns]
+        wanted = targets(batch)
         # No mask: pads stand behind the tokens, and neither attention looks ahead.
-        loss = summed_loss(
-            self.model, targets, columns, input_ids=batch["input_ids"], use_cache=False, **_packed(batch)
-        )
-        return loss, (targets != IGNORE_INDEX).sum()
+        loss = summed_loss(self.model, wanted, batch["label_columns"], input_ids=batch["input_ids"],
+                           use_cache=False, **_packed(batch))  # fmt: skip
+        return loss, (wanted != IGNORE_INDEX).sum()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The summed answer loss under the training attention; :meth:`on_before_optimizer_step` makes it a mean."""
@@ -238,15 +249,15 @@ class LongContextQA(lightning.LightningModule):
         torch._foreach_mul_([getattr(part, "to_local", lambda part=part: part)() for part in gradients], factor)
         self._answer_tokens.clear()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
-        """Answer loss and generated answers under each attention.
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Answers]:
+        """Answer losses and generated answers under each attention.
 
         Returns:
-            The answers by the attention's name, "" being the run's own rule; for callbacks.
+            What was found by the attention's name, "" being the run's own rule; for callbacks.
         """
         return self._evaluate(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[str]]:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Answers]:
         """As validation."""
         return self._evaluate(batch)
 
@@ -258,14 +269,15 @@ class LongContextQA(lightning.LightningModule):
                 id=batch["id"][row],
                 prediction=text,
                 gold=list(batch["answers"][row]),
-                f1=f1_score(text, batch["answers"][row], batch["match"][row]),
-                exact_match=exact_match(text, batch["answers"][row], batch["match"][row]),
+                f1=found["f1"],
+                exact_match=found["em"],
                 prompt_tokens=batch["prompt_length"][row],
                 new_tokens=lengths[row],
                 config=self.lrsa.digest(),
             )
             for row, text in enumerate(texts)
             if not batch["repeated"][row]
+            for found in [scores(text, batch["answers"][row], batch["match"][row])]
         ]
 
     @torch.no_grad()
@@ -304,18 +316,17 @@ class LongContextQA(lightning.LightningModule):
             return contextlib.nullcontext()
         return graphed_decoding(self.model, cache, room=self.max_new_tokens)
 
-    def _evaluate(self, batch: Batch) -> dict[str, list[str]]:
-        answers = {}
-        own = torch.tensor([not repeated for repeated in batch["repeated"]], device=self.device)
-        counted = cast("Batch", {**batch, "labels": batch["labels"].where(own[:, None], IGNORE_INDEX)})
-        for meter, (prefix, config) in zip(self._meters, self.attentions.items(), strict=True):
-            with using(self.model, config), uncompiled():
-                loss, count = self.answer_loss(counted)
-                meter.loss.update(loss / count.clamp(min=1), count)
-            texts, _ = self.generate(batch, config)
-            meter.update(texts, batch)
-            answers[prefix.removesuffix("/")] = texts
-        return answers
+    def _evaluate(self, batch: Batch) -> dict[str, Answers]:
+        wanted, columns = targets(batch), batch["label_columns"]
+        tokens = (wanted != IGNORE_INDEX).sum(dim=1).tolist()
+        found = {}
+        for name, rule in self.attentions.items():
+            with using(self.model, rule), uncompiled():
+                losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
+            texts = self.generate(batch, rule)[0] if self.generate_answers else None
+            found[name] = Answers(losses.tolist(), tokens, texts)
+            self.meters[name].update(found[name], batch)
+        return found
 
     def on_validation_epoch_start(self) -> None:
         """Start the epoch's metrics."""
@@ -333,27 +344,22 @@ class LongContextQA(lightning.LightningModule):
         """Log the epoch's metrics."""
         self._log_metrics("test")
 
-    @property
-    def _meters(self) -> list[AnswerMeter]:
-        return cast("list[AnswerMeter]", list(self.meters))
-
     def _reset_metrics(self, split: Split) -> None:
         # At the start and not at the end: states made under trainer.validate's inference mode cannot be updated in fit.
         data = getattr(self.trainer, "datamodule", None)
         groups = [] if data is None else data.groups(split)
-        if both := {group.partition("/")[0] for group in groups} & {name.rstrip("/") for name in self.attentions}:
+        if both := {group.partition("/")[0] for group in groups} & set(self.attentions):
             raise UserError("evaluate", min(both), "another name than those of the data sets and tasks")
-        for meter in self._meters:
+        for meter in self.meters.values():
             meter.reset(groups)
 
     def _log_metrics(self, stage: str) -> None:
-        for meter, prefix in zip(self._meters, self.attentions, strict=True):
-            self.log(f"{stage}/{prefix}loss", meter.loss.compute())
-            for name, value in meter.score.compute().items():
-                self.log(f"{stage}/{prefix}{name}", value, prog_bar=prefix == "" and name == "f1")
-            for group, score in meter.groups.items():
-                for name, value in score.compute().items():
-                    self.log(f"{stage}/{prefix}{group}/{name}", value)
+        shown = "f1" if self.generate_answers else "loss"
+        processes = gathered(self.trainer, {name: meter.scores for name, meter in self.meters.items()})
+        for attention, meter in self.meters.items():
+            prefix = f"{stage}/{attention}/" if attention else f"{stage}/"
+            for name, value in meter.means([process[attention] for process in processes]).items():
+                self.log(f"{prefix}{name}", value, prog_bar=(attention, name) == ("", shown))
 
 
 def _packed(batch: TrainBatch) -> dict[str, Any]:
@@ -361,14 +367,6 @@ def _packed(batch: TrainBatch) -> dict[str, Any]:
     if batch["boundaries"] is None:
         return {}
     return {"position_ids": batch["position_ids"], LAYOUT: packed_layout(batch["boundaries"])}
-
-
-def _derived(key: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
-    """The rule with some values changed; an error names the argument that asked for it."""
-    if changes is None:
-        return None
-    with under(key):
-        return own.replace(**changes)
 
 
 def _built(field: str, build: Callable[[Any], Built], argument: Any) -> Built:

@@ -6,8 +6,8 @@ import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 
 class TopKSchedule(ABC):

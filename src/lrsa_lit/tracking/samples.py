@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lrsa_lit.evaluation.metrics import exact_match, f1_score
+from lrsa_lit.evaluation.answers import scores
 from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
@@ -46,7 +46,7 @@ class SamplePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep what is to be logged."""
-        if trainer.sanity_checking or not isinstance(pl_module, LongContextQA):
+        if trainer.sanity_checking or not isinstance(pl_module, LongContextQA) or not pl_module.generate_answers:
             return
         rows = len(batch["id"])
         for row in range(rows if self.all_answers else min(rows, self.count - len(self._rows))):
@@ -56,10 +56,10 @@ class SamplePredictions(Callback):
             gold, match = batch["answers"][row], batch["match"][row]
             values = {"step": trainer.global_step, "id": batch["id"][row], "question": question.strip()}
             values["gold"] = " | ".join(gold)
-            for name, texts in outputs.items():
-                text = texts[row]
-                scores = {"f1": f1_score(text, gold, match), "em": exact_match(text, gold, match)}
-                values[name or OWN] = {"prediction": text, **scores}
+            for name, answers in outputs.items():
+                text = answers.text[row]
+                found = scores(text, gold, match)
+                values[name or OWN] = {"prediction": text, "f1": found["f1"], "em": found["em"]}
             self._rows.append(values)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops.triton.oracle import assert_as_exact_as_eager, inputs
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool
+from lrsa_lit.ops.sparse_attention import MeanPool, Rule
 from lrsa_lit.ops.sparse_attention.gluon import hopper
 from lrsa_lit.ops.sparse_attention.triton import work_tables
 from lrsa_lit.ops.sparse_attention.triton.backward_pass import attend_backward
@@ -18,7 +18,7 @@ from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry
 pytestmark = pytest.mark.gpu
 
 RULE = 16, 128, 32, 128
-CONFIG = LRSAConfig(sink_size=16, lag_size=128, top_k=32)
+CONFIG = Rule(sink_size=16, lag_size=128, top_k=32)
 DTYPES = [torch.bfloat16, torch.float16]
 LENGTHS = 1, 17, 271, 272, 273, 1025, 4097
 CASES = [

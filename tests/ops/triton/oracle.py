@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, Selection, Selector, eager
+from lrsa_lit.ops.sparse_attention import Rule, Selection, Selector, eager
 from lrsa_lit.ops.sparse_attention.selection import select_packed
 from lrsa_lit.ops.sparse_attention.triton import launch as kernels
 
@@ -43,7 +43,7 @@ def given_selection(tensors, config, boundaries) -> Selection | None:
     return select_packed(tensors[1], tensors[2], config, boundaries)
 
 
-def assert_as_exact_as_eager(tensors, config: LRSAConfig, boundaries=None, capped=True):
+def assert_as_exact_as_eager(tensors, config: Rule, boundaries=None, capped=True):
     """Output, dQ, dK and dV of the kernels err at most FACTOR times what eager PyTorch does, and under CAP."""
     dtype = tensors[1].dtype
     boundaries = boundaries or (0, tensors[1].shape[2])

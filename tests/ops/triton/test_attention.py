@@ -5,11 +5,11 @@ import torch
 from helpers import refused
 from ops.triton.oracle import DEVICE, assert_as_exact_as_eager, given_selection, inputs, run
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, eager, sparse_attention
+from lrsa_lit.ops.sparse_attention import MeanPool, Rule, eager, sparse_attention
 from lrsa_lit.ops.sparse_attention.selection import compact_buffer
 from lrsa_lit.ops.sparse_attention.triton import launch as kernels
 
-SMALL = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
+SMALL = Rule(sink_size=4, lag_size=16, top_k=4)
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ SMALL = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
         pytest.param(SMALL.replace(sink_size=0), id="S=0"),
         pytest.param(SMALL.replace(top_k=0), id="K=0"),
         pytest.param(SMALL.replace(top_k=16), id="K=L"),
-        pytest.param(LRSAConfig(3, 7, 3), id="L=7"),
-        pytest.param(LRSAConfig(3, 2, 1), id="L=2"),
+        pytest.param(Rule(3, 7, 3), id="L=7"),
+        pytest.param(Rule(3, 2, 1), id="L=2"),
     ],
 )
 def test_rule(config):
@@ -46,7 +46,7 @@ def test_head_size(dim):
 
 
 def test_float16_with_full_blocks():
-    assert_as_exact_as_eager(inputs(1, 2, 1, 400, 16, torch.float16), LRSAConfig(16, 64, 24))
+    assert_as_exact_as_eager(inputs(1, 2, 1, 400, 16, torch.float16), Rule(16, 64, 24))
 
 
 @pytest.mark.parametrize("compressor", [SMALL.compressor, MeanPool()], ids=["selector", "synthesizer"])

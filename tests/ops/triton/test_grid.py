@@ -5,12 +5,12 @@ import torch
 from ops.triton.oracle import assert_as_exact_as_eager, inputs
 from ops.triton.test_selection import assert_same_selection
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, eager, sparse_attention
+from lrsa_lit.ops.sparse_attention import MeanPool, Rule, eager, sparse_attention
 from lrsa_lit.ops.sparse_attention.selection import compact_buffer
 
 pytestmark = pytest.mark.gpu
 
-RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=32)
+RULE = Rule(sink_size=16, lag_size=128, top_k=32)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -53,7 +53,7 @@ def test_length(length, dtype):
 )
 def test_rule(changes):
     # Eager PyTorch needs a step for each compression: keep their number in bounds.
-    config = LRSAConfig().replace(**changes)
+    config = Rule().replace(**changes)
     length = min(3001, 150 * config.lag_size)
     assert_as_exact_as_eager(inputs(1, 4, 2, length, 64, torch.bfloat16), config)
 
@@ -87,7 +87,7 @@ def test_fewer_queries_than_keys():
 @pytest.mark.parametrize(("lag", "keep"), [(128, 32), (1024, 128), (100, 7)])
 def test_selection(lag, keep, dtype):
     _, key, value, _ = inputs(1, 8, 8, 8192, 128, dtype)
-    assert_same_selection(key, value, LRSAConfig(16, lag, keep))
+    assert_same_selection(key, value, Rule(16, lag, keep))
 
 
 def test_a_new_top_k_does_not_compile_again():
@@ -104,7 +104,7 @@ def test_a_new_top_k_does_not_compile_again():
 
 
 def test_a_million_tokens_address_beyond_32_bits():
-    length, tail, rule = 1 << 20, 200, LRSAConfig(16, 1024, 8)
+    length, tail, rule = 1 << 20, 200, Rule(16, 1024, 8)
     generator = torch.Generator("cuda").manual_seed(0)
     options = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
     query = torch.randn(1, length, 33, 64, **options).transpose(1, 2)
@@ -133,7 +133,7 @@ def test_the_loss_curve_of_training_is_that_of_eager_pytorch():
 def _loss_curve(impl: str, steps: int = 200) -> torch.Tensor:
     """A two-layer model learns to repeat the token of 60 places ago; losses of its steps."""
     torch.manual_seed(0)
-    width, heads, vocabulary, rule = 128, 4, 64, LRSAConfig(4, 32, 16)
+    width, heads, vocabulary, rule = 128, 4, 64, Rule(4, 32, 16)
 
     class Block(torch.nn.Module):
         def __init__(self):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops.triton.oracle import DEVICE, inputs
 
-from lrsa_lit.ops.sparse_attention import LagRelative, LRSAConfig, Recency, SpreadSelector, ValueRelative, eager, select
+from lrsa_lit.ops.sparse_attention import LagRelative, Recency, Rule, SpreadSelector, ValueRelative, eager, select
 from lrsa_lit.ops.sparse_attention.selection import compress_partitions, partitions_of
 from lrsa_lit.ops.sparse_attention.triton import launch as kernels
 
@@ -31,7 +31,7 @@ def assert_same_selection(key, value, config, cu_seqlens=None):
 @pytest.mark.parametrize(("lag", "keep"), [(16, 5), (7, 3), (100, 33), (128, 0), (32, 32)])
 def test_same_tokens_as_eager_pytorch(lag, keep, weight):
     _, key, value, _ = inputs(2, 2, 2, 4 * lag + 11, 24)
-    assert_same_selection(key, value, LRSAConfig(5, lag, keep, value_weight=weight))
+    assert_same_selection(key, value, Rule(5, lag, keep, compressor=LagRelative(value_weight=weight)))
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Weighted(SpreadSelector):
     of_key: float
     of_value: float
 
-    def weights(self, config):
+    @property
+    def weights(self):
         return self.of_key, self.of_value
 
 
@@ -53,13 +54,13 @@ def test_each_score_is_weighed_and_read_with_its_own_strides(selector, transpose
         key = key.transpose(1, 2).contiguous().transpose(1, 2)
     else:
         value = value.transpose(1, 2).contiguous().transpose(1, 2)
-    assert_same_selection(key, value, LRSAConfig(5, 16, 5, compressor=selector))
+    assert_same_selection(key, value, Rule(5, 16, 5, compressor=selector))
 
 
 @pytest.mark.parametrize("selector", [LagRelative(), ValueRelative()])
 def test_partitions_of_a_call_keep_the_same_pairs(selector):
     _, key, value, _ = inputs(2, 2, 2, 75, 24)
-    config = LRSAConfig(5, 16, 5, compressor=selector)
+    config = Rule(5, 16, 5, compressor=selector)
     expected = compress_partitions(partitions_of(key, value, config, 3, first=2), config)
     for ours, theirs in zip(kernels.compress(key, value, config, 3, first=2), expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -67,7 +68,7 @@ def test_partitions_of_a_call_keep_the_same_pairs(selector):
 
 def test_pairs_that_want_gradients_pass_them_on():
     _, key, value, _ = inputs(1, 2, 2, 75, 24)
-    config, gradients = LRSAConfig(5, 16, 5), []
+    config, gradients = Rule(5, 16, 5), []
     for compress in (kernels.compress, eager.compress):
         leaves = [tensor.detach().requires_grad_() for tensor in (key, value)]
         compact = compress(*leaves, config, 3, first=0)
@@ -80,12 +81,12 @@ def test_pairs_that_want_gradients_pass_them_on():
 def test_packed_sequences():
     _, key, value, _ = inputs(1, 2, 2, 206, 16)
     boundaries = torch.tensor([0, 1, 6, 106, 206], dtype=torch.int32)
-    assert_same_selection(key, value, LRSAConfig(4, 16, 4), boundaries)
+    assert_same_selection(key, value, Rule(4, 16, 4), boundaries)
 
 
 def test_ties_go_to_the_earlier_token():
     key = torch.ones(1, 1, 52, 16, device=DEVICE)
-    indices = select(key, key, LRSAConfig(4, 16, 4), impl="triton").indices
+    indices = select(key, key, Rule(4, 16, 4), impl="triton").indices
     assert indices.tolist() == [[[[4, 5, 6, 7], [20, 21, 22, 23]][: indices.shape[2]]]]
 
 
@@ -93,7 +94,7 @@ def test_constant_channels_count_as_zero():
     _, key, value, _ = inputs(1, 2, 2, 90, 16)
     key[..., :3] = 7.0
     value[..., 5] = 0.0
-    assert_same_selection(key, value, LRSAConfig(4, 16, 4))
+    assert_same_selection(key, value, Rule(4, 16, 4))
 
 
 def assert_same_order(key, value, config):
@@ -115,26 +116,26 @@ def dominated(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("weight", [0.0, 1e-6, 0.5, 1e6, 1e30])
 def test_the_tokens_beside_one_that_dominates_are_ranked_too(weight, dtype):
-    assert_same_order(*dominated(dtype), LRSAConfig(4, 16, 4, value_weight=weight))
+    assert_same_order(*dominated(dtype), Rule(4, 16, 4, compressor=LagRelative(value_weight=weight)))
 
 
 @pytest.mark.parametrize("selector", [ValueRelative(), Weighted(0.0, 0.4), Weighted(1e-6, 0.2), Weighted(3.0, 1e-30)])
 def test_any_weights_rank_the_tokens_beside_one_that_dominates(selector):
-    assert_same_order(*dominated(torch.float32), LRSAConfig(4, 16, 4, compressor=selector))
+    assert_same_order(*dominated(torch.float32), Rule(4, 16, 4, compressor=selector))
 
 
 def test_a_partition_far_from_its_reference_keeps_its_order():
     _, key, value, _ = inputs(1, 2, 2, 5 + 4 * 16, 24)
     key[:, :, 4:20] *= 1e25
-    assert select(key, value, LRSAConfig(4, 16, 4), impl="triton").scores.isfinite().all()
-    assert_same_order(key, value, LRSAConfig(4, 16, 4))
+    assert select(key, value, Rule(4, 16, 4), impl="triton").scores.isfinite().all()
+    assert_same_order(key, value, Rule(4, 16, 4))
 
 
 def test_scores_that_are_not_finite_keep_k_tokens():
     _, key, value, _ = inputs(1, 2, 2, 90, 16)
     key[:, :, 30:40] = float("nan")
     value[:, :, 50:60, 2] = float("inf")
-    config = LRSAConfig(4, 16, 4)
+    config = Rule(4, 16, 4)
     indices = select(key, value, config, impl="triton").indices
     starts = config.sink_size + config.lag_size * torch.arange(indices.shape[2], device=DEVICE)[:, None]
     assert ((indices >= starts) & (indices < starts + config.lag_size)).all()
@@ -143,6 +144,6 @@ def test_scores_that_are_not_finite_keep_k_tokens():
 
 def test_other_compressors_select_as_they_do():
     _, key, value, _ = inputs(1, 2, 2, 90, 16)
-    config = LRSAConfig(4, 16, 4, compressor=Recency())
+    config = Rule(4, 16, 4, compressor=Recency())
     chosen = [select(key, value, config, impl=impl).indices for impl in ("triton", "eager")]
     assert torch.equal(*chosen)

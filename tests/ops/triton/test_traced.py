@@ -6,15 +6,16 @@ from helpers import refused
 from ops.triton.oracle import inputs
 
 from lrsa_lit.ops.sparse_attention import (
-    LRSAConfig,
+    LagRelative,
     RandomTokens,
+    Rule,
     ValueRelative,
     numbers_of,
     sparse_attention,
     traced_attention,
 )
 
-SMALL = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
+SMALL = Rule(sink_size=4, lag_size=16, top_k=4)
 
 
 def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_attention):
@@ -35,10 +36,10 @@ def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_a
         pytest.param(SMALL.replace(chunk_size=24), id="C=1.5L"),
         pytest.param(SMALL.replace(top_k=0), id="K=0"),
         pytest.param(SMALL.replace(top_k=16), id="K=L"),
-        pytest.param(SMALL.replace(value_weight=0.3), id="w=0.3"),
-        pytest.param(SMALL.replace(value_weight=0), id="w=0"),
+        pytest.param(SMALL.replace(compressor=LagRelative(value_weight=0.3)), id="w=0.3"),
+        pytest.param(SMALL.replace(compressor=LagRelative(value_weight=0)), id="w=0"),
         pytest.param(SMALL.replace(compressor=ValueRelative()), id="values"),
-        pytest.param(LRSAConfig(0, 14, 3), id="S=0 L=14"),
+        pytest.param(Rule(0, 14, 3), id="S=0 L=14"),
     ],
 )
 def test_rule(config):
@@ -76,7 +77,13 @@ def test_one_graph_serves_all_rules_and_packings():
     compiled = torch.compile(traced_attention, fullgraph=True, backend=count)
     tensors = inputs(1, 2, 1, 50, 16)
     values = SMALL.replace(compressor=ValueRelative())
-    for config in (SMALL, SMALL.replace(top_k=9), SMALL.replace(value_weight=0), values, LRSAConfig(2, 12, 3, 20)):
+    for config in (
+        SMALL,
+        SMALL.replace(top_k=9),
+        SMALL.replace(compressor=LagRelative(value_weight=0)),
+        values,
+        Rule(2, 12, 3, 20),
+    ):
         assert_same(tensors, config, attention=compiled)
     assert len(graphs) == 1
     for boundaries in ([0, 50], [0, 10, 50], [0, 5, 10, 45, 50]):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrsa_lit.attention.attached import base_of, cache_argument, enabled_state
 from lrsa_lit.attention.cache import LRSACache
-from lrsa_lit.attention.rules import base_of, cache_argument, enabled_state
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention.geometry import spans
+from lrsa_lit.ops.sparse_attention import spans
 
 TOKENS_PER_CALL = 8192
 
@@ -69,7 +69,7 @@ def _calls(model: Any, cache: Any, start: int, stop: int, most: int) -> Iterator
     """[start, stop) in pieces of at most ``most``; where attention is the model's own, none over a compression."""
     pieces = [(start, stop)]
     if isinstance(cache, LRSACache) and enabled_state(base_of(model)) is None:
-        pieces = [(span.start, span.stop) for span in spans(start, stop, cache.config)]
+        pieces = [(span.start, span.stop) for span in spans(start, stop, cache.config.rule)]
     for first, last in pieces:
         for begin in range(first, last, most):
             yield begin, min(begin + most, last)

@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrsa_lit.attention.attached import enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
-from lrsa_lit.attention.rules import enabled_state
-from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.ops.sparse_attention.api import implementation
-from lrsa_lit.ops.sparse_attention.buffer import PairBuffer, share_memory
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+from lrsa_lit.ops.sparse_attention import KeyValueStream, PairBuffer, Rule, attend_one, share_memory
 
 _WARM_UP = 3
 """Steps that launch kernel by kernel before one is captured: what compiles or allocates on first use may not do so
@@ -231,10 +228,7 @@ class _LayerMemory:
         """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
         self.filled.put(self.key, key)
         self.filled.put(self.value, value)
-        output: Tensor = implementation(self.impl, query).attend_one(
-            query, self.key, self.value, self.filled.length, scale
-        )
-        return output
+        return attend_one(query, self.key, self.value, self.filled.length, scale, impl=self.impl)
 
     def can_hold(self, streams: Sequence[KeyValueStream], places: int) -> bool:
         """Whether there is room for these rows, as many and of the same kind as those that it was made for."""
@@ -257,11 +251,11 @@ def _waits_for_lengths(model: Any) -> bool:
     return any(kind in kinds for kind in _UNGRAPHED_ROPE)
 
 
-def _layers_by_rule(cache: LRSACache) -> dict[LRSAConfig | None, list[int]]:
+def _layers_by_rule(cache: LRSACache) -> dict[Rule | None, list[int]]:
     """The layers of each rule, which hold equally many tokens at any time."""
-    layers: dict[LRSAConfig | None, list[int]] = {}
+    layers: dict[Rule | None, list[int]] = {}
     for index, layer in enumerate(cache.layers):
-        layers.setdefault(layer.config, []).append(index)
+        layers.setdefault(layer.rule, []).append(index)
     return layers
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lrsa_lit.attention.attached import base_of, cache_argument, cache_of_call, enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.decoding.decoder import ROOM, Decoder
-from lrsa_lit.attention.rules import base_of, cache_argument, cache_of_call, enabled_state
 from lrsa_lit.errors import UserError
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrsa_lit.attention.attached import base_of, enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.decoding.chunked_prefill import TOKENS_PER_CALL, prefill
 from lrsa_lit.attention.decoding.decoder import ROOM, Decoder
-from lrsa_lit.attention.rules import base_of, enabled_state
 
 Step = Callable[[Tensor], Tensor]
 """Takes in one token per row, (B, 1), and returns logits (B, 1, V), which the next step may overwrite."""

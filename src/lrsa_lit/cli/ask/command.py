@@ -30,8 +30,8 @@ from lrsa_lit.terminal import PlainConsole, log_to
 if TYPE_CHECKING:
     import torch
 
+    from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.models import Backbone
-    from lrsa_lit.ops.sparse_attention import LRSAConfig
 
 DEFAULT_MODEL = "configs/model/smollm2.yaml"
 """The shipped file that names the model of a command without ``--model``."""
@@ -314,7 +314,7 @@ def _device(name: str | None) -> torch.device:
 
 def _rule(model: Trained, options: argparse.Namespace, notes: PlainConsole) -> LRSAConfig:
     """The rule that the model was trained with, else the defaults with K = L/4, with what the options change of it."""
-    from lrsa_lit.ops.sparse_attention import LRSAConfig
+    from lrsa_lit.attention import LRSAConfig
 
     changes = {name: value for name in _RULE_FLAGS if (value := getattr(options, name)) is not None}
     if model.rule is None:
@@ -351,7 +351,7 @@ def _loaded(trained: Trained, rule: LRSAConfig | None, device: torch.device) -> 
 
     if rule is not None:
         # Before the weights are loaded.
-        rule.check_layers(trained.backbone.config.num_hidden_layers)
+        rule.layers.check(trained.backbone.config.num_hidden_layers)
     model: Any = trained.build().eval().to(device)
     if rule is None:
         return model, DynamicCache(config=model.config)

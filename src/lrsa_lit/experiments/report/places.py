@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
@@ -15,8 +16,7 @@ from lrsa_lit.experiments.report import grid
 from lrsa_lit.experiments.report.cells import Cell
 from lrsa_lit.experiments.report.grid import Column, Grid
 from lrsa_lit.experiments.report.tables import Table
-from lrsa_lit.ops.sparse_attention import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start
+from lrsa_lit.ops.sparse_attention import compressed_at, raw_start
 from lrsa_lit.study import tokens
 
 ALWAYS = "seen by all"
@@ -41,7 +41,7 @@ def place_of(example: Example, rule: LRSAConfig) -> str:
 def _seen(length: int, kept: int, rule: LRSAConfig) -> NDArray[np.bool_]:
     """Which of the tokens the last one sees where each compressed partition keeps its last ``kept``."""
     seen = np.ones(length, dtype=np.bool_)
-    compressed = seen[rule.sink_size : raw_start(compressed_at(length - 1, rule), rule)]
+    compressed = seen[rule.sink_size : raw_start(compressed_at(length - 1, rule.rule), rule.rule)]
     compressed.reshape(-1, rule.lag_size)[:, : rule.lag_size - kept] = False
     return seen
 

@@ -1,6 +1,7 @@
 """Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
 
-from lrsa_lit.ops.sparse_attention.api import Impl, select, sparse_attention, visibility_mask
+from lrsa_lit.ops.sparse_attention.api import Impl, attend_one, select, sparse_attention, visibility_mask
+from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, share_memory
 from lrsa_lit.ops.sparse_attention.compiled_layers import is_traceable, numbers_of, traced_attention
 from lrsa_lit.ops.sparse_attention.compressors import (
     ChunkWise,
@@ -14,31 +15,58 @@ from lrsa_lit.ops.sparse_attention.compressors import (
     SpreadSelector,
     Strided,
     ValueRelative,
+    ValueWeighted,
 )
-from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+from lrsa_lit.ops.sparse_attention.geometry import (
+    attended_pairs,
+    checked_boundaries,
+    compressed_at,
+    raw_start,
+    spans,
+    stored_size,
+)
+from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
-from lrsa_lit.ops.sparse_attention.selection import Selection
+from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 __all__ = [
     "ChunkWise",
     "Compressor",
     "Impl",
-    "LRSAConfig",
+    "KeyValueStream",
     "LagRelative",
     "MeanPool",
+    "Pair",
+    "PairBuffer",
     "Partitions",
     "RandomTokens",
     "Ranking",
     "Recency",
+    "Rule",
     "Selection",
     "Selector",
     "SpreadSelector",
     "Strided",
     "ValueRelative",
+    "ValueWeighted",
+    "attend_one",
+    "attended_pairs",
+    "checked_boundaries",
+    "compressed_at",
     "is_traceable",
     "numbers_of",
+    "of_sequence",
+    "raw_start",
     "select",
+    "share_memory",
+    "spans",
     "sparse_attention",
+    "stored_size",
     "traced_attention",
     "visibility_mask",
 ]
+
+from lrsa_lit.lazy import lazily
+
+__getattr__ = lazily(__name__, {"LRSAConfig": "lrsa_lit.attention.config"})

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import eager
-from lrsa_lit.ops.sparse_attention.config import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, compressed_at, raw_start
+from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, compressed_at, partition_counts, raw_start
+from lrsa_lit.ops.sparse_attention.rule import HasRule, Rule, rule_of
 from lrsa_lit.ops.sparse_attention.selection import Selection, select_packed
 
 Impl = Literal["auto", "eager", "triton"]
@@ -31,7 +31,7 @@ def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    config: LRSAConfig,
+    rule: Rule | HasRule,
     *,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -44,10 +44,10 @@ def sparse_attention(
         query: (B, Hq, Tq, D). Usually Tq = T; with Tq < T the queries are the last Tq of the T tokens.
         key: (B, H, T, D), rotated, H dividing Hq.
         value: (B, H, T, D).
-        config: the rule; ``config.replace(top_k=…)`` may change from call to call at no cost.
+        rule: the rule, or what has one, such as an ``LRSAConfig``; it may change from call to call at no cost.
         cu_seqlens: int32 (N + 1,), boundaries 0 … T of N sequences packed in one row (B = 1); none sees another.
         scale: factor of the scores; default D ** -0.5.
-        selection: what the partitions keep, as :func:`select` returned it; default: the config's compressor decides.
+        selection: what the partitions keep, as :func:`select` returned it; default: the rule's compressor decides.
         impl: ``"eager"``, ``"triton"``, or ``"auto"`` for the fastest that the device has.
 
     Returns:
@@ -56,66 +56,75 @@ def sparse_attention(
     Raises:
         UserError: arguments that do not fit together, or an implementation that cannot run here.
     """
+    rule = rule_of(rule)
     check_tensors(query, key, value)
     boundaries = _boundaries(cu_seqlens, key, query)
     if selection is not None:
-        _check_selection(selection, key, config, boundaries)
+        _check_selection(selection, key, rule, boundaries)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     output: Tensor = implementation(impl, query).forward(
-        query, key, value, config, boundaries=boundaries, scale=scale, selection=selection
+        query, key, value, rule, boundaries=boundaries, scale=scale, selection=selection
     )
     return output
 
 
 def select(
-    key: Tensor, value: Tensor, config: LRSAConfig, *, cu_seqlens: Tensor | None = None, impl: Impl = "auto"
+    key: Tensor, value: Tensor, rule: Rule | HasRule, *, cu_seqlens: Tensor | None = None, impl: Impl = "auto"
 ) -> Selection:
     """Positions and scores of what each partition keeps by the time the last token attends.
 
     Args:
         key: (B, H, T, D), rotated.
         value: (B, H, T, D).
-        config: the rule, with a compressor that selects.
+        rule: the rule, with a compressor that selects.
         cu_seqlens: int32 (N + 1,) boundaries of packed sequences (B = 1).
         impl: as in :func:`sparse_attention`, which keeps the same tokens.
 
     Raises:
         UserError: arguments that do not fit together, or a compressor that makes new pairs.
     """
+    rule = rule_of(rule)
     check_tensors(key, key, value)
     boundaries = _boundaries(cu_seqlens, key, key)
     chosen = _choose(impl, key.device.type, key.dtype, key.shape[-1])
     if chosen == "eager":
-        return select_packed(key, value, config, boundaries)
-    selection: Selection = _triton().select(key, value, config, boundaries)
+        return select_packed(key, value, rule, boundaries)
+    selection: Selection = _triton().select(key, value, rule, boundaries)
     return selection
 
 
 @torch.no_grad()
-def visibility_mask(key: Tensor, value: Tensor, config: LRSAConfig, *, cu_seqlens: Tensor | None = None) -> Tensor:
+def visibility_mask(key: Tensor, value: Tensor, rule: Rule | HasRule, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Which keys each query sees: bool (B, H, T queries, T keys). For tests and analysis; memory T x T per head."""
     check_tensors(key, key, value)
     batch, heads, length, _ = key.shape
     mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=key.device)
     for start, stop in itertools.pairwise(_boundaries(cu_seqlens, key, key)):
         block = slice(start, stop)
-        mask[:, :, block, block] = _visible(key[:, :, block], value[:, :, block], config)
+        mask[:, :, block, block] = _visible(key[:, :, block], value[:, :, block], rule_of(rule))
     return mask
 
 
-def _visible(key: Tensor, value: Tensor, config: LRSAConfig) -> Tensor:
+def _visible(key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     """The mask of one sequence, written as the definition reads: (B, H, T, T)."""
     batch, heads, length, _ = key.shape
     position = torch.arange(length, device=key.device)
-    compressed = torch.tensor([compressed_at(t, config) for t in range(length)], device=key.device)[:, None]
-    raw_from = torch.tensor([raw_start(compressed_at(t, config), config) for t in range(length)], device=key.device)
+    compressed = compressed_at(position, rule)[:, None]
     kept = torch.zeros(batch, heads, length, dtype=torch.bool, device=key.device)
-    kept.scatter_(2, select_packed(key, value, config, (0, length)).indices.flatten(2), True)
-    partition = (position - config.sink_size).div(config.lag_size, rounding_mode="floor")
-    sink = position < config.sink_size
-    raw = position >= raw_from[:, None]
+    kept.scatter_(2, select_packed(key, value, rule, (0, length)).indices.flatten(2), True)
+    partition = (position - rule.sink_size).div(rule.lag_size, rounding_mode="floor")
+    sink = position < rule.sink_size
+    raw = position >= raw_start(compressed, rule)
     compact = kept[:, :, None, :] & (partition >= 0) & (partition < compressed)
     return (position <= position[:, None]) & (sink | raw | compact)
+
+
+def attend_one(
+    query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float, *, impl: Impl = "auto"
+) -> Tensor:
+    """Attention of one query per row over the filled part of a buffer; arguments as in ``eager.attend_one``."""
+    output: Tensor = implementation(impl, query).attend_one(query, key, value, length, scale)
+    return output
 
 
 def implementation(impl: str, query: Tensor) -> ModuleType:
@@ -222,10 +231,9 @@ def check_packing(cu_seqlens: Tensor, key: Tensor, query: Tensor) -> None:
         raise UserError("cu_seqlens", (cu_seqlens.dtype, *_shape(cu_seqlens)), "int32 (N + 1,)")
 
 
-def _check_selection(selection: Selection, key: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> None:
+def _check_selection(selection: Selection, key: Tensor, rule: Rule, boundaries: Sequence[int]) -> None:
     """Too few indices would shorten the compact buffer without a word."""
-    partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
-    needed = (*key.shape[:2], partitions, config.top_k)
+    needed = (*key.shape[:2], sum(partition_counts(boundaries, rule)), rule.top_k)
     if _shape(selection.indices) != needed:
         raise UserError("selection", _shape(selection.indices), f"indices {needed} for this rule and these keys")
 

@@ -1,8 +1,16 @@
-"""What kinds of numbers a value out of YAML is."""
+"""Settings of a rule: what kinds of numbers they are, and the one line that refuses another."""
 
 from __future__ import annotations
 
-from typing import TypeGuard
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+from lrsa_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -13,3 +21,18 @@ def is_integer(value: object) -> TypeGuard[int]:
 def is_weight(value: object) -> TypeGuard[float]:
     """Whether it is a finite number >= 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
+    """Raise a UserError that names a setting and what it must be, unless its value is valid."""
+    if not valid:
+        raise UserError(name, value, allowed)
+
+
+def replaced(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """A copy of a dataclass with other values; unknown names raise a UserError."""
+    known = [item.name for item in dataclasses.fields(settings)]
+    for name in changes:
+        if name not in known:
+            raise UserError(name, reason=f"no such setting; there are {', '.join(known)}")
+    return dataclasses.replace(settings, **changes)

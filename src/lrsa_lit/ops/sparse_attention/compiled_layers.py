@@ -14,21 +14,20 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import check_packing, check_tensors, implementation
 from lrsa_lit.ops.sparse_attention.compressors import SpreadSelector
-from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+from lrsa_lit.ops.sparse_attention.rule import Rule
 
 
-def numbers_of(config: LRSAConfig) -> Tensor | None:
+def numbers_of(rule: Rule) -> Tensor | None:
     """S, L, K, C and the weights of the key and the value score as float64 (6,) on the CPU.
 
     None if the rule's compressor does not select by these scores.
     """
-    if not isinstance(config.compressor, SpreadSelector):
+    if not isinstance(rule.compressor, SpreadSelector):
         return None
-    weights = config.compressor.weights(config)
-    rule = config.sink_size, config.lag_size, config.top_k, config.chunk, *weights
+    numbers = rule.sink_size, rule.lag_size, rule.top_k, rule.chunk, *rule.compressor.weights
     # An evaluation may switch the rule under inference mode, whose tensors no graph that trains takes.
     with torch.inference_mode(False):
-        return torch.tensor(rule, dtype=torch.float64, device="cpu")
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def is_traceable(impl: str, query: Tensor) -> bool:

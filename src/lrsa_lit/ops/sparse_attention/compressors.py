@@ -2,7 +2,7 @@
 
 A *selector* scores the L tokens and keeps the K highest; a *synthesizer* makes K new pairs. To add one, subclass
 :class:`Selector` with ``score`` or :class:`Compressor` with ``compress`` and name the class in YAML
-(``model.lrsa.compressor: my_package.MyCompressor``).
+(``model.lrsa.compressor: my_package.MyCompressor``). Both see nothing but :class:`Partitions`.
 
 Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D head_dim.
 """
@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,8 @@ from torch.nn.functional import pad
 
 from lrsa_lit import plugins
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention.bounds import is_integer
+from lrsa_lit.ops.sparse_attention.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.ops.sparse_attention.scoring import Ranking, lag_relative_spread, token_hash, weighted_ranking
-
-if TYPE_CHECKING:
-    from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Partitions:
         value: (B, H, P, L, D).
         next_key: (B, H, P, L, D), keys of each partition's reference.
         next_value: (B, H, P, L, D).
+        top_k: K, the pairs to make of each.
         first: ordinal of the first of them in its sequence, so that chunk-wise compression can tell where it is.
     """
 
@@ -44,6 +42,7 @@ class Partitions:
     value: Tensor
     next_key: Tensor
     next_value: Tensor
+    top_k: int
     first: int = 0
 
 
@@ -51,7 +50,7 @@ class Compressor(ABC):
     """Maps each partition to K key-value pairs. Subclasses are frozen dataclasses, so that they compare and hash."""
 
     @abstractmethod
-    def compress(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+    def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
         """Compact keys and values, both (B, H, P, K, D) in the dtype of the partitions, with gradient to them."""
 
     def for_layer(self, layer: int) -> Compressor:
@@ -81,25 +80,25 @@ class Selector(Compressor):
     """A compressor that keeps K of the L original pairs."""
 
     @abstractmethod
-    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+    def score(self, partitions: Partitions) -> Tensor:
         """Scores (B, H, P, L), at least float32; the K highest are kept, ties go to the earlier token."""
 
-    def rank(self, partitions: Partitions, config: LRSAConfig) -> Ranking:
+    def rank(self, partitions: Partitions) -> Ranking:
         """The scores, and what orders the tokens: override it where scores that differ can round to the same number."""
-        scores = self.score(partitions, config)
+        scores = self.score(partitions)
         return Ranking(scores, scores)
 
     @torch.no_grad()
-    def keep(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+    def keep(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
         """Indices within the partition (B, H, P, K), ascending, and the scores (B, H, P, L)."""
-        scores, order = self.rank(partitions, config)
+        scores, order = self.rank(partitions)
         # A stable sort, because torch.topk promises nothing about ties.
         ranked = order.sort(dim=-1, descending=True, stable=True).indices
-        return ranked[..., : config.top_k].sort(dim=-1).values, scores
+        return ranked[..., : partitions.top_k].sort(dim=-1).values, scores
 
-    def compress(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+    def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
         """Gather the kept pairs; the indices are constants for the gradient."""
-        indices, _ = self.keep(partitions, config)
+        indices, _ = self.keep(partitions)
         return gather_kept(partitions.key, indices), gather_kept(partitions.value, indices)
 
 
@@ -109,44 +108,65 @@ class SpreadSelector(Selector):
     The score of its key and that of its value are added with weights; the fused kernels know this family.
     """
 
+    @property
     @abstractmethod
-    def weights(self, config: LRSAConfig) -> tuple[float, float]:
+    def weights(self) -> tuple[float, float]:
         """Of the key score and of the value score, >= 0 and not both 0."""
 
-    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+    def score(self, partitions: Partitions) -> Tensor:
         """The weighted sum; a score of weight 0 is not computed."""
-        return self.rank(partitions, config).scores
+        return self.rank(partitions).scores
 
-    def rank(self, partitions: Partitions, config: LRSAConfig) -> Ranking:
+    def rank(self, partitions: Partitions) -> Ranking:
         """The weighted sum, and its logarithm up to a constant of the partition."""
         pairs = (partitions.key, partitions.next_key), (partitions.value, partitions.next_value)
-        used = [(pair, weight) for pair, weight in zip(pairs, self.weights(config), strict=True) if weight]
+        used = [(pair, weight) for pair, weight in zip(pairs, self.weights, strict=True) if weight]
         return weighted_ranking([lag_relative_spread(*pair) for pair, _ in used], [weight for _, weight in used])
 
 
 @dataclass(frozen=True)
-class LagRelative(SpreadSelector):
+class ValueWeighted(Compressor):
+    """A compressor by the lag-relative score. Also ``model.lrsa.value_weight`` sets its weight.
+
+    Args:
+        value_weight: weight of the value score beside the key score (>= 0).
+
+    Raises:
+        UserError: a weight that is no finite number >= 0.
+    """
+
+    value_weight: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the weight."""
+        check_setting("value_weight", self.value_weight, is_weight(self.value_weight), "a finite number >= 0")
+
+
+@dataclass(frozen=True)
+class LagRelative(ValueWeighted, SpreadSelector):
     """The key score plus ``value_weight`` times the value score (LagKV, eq. 8)."""
 
-    def weights(self, config: LRSAConfig) -> tuple[float, float]:
+    @property
+    def weights(self) -> tuple[float, float]:
         """1 and ``value_weight``."""
-        return 1.0, config.value_weight
+        return 1.0, self.value_weight
 
 
 @dataclass(frozen=True)
 class ValueRelative(SpreadSelector):
-    """The value score alone, whatever ``value_weight`` is; the key score alone is :class:`LagRelative` at weight 0.
+    """The value score alone; the key score alone is :class:`LagRelative` at weight 0.
 
     Values are not rotated, so this score, unlike that of keys, does not fall along a partition.
     """
 
-    def weights(self, config: LRSAConfig) -> tuple[float, float]:
+    @property
+    def weights(self) -> tuple[float, float]:
         """0 and 1."""
         return 0.0, 1.0
 
 
 @dataclass(frozen=True)
-class ChunkWise(Selector):
+class ChunkWise(ValueWeighted, Selector):
     """Keep runs of consecutive tokens, by the mean of their scores, so that words and names stay whole.
 
     A partition is cut into runs of ``size`` tokens, the last of which may be shorter. The best runs are kept as long as
@@ -155,6 +175,7 @@ class ChunkWise(Selector):
     Args:
         size: tokens of a run (>= 1); 1 keeps what the scores alone keep.
         values_only: score as :class:`ValueRelative` instead of :class:`LagRelative`.
+        value_weight: of :class:`LagRelative`.
 
     Raises:
         UserError: a size that is no integer >= 1.
@@ -166,18 +187,18 @@ class ChunkWise(Selector):
     values_only: bool = False
 
     def __post_init__(self) -> None:
-        """Check the size, which no other setting bounds."""
-        if not is_integer(self.size) or self.size < 1:
-            raise UserError("size", self.size, "an integer >= 1")
+        """Check the size, which no other setting bounds, and the weight."""
+        super().__post_init__()
+        check_setting("size", self.size, is_integer(self.size) and self.size >= 1, "an integer >= 1")
 
-    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+    def score(self, partitions: Partitions) -> Tensor:
         """The mean over the token's run; equal scores keep the order, so that runs are kept one after the other."""
-        return self.rank(partitions, config).scores
+        return self.rank(partitions).scores
 
-    def rank(self, partitions: Partitions, config: LRSAConfig) -> Ranking:
+    def rank(self, partitions: Partitions) -> Ranking:
         """The mean over the token's run, and its logarithm up to a constant of the partition."""
-        of_tokens = ValueRelative() if self.values_only else LagRelative()
-        scores, order = of_tokens.rank(partitions, config)
+        of_tokens = ValueRelative() if self.values_only else LagRelative(value_weight=self.value_weight)
+        scores, order = of_tokens.rank(partitions)
         highest = self._for_tokens(self._runs(order, -math.inf).amax(dim=-1), order)
         return Ranking(self._means(scores), highest + self._means((order - highest).exp()).log())
 
@@ -213,10 +234,9 @@ class RandomTokens(Selector):
 
     def __post_init__(self) -> None:
         """Check the seed here: the hash would only show when tokens are kept."""
-        if not is_integer(self.seed):
-            raise UserError("seed", self.seed, "an integer")
+        check_setting("seed", self.seed, is_integer(self.seed), "an integer")
 
-    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+    def score(self, partitions: Partitions) -> Tensor:
         """Uniform in [0, 1), the same for every row of the batch."""
         batch, heads, count, lag, _ = partitions.key.shape
         head = torch.arange(heads, device=partitions.key.device).view(1, heads, 1, 1)
@@ -233,7 +253,7 @@ class RandomTokens(Selector):
 class Recency(Selector):
     """Keep the last K tokens of each partition."""
 
-    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+    def score(self, partitions: Partitions) -> Tensor:
         """The token's place in the partition."""
         return _places(partitions).float().expand(partitions.key.shape[:-1])
 
@@ -242,9 +262,9 @@ class Recency(Selector):
 class Strided(Selector):
     """Keep every L/K-th token: the places floor(i L / K)."""
 
-    def score(self, partitions: Partitions, config: LRSAConfig) -> Tensor:
+    def score(self, partitions: Partitions) -> Tensor:
         """One at the K places, zero elsewhere."""
-        lag, kept = config.lag_size, config.top_k
+        lag, kept = partitions.key.shape[-2], partitions.top_k
         scores = torch.zeros(lag, device=partitions.key.device)
         scores[torch.arange(kept, device=scores.device) * lag // max(kept, 1)] = 1.0
         return scores.expand(partitions.key.shape[:-1])
@@ -254,9 +274,9 @@ class Strided(Selector):
 class MeanPool(Compressor):
     """Average groups of L/K consecutive keys and values: K new pairs, each with gradient to its whole group."""
 
-    def compress(self, partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+    def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
         """Token l belongs to group floor(l K / L); where K does not divide L, group sizes differ by at most one."""
-        lag, kept = config.lag_size, config.top_k
+        lag, kept = partitions.key.shape[-2], partitions.top_k
         group = torch.arange(lag, device=partitions.key.device) * kept // lag
         member = group == torch.arange(kept, device=group.device)[:, None]  # (K, L)
         dtype = torch.promote_types(partitions.key.dtype, torch.float32)

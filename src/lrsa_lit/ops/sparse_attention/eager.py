@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import Span, compact_size, raw_start, spans
+from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.selection import (
     Selection,
     compact_buffer,
@@ -31,7 +31,7 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    config: LRSAConfig,
+    rule: Rule,
     *,
     boundaries: Sequence[int],
     scale: float,
@@ -45,10 +45,10 @@ def forward(
     outputs = []
     for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         raw = key[:, :, start:stop], value[:, :, start:stop]
-        chosen = None if selection is None else of_sequence(selection, config, boundaries, index)
-        compact = compact_buffer(*raw, config, chosen)
+        chosen = None if selection is None else of_sequence(selection, rule, boundaries, index)
+        compact = compact_buffer(*raw, rule, chosen)
         queries = query[:, :, start : stop - offset]
-        outputs.append(attend(queries, compact, raw, config, scale=scale, query_offset=offset))
+        outputs.append(attend(queries, compact, raw, rule, scale=scale, query_offset=offset))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -56,7 +56,7 @@ def attend(
     query: Tensor,
     compact: tuple[Tensor, Tensor],
     raw: tuple[Tensor, Tensor],
-    config: LRSAConfig,
+    rule: Rule,
     *,
     scale: float,
     query_offset: int = 0,
@@ -68,7 +68,7 @@ def attend(
         query: (B, Hq, Tq, D), the tokens at positions ``query_offset`` … of their sequence.
         compact: keys and values (B, H, >= S + K P, D): sinks, then the pairs kept of each partition.
         raw: keys and values (B, H, Tr, D) of the tokens at positions ``raw_offset`` ….
-        config: the rule.
+        rule: the rule.
         scale: factor of the scores before the softmax.
         query_offset: position of the first query.
         raw_offset: position of the first raw token, at most the raw start of the first query.
@@ -79,8 +79,8 @@ def attend(
     heads = raw[0].shape[1]
     grouped = query.unflatten(1, (heads, -1))  # (B, H, G, Tq, D)
     parts = []
-    for span in spans(query_offset, query_offset + query.shape[2], config):
-        keys, values = (_visible(*pair, span, config, raw_offset) for pair in zip(compact, raw, strict=True))
+    for span in spans(query_offset, query_offset + query.shape[2], rule):
+        keys, values = (_visible(*pair, span, rule, raw_offset) for pair in zip(compact, raw, strict=True))
         piece = grouped[..., span.start - query_offset : span.stop - query_offset, :]
         parts.append(causal_attention(piece, keys, values, scale))
     return torch.cat(parts, dim=-2).flatten(1, 2)
@@ -109,28 +109,28 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
     return output.reshape(query.shape)
 
 
-def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: int) -> tuple[Tensor, Tensor]:
+def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> tuple[Tensor, Tensor]:
     """What ``count`` partitions of a sequence become.
 
     Args:
         key: (B, H, T, D), T >= (count + 1) L, from the start of the first of them on.
         value: the same of the values.
-        config: the rule.
+        rule: the rule.
         count: partitions to compress; each is judged against the one after it.
         first: ordinal of the first of them in its sequence.
 
     Returns:
         Keys and values (B, H, count K, D).
     """
-    return compress_partitions(partitions_of(key, value, config, count, first), config)
+    return compress_partitions(partitions_of(key, value, rule, count, first), rule)
 
 
-def _visible(compact: Tensor, raw: Tensor, span: Span, config: LRSAConfig, raw_offset: int) -> Tensor:
+def _visible(compact: Tensor, raw: Tensor, span: Span, rule: Rule, raw_offset: int) -> Tensor:
     """Keys (or values) that some query of the span sees, in order: (B, H, S + K P + raw, D)."""
-    recent = raw[:, :, raw_start(span.partitions, config) - raw_offset : span.stop - raw_offset]
+    recent = raw[:, :, raw_start(span.partitions, rule) - raw_offset : span.stop - raw_offset]
     if span.partitions == 0:
         return recent
-    return torch.cat([compact[:, :, : compact_size(span.partitions, config)], recent], dim=2)
+    return torch.cat([compact[:, :, : compact_size(span.partitions, rule)], recent], dim=2)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.rule import Rule
 
-if TYPE_CHECKING:
-    from lrsa_lit.ops.sparse_attention.config import LRSAConfig
+Integers = TypeVar("Integers", int, Tensor)
+"""One integer, or a tensor of them."""
 
 
 class Span(NamedTuple):
@@ -35,64 +38,61 @@ def checked_boundaries(values: Sequence[int], length: int, name: str = "cu_seqle
     return sorted(set(values))
 
 
-def chunk_start(position: int, config: LRSAConfig) -> int:
-    """b(t), the start of the chunk in which the token at ``position`` is processed."""
-    first = config.first_compression
-    if position < first:
-        return 0
-    return first + (position - first) // config.chunk * config.chunk
-
-
-def compressed_at(position: int, config: LRSAConfig) -> int:
+def compressed_at(position: Integers, rule: Rule) -> Integers:
     """P(t), the partitions that are compressed when the token at ``position`` attends; 0 for a negative position."""
-    start = chunk_start(position, config)
-    if start < config.first_compression:
-        return 0
-    return (start - config.sink_size) // config.lag_size - 1
+    past = position - rule.first_compression
+    # b(t) - S, where b(t) is the start of the chunk in which the token is processed.
+    chunk_start = 2 * rule.lag_size + past // rule.chunk * rule.chunk
+    return (past >= 0) * (chunk_start // rule.lag_size - 1)
 
 
-def raw_start(partitions: int, config: LRSAConfig) -> int:
+def partition_counts(boundaries: Sequence[int], rule: Rule) -> list[int]:
+    """Partitions that each sequence [boundaries[n], boundaries[n+1]) has compressed by its end."""
+    return [compressed_at(stop - start - 1, rule) for start, stop in itertools.pairwise(boundaries)]
+
+
+def raw_start(partitions: Integers, rule: Rule) -> Integers:
     """First position that is visible uncompressed: 0, or S + P L behind the compressed partitions."""
-    return config.sink_size + partitions * config.lag_size if partitions else 0
+    return (partitions > 0) * (rule.sink_size + partitions * rule.lag_size)
 
 
-def compact_size(partitions: int, config: LRSAConfig) -> int:
+def compact_size(partitions: int, rule: Rule) -> int:
     """Keys in front of the raw range: 0, or S + K P."""
-    return config.sink_size + partitions * config.top_k if partitions else 0
+    return rule.sink_size + partitions * rule.top_k if partitions else 0
 
 
-def stored_size(length: int, config: LRSAConfig) -> int:
+def stored_size(length: int, rule: Rule) -> int:
     """Keys per head that a query at the end of ``length`` tokens needs: compact ones and the raw range."""
-    partitions = compressed_at(length - 1, config)
-    return compact_size(partitions, config) + length - raw_start(partitions, config)
+    partitions = compressed_at(length - 1, rule)
+    return compact_size(partitions, rule) + length - raw_start(partitions, rule)
 
 
-def spans(start: int, stop: int, config: LRSAConfig) -> Iterator[Span]:
+def spans(start: int, stop: int, rule: Rule) -> Iterator[Span]:
     """Cut the queries [start, stop) where P(t) changes."""
     while start < stop:
-        partitions = compressed_at(start, config)
-        end = min(stop, _next_change(start, partitions, config))
+        partitions = compressed_at(start, rule)
+        end = min(stop, _next_change(start, partitions, rule))
         yield Span(start, end, partitions)
         start = end
 
 
-def attended_pairs(length: int, config: LRSAConfig | None) -> int:
+def attended_pairs(length: int, rule: Rule | None) -> int:
     """Query-key pairs of one head over a sequence; ``None`` counts dense causal attention."""
-    if config is None:
+    if rule is None:
         return length * (length + 1) // 2
     total = 0
-    for span in spans(0, length, config):
+    for span in spans(0, length, rule):
         count = span.stop - span.start
-        before = compact_size(span.partitions, config) + span.start - raw_start(span.partitions, config)
+        before = compact_size(span.partitions, rule) + span.start - raw_start(span.partitions, rule)
         total += count * before + count * (count + 1) // 2
     return total
 
 
-def _next_change(position: int, partitions: int, config: LRSAConfig) -> int:
+def _next_change(position: int, partitions: int, rule: Rule) -> int:
     """First position after ``position`` at which P(t) is larger."""
-    first = config.first_compression
+    first = rule.first_compression
     if position < first:
         return first
     # P grows at the first chunk start b with (b - S) // L - 1 > P, that is b >= S + (P + 2) L.
-    needed = config.sink_size + (partitions + 2) * config.lag_size
-    return first + -(-(needed - first) // config.chunk) * config.chunk
+    needed = rule.sink_size + (partitions + 2) * rule.lag_size
+    return first + -(-(needed - first) // rule.chunk) * rule.chunk

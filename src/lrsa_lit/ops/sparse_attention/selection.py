@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.compressors import Partitions, Selector, gather_kept
-from lrsa_lit.ops.sparse_attention.config import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import compressed_at
+from lrsa_lit.ops.sparse_attention.geometry import compressed_at, partition_counts
+from lrsa_lit.ops.sparse_attention.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -33,43 +33,43 @@ class Selection:
     scores: Tensor
 
 
-def partitions_of(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: int = 0) -> Partitions:
+def partitions_of(key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0) -> Partitions:
     """Views of ``count`` partitions, with their references.
 
     Args:
         key: (B, H, T', D), of which the tokens of the partitions start at 0.
         value: (B, H, T', D).
-        config: the rule.
+        rule: the rule.
         count: how many partitions.
         first: ordinal of the first of them in its sequence.
     """
-    stop = (count + 1) * config.lag_size
-    keys = key[:, :, :stop].unflatten(2, (count + 1, config.lag_size))
-    values = value[:, :, :stop].unflatten(2, (count + 1, config.lag_size))
-    return Partitions(keys[:, :, :-1], values[:, :, :-1], keys[:, :, 1:], values[:, :, 1:], first)
+    stop = (count + 1) * rule.lag_size
+    keys = key[:, :, :stop].unflatten(2, (count + 1, rule.lag_size))
+    values = value[:, :, :stop].unflatten(2, (count + 1, rule.lag_size))
+    return Partitions(keys[:, :, :-1], values[:, :, :-1], keys[:, :, 1:], values[:, :, 1:], rule.top_k, first)
 
 
-def select_sequence(key: Tensor, value: Tensor, config: LRSAConfig) -> Selection:
+def select_sequence(key: Tensor, value: Tensor, rule: Rule) -> Selection:
     """What the partitions of one sequence (B, H, T, D) keep by the time of its last query."""
-    if not isinstance(config.compressor, Selector):
-        name = type(config.compressor).__name__
+    if not isinstance(rule.compressor, Selector):
+        name = type(rule.compressor).__name__
         raise UserError("compressor", name, "a Selector", reason="makes new pairs and selects none")
     batch, heads, length, _ = key.shape
-    count = compressed_at(length - 1, config)
+    count = compressed_at(length - 1, rule)
     if count == 0:
-        empty = key.new_empty((batch, heads, 0, config.lag_size), dtype=torch.float32)
-        return Selection(empty.new_empty((batch, heads, 0, config.top_k), dtype=torch.int64), empty)
-    sink = config.sink_size
-    partitions = partitions_of(key[:, :, sink:], value[:, :, sink:], config, count)
-    indices, scores = config.compressor.keep(partitions, config)
-    starts = config.sink_size + config.lag_size * torch.arange(count, device=key.device)
+        empty = key.new_empty((batch, heads, 0, rule.lag_size), dtype=torch.float32)
+        return Selection(empty.new_empty((batch, heads, 0, rule.top_k), dtype=torch.int64), empty)
+    sink = rule.sink_size
+    partitions = partitions_of(key[:, :, sink:], value[:, :, sink:], rule, count)
+    indices, scores = rule.compressor.keep(partitions)
+    starts = rule.sink_size + rule.lag_size * torch.arange(count, device=key.device)
     return Selection(indices + starts[:, None], scores)
 
 
-def select_packed(key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> Selection:
+def select_packed(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> Selection:
     """:func:`select_sequence` of each sequence [boundaries[n], boundaries[n+1]) of a packed row."""
     parts = [
-        (start, select_sequence(key[:, :, start:stop], value[:, :, start:stop], config))
+        (start, select_sequence(key[:, :, start:stop], value[:, :, start:stop], rule))
         for start, stop in itertools.pairwise(boundaries)
     ]
     return Selection(
@@ -78,26 +78,24 @@ def select_packed(key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Se
     )
 
 
-def of_sequence(selection: Selection, config: LRSAConfig, boundaries: Sequence[int], index: int) -> Selection:
+def of_sequence(selection: Selection, rule: Rule, boundaries: Sequence[int], index: int) -> Selection:
     """The part of a packed row's selection that belongs to one sequence, counted from that sequence's start."""
-    counts = [compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries[: index + 2])]
+    counts = partition_counts(boundaries[: index + 2], rule)
     part = slice(sum(counts[:-1]), sum(counts))
     return Selection(selection.indices[:, :, part] - boundaries[index], selection.scores[:, :, part])
 
 
-def compact_buffer(
-    key: Tensor, value: Tensor, config: LRSAConfig, selection: Selection | None = None
-) -> tuple[Tensor, Tensor]:
+def compact_buffer(key: Tensor, value: Tensor, rule: Rule, selection: Selection | None = None) -> tuple[Tensor, Tensor]:
     """Sinks and compressed partitions of one sequence: keys and values (B, H, S + K P, D), empty where P = 0.
 
     A ready selection replaces the compressor's own; its positions count from the sequence's start.
     """
-    count = compressed_at(key.shape[2] - 1, config)
+    count = compressed_at(key.shape[2] - 1, rule)
     if count == 0:
         return key[:, :, :0], value[:, :, :0]
-    sink = config.sink_size
+    sink = rule.sink_size
     if selection is None:
-        kept = compress_partitions(partitions_of(key[:, :, sink:], value[:, :, sink:], config, count), config)
+        kept = compress_partitions(partitions_of(key[:, :, sink:], value[:, :, sink:], rule, count), rule)
     else:
         indices = selection.indices.flatten(2, 3)
         kept = gather_kept(key, indices), gather_kept(value, indices)
@@ -105,7 +103,7 @@ def compact_buffer(
     return torch.cat([sinks[0], kept[0]], dim=2), torch.cat([sinks[1], kept[1]], dim=2)
 
 
-def compress_partitions(partitions: Partitions, config: LRSAConfig) -> tuple[Tensor, Tensor]:
+def compress_partitions(partitions: Partitions, rule: Rule) -> tuple[Tensor, Tensor]:
     """The compressor's pairs, laid out one partition after the other: keys and values (B, H, P K, D)."""
-    key, value = config.compressor.compress(partitions, config)
+    key, value = rule.compressor.compress(partitions)
     return key.flatten(2, 3), value.flatten(2, 3)

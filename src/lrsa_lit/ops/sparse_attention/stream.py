@@ -11,10 +11,10 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import Impl, implementation
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
-from lrsa_lit.ops.sparse_attention.config import LRSAConfig
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size
+from lrsa_lit.ops.sparse_attention.rule import Rule
 
-_KEEP_ALL = LRSAConfig(sink_size=0, lag_size=1 << 29, top_k=0)
+_KEEP_ALL = Rule(sink_size=0, lag_size=1 << 29, top_k=0)
 """Dense attention as a rule: partitions so long that none is ever full."""
 
 
@@ -26,12 +26,12 @@ class KeyValueStream:
     ``geometry.stored_size`` of the tokens seen.
 
     Args:
-        config: the rule; None keeps everything (a dense layer).
+        rule: the rule; None keeps everything (a dense layer).
         impl: implementation of the operator.
     """
 
-    def __init__(self, config: LRSAConfig | None, impl: Impl = "auto") -> None:
-        self.rule = _KEEP_ALL if config is None else config
+    def __init__(self, rule: Rule | None, impl: Impl = "auto") -> None:
+        self.rule = _KEEP_ALL if rule is None else rule
         self.impl = impl
         self.seen = 0
         self.partitions = 0

@@ -8,6 +8,7 @@ Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import cast
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.compressors import Selector, SpreadSelector
-from lrsa_lit.ops.sparse_attention.config import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
+from lrsa_lit.ops.sparse_attention.geometry import compact_size, partition_counts
+from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.selection import (
     Selection,
     compact_buffer,
@@ -56,7 +57,7 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    config: LRSAConfig,
+    rule: Rule,
     *,
     boundaries: Sequence[int],
     scale: float,
@@ -66,15 +67,15 @@ def forward(
 
     ``boundaries`` are 0 … T of the sequences; with fewer queries than keys there is one sequence.
     """
-    numbers = _numbers(config, queries_from=key.shape[2] - query.shape[2])
-    if isinstance(config.compressor, Selector):
+    numbers = _numbers(rule, queries_from=key.shape[2] - query.shape[2])
+    if isinstance(rule.compressor, Selector):
         with torch.no_grad():
-            ranks = _ranks(key, value, config, boundaries, selection)
-            compact = registered_ops.gather(key, value, ranks, boundaries, numbers, _compact_rows(config, boundaries))
+            ranks = _ranks(key, value, rule, boundaries, selection)
+            compact = registered_ops.gather(key, value, ranks, boundaries, numbers, _compact_rows(rule, boundaries))
     else:
         ranks = None
         pieces = [
-            compact_buffer(key[:, :, start:stop], value[:, :, start:stop], config)
+            compact_buffer(key[:, :, start:stop], value[:, :, start:stop], rule)
             for start, stop in itertools.pairwise(boundaries)
         ]
         compact = torch.cat([keys for keys, _ in pieces], dim=2), torch.cat([values for _, values in pieces], dim=2)
@@ -85,7 +86,7 @@ def attend(
     query: Tensor,
     compact: tuple[Tensor, Tensor],
     raw: tuple[Tensor, Tensor],
-    config: LRSAConfig,
+    rule: Rule,
     *,
     scale: float,
     query_offset: int = 0,
@@ -97,7 +98,7 @@ def attend(
         query: (B, Hq, Tq, D), the tokens at positions ``query_offset`` … of their sequence.
         compact: keys and values (B, H, M, D): sinks, then the pairs kept of each partition.
         raw: keys and values (B, H, Tr, D) of the tokens at positions ``raw_offset`` … up to the last query.
-        config: the rule.
+        rule: the rule.
         scale: factor of the scores before the softmax.
         query_offset: position of the first query.
         raw_offset: position of the first raw token, at most the raw start of the first query.
@@ -106,56 +107,52 @@ def attend(
         (B, Hq, Tq, D) in the query's dtype.
     """
     boundaries = 0, query_offset + query.shape[2]
-    numbers = _numbers(config, queries_from=query_offset, keys_from=raw_offset)
+    numbers = _numbers(rule, queries_from=query_offset, keys_from=raw_offset)
     return _attend(query, raw[0], raw[1], compact[0], compact[1], None, boundaries, numbers, scale)
 
 
-def compress(key: Tensor, value: Tensor, config: LRSAConfig, count: int, first: int) -> tuple[Tensor, Tensor]:
+def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> tuple[Tensor, Tensor]:
     """What ``count`` partitions of a sequence become; arguments as in ``eager.compress``."""
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    if grads or not isinstance(config.compressor, SpreadSelector):
-        return compress_partitions(partitions_of(key, value, config, count, first), config)
+    if grads or not isinstance(rule.compressor, SpreadSelector):
+        return compress_partitions(partitions_of(key, value, rule, count, first), rule)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
-    whole = config.replace(sink_size=0, chunk_size=config.lag_size)
-    boundaries = 0, (count + 1) * config.lag_size + 1
+    whole = dataclasses.replace(rule, sink_size=0, chunk_size=rule.lag_size)
+    boundaries = 0, (count + 1) * rule.lag_size + 1
     ranks = _select_lag_relative(key, value, whole, boundaries)[0]
-    return registered_ops.gather(key, value, ranks, boundaries, _numbers(whole), count * config.top_k)
+    return registered_ops.gather(key, value, ranks, boundaries, _numbers(whole), count * rule.top_k)
 
 
 @torch.no_grad()
-def select(key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]) -> Selection:
+def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> Selection:
     """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
-    if not isinstance(config.compressor, SpreadSelector):
-        return select_packed(key, value, config, boundaries)
-    ranks, scores = _select_lag_relative(key, value, config, boundaries)
+    if not isinstance(rule.compressor, SpreadSelector):
+        return select_packed(key, value, rule, boundaries)
+    ranks, scores = _select_lag_relative(key, value, rule, boundaries)
     batch, heads, count, lag = ranks.shape
     # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
-    tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(batch, heads, count, config.top_k)
+    tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(batch, heads, count, rule.top_k)
     starts = [
-        start + config.sink_size + ordinal * lag
-        for start, stop in itertools.pairwise(boundaries)
-        for ordinal in range(compressed_at(stop - start - 1, config))
+        start + rule.sink_size + ordinal * lag
+        for start, compressed in zip(boundaries, partition_counts(boundaries, rule), strict=False)
+        for ordinal in range(compressed)
     ]
     return Selection(tokens + torch.tensor(starts, device=key.device, dtype=torch.int64)[:, None], scores)
 
 
-def _ranks(
-    key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int], selection: Selection | None
-) -> Tensor:
-    """Ranks (B, H, P, L) of the given selection, else of the config's."""
-    if selection is None and isinstance(config.compressor, SpreadSelector):
-        return _select_lag_relative(key, value, config, boundaries)[0]
-    chosen = select_packed(key, value, config, boundaries) if selection is None else selection
-    return ranks_of(chosen.indices, Geometry(tuple(boundaries), *_numbers(config)))
+def _ranks(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], selection: Selection | None) -> Tensor:
+    """Ranks (B, H, P, L) of the given selection, else of the rule's."""
+    if selection is None and isinstance(rule.compressor, SpreadSelector):
+        return _select_lag_relative(key, value, rule, boundaries)[0]
+    chosen = select_packed(key, value, rule, boundaries) if selection is None else selection
+    return ranks_of(chosen.indices, Geometry(tuple(boundaries), *_numbers(rule)))
 
 
-def _select_lag_relative(
-    key: Tensor, value: Tensor, config: LRSAConfig, boundaries: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _select_lag_relative(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Ranks and scores under a rule whose compressor is a :class:`SpreadSelector`."""
-    weights = cast("SpreadSelector", config.compressor).weights(config)
-    partitions = sum(compressed_at(stop - start - 1, config) for start, stop in itertools.pairwise(boundaries))
-    return registered_ops.select_lag_relative(key, value, boundaries, _numbers(config), weights, partitions)
+    weights = cast("SpreadSelector", rule.compressor).weights
+    partitions = sum(partition_counts(boundaries, rule))
+    return registered_ops.select_lag_relative(key, value, boundaries, _numbers(rule), weights, partitions)
 
 
 def _attend(
@@ -173,10 +170,9 @@ def _attend(
     return registered_ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)
 
 
-def _compact_rows(config: LRSAConfig, boundaries: Sequence[int]) -> int:
-    lengths = [stop - start for start, stop in itertools.pairwise(boundaries)]
-    return sum(compact_size(compressed_at(length - 1, config), config) for length in lengths)
+def _compact_rows(rule: Rule, boundaries: Sequence[int]) -> int:
+    return sum(compact_size(count, rule) for count in partition_counts(boundaries, rule))
 
 
-def _numbers(config: LRSAConfig, *, queries_from: int = 0, keys_from: int = 0) -> list[int]:
-    return [queries_from, keys_from, config.sink_size, config.lag_size, config.top_k, config.chunk]
+def _numbers(rule: Rule, *, queries_from: int = 0, keys_from: int = 0) -> list[int]:
+    return [queries_from, keys_from, rule.sink_size, rule.lag_size, rule.top_k, rule.chunk]

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.config import LRSAConfig
-from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at
+from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, partition_counts
+from lrsa_lit.ops.sparse_attention.rule import Rule
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """Of every operator that uses the tables: they outlive a call, in memory that CUDA graph trees must not recycle."""
@@ -65,15 +65,14 @@ class Geometry(NamedTuple):
 @functools.lru_cache(maxsize=_TABLES)
 def partitions(geometry: Geometry) -> tuple[int, ...]:
     """Partitions that each sequence has compressed by its end."""
-    config = LRSAConfig(*geometry.rule)
-    return tuple(compressed_at(length - 1, config) for length in geometry.lengths)
+    return tuple(partition_counts(geometry.boundaries, Rule(*geometry.rule)))
 
 
 @functools.lru_cache(maxsize=_TABLES)
 def compact_rows(geometry: Geometry) -> tuple[int, ...]:
     """Rows of the compact buffer that each sequence owns."""
-    config = LRSAConfig(*geometry.rule)
-    return tuple(compact_size(count, config) for count in partitions(geometry))
+    rule = Rule(*geometry.rule)
+    return tuple(compact_size(count, rule) for count in partitions(geometry))
 
 
 def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -126,7 +125,7 @@ def query_tiles(geometry: Geometry, block: int) -> Tensor:
     Tiles start at S modulo the block size: if it divides L and C, no tile straddles a compression.
     """
     tiles = _tiles(geometry, block, aligned=True, first=geometry.queries_from)
-    compressed = _compressed_at(tiles[:, 1] + block - 1, geometry)
+    compressed = compressed_at(tiles[:, 1] + block - 1, Rule(*geometry.rule))
     compact, raw = compressed * geometry.keep, tiles[:, 1] - compressed * geometry.lag
     return _longest_first(tiles, compact + raw)
 
@@ -159,10 +158,3 @@ def _tiles(
 
 def _longest_first(tiles: Tensor, work: Tensor) -> Tensor:
     return tiles[work.argsort(descending=True, stable=True)]
-
-
-def _compressed_at(positions: Tensor, geometry: Geometry) -> Tensor:
-    """``geometry.compressed_at`` of many positions at once."""
-    past = positions - geometry.sink - 2 * geometry.lag
-    start = 2 * geometry.lag + past.clamp(min=0) // geometry.chunk * geometry.chunk
-    return torch.where(past >= 0, start // geometry.lag - 1, 0)

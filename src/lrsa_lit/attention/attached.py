@@ -12,16 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError, under
-from lrsa_lit.ops.sparse_attention import Impl, LRSAConfig
+from lrsa_lit.ops.sparse_attention import Impl, Rule
 
 RULE = "_lrsa_rule"
-"""The attribute of an attention module that holds its :class:`Rule`."""
+"""The attribute of an attention module that holds its :class:`AttachedRule`."""
 
 _log = logging.getLogger(__name__)
 
-Observe = Callable[["Rule", Layout, Tensor, Tensor, Tensor], None]
+Observe = Callable[["AttachedRule", Layout, Tensor, Tensor, Tensor], None]
 """Sees a layer's rule, the layout of the call, query, key and value."""
 
 
@@ -40,32 +41,32 @@ class Enabled:
 
 
 @dataclass(eq=False)
-class Rule:
-    """The rule of one attention module.
+class AttachedRule:
+    """What is attached to one attention module.
 
     Attributes:
         state: what it belongs to.
-        config: None where the layer stays dense.
+        rule: of the layer; None where it stays dense.
         layer: which one.
-        numbers: the config as a compiled layer takes it, or None.
-        called: whether the module has called the attention.
+        rule_tensor: the rule as a compiled layer takes it, or None.
+        has_attended: whether the module has called the attention.
         layout: of the last call, until a first call has shown that each layer attends once.
     """
 
     state: Enabled
-    config: LRSAConfig | None
+    rule: Rule | None
     layer: int
-    numbers: Tensor | None = None
-    called: bool = False
+    rule_tensor: Tensor | None = None
+    has_attended: bool = False
     layout: Layout | None = None
 
 
 def enabled_state(model: PreTrainedModel) -> Enabled | None:
     """What is attached to the model, or None."""
     for module in model.modules():
-        rule: Rule | None = getattr(module, RULE, None)
-        if rule is not None:
-            return rule.state
+        attached: AttachedRule | None = getattr(module, RULE, None)
+        if attached is not None:
+            return attached.state
     return None
 
 

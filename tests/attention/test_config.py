@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import pytest
 from helpers import refused
 
-from lrsa_lit.ops.sparse_attention import LRSAConfig, MeanPool, RandomTokens, Recency
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.ops import sparse_attention
+from lrsa_lit.ops.sparse_attention import ChunkWise, LagRelative, MeanPool, RandomTokens, Recency, Rule
 
 BAD = [
     ("sink_size", -1, "an integer >= 0"),
@@ -63,9 +65,9 @@ def test_the_bounds_themselves_are_allowed(values):
 def test_the_defaults_are_the_published_ones():
     config = LRSAConfig()
     assert (config.sink_size, config.lag_size, config.top_k, config.value_weight) == (16, 128, 32, 1.0)
-    assert (config.chunk, config.first_compression) == (128, 16 + 256)
+    assert (config.rule.chunk, config.rule.first_compression) == (128, 16 + 256)
     assert config.dense_layers == ()
-    assert config.replace(chunk_size=7).chunk == 7
+    assert config.replace(chunk_size=7).rule.chunk == 7
 
 
 def test_a_config_is_frozen_and_hashable():
@@ -167,11 +169,80 @@ def test_an_imported_compressor_of_another_module_is_found():
     assert type(LRSAConfig.from_dict(config.to_dict()).compressor) is Local
 
 
-def test_for_layer_leaves_dense_layers_out_and_gives_random_layers_their_own_seed():
+def test_dense_layers_have_no_rule_and_random_layers_their_own_seed():
     config = LRSAConfig(dense_layers=(1,), compressor=RandomTokens(seed=3))
-    assert config.for_layer(1) is None
-    assert LRSAConfig().for_layer(0) == LRSAConfig()
-    seeds = [config.for_layer(layer).compressor.seed for layer in (0, 2, 3)]
+    assert config.layers.of(1) is None
+    assert LRSAConfig().layers.of(0) == LRSAConfig().rule
+    seeds = [config.layers.of(layer).compressor.seed for layer in (0, 2, 3)]
     assert len(set(seeds)) == 3
-    other = [config.replace(compressor=RandomTokens(seed=4)).for_layer(layer).compressor.seed for layer in (0, 2, 3)]
+    other = [config.replace(compressor=RandomTokens(seed=4)).layers.of(layer).compressor.seed for layer in (0, 2, 3)]
     assert not set(seeds) & set(other)
+
+
+def test_a_dense_layer_that_the_model_lacks_is_refused():
+    LRSAConfig(dense_layers=(0, 2)).layers.check(3)
+    with refused("dense_layers", [2]):
+        LRSAConfig(dense_layers=(0, 2)).layers.check(2)
+
+
+OWN = "lrsa_lit.ops.sparse_attention.compressors."
+RECORDED = [
+    ("afc75cbc4148", {}, "LagRelative", {}),
+    ("e11d9a855159", {"lag_size": 512, "top_k": 256}, "LagRelative", {}),
+    ("dc1e27b3c7b5", {"value_weight": 0.5}, "LagRelative", {}),
+    ("880044128fd1", {"value_weight": 0, "dense_layers": [3, 0], "chunk_size": 64}, "LagRelative", {}),
+    ("cbee1365bbf2", {"value_weight": 2}, "LagRelative", {}),
+    ("bae0135f82c4", {}, "ValueRelative", {}),
+    ("8d6a5a8d3c35", {"value_weight": 0.25}, "ValueRelative", {}),
+    ("de41589b7fc7", {}, "ChunkWise", {"size": 16, "values_only": False}),
+    ("b74aa0dad925", {}, "ChunkWise", {"size": 4, "values_only": True}),
+    ("9a1a72487f59", {"value_weight": 0.5}, "ChunkWise", {"size": 4, "values_only": False}),
+    ("594757064ff6", {}, "RandomTokens", {"seed": 0}),
+    ("04943c2ad1d2", {}, "RandomTokens", {"seed": 7}),
+    ("b606b5dd39d1", {"value_weight": 3}, "Recency", {}),
+    ("c668e36f0d3a", {}, "Strided", {}),
+    (
+        "5dcb3c43d5f1",
+        {"sink_size": 3, "lag_size": 9, "top_k": 4, "chunk_size": 5, "dense_layers": [1, 2], "value_weight": 0.25},
+        "MeanPool",
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("digest", "values", "name", "arguments"), RECORDED, ids=[line[0] for line in RECORDED])
+def test_dicts_and_digests_are_those_of_files_that_were_written_before(digest, values, name, arguments):
+    compressor = getattr(sparse_attention, name)(**arguments)
+    config = LRSAConfig(**values, compressor=compressor)
+    assert config.digest() == digest
+    written = {
+        "sink_size": 16,
+        "lag_size": 128,
+        "top_k": 32,
+        "chunk_size": None,
+        "value_weight": 1.0,
+        "dense_layers": [],
+        "compressor": {"class_path": OWN + name, "init_args": arguments},
+    }
+    written |= values | {"value_weight": float(values.get("value_weight", 1))}
+    assert json.dumps(config.to_dict()) == json.dumps(written)
+    assert LRSAConfig.from_dict(written) == config
+
+
+@pytest.mark.parametrize("kind", [LagRelative, ChunkWise])
+def test_a_weight_is_the_same_wherever_it_is_set(kind):
+    inside, beside = LRSAConfig(compressor=kind(value_weight=0.5)), LRSAConfig(value_weight=0.5, compressor=kind())
+    assert inside == beside
+    assert inside.digest() == beside.digest()
+    assert inside.value_weight == inside.rule.compressor.value_weight == 0.5
+    assert inside.replace(value_weight=1).rule.compressor.value_weight == 1
+    with refused("value_weight", 2.0):
+        LRSAConfig(value_weight=2, compressor=kind(value_weight=0.5))
+
+
+def test_a_rule_has_nothing_of_the_model():
+    config = LRSAConfig(3, 9, 4, 5, 0.25, (1, 2))
+    assert config.rule == Rule(3, 9, 4, 5, LagRelative(value_weight=0.25))
+    assert config.rule.replace(top_k=9) == config.replace(top_k=9, dense_layers=()).rule
+    with refused("dense_layers"):
+        config.rule.replace(dense_layers=())

@@ -1,0 +1,137 @@
+"""The rule as users write it, and what it comes to for each layer of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Rule, ValueWeighted
+from lrsa_lit.ops.sparse_attention.bounds import check_setting, is_integer, is_weight, replaced
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """Which rule each layer of a model obeys.
+
+    Args:
+        rule: of all layers but the dense ones.
+        dense: indices of the layers that keep ordinary causal attention.
+    """
+
+    rule: Rule
+    dense: tuple[int, ...] = ()
+
+    def of(self, layer: int) -> Rule | None:
+        """The rule of a layer; None where it is dense."""
+        if layer in self.dense:
+            return None
+        return dataclasses.replace(self.rule, compressor=self.rule.compressor.for_layer(layer))
+
+    def check(self, layers: int) -> None:
+        """Raise a UserError if a dense layer is none of a model's ``layers``."""
+        if unknown := [layer for layer in self.dense if layer >= layers]:
+            raise UserError("dense_layers", unknown, f"a list of some of the model's layers, 0 to {layers - 1}")
+
+
+@dataclass(frozen=True)
+class LRSAConfig:
+    """Lag-relative sparse attention of a model (arXiv 2506.11498, arXiv 2504.04704), as YAML and config.json have it.
+
+    Args:
+        sink_size: first tokens of a sequence that are never dropped (S >= 0).
+        lag_size: tokens of a lag partition (L >= 2).
+        top_k: key-value pairs kept of a partition, per KV head (0 <= K <= L). K = L drops nothing, K = 0 keeps sinks
+            and the raw window only.
+        chunk_size: tokens between two compressions (C >= 1); null means lag_size. Every C that divides L is one and
+            the same rule.
+        value_weight: weight of the value score beside the key score (w >= 0), for compressors that have one. A
+            compressor's own weight is taken over, so that one rule has one form.
+        dense_layers: indices of the layers left to ordinary causal attention.
+        compressor: what turns a partition into K pairs; the default is lag-relative selection. Also as the dict that
+            its ``to_dict`` made.
+
+    Raises:
+        UserError: a value outside its bounds, in one line.
+    """
+
+    sink_size: int = 16
+    lag_size: int = 128
+    top_k: int = 32
+    chunk_size: int | None = None
+    value_weight: float = 1.0
+    dense_layers: tuple[int, ...] = ()
+    compressor: Compressor = field(default_factory=LagRelative)
+
+    def __post_init__(self) -> None:
+        """Make the tuple and the compressor that JSON cannot write, then check each bound once."""
+        if isinstance(self.dense_layers, Iterable) and not isinstance(self.dense_layers, str):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if not isinstance(self.compressor, Compressor):
+            object.__setattr__(self, "compressor", Compressor.from_dict(self.compressor))
+        check_setting("value_weight", self.value_weight, is_weight(self.value_weight), "a finite number >= 0")
+        layers = (
+            isinstance(self.dense_layers, tuple)
+            and all(is_integer(layer) and layer >= 0 for layer in self.dense_layers)
+            and len(set(self.dense_layers)) == len(self.dense_layers)
+        )
+        check_setting("dense_layers", self.dense_layers, layers, "a list of different layer indices >= 0")
+        self._take_weight()
+        # Making the rule checks the rest.
+        assert self.rule
+
+    def _take_weight(self) -> None:
+        """Let the weight stand here and not in the compressor: files that name digests have always had it here."""
+        # 1 and 1.0 are one rule, so they must give one digest.
+        weight = float(self.value_weight)
+        if isinstance(self.compressor, ValueWeighted) and self.compressor.value_weight != 1:
+            own = float(self.compressor.value_weight)
+            check_setting("value_weight", weight, weight in (1, own), f"{own}, as the compressor has it, or left out")
+            weight = own
+            object.__setattr__(self, "compressor", dataclasses.replace(self.compressor, value_weight=1.0))
+        object.__setattr__(self, "value_weight", weight)
+
+    @functools.cached_property
+    def rule(self) -> Rule:
+        """What the operator is told."""
+        compressor = self.compressor
+        if isinstance(compressor, ValueWeighted):
+            compressor = dataclasses.replace(compressor, value_weight=self.value_weight)
+        return Rule(self.sink_size, self.lag_size, self.top_k, self.chunk_size, compressor)
+
+    @property
+    def layers(self) -> LayerRules:
+        """What a model is told."""
+        return LayerRules(self.rule, self.dense_layers)
+
+    def replace(self, **changes: Any) -> LRSAConfig:
+        """A copy with other values; unknown names raise a UserError."""
+        return replaced(self, changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON and YAML can hold; :meth:`from_dict` is the way back."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        compressor = self.compressor.to_dict()
+        if isinstance(self.compressor, ValueWeighted):
+            del compressor["init_args"]["value_weight"]
+        return values | {"dense_layers": list(self.dense_layers), "compressor": compressor}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LRSAConfig:
+        """The config that :meth:`to_dict` wrote.
+
+        Raises:
+            UserError: an unknown setting, a value out of bounds, or a compressor whose module is not imported.
+        """
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise UserError("values", values, "a dict of settings")
+        return cls().replace(**values)
+
+    def digest(self) -> str:
+        """Twelve hex digits that change whenever the rule does."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,69 @@
+"""What an evaluation was: the model, its attentions, and the questions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+
+from lrsa_lit.models.flops import kv_ratio
+from lrsa_lit.names import OWN
+
+if TYPE_CHECKING:
+    from lrsa_lit.attention import LRSAConfig
+    from lrsa_lit.data.module import Split
+    from lrsa_lit.data.split_facts import SplitFacts
+    from lrsa_lit.tasks import LongContextQA
+
+DENSE = "dense"
+"""The digest of dense attention, which has no rule."""
+
+
+def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
+    """What decides an evaluation's answers, as plain values.
+
+    Returns:
+        - ``command`` ("test" or "validate"), ``split`` ("test" or "val"), ``checkpoint`` (a path, or null);
+        - ``model`` (its name), ``layers``, ``dtype`` of its weights, ``precision`` of the trainer;
+        - ``generated``: whether there are answers, and not losses alone; ``max_new_tokens``;
+        - ``attentions``: for each name, as in the lines of the answers, ``rule`` (null is dense) and ``rule_digest``;
+        - ``data_sets``: for each name, as in those lines ("" without a mixture), ``set_digest``, ``questions``,
+          ``length`` (mean tokens), ``contexts`` (for each question the number of its context) and ``kv_share`` (for
+          each attention, the key-value pairs that it attends to as a share of all). The lines of a data set are in the
+          order of ``contexts``.
+    """
+    command = "validate" if trainer.state.fn == "validate" else "test"
+    split: Split = "val" if command == "validate" else "test"
+    config, rules = task.model.config.get_text_config(), {name or OWN: rule for name, rule in task.attentions.items()}
+    layers, data = config.num_hidden_layers, getattr(trainer, "datamodule", None)
+    data_sets = {} if data is None else data.facts(split)
+    return {
+        "command": command,
+        "split": split,
+        "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+        "model": task.backbone.name,
+        "layers": layers,
+        "dtype": str(task.model.dtype).removeprefix("torch."),
+        "precision": str(trainer.precision),
+        "generated": task.generate_answers,
+        "max_new_tokens": task.max_new_tokens,
+        "attentions": {name: _about_rule(rule) for name, rule in rules.items()},
+        "data_sets": {name: _about_questions(part, rules, layers) for name, part in data_sets.items()},
+    }
+
+
+def _about_rule(rule: LRSAConfig | None) -> dict[str, Any]:
+    if rule is None:
+        return {"rule": None, "rule_digest": DENSE}
+    return {"rule": rule.to_dict(), "rule_digest": rule.digest()}
+
+
+def _about_questions(part: SplitFacts, rules: dict[str, LRSAConfig | None], layers: int) -> dict[str, Any]:
+    shares = {name: 1.0 if rule is None else kv_ratio(rule, part.length, layers) for name, rule in rules.items()}
+    return {
+        "set_digest": part.digest,
+        "questions": part.questions,
+        "length": part.length,
+        "kv_share": shares,
+        "contexts": part.contexts,
+    }

@@ -1,0 +1,94 @@
+"""What identifies the questions of a split: a digest of their tokens, and which of them share a context."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lrsa_lit.data.prompts import Example
+
+_QUESTION = 160
+"""Tokens at the end of a prompt that may be its instruction and question."""
+
+_FIELDS = ("id", "prompt_length", "gold_spans", "answer_spans", "answers", "match")
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """The questions of a split, or of one data set's part of it.
+
+    Attributes:
+        digest: twelve hex digits of all tokens, spans and answers, in their order.
+        questions: how many there are.
+        length: mean number of tokens of an example, rounded down.
+        contexts: for each question the number of its context, from 0 on. Those of one context differ in the question
+            alone, or have the same subject.
+    """
+
+    digest: str
+    questions: int
+    length: int
+    contexts: list[int]
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> SplitFacts:
+        """Those of at least one example."""
+        kept = list(examples)
+        tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in kept]
+        contexts = _contexts([{**example, "input_ids": ids} for example, ids in zip(kept, tokens, strict=True)])
+        return cls(_digest(kept, tokens), len(kept), sum(map(len, tokens)) // len(kept), contexts)
+
+
+def _digest(examples: Sequence[Example], tokens: Sequence[Any]) -> str:
+    flat = np.concatenate(tokens)
+    # Small vocabularies have had digests of 16-bit tokens from the first results on.
+    found = hashlib.sha256(flat.astype("<u2" if flat.max() < 1 << 16 else "<u4").tobytes())
+    found.update(np.asarray([len(ids) for ids in tokens]).astype("<i4").tobytes())
+    found.update(json.dumps([_about(example) for example in examples], ensure_ascii=False).encode())
+    return found.hexdigest()[:12]
+
+
+def _about(example: Example) -> dict[str, Any]:
+    about = {name: _plain(example[name]) for name in _FIELDS}  # type: ignore[literal-required]
+    # Not in each: the digest of a split that has none stays what it was.
+    return about | ({"subject": example["subject"]} if example.get("subject") else {})
+
+
+def _plain(value: Any) -> Any:
+    """Lists in place of tuples and arrays, as JSON has it."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _contexts(examples: Sequence[Any]) -> list[int]:
+    # Two prompts of one context begin alike, so few have to be compared.
+    firsts: dict[object, list[tuple[int, Any]]] = {}
+    found: list[int] = []
+    numbers = itertools.count()
+    for example in examples:
+        beginning = example.get("subject") or example["input_ids"][: _QUESTION + 1].tobytes()
+        alike = firsts.setdefault(beginning, [])
+        number = next((number for number, first in alike if _same_context(first, example)), None)
+        if number is None:
+            number = next(numbers)
+            alike.append((number, example))
+        found.append(number)
+    return found
+
+
+def _same_context(one: Any, other: Any) -> bool:
+    """Whether two prompts are the same but for their ends; short ones, of which little is compared, never are.
+
+    Where they have subjects, these decide: texts made of one article can share much and begin differently.
+    """
+    if one.get("subject") or other.get("subject"):
+        return bool(one.get("subject") == other.get("subject"))
+    shared = min(one["prompt_length"], other["prompt_length"]) - _QUESTION
+    return shared > _QUESTION and np.array_equal(one["input_ids"][:shared], other["input_ids"][:shared])

@@ -1,0 +1,58 @@
+"""Settings of one attention that stand for one attention per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lrsa_lit.errors import UserError
+
+Attention = Mapping[str, Any] | None
+"""What an attention changes of a run's own rule, as in ``{top_k: 16}``; None is dense attention."""
+
+
+def each_layer(field: str, attentions: Mapping[str, Attention]) -> Iterator[tuple[str, Attention]]:
+    """The attentions, with NAME-0, NAME-1 and so on in place of a NAME whose ``dense_layers`` is a mapping.
+
+    ``{only: 30}`` leaves just layer i of 30 dense, ``{only: 30, beside: [18]}`` layer 18 as well, ``{all_but: 30}`` all
+    others.
+
+    Args:
+        field: the argument that holds the attentions, for errors.
+        attentions: by name.
+
+    Raises:
+        UserError: such a mapping has other keys or values.
+    """
+    for name, changes in attentions.items():
+        if changes is None or not isinstance(changes.get("dense_layers"), Mapping):
+            yield name, changes
+            continue
+        for layer, dense in _dense_layers(f"{field}.{name}.dense_layers", changes["dense_layers"]):
+            yield f"{name}-{layer}", {**changes, "dense_layers": dense}
+
+
+def _dense_layers(field: str, given: Mapping[str, Any]) -> Iterator[tuple[int, list[int]]]:
+    """Each layer i, with the layers that are dense for it."""
+    if given.keys() not in ({"only"}, {"only", "beside"}, {"all_but"}):
+        allowed = "layers, or {only: N} or {all_but: N} for each of N layers, or {only: N, beside: [LAYER, ...]}"
+        raise UserError(field, dict(given), allowed)
+    kind = "only" if "only" in given else "all_but"
+    count, beside = given[kind], given.get("beside", [])
+    if not _is_integer(count) or count < 1:
+        raise UserError(f"{field}.{kind}", count, "an integer >= 1")
+    if not _leaves_some(beside, count):
+        raise UserError(f"{field}.beside", beside, f"a list of different layers from 0 to {count - 1}, not all of them")
+    for layer in (layer for layer in range(count) if layer not in beside):
+        yield layer, [other for other in range(count) if (other == layer) == (kind == "only") or other in beside]
+
+
+def _leaves_some(layers: Any, count: int) -> bool:
+    """Whether these are different ones of so many layers, and not all of them."""
+    if not isinstance(layers, list) or not all(_is_integer(layer) and 0 <= layer < count for layer in layers):
+        return False
+    return len(set(layers)) == len(layers) < count
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,72 @@
+"""What the operator is told: which keys a query sees, and who chooses among the old ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lrsa_lit.ops.sparse_attention.bounds import check_setting, is_integer, replaced
+from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The rule of lag-relative sparse attention (arXiv 2506.11498, arXiv 2504.04704) for one layer.
+
+    Args:
+        sink_size: first tokens of a sequence that are never dropped (S >= 0).
+        lag_size: tokens of a lag partition (L >= 2).
+        top_k: key-value pairs kept of a partition, per KV head (0 <= K <= L). K = L drops nothing, K = 0 keeps sinks
+            and the raw window only.
+        chunk_size: tokens between two compressions (C >= 1); None means lag_size. Every C that divides L is one and
+            the same rule.
+        compressor: what turns a partition into K pairs; the default is lag-relative selection.
+
+    Raises:
+        UserError: a value outside its bounds, in one line.
+    """
+
+    sink_size: int = 16
+    lag_size: int = 128
+    top_k: int = 32
+    chunk_size: int | None = None
+    compressor: Compressor = field(default_factory=LagRelative)
+
+    def __post_init__(self) -> None:
+        """Check each bound."""
+        sinks = is_integer(self.sink_size) and self.sink_size >= 0
+        check_setting("sink_size", self.sink_size, sinks, "an integer >= 0")
+        lag = is_integer(self.lag_size) and self.lag_size >= 2
+        check_setting("lag_size", self.lag_size, lag, "an integer >= 2")
+        kept = is_integer(self.top_k) and 0 <= self.top_k <= self.lag_size
+        check_setting("top_k", self.top_k, kept, f"an integer from 0 to lag_size ({self.lag_size})")
+        chunk = self.chunk_size is None or (is_integer(self.chunk_size) and self.chunk_size >= 1)
+        check_setting("chunk_size", self.chunk_size, chunk, "an integer >= 1, or null for lag_size")
+        check_setting("compressor", self.compressor, isinstance(self.compressor, Compressor), "a Compressor")
+
+    @property
+    def chunk(self) -> int:
+        """C, the tokens between two compressions."""
+        return self.lag_size if self.chunk_size is None else self.chunk_size
+
+    @property
+    def first_compression(self) -> int:
+        """S + 2L, the first position at which a partition (with its reference) can be compressed."""
+        return self.sink_size + 2 * self.lag_size
+
+    def replace(self, **changes: Any) -> Rule:
+        """A copy with other values; unknown names raise a UserError."""
+        return replaced(self, changes)
+
+
+class HasRule(Protocol):
+    """What stands for a rule where users pass one."""
+
+    @property
+    def rule(self) -> Rule:
+        """The rule itself."""
+
+
+def rule_of(given: Rule | HasRule) -> Rule:
+    """The rule that was given, by itself or by what has it."""
+    return given if isinstance(given, Rule) else given.rule

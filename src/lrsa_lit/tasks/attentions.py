@@ -1,0 +1,40 @@
+"""The attentions that settings ask for, as rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.errors import UserError, under
+from lrsa_lit.evaluation.each_layer import Attention, each_layer
+
+_FIELD = "evaluate"
+
+
+def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
+    """The rule with some values changed; None is dense.
+
+    Raises:
+        UserError: a value is not allowed; the error names the argument ``field``.
+    """
+    if changes is None:
+        return None
+    with under(field):
+        return own.replace(**changes)
+
+
+def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LRSAConfig | None]:
+    """The rules to evaluate under, by name: the run's own as "", then the further ones.
+
+    Raises:
+        UserError: a name or a value is not allowed.
+    """
+    rules: dict[str, LRSAConfig | None] = {"": own}
+    for name, changes in each_layer(_FIELD, further):
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(_FIELD, name, "a name of letters, digits, - and _")
+        if name in rules:
+            raise UserError(_FIELD, name, f"another name: {name.rpartition('-')[0]} stands for it as well")
+        rules[name] = derived(f"{_FIELD}.{name}", own, changes)
+    return rules
