@@ -24,9 +24,8 @@ from IPython.display import display_png
 
 from lrsa_lit.experiments.report import evidence, frames, plots, summaries
 from lrsa_lit.experiments.report.bars import Bars, table_of
-from lrsa_lit.experiments.report.cells import measure_of
+from lrsa_lit.experiments.report.cells import Table, measure_of
 from lrsa_lit.experiments.report.places import by_place
-from lrsa_lit.experiments.report.tables import Table
 
 # %% [markdown]
 # Files are looked for in this folder and in those above it.

@@ -149,7 +149,7 @@ def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
     own = [evaluation(study, "lrsa", "4x", scores(share), seed) for seed, share in ((1, 0.9), (0, 0.5), (2, 0.7))]
     other = [evaluation(study, "lrsa", "random-4x", scores(share), seed) for seed, share in ((0, 0.4), (2, 0.6))]
     cells = Cells(study, [*own, *other])
-    one, two = cells.on("plain", "test")
+    one, two = cells.on("plain").cells()
     found = one.compared(two, "f1").difference
     assert found.value == pytest.approx(0.1)
     assert 0.05 < found.low < found.high < 0.15

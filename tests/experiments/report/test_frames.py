@@ -8,9 +8,8 @@ from experiments.report.lines import evaluation, scores
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import frames
-from lrsa_lit.experiments.report.cells import Cells
+from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.summaries import full, matrix
-from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.study.plan import Study
 
 
@@ -50,7 +49,7 @@ def test_answers_stand_side_by_side(cells):
     found = frames.answers(Table(cells, "main", "plain"), 150)
     assert found["answer"].tolist() == ["answer", "answer", "answer 150"]
     assert found["score"].tolist() == [1.0, 0.0, 0.0]
-    with pytest.raises(UserError, match="200 questions"):
+    with pytest.raises(UserError, match="0 to 199"):
         frames.answers(Table(cells, "main", "plain"), 200)
 
 

@@ -16,9 +16,8 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import places
-from lrsa_lit.experiments.report.cells import Cells
+from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.places import ALWAYS, ELSEWHERE, LAST, NOWHERE, PLACES, place_of
-from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.ops.sparse_attention import Recency, visibility_mask
 from lrsa_lit.study import tokens
 from lrsa_lit.study.plan import Study

@@ -12,9 +12,8 @@ from study.conftest import STUDY
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report.cells import Cells, reference_of
+from lrsa_lit.experiments.report.cells import Cells, Table, reference_of
 from lrsa_lit.experiments.report.document import results_of
-from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.results import read_lines
 from lrsa_lit.study.runner import Runner
@@ -161,7 +160,7 @@ def test_an_attention_that_is_no_more_is_not_taken_for_the_rows_own(study_file):
     study = Study(str(study_file))
     gone = {"rule_digest": "0" * 12, "rule": {**study.row("lrsa").rule.to_dict(), "top_k": 1}}
     lines = [evaluation(study, "lrsa", "own", scores(0.5)), evaluation(study, "lrsa", "4x", scores(0.9), **gone)]
-    (cell,) = Cells(study, lines).on("plain", "test")
+    (cell,) = Cells(study, lines).on("plain").cells()
     assert cell.line["f1"] == scores(0.5)
 
 

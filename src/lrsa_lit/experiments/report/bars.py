@@ -14,28 +14,33 @@ A bar asks for one of three things on a data set's test split:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
 from lrsa_lit.experiments.report import grid
-from lrsa_lit.experiments.report.bar_checks import check_bar
-from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of, reference_of
+from lrsa_lit.experiments.report.cells import Cell, Cells, Scope, measure_of, reference_of
 from lrsa_lit.experiments.report.grid import Column, Grid
 from lrsa_lit.experiments.report.summaries import LABELS
 from lrsa_lit.ops.sparse_attention import LagRelative
-from lrsa_lit.study.plan import DENSE, digest_of
+from lrsa_lit.study.checks import MEASURES
+from lrsa_lit.study.plan import DENSE, Study
 from lrsa_lit.study.settings import Settings
+
+_CELL, _SHARE = {"set", "row", "inference"}, {"set", "of_dense"}
+_MUST = ({*_SHARE, "kept"}, {*_SHARE, "pairs"}, {*_CELL, "at_least"}, {*_CELL, "above", "p"})
+_MAY = {"set", "measure"}
+_MAY_OF_DENSE = {*_MAY, "reference", "reference_at_least"}
+"""The keys that a bar must have, one of these sets, and those that it may have."""
 
 _HALF_A_PERCENT = 0.005
 """Shares are held against a bar's as whole percents, as the tables show them."""
 
 
-@dataclass(frozen=True)
-class Best:
+class Best(NamedTuple):
     """The best cell of those that a bar allows.
 
     Attributes:
@@ -57,15 +62,7 @@ class Best:
 
 
 class Verdict(NamedTuple):
-    """A bar and what was reached.
-
-    Attributes:
-        bar: its name.
-        required: what it asks for.
-        reached: what the results say; empty where there are none.
-        verdict: ``met``, ``missed`` or ``open``, and whether the interval leaves it undecided.
-        by: which cells reached it.
-    """
+    """A bar, what it requires, what was reached (nothing without results), the verdict, and which cells reached it."""
 
     bar: str
     required: str
@@ -87,20 +84,13 @@ class Bars:
     def __init__(self, cells: Cells) -> None:
         self.cells, self.study = cells, cells.study
         for name, bar in self.study.bars.items():
-            check_bar(self.study, name, bar)
+            _check(self.study, name, bar)
 
     def verdicts(self) -> list[Verdict]:
         """One for each bar."""
-        return [self._verdict(name, bar) for name, bar in self.study.bars.items()]
-
-    def _verdict(self, name: str, bar: Settings) -> Verdict:
-        if "of_dense" in bar:
-            return self._of_dense(name, bar)
-        return self._score(name, bar) if "at_least" in bar else self._above(name, bar)
-
-    def measure(self, bar: Settings) -> str:
-        """What a bar is about."""
-        return str(bar.get("measure") or measure_of(self.study, bar["set"]))
+        kinds = {"of_dense": self._of_dense, "at_least": self._score, "above": self._above}
+        bars = self.study.bars.items()
+        return [next(of for key, of in kinds.items() if key in bar)(name, bar) for name, bar in bars]
 
     def best(self, bar: Settings) -> Best | None:
         """The cell with the largest share of dense training's score among those that the bar allows.
@@ -108,20 +98,18 @@ class Bars:
         Of these only the ones of as many seeds as the study has, or else of the most: of one seed the best is the
         luckiest.
         """
-        measure = self.measure(bar)
-        allowed = [cell for cell in self.cells.on(bar["set"], "test", measure) if self._counts(bar, cell)]
-        pairs = [pair for cell in allowed if (pair := self._with_reference(bar, cell)) is not None]
+        scope = self._scope(bar)
+        allowed = [cell for cell in scope.cells() if self._counts(bar, cell)]
+        pairs = [pair for cell in allowed if (pair := self._with_reference(bar, scope, cell)) is not None]
         enough = min(len(self.study.seeds), max((len(cell.lines) for cell, _ in pairs), default=0))
         pairs = [pair for pair in pairs if len(pair[0].lines) >= enough]
         if not pairs:
             return None
-        cell, reference = max(pairs, key=lambda pair: pair[0].mean(measure) / pair[1].mean(measure))
-        found = cell.compared(reference, measure)
+        cell, reference = max(pairs, key=lambda pair: pair[0].mean(scope.measure) / pair[1].mean(scope.measure))
+        found = cell.compared(reference, scope.measure)
         assert found is not None  # they are of other weights, and of the same questions and seeds
-        dense = self.study.row(reference.row)
-        seeds = {line["seed"] for line in reference.lines}
-        same = self.cells.cell(dense, cell.attention, cell.key[1], bar["set"], "test", measure, seeds)
-        return Best(cell, reference, same, found.ratio, len(pairs), _apart(pairs, measure))
+        same = scope.cell(reference.row, cell.attention, cell.key[1], {line["seed"] for line in reference.lines})
+        return Best(cell, reference, same, found.ratio, len(pairs), _apart(pairs, scope.measure))
 
     def summary(self) -> Grid:
         """The best of each budget beside dense training, compressed at inference only.
@@ -135,7 +123,7 @@ class Bars:
             smallest.setdefault((*found[name].cell.key, bars[name]["set"]), name)
         shown = {name: best for name, best in found.items() if name in smallest.values()}
         rows, cells = list(shown.values()), [best.cell for best in shown.values()]
-        measures = [self.measure(bars[name]) for name in shown]
+        measures = [self._scope(bars[name]).measure for name in shown]
 
         def means(title: str, of: Sequence[Cell | None]) -> Column:
             three = zip(of, measures, cells, strict=True)
@@ -161,16 +149,16 @@ class Bars:
         chooses = _selects(rule) and len(rule["dense_layers"]) < cell.line["layers"]
         return bool(trained and chooses and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT)
 
-    def _with_reference(self, bar: Settings, cell: Cell) -> tuple[Cell, Cell] | None:
+    def _with_reference(self, bar: Settings, scope: Scope, cell: Cell) -> tuple[Cell, Cell] | None:
         """A cell and dense training with dense inference that it is held against, if the bar allows that one."""
-        dense, measure = reference_of(self.study, self.study.row(cell.row)), self.measure(bar)
+        dense = reference_of(self.study, self.study.row(cell.row))
         if dense is None or dense.name not in bar.get("reference", [dense.name]):
             return None
-        reference = self.cells.cell(dense, DENSE, DENSE, bar["set"], "test", measure)
+        reference = scope.cell(dense.name, DENSE, DENSE)
         if reference is None or reference.line["set_digest"] != cell.line["set_digest"]:
             return None
         pair = cell.paired(reference)
-        if pair is None or not pair[1].mean(measure):
+        if pair is None or not pair[1].mean(scope.measure):
             return None
         asked = bar.get("reference_at_least", {})
         return pair if all(pair[1].mean(name) >= least for name, least in asked.items()) else None
@@ -190,25 +178,25 @@ class Bars:
         return Verdict(name, required, grid.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by)
 
     def _score(self, name: str, bar: Settings) -> Verdict:
-        required, measure = f"{self._label(bar)} at least {bar['at_least']:g}", self.measure(bar)
+        required, scope = f"{self._label(bar)} at least {bar['at_least']:g}", self._scope(bar)
         rows = [bar["row"]] if isinstance(bar["row"], str) else bar["row"]
-        found = [cell for row in rows if (cell := self._cell(bar, row, bar["inference"])) is not None]
+        found = [cell for row in rows if (cell := scope.cell(row, bar["inference"])) is not None]
         if not found:
             return Verdict(name, required)
-        cell = max(found, key=lambda cell: cell.mean(measure))
-        score = cell.estimate(measure)
+        cell = max(found, key=lambda cell: cell.mean(scope.measure))
+        score = cell.estimate(scope.measure)
         by = f"{cell.row} under {cell.attention}, {grid.seeds(len(cell.lines))}"
         by += f"; best of {len(found)}" if len(found) > 1 else ""
         return Verdict(name, required, grid.interval(score), _judged(score, bar["at_least"]), by)
 
     def _above(self, name: str, bar: Settings) -> Verdict:
-        measure, asked = self.measure(bar), bar["above"]
+        scope, asked = self._scope(bar), bar["above"]
         others = ", ".join(f"{row} under {attention}" for row, attention in asked)
         required = f"{self._label(bar)} above {others}, p < {bar['p']:g}"
-        cell = self._cell(bar, bar["row"], bar["inference"])
-        measured = [other for row, attention in asked if (other := self._cell(bar, row, attention)) is not None]
+        cell = scope.cell(bar["row"], bar["inference"])
+        measured = [other for names in asked if (other := scope.cell(*names)) is not None]
         pairs = [pair for other in measured if cell and (pair := cell.paired(other))]
-        found = [(item, pair[0]) for pair in pairs if (item := pair[0].compared(pair[1], measure)) is not None]
+        found = [(item, own) for own, other in pairs if (item := own.compared(other, scope.measure)) is not None]
         if not found:
             return Verdict(name, required)
         items = [item for item, _ in found]
@@ -220,13 +208,11 @@ class Bars:
         verdict = _significant(items, p_values, bar["p"], len(asked))
         return Verdict(name, required, f"{grid.signed(smallest)}, p = {max(p_values):.4f}", verdict, by)
 
-    def _cell(self, bar: Settings, row: str, attention: str) -> Cell | None:
-        found = self.study.row(row)
-        digest = digest_of(self.study.rule_of(found, attention))
-        return self.cells.cell(found, attention, digest, bar["set"], "test", self.measure(bar))
+    def _scope(self, bar: Settings) -> Scope:
+        return self.cells.on(bar["set"], measure=bar.get("measure"))
 
     def _label(self, bar: Settings) -> str:
-        return f"{bar['set']} {LABELS[self.measure(bar)]}"
+        return f"{bar['set']} {LABELS[self._scope(bar).measure]}"
 
 
 def table_of(verdicts: Sequence[Verdict]) -> Grid:
@@ -284,3 +270,42 @@ def _apart(pairs: Sequence[tuple[Cell, Cell]], measure: str) -> float | None:
     chosen = (sums[:, 0] / sums[:, 1]).argmax(axis=0)[::-1]
     reached, dense = sums[chosen, :, [0, 1]].sum(axis=0)
     return float(reached / dense)
+
+
+def _check(study: Study, name: str, bar: Any) -> None:
+    """Refuse a bar whose keys do not fit together, or that names what the study does not have."""
+    where = f"{study.name}: bars.{name}"
+    keys = set(bar) if isinstance(bar, dict) else set()
+    if not any(must <= keys <= must | (_MAY_OF_DENSE if must >= _SHARE else _MAY) for must in _MUST):
+        allowed = "; or ".join(", ".join(sorted(must)) for must in _MUST)
+        given = ", ".join(map(str, keys)) or "none"
+        raise UserError(where, reason=f"the keys {given} are not allowed; they must be {allowed}")
+
+    def check(key: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise UserError(f"{where}.{key}", bar[key], allowed)
+
+    check("set", isinstance(bar["set"], str) and bar["set"] in study.data_sets, "one of data_sets")
+    measure = bar.get("measure") or measure_of(study, bar["set"])
+    if measure not in MEASURES:
+        raise UserError(f"{where}.measure", measure, ", ".join(MEASURES))
+    for key in ("kept", "pairs", "of_dense", "at_least", "p"):
+        check(key, isinstance(bar.get(key, 0), int | float), "a number")
+    reference, least = bar.get("reference", []), bar.get("reference_at_least", {})
+    check("reference", _is_names(reference), "a list of rows")
+    numbers = isinstance(least, dict) and all(isinstance(value, int | float) for value in least.values())
+    check("reference_at_least", numbers and set(least) <= set(MEASURES), f"{', '.join(MEASURES)}, each with a number")
+    rows, above = bar.get("row", []), bar.get("above", [])
+    rows = [rows] if isinstance(rows, str) else rows
+    check("row", _is_names(rows), "the name of a row, or a list of them")
+    check("inference", isinstance(bar.get("inference", ""), str), "the name of an attention")
+    pairs = isinstance(above, list) and all(_is_names(other) and len(other) == 2 for other in above)
+    check("above", pairs, "a list of [row, inference]")
+    for row in reference:
+        study.row(row)
+    for row, attention in [*((row, bar["inference"]) for row in rows), *above]:
+        study.rule_of(study.row(row), attention, where)
+
+
+def _is_names(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(name, str) for name in given)

@@ -1,15 +1,17 @@
-"""Results as cells: a row under one attention on one data set, over its seeds."""
+"""Results as cells, rows under attentions over their seeds, and what the cells of a part are held against."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate, Groups, Scores
-from lrsa_lit.study.plan import OWN, Row, Study, digest_of
+from lrsa_lit.study.plan import DENSE, OWN, Evaluation, Row, Study, digest_of
 from lrsa_lit.study.results import Line, current
 
 _SAME = ("backbone", "trainer", "data")
@@ -113,56 +115,57 @@ class Cell:
 
 
 class Cells:
-    """All results as cells.
-
-    Args:
-        study: the study.
-        lines: its results; those of weights that were trained anew since stay out.
-    """
+    """All results of a study; those of weights that were trained anew since stay out."""
 
     def __init__(self, study: Study, lines: Sequence[Line]) -> None:
         self.study, self.lines = study, current(lines)
-        self._found: dict[tuple[str, str, str], list[Line]] = {}
+
+    def on(self, data_set: str, split: str = "test", measure: str | None = None) -> Scope:
+        """Those on a split of a data set that have a measure; the data set's where none is named."""
+        measure = measure or measure_of(self.study, data_set)
+        found: dict[str, list[Line]] = {}
         for line in self.lines:
-            if line["kind"] == "evaluation":
-                self._found.setdefault((line["config"], line["set"], line["split"]), []).append(line)
+            if line["kind"] == "evaluation" and (line["set"], line["split"]) == (data_set, split) and line[measure]:
+                found.setdefault(line["config"], []).append(line)
+        return Scope(self.study, data_set, measure, found)
+
+
+class Scope(NamedTuple):
+    """Results on a split of a data set that have a measure, by the digests of their rows."""
+
+    study: Study
+    data_set: str
+    measure: str
+    lines: Mapping[str, list[Line]]
 
     def cell(
-        self,
-        row: Row,
-        attention: str,
-        rule_digest: str,
-        data_set: str,
-        split: str,
-        measure: str = "loss",
-        seeds: Container[int] | None = None,
+        self, row: str, attention: str, digest: str | None = None, seeds: Container[int] | None = None
     ) -> Cell | None:
-        """The cell of a row and rule on a data set, of those results that have the measure; of all seeds or of some."""
-        lines = self._found.get((row.hash, data_set, split), [])
-        if seeds is not None:
-            lines = [line for line in lines if line["seed"] in seeds]
-        found = [line for line in lines if line["rule_digest"] == rule_digest and line[measure]]
+        """The cell of a row under an attention, or under the rule of a digest; of all seeds or of some."""
+        trained = self.study.row(row)
+        if digest is None:
+            digest = digest_of(self.study.rule_of(trained, attention))
+        lines = [line for line in self.lines.get(trained.hash, ()) if seeds is None or line["seed"] in seeds]
+        found = [line for line in lines if line["rule_digest"] == digest]
         # Answers to other questions, and after training on others, of a former version of the data, stay out.
         data = ("set_digest", "train_digest")
         same = [line for line in found if all(line[name] == found[-1][name] for name in data)]
         # A seed whose losses came first and whose answers later has two.
         by_seed = {line["seed"]: line for line in same}
-        return Cell(row.name, attention, tuple(by_seed.values())) if by_seed else None
+        return Cell(row, attention, tuple(by_seed.values())) if by_seed else None
 
-    def on(self, data_set: str, split: str, measure: str = "loss") -> list[Cell]:
-        """All cells on a data set, row by row of the study, in the order of the results.
+    def cells(self) -> list[Cell]:
+        """All cells, row by row of the study, in the order of the results.
 
         Those of attentions that the study has no more stay out.
         """
         names = {digest_of(rule): name for name, rule in reversed(self.study.inference.items())}
-        cells = []
+        cells: list[Cell | None] = []
         for row in self.study.rows.values():
             known = {digest_of(row.rule): OWN} | names
-            lines = self._found.get((row.hash, data_set, split), [])
-            for digest in dict.fromkeys(line["rule_digest"] for line in lines if line["rule_digest"] in known):
-                cell = self.cell(row, known[digest], digest, data_set, split, measure)
-                cells += [cell] if cell else []
-        return cells
+            digests = dict.fromkeys(line["rule_digest"] for line in self.lines.get(row.hash, ()))
+            cells += [self.cell(row.name, known[digest], digest) for digest in digests if digest in known]
+        return [cell for cell in cells if cell is not None]
 
 
 def measure_of(study: Study, data_set: str, part: str | None = None) -> str:
@@ -181,3 +184,97 @@ def reference_of(study: Study, row: Row) -> Row | None:
         return next(iter(dense), None)
     mine = row.trained_by()
     return next((other for other in dense if all(mine[name] == other.trained_by()[name] for name in _SAME)), None)
+
+
+class Entry(NamedTuple):
+    """A cell of a table, with its score, and that against those of others.
+
+    Attributes:
+        of_dense: against dense training with dense inference.
+        of_same: against dense training under the same attention; None for dense training itself.
+        of_named: against the row and attention that the part names.
+    """
+
+    cell: Cell
+    score: Estimate
+    of_dense: Comparison | None = None
+    of_same: Comparison | None = None
+    of_named: Comparison | None = None
+
+
+class Table:
+    """The results of a part on one data set.
+
+    All of it, what cells are held against as well, is of the part's seeds: other parts may have more of the same cells.
+
+    Args:
+        cells: all results.
+        part: name of the part.
+        data_set: name of the data set.
+
+    Attributes:
+        cells: those of the part that have results.
+        measure: ``f1``, ``em``, ``recall`` or ``loss``.
+        asked: how many results, seed by seed, the part asks for.
+        done: how many of them there are.
+    """
+
+    def __init__(self, cells: Cells, part: str, data_set: str) -> None:
+        self.study, self.part, self.data_set = cells.study, part, data_set
+        asked = self.study.parts[part]
+        self.split = asked.get("split", "test")
+        self.measure = measure_of(self.study, data_set, part)
+        named = asked.get("against")
+        self.against: tuple[str, str] | None = (named["row"], named["inference"]) if named else None
+        self._scope = cells.on(data_set, self.split, self.measure)
+        items = self._items()
+        # Of trained rows: what else is held against them is of these seeds too.
+        self._seeds = {seed for (row, _), seeds in items.items() if self.study.row(row).steps for seed in seeds} or {0}
+        found = [self._scope.cell(row, item.name, item.rule_digest, seeds) for (row, item), seeds in items.items()]
+        self.cells = [cell for cell in found if cell is not None]
+        self.asked = sum(map(len, items.values()))
+        self.done = sum(len(cell.lines) for cell in self.cells)
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """One for each cell that has results, in the order of the part."""
+        return [self._entry(cell) for cell in self.cells]
+
+    def entry(self, row: str, attention: str) -> Entry | None:
+        """The entry of a row under an attention of the part, by whichever name it stands there."""
+        key = row, self._digest(row, attention)
+        return next((entry for entry in self.entries if entry.cell.key == key), None)
+
+    @property
+    def attentions(self) -> list[str]:
+        """Those of the part, without the rows' own where each of them is another one as well."""
+        names = list(dict.fromkeys(self.study.named(self.study.parts[self.part]["inference"])))
+        others = {self._digest(cell.row, name) for cell in self.cells[:1] for name in names if name != OWN}
+        own = {self._digest(cell.row, OWN) for cell in self.cells if OWN in names}
+        return [name for name in names if name != OWN] if own <= others else names
+
+    def _digest(self, row: str, attention: str) -> str:
+        return digest_of(self.study.rule_of(self.study.row(row), attention))
+
+    def _items(self) -> dict[tuple[str, Evaluation], set[int]]:
+        """The evaluations of each row, all of one row together, and their seeds."""
+        rows = self.study.parts[self.part]["rows"]
+        found: dict[tuple[str, Evaluation], set[int]] = {}
+        for work in sorted(self.study.work(self.part), key=lambda work: rows.index(work.row.name)):
+            for item in work.evaluations:
+                if item.data_set == self.data_set:
+                    found.setdefault((work.row.name, item), set()).add(work.seed)
+        return found
+
+    def _entry(self, cell: Cell) -> Entry:
+        score = cell.estimate(self.measure)
+        if self.measure == "loss":
+            return Entry(cell, score)
+        dense = reference_of(self.study, self.study.row(cell.row))
+        asked = [
+            (dense.name, "dense", DENSE) if dense else None,
+            (dense.name, cell.attention, cell.key[1]) if dense and dense.name != cell.row else None,
+            (*self.against, self._digest(*self.against)) if self.against else None,
+        ]
+        others = [names and self._scope.cell(*names, self._seeds) for names in asked]
+        return Entry(cell, score, *(cell.compared(other, self.measure) for other in others))

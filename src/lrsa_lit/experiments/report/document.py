@@ -14,10 +14,9 @@ from PIL import Image
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import evidence, plots, summaries
 from lrsa_lit.experiments.report.bars import Bars, table_of
-from lrsa_lit.experiments.report.cells import Cells
+from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.markers import filled, replace
 from lrsa_lit.experiments.report.places import by_place
-from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.study.plan import Study
 from lrsa_lit.study.results import Line, read_lines
 
@@ -126,7 +125,7 @@ def results_of(study: Study, path: Path) -> list[Line]:
         UserError: there is no such file, or there are none.
     """
     if not path.exists():
-        raise UserError(str(path), reason="no such file", hint="`lrsa study run` writes it")
+        raise UserError(str(path), reason="no such file; `lrsa study run` writes it")
     names = {row.hash: row.name for row in reversed(study.rows.values())}
     lines = [{**line, "row": names[line["config"]]} for line in read_lines(path) if line["config"] in names]
     if not lines:

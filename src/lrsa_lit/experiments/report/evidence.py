@@ -8,9 +8,8 @@ from typing import Literal, NamedTuple
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
 from lrsa_lit.experiments.report import grid
-from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of
+from lrsa_lit.experiments.report.cells import Cell, Cells, Table, measure_of
 from lrsa_lit.experiments.report.grid import Column, Grid
-from lrsa_lit.experiments.report.tables import Table
 
 WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")
 
@@ -41,15 +40,7 @@ class Survival(NamedTuple):
 
 
 class LayerGain(NamedTuple):
-    """What one more dense layer is worth.
-
-    Attributes:
-        row: name of the row.
-        attention: name of the attention without it.
-        base: the layers that are dense there, ascending.
-        layer: the one more.
-        gain: the fall of the loss, nats for each token.
-    """
+    """The fall of a row's loss (nats for each token) by one more dense layer, beside those that are dense already."""
 
     row: str
     attention: str
@@ -61,7 +52,7 @@ class LayerGain(NamedTuple):
 def texts(cells: Cells) -> list[Text]:
     """All cells on data sets without answers, on their test splits."""
     names = [name for name in cells.study.data_sets if measure_of(cells.study, name) == "loss"]
-    return [Text(name, cell, cell.estimate("loss")) for name in names for cell in cells.on(name, "test")]
+    return [Text(name, cell, cell.estimate("loss")) for name in names for cell in cells.on(name).cells()]
 
 
 def perplexity(cells: Cells) -> Grid:
@@ -76,8 +67,7 @@ def pairs(cells: Cells) -> list[Survival]:
     """Cells of trained rows on test splits whose selections were looked at, and the base LLM's as well."""
     found: list[Survival] = []
     for data_set in cells.study.data_sets:
-        own = cells.on(data_set, "test", measure_of(cells.study, data_set))
-        looked = [cell for cell in own if cell.survival("gold") is not None]
+        looked = [cell for cell in cells.on(data_set).cells() if cell.survival("gold") is not None]
         before = {cell.key[1]: cell for cell in looked if not cells.study.row(cell.row).steps}
         found += [
             Survival(data_set, before[cell.key[1]], cell)

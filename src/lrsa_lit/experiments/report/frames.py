@@ -10,10 +10,9 @@ import pandas as pd
 
 from lrsa_lit.data.prompts import INSTRUCTION
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report.cells import Cells
+from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.document import results_of
 from lrsa_lit.experiments.report.places import questions_of
-from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.study.plan import Study
 
 _TAIL = 400
@@ -51,7 +50,7 @@ def answers(table: Table, number: int) -> pd.DataFrame:
     """
     asked = min((cell.line["questions"] for cell in table.cells), default=0)
     if table.measure == "loss" or not 0 <= number < asked:
-        raise UserError("number", number, hint=f"{table.part} has answers to {asked} questions, from 0 on")
+        raise UserError("number", number, f"from 0 to {asked - 1}, the questions that {table.part} has answers to")
     rows = [(cell.row, cell.attention, line["seed"], line["text"][number], line[table.measure][number])
             for cell in table.cells for line in cell.lines]  # fmt: skip
     return pd.DataFrame(rows, columns=["trained", "inference", "seed", "answer", "score"])

@@ -34,14 +34,14 @@ def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
         raise UserError(str(path), reason=f"it cannot be read ({error.strerror})") from None
     marks = list(_MARK.finditer(content))
     if not marks:
-        hint = "one is a line <!-- study:NAME --> and a line <!-- /study -->"
-        raise UserError(str(path), reason="it has no block", hint=hint)
+        reason = "it has no block; one is a line <!-- study:NAME --> and a line <!-- /study -->"
+        raise UserError(str(path), reason=reason)
     parts, kept_from = [], 0
     for opening, closing in itertools.zip_longest(marks[::2], marks[1::2]):
         number = content.count(b"\n", 0, opening.start()) + 1
         where = f"{path}, line {number}"
         if not opening[1]:
-            raise UserError(where, reason="<!-- /study --> closes nothing", hint="allowed is one for each block")
+            raise UserError(where, reason="<!-- /study --> closes nothing; allowed is one for each block")
         name = opening[1].decode()
         if closing is None or closing[1]:
             raise UserError(where, reason=f"the block {name!r} is not closed by a line <!-- /study -->")

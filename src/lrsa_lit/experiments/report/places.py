@@ -13,9 +13,8 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
 from lrsa_lit.experiments.report import grid
-from lrsa_lit.experiments.report.cells import Cell
+from lrsa_lit.experiments.report.cells import Cell, Table
 from lrsa_lit.experiments.report.grid import Column, Grid
-from lrsa_lit.experiments.report.tables import Table
 from lrsa_lit.ops.sparse_attention import compressed_at, raw_start
 from lrsa_lit.study import tokens
 
@@ -81,11 +80,11 @@ def questions_of(table: Table, data: Path | None) -> list[Example]:
         UserError: there is no folder, no such file, or its questions are others.
     """
     if data is None:
-        raise UserError("--data", reason="it is needed for the questions", hint="name the folder of `lrsa study data`")
+        raise UserError("--data", reason="it is needed for the questions; name the folder of `lrsa study data`")
     path = tokens.path_of(data, table.data_set, table.split)
     file = tokens.read(path)
     if file.digest != table.cells[0].line["set_digest"]:
-        raise UserError(str(path), reason="other questions than those of the results", hint="write them anew")
+        raise UserError(str(path), reason="other questions than those of the results; write them anew")
     return file.examples
 
 
@@ -97,9 +96,8 @@ def _check_alike(table: Table, rule: LRSAConfig) -> None:
         for key in ("sink_size", "lag_size", "chunk_size"):
             if own is not None and own[key] != named[key]:
                 has = f"{cell.row} under {cell.attention} has {key} {own[key]}"
-                raise UserError(
-                    f"parts.{table.part}", reason=has, hint=f"places need the {named[key]} of the rule in against"
-                )
+                needed = f"places need the {named[key]} of the rule in against"
+                raise UserError(f"parts.{table.part}", reason=f"{has}; {needed}")
 
 
 def _score(cell: Cell, measure: str, member: NDArray[np.bool_]) -> Estimate | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lrsa_lit.analysis.plots import OKABE_ITO, legend, subplots
 from lrsa_lit.experiments.report.evidence import WHEN
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lrsa_lit.evaluation.statistics import Estimate
+    from lrsa_lit.experiments.report.cells import Entry
     from lrsa_lit.experiments.report.evidence import LayerGain, Survival, Text
-    from lrsa_lit.experiments.report.tables import Entry
     from lrsa_lit.study.results import Line
 
 _MARKERS = "osD^vP*X"
@@ -25,15 +26,13 @@ _MARKERS = "osD^vP*X"
 def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
     """The score of each row, with its interval, against the share of query-key pairs that are attended to."""
     figure, axes = subplots(1, 1, size=(7, 4))
-    for number, row in enumerate(dict.fromkeys(entry.cell.row for entry in entries)):
-        _line(axes, number, row, [(entry.cell.pairs, entry.score) for entry in entries if entry.cell.row == row])
+    _by_share(axes, [(entry.cell.row, entry.cell.pairs, entry.score) for entry in entries])
     axes.set(
         xlabel="share of the query-key pairs attended to (sinks, windows and dense layers counted)",
         ylabel=f"{LABELS[measure]} (bars: 95 %)",
         title=title,
     )
     axes.set_ylim(bottom=0)
-    legend(axes, "trained")
     return figure
 
 
@@ -45,11 +44,8 @@ def perplexity(texts: Sequence[Text]) -> Figure | None:
     figure, panels = subplots(len(names), 1, size=(7, 3.6 * len(names)), squeeze=False)
     for axes, name in zip(panels[:, 0], names, strict=True):
         shown = [text for text in texts if text.data_set == name]
-        for number, row in enumerate(dict.fromkeys(text.cell.row for text in shown)):
-            points = [(text.cell.kept, text.loss.exp()) for text in shown if text.cell.row == row]
-            _line(axes, number, row, points)
+        _by_share(axes, [(text.cell.row, text.cell.kept, text.loss.exp()) for text in shown])
         axes.set(xlabel="share of pairs kept (K/L, 1 in dense layers)", ylabel="perplexity (bars: 95 %)", title=name)
-        legend(axes, "trained")
     return figure
 
 
@@ -93,8 +89,12 @@ def layers(found: Sequence[LayerGain], title: str) -> Figure | None:
         return None
     figure, panels = subplots(len(groups), 1, size=(9, 0.4 + 3.2 * len(groups)), squeeze=False)
     for number, (axes, ((row, attention, base), items)) in enumerate(zip(panels[:, 0], groups.items(), strict=True)):
-        bars = [(str(item.layer), item.gain) for item in sorted(items, key=lambda item: item.layer)]
-        _bars(axes, number, f"{row}, {attention}", bars)
+        items = sorted(items, key=lambda item: item.layer)
+        gains, colour = [item.gain for item in items], OKABE_ITO[number % len(OKABE_ITO)]
+        heights, names = [gain.value for gain in gains], [str(item.layer) for item in items]
+        axes.bar(names, heights, yerr=_errors(gains), color=colour, capsize=2, label=f"{row}, {attention}")
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.tick_params(axis="x", labelsize="small")
         axes.set(xlabel="dense layer", ylabel="fall of the answer loss,\nnats a token (95 %)")
         legend(axes, f"trained; dense as well: {', '.join(map(str, base)) or 'none'}")
     figure.suptitle(title)
@@ -106,14 +106,12 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
     figure, axes = subplots(1, 1, size=(7, 4))
     shown = [line for line in lines if line["kind"] == "training" and line.get("losses")]
     for number, row in enumerate(dict.fromkeys(line["row"] for line in shown)):
-        seeds = [line for line in shown if line["row"] == row]
-        for line in seeds:
-            losses = line["losses"]
-            means = [math.fsum(part) / len(part) for end in range(1, len(losses) + 1)
-                     if (part := losses[max(0, end - window) : end])]  # fmt: skip
-            # One entry of the legend a row: matplotlib leaves out what begins with an underscore.
-            label = row if line is seeds[0] else f"_{row}"
-            axes.plot(range(1, len(means) + 1), means, color=OKABE_ITO[number % len(OKABE_ITO)], label=label)
+        # One entry of the legend a row: matplotlib leaves out what begins with an underscore.
+        label = row
+        for line in (line for line in shown if line["row"] == row):
+            means = pd.Series(line["losses"]).rolling(window, min_periods=1).mean()
+            axes.plot(means.index + 1, means, color=OKABE_ITO[number % len(OKABE_ITO)], label=label)
+            label = f"_{row}"
     axes.set(xlabel="batch", ylabel=f"answer loss, mean of {window} batches")
     if shown:
         legend(axes, "trained")
@@ -122,22 +120,14 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
     return figure
 
 
-def _line(axes: Axes, number: int, label: str, points: Sequence[tuple[float, Estimate]]) -> None:
-    """Estimates with their intervals, by share."""
-    points = sorted(points)
-    shares, scores = [share for share, _ in points], [score.value for _, score in points]
-    errors = _errors([score for _, score in points])
-    colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
-    axes.errorbar(shares, scores, errors, fmt=f"{marker}-", color=colour, capsize=3, label=label, alpha=0.85)
-
-
-def _bars(axes: Axes, number: int, label: str, named: Sequence[tuple[str, Estimate]]) -> None:
-    """Estimates with their intervals, each with its name below."""
-    names, estimates = [name for name, _ in named], [estimate for _, estimate in named]
-    heights, colour = [estimate.value for estimate in estimates], OKABE_ITO[number % len(OKABE_ITO)]
-    axes.bar(names, heights, yerr=_errors(estimates), color=colour, capsize=2, label=label)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.tick_params(axis="x", labelsize="small")
+def _by_share(axes: Axes, found: Sequence[tuple[str, float, Estimate]]) -> None:
+    """A line for each row through its estimates with their intervals, by share."""
+    for number, row in enumerate(dict.fromkeys(name for name, *_ in found)):
+        shares, scores = zip(*sorted((share, score) for name, share, score in found if name == row), strict=True)
+        colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
+        values, errors, form = [score.value for score in scores], _errors(scores), f"{marker}-"
+        axes.errorbar(shares, values, errors, fmt=form, color=colour, capsize=3, label=row, alpha=0.85)
+    legend(axes, "trained")
 
 
 def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
