@@ -15,7 +15,7 @@ from lrsa_lit.attention.attached import enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
-from lrsa_lit.ops.sparse_attention import KeyValueStream, PairBuffer, Rule, attend_one, share_memory
+from lrsa_lit.ops.sparse_attention import KeyValueStream, PairBuffer, Rule, attend_one
 
 _WARM_UP = 3
 """Steps that launch kernel by kernel before one is captured: what compiles or allocates on first use may not do so
@@ -213,16 +213,15 @@ class _LayerMemory:
 
     Args:
         streams: of its rows, which go on in this memory.
-        places: tokens of each row that it has room for, or more.
+        places: tokens of each row that it has room for.
         filled: how far it is filled.
     """
 
     def __init__(self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths) -> None:
         self.filled, self.impl = filled, streams[0].impl
-        buffers = [_buffer(stream) for stream in streams]
-        if len(buffers) == 1:
-            buffers[0].reserve(places)
-        self.key, self.value = buffers[0].whole if len(buffers) == 1 else share_memory(buffers, places)
+        rows, (_, heads, _, channels) = _rows(streams), _buffer(streams[0]).whole[0].shape
+        self.key, self.value = (part.new_empty(rows, heads, places, channels) for part in _buffer(streams[0]).whole)
+        self.take(streams)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
@@ -234,8 +233,7 @@ class _LayerMemory:
         """Whether there is room for these rows, as many and of the same kind as those that it was made for."""
         key = _buffer(streams[0]).whole[0]
         writable = torch.is_inference_mode_enabled() or not self.key.is_inference()
-        rows = key.shape[0] if len(streams) == 1 else len(streams)
-        same = (rows, key.dtype, len(streams)) == (len(self.key), self.key.dtype, len(self.filled.ends))
+        same = (_rows(streams), key.dtype, len(streams)) == (len(self.key), self.key.dtype, len(self.filled.ends))
         return writable and same and streams[0].impl == self.impl and self.key.shape[2] >= places
 
     def take(self, streams: Sequence[KeyValueStream]) -> None:
@@ -261,6 +259,11 @@ def _layers_by_rule(cache: LRSACache) -> dict[Rule | None, list[int]]:
 
 def _addresses(streams: Streams) -> list[int]:
     return [_buffer(stream).address for rows in streams for stream in rows]
+
+
+def _rows(streams: Sequence[KeyValueStream]) -> int:
+    """Rows of the batch, of which there is one stream or a stream each."""
+    return len(streams) if len(streams) > 1 else len(_buffer(streams[0]).whole[0])
 
 
 def _buffer(stream: KeyValueStream) -> PairBuffer:

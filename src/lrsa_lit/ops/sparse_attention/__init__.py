@@ -1,7 +1,7 @@
 """Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
 
 from lrsa_lit.ops.sparse_attention.api import Impl, attend_one, select, sparse_attention, visibility_mask
-from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, share_memory
+from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
 from lrsa_lit.ops.sparse_attention.compiled_layers import is_traceable, numbers_of, traced_attention
 from lrsa_lit.ops.sparse_attention.compressors import (
     ChunkWise,
@@ -59,7 +59,6 @@ __all__ = [
     "of_sequence",
     "raw_start",
     "select",
-    "share_memory",
     "spans",
     "sparse_attention",
     "stored_size",

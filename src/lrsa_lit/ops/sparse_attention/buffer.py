@@ -5,8 +5,6 @@ Dimensions: B batch, H key-value heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -88,7 +86,10 @@ class PairBuffer:
         self._key[:, :, : self.length], self._value[:, :, : self.length] = filled
 
     def move_to(self, memory: Pair) -> None:
-        """Go on in other memory: keys and values (B, H, rows, D), with room for the filled rows."""
+        """Go on in other memory: keys and values (B, H, rows, D), with room for the filled rows.
+
+        It may be a part of a larger one, which the buffer leaves for memory of its own when it outgrows its part.
+        """
         for new, old in zip(memory, self.filled, strict=True):
             new[:, :, : self.length] = old
         self._key, self._value = memory
@@ -97,21 +98,3 @@ class PairBuffer:
         """A buffer of some rows of the batch, in the given order and multiplicity."""
         key, value = self.filled
         return PairBuffer(key[indices], value[indices])
-
-
-def share_memory(buffers: Sequence[PairBuffer], rows: int) -> Pair:
-    """Let the buffers of B sequences go on as parts of one memory, each at its own length.
-
-    A buffer that outgrows its part moves out of it, into memory of its own.
-
-    Args:
-        buffers: of one sequence each, (1, H, length, D).
-        rows: what each may be filled to.
-
-    Returns:
-        Keys and values (B, H, rows, D).
-    """
-    key, value = (part.new_empty(len(buffers), part.shape[1], rows, part.shape[3]) for part in buffers[0].whole)
-    for sequence, buffer in enumerate(buffers):
-        buffer.move_to((key[sequence : sequence + 1], value[sequence : sequence + 1]))
-    return key, value
