@@ -36,7 +36,7 @@ from recorded_fit import LAST, cases, common, digest, events, leaves, write_reco
 from rich.console import Console
 from rich.table import Table
 
-from lrsa_lit.checkpoints import atomic_io
+from lrsa_lit.checkpoints import checkpoint_io
 from lrsa_lit.cli.main import main as lrsa
 
 
@@ -96,7 +96,7 @@ def kill_at_moment(child: int, folder: Path, kill: Kill, seconds: float) -> None
 
 def kill_in_write(kill: Kill, size: int) -> None:
     """Let this process kill itself in the middle of writing a checkpoint."""
-    write_atomically, saved = atomic_io.write_atomically, 0
+    write_atomically, saved = checkpoint_io.write_atomically, 0
 
     def dying(path: Path, write: Callable[[Any], object]) -> None:
         nonlocal saved
@@ -111,7 +111,7 @@ def kill_in_write(kill: Kill, size: int) -> None:
 
         write_atomically(path, write_some)
 
-    atomic_io.write_atomically = dying
+    checkpoint_io.write_atomically = dying
 
 
 class DyingFile:
@@ -149,14 +149,14 @@ def reference(folder: Path, arguments: list[str]) -> Reference:
     saves = folder / "saves"
 
     def count_saves() -> None:
-        write_atomically = atomic_io.write_atomically
+        write_atomically = checkpoint_io.write_atomically
 
         def counting(path: Path, write: Callable[[Any], object]) -> None:
             write_atomically(path, write)
             with saves.open("a") as file:
                 file.write(f"{path}\n")
 
-        atomic_io.write_atomically = counting
+        checkpoint_io.write_atomically = counting
 
     # Once, so that the second run finds the data prepared and its duration is that of the others.
     began = time.perf_counter()

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+import torch.distributed
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lrsa_lit import verified
 from lrsa_lit.errors import UserError
-from lrsa_lit.io import put_in_place, sha256_of
-from lrsa_lit.models.checkpoint_file import META, Unreadable, holds_shards, read
+from lrsa_lit.io import partial_folder, put_in_place, sha256_of
+from lrsa_lit.lightning_internals import OneMesh
+from lrsa_lit.models.checkpoint_file import Unreadable, complete_shards, holds_shards, read
 from lrsa_lit.models.shards import WEIGHTS, empty_weights, load_into
 
+_SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
-class FullySharded(ModelParallelStrategy):
+
+class FullySharded(OneMesh):
     """Each device holds a part of the weights, gradients and optimizer state, and trains on batches of its own (FSDP2).
 
     Checkpoints are folders that any number of devices can load and ``lrsa export`` makes whole; they hold what is
@@ -30,7 +32,14 @@ class FullySharded(ModelParallelStrategy):
     Args:
         process_group_backend: "nccl", "gloo" …; null takes what the devices need.
         timeout: how long a process waits for the others.
+
+    Attributes:
+        reads_shards: that it loads folders of shards.
+        predicts: that devices may get unequal shares of the data, as they do where every question is asked once.
     """
+
+    reads_shards = True
+    predicts = False
 
     def __init__(
         self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
@@ -42,11 +51,6 @@ class FullySharded(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         """Lightning asks for the optimizer's state after it has restored the weights."""
         return True
-
-    def setup_environment(self) -> None:
-        """All devices of all machines are one mesh."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This process' parts of the trained weights, on the CPU."""
@@ -63,27 +67,27 @@ class FullySharded(ModelParallelStrategy):
         from torch.distributed.checkpoint.state_dict_saver import save
 
         path = Path(self.broadcast(filepath))
-        scratch = path.with_name(f".{path.name}.partial")
-        if self.is_global_zero:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        self.barrier()
         tensors = {WEIGHTS: checkpoint.pop(WEIGHTS)}
         tensors |= {_optimizer(index): state for index, state in enumerate(checkpoint.pop("optimizer_states", []))}
-        try:
-            save(tensors, storage_writer=FileSystemWriter(scratch))
-        except CheckpointException as error:
-            if self.is_global_zero:
-                shutil.rmtree(scratch, ignore_errors=True)
-            # It is no Exception, and would pass by all who wait for one.
-            raise OSError(f"{path} cannot be written ({next(iter(error.failures.values()))[0]})") from error
-        digests = self._digests(scratch)
-        if self.is_global_zero:
-            with (scratch / META).open("wb") as file:
-                torch.save(checkpoint, file)
-            verified.seal(scratch, digests)
-            put_in_place(scratch, path)
-        self.barrier()
+        with partial_folder(path) if self.is_global_zero else contextlib.nullcontext() as made:
+            folder = Path(self.broadcast(made))  # type: ignore[arg-type]
+            try:
+                save(tensors, storage_writer=FileSystemWriter(folder))
+            except CheckpointException as error:
+                # It is no Exception, and would pass by all who wait for one.
+                raise OSError(f"{path} cannot be written ({next(iter(error.failures.values()))[0]})") from error
+            # Each process has just written its own.
+            own = {file.name: sha256_of(file) for file in folder.glob(f"__{self.global_rank}_*")}
+            digests = {name: digest for of_one in gathered(own) for name, digest in of_one.items()}
+            failure = None
+            if made is not None:
+                try:
+                    complete_shards(folder, checkpoint, digests)
+                    put_in_place(folder, path)
+                except OSError as error:
+                    failure = error
+            if (failure := self.broadcast(failure)) is not None:
+                raise failure
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """What a checkpoint holds but its tensors; of the weights their shapes, for the module to check.
@@ -148,15 +152,6 @@ class FullySharded(ModelParallelStrategy):
         options = StateDictOptions(cpu_offload=cpu_offload, ignore_frozen_params=partial)
         return get_model_state_dict(self.model, options=options)
 
-    def _digests(self, folder: Path) -> dict[str, str]:
-        """SHA-256 of the shards of all processes, each of which has just written its own."""
-        own = {path.name: sha256_of(path) for path in folder.glob(f"__{self.global_rank}_*")}
-        if not torch.distributed.is_initialized():
-            return own
-        of_all: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_all, own)
-        return {name: digest for digests in of_all for name, digest in digests.items()}
-
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
         """Make one line of what keeps the checkpoint from being read."""
@@ -178,3 +173,17 @@ class FullySharded(ModelParallelStrategy):
 
 def _optimizer(index: int) -> str:
     return f"optimizer_{index}"
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes by rank. Every process must call it; a process that is alone tells itself."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def shards_weights(strategy: object) -> bool:
+    """Whether no device holds all weights."""
+    return isinstance(strategy, _SHARDING)

@@ -9,7 +9,7 @@ import signal
 import pytest
 from cli_helpers import elsewhere
 
-from lrsa_lit.checkpoints.files import claim
+from lrsa_lit.checkpoints.checkpoint_io import claim
 
 __all__ = ["elsewhere"]
 

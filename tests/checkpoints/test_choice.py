@@ -11,7 +11,7 @@ import torch
 from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
 from mlflow.tracking import MlflowClient
 
-from lrsa_lit.checkpoints import atomic_io, resume
+from lrsa_lit.checkpoints import checkpoint_io, resume
 from lrsa_lit.cli.main import main
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.limit_val_batches", "1"]
@@ -158,7 +158,7 @@ def test_another_number_of_processes(fitted, capfd):
 @pytest.fixture
 def full_disk(monkeypatch):
     """A disk without room for the second checkpoint of a run and all after it."""
-    write, written = atomic_io.write_atomically, []
+    write, written = checkpoint_io.write_atomically, []
 
     def writing(path, content):
         written.append(path)
@@ -166,7 +166,7 @@ def full_disk(monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    monkeypatch.setattr(atomic_io, "write_atomically", writing)
+    monkeypatch.setattr(checkpoint_io, "write_atomically", writing)
     return written
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cli_helpers import DEBUG, NO_LOGGER
 
-from lrsa_lit.checkpoints.errors import NonFiniteLoss
+from lrsa_lit.checkpoints.checkpoint_io import NonFiniteLoss
 from lrsa_lit.cli.main import main
 from lrsa_lit.tasks import LongContextQA
 

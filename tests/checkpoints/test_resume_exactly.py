@@ -22,7 +22,7 @@ from cli_helpers import interruptible
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lrsa_lit.checkpoints import ExactState, rng
-from lrsa_lit.checkpoints.exact_state import KEY
+from lrsa_lit.checkpoints.form import KEY
 from lrsa_lit.cli.main import main
 from lrsa_lit.tasks import LongContextQA
 

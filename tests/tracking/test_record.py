@@ -170,10 +170,10 @@ def test_experiments_by_name_and_by_id(tmp_path):
     assert by_id.name == number
     assert by_id.experiment_name == "own"
     assert MLflowRun("own", tracking_uri=uri, experiment_id=number).name == number
-    with pytest.raises(UserError, match=rf"experiment_id: {number} is the experiment 'own', .* is 'another'"):
-        MLflowRun("another", tracking_uri=uri, experiment_id=number)
-    with pytest.raises(UserError, match=r"experiment_id: 77 is no experiment of sqlite:"):
-        MLflowRun(tracking_uri=uri, experiment_id="77")
+    for options in ({"experiment_name": "another", "experiment_id": number}, {"experiment_id": "77"}):
+        with pytest.raises(UserError) as caught:
+            MLflowRun(tracking_uri=uri, **options)
+        assert caught.value.field == "experiment_id"
 
 
 @pytest.mark.parametrize("deleted", [False, True])
@@ -183,11 +183,14 @@ def test_a_run_that_is_not_there_is_said(deleted, tmp_path):
     run_id = first.run_id
     first.experiment.delete_run(run_id)
     named = run_id if deleted else "0" * 32
-    with pytest.raises(UserError, match=rf"run_id: .*{named} {'was deleted' if deleted else 'is no run'}"):
+    with pytest.raises(UserError) as caught:
         MLflowRun(tracking_uri=uri, run_id=named)
+    assert caught.value.field == "run_id"
+    assert named in str(caught.value)
     if deleted:
-        with pytest.raises(UserError, match=rf"^ckpt_path: the run {run_id} was deleted .* restore"):
+        with pytest.raises(UserError) as caught:
             MLflowRun(tracking_uri=uri).continue_run(run_id, 3)
+        assert caught.value.field == "ckpt_path"
     else:
         assert not MLflowRun(tracking_uri=uri).continue_run(named, 3)
 
@@ -229,8 +232,9 @@ def test_deleted_experiment(tmp_path):
     uri = f"sqlite:///{tmp_path}/store.db"
     first = MLflowRun(experiment_name="gone", tracking_uri=uri)
     first.experiment.delete_experiment(first.experiment_id)
-    with pytest.raises(UserError, match=r"experiment_name: gone was deleted"):
+    with pytest.raises(UserError) as caught:
         MLflowRun(experiment_name="gone", tracking_uri=uri).experiment  # noqa: B018 - opens the run
+    assert caught.value.field == "experiment_name"
 
 
 def test_a_fit_records_its_ratio_and_its_data(elsewhere):
@@ -245,7 +249,7 @@ def test_a_fit_records_its_ratio_and_its_data(elsewhere):
     }
     assert {f"QAFiles-{data.digest}" for data in inputs.values()} == {run.data.tags["data"]}
     assert json.loads(inputs["training"].profile)["kept"] == 8
-    assert set(json.loads(inputs["training"].source)) == {"train", "val", "test"}
+    assert set(json.loads(inputs["training"].source)) == {"data/sample.jsonl"}
 
 
 def test_the_environment_names_another_store_and_a_flag_overrides_it(elsewhere, monkeypatch):

@@ -16,12 +16,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lrsa_lit.analysis.capture import first_rows
 from lrsa_lit.analysis.layer_gains import LayerGains, exactly
 from lrsa_lit.attention import LRSAConfig, attached, using
-from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.data.collate import IGNORE_INDEX, targets
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models import uncompiled
 from lrsa_lit.models.head import losses_of_rows
+from lrsa_lit.strategies import gathered
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.artifacts import numbered, run_folder, upload
 
@@ -115,7 +115,7 @@ class LayerAblation(Callback):
         """Save what was found on all devices."""
         if self._rule is None:
             return
-        shares = gathered(trainer, self._questions)
+        shares = gathered(self._questions)
         # In the order of the split: of R devices each has every R-th question.
         questions = [question for turn in zip(*shares, strict=True) for question in turn if not question.repeated]
         if questions and trainer.is_global_zero:

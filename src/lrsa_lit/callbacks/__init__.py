@@ -1,8 +1,7 @@
 """What a run shows and writes at its end, and a check of the metrics that callbacks watch."""
 
 from lrsa_lit.callbacks.answers import AnswerWriter, PredictionWriter
-from lrsa_lit.callbacks.evaluation import show_answers, show_evaluation
-from lrsa_lit.callbacks.fit_summary import FitSummary
+from lrsa_lit.callbacks.end_of_run import FitSummary, show_answers, show_evaluation
 from lrsa_lit.callbacks.monitored import MonitoredMetrics
 
 __all__ = ["AnswerWriter", "FitSummary", "MonitoredMetrics", "PredictionWriter", "show_answers", "show_evaluation"]

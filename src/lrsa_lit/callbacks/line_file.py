@@ -11,9 +11,9 @@ from typing import IO, Any
 
 from lightning.pytorch import Trainer
 
-from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import PARTIAL, write_atomically
+from lrsa_lit.strategies import gathered
 from lrsa_lit.tracking.artifacts import numbered, shared_run_folder, upload
 
 _log = logging.getLogger("lrsa_lit")
@@ -106,9 +106,9 @@ class LineFile:
         if trainer.num_nodes > 1:
             target = self._target.with_name(f"{self._target.stem}{self._process}{self._target.suffix}")
             self._partial.rename(target)
-            targets: list[Path] = gathered(trainer, target)
+            targets: list[Path] = gathered(target)
         else:
-            parts = gathered(trainer, (self._partial, self._positions))
+            parts = gathered((self._partial, self._positions))
             targets = [self._target]
             if trainer.is_global_zero:
                 self._join(parts)

@@ -29,7 +29,5 @@ class MonitoredMetrics(Callback):
                 continue
             # A training may log others later, for which a checkpoint can wait and EarlyStopping does not.
             if monitor.startswith("val/") or (trainer.state.fn == "fit" and isinstance(callback, EarlyStopping)):
-                raise UserError(
-                    f"trainer.callbacks: {type(callback).__name__} cannot monitor {monitor!r}; there are "
-                    f"{', '.join(known)}"
-                )
+                told = f"{type(callback).__name__} cannot monitor {monitor!r}; there are {', '.join(known)}"
+                raise UserError("trainer.callbacks", reason=told)

@@ -12,16 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from lrsa_lit.checkpoints import rng
-from lrsa_lit.checkpoints.errors import CheckpointNotSaved
-from lrsa_lit.checkpoints.processes import gathered
+from lrsa_lit.checkpoints.checkpoint_io import CheckpointNotSaved
+from lrsa_lit.checkpoints.form import KEY
 from lrsa_lit.errors import UserError
-
-KEY = "exact_state"
-"""Where a checkpoint keeps it."""
-
-_LOGGED = "epoch_loop.state_dict"
-_BATCHES = "epoch_loop.batch_progress"
-_VALIDATED = "epoch_loop.val_loop.batch_progress"
+from lrsa_lit.lightning_internals import VALIDATED, accumulating, complete_batch, restore_data, validation_is_due
+from lrsa_lit.strategies import gathered
 
 
 class Boundary(NamedTuple):
@@ -84,7 +79,7 @@ class ExactState(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore, once everything is in place that draws random numbers while it is built."""
         if self._loaded is not None:
-            _restore_data(trainer, self._loaded.loops)
+            restore_data(trainer, self._loaded.loops)
             # These counters mark an interrupted validation, which Lightning has noticed and would for ever repeat.
             validated = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             validated.ready = validated.started = validated.completed  # type: ignore[attr-defined]
@@ -103,7 +98,7 @@ class ExactState(Callback):
         if accumulating(trainer):
             return
         boundary = look(trainer)
-        _complete_batch(boundary.loops, validation_is_due(trainer))
+        complete_batch(boundary.loops, validation_is_due(trainer))
         self._set_boundary(boundary)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,8 +127,8 @@ class ExactState(Callback):
         checkpoint["loops"]["fit_loop"] = boundary.loops
         checkpoint["callbacks"] |= self._callbacks
         checkpoint[KEY] = {
-            "random": gathered(trainer, boundary.random),
-            "loaders": gathered(trainer, boundary.loops["state_dict"].get("combined_loader", [])),
+            "random": gathered(boundary.random),
+            "loaders": gathered(boundary.loops["state_dict"].get("combined_loader", [])),
             "settings": self.settings,
         }
 
@@ -144,17 +139,6 @@ class ExactState(Callback):
 def look(trainer: Trainer) -> Boundary:
     """The boundary that a run is at now."""
     return Boundary(trainer.fit_loop.state_dict(), rng.capture(trainer.strategy.root_device))
-
-
-def accumulating(trainer: Trainer) -> bool:
-    """Whether gradients of the last batch wait for those of further ones."""
-    return trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation follows on the last batch."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def other_processes(before: int, now: int) -> str:
@@ -176,45 +160,7 @@ def _states(trainer: Trainer) -> dict[str, Any]:
     return {callback.state_key: copy.deepcopy(state) for callback in others if (state := callback.state_dict())}
 
 
-def _complete_batch(loops: dict[str, Any], validation_follows: bool) -> None:
-    """Count a batch as complete, as Lightning will in a moment, and a validation after it as interrupted at its start.
-
-    Lightning itself treats what was saved here, before that moment, as if the validation had been done.
-    """
-    batches, validated = loops[_BATCHES], loops[_VALIDATED]
-    for progress in (batches["total"], batches["current"]):
-        progress["completed"] = progress["processed"]
-    if not validation_follows:
-        loops[_LOGGED]["_batches_that_stepped"] += 1
-        return
-    done = validated["total"]["completed"]
-    validated["total"].update(ready=done + 1, started=done + 1, processed=done)
-    validated["current"].update(ready=1, started=1, processed=0, completed=0)
-
-
 def _validation_waits(loops: dict[str, Any]) -> bool:
     """Whether counters are those of an interrupted validation."""
-    validated = loops[_VALIDATED]["total"]
+    validated = loops[VALIDATED]["total"]
     return bool(validated["started"] > validated["processed"])
-
-
-def _restore_data(trainer: Trainer, loops: dict[str, Any]) -> None:
-    """See to the position in the data, where Lightning does not."""
-    loop = trainer.fit_loop
-    loader, fetcher = loop._combined_loader, loop._data_fetcher
-    assert loader is not None
-    assert fetcher is not None
-    if loop._combined_loader_states_to_load:
-        # Something asked for the data before the checkpoint was restored, as trainer.estimated_stepping_batches does;
-        # Lightning then forgets the position.
-        loop._load_combined_loader_states()
-        iter(fetcher)
-    if loops[_BATCHES]["is_last_batch"]:
-        # The epoch has no batch left, but what remains of it, a validation maybe, is still to be done. Loaders whose
-        # state is at the end of an epoch begin the next one: not now, but when Lightning asks for it.
-        exhausted = loader._iterator
-        loader.reset()
-        loader._load_state_dicts(loops["state_dict"]["combined_loader"])
-        fetcher.iterator = iter(())
-        # If no epoch follows, Lightning still asks for the number of batches.
-        loader._iterator = exhausted

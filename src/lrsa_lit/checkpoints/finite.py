@@ -11,9 +11,10 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lrsa_lit.checkpoints.errors import NonFiniteLoss
-from lrsa_lit.checkpoints.processes import gathered
+from lrsa_lit.checkpoints.checkpoint_io import NonFiniteLoss
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
+from lrsa_lit.lightning_internals import accumulating
+from lrsa_lit.strategies import gathered
 
 
 class _Verdict(NamedTuple):
@@ -84,7 +85,7 @@ class FiniteLoss(Callback):
                 verdict.copied.synchronize()
             if verdict.bad:
                 self._open.clear()
-                ids = [name for names in gathered(trainer, verdict.ids if verdict.own else []) for name in names]
+                ids = [name for names in gathered(verdict.ids if verdict.own else []) for name in names]
                 shown = ", ".join(ids) or "unknown"
                 raise NonFiniteLoss(
                     f"the loss is NaN or infinite in step {verdict.step}, samples {shown}{_advice(trainer)}"
@@ -102,8 +103,7 @@ def _verdict(loss: Tensor, trainer: Trainer, ids: list[str]) -> _Verdict:
     if loss.device.type == "cuda":
         copied = torch.cuda.Event()
         copied.record()
-    accumulates = trainer.fit_loop.epoch_loop._should_accumulate()
-    return _Verdict(bad, own, copied, trainer.global_step + accumulates, ids)
+    return _Verdict(bad, own, copied, trainer.global_step + accumulating(trainer), ids)
 
 
 def _finite(module: nn.Module) -> bool:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from lrsa_lit.checkpoints.exact_state import KEY, other_processes
-from lrsa_lit.checkpoints.files import newest_first, tidy
+from lrsa_lit.checkpoints.checkpoint_io import newest_first, tidy
+from lrsa_lit.checkpoints.exact_state import other_processes
+from lrsa_lit.checkpoints.form import KEY
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import typed
 from lrsa_lit.models.checkpoint_file import Unreadable, damage, read
@@ -60,8 +61,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
     kept = {name: config.get(name) for name in ("seed_everything", "model", "data")}
     trainer = config.get("trainer") or {}
     kept["trainer"] = {name: trainer.get(name) for name in _TRAINER}
-    values = dict(_leaves("", kept))
-    return {name: value for name, value in values.items() if not name.startswith(_ELSEWHERE) and not _indifferent(name)}
+    return {name: value for name, value in _leaves("", kept) if _decides(name)}
 
 
 def about(path: Path) -> About:
@@ -80,10 +80,8 @@ def about(path: Path) -> About:
         return About(None, None, run, step)
     if not isinstance(state, dict) or not isinstance(state.get("random"), list):
         raise Unreadable(f"{KEY} has not the form that a fit writes")
-    settings = state.get("settings") or None
-    if settings is not None and not _is_settings(settings):
-        raise Unreadable(f"{KEY}.settings has not the form that a fit writes")
-    return About(settings, len(state["random"]), run, step)
+    settings = typed(dict[str, str], state.get("settings") or {}, f"{KEY}.settings")
+    return About(settings or None, len(state["random"]), run, step)
 
 
 def _check_version(value: object) -> None:
@@ -95,10 +93,6 @@ def _check_version(value: object) -> None:
         raise Unreadable(f"{_VERSION} is not a version") from None
 
 
-def _is_settings(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair)
-
-
 def named(path: Path) -> Path:
     """A checkpoint that somebody has named.
 
@@ -107,18 +101,14 @@ def named(path: Path) -> Path:
     """
     check_path("ckpt_path", path)
     if not path.exists():
-        raise UserError(f"ckpt_path: {path} is no file; it must be a checkpoint that a fit has written, or {LAST}")
-    if (reason := damage(path) or _foreign(path)) is not None:
+        raise UserError("ckpt_path", str(path), f"a checkpoint that a fit has written, or {LAST}", reason="is no file")
+    found = damage(path) or _about(path)
+    if isinstance(found, str):
         others = (other for other in newest_first(path.parent) if other != path and damage(other) is None)
         previous = next((f"; the newest good one beside it is {other}" for other in others), "")
-        raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated or damaged one ({reason}){previous}")
+        told = f"{path} is no checkpoint, or a truncated or damaged one ({found}){previous}"
+        raise UserError("ckpt_path", reason=told)
     return path
-
-
-def _foreign(path: Path) -> str | None:
-    """Why a file that is whole is no checkpoint all the same; None if it is one."""
-    found = _about(path)
-    return found if isinstance(found, str) else None
 
 
 def _about(path: Path) -> About | str:
@@ -133,20 +123,15 @@ def _latest_first(folders: list[Path]) -> Iterator[tuple[Path, About | str]]:
     """The run that wrote last comes first, and of each run the most steps: a clock may have been set back since."""
     inside = [paths for folder in folders if (paths := newest_first(folder))]
     for paths in sorted(inside, key=lambda paths: paths[0].stat().st_mtime_ns, reverse=True):
-        found = [(path, _about(path)) for path in paths]
-        began: dict[str | Path, int] = {}
-        for place, (path, says) in enumerate(found):
-            began.setdefault(_run(path, says), place)
-        yield from sorted(found, key=lambda each: (began[_run(*each)], -_step(each[1])))
-
-
-def _run(path: Path, says: About | str) -> str | Path:
-    """What names a run; a checkpoint of none is a run of its own, as nothing says that its neighbours belong to it."""
-    return path if isinstance(says, str) else says.run or path
-
-
-def _step(says: About | str) -> int:
-    return 0 if isinstance(says, str) else says.step
+        places: dict[str | Path, int] = {}
+        found = []
+        for path in paths:
+            says = _about(path)
+            run, step = (None, 0) if isinstance(says, str) else (says.run, says.step)
+            # One of no run is a run of its own, as nothing says that its neighbours belong to it.
+            place = places.setdefault(run or path, len(places))
+            found.append((place, -step, path, says))
+        yield from ((path, says) for _, _, path, says in sorted(found, key=lambda each: each[:2]))
 
 
 def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "") -> Path | None:
@@ -169,22 +154,17 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
     for folder in folders:
         tidy(folder)
     for path, found in _latest_first(folders):
-        changes = []
-        reason: str | None
-        if isinstance(found, str):
-            reason = found
+        changes = [] if isinstance(found, str) else differences(found.settings, settings, prefix)
+        if changes:
+            other = other or f"; the newest, {path}, has {_listed(changes)}"
+        elif (reason := found if isinstance(found, str) else damage(path)) is None:
+            return path
         else:
-            changes = differences(found.settings, settings, prefix)
-            reason = None if changes else damage(path)
-        if reason is not None:
             _log.warning("%s is truncated or damaged (%s) and passed over", path, reason)
             damaged.append(path)
-        elif changes:
-            other = other or f"; the newest, {path}, has {_listed(changes)}"
-        else:
-            return path
     if damaged:
-        raise UserError(f"ckpt_path: {LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}{other}")
+        told = f"{LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}{other}"
+        raise UserError("ckpt_path", reason=told)
     if other:
         _log.warning("No checkpoint of this configuration%s", other)
     return None
@@ -210,10 +190,9 @@ def check_continues(path: Path, found: About, settings: Mapping[str, str], proce
     changes = differences(found.settings, settings)
     order = [change for change in changes if change.startswith(("data.", "seed_everything"))]
     if order:
-        raise UserError(
-            f"ckpt_path: {path} was written with {_listed(order)}, which decides the order of the training data; "
-            "resume with that, or `lrsa export` it and start a new fit from its weights"
-        )
+        told = f"{path} was written with {_listed(order)}, which decides the order of the training data"
+        advice = "resume with that, or `lrsa export` it and start a new fit from its weights"
+        raise UserError("ckpt_path", reason=f"{told}; {advice}")
     if changes:
         _log.warning("Resumed with other settings, so not as an uninterrupted run: %s", _listed(changes))
     return not changes
@@ -224,11 +203,8 @@ def differences(before: Mapping[str, str] | None, now: Mapping[str, str], prefix
     if before is None:
         return []
     names = sorted(name for name in before.keys() | now.keys() if name.startswith(prefix))
-    return [
-        f"{name} {before.get(name, 'null')} (here {now.get(name, 'null')})"
-        for name in names
-        if before.get(name, "null") != now.get(name, "null")
-    ]
+    pairs = {name: (before.get(name, "null"), now.get(name, "null")) for name in names}
+    return [f"{name} {old} (here {new})" for name, (old, new) in pairs.items() if old != new]
 
 
 def _listed(changes: list[str]) -> str:
@@ -244,5 +220,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
         yield name, json.dumps(value, sort_keys=True, default=str)
 
 
-def _indifferent(name: str) -> bool:
-    return name.startswith("data.") and name.rpartition(".")[2] in _INDIFFERENT
+def _decides(name: str) -> bool:
+    """Whether a setting decides the weights."""
+    elsewhere = name.startswith("data.") and name.rpartition(".")[2] in _INDIFFERENT
+    return not elsewhere and not name.startswith(_ELSEWHERE)

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lrsa_lit.checkpoints.form import check_form, malformed
-
 
 def capture(device: torch.device) -> dict[str, Any]:
     """The states of Python, NumPy, PyTorch on the CPU, and PyTorch on ``device`` if that is a GPU."""
@@ -25,27 +23,6 @@ def capture(device: torch.device) -> dict[str, Any]:
         # The process's own device: asking for all would open a context on each of the others.
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
-
-
-def check(state: Any, device: torch.device, name: str) -> None:
-    """Check that a value is what :func:`capture` finds.
-
-    Args:
-        state: of a checkpoint; a GPU's may be missing, where none was used.
-        device: of this process.
-        name: of the value, for the error.
-
-    Raises:
-        UserError: it is not.
-    """
-    like = capture(device)
-    if isinstance(state, dict) and "cuda" not in state:
-        like.pop("cuda", None)
-    check_form(state, like, name)
-    (version, _, gauss), (generator, _, position, *_) = state["python"], state["numpy"]
-    known = version == like["python"][0] and generator == like["numpy"][0]
-    if not known or not isinstance(gauss, float | None) or not 0 <= position <= len(state["numpy"][1]):
-        raise malformed(name)
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:

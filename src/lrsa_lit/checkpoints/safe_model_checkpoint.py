@@ -8,25 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lrsa_lit.checkpoints.errors import CheckpointNotSaved, NonFiniteLoss, system_error
-from lrsa_lit.checkpoints.exact_state import accumulating, validation_is_due
-from lrsa_lit.checkpoints.files import claim, release
+from lrsa_lit.checkpoints.checkpoint_io import CheckpointNotSaved, NonFiniteLoss, claim, release, system_error
 from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.checkpoints.stop import StoppedByUser, Terminated
 from lrsa_lit.errors import UserError, message_of
+from lrsa_lit.lightning_internals import OpenModelCheckpoint, accumulating, is_local, validation_is_due
 
 _log = logging.getLogger("lrsa_lit.checkpoints")
 
-Saver = Callable[[Trainer, dict[str, Tensor]], None]
 
-
-class SafeModelCheckpoint(ModelCheckpoint):
+class SafeModelCheckpoint(OpenModelCheckpoint):
     """ModelCheckpoint that saves between optimizer steps only, and survives what goes wrong while it saves.
 
     What is due between the batches of one step is saved after that step, what is due where a validation follows, after
@@ -52,13 +47,13 @@ class SafeModelCheckpoint(ModelCheckpoint):
     @property
     def last_good(self) -> str:
         """The checkpoint to go on from; empty if there is none."""
-        return str(self._last_checkpoint_saved or self.last_model_path)
+        return self.saved or self.last_model_path
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, and claim it: nobody else goes on from its checkpoints while this run writes them."""
         super().setup(trainer, pl_module, stage)
         writes = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if writes and self.dirpath is not None and _is_local_file_protocol(self.dirpath):
+        if writes and self.dirpath is not None and is_local(self.dirpath):
             self._claimed = Path(self.dirpath)
             claim(self._claimed)
 
@@ -96,8 +91,8 @@ class SafeModelCheckpoint(ModelCheckpoint):
             return
         with self._putting_off():
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if validation_is_due(trainer):
-            self._defer_save_until_validation |= self._due
+        if self._due and validation_is_due(trainer):
+            self.save_after_validation()
             self._due = False
         self._between_steps = True
 
@@ -117,62 +112,52 @@ class SafeModelCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run, where that is not what was saved last."""
         self._save_due(trainer)
-        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.save_last and not self.nothing_to_save(trainer):
+            self.save_end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last boundary between two steps, unless there is reason not to trust it."""
+        # Of several processes only a stop is known to reach all, and saving needs them all.
+        alone = trainer.world_size == 1 or isinstance(exception, StoppedByUser | Terminated)
+        trusted = alone and not isinstance(exception, CheckpointNotSaved | NonFiniteLoss)
         try:
-            self._save_boundary(trainer, exception)
+            if trusted and self.saves_on_exception(trainer):
+                self._save_boundary(trainer)
+        except (CheckpointNotSaved, NonFiniteLoss) as error:
+            # The exception is what ends the run; this is what it has cost.
+            _log.warning("%s", error)
         finally:
             # Lightning does not tear a failed fit's callbacks down.
             self._release()
 
-    def _save_boundary(self, trainer: Trainer, exception: BaseException) -> None:
-        stopped = isinstance(exception, StoppedByUser | Terminated)
-        # Of several processes only a stop is known to reach all, and saving needs them all.
-        if (
-            not self._should_save_on_exception(trainer)
-            or isinstance(exception, CheckpointNotSaved | NonFiniteLoss)
-            or (trainer.world_size > 1 and not stopped)
-        ):
-            return
-        candidates = self._monitor_candidates(trainer)
-        try:
-            if self.save_last:
-                super()._save_last_checkpoint(trainer, candidates)
-            else:
-                self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
-        except (CheckpointNotSaved, NonFiniteLoss) as error:
-            # The exception is what ends the run; this is what it has cost.
-            _log.warning("%s", error)
+    def _save_boundary(self, trainer: Trainer) -> None:
+        if self.save_last:
+            self.save_end(trainer, booked=False)
+        else:
+            self.write(trainer, self.format_checkpoint_name(self.metrics(trainer)))
 
     def _release(self) -> None:
         if self._claimed is not None:
             release(self._claimed)
             self._claimed = None
 
-    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        self._save(super()._save_topk_checkpoint, trainer, monitor_candidates)
-
-    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        self._save(super()._save_last_checkpoint, trainer, monitor_candidates)
-
     def _save_due(self, trainer: Trainer) -> None:
         if self._due:
             self._due = False
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+            self.save_best(trainer)
 
-    def _save(self, save: Saver, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
-        """Save with Lightning's bookkeeping, which is taken back where that fails."""
+    def book(self, save: Callable[[Trainer, dict[str, Tensor]], None], trainer: Trainer, metrics: Any) -> None:
+        """Save with Lightning's bookkeeping, which is taken back where that fails.
+
+        Raises:
+            CheckpointNotSaved: that ends the run.
+        """
         if self._put_off:
             self._due = True
             return
         before = vars(self) | {"best_k_models": dict(self.best_k_models)}
         try:
-            save(trainer, candidates)
+            save(trainer, metrics)
         except CheckpointNotSaved as error:
             vars(self).update(before)
             kept = f"; {self.last_good} is intact" if self.last_good else ""
@@ -180,19 +165,23 @@ class SafeModelCheckpoint(ModelCheckpoint):
                 raise CheckpointNotSaved(f"{error}{kept}") from error
             _log.warning("%s%s; the training goes on", error, kept)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Save, and let every process know if that has failed on one."""
+    def write(self, trainer: Trainer, path: str) -> None:
+        """Write a checkpoint, and let every process know if that has failed on one.
+
+        Raises:
+            CheckpointNotSaved: it has.
+        """
         failure = None
         for logger in trainer.loggers:
             # A run that is killed goes on after the checkpoint: what was logged before it must have arrived.
             logger.save()
         try:
-            super()._save_checkpoint(trainer, filepath)
+            super().write(trainer, path)
         except CheckpointNotSaved as error:
             failure = error
         except (OSError, CheckpointException) as error:
             # Of a strategy that writes a folder of shards, on all processes.
-            failure = CheckpointNotSaved(f"checkpoint {filepath}: not saved ({_reason(error)})")
+            failure = CheckpointNotSaved(f"checkpoint {path}: not saved ({_reason(error)})")
         if failure is not None:
             # Where the others wait that had nothing to write.
             trainer.strategy.barrier("Trainer.save_checkpoint")

@@ -6,7 +6,6 @@ Nothing heavy is imported before the arguments are known to be good.
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from lrsa_lit import plugins
 from lrsa_lit.cli.arguments import Parser, add_plugins
 from lrsa_lit.errors import UserError
-from lrsa_lit.io import put_in_place
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import Trained, load_trained
 from lrsa_lit.paths import check_writable, expanded
@@ -109,18 +107,13 @@ def _write(trained: Trained, out: Path, *, merge: bool) -> None:
     """Write the trained model with its rule in the config; adapters merged or not."""
     from lrsa_lit.models.folder import AnotherModel, save_folder
 
-    complete = out.with_name(f".{out.name}.complete")
-    shutil.rmtree(complete, ignore_errors=True)
     try:
         model, expected = _model(trained, merge=merge)
-        save_folder(model, trained.tokenizer, complete, expected=expected)
-        put_in_place(complete, out)
+        save_folder(model, trained.tokenizer, out, expected=expected, replace=True)
     except AnotherModel as error:
         raise UserError(f"--out: {out} was not written: {error}") from error
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(complete, ignore_errors=True)
 
 
 def _model(trained: Trained, *, merge: bool) -> tuple[Any, Tensor | None]:

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ProgressBar,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.profilers import Profiler
@@ -35,13 +35,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_answers, show_evaluation
 from lrsa_lit.checkpoints import AtomicCheckpointIO, CheckedForm, ExactState, FiniteLoss, GracefulStop, resume
-from lrsa_lit.checkpoints.files import claim
+from lrsa_lit.checkpoints.checkpoint_io import claim
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import check_classes
 from lrsa_lit.cli.preflight import (
     check_amounts,
     check_intervals,
-    check_shards,
+    check_strategy,
     note_environment,
     quiet_libraries,
     root_folder,
@@ -51,6 +51,7 @@ from lrsa_lit.cli.settings_parser import OneLineParser, one_line
 from lrsa_lit.cli.trainer import Trainer
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
+from lrsa_lit.lightning_internals import OpenCLI
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
@@ -76,7 +77,7 @@ _SLOTS = {"model.evaluate": (Compressor,), "model.train_attention": (Compressor,
 _SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
 
 
-class LRSACLI(LightningCLI):
+class LRSACLI(OpenCLI):
     """Links the model's tokenizer to the data, and validates before training.
 
     Args:
@@ -105,43 +106,26 @@ class LRSACLI(LightningCLI):
         )
         parser.link_arguments(TOKENIZER, DATA_TOKENIZER, apply_on="instantiate")
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def adapt(self, parser: LightningArgumentParser, subcommand: str) -> None:
         """Lightning's list of all metrics only on request: an evaluation closes with a table of its own."""
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
-        return parser
-
-    def _parse_ckpt_path(self) -> None:
-        """Keep what the user asked for: Lightning would override it with the checkpoint's settings."""
-
-    def _set_seed(self) -> None:
-        """Lightning's, with a complaint that names the setting."""
-        try:
-            super()._set_seed()
-        except ValueError as error:
-            raise UserError(f"seed_everything: {error}") from None
 
     def before_instantiate_classes(self) -> None:
         """Check what a run reads and writes before anything is loaded."""
         check_classes("", self.config[str(self.subcommand)].as_dict(), _KINDS, _SLOTS, LongContextQA)
-        trainer = self._get(self.config, "trainer")
+        trainer = self.asked("trainer")
         check_intervals(trainer)
         check_amounts(str(self.subcommand), trainer)
         self.settings = self._settings()
-        if self._get(self.config, "estimate"):
+        if self.asked("estimate"):
             self._record_nothing(trainer)
             return
         folder = root_folder(trainer)
         self._choose_checkpoint(folder)
-        check_shards(self._get(self.config, "ckpt_path"), trainer.get("strategy"))
+        check_strategy(str(self.subcommand), trainer.get("strategy"), self.asked("ckpt_path"))
         check_writable("trainer.default_root_dir", folder, folder)
         precision = str(trainer.get("precision") or "")
-        if self.subcommand == "predict" and "FullySharded" in str(trainer.get("strategy")):
-            raise UserError(
-                "trainer.strategy: FullySharded is not allowed for predict, where devices get unequal shares; predict "
-                "with a model that lrsa export has written, on one device or with configs/trainer/ddp.yaml"
-            )
         if precision in ("bf16-true", "16-true"):
             # It would round the rotary frequencies too, and with them the long positions.
             raise UserError(f"trainer.precision: {precision} is not allowed; use model.backbone.dtype instead")
@@ -171,7 +155,7 @@ class LRSACLI(LightningCLI):
                 f"{positions} positions and model.max_new_tokens takes {model.max_new_tokens} of them; more are had by "
                 f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
             )
-        if self._get(self.config, "estimate"):
+        if self.asked("estimate"):
             return
         if self.subcommand == "fit":
             self._check_optimizer()
@@ -183,7 +167,7 @@ class LRSACLI(LightningCLI):
             )
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
-        checkpoint = self._get(self.config, "ckpt_path")
+        checkpoint = self.asked("ckpt_path")
         if self.subcommand == "fit" and checkpoint is not None:
             self._take_up(Path(checkpoint))
 
@@ -217,18 +201,14 @@ class LRSACLI(LightningCLI):
             self.model.check_optimizer()
         except UserError as error:
             if error.field == "lr_scheduler" and not error.allowed:
-                steps = self._get(self.config, "trainer").max_steps
+                steps = self.asked("trainer").max_steps
                 others = "give it other init_args (such as total_steps), or set model.lr_scheduler=null"
                 error.reason += f"; with trainer.max_steps={steps}, {others}"
             raise
 
     def _settings(self) -> dict[str, str]:
         """What decides the weights, for checkpoints to be compared with."""
-        subcommand = str(self.subcommand)
-        text = self._parser(subcommand).dump(
-            self.config[subcommand], skip_none=False, skip_link_targets=True, skip_validation=True, format="yaml"
-        )
-        return resume.settings_of(yaml.safe_load(text))
+        return resume.settings_of(yaml.safe_load(self.dumped()))
 
     def _choose_checkpoint(self, root: Path) -> None:
         """Check the checkpoint that was named, or find the one that is meant."""
@@ -247,11 +227,11 @@ class LRSACLI(LightningCLI):
 
     def _run_folders(self, root: Path) -> list[Path]:
         """Where runs of this configuration save their checkpoints."""
-        callbacks = self._get(self.config, "trainer").get("callbacks") or []
+        callbacks = self.asked("trainer").get("callbacks") or []
         named = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
         return [root / "checkpoints", *root.glob("*/*/checkpoints"), *(Path(path) for path in named if path)]
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> lightning.Trainer:
+    def build_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> lightning.Trainer:
         """Add what every run has, and leave out of a fit what looks at validations by themselves."""
         self.graceful_stop = GracefulStop()
         # The defaults have callbacks of both kinds, which Lightning refuses where they are switched off.
@@ -265,7 +245,7 @@ class LRSACLI(LightningCLI):
             config["plugins"] = [*plugins, AtomicCheckpointIO()]
         always = [CheckedForm(), ExactState(self.settings), FiniteLoss(), self.graceful_stop]
         try:
-            trainer = super()._instantiate_trainer(config, [*callbacks, *always])
+            trainer = super().build_trainer(config, [*callbacks, *always])
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             # ImportError: the library of an accelerator, a strategy or a profiler is not installed.
             raise first_user_error(error) or UserError(f"trainer: {one_line(str(error))}") from error
@@ -274,17 +254,17 @@ class LRSACLI(LightningCLI):
             trainer.callbacks = [MonitoredMetrics(), *kept]  # type: ignore[attr-defined]
         return trainer
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C or SIGTERM say where the run can be taken up again."""
-        if self._get(self.config, "estimate"):
+        if self.asked("estimate"):
             from lrsa_lit.cli.estimate.report import estimate, table
 
-            settings = dict(self._get(self.config, "trainer"))
+            settings = dict(self.asked("trainer"))
             PlainConsole().print(table(estimate(self.model, self.datamodule, self.trainer, settings)))
             return
         try:
             with self.graceful_stop.listening():
-                super()._run_subcommand(subcommand)
+                super().run_subcommand(subcommand)
         except SystemExit as error:
             if not self.trainer.interrupted:
                 raise
@@ -298,16 +278,14 @@ class LRSACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Validate at step 0; a resumed run has done so."""
-        if self._get(self.config, "validate_first") and self._get(self.config, "ckpt_path") is None:
+        if self.asked("validate_first") and self.asked("ckpt_path") is None:
             self._validate()
             self._reopen()
 
     def after_fit(self) -> None:
         """Close with what the training changed, validating once more if it went on after the last validation."""
         summaries = [
-            callback
-            for callback in self._get(self.config_init, "trainer")["callbacks"] or []
-            if isinstance(callback, FitSummary)
+            callback for callback in self.built("trainer")["callbacks"] or [] if isinstance(callback, FitSummary)
         ]
         for summary in summaries[:1]:
             if not summary.history or summary.history[-1][0] != self.trainer.global_step:

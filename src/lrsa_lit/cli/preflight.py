@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.strategies import Strategy
 
+from lrsa_lit.classes import named_class
 from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.paths import expanded
@@ -35,11 +37,19 @@ _NOISE = (
 _INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
 
 
-def check_shards(path: str | None, strategy: object) -> None:
-    """Refuse a checkpoint of a sharded model for a strategy that does not read one."""
-    if path is not None and holds_shards(Path(path)) and "FullySharded" not in str(strategy):
+def check_strategy(subcommand: str, setting: Any, checkpoint: str | None) -> None:
+    """Refuse a checkpoint of a sharded model for a strategy that does not read one, and one that cannot predict."""
+    path = setting.get("class_path") if hasattr(setting, "get") else setting
+    # A short name, such as ddp, is one of Lightning's.
+    strategy = named_class("trainer.strategy", path, (Strategy,)) if "." in str(path) else Strategy
+    if subcommand == "predict" and not getattr(strategy, "predicts", True):
         raise UserError(
-            f"ckpt_path: {path} is of a sharded model, which trainer.strategy is not for; add --config "
+            f"trainer.strategy: {strategy.__name__} is not allowed for predict, where devices get unequal shares; "
+            "predict with a model that lrsa export has written, on one device or with configs/trainer/ddp.yaml"
+        )
+    if checkpoint is not None and holds_shards(Path(checkpoint)) and not getattr(strategy, "reads_shards", False):
+        raise UserError(
+            f"ckpt_path: {checkpoint} is of a sharded model, which trainer.strategy is not for; add --config "
             "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lrsa_lit.cli.setting_keys import first_user_error
 from lrsa_lit.errors import UserError
+from lrsa_lit.lightning_internals import setting_names
 
 # The last form is that of a parser of one class within the whole.
 _UNKNOWN_OPTION = re.compile(
@@ -45,7 +45,7 @@ class OneLineParser(LightningArgumentParser):
         text = one_line(message)
         if unknown := _UNKNOWN_OPTION.search(text):
             key = next(filter(None, unknown.groups())).partition("=")[0]
-            names = {name for name in _settings(self) if not name.endswith("help")}
+            names = {name for name in setting_names(self) if not name.endswith("help")}
             nearest = difflib.get_close_matches(key, names, n=3, cutoff=0.4)
             text = f"{key}: no such setting; the nearest are {', '.join(nearest) or 'shown by --help'}"
         raise _Complaint(text) from ex
@@ -65,12 +65,3 @@ def _holds(argument: str, content: bytes) -> bool:
     """Whether an argument names the file of that content."""
     path = Path(argument.rpartition("=")[2])
     return path.is_file() and path.read_bytes() == content
-
-
-def _settings(parser: LightningArgumentParser) -> Iterator[str]:
-    """Names of all settings of a parser and its subcommands."""
-    for action in parser._actions:
-        if isinstance(action.choices, Mapping):
-            for child in action.choices.values():
-                yield from _settings(child)
-        yield str(action.dest)

@@ -18,6 +18,7 @@ from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import Packed
 from lrsa_lit.data.sampler import EpochSampler, ResumableLoader
 from lrsa_lit.errors import UserError
+from lrsa_lit.lightning_internals import divides_batches
 
 if TYPE_CHECKING:
     import lightning
@@ -54,7 +55,7 @@ class TrainerSettings:
             return cls()
         # Not the global rank: processes that hold parts of one model train on the same batches.
         shared = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        if shared["num_replicas"] > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if shared["num_replicas"] > 1 and divides_batches(trainer):
             raise UserError(
                 "trainer.use_distributed_sampler is true, allowed is false: the data module divides the batches itself"
             )

@@ -10,6 +10,7 @@ import functools
 import logging
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,24 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
     return (message_of(error) or type(error).__name__)[:120]
+
+
+def complete_shards(folder: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Add to the tensors and the index of a folder all else that a checkpoint holds, and the seal.
+
+    Args:
+        folder: of shards.
+        content: for :data:`META`.
+        digests: SHA-256 of files, by name, where they are known.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import torch
+
+    with (folder / META).open("wb") as file:
+        torch.save(content, file)
+    verified.seal(folder, digests)
 
 
 def holds_shards(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.attention import base_of
-from lrsa_lit.io import bring_to_disk, partial_folder
+from lrsa_lit.io import bring_to_disk, partial_folder, put_in_place
 from lrsa_lit.models.adapters import RULE_FILE, read_adapters
 from lrsa_lit.models.backbone import ADAPTER_CONFIG
 from lrsa_lit.models.loading import check_complete, system_errors
@@ -34,6 +34,7 @@ def save_folder(
     *,
     weights: Mapping[str, Tensor] | None = None,
     expected: Tensor | None = None,
+    replace: bool = False,
 ) -> None:
     """Write a model and its tokenizer as ``AutoModelForCausalLM`` and ``AutoTokenizer`` load them.
 
@@ -48,16 +49,17 @@ def save_folder(
     Args:
         model: a ``PreTrainedModel`` or a ``PeftModel``.
         tokenizer: the model's.
-        folder: appears only when it is complete, its parents are made; it must not exist.
+        folder: appears only when it is complete, its parents are made.
         weights: weights to write instead of those that the model has now, under the names of its ``state_dict``.
         expected: what :func:`logits` must give of the ``PreTrainedModel`` that is loaded again. The one that is given
             then loses its weights, to make room. None: all weights and settings must be the same.
+        replace: whether the folder may exist, and what is in it goes.
 
     Raises:
         AnotherModel: what was written is another model; nothing is left behind.
-        OSError: the folder exists or cannot be written; nothing is left behind.
+        OSError: the folder exists or cannot be written; nothing is left behind, and what was there still is.
     """
-    if folder.exists():
+    if folder.exists() and not replace:
         raise FileExistsError(f"{folder} exists")
     with partial_folder(folder) as partial:
         with system_errors():
@@ -67,7 +69,7 @@ def save_folder(
         else:
             _check_model(model, partial, weights, expected)
         bring_to_disk(partial)
-        partial.rename(folder)
+        put_in_place(partial, folder)
 
 
 def logits(model: Any) -> Tensor:

@@ -29,7 +29,6 @@ from lrsa_lit.attention import (
     using,
 )
 from lrsa_lit.chat_template import with_arguments
-from lrsa_lit.checkpoints.processes import gathered
 from lrsa_lit.data.collate import IGNORE_INDEX, targets
 from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.evaluation.answers import Answers, scores
@@ -38,6 +37,7 @@ from lrsa_lit.models.checkpoint import describe, trained_weights
 from lrsa_lit.models.generation import GREEDY, before_stop, stop_tokens
 from lrsa_lit.models.head import losses_of_rows, summed_loss
 from lrsa_lit.models.sharding import is_sharded, shard
+from lrsa_lit.strategies import gathered
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
 from lrsa_lit.tasks.top_k import TopKSchedule
@@ -355,7 +355,7 @@ class LongContextQA(lightning.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         shown = "f1" if self.generate_answers else "loss"
-        processes = gathered(self.trainer, {name: meter.scores for name, meter in self.meters.items()})
+        processes = gathered({name: meter.scores for name, meter in self.meters.items()})
         for attention, meter in self.meters.items():
             prefix = f"{stage}/{attention}/" if attention else f"{stage}/"
             for name, value in meter.means([process[attention] for process in processes]).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
@@ -66,8 +65,8 @@ def upload(trainer: Trainer, files: Sequence[Path], folder: str | None = None) -
     if not isinstance(logger, MLflowRun):
         return
     for file in files:
-        send = functools.partial(logger.experiment.log_artifact, logger.run_id, str(file), folder)
-        logger.deliver(f"{folder}/{file.name}" if folder else file.name, send)
+        what = f"{folder}/{file.name}" if folder else file.name
+        logger.deliver(what, logger.experiment.log_artifact, str(file), folder)
 
 
 def _command(trainer: Trainer) -> str:

@@ -1,4 +1,9 @@
-"""What a run has to say, sent to its store by a thread: the training neither waits for it nor dies of it."""
+"""What a run has to say, sent to its store by a thread: the training neither waits for it nor dies of it.
+
+MLflow's own queue (``log_batch(synchronous=False)``) does not do: it drops what a server does not take while one
+request is tried again, nobody can bound the wait for it, and a run's status and artifacts do not go through it.
+``tests/tracking/test_mlflow_queue.py`` fails where a version of MLflow has learned that.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lrsa_lit.tracking.store import reason, refused
 
 METRICS = "metric values"
 _RETRY_SECONDS = 15.0
 _MOST_METRICS = 1000
-"""MLflow's limit for one batch."""
+"""MLflow's limit for one request."""
 
 _log = logging.getLogger("lrsa_lit.tracking")
+
+
+class _Task(NamedTuple):
+    """One thing to send, which counts as undelivered until ``done`` takes it off the queue."""
+
+    what: str
+    send: Callable[[], object]
+    done: Callable[[], object]
 
 
 class Delivery:
@@ -38,16 +51,13 @@ class Delivery:
         every: float,
         retry: float = _RETRY_SECONDS,
     ) -> None:
-        self._send_metrics = send_metrics
-        self._beat = beat
+        self._send_metrics, self._beat = send_metrics, beat
         self._every, self._retry = every, retry
         self._metrics: list[Any] = []
         self._calls: collections.deque[tuple[str, Callable[[], object]]] = collections.deque()
         self._changed = threading.Condition()
-        self._flushing = False
-        self._resting = False
-        self._late = False
-        self._last_beat = 0.0
+        self._flushing = self._resting = self._late = False
+        self._next_beat = 0.0
         self._refused: set[str] = set()
         threading.Thread(target=self._work, name="lrsa-delivery", daemon=True).start()
 
@@ -66,8 +76,7 @@ class Delivery:
     def rest(self, resting: bool = True) -> None:
         """Stop or start the beats: an ended run must not come alive again."""
         with self._changed:
-            self._resting = resting
-            self._last_beat = 0.0
+            self._resting, self._next_beat = resting, 0.0
             self._changed.notify_all()
 
     def flush(self, patience: float) -> list[str]:
@@ -79,7 +88,7 @@ class Delivery:
         with self._changed:
             self._flushing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._pending(), timeout=patience)
+            self._changed.wait_for(lambda: not self._metrics and not self._calls, timeout=patience)
             self._flushing = False
             return [f"{len(self._metrics)} {METRICS}"] * bool(self._metrics) + [what for what, _ in self._calls]
 
@@ -88,17 +97,29 @@ class Delivery:
         with self._changed:
             return list(self._metrics)
 
-    def _pending(self) -> bool:
-        return bool(self._metrics or self._calls)
+    def _next(self) -> _Task | None:
+        if not self._resting and time.monotonic() >= self._next_beat:
+            return _Task("heartbeat", self._beat, self._plan_beat)
+        if batch := self._metrics[:_MOST_METRICS]:
+            take_off = functools.partial(self._metrics.__delitem__, slice(len(batch)))
+            return _Task(METRICS, functools.partial(self._send_metrics, batch), take_off)
+        return _Task(*self._calls[0], self._calls.popleft) if self._calls else None
 
-    def _beat_due(self) -> bool:
-        return not self._resting and time.monotonic() - self._last_beat >= self._every
+    def _plan_beat(self) -> None:
+        self._next_beat = time.monotonic() + self._every
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._pending() or self._beat_due(), timeout=self._every)
-            if not self._send_all():
+                self._changed.wait_for(self._next, timeout=self._every)
+                task = self._next()
+            if task is None:
+                continue
+            if self._attempt(task):
+                with self._changed:
+                    task.done()
+                    self._changed.notify_all()
+            else:
                 self._pause()
 
     def _pause(self) -> None:
@@ -109,36 +130,16 @@ class Delivery:
             else:
                 self._changed.wait_for(lambda: self._flushing, timeout=self._retry)
 
-    def _send_all(self) -> bool:
-        """Send what is queued; false when the store does not answer."""
-        if self._beat_due():
-            if not self._attempt("heartbeat", self._beat):
-                return False
-            self._last_beat = time.monotonic()
-        while self._pending():
-            batch = self._metrics[:_MOST_METRICS]
-            what, send = (METRICS, functools.partial(self._send_metrics, batch)) if batch else self._calls[0]
-            if not self._attempt(what, send):
-                return False
-            with self._changed:
-                # Only now: what is being sent counts as undelivered.
-                if batch:
-                    del self._metrics[: len(batch)]
-                else:
-                    self._calls.popleft()
-                self._changed.notify_all()
-        return True
-
-    def _attempt(self, what: str, send: Callable[[], object]) -> bool:
+    def _attempt(self, task: _Task) -> bool:
         """Send one thing; true if it is dealt with: taken, or refused for good."""
         try:
-            send()
+            task.send()
         except Exception as error:
             # Whatever it was, the training goes on.
             if refused(error):
-                if what not in self._refused:
-                    self._refused.add(what)
-                    _log.warning("The run's store refused %s: %s", what, reason(error))
+                if task.what not in self._refused:
+                    self._refused.add(task.what)
+                    _log.warning("The run's store refused %s: %s", task.what, reason(error))
                 return True
             if not self._late:
                 self._late = True

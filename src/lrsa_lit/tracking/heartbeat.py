@@ -1,7 +1,7 @@
 """Signs of life: a run says now and then that it lives, and who opens its store marks the ones that fell silent.
 
-A process that is killed, or whose machine is, cannot say that its run has ended. On the same machine it is known at
-once that a process is gone, on another one by its silence.
+MLflow has nothing of the kind: a run whose process was killed, or whose machine was, counts as running for ever. On the
+same machine it is known at once that a process is gone, on another one by its silence.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ STALE = 600.0
 
 def tags() -> dict[str, str]:
     """Tags of a run that this process has begun."""
-    return {TAG: f"{time.time():.0f}"} | ({PROCESS: this} if (this := _process()) is not None else {})
+    machine, started = _machine(), _started(os.getpid())
+    this = {} if machine is None or started is None else {PROCESS: f"{machine} {os.getpid()} {started}"}
+    # The process first: the one before, which a run was taken over from, is dead.
+    return this | {TAG: f"{time.time():.0f}"}
 
 
 def beat(client: MlflowClient, run_id: str) -> None:
     """Say that a run lives, whatever somebody concluded from a longer silence."""
     run = client.get_run(run_id)
-    # The process first: the one before, which the run was taken over from, is dead.
-    for name, value in reversed(tags().items()):
+    for name, value in tags().items():
         if run.data.tags.get(name) != value:
             client.set_tag(run_id, name, value)
     if run.info.status != "RUNNING":
@@ -60,24 +62,17 @@ def mark_dead(client: MlflowClient) -> list[str]:
         The ids of the runs marked now.
     """
     experiments = [found.experiment_id for found in client.search_experiments()]
-    running = client.search_runs(experiments, f"attributes.status = 'RUNNING' AND tags.{TAG} != ''")
     marked = []
-    for run in running:
-        last = float(run.data.tags[TAG])
+    for run in client.search_runs(experiments, f"attributes.status = 'RUNNING' AND tags.{TAG} != ''"):
+        last, run_id = float(run.data.tags[TAG]), run.info.run_id
         gone = _is_gone(run.data.tags.get(PROCESS, ""))
         if gone or time.time() - last > STALE:
             when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(last))
             why = "its process is gone, last sign of life at" if gone else "no sign of life since"
-            client.set_tag(run.info.run_id, DIED, f"{why} {when}")
-            client.set_terminated(run.info.run_id, "FAILED", end_time=int(last * 1000))
-            marked.append(run.info.run_id)
+            client.set_tag(run_id, DIED, f"{why} {when}")
+            client.set_terminated(run_id, "FAILED", end_time=int(last * 1000))
+            marked.append(run_id)
     return marked
-
-
-def _process() -> str | None:
-    """This process as its runs name it; None where processes cannot be told apart."""
-    machine, started = _machine(), _started(os.getpid())
-    return None if machine is None or started is None else f"{machine} {os.getpid()} {started}"
 
 
 def _is_gone(process: str) -> bool:

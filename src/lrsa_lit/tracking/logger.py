@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import logging
 import re
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lrsa_lit.errors import UserError, redacted
+from lrsa_lit.io import write_atomically
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.delivery import Delivery
 from lrsa_lit.tracking.store import EXPERIMENT, answering, checked_uri, connect, experiment_id, find_run, is_new
@@ -32,16 +34,8 @@ _FLUSH_SECONDS = 15.0
 
 _SAVE_SECONDS = 2.0
 """How long a checkpoint waits for it."""
+
 _SPOOL = "undelivered.jsonl"
-_BATCH = 1000
-"""MLflow's limit for the metrics of one call."""
-
-_MAX_PARAM = 250
-_MOST_PARAMS = 100
-"""MLflow's limit for the params of one call."""
-
-_RUN_KEY = "trainer.logger.init_args.run_id"
-
 _log = logging.getLogger("lrsa_lit.tracking")
 
 
@@ -58,6 +52,11 @@ class MLflowRun(Logger):
         run_id: continue this run instead of a new one.
         tags: further tags.
         experiment_id: of an experiment that exists.
+
+    Attributes:
+        tracking_uri: with the user and password that a server may take: not to be shown.
+        named: whether the user named the run.
+        continues: whether the run was begun by another process.
     """
 
     def __init__(
@@ -71,27 +70,27 @@ class MLflowRun(Logger):
     ) -> None:
         super().__init__()
         if importlib.util.find_spec("mlflow") is None:
-            raise UserError("trainer.logger: mlflow is not installed; install it, or run with --trainer.logger=false")
+            missing = "mlflow is not installed; install it, or run with --trainer.logger=false"
+            raise UserError("trainer.logger", reason=missing)
         self.tracking_uri = checked_uri(tracking_uri)
-        """Where the runs are recorded, with the user and password that a server may take: not to be shown."""
         self.tags = dict(tags or {})
+        self.named, self.continues = run_name is not None, run_id is not None
         self._experiment_name, self._experiment_id = experiment_name, experiment_id
         self._run_name, self._run_id = run_name, run_id
-        self._initialized = False
+        self._initialized = self._user_stopped = False
+        self._recorded: dict[str, int] = {}
+        self._spool: Path | None = None
         if getattr(rank_zero_only, "rank", 0) == 0 and not is_new(self.tracking_uri):
             # Now, before a model is loaded.
-            self._check_store()
-        self.continues = run_id is not None
-        self._recorded: dict[str, int] = {}
-        self._user_stopped = False
-        self._root: Path | None = None
+            with self.answering():
+                self._check()
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """MLflow's client, with the run made or taken up."""
         if not self._initialized:
-            with answering(self.tracking_uri):
+            with self.answering():
                 self._open()
             self._initialized = True
         return self._client
@@ -102,26 +101,19 @@ class MLflowRun(Logger):
         return redacted(self.tracking_uri)
 
     @property
-    def name(self) -> str | None:
-        """The experiment's id, as Lightning has it."""
-        return self.experiment_id
-
-    @property
     def version(self) -> str | None:
-        """The run's id, as Lightning has it."""
-        return self.run_id
-
-    @property
-    def run_id(self) -> str | None:
         """The id of the run, which is made if need be; None on other processes than the first."""
         _ = self.experiment
         return self._run_id
 
     @property
-    def experiment_id(self) -> str | None:
+    def name(self) -> str | None:
         """The id of the run's experiment; None on other processes than the first."""
         _ = self.experiment
         return self._experiment_id
+
+    # What Lightning calls version and name.
+    run_id, experiment_id = version, name
 
     @property
     def experiment_name(self) -> str:
@@ -132,15 +124,16 @@ class MLflowRun(Logger):
         """The run's folder within the trainer's; its checkpoints are there as well."""
         return root / str(self.name) / str(self.version)
 
-    @property
-    def named(self) -> bool:
-        """Whether the user named the run."""
-        return self._run_name is not None
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Turn the store's failures within a block into a UserError."""
+        with answering(self.tracking_uri):
+            yield
 
     def reopen(self) -> None:
         """Mark the run as running again: a validation before the fit closed it."""
         if self._initialized:
-            self._deliver_status("RUNNING")
+            self.deliver("the status RUNNING", self.experiment.update_run, status="RUNNING")
             self._delivery.rest(False)
 
     def continue_run(self, run_id: str, step: int, same: bool = True) -> bool:
@@ -166,16 +159,13 @@ class MLflowRun(Logger):
         if is_new(self.tracking_uri):
             return False
         client = self._client
-        with answering(self.tracking_uri):
+        with self.answering():
             run = find_run(client, run_id, self.tracking_uri, "ckpt_path")
             if run is None:
                 # Recorded in another store.
                 return False
-            recorded = {
-                name: max(metric.step for metric in client.get_metric_history(run_id, name))
-                for name in run.data.metrics
-                if not name.startswith("system/")
-            }
+            names = [name for name in run.data.metrics if not name.startswith("system/")]
+            recorded = {name: max(each.step for each in client.get_metric_history(run_id, name)) for name in names}
         # The first step after the checkpoint is logged under the number of those before it.
         went_on = recorded.get("train/loss", -1) >= step
         if went_on and (run.info.status == "FINISHED" or not same):
@@ -189,19 +179,24 @@ class MLflowRun(Logger):
         """Say that the run is about to end because somebody stopped it."""
         self._user_stopped = True
 
-    def deliver(self, what: str, send: Callable[[], object]) -> None:
-        """Record something in the background; ``what`` names it if it cannot be delivered."""
-        self._delivery.call(what, send)
+    def deliver(self, what: str, send: Callable[..., object], *args: Any, **options: Any) -> None:
+        """Record something in the background.
+
+        Args:
+            what: names it if it cannot be delivered.
+            send: a method of MLflow's client, which is called with the run's id.
+            args: its further arguments.
+            options: the same by name.
+        """
+        self._delivery.call(what, functools.partial(send, self.run_id, *args, **options))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Record params, cut to what every MLflow takes."""
+        """Record params."""
         from mlflow.entities import Param
 
         values = vars(params) if isinstance(params, Namespace) else params
-        listed = [Param(name, str(value)[:_MAX_PARAM]) for name, value in values.items()]
-        for start in range(0, len(listed), _MOST_PARAMS):
-            self.experiment.log_batch(self.run_id, params=listed[start : start + _MOST_PARAMS])
+        self.experiment.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in values.items()])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -225,11 +220,12 @@ class MLflowRun(Logger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Send what is left and close the run; what could not be sent is said."""
+        """Send what is left and close the run, naming what could not be sent."""
         if not self._initialized:
             return
         self._delivery.rest()
-        self._deliver_status("KILLED" if self._user_stopped else _STATUS.get(status, status))
+        status = "KILLED" if self._user_stopped else _STATUS.get(status, status)
+        self.deliver(f"the status {status}", self.experiment.set_terminated, status, int(time.time() * 1000))
         lost = self._delivery.flush(_FLUSH_SECONDS)
         kept = self._keep_undelivered()
         if lost:
@@ -243,91 +239,70 @@ class MLflowRun(Logger):
         Args:
             root: the trainer's folder; the file stands beside the run's checkpoints.
         """
-        self._root = root
-        spool = self._spool()
-        if not self.continues or not spool.is_file():
+        self._spool = self.folder(root) / _SPOOL
+        if not self.continues or not self._spool.is_file():
             return
         from mlflow.entities import Metric
 
-        kept = [Metric(**json.loads(line)) for line in spool.read_text(encoding="utf-8").splitlines()]
-        with answering(self.tracking_uri):
-            for start in range(0, len(kept), _BATCH):
-                self.experiment.log_batch(self.run_id, metrics=kept[start : start + _BATCH])
-        spool.unlink()
-        _log.info("%d metric values of the time before were sent from %s", len(kept), spool)
-
-    def _spool(self) -> Path:
-        assert self._root is not None
-        return self.folder(self._root) / _SPOOL
+        kept = [Metric(**json.loads(line)) for line in self._spool.read_text(encoding="utf-8").splitlines()]
+        for metric in kept:
+            self._recorded[metric.key] = max(metric.step, self._recorded.get(metric.key, -1))
+        # The file stays until they have arrived.
+        self._delivery.metrics(kept)
+        _log.info("%d metric values of the time before are sent from %s", len(kept), self._spool)
 
     def _keep_undelivered(self) -> Path | None:
         """Write undelivered metrics to a file; None where there are none, or no place for them."""
-        if self._root is None:
+        if self._spool is None:
             return None
-        metrics, spool = self._delivery.undelivered(), self._spool()
-        if not metrics:
-            # An earlier stage's, which have arrived since.
-            spool.unlink(missing_ok=True)
-            return None
+        text = "".join(json.dumps(dict(metric)) + "\n" for metric in self._delivery.undelivered())
         try:
-            spool.parent.mkdir(parents=True, exist_ok=True)
-            # Replaced: what an earlier stage could not deliver is still queued.
-            spool.write_text("".join(json.dumps(dict(metric)) + "\n" for metric in metrics), encoding="utf-8")
+            if text:
+                # Replaced: what an earlier stage could not deliver is still queued.
+                write_atomically(self._spool, lambda file: file.write(text.encode()))
+                return self._spool
+            self._spool.unlink(missing_ok=True)
         except OSError as error:
-            _log.warning("%s cannot be written (%s)", spool, error.strerror)
-            return None
-        return spool
+            _log.warning("%s cannot be written (%s)", self._spool, error.strerror)
+        return None
 
     @functools.cached_property
     def _client(self) -> MlflowClient:
         """A store of its own: mlflow.set_tracking_uri would set that of the whole process, and of later runs."""
         return connect(self.tracking_uri)
 
-    def _check_store(self) -> None:
-        """Ask the store for what was named by its id."""
-        with answering(self.tracking_uri):
-            client = self._client
-            if self._run_id is not None:
-                self._checked_run(self._run_id)
-            elif self._experiment_id is not None:
-                experiment_id(client, self._experiment_name, self.tracking_uri, self._experiment_id)
-
-    def _checked_run(self, run_id: str) -> Run:
-        found = find_run(self._client, run_id, self.tracking_uri, _RUN_KEY)
-        if found is None:
-            raise UserError(f"{_RUN_KEY}: {run_id} is no run of {self.store}")
-        return found
-
     @functools.cached_property
     def _delivery(self) -> Delivery:
         client, run_id = self.experiment, str(self.run_id)
-        return Delivery(
-            lambda metrics: client.log_batch(run_id, metrics=metrics),
-            lambda: heartbeat.beat(client, run_id),
-            heartbeat.EVERY,
-        )
 
-    def _deliver_status(self, status: str) -> None:
-        client, run_id = self.experiment, self.run_id
-        end = None if status == "RUNNING" else int(time.time() * 1000)
+        def send(metrics: Sequence[Any]) -> None:
+            client.log_batch(run_id, metrics=metrics)
 
-        def send() -> None:
-            client.update_run(run_id, status=status) if end is None else client.set_terminated(run_id, status, end)
+        return Delivery(send, lambda: heartbeat.beat(client, run_id), heartbeat.EVERY)
 
-        self.deliver(f"the status {status}", send)
+    def _check(self) -> Run | None:
+        """Ask the store for what was named by its id; the run, if it was."""
+        client = self._client
+        if self._run_id is not None:
+            if (found := find_run(client, self._run_id, self.tracking_uri, "run_id")) is None:
+                raise UserError("run_id", self._run_id, reason=f"is no run of {self.store}")
+            return found
+        if self._experiment_id is not None:
+            experiment_id(client, self._experiment_name, self.tracking_uri, self._experiment_id)
+        return None
 
     def _open(self) -> None:
         """Make the run, or take up the one that was asked for."""
         from mlflow.tracking.context.registry import resolve_tags
 
         client = self._client
-        if self._run_id is not None:
-            self._experiment_id = str(self._checked_run(self._run_id).info.experiment_id)
-            self._experiment_name = client.get_experiment(self._experiment_id).name
-            heartbeat.beat(client, self._run_id)
-            return
-        self._experiment_id = experiment_id(client, self._experiment_name, self.tracking_uri, self._experiment_id)
+        if (run := self._check()) is not None:
+            self._experiment_id = str(run.info.experiment_id)
+            heartbeat.beat(client, run.info.run_id)
+        else:
+            named = self._experiment_name, self.tracking_uri, self._experiment_id
+            self._experiment_id = experiment_id(client, *named)
+            # With what the environment says: a sweep names the parent run in MLFLOW_RUN_CONTEXT.
+            tags = resolve_tags(self.tags | heartbeat.tags())
+            self._run_id = client.create_run(self._experiment_id, tags=tags, run_name=self._run_name).info.run_id
         self._experiment_name = client.get_experiment(self._experiment_id).name
-        # With what the environment says: a sweep names the parent run in MLFLOW_RUN_CONTEXT.
-        tags = resolve_tags(self.tags | heartbeat.tags())
-        self._run_id = client.create_run(self._experiment_id, tags=tags, run_name=self._run_name).info.run_id

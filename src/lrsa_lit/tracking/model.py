@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.folder import AnotherModel, save_folder
+from lrsa_lit.strategies import shards_weights
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.artifacts import run_folder
 from lrsa_lit.tracking.logger import MLflowRun
-from lrsa_lit.tracking.store import answering, reason
+from lrsa_lit.tracking.store import reason
 
 FOLDER = "model"
 """The artifact's name in MLflow."""
-
-_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 _log = logging.getLogger("lrsa_lit.tracking")
 
@@ -49,20 +47,19 @@ class LogModel(Callback):
         logger = trainer.logger
         if not isinstance(logger, MLflowRun) or not isinstance(pl_module, LongContextQA) or not self._wanted(pl_module):
             return
-        if isinstance(trainer.strategy, _SHARDED) or not trainer.is_global_zero:
+        if shards_weights(trainer.strategy) or not trainer.is_global_zero:
             return
         scratch = run_folder(trainer) / FOLDER
         try:
             if pl_module.backbone.lora is not None:
                 check_holdable(pl_module.backbone)
-            with answering(logger.tracking_uri):
+            with logger.answering():
                 local = _local_artifacts(logger)
                 target = scratch if local is None else local / FOLDER
-                # A run that was taken up again may have logged one before.
-                shutil.rmtree(target, ignore_errors=True)
                 best = getattr(trainer.checkpoint_callback, "best_model_path", "")
                 weights = load_trained(Path(best)).weights if best else None
-                save_folder(pl_module.model, pl_module.tokenizer, target, weights=weights)
+                # A run that was taken up again may have logged one before.
+                save_folder(pl_module.model, pl_module.tokenizer, target, weights=weights, replace=True)
                 if local is None:
                     logger.experiment.log_artifacts(logger.run_id, str(scratch), FOLDER)
                     shutil.rmtree(scratch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -19,10 +20,10 @@ from lrsa_lit.checkpoints.resume import RUN, about
 from lrsa_lit.checkpoints.stop import Terminated
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import redacted
+from lrsa_lit.lightning_internals import number_logged_steps
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun
-from lrsa_lit.tracking.store import answering
 
 _PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
 _MAX_PARAM = 250
@@ -57,7 +58,7 @@ class RecordConfig(SaveConfigCallback):
         logger, data = trainer.logger, trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not isinstance(logger, MLflowRun) or not isinstance(data, QADataModule):
             return
-        with answering(logger.tracking_uri):
+        with logger.answering():
             for split in [split for split in data.report if split not in self._recorded_splits]:
                 self._recorded_splits.add(split)
                 logger.experiment.log_inputs(logger.run_id, [dataset_input(data, split)])
@@ -72,19 +73,18 @@ class RecordConfig(SaveConfigCallback):
         )
         values = yaml.safe_load(text)
         params = flatten({key: values[key] for key in ("model", "data", "trainer") if values.get(key)})
-        with answering(logger.tracking_uri):
+        with logger.answering():
             client, run_id = logger.experiment, logger.run_id
             if not logger.named and not logger.continues:
                 client.update_run(run_id, name=run_name(values, self.command))
             client.log_text(run_id, text, "config.resumed.yaml" if logger.continues else "config.yaml")
-            _log_params(logger, params | derived_params(trainer, pl_module))
+            _log_params(logger, params | _kv_ratio(trainer, pl_module))
             for name, value in (circumstances(values, trainer) | evaluated(values, self.command)).items():
                 client.set_tag(run_id, name, value)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Number the steps of a resumed fit without a gap: Lightning counts the batch that Ctrl-C cut short as done."""
-        # Lightning gives loggers this counter as their step, and has no public way to set it.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        number_logged_steps(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Name the run in its checkpoints."""
@@ -101,13 +101,13 @@ def _log_params(logger: MLflowRun, params: Mapping[str, str]) -> None:
     """Log params; MLflow refuses to change those of a continued run, so a changed one becomes a tag."""
     known = logger.experiment.get_run(logger.run_id).data.params if logger.continues else {}
     logger.log_hyperparams({name: value for name, value in params.items() if name not in known})
-    for name, value in params.items():
-        if name in known and known[name] != value:
-            logger.experiment.set_tag(logger.run_id, f"override.{name}", value)
+    for name in known.keys() & params.keys():
+        if known[name] != params[name]:
+            logger.experiment.set_tag(logger.run_id, f"override.{name}", params[name])
 
 
-def derived_params(trainer: Trainer, module: LightningModule) -> dict[str, str]:
-    """``kv_ratio``: the share of the query-key pairs of dense attention that the run's rule attends to.
+def _kv_ratio(trainer: Trainer, module: LightningModule) -> dict[str, str]:
+    """The share of the query-key pairs of dense attention that the run's rule attends to.
 
     It is that of a sequence of ``max_tokens``, over all layers, dense ones included: one number to compare runs of
     another lag size, K, number of sinks or chunk length by.
@@ -202,14 +202,10 @@ def circumstances(values: Mapping[str, Any], trainer: Trainer) -> dict[str, str]
         "data": getattr(trainer.datamodule, "fingerprint", ""),  # type: ignore[attr-defined]
         **_git(),
     }
-    return tags | {f"version.{name}": version for name in _PACKAGES if (version := _version(name))}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            tags[f"version.{name}"] = importlib.metadata.version(name)
+    return tags
 
 
 def _git() -> dict[str, str]:

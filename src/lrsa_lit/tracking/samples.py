@@ -67,14 +67,13 @@ class SamplePredictions(Callback):
         rows, self._rows, logger = self._rows, [], trainer.logger
         if not rows or not isinstance(logger, MLflowRun) or not trainer.is_global_zero:
             return
-        client, run_id = logger.experiment, logger.run_id
         if self.count:
             shown = [_flat(row) for row in rows[: self.count]]
             table = {name: [row[name] for row in shown] for name in shown[0]}
-            logger.deliver(QUESTIONS, lambda: client.log_table(run_id, table, QUESTIONS))
+            logger.deliver(QUESTIONS, logger.experiment.log_table, table, QUESTIONS)
         if self.all_answers:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            logger.deliver(ANSWERS, lambda: client.log_text(run_id, lines, ANSWERS))
+            logger.deliver(ANSWERS, logger.experiment.log_text, lines, ANSWERS)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.errors import UserError, message_of, redacted
@@ -23,13 +22,15 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
     from mlflow.tracking import MlflowClient
 
-URI_KEY = "trainer.logger.init_args.tracking_uri"
-"""The setting of a run that names its store."""
+URI = "tracking_uri"
+"""The argument that names a store, for errors."""
+
+URI_KEY = f"trainer.logger.init_args.{URI}"
+"""The same as a setting of a run."""
 
 EXPERIMENT = "lrsa"
 """The experiment of runs for which none is named."""
 
-EXPERIMENT_KEY = "trainer.logger.init_args.experiment_name"
 SERVER = ("http://", "https://")
 _SQLITE_HEADER = b"SQLite format 3\0"
 _TURN = 120
@@ -53,23 +54,26 @@ def default_uri() -> str:
     return str(OmegaConf.load(shipped("cli.yaml")).trainer.logger.init_args.tracking_uri)
 
 
-def checked_uri(uri: str, key: str = URI_KEY) -> str:
+def checked_uri(uri: str, key: str = URI) -> str:
     """The URI of a store to write to, with an absolute SQLite path whose folder is made, or with the user's name.
 
     Raises:
         UserError: it names no store, or an SQLite file that is none or cannot be written.
     """
     if not uri.startswith(_SCHEMES):
-        raise UserError(
-            f"{key}: {redacted(uri)!r} is not allowed; it must be sqlite:///PATH, a database or a server's http(s):// "
-            "address"
-        )
+        raise UserError(key, redacted(uri), "sqlite:///PATH, a database or a server's http(s):// address")
     if not uri.startswith(SQLITE):
         return with_user(uri)
     path = sqlite_path(uri, key)
     check_writable(key, uri, path.parent)
     if path.exists():
-        _check_sqlite(path, uri, key)
+        try:
+            with path.open("r+b") as file:
+                header = file.read(len(_SQLITE_HEADER))
+        except OSError as error:
+            raise UserError(key, reason=f"{uri} cannot be written ({error.strerror})") from None
+        if header not in (b"", _SQLITE_HEADER):
+            raise UserError(key, reason=f"{path} is no SQLite file; name another one")
     return sqlite_uri(path, key)
 
 
@@ -83,21 +87,21 @@ def existing_uri(uri: str, key: str) -> str:
         path = sqlite_path(uri, key)
         if not path.is_file() or not path.stat().st_size:
             what = "is empty" if path.is_file() else "does not exist"
-            raise UserError(f"{key}: {uri} {what} ({path}); name a store that `lrsa fit` has written")
+            raise UserError(key, reason=f"{uri} {what} ({path}); name a store that `lrsa fit` has written")
     return checked_uri(uri, key)
 
 
 def is_new(uri: str) -> bool:
     """Whether it is an SQLite store that opening would make."""
-    return uri.startswith(SQLITE) and not sqlite_path(uri, URI_KEY).exists()
+    return uri.startswith(SQLITE) and not sqlite_path(uri, URI).exists()
 
 
 def artifact_location(uri: str) -> str | None:
     """Artifacts stand beside an SQLite store; a server decides by itself."""
-    return (sqlite_path(uri, URI_KEY).parent / "artifacts").as_uri() if uri.startswith(SQLITE) else None
+    return (sqlite_path(uri, URI).parent / "artifacts").as_uri() if uri.startswith(SQLITE) else None
 
 
-def connect(uri: str, key: str = URI_KEY) -> MlflowClient:
+def connect(uri: str, key: str = URI) -> MlflowClient:
     """Open a store, asking it something, and mark the runs in it that died without a word.
 
     Raises:
@@ -129,7 +133,7 @@ def _one_at_a_time(uri: str, key: str) -> contextlib.AbstractContextManager[Any]
 
 
 @contextlib.contextmanager
-def answering(uri: str, key: str = URI_KEY) -> Iterator[None]:
+def answering(uri: str, key: str = URI) -> Iterator[None]:
     """Turn a store's failures within the block into one line.
 
     Raises:
@@ -140,21 +144,15 @@ def answering(uri: str, key: str = URI_KEY) -> Iterator[None]:
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
 
-    failures = (
-        MlflowException,
-        requests.RequestException,
-        sqlalchemy.exc.SQLAlchemyError,
-        # A database of another version.
-        alembic.util.CommandError,
-        OSError,
-    )
+    # CommandError: a database of another version.
+    of_databases = (sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError)
     try:
         yield
-    except failures as error:
+    except (MlflowException, requests.RequestException, *of_databases, OSError) as error:
         if refused(error):
-            raise UserError(f"{key}: {redacted(uri)} refuses this: {reason(error)}") from error
+            raise UserError(key, reason=f"{redacted(uri)} refuses this: {reason(error)}") from error
         advice = "start the server, or name another store" if uri.startswith(SERVER) else "name another store"
-        raise UserError(f"{key}: {redacted(uri)} does not answer ({reason(error)}); {advice}") from error
+        raise UserError(key, reason=f"{redacted(uri)} does not answer ({reason(error)}); {advice}") from error
 
 
 def refused(error: Exception) -> bool:
@@ -169,9 +167,7 @@ def reason(error: BaseException) -> str:
     text = redacted(message_of(error))
     if cause := re.search(r"\[Errno -?\d+\] ([\w ]+)", text):
         return cause[1]
-    if "timed out" in text:
-        return "timed out"
-    return text[:160] or type(error).__name__
+    return "timed out" if "timed out" in text else text[:160] or type(error).__name__
 
 
 def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str | None = None) -> str:
@@ -186,31 +182,19 @@ def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str |
     Raises:
         UserError: it was deleted, there is none of that id, or it has another name.
     """
-    if named is not None:
-        return _experiment_of(client, named, name, uri)
-    name = name or EXPERIMENT
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        return str(client.create_experiment(name, artifact_location=artifact_location(uri)))
+    found: Experiment | None
+    if named is None:
+        key, shown, found = "experiment_name", name or EXPERIMENT, client.get_experiment_by_name(name or EXPERIMENT)
+        if found is None:
+            return str(client.create_experiment(shown, artifact_location=artifact_location(uri)))
+    else:
+        key, shown, found = "experiment_id", named, _found(client.get_experiment, named)
+        if found is None:
+            raise UserError(key, reason=f"{named} is no experiment of {redacted(uri)}")
     if found.lifecycle_stage == "deleted":
-        raise UserError(f"{EXPERIMENT_KEY}: {name} was deleted in {redacted(uri)}; restore it or name another")
-    return str(found.experiment_id)
-
-
-def _experiment_of(client: MlflowClient, named: str, name: str | None, uri: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    key = f"{EXPERIMENT_KEY.removesuffix('_name')}_id"
-    try:
-        found = client.get_experiment(named)
-    except MlflowException as error:
-        if not refused(error):
-            raise
-        raise UserError(f"{key}: {named} is no experiment of {redacted(uri)}") from None
-    if found.lifecycle_stage == "deleted":
-        raise UserError(f"{key}: {named} was deleted in {redacted(uri)}; restore it or name another")
+        raise UserError(key, reason=f"{shown} was deleted in {redacted(uri)}; restore it or name another")
     if name not in (None, found.name):
-        raise UserError(f"{key}: {named} is the experiment {found.name!r}, and experiment_name is {name!r}; name one")
+        raise UserError(key, reason=f"{shown} is the experiment {found.name!r}, not {name!r}; name one of the two")
     return str(found.experiment_id)
 
 
@@ -220,19 +204,10 @@ def find_run(client: MlflowClient, run_id: str, uri: str, key: str) -> Run | Non
     Raises:
         UserError: it was deleted.
     """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if not refused(error):
-            raise
-        return None
-    if run.info.lifecycle_stage == "deleted":
-        raise UserError(
-            f"{key}: the run {run_id} was deleted in {redacted(uri)}; restore it with mlflow runs restore --run-id "
-            f"{run_id}, or start a new one without {key}"
-        )
+    run: Run | None = _found(client.get_run, run_id)
+    if run is not None and run.info.lifecycle_stage == "deleted":
+        restore = f"restore it with mlflow runs restore --run-id {run_id}, or start a new one without {key}"
+        raise UserError(key, reason=f"the run {run_id} was deleted in {redacted(uri)}; {restore}")
     return run
 
 
@@ -245,15 +220,18 @@ def find_experiment(client: MlflowClient, name: str, key: str) -> Experiment:
     found = {experiment.name: experiment for experiment in client.search_experiments()}
     if name not in found:
         nearest = difflib.get_close_matches(name, found, n=3, cutoff=0.0)
-        raise UserError(f"{key}: {name} is no experiment of this store; the nearest are {', '.join(nearest)}")
+        told = f"{name} is no experiment of this store; the nearest are {', '.join(nearest)}"
+        raise UserError(key, reason=told)
     return found[name]
 
 
-def _check_sqlite(path: Path, uri: str, key: str) -> None:
+def _found(get: Any, name: str) -> Any:
+    """What a store has of that id; None where it has none."""
+    from mlflow.exceptions import MlflowException
+
     try:
-        with path.open("r+b") as file:
-            header = file.read(len(_SQLITE_HEADER))
-    except OSError as error:
-        raise UserError(f"{key}: {uri} cannot be written ({error.strerror})") from None
-    if header not in (b"", _SQLITE_HEADER):
-        raise UserError(f"{key}: {path} is no SQLite file; name another one")
+        return get(name)
+    except MlflowException as error:
+        if not refused(error):
+            raise
+        return None

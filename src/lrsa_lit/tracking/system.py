@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.tracking.logger import MLflowRun
-
-if TYPE_CHECKING:
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 _log = logging.getLogger("lrsa_lit.tracking")
 
@@ -26,9 +23,9 @@ class SystemMetrics(Callback):
 
     def __init__(self, seconds: float = 10.0) -> None:
         if seconds <= 0:
-            raise UserError(f"SystemMetrics.seconds: {seconds} is not allowed; it must be a number > 0")
+            raise UserError("SystemMetrics.seconds", seconds, "a number > 0")
         self.seconds = seconds
-        self._monitor: SystemMetricsMonitor | None = None
+        self._monitor: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the monitor's thread."""
@@ -49,13 +46,10 @@ class SystemMetrics(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop it; Lightning calls this after a fit."""
-        self._finish()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop it where the fit ends early."""
-        self._finish()
-
-    def _finish(self) -> None:
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             monitor.finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop it where the fit ends early."""
+        self.teardown(trainer, pl_module, "fit")

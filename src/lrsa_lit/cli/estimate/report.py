@@ -16,6 +16,7 @@ from lrsa_lit.data import cache
 from lrsa_lit.data.collate import collate
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
+from lrsa_lit.strategies import shards_weights
 from lrsa_lit.tasks import LongContextQA
 
 _GIB = 2**30
@@ -126,9 +127,7 @@ def _size_text(size: float) -> str:
 
 
 def _check(task: LongContextQA, trainer: lightning.Trainer) -> None:
-    from lrsa_lit.strategies import FullySharded
-
-    if isinstance(trainer.strategy, FullySharded):
+    if shards_weights(trainer.strategy):
         raise UserError("--estimate: a sharded model is not estimated; see what one device needs without fsdp.yaml")
     if task.backbone.quantization is not None:
         raise UserError("--estimate: model.backbone.quantization is not estimated; it needs the weights themselves")

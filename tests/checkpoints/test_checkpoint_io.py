@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
-from lrsa_lit.checkpoints.errors import CheckpointNotSaved
-from lrsa_lit.checkpoints.files import claim, newest_first, release, tidy
+from lrsa_lit.checkpoints.checkpoint_io import CheckpointNotSaved, claim, newest_first, release, tidy
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models.checkpoint_file import damage

@@ -1,19 +1,21 @@
-"""What an evaluation shows at its end: the scores of its parts under every attention, and what was left out."""
+"""What a run shows at its end: scores, what was left out, and where the run, its answers and checkpoints are."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from lrsa_lit.callbacks.answers import AnswerWriter, PredictionWriter
-from lrsa_lit.callbacks.fit_summary import run_lines
+from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.names import OWN, SCORES, TOO_LONG_OF
 from lrsa_lit.terminal import PlainConsole
+from lrsa_lit.tracking.logger import MLflowRun
 
 if TYPE_CHECKING:
     from lrsa_lit.data.module import QADataModule, Split
@@ -23,6 +25,84 @@ _EVALUATED = {**SCORES, "recall": "recall"}
 _STAGES = {"val": "Validation", "test": "Test"}
 _COLUMNS = 5
 """Attentions that fit into a table side by side."""
+
+
+class FitSummary(Callback):
+    """Keep what each validation found, for a table: every attention's scores before and after training.
+
+    "Before" is the validation that ran at step 0, "after" the last one.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[tuple[int, dict[str, float]]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit goes on from, so that its table begins where the run began."""
+        return {"history": [[step, values] for step, values in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the validations of the run so far.
+
+        Raises:
+            UserError: they are none.
+        """
+        for number, entry in enumerate(state_dict["history"]):
+            check_form(entry, [0, {}], f"callbacks.FitSummary.history.{number}")
+            check_form(list(entry[1].values()), [0.0] * len(entry[1]), f"callbacks.FitSummary.history.{number}.1")
+        self.history = [(step, values) for step, values in state_dict["history"]]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of a whole validation."""
+        if trainer.sanity_checking:
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.history.append((trainer.global_step, values))
+
+    def show(self, trainer: Trainer) -> None:
+        """Print the summary on the first process, once the progress bar is gone."""
+        if not trainer.is_global_zero:
+            return
+        console = PlainConsole()
+        if self.history:
+            console.print(summary_table(self.history))
+        # Without a validation in training there is no best one.
+        for kind, name in (("Best", "best_model_path"), ("Last", "last_model_path")):
+            if checkpoint := getattr(trainer.checkpoint_callback, name, ""):
+                console.say(f"{kind} checkpoint: {checkpoint}")
+                break
+        show_run(trainer, console)
+
+
+def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
+    """First and last entry side by side: a row for each attention, as ``LRSA`` (the run's own rule) or by its name.
+
+    A single entry stands alone.
+    """
+    ends, last = [*history[:1], *history[1:][-1:]], history[-1][1]
+    questions = int(last.get("val/count", 0))
+    plural = "" if questions == 1 else "s"
+    steps = " → ".join(f"step {step}" for step, _ in ends)
+    table = Table(title=f"Validation on {questions} question{plural}, {steps}")
+    table.add_column("inference")
+    for label in SCORES.values():
+        table.add_column(label, justify="right")
+    for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
+        stem = f"val/{prefix}/" if prefix else "val/"
+        found = [[values.get(stem + name, math.nan) for _, values in ends] for name in SCORES]
+        # The parts of an evaluation have no loss of their own.
+        shown = ("" if math.isnan(scores[-1]) else " → ".join(f"{score:.3f}" for score in scores) for scores in found)
+        table.add_row(prefix or OWN, *shown)
+    return table
+
+
+def show_run(trainer: Trainer, console: PlainConsole) -> None:
+    """Name the run and the command that compares it with others, where something is recorded."""
+    logger = trainer.logger
+    if isinstance(logger, MLflowRun):
+        experiment = logger.experiment_name
+        console.say(f"Run {logger.version} of experiment {experiment!r} in {logger.store}")
+        command = ["lrsa", "ui", "--store", logger.store, "--experiment", experiment]
+        console.say(f"Compare its runs: {shlex.join(command)}")
 
 
 def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, split: Split) -> None:
@@ -46,8 +126,7 @@ def show_answers(trainer: Trainer) -> None:
         if isinstance(callback, AnswerWriter | PredictionWriter):
             for path in callback.lines.written:
                 console.say(f"Answers: {path}")
-    for line in run_lines(trainer):
-        console.say(line)
+    show_run(trainer, console)
 
 
 def evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: QADataModule, split: Split) -> Table:
