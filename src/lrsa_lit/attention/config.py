@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lrsa_lit.bounds import check_setting, is_integer, is_weight, replaced
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Rule, ValueWeighted
-from lrsa_lit.ops.sparse_attention.bounds import check_setting, is_integer, is_weight, replaced
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lrsa_lit.bounds import is_integer
 from lrsa_lit.data import cache, fingerprint
 from lrsa_lit.data.collate import Batch, groups_of
 from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages
@@ -380,7 +381,7 @@ def at_least(name: str, value: int, least: int) -> int:
     Raises:
         UserError: it is.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_integer(value) or value < least:
         raise UserError(f"data.init_args.{name} is {value}, allowed is {least} or more")
     return value
 

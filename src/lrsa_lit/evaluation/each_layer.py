@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lrsa_lit.bounds import is_integer
 from lrsa_lit.errors import UserError
 
 Attention = Mapping[str, Any] | None
@@ -39,7 +40,7 @@ def _dense_layers(field: str, given: Mapping[str, Any]) -> Iterator[tuple[int, l
         raise UserError(field, dict(given), allowed)
     kind = "only" if "only" in given else "all_but"
     count, beside = given[kind], given.get("beside", [])
-    if not _is_integer(count) or count < 1:
+    if not is_integer(count) or count < 1:
         raise UserError(f"{field}.{kind}", count, "an integer >= 1")
     if not _leaves_some(beside, count):
         raise UserError(f"{field}.beside", beside, f"a list of different layers from 0 to {count - 1}, not all of them")
@@ -49,10 +50,6 @@ def _dense_layers(field: str, given: Mapping[str, Any]) -> Iterator[tuple[int, l
 
 def _leaves_some(layers: Any, count: int) -> bool:
     """Whether these are different ones of so many layers, and not all of them."""
-    if not isinstance(layers, list) or not all(_is_integer(layer) and 0 <= layer < count for layer in layers):
+    if not isinstance(layers, list) or not all(is_integer(layer) and 0 <= layer < count for layer in layers):
         return False
     return len(set(layers)) == len(layers) < count
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

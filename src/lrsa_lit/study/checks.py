@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from lrsa_lit.bounds import is_integer, is_weight
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention.bounds import is_integer, is_weight
 from lrsa_lit.study.settings import Settings
 
 MEASURES = ("f1", "em", "recall")

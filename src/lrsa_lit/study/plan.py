@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.bounds import is_integer
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.ops.sparse_attention import Compressor
-from lrsa_lit.ops.sparse_attention.bounds import is_integer
 from lrsa_lit.study import settings
 from lrsa_lit.study.checks import TRAINER, check_overlay, check_row, check_study
 from lrsa_lit.study.settings import Settings

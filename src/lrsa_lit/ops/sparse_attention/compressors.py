@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrsa_lit import plugins
+from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.ops.sparse_attention.scoring import Ranking, lag_relative_spread, token_hash, weighted_ranking
 
 

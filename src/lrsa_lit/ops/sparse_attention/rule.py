@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lrsa_lit.ops.sparse_attention.bounds import check_setting, is_integer, replaced
+from lrsa_lit.bounds import check_setting, is_integer, replaced
 from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative
 
 

@@ -1,4 +1,4 @@
-"""Settings of a rule: what kinds of numbers they are, and the one line that refuses another."""
+"""Settings: what kinds of numbers they are, and the one line that refuses another."""
 
 from __future__ import annotations
 
