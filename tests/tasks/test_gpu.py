@@ -9,7 +9,7 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.attention.decoding import decoder
 from lrsa_lit.data.collate import TrainBatch
 from lrsa_lit.models import Backbone, head
-from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks import LongContextQA, question_answering
 
 pytestmark = pytest.mark.gpu
 
@@ -89,7 +89,7 @@ def test_a_graph_answers_what_launches_do(dtype, monkeypatch):
     task = LongContextQA(Backbone("tiny", dtype=dtype), RULE, max_new_tokens=60)
     task.configure_model()
     task.cuda().eval()
-    task.model.generation_config.min_new_tokens = 60
+    monkeypatch.setattr(question_answering, "stop_tokens", lambda tokenizer: [])
     mask = torch.ones(3, 400, dtype=torch.int64)
     mask[1, :250], mask[2, :30] = 0, 0
     prompts = [{"prompt_ids": torch.randint(3, 259, (3, 400)), "prompt_mask": mask} for _ in range(2)]
@@ -101,5 +101,6 @@ def test_a_graph_answers_what_launches_do(dtype, monkeypatch):
             autocast = torch.autocast("cuda", torch.bfloat16, enabled=dtype == "float32")
             with torch.inference_mode(), autocast:
                 answers.append(task.generate(prompt, RULE))
+        task._greedy.clear()
     assert answers[:2] == answers[2:]
     assert all(length == 60 for _, lengths in answers for length in lengths)

@@ -7,12 +7,12 @@ import torch
 from helpers import refused
 from scripted import scripted_model
 
-from lrsa_lit.attention import LRSAConfig, base_of, enabled_config
-from lrsa_lit.attention.decoding import Decoder, serving
+from lrsa_lit.attention import LRSACache, LRSAConfig, enabled_config, using
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
+from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_tokenizer
-from lrsa_lit.tasks import LongContextQA, question_answering
+from lrsa_lit.tasks import LongContextQA
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 
@@ -92,26 +92,23 @@ def test_batched_answers_equal_single_ones():
             assert made.generate(one, rule)[0] == [together[row]]
 
 
+@pytest.mark.parametrize("rule", [RULE, None], ids=["rule", "dense"])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["all-weights", "adapters"])
-def test_answers_of_unequal_rows_are_served_token_by_token(lora, monkeypatch):
+def test_answers_are_those_of_generate(lora, rule):
     made = LongContextQA(Backbone("tiny", lora=lora), RULE, max_new_tokens=30)
     made.configure_model()
-    made.model.generation_config.min_new_tokens = 30
-    plain, decoders = made.generate(batch(150, 40, 90), RULE), []
-
-    def on_any_device(model, cache, *, room):
-        decoders.append(Decoder(base_of(model), cache, room=room))
-        return serving(base_of(model), decoders[-1])
-
-    monkeypatch.setattr(question_answering, "graphed_decoding", on_any_device)
-    assert made.generate(batch(150, 40, 90), RULE) == plain
-    (decoder,) = decoders
-    # One memory of all rows, in which the first layer has seen all but the last of the new tokens.
-    assert [stream.seen for stream in decoder.cache.layers[0].streams] == [150 + 29, 40 + 29, 90 + 29]
-    assert decoder.layers[0].key.shape[0] == 3
-    assert made.generate(batch(150, 40, 90), None)
-    assert len(decoders) == 1, "nothing is compressed without a rule"
-    assert "forward" not in vars(base_of(made.model))
+    made.model.eval()
+    for rows in (batch(150, 40, 90), batch(60, 60, 60), batch(150, 40, 90)):
+        cache = None if rule is None else LRSACache(rule, 2)
+        with using(made.model, rule):
+            whole = made.model.generate(input_ids=rows["prompt_ids"], attention_mask=rows["prompt_mask"],
+                                        past_key_values=cache, max_new_tokens=30, do_sample=False,
+                                        eos_token_id=stop_tokens(made.tokenizer), pad_token_id=2)  # fmt: skip
+        answers = [
+            before_stop(row, stop_tokens(made.tokenizer)) for row in whole[:, rows["prompt_ids"].shape[1] :].tolist()
+        ]
+        texts = [text.strip() for text in made.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        assert made.generate(rows, rule) == (texts, list(map(len, answers)))
 
 
 @pytest.mark.parametrize("rule", [RULE, None], ids=["rule", "dense"])

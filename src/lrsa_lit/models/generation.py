@@ -1,4 +1,4 @@
-"""How answers are decoded, wherever this project generates."""
+"""Where a generated answer ends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Plain greedy decoding, whatever the model's own generation_config.json says."""
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,7 +5,6 @@ Dimensions: B examples, T tokens of the longest example, Tp tokens of the longes
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -18,13 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lrsa_lit.attention import (
     LAYOUT,
-    LRSACache,
+    Greedy,
     LRSAConfig,
-    cache_argument,
     disable,
     enable,
     enabled_config,
-    graphed_decoding,
     packed_layout,
     using,
 )
@@ -34,7 +31,7 @@ from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import describe, trained_weights
-from lrsa_lit.models.generation import GREEDY, before_stop, stop_tokens
+from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import losses_of_rows, summed_loss
 from lrsa_lit.models.sharding import is_sharded, shard
 from lrsa_lit.strategies import gathered
@@ -120,6 +117,7 @@ class LongContextQA(lightning.LightningModule):
         self.template_arguments = template_arguments
         # Of the batches since the last optimizer step. No buffer, which DDP would overwrite with the first process's.
         self._answer_tokens: list[Tensor] = []
+        self._greedy: dict[LRSAConfig, Greedy] = {}
         # Checkpoints of adapters leave the frozen base out; it is loaded from its source.
         self.strict_loading = backbone.lora is None
         self.model: Any = None
@@ -280,41 +278,37 @@ class LongContextQA(lightning.LightningModule):
             for found in [scores(text, batch["answers"][row], batch["match"][row])]
         ]
 
-    @torch.no_grad()
-    def generate(self, batch: Batch, config: LRSAConfig | None) -> tuple[list[str], list[int]]:
+    def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
         """Greedy answers to a batch of prompts, each up to its first special token.
 
         Args:
             batch: prompts (B, Tp), padded on the left.
-            config: the rule to decode with, compressing as it goes; None decodes densely.
+            rule: the rule to decode with, compressing as it goes; None decodes densely.
 
         Returns:
             The answers and their lengths in tokens.
         """
-        prompt, stops = batch["prompt_ids"], stop_tokens(self.tokenizer)
-        cache = None if config is None else LRSACache(config, self.model.config.num_hidden_layers)
-        with using(self.model, config), uncompiled(), self._token_by_token(cache):
-            tokens = self.model.generate(
-                input_ids=prompt,
-                attention_mask=batch["prompt_mask"],
-                max_new_tokens=self.max_new_tokens,
-                use_cache=True,
-                # All devices of a sharded model go on until the last one has its answers: each step takes them all.
-                synced_gpus=is_sharded(self.model),
-                eos_token_id=stops,
-                pad_token_id=self.tokenizer.pad_token_id,
-                **cache_argument(self.model, cache),
-                **GREEDY,
-            )
-        answers = [before_stop(row, stops) for row in tokens[:, prompt.shape[1] :].tolist()]
+        # Dense attention is a rule, too: the same cache and decoder serve it.
+        layers = range(self.model.config.get_text_config().num_hidden_layers)
+        rule = self.lrsa.replace(dense_layers=tuple(layers)) if rule is None else rule
+        with using(self.model, rule), uncompiled():
+            answers = self._answering(rule)(batch["prompt_ids"], batch["prompt_mask"])
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts], list(map(len, answers))
 
-    def _token_by_token(self, cache: LRSACache | None) -> contextlib.AbstractContextManager[None]:
-        """By a CUDA graph over a compressed cache; but a sharded model gathers its weights anew in each forward."""
-        if cache is None or is_sharded(self.model):
-            return contextlib.nullcontext()
-        return graphed_decoding(self.model, cache, room=self.max_new_tokens)
+    def _answering(self, rule: LRSAConfig) -> Greedy:
+        """What answers under a rule, in the same memory until an evaluation ends."""
+        if rule not in self._greedy:
+            data = getattr(self._trainer, "datamodule", None)
+            self._greedy[rule] = Greedy(
+                self.model,
+                stop_tokens(self.tokenizer),
+                max_new_tokens=self.max_new_tokens,
+                longest_prompt=0 if data is None else data.max_tokens,
+                # All devices of a sharded model go on until the last one has its answers: each step takes them all.
+                synced=is_sharded(self.model),
+            )
+        return self._greedy[rule]
 
     def _evaluate(self, batch: Batch) -> dict[str, Answers]:
         wanted, columns = targets(batch), batch["label_columns"]
@@ -339,13 +333,16 @@ class LongContextQA(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's metrics."""
         self._log_metrics("val")
+        self._greedy.clear()
 
     def on_test_epoch_end(self) -> None:
         """Log the epoch's metrics."""
         self._log_metrics("test")
+        self._greedy.clear()
 
     def _reset_metrics(self, split: Split) -> None:
-        # At the start and not at the end: states made under trainer.validate's inference mode cannot be updated in fit.
+        # Of an evaluation that an error ended: weights may have changed, and what inference mode made cannot be used.
+        self._greedy.clear()
         data = getattr(self.trainer, "datamodule", None)
         groups = [] if data is None else data.groups(split)
         if both := {group.partition("/")[0] for group in groups} & set(self.attentions):
