@@ -167,7 +167,8 @@ def test_trained_exported_and_asked(compressor, tmp_path, monkeypatch, capfd):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
     main(["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--config", "own.yaml"])
     main(["export", str(next(tmp_path.rglob("last.ckpt"))), "--out", "model"])
-    assert json.loads((tmp_path / "model/config.json").read_text())["lrsa"]["compressor"] == compressor.to_dict()
+    stored = json.loads((tmp_path / "model/config.json").read_text())["lrsa"]
+    assert LRSAConfig.from_dict(stored).compressor == compressor
     capfd.readouterr()
     main(["ask", "own.yaml", "What is it?", "--model", "model", "--max-new-tokens", "2", "--json"])
     answer = json.loads(capfd.readouterr().out)
