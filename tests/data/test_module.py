@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from data_helpers import BARE, LENGTHS, Words, built, ids
+from helpers import refused
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +18,6 @@ import lrsa_lit.data
 from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.data.prompts import TooLong
 from lrsa_lit.data.records import QARecord
-from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 
@@ -196,21 +196,20 @@ def test_a_parameter_that_is_not_stored_is_noticed(tokenizer: PreTrainedTokenize
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parameters", "field", "value"),
     [
-        ({"max_tokens": True}, "data.init_args.max_tokens is True, allowed is 1 or more"),
-        ({"max_tokens": 0}, "data.init_args.max_tokens is 0, allowed is 1 or more"),
-        ({"batch_size": 0}, "data.init_args.batch_size is 0, allowed is 1 or more"),
-        ({"eval_batch_size": -1}, "data.init_args.eval_batch_size is -1, allowed is 1 or more"),
-        ({"num_workers": -1}, "data.init_args.num_workers is -1, allowed is 0 or more"),
-        ({"limit": {"dev": 3}}, "data.init_args.limit has the key 'dev', allowed are train, val, test"),
-        ({"limit": {"val": 0}}, "data.init_args.limit.val is 0, allowed is 1 or more"),
+        ({"max_tokens": True}, "max_tokens", True),
+        ({"max_tokens": 0}, "max_tokens", 0),
+        ({"batch_size": 0}, "batch_size", 0),
+        ({"eval_batch_size": -1}, "eval_batch_size", -1),
+        ({"num_workers": -1}, "num_workers", -1),
+        ({"limit": {"dev": 3}}, "limit", "dev"),
+        ({"limit": {"val": 0}}, "limit.val", 0),
     ],
 )
-def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], message: str):
-    with pytest.raises(UserError) as error:
+def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], field: str, value: object):
+    with refused(field, value):
         Words(**parameters)
-    assert str(error.value) == message
 
 
 def test_a_split_that_nothing_fits_says_what_would(tokenizer: PreTrainedTokenizerFast, cache: Path):
@@ -219,12 +218,8 @@ def test_a_split_that_nothing_fits_says_what_would(tokenizer: PreTrainedTokenize
             return list(super().records(split))[1:]
 
     data = Long(tokenizer=tokenizer, max_tokens=BARE)
-    with pytest.raises(UserError) as error:
+    with refused("max_tokens", BARE, f"{BARE + 10} or more", reason="'train'"):
         data.prepare_data()
-    assert str(error.value) == (
-        f"data.init_args.max_tokens is {BARE}, which leaves the split 'train' empty: each of its 9 questions "
-        f"needs more; allowed is {BARE + 10} or more"
-    )
     assert not list(cache.rglob("*.arrow"))
 
 
@@ -233,16 +228,16 @@ def test_a_split_without_records_is_refused(tokenizer: PreTrainedTokenizerFast):
         def records(self, split: Split) -> Iterable[QARecord]:
             return []
 
-    with pytest.raises(UserError, match=r"^Nothing: the split 'train' has no records, at least one is needed$"):
+    with refused("Nothing", reason="'train'"):
         Nothing(tokenizer=tokenizer).prepare_data()
 
 
 def test_an_unusable_tokenizer_is_refused():
-    with pytest.raises(UserError, match=r"^data.init_args.tokenizer is null"):
+    with refused("tokenizer"):
         Words().prepare_data()
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"^model.tokenizer: .* has no chat_template$"):
+    with refused("tokenizer", reason="chat_template"):
         Words(tokenizer=tokenizer).prepare_data()
 
 
@@ -251,7 +246,7 @@ def test_an_unwritable_cache_is_the_users_to_mend(
 ):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"^LRSA_CACHE_DIR: cannot write .*file/data/Words-"):
+    with refused("LRSA_CACHE_DIR", reason="file/data/Words-"):
         Words(tokenizer=tokenizer).prepare_data()
 
 

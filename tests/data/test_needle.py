@@ -3,11 +3,11 @@ import re
 from typing import Any
 
 import pytest
+from helpers import refused
 from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.needle import Needles
 from lrsa_lit.data.needle_tasks import TASKS, magic_numbers, variable_tracking
-from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.metrics import recall
 
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
@@ -108,18 +108,13 @@ def test_the_seed_decides(data: Needles, tokenizer: PreTrainedTokenizerFast):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parameters", "field", "value"),
     [
-        (
-            {"tasks": ["niah_single", "niah_doble"]},
-            "data.init_args.tasks: 'niah_doble', allowed are niah_single, niah_multikey, niah_multivalue, "
-            "niah_multiquery, variable_tracking",
-        ),
-        ({"tasks": []}, "data.init_args.tasks: empty, allowed are niah_single"),
-        ({"test": 0}, "data.init_args.test is 0, allowed is 1 or more"),
+        ({"tasks": ["niah_single", "niah_doble"]}, "tasks", ["niah_doble"]),
+        ({"tasks": []}, "tasks", []),
+        ({"test": 0}, "test", 0),
     ],
 )
-def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], message: str):
-    with pytest.raises(UserError) as error:
+def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], field: str, value: object):
+    with refused(field, value):
         Needles(**parameters)
-    assert str(error.value).startswith(message)

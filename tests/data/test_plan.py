@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
+from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from lrsa_lit.data.order import Mixed, Order, Shuffled
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import FixedSize, Packed, Policy, checked_policy
 from lrsa_lit.data.sampler import EpochSampler
-from lrsa_lit.errors import UserError
 
 BUDGET = 40
 lengths = st.lists(st.integers(1, BUDGET), min_size=1, max_size=60)
@@ -79,7 +79,7 @@ def test_the_order_is_decided_by_seed_and_epoch_alone(policy: Policy):
 
 
 def test_fewer_examples_than_devices_are_refused():
-    with pytest.raises(UserError, match=r"^trainer.devices: 4 devices cannot share 3 training examples$"):
+    with refused("devices", 4, "3 training examples"):
         made([1, 1, 1], FixedSize(1), 4)
 
 
@@ -129,25 +129,21 @@ def test_how_many_bins_there_are_depends_on_the_lengths_alone(lengths: list[int]
 
 
 def test_a_budget_below_the_longest_example_is_refused():
-    with pytest.raises(UserError) as error:
+    with refused("packing.tokens", 30, "31 or more"):
         Packed(30).check([10, 31, 12])
-    assert str(error.value) == (
-        "data.init_args.packing.tokens is 30, but the longest training example has 31 tokens and is not cut; "
-        "allowed is 31 or more, or a smaller data.init_args.max_tokens"
-    )
     Packed(31).check([10, 31, 12])
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "field", "value"),
     [
-        ((1, Packed(0), False), "data.init_args.packing.tokens is 0, allowed is 1 or more"),
-        ((2, Packed(9), False), "data.init_args.batch_size is 2, allowed is 1 with packing: a batch is one sequence"),
-        ((1, Packed(9), True), "data.init_args.group_by_length is true, allowed is false with packing"),
+        ((1, Packed(0), False), "packing.tokens", 0),
+        ((2, Packed(9), False), "batch_size", 2),
+        ((1, Packed(9), True), "group_by_length", True),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings: tuple[Any, ...], message: str):
-    with pytest.raises(UserError, match=message):
+def test_settings_that_contradict_each_other_are_refused(settings: tuple[Any, ...], field: str, value: object):
+    with refused(field, value):
         checked_policy(*settings)
 
 
@@ -212,26 +208,27 @@ def test_stages_within_epochs():
 
 
 @pytest.mark.parametrize(
-    ("stages", "message"),
+    ("stages", "field", "value", "allowed"),
     [
-        ([Stage(5, 3), Stage(9, 7)], "curriculum.1.until_step is 7, allowed is none for the last stage"),
-        ([Stage(5), Stage(9)], "curriculum.0.until_step is None, allowed is 1 or more"),
-        ([Stage(5, 0), Stage(9)], "curriculum.0.until_step is 0, allowed is 1 or more"),
-        ([Stage(0, 3), Stage(9)], "curriculum.0.max_tokens is 0, allowed is 1 or more"),
-        ([Stage(5, 3), Stage(7, 3), Stage(9)], "curriculum.1.until_step is 3, allowed is 4 or more"),
-        ([Stage(5, 3), Stage(5)], "curriculum.1.max_tokens is 5, allowed is 6 or more"),
+        ([Stage(5, 3), Stage(9, 7)], "curriculum.1.until_step", 7, "null"),
+        ([Stage(5), Stage(9)], "curriculum.0.until_step", None, "1 or more"),
+        ([Stage(5, 0), Stage(9)], "curriculum.0.until_step", 0, "1 or more"),
+        ([Stage(0, 3), Stage(9)], "curriculum.0.max_tokens", 0, "1 or more"),
+        ([Stage(5, 3), Stage(7, 3), Stage(9)], "curriculum.1.until_step", 3, "4 or more"),
+        ([Stage(5, 3), Stage(5)], "curriculum.1.max_tokens", 5, "6 or more"),
     ],
 )
-def test_stages_that_do_not_follow_one_another_are_refused(stages: list[Stage], message: str):
-    with pytest.raises(UserError) as error:
+def test_stages_that_do_not_follow_one_another_are_refused(
+    stages: list[Stage], field: str, value: object, allowed: str
+):
+    with refused(field, value, allowed):
         check_stages(stages)
-    assert str(error.value) == f"data.init_args.{message}"
 
 
 def test_stages_must_suit_the_lengths():
     check_lengths([], [5])
     check_lengths([Stage(5, 2), Stage(9)], [5, 9])
-    with pytest.raises(UserError, match=r"0\.max_tokens is 4, but the shortest training example has 5 tokens"):
+    with refused("curriculum.0.max_tokens", 4, "5 or more"):
         check_lengths([Stage(4, 2), Stage(9)], [5, 9])
-    with pytest.raises(UserError, match=r"1\.max_tokens is 8, but the longest training example has 9 tokens"):
+    with refused("curriculum.1.max_tokens", 8, "9 or more"):
         check_lengths([Stage(5, 2), Stage(8)], [5, 9])

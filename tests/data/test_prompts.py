@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +17,6 @@ from lrsa_lit.data.prompts import (
     token_span,
 )
 from lrsa_lit.data.records import QARecord
-from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 
@@ -91,18 +91,14 @@ def test_the_budget_is_exact(record: QARecord, tokenizer: PreTrainedTokenizerFas
 def test_a_question_that_fits_no_budget_says_what_it_needs(record: QARecord, tokenizer: PreTrainedTokenizerFast):
     bare = len(encode(replace(record, passages=(), supporting_titles=()), tokenizer, 1024)["input_ids"])
     assert isinstance(encode(record, tokenizer, bare), TooLong)
-    with pytest.raises(UserError) as error:
+    with refused("max_tokens", bare - 1, f"{bare} or more"):
         encode(record, tokenizer, bare - 1)
-    assert str(error.value) == (
-        f"data.init_args.max_tokens is {bare - 1}, but question r1 needs {bare} tokens even without any context; "
-        f"allowed is {bare} or more"
-    )
 
 
 def test_a_chat_template_that_alters_text_is_refused(record: QARecord):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
-    with pytest.raises(UserError, match="chat template changes the text"):
+    with refused("tokenizer", reason="changes the text"):
         encode(record, tokenizer, 1024)
 
 

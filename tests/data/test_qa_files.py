@@ -5,6 +5,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+from helpers import refused
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
@@ -53,43 +54,35 @@ def test_validation_is_optional_and_other_splits_are_missed(jsonl: Path, tokeniz
     data.setup("fit")
     assert len(data.train_dataloader()) == 12
     assert data.val_dataloader() == []
-    with pytest.raises(UserError, match=r"^data.init_args.test is not set, but predict needs that split$"):
+    with refused("test", reason="predict"):
         data.setup("predict")
 
 
 def test_a_missing_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     path = tmp_path / "none.jsonl"
-    with pytest.raises(UserError, match=f"^data.init_args.train: {path}: no such file"):
+    with refused("train", str(path)):
         QAFiles(train=str(path), tokenizer=tokenizer).prepare_data()
 
 
 def test_a_broken_line_leaves_no_cache(jsonl: Path, tokenizer: PreTrainedTokenizerFast, cache: Path):
     jsonl.write_text(jsonl.read_text() + "{broken\n")
-    with pytest.raises(UserError, match=f"^{jsonl}, line 13: not valid JSON"):
+    with refused(f"{jsonl}, line 13"):
         QAFiles(train=str(jsonl), tokenizer=tokenizer).prepare_data()
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parameters", "field", "value"),
     [
-        ({}, "data.init_args: neither train, val, test nor hub is set, allowed is either files or hub"),
-        ({"val": "x", "hub": "y"}, "data.init_args: both val and hub are set, allowed is either files or hub"),
-        (
-            {"hub": "y", "hub_splits": {"dev": "x"}},
-            "data.init_args.hub_splits has the key 'dev', allowed are train, val, test",
-        ),
-        (
-            {"hub": "y", "fields": {"context": "x"}},
-            "data.init_args.fields has the key 'context', "
-            "allowed are id, passages, question, answers, supporting_titles, match, task",
-        ),
+        ({}, "hub", None),
+        ({"val": "x", "hub": "y"}, "hub", None),
+        ({"hub": "y", "hub_splits": {"dev": "x"}}, "hub_splits", "dev"),
+        ({"hub": "y", "fields": {"context": "x"}}, "fields", "context"),
     ],
 )
-def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], message: str):
-    with pytest.raises(UserError) as error:
+def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], field: str, value: object):
+    with refused(field, value):
         QAFiles(**parameters)
-    assert str(error.value) == message
 
 
 def test_a_data_set_of_the_hub_is_mapped(hub: str, tokenizer: PreTrainedTokenizerFast):
@@ -112,15 +105,12 @@ def test_a_changed_data_set_of_the_hub_is_noticed(hub: str, tokenizer: PreTraine
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parameters", "reason"),
     [
-        (
-            {"fields": {"passages": "text"}},
-            "train.jsonl, line 1: no column 'text', there are id, context, question, answers; ",
-        ),
+        ({"fields": {"passages": "text"}}, "train.jsonl, line 1: text: no such column"),
         (
             {"fields": {"passages": "context"}, "hub_splits": {"val": "validation"}},
-            "validation.jsonl, line 1: field 'answers' must be a list, got dict",
+            "validation.jsonl, line 1: answers: is dict",
         ),
         ({"hub_splits": {"train": "dev"}}, "cannot be loaded (Unknown split"),
         ({"hub": "/nowhere/at/all"}, "cannot be loaded ("),
@@ -128,14 +118,11 @@ def test_a_changed_data_set_of_the_hub_is_noticed(hub: str, tokenizer: PreTraine
     ids=["column", "type", "split", "folder"],
 )
 def test_a_bad_data_set_of_the_hub_is_one_line(
-    hub: str, tokenizer: PreTrainedTokenizerFast, parameters: dict[str, Any], message: str
+    hub: str, tokenizer: PreTrainedTokenizerFast, parameters: dict[str, Any], reason: str
 ):
     data = QAFiles(**{"hub": hub, "tokenizer": tokenizer, **parameters})
-    with pytest.raises(UserError) as error:
+    with refused("hub", data.hub, reason=reason):
         data.prepare_data()
-    assert str(error.value).startswith(f"data.init_args.hub {data.hub}")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 ROW = {"passages": "x", "question": "q?", "answers": ["a"]}
@@ -175,7 +162,7 @@ def test_ids_may_be_null_or_missing_in_some_rows(tmp_path: Path):
 
 @pytest.mark.parametrize("name", [{"a": 1}, ["a"], True], ids=str)
 def test_an_id_is_a_text_or_a_number(name: object):
-    with pytest.raises(UserError, match=r"^field 'id' must be a string or a number"):
+    with refused("id"):
         canonical({**ROW, "id": name}, {}, "train-0")
 
 
@@ -184,8 +171,9 @@ def test_a_bad_row_of_a_folder_is_named_by_file_and_place(tmp_path: Path, name: 
     folder = written(tmp_path / "set", name, [ROW, ROW])
     path = folder / name
     path.write_text(path.read_text()[::-1].replace('"question"'[::-1], '"answers"'[::-1], 1)[::-1])
-    with pytest.raises(UserError, match=rf"{path}.*field 'answers' stands twice"):
+    with refused("hub", reason="answers: stands twice") as caught:
         of_hub(folder)
+    assert str(path) in caught.value.reason
 
 
 def test_a_folder_changed_within_the_clocks_tick_is_noticed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
@@ -204,7 +192,7 @@ def test_a_folder_changed_within_the_clocks_tick_is_noticed(tmp_path: Path, toke
     ids=str,
 )
 def test_passages_of_no_known_shape_are_refused(passages: object):
-    with pytest.raises(UserError, match="field 'passages"):
+    with pytest.raises(UserError, match=r"^passages"):
         QARecord.from_dict(canonical({**ROW, "passages": passages}, {}, "train-0"))
 
 

@@ -10,6 +10,7 @@ import pandas
 import pyarrow
 import pytest
 from data_helpers import Words
+from helpers import refused
 from pyarrow import parquet
 
 from lrsa_lit.data import LongBench, QAFiles, SquadArticles
@@ -118,7 +119,7 @@ def test_a_value_of_another_type_is_named(folder: Path, read: Reader, name: str,
     path = folder / name
     for other in ("3", "null", "true", "[]", "{}", "[[1]]"):
         path.write_text(json.dumps(value).replace('"Q?"', other))
-        with pytest.raises(UserError, match=r"(question|input)'") as error:
+        with pytest.raises(UserError, match=r"(question|input): ") as error:
             read(path)
         assert str(path) in str(error.value)
 
@@ -129,9 +130,8 @@ def test_half_a_character_is_named_by_its_field(tmp_path: Path, field: str):
     old = {"id": '"1"', "question": '"Q?"', "answers[0]": '"a"', "passages[0].text": '"x"', "passages[0].title": '"T"'}
     lines = json.dumps(GOOD) + "\n\n" + json.dumps(GOOD).replace(old[field], r'"\ud83d\ude00 \ude00"')
     path.write_text(lines)
-    with pytest.raises(UserError) as error:
+    with refused(f"{path}, line 3", reason=f"{field}: holds half a character"):
         of_files(path)
-    assert str(error.value).startswith(f"{path}, line 3: field {field!r} holds half a character")
 
 
 def test_whole_characters_outside_of_the_first_plane_are_text():
@@ -141,20 +141,20 @@ def test_whole_characters_outside_of_the_first_plane_are_text():
 def test_only_what_the_format_needs_is_asked_of_hotpotqa_and_squad(tmp_path: Path):
     path = tmp_path / "x.json"
     for question, field in (
-        ({**HOTPOT, "context": [["T"]]}, r"question 2: field 'context\[0\]'"),
-        ({**HOTPOT, "context": [["T", "x"]]}, r"question 2: field 'context\[0\]\[1\]'"),
-        ({**HOTPOT, "supporting_facts": []}, "question 2: field 'passages'"),
-        ({**HOTPOT, "supporting_facts": [["U", 0]]}, "question 2: field 'passages'"),
-        ({**HOTPOT, "answer": " "}, "question 2: field 'answers'"),
+        ({**HOTPOT, "context": [["T"]]}, r"question 2: context\[0\]: "),
+        ({**HOTPOT, "context": [["T", "x"]]}, r"question 2: context\[0\]\[1\]: "),
+        ({**HOTPOT, "supporting_facts": []}, "question 2: passages: "),
+        ({**HOTPOT, "supporting_facts": [["U", 0]]}, "question 2: passages: "),
+        ({**HOTPOT, "answer": " "}, "question 2: answers: "),
         ([], "question 2: "),
     ):
         path.write_text(json.dumps([{**HOTPOT, "level": "hard"}, question]))
         with pytest.raises(UserError, match=field):
             of_hotpotqa(path)
     for squad, field in (
-        ({}, "field 'data'"),
-        ({"data": [3]}, r"field 'data\[0\]'"),
-        ({"data": [{"title": "T", "paragraphs": [{"context": "x"}]}]}, r"field 'data\[0\]\.paragraphs\[0\]\.qas'"),
+        ({}, "data: "),
+        ({"data": [3]}, r"data\[0\]: "),
+        ({"data": [{"title": "T", "paragraphs": [{"context": "x"}]}]}, r"data\[0\]\.paragraphs\[0\]\.qas: "),
         (
             {"data": [{"title": "T", "paragraphs": [{"context": "x", "qas": [{**QUESTION, "answers": []}]}]}]},
             "question 1",
@@ -183,11 +183,10 @@ def test_a_parquet_file_that_is_damaged_in_its_middle_is_one_line(tmp_path: Path
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
-    with pytest.raises(UserError, match=rf"^{path}: damaged behind row ") as error:
+    with refused(str(path), reason="damaged behind row "):
         of_files(path)
-    assert "\n" not in str(error.value)
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=f"^{path}: not a Parquet file"):
+    with refused(str(path), reason="not a Parquet file"):
         of_files(path)
 
 
@@ -195,27 +194,27 @@ def test_text_in_parquet_that_is_not_utf8_is_named_by_row_and_field(tmp_path: Pa
     path = tmp_path / "r.parquet"
     questions = pyarrow.array([b"a", b"b", b"\xed\xa0\xbd"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"id": ["1", "2", "3"], "question": questions}), path)
-    with pytest.raises(UserError, match=rf"^{path}, row 3: field 'question' cannot be read"):
+    with refused(f"{path}, row 3", reason="'question'"):
         list(read_rows(path))
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path):
     path = tmp_path / "r.parquet"
     parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["1"])] * 2, ["id", "id"]), path)
-    with pytest.raises(UserError, match=rf"^{path}: field 'id' stands twice"):
+    with refused(str(path), reason="'id'"):
         list(read_rows(path))
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path):
     for read in (lambda path: list(read_table(path)), lambda path: read_json(path, list)):
-        with pytest.raises(UserError, match=f"^{tmp_path / 'x.json'}: cannot be read"):
+        with refused(str(tmp_path / "x.json"), reason="cannot be read"):
             read(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize(
     ("record", "field"),
     [
-        (QARecord("1", (Passage("T", "\udc00"),), "Q?", ("a",)), r"passages\[0\].text"),
+        (QARecord("1", (Passage("T", "\udc00"),), "Q?", ("a",)), "passages[0].text"),
         (QARecord("\ud83d", (Passage("T", "x"),), "Q?", ("a",)), "id"),
         (QARecord("1", (Passage("T", "x"),), 3, ("a",)), "question"),
     ],
@@ -226,5 +225,5 @@ def test_records_of_a_class_of_ones_own_are_looked_at_too(record: QARecord, fiel
         def records(self, split: Split) -> Iterator[QARecord]:
             yield record
 
-    with pytest.raises(UserError, match=f"^Broken, train record 1: field '{field}'"):
+    with refused("Broken", reason=f"train record 1 ({field}: "):
         Broken(tokenizer=tiny_tokenizer()).prepare_data()

@@ -5,11 +5,11 @@ from typing import Any
 
 import pyarrow
 import pytest
+from helpers import refused
 from pyarrow import parquet
 
 from lrsa_lit.data.reading import read_json
 from lrsa_lit.data.records import QARecord, read_records
-from lrsa_lit.errors import UserError
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample.jsonl"
 GOOD = {"id": "1", "passages": [{"title": "T", "text": "x"}], "question": "Q?", "answers": ["a", "b"]}
@@ -31,56 +31,50 @@ def test_optional_fields_may_be_absent_or_null():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "field"),
     [
-        ({"id": 3}, "field 'id' must be a string, got int"),
-        ({"question": None}, "field 'question' must be a string, got null"),
-        ({"question": ""}, "field 'question' is empty, at least one is needed"),
-        ({"answers": "a"}, "field 'answers' must be a list, got str"),
-        ({"answers": ["a", 3]}, "field 'answers' must be a list of strings, got one of int"),
-        ({"answers": []}, "field 'answers' is empty, at least one is needed"),
-        ({"answers": [" "]}, "field 'answers' holds an empty string: [' ']"),
-        ({"passages": ["x"]}, "field 'passages[0]' must be an object with title and text, got str"),
-        ({"passages": [{"title": "T"}]}, "field 'passages[0].text' is missing"),
-        ({"match": "some"}, "field 'match' is 'some', allowed are any, all"),
-        ({"task": "a/b"}, "field 'task' is 'a/b', allowed are letters, digits, dot, - and _"),
-        ({"supporting_titles": ["U"]}, "field 'supporting_titles' names 'U', which is the title of no passage"),
-        (
-            {"answer": "a"},
-            "unknown field 'answer', allowed are id, passages, question, answers, supporting_titles, match, task",
-        ),
+        ({"id": 3}, "id"),
+        ({"question": None}, "question"),
+        ({"question": ""}, "question"),
+        ({"answers": "a"}, "answers"),
+        ({"answers": ["a", 3]}, "answers"),
+        ({"answers": []}, "answers"),
+        ({"answers": [" "]}, "answers"),
+        ({"passages": ["x"]}, "passages[0]"),
+        ({"passages": [{"title": "T"}]}, "passages[0].text"),
+        ({"match": "some"}, "match"),
+        ({"task": "a/b"}, "task"),
+        ({"supporting_titles": ["U"]}, "supporting_titles"),
+        ({"answer": "a"}, "answer"),
     ],
     ids=str,
 )
-def test_a_bad_field_is_named(change: dict[str, Any], message: str):
-    with pytest.raises(UserError) as error:
+def test_a_bad_field_is_named(change: dict[str, Any], field: str):
+    with refused(field):
         QARecord.from_dict({**GOOD, **change})
-    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("name", ["id", "passages", "question", "answers"])
 def test_a_missing_field_is_named(name: str):
-    with pytest.raises(UserError, match=f"^field '{name}' is missing$"):
+    with refused(name, reason="missing"):
         QARecord.from_dict({key: value for key, value in GOOD.items() if key != name})
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"),
+    ("broken", "reason"),
     [
-        ("{nonsense", "line 4: not valid JSON (Expecting property name enclosed in double quotes, column 2)"),
-        ('{"id": "\ud800"}'.encode("utf-8", "surrogatepass"), "line 4: not valid JSON"),
-        ("[1]", "line 4: a record must be an object, got list"),
-        ("{}", "line 4: field 'id' is missing"),
+        ("{nonsense", "column 2"),
+        ('{"id": "\ud800"}'.encode("utf-8", "surrogatepass"), "JSON"),
+        ("[1]", "object"),
+        ("{}", "id: is missing"),
     ],
 )
-def test_a_broken_line_is_found(tmp_path: Path, broken: str | bytes, message: str):
+def test_a_broken_line_is_found(tmp_path: Path, broken: str | bytes, reason: str):
     path = tmp_path / "r.jsonl"
     start = (json.dumps(GOOD) + "\n\n" + json.dumps(GOOD) + "\n").encode()
     path.write_bytes(start + (broken.encode() if isinstance(broken, str) else broken) + b"\n")
-    with pytest.raises(UserError) as error:
+    with refused(f"{path}, line 4", reason=reason):
         list(read_records(path))
-    assert str(error.value).startswith(f"{path}, {message}")
-    assert "\n" not in str(error.value)
 
 
 def test_parquet_reads_as_jsonl_does(tmp_path: Path):
@@ -93,33 +87,31 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path):
 def test_a_broken_parquet_row_is_found(tmp_path: Path):
     path = tmp_path / "r.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([GOOD, {**GOOD, "question": None}]), path)
-    with pytest.raises(UserError, match=r"r\.parquet, row 2: field 'question' must be a string, got null$"):
+    with refused(f"{path}, row 2", reason="question: is null"):
         list(read_records(path))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "reason"),
     [
-        ("r.csv", "", "the suffix is '.csv', allowed are .jsonl, .parquet"),
+        ("r.csv", "", "'.csv'"),
         ("r.jsonl", None, "no such file"),
         ("r.parquet", "text", "not a Parquet file"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str | None, message: str):
+def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str | None, reason: str):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError) as error:
+    with refused(str(path), reason=reason):
         list(read_records(path))
-    assert str(error.value).startswith(f"{path}: {message}")
-    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [("[", "not valid JSON"), ("{}", "holds a dict, allowed is a list")])
-def test_json_of_another_kind_is_refused(tmp_path: Path, content: str, message: str):
+@pytest.mark.parametrize(("content", "reason"), [("[", "JSON"), ("{}", "dict")])
+def test_json_of_another_kind_is_refused(tmp_path: Path, content: str, reason: str):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=message):
+    with refused(str(path), reason=reason):
         read_json(path, list)
 
 

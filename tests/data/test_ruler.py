@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from helpers import refused
 from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.needle import Needles
@@ -16,7 +17,6 @@ from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.ruler import RULER_TASKS, Ruler
 from lrsa_lit.data.squad import SquadArticles, article_of
 from lrsa_lit.data.word_tasks import WORD_TASKS, common_words, frequent_words, largest
-from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.metrics import recall
 
 BUDGET = 3000
@@ -263,16 +263,13 @@ def test_each_task_has_a_score_of_its_own(data: Ruler):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("parameters", "field", "value"),
     [
-        ({"tasks": ["cwe"]}, f"data.init_args.tasks: 'cwe', allowed are {', '.join(RULER_TASKS)}"),
-        ({"test_fraction": 1.0}, r"data.init_args.test_fraction is 1.0, allowed is 0 or more and less than 1"),
-        (
-            {"tasks": ["qa_squad"], "test": 5000},
-            r"data.init_args.test is 5000, which asks for more than the \d+ questions of qa_squad; allowed",
-        ),
+        ({"tasks": ["cwe"]}, "tasks", ["cwe"]),
+        ({"test_fraction": 1.0}, "test_fraction", 1.0),
+        ({"tasks": ["qa_squad"], "test": 5000}, "test", 5000),
     ],
 )
-def test_a_bad_parameter_is_refused(parameters: dict[str, Any], message: str):
-    with pytest.raises(UserError, match=f"^{message}"):
+def test_a_bad_parameter_is_refused(parameters: dict[str, Any], field: str, value: object):
+    with refused(field, value):
         Ruler(**parameters).records("test")

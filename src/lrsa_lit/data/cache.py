@@ -67,8 +67,9 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
         raise error.cause from None
     except OSError as error:
         raise UserError(
-            f"LRSA_CACHE_DIR: cannot write {folder} ({error.strerror or error}); "
-            "set it to a folder that can be written and has room"
+            "LRSA_CACHE_DIR",
+            reason=f"cannot write {folder} ({error.strerror or error}); set it to a folder that can be written and "
+            "has room",
         ) from None
 
 
@@ -79,7 +80,7 @@ def load(folder: Path) -> tuple[datasets.Dataset, Counter[str]]:
         UserError: it has been damaged since it was built.
     """
     if damage := verified.damage(folder):
-        raise UserError(f"LRSA_CACHE_DIR: {folder} is damaged ({damage}); remove it, and it will be made again")
+        raise UserError("LRSA_CACHE_DIR", folder, reason=f"is damaged ({damage}); remove it, and it will be made again")
     return datasets.Dataset.from_file(str(folder / _EXAMPLES)), Counter(json.loads((folder / _REPORT).read_text()))
 
 

@@ -8,8 +8,6 @@ from itertools import pairwise
 
 from lrsa_lit.errors import UserError
 
-_KEY = "data.init_args.curriculum"
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -33,16 +31,16 @@ def check_stages(stages: Sequence[Stage]) -> None:
     for number, stage in enumerate(stages):
         last = number == len(stages) - 1
         if last and stage.until_step is not None:
-            raise UserError(f"{_KEY}.{number}.until_step is {stage.until_step}, allowed is none for the last stage")
+            raise UserError(f"curriculum.{number}.until_step", stage.until_step, "null for the last stage")
         if not last and (stage.until_step is None or stage.until_step < 1):
-            raise UserError(f"{_KEY}.{number}.until_step is {stage.until_step}, allowed is 1 or more")
+            raise UserError(f"curriculum.{number}.until_step", stage.until_step, "1 or more")
         if stage.max_tokens < 1:
-            raise UserError(f"{_KEY}.{number}.max_tokens is {stage.max_tokens}, allowed is 1 or more")
+            raise UserError(f"curriculum.{number}.max_tokens", stage.max_tokens, "1 or more")
     for number, (before, stage) in enumerate(pairwise(stages), start=1):
         for name in ("max_tokens", "until_step"):
             value, least = getattr(stage, name), getattr(before, name) + 1
             if value is not None and value < least:
-                raise UserError(f"{_KEY}.{number}.{name} is {value}, allowed is {least} or more")
+                raise UserError(f"curriculum.{number}.{name}", value, f"{least} or more")
 
 
 def check_lengths(stages: Sequence[Stage], lengths: Sequence[int]) -> None:
@@ -55,15 +53,11 @@ def check_lengths(stages: Sequence[Stage], lengths: Sequence[int]) -> None:
         return
     first, last = stages[0].max_tokens, stages[-1].max_tokens
     if first < min(lengths):
-        raise UserError(
-            f"{_KEY}.0.max_tokens is {first}, but the shortest training example has {min(lengths)} tokens; "
-            f"allowed is {min(lengths)} or more"
-        )
+        shortest = f"{min(lengths)} or more, as the shortest training example has so many tokens"
+        raise UserError("curriculum.0.max_tokens", first, shortest)
     if last < max(lengths):
-        raise UserError(
-            f"{_KEY}.{len(stages) - 1}.max_tokens is {last}, but the longest training example has {max(lengths)} "
-            f"tokens and would never be seen; allowed is {max(lengths)} or more"
-        )
+        longest = f"{max(lengths)} or more, as the longest training example has so many tokens and is to be seen"
+        raise UserError(f"curriculum.{len(stages) - 1}.max_tokens", last, longest)
 
 
 def segments(stages: Sequence[Stage], epoch: int, batches: int, batches_a_step: int) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ class HotpotQA(OneFileDataModule):
     ) -> None:
         super().__init__(source=source, sha256=sha256, **kwargs)
         self.prompt = prompt
-        self._prompt = PROMPT if prompt is None else prompt_of("data.init_args.prompt", prompt)
+        self._prompt = PROMPT if prompt is None else prompt_of("prompt", prompt)
 
     def records(self, split: Split) -> Sequence[QARecord]:
         """The questions of a split, each with its gold paragraphs alone."""
@@ -70,7 +70,7 @@ class HotpotQA(OneFileDataModule):
     @cached_property
     def raw(self) -> list[dict[str, Any]]:
         """The questions of all splits as :func:`load_questions` has them."""
-        return load_questions(self.source, self.sha256, "data.init_args.source")
+        return load_questions(self.source, self.sha256, "source")
 
     @cached_property
     def _questions(self) -> list[QARecord]:
@@ -107,7 +107,7 @@ def load_questions(source: str = SOURCE, sha256: str | None = SHA256, key: str =
             check_shape(question, _SHAPE, "")
             check_record(gold_record(question))
         except UserError as error:
-            raise UserError(f"{source}: question {number}: {error}") from None
+            raise UserError(source, reason=f"question {number}: {error}") from None
     return questions
 
 

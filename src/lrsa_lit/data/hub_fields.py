@@ -20,7 +20,7 @@ def check_fields(fields: Mapping[str, str]) -> None:
         UserError: a key is no canonical field.
     """
     if wrong := [name for name in fields if name not in _FIELDS]:
-        raise UserError(f"data.init_args.fields has the key {wrong[0]!r}, allowed are {', '.join(_FIELDS)}")
+        raise UserError("fields", wrong[0], f"one of {', '.join(_FIELDS)}")
 
 
 def canonical(row: Mapping[str, Any], fields: Mapping[str, str], default_id: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _find(row: Mapping[str, Any], path: str) -> object:
     value: Any = row
     for name in path.split("."):
         if not isinstance(value, Mapping) or name not in value:
-            raise UserError(f"no column {path!r}, there are {', '.join(row)}; data.init_args.fields can name another")
+            raise UserError(path, reason=f"no such column; there are {', '.join(row)}", hint="fields can name another")
         value = value[name]
     return value
 
@@ -57,7 +57,7 @@ def _shaped(name: str, value: object) -> object:
     """One string may stand for a list of one, one or several plain texts for passages, and a number for an id."""
     if name == "id":
         if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-            raise UserError(f"field 'id' must be a string or a number, got {kind_of(value)}")
+            raise UserError("id", reason=f"is {kind_of(value)}", allowed="a string or a number")
         return None if value is None else str(value)
     if name in ("answers", "supporting_titles"):
         texts = [value] if isinstance(value, str) else value
@@ -79,7 +79,7 @@ def _passages(value: object) -> object:
 def _unpacked(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     titles, texts = columns.get("title", []), columns.get("text", columns.get("sentences", []))
     if not isinstance(titles, list) or not isinstance(texts, list) or len(titles) != len(texts):
-        raise UserError("field 'passages' must be a list, or an object with as many titles as texts")
+        raise UserError("passages", allowed="a list, or an object with as many titles as texts")
     return [{"title": title, "text": text} for title, text in zip(titles, texts, strict=True)]
 
 
@@ -88,6 +88,6 @@ def _passage(item: object) -> object:
         return {"title": "", "text": item}
     if isinstance(item, Mapping) and isinstance(sentences := item.get("text"), list):
         if wrong := [sentence for sentence in sentences if not isinstance(sentence, str)]:
-            raise UserError(f"field 'passages' must hold sentences of text, got one of {kind_of(wrong[0])}")
+            raise UserError("passages", reason=f"holds {kind_of(wrong[0])}", allowed="of sentences of text")
         return {**item, "text": "".join(sentences)}
     return item

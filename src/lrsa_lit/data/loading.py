@@ -56,9 +56,7 @@ class TrainerSettings:
         # Not the global rank: processes that hold parts of one model train on the same batches.
         shared = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         if shared["num_replicas"] > 1 and divides_batches(trainer):
-            raise UserError(
-                "trainer.use_distributed_sampler is true, allowed is false: the data module divides the batches itself"
-            )
+            raise UserError("use_distributed_sampler", True, "false, as the data module divides the batches itself")
         values = vars(trainer)
         return cls(
             rank=shared["rank"],
@@ -93,8 +91,9 @@ def training_loader(
     sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, settings.ranks, cut_at, settings.same_order)
     if plan.curriculum and cut_at < len(sampler):
         raise UserError(
-            "data.init_args.curriculum: it counts steps by whole epochs; "
-            "allowed are only trainer.limit_train_batches=1.0 and trainer.overfit_batches=0"
+            "curriculum",
+            reason="it counts steps by whole epochs",
+            hint="only limit_train_batches=1.0 and overfit_batches=0 are allowed with it",
         )
     packed = isinstance(plan.policy, Packed)
     return ResumableLoader(

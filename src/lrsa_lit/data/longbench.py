@@ -29,7 +29,6 @@ _OTHER_SCORES = {
     **dict.fromkeys(("lcc", "repobench-p"), "edit similarity"),
     "triviaqa": "qa_f1 of the first line, asked without a chat template",
 }
-_KEY = "data.init_args"
 
 
 class LongBench(QADataModule):
@@ -60,12 +59,10 @@ class LongBench(QADataModule):
         self.prompt = prompt
         self.truncate = truncate
         if not self.splits():
-            raise UserError(f"{_KEY}: neither train, val nor test is set, allowed is at least one")
+            raise UserError("train, val, test", reason="none is set", allowed="at least one")
         given = prompt if isinstance(prompt, dict) else {"": prompt}
         self._prompts = {
-            name: prompt_of(f"{_KEY}.prompt{name and '.'}{name}", text)
-            for name, text in given.items()
-            if text is not None
+            name: prompt_of(f"prompt{name and '.'}{name}", text) for name, text in given.items() if text is not None
         }
 
     def splits(self) -> tuple[Split, ...]:
@@ -77,7 +74,7 @@ class LongBench(QADataModule):
         # Files of one name in several folders are counted through.
         counts: Counter[str] = Counter()
         for file in self._files(split):
-            path = resolve(file, key=f"{_KEY}.{split}")
+            path = resolve(file, key=split)
             for record in records_of(read_lines(path), _record):
                 counts[path.stem] += 1
                 name = record.id or f"{path.stem}-{counts[path.stem]}"
@@ -107,8 +104,8 @@ class LongBench(QADataModule):
             found = self.to_example(record)
         return record
 
-    def _origin(self, split: Split) -> str:
-        return f"data.init_args.{split}: {', '.join(self._files(split))}"
+    def _origin(self, split: Split) -> tuple[str, object]:
+        return split, getattr(self, split)
 
     def _files(self, split: Split) -> list[str]:
         given = getattr(self, split)
@@ -123,18 +120,18 @@ def _record(row: Mapping[str, Any]) -> QARecord:
     """
     allowed = (*REQUIRED, *OPTIONAL)
     if unknown := [name for name in row if name not in allowed]:
-        raise UserError(f"unknown field {unknown[0]!r}, allowed are {', '.join(allowed)}")
+        raise UserError(unknown[0], reason=f"no such field; there are {', '.join(allowed)}")
     if missing := [name for name in REQUIRED if name not in row]:
-        raise UserError(f"field {missing[0]!r} is missing")
+        raise UserError(missing[0], reason="is missing")
     for name in ("input", "context", "_id", "dataset", "language"):
         if row.get(name) is not None and not isinstance(row[name], str):
-            raise UserError(f"field {name!r} must be a string, got {kind_of(row[name])}")
+            raise UserError(name, reason=f"is {kind_of(row[name])}", allowed="a string")
     check_name("dataset", row.get("dataset") or "")
     _check_scored_by_f1(row)
     if not row["context"]:
-        raise UserError("field 'context' is empty")
+        raise UserError("context", reason="is empty")
     if not row["input"]:
-        raise UserError("field 'input' is empty: it must be a question")
+        raise UserError("input", reason="is empty", allowed="a question")
     named = {"id": row.get("_id") or "", "task": row.get("dataset") or ""}
     passages = [{"title": "", "text": row["context"]}]
     return QARecord.from_dict({**named, "passages": passages, "question": row["input"], "answers": row["answers"]})
@@ -143,9 +140,9 @@ def _record(row: Mapping[str, Any]) -> QARecord:
 def _check_scored_by_f1(row: Mapping[str, Any]) -> None:
     language, data_set = row.get("language") or "en", row.get("dataset") or ""
     if language != "en":
-        raise UserError(f"field 'language' is {language!r}, allowed is en: the score is qa_f1, of English words")
+        raise UserError("language", language, "en: the score is qa_f1, of English words")
     if row.get("all_classes"):
-        raise UserError("field 'all_classes' is set, allowed is null: the score is qa_f1, not of classes")
+        raise UserError("all_classes", reason="is set", allowed="null: the score is qa_f1, not of classes")
     if data_set.removesuffix("_e") in _OTHER_SCORES:
         other = _OTHER_SCORES[data_set.removesuffix("_e")]
-        raise UserError(f"field 'dataset' is {data_set!r}, which LongBench scores by {other}, allowed is qa_f1")
+        raise UserError("dataset", data_set, "scored by qa_f1", reason=f"is scored by {other}")

@@ -15,8 +15,6 @@ from lrsa_lit.data.order import Mixed, Order, shares
 from lrsa_lit.data.policies import Packed
 from lrsa_lit.errors import UserError
 
-_KEY = "data.init_args"
-
 
 class Mixture(QADataModule):
     """Trains on shares of several data sets, and evaluates on all of them or on chosen ones.
@@ -117,10 +115,9 @@ class Mixture(QADataModule):
         quotas = shares([self.weights[name] for name in names], self.examples_per_epoch or examples)
         for name, quota in zip(names, quotas, strict=True):
             if not quota:
-                raise UserError(
-                    f"{_KEY}.weights.{name} is {self.weights[name]}, which is less than one example of an epoch of "
-                    f"{sum(quotas)}; allowed is 0, more, or more {_KEY}.examples_per_epoch"
-                )
+                reason = f"is less than one example of an epoch of {sum(quotas)}"
+                allowed = "0, or more, or examples_per_epoch larger"
+                raise UserError(f"weights.{name}", self.weights[name], allowed, reason=reason)
         return Mixed(tuple(self._counts), quotas)
 
     def score_of(self, group: str) -> Score:
@@ -138,32 +135,30 @@ class Mixture(QADataModule):
         names = ", ".join(self.data_sets)
         for key, given in (("weights", self.weights), ("evaluate_on", self.evaluate_on)):
             if unknown := [name for name in given if name not in self.data_sets]:
-                raise UserError(f"{_KEY}.{key} has {unknown[0]!r}, allowed are the names in {_KEY}.data_sets: {names}")
+                raise UserError(key, unknown[0], f"one of data_sets: {names}")
         if missing := [name for name in self.data_sets if name not in self.weights]:
-            raise UserError(f"{_KEY}.weights has no {missing[0]!r}, needed are all of {names}")
+            raise UserError(f"weights.{missing[0]}", reason="is missing", hint=f"needed are all of {names}")
         for name, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
-                raise UserError(f"{_KEY}.weights.{name} is {weight}, allowed is 0 or more")
+                raise UserError(f"weights.{name}", weight, "0 or more")
         if not any(self.weights.values()):
-            raise UserError(f"{_KEY}.weights are all 0, allowed is at least one above")
+            raise UserError("weights", self.weights, "more than 0 at least once")
         if self.examples_per_epoch is not None:
             at_least("examples_per_epoch", self.examples_per_epoch, 1)
         for name, data_set in self.data_sets.items():
             self._check_data_set(name, data_set)
 
     def _check_data_set(self, name: str, data_set: QADataModule) -> None:
-        key = f"{_KEY}.data_sets.{name}"
+        key = f"data_sets.{name}"
         if isinstance(data_set, Mixture):
-            raise UserError(f"{key} is a Mixture, allowed are other data sets")
+            raise UserError(key, reason="is a Mixture", allowed="another data set")
         if data_set.max_tokens > self.max_tokens:
-            raise UserError(
-                f"{key}.init_args.max_tokens is {data_set.max_tokens}, "
-                f"allowed is {self.max_tokens} ({_KEY}.max_tokens) or less"
-            )
+            allowed = f"{self.max_tokens} (the mixture's max_tokens) or less"
+            raise UserError(f"{key}.max_tokens", data_set.max_tokens, allowed)
         if self.weights[name] and "train" not in data_set.splits():
-            raise UserError(f"{_KEY}.weights.{name} is {self.weights[name]}, allowed is 0, as it has no training split")
+            raise UserError(f"weights.{name}", self.weights[name], "0, as it has no training split")
         defaults = inspect.signature(QADataModule.__init__).parameters
         for setting in sorted(NOT_IN_KEY & defaults.keys() - {"self", "tokenizer"}):
             value = getattr(data_set, setting) or defaults[setting].default
             if value != defaults[setting].default:
-                raise UserError(f"{key}.init_args.{setting} is {value}, allowed is to set {_KEY}.{setting} only")
+                raise UserError(f"{key}.{setting}", value, f"set for the mixture only, as {setting}")

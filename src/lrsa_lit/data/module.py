@@ -290,7 +290,7 @@ class QADataModule(lightning.LightningDataModule):
             disable=not console.is_terminal,
         )
         if not self.report[split]["kept"]:
-            raise UserError(self._empty(split))
+            raise self._empty(split)
 
     def _kept(self, split: Split, records: Iterable[QARecord], limit: int | None) -> Iterator[Example]:
         seen: set[str] = set()
@@ -298,9 +298,10 @@ class QADataModule(lightning.LightningDataModule):
             try:
                 record.check_texts()
             except UserError as error:
-                raise UserError(f"{self._origin(split)}, {split} record {number}: {error}") from None
+                raise UserError(*self._origin(split), reason=f"has a bad {split} record {number} ({error})") from None
             if record.id in seen:
-                raise UserError(f"{self._origin(split)}: the id {record.id!r} stands twice in the split {split!r}")
+                twice = f"has the id {record.id!r} twice in the split {split!r}"
+                raise UserError(*self._origin(split), reason=twice)
             seen.add(record.id)
             example = self.to_example(record)
             if isinstance(example, TooLong):
@@ -311,18 +312,16 @@ class QADataModule(lightning.LightningDataModule):
             if self.report[split]["kept"] == limit:
                 return
 
-    def _empty(self, split: Split) -> str:
+    def _empty(self, split: Split) -> UserError:
         report = self.report[split]
         if not report["too_long"]:
-            return f"{self._origin(split)}: the split {split!r} has no records, at least one is needed"
-        return (
-            f"data.init_args.max_tokens is {self.max_tokens}, which leaves the split {split!r} empty: each of its "
-            f"{report['too_long']} questions needs more; allowed is {report['shortest_too_long']} or more"
-        )
+            return UserError(*self._origin(split), reason=f"has no records for the split {split!r}; one is needed")
+        reason = f"leaves the split {split!r} empty, as each of its {report['too_long']} questions needs more"
+        return UserError("max_tokens", self.max_tokens, f"{report['shortest_too_long']} or more", reason=reason)
 
-    def _origin(self, split: Split) -> str:
-        """What an error calls the source of a split."""
-        return type(self).__name__
+    def _origin(self, split: Split) -> tuple[str, object]:
+        """The argument that a split comes from, and its value, for errors."""
+        return type(self).__name__, None
 
     def _needed(self, stage: str | None) -> tuple[Split, ...]:
         needed = _STAGES.get(stage, SPLITS) if stage else SPLITS
@@ -330,7 +329,7 @@ class QADataModule(lightning.LightningDataModule):
         missing = [split for split in needed if split not in present]
         # Training can do without validation, and a call without a stage takes what there is.
         if stage and missing and (stage, missing) != ("fit", ["val"]):
-            raise UserError(f"data.init_args.{missing[0]} is not set, but {stage} needs that split")
+            raise UserError(missing[0], reason=f"it is not set, but {stage} needs that split")
         return tuple(split for split in needed if split in present)
 
     def folder(self, split: Split) -> Path:
@@ -382,13 +381,13 @@ def at_least(name: str, value: int, least: int) -> int:
         UserError: it is.
     """
     if not is_integer(value) or value < least:
-        raise UserError(f"data.init_args.{name} is {value}, allowed is {least} or more")
+        raise UserError(name, value, f"{least} or more")
     return value
 
 
 def _checked_limit(limit: dict[str, int]) -> dict[str, int]:
     for split, count in limit.items():
         if split not in SPLITS:
-            raise UserError(f"data.init_args.limit has the key {split!r}, allowed are {', '.join(SPLITS)}")
+            raise UserError("limit", split, f"one of {', '.join(SPLITS)}")
         at_least(f"limit.{split}", count, 1)
     return limit

@@ -79,10 +79,9 @@ class Needles(QADataModule):
     def _checked_tasks(self, tasks: Sequence[str]) -> list[str]:
         unknown = [task for task in tasks if task not in self.known]
         if unknown or not tasks:
-            value = repr(unknown[0]) if unknown else "empty"
-            raise UserError(f"data.init_args.tasks: {value}, allowed are {', '.join(self.known)}")
+            raise UserError("tasks", unknown or tasks, f"a list of {', '.join(self.known)}")
         return list(tasks)
 
     @cached_property
     def _pool(self) -> ParagraphPool:
-        return paragraph_pool(load_questions(self.source, self.sha256, "data.init_args.source"))
+        return paragraph_pool(load_questions(self.source, self.sha256, "source"))

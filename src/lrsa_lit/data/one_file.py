@@ -38,7 +38,7 @@ class OneFileDataModule(QADataModule):
 
     def path(self) -> Path:
         """The source file, known to be the expected one."""
-        return resolve(self.source, self.sha256, "data.init_args.source")
+        return resolve(self.source, self.sha256, "source")
 
-    def _origin(self, split: Split) -> str:
-        return f"data.init_args.source: {self.source}"
+    def _origin(self, split: Split) -> tuple[str, object]:
+        return "source", self.source

@@ -55,7 +55,7 @@ class EpochPlan:
         first = order(0, 0)
         self._length = batches_an_epoch(policy.count(first, lengths), len(first), ranks)
         if not self._length:
-            raise UserError(f"trainer.devices: {ranks} devices cannot share {len(first)} training examples")
+            raise UserError("devices", ranks, f"fewer, as there are {len(first)} training examples to share")
 
     def __len__(self) -> int:
         return self._length

@@ -23,7 +23,6 @@ from lrsa_lit.errors import UserError
 _WINDOW = 50
 
 # In the words of the YAML.
-_PACKING = "data.init_args.packing"
 
 
 class Policy(Protocol):
@@ -139,10 +138,8 @@ class Packed:
             UserError: the longest does not.
         """
         if (longest := max(lengths)) > self.tokens:
-            raise UserError(
-                f"{_PACKING}.tokens is {self.tokens}, but the longest training example has {longest} tokens and is not "
-                f"cut; allowed is {longest} or more, or a smaller data.init_args.max_tokens"
-            )
+            allowed = f"{longest} or more, as the longest training example has so many tokens and is not cut"
+            raise UserError("packing.tokens", self.tokens, allowed, hint="or lower max_tokens")
 
     def padding(self, batches: Batches, lengths: Sequence[int]) -> float:
         """The unused share of the budget."""
@@ -151,7 +148,7 @@ class Packed:
 
     def key(self) -> Key:
         """The budget."""
-        return {f"{_PACKING}.tokens": self.tokens}
+        return {"data.init_args.packing.tokens": self.tokens}
 
 
 def checked_policy(batch_size: int, packing: Packed | None, group_by_length: bool) -> Policy:
@@ -163,12 +160,10 @@ def checked_policy(batch_size: int, packing: Packed | None, group_by_length: boo
     if packing is None:
         return FixedSize(batch_size, group_by_length)
     if packing.tokens < 1:
-        raise UserError(f"{_PACKING}.tokens is {packing.tokens}, allowed is 1 or more")
+        raise UserError("packing.tokens", packing.tokens, "1 or more")
     if batch_size != 1:
-        raise UserError(
-            f"data.init_args.batch_size is {batch_size}, allowed is 1 with packing: a batch is one sequence, "
-            f"which {_PACKING}.tokens makes longer"
-        )
+        allowed = "1 with packing, where a batch is one sequence, which packing.tokens makes longer"
+        raise UserError("batch_size", batch_size, allowed)
     if group_by_length:
-        raise UserError("data.init_args.group_by_length is true, allowed is false with packing, which pads nothing")
+        raise UserError("group_by_length", group_by_length, "false with packing, which pads nothing")
     return packing

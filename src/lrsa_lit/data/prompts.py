@@ -69,7 +69,7 @@ def prompt_of(key: str, message: str) -> Prompt:
     for place, allowed in (("{context}", "once"), ("{input}", "once or more")):
         count = message.count(place)
         if not count or (count > 1 and allowed == "once"):
-            raise UserError(f"{key} holds {place} {count} times, allowed is {allowed}")
+            raise UserError(key, reason=f"holds {place} {count} times", allowed=f"a text that holds it {allowed}")
     return Prompt(message.strip())
 
 
@@ -127,14 +127,14 @@ def checked(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBas
         UserError: it lacks one of them, or there is none.
     """
     if tokenizer is None:
-        raise UserError("data.init_args.tokenizer is null; a tokenizer is needed, the model's when run by `lrsa`")
+        raise UserError("tokenizer", reason="none is given", allowed="the model's")
     for name, value in (
         ("backend_tokenizer (it is not a fast tokenizer)", getattr(tokenizer, "backend_tokenizer", None)),
         ("chat_template", tokenizer.chat_template),
         ("eos_token", tokenizer.eos_token),
     ):
         if not value:
-            raise UserError(f"model.tokenizer: {tokenizer.name_or_path or 'the tokenizer'} has no {name}")
+            raise UserError("tokenizer", tokenizer.name_or_path or "the tokenizer", reason=f"has no {name}")
     return tokenizer
 
 
@@ -237,7 +237,7 @@ def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: PreTrained
             spans.append((end, end + len(shown)))
             end += len(shown) + len(behind)
     if end != len(text) or len(spans) != len(messages):
-        raise UserError("model.tokenizer: its chat template changes the text of a message, which is not supported")
+        raise UserError("tokenizer", reason="its chat template changes the text of a message, which is not supported")
     return Rendered(text, spans)
 
 
@@ -287,7 +287,5 @@ def _check_bare(
     bare = render_prompt(replace(record, passages=()), tokenizer, prompt)
     needed = len(encode_text(tokenizer, bare.text, bare.user).ids) + answer_tokens
     if needed > max_tokens:
-        raise UserError(
-            f"data.init_args.max_tokens is {max_tokens}, but question {record.id} needs {needed} tokens "
-            f"even without any context; allowed is {needed} or more"
-        )
+        allowed = f"{needed} or more, which question {record.id} needs even without any context"
+        raise UserError("max_tokens", max_tokens, allowed)

@@ -72,26 +72,26 @@ class QAFiles(QADataModule):
         """The records of a split in the order of its file."""
         return self._hub_records(split) if self.hub else read_records(self._path(split))
 
-    def _origin(self, split: Split) -> str:
-        return f"data.init_args.hub: {self.hub}" if self.hub else f"data.init_args.{split}: {getattr(self, split)}"
+    def _origin(self, split: Split) -> tuple[str, object]:
+        return ("hub", self.hub) if self.hub else (split, getattr(self, split))
 
     def _path(self, split: Split) -> Path:
-        return resolve(getattr(self, split), key=f"data.init_args.{split}")
+        return resolve(getattr(self, split), key=split)
 
     def _check(self) -> None:
         files = [name for name in SPLITS if getattr(self, name)]
         if bool(files) == bool(self.hub):
             given = f"both {files[0]} and hub are" if files else "neither train, val, test nor hub is"
-            raise UserError(f"data.init_args: {given} set, allowed is either files or hub")
+            raise UserError("hub", reason=f"{given} set", hint="set either files or hub")
         if wrong := [name for name in self.hub_splits if name not in SPLITS]:
-            raise UserError(f"data.init_args.hub_splits has the key {wrong[0]!r}, allowed are {', '.join(SPLITS)}")
+            raise UserError("hub_splits", wrong[0], f"one of {', '.join(SPLITS)}")
         check_fields(self.fields)
 
     def _builder(self) -> datasets.DatasetBuilder:
         try:
             return datasets.load_dataset_builder(str(self.hub), self.hub_config, **self._hub_options())
         except (OSError, ValueError) as error:
-            raise UserError(f"data.init_args.hub {self.hub}: cannot be loaded ({message_of(error)})") from None
+            raise UserError("hub", self.hub, reason=f"cannot be loaded ({message_of(error)})") from None
 
     def _hub_records(self, split: Split) -> Iterator[QARecord]:
         name = self.hub_splits[split]
@@ -103,7 +103,7 @@ class QAFiles(QADataModule):
         try:
             yield from records_of(self._hub_rows(name), record)
         except UserError as error:
-            raise UserError(f"data.init_args.hub {self.hub}: {error}") from None
+            raise UserError("hub", self.hub, reason=f"has what is no record ({error})") from None
 
     def _hub_rows(self, name: str) -> Iterator[Row]:
         """The rows of a split of the hub; files that lie here are read as they stand, without guesses at types."""
@@ -115,7 +115,7 @@ class QAFiles(QADataModule):
             for number, row in enumerate(rows, start=1):
                 yield f"{name} row {number}", row
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise UserError(f"cannot be loaded ({message_of(error)})") from None
+            raise UserError(name, reason=f"cannot be loaded ({message_of(error)})") from None
 
     def _hub_options(self) -> dict[str, Any]:
         return {"revision": self.hub_revision, "cache_dir": str(cache_dir("hub"))}

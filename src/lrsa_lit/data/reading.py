@@ -40,9 +40,9 @@ def read_rows(path: Path) -> Iterator[Row]:
             (JSONL) or row (Parquet), counted from 1.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: the suffix is {path.suffix!r}, allowed are {', '.join(SUFFIXES)}")
+        raise UserError(str(path), reason=f"the suffix is {path.suffix!r}", allowed=" or ".join(SUFFIXES))
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(str(path), reason="no such file")
     return read_lines(path) if path.suffix == ".jsonl" else _read_parquet(path)
 
 
@@ -59,7 +59,7 @@ def read_lines(path: Path) -> Iterator[Row]:
                     place = f"{path}, line {number}"
                     yield place, parse_json(line, place)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(str(path), reason=f"cannot be read ({error.strerror})") from None
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -70,7 +70,7 @@ def read_json(path: Path, kind: type) -> Any:
     """
     content = parse_json(_bytes(path), str(path))
     if not isinstance(content, kind):
-        raise UserError(f"{path}: holds a {kind_of(content)}, allowed is a {kind.__name__}")
+        raise UserError(str(path), reason=f"holds a {kind_of(content)}", allowed=f"a {kind.__name__}")
     return content
 
 
@@ -104,17 +104,19 @@ def parse_json(data: bytes, place: str) -> Any:
         if _ESCAPED_HALF.search(text):
             check_text(value, "")
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not valid JSON (byte {error.start + 1} is not UTF-8){_hint(data)}") from None
+        raise UserError(place, reason=f"not valid JSON (byte {error.start + 1} is not UTF-8){_hint(data)}") from None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise UserError(f"{place}: not valid JSON ({error.msg}, {line}column {error.colno}){_hint(data)}") from None
+        raise UserError(
+            place, reason=f"not valid JSON ({error.msg}, {line}column {error.colno}){_hint(data)}"
+        ) from None
     except RecursionError:
-        raise UserError(f"{place}: not readable JSON (it is nested too deeply)") from None
+        raise UserError(place, reason="not readable JSON (it is nested too deeply)") from None
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(place, reason=str(error)) from None
     except ValueError as error:
         # The only other one is about numbers of very many digits.
-        raise UserError(f"{place}: not readable JSON ({message_of(error).partition(';')[0]})") from None
+        raise UserError(place, reason=f"not readable JSON ({message_of(error).partition(';')[0]})") from None
     return value
 
 
@@ -130,7 +132,9 @@ def check_text(value: object, field: str) -> None:
     """
     if isinstance(value, str):
         if found := _HALF.search(value):
-            raise UserError(f"{_named(field)} holds half a character ({found[0]!a}), allowed is whole Unicode text")
+            raise UserError(
+                field or "value", reason=f"holds half a character ({found[0]!a})", allowed="whole Unicode text"
+            )
     elif isinstance(value, Mapping):
         for name, item in value.items():
             inside = _inside(field, str(name))
@@ -155,15 +159,15 @@ def check_shape(value: Any, shape: Any, field: str) -> None:
     """
     kind: Any = shape if isinstance(shape, type) else dict if isinstance(shape, dict) else list
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise UserError(f"{_named(field)} must be a {kind.__name__}, got {kind_of(value)}")
+        raise UserError(field or "value", reason=f"is {kind_of(value)}", allowed=f"a {kind.__name__}")
     if isinstance(shape, dict):
         for name, inner in shape.items():
             if name not in value:
-                raise UserError(f"{_named(_inside(field, name))} is missing")
+                raise UserError(_inside(field, name), reason="is missing")
             check_shape(value[name], inner, _inside(field, name))
     elif isinstance(value, list):
         if isinstance(shape, tuple) and len(value) != len(shape):
-            raise UserError(f"{_named(field)} must hold {len(shape)} values, got {len(value)}")
+            raise UserError(field or "value", reason=f"holds {len(value)} values", allowed=f"a list of {len(shape)}")
         inners = shape if isinstance(shape, tuple) else shape * len(value)
         for number, (item, inner) in enumerate(zip(value, inners, strict=True)):
             check_shape(item, inner, f"{field}[{number}]")
@@ -174,10 +178,6 @@ def kind_of(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _named(field: str) -> str:
-    return f"field {field!r}" if field else "the value"
-
-
 def _inside(field: str, name: str) -> str:
     return f"{field}.{name}" if field else name
 
@@ -186,7 +186,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(str(path), reason=f"cannot be read ({error.strerror})") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"field {twice!r} stands twice in one object")
+        raise UserError(twice, reason="stands twice in one object")
     return found
 
 
@@ -220,12 +220,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         where = f"damaged behind row {number}" if number else "not a Parquet file, or damaged"
-        raise UserError(f"{path}: {where} ({message_of(error)})") from None
+        raise UserError(str(path), reason=f"{where} ({message_of(error)})") from None
 
 
 def _check_once(names: list[str], path: Path) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: field {twice[0]!r} stands twice")
+        raise UserError(str(path), reason=f"field {twice[0]!r} stands twice")
 
 
 def _rows(batch: pyarrow.RecordBatch, path: Path, before: int) -> list[dict[str, Any]]:
@@ -243,6 +243,6 @@ def _rows(batch: pyarrow.RecordBatch, path: Path, before: int) -> list[dict[str,
                     part.to_pylist()
                 except ValueError as error:
                     place = f"{path}, row {before + number + 1}"
-                    raise UserError(f"{place}: field {name!r} cannot be read ({message_of(error)})") from None
-        raise UserError(f"{path}: damaged behind row {before}") from None
+                    raise UserError(place, reason=f"field {name!r} cannot be read ({message_of(error)})") from None
+        raise UserError(str(path), reason=f"damaged behind row {before}") from None
     return rows

@@ -56,7 +56,7 @@ class QARecord:
             texts |= {f"passages[{number}].title": passage.title, f"passages[{number}].text": passage.text}
         for field, text in texts.items():
             if not isinstance(text, str):
-                raise UserError(f"field {field!r} must be a string, got {kind_of(text)}")
+                raise UserError(field, reason=f"is {kind_of(text)}", allowed="a string")
             check_text(text, field)
 
     @property
@@ -111,10 +111,10 @@ def records_of(rows: Iterable[Row], make: Callable[[Mapping[str, Any]], QARecord
     for place, row in rows:
         try:
             if not isinstance(row, dict):
-                raise UserError(f"a record must be an object, got {kind_of(row)}")
+                raise UserError("record", reason=f"is {kind_of(row)}", allowed="an object")
             record = make(row)
         except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+            raise UserError(place, reason=str(error)) from None
         yield record
 
 
@@ -126,13 +126,13 @@ def check_record(record: QARecord) -> None:
     """
     for name in ("question", "answers", "passages"):
         if not getattr(record, name):
-            raise UserError(f"field {name!r} is empty, at least one is needed")
+            raise UserError(name, reason="is empty, at least one is needed")
     check_name("task", record.task)
     if not all(answer.strip() for answer in record.answers):
-        raise UserError(f"field 'answers' holds an empty string: {list(record.answers)}")
+        raise UserError("answers", list(record.answers), "of texts that are not empty")
     titles = {passage.title for passage in record.passages}
     if missing := [title for title in record.supporting_titles if title not in titles]:
-        raise UserError(f"field 'supporting_titles' names {missing[0]!r}, which is the title of no passage")
+        raise UserError("supporting_titles", missing[0], "the title of a passage")
 
 
 def check_name(field: str, value: str) -> None:
@@ -142,52 +142,52 @@ def check_name(field: str, value: str) -> None:
         UserError: the value of the field has other characters than letters, digits, dot, - and _.
     """
     if not re.fullmatch(r"[\w.-]*", value):
-        raise UserError(f"field {field!r} is {value!r}, allowed are letters, digits, dot, - and _")
+        raise UserError(field, value, "of letters, digits, dot, - and _")
 
 
 def _check_names(data: Mapping[str, Any]) -> None:
     allowed = tuple(QARecord.__dataclass_fields__)
     if unknown := [name for name in data if name not in allowed]:
-        raise UserError(f"unknown field {unknown[0]!r}, allowed are {', '.join(allowed)}")
+        raise UserError(unknown[0], reason=f"no such field; there are {', '.join(allowed)}")
 
 
 def _passage(item: object, position: int) -> Passage:
     if not isinstance(item, dict):
-        raise UserError(f"field 'passages[{position}]' must be an object with title and text, got {kind_of(item)}")
+        raise UserError(f"passages[{position}]", reason=f"is {kind_of(item)}", allowed="an object with title and text")
     return Passage(*(_text(item, name, f"passages[{position}].{name}") for name in ("title", "text")))
 
 
 def _text(data: Mapping[str, Any], name: str, shown: str | None = None) -> str:
     value = _value(data, name, shown)
     if not isinstance(value, str):
-        raise UserError(f"field {shown or name!r} must be a string, got {kind_of(value)}")
+        raise UserError(shown or name, reason=f"is {kind_of(value)}", allowed="a string")
     return value
 
 
 def _list(data: Mapping[str, Any], name: str) -> list[Any]:
     value = _value(data, name)
     if not isinstance(value, list):
-        raise UserError(f"field {name!r} must be a list, got {kind_of(value)}")
+        raise UserError(name, reason=f"is {kind_of(value)}", allowed="a list")
     return value
 
 
 def _texts(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
     values = _list(data, name)
     if wrong := [value for value in values if not isinstance(value, str)]:
-        raise UserError(f"field {name!r} must be a list of strings, got one of {kind_of(wrong[0])}")
+        raise UserError(name, reason=f"holds {kind_of(wrong[0])}", allowed="a list of strings")
     return tuple(values)
 
 
 def _match(data: Mapping[str, Any]) -> Match:
     value = data.get("match") or "any"
     if value not in get_args(Match):
-        raise UserError(f"field 'match' is {value!r}, allowed are {', '.join(get_args(Match))}")
+        raise UserError("match", value, " or ".join(get_args(Match)))
     return cast("Match", value)
 
 
 def _value(data: Mapping[str, Any], name: str, shown: str | None = None) -> object:
     if name not in data:
-        raise UserError(f"field {shown or name!r} is missing")
+        raise UserError(shown or name, reason="is missing")
     return data[name]
 
 

@@ -85,10 +85,8 @@ class Ruler(Needles):
         questions = self._of(task).questions[split]
         turn = number // len(self.tasks)
         if turn >= len(questions):
-            raise UserError(
-                f"data.init_args.{split} is {getattr(self, split)}, which asks for more than the {len(questions)} "
-                f"questions of {task}; allowed is {len(questions) * len(self.tasks)} or less"
-            )
+            most = f"{len(questions) * len(self.tasks)} or less, as there are {len(questions)} questions of {task}"
+            raise UserError(split, getattr(self, split), most)
         return replace(questions[turn], id=f"{split}-{task}-{questions[turn].id}")
 
     def _of(self, task: str) -> Documents:

@@ -92,14 +92,15 @@ class EpochSampler(Sampler[list[int]]):
         """
         counts = [state.get(name) for name in ("seed", "epoch", "batch")]
         if not all(isinstance(count, int) for count in counts) or not isinstance(state.get("made_of"), Mapping):
-            raise UserError("ckpt_path: its place in the training data has not the form that a fit writes")
+            raise UserError("ckpt_path", reason="its place in the training data has not the form that a fit writes")
         saved, own = state["made_of"], self._made_of()
         differing = [name for name in own if saved.get(name) != own[name]]
         if differing:
             listed = ", ".join(f"{name} was {saved.get(name)} and is {own[name]}" for name in differing)
             raise UserError(
-                f"ckpt_path: its place in the training data has no meaning here: {listed}; "
-                "resume with the former values, or start a new fit"
+                "ckpt_path",
+                reason=f"its place in the training data has no meaning here: {listed}; resume with the former "
+                "values, or start a new fit",
             )
         self.seed = state["seed"]
         self.epoch, self.batch = self._after(state["epoch"], state["batch"])

@@ -16,12 +16,10 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
     """
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
-            raise UserError(f"data.init_args.{name} is {value}, allowed is 0 or more and less than 1")
+            raise UserError(name, value, "0 or more and less than 1")
     if val_fraction + test_fraction >= 1:
-        raise UserError(
-            f"data.init_args.val_fraction and test_fraction are {val_fraction} and {test_fraction}, "
-            "allowed is a sum of less than 1"
-        )
+        both = (val_fraction, test_fraction)
+        raise UserError("val_fraction", both, "less than 1 together with test_fraction")
 
 
 def disjoint_splits(

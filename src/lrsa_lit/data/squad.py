@@ -64,7 +64,7 @@ class SquadArticles(OneFileDataModule):
         try:
             check_shape(content, _SHAPE, "")
         except UserError as error:
-            raise UserError(f"{self.source}: not in SQuAD's format: {error}") from None
+            raise UserError(self.source, reason=f"not in SQuAD's format: {error}") from None
         return [article for article in content["data"] if self._records_of(article)]
 
     def _records_of(self, article: dict[str, Any]) -> list[QARecord]:
@@ -73,7 +73,7 @@ class SquadArticles(OneFileDataModule):
             try:
                 check_record(record)
             except UserError as error:
-                raise UserError(f"{self.source}: question {record.id}: {error}") from None
+                raise UserError(self.source, reason=f"question {record.id}: {error}") from None
         return records
 
     @cached_property

@@ -63,7 +63,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Sp
         plain = _encode_around(tokenizer, text, found, control, cuts)
         if wrong := _special_in_text(tokenizer, text, plain, spans):
             start, end = plain.offsets[wrong[0]]
-            raise UserError(f"model.tokenizer: it can write {text[start:end]!r} only as a special token")
+            raise UserError("tokenizer", reason=f"it can write {text[start:end]!r} only as a special token")
     return plain
 
 

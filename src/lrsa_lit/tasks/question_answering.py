@@ -133,8 +133,8 @@ class LongContextQA(lightning.LightningModule):
         Raises:
             UserError: one does.
         """
-        rules = {"train_attention": self.train_config}
-        rules |= {f"evaluate.{name}" if name else "lrsa": rule for name, rule in self.attentions.items()}
+        rules = {f"evaluate.{name}" if name else "lrsa": rule for name, rule in self.attentions.items()}
+        rules["train_attention"] = self.train_config
         for field, rule in rules.items():
             if rule is not None:
                 with under(field):
