@@ -65,7 +65,3 @@ __all__ = [
     "traced_attention",
     "visibility_mask",
 ]
-
-from lrsa_lit.lazy import lazily
-
-__getattr__ = lazily(__name__, {"LRSAConfig": "lrsa_lit.attention.config"})
