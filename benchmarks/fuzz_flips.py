@@ -68,7 +68,6 @@ def readers() -> dict[str, tuple[str, Reader]]:
     from lrsa_lit.models.checkpoint import load_trained
     from lrsa_lit.models.shards import read_weights
     from lrsa_lit.strategies import FullySharded
-    from lrsa_lit.tracking.record import run_of
 
     def ask(path: Path) -> Any:
         trained = _trained(str(path), "float32", trust_remote_code=False)
@@ -88,7 +87,7 @@ def readers() -> dict[str, tuple[str, Reader]]:
     def fit(path: Path) -> Any:
         content, about = test(path), resume.about(path)
         resume.check_continues(path, about.settings or {}, about.processes or 1)
-        return content, about, run_of(path)
+        return content, about
 
     def last(path: Path) -> Any:
         found = resume.last([path.parent], settings)

@@ -13,6 +13,7 @@ import pytest
 from lightning.fabric.utilities import cloud_io
 from lightning.pytorch import cli, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core import module
 from lightning.pytorch.loops import fit_loop, training_epoch_loop
 from lightning.pytorch.strategies import model_parallel
 from lightning.pytorch.trainer.connectors import accelerator_connector
@@ -93,15 +94,16 @@ USED = {
     fit_loop: ["_data_fetcher", "_combined_loader", "_combined_loader_states_to_load", "_load_combined_loader_states"],
     combined_loader: ["_iterator", "_load_state_dicts"],
     trainer.trainer: ["_accelerator_connector"],
+    module: ["_trainer"],
     accelerator_connector: ["use_distributed_sampler"],
     model_parallel: ["_data_parallel_size"],
 }
 """Modules, and what is used of their objects."""
 
 
-@pytest.mark.parametrize(("module", "names"), USED.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_the_installed_lightning_has_what_is_used(module, names):
-    text = inspect.getsource(module)
+@pytest.mark.parametrize(("source", "names"), USED.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_the_installed_lightning_has_what_is_used(source, names):
+    text = inspect.getsource(source)
     for name in names:
         assert re.search(rf"\b{name}\b", text), f"lightning {lightning.__version__} has no {name}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -91,6 +91,11 @@ def restore_data(trainer: Trainer, loops: dict[str, Any]) -> None:
 def divides_batches(trainer: Trainer) -> bool:
     """Whether Lightning would divide the batches among devices; the Trainer takes the setting and does not show it."""
     return trainer._accelerator_connector.use_distributed_sampler
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The trainer that a module is attached to; the public property raises where there is none."""
+    return module._trainer  # type: ignore[no-any-return]
 
 
 def setting_names(parser: LightningArgumentParser) -> Iterator[str]:

@@ -14,10 +14,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lrsa_lit.errors import UserError
 from lrsa_lit.io import partial_folder, put_in_place, sha256_of
 from lrsa_lit.lightning_internals import OneMesh
-from lrsa_lit.models.checkpoint_file import Unreadable, complete_shards, holds_shards, read
+from lrsa_lit.models.checkpoint_file import Unreadable, complete_shards, holds_shards, read, unusable
 from lrsa_lit.models.shards import WEIGHTS, empty_weights, load_into
 
 _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
@@ -158,9 +157,7 @@ class FullySharded(OneMesh):
         try:
             yield
         except Unreadable as error:
-            raise UserError(
-                f"ckpt_path: {self._loading} is no checkpoint, or a truncated or damaged one ({error})"
-            ) from error
+            raise unusable(self._loading, error) from error
 
     def _by_name(self, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state with the weights' names in place of their numbers."""

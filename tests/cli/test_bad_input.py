@@ -196,7 +196,7 @@ def bad_inputs():
         "unknown kind of folder",
         ["--trainer.default_root_dir", "package:///x"],
         {},
-        ["trainer.default_root_dir: pack"],
+        ["trainer.default_root_dir: 'pack"],
     )
     yield "unreadable data", ["--data.init_args.train", "/proc/self/mem"], {}, ["data.init_args.train: '/proc/self"]
     yield "seed", ["--seed_everything", "-1"], {}, ["seed_everything", "-1", "from 0 to"]

@@ -1,7 +1,7 @@
 """What a run shows and writes at its end, and a check of the metrics that callbacks watch."""
 
-from lrsa_lit.callbacks.answers import AnswerWriter, PredictionWriter
 from lrsa_lit.callbacks.end_of_run import FitSummary, show_answers, show_evaluation
 from lrsa_lit.callbacks.monitored import MonitoredMetrics
+from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 
 __all__ = ["AnswerWriter", "FitSummary", "MonitoredMetrics", "PredictionWriter", "show_answers", "show_evaluation"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from lrsa_lit.callbacks.answers import AnswerWriter, PredictionWriter
+from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.names import OWN, SCORES, TOO_LONG_OF
 from lrsa_lit.terminal import PlainConsole

@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import REPLACED, remove_abandoned, write_atomically
 from lrsa_lit.lightning_internals import is_local
-from lrsa_lit.models.checkpoint_file import SUFFIX, Unreadable, read
+from lrsa_lit.models.checkpoint_file import SUFFIX, Unreadable, read, unusable
 
 try:
     import fcntl
@@ -69,16 +69,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: it is damaged, or a folder of shards, which other strategies read.
         """
         if Path(path).is_dir():
-            raise UserError(
-                f"ckpt_path: {path} is a folder of shards; trainer.strategy must be FullySharded to read it"
-            )
+            hint = "trainer.strategy must be FullySharded to read it"
+            raise UserError("ckpt_path", str(path), reason="is a folder of shards", hint=hint)
         if weights_only is False or not is_local(path):
             only = True if weights_only is None else weights_only
             return super().load_checkpoint(path, map_location=map_location, weights_only=only)
         try:
             return read(Path(path), mapped=False)
         except Unreadable as error:
-            raise UserError(f"ckpt_path: {path} is no checkpoint, or a truncated or damaged one ({error})") from error
+            raise unusable(path, error) from error
 
 
 def system_error(error: BaseException | None) -> OSError | None:

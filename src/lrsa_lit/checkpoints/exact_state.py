@@ -66,7 +66,7 @@ class ExactState(Callback):
         if state is None or trainer.state.fn != TrainerFn.FITTING:
             return
         if (processes := len(state["random"])) != trainer.world_size:
-            raise UserError(other_processes(processes, trainer.world_size))
+            raise other_processes(processes, trainer.world_size)
         rank, loops = trainer.global_rank, checkpoint["loops"]["fit_loop"]
         loops["state_dict"]["combined_loader"] = state["loaders"][rank]
         self._loaded = Boundary(loops, state["random"][rank])
@@ -141,13 +141,13 @@ def look(trainer: Trainer) -> Boundary:
     return Boundary(trainer.fit_loop.state_dict(), rng.capture(trainer.strategy.root_device))
 
 
-def other_processes(before: int, now: int) -> str:
+def other_processes(before: int, now: int) -> UserError:
     """What to say of a checkpoint of another number of processes."""
-    return (
-        f"ckpt_path: it was written by {before} process{'es' * (before > 1)} and cannot go on with {now}, as each has "
-        f"its own position in the data; resume with trainer.devices x trainer.num_nodes = {before}, or `lrsa export` "
-        "it and start a new fit from its weights"
-    )
+    written = f"it was written by {before} process{'es' * (before > 1)} and cannot go on with {now}"
+    own = "as each has its own position in the data"
+    resume = f"resume with trainer.devices x trainer.num_nodes = {before}"
+    hint = f"{resume}, or `lrsa export` it and start a new fit from its weights"
+    return UserError("ckpt_path", reason=f"{written}, {own}", hint=hint)
 
 
 def _validating_in_a_fit(trainer: Trainer) -> bool:

@@ -81,9 +81,8 @@ def check_optimizer(value: Any, like: Mapping[str, Any], weights: Sequence[Tenso
 
 def malformed(name: str) -> UserError:
     """What to say of a value of another form."""
-    return UserError(
-        f"ckpt_path: {name} is missing, or has not the form that a fit of this configuration writes and goes on from"
-    )
+    told = f"{name} is missing, or has not the form that a fit of this configuration writes and goes on from"
+    return UserError("ckpt_path", reason=told)
 
 
 def _is_like(value: Any, like: Any) -> bool:
@@ -149,10 +148,9 @@ def _check_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 def _check_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if lacking := [name for name in _NEEDED if name not in checkpoint]:
-        raise UserError(
-            f"ckpt_path: it has no {lacking[0]}, as if saved with save_weights_only; a fit goes on from a whole "
-            "checkpoint, and `lrsa export` makes a model to start from of this one"
-        )
+        told = f"it has no {lacking[0]}, as if saved with save_weights_only"
+        hint = "a fit goes on from a whole checkpoint, and `lrsa export` makes a model to start from of this one"
+        raise UserError("ckpt_path", reason=told, hint=hint)
     check_form(checkpoint["loops"].get("fit_loop", ()), trainer.fit_loop.state_dict(), "loops.fit_loop")
 
 

@@ -16,7 +16,7 @@ from lrsa_lit.checkpoints.exact_state import other_processes
 from lrsa_lit.checkpoints.form import KEY
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import typed
-from lrsa_lit.models.checkpoint_file import Unreadable, damage, read
+from lrsa_lit.models.checkpoint_file import Unreadable, damage, read, unusable
 from lrsa_lit.paths import check_path
 
 LAST = "last"
@@ -105,9 +105,9 @@ def named(path: Path) -> Path:
     found = damage(path) or _about(path)
     if isinstance(found, str):
         others = (other for other in newest_first(path.parent) if other != path and damage(other) is None)
-        previous = next((f"; the newest good one beside it is {other}" for other in others), "")
-        told = f"{path} is no checkpoint, or a truncated or damaged one ({found}){previous}"
-        raise UserError("ckpt_path", reason=told)
+        error = unusable(path, found)
+        error.hint = next((f"the newest good one beside it is {other}" for other in others), "")
+        raise error
     return path
 
 
@@ -156,17 +156,17 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
     for path, found in _latest_first(folders):
         changes = [] if isinstance(found, str) else differences(found.settings, settings, prefix)
         if changes:
-            other = other or f"; the newest, {path}, has {_listed(changes)}"
+            other = other or f"the newest, {path}, has {_listed(changes)}"
         elif (reason := found if isinstance(found, str) else damage(path)) is None:
             return path
         else:
             _log.warning("%s is truncated or damaged (%s) and passed over", path, reason)
             damaged.append(path)
     if damaged:
-        told = f"{LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}{other}"
-        raise UserError("ckpt_path", reason=told)
+        told = f"{LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}"
+        raise UserError("ckpt_path", reason=told, hint=other)
     if other:
-        _log.warning("No checkpoint of this configuration%s", other)
+        _log.warning("No checkpoint of this configuration; %s", other)
     return None
 
 
@@ -186,13 +186,13 @@ def check_continues(path: Path, found: About, settings: Mapping[str, str], proce
         UserError: its position in the data would be another one here.
     """
     if found.processes is not None and found.processes != processes:
-        raise UserError(other_processes(found.processes, processes))
+        raise other_processes(found.processes, processes)
     changes = differences(found.settings, settings)
     order = [change for change in changes if change.startswith(("data.", "seed_everything"))]
     if order:
         told = f"{path} was written with {_listed(order)}, which decides the order of the training data"
-        advice = "resume with that, or `lrsa export` it and start a new fit from its weights"
-        raise UserError("ckpt_path", reason=f"{told}; {advice}")
+        hint = "resume with that, or `lrsa export` it and start a new fit from its weights"
+        raise UserError("ckpt_path", reason=told, hint=hint)
     if changes:
         _log.warning("Resumed with other settings, so not as an uninterrupted run: %s", _listed(changes))
     return not changes

@@ -37,9 +37,7 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
     def __init__(self, on_save_error: Literal["stop", "continue"] = "stop", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if on_save_error not in ("stop", "continue"):
-            raise UserError(
-                f"SafeModelCheckpoint.on_save_error: {on_save_error!r} is not allowed; it is stop or continue"
-            )
+            raise UserError("on_save_error", on_save_error, "stop or continue")
         self.on_save_error = on_save_error
         self._put_off = self._due = self._between_steps = False
         self._claimed: Path | None = None

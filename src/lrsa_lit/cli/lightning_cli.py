@@ -128,12 +128,12 @@ class LRSACLI(OpenCLI):
         precision = str(trainer.get("precision") or "")
         if precision in ("bf16-true", "16-true"):
             # It would round the rotary frequencies too, and with them the long positions.
-            raise UserError(f"trainer.precision: {precision} is not allowed; use model.backbone.dtype instead")
+            raise UserError("trainer.precision", precision, hint="use model.backbone.dtype instead")
 
     def _record_nothing(self, trainer: Any) -> None:
         """An estimate leaves no trace."""
         if self.subcommand != "fit":
-            raise UserError(f"--estimate: it is not allowed for {self.subcommand}; only a fit is estimated")
+            raise UserError("--estimate", reason=f"it is not allowed for {self.subcommand}; only a fit is estimated")
         trainer.logger, trainer.callbacks = False, []
 
     def instantiate_classes(self) -> None:
@@ -150,11 +150,12 @@ class LRSACLI(OpenCLI):
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         needed = self.datamodule.max_tokens + model.max_new_tokens
         if needed > positions:
-            raise UserError(
-                f"data.init_args.max_tokens: {self.datamodule.max_tokens} is not allowed; {model.backbone.name} has "
-                f"{positions} positions and model.max_new_tokens takes {model.max_new_tokens} of them; more are had by "
-                f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
+            has = (
+                f"{model.backbone.name} has {positions} positions and model.max_new_tokens takes {model.max_new_tokens}"
             )
+            more = f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
+            hint = f"{has} of them; more are had by {more}"
+            raise UserError("data.init_args.max_tokens", self.datamodule.max_tokens, hint=hint)
         if self.asked("estimate"):
             return
         if self.subcommand == "fit":
@@ -162,9 +163,8 @@ class LRSACLI(OpenCLI):
         self._check_callbacks()
         writes = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         if self.subcommand == "predict" and not writes:
-            raise UserError(
-                "trainer.callbacks: predict needs lrsa_lit.callbacks.PredictionWriter, which keeps the answers"
-            )
+            needed_by = "predict needs lrsa_lit.callbacks.PredictionWriter, which keeps the answers"
+            raise UserError("trainer.callbacks", reason=needed_by)
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
         checkpoint = self.asked("ckpt_path")
@@ -180,19 +180,16 @@ class LRSACLI(OpenCLI):
         ):
             return
         if self.trainer.is_global_zero and not claim(checkpoint.parent):
-            raise UserError(
-                f"ckpt_path: {checkpoint} belongs to a run that another process is writing; wait until it has ended"
-            )
+            reason = f"{checkpoint} belongs to a run that another process is writing; wait until it has ended"
+            raise UserError("ckpt_path", reason=reason)
 
     def _check_callbacks(self) -> None:
         """Let callbacks check what they will need: Lightning asks them for the first time when the run is open."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LearningRateFinder | BatchSizeFinder):
                 instead = "lrsa sweep" if isinstance(callback, LearningRateFinder) else "lrsa fit --estimate"
-                raise UserError(
-                    f"trainer.callbacks: {type(callback).__name__} is not allowed; it trains before the run begins and "
-                    f"sets an attribute that the model does not have; use {instead}"
-                )
+                why = "it trains before the run begins and sets an attribute that the model does not have"
+                raise UserError("trainer.callbacks", type(callback).__name__, hint=f"{why}; use {instead}")
             if (check := getattr(callback, "check_settings", None)) is not None:
                 check(self.model, self.subcommand)
 
@@ -221,7 +218,7 @@ class LRSACLI(OpenCLI):
         fit = self.subcommand == "fit"
         found = resume.last(self._run_folders(root), self.settings, "" if fit else "model.backbone")
         if found is None and not fit:
-            raise UserError(f"ckpt_path: {resume.LAST} finds no checkpoint of this model under {root}")
+            raise UserError("ckpt_path", reason=f"{resume.LAST} finds no checkpoint of this model under {root}")
         _log.info("ckpt_path: %s", found or "no checkpoint to resume from yet, so this is a new run")
         options["ckpt_path"] = found and str(found)
 

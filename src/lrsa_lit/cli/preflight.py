@@ -43,15 +43,13 @@ def check_strategy(subcommand: str, setting: Any, checkpoint: str | None) -> Non
     # A short name, such as ddp, is one of Lightning's.
     strategy = named_class("trainer.strategy", path, (Strategy,)) if "." in str(path) else Strategy
     if subcommand == "predict" and not getattr(strategy, "predicts", True):
-        raise UserError(
-            f"trainer.strategy: {strategy.__name__} is not allowed for predict, where devices get unequal shares; "
-            "predict with a model that lrsa export has written, on one device or with configs/trainer/ddp.yaml"
-        )
+        reason = "is not allowed for predict, where devices get unequal shares"
+        hint = "predict with a model that lrsa export has written, on one device or with configs/trainer/ddp.yaml"
+        raise UserError("trainer.strategy", strategy.__name__, reason=reason, hint=hint)
     if checkpoint is not None and holds_shards(Path(checkpoint)) and not getattr(strategy, "reads_shards", False):
-        raise UserError(
-            f"ckpt_path: {checkpoint} is of a sharded model, which trainer.strategy is not for; add --config "
-            "configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
-        )
+        reason = "is of a sharded model, which trainer.strategy is not for"
+        hint = "add --config configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
+        raise UserError("ckpt_path", checkpoint, reason=reason, hint=hint)
 
 
 def root_folder(trainer: Any) -> Path:
@@ -60,9 +58,8 @@ def root_folder(trainer: Any) -> Path:
     try:
         get_filesystem(given)
     except (ValueError, ImportError) as error:
-        raise UserError(
-            f"trainer.default_root_dir: {given} is not allowed ({message_of(error)}); it must be a folder"
-        ) from None
+        reason = f"is not allowed ({message_of(error)})"
+        raise UserError("trainer.default_root_dir", given, "a folder", reason=reason) from None
     folder = expanded("trainer.default_root_dir", given)
     if given.startswith("~"):
         trainer.default_root_dir = str(folder)
@@ -74,7 +71,7 @@ def check_intervals(trainer: Mapping[str, Any]) -> None:
     for name in _INTERVALS:
         value = trainer.get(name)
         if isinstance(value, int | float) and value <= 0:
-            raise UserError(f"trainer.{name}: {value} is not allowed; it must be more than 0")
+            raise UserError(f"trainer.{name}", value, "more than 0")
 
 
 def check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
@@ -83,11 +80,11 @@ def check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
         subcommand, f"limit_{subcommand}_batches"
     )
     if (value := trainer.get(name)) is not None and value == 0:
-        raise UserError(f"trainer.{name}: {value} is not allowed for {subcommand}; it must be more than 0")
+        raise UserError(f"trainer.{name}", value, "more than 0", reason=f"is not allowed for {subcommand}")
     devices, cores = str(trainer.get("devices")), os.cpu_count() or 1
     on_cpu = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
     if on_cpu and devices.isdecimal() and int(devices) > cores:
-        raise UserError(f"trainer.devices: {devices} is not allowed; this CPU has {cores} cores")
+        raise UserError("trainer.devices", int(devices), f"at most {cores}, the cores of this CPU")
 
 
 def note_environment() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrsa_lit import verified
-from lrsa_lit.errors import message_of
+from lrsa_lit.errors import UserError, message_of
 
 SUFFIX = ".ckpt"
 INDEX = ".metadata"
@@ -84,6 +84,11 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
     return (message_of(error) or type(error).__name__)[:120]
+
+
+def unusable(path: str | Path, reason: object) -> UserError:
+    """What to say of a file or folder that cannot be read as a checkpoint."""
+    return UserError("ckpt_path", reason=f"{path} is no checkpoint, or a truncated or damaged one ({reason})")
 
 
 def complete_shards(folder: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> None:

@@ -29,6 +29,7 @@ from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, targets
 from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.evaluation.answers import Answers, scores
+from lrsa_lit.lightning_internals import trainer_of
 from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import describe, trained_weights
 from lrsa_lit.models.generation import stop_tokens
@@ -299,7 +300,7 @@ class LongContextQA(lightning.LightningModule):
     def _answering(self, rule: LRSAConfig) -> Greedy:
         """What answers under a rule, in the same memory until an evaluation ends."""
         if rule not in self._greedy:
-            data = getattr(self._trainer, "datamodule", None)
+            data = getattr(trainer_of(self), "datamodule", None)
             self._greedy[rule] = Greedy(
                 self.model,
                 stop_tokens(self.tokenizer),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lrsa_lit.tracking.logger import MLflowRun
     from lrsa_lit.tracking.model import LogModel
     from lrsa_lit.tracking.performance import Throughput
-    from lrsa_lit.tracking.record import RecordConfig, flatten, run_name
+    from lrsa_lit.tracking.run_record import RecordConfig, flatten, run_name
     from lrsa_lit.tracking.samples import SamplePredictions
     from lrsa_lit.tracking.system import SystemMetrics
 
@@ -31,11 +31,11 @@ __getattr__ = lazily(
     {
         "LogModel": "lrsa_lit.tracking.model",
         "MLflowRun": "lrsa_lit.tracking.logger",
-        "RecordConfig": "lrsa_lit.tracking.record",
+        "RecordConfig": "lrsa_lit.tracking.run_record",
         "SamplePredictions": "lrsa_lit.tracking.samples",
         "SystemMetrics": "lrsa_lit.tracking.system",
         "Throughput": "lrsa_lit.tracking.performance",
-        "flatten": "lrsa_lit.tracking.record",
-        "run_name": "lrsa_lit.tracking.record",
+        "flatten": "lrsa_lit.tracking.run_record",
+        "run_name": "lrsa_lit.tracking.run_record",
     },
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from lrsa_lit.tracking.logger import MLflowRun
-from lrsa_lit.tracking.record import RecordConfig
+from lrsa_lit.tracking.logger import MLflowRun, run_of
+from lrsa_lit.tracking.run_record import RecordConfig
 
 _made: weakref.WeakKeyDictionary[Trainer, Path] = weakref.WeakKeyDictionary()
 """The folders of trainers without an MLflow run."""
@@ -61,8 +61,8 @@ def numbered(path: Path) -> Iterator[Path]:
 
 def upload(trainer: Trainer, files: Sequence[Path], folder: str | None = None) -> None:
     """Make files artifacts of an MLflow run, in the background; the files stay where they are."""
-    logger = trainer.logger
-    if not isinstance(logger, MLflowRun):
+    logger = run_of(trainer)
+    if logger is None:
         return
     for file in files:
         what = f"{folder}/{file.name}" if folder else file.name

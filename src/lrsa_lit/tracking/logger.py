@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -57,6 +58,7 @@ class MLflowRun(Logger):
         tracking_uri: with the user and password that a server may take: not to be shown.
         named: whether the user named the run.
         continues: whether the run was begun by another process.
+        stopped: set where somebody stops the run, before it ends.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class MLflowRun(Logger):
         self.named, self.continues = run_name is not None, run_id is not None
         self._experiment_name, self._experiment_id = experiment_name, experiment_id
         self._run_name, self._run_id = run_name, run_id
-        self._initialized = self._user_stopped = False
+        self._initialized = self.stopped = False
         self._recorded: dict[str, int] = {}
         self._spool: Path | None = None
         if getattr(rank_zero_only, "rank", 0) == 0 and not is_new(self.tracking_uri):
@@ -175,10 +177,6 @@ class MLflowRun(Logger):
         self._run_id, self.continues, self._recorded = run_id, True, recorded
         return True
 
-    def stopped_by_user(self) -> None:
-        """Say that the run is about to end because somebody stopped it."""
-        self._user_stopped = True
-
     def deliver(self, what: str, send: Callable[..., object], *args: Any, **options: Any) -> None:
         """Record something in the background.
 
@@ -224,7 +222,7 @@ class MLflowRun(Logger):
         if not self._initialized:
             return
         self._delivery.rest()
-        status = "KILLED" if self._user_stopped else _STATUS.get(status, status)
+        status = "KILLED" if self.stopped else _STATUS.get(status, status)
         self.deliver(f"the status {status}", self.experiment.set_terminated, status, int(time.time() * 1000))
         lost = self._delivery.flush(_FLUSH_SECONDS)
         kept = self._keep_undelivered()
@@ -306,3 +304,9 @@ class MLflowRun(Logger):
             tags = resolve_tags(self.tags | heartbeat.tags())
             self._run_id = client.create_run(self._experiment_id, tags=tags, run_name=self._run_name).info.run_id
         self._experiment_name = client.get_experiment(self._experiment_id).name
+
+
+def run_of(trainer: Trainer) -> MLflowRun | None:
+    """The MLflow run of a trainer on its first process; None on others, and where nothing is recorded."""
+    logger = trainer.logger
+    return logger if isinstance(logger, MLflowRun) and trainer.is_global_zero else None

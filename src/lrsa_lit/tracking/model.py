@@ -16,7 +16,7 @@ from lrsa_lit.models.folder import AnotherModel, save_folder
 from lrsa_lit.strategies import shards_weights
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.artifacts import run_folder
-from lrsa_lit.tracking.logger import MLflowRun
+from lrsa_lit.tracking.logger import MLflowRun, run_of
 from lrsa_lit.tracking.store import reason
 
 FOLDER = "model"
@@ -44,10 +44,10 @@ class LogModel(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and log the folder; a failure is said and costs the run nothing else."""
-        logger = trainer.logger
-        if not isinstance(logger, MLflowRun) or not isinstance(pl_module, LongContextQA) or not self._wanted(pl_module):
+        logger = run_of(trainer)
+        if logger is None or not isinstance(pl_module, LongContextQA) or not self._wanted(pl_module):
             return
-        if shards_weights(trainer.strategy) or not trainer.is_global_zero:
+        if shards_weights(trainer.strategy):
             return
         scratch = run_folder(trainer) / FOLDER
         try:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lrsa_lit.evaluation.answers import scores
 from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
 from lrsa_lit.tasks import LongContextQA
-from lrsa_lit.tracking.logger import MLflowRun
+from lrsa_lit.tracking.logger import run_of
 
 _QUESTION_TOKENS = 64
 """The end of a prompt that is shown: the question stands last."""
@@ -64,8 +64,8 @@ class SamplePredictions(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add to the table, and replace the file."""
-        rows, self._rows, logger = self._rows, [], trainer.logger
-        if not rows or not isinstance(logger, MLflowRun) or not trainer.is_global_zero:
+        rows, self._rows, logger = self._rows, [], run_of(trainer)
+        if not rows or logger is None:
             return
         if self.count:
             shown = [_flat(row) for row in rows[: self.count]]

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.tracking.logger import MLflowRun
+from lrsa_lit.tracking.logger import run_of
 
 _log = logging.getLogger("lrsa_lit.tracking")
 
@@ -29,8 +29,8 @@ class SystemMetrics(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the monitor's thread."""
-        logger = trainer.logger
-        if not isinstance(logger, MLflowRun) or not trainer.is_global_zero:
+        logger = run_of(trainer)
+        if logger is None:
             return
         if importlib.util.find_spec("psutil") is None:
             _log.info("No system metrics: psutil is not installed")

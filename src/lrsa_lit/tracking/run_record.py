@@ -23,7 +23,7 @@ from lrsa_lit.errors import redacted
 from lrsa_lit.lightning_internals import number_logged_steps
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.tasks import LongContextQA
-from lrsa_lit.tracking.logger import MLflowRun
+from lrsa_lit.tracking.logger import MLflowRun, run_of
 
 _PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
 _MAX_PARAM = 250
@@ -55,8 +55,8 @@ class RecordConfig(SaveConfigCallback):
         if isinstance(trainer.logger, MLflowRun) and stage == "fit":
             trainer.logger.keep_under(Path(trainer.default_root_dir))
         super().setup(trainer, pl_module, stage)
-        logger, data = trainer.logger, trainer.datamodule  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or not isinstance(logger, MLflowRun) or not isinstance(data, QADataModule):
+        logger, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
+        if logger is None or not isinstance(data, QADataModule):
             return
         with logger.answering():
             for split in [split for split in data.report if split not in self._recorded_splits]:
@@ -65,8 +65,8 @@ class RecordConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called once, on the first process, before the run's first stage."""
-        logger = trainer.logger
-        if not isinstance(logger, MLflowRun):
+        logger = run_of(trainer)
+        if logger is None:
             return
         text = redacted(
             self.parser.dump(_repeatable(self.config), skip_none=False, skip_link_targets=False, format="yaml")
@@ -94,7 +94,7 @@ class RecordConfig(SaveConfigCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell a run that was stopped from one that failed."""
         if isinstance(trainer.logger, MLflowRun) and isinstance(exception, KeyboardInterrupt | Terminated):
-            trainer.logger.stopped_by_user()
+            trainer.logger.stopped = True
 
 
 def _log_params(logger: MLflowRun, params: Mapping[str, str]) -> None:

@@ -15,8 +15,8 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import kv_ratio
-from lrsa_lit.tracking import MLflowRun, flatten, heartbeat, record, run_name
-from lrsa_lit.tracking.record import family
+from lrsa_lit.tracking import MLflowRun, flatten, heartbeat, run_name, run_record
+from lrsa_lit.tracking.run_record import family
 
 VALUES = {
     "seed_everything": 4,
@@ -145,11 +145,11 @@ def test_changed_code_alone_is_dirty(tmp_path, monkeypatch):
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    monkeypatch.setattr(record, "__file__", str(code))
+    monkeypatch.setattr(run_record, "__file__", str(code))
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"), datamodule=None)
 
     def dirty():
-        return record.circumstances({}, trainer)["git_dirty"]
+        return run_record.circumstances({}, trainer)["git_dirty"]
 
     (tmp_path / ".venv").symlink_to(tmp_path.parent)
     (tmp_path / "notes.txt").touch()
