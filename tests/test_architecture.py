@@ -1,0 +1,90 @@
+"""Imports go the way that docs/architecture.md draws: downwards alone, and never in a circle, not even for types."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+import lrsa_lit
+
+SOURCE = Path(lrsa_lit.__file__).parent
+TABLE = Path(__file__).parents[1] / "docs/architecture.md"
+LEAVING = {"study", "sweep"}
+"""Packages that experiments replaces."""
+
+
+def rows():
+    """For each row of the table its packages, and what it says that they may import."""
+    lines = [line.split("|") for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return [(re.findall(r"`(\w+)`", first) or [first.strip()], last) for _, first, _, last, _ in lines[1:]]
+
+
+def allowed():
+    """For each package the ones that it may import; foundation stands for all modules that are in no package."""
+    table, found = rows(), {}
+    for number, (packages, text) in enumerate(table):
+        start = number + 1
+        if named := re.search(r"`(\w+)` and below", text):
+            start = next(other for other, (names, _) in enumerate(table) if named[1] in names)
+        elif text.strip().startswith("foundation"):
+            start = len(table) - 1
+        below = {name for names, _ in table[start:] for name in names}
+        for package in packages:
+            found[package] = below | {"foundation", *packages}
+    return found
+
+
+def name_of(path):
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(("lrsa_lit", *parts)).removesuffix(".__init__")
+
+
+FILES = {name_of(path): path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] not in LEAVING}
+
+
+def imports(name):
+    """The modules of this package that a module imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {each if each in FILES else node.module for each in full}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & FILES.keys() - {name, "lrsa_lit"}
+
+
+def package_of(name, packages):
+    top = name.split(".")[1]
+    return top if top in packages else "foundation"
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"lrsa_lit"}))
+def test_nothing_is_imported_from_above(name):
+    rules = allowed()
+    may = rules[package_of(name, rules)]
+    upwards = {other for other in imports(name) if package_of(other, rules) not in may}
+    assert not upwards, f"{name} may import {sorted(may)}"
+
+
+def test_nothing_is_imported_in_a_circle():
+    graphlib.TopologicalSorter({name: imports(name) for name in FILES}).prepare()
+
+
+def test_each_package_is_in_the_table():
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")} - LEAVING
+    assert packages == {name for names, _ in rows() for name in names} & packages
+    assert {name for names, _ in rows()[:-1] for name in names} <= packages | {"strategies"}
+
+
+@pytest.mark.parametrize(
+    ("package", "library"),
+    [("ops", "transformers"), ("ops", "lightning"), ("attention", "lightning"), ("data", "peft")],
+)
+def test_libraries_that_a_package_does_without(package, library):
+    own = re.compile(rf"^\s*(?:from|import) (?:{library}\b|lrsa_lit\.{library}_)", re.MULTILINE)
+    assert not [name for name, path in FILES.items() if f".{package}." in name and own.search(path.read_text())]
