@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrsa_lit.attention import LRSAConfig, enable
-from lrsa_lit.data.collate import TrainBatch, collate_training
-from lrsa_lit.data.packing import collate_packed
+from lrsa_lit.data.collate import TrainBatch, collate_packed, collate_training
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.models.tiny import tiny_model
 

@@ -1,8 +1,12 @@
-"""From examples to a batch. B: batch, T: longest example of the batch, Tp: longest prompt, N: predicting columns."""
+"""From examples to a batch.
+
+B: batch, T: longest example of the batch or, packed, tokens of all of them, Tp: longest prompt, N: predicting columns.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TypedDict
 
 import numpy as np
@@ -84,6 +88,30 @@ def collate_training(examples: Sequence[Example], pad_token_id: int, length: int
         label_columns=predicting_columns(labels),
         position_ids=None,
         boundaries=None,
+        id=[example["id"] for example in examples],
+    )
+
+
+def collate_packed(examples: Sequence[Example]) -> TrainBatch:
+    """One row (1, T) of all examples to train on, one after the other, without padding.
+
+    ``boundaries`` tells the attention where each starts, ``position_ids`` count from 0 in each, and no example's first
+    token is learnt, as it would be predicted from the example before it.
+    """
+    sequences = [token_ids(example) for example in examples]
+    lengths = [len(ids) for ids in sequences]
+    row = torch.cat(sequences)[None]
+    answers = [answer_labels(ids, example["prompt_length"]) for ids, example in zip(sequences, examples, strict=True)]
+    for labels in answers:
+        labels[0] = IGNORE_INDEX
+    labels = torch.cat(answers)[None]
+    return TrainBatch(
+        input_ids=row,
+        attention_mask=torch.ones_like(row),
+        labels=labels,
+        label_columns=predicting_columns(labels),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        boundaries=[0, *accumulate(lengths)],
         id=[example["id"] for example in examples],
     )
 

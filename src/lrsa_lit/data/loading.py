@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lrsa_lit.data.collate import Batch, collate, collate_training
-from lrsa_lit.data.packing import collate_packed
+from lrsa_lit.data.collate import Batch, collate, collate_packed, collate_training
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import Packed
 from lrsa_lit.data.sampler import EpochSampler, ResumableLoader

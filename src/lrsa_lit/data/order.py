@@ -6,20 +6,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import TypeAlias
 
 Key = dict[str, str | int | float | bool | None]
 """What decides batches, by the names that a user knows it by."""
-
-
-class Order(Protocol):
-    """Decides which examples an epoch has: as many in every epoch."""
-
-    def __call__(self, seed: int, epoch: int) -> list[int]:
-        """Positions of the examples of an epoch, shuffled by the run's seed and the epoch's number alone."""
-
-    def key(self) -> Key:
-        """What else decides it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +59,10 @@ class Mixed:
     def key(self) -> Key:
         """The quotas."""
         return {"examples of each data set in an epoch": ", ".join(map(str, self.quotas))}
+
+
+Order: TypeAlias = Shuffled | Mixed
+"""Decides which examples an epoch has, as many in every epoch, from the run's seed and the epoch's number."""
 
 
 def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:

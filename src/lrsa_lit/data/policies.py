@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 from lrsa_lit.data.batching import (
     Batches,
@@ -25,30 +25,6 @@ _WINDOW = 50
 # In the words of the YAML.
 
 
-class Policy(Protocol):
-    """Puts the examples of an order together."""
-
-    def count(self, order: Sequence[int], lengths: Sequence[int]) -> int:
-        """How many batches suffice for the examples of an order, however it is shuffled."""
-
-    def enough(self, order: Sequence[int], lengths: Sequence[int], count: int) -> int:
-        """How many examples from the front of the order fill ``count`` batches; more than there are if none do."""
-
-    def batches(
-        self, order: Sequence[int], lengths: Sequence[int], count: int, ranks: int, rng: random.Random
-    ) -> Batches:
-        """Exactly ``count`` batches of an order that holds as many examples at least; what is too much is left out."""
-
-    def check(self, lengths: Sequence[int]) -> None:
-        """Refuse examples that cannot be put into a batch; a UserError says why."""
-
-    def padding(self, batches: Batches, lengths: Sequence[int]) -> float:
-        """The share of the batches' tokens that is no token of an example, in [0, 1)."""
-
-    def key(self) -> Key:
-        """What decides the batches."""
-
-
 @dataclass(frozen=True)
 class FixedSize:
     """So many examples to a batch, padded to the longest of it.
@@ -63,17 +39,17 @@ class FixedSize:
     by_length: bool = False
 
     def count(self, order: Sequence[int], lengths: Sequence[int]) -> int:
-        """All batches full, but the last."""
+        """How many batches suffice for the examples of an order, however it is shuffled: all full, but the last."""
         return -(-len(order) // self.size)
 
     def enough(self, order: Sequence[int], lengths: Sequence[int], count: int) -> int:
-        """All batches full."""
+        """How many examples from the front of the order fill ``count`` batches; more than there are if none do."""
         return count * self.size
 
     def batches(
         self, order: Sequence[int], lengths: Sequence[int], count: int, ranks: int, rng: random.Random
     ) -> Batches:
-        """In the order, or by length in windows of it."""
+        """Exactly ``count`` batches of an order that holds as many examples at least; what is too much is left out."""
         order = order[: count * self.size]
         if not self.by_length:
             return split_into(chunks(order, self.size), count)
@@ -84,12 +60,12 @@ class FixedSize:
         """Any length will do."""
 
     def padding(self, batches: Batches, lengths: Sequence[int]) -> float:
-        """Of rectangles as long as the longest example of each batch."""
+        """The share of the batches' tokens that is no token of an example, in [0, 1)."""
         rows = [[lengths[position] for position in batch] for batch in batches]
         return 1 - sum(map(sum, rows)) / sum(len(row) * max(row) for row in rows)
 
     def key(self) -> Key:
-        """Both settings."""
+        """What decides the batches."""
         return {"data.init_args.batch_size": self.size, "data.init_args.group_by_length": self.by_length}
 
 
@@ -149,6 +125,10 @@ class Packed:
     def key(self) -> Key:
         """The budget."""
         return {"data.init_args.packing.tokens": self.tokens}
+
+
+Policy: TypeAlias = FixedSize | Packed
+"""Puts the examples of an order together."""
 
 
 def checked_policy(batch_size: int, packing: Packed | None, group_by_length: bool) -> Policy:

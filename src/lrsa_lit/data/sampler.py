@@ -8,27 +8,14 @@ its state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lrsa_lit.data.collate import TrainBatch
-from lrsa_lit.data.order import Key
+from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.errors import UserError
-
-
-class Plan(Protocol):
-    """Decides the batches of each epoch, for all ranks together."""
-
-    def __len__(self) -> int:
-        """Batches of any epoch: always the same number, a multiple of the ranks, as Lightning counts them once."""
-
-    def batches(self, seed: int, epoch: int) -> Sequence[Sequence[int]]:
-        """The batches of an epoch; of R ranks, rank r trains on every R-th from the r-th on."""
-
-    def key(self) -> Key:
-        """What else decides the batches, by the names that a user knows them by."""
 
 
 class EpochSampler(Sampler[list[int]]):
@@ -49,7 +36,7 @@ class EpochSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: EpochPlan,
         seed: int,
         rank: int = 0,
         ranks: int = 1,
