@@ -26,6 +26,7 @@ from lrsa_lit.experiments.report import evidence, frames, plots, summaries
 from lrsa_lit.experiments.report.bars import Bars, table_of
 from lrsa_lit.experiments.report.cells import Table, measure_of
 from lrsa_lit.experiments.report.places import by_place
+from lrsa_lit.paths import nearest
 
 # %% [markdown]
 # Files are looked for in this folder and in those above it.
@@ -107,7 +108,7 @@ plots.perplexity(evidence.texts(cells))
 
 # %%
 named = next(name for name in study.parts if "against" in study.parts[name])
-by_place(Table(cells, named, study.parts[named]["sets"][0]), frames.nearest("study/data")).frame()
+by_place(Table(cells, named, study.parts[named]["sets"][0]), nearest("study/data")).frame()
 
 # %% [markdown]
 # ## One question, all answers

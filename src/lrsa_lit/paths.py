@@ -31,6 +31,11 @@ def shipped(name: str) -> Path:
     raise FileNotFoundError(f"{name} ships with lrsa-lit but is neither in {_PACKAGE_DIR} nor in {_CHECKOUT_DIR}")
 
 
+def nearest(name: str | Path) -> Path:
+    """A path as it is in this folder, else in the nearest one above that has it; the path itself where none does."""
+    return next((folder / name for folder in (Path.cwd(), *Path.cwd().parents) if (folder / name).exists()), Path(name))
+
+
 def check_path(key: str, path: str | Path) -> None:
     """Check that a path can be one, whether or not anything is there.
 

@@ -15,12 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis.capture import first_rows
 from lrsa_lit.analysis.layer_gains import LayerGains, exactly
-from lrsa_lit.attention import LRSAConfig, attached, using
-from lrsa_lit.data.collate import IGNORE_INDEX, targets
+from lrsa_lit.attention import LRSAConfig, attached
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
-from lrsa_lit.models import uncompiled
-from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.strategies import gathered
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.artifacts import numbered, run_folder, upload
@@ -64,14 +61,12 @@ class LayerAblation(Callback):
 
     def __init__(self, top_k: int | None = None, share: float = 0.25, limit: int | None = None) -> None:
         if top_k is not None and top_k < 0:
-            raise UserError(f"LayerAblation.top_k: {top_k} is not allowed; it must be an integer >= 0")
+            raise UserError("LayerAblation.top_k", top_k, "an integer >= 0")
         if not 0 < share < 1:
-            raise UserError(f"LayerAblation.share: {share} is not allowed; it must lie between 0 and 1")
+            raise UserError("LayerAblation.share", share, "between 0 and 1")
         if limit is not None and limit < 1:
-            raise UserError(f"LayerAblation.limit: {limit} is not allowed; it must be an integer >= 1")
-        self.top_k = top_k
-        self.share = share
-        self.limit = limit
+            raise UserError("LayerAblation.limit", limit, "an integer >= 1")
+        self.top_k, self.share, self.limit = top_k, share, limit
         self._rule: LRSAConfig | None = None
         self._questions: list[_Question] = []
         self._found: LayerGains | None = None
@@ -121,7 +116,8 @@ class LayerAblation(Callback):
         if questions and trainer.is_global_zero:
             self._found = _gains(questions[: self.limit], self._rule, pl_module)
             self._path = next(path for path in numbered(run_folder(trainer) / FILE) if not path.exists())
-            _write(self._found.to_dict(self.share), self._path)
+            text = json.dumps(self._found.to_dict(self.share), ensure_ascii=False, indent=1)
+            write_atomically(self._path, lambda file: file.write(text.encode()))
             upload(trainer, [self._path])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -139,47 +135,33 @@ class LayerAblation(Callback):
         rule: LRSAConfig = task.lrsa
         key, top_k = ("model.lrsa", rule.top_k) if self.top_k is None else ("LayerAblation", self.top_k)
         if top_k >= rule.lag_size:
-            raise UserError(
-                f"{key}.top_k: {top_k} is not allowed for LayerAblation; it must be below model.lrsa.lag_size "
-                f"({rule.lag_size}), as layers that drop nothing are dense ones"
-            )
+            below = f"below model.lrsa.lag_size ({rule.lag_size}), as layers that drop nothing are dense ones"
+            raise UserError(f"{key}.top_k", top_k, below, reason="is not allowed for LayerAblation")
         if exactly(self.share) * rule.lag_size < 1:
-            raise UserError(
-                f"LayerAblation.share: {self.share} is not allowed; it must be 1/{rule.lag_size} or more: K = 1 in "
-                f"all layers keeps so much with model.lrsa.lag_size {rule.lag_size}"
-            )
+            least = f"1/{rule.lag_size} or more: K = 1 in all layers keeps so much"
+            raise UserError("LayerAblation.share", self.share, f"{least} with model.lrsa.lag_size {rule.lag_size}")
         return rule.replace(top_k=top_k, dense_layers=())
 
 
 def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[_Question]:
     """The questions of a batch under each attention: none, every single one, all layers dense."""
     layers = range(task.model.config.get_text_config().num_hidden_layers)
-    wanted, losses = targets(batch), []
-    for attention in [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]:
-        with _unwarned(), using(task.model, attention), uncompiled():
-            losses.append(
-                losses_of_rows(
-                    task.model, wanted, batch["label_columns"], input_ids=batch["input_ids"], use_cache=False
-                )
-            )
-    tokens = (wanted != IGNORE_INDEX).sum(dim=1)
-    of_rows = batch["id"], batch["repeated"], tokens.tolist(), torch.stack(losses, dim=1).tolist()
+    attentions = [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
+    with _unwarned():
+        losses, tokens = zip(*(task.losses(batch, attention) for attention in attentions), strict=True)
+    of_rows = batch["id"], batch["repeated"], tokens[0].tolist(), torch.stack(losses, dim=1).tolist()
     return [_Question(*values) for values in zip(*of_rows, strict=True)]
 
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
     """Say nothing of weights that were trained with another rule: N + 2 rules are asked for here."""
-    log = logging.getLogger(attached.__name__)
-
-    def nothing(record: logging.LogRecord) -> bool:
-        return False
-
-    log.addFilter(nothing)
+    log, silent = logging.getLogger(attached.__name__), lambda record: False
+    log.addFilter(silent)
     try:
         yield
     finally:
-        log.removeFilter(nothing)
+        log.removeFilter(silent)
 
 
 def _gains(questions: Sequence[_Question], rule: LRSAConfig, task: Any) -> LayerGains:
@@ -194,9 +176,3 @@ def _gains(questions: Sequence[_Question], rule: LRSAConfig, task: Any) -> Layer
         single=np.stack(single),
         dense=dense,
     )
-
-
-def _write(values: dict[str, Any], path: Path) -> None:
-    """Write JSON; the file appears only when it is complete."""
-    text = json.dumps(values, ensure_ascii=False, indent=1)
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -30,24 +30,13 @@ if TYPE_CHECKING:
 
 # Of a batch as a whole.
 _NO_ROWS = ("label_columns", "position_ids", "boundaries")
-_SHAPE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+_SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """What was kept of one sequence of a forward.
-
-    Attributes:
-        length: its real tokens.
-        layers: one for each layer; None where the layer is dense.
-    """
+    """What each layer kept of one sequence of a forward, of so many real tokens; None where the layer is dense."""
 
     length: int
     layers: tuple[LayerSelection | None, ...]

@@ -26,13 +26,7 @@ Losses = NDArray[np.float64]
 
 
 class Gain(NamedTuple):
-    """What a layer's dense attention is worth.
-
-    Attributes:
-        layer: its index.
-        loss: of the answers with this layer dense, nats a token.
-        fall: of that loss against the one with no layer dense, nats a token.
-    """
+    """The answer loss with one layer dense, and its fall against the loss with none dense; both in nats a token."""
 
     layer: int
     loss: float
@@ -40,12 +34,9 @@ class Gain(NamedTuple):
 
 
 class Suggestion(NamedTuple):
-    """Layers to leave dense, and K of the others.
+    """Layers to leave dense (ascending), K >= 1 of the others, and the share of the pairs that all layers keep.
 
-    Attributes:
-        dense_layers: ascending.
-        top_k: at least 1.
-        kept: share of the pairs that all layers keep, a dense layer counting 1 and a sparse one K/L.
+    A dense layer keeps 1, a sparse one K/L.
     """
 
     dense_layers: tuple[int, ...]

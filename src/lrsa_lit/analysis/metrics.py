@@ -81,14 +81,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class KindShare:
-    """How a kind of tokens fares.
-
-    Attributes:
-        kind: one of :data:`KINDS`.
-        tokens: how many there are in compressed partitions.
-        of_all: their share of the tokens in compressed partitions.
-        of_kept: their share of what was kept, over all layers and heads.
-    """
+    """How many tokens of a kind lie in compressed partitions, and their share of the tokens there and of those kept."""
 
     kind: str
     tokens: int

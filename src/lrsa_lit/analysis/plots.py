@@ -87,10 +87,9 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
     figure, panels = subplots(1, 2, size=(10, 3.4), sharey=True)
     shown: list[tuple[metrics.Evidence, str]] = [("gold", "gold passages"), ("answer", "answers")]
     for axes, (evidence, title) in zip(panels, shown, strict=True):
-        for number, record in enumerate(records):
-            found = metrics.survival(record, evidence)
-            colour = OKABE_ITO[number % len(OKABE_ITO)]
-            axes.plot(record.layers, found.by_layer, "o-", markersize=3, color=colour, label=_name(record))
+        for record in records:
+            shares = metrics.survival(record, evidence).by_layer
+            axes.plot(record.layers, shares, "o-", markersize=3, label=_name(record))
         _mark_chance(axes, records)
         tokens = metrics.survival(records[0], evidence).tokens
         axes.set(xlabel="layer", title=f"{title} ({tokens} tokens)")
@@ -104,12 +103,12 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
 def by_place(records: Sequence[SelectionRecord]) -> Figure:
     """Share of the tokens that is kept along a partition, mean of the layers and from the least to the most of them."""
     figure, axes = subplots(1, 1, size=(7, 3.4))
-    for number, record in enumerate(records):
+    for record in records:
         parts = min(_STRETCHES, record.lag_size)
         places, shares = (np.arange(parts) + 0.5) / parts, metrics.by_place(record, parts)
-        colour = OKABE_ITO[number % len(OKABE_ITO)]
-        axes.plot(places, shares.mean(axis=0), color=colour, label=_name(record))
-        axes.fill_between(places, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        (line,) = axes.plot(places, shares.mean(axis=0), label=_name(record))
+        span = shares.min(axis=0), shares.max(axis=0)
+        axes.fill_between(places, *span, color=line.get_color(), alpha=0.15, linewidth=0)
     _mark_chance(axes, records)
     axes.set(xlabel="place in the partition (0: its first token)", ylabel="kept share of tokens", xlim=(0, 1))
     axes.set_ylim(bottom=0)
@@ -121,14 +120,13 @@ def kinds(records: Sequence[SelectionRecord]) -> Figure:
     """What kinds of tokens are kept, against their share of the text (a token may be of several kinds)."""
     figure, axes = subplots(1, 1, size=(8, 3.4))
     shares = [metrics.kinds_kept(record) for record in records]
-    columns = [("all tokens", OKABE_ITO[-1], [share.of_all for share in shares[0]])] + [
-        (f"kept, {_name(record)}", OKABE_ITO[number % len(OKABE_ITO)], [share.of_kept for share in found])
-        for number, (record, found) in enumerate(zip(records, shares, strict=True))
-    ]
+    kept = {f"kept, {_name(record)}": [share.of_kept for share in found]
+            for record, found in zip(records, shares, strict=True)}  # fmt: skip
+    columns = {"all tokens": [share.of_all for share in shares[0]]} | kept
     width = 0.8 / len(columns)
-    for number, (label, colour, values) in enumerate(columns):
+    for number, (label, values) in enumerate(columns.items()):
         places = np.arange(len(values)) + (number - (len(columns) - 1) / 2) * width
-        axes.bar(places, values, width, color=colour, label=label)
+        axes.bar(places, values, width, color=None if number else OKABE_ITO[-1], label=label)
     axes.set_xticks(range(len(metrics.KINDS)), metrics.KINDS)
     axes.set(ylabel="share of the tokens")
     legend(axes)
@@ -157,10 +155,8 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
     """
     kappa = metrics.agreement_between(first, second).kappa
     figure, axes = subplots(1, 1, size=(6, 3.4))
-    for head in range(kappa.shape[1]):
-        axes.plot(
-            first.layers, kappa[:, head], "o", color=OKABE_ITO[0], alpha=0.6, label="a head" if head == 0 else None
-        )
+    for head, shares in enumerate(kappa.T):
+        axes.plot(first.layers, shares, "o", color=OKABE_ITO[0], alpha=0.6, label=None if head else "a head")
     axes.plot(first.layers, kappa.mean(axis=1), "-", color=OKABE_ITO[1], label="mean of the layer")
     axes.axhline(0, linestyle=":", color="grey", label="chance")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -179,17 +175,9 @@ def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
     """
     figure, axes = subplots(1, 1, size=(6, 3.6))
     lines = rules.dropna(subset=[column]).sort_values(column).groupby(["model", "lag_size"])
-    for number, ((model, lag_size), line) in enumerate(lines):
+    for (model, lag_size), line in lines:
         errors = np.stack([line["f1"] - line["f1_low"], line["f1_high"] - line["f1"]])
-        axes.errorbar(
-            line[column],
-            line["f1"],
-            errors,
-            fmt="o-",
-            capsize=3,
-            color=OKABE_ITO[number % len(OKABE_ITO)],
-            label=f"{model} L{lag_size}",
-        )
+        axes.errorbar(line[column], line["f1"], errors, fmt="o-", capsize=3, label=f"{model} L{lag_size}")
         for _, row in line.iterrows():
             axes.annotate(f"K{row['top_k']}", (row[column], row["f1"]), xytext=(5, 4), textcoords="offset points")
     axes.set(xlabel=label, ylabel="F1 (bars: 95 % over seeds and questions)")
@@ -213,9 +201,12 @@ def differences(pairs: pd.DataFrame) -> Figure:
 
 
 def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    """A figure of some inches, and its axes, as pyplot's function of this name has them."""
+    """A figure of some inches, and its axes, as pyplot's function of this name has them; colours are Okabe-Ito's."""
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
+    panels = figure.subplots(rows, columns, **options)
+    for axes in figure.axes:
+        axes.set_prop_cycle(color=OKABE_ITO)
+    return figure, panels
 
 
 def legend(axes: Axes, title: str | None = None) -> None:

@@ -171,19 +171,19 @@ class SelectionRecord:
             with np.load(path, allow_pickle=False) as file:
                 header = json.loads(file[_HEADER].tobytes())
                 if header["schema"] != SCHEMA:
-                    raise UserError(
-                        f"{path}: a selection record of version {header['schema']}; only {SCHEMA} can be read here"
-                    )
+                    version = f"a selection record of version {header['schema']}; only {SCHEMA} can be read here"
+                    raise UserError(str(path), reason=version)
                 samples = tuple(_sample(file, index, about, header) for index, about in enumerate(header["samples"]))
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
+            raise UserError(str(path), reason="no such file") from None
         except UserError:
             raise
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             reason = message_of(error)[:80]
-            raise UserError(f"{path}: not a selection record, or a truncated one ({reason})") from None
+            raise UserError(str(path), reason=f"not a selection record, or a truncated one ({reason})") from None
         if model not in (None, header["model"], header["digest"]):
-            raise UserError(f"{path}: recorded with {header['model']} ({header['digest']}), not with {model}")
+            made_by = f"recorded with {header['model']} ({header['digest']})"
+            raise UserError(str(path), reason=f"{made_by}, not with {model}")
         texts = {int(token): text for token, text in header["texts"].items()}
         return cls(samples, header["rule"], header["model"], header["digest"], header["step"], texts)
 
@@ -191,18 +191,18 @@ class SelectionRecord:
 def check_comparable(first: SelectionRecord, second: SelectionRecord) -> None:
     """Raise a UserError unless two records are of one model's layers and heads and of the same samples."""
     if first.digest != second.digest:
-        raise UserError(
-            f"selections: recorded with {first.model} ({first.digest}) and {second.model} ({second.digest}); "
-            "only records of one model can be compared"
-        )
+        models = " and ".join(f"{record.model} ({record.digest})" for record in (first, second))
+        raise UserError("selections", reason=f"recorded with {models}; only records of one model can be compared")
     if first.layers != second.layers:
-        raise UserError(f"selections: layers {first.layers} and {second.layers} were compressed; they must be the same")
+        layers = f"{first.layers} and {second.layers}"
+        raise UserError("selections", reason=f"layers {layers} were compressed; they must be the same")
     ids = [[sample.id for sample in record.samples] for record in (first, second)]
     if ids[0] != ids[1]:
-        raise UserError(f"selections: recorded of the samples {_listed(ids[0])} and {_listed(ids[1])}; they differ")
+        samples = " and ".join(map(_listed, ids))
+        raise UserError("selections", reason=f"recorded of the samples {samples}; they differ")
     for one, other in zip(first.samples, second.samples, strict=True):
         if not np.array_equal(one.token_ids, other.token_ids):
-            raise UserError(f"selections: sample {one.id} has other tokens in the two records")
+            raise UserError("selections", reason=f"sample {one.id} has other tokens in the two records")
 
 
 def _sample(file: Any, index: int, about: Mapping[str, Any], header: Mapping[str, Any]) -> Sample:
@@ -216,14 +216,10 @@ def _sample(file: Any, index: int, about: Mapping[str, Any], header: Mapping[str
     return Sample(
         id=about["id"],
         token_ids=file[f"tokens{index}"].astype(np.int32),
-        gold_spans=_spans(about["gold_spans"]),
-        answer_spans=_spans(about["answer_spans"]),
+        gold_spans=tuple(map(tuple, about["gold_spans"])),
+        answer_spans=tuple(map(tuple, about["answer_spans"])),
         layers=tuple(LayerSelection(*next(pairs)) if here else None for here in header["layers"]),
     )
-
-
-def _spans(spans: Sequence[Sequence[int]]) -> tuple[Span, ...]:
-    return tuple((start, end) for start, end in spans)
 
 
 def _starts(rule: Mapping[str, Any], positions: NDArray[Any]) -> NDArray[Any]:

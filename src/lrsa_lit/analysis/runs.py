@@ -21,6 +21,7 @@ from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.errors import UserError, printable
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
+from lrsa_lit.paths import nearest
 from lrsa_lit.tracking.store import connect, existing_uri, find_experiment
 from lrsa_lit.uris import sqlite_uri
 
@@ -73,7 +74,9 @@ def find_run(store: MlflowClient, experiment: str, name: str) -> Run:
     for run in runs:
         if name in (run.info.run_name, run.info.run_id):
             return run
-    raise UserError(_unknown("run", name, [run.info.run_name for run in runs]))
+    names = dict.fromkeys(run.info.run_name for run in runs)
+    nearest_names = difflib.get_close_matches(name, names, n=3, cutoff=0) or list(names)[:3]
+    raise UserError("run", name, reason=f"does not exist; the nearest are {', '.join(map(repr, nearest_names))}")
 
 
 def latest_with_selections(store: MlflowClient, experiment: str) -> Run:
@@ -85,10 +88,8 @@ def latest_with_selections(store: MlflowClient, experiment: str) -> Run:
     for run in _runs(store, experiment):
         if store.list_artifacts(run.info.run_id, SELECTIONS):
             return run
-    raise UserError(
-        f"experiment: no run of {experiment!r} recorded selections; "
-        "train with --config configs/experiment/selections.yaml"
-    )
+    advice = "train with --config configs/experiment/selections.yaml"
+    raise UserError("experiment", reason=f"no run of {experiment!r} recorded selections; {advice}")
 
 
 def selections(store: MlflowClient, run: Run, *, model: str | None = None) -> list[SelectionRecord]:
@@ -270,17 +271,10 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def _nearest_store() -> str:
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / DEFAULT).is_file():
-            if folder != here:
-                print(printable(f"Runs of {folder / DEFAULT}"), file=sys.stderr)
-            return sqlite_uri(folder / DEFAULT, "tracking_uri")
-    raise UserError(f"tracking_uri: no {DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI")
-
-
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    if not known:
-        return f"{kind}: {name!r} does not exist, and there are none yet"
-    nearest = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0) or list(known)[:3]
-    return f"{kind}: {name!r} does not exist; the nearest are {', '.join(map(repr, nearest))}"
+    here, found = Path.cwd(), nearest(DEFAULT)
+    if not found.is_file():
+        reason = f"no {DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI"
+        raise UserError("tracking_uri", reason=reason)
+    if found != here / DEFAULT:
+        print(printable(f"Runs of {found}"), file=sys.stderr)
+    return sqlite_uri(found, "tracking_uri")

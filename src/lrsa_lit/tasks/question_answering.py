@@ -279,6 +279,14 @@ class LongContextQA(lightning.LightningModule):
             for found in [scores(text, batch["answers"][row], batch["match"][row])]
         ]
 
+    @torch.no_grad()
+    def losses(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Tensor, Tensor]:
+        """Summed answer loss and answer tokens of each question (B,) under a rule; None is dense attention."""
+        wanted, columns = targets(batch), batch["label_columns"]
+        with using(self.model, rule), uncompiled():
+            losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
+        return losses, (wanted != IGNORE_INDEX).sum(dim=1)
+
     def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
         """Greedy answers to a batch of prompts, each up to its first special token.
 
@@ -312,14 +320,11 @@ class LongContextQA(lightning.LightningModule):
         return self._greedy[rule]
 
     def _evaluate(self, batch: Batch) -> dict[str, Answers]:
-        wanted, columns = targets(batch), batch["label_columns"]
-        tokens = (wanted != IGNORE_INDEX).sum(dim=1).tolist()
         found = {}
         for name, rule in self.attentions.items():
-            with using(self.model, rule), uncompiled():
-                losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
+            losses, tokens = self.losses(batch, rule)
             texts = self.generate(batch, rule)[0] if self.generate_answers else None
-            found[name] = Answers(losses.tolist(), tokens, texts)
+            found[name] = Answers(losses.tolist(), tokens.tolist(), texts)
             self.meters[name].update(found[name], batch)
         return found
 

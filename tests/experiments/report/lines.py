@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
+from study.conftest import STUDY
 
 from lrsa_lit.study.plan import DENSE, OWN, Study
 
 QUESTIONS = 200
+
+
+def study_of(folder: Path, **changes: Any) -> Study:
+    """The tiny study with other settings."""
+    path = folder / "tiny-study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return Study(str(path))
+
+
+def evaluations(study: Study, *cells: Sequence[Any]) -> list[dict[str, Any]]:
+    """Lines of (row, attention, share of right answers), and a seed where it is not 0."""
+    return [evaluation(study, *cell[:2], scores(cell[2]), *cell[3:]) for cell in cells]
 
 
 def evaluation(

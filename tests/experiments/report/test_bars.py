@@ -1,8 +1,7 @@
 """Bars on results whose answer is known."""
 
 import pytest
-import yaml
-from experiments.report.lines import evaluation, scores
+from experiments.report.lines import evaluation, evaluations, study_of
 from helpers import one_line
 from study.conftest import STUDY
 
@@ -14,15 +13,8 @@ from lrsa_lit.study.plan import Study
 SHIPPED = "configs/experiment/robustness.yaml"
 
 
-def study_of(tmp_path, bars) -> Study:
-    path = tmp_path / "tiny-study.yaml"
-    path.write_text(yaml.safe_dump({**STUDY, "bars": bars}, sort_keys=False))
-    return Study(str(path))
-
-
 def verdict(study, *cells):
-    lines = [evaluation(study, *cell[:2], scores(cell[2]), *cell[3:]) for cell in cells]
-    (found,) = Bars(Cells(study, lines)).verdicts()
+    (found,) = Bars(Cells(study, evaluations(study, *cells))).verdicts()
     return found
 
 
@@ -30,7 +22,7 @@ def verdict(study, *cells):
     ("lrsa", "wanted"), [(0.79, "met"), (0.61, "met, not beyond the error"), (0.59, "**missed**, within the error"),
                          (0.3, "**missed**")])  # fmt: skip
 def test_a_share_of_dense_training_is_that_of_the_best(lrsa, wanted, tmp_path):
-    study = study_of(tmp_path, {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.75}})
+    study = study_of(tmp_path, bars={"b": {"set": "plain", "kept": 0.25, "of_dense": 0.75}})
     found = verdict(study, ("dense", "dense", 0.8), ("lrsa", "4x", lrsa), ("mixed", "4x", 0.2), ("lrsa", "dense", 0.9),
                     ("dense", "4x", 1.0), ("base", "4x", 1.0), ("lrsa", "random-4x", 1.0))  # fmt: skip
     assert found.verdict == wanted
@@ -42,14 +34,14 @@ def test_a_share_of_dense_training_is_that_of_the_best(lrsa, wanted, tmp_path):
 def test_what_keeps_too_much_does_not_count(tmp_path):
     bar = {"set": "plain", "kept": 0.125, "of_dense": 0.5}
     cells = ("dense", "dense", 0.8), ("lrsa", "4x", 0.8), ("lrsa", "8x", 0.2)
-    assert verdict(study_of(tmp_path, {"b": bar}), *cells).by.startswith("lrsa under 8x")
+    assert verdict(study_of(tmp_path, bars={"b": bar}), *cells).by.startswith("lrsa under 8x")
     # All that is attended to, windows included, is more.
-    study = study_of(tmp_path, {"b": {"set": "plain", "pairs": 0.125, "of_dense": 0.5}})
+    study = study_of(tmp_path, bars={"b": {"set": "plain", "pairs": 0.125, "of_dense": 0.5}})
     assert verdict(study, *cells).verdict == "open"
 
 
 def test_the_best_of_several_is_checked_on_questions_that_it_was_not_chosen_on(tmp_path):
-    study = study_of(tmp_path, {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}})
+    study = study_of(tmp_path, bars={"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}})
     # One answers the even questions, the other the odd ones: whichever half chooses, the other half has nothing.
     even, odd = [[float(number % 2 == half) for number in range(100)] for half in (0, 1)]
     lines = [evaluation(study, "dense", "dense", [1.0] * 100), evaluation(study, "lrsa", "4x", even),
@@ -64,18 +56,18 @@ def test_the_best_is_one_of_those_with_the_most_seeds(tmp_path):
     bar = {"set": "plain", "kept": 0.25, "of_dense": 0.5}
     dense = [("dense", "dense", share, seed) for seed, share in enumerate((0.8, 0.6))]
     lucky, steady = ("mixed", "4x", 0.9, 0), [("lrsa", "4x", 0.5, seed) for seed in (0, 1)]
-    found = verdict(study_of(tmp_path, {"b": bar}), *dense, lucky, *steady)
+    found = verdict(study_of(tmp_path, bars={"b": bar}), *dense, lucky, *steady)
     assert found.reached.startswith(f"{0.5 / 0.7:.1%} [")
     assert found.by == "lrsa under 4x (kept 25.0%, pairs 50.0%), against dense, 2 seeds"
     # What is asked of dense training is asked of the seeds that count, and other seeds are no reference.
     strong = bar | {"reference_at_least": {"em": 0.75}}
-    assert verdict(study_of(tmp_path, {"b": strong}), *dense, steady[0]).verdict != "open"
-    assert verdict(study_of(tmp_path, {"b": strong}), *dense, *steady).verdict == "open"
-    assert verdict(study_of(tmp_path, {"b": bar}), dense[1], lucky).verdict == "open"
+    assert verdict(study_of(tmp_path, bars={"b": strong}), *dense, steady[0]).verdict != "open"
+    assert verdict(study_of(tmp_path, bars={"b": strong}), *dense, *steady).verdict == "open"
+    assert verdict(study_of(tmp_path, bars={"b": bar}), dense[1], lucky).verdict == "open"
 
 
 def test_a_seed_more_than_the_study_has_puts_no_other_row_aside(tmp_path):
-    study = study_of(tmp_path, {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}})
+    study = study_of(tmp_path, bars={"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}})
     assert study.seeds == [0, 1]
     dense, often = [[(row, attention, share, seed) for seed in range(3)]
                     for row, attention, share in (("dense", "dense", 0.8), ("lrsa", "4x", 0.4))]  # fmt: skip
@@ -88,29 +80,27 @@ def test_only_a_strong_reference_counts(tmp_path):
     bar = {"set": "plain", "kept": 0.25, "of_dense": 0.9}
     cells = ("dense", "dense", 0.5), ("lrsa", "4x", 0.5)
     # All draws of questions give 1: a bootstrap that knows no error.
-    assert verdict(study_of(tmp_path, {"b": bar}), *cells).verdict == "met, not beyond the error"
-    found = verdict(study_of(tmp_path, {"b": bar | {"reference_at_least": {"em": 0.6}}}), *cells)
+    assert verdict(study_of(tmp_path, bars={"b": bar}), *cells).verdict == "met, not beyond the error"
+    found = verdict(study_of(tmp_path, bars={"b": bar | {"reference_at_least": {"em": 0.6}}}), *cells)
     assert (found.verdict, found.required) == (
         "open", "90% of dense plain F1, 0.25 kept, dense exact match at least 0.6")  # fmt: skip
-    assert verdict(study_of(tmp_path, {"b": bar | {"reference_at_least": {"em": 0.5}}}), *cells).verdict != "open"
-    assert verdict(study_of(tmp_path, {"b": bar | {"reference": ["base"]}}), *cells).verdict == "open"
-    assert verdict(study_of(tmp_path, {"b": bar | {"reference": ["base", "dense"]}}), *cells).verdict != "open"
+    assert verdict(study_of(tmp_path, bars={"b": bar | {"reference_at_least": {"em": 0.5}}}), *cells).verdict != "open"
+    assert verdict(study_of(tmp_path, bars={"b": bar | {"reference": ["base"]}}), *cells).verdict == "open"
+    assert verdict(study_of(tmp_path, bars={"b": bar | {"reference": ["base", "dense"]}}), *cells).verdict != "open"
 
 
 def test_sinks_and_window_alone_are_no_selection(tmp_path):
-    rows = {"rows": STUDY["rows"] | {"none": {"model": {"train_attention": {"top_k": 0}}}}}
-    rows["inference"] = STUDY["inference"] | {"none": {"top_k": 0}}
-    rows["bars"] = {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}}
-    path = tmp_path / "tiny-study.yaml"
-    path.write_text(yaml.safe_dump({**STUDY, **rows}, sort_keys=False))
+    rows = STUDY["rows"] | {"none": {"model": {"train_attention": {"top_k": 0}}}}
+    bars = {"b": {"set": "plain", "kept": 0.25, "of_dense": 0.5}}
+    study = study_of(tmp_path, rows=rows, inference=STUDY["inference"] | {"none": {"top_k": 0}}, bars=bars)
     cells = ("dense", "dense", 0.8), ("none", "none", 0.8), ("none", "4x", 0.8), ("lrsa", "none", 0.8)
-    assert verdict(Study(str(path)), *cells).verdict == "open"
-    assert verdict(Study(str(path)), *cells, ("lrsa", "4x", 0.4)).by.startswith("lrsa under 4x")
+    assert verdict(study, *cells).verdict == "open"
+    assert verdict(study, *cells, ("lrsa", "4x", 0.4)).by.startswith("lrsa under 4x")
 
 
 def test_a_score_is_that_of_the_best_row(tmp_path):
     bar = {"set": "plain", "row": ["dense", "lrsa"], "inference": "dense", "measure": "em", "at_least": 0.5}
-    found = verdict(study_of(tmp_path, {"b": bar}), ("dense", "dense", 0.3), ("lrsa", "dense", 0.8))
+    found = verdict(study_of(tmp_path, bars={"b": bar}), ("dense", "dense", 0.3), ("lrsa", "dense", 0.8))
     assert (found.verdict, found.by) == ("met", "lrsa under dense, 1 seed; best of 2")
     assert found.required == "plain exact match at least 0.5"
     assert found.reached.startswith("0.800 [")
@@ -133,23 +123,22 @@ ABOVE = {"set": "plain", "row": "lrsa", "inference": "4x", "above": [["dense", "
     ],
 )
 def test_a_gain_must_be_significant_over_each_other(cells, wanted, tmp_path):
-    study = study_of(tmp_path, {"b": ABOVE})
+    study = study_of(tmp_path, bars={"b": ABOVE})
     assert verdict(study, ("lrsa", "4x", 0.6), *cells).verdict == wanted
 
 
 def test_a_gain_that_other_seeds_might_not_have_is_said(tmp_path):
-    study = study_of(tmp_path, {"b": ABOVE | {"above": [["dense", "4x"]]}})
+    study = study_of(tmp_path, bars={"b": ABOVE | {"above": [["dense", "4x"]]}})
     seeds = [("lrsa", "4x", share, seed) for seed, share in enumerate((0.2, 0.6, 0.9))]
     found = verdict(study, *seeds, *[("dense", "4x", 0.3, seed) for seed in range(3)])
     assert found.verdict == "met, not beyond the error of seeds"
 
 
 def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
-    study = study_of(tmp_path, {})
-    own = [evaluation(study, "lrsa", "4x", scores(share), seed) for seed, share in ((1, 0.9), (0, 0.5), (2, 0.7))]
-    other = [evaluation(study, "lrsa", "random-4x", scores(share), seed) for seed, share in ((0, 0.4), (2, 0.6))]
-    cells = Cells(study, [*own, *other])
-    one, two = cells.on("plain").cells()
+    study = study_of(tmp_path)
+    own = [("lrsa", "4x", share, seed) for seed, share in ((1, 0.9), (0, 0.5), (2, 0.7))]
+    other = [("lrsa", "random-4x", share, seed) for seed, share in ((0, 0.4), (2, 0.6))]
+    one, two = Cells(study, evaluations(study, *own, *other)).on("plain").cells()
     found = one.compared(two, "f1").difference
     assert found.value == pytest.approx(0.1)
     assert 0.05 < found.low < found.high < 0.15
@@ -180,7 +169,7 @@ def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
 )
 def test_mistakes_are_named(bar, named, tmp_path):
     with pytest.raises(UserError) as error:
-        Bars(Cells(study_of(tmp_path, {"b": bar}), []))
+        Bars(Cells(study_of(tmp_path, bars={"b": bar}), []))
     assert named in one_line(error.value)
 
 

@@ -5,8 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
-import yaml
-from experiments.report.lines import evaluation, scores, training
+from experiments.report.lines import evaluation, evaluations, scores, study_of, training
 from helpers import one_line, refused
 from matplotlib.container import BarContainer
 from study.conftest import STUDY
@@ -129,16 +128,15 @@ def test_what_is_not_measured_is_left_empty(study_file):
 def test_the_summary_says_what_is_kept_and_what_is_attended_to(study_file):
     study = Study(str(study_file))
     cells = ("dense", "dense", 0.8), ("dense", "4x", 0.4), ("lrsa", "4x", 0.6)
-    lines = [evaluation(study, row, attention, scores(share)) for row, attention, share in cells]
     # A seed that only one side has would be compared with the order of the data.
-    lines += [evaluation(study, "dense", attention, scores(0.1), seed=1) for attention in ("dense", "4x")]
+    lines = evaluations(study, *cells, ("dense", "dense", 0.1, 1), ("dense", "4x", 0.1, 1))
     head, _, row, *_ = Blocks(study, lines).texts["summary"]().splitlines()
     assert head.endswith("| of dense | kept | pairs | seeds |")
     assert row.startswith("| at 4x | F1 | 0.800 | 0.400 | 0.600 | 75.0% [")
     assert row.endswith("] | 25% | 50% | 1 |")
     # Dense training may have been run under the rule in fewer seeds.
     del lines[-1]
-    lines.append(evaluation(study, "lrsa", "4x", scores(0.6), seed=1))
+    lines += evaluations(study, ("lrsa", "4x", 0.6, 1))
     row = Blocks(study, lines).texts["summary"]().splitlines()[2]
     assert row.startswith("| at 4x | F1 | 0.450 | 0.400 (1 seed) | 0.600 |")
     assert row.endswith("] | 25% | 50% | 2 |")
@@ -148,13 +146,11 @@ def test_the_best_of_several_budgets_stands_at_the_smallest_one(tmp_path):
     share = {"set": "plain", "of_dense": 0.5}
     bars = {"half": share | {"kept": 0.5}, "quarter": share | {"kept": 0.25}, "eighth": share | {"kept": 0.125},
             "all pairs": share | {"pairs": 0.5}}  # fmt: skip
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump({**STUDY, "bars": bars}, sort_keys=False))
-    study = Study(str(path))
+    study = study_of(tmp_path, bars=bars)
 
     def shown(*cells):
-        lines = [evaluation(study, row, attention, scores(score)) for row, attention, score in cells]
-        return [line.split("|")[1].strip() for line in Blocks(study, lines).texts["summary"]().splitlines()[2:-3]]
+        text = Blocks(study, evaluations(study, *cells)).texts["summary"]()
+        return [line.split("|")[1].strip() for line in text.splitlines()[2:-3]]
 
     assert shown(("dense", "dense", 0.8), ("lrsa", "4x", 0.6)) == ["quarter"]
     assert shown(("dense", "dense", 0.8), ("lrsa", "4x", 0.6), ("lrsa", "8x", 0.5)) == ["quarter", "eighth"]
@@ -162,12 +158,11 @@ def test_the_best_of_several_budgets_stands_at_the_smallest_one(tmp_path):
 
 def test_a_part_says_how_much_of_it_there_is(study_file):
     study = Study(str(study_file))
-    cells = [("dense", "dense"), ("dense", "4x"), ("lrsa", "dense"), ("lrsa", "4x")]
-    whole = [evaluation(study, *names, scores(0.5)) for names in cells]
+    whole = evaluations(study, *((row, name, 0.5) for row in ("dense", "lrsa") for name in ("dense", "4x")))
     assert "results are in" not in Blocks(study, whole).texts["main"]()
     assert "3 of 4 results are in." in Blocks(study, whole[1:]).texts["main"]()
     # Another seed than the part's is no part of it.
-    other = [*whole[1:], evaluation(study, "dense", "dense", scores(0.5), seed=7)]
+    other = [*whole[1:], *evaluations(study, ("dense", "dense", 0.5, 7))]
     assert "3 of 4 results are in." in Blocks(study, other).texts["main/plain"]()
     # Of seeds that the part does not ask for alone.
     assert Blocks(study, [{**line, "seed": 7} for line in whole]).texts["main"]() == ""
@@ -226,12 +221,10 @@ def test_the_seeds_of_a_row_have_one_colour_and_one_name():
 
 
 def test_a_layer_is_held_against_the_same_rule_without_it(tmp_path):
-    path = tmp_path / "study.yaml"
     inference = {**STUDY["inference"], "only": {"top_k": 4, "dense_layers": {"only": 2}}}
     parts = {"layers": {"rows": ["dense"], "inference": ["8x", "4x", "dense", "only-*"], "sets": ["plain"],
                         "generate": False}}  # fmt: skip
-    path.write_text(yaml.safe_dump({**STUDY, "inference": inference, "parts": parts}, sort_keys=False))
-    study = Study(str(path))
+    study = study_of(tmp_path, inference=inference, parts=parts)
     assert study.inference["only-0"].top_k == study.inference["8x"].top_k != study.inference["4x"].top_k
     losses = {"8x": [3.0, 5.0], "4x": [9.0, 9.0], "dense": [0.0, 0.0], "only-0": [3.0, 4.0], "only-1": [1.0, 2.0]}
     lines = [evaluation(study, "dense", name, [0.0, 0.0], loss=loss, tokens=[1, 3], generated=False)
@@ -271,10 +264,7 @@ def test_layers_are_held_against_the_base_that_most_others_have(tmp_path):
     }
     names = ["pair", "also-*", "other-0", "other", "only-*", "two", "8x", "dense"]
     parts = {"layers": {"rows": ["dense", "lrsa"], "inference": names, "sets": ["plain"], "generate": False}}
-    path = tmp_path / "study.yaml"
-    content = {**STUDY, "inference": {"dense": None, **inference}, "parts": parts, "bars": {}}
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    study = Study(str(path))
+    study = study_of(tmp_path, inference={"dense": None, **inference}, parts=parts, bars={})
     losses = {"8x": 9.0, "only-0": 8.0, "only-1": 5.0, "only-2": 9.5, "only-3": 6.0, "pair": 4.0, "two": 3.0,
               "also-0": 2.5, "also-2": 2.75, "other": 2.0, "other-0": 1.0, "dense": 0.5}  # fmt: skip
     # also-0 has a layer more than pair and than two, which serves also-2 as well; only-1 serves both pair and two.
@@ -298,11 +288,9 @@ def test_layers_are_held_against_the_base_that_most_others_have(tmp_path):
 
 
 def test_texts_have_no_plot_of_layers(tmp_path):
-    path = tmp_path / "study.yaml"
     part = {**STUDY["parts"]["main"], "inference": ["4x", "one"]}
-    changed = {"inference": {**STUDY["inference"], "one": {"dense_layers": [0]}}, "parts": {"main": part}, "bars": {}}
-    path.write_text(yaml.safe_dump({**STUDY, **changed}, sort_keys=False))
-    study = Study(str(path))
+    inference = {**STUDY["inference"], "one": {"dense_layers": [0]}}
+    study = study_of(tmp_path, inference=inference, parts={"main": part}, bars={})
     lines = [evaluation(study, "dense", name, [0.0, 0.0], data_set="text", generated=False) for name in ("4x", "one")]
     blocks = Blocks(study, lines)
     assert len(layers(blocks.tables["main/text"])) == 1
@@ -319,9 +307,7 @@ def test_the_legend_says_of_how_many_questions_selections_are_looked_at(study_fi
 
 
 def test_perplexity_of_texts_is_by_tokens(tmp_path):
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    study = Study(str(path))
+    study = study_of(tmp_path)
     line = evaluation(study, "dense", "4x", [0.0, 0.0], data_set="text")
     line |= {"f1": [], "em": [], "recall": [], "loss": [1.0, 5.0], "tokens": [1, 2]}
     (row,) = Blocks(study, [line]).texts["perplexity"]().splitlines()[2:]

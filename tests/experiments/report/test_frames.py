@@ -4,25 +4,22 @@ import math
 
 import pandas as pd
 import pytest
-from experiments.report.lines import evaluation, scores
+from experiments.report.lines import evaluation, evaluations, scores
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import frames
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.summaries import full, matrix
+from lrsa_lit.paths import nearest
 from lrsa_lit.study.plan import Study
 
 
 @pytest.fixture
 def cells(study_file):
     study = Study(str(study_file))
-    lines = [
-        evaluation(study, "dense", "dense", scores(0.8)),
-        evaluation(study, "dense", "4x", scores(0.4)),
-        evaluation(study, "lrsa", "4x", scores(0.6), text=[f"answer {n}" for n in range(200)]),
-        evaluation(study, "lrsa", "4x", scores(0.7), seed=1),
-    ]
-    return Cells(study, lines)
+    named = evaluation(study, "lrsa", "4x", scores(0.6), text=[f"answer {n}" for n in range(200)])
+    others = evaluations(study, ("dense", "dense", 0.8), ("dense", "4x", 0.4), ("lrsa", "4x", 0.7, 1))
+    return Cells(study, [*others, named])
 
 
 def test_a_matrix_has_a_place_for_what_is_not_measured(cells):
@@ -65,5 +62,5 @@ def test_files_are_found_above(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "study").mkdir()
     monkeypatch.chdir(tmp_path / "a" / "b")
-    assert frames.nearest("study") == tmp_path / "study"
-    assert str(frames.nearest("none.jsonl")) == "none.jsonl"
+    assert nearest("study") == tmp_path / "study"
+    assert str(nearest("none.jsonl")) == "none.jsonl"

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-import yaml
-from experiments.report.lines import evaluation
+from experiments.report.lines import evaluation, study_of
 from helpers import one_line
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.places import ALWAYS, ELSEWHERE, LAST, NOWHERE, PLACES, place_of
 from lrsa_lit.ops.sparse_attention import Recency, visibility_mask
 from lrsa_lit.study import tokens
-from lrsa_lit.study.plan import Study
 
 RULE = {"lag_size": 4, "top_k": 1}
 SPANS = st.lists(st.tuples(st.integers(0, 59), st.integers(1, 8)), max_size=3)
@@ -44,12 +42,9 @@ def test_places_are_what_the_operator_lets_the_last_token_see(spans, length, sin
 @pytest.fixture
 def against(study_file):
     """The study with a rule that compresses its short questions, and its part that names a rule."""
-    study_file.write_text(yaml.safe_dump({**STUDY, "inference": STUDY["inference"] | {"short": RULE}}))
     parts = {"places": {"rows": ["dense"], "seeds": [0], "inference": ["short", "dense"], "sets": ["plain"],
                         "against": {"row": "dense", "inference": "short"}}}  # fmt: skip
-    content = yaml.safe_load(study_file.read_text()) | {"parts": STUDY["parts"] | parts}
-    study_file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return Study(str(study_file))
+    return study_of(study_file.parent, inference=STUDY["inference"] | {"short": RULE}, parts=STUDY["parts"] | parts)
 
 
 def lines_of(study, data):

@@ -5,8 +5,7 @@ import math
 
 import numpy as np
 import pytest
-import yaml
-from experiments.report.lines import evaluation, scores
+from experiments.report.lines import evaluation, evaluations, scores, study_of
 from helpers import one_line
 from study.conftest import STUDY
 
@@ -60,36 +59,32 @@ def test_cells_gather_the_seeds_of_their_part_and_are_held_against_dense_trainin
     assert random.of_named.difference.value == pytest.approx(random.cell.mean("f1") - both.cell.mean("f1"))
 
 
-def test_the_base_model_stands_beside_seeds_that_it_does_not_have(study_file):
+def test_the_base_model_stands_beside_seeds_that_it_does_not_have(tmp_path):
     parts = {"late": {"rows": ["base", "dense", "lrsa"], "seeds": [1], "inference": ["4x"], "sets": ["plain"]}}
-    study_file.write_text(yaml.safe_dump({**STUDY, "parts": parts}, sort_keys=False))
-    study = Study(str(study_file))
-    lines = [evaluation(study, "base", "4x", scores(0.2)),
-             *(evaluation(study, row, "4x", scores(share), seed) for row, share, seed in
-               (("dense", 0.9, 0), ("dense", 0.4, 1), ("lrsa", 0.9, 0)))]  # fmt: skip
+    study = study_of(tmp_path, parts=parts)
+    trained = ("dense", "4x", 0.9), ("dense", "4x", 0.4, 1), ("lrsa", "4x", 0.9)
+    lines = evaluations(study, ("base", "4x", 0.2), *trained)
     table = Table(Cells(study, lines), "late", "plain")
     assert [(entry.cell.row, entry.score.value) for entry in table.entries] == [("base", 0.2), ("dense", 0.4)]
     assert (table.done, table.asked) == (2, 3)
     assert table.entries[0].of_same.difference.value == pytest.approx(-0.2)
 
 
-def test_rows_are_held_against_dense_training_at_its_own_rate(study_file):
+def test_rows_are_held_against_dense_training_at_its_own_rate(tmp_path):
     fast = {"optimizer": {"init_args": {"lr": 0.1}}}
     long = {"trainer": {"max_steps": 9}}
     more = {"dense-fast": {"model": {"train_attention": None, **fast}}, "lrsa-fast": {"model": fast},
             "lrsa-long": long, "dense-long": {**long, "model": {"train_attention": None, **fast}}}  # fmt: skip
-    study_file.write_text(yaml.safe_dump({**STUDY, "rows": STUDY["rows"] | more}, sort_keys=False))
-    study = Study(str(study_file))
+    study = study_of(tmp_path, rows=STUDY["rows"] | more)
     found = {row.name: reference_of(study, row).name for row in study.rows.values()}
     long = {"lrsa-long": "dense-long", "dense-long": "dense-long"}
     assert found == dict.fromkeys(study.rows, "dense") | long
 
 
-def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(study_file, data, tmp_path):
+def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(data, tmp_path):
     parts = {"quick": {"rows": ["base"], "inference": ["dense"], "sets": ["plain"], "generate": False}}
     parts["full"] = {**parts["quick"], "generate": True}
-    study_file.write_text(yaml.safe_dump({**STUDY, "parts": parts}, sort_keys=False))
-    study, out = Study(str(study_file)), tmp_path / "r.jsonl"
+    study, out = study_of(tmp_path, parts=parts), tmp_path / "r.jsonl"
     for part in ("quick", "full"):
         Runner(study, data, out, tmp_path / "work", 1e6).run(part)
     losses, answers = lines = read_lines(out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,6 +12,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.document import results_of
 from lrsa_lit.experiments.report.places import questions_of
+from lrsa_lit.paths import nearest
 from lrsa_lit.study.plan import Study
 
 _TAIL = 400
@@ -31,11 +31,6 @@ def load(results: str, study: str) -> Cells:
     """
     found = Study(str(nearest(study)))
     return Cells(found, results_of(found, nearest(results)))
-
-
-def nearest(name: str) -> Path:
-    """A path as it is in this folder, else in the nearest one above that has it; the path itself where none does."""
-    return next((folder / name for folder in (Path.cwd(), *Path.cwd().parents) if (folder / name).exists()), Path(name))
 
 
 def answers(table: Table, number: int) -> pd.DataFrame:

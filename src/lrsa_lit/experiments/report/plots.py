@@ -62,14 +62,14 @@ def survival(found: Sequence[Survival]) -> Figure | None:
         return None
     figure, axes = subplots(1, 1, size=(7, 1.4 + 0.25 * len(groups)))
     axes.axvline(1.0, color="grey", linestyle="--", label="chance, K/L")
-    for when, marker, colour in zip(WHEN, "oD", OKABE_ITO, strict=False):
+    for when, marker in zip(WHEN, "oD", strict=True):
         # Pairs are of cells whose share is known.
         points = [
             ((item.share(when) or 0.0) / item.chance, place)
             for place, items in enumerate(groups.values())
             for item in items
         ]
-        axes.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.5, label=f"{when} training")
+        axes.plot(*zip(*points, strict=True), marker, alpha=0.5, label=f"{when} training")
     axes.set_yticks(range(len(groups)), list(groups))
     axes.tick_params(axis="y", labelsize="small")
     axes.set(xlabel="kept share of the supporting passages' tokens, by K/L", ylim=(len(groups) - 0.5, -0.5))
@@ -124,9 +124,8 @@ def _by_share(axes: Axes, found: Sequence[tuple[str, float, Estimate]]) -> None:
     """A line for each row through its estimates with their intervals, by share."""
     for number, row in enumerate(dict.fromkeys(name for name, *_ in found)):
         shares, scores = zip(*sorted((share, score) for name, share, score in found if name == row), strict=True)
-        colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
-        values, errors, form = [score.value for score in scores], _errors(scores), f"{marker}-"
-        axes.errorbar(shares, values, errors, fmt=form, color=colour, capsize=3, label=row, alpha=0.85)
+        values, form = [score.value for score in scores], f"{_MARKERS[number % len(_MARKERS)]}-"
+        axes.errorbar(shares, values, _errors(scores), fmt=form, capsize=3, label=row, alpha=0.85)
     legend(axes, "trained")
 
 
