@@ -60,9 +60,8 @@ class FiniteLoss(Callback):
         self._examine(trainer)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._open.append(
-                _verdict(loss, trainer, list(_flat(batch.get("id", []))) if isinstance(batch, dict) else [])
-            )
+            ids = list(_flat(batch.get("id", []))) if isinstance(batch, dict) else []
+            self._open.append(_verdict(loss, trainer, ids))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the last batch's."""
@@ -86,10 +85,8 @@ class FiniteLoss(Callback):
             if verdict.bad:
                 self._open.clear()
                 ids = [name for names in gathered(verdict.ids if verdict.own else []) for name in names]
-                shown = ", ".join(ids) or "unknown"
-                raise NonFiniteLoss(
-                    f"the loss is NaN or infinite in step {verdict.step}, samples {shown}{_advice(trainer)}"
-                )
+                where = f"step {verdict.step}, samples {', '.join(ids) or 'unknown'}"
+                raise NonFiniteLoss(f"the loss is NaN or infinite in {where}{_advice(trainer)}")
 
 
 def _verdict(loss: Tensor, trainer: Trainer, ids: list[str]) -> _Verdict:

@@ -32,10 +32,8 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._shape: Shape | None = None
-        self._first = 0
-        self._seconds = 0.0
         self._since: float | None = None
-        self._batches: list[tuple[Tensor | list[int], int]] = []
+        self._restart(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, which is whole by now."""
@@ -61,8 +59,7 @@ class Throughput(Callback):
             if (padding := getattr(getattr(trainer, "datamodule", None), "padding", None)) is not None:
                 values["perf/padding"] = padding
             pl_module.log_dict(values)
-            self._restart(step)
-            self._since = time.perf_counter()
+            self._restart(step, time.perf_counter())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock until the next training batch."""
@@ -72,16 +69,15 @@ class Throughput(Callback):
         assert self._shape is not None
         assert isinstance(module, LongContextQA)
         self._stop(module.device)
-        counts = [
-            (lengths.tolist() if isinstance(lengths, Tensor) else lengths, logits) for lengths, logits in self._batches
-        ]
+        counts = [(of.tolist() if isinstance(of, Tensor) else of, logits) for of, logits in self._batches]
         values = {
             "perf/tokens_per_second": sum(sum(lengths) for lengths, _ in counts) / self._seconds,
             "perf/step_seconds": self._seconds / steps,
         }
         if (memory := _peak_memory(module.device)) is not None:
             values["perf/peak_memory_gib"] = memory / _GIB
-        if (peak := peak_flops(_device_name(module.device))) is not None:
+        device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
+        if (peak := peak_flops(device)) is not None:
             done = sum(training_flops(self._shape, *count, module.train_config) for count in counts)
             values["perf/mfu"] = done / self._seconds / peak
         return values
@@ -94,11 +90,9 @@ class Throughput(Callback):
         self._seconds += time.perf_counter() - self._since
         self._since = None
 
-    def _restart(self, step: int) -> None:
-        self._first = step
-        self._seconds = 0.0
-        self._since = None
-        self._batches = []
+    def _restart(self, step: int, since: float | None = None) -> None:
+        self._first, self._seconds, self._since = step, 0.0, since
+        self._batches: list[tuple[Tensor | list[int], int]] = []
 
 
 def _lengths(batch: TrainBatch) -> Tensor | list[int]:
@@ -106,10 +100,6 @@ def _lengths(batch: TrainBatch) -> Tensor | list[int]:
     if batch["boundaries"] is None:
         return batch["attention_mask"].sum(dim=1)
     return [stop - start for start, stop in itertools.pairwise(batch["boundaries"])]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _peak_memory(device: torch.device) -> int | None:
