@@ -51,7 +51,7 @@ test-ranges: .venv-oldest/.installed .venv-newest/.installed ## Run a part of th
 	@touch $@
 
 test-gpu: ## Run the GPU tests with your own CUDA build of torch; PYTEST="-n 8" compiles in parallel
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops tests/attention/test_gpu.py tests/tasks/test_gpu.py tests/study/test_gpu.py $(PYTEST)
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/ops tests/attention/test_gpu.py tests/tasks/test_gpu.py tests/experiments/test_gpu.py $(PYTEST)
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@
 # %matplotlib inline
 from IPython.display import display_png
 
+from lrsa_lit.cli.study import open_study
 from lrsa_lit.experiments.report import evidence, frames, plots, summaries
 from lrsa_lit.experiments.report.bars import Bars, table_of
 from lrsa_lit.experiments.report.cells import Table, measure_of
@@ -33,7 +34,7 @@ from lrsa_lit.paths import nearest
 
 # %%
 results = "study/results.jsonl"
-cells = frames.load(results, "configs/experiment/robustness.yaml")
+cells = frames.load(results, open_study(str(frames.nearest("configs/experiment/robustness.yaml"))))
 study = cells.study
 list(study.parts)
 
@@ -103,7 +104,7 @@ plots.perplexity(evidence.texts(cells))
 # ## Where the answer stands
 #
 # Scores by the place of the answer: among what all see; whole among the last K tokens of a partition, which the most
-# recent ones keep; elsewhere; or not in the text. Questions are read from the token files that `lrsa study data` has
+# recent ones keep; elsewhere; or not in the text. Questions are read from the data that `lrsa study data` has
 # written.
 
 # %%
@@ -120,7 +121,7 @@ number = 0
 frames.answers(table, number)
 
 # %% [markdown]
-# Its text, and the answers that count as right, are read from the token files that `lrsa study data` has written.
+# Its text, and the answers that count as right, are read from the data that `lrsa study data` has written.
 
 # %%
 frames.question(table, number, "study/data")

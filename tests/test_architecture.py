@@ -13,8 +13,6 @@ import lrsa_lit
 
 SOURCE = Path(lrsa_lit.__file__).parent
 TABLE = Path(__file__).parents[1] / "docs/architecture.md"
-LEAVING = {"study", "sweep"}
-"""Packages that experiments replaces."""
 
 
 def rows():
@@ -43,7 +41,7 @@ def name_of(path):
     return ".".join(("lrsa_lit", *parts)).removesuffix(".__init__")
 
 
-FILES = {name_of(path): path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] not in LEAVING}
+FILES = {name_of(path): path for path in SOURCE.rglob("*.py")}
 
 
 def imports(name):
@@ -76,7 +74,7 @@ def test_nothing_is_imported_in_a_circle():
 
 
 def test_each_package_is_in_the_table():
-    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")} - LEAVING
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
     assert packages == {name for names, _ in rows() for name in names} & packages
     assert {name for names, _ in rows()[:-1] for name in names} <= packages | {"strategies"}
 

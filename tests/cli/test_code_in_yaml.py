@@ -9,11 +9,12 @@ import yaml
 from cli_helpers import DEBUG, NO_LOGGER
 from lightning.pytorch import Callback
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.classes import check_classes
+from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Compressor, MeanPool
-from lrsa_lit.study import settings
+from lrsa_lit.ops.sparse_attention import MeanPool
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.max_steps", "1"]
 CALLBACK = "lightning.pytorch.callbacks.LambdaCallback"
@@ -160,13 +161,12 @@ def test_an_annotation_that_has_no_subclasses_admits_none():
 
 @pytest.mark.parametrize("code", [FUNCTION, CLASS], ids=["function", "class"])
 def test_a_study_makes_only_what_is_of_its_kind(tmp_path, code):
+    made = FitSettings().made
     pool = {"class_path": "lrsa_lit.ops.sparse_attention.MeanPool"}
-    assert settings.made(pool, Compressor) == MeanPool()
-    with pytest.raises(UserError, match=code["class_path"]):
-        settings.made(code, Compressor)
+    assert made("x", LRSAConfig, {"compressor": pool}).compressor == MeanPool()
     seeded = {"class_path": "lrsa_lit.ops.sparse_attention.RandomTokens", "init_args": {"seed": code}}
-    with pytest.raises(UserError, match=code["class_path"]):
-        settings.made(seeded, Compressor)
-    with pytest.raises(UserError, match="subclass of Compressor"):
-        settings.made({"class_path": "torch.nn.Linear"}, Compressor)
+    for compressor in (code, seeded, {"class_path": "torch.nn.Linear"}):
+        with pytest.raises(UserError) as error:
+            made("x", LRSAConfig, {"compressor": compressor})
+        assert error.value.field.startswith("x.compressor")
     assert not (tmp_path / "made").exists()

@@ -2,6 +2,15 @@
 
 from lrsa_lit.callbacks.end_of_run import FitSummary, show_answers, show_evaluation
 from lrsa_lit.callbacks.monitored import MonitoredMetrics
+from lrsa_lit.callbacks.training_record import TrainingRecord
 from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 
-__all__ = ["AnswerWriter", "FitSummary", "MonitoredMetrics", "PredictionWriter", "show_answers", "show_evaluation"]
+__all__ = [
+    "AnswerWriter",
+    "FitSummary",
+    "MonitoredMetrics",
+    "PredictionWriter",
+    "TrainingRecord",
+    "show_answers",
+    "show_evaluation",
+]

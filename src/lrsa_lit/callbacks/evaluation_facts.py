@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
+from lrsa_lit.callbacks.machine import describe
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.names import OWN
 
@@ -23,6 +24,7 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
     """What decides an evaluation's answers, as plain values.
 
     Returns:
+        - ``machine``: its device, the commit and the versions of libraries;
         - ``command`` ("test" or "validate"), ``split`` ("test" or "val"), ``checkpoint`` (a path, or null);
         - ``model`` (its name), ``layers``, ``dtype`` of its weights, ``precision`` of the trainer;
         - ``generated``: whether there are answers, and not losses alone; ``max_new_tokens``;
@@ -38,6 +40,7 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
     layers, data = config.num_hidden_layers, getattr(trainer, "datamodule", None)
     data_sets = {} if data is None else data.facts(split)
     return {
+        "machine": describe(),
         "command": command,
         "split": split,
         "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),

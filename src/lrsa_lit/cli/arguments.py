@@ -34,6 +34,16 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_on(parser: argparse.ArgumentParser) -> None:
+    """The option ``--on``, of commands that run others."""
+    parser.add_argument(
+        "--on",
+        metavar="RAY",
+        help="run on a Ray cluster, whose machines share the folders: ray (of this machine) or ray://HOST:PORT; "
+        "default: one after the other, here",
+    )
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C within the block, so that child processes are stopped either way."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -319,23 +320,53 @@ def run(arguments: Sequence[str]) -> None:
         UserError: a mistake in the arguments or files.
     """
     quiet_libraries()
-    register()
     note_environment()
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    with _told_in_one_line():
+        _built(LRSACLI, arguments)
+
+
+def parser_of(command: str) -> OneLineParser:
+    """The parser of a subcommand's settings, which runs nothing."""
+    quiet_libraries()
     try:
-        LRSACLI(
-            arguments,
-            subclass_mode_data=True,
-            save_config_callback=RecordConfig,
-            save_config_kwargs={"command": arguments[0]},
-            seed_everything_default=0,
-            parser_class=OneLineParser,
-            # "omegaconf+" resolves ${…} after all files and flags are merged; "omegaconf" would ignore overrides.
-            # Beginnings of names would pass for misspelt ones.
-            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        _built(_NoCommand, [command])
+    except _ParserBuilt as built:
+        return built.parser
+    raise AssertionError("the parser was not asked for its arguments")
+
+
+class _ParserBuilt(Exception):  # noqa: N818 - no error
+    def __init__(self, parser: OneLineParser) -> None:
+        self.parser = parser
+
+
+class _NoCommand(LRSACLI):
+    def parse_arguments(self, parser: OneLineParser, args: Any) -> None:  # type: ignore[override]
+        raise _ParserBuilt(parser)
+
+
+def _built(kind: type[LRSACLI], arguments: Sequence[str]) -> LRSACLI:
+    register()
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    return kind(
+        arguments,
+        subclass_mode_data=True,
+        save_config_callback=RecordConfig,
+        save_config_kwargs={"command": arguments[0]},
+        seed_everything_default=0,
+        parser_class=OneLineParser,
+        # "omegaconf+" resolves ${…} after all files and flags are merged; "omegaconf" would ignore overrides.
+        # Beginnings of names would pass for misspelt ones.
+        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    try:
+        yield
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise first_user_error(error) or UserError(one_line(str(error))) from error
     except ValueError as error:

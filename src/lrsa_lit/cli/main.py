@@ -37,7 +37,7 @@ TOOLS = {
 """Commands with options of their own: each is a module of that name with a function ``run``."""
 
 _ASSIGNED = ("--config=", "-c=", "--plugins=")
-_MODULES = {"study": "lrsa_lit.study", "sweep": "lrsa_lit.sweep"}
+_MODULES: dict[str, str] = {}
 
 HELP = """\
 usage: lrsa [-h] [--version] COMMAND [options]

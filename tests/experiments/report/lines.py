@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from study.conftest import STUDY
+from experiments.tiny_study import STUDY
 
-from lrsa_lit.study.plan import DENSE, OWN, Study
+from lrsa_lit.cli.study import open_study
+from lrsa_lit.experiments.study import DENSE, OWN, Study
 
 QUESTIONS = 200
 
@@ -18,7 +19,7 @@ def study_of(folder: Path, **changes: Any) -> Study:
     """The tiny study with other settings."""
     path = folder / "tiny-study.yaml"
     path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
-    return Study(str(path))
+    return open_study(str(path))
 
 
 def evaluations(study: Study, *cells: Sequence[Any]) -> list[dict[str, Any]]:

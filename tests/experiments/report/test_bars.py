@@ -2,13 +2,13 @@
 
 import pytest
 from experiments.report.lines import evaluation, evaluations, study_of
+from experiments.tiny_study import STUDY
 from helpers import one_line
-from study.conftest import STUDY
 
+from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report.bars import Bars
 from lrsa_lit.experiments.report.cells import Cells
-from lrsa_lit.study.plan import Study
 
 SHIPPED = "configs/experiment/robustness.yaml"
 
@@ -174,6 +174,6 @@ def test_mistakes_are_named(bar, named, tmp_path):
 
 
 def test_the_shipped_bars_are_complete():
-    study = Study(SHIPPED)
+    study = open_study(SHIPPED)
     assert study.bars
     assert {item.verdict for item in Bars(Cells(study, [])).verdicts()} == {"open"}

@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 from experiments.report.lines import evaluation, evaluations, scores, study_of, training
+from experiments.tiny_study import STUDY
 from helpers import one_line, refused
 from matplotlib.container import BarContainer
-from study.conftest import STUDY
 
 from lrsa_lit.cli.main import main
+from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import plots, summaries
+from lrsa_lit.experiments.report import plots
 from lrsa_lit.experiments.report.document import Blocks, fill, results_of
 from lrsa_lit.experiments.report.evidence import layers
 from lrsa_lit.experiments.report.markers import filled, replace
-from lrsa_lit.study.plan import Study
-from lrsa_lit.study.results import read_lines
-from lrsa_lit.study.shards import Weights, shards_of
+from lrsa_lit.experiments.results import read_lines
 
 ROOT = Path(__file__).parents[3]
 PROSE = "# Title\r\n\r\nWritten by `<!-- study:none -->` hand.  \n"
@@ -74,7 +73,7 @@ def test_blocks_are_filled_and_all_else_is_kept(study_file, results, tmp_path):
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(names, after, named, study_file, tmp_path):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     good, bad = document(tmp_path, "main"), tmp_path / "bad.md"
     bad.write_bytes(document(tmp_path / ".", *names, after=after).read_bytes())
     good = document(tmp_path, "main", "main/plain/plot")
@@ -91,7 +90,7 @@ def test_mistakes_are_named_and_nothing_is_written(names, after, named, study_fi
 def test_an_unknown_block_says_which_there_are(study_file, tmp_path):
     path = document(tmp_path, "mian")
     with refused(f"{path}, line 4") as caught:
-        fill(Study(str(study_file)), [], [path], tmp_path)
+        fill(open_study(str(study_file)), [], [path], tmp_path)
     assert re.search(r"summary, legend, bars.*PART/SET.*main, all", str(caught.value))
 
 
@@ -114,7 +113,7 @@ def test_another_content_leaves_the_permissions_and_no_other_file(tmp_path):
 
 
 def test_what_is_not_measured_is_left_empty(study_file):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     blocks = Blocks(study, [evaluation(study, "lrsa", "4x", scores(0.5))])
     assert blocks.texts["main"]().splitlines()[2:] == [
         "1 of 4 results are in.", "", "| trained | seeds | dense | 4x |", "|---|---:|---:|---:|",
@@ -126,7 +125,7 @@ def test_what_is_not_measured_is_left_empty(study_file):
 
 
 def test_the_summary_says_what_is_kept_and_what_is_attended_to(study_file):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     cells = ("dense", "dense", 0.8), ("dense", "4x", 0.4), ("lrsa", "4x", 0.6)
     # A seed that only one side has would be compared with the order of the data.
     lines = evaluations(study, *cells, ("dense", "dense", 0.1, 1), ("dense", "4x", 0.1, 1))
@@ -157,7 +156,7 @@ def test_the_best_of_several_budgets_stands_at_the_smallest_one(tmp_path):
 
 
 def test_a_part_says_how_much_of_it_there_is(study_file):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     whole = evaluations(study, *((row, name, 0.5) for row in ("dense", "lrsa") for name in ("dense", "4x")))
     assert "results are in" not in Blocks(study, whole).texts["main"]()
     assert "3 of 4 results are in." in Blocks(study, whole[1:]).texts["main"]()
@@ -169,7 +168,7 @@ def test_a_part_says_how_much_of_it_there_is(study_file):
 
 
 def test_hours_are_those_that_the_results_know(study_file):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     lines = [evaluation(study, "dense", "dense", scores(0.5), seconds=5400.0),
              evaluation(study, "dense", "4x", scores(0.5))]  # fmt: skip
     (row,) = Blocks(study, lines).texts["machines"]().splitlines()[2:]
@@ -178,7 +177,7 @@ def test_hours_are_those_that_the_results_know(study_file):
 
 
 def test_survival_stands_beside_that_of_the_base_model(study_file):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     kept = {"gold": 0.3, "answer": None, "chance": 0.25}
     lines = [
         evaluation(study, "base", "4x", scores(0.1), survival=kept),
@@ -193,7 +192,7 @@ def test_survival_stands_beside_that_of_the_base_model(study_file):
 
 
 def test_all_rows_under_an_attention_stand_on_one_line_of_the_plot(study_file):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     kept = {"gold": 0.3, "answer": None, "chance": 0.25}
     trained = [("lrsa", 0.5), ("dense", 0.25), ("mixed", None)]
     lines = [
@@ -299,13 +298,6 @@ def test_texts_have_no_plot_of_layers(tmp_path):
     assert blocks.plots["main/plain/plot"][0] == "main/plain: the score against the share of pairs attended to"
 
 
-def test_the_legend_says_of_how_many_questions_selections_are_looked_at(study_file):
-    weights = Weights(Study(str(study_file)).row("base"), None, None)
-    shards = shards_of(weights, None, Path("test.npz"), 400, 400, generates=True, whole_text=False)
-    (looked,) = (shard for shard in shards if shard.kind == "survival")
-    assert f"of the first {looked.size} questions." in " ".join(summaries.LEGEND.split())
-
-
 def test_perplexity_of_texts_is_by_tokens(tmp_path):
     study = study_of(tmp_path)
     line = evaluation(study, "dense", "4x", [0.0, 0.0], data_set="text")
@@ -316,7 +308,7 @@ def test_perplexity_of_texts_is_by_tokens(tmp_path):
 
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
 def test_the_shipped_documents_say_what_the_shipped_results_give(name):
-    study = Study("configs/experiment/robustness.yaml")
+    study = open_study("configs/experiment/robustness.yaml")
     blocks = Blocks(study, results_of(study, ROOT / "study" / "results.jsonl"))
     unchecked = set(blocks.plots) | {block for block in blocks.texts if block.endswith("/places")}
     text = (ROOT / name).read_text(encoding="utf-8")

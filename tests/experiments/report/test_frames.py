@@ -6,17 +6,17 @@ import pandas as pd
 import pytest
 from experiments.report.lines import evaluation, evaluations, scores
 
+from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import frames
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.summaries import full, matrix
 from lrsa_lit.paths import nearest
-from lrsa_lit.study.plan import Study
 
 
 @pytest.fixture
 def cells(study_file):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     named = evaluation(study, "lrsa", "4x", scores(0.6), text=[f"answer {n}" for n in range(200)])
     others = evaluations(study, ("dense", "dense", 0.8), ("dense", "4x", 0.4), ("lrsa", "4x", 0.7, 1))
     return Cells(study, [*others, named])
@@ -51,7 +51,7 @@ def test_answers_stand_side_by_side(cells):
 
 
 def test_questions_must_be_those_of_the_results(study_file, data, results):
-    table = Table(frames.load(str(results), str(study_file)), "main", "plain")
+    table = Table(frames.load(str(results), open_study(str(study_file))), "main", "plain")
     assert frames.question(table, 2, str(data)) == {"question": "Which?", "answers": ["a2", "b"]}
     table.cells[0].line["set_digest"] = "other"
     with pytest.raises(UserError, match="other questions"):

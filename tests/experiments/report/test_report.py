@@ -6,16 +6,15 @@ import math
 import numpy as np
 import pytest
 from experiments.report.lines import evaluation, evaluations, scores, study_of
+from experiments.tiny_study import STUDY
 from helpers import one_line
-from study.conftest import STUDY
 
 from lrsa_lit.cli.main import main
+from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report.cells import Cells, Table, reference_of
 from lrsa_lit.experiments.report.document import results_of
-from lrsa_lit.study.plan import Study
-from lrsa_lit.study.results import read_lines
-from lrsa_lit.study.runner import Runner
+from lrsa_lit.experiments.results import read_lines
 
 
 def test_a_report_has_a_table_for_each_part_and_data_set(study_file, results, tmp_path, capsys):
@@ -36,7 +35,7 @@ def test_a_report_has_a_table_for_each_part_and_data_set(study_file, results, tm
 
 
 def test_cells_gather_the_seeds_of_their_part_and_are_held_against_dense_training(study_file, results):
-    cells = Cells(Study(str(study_file)), read_lines(results))
+    cells = Cells(open_study(str(study_file)), read_lines(results))
 
     def entries(part):
         return {(entry.cell.row, entry.cell.attention): entry for entry in Table(cells, part, "plain").entries}
@@ -81,13 +80,13 @@ def test_rows_are_held_against_dense_training_at_its_own_rate(tmp_path):
     assert found == dict.fromkeys(study.rows, "dense") | long
 
 
-def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(data, tmp_path):
+def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(tmp_path):
     parts = {"quick": {"rows": ["base"], "inference": ["dense"], "sets": ["plain"], "generate": False}}
     parts["full"] = {**parts["quick"], "generate": True}
-    study, out = study_of(tmp_path, parts=parts), tmp_path / "r.jsonl"
-    for part in ("quick", "full"):
-        Runner(study, data, out, tmp_path / "work", 1e6).run(part)
-    losses, answers = lines = read_lines(out)
+    study = study_of(tmp_path, parts=parts)
+    answers = evaluation(study, "base", "dense", [0.0, 1.0], generated=True, loss=[2.0, 3.0])
+    losses = answers | {"generated": False, "f1": [], "em": [], "recall": [], "text": []}
+    lines = [losses, answers]
     tables = [Table(Cells(study, lines), part, "plain") for part in ("quick", "full")]
     assert [table.measure for table in tables] == ["loss", "f1"]
     assert [table.cells[0].lines for table in tables] == [(answers,), (answers,)]
@@ -139,7 +138,7 @@ def test_no_results_no_report(name, said, study_file, tmp_path, capsys):
 
 
 def test_results_have_the_names_of_today(study_file, results, tmp_path):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     renamed = [{**line, "row": f"once-{line['row']}"} for line in read_lines(results)]
     gone = {**renamed[0], "config": "0" * 12}
     path = tmp_path / "renamed.jsonl"
@@ -152,7 +151,7 @@ def test_results_have_the_names_of_today(study_file, results, tmp_path):
 
 
 def test_an_attention_that_is_no_more_is_not_taken_for_the_rows_own(study_file):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     gone = {"rule_digest": "0" * 12, "rule": {**study.row("lrsa").rule.to_dict(), "top_k": 1}}
     lines = [evaluation(study, "lrsa", "own", scores(0.5)), evaluation(study, "lrsa", "4x", scores(0.9), **gone)]
     (cell,) = Cells(study, lines).on("plain").cells()
@@ -169,7 +168,7 @@ def test_a_line_that_is_no_result_is_named(line, tmp_path):
 
 @pytest.mark.parametrize("field", ["row", "f1", "seed", "machine"])
 def test_a_result_that_lacks_a_field_is_named(field, study_file, tmp_path, capfd):
-    study = Study(str(study_file))
+    study = open_study(str(study_file))
     whole = evaluation(study, "base", "dense", scores(0.5))
     part = {name: value for name, value in evaluation(study, "lrsa", "4x", scores(0.5)).items() if name != field}
     path = tmp_path / "r.jsonl"
@@ -181,7 +180,7 @@ def test_a_result_that_lacks_a_field_is_named(field, study_file, tmp_path, capfd
 
 
 def test_results_from_before_weights_had_a_digest(study_file, tmp_path):
-    old = evaluation(Study(str(study_file)), "lrsa", "4x", scores(0.5))
+    old = evaluation(open_study(str(study_file)), "lrsa", "4x", scores(0.5))
     del old["weights"]
     (tmp_path / "r.jsonl").write_text(json.dumps(old) + "\n")
     assert read_lines(tmp_path / "r.jsonl") == [{**old, "weights": "", "generated": True}]

@@ -21,14 +21,14 @@ import numpy as np
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
+from lrsa_lit.experiments.checks import MEASURES
 from lrsa_lit.experiments.report import grid
 from lrsa_lit.experiments.report.cells import Cell, Cells, Scope, measure_of, reference_of
 from lrsa_lit.experiments.report.grid import Column, Grid
 from lrsa_lit.experiments.report.summaries import LABELS
+from lrsa_lit.experiments.settings import Settings
+from lrsa_lit.experiments.study import DENSE, Study
 from lrsa_lit.ops.sparse_attention import LagRelative
-from lrsa_lit.study.checks import MEASURES
-from lrsa_lit.study.plan import DENSE, Study
-from lrsa_lit.study.settings import Settings
 
 _CELL, _SHARE = {"set", "row", "inference"}, {"set", "of_dense"}
 _MUST = ({*_SHARE, "kept"}, {*_SHARE, "pairs"}, {*_CELL, "at_least"}, {*_CELL, "above", "p"})

@@ -11,8 +11,8 @@ import numpy as np
 
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate, Groups, Scores
-from lrsa_lit.study.plan import DENSE, OWN, Evaluation, Row, Study, digest_of
-from lrsa_lit.study.results import Line, current
+from lrsa_lit.experiments.results import Line, current
+from lrsa_lit.experiments.study import DENSE, OWN, Evaluation, Row, Study, digest_of
 
 _SAME = ("backbone", "trainer", "data")
 """What dense training shares with a row that is held against it."""

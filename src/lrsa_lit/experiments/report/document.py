@@ -17,8 +17,8 @@ from lrsa_lit.experiments.report.bars import Bars, table_of
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.markers import filled, replace
 from lrsa_lit.experiments.report.places import by_place
-from lrsa_lit.study.plan import Study
-from lrsa_lit.study.results import Line, read_lines
+from lrsa_lit.experiments.results import Line, read_lines
+from lrsa_lit.experiments.study import Study
 
 _FORMS = "PART, PART/SET, PART/SET/plot, PART/SET/places"
 """Blocks of a part: its matrices, all of one data set, its plot, and its scores by the place of the answer."""
@@ -33,7 +33,7 @@ class Blocks:
     Args:
         study: the study.
         lines: its results.
-        data: folder of its token files, for the blocks that look at the questions.
+        data: folder of its data, for the blocks that look at the questions.
 
     Attributes:
         cells: the results as cells.
@@ -164,7 +164,7 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Pat
         lines: the results.
         files: the files, as :mod:`lrsa_lit.experiments.report.markers` describes them.
         folder: for the plots that they show.
-        data: folder of the study's token files, for the blocks that look at the questions.
+        data: folder of the study's data, for the blocks that look at the questions.
 
     Raises:
         UserError: a file has no blocks, or one that there is not or that needs the data.

@@ -12,25 +12,24 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.document import results_of
 from lrsa_lit.experiments.report.places import questions_of
+from lrsa_lit.experiments.study import Study
 from lrsa_lit.paths import nearest
-from lrsa_lit.study.plan import Study
 
 _TAIL = 400
 """Tokens at the end of a prompt in which its question is looked for."""
 
 
-def load(results: str, study: str) -> Cells:
+def load(results: str, study: Study) -> Cells:
     """The results of a study.
 
     Args:
         results: their file, in this folder or one above.
-        study: the study's file, in this folder or one above, or as it ships.
+        study: the study.
 
     Raises:
-        UserError: there are no results, or no such study.
+        UserError: there are no results.
     """
-    found = Study(str(nearest(study)))
-    return Cells(found, results_of(found, nearest(results)))
+    return Cells(study, results_of(study, nearest(results)))
 
 
 def answers(table: Table, number: int) -> pd.DataFrame:
@@ -57,7 +56,7 @@ def question(table: Table, number: int, data: str) -> dict[str, Any]:
     Args:
         table: the part on a data set that has the question.
         number: of the question, from 0 on.
-        data: folder of the study's token files, in this folder or one above.
+        data: folder of the study's data, in this folder or one above.
 
     Raises:
         UserError: there is no such file, or the results are of other questions.

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lrsa_lit.errors import redacted
-from lrsa_lit.study.plan import Study, digest
-from lrsa_lit.study.results import Line, current
+from lrsa_lit.experiments.results import Line, current
+from lrsa_lit.experiments.settings import digest
+from lrsa_lit.experiments.study import Study
 from lrsa_lit.tracking.store import answering, checked_uri, connect, experiment_id
 
 KEY = "study.key"

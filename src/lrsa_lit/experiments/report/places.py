@@ -12,11 +12,11 @@ from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
+from lrsa_lit.experiments.questions import Questions
 from lrsa_lit.experiments.report import grid
 from lrsa_lit.experiments.report.cells import Cell, Table
 from lrsa_lit.experiments.report.grid import Column, Grid
 from lrsa_lit.ops.sparse_attention import compressed_at, raw_start
-from lrsa_lit.study import tokens
 
 ALWAYS = "seen by all"
 LAST = "in a partition's last K"
@@ -52,7 +52,7 @@ def by_place(table: Table, data: Path | None) -> Grid:
 
     Args:
         table: the part on a data set.
-        data: folder of the study's token files.
+        data: folder of the study's data.
 
     Raises:
         UserError: the part names no rule or has one of other sinks, partitions or chunks, no folder is given, or it has
@@ -81,11 +81,10 @@ def questions_of(table: Table, data: Path | None) -> list[Example]:
     """
     if data is None:
         raise UserError("--data", reason="it is needed for the questions; name the folder of `lrsa study data`")
-    path = tokens.path_of(data, table.data_set, table.split)
-    file = tokens.read(path)
-    if file.digest != table.cells[0].line["set_digest"]:
-        raise UserError(str(path), reason="other questions than those of the results; write them anew")
-    return file.examples
+    questions = Questions(table.study, data)
+    if questions.facts(table.data_set, table.split).digest != table.cells[0].line["set_digest"]:
+        raise UserError(str(data), reason="other questions than those of the results", hint="write them anew")
+    return list(questions.examples(table.data_set, table.split))
 
 
 def _check_alike(table: Table, rule: LRSAConfig) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lrsa_lit.evaluation.statistics import Estimate
     from lrsa_lit.experiments.report.cells import Entry
     from lrsa_lit.experiments.report.evidence import LayerGain, Survival, Text
-    from lrsa_lit.study.results import Line
+    from lrsa_lit.experiments.results import Line
 
 _MARKERS = "osD^vP*X"
 

@@ -11,7 +11,7 @@ from lrsa_lit.evaluation.statistics import Comparison
 from lrsa_lit.experiments.report import grid
 from lrsa_lit.experiments.report.cells import Entry, Table
 from lrsa_lit.experiments.report.grid import Column, Grid
-from lrsa_lit.study.results import Line
+from lrsa_lit.experiments.results import Line
 
 LABELS = {"f1": "F1", "recall": "recall", "em": "exact match", "loss": "perplexity"}
 

@@ -1,0 +1,109 @@
+"""What a training was: its losses, its speed, and a digest of the weights that came out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lrsa_lit.callbacks.machine import describe
+from lrsa_lit.io import write_atomically
+from lrsa_lit.models.checkpoint import trained_weights
+from lrsa_lit.tasks import LongContextQA
+
+_WARM_UP = 5
+"""Batches after each start that are left out of the measured speed: they compile kernels."""
+
+_EVERY = 10
+"""Batches after which the device is waited for."""
+
+
+class TrainingRecord(Callback):
+    """Write a JSON file when a fit has come to its last step; a resumed fit goes on with what it had recorded.
+
+    The file has ``steps``, ``losses`` (the answer loss of each batch), ``tokens_per_second`` (padding included, behind
+    the first few batches of each start; null where there were no more), ``peak_memory_bytes`` (of a GPU, else null),
+    ``seconds``, ``weights`` (twelve hex digits of every bit of the trained weights) and ``machine``.
+
+    Args:
+        path: the file, which is replaced.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._losses: list[float] = []
+        self._tokens, self._seconds, self._wall = 0, 0.0, 0.0
+        self._pending: list[Tensor] = []
+        self._batches, self._queued, self._since = 0, 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; batches that the device was not waited for yet count for no speed."""
+        losses = [*self._losses, *(float(loss) for loss in self._pending)]
+        return {"losses": losses, "tokens": self._tokens, "seconds": self._seconds, "wall": self._wall}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what a checkpoint has kept."""
+        self._losses = list(state_dict["losses"])
+        self._tokens, self._seconds, self._wall = (state_dict[name] for name in ("tokens", "seconds", "wall"))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a batch."""
+        self._batches += 1
+        self._pending.append(trainer.callback_metrics["train/loss"].detach().clone())
+        self._queued += batch["input_ids"].numel()
+        last = trainer.global_step == trainer.max_steps
+        if last or self._batches == _WARM_UP or self._batches % _EVERY == 0:
+            self._read(pl_module.device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file, on the first process."""
+        if trainer.global_step < trainer.max_steps or not isinstance(pl_module, LongContextQA):
+            return
+        weights = digest_of(trained_weights(pl_module.backbone, pl_module.model))
+        cuda = pl_module.device.type == "cuda"
+        about = {
+            "steps": trainer.global_step,
+            "losses": self._losses,
+            "tokens_per_second": self._tokens / self._seconds if self._seconds else None,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(pl_module.device) if cuda else None,
+            "seconds": round(self._wall, 1),
+            "weights": weights,
+            "machine": describe(),
+        }
+        if trainer.is_global_zero:
+            text = json.dumps(about) + "\n"
+            write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def _read(self, device: torch.device) -> None:
+        """Wait for the device, which steps between do not, and take the time."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        passed = time.perf_counter() - self._since
+        self._wall += passed
+        if self._batches > _WARM_UP:
+            self._tokens += self._queued
+            self._seconds += passed
+        self._since, self._queued = time.perf_counter(), 0
+        self._losses += [float(loss) for loss in self._pending]
+        self._pending.clear()
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """Twelve hex digits of the names and of every bit."""
+    found = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        found.update(name.encode())
+        found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]

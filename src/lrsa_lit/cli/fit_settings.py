@@ -1,0 +1,92 @@
+"""The settings that ``lrsa fit`` would run with, for those who run it later or elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from omegaconf.errors import OmegaConfBaseException
+
+from lrsa_lit.classes import check_classes
+from lrsa_lit.cli.lightning_cli import parser_of
+from lrsa_lit.cli.main import lightning_arguments
+from lrsa_lit.cli.setting_keys import first_user_error
+from lrsa_lit.cli.settings_parser import OneLineParser, one_line
+from lrsa_lit.data.module import QADataModule
+from lrsa_lit.errors import UserError, under
+from lrsa_lit.ops.sparse_attention import Compressor
+
+Made = TypeVar("Made")
+_MADE = (Compressor, QADataModule)
+"""What settings may name by a class path there."""
+
+
+class FitSettings:
+    """Parses as ``lrsa fit`` does, with one parser for many fits; runs nothing."""
+
+    def __init__(self) -> None:
+        self._parser = parser_of("fit")
+        self._known: dict[str, str] = {}
+
+    def given(self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """What the shipped defaults, arguments and overlays say; what only the code has as its default stays out.
+
+        Args:
+            arguments: what follows ``lrsa fit``.
+            overlays: settings over these, the last ones on top.
+
+        Raises:
+            UserError: a fit would refuse them.
+        """
+        return self._parsed(arguments, overlays, defaults=False)
+
+    def complete(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """All settings of a fit.
+
+        Raises:
+            UserError: a fit would refuse them.
+        """
+        return self._parsed(arguments, (), defaults=True)
+
+    def made(self, key: str, kind: type[Made], settings: Mapping[str, Any]) -> Made:
+        """The object that settings describe: the arguments of a class, or a ``class_path`` of one of its subclasses.
+
+        Raises:
+            UserError: they are not allowed; the line begins with ``key``.
+        """
+        parser = OneLineParser(exit_on_error=False)
+        add = parser.add_subclass_arguments if "class_path" in settings else parser.add_class_arguments
+        add(kind, "value")
+        with under(key):
+            try:
+                parsed = parser.parse_object({"value": dict(settings)})
+                check_classes("value", parsed.as_dict()["value"], _MADE, {})
+                made: Made = parser.instantiate_classes(parsed).value
+            except UserError as error:
+                error.field = error.field.removeprefix("value.")
+                raise
+            except (TypeError, ValueError) as error:
+                raise UserError(one_line(str(error)).removeprefix("value.")) from error
+        return made
+
+    def _parsed(
+        self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]], *, defaults: bool
+    ) -> dict[str, Any]:
+        key = json.dumps([arguments, overlays, defaults])
+        if key not in self._known:
+            self._known[key] = json.dumps(self._parse(arguments, overlays, defaults), default=str)
+        settings: dict[str, Any] = json.loads(self._known[key])
+        return settings
+
+    def _parse(self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]], defaults: bool) -> dict[str, Any]:
+        layers = [part for overlay in overlays for part in ("--config", json.dumps(overlay))]
+        try:
+            parsed = self._parser.parse_args([*lightning_arguments("fit", arguments), *layers], defaults=defaults)
+        except UserError as error:
+            # As files are, overlays are values of --config.
+            raise UserError(str(error).removeprefix("config: ")) from None
+        except (OmegaConfBaseException, ValueError) as error:
+            raise first_user_error(error) or UserError(one_line(str(error))) from None
+        # Without the files that they were read from.
+        return {name: value for name, value in parsed["fit"].as_dict().items() if name != "config"}

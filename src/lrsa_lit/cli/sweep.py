@@ -1,0 +1,64 @@
+"""``lrsa sweep``: a fit for each point of a grid of settings, each in a process and an MLflow run of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lrsa_lit.cli.arguments import Parser, add_on, terminable
+from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.grid import FLAG, parse, points
+
+EPILOG = f"""\
+All other options are those of `lrsa fit`. Values are YAML, so {FLAG} 'data.init_args.limit={{train: 8}},{{train: 64}}'
+has two. The same command again runs what is not finished yet, from its last checkpoint.
+
+example:
+  lrsa sweep --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml \\
+             {FLAG} model.lrsa.top_k=16,32,64 {FLAG} model.lrsa.lag_size=128,256
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: what follows ``lrsa sweep``.
+
+    Raises:
+        UserError: a mistake in the arguments, before anything has run.
+        SystemExit: code 1 if a point failed, 130 after Ctrl-C.
+    """
+    options, rest = _parse(arguments)
+    grid = parse(options.grid)
+    from lrsa_lit.cli.fit_settings import FitSettings
+    from lrsa_lit.experiments.on_ray import executor
+    from lrsa_lit.experiments.summary import show
+    from lrsa_lit.experiments.sweep import Sweep
+
+    todo = points(grid, rest, FitSettings())
+    with executor(options.on) as runs:
+        sweep = Sweep(todo, grid)
+        try:
+            with terminable():
+                well = sweep.run(runs)
+        except KeyboardInterrupt:
+            print("\nlrsa: interrupted; the same command goes on with what is not finished", file=sys.stderr)
+            raise SystemExit(130) from None
+        finally:
+            show(sweep.outcomes, len(todo))
+    if not well:
+        raise SystemExit(1)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser("lrsa sweep", description="Fit once for each point of a grid of settings.", epilog=EPILOG)
+    parser.add_argument(
+        FLAG, metavar="KEY=V1,V2", action="append", default=[], help="values of a setting; several span a grid"
+    )
+    add_on(parser)
+    options, rest = parser.parse_known_args(arguments)
+    if printing := [option for option in rest if option.startswith("--print_")]:
+        raise UserError(f"{printing[0]}: it is not allowed in a sweep; lrsa fit has it")
+    return options, rest

@@ -1,0 +1,49 @@
+"""Plain text for perplexity: the beginnings of whole articles, of which the later tokens are scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrsa_lit.data.module import Split
+from lrsa_lit.data.prompts import SEPARATOR, Example, TooLong, render_passage
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.data.squad import SquadArticles, article_records
+from lrsa_lit.data.tokenization import encode_text
+from lrsa_lit.errors import UserError
+
+
+class Articles(SquadArticles):
+    """The first ``max_tokens`` tokens of each article of SQuAD that has as many; its questions are not used.
+
+    An example's prompt is the text up to ``scored_from``, its answer the rest.
+
+    Args:
+        scored_from: tokens that are context alone.
+        kwargs: see SquadArticles.
+    """
+
+    def __init__(self, scored_from: int = 2048, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 1 <= scored_from < self.max_tokens:
+            raise UserError("scored_from", scored_from, f"an integer from 1 to max_tokens - 1 ({self.max_tokens - 1})")
+        self.scored_from = scored_from
+
+    def records(self, split: Split) -> list[QARecord]:
+        """One record for each article: its first question's."""
+        return [article_records(self._articles[position])[0] for position in self._splits[split]]
+
+    def to_example(self, record: QARecord) -> Example | TooLong:
+        """The text alone; an article that is too short counts as one that does not fit."""
+        text = SEPARATOR.join(render_passage(passage) for passage in record.passages)
+        ids = encode_text(self.checked_tokenizer, text).ids
+        if len(ids) < self.max_tokens:
+            return TooLong(len(ids))
+        return Example(
+            id=record.id,
+            input_ids=ids[: self.max_tokens],
+            prompt_length=self.scored_from,
+            gold_spans=[],
+            answer_spans=[],
+            answers=list(record.answers),
+            match=record.match,
+        )

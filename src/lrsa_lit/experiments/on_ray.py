@@ -1,0 +1,174 @@
+"""Jobs as tasks of a Ray cluster, each with the GPUs that its trainer needs.
+
+Its machines share the folders of the runs: a job whose worker dies goes on, on another one, from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from lrsa_lit.errors import UserError, message_of
+from lrsa_lit.experiments.jobs import (
+    EVERY,
+    SPARE,
+    STOP_SECONDS,
+    Executor,
+    Here,
+    Job,
+    OutOfTimeError,
+    Unit,
+    environment_of,
+    run,
+)
+
+_KEY = "--on"
+_ATTEMPTS = 4
+_ANSWER_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def executor(on: str | None, seconds: float | None = None) -> Iterator[Executor]:
+    """Where jobs run within a block.
+
+    Args:
+        on: None for this machine; ``ray`` or ``ray://HOST:PORT`` for a cluster.
+        seconds: after which nothing new is begun, and what runs is stopped; None for no end.
+
+    Raises:
+        UserError: Ray is not installed, or does not answer.
+    """
+    if on is None:
+        yield Here(seconds)
+        return
+    ray = _connected(on)
+    try:
+        yield OnRay(ray, seconds)
+    finally:
+        ray.shutdown()
+
+
+class OnRay:
+    """Runs the jobs of all units side by side, as many as the cluster has room for.
+
+    Args:
+        ray: the module, connected.
+        seconds: after which nothing new is begun, and what runs is stopped; None for no end.
+    """
+
+    def __init__(self, ray: Any, seconds: float | None = None) -> None:
+        self._ray, self._until = ray, float("inf") if seconds is None else time.monotonic() + seconds - SPARE
+        self._task = self._ray.remote(max_retries=0)(_run)
+        self._running: dict[Any, tuple[Unit, Job, int]] = {}
+
+    def drive(self, units: Iterable[Unit], beat: Callable[[], None]) -> None:
+        """Run all units side by side, each job after the one before it in its unit."""
+        try:
+            for unit in units:
+                self._go_on(unit, None)
+            while self._running:
+                if (left := self._until - time.monotonic()) <= 0:
+                    raise OutOfTimeError
+                done, _ = self._ray.wait(list(self._running), timeout=min(EVERY, left))
+                beat()
+                for task in done:
+                    self._ended(task)
+        finally:
+            self._stop()
+
+    def _go_on(self, unit: Unit, code: int | None) -> None:
+        with contextlib.suppress(StopIteration):
+            self._submit(unit, next(unit) if code is None else unit.send(code), 1)
+
+    def _submit(self, unit: Unit, job: Job, attempt: int) -> None:
+        gpus = gpus_of(job.trainer, self._ray.cluster_resources(), max(map(_gpus, self._ray.nodes()), default=0))
+        task = self._task.options(num_cpus=1, num_gpus=gpus).remote(job.command(), environment_of(job), os.getcwd())
+        self._running[task] = unit, job, attempt
+
+    def _ended(self, task: Any) -> None:
+        unit, job, attempt = self._running.pop(task)
+        try:
+            code = self._ray.get(task)
+        except self._ray.exceptions.RayError as error:
+            if attempt == _ATTEMPTS:
+                print(f"a worker died {_ATTEMPTS} times: {message_of(error)}", flush=True)
+                self._go_on(unit, -9)
+                return
+            print("a worker died; its job goes on elsewhere", flush=True)
+            self._submit(unit, job, attempt + 1)
+        else:
+            self._go_on(unit, code)
+
+    def _stop(self) -> None:
+        """Let what still runs save its checkpoints."""
+        for task in self._running:
+            self._ray.cancel(task)
+        if self._running:
+            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=STOP_SECONDS)
+        for unit, _, _ in self._running.values():
+            unit.close()
+        self._running = {}
+
+
+def gpus_of(trainer: Mapping[str, Any], cluster: Mapping[str, float], largest: int) -> int:
+    """How many GPUs a trainer takes.
+
+    Args:
+        trainer: its settings.
+        cluster: the resources of all machines.
+        largest: most GPUs of one machine.
+
+    Raises:
+        UserError: no machine has as many.
+    """
+    if trainer.get("accelerator") == "cpu" or not cluster.get("GPU"):
+        return 0
+    devices = trainer.get("devices", 1)
+    count = str(len(devices) if isinstance(devices, list) else devices)
+    asked = int(count) if count.isdecimal() else largest
+    if asked > largest:
+        raise UserError(f"trainer.devices: {devices} is not allowed; the machines of the cluster have up to {largest}")
+    return asked
+
+
+def _gpus(node: Mapping[str, Any]) -> int:
+    return int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
+
+
+def _connected(address: str) -> Any:
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(f"{_KEY}: {address} needs Ray, which is not installed; pip install 'lrsa-lit[ray]'")
+    found = urlsplit(address)
+    if address != "ray":
+        _check_answers(address, found.hostname, found.port)
+    # Else each worker's environment would be made anew from this checkout.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+    import ray.exceptions
+
+    try:
+        ray.init(None if address == "ray" else address, log_to_driver=True, include_dashboard=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{_KEY}: {address} does not answer ({message_of(error)})") from None
+    return ray
+
+
+def _check_answers(address: str, host: str | None, port: int | None) -> None:
+    if not address.startswith("ray://") or not host or not port:
+        raise UserError(f"{_KEY}: {address!r} is not allowed; it must be ray, or ray://HOST:PORT")
+    try:
+        socket.create_connection((host, port), _ANSWER_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"{_KEY}: {address} does not answer ({error.strerror or error})") from None
+
+
+def _run(arguments: list[str], environment: Mapping[str, str], folder: str) -> int:
+    """In a worker, where the folder is shared; cancelling raises KeyboardInterrupt here."""
+    os.chdir(folder)
+    return run(arguments, environment, lambda: float("inf"), lambda: None)

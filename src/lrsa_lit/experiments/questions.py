@@ -1,0 +1,155 @@
+"""The data sets of a study, tokenised in a folder, and an index of them: what a run must know before it reads one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrsa_lit.data.split_facts import SplitFacts
+from lrsa_lit.errors import UserError, under
+from lrsa_lit.experiments.settings import Settings, digest
+from lrsa_lit.experiments.study import Study
+from lrsa_lit.io import write_atomically
+from lrsa_lit.paths import check_writable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_CACHE = "LRSA_CACHE_DIR"
+_FIELDS = {"asked", "folder", "facts"}
+"""Of a split in the index: the digest of its settings, where it lies, and what identifies its examples."""
+
+
+class Questions:
+    """The tokenised data sets of a study.
+
+    Args:
+        study: the study.
+        folder: where they lie; it is the cache of the commands that a study runs.
+
+    Raises:
+        UserError: the index is none.
+    """
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        self._study, self.folder = study, folder
+        self._index = folder / f"{study.title}.json"
+        self._splits = _read(self._index)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What lets a command read and write the folder."""
+        return {_CACHE: str(self.folder.absolute())}
+
+    def prepare(self, splits: Iterable[tuple[str, str]], *, anew: bool = False) -> None:
+        """Tokenise splits that are not in the folder yet, and say how many examples they have.
+
+        Args:
+            splits: data sets and splits of them.
+            anew: look at those that are in the index as well: code that makes examples may have changed.
+
+        Raises:
+            UserError: one cannot be made, or the folder cannot be written.
+        """
+        missing = [split for split in dict.fromkeys(splits) if anew or self._found(*split) is None]
+        if missing:
+            check_writable("--data", self.folder, self.folder)
+        for data_set, split in missing:
+            with self._in_folder(), under(f"data_sets.{data_set}"):
+                folder, facts = self._prepared(data_set, split)
+            self._splits[f"{data_set}/{split}"] = {
+                "asked": self._asked(data_set),
+                "folder": str(folder),
+                "facts": asdict(facts),
+            }
+            write_atomically(self._index, lambda file: file.write(json.dumps(self._splits).encode()))
+            print(f"{data_set}/{split}: {facts.questions} examples, {facts.digest}", flush=True)
+
+    def facts(self, data_set: str, split: str) -> SplitFacts:
+        """What identifies the examples of a split.
+
+        Raises:
+            UserError: it is not in the folder, or its settings have changed since.
+        """
+        return SplitFacts(**self._named(data_set, split)["facts"])
+
+    def examples(self, data_set: str, split: str) -> Dataset:
+        """The examples of a split.
+
+        Raises:
+            UserError: it is not in the folder, or its settings have changed since.
+        """
+        from lrsa_lit.data import cache
+
+        return cache.load(self.folder / self._named(data_set, split)["folder"])[0]
+
+    def _named(self, data_set: str, split: str) -> Settings:
+        if (found := self._found(data_set, split)) is None:
+            reason = f"has no {data_set}/{split} of this study"
+            raise UserError("--data", str(self.folder), reason=reason, hint="`lrsa study data` makes it")
+        return found
+
+    def _found(self, data_set: str, split: str) -> Settings | None:
+        found = self._splits.get(f"{data_set}/{split}")
+        return found if found and found["asked"] == self._asked(data_set) else None
+
+    def _asked(self, data_set: str) -> str:
+        """Digest of what decides the examples of a data set, code aside."""
+        model = self._study.common["model"]
+        backbone = {name: model["backbone"].get(name) for name in ("source", "sha256")}
+        return digest([self._study.data_set(data_set), backbone, model.get("template_arguments")])
+
+    def _prepared(self, data_set: str, split: Any) -> tuple[Path, SplitFacts]:
+        from lrsa_lit.chat_template import with_arguments
+        from lrsa_lit.data.module import QADataModule
+        from lrsa_lit.models import Backbone
+
+        made, model = self._study.fit_settings.made, self._study.common["model"]
+        module: QADataModule = made("init_args", QADataModule, self._study.data_set(data_set))
+        tokenizer = made("model.backbone", Backbone, model["backbone"]).tokenizer
+        module.tokenizer = with_arguments(tokenizer, model.get("template_arguments") or {})
+        module.prepare_split(split)
+        return module.folder(split).relative_to(self.folder.absolute()), SplitFacts.of(module.open_split(split))
+
+    @contextlib.contextmanager
+    def _in_folder(self) -> Iterator[None]:
+        before = os.environ.get(_CACHE)
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            del os.environ[_CACHE]
+            os.environ.update({} if before is None else {_CACHE: before})
+
+
+def splits_of(study: Study, only: Collection[str] = ()) -> list[tuple[str, str]]:
+    """The splits that the rows train on and the parts ask for, data set by data set.
+
+    Args:
+        study: the study.
+        only: names of data sets; empty for all.
+
+    Raises:
+        UserError: there is no such data set.
+    """
+    if unknown := [name for name in only if name not in study.data_sets]:
+        raise UserError("--only", unknown[0], f"of {', '.join(study.data_sets)}")
+    trained = [(name, "train") for row in study.rows.values() if row.steps for name in row.weights]
+    asked = [(name, part.get("split", "test")) for part in study.parts.values() for name in part["sets"]]
+    found = dict.fromkeys([*trained, *asked])
+    return [split for name in study.data_sets for split in found if split[0] == name and (not only or name in only)]
+
+
+def _read(path: Path) -> dict[str, Settings]:
+    try:
+        content: dict[str, Settings] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if all(entry.keys() == _FIELDS for entry in content.values()):
+            return content
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise UserError("--data", str(path), reason="is no index that `lrsa study data` has written")

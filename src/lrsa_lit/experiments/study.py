@@ -1,0 +1,321 @@
+"""What a study file asks for: its rows as complete settings of fits, and the work of a part in order."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.classes import check_class_paths
+from lrsa_lit.errors import UserError
+from lrsa_lit.evaluation.each_layer import each_layer
+from lrsa_lit.experiments.checks import check_study
+from lrsa_lit.experiments.settings import FitSettings, Settings, digest
+from lrsa_lit.paths import check_path, shipped
+from lrsa_lit.yaml_file import read_settings
+
+OWN = "own"
+"""The inference attention that a row was trained with."""
+
+DENSE = "dense"
+"""The digest of dense attention, which has no rule."""
+
+MIXTURE = "lrsa_lit.data.Mixture"
+"""What all rows train on: shares of the study's data sets."""
+
+_DECIDE = ("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches")
+"""The trainer's settings that decide the weights, and stand in the digest of each row."""
+
+# Later ones, which stand in the digest where they are given.
+_MAY_DECIDE = ("gradient_clip_algorithm",)
+_INDIFFERENT = {
+    "backbone": {"gradient_checkpointing", "compile_layers"},
+    "model": {"backbone", "lrsa", "optimizer", "lr_scheduler", "train_attention", "train_top_k", "evaluate",
+              "max_new_tokens", "generate_answers"},
+    "data": {"max_tokens", "batch_size", "eval_batch_size", "num_workers", "weights", "data_sets",
+             "evaluate_on", "one_length"},
+}  # fmt: skip
+"""What does not decide the weights, or stands in the digest under another name."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        name: in the study.
+        overlay: what it changes, its data sets included.
+        settings: all ``trainer``, ``model`` and ``data`` settings that are given, in the words of ``lrsa fit``.
+        rule: the rule that training starts from; None for dense training.
+    """
+
+    name: str
+    overlay: Settings
+    settings: Settings
+    rule: LRSAConfig | None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; 0 for the base LLM as it is."""
+        return int(self.settings["trainer"]["max_steps"])
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each data set in the training."""
+        weights: dict[str, float] = self.settings["data"]["init_args"]["weights"]
+        return weights
+
+    def trained_by(self) -> Settings:
+        """All that decides the trained weights beside the seed and the data; nothing for the base LLM."""
+        model, trainer, data = (self.settings[name] for name in ("model", "trainer", "data"))
+        backbone = _without(model["backbone"], _INDIFFERENT["backbone"])
+        if self.steps == 0:
+            return {"backbone": backbone, "trainer": {"max_steps": 0}}
+        further = {name: trainer[name] for name in _MAY_DECIDE if trainer.get(name) is not None}
+        return {
+            "backbone": backbone,
+            "trainer": {name: trainer.get(name) for name in _DECIDE} | further,
+            "optimizer": model["optimizer"],
+            "lr_scheduler": model.get("lr_scheduler"),
+            "attention": None if self.rule is None else self.rule.to_dict(),
+            "train_top_k": model.get("train_top_k"),
+            "data": {"weights": self.weights, "batch_size": data["init_args"].get("batch_size", 1)}
+            | _without(data["init_args"], _INDIFFERENT["data"]),
+        } | _without(model, _INDIFFERENT["model"])  # fmt: skip
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits of :meth:`trained_by`, whatever the order of its keys."""
+        return digest(self.trained_by())
+
+
+class Evaluation(NamedTuple):
+    """One attention on one data set.
+
+    Attributes:
+        name: of the attention in the study.
+        rule: None is dense.
+        data_set: its name.
+        split: its split.
+        generates: whether the questions are answered; else there are losses alone.
+    """
+
+    name: str
+    rule: LRSAConfig | None
+    data_set: str
+    split: str
+    generates: bool
+
+    @property
+    def rule_digest(self) -> str:
+        """Of the rule, or :data:`DENSE`."""
+        return digest_of(self.rule)
+
+
+class Work(NamedTuple):
+    """A row with a seed, and what to evaluate it on."""
+
+    row: Row
+    seed: int
+    evaluations: list[Evaluation]
+
+
+class Study:
+    """A study file.
+
+    Args:
+        name: path of the file, or of a shipped one.
+        fit_settings: the parser of its fits.
+
+    Raises:
+        UserError: unknown keys, or a row or part that does not fit together.
+    """
+
+    def __init__(self, name: str, fit_settings: FitSettings) -> None:
+        self.name, self.fit_settings = name, fit_settings
+        self._rules: dict[str, LRSAConfig] = {}
+        content = _read(name)
+        self.seeds: list[int] = content.get("seeds") or [0]
+        self.data_sets: dict[str, Settings] = content.get("data_sets") or {}
+        self.parts: dict[str, Settings] = content.get("parts") or {}
+        self.bars: dict[str, Settings] = content.get("bars") or {}
+        named = {"--plugins": content.get("plugins") or (), "--config": content.get("configs") or ()}
+        self.arguments = [part for option, names in named.items() for name in names for part in (option, name)]
+        self.overlay: Settings = {key: content[key] for key in ("trainer", "model", "data") if key in content}
+        self.common = self._given("", self.overlay, {"data": self._data("", {"init_args": {"weights": {}}})})
+        self.rows = {row: self._row(row, changes or {}) for row, changes in (content.get("rows") or {}).items()}
+        self.inference = {
+            attention: None if changes is None else self.rule(f"inference.{attention}", changes)
+            for attention, changes in each_layer("inference", content.get("inference") or {})
+        }
+        for part in self.parts:
+            # What one names and the study does not have is told now, not when its turn has come.
+            list(self._work(part))
+
+    @property
+    def title(self) -> str:
+        """The name of the file, which results say."""
+        return Path(self.name).stem
+
+    def row(self, name: str) -> Row:
+        """A row by its name."""
+        if name not in self.rows:
+            raise UserError(f"{self.name}: there is no row {name!r}; there are {', '.join(self.rows)}")
+        return self.rows[name]
+
+    def work(self, *parts: str) -> list[Work]:
+        """The rows of each part with each of its seeds: all rows with the first seed, then with the next one.
+
+        What several parts ask of the same row and seed stands together, where the first of them has it, and each
+        evaluation once.
+
+        Raises:
+            UserError: there is no such part, or it names what the study does not have.
+        """
+        found: dict[tuple[str, int], Work] = {}
+        for work in (work for part in parts for work in self._work(part)):
+            before = found.get((work.row.name, work.seed), Work(work.row, work.seed, []))
+            together = _once([*before.evaluations, *work.evaluations])
+            found[work.row.name, work.seed] = before._replace(evaluations=together)
+        return list(found.values())
+
+    def _work(self, part: str) -> Iterator[Work]:
+        """Of one part; the same attention may stand under several names."""
+        if part not in self.parts:
+            raise UserError(f"--part: {part!r} is not allowed; {self.name} has {', '.join(self.parts)}")
+        asked = self.parts[part]
+        rows = [self.row(name) for name in asked["rows"]]
+        if (against := asked.get("against")) is not None:
+            self.rule_of(self.row(against["row"]), against["inference"], f"parts.{part}.against.inference")
+        for number, seed in enumerate(asked.get("seeds") or self.seeds):
+            for row in rows:
+                # The base LLM is the same for each seed.
+                if row.steps or number == 0:
+                    yield Work(row, seed if row.steps else 0, self._evaluations(part, row))
+
+    def rule_of(self, row: Row, attention: str, where: str = "inference") -> LRSAConfig | None:
+        """The rule of an attention, for a row's own as well; None is dense.
+
+        Raises:
+            UserError: there is none of that name, which stands at ``where``.
+        """
+        if attention != OWN and attention not in self.inference:
+            raise UserError(f"{where}: there is no {attention!r} in inference")
+        return row.rule if attention == OWN else self.inference[attention]
+
+    def generates(self, data_set: str, part: str | None = None) -> bool:
+        """Whether the questions of a data set are answered, in a part or at all; else there are losses alone."""
+        asked = [self.data_sets[data_set], *([self.parts[part]] if part else [])]
+        return all(settings.get("generate", True) for settings in asked)
+
+    def named(self, patterns: Sequence[str]) -> list[str]:
+        """The inference attentions of some names, in which ``*`` stands for anything."""
+        return [name for pattern in patterns for name in fnmatch.filter(self.inference, pattern) or [pattern]]
+
+    def rule(self, key: str, changes: Mapping[str, Any]) -> LRSAConfig:
+        """The rule of ``model.lrsa`` with changes.
+
+        Raises:
+            UserError: they are not allowed; the line begins with ``key``.
+        """
+        settings = {**self.common["model"]["lrsa"], **changes}
+        name = digest(settings)
+        if name not in self._rules:
+            self._rules[name] = self.fit_settings.made(f"{self.name}: {key}", LRSAConfig, settings)
+        return self._rules[name]
+
+    def data_set(self, name: str) -> Settings:
+        """The class and arguments of a data set."""
+        given = self.data_sets[name]
+        return {"class_path": given["class_path"], "init_args": given.get("init_args") or {}}
+
+    def as_config(self, name: str, seed: int) -> Settings:
+        """A row as a file for ``lrsa fit --config``, over nothing but the shipped defaults."""
+        row = self.row(name)
+        overlays = [overlay.get("trainer", {}) for overlay in (self.overlay, row.overlay)]
+        trainer = {key: row.settings["trainer"][key] for key in {**overlays[0], **overlays[1]}}
+        model = _without(row.settings["model"], {"evaluate"})
+        if changes := model.get("train_attention"):
+            # The fit's own rule, which it validates with.
+            model |= {"lrsa": {**model["lrsa"], **changes}, "train_attention": {}}
+        return {"seed_everything": seed, "trainer": trainer, "model": model, "data": row.settings["data"]}
+
+    def _evaluations(self, part: str, row: Row) -> list[Evaluation]:
+        asked = self.parts[part]
+        split = asked.get("split", "test")
+        evaluations = []
+        for data_set in asked["sets"]:
+            if data_set not in self.data_sets:
+                raise UserError(f"parts.{part}.sets: there is no data set {data_set!r} in data_sets")
+            for name in self.named(asked["inference"]):
+                rule = self.rule_of(row, name, f"parts.{part}.inference")
+                evaluations.append(Evaluation(name, rule, data_set, split, self.generates(data_set, part)))
+        return evaluations
+
+    def _row(self, name: str, changes: Settings) -> Row:
+        overlay = changes | {"data": self._data(name, changes.get("data") or {})}
+        given = self._given(f"rows.{name}: ", self.overlay, overlay)
+        if given["trainer"]["max_steps"] and not given["data"]["init_args"]["weights"]:
+            raise UserError(f"{self.name}: rows.{name}.data.init_args.weights: nothing is left to train on")
+        attention = given["model"].get("train_attention", {})
+        rule = None if attention is None else self.rule(f"rows.{name}.model.train_attention", attention)
+        return Row(name, overlay, given, rule)
+
+    def _data(self, row: str, changes: Settings) -> Settings:
+        """A row's data, with the data sets that have a share: an overlay leaves one below it out with 0."""
+        below = self.overlay.get("data", {})
+        if (kind := {**below, **changes}.get("class_path", MIXTURE)) != MIXTURE:
+            raise UserError(f"{self.name}: data.class_path: {kind!r} is not allowed; rows train on a {MIXTURE}")
+        arguments: list[Settings] = [data.get("init_args") or {} for data in (below, changes)]
+        shares = {name: share for each in arguments for name, share in (each.get("weights") or {}).items()}
+        if unknown := [name for name in shares if name not in self.data_sets]:
+            raise UserError(f"{self.name}: rows.{row}: data_sets has no {unknown[0]!r}")
+        weights = {name: share for name, share in shares.items() if share}
+        named = {name: self.data_set(name) for name in weights}
+        # What is evaluated, and when, is up to the parts.
+        own = {"weights": weights, "data_sets": named, "evaluate_on": []}
+        return {**changes, "class_path": MIXTURE, "init_args": {**arguments[1], **own}}
+
+    def _given(self, where: str, *overlays: Settings) -> Settings:
+        try:
+            given = self.fit_settings.given(self.arguments, overlays)
+        except UserError as error:
+            raise UserError(f"{self.name}: {where}{error}") from None
+        if given["model"].get("lrsa") is None:
+            raise UserError(f"{self.name}: {where}model.lrsa", allowed="settings", reason="null is not allowed")
+        return given
+
+
+def _read(name: str) -> Settings:
+    """A YAML file, from here or as it ships with the project."""
+    check_path("study", name)
+    try:
+        path = Path(name) if Path(name).is_file() else shipped(name)
+    except FileNotFoundError:
+        raise UserError(f"{name}: it is no file here, nor a shipped one") from None
+    content = read_settings(path)
+    check_study(name, content)
+    check_class_paths("", content)
+    return content
+
+
+def _once(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Without those that another one serves: of the same questions, the one with answers has the losses too."""
+    found: dict[tuple[str, str, str], Evaluation] = {}
+    for item in evaluations:
+        key = item.rule_digest, item.data_set, item.split
+        if key not in found or item.generates > found[key].generates:
+            found[key] = item
+    return list(found.values())
+
+
+def digest_of(rule: LRSAConfig | None) -> str:
+    """Of a rule, or :data:`DENSE`."""
+    return DENSE if rule is None else rule.digest()
+
+
+def _without(settings: Mapping[str, Any], names: set[str]) -> Settings:
+    return {name: value for name, value in settings.items() if name not in names}

@@ -1,0 +1,97 @@
+"""Stand-ins for where jobs run: in this process, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from lrsa_lit.cli.main import main
+from lrsa_lit.experiments.jobs import OutOfTimeError
+
+
+class InProcess:
+    """Runs the commands in this process, where the libraries are loaded."""
+
+    def __init__(self):
+        self.ran = []
+
+    def drive(self, units, beat):
+        for unit in units:
+            with contextlib.closing(unit), contextlib.suppress(StopIteration):
+                job = next(unit)
+                while True:
+                    job = unit.send(self.run(job))
+
+    def run(self, job):
+        arguments = job.command()
+        self.ran.append(arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_RUN_CONTEXT", json.dumps(dict(job.tags)))
+            for name, value in job.environment.items():
+                patch.setenv(name, value)
+            try:
+                main(arguments)
+            except SystemExit as stop:
+                if stop.code == 143:
+                    raise OutOfTimeError from None
+                return stop.code
+        return 0
+
+
+class Fabricated(InProcess):
+    """Runs nothing, but writes what the commands would, and ends those of some data set or command with a code."""
+
+    def __init__(self, questions, weights="weights", fails=()):
+        super().__init__()
+        self.questions, self.weights, self.fails = questions, weights, fails
+
+    def run(self, job):
+        arguments = job.command()
+        settings = [json.loads(Path(path).read_text()) for path in arguments if path.endswith(".yaml")]
+        self.ran.append(arguments[0])
+        if arguments[0] in self.fails:
+            return 1
+        (path,) = (Path(callback["init_args"]["path"]) for layer in settings
+                   for callback in layer.get("trainer", {}).get("callbacks", ())
+                   if "path" in callback.get("init_args", {}))  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if arguments[0] == "fit":
+            self.train(path)
+        else:
+            self.evaluate(path, settings)
+        return 0
+
+    def train(self, path):
+        about = {"losses": [3.0, 2.0], "tokens_per_second": 9.0, "peak_memory_bytes": None, "seconds": 1.0}
+        path.write_text(json.dumps(about | {"weights": self.weights, "machine": {"device": "abacus"}}))
+        checkpoint = path.with_name("checkpoints") / "last.ckpt"
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.touch()
+
+    def evaluate(self, path, settings):
+        from lrsa_lit.attention import LRSAConfig
+
+        model = {name: value for layer in settings for name, value in layer.get("model", {}).items()}
+        rules = {"LRSA": model["lrsa"], **model["evaluate"]}
+        data_set = "text" if "text.jsonl" in str(settings[2]["data"]) else "plain"
+        facts = self.questions.facts(data_set, "test")
+        found = {"loss": 2.0}
+        if model["generate_answers"]:
+            found |= {"prediction": "a0", "f1": 1.0, "exact_match": 1.0, "recall": 1.0}
+        line = {"id": "q", "answer_tokens": 2} | dict.fromkeys(rules, found)
+        path.write_text("".join(json.dumps(line) + "\n" for _ in range(facts.questions)))
+        digests = {name: "dense" if rule is None else LRSAConfig.from_dict(rule).digest() if "compressor" in rule
+                   else LRSAConfig(**rule).digest() for name, rule in rules.items()}  # fmt: skip
+        about = {
+            "machine": {"device": "abacus"},
+            "layers": 2,
+            "dtype": "float32",
+            "seconds": 3.0,
+            "attentions": {name: {"rule_digest": digest} for name, digest in digests.items()},
+            "data_sets": {"": {"set_digest": facts.digest, "questions": facts.questions, "length": facts.length,
+                               "contexts": facts.contexts, "kv_share": dict.fromkeys(rules, 0.5)}},
+        }  # fmt: skip
+        path.with_suffix(".json").write_text(json.dumps(about))

@@ -1,0 +1,279 @@
+"""What of a study runs, what is skipped, and what is taken up again."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from experiments import tiny_study
+from experiments.executors import Fabricated, InProcess
+from experiments.tiny_study import STUDY, merged
+from mlflow.tracking import MlflowClient
+
+from lrsa_lit.cli.main import main
+from lrsa_lit.cli.study import open_study
+from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.questions import Questions
+from lrsa_lit.experiments.report.cells import Cells
+from lrsa_lit.experiments.results import Results, read_lines
+from lrsa_lit.experiments.runner import Runner
+from lrsa_lit.tasks import LongContextQA
+
+NO_LOGGER = {"trainer": {"logger": False}}
+FEW = {"rows": ["lrsa"], "seeds": [0], "inference": ["own"], "sets": ["plain"]}
+
+
+def runner(study_file, data, tmp_path, out="results.jsonl", **options):
+    study = open_study(str(study_file))
+    results = Results(tmp_path / out, study)
+    return Runner(study, Questions(study, data), results, tmp_path / "work", **options)
+
+
+def fabricated(study_file, data, tmp_path, *parts, out="results.jsonl", rows=(), **options):
+    """The lines of some parts whose commands are no real ones, and which commands these were."""
+    run = runner(study_file, data, tmp_path, out, overlay=NO_LOGGER)
+    executor = Fabricated(run.questions, **options)
+    assert run.run(run.chosen(parts, rows), executor) != bool(run.failed)
+    return read_lines(tmp_path / out), executor.ran
+
+
+def cells_of(lines):
+    names = ("row", "seed", "attention", "set", "generated")
+    return [tuple(map(line.get, names)) for line in lines]
+
+
+@pytest.mark.slow
+def test_a_vocabulary_that_16_bits_cannot_count_a_stop_and_a_report(tmp_path, monkeypatch, capfd):
+    source = str(tiny_study.big_model(tmp_path / "model"))
+    few = FEW | {"inference": ["dense", "own"]}
+    study_file = tiny_study.write(
+        tmp_path / "big.yaml", model=STUDY["model"] | {"backbone": {"source": source}}, parts={"few": few}
+    )
+    main(["study", "data", str(study_file), "--data", "data"])
+    step = LongContextQA.training_step
+
+    def stopped(self, batch, batch_idx):
+        if self.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(LongContextQA, "training_step", stopped)
+        run = runner(study_file, tmp_path / "data", tmp_path)
+        assert not run.run(run.chosen(["few"]), InProcess())
+    signal.signal(signal.SIGTERM, handler)
+    assert not (tmp_path / "results.jsonl").exists()
+    # The same in processes of their own, from the checkpoint on.
+    main(
+        ["study", "run", str(study_file), "--part", "few", "--data", "data", "--out", "results.jsonl", "--work", "work"]
+    )
+    shown = capfd.readouterr().out
+    assert "training goes on" in shown
+    assert "few: done" in shown
+    training, dense, own = read_lines(tmp_path / "results.jsonl")
+    assert len(training["losses"]) == training["steps"] == 3
+    assert (dense["attention"], own["attention"], own["questions"]) == ("dense", "own", 3)
+    assert own["rule"]["top_k"] == 8
+    assert dense["loss"] != own["loss"]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'work' / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    (parent,) = (run for run in runs if "study" in run.data.tags)
+    assert {run.data.tags.get("mlflow.parentRunId") for run in runs if run is not parent} == {parent.info.run_id}
+    assert len(runs) == 3, "the fit goes on in its run"
+    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["results.jsonl"]
+    # Whole, without a stop: the same weights.
+    whole = runner(study_file, tmp_path / "data", tmp_path / "whole", overlay=NO_LOGGER)
+    assert whole.run(whole.chosen(["few"]), InProcess())
+    again = read_lines(tmp_path / "whole" / "results.jsonl")
+    for name in ("weights", "losses"):
+        assert again[0][name] == training[name]
+    assert [line["loss"] for line in again[1:]] == [dense["loss"], own["loss"]]
+    store = f"sqlite:///{tmp_path / 'work' / 'mlflow.db'}"
+    for source, to in (("results.jsonl", "report"), (store, "stored")):
+        main(["study", "report", source, "--study", str(study_file), "--to", to])
+    assert (tmp_path / "stored" / "report.md").read_bytes() == (tmp_path / "report" / "report.md").read_bytes()
+    assert "## few: plain (test)" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_rows_are_done_one_by_one_and_nothing_twice(study_file, data, tmp_path):
+    lines, ran = fabricated(study_file, data, tmp_path, "all")
+    own = [("own", "plain", True), ("random-4x", "plain", True)]
+    assert cells_of(lines) == [
+        cell
+        for row, seed in (("base", 0), ("mixed", 0), ("lrsa", 0), ("mixed", 1), ("lrsa", 1))
+        for cell in [*([(row, seed, None, None, None)] if row != "base" else []), *((row, seed, *each) for each in own)]
+    ]
+    assert ran == ["test", *["fit", "test"] * 4]
+    assert fabricated(study_file, data, tmp_path, "all") == (lines, [])
+
+
+def test_a_command_evaluates_all_attentions_of_the_same_questions(study_file, data, tmp_path):
+    many = {f"k{k}": {"top_k": k} for k in range(9)}
+    parts = {"many": FEW | {"inference": ["dense", "k*"]}}
+    tiny_study.write(study_file, inference=STUDY["inference"] | many, parts=parts)
+    lines, ran = fabricated(study_file, data, tmp_path, "many")
+    assert len(lines) == 11
+    assert ran == ["fit", "test", "test"]
+
+
+def test_answers_serve_who_asks_for_losses_but_not_the_other_way_round(study_file, data, tmp_path):
+    quick = {"rows": ["base"], "inference": ["dense"], "sets": ["plain"], "generate": False}
+    tiny_study.write(study_file, parts={"quick": quick, "full": {**quick, "generate": True}})
+    for part, out, expected in (("quick", "a", 1), ("full", "a", 2), ("full", "b", 1), ("quick", "b", 1)):
+        lines, _ = fabricated(study_file, data, tmp_path, part, out=out)
+        assert len(lines) == expected
+    losses, answers = read_lines(tmp_path / "a")
+    assert (losses["text"], losses["generated"], answers["generated"]) == ([], False, True)
+    # As lines were before losses could be asked for alone.
+    old = [{name: value for name, value in answers.items() if name not in ("generated", "weights")}]
+    (tmp_path / "old").write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert read_lines(tmp_path / "old") == [answers]
+
+
+def test_no_result_is_of_other_weights_than_those_beside_it(study_file, data, tmp_path):
+    tiny_study.write(study_file, parts={"few": FEW, "more": FEW | {"inference": ["own", "dense"]}})
+    fabricated(study_file, data, tmp_path, "few")
+    shutil.rmtree(tmp_path / "work")
+    # As on a GPU, where another training of the same does not give the same bits.
+    lines, _ = fabricated(study_file, data, tmp_path, "more", weights="others")
+    assert [(line["kind"], line["weights"], line.get("attention")) for line in lines] == [
+        ("training", "weights", None), ("evaluation", "weights", "own"), ("training", "others", None),
+        ("evaluation", "others", "own"), ("evaluation", "others", "dense")]  # fmt: skip
+    assert Cells(open_study(str(study_file)), lines).lines == lines[2:]
+
+
+def test_lost_weights_are_trained_again_for_what_is_missing(study_file, data, tmp_path):
+    before, _ = fabricated(study_file, data, tmp_path, "main", rows=["dense"])
+    text = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text("".join(text[:-1]) + text[-1][:40])
+    shutil.rmtree(tmp_path / "work")
+    again, ran = fabricated(study_file, data, tmp_path, "main", rows=["dense"])
+    assert ran == ["fit", "test"]
+    assert again[-1] | {"seconds": 0} == before[-1] | {"seconds": 0}
+
+
+def test_what_fails_leaves_the_others_alone(study_file, data, tmp_path):
+    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    executor = Fabricated(run.questions, fails=["fit"])
+    assert not run.run(run.chosen(["all"]), executor)
+    assert executor.ran == ["test", "fit", "fit", "fit", "fit"]
+    assert len(run.failed) == 4
+    assert "mixed, seed 0" in run.failed[0]
+    assert {line["row"] for line in run.results.lines} == {"base"}
+
+
+def test_results_of_parts_of_a_study_are_put_together(study_file, data, tmp_path):
+    for out, row in (("a.jsonl", "lrsa"), ("b.jsonl", "dense")):
+        lines, _ = fabricated(study_file, data, tmp_path, "main", out=out, rows=[row])
+        assert {line["row"] for line in lines} == {row}
+    (tmp_path / "all.jsonl").write_text((tmp_path / "a.jsonl").read_text() + (tmp_path / "b.jsonl").read_text())
+    together = runner(study_file, data, tmp_path, "all.jsonl")
+    assert not any(missing for _, _, missing in together.todo(together.chosen(["main"])))
+
+
+def test_no_speed_is_recorded_on_a_shared_device(study_file, data, tmp_path):
+    tiny_study.write(study_file, parts={"few": FEW})
+    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER, shared=True)
+    assert run.run(run.chosen(["few"]), Fabricated(run.questions))
+    training, evaluation = run.results.lines
+    assert training["tokens_per_second"] is None
+    assert training["machine"]["shared"] == evaluation["machine"]["shared"] == "yes"
+
+
+def test_settings_of_a_machine_do_not_make_another_row(study_file, data, tmp_path):
+    here = {"model": {"backbone": {"source": str(tiny_study.big_model(tmp_path / "model"))}}}
+    run = runner(study_file, data, tmp_path, overlay=merged(NO_LOGGER, here))
+    executor = Fabricated(run.questions)
+    assert run.run(run.chosen(["main"]), executor)
+    assert {line["config"] for line in run.results.lines} <= {row.hash for row in run.study.rows.values()}
+
+
+def test_examples_that_have_changed_are_told(study_file, data, tmp_path):
+    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    index = data / "tiny-study.json"
+    content = json.loads(index.read_text())
+    content["plain/test"]["facts"]["digest"] = "0" * 12
+    index.write_text(json.dumps(content))
+    stale = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    with pytest.raises(UserError) as error:
+        stale.run(stale.chosen(["all"]), Fabricated(run.questions))
+    assert error.value.field == "--data"
+
+
+@pytest.mark.parametrize(("option", "value"), [("rows", "other"), ("seeds", 9)])
+def test_a_row_or_seed_that_a_part_does_not_have(option, value, study_file, data, tmp_path):
+    run = runner(study_file, data, tmp_path)
+    with pytest.raises(UserError) as error:
+        run.chosen(["main"], **{option: [value]})
+    assert error.value.field == f"--{option}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--part", "none"], "--part"),
+        (["--part", "main", "--rows", "none"], "--rows"),
+        (["--part", "main", "--minutes", "-1"], "--minutes"),
+        (["--part", "main", "--on", "ray://127.0.0.1:9"], "--on"),
+        (["--part", "main", "--out", "notes.txt"], "notes.txt"),
+        (["--part", "main", "--out", "others.jsonl"], "others.jsonl"),
+        (["--part", "main", "--out", "taken/results.jsonl"], "--out"),
+        (["--part", "main", "--work", "taken"], "--work"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_runs(arguments, named, study_file, data, tmp_path, capfd):
+    (tmp_path / "notes.txt").write_text("dear diary")
+    (tmp_path / "taken").write_text("a file, where a folder is needed")
+    line = {**read_lines(tiny_study.RESULTS)[0], "study": "another", "config": "0" * 12}
+    (tmp_path / "others.jsonl").write_text(json.dumps(line) + "\n")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "run", str(study_file), "--data", str(data), *arguments])
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: ")]
+    assert named in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_status_of_a_part(study_file, data, tmp_path, capsys):
+    fabricated(study_file, data, tmp_path, "main", rows=["lrsa"])
+    capsys.readouterr()
+    main(["study", "status", str(study_file), "--part", "main", "--data", str(data), "--out", "results.jsonl"])
+    dense, lrsa = capsys.readouterr().out.splitlines()
+    assert dense.endswith("not trained, 0/4 evaluated")
+    assert lrsa.endswith("trained, 4/4 evaluated")
+
+
+def test_a_last_result_without_its_end_is_none_that_was_cut_off(study_file, data, tmp_path):
+    out = tmp_path / "results.jsonl"
+    fabricated(study_file, data, tmp_path, "main", rows=["dense"])
+    before = out.read_text()
+    out.write_text(before.removesuffix("\n"))
+    lines, _ = fabricated(study_file, data, tmp_path, "main", rows=["lrsa"])
+    assert out.read_text().startswith(before)
+    assert len(lines) == 2 * len(before.splitlines())
+    out.write_text(before + before.splitlines()[0][:-40])
+    assert len(read_lines(out)) == len(before.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("row", "inference", "field"),
+    [
+        ({"data": {"init_args": {"batch_size": 0}}}, {}, "rows.late.data"),
+        ({"data": {"init_args": {"weights": {"plain": -1}}}}, {}, "rows.late.data"),
+        ({}, {"4x": {"dense_layers": [7]}}, "inference.4x"),
+    ],
+    ids=["batch", "share", "layers"],
+)
+def test_a_mistake_in_a_late_row_costs_no_training(row, inference, field, study_file, data, tmp_path):
+    parts = {"main": STUDY["parts"]["main"] | {"rows": ["dense", "late"]}}
+    tiny_study.write(
+        study_file, rows=STUDY["rows"] | {"late": row}, parts=parts, inference=STUDY["inference"] | inference, bars={}
+    )
+    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    executor = Fabricated(run.questions)
+    with pytest.raises(UserError) as error:
+        run.run(run.chosen(["main"]), executor)
+    assert error.value.field.startswith(field)
+    assert not executor.ran

@@ -1,0 +1,303 @@
+"""What a study file means: rows, hashes, the order of the work, and configs for the command line."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from experiments.tiny_study import STUDY, merged
+from helpers import one_line
+
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.cli.fit_settings import FitSettings
+from lrsa_lit.cli.main import main
+from lrsa_lit.cli.study import open_study
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.flops import kv_ratio
+from lrsa_lit.ops.sparse_attention import RandomTokens
+from lrsa_lit.yaml_file import read_settings
+
+SHIPPED = "configs/experiment/robustness.yaml"
+
+
+def study_of(tmp_path: Path, **changes):
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump(merged(STUDY, changes), sort_keys=False))
+    return open_study(str(path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer": {"val_check_interval": 7}},
+        {"model": {"max_new_tokens": 9, "evaluate": {"k4": {"top_k": 4}}}},
+        {"model": {"backbone": {"gradient_checkpointing": True}}},
+        {"model": {"lrsa": {"top_k": 8, "lag_size": 32, "sink_size": 2}}},
+        {"inference": {"16x": {"top_k": 2}}},
+    ],
+    ids=["validation", "evaluation", "memory", "order", "inference"],
+)
+def test_a_hash_tells_only_what_is_trained(changes, tmp_path):
+    assert study_of(tmp_path, **changes).row("lrsa").hash == study_of(tmp_path).row("lrsa").hash
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer": {"max_steps": 4}},
+        {"model": {"optimizer": {"init_args": {"lr": 0.5}}}},
+        {"model": {"lrsa": {"top_k": 9}}},
+        {"data": {"init_args": {"batch_size": 3}}},
+        {"data": {"init_args": {"weights": {"text": 1.0}}}},
+    ],
+    ids=["steps", "rate", "rule", "batch", "data"],
+)
+def test_a_hash_tells_all_that_is_trained(changes, tmp_path):
+    assert study_of(tmp_path, **changes).row("lrsa").hash != study_of(tmp_path).row("lrsa").hash
+
+
+def test_dense_training_does_not_depend_on_the_rule(tmp_path):
+    other = study_of(tmp_path, model={"lrsa": {"top_k": 9}})
+    assert other.row("dense").hash == study_of(tmp_path).row("dense").hash
+    assert other.row("dense").rule is None
+
+
+def test_a_part_goes_through_all_rows_before_the_next_seed(tmp_path):
+    work = list(study_of(tmp_path).work("all"))
+    assert [(item.row.name, item.seed) for item in work] == [
+        ("base", 0), ("mixed", 0), ("lrsa", 0), ("mixed", 1), ("lrsa", 1)]  # fmt: skip
+    own, random = work[2].evaluations
+    assert own.rule == LRSAConfig(sink_size=2, lag_size=32, top_k=8)
+    assert random.rule == own.rule.replace(compressor=RandomTokens())
+
+
+def test_the_same_attention_is_evaluated_once(tmp_path):
+    parts = {"twice": {"rows": ["lrsa"], "inference": ["own", "4x", "dense"], "sets": ["plain", "text"]}}
+    (work, _) = study_of(tmp_path, parts=parts).work("twice")
+    assert [(item.name, item.data_set) for item in work.evaluations] == [
+        ("own", "plain"), ("dense", "plain"), ("own", "text"), ("dense", "text")]  # fmt: skip
+
+
+def test_what_several_parts_ask_for_is_put_together(tmp_path):
+    common = {"sets": ["plain"], "split": "test"}
+    parts = {
+        "losses": {**common, "rows": ["lrsa", "base"], "seeds": [0], "inference": ["dense", "own"], "generate": False},
+        "answers": {**common, "rows": ["dense", "lrsa"], "seeds": [1, 0], "inference": ["8x", "4x"]},
+        "val": {**common, "rows": ["lrsa"], "seeds": [0], "inference": ["4x"], "split": "val"},
+    }
+    study = study_of(tmp_path, parts=parts)
+    work = study.work("losses", "answers", "val")
+    # Where the first part has them; the base LLM has one seed.
+    assert [(item.row.name, item.seed) for item in work] == [
+        ("lrsa", 0), ("base", 0), ("dense", 1), ("lrsa", 1), ("dense", 0)]  # fmt: skip
+    # own and 4x are one rule: its answers have the losses too, on each split.
+    assert [(item.name, item.split, item.generates) for item in work[0].evaluations] == [
+        ("dense", "test", False), ("4x", "test", True), ("8x", "test", True), ("4x", "val", True)]  # fmt: skip
+    other = study.work("answers", "losses")
+    assert [(item.row.name, item.seed) for item in other] == [
+        ("dense", 1), ("lrsa", 1), ("dense", 0), ("lrsa", 0), ("base", 0)]  # fmt: skip
+    assert [(item.name, item.generates) for item in other[3].evaluations] == [
+        ("8x", True), ("4x", True), ("dense", False)]  # fmt: skip
+    assert study.work("losses", "losses") == study.work("losses")
+    with pytest.raises(UserError, match="'none'"):
+        study.work("losses", "none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"row": {}}, "'row'"),
+        ({"rows": {"lrsa": {"modle": {}}}}, "'modle'"),
+        ({"rows": {"lrsa": {"model": {"train_attention": {"top_k": 99}}}}}, "rows.lrsa.model.train_attention"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"weights": {"other": 1}}}}}}, "'other'"),
+        ({"inference": {"4x": {"top_k": -1}}}, "inference.4x"),
+        ({"inference": {"4x": {"compressor": {"class_path": "lrsa_lit.Nothing"}}}}, "lrsa_lit.Nothing"),
+        ({"configs": ["configs/none.yaml"]}, "configs/none.yaml"),
+        ({"bars": ["none"]}, 'bars: ["none"]'),
+        ({"parts": {"main": None}}, "parts.main: it must"),
+        ({"parts": {"other": {"rows": ["lrsa"], "sets": ["plain"]}}}, "parts.other: inference is missing"),
+        ({"parts": {"other": {"row": ["lrsa"]}}}, "parts.other"),
+        ({"seeds": 3}, "seeds: 3"),
+        ({"seeds": [-1]}, "seeds: [-1]"),
+        ({"configs": "x.yaml"}, 'configs: "x.yaml"'),
+        ({"rows": ["lrsa"]}, 'rows: ["lrsa"]'),
+        ({"rows": {"lrsa": {"trainer": None}}}, "rows.lrsa.trainer: null"),
+        ({"rows": {"lrsa": {"trainer": {"max_step": 9}}}}, "rows.lrsa: trainer.max_step:"),
+        ({"rows": {"lrsa": {"trainer": {"max_steps": "many"}}}}, "rows.lrsa: trainer.max_steps: many"),
+        ({"rows": {"lrsa": {"model": {"lsra": {"top_k": 2}}}}}, "rows.lrsa: model.lsra"),
+        ({"rows": {"lrsa": {"model": {"lrsa": None}}}}, "rows.lrsa: model.lrsa"),
+        ({"rows": {"lrsa": {"model": {"max_new_tokens": 1.5}}}}, "rows.lrsa: model.max_new_tokens: 1.5"),
+        ({"rows": {"lrsa": {"model": {"backbone": {"source": None}}}}}, "model.backbone.source"),
+        ({"rows": {"lrsa": {"model": {"train_attention": "dense"}}}}, "rows.lrsa: model.train_attention"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"batchsize": 4}}}}}, "rows.lrsa: data: batchsize"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"weights": {"plain": 0}}}}}}, "nothing is left to train on"),
+        ({"trainer": {"stepss": 4}}, "trainer.stepss"),
+        ({"model": None}, "model: null"),
+        ({"inference": {"4x": "dense"}}, "inference.4x"),
+        ({"data_sets": {"plain": {"measure": "f2"}}}, 'data_sets.plain.measure: "f2"'),
+        ({"data_sets": {"plain": None}}, "data_sets.plain: it must"),
+        ({"data_sets": {"other": {"generate": False}}}, "data_sets.other: class_path is missing"),
+        ({"parts": {"main": {"rows": "lrsa"}}}, 'parts.main.rows: "lrsa"'),
+        ({"parts": {"main": {"split": "tst"}}}, 'parts.main.split: "tst"'),
+        ({"parts": {"main": {"generate": "no"}}}, 'parts.main.generate: "no"'),
+        ({"parts": {"main": {"against": {"row": "lrsa"}}}}, "parts.main.against: inference is missing"),
+        ({"parts": {"main": {"sets": ["palin"]}}}, "parts.main.sets: there is no data set 'palin'"),
+    ],
+)
+def test_mistakes_are_named(changes, named, tmp_path):
+    with pytest.raises(UserError) as error:
+        study_of(tmp_path, **changes)
+    assert named in one_line(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("", "nothing"), ("- a", "a list"), ("rows: {a: null}\nparts: {}\nrows: {b: null}", "line 3: the key 'rows'"),
+     ("a: &a {x: 1}\nb: {<<: *a, x: 2}", "setting 'a'")],
+    ids=["empty", "list", "key twice", "merged key"],
+)  # fmt: skip
+def test_a_file_that_holds_no_study_is_named(text, named, tmp_path):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"s\.yaml") as error:
+        open_study(str(tmp_path / "s.yaml"))
+    assert named in one_line(error.value)
+
+
+def test_a_folder_is_no_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\.: it is no file here"):
+        open_study(".")
+
+
+@pytest.mark.parametrize(("key", "value"), [("rows", ["none"]), ("inference", ["none"]), ("sets", ["none"]),
+                                             ("against", {"row": "none", "inference": "own"}),
+                                             ("against", {"row": "lrsa", "inference": "none"})])  # fmt: skip
+def test_mistakes_of_a_part_are_named(key, value, tmp_path):
+    with pytest.raises(UserError, match="'none'"):
+        study_of(tmp_path, parts={"main": {key: value}})
+
+
+def test_an_attention_that_a_part_is_held_against_is_named_where_it_stands(tmp_path):
+    with pytest.raises(UserError, match=r"^parts\.main\.against\.inference: there is no 'none'"):
+        study_of(tmp_path, parts={"main": {"against": {"row": "lrsa", "inference": "none"}}})
+
+
+@pytest.mark.parametrize("written", ["2e-4", "0.2E-3", "+2e-04", "2.0e-4"])
+def test_a_number_is_one_however_it_is_written(written, tmp_path):
+    """YAML 1.1 takes some of them for names, the command line none."""
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "configs": []}) + f"x: {written}\n")
+    assert read_settings(path)["x"] == 2e-4
+    path.write_text("x: [2e, e4, 1e4x, v1e4, 2024-11-22]")
+    assert all(not isinstance(name, float) for name in read_settings(path)["x"])
+
+
+def test_an_attention_for_each_layer(tmp_path):
+    inference = {"only": {"dense_layers": {"only": 3}}, "but": {"top_k": 4, "dense_layers": {"all_but": 3}},
+                 "also": {"dense_layers": {"only": 3, "beside": [1]}}}  # fmt: skip
+    parts = {"layers": {"rows": ["base"], "inference": ["but-*", "only-1", "also-*"], "sets": ["plain"]}}
+    study = study_of(tmp_path, inference=inference, parts=parts)
+    (work,) = study.work("layers")
+    assert [(item.name, item.rule.dense_layers, item.rule.top_k) for item in work.evaluations] == [
+        ("but-0", (1, 2), 4), ("but-1", (0, 2), 4), ("but-2", (0, 1), 4), ("only-1", (1,), 8),
+        ("also-0", (0, 1), 8), ("also-2", (1, 2), 8)]  # fmt: skip
+    with pytest.raises(UserError, match="other-"):
+        list(study_of(tmp_path, parts={"main": {"inference": ["other-*"]}}).work("main"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"first": 3}, "{'first': 3} is not allowed"),
+        ({}, "{} is not allowed"),
+        ({"beside": [1]}, "{'beside': [1]} is not allowed"),
+        ({"all_but": 3, "only": 3}, "{'all_but': 3, 'only': 3} is not allowed"),
+        ({"all_but": 3, "beside": [1]}, "'beside': [1]} is not allowed"),
+        ({"only": "3"}, "only: '3' is not allowed"),
+        ({"only": True}, "only: True is not allowed"),
+        ({"only": 0}, "only: 0 is not allowed"),
+        ({"all_but": -1}, "all_but: -1 is not allowed"),
+        ({"only": 3, "beside": 1}, "beside: 1 is not allowed"),
+        ({"only": 3, "beside": [3]}, "beside: [3] is not allowed; it must be a list of different layers from 0 to 2"),
+        ({"only": 3, "beside": [-1]}, "beside: [-1] is not allowed"),
+        ({"only": 3, "beside": ["1"]}, "beside: ['1'] is not allowed"),
+        ({"only": 3, "beside": [True]}, "beside: [True] is not allowed"),
+        ({"only": 3, "beside": [1, 1]}, "beside: [1, 1] is not allowed"),
+        ({"only": 3, "beside": [0, 1, 2]}, "beside: [0, 1, 2] is not allowed"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_an_attention_for_each_layer_are_named(wrong, named, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, "inference": {"one": {"dense_layers": wrong}}}))
+    with pytest.raises(UserError) as error:
+        open_study(str(path))
+    assert one_line(error.value).startswith("inference.one.dense_layers")
+    assert named in str(error.value)
+
+
+def test_the_shipped_study_is_complete():
+    study = open_study(SHIPPED)
+    used = {name for part in study.parts.values() for name in part["rows"]}
+    assert used == set(study.rows)
+    for part in study.parts:
+        assert list(study.work(part))
+    assert len({row.hash for row in study.rows.values()}) == len(study.rows)
+    first_line = (Path(__file__).parents[2] / SHIPPED).read_text().splitlines()[0]
+    assert first_line.startswith(f"# lrsa study run {SHIPPED} --part main ")
+
+
+def test_the_shares_of_the_shipped_study_are_what_their_names_say():
+    shares = {"pairs50": 0.5, "pairs25": 0.25, "pairs13": 0.125, "2x": 0.5, "4x": 0.25, "8x": 0.125}
+    study = open_study(SHIPPED)
+    for name, rule in study.inference.items():
+        if rule is None or name == "layers2" or name.startswith(("none", "only-layer-", "also-layer-")):
+            continue
+        dense = len(rule.dense_layers)
+        kept = (dense + (30 - dense) * rule.top_k / rule.lag_size) / 30
+        # Prompts of 4,096 tokens are filled to within a few of them.
+        found = kv_ratio(rule, 4080, 30) if name.startswith("pairs") else kept
+        assert found == pytest.approx(shares[name.partition("-")[0]], abs=0.007), name
+
+
+def test_the_shipped_recipe_is_the_row_that_it_names():
+    row = open_study(SHIPPED).row("chosen7-4x").trained_by()
+    files = ("model/smollm2", "data/hotpotqa", "experiment/smollm2_hotpotqa")
+    recipe = FitSettings().given([part for file in files for part in ("--config", f"configs/{file}.yaml")])
+    assert LRSAConfig().replace(**recipe["model"]["lrsa"]).to_dict() == row["attention"]
+    assert {name: recipe["trainer"].get(name) for name in row["trainer"]} == row["trainer"]
+    assert (recipe["model"]["optimizer"], recipe["model"]["lr_scheduler"]) == (row["optimizer"], row["lr_scheduler"])
+    without_weights = {"compile_layers", "gradient_checkpointing"}
+    assert {name: value for name, value in recipe["model"]["backbone"].items() if name not in without_weights} == (
+        row["backbone"]
+    )
+    assert row["data"]["weights"] == {"hotpotqa_all": 1.0}
+    data, given = open_study(SHIPPED).data_sets["hotpotqa_all"], recipe["data"]["init_args"]
+    assert recipe["data"]["class_path"] == data["class_path"]
+    assert given["batch_size"] == row["data"]["batch_size"]
+    # The same examples, and all of them: the study's own limit is beyond the last one.
+    assert given["limit"].get("train", math.inf) >= data["init_args"]["limit"]["train"]
+    decided = [{name: value for name, value in each.items() if name not in ("batch_size", "limit")}
+               for each in (given, data["init_args"])]  # fmt: skip
+    assert decided[0] == decided[1]
+
+
+@pytest.mark.parametrize("row", ["dense", "random-4x", "mixed-k", "lrsa-4x-needles", "first-dense"])
+def test_a_row_is_a_config_of_a_fit(row, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["study", "config", str(Path(__file__).parents[2] / SHIPPED), row, "--seed", "7"])
+    (tmp_path / "row.yaml").write_text(capfd.readouterr().out)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "row.yaml", "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capfd.readouterr().out)
+    assert shown["seed_everything"] == 7
+    first = row == "first-dense"
+    assert shown["trainer"]["max_steps"] == (440 if first else 740)
+    assert (shown["model"]["train_attention"] is None) == (row in ("dense", "first-dense"))
+    compressor = shown["model"]["lrsa"]["compressor"]["class_path"]
+    assert compressor.endswith("RandomTokens" if row == "random-4x" else "LagRelative")
+    assert (shown["model"]["train_top_k"] is None) == (row != "mixed-k")
+    mixtures = {"first-dense": {"hotpotqa": 1.0}, "lrsa-4x-needles": {"hotpotqa_all": 0.9, "needles": 0.1}}
+    assert shown["data"]["init_args"]["weights"] == mixtures.get(row, {"hotpotqa_all": 1.0})
+    assert list(shown["data"]["init_args"]["data_sets"]) == list(shown["data"]["init_args"]["weights"])
