@@ -127,7 +127,7 @@ def test_both_ends_of_a_cut_context_are_equally_long(tmp_path: Path, tokenizer: 
         ({"context": ""}, "context: "),
         ({"answers": []}, "answers: "),
         ({"answers": "212"}, "answers: is str"),
-        ({"answers": [212]}, "answers: holds int"),
+        ({"answers": [212]}, "answers[0]: is int"),
         ({"_id": 7}, "_id: is int"),
         ({"language": "zh"}, "language: 'zh'"),
         ({"language": "tlh"}, "language: 'tlh'"),

@@ -37,7 +37,7 @@ def test_optional_fields_may_be_absent_or_null():
         ({"question": None}, "question"),
         ({"question": ""}, "question"),
         ({"answers": "a"}, "answers"),
-        ({"answers": ["a", 3]}, "answers"),
+        ({"answers": ["a", 3]}, "answers[1]"),
         ({"answers": []}, "answers"),
         ({"answers": [" "]}, "answers"),
         ({"passages": ["x"]}, "passages[0]"),

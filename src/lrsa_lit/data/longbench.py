@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
 from lrsa_lit.data.prompts import PROMPT, Example, TooLong, encode, prompt_of
-from lrsa_lit.data.reading import kind_of, read_lines
+from lrsa_lit.data.reading import check_row, read_lines
 from lrsa_lit.data.records import Passage, QARecord, check_name, records_of
 from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve
 
-REQUIRED = ("input", "context", "answers")
-OPTIONAL = ("_id", "dataset", "language", "length", "all_classes")
+REQUIRED = {"input": str, "context": str, "answers": [str]}
+OPTIONAL = {"_id": str, "dataset": str, "language": str, "length": object, "all_classes": object}
 
 _OTHER_SCORES = {
     **dict.fromkeys(("gov_report", "qmsum", "multi_news", "vcsum", "samsum"), "ROUGE-L"),
@@ -118,14 +118,7 @@ def _record(row: Mapping[str, Any]) -> QARecord:
     Raises:
         UserError: a field is missing, unknown, of another type or empty, or LongBench scores such rows otherwise.
     """
-    allowed = (*REQUIRED, *OPTIONAL)
-    if unknown := [name for name in row if name not in allowed]:
-        raise UserError(unknown[0], reason=f"no such field; there are {', '.join(allowed)}")
-    if missing := [name for name in REQUIRED if name not in row]:
-        raise UserError(missing[0], reason="is missing")
-    for name in ("input", "context", "_id", "dataset", "language"):
-        if row.get(name) is not None and not isinstance(row[name], str):
-            raise UserError(name, reason=f"is {kind_of(row[name])}", allowed="a string")
+    check_row(row, REQUIRED, OPTIONAL)
     check_name("dataset", row.get("dataset") or "")
     _check_scored_by_f1(row)
     if not row["context"]:

@@ -30,6 +30,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 _ROWS_AT_ONCE = 64
+_KINDS = {str: "a string", dict: "an object", int: "an integer"}
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -70,7 +71,7 @@ def read_json(path: Path, kind: type) -> Any:
     """
     content = parse_json(_bytes(path), str(path))
     if not isinstance(content, kind):
-        raise UserError(str(path), reason=f"holds a {kind_of(content)}", allowed=f"a {kind.__name__}")
+        raise UserError(str(path), reason=f"holds a {kind_of(content)}", allowed=_KINDS.get(kind, f"a {kind.__name__}"))
     return content
 
 
@@ -159,18 +160,36 @@ def check_shape(value: Any, shape: Any, field: str) -> None:
     """
     kind: Any = shape if isinstance(shape, type) else dict if isinstance(shape, dict) else list
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise UserError(field or "value", reason=f"is {kind_of(value)}", allowed=f"a {kind.__name__}")
+        raise UserError(field or "value", reason=f"is {kind_of(value)}", allowed=_KINDS.get(kind, f"a {kind.__name__}"))
     if isinstance(shape, dict):
         for name, inner in shape.items():
             if name not in value:
                 raise UserError(_inside(field, name), reason="is missing")
             check_shape(value[name], inner, _inside(field, name))
-    elif isinstance(value, list):
+    elif isinstance(shape, list | tuple):
         if isinstance(shape, tuple) and len(value) != len(shape):
             raise UserError(field or "value", reason=f"holds {len(value)} values", allowed=f"a list of {len(shape)}")
         inners = shape if isinstance(shape, tuple) else shape * len(value)
         for number, (item, inner) in enumerate(zip(value, inners, strict=True)):
             check_shape(item, inner, f"{field}[{number}]")
+
+
+def check_row(row: Mapping[str, Any], required: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
+    """Refuse a row with an unknown field, without one that it must have, or with one that is not built as it should be.
+
+    Args:
+        row: its fields by name.
+        required: the shapes of fields that must be there, as :func:`check_shape` takes them.
+        optional: those of fields that may be absent or null.
+
+    Raises:
+        UserError: it is such a row; the message names the field.
+    """
+    known = {**required, **optional}
+    if unknown := [name for name in row if name not in known]:
+        raise UserError(unknown[0], reason=f"no such field; there are {', '.join(known)}")
+    present = {name: shape for name, shape in optional.items() if row.get(name) is not None}
+    check_shape(row, {**required, **present}, "")
 
 
 def kind_of(value: object) -> str:

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from lrsa_lit.data.reading import Row, check_text, kind_of, read_rows
+from lrsa_lit.data.reading import Row, check_row, check_text, kind_of, read_rows
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.metrics import Match
+
+_REQUIRED = {"id": str, "passages": [{"title": str, "text": str}], "question": str, "answers": [str]}
+_OPTIONAL = {"supporting_titles": [str], "match": str, "task": str}
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,9 @@ class QARecord:
         Raises:
             UserError: a text is no string, or holds half a character; the message names the field.
         """
-        texts: dict[str, object] = {"id": self.id, "question": self.question, "task": self.task}
-        for name in ("answers", "supporting_titles"):
-            texts |= {f"{name}[{number}]": text for number, text in enumerate(getattr(self, name))}
-        for number, passage in enumerate(self.passages):
-            texts |= {f"passages[{number}].title": passage.title, f"passages[{number}].text": passage.text}
-        for field, text in texts.items():
-            if not isinstance(text, str):
-                raise UserError(field, reason=f"is {kind_of(text)}", allowed="a string")
-            check_text(text, field)
+        values = self.to_dict()
+        check_row(values, _REQUIRED, _OPTIONAL)
+        check_text(values, "")
 
     @property
     def target(self) -> str:
@@ -75,16 +72,13 @@ class QARecord:
         Raises:
             UserError: a field is missing, unknown, of another type or empty; the message names it.
         """
-        _check_names(data)
-        record = cls(
-            id=_text(data, "id"),
-            passages=tuple(_passage(item, position) for position, item in enumerate(_list(data, "passages"))),
-            question=_text(data, "question"),
-            answers=_texts(data, "answers"),
-            supporting_titles=_texts(data, "supporting_titles") if data.get("supporting_titles") else (),
-            match=_match(data),
-            task=_text(data, "task") if data.get("task") else "",
-        )
+        given = {name: value for name, value in data.items() if value or name not in _OPTIONAL}
+        check_row(given, _REQUIRED, _OPTIONAL)
+        if (match := given.get("match", "any")) not in get_args(Match):
+            raise UserError("match", match, " or ".join(get_args(Match)))
+        passages = tuple(Passage(item["title"], item["text"]) for item in given.pop("passages"))
+        texts = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        record = cls(passages=passages, **given | texts)
         check_record(record)
         return record
 
@@ -143,52 +137,6 @@ def check_name(field: str, value: str) -> None:
     """
     if not re.fullmatch(r"[\w.-]*", value):
         raise UserError(field, value, "of letters, digits, dot, - and _")
-
-
-def _check_names(data: Mapping[str, Any]) -> None:
-    allowed = tuple(QARecord.__dataclass_fields__)
-    if unknown := [name for name in data if name not in allowed]:
-        raise UserError(unknown[0], reason=f"no such field; there are {', '.join(allowed)}")
-
-
-def _passage(item: object, position: int) -> Passage:
-    if not isinstance(item, dict):
-        raise UserError(f"passages[{position}]", reason=f"is {kind_of(item)}", allowed="an object with title and text")
-    return Passage(*(_text(item, name, f"passages[{position}].{name}") for name in ("title", "text")))
-
-
-def _text(data: Mapping[str, Any], name: str, shown: str | None = None) -> str:
-    value = _value(data, name, shown)
-    if not isinstance(value, str):
-        raise UserError(shown or name, reason=f"is {kind_of(value)}", allowed="a string")
-    return value
-
-
-def _list(data: Mapping[str, Any], name: str) -> list[Any]:
-    value = _value(data, name)
-    if not isinstance(value, list):
-        raise UserError(name, reason=f"is {kind_of(value)}", allowed="a list")
-    return value
-
-
-def _texts(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    values = _list(data, name)
-    if wrong := [value for value in values if not isinstance(value, str)]:
-        raise UserError(name, reason=f"holds {kind_of(wrong[0])}", allowed="a list of strings")
-    return tuple(values)
-
-
-def _match(data: Mapping[str, Any]) -> Match:
-    value = data.get("match") or "any"
-    if value not in get_args(Match):
-        raise UserError("match", value, " or ".join(get_args(Match)))
-    return cast("Match", value)
-
-
-def _value(data: Mapping[str, Any], name: str, shown: str | None = None) -> object:
-    if name not in data:
-        raise UserError(shown or name, reason="is missing")
-    return data[name]
 
 
 def _jsonable(value: object) -> object:
