@@ -102,6 +102,33 @@ def test_a_run_that_fell_silent_is_marked_by_the_next_one(tmp_path):
     assert client.get_run(run_id).info.status == "RUNNING"
 
 
+def test_what_a_run_could_not_deliver_stays_in_its_file_until_it_has_arrived_and_is_recorded_once(
+    tmp_path, monkeypatch
+):
+    def away(*args, **options):
+        raise ConnectionError("[Errno 111] Connection refused")
+
+    uri = f"sqlite:///{tmp_path}/store.db"
+    first = MLflowRun(tracking_uri=uri)
+    first.keep_under(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("lrsa_lit.tracking.logger._FLUSH_SECONDS", 0.05)
+        patch.setattr(first.experiment, "log_batch", away)
+        first.log_metrics({"train/loss": 1.0}, step=3)
+        first.finalize()
+    (kept,) = tmp_path.rglob("undelivered.jsonl")
+    second = MLflowRun(tracking_uri=uri, run_id=first.run_id)
+    second.keep_under(tmp_path)
+    assert kept.exists()
+    # The resumed run comes by the step again.
+    second.log_metrics({"train/loss": 2.0}, step=3)
+    second.log_metrics({"train/loss": 0.5}, step=4)
+    second.finalize()
+    assert not kept.exists()
+    history = second.experiment.get_metric_history(first.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(3, 1.0), (4, 0.5)]
+
+
 def test_lightnings_epoch_belongs_to_the_training(tmp_path):
     logger = MLflowRun(tracking_uri=f"sqlite:///{tmp_path}/store.db")
     logger.log_metrics({"train/loss": 0.5, "epoch": 3}, step=2)
