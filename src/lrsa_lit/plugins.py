@@ -72,8 +72,9 @@ def load(modules: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> No
         for kind in KINDS:
             for found in _classes_in(module, kind):
                 _add(kind, found, name)
+    points = metadata.entry_points()
     for kind in kinds:
-        for point in metadata.entry_points(group=f"lrsa_lit.{kind}"):
+        for point in points.select(group=f"lrsa_lit.{kind}"):
             origin = f"{point.value} of {point.dist.name if point.dist else 'a package'}"
             named = getattr(_imported(point.module, origin), point.attr, None)
             if not _is_of(named, kind) or named.__name__ != point.name:
