@@ -37,9 +37,6 @@ from lrsa_lit.ops.sparse_attention import Impl, Rule, is_traceable, numbers_of, 
 NAME = "lrsa"
 """Under this name the attention is registered with transformers."""
 
-OBSERVED = "lrsa_observed"
-"""The same attention while somebody observes it. Its name of its own leaves nothing to ask on the path of the first."""
-
 LAYOUT, CACHE = "lrsa_layout", "lrsa_cache"
 """Keywords that carry each forward's layout and compressed cache down to the attention of every layer."""
 
@@ -136,8 +133,7 @@ def using(model: PreTrainedModel, config: LRSAConfig | None, *, impl: Impl = "au
 def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
     """Show somebody the queries, keys and values of every layer, as the attention sees them, while a block runs.
 
-    Outside of such a block no call and no check is left on the path of the attention. The block must not switch the
-    rule (``enable``, ``disable``, ``using``).
+    The block must not switch the rule (``enable``, ``disable``, ``using``). Compiled layers stop for the observer.
 
     Args:
         model: a model that LRSA is enabled on.
@@ -154,10 +150,7 @@ def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
         raise UserError(
             "model", reason="LRSA is not enabled on it, so it selects nothing; call lrsa_lit.attention.enable first"
         )
-    AttentionInterface.register(OBSERVED, _observed)
-    before = state.observe, inner.config._attn_implementation
-    state.observe = observe
-    inner.set_attn_implementation(OBSERVED)
+    before, state.observe = state.observe, observe
     try:
         yield
         if enabled_state(inner) is not state:
@@ -165,9 +158,7 @@ def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
                 "model", reason="its rule was switched while it was observed; switch it around the block instead"
             )
     finally:
-        state.observe = before[0]
-        if enabled_state(inner) is state:
-            inner.set_attn_implementation(before[1])
+        state.observe = before
 
 
 def _prepare(
@@ -208,7 +199,7 @@ def _prepare(
 def _check_switch(state: Enabled) -> None:
     """Refuse a model whose attention somebody switched."""
     config: Any = state.modules[0].config
-    if config._attn_implementation not in (NAME, OBSERVED):
+    if config._attn_implementation != NAME:
         raise UserError(
             "model",
             reason=f"its attention was set to {config._attn_implementation!r} while LRSA is enabled; call "
@@ -271,6 +262,13 @@ def _attend(
 ) -> Tensor:
     """Attention of a layer, (B, Hq, T, D)."""
     attached: AttachedRule = getattr(module, RULE)
+    if attached.state.observe is not None:
+        if cache is not None:
+            raise UserError(
+                "past_key_values",
+                reason="an LRSACache cannot be observed; run the whole text in one forward without it",
+            )
+        attached.state.observe(attached, layout, query, key, value)
     if cache is not None:
         output: Tensor = cache.layers[attached.layer].attend(query, key, value, scale)
         return output
@@ -294,31 +292,15 @@ def _attend_traced(
 
 
 def _is_traceable(attached: AttachedRule, layout: Layout, query: Tensor, key: Tensor) -> bool:
-    """Whether a compiled layer need not stop for the attention: none for pads, kernels and a rule that is a tensor.
+    """Whether a compiled layer need not stop: nobody looks, there are no pads, kernels run, the rule is a tensor.
 
     Dense layers stop where sequences are packed, whose number would be the number of calls in the graph.
     """
-    if layout.real is not None or query.shape[2] != key.shape[2]:
+    if attached.state.observe is not None or layout.real is not None or query.shape[2] != key.shape[2]:
         return False
     if attached.rule is None:
         return layout.cu_seqlens is None
     return attached.rule_tensor is not None and is_traceable(attached.state.impl, query)
-
-
-@torch.compiler.disable
-def _observed(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """:func:`_attention`, and a look at what it was given."""
-    if kwargs.get(CACHE) is not None:
-        raise UserError(
-            "past_key_values", reason="an LRSACache cannot be observed; run the whole text in one forward without it"
-        )
-    output: tuple[Tensor, None] = _attention(module, query, key, value, attention_mask, **kwargs)
-    state: Enabled = getattr(module, RULE).state
-    assert state.observe is not None
-    state.observe(getattr(module, RULE), kwargs[LAYOUT], *_in_one_dtype(query, key, value))
-    return output
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
