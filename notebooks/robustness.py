@@ -23,7 +23,7 @@
 from IPython.display import display_png
 
 from lrsa_lit.cli.study import open_study
-from lrsa_lit.experiments.report import evidence, frames, plots, summaries
+from lrsa_lit.experiments.report import evidence, frames, result_plots, summaries
 from lrsa_lit.experiments.report.bars import Bars, table_of
 from lrsa_lit.experiments.report.cells import Table, measure_of
 from lrsa_lit.experiments.report.places import by_place
@@ -56,7 +56,7 @@ summaries.matrix(table).frame(intervals=False)
 summaries.full(table).frame()
 
 # %%
-plots.against_share(table.entries, table.measure, f"{part}: {table.data_set}")
+result_plots.against_share(table.entries, table.measure, f"{part}: {table.data_set}")
 
 # %% [markdown]
 # What was to be reached, and what was:
@@ -73,7 +73,7 @@ table_of(Bars(cells).verdicts()).frame()
 asked = [(name, data_set) for name in study.parts for data_set in study.parts[name]["sets"]]
 for name, data_set in asked:
     if measure_of(study, data_set, name) == "loss" and (gains := evidence.layers(Table(cells, name, data_set))):
-        display_png(plots.layers(gains, f"{name}: {data_set}"))
+        display_png(result_plots.layers(gains, f"{name}: {data_set}"))
 
 # %% [markdown]
 # ## Training
@@ -81,7 +81,7 @@ for name, data_set in asked:
 # The rows of that part, a line for each seed.
 
 # %%
-plots.training_curves([line for line in cells.lines if line["row"] in study.parts[part]["rows"]])
+result_plots.training_curves([line for line in cells.lines if line["row"] in study.parts[part]["rows"]])
 
 # %% [markdown]
 # ## Is the evidence kept?
@@ -92,13 +92,13 @@ plots.training_curves([line for line in cells.lines if line["row"] in study.part
 evidence.survival(cells).frame()
 
 # %%
-plots.survival(evidence.pairs(cells))
+result_plots.survival(evidence.pairs(cells))
 
 # %% [markdown]
 # Plain text, without a question:
 
 # %%
-plots.perplexity(evidence.texts(cells))
+result_plots.perplexity(evidence.texts(cells))
 
 # %% [markdown]
 # ## Where the answer stands

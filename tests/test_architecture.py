@@ -1,10 +1,18 @@
-"""Imports go the way that docs/architecture.md draws: downwards alone, and never in a circle, not even for types."""
+"""Imports go the way that docs/architecture.md draws: downwards alone, and never in a circle, not even for types.
+
+Files are of a size that can be read, each has a name of its own, and the package itself costs next to nothing.
+"""
 
 from __future__ import annotations
 
 import ast
+import collections
 import graphlib
+import json
 import re
+import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +94,60 @@ def test_each_package_is_in_the_table():
 def test_libraries_that_a_package_does_without(package, library):
     own = re.compile(rf"^\s*(?:from|import) (?:{library}\b|lrsa_lit\.{library}_)", re.MULTILINE)
     assert not [name for name, path in FILES.items() if f".{package}." in name and own.search(path.read_text())]
+
+
+COMMANDS = {"study.py", "sweep.py"}
+"""The command line finds a command's module by the command's name."""
+
+
+def test_a_file_name_stands_in_one_package():
+    places = collections.defaultdict(list)
+    for path in FILES.values():
+        places[path.name].append(str(path.relative_to(SOURCE)))
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert not twice.keys() - {"__init__.py", "__main__.py", *COMMANDS}, twice
+
+
+@pytest.mark.parametrize("package", sorted(name for name, path in FILES.items() if path.name == "__init__.py"))
+def test_no_submodule_has_the_name_of_what_its_package_exports(package):
+    exported = set()
+    for node in ast.walk(ast.parse(FILES[package].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            exported |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            exported.add(node.name)
+    assert not exported & {name.rpartition(".")[2] for name in FILES if name.rpartition(".")[0] == package}
+
+
+def test_files_can_be_read_at_one_sitting():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES.values()}
+    assert not {
+        str(path): count
+        for path, count in lines.items()
+        if count > (450 if path.parent.name in ("triton", "gluon") else 400)
+    }
+    assert statistics.median(lines.values()) <= 130
+
+
+def modules_after(code):
+    """The modules that a fresh interpreter has loaded after some code."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_importing_the_package_costs_next_to_nothing():
+    added = modules_after("import lrsa_lit") - modules_after("import importlib, typing")
+    assert "lrsa_lit" in added
+    assert not added & {"torch", "lightning", "transformers", "numpy", "datasets", "mlflow", "triton"}
+    assert len(added) < 30
+
+
+def test_the_package_exports_its_public_api():
+    from lrsa_lit import attention, errors
+    from lrsa_lit.ops import sparse_attention as operator
+
+    assert {"LRSACache", "LRSAConfig", "Rule", "UserError", "enable", "prefill"} <= set(lrsa_lit.__all__)
+    for name in lrsa_lit.__all__:
+        home = next(each for each in (attention, operator, errors) if hasattr(each, name))
+        assert getattr(lrsa_lit, name) is getattr(home, name)

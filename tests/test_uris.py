@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
+from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ def test_a_path_comes_back_from_its_uri_or_is_refused(name):
     path = Path("/stores", name, "mlflow.db")
     if sqlalchemy.make_url(f"sqlite:///{path}").database != str(path):
         assert {"?", "%"} & set(name)
-        with pytest.raises(UserError, match=r"^k: /stores/"):
+        with refused("k", path):
             sqlite_uri(path, "k")
         return
     assert sqlite_path(sqlite_uri(path, "k"), "k") == path
@@ -46,7 +47,7 @@ def test_a_store_is_made_in_its_folder_or_refused(name, relative, tmp_path, monk
     monkeypatch.chdir(folder if relative else tmp_path)
     runs = "runs" if relative else str(folder / "runs")
     if sqlalchemy.make_url(f"sqlite:///{folder}").database != str(folder):
-        with pytest.raises(UserError, match="is not allowed; a store's path must hold no"):
+        with pytest.raises(UserError):
             checked_uri(store_uri(runs))
         assert [path.name for path in tmp_path.iterdir()] == [name]
         return
@@ -63,7 +64,7 @@ def test_a_store_is_made_in_its_folder_or_refused(name, relative, tmp_path, monk
 @pytest.mark.parametrize("uri", ["sqlite:///runs/a.db?timeout=3", "sqlite:///", "sqlite:///:memory:"])
 def test_what_names_no_file_is_refused(uri, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^k: \S+ is not allowed"):
+    with refused("k", uri):
         checked_uri(uri, "k")
     assert not list(tmp_path.iterdir())
 
@@ -102,7 +103,7 @@ def test_a_deleted_store_is_one_line_of_ours(tmp_path, caplog, migrated_store):
     uri = checked_uri(f"sqlite:///{tmp_path}/mlflow.db")
     client = connect(uri)
     (tmp_path / "mlflow.db").write_bytes(b"no database any more" * 1000)
-    with pytest.raises(UserError, match=r"^k: sqlite:///"), answering(uri, "k"):
+    with refused("k", reason="sqlite:///"), answering(uri, "k"):
         client.create_experiment("new")
     assert not [record for record in caplog.records if record.exc_info]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers import one_line
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.yaml_file import read_settings
@@ -29,15 +30,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), REFUSED.values(), ids=REFUSED)
-def test_is_refused_in_one_line(tmp_path, content, said):
+@pytest.mark.parametrize(("content", "told"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_settings_is_refused(tmp_path, content, told):
     path = tmp_path / "x.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as caught:
         read_settings(path)
-    assert str(error.value).startswith(str(path))
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
+    line = one_line(caught.value)
+    assert line.startswith(str(path))
+    assert told in line
 
 
 def test_aliases_are_settings(tmp_path):

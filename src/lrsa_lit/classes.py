@@ -25,7 +25,7 @@ def check_class_path(key: str, path: object) -> str:
         UserError: it is such a path, or not a string.
     """
     if not isinstance(path, str) or _package(path) in sys.stdlib_module_names:
-        raise UserError(f"{key}: class_path {path!r} is not allowed; it must name a class for this setting")
+        raise UserError(f"{key}.class_path".lstrip("."), path, "the name of a class for this setting")
     return path
 
 
@@ -55,14 +55,18 @@ def named_class(key: str, path: object, kinds: Kinds, owner: type | None = None)
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
-        raise UserError(f"{key}: class_path {path!r} cannot be imported") from None
+        raise UserError(f"{key}.class_path".lstrip("."), path, reason="cannot be imported") from None
     package = None if owner is None else _package(owner.__module__)
     if inspect.isclass(found):
         beside = package not in _LIBRARIES and _package(found.__module__) == package
         if beside or _is_any_of(found, kinds):
             return found
-    few = f"a subclass of {' or '.join(kind.__name__ for kind in kinds)}" if len(kinds) <= 3 else "a class for it"
-    raise UserError(f"{key}: class_path {path!r} is not allowed; it must be {few}")
+    few = (
+        f"a subclass of {' or '.join(kind.__name__ for kind in kinds)}"
+        if len(kinds) <= 3
+        else "a class for this setting"
+    )
+    raise UserError(f"{key}.class_path".lstrip("."), path, few)
 
 
 def argument_kinds(owner: type, name: str) -> Kinds:

@@ -203,4 +203,4 @@ class OpenCLI(LightningCLI):
         try:
             super()._set_seed()
         except ValueError as error:
-            raise UserError(f"seed_everything: {error}") from None
+            raise UserError("seed_everything", reason=str(error)) from None

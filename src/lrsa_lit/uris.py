@@ -37,8 +37,10 @@ def sqlite_uri(path: Path, key: str) -> str:
 
         if sqlalchemy.make_url(uri).database != str(path):
             raise UserError(
-                f"{key}: {path} is not allowed; a store's path must hold no '?' and no escape such as %3F, so name "
-                "another folder"
+                key,
+                path,
+                reason="is not allowed; a store's path must hold no '?' and no escape such as %3F, so name another "
+                "folder",
             )
     return uri
 
@@ -55,10 +57,10 @@ def sqlite_path(uri: str, key: str) -> Path:
 
         url = sqlalchemy.make_url(uri)
         if url.query:
-            raise UserError(f"{key}: {uri} is not allowed; a store here has no options after a '?'")
+            raise UserError(key, uri, reason="is not allowed; a store here has no options after a '?'")
         text = url.database
     if not text or text == ":memory:":
-        raise UserError(f"{key}: {uri!r} is not allowed; it must be sqlite:///PATH")
+        raise UserError(key, uri, "sqlite:///PATH")
     return Path(text).absolute()
 
 

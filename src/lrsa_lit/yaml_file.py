@@ -85,17 +85,17 @@ def read_settings(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: {error.problem}") from None
+        raise UserError(f"{path}{line}", reason=str(error.problem)) from None
     except UserError:
         raise
     except RecursionError:
-        raise UserError(f"{path}: it is nested too deeply") from None
+        raise UserError(str(path), reason="it is nested too deeply") from None
     except (yaml.YAMLError, OSError, ValueError) as error:
         # ValueError: text that is not UTF-8, a date that there is not, or an integer of thousands of digits.
-        raise UserError(f"{path}: it cannot be read as YAML ({message_of(error)})") from None
+        raise UserError(str(path), reason=f"it cannot be read as YAML ({message_of(error)})") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise UserError(f"{path}: it holds {found}; it must be a mapping of settings")
+        raise UserError(str(path), reason=f"it holds {found}", allowed="a mapping of settings")
     return content
 
 
@@ -115,15 +115,15 @@ def check_bounds(key: str, text: str | Path) -> None:
             text = text.read_text(encoding="utf-8")
         yaml.load(text, _Loader)
     except _Boundless as error:
-        raise UserError(f"{key}: {error.problem}") from None
+        raise UserError(key, reason=str(error.problem)) from None
     except RecursionError:
-        raise UserError(f"{key}: it is nested too deeply") from None
+        raise UserError(key, reason="it is nested too deeply") from None
     except UserError as error:
-        raise UserError(f"{key}: {error}") from None
+        raise UserError(key, reason=str(error)) from None
     except (yaml.YAMLError, OSError, ValueError):
         return
 
 
 def _check_size(path: Path) -> None:
     if (size := path.stat().st_size) > _MOST_BYTES:
-        raise UserError(f"{path}: it has {size} bytes; settings may have {_MOST_BYTES}")
+        raise UserError(str(path), reason=f"it has {size} bytes; settings may have {_MOST_BYTES}")

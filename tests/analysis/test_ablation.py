@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from cli_helpers import DEBUG, NO_LOGGER, elsewhere, forwards, recorded_runs  # noqa: F401 - a fixture
-from helpers import one_line
+from helpers import refused
 from mlflow.tracking import MlflowClient
 from torch.utils.data import DataLoader
 
@@ -20,7 +20,6 @@ from lrsa_lit.analysis.ablation import LayerAblation
 from lrsa_lit.attention import LRSAConfig, enable, using
 from lrsa_lit.cli.main import main
 from lrsa_lit.data.collate import collate
-from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.ops.sparse_attention import MeanPool
@@ -161,34 +160,25 @@ def test_nothing_in_a_fit(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"top_k": -1}, "LayerAblation.top_k: -1"),
-        ({"share": 0.0}, "LayerAblation.share: 0.0"),
-        ({"share": 1.0}, "LayerAblation.share: 1.0"),
-        ({"share": float("nan")}, "LayerAblation.share: nan"),
-        ({"limit": 0}, "LayerAblation.limit: 0"),
-    ],
+    ("field", "value"), [("top_k", -1), ("share", 0.0), ("share", 1.0), ("share", float("nan")), ("limit", 0)]
 )
-def test_wrong_values(options, key):
-    with pytest.raises(UserError) as caught:
-        LayerAblation(**options)
-    assert f"{key} is not allowed" in one_line(caught.value)
+def test_wrong_values(field, value):
+    with refused(field, value):
+        LayerAblation(**{field: value})
 
 
 @pytest.mark.parametrize(
-    ("options", "rule", "key"),
+    ("options", "rule", "field", "value"),
     [
-        ({"top_k": 16}, RULE, "LayerAblation.top_k: 16 is not allowed"),
-        ({}, RULE.replace(top_k=16), "model.lrsa.top_k: 16 is not allowed"),
-        ({"share": 0.06}, RULE, "LayerAblation.share: 0.06 is not allowed; it must be 1/16 or more"),
+        ({"top_k": 16}, RULE, "top_k", 16),
+        ({}, RULE.replace(top_k=16), "lrsa.top_k", 16),
+        ({"share": 0.06}, RULE, "share", 0.06),
     ],
 )
-def test_values_that_do_not_suit_the_rule(options, rule, key, tmp_path):
+def test_values_that_do_not_suit_the_rule(options, rule, field, value, tmp_path):
     model = tiny_model()
-    with pytest.raises(UserError) as caught:
+    with refused(field, value):
         trainer(tmp_path, LayerAblation(**options)).validate(task(model, rule), loader(examples(model)))
-    assert one_line(caught.value).startswith(key)
     assert not list(tmp_path.iterdir())
 
 
@@ -251,7 +241,7 @@ def test_mistakes_are_one_line(option, value, says, tmp_path, capfd):
     [
         (["--trainer.callbacks.top_k", "32"], "LayerAblation.top_k: 32 is not allowed"),
         (["--trainer.callbacks.share", "0.01"], "LayerAblation.share: 0.01 is not allowed"),
-        (["--model.lrsa.top_k", "32"], "model.lrsa.top_k: 32 is not allowed for LayerAblation"),
+        (["--model.lrsa.top_k", "32"], "model.lrsa.top_k: 32 is not allowed"),
     ],
 )
 def test_what_does_not_suit_the_lag_size_is_said_before_a_run_is_recorded(options, says, tmp_path, capfd):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_helpers import DEBUG, elsewhere, forwards, recorded_runs  # noqa: F401 - a fixture
-from helpers import one_line
+from helpers import refused
 
 from lrsa_lit.analysis.callback import CaptureSelections
 from lrsa_lit.analysis.capture import record
@@ -18,7 +18,6 @@ from lrsa_lit.cli.main import main
 from lrsa_lit.data.collate import collate
 from lrsa_lit.data.prompts import encode
 from lrsa_lit.data.records import read_records
-from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.tiny import tiny_tokenizer
 from lrsa_lit.paths import shipped
@@ -89,6 +88,5 @@ def test_a_store_that_takes_no_artifacts_does_not_stop_training(tmp_path, monkey
 
 
 def test_a_number_of_samples_that_is_none():
-    with pytest.raises(UserError, match="samples: 0 is not allowed") as caught:
+    with refused("samples", 0):
         CaptureSelections(samples=0)
-    one_line(caught.value)

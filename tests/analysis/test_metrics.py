@@ -7,12 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from helpers import refused
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lrsa_lit.analysis import metrics
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.errors import UserError
 
 
 @st.composite
@@ -163,7 +163,7 @@ def test_kappa_is_zero_by_chance_and_one_with_itself(drawn):
 
 
 def test_records_of_other_models_do_not_agree_or_disagree(drawn):
-    with pytest.raises(UserError, match="one model"):
+    with refused("selections", reason="one model"):
         metrics.agreement_between(drawn(), drawn(digest="f" * 12))
 
 

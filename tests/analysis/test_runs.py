@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import one_line
+from helpers import refused
 
 from lrsa_lit.analysis import runs
-from lrsa_lit.errors import UserError
 from lrsa_lit.tracking.store import find_experiment
 
 
@@ -70,12 +69,11 @@ def test_store_is_found_from_a_folder_below_and_by_the_environment(recorded, mon
     monkeypatch.chdir(tmp_path)
     # A name that no folder above has, whatever stands there.
     monkeypatch.setattr(runs, "DEFAULT", Path(f"runs/{tmp_path.name}.db"))
-    with pytest.raises(UserError, match=r"no runs/\S+\.db in .* or above; record a run first") as caught:
+    with refused("tracking_uri"):
         runs.open_store()
-    one_line(caught.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     assert find_experiment(runs.open_store(), "idle", "experiment").name == "idle"
-    with pytest.raises(UserError, match="does not exist"):
+    with refused("tracking_uri", reason="does not exist"):
         runs.open_store(f"sqlite:///{tmp_path}/none.db")
     assert not (tmp_path / "none.db").exists()
 
@@ -87,27 +85,31 @@ def test_runs_are_found_by_name_and_id(recorded):
 
 
 @pytest.mark.parametrize(
-    ("ask", "message"),
+    ("ask", "field", "told"),
     [
-        (lambda store: runs.find_run(store, "sweeep", "a"), "experiment: sweeep is no experiment .* nearest are sweep"),
-        (lambda store: runs.find_run(store, "sweep", "k8-s2"), r"the nearest are 'k8-s[01]', 'k8-s[01]'"),
-        (lambda store: runs.table(store, "idle"), "'idle' has no runs yet"),
-        (lambda store: runs.latest_with_selections(store, "sweep"), "no run of 'sweep' recorded selections"),
-        (lambda store: runs.selections(store, runs.find_run(store, "sweep", "k16")), "k16 recorded no selections"),
-        (lambda store: runs.questions(store, [runs.find_run(store, "sweep", "dense").info.run_id]), "no artifact"),
+        (lambda store: runs.find_run(store, "sweeep", "a"), "experiment", "sweep"),
+        (lambda store: runs.find_run(store, "sweep", "k8-s2"), "run", "'k8-s1'"),
+        (lambda store: runs.table(store, "idle"), "experiment", "'idle'"),
+        (lambda store: runs.latest_with_selections(store, "sweep"), "experiment", "selections"),
+        (lambda store: runs.selections(store, runs.find_run(store, "sweep", "k16")), "run", "selections"),
+        (
+            lambda store: runs.questions(store, [runs.find_run(store, "sweep", "dense").info.run_id]),
+            "run",
+            "no artifact",
+        ),
     ],
     ids=["experiment", "run", "empty", "no-selections", "none-of-this-run", "no-answers"],
 )
-def test_what_is_not_there_is_told_in_one_line(recorded, ask, message):
-    with pytest.raises(UserError, match=message) as caught:
+def test_what_is_not_there_is_told(recorded, ask, field, told):
+    with refused(field) as caught:
         ask(recorded[0])
-    one_line(caught.value)
+    assert told in str(caught.value)
 
 
 def test_experiment_whose_runs_were_never_validated(recorded):
     store, _, folder = recorded
     add_run(store, store.create_experiment("early", (folder / "artifacts").as_uri()), "a", train_loss=1.0)
-    with pytest.raises(UserError, match=r"none of the 1 runs of 'early' has recorded val/f1"):
+    with refused("experiment", reason="val/f1"):
         runs.table(store, "early")
 
 
@@ -145,7 +147,7 @@ def test_answers_become_scores_of_the_shared_questions(recorded):
     assert list(found.index) == ["2"]
     assert found.loc["2", ["prediction_first", "prediction_second", "gold"]].tolist() == ["k8-s0 2", "k16 2", "2"]
     assert set(runs.questions(store, [ids["k16"]], attention="dense")["f1"]) == {0.125}
-    with pytest.raises(UserError, match="no answers under the attention 'k4'"):
+    with refused("run", reason="'k4'"):
         runs.questions(store, [ids["k16"]], attention="k4")
     assert runs.answered_by_one(answers, ids["k16"], ids["k16"]).empty
 
@@ -165,11 +167,11 @@ def test_all_answers_come_before_the_table(recorded):
     assert set(answers.loc[run, "prediction"]) == {"1911"}
     assert list(runs.shared_scores(answers).columns) == ["1", "2"]
     assert runs.questions(store, [run], attention="dense")["f1"].mean() == 1.0
-    with pytest.raises(UserError, match="no answers under the attention 'k4'"):
+    with refused("run", reason="'k4'"):
         runs.questions(store, [run], attention="k4")
 
 
 def test_runs_of_different_data_share_nothing():
     answers = pd.concat({run: pd.DataFrame({"f1": [1.0]}, index=[run]) for run in "ab"}, names=["run", "id"])
-    with pytest.raises(UserError, match="no question in common"):
+    with refused("runs"):
         runs.shared_scores(answers)

@@ -9,10 +9,10 @@ import stat
 
 import pytest
 import torch
+from helpers import refused
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.checkpoints.checkpoint_io import CheckpointNotSaved, claim, newest_first, release, tidy
-from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models.checkpoint_file import damage
 
@@ -149,7 +149,7 @@ def test_a_replacement_cut_short_is_taken_back(tmp_path):
 
 
 def test_a_folder_needs_another_strategy(tmp_path):
-    with pytest.raises(UserError, match="folder of shards"):
+    with refused("ckpt_path", tmp_path):
         AtomicCheckpointIO().load_checkpoint(tmp_path)
 
 

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from cli_helpers import DEBUG, NO_LOGGER
+from helpers import refused
 from torch import nn
 
 from lrsa_lit.checkpoints.form import check_form, check_optimizer
 from lrsa_lit.cli.main import main
-from lrsa_lit.errors import UserError
 
 DELETED = object()
 
@@ -46,9 +46,9 @@ TREE = {"count": 3, "rate": 0.5, "done": True, "name": "x", "score": torch.zeros
 )
 def test_another_form_is_named(name, value):
     check_form(copy.deepcopy(TREE), TREE, "part")
-    with pytest.raises(UserError, match=rf"part\.{name}"):
+    with refused("ckpt_path", reason=f"part.{name}"):
         check_form(TREE | {name: value}, TREE, "part")
-    with pytest.raises(UserError, match=rf"part\.{name}"):
+    with refused("ckpt_path", reason=f"part.{name}"):
         check_form({key: held for key, held in TREE.items() if key != name}, TREE, "part")
 
 
@@ -98,7 +98,7 @@ CHANGES = {
 def test_what_an_optimizer_has_not_saved(path, value):
     weights, new, state = stepped(OPTIMIZERS["Adam"])
     change(state, path, value)
-    with pytest.raises(UserError, match="part"):
+    with refused("ckpt_path", reason="part"):
         check_optimizer(state, new, weights, "part")
 
 

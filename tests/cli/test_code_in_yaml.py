@@ -7,6 +7,7 @@ from typing import Protocol, TypedDict
 import pytest
 import yaml
 from cli_helpers import DEBUG, NO_LOGGER
+from helpers import refused
 from lightning.pytorch import Callback
 
 from lrsa_lit.attention import LRSAConfig
@@ -73,7 +74,7 @@ def test_nor_is_a_class_of_the_libraries_that_runs_a_command(tmp_path, monkeypat
     with pytest.raises(SystemExit) as stop:
         main([*FIT, "--config", "x.yaml"])
     assert stop.value.code == 2
-    assert f"trainer.callbacks.0.init_args.part: class_path '{HANDLER}' is not allowed" in capfd.readouterr().err
+    assert f"trainer.callbacks.0.init_args.part.class_path: '{HANDLER}' is not allowed" in capfd.readouterr().err
     assert not (tmp_path / "made").exists()
 
 
@@ -88,7 +89,7 @@ def test_nor_is_it_from_the_command_line(tmp_path, capfd):
             ]
         )
     assert stop.value.code == 2
-    assert "model.evaluate.x.compressor: class_path 'subprocess.getoutput'" in capfd.readouterr().err
+    assert "model.evaluate.x.compressor.class_path: 'subprocess.getoutput'" in capfd.readouterr().err
     assert not (tmp_path / "made").exists()
 
 
@@ -96,7 +97,7 @@ def test_a_module_of_the_standard_library_is_not_imported(tmp_path, capfd):
     (tmp_path / "x.yaml").write_text("trainer: {callbacks: [{class_path: antigravity.Callback}]}")
     with pytest.raises(SystemExit):
         main([*FIT, "--config", "x.yaml"])
-    assert "trainer.callbacks.0: class_path 'antigravity.Callback' is not allowed" in capfd.readouterr().err
+    assert "trainer.callbacks.0.class_path: 'antigravity.Callback' is not allowed" in capfd.readouterr().err
 
 
 def test_a_compressor_is_a_compressor(tmp_path, capfd):
@@ -105,7 +106,7 @@ def test_a_compressor_is_a_compressor(tmp_path, capfd):
         main([*FIT, "--model.evaluate", "{x: {compressor: {class_path: lightning.pytorch.callbacks.ModelSummary}}}"])
     assert stop.value.code == 2
     assert (
-        "model.evaluate.x.compressor: class_path 'lightning.pytorch.callbacks.ModelSummary'" in capfd.readouterr().err
+        "model.evaluate.x.compressor.class_path: 'lightning.pytorch.callbacks.ModelSummary'" in capfd.readouterr().err
     )
 
 
@@ -155,7 +156,7 @@ class Odd(Callback):
 
 def test_an_annotation_that_has_no_subclasses_admits_none():
     own = {"class_path": "torch.nn.Linear", "init_args": {}}
-    with pytest.raises(UserError, match=r"^x\.init_args\.part: class_path 'torch.nn.Linear' is not allowed"):
+    with refused("x.init_args.part.class_path", "torch.nn.Linear"):
         check_classes("x", {"class_path": f"{__name__}.Odd", "init_args": {"part": own}}, (Callback,), {})
 
 

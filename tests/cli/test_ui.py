@@ -86,7 +86,7 @@ def test_the_latest_runs_experiment_is_the_default(store):
 
 def bad_inputs():
     yield "unknown experiment", ["--experiment", "odl"], ["--experiment: odl", "nearest are old"]
-    yield "experiment without runs", ["--experiment", "none"], ["--experiment: none has no runs"]
+    yield "experiment without runs", ["--experiment", "none"], ["--experiment: 'none' has no runs"]
     yield "missing store", ["--store", "sqlite:///nowhere.db"], ["--store: sqlite:///nowhere.db does not exist"]
     yield "empty file", ["--store", "sqlite:///empty.db"], ["--store: sqlite:///empty.db is empty"]
     yield "no SQLite file", ["--store", "sqlite:///text.db"], ["--store", "text.db is no SQLite file"]

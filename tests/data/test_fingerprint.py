@@ -31,7 +31,7 @@ def test_a_tokenizer_is_known_by_what_decides_its_tokens():
 
 def test_the_project_is_known_by_all_code_that_shapes_an_example():
     names = {"/".join(path.parts[-2:]) for path in fingerprint.source_files("lrsa_lit.data.squad")}
-    assert {"data/squad.py", "data/prompts.py", "lrsa_lit/chat_template.py", "evaluation/metrics.py"} <= names
+    assert {"data/squad.py", "data/prompts.py", "lrsa_lit/chat_template.py", "evaluation/answer_scores.py"} <= names
     assert len(names) == len({*Path(fingerprint.__file__).parent.rglob("*.py")}) + 2
 
 

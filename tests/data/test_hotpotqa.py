@@ -11,7 +11,7 @@ from lrsa_lit.data.collate import IGNORE_INDEX
 from lrsa_lit.data.hotpotqa import HotpotQA, load_questions, paragraph_pool
 from lrsa_lit.data.module import SPLITS
 from lrsa_lit.data.prompts import INSTRUCTION
-from lrsa_lit.evaluation.metrics import normalize_answer
+from lrsa_lit.evaluation.answer_scores import normalize_answer
 
 MAX_TOKENS = 3000
 

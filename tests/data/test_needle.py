@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.needle import Needles
 from lrsa_lit.data.needle_tasks import TASKS, magic_numbers, variable_tracking
-from lrsa_lit.evaluation.metrics import recall
+from lrsa_lit.evaluation.answer_scores import recall
 
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
 

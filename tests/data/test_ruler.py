@@ -17,7 +17,7 @@ from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.ruler import RULER_TASKS, Ruler
 from lrsa_lit.data.squad import SquadArticles, article_of
 from lrsa_lit.data.word_tasks import WORD_TASKS, common_words, frequent_words, largest
-from lrsa_lit.evaluation.metrics import recall
+from lrsa_lit.evaluation.answer_scores import recall
 
 BUDGET = 3000
 

@@ -18,7 +18,7 @@ from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments import jobs, sweep
-from lrsa_lit.experiments.grid import parse, points
+from lrsa_lit.experiments.settings_grid import parse, points
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import heartbeat
 

@@ -28,7 +28,3 @@ def loaded() -> set[str]:
 def test_running_the_operator_does_not_import(name, loaded):
     assert {"torch", "lrsa_lit"} <= loaded, "the probe must have run"
     assert name not in loaded
-
-
-def test_importing_the_package_imports_no_torch():
-    assert "torch" not in modules_after("import lrsa_lit")

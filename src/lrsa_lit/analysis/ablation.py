@@ -61,11 +61,11 @@ class LayerAblation(Callback):
 
     def __init__(self, top_k: int | None = None, share: float = 0.25, limit: int | None = None) -> None:
         if top_k is not None and top_k < 0:
-            raise UserError("LayerAblation.top_k", top_k, "an integer >= 0")
+            raise UserError("top_k", top_k, "an integer >= 0")
         if not 0 < share < 1:
-            raise UserError("LayerAblation.share", share, "between 0 and 1")
+            raise UserError("share", share, "between 0 and 1")
         if limit is not None and limit < 1:
-            raise UserError("LayerAblation.limit", limit, "an integer >= 1")
+            raise UserError("limit", limit, "an integer >= 1")
         self.top_k, self.share, self.limit = top_k, share, limit
         self._rule: LRSAConfig | None = None
         self._questions: list[_Question] = []
@@ -133,13 +133,13 @@ class LayerAblation(Callback):
     def _sparse(self, task: Any) -> LRSAConfig:
         """The run's rule, or the one with another K, with no layer dense."""
         rule: LRSAConfig = task.lrsa
-        key, top_k = ("model.lrsa", rule.top_k) if self.top_k is None else ("LayerAblation", self.top_k)
+        key, top_k = ("lrsa.top_k", rule.top_k) if self.top_k is None else ("top_k", self.top_k)
         if top_k >= rule.lag_size:
-            below = f"below model.lrsa.lag_size ({rule.lag_size}), as layers that drop nothing are dense ones"
-            raise UserError(f"{key}.top_k", top_k, below, reason="is not allowed for LayerAblation")
+            below = f"below lag_size ({rule.lag_size}), as layers that drop nothing are dense ones"
+            raise UserError(key, top_k, below, reason="is not allowed for LayerAblation")
         if exactly(self.share) * rule.lag_size < 1:
             least = f"1/{rule.lag_size} or more: K = 1 in all layers keeps so much"
-            raise UserError("LayerAblation.share", self.share, f"{least} with model.lrsa.lag_size {rule.lag_size}")
+            raise UserError("share", self.share, f"{least} with lag_size {rule.lag_size}")
         return rule.replace(top_k=top_k, dense_layers=())
 
 

@@ -38,7 +38,7 @@ class CaptureSelections(Callback):
 
     def __init__(self, samples: int = 8, figures: bool = True) -> None:
         if samples < 1:
-            raise UserError(f"CaptureSelections.samples: {samples} is not allowed; it must be an integer >= 1")
+            raise UserError("samples", samples, "an integer >= 1")
         self.samples = samples
         self.figures = figures
         self._batches: list[Batch] = []

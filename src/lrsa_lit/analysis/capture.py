@@ -149,9 +149,9 @@ def shape_digest(config: Any) -> str:
 def _check(config: LRSAConfig, layers: int) -> None:
     if not isinstance(config.compressor, Selector):
         name = type(config.compressor).__name__
-        raise UserError(f"lrsa.compressor: {name} makes new pairs and selects none, so there is nothing to record")
+        raise UserError("compressor", name, reason="makes new pairs and selects none, so there is nothing to record")
     if len(config.dense_layers) == layers:
-        raise UserError("lrsa.dense_layers: every layer is dense, so there is nothing to record")
+        raise UserError("dense_layers", reason="every layer is dense, so there is nothing to record")
 
 
 def _sequences(

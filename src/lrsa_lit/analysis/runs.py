@@ -20,8 +20,8 @@ import pandas as pd
 from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.errors import UserError, printable
 from lrsa_lit.evaluation import statistics
-from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
 from lrsa_lit.paths import nearest
+from lrsa_lit.run_labels import ANSWERS, OWN, QUESTIONS
 from lrsa_lit.tracking.store import connect, existing_uri, find_experiment
 from lrsa_lit.uris import sqlite_uri
 
@@ -105,7 +105,7 @@ def selections(store: MlflowClient, run: Run, *, model: str | None = None) -> li
     """
     found = [item.path for item in store.list_artifacts(run.info.run_id, SELECTIONS) if item.path.endswith(".npz")]
     if not found:
-        raise UserError(f"run: {run.info.run_name} recorded no selections")
+        raise UserError("run", run.info.run_name, reason="recorded no selections")
     paths = [Path(store.download_artifacts(run.info.run_id, path)) for path in found]
     return sorted((SelectionRecord.load(path, model=model) for path in paths), key=lambda record: record.step)
 
@@ -122,7 +122,9 @@ def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
     runs = _runs(store, experiment)
     rows = {run.info.run_id: _row(run) for run in runs if MEASURES["f1"] in run.data.metrics}
     if not rows:
-        raise UserError(f"experiment: none of the {len(runs)} runs of {experiment!r} has recorded {MEASURES['f1']}")
+        raise UserError(
+            "experiment", reason=f"none of the {len(runs)} runs of {experiment!r} has recorded {MEASURES['f1']}"
+        )
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -154,7 +156,7 @@ def shared_scores(answers: pd.DataFrame) -> pd.DataFrame:
     """
     scores = answers["f1"].unstack("run").dropna().T
     if scores.shape[1] == 0:
-        raise UserError("runs: they have no question in common; compare runs on the same data")
+        raise UserError("runs", reason="they have no question in common; compare runs on the same data")
     return scores
 
 
@@ -215,7 +217,7 @@ def _all_answers(store: MlflowClient, run_id: str, attention: str) -> pd.DataFra
     lines = Path(store.download_artifacts(run_id, ANSWERS)).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     if attention not in rows[0]:
-        raise UserError(f"run: {run_id} recorded no answers under the attention {attention!r}")
+        raise UserError("run", run_id, reason=f"recorded no answers under the attention {attention!r}")
     about = ("id", "question", "gold")
     table = pd.DataFrame([{name: row[name] for name in about} | row[attention] for row in rows])
     return table.set_index("id")[["question", "gold", "prediction", "f1"]]
@@ -224,12 +226,12 @@ def _all_answers(store: MlflowClient, run_id: str, attention: str) -> pd.DataFra
 def _some_answers(store: MlflowClient, run_id: str, attention: str) -> pd.DataFrame:
     """The same of the questions in the run's table."""
     if QUESTIONS not in [item.path for item in store.list_artifacts(run_id)]:
-        raise UserError(f"run: {run_id} has no artifact {QUESTIONS}, so its questions cannot be compared")
+        raise UserError("run", run_id, reason=f"has no artifact {QUESTIONS}, so its questions cannot be compared")
     # Not by pandas' own reader, which takes answers such as 1911 for numbers.
     rows = pd.DataFrame(**json.loads(Path(store.download_artifacts(run_id, QUESTIONS)).read_text(encoding="utf-8")))
     columns = {attention: "prediction", f"{attention} F1": "f1"}
     if not columns.keys() <= set(rows.columns):
-        raise UserError(f"run: {run_id} recorded no answers under the attention {attention!r}")
+        raise UserError("run", run_id, reason=f"recorded no answers under the attention {attention!r}")
     last = rows[rows["step"] == rows["step"].max()].rename(columns=columns).set_index("id")
     return last[["question", "gold", "prediction", "f1"]]
 
@@ -239,7 +241,7 @@ def _runs(store: MlflowClient, experiment: str) -> list[Run]:
     found = find_experiment(store, experiment, "experiment")
     pages = list(_pages(store, found.experiment_id))
     if not pages:
-        raise UserError(f"experiment: {experiment!r} has no runs yet")
+        raise UserError("experiment", experiment, reason="has no runs yet")
     return pages
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 from lrsa_lit.checkpoints.form import check_form
-from lrsa_lit.names import OWN, SCORES, TOO_LONG_OF
+from lrsa_lit.run_labels import OWN, SCORES, TOO_LONG_OF
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.logger import MLflowRun
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 from lrsa_lit.callbacks.machine import describe
 from lrsa_lit.models.flops import kv_ratio
-from lrsa_lit.names import OWN
+from lrsa_lit.run_labels import OWN
 
 if TYPE_CHECKING:
     from lrsa_lit.attention import LRSAConfig

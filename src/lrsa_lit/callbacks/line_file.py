@@ -51,10 +51,12 @@ class LineFile:
             return
         path = Path(self._path)
         if path.is_dir():
-            raise UserError(f"{self._key}: {path} is a folder; it must be a file")
+            raise UserError(self._key, path, "a file", reason="is a folder")
         for taken in (path, _partial(path)):
             if taken.exists():
-                raise UserError(f"{self._key}: {taken} exists; name another file, or null for one in the run's folder")
+                raise UserError(
+                    self._key, taken, reason="exists; name another file, or null for one in the run's folder"
+                )
 
     def begin(self, trainer: Trainer) -> None:
         """Open the file.
@@ -70,7 +72,7 @@ class LineFile:
             self._open(asked, "" if trainer.world_size == 1 else f".{trainer.global_rank}")
         except OSError as error:
             raise UserError(
-                f"{self._key}: {self._path or error.filename} cannot be written ({error.strerror})"
+                self._key, self._path or error.filename, reason=f"cannot be written ({error.strerror})"
             ) from None
 
     def write(self, lines: Iterable[Any], positions: Iterable[int]) -> None:
@@ -91,7 +93,9 @@ class LineFile:
                 self._file.truncate(start)
                 self._close()
                 kept = f"the {len(self._positions)} answers before stand in {self._partial}"
-                raise UserError(f"{self._key}: {self._partial} cannot be written ({error.strerror}); {kept}") from None
+                raise UserError(
+                    self._key, self._partial, reason=f"cannot be written ({error.strerror}); {kept}"
+                ) from None
             self._positions.append(position)
 
     def finish(self, trainer: Trainer) -> None:
@@ -124,7 +128,7 @@ class LineFile:
                      for line in zip(positions, path.read_bytes().splitlines(keepends=True), strict=True)]  # fmt: skip
             write_atomically(self._target, lambda file: file.writelines(line for _, line in sorted(lines)))
         except OSError as error:
-            raise UserError(f"{self._key}: {self._target} cannot be written ({error.strerror})") from None
+            raise UserError(self._key, self._target, reason=f"cannot be written ({error.strerror})") from None
         for path, _ in parts:
             path.unlink()
 
@@ -164,7 +168,7 @@ class LineFile:
                 else:
                     return
             if self._path is not None:
-                raise UserError(f"{self._key}: {self._target} exists; name another file")
+                raise UserError(self._key, self._target, reason="exists; name another file")
 
 
 def _partial(path: Path) -> Path:

@@ -30,4 +30,4 @@ class MonitoredMetrics(Callback):
             # A training may log others later, for which a checkpoint can wait and EarlyStopping does not.
             if monitor.startswith("val/") or (trainer.state.fn == "fit" and isinstance(callback, EarlyStopping)):
                 told = f"{type(callback).__name__} cannot monitor {monitor!r}; there are {', '.join(known)}"
-                raise UserError("trainer.callbacks", reason=told)
+                raise UserError("callbacks", reason=told)

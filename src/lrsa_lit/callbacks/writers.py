@@ -15,7 +15,7 @@ from lrsa_lit.callbacks.line_file import LineFile
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.io import write_atomically
-from lrsa_lit.names import OWN
+from lrsa_lit.run_labels import OWN
 from lrsa_lit.tracking.artifacts import upload
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="batch")
-        self.lines = LineFile("PredictionWriter.path", path, "predictions.jsonl")
+        self.lines = LineFile("path", path, "predictions.jsonl")
 
     def check_settings(self, task: LightningModule, stage: str) -> None:
         """Refuse a path that would be overwritten.
@@ -102,7 +102,7 @@ class AnswerWriter(Callback):
     only_validates = True
 
     def __init__(self, path: str | None = None) -> None:
-        self.lines = LineFile("AnswerWriter.path", path, "answers.jsonl")
+        self.lines = LineFile("path", path, "answers.jsonl")
         self.more: dict[str, Any] = {}
         self._began = 0.0
 
@@ -117,7 +117,7 @@ class AnswerWriter(Callback):
         if stage not in _STAGES:
             return
         if taken := sorted({*getattr(task, "attentions", ())} & {*_ABOUT, OWN}):
-            raise UserError("model.evaluate", taken[0], "a name that no line of the answers has already")
+            raise UserError("evaluate", taken[0], "a name that no line of the answers has already")
         self.lines.check()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what the command line prints in one line."""
-        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        raise UserError(message.removeprefix("argument "), reason=f"see {self.prog} --help")
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:

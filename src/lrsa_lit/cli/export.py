@@ -82,16 +82,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _check_out(out: Path, *, force: bool) -> None:
     """Refuse to delete what is not ours, or not asked for."""
     if out.is_symlink():
-        raise UserError(f"--out: {out} is a link to {out.readlink()}; name the folder itself, or remove the link")
+        raise UserError(
+            "--out", out, reason=f"is a link to {out.readlink()}; name the folder itself, or remove the link"
+        )
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is no folder")
+        raise UserError("--out", out, reason="is no folder")
     if Path.cwd().is_relative_to(out.resolve()):
-        raise UserError(f"--out: {out} holds the working directory and cannot be replaced; name another folder")
+        raise UserError("--out", out, reason="holds the working directory and cannot be replaced; name another folder")
     if out.is_dir() and any(out.iterdir()):
         if not force:
-            raise UserError(f"--out: {out} is not empty; give another folder, or --force to replace the model in it")
+            raise UserError(
+                "--out", out, reason="is not empty; give another folder, or --force to replace the model in it"
+            )
         if not any((out / name).is_file() for name in _MODEL_FILES):
-            raise UserError(f"--out: {out} holds no model, and --force replaces nothing else")
+            raise UserError("--out", out, reason="holds no model, and --force replaces nothing else")
     check_writable("--out", out, out.absolute().parent)
 
 
@@ -111,9 +115,9 @@ def _write(trained: Trained, out: Path, *, merge: bool) -> None:
         model, expected = _model(trained, merge=merge)
         save_folder(model, trained.tokenizer, out, expected=expected, replace=True)
     except AnotherModel as error:
-        raise UserError(f"--out: {out} was not written: {error}") from error
+        raise UserError("--out", out, reason=f"was not written: {error}") from error
     except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error
+        raise UserError("--out", out, reason=f"cannot be written ({error.strerror or error})") from error
 
 
 def _model(trained: Trained, *, merge: bool) -> tuple[Any, Tensor | None]:

@@ -241,7 +241,7 @@ def _find_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             _check_argument(previous, argument)
             found.append(argument)
     if arguments and arguments[-1] == "--plugins":
-        raise UserError("--plugins: it names no module")
+        raise UserError("--plugins", reason="it names no module")
     return found, list(dict.fromkeys(modules))
 
 
@@ -254,7 +254,7 @@ def _modules(value: str) -> list[str]:
     try:
         return plugins.names_of(yaml.safe_load(value))
     except yaml.YAMLError:
-        raise UserError(f"--plugins: {value} is not allowed; it must be a module or a list of modules") from None
+        raise UserError("--plugins", value, "a module or a list of modules") from None
 
 
 def _check_argument(previous: str, argument: str) -> None:
@@ -268,7 +268,7 @@ def _check_argument(previous: str, argument: str) -> None:
     flag, _, value = argument.partition("=") if argument.startswith("--") else (previous, "", argument)
     key = flag.removeprefix("--")
     if "\0" in argument:
-        raise UserError(f"{key}: {argument} is not allowed (it holds a NUL character)")
+        raise UserError(key, argument, reason="is not allowed (it holds a NUL character)")
     # Most values are short words and numbers.
     if "&" in value or value.count("[") + value.count("{") > 50:
         check_bounds(key, value)
@@ -276,7 +276,7 @@ def _check_argument(previous: str, argument: str) -> None:
         return
     path = Path(value)
     if path.is_fifo():
-        raise UserError(f"{key}: {value} is a pipe; allowed is a file")
+        raise UserError(key, path, "a file", reason="is a pipe")
     if path.suffix in (".yaml", ".yml"):
         check_bounds(key, path)
 
@@ -289,7 +289,9 @@ def _config(value: str) -> tuple[str, dict[str, Any]]:
         try:
             path = shipped(value if value.startswith("configs/") else f"configs/{value}")
         except FileNotFoundError:
-            raise UserError(f"--config: {value} is no file here, nor a shipped one under configs/") from None
+            raise UserError(
+                "--config", Path(value), reason="is no file here, nor a shipped one under configs/"
+            ) from None
     # The parser, which merges all files, no longer knows in which of them, and where, a mistake stands.
     from lrsa_lit.yaml_file import read_settings
 
@@ -297,7 +299,7 @@ def _config(value: str) -> tuple[str, dict[str, Any]]:
         settings = read_settings(path)
         check_class_paths("", settings)
     except UserError as error:
-        raise UserError(f"--config: {error}") from None
+        raise UserError("--config", reason=str(error)) from None
     return str(path), settings
 
 

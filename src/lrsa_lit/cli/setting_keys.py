@@ -56,10 +56,11 @@ def with_key(error: UserError) -> UserError:
     Lightning and jsonargparse call the parts, so the traceback tells which of them has complained. The field is an
     argument of the innermost one that has an argument of that name, or stands for itself, as a file does.
     """
-    owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-    for owner in reversed(list(owners)):
-        if error.field.partition(".")[0] in _arguments(owner.__class__):
-            key = next((key for kind, key in _KEYS.items() if isinstance(owner, kind)), type(owner).__name__)
+    frames = [frame.f_locals.get("self").__class__ for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # A callback may look at the task and at its rule from outside.
+    for owner in (*reversed(frames), LongContextQA, LRSAConfig):
+        if error.field.partition(".")[0] in _arguments(owner):
+            key = next((key for kind, key in _KEYS.items() if issubclass(owner, kind)), owner.__name__)
             error.field = f"{key}.{error.field}"
             break
     if error.field in ("tokenizer", DATA_TOKENIZER):

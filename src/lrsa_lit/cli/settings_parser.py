@@ -34,9 +34,9 @@ class OneLineParser(LightningArgumentParser):
             return super().parse_args(args, *rest, **options)
         except UnicodeDecodeError as error:
             name = next((text for text in args or () if _holds(text, error.object)), "")
-            raise UserError(f"{name.removeprefix('--')}: the file is not UTF-8 text ({error.reason})") from error
+            raise UserError(name.removeprefix("--"), reason=f"the file is not UTF-8 text ({error.reason})") from error
         except RecursionError:
-            raise UserError("settings: a value is nested too deeply") from None
+            raise UserError("settings", reason="a value is nested too deeply") from None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command line prints in one line."""

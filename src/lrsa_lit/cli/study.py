@@ -181,7 +181,7 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lrsa_lit.experiments.record import results_in
+    from lrsa_lit.experiments.parent_run import results_in
     from lrsa_lit.experiments.report.document import fill, results_of, write_report
     from lrsa_lit.tracking.store import checked_uri
 

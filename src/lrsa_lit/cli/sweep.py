@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lrsa_lit.cli.arguments import Parser, add_on, terminable
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.grid import FLAG, parse, points
+from lrsa_lit.experiments.settings_grid import FLAG, parse, points
 
 EPILOG = f"""\
 All other options are those of `lrsa fit`. Values are YAML, so {FLAG} 'data.init_args.limit={{train: 8}},{{train: 64}}'

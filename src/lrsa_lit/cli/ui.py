@@ -91,7 +91,7 @@ def run(arguments: Sequence[str]) -> None:
         _wait(process, base, log)
         _show(experiment.name, addresses, options.browser)
         process.wait()
-        raise UserError(f"the MLflow server has ended by itself: {_last_line(log)}")
+        raise UserError("the MLflow server has ended by itself", reason=_last_line(log))
 
 
 def compare_page(client: MlflowClient, experiment: Experiment) -> str:
@@ -105,7 +105,7 @@ def compare_page(client: MlflowClient, experiment: Experiment) -> str:
     parents = {run.data.tags.get("mlflow.parentRunId") for run in found}
     runs = [run.info.run_id for run in found if run.info.run_id not in parents]
     if not runs:
-        raise UserError(f"--experiment: {experiment.name} has no runs; name another one")
+        raise UserError("--experiment", experiment.name, reason="has no runs; name another one")
     query = {"runs": runs, "experiments": [experiment.experiment_id]}
     encoded = {name: json.dumps(ids, separators=(",", ":")) for name, ids in query.items()}
     return f"#/compare-runs?{urllib.parse.urlencode(encoded)}&{_TRAINING}"
@@ -148,7 +148,9 @@ def _free_port(port: int) -> int:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UserError(f"--port: {port} is not free ({error.strerror}); name another one, or 0 for any") from None
+            raise UserError(
+                "--port", port, reason=f"is not free ({error.strerror}); name another one, or 0 for any"
+            ) from None
         return int(probe.getsockname()[1])
 
 
@@ -159,7 +161,7 @@ def _experiment(client: MlflowClient, uri: str, name: str | None) -> Experiment:
     experiments = {found.experiment_id: found for found in client.search_experiments()}
     latest = client.search_runs(list(experiments), order_by=["attributes.start_time DESC"], max_results=1)
     if not latest:
-        raise UserError(f"{_STORE}: {redacted(uri)} holds no runs yet; `lrsa fit` records one")
+        raise UserError(_STORE, redacted(uri), reason="holds no runs yet; `lrsa fit` records one")
     return experiments[latest[0].info.experiment_id]
 
 
@@ -203,11 +205,11 @@ def _wait(process: subprocess.Popen[bytes], base: str, log: IO[bytes]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while True:
         if process.poll() is not None:
-            raise UserError(f"the MLflow server did not start: {_last_line(log)}")
+            raise UserError("the MLflow server did not start", reason=_last_line(log))
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{base}/health", timeout=5):
             return
         if time.monotonic() > deadline:
-            raise UserError(f"the MLflow server does not answer after {_START_SECONDS:.0f} s: {_last_line(log)}")
+            raise UserError(f"the MLflow server does not answer after {_START_SECONDS:.0f} s", reason=_last_line(log))
         time.sleep(0.3)
 
 

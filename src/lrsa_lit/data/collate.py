@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.data.tokenization import Span
-from lrsa_lit.evaluation.metrics import Match
+from lrsa_lit.evaluation.answer_scores import Match
 
 IGNORE_INDEX = -100
 """Labels of this value count for nothing, as in PyTorch's cross-entropy."""

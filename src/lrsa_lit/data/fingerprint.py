@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lrsa_lit import chat_template
 from lrsa_lit.errors import UserError
-from lrsa_lit.evaluation import metrics
+from lrsa_lit.evaluation import answer_scores
 from lrsa_lit.io import sha256_of
 from lrsa_lit.paths import resolve
 
@@ -49,7 +49,7 @@ def source_files(module: str) -> list[Path]:
     Of this project's package they are those of records, prompts and data sets.
     """
     if module.partition(".")[0] == __name__.partition(".")[0]:
-        return [*Path(__file__).parent.rglob("*.py"), Path(chat_template.__file__), Path(metrics.__file__)]
+        return [*Path(__file__).parent.rglob("*.py"), Path(chat_template.__file__), Path(answer_scores.__file__)]
     file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
     package = sys.modules.get(module.partition(".")[0])
     if not file.is_file():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lrsa_lit.data.prompts import PROMPT, SEPARATOR, YES_NO, Example, Prompt, TooLong, encode, render_passage
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.data.tokenization import token_counts
-from lrsa_lit.evaluation.metrics import normalize_answer
+from lrsa_lit.evaluation.answer_scores import normalize_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lrsa_lit.bounds import is_integer
-from lrsa_lit.data import cache, fingerprint
+from lrsa_lit.data import fingerprint, token_cache
 from lrsa_lit.data.collate import Batch, groups_of
 from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages
-from lrsa_lit.data.loading import TrainerSettings, evaluation_loader, training_loader
+from lrsa_lit.data.loaders import TrainerSettings, evaluation_loader, training_loader
 from lrsa_lit.data.order import Order, Shuffled
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import Packed, checked_policy
@@ -35,8 +35,8 @@ from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.sampler import ResumableLoader
 from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.errors import UserError
-from lrsa_lit.names import TOO_LONG_OF
 from lrsa_lit.paths import cache_dir
+from lrsa_lit.run_labels import TOO_LONG_OF
 from lrsa_lit.terminal import PlainConsole
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -176,7 +176,7 @@ class QADataModule(lightning.LightningDataModule):
         """How many reference answers of an open split are longer than so many tokens, without the end of message."""
         examples = self._opened(split)
         prompts = examples["prompt_length"]
-        lengths = zip(cache.lengths(examples), prompts, strict=True)
+        lengths = zip(token_cache.lengths(examples), prompts, strict=True)
         return sum(length - prompt - 1 > new_tokens for length, prompt in lengths)
 
     @cached_property
@@ -207,17 +207,17 @@ class QADataModule(lightning.LightningDataModule):
     def prepare_split(self, split: Split) -> None:
         """Tokenise and cache a split, unless that has been done."""
         folder = self.folder(split)
-        if not cache.is_built(folder):
+        if not token_cache.is_built(folder):
             self.report[split].clear()
-            cache.remove_abandoned(cache_dir("data"))
-            cache.build(folder, self._build(split), self.report[split])
+            token_cache.remove_abandoned(cache_dir("data"))
+            token_cache.build(folder, self._build(split), self.report[split])
             if not all(map(fingerprint.is_of_a_file, self._definitions())):
                 _log.warning(
                     "%s is defined in no file, so a change of its code could not be seen: its examples are tokenised "
                     "anew by each process",
                     type(self).__name__,
                 )
-                cache.forget_at_exit(folder)
+                token_cache.forget_at_exit(folder)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the cached splits of a stage ("fit", "validate", "test", "predict"), or all of them."""
@@ -230,7 +230,7 @@ class QADataModule(lightning.LightningDataModule):
 
     def open_split(self, split: Split) -> datasets.Dataset:
         """The examples of a cached split, whose report is known from then on."""
-        examples, self.report[split] = cache.load(self.folder(split))
+        examples, self.report[split] = token_cache.load(self.folder(split))
         return examples
 
     def train_dataloader(self) -> ResumableLoader:
@@ -354,7 +354,7 @@ class QADataModule(lightning.LightningDataModule):
 
     def _training_lengths(self, examples: datasets.Dataset) -> list[int]:
         """Tokens of each example, known to suit packing and curriculum."""
-        lengths = cache.lengths(examples)
+        lengths = token_cache.lengths(examples)
         self.policy.check(lengths)
         check_lengths(self.curriculum, lengths)
         return lengths

@@ -20,7 +20,7 @@ from lrsa_lit.chat_template import render
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.data.tokenization import Span, Tokens, encode_text
 from lrsa_lit.errors import UserError
-from lrsa_lit.evaluation.metrics import Match
+from lrsa_lit.evaluation.answer_scores import Match
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 from lrsa_lit.data.reading import Row, check_row, check_text, kind_of, read_rows
 from lrsa_lit.errors import UserError
-from lrsa_lit.evaluation.metrics import Match
+from lrsa_lit.evaluation.answer_scores import Match
 
 _REQUIRED = {"id": str, "passages": [{"title": str, "text": str}], "question": str, "answers": [str]}
 _OPTIONAL = {"supporting_titles": [str], "match": str, "task": str}

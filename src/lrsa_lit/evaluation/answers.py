@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lrsa_lit.evaluation.metrics import Match, exact_match, f1_score, recall
+from lrsa_lit.evaluation.answer_scores import Match, exact_match, f1_score, recall
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ def compare(
         UserError: the numbers of questions differ.
     """
     if first.shape[1] != second.shape[1]:
-        raise UserError(f"scores: of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones")
+        raise UserError(
+            "scores", reason=f"of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones"
+        )
     one, other = _means([_checked(first), _checked(second)], groups, draws, seed, same_seeds=same_seeds)
     difference = _estimate(first.mean() - second.mean(), one - other)
     ratio = Estimate(np.nan, np.nan, np.nan)
@@ -177,7 +179,7 @@ def _blocks(draws: int) -> list[int]:
 
 def _checked(scores: Scores) -> Scores:
     if scores.ndim != 2 or 0 in scores.shape:
-        raise UserError(f"scores: shape {scores.shape} is not allowed; it must be (seeds, questions)")
+        raise UserError("scores", scores.shape, "(seeds, questions)")
     return scores
 
 

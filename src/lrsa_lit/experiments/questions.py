@@ -84,9 +84,9 @@ class Questions:
         Raises:
             UserError: it is not in the folder, or its settings have changed since.
         """
-        from lrsa_lit.data import cache
+        from lrsa_lit.data import token_cache
 
-        return cache.load(self.folder / self._named(data_set, split)["folder"])[0]
+        return token_cache.load(self.folder / self._named(data_set, split)["folder"])[0]
 
     def _named(self, data_set: str, split: str) -> Settings:
         if (found := self._found(data_set, split)) is None:

@@ -13,8 +13,8 @@ from lrsa_lit.errors import UserError, under
 from lrsa_lit.experiments import commands
 from lrsa_lit.experiments.commands import ATTENTIONS_AT_ONCE, Place
 from lrsa_lit.experiments.jobs import Executor, Job, OutOfTimeError, Unit
+from lrsa_lit.experiments.parent_run import PARENT, STUDY, Record
 from lrsa_lit.experiments.questions import Questions
-from lrsa_lit.experiments.record import PARENT, STUDY, Record
 from lrsa_lit.experiments.results import Line, Results
 from lrsa_lit.experiments.settings import Settings, digest
 from lrsa_lit.experiments.study import Evaluation, Row, Study, Work

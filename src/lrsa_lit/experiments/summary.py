@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from lrsa_lit.experiments.grid import Point
+from lrsa_lit.experiments.settings_grid import Point
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

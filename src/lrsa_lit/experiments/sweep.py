@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrsa_lit.errors import UserError, printable
-from lrsa_lit.experiments.grid import Point
 from lrsa_lit.experiments.jobs import Executor, Job, Unit
-from lrsa_lit.experiments.record import PARENT, Record, logger_of
+from lrsa_lit.experiments.parent_run import PARENT, Record, logger_of
+from lrsa_lit.experiments.settings_grid import Point
 from lrsa_lit.experiments.summary import Outcome
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.store import URI_KEY, answering

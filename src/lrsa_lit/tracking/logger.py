@@ -72,8 +72,7 @@ class MLflowRun(Logger):
     ) -> None:
         super().__init__()
         if importlib.util.find_spec("mlflow") is None:
-            missing = "mlflow is not installed; install it, or run with --trainer.logger=false"
-            raise UserError("trainer.logger", reason=missing)
+            raise UserError("mlflow", reason="it is not installed; install it, or run without this logger")
         self.tracking_uri = checked_uri(tracking_uri)
         self.tags = dict(tags or {})
         self.named, self.continues = run_name is not None, run_id is not None

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.evaluation.answers import scores
-from lrsa_lit.names import ANSWERS, OWN, QUESTIONS
+from lrsa_lit.run_labels import ANSWERS, OWN, QUESTIONS
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import run_of
 

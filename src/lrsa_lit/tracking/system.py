@@ -23,7 +23,7 @@ class SystemMetrics(Callback):
 
     def __init__(self, seconds: float = 10.0) -> None:
         if seconds <= 0:
-            raise UserError("SystemMetrics.seconds", seconds, "a number > 0")
+            raise UserError("seconds", seconds, "a number > 0")
         self.seconds = seconds
         self._monitor: Any = None
 

@@ -13,7 +13,7 @@ from matplotlib.container import BarContainer
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import plots
+from lrsa_lit.experiments.report import result_plots
 from lrsa_lit.experiments.report.document import Blocks, fill, results_of
 from lrsa_lit.experiments.report.evidence import layers
 from lrsa_lit.experiments.report.markers import filled, replace
@@ -213,7 +213,7 @@ def test_all_rows_under_an_attention_stand_on_one_line_of_the_plot(study_file):
 def test_the_seeds_of_a_row_have_one_colour_and_one_name():
     asked = [("lrsa", 0), ("dense", 0), ("lrsa", 1), ("dense", 1)]
     lines = [training(row=row, seed=seed, losses=[2.0, 1.0]) for row, seed in asked]
-    (axes,) = plots.training_curves([*lines, training(row="old")]).axes
+    (axes,) = result_plots.training_curves([*lines, training(row="old")]).axes
     colours = [line.get_color() for line in axes.get_lines()]
     assert colours[0] == colours[1] != colours[2] == colours[3]
     assert axes.get_legend_handles_labels()[1] == ["lrsa", "dense"]

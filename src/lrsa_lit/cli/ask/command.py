@@ -131,26 +131,26 @@ def read_text(name: str) -> str:
         # A byte order mark is no part of the text.
         text = data.decode("utf-8-sig").strip()
     except OSError as error:
-        raise UserError(f"FILE: {shown} cannot be read ({error.strerror}); it must be a text file, or -") from None
+        raise UserError("FILE", shown, "a text file, or -", reason=f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"FILE: {shown} is not UTF-8 text (byte {error.start}); only that is allowed") from None
+        raise UserError("FILE", shown, reason=f"is not UTF-8 text (byte {error.start}); only that is allowed") from None
     if "\0" in text:
-        raise UserError(f"FILE: {shown} holds NUL characters; it must be UTF-8 text, not UTF-16 or a binary file")
+        raise UserError("FILE", shown, "UTF-8 text, not UTF-16 or a binary file", reason="holds NUL characters")
     if not text:
-        raise UserError(f"FILE: {shown} is empty; it must hold the text that the question is about")
+        raise UserError("FILE", shown, reason="is empty; it must hold the text that the question is about")
     return text
 
 
 def _read_stdin() -> bytes:
     if sys.stdin is None:
-        raise UserError("FILE: stdin is closed; name a file, or pipe the text into this command")
+        raise UserError("FILE", reason="stdin is closed; name a file, or pipe the text into this command")
     return sys.stdin.buffer.read()
 
 
 def _read_file(path: Path) -> bytes:
     # The shell's <(…) is a pipe. Some devices never end.
     if path.is_char_device() or path.is_block_device():
-        raise UserError(f"FILE: {path} is a device; it must be a text file, or -")
+        raise UserError("FILE", path, "a text file, or -", reason="is a device")
     return path.read_bytes()
 
 
@@ -195,14 +195,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     for number, question in enumerate(options.questions, start=1):
         if not question.strip():
-            raise UserError(f"QUESTION: number {number} is empty; it must be some text")
+            raise UserError("QUESTION", reason=f"number {number} is empty", allowed="some text")
         if not _is_unicode(question):
-            raise UserError(f"QUESTION: number {number} is not UTF-8 text; only that is allowed")
+            raise UserError("QUESTION", reason=f"number {number} is not UTF-8 text; only that is allowed")
     ignored = [name for name in _RULE_FLAGS if options.dense and getattr(options, name) is not None]
     if ignored:
         raise UserError(_FLAGS[ignored[0]], reason="it is not allowed with --dense, which compresses nothing")
     if not options.questions and not _asks(options):
-        raise UserError("QUESTION: none is given; at least one is needed where none can be typed")
+        raise UserError("QUESTION", reason="none is given; at least one is needed where none can be typed")
     return options
 
 
@@ -308,7 +308,7 @@ def _device(name: str | None) -> torch.device:
     # Each accelerator's code, and the lack of it, has errors of its own.
     except Exception:
         allowed = f"cpu, or cuda:0 to cuda:{count - 1}" if count else "cpu here"
-        raise UserError(f"--device: {name!r} is not allowed; it must be {allowed}") from None
+        raise UserError("--device", name, allowed) from None
     return device
 
 
@@ -337,9 +337,11 @@ def _check_length(
     needed = dialogue.tokens_with(questions, options.max_new_tokens)
     if needed > positions:
         raise UserError(
-            f"FILE: {_shown(options.file)} needs {needed:,} tokens with the questions and {options.max_new_tokens:,} "
-            f"for each answer, but {backbone.name} has {positions:,} positions; shorten the text, lower "
-            f"--max-new-tokens, choose another --model or scale this one: --rope-scaling yarn:{-(-needed // positions)}"
+            "FILE",
+            _shown(options.file),
+            reason=f"needs {needed:,} tokens with the questions and {options.max_new_tokens:,} for each answer, but "
+            f"{backbone.name} has {positions:,} positions; shorten the text, lower --max-new-tokens, choose another "
+            f"--model or scale this one: --rope-scaling yarn:{-(-needed // positions)}",
         )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _QUESTION = "(question)"
 _ANSWER = "(answer)"
 """Stand for messages where only what the chat template writes around them is wanted."""
-_REWRITES = "--model: its chat template rewrites earlier turns, which a cache cannot; ask one question only"
+_REWRITES = "its chat template rewrites earlier turns, which a cache cannot; ask one question only"
 
 
 class Dialogue:
@@ -99,7 +99,9 @@ class Dialogue:
             self._prompt = question, encode_text(self._tokenizer, rendered.text, rendered.user).ids
         ids, known = self._prompt[1], len(self.ids)
         if ids[:known] != self.ids:
-            raise UserError("--model: its chat template changes the text with the question, which a cache cannot")
+            raise UserError(
+                "tokenizer", reason="its chat template changes the text with the question, which a cache cannot"
+            )
         return ids[known:]
 
     def _render_prompt(self, question: str) -> Rendered:
@@ -127,7 +129,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, question: str) -> Rendered:
     text, [_, (start, end), (first, last)], _ = render_messages(_conversation([_QUESTION, question]), tokenizer)
     # White space around an answer is the model's to write.
     if text[:start].rstrip() != render(_conversation([_QUESTION]), tokenizer).rstrip():
-        raise UserError(_REWRITES)
+        raise UserError("tokenizer", reason=_REWRITES)
     return Rendered(text[end:], [(first - end, last - end)])
 
 
@@ -143,7 +145,7 @@ def _check_turns(tokenizer: PreTrainedTokenizerBase) -> None:
     ends = [start for start, _ in answers[1:]] + [len(text)]
     for question, (_, start), end in zip(questions[1:], answers, ends, strict=True):
         if text[start:end].rstrip() != _turn(tokenizer, question).text.rstrip():
-            raise UserError(_REWRITES)
+            raise UserError("tokenizer", reason=_REWRITES)
 
 
 def _check_kept(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
@@ -155,7 +157,7 @@ def _check_kept(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
     before = render(_conversation([_QUESTION]), tokenizer).rstrip()
     rendered = render(_conversation([_QUESTION, _QUESTION], answer), tokenizer)
     if not rendered.removeprefix(before).lstrip().startswith(answer.strip()):
-        raise UserError(_REWRITES)
+        raise UserError("tokenizer", reason=_REWRITES)
 
 
 def _end(offset: tuple[int, int]) -> int:

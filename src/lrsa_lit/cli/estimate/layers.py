@@ -78,8 +78,9 @@ def _measure_few(whole: Layers, measure: Callable[[Layers], Cost]) -> dict[Layer
         # Only now is nobody left who refers to what was allocated.
         release()
     raise UserError(
-        f"--estimate: even {_FEW[-1][1]} layers do not fit on the device; lower data.init_args.batch_size or "
-        "max_tokens, or set model.backbone.gradient_checkpointing"
+        "--estimate",
+        reason=f"even {_FEW[-1][1]} layers do not fit on the device; lower data.init_args.batch_size or max_tokens, "
+        "or set model.backbone.gradient_checkpointing",
     )
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lrsa_lit.cli.estimate.layers import Layers, cost_of
 from lrsa_lit.cli.estimate.probe import Batches, Cost
-from lrsa_lit.data import cache
+from lrsa_lit.data import token_cache
 from lrsa_lit.data.collate import collate
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
@@ -128,14 +128,18 @@ def _size_text(size: float) -> str:
 
 def _check(task: LongContextQA, trainer: lightning.Trainer) -> None:
     if shards_weights(trainer.strategy):
-        raise UserError("--estimate: a sharded model is not estimated; see what one device needs without fsdp.yaml")
+        raise UserError(
+            "--estimate", reason="a sharded model is not estimated; see what one device needs without fsdp.yaml"
+        )
     if task.backbone.quantization is not None:
-        raise UserError("--estimate: model.backbone.quantization is not estimated; it needs the weights themselves")
+        raise UserError(
+            "--estimate", reason="model.backbone.quantization is not estimated; it needs the weights themselves"
+        )
 
 
 def _batches(data: QADataModule) -> tuple[Batches, str]:
     """Batches as the fit will see them, and where they are from."""
-    if not cache.is_built(data.folder("train")):
+    if not token_cache.is_built(data.folder("train")):
         tokens = min(_ANSWER, data.max_tokens - 1)
         example = {
             "id": "",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import evidence, plots, summaries
+from lrsa_lit.experiments.report import evidence, result_plots, summaries
 from lrsa_lit.experiments.report.bars import Bars, table_of
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.markers import filled, replace
@@ -55,9 +55,9 @@ class Blocks:
         }
         self.plots: dict[str, tuple[str, Callable[[], Figure | None]]] = {
             "perplexity/plot": ("perplexity against the share of pairs kept",
-                                lambda: plots.perplexity(evidence.texts(cells))),
+                                lambda: result_plots.perplexity(evidence.texts(cells))),
             "survival/plot": ("supporting tokens kept, before and after training",
-                              lambda: plots.survival(evidence.pairs(cells))),
+                              lambda: result_plots.survival(evidence.pairs(cells))),
         }  # fmt: skip
         self._whole = [*self.texts, *self.plots]
         self.tables = {f"{part}/{name}": Table(cells, part, name) for part in study.parts
@@ -108,9 +108,9 @@ class Blocks:
     def _plot(self, table: Table) -> Figure | None:
         title = f"{table.part}: {table.data_set}"
         if table.measure != "loss":
-            return plots.against_share(table.entries, table.measure, title) if table.cells else None
+            return result_plots.against_share(table.entries, table.measure, title) if table.cells else None
         # The texts of all parts stand in one plot of their own.
-        return plots.layers(evidence.layers(table), title) if self.study.generates(table.data_set) else None
+        return result_plots.layers(evidence.layers(table), title) if self.study.generates(table.data_set) else None
 
 
 def _counted(table: Table) -> str:

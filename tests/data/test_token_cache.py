@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import refused
 
-from lrsa_lit.data import cache
+from lrsa_lit.data import token_cache
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 
@@ -29,8 +29,8 @@ EXAMPLE = Example(
 
 
 def test_examples_and_report_come_back(tmp_path: Path):
-    cache.build(tmp_path / "key" / "train", [EXAMPLE, EXAMPLE], Counter(kept=2))
-    rows, report = cache.load(tmp_path / "key" / "train")
+    token_cache.build(tmp_path / "key" / "train", [EXAMPLE, EXAMPLE], Counter(kept=2))
+    rows, report = token_cache.load(tmp_path / "key" / "train")
     assert rows[1] == {**EXAMPLE, "gold_spans": [[0, 1], [1, 2]]}
     assert (len(rows), report) == (2, Counter(kept=2))
 
@@ -42,28 +42,28 @@ def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path):
         raise UserError("broken")
 
     with pytest.raises(UserError, match="broken"):
-        cache.build(tmp_path / "train", broken(), Counter())
+        token_cache.build(tmp_path / "train", broken(), Counter())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unfinished_build_is_not_taken_for_a_split(tmp_path: Path):
     def watched() -> Iterator[Example]:
-        assert not cache.is_built(tmp_path / "train")
+        assert not token_cache.is_built(tmp_path / "train")
         yield EXAMPLE
-        assert not cache.is_built(tmp_path / "train")
+        assert not token_cache.is_built(tmp_path / "train")
 
-    cache.build(tmp_path / "train", watched(), Counter())
-    assert cache.is_built(tmp_path / "train")
+    token_cache.build(tmp_path / "train", watched(), Counter())
+    assert token_cache.is_built(tmp_path / "train")
 
 
 def test_whoever_finishes_first_wins(tmp_path: Path):
     def overtaken() -> Iterator[Example]:
-        cache.build(tmp_path / "train", [EXAMPLE], Counter(kept=1))
+        token_cache.build(tmp_path / "train", [EXAMPLE], Counter(kept=1))
         yield EXAMPLE
         yield EXAMPLE
 
-    cache.build(tmp_path / "train", overtaken(), Counter(kept=2))
-    rows, report = cache.load(tmp_path / "train")
+    token_cache.build(tmp_path / "train", overtaken(), Counter(kept=2))
+    rows, report = token_cache.load(tmp_path / "train")
     assert (len(rows), report["kept"]) == (1, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
@@ -71,7 +71,7 @@ def test_whoever_finishes_first_wins(tmp_path: Path):
 def test_an_unwritable_cache_is_one_line(tmp_path: Path):
     (tmp_path / "file").touch()
     with refused("LRSA_CACHE_DIR", reason=str(tmp_path / "file" / "train")):
-        cache.build(tmp_path / "file" / "train", [EXAMPLE], Counter())
+        token_cache.build(tmp_path / "file" / "train", [EXAMPLE], Counter())
 
 
 @contextlib.contextmanager
@@ -87,11 +87,11 @@ def room(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("count", [1, 1000], ids=["at the end", "midway"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, count: int):
-    cache.build(tmp_path / "whole", [EXAMPLE] * count, Counter())
+    token_cache.build(tmp_path / "whole", [EXAMPLE] * count, Counter())
     needed = (tmp_path / "whole" / "examples.arrow").stat().st_size
     for size in (0, needed // 2, needed - 1):
         with room(size), refused("LRSA_CACHE_DIR"):
-            cache.build(tmp_path / "train", [EXAMPLE] * count, Counter())
+            token_cache.build(tmp_path / "train", [EXAMPLE] * count, Counter())
         assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
@@ -101,7 +101,7 @@ def test_an_error_of_the_source_is_not_blamed_on_the_cache(tmp_path: Path):
         raise FileNotFoundError("source")
 
     with pytest.raises(FileNotFoundError, match="source"):
-        cache.build(tmp_path / "train", gone(), Counter())
+        token_cache.build(tmp_path / "train", gone(), Counter())
 
 
 def flipped(data: bytes) -> bytes:
@@ -114,19 +114,19 @@ def flipped(data: bytes) -> bytes:
 )
 def test_damage_is_noticed_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, harm: object):
     folder = tmp_path / "train"
-    cache.build(folder, [EXAMPLE] * 3, Counter(kept=3))
+    token_cache.build(folder, [EXAMPLE] * 3, Counter(kept=3))
     path = folder / name
     if callable(harm):
         path.write_bytes(harm(path.read_bytes()))
     else:
         path.unlink()
-    assert not cache.is_built(folder)
+    assert not token_cache.is_built(folder)
     with refused("LRSA_CACHE_DIR", folder, reason=f"damaged ({name} "):
-        cache.load(folder)
+        token_cache.load(folder)
     with caplog.at_level(logging.WARNING, "lrsa_lit.data"):
-        cache.build(folder, [EXAMPLE] * 3, Counter(kept=3))
+        token_cache.build(folder, [EXAMPLE] * 3, Counter(kept=3))
     assert len(caplog.records) == 1
-    rows, report = cache.load(folder)
+    rows, report = token_cache.load(folder)
     assert (len(rows), report, rows[0]["input_ids"]) == (3, Counter(kept=3), [5, 6, 7])
     assert [each.name for each in tmp_path.iterdir()] == ["train"]
 
@@ -134,7 +134,7 @@ def test_damage_is_noticed_and_mended(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_files_have_the_mode_of_the_umask(tmp_path: Path):
     before = os.umask(0o027)
     try:
-        cache.build(tmp_path / "train", [EXAMPLE], Counter())
+        token_cache.build(tmp_path / "train", [EXAMPLE], Counter())
     finally:
         os.umask(before)
     assert (tmp_path / "train").stat().st_mode & 0o777 == 0o750
@@ -149,6 +149,6 @@ def test_what_a_killed_build_has_left_is_removed(tmp_path: Path):
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "key" / "train")], check=False).returncode == 9
     assert len(list((tmp_path / "key").iterdir())) == 1
     (tmp_path / "file").touch()
-    cache.remove_abandoned(tmp_path / "none")
-    cache.remove_abandoned(tmp_path)
+    token_cache.remove_abandoned(tmp_path / "none")
+    token_cache.remove_abandoned(tmp_path)
     assert list((tmp_path / "key").iterdir()) == []

@@ -13,7 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.curriculum import Stage
-from lrsa_lit.data.loading import TrainerSettings
+from lrsa_lit.data.loaders import TrainerSettings
 from lrsa_lit.data.policies import Packed
 
 LONGEST = BARE + max(LENGTHS["train"])

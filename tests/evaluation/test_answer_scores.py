@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrsa_lit.evaluation.answer_scores import exact_match, f1_score, normalize_answer, recall
 from lrsa_lit.evaluation.answers import scores
-from lrsa_lit.evaluation.metrics import exact_match, f1_score, normalize_answer, recall
 from lrsa_lit.evaluation.qa_score import QAScore
 
 
@@ -136,5 +136,5 @@ def test_losses_alone_and_parts_without_a_question():
 
 
 def test_the_functions_do_without_torch():
-    code = "import sys, lrsa_lit.evaluation.metrics, lrsa_lit.data.prompts; sys.exit('torch' in sys.modules)"
+    code = "import sys, lrsa_lit.evaluation.answer_scores, lrsa_lit.data.prompts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
