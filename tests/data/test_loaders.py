@@ -184,13 +184,3 @@ def test_a_curriculum_needs_whole_epochs(tokenizer: PreTrainedTokenizerFast):
     data.trainer.limit_train_batches = 3
     with refused("curriculum"):
         data.train_dataloader()
-
-
-@pytest.mark.parametrize(("way", "one"), [({}, True), ({"group_by_length": True}, False)])
-def test_batches_of_compiled_layers_have_one_length(tokenizer: PreTrainedTokenizerFast, way: dict[str, Any], one: bool):
-    data = built(tokenizer=tokenizer, max_tokens=4096, batch_size=3, **way)
-    data.trainer = on_rank(0, 1)
-    data.trainer.lightning_module = SimpleNamespace(backbone=SimpleNamespace(compile_layers=True))
-    shapes = {batch["input_ids"].shape[1] for batch in data.train_dataloader()}
-    assert (len(shapes) == 1) == one
-    assert not one or max(shapes) % 64 == 0

@@ -37,8 +37,6 @@ TOOLS = {
 """Commands with options of their own: each is a module of that name with a function ``run``."""
 
 _ASSIGNED = ("--config=", "-c=", "--plugins=")
-_MODULES: dict[str, str] = {}
-
 HELP = """\
 usage: lrsa [-h] [--version] COMMAND [options]
 
@@ -162,7 +160,7 @@ def _main(arguments: list[str]) -> None:
         _fail(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS | TOOLS)}")
     try:
         if arguments[0] in TOOLS:
-            importlib.import_module(_MODULES.get(arguments[0], f"lrsa_lit.cli.{arguments[0]}")).run(arguments[1:])
+            importlib.import_module(f"lrsa_lit.cli.{arguments[0]}").run(arguments[1:])
             return
         told = lightning_arguments(arguments[0], arguments[1:])
         # Lightning and transformers take seconds to import: not before there is something to run.
@@ -188,12 +186,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _out_of_memory(command: str, error: str) -> str:
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
-    training = "lower data.init_args.batch_size or max_tokens, or set model.backbone.gradient_checkpointing"
     remedy = {
         "ask": "shorten the text, or lower --top-k",
-        "fit": f"{training}; --estimate tells what a fit needs",
-        "study": "use fewer --workers, or lower data.init_args.batch_size in the study",
-        "sweep": training,
+        "fit": "lower data.init_args.batch_size or max_tokens, or set model.backbone.gradient_checkpointing; "
+        "--estimate tells what a fit needs",
     }.get(command, "lower data.init_args.eval_batch_size or max_tokens")
     return f"the device is out of memory{f' (it was asked for {asked[1]} more)' if asked else ''}; {remedy}"
 

@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lrsa_lit.data.collate import Batch, collate, collate_packed, collate_training
 from lrsa_lit.data.plan import EpochPlan
-from lrsa_lit.data.policies import FixedSize, Packed
+from lrsa_lit.data.policies import Packed
 from lrsa_lit.data.sampler import EpochSampler, ResumableLoader
 from lrsa_lit.errors import UserError
 from lrsa_lit.lightning_internals import divides_batches
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import lightning
 
     from lrsa_lit.data.prompts import Example
-
-_MULTIPLE = 64
-"""What the length of batches of one length is a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,6 @@ class TrainerSettings:
         batches_a_step: that gradients are accumulated over.
         limit: the batches after which an epoch is cut short, or the share of them; the float 1.0 leaves it whole.
         same_order: whether every epoch is the first one, to overfit on some batches.
-        compiled: whether the model's layers are compiled, anew for each new length of a batch.
     """
 
     rank: int = 0
@@ -46,7 +42,6 @@ class TrainerSettings:
     batches_a_step: int = 1
     limit: int | float = 1.0
     same_order: bool = False
-    compiled: bool = False
 
     @classmethod
     def of(cls, trainer: lightning.Trainer | None) -> TrainerSettings:
@@ -61,14 +56,13 @@ class TrainerSettings:
         shared = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         if shared["num_replicas"] > 1 and divides_batches(trainer):
             raise UserError("use_distributed_sampler", True, "false, as the data module divides the batches itself")
-        values, module = vars(trainer), getattr(trainer, "lightning_module", None)
+        values = vars(trainer)
         return cls(
             rank=shared["rank"],
             ranks=shared["num_replicas"],
             batches_a_step=values["accumulate_grad_batches"],
             limit=values["limit_train_batches"],
             same_order=bool(values["overfit_batches"]),
-            compiled=getattr(getattr(module, "backbone", None), "compile_layers", False),
         )
 
     def batches_of(self, epoch: int) -> int:
@@ -101,20 +95,12 @@ def training_loader(
             hint="only limit_train_batches=1.0 and overfit_batches=0 are allowed with it",
         )
     packed = isinstance(plan.policy, Packed)
-    length = _one_length(plan) if settings.compiled else 0
     return ResumableLoader(
         cast("Dataset[Example]", examples),
         batch_sampler=sampler,
-        collate_fn=collate_packed if packed else partial(collate_training, pad_token_id=pad_token_id, length=length),
+        collate_fn=collate_packed if packed else partial(collate_training, pad_token_id=pad_token_id),
         **_options(workers),
     )
-
-
-def _one_length(plan: EpochPlan) -> int:
-    """The length of all batches, so that layers are compiled for one alone; 0 where batches are made to differ."""
-    if plan.curriculum or not isinstance(plan.policy, FixedSize) or plan.policy.by_length:
-        return 0
-    return -(-max(plan.lengths) // _MULTIPLE) * _MULTIPLE
 
 
 def evaluation_loader(
