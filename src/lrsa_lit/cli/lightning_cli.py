@@ -246,7 +246,7 @@ class LRSACLI(OpenCLI):
             trainer = super().build_trainer(config, [*callbacks, *always])
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             # ImportError: the library of an accelerator, a strategy or a profiler is not installed.
-            raise first_user_error(error) or UserError(f"trainer: {one_line(str(error))}") from error
+            raise first_user_error(error) or UserError("trainer", reason=one_line(str(error))) from error
         if self.subcommand == "fit":
             kept = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
             trainer.callbacks = [MonitoredMetrics(), *kept]  # type: ignore[attr-defined]

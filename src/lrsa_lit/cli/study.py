@@ -129,7 +129,7 @@ def _data(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     if not options.minutes >= 0:  # nor NaN
-        raise UserError(f"--minutes: {options.minutes} is not allowed; it must be at least 0")
+        raise UserError("--minutes", options.minutes, "at least 0")
     from lrsa_lit.experiments.on_ray import executor
 
     runner = _runner(options)

@@ -60,5 +60,5 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add_on(parser)
     options, rest = parser.parse_known_args(arguments)
     if printing := [option for option in rest if option.startswith("--print_")]:
-        raise UserError(f"{printing[0]}: it is not allowed in a sweep; lrsa fit has it")
+        raise UserError(printing[0], reason="it is not allowed in a sweep; lrsa fit has it")
     return options, rest

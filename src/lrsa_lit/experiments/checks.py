@@ -80,7 +80,7 @@ def _check(where: str, given: Any, kinds: Mapping[str, Kind] | None, needed: Col
         raise UserError(where, given, _SETTINGS.allowed)
     kinds = dict.fromkeys(given, _or_null(_SETTINGS)) if kinds is None else kinds
     if missing := [name for name in needed if name not in given]:
-        raise UserError(f"{where}: {missing[0]} is missing")
+        raise UserError(where, reason=f"{missing[0]} is missing")
     if unknown := sorted(map(str, given.keys() - set(kinds))):
         raise UserError(where, reason=f"there is no setting {unknown[0]!r}; allowed are {', '.join(sorted(kinds))}")
     for name, value in given.items():

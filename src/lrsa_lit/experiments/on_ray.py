@@ -133,7 +133,9 @@ def gpus_of(trainer: Mapping[str, Any], cluster: Mapping[str, float], largest: i
     count = str(len(devices) if isinstance(devices, list) else devices)
     asked = int(count) if count.isdecimal() else largest
     if asked > largest:
-        raise UserError(f"trainer.devices: {devices} is not allowed; the machines of the cluster have up to {largest}")
+        raise UserError(
+            "trainer.devices", devices, reason=f"is not allowed; the machines of the cluster have up to {largest}"
+        )
     return asked
 
 
@@ -143,7 +145,7 @@ def _gpus(node: Mapping[str, Any]) -> int:
 
 def _connected(address: str) -> Any:
     if importlib.util.find_spec("ray") is None:
-        raise UserError(f"{_KEY}: {address} needs Ray, which is not installed; pip install 'lrsa-lit[ray]'")
+        raise UserError(_KEY, address, reason="needs Ray, which is not installed; pip install 'lrsa-lit[ray]'")
     found = urlsplit(address)
     if address != "ray":
         _check_answers(address, found.hostname, found.port)
@@ -155,17 +157,17 @@ def _connected(address: str) -> Any:
     try:
         ray.init(None if address == "ray" else address, log_to_driver=True, include_dashboard=False)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{_KEY}: {address} does not answer ({message_of(error)})") from None
+        raise UserError(_KEY, address, reason=f"does not answer ({message_of(error)})") from None
     return ray
 
 
 def _check_answers(address: str, host: str | None, port: int | None) -> None:
     if not address.startswith("ray://") or not host or not port:
-        raise UserError(f"{_KEY}: {address!r} is not allowed; it must be ray, or ray://HOST:PORT")
+        raise UserError(_KEY, address, "ray, or ray://HOST:PORT")
     try:
         socket.create_connection((host, port), _ANSWER_SECONDS).close()
     except OSError as error:
-        raise UserError(f"{_KEY}: {address} does not answer ({error.strerror or error})") from None
+        raise UserError(_KEY, address, reason=f"does not answer ({error.strerror or error})") from None
 
 
 def _run(arguments: list[str], environment: Mapping[str, str], folder: str) -> int:

@@ -128,5 +128,5 @@ def logger_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
     logger = trainer.get("logger")
     settings: dict[str, Any] = (logger.get("init_args") or {}) if isinstance(logger, dict) else {}
     if "experiment_name" not in settings or "tracking_uri" not in settings:
-        raise UserError(f"trainer.logger: {json.dumps(logger)} is not allowed here; it must be MLflowRun")
+        raise UserError("trainer.logger", reason=f"{json.dumps(logger)} is not allowed here", allowed="MLflowRun")
     return settings

@@ -68,7 +68,7 @@ class Results:
         """Refuse, before there is a result, a file that cannot be written."""
         check_writable("--out", self.path, self.path.absolute().parent)
         if self.path.exists() and not os.access(self.path, os.W_OK):
-            raise UserError(f"--out: {self.path} cannot be written (it is read-only)")
+            raise UserError("--out", self.path, reason="cannot be written (it is read-only)")
 
     def append(self, line: Line) -> None:
         """Write a line, and wait until it is on the disk.
@@ -86,7 +86,7 @@ class Results:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f"--out: {self.path} cannot be written ({error.strerror})") from error
+            raise UserError("--out", self.path, reason=f"cannot be written ({error.strerror})") from error
         self.lines.append(line)
         self._known.add(key_of(line))
         self._weights |= _last_weights([line])
@@ -109,14 +109,16 @@ def read_lines(path: Path) -> list[Line]:
     try:
         *texts, last = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{path}: it cannot be read ({error.strerror})") from None
+        raise UserError(str(path), reason=f"it cannot be read ({error.strerror})") from None
     if not _is_cut_off(last):
         texts.append(last)
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
             if lacking := [name for name in _FIELDS[line["kind"]] if name not in line]:
-                raise UserError(f"{path}, line {number}: it lacks {lacking[0]!r}, which each {line['kind']} has")
+                raise UserError(
+                    f"{path}, line {number}", reason=f"it lacks {lacking[0]!r}, which each {line['kind']} has"
+                )
             if line["kind"] == "evaluation":
                 # Lines from before losses could be asked for alone do not say it.
                 line.setdefault("generated", bool(line["text"]))
@@ -124,7 +126,7 @@ def read_lines(path: Path) -> list[Line]:
             line.setdefault("weights", "")
             found[key_of(line)] = line
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: it is no result of a study") from None
+            raise UserError(f"{path}, line {number}", reason="it is no result of a study") from None
     return list(found.values())
 
 

@@ -189,8 +189,9 @@ class Runner:
         expected = self.questions.facts(first.data_set, first.split).digest
         if part["set_digest"] != expected:
             raise UserError(
-                f"--data: the examples of {first.data_set}/{first.split} have changed from {expected} to "
-                f"{part['set_digest']}; run `lrsa study data` again"
+                "--data",
+                reason=f"the examples of {first.data_set}/{first.split} have changed from {expected} to "
+                f"{part['set_digest']}; run `lrsa study data` again",
             )
         names = {rule["rule_digest"]: name for name, rule in reversed(about["attentions"].items())}
         for item in group:
@@ -299,7 +300,7 @@ def _check_among(option: str, asked: Iterable[str | int], works: Iterable[str | 
     allowed = dict.fromkeys(works)
     if unknown := [value for value in asked if value not in allowed]:
         raise UserError(
-            f"{option}: {unknown[0]!r} is not allowed; {', '.join(parts)} has {', '.join(map(str, allowed))}"
+            option, unknown[0], reason=f"is not allowed; {', '.join(parts)} has {', '.join(map(str, allowed))}"
         )
 
 

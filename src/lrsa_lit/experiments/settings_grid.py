@@ -43,20 +43,20 @@ def parse(axes: Sequence[str]) -> dict[str, list[str]]:
         UserError: no axis, no or empty values, or something that stands twice.
     """
     if not axes:
-        raise UserError(f"{FLAG}: none is given; at least one KEY=VALUE,VALUE is needed")
+        raise UserError(FLAG, reason="none is given; at least one KEY=VALUE,VALUE is needed")
     grid: dict[str, list[str]] = {}
     for axis in axes:
         key, _, text = axis.partition("=")
         if key in grid:
-            raise UserError(f"{FLAG}: {key} stands twice; give all its values in one {FLAG}")
+            raise UserError(FLAG, key, reason=f"stands twice; give all its values in one {FLAG}")
         if key.startswith(_LOGGER):
-            raise UserError(f"{FLAG}: {key} is not allowed; the runs of a sweep stand in one store and experiment")
+            raise UserError(FLAG, key, reason="is not allowed; the runs of a sweep stand in one store and experiment")
         values = _values(key, text)
         # YAML allows a comma at the end, which rather is a value that was forgotten.
         if not key or not values or text.rstrip().endswith(","):
-            raise UserError(f"{FLAG}: {axis!r} is not allowed; it must be KEY=VALUE,VALUE without empty values")
+            raise UserError(FLAG, axis, "KEY=VALUE,VALUE without empty values")
         if doubled := [value for value in values if values.count(value) > 1]:
-            raise UserError(f"{FLAG}: {key} has the value {doubled[0]} twice; each must be another one")
+            raise UserError(FLAG, key, reason=f"has the value {doubled[0]} twice; each must be another one")
         grid[key] = values
     return grid
 

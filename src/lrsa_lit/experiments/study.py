@@ -163,7 +163,7 @@ class Study:
     def row(self, name: str) -> Row:
         """A row by its name."""
         if name not in self.rows:
-            raise UserError(f"{self.name}: there is no row {name!r}; there are {', '.join(self.rows)}")
+            raise UserError(self.name, reason=f"there is no row {name!r}; there are {', '.join(self.rows)}")
         return self.rows[name]
 
     def work(self, *parts: str) -> list[Work]:
@@ -185,7 +185,7 @@ class Study:
     def _work(self, part: str) -> Iterator[Work]:
         """Of one part; the same attention may stand under several names."""
         if part not in self.parts:
-            raise UserError(f"--part: {part!r} is not allowed; {self.name} has {', '.join(self.parts)}")
+            raise UserError("--part", part, reason=f"is not allowed; {self.name} has {', '.join(self.parts)}")
         asked = self.parts[part]
         rows = [self.row(name) for name in asked["rows"]]
         if (against := asked.get("against")) is not None:
@@ -203,7 +203,7 @@ class Study:
             UserError: there is none of that name, which stands at ``where``.
         """
         if attention != OWN and attention not in self.inference:
-            raise UserError(f"{where}: there is no {attention!r} in inference")
+            raise UserError(where, reason=f"there is no {attention!r} in inference")
         return row.rule if attention == OWN else self.inference[attention]
 
     def generates(self, data_set: str, part: str | None = None) -> bool:
@@ -249,7 +249,7 @@ class Study:
         evaluations = []
         for data_set in asked["sets"]:
             if data_set not in self.data_sets:
-                raise UserError(f"parts.{part}.sets: there is no data set {data_set!r} in data_sets")
+                raise UserError(f"parts.{part}.sets", reason=f"there is no data set {data_set!r} in data_sets")
             for name in self.named(asked["inference"]):
                 rule = self.rule_of(row, name, f"parts.{part}.inference")
                 evaluations.append(Evaluation(name, rule, data_set, split, self.generates(data_set, part)))
@@ -259,7 +259,7 @@ class Study:
         overlay = changes | {"data": self._data(name, changes.get("data") or {})}
         given = self._given(f"rows.{name}: ", self.overlay, overlay)
         if given["trainer"]["max_steps"] and not given["data"]["init_args"]["weights"]:
-            raise UserError(f"{self.name}: rows.{name}.data.init_args.weights: nothing is left to train on")
+            raise UserError(self.name, reason=f"rows.{name}.data.init_args.weights: nothing is left to train on")
         attention = given["model"].get("train_attention", {})
         rule = None if attention is None else self.rule(f"rows.{name}.model.train_attention", attention)
         return Row(name, overlay, given, rule)
@@ -268,11 +268,11 @@ class Study:
         """A row's data, with the data sets that have a share: an overlay leaves one below it out with 0."""
         below = self.overlay.get("data", {})
         if (kind := {**below, **changes}.get("class_path", MIXTURE)) != MIXTURE:
-            raise UserError(f"{self.name}: data.class_path: {kind!r} is not allowed; rows train on a {MIXTURE}")
+            raise UserError(self.name, reason=f"data.class_path: {kind!r} is not allowed; rows train on a {MIXTURE}")
         arguments: list[Settings] = [data.get("init_args") or {} for data in (below, changes)]
         shares = {name: share for each in arguments for name, share in (each.get("weights") or {}).items()}
         if unknown := [name for name in shares if name not in self.data_sets]:
-            raise UserError(f"{self.name}: rows.{row}: data_sets has no {unknown[0]!r}")
+            raise UserError(self.name, reason=f"rows.{row}: data_sets has no {unknown[0]!r}")
         weights = {name: share for name, share in shares.items() if share}
         named = {name: self.data_set(name) for name in weights}
         # What is evaluated, and when, is up to the parts.
@@ -283,7 +283,7 @@ class Study:
         try:
             given = self.fit_settings.given(self.arguments, overlays)
         except UserError as error:
-            raise UserError(f"{self.name}: {where}{error}") from None
+            raise UserError(self.name, reason=f"{where}{error}") from None
         if given["model"].get("lrsa") is None:
             raise UserError(f"{self.name}: {where}model.lrsa", allowed="settings", reason="null is not allowed")
         return given
@@ -295,7 +295,7 @@ def _read(name: str) -> Settings:
     try:
         path = Path(name) if Path(name).is_file() else shipped(name)
     except FileNotFoundError:
-        raise UserError(f"{name}: it is no file here, nor a shipped one") from None
+        raise UserError(name, reason="it is no file here, nor a shipped one") from None
     content = read_settings(path)
     check_study(name, content)
     check_class_paths("", content)

@@ -125,10 +125,10 @@ class Sweep:
 def _check_fits(points: Sequence[Point]) -> None:
     """Refuse, wherever it is set, what leaves a sweep without fits of its own."""
     if any(point.config.get("ckpt_path") for point in points):
-        raise UserError("--ckpt_path: it is not allowed in a sweep, whose fits would all resume the same run")
+        raise UserError("--ckpt_path", reason="it is not allowed in a sweep, whose fits would all resume the same run")
     if any(point.config.get("estimate") for point in points):
-        raise UserError("--estimate: it is not allowed in a sweep; lrsa fit estimates one point")
+        raise UserError("--estimate", reason="it is not allowed in a sweep; lrsa fit estimates one point")
     if run_id := logger_of(points[0].config["trainer"]).get("run_id"):
         raise UserError(
-            f"{URI_KEY.rpartition('.')[0]}.run_id: {run_id} is not allowed in a sweep; each fit has its own"
+            f"{URI_KEY.rpartition('.')[0]}.run_id", run_id, reason="is not allowed in a sweep; each fit has its own"
         )
