@@ -124,15 +124,15 @@ def test_rows_that_are_not_contiguous():
 
 def test_a_slice_of_several_blocks():
     query, key, value = buffers(1, 1, 2, 9000, 16)
-    cut = decode_kernels._cut_for(16, query.dtype, 2, 1, 9000)
-    assert cut.splits == 128
-    assert cut.splits * cut.columns < 8999
+    tile, splits = decode_kernels._cut_for(16, query.dtype, 2, 1, 9000)
+    assert splits == 128
+    assert splits * tile.columns < 8999
     assert_exact(query, key, value, 8999)
 
 
 def test_one_slice_only():
     query, key, value = buffers(1, 135, 2, 100, 16)
-    assert decode_kernels._cut_for(16, query.dtype, 2, 135, 100).splits == 1
+    assert decode_kernels._cut_for(16, query.dtype, 2, 135, 100)[1] == 1
     assert_exact(query, key, value, 99)
 
 

@@ -9,17 +9,15 @@ Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, D head_dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.triton.device_functions import LOWEST, load_rows
-from lrsa_lit.ops.sparse_attention.triton.forward_kernel import _attend_block
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import precision_of
+from lrsa_lit.ops.sparse_attention.triton.device_functions import LOWEST, load_rows, load_tile
+from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_block
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, positive_scale, row_strides, with_rows
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
 
 _PROGRAMS = 2 * 132
 """Programs wanted: enough loads under way to saturate the memory of a GPU with 132 multiprocessors."""
@@ -27,22 +25,6 @@ _MOST_SPLITS = 128
 _CHANNELS = 32
 """Channels that one program of the second kernel joins."""
 _INTEGERS = ["stride_lb", "heads", "group"]
-
-
-class _Cut(NamedTuple):
-    """How the first kernel is cut.
-
-    Attributes:
-        rows: query heads of one group that a program holds, at least the 16 that a matrix product needs.
-        columns: keys that it takes in per step.
-        stages: num_stages.
-        splits: programs among which the keys of one head are divided.
-    """
-
-    rows: int
-    columns: int
-    stages: int
-    splits: int
 
 
 @torch.library.custom_op("lrsa_lit::attend_one", mutates_args=())
@@ -60,56 +42,26 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
     Returns:
         (B, Hq, 1, D) in the query's dtype, contiguous.
     """
-    # The kernels take the maximum of the scores before they scale them.
-    if scale < 0:
-        query, scale = -query, -scale
-    # Masked scores are minus infinity, which zero would turn into NaN.
-    scale_log2 = max(scale, 1e-30) * LOG2_E
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    query, scale = positive_scale(query, scale)
+    scale_log2 = scale * LOG2_E
+    query, key, value = with_rows(query), with_rows(key), with_rows(value)
     batch, query_heads, _, dim = query.shape
     heads, capacity = key.shape[1:3]
     length = length.expand(batch)
     group, rows = query_heads // heads, batch * query_heads
-    cut = _cut_for(dim, query.dtype, group, batch * heads, capacity)
-    padded = triton.next_power_of_2(dim)
-    partial_output = query.new_empty((cut.splits, rows, dim), dtype=torch.float32)
+    tile, splits = _cut_for(dim, query.dtype, group, batch * heads, capacity)
+    partial_output = query.new_empty((splits, rows, dim), dtype=torch.float32)
     # Maximum and sum, not the log-sum-exp: see _join_kernel.
-    partial_max, partial_sum = query.new_empty((2, cut.splits, rows), dtype=torch.float32)
-    _slice_kernel[(cut.splits, batch * heads, triton.cdiv(group, cut.rows))](
-        query,
-        key,
-        value,
-        length,
-        partial_output,
-        partial_max,
-        partial_sum,
-        *query.stride()[:2],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        length.stride(0),
-        heads,
-        group,
-        scale_log2,
-        DIM=dim,
-        PADDED=padded,
-        PRECISION=precision_of(dim),
-        BLOCK_M=cut.rows,
-        BLOCK_N=cut.columns,
-        num_warps=4,
-        num_stages=cut.stages,
-    )
+    partial_max, partial_sum = query.new_empty((2, splits, rows), dtype=torch.float32)
+    _slice_kernel[(splits, batch * heads, triton.cdiv(group, tile.rows))](
+        query, key, value, length, partial_output, partial_max, partial_sum,
+        *query.stride()[:2], *row_strides(key, value), length.stride(0), heads, group, scale_log2,
+        **tile.options(dim),
+    )  # fmt: skip
     output = query.new_empty(query.shape)
-    block = min(padded, _CHANNELS)
+    block = min(triton.next_power_of_2(dim), _CHANNELS)
     _join_kernel[(rows, triton.cdiv(dim, block))](
-        partial_output,
-        partial_max,
-        partial_sum,
-        output,
-        scale_log2,
-        DIM=dim,
-        BLOCK=block,
-        SPLITS=cut.splits,
-        num_warps=4,
+        partial_output, partial_max, partial_sum, output, scale_log2, DIM=dim, BLOCK=block, SPLITS=splits
     )
     return output
 
@@ -119,8 +71,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -
     return query.new_empty(query.shape)
 
 
-def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacity: int) -> _Cut:
-    """Blocks that fit registers and shared memory twice per multiprocessor; splits that fill the device."""
+def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacity: int) -> tuple[Tile, int]:
+    """Blocks that fit registers and shared memory twice per multiprocessor; splits of the keys that fill the device.
+
+    A tile's rows are query heads of one group, at least the 16 that a matrix product needs; its columns are keys.
+    """
     rows = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
         rows, columns, stages = (min(rows, 16), 16, 2) if dim > 128 else (min(rows, 32), 32, 2)
@@ -130,39 +85,17 @@ def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacit
         rows, columns, stages = min(rows, 64), 128 if dim <= 64 and rows == 16 else 64, 3
     wanted = max(_PROGRAMS // max(batch_heads * triton.cdiv(group, rows), 1), 1)
     # The power of two at or below what is wanted, at most one split per block.
-    splits = 1 << (wanted.bit_length() - 1)
-    return _Cut(
-        rows, columns, stages, min(splits, triton.next_power_of_2(triton.cdiv(capacity, columns)), _MOST_SPLITS)
-    )
+    splits = min(1 << (wanted.bit_length() - 1), triton.next_power_of_2(triton.cdiv(capacity, columns)), _MOST_SPLITS)
+    return Tile(rows, columns, 4, stages), splits
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _slice_kernel(
-    p_query,
-    p_key,
-    p_value,
-    p_length,
-    p_partial_output,
-    p_partial_max,
-    p_partial_sum,
-    stride_qb,
-    stride_qh,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_lb,
-    heads,
-    group,
-    scale_log2,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    p_query, p_key, p_value, p_length, p_partial_output, p_partial_max, p_partial_sum,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_lb,
+    heads, group, scale_log2,
+    DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     """One program per slice of the keys, key-value head, and BLOCK_M of its query heads: keys and values are read once.
 
     Leaves per query head the highest score, the sum of exponentials relative to it, and the values weighted by them.
@@ -180,9 +113,8 @@ def _slice_kernel(
     o_dim = tl.arange(0, PADDED)
     o_n = tl.arange(0, BLOCK_N)
     o_h = i_kv * group + o_g
-    m_query = m_g[:, None] & (o_dim < DIM)[None, :]
     # [BLOCK_M, PADDED]
-    b_query = tl.load(p_query + i_b * stride_qb + o_h[:, None] * stride_qh + o_dim[None, :], mask=m_query, other=0.0)
+    b_query = load_tile(p_query + i_b * stride_qb, o_h, stride_qh, m_g, DIM, PADDED)
     b_output = tl.zeros([BLOCK_M, PADDED], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -193,7 +125,7 @@ def _slice_kernel(
         b_key = load_rows(p_key, i_n, stride_kt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
         b_value = load_rows(p_value, i_n, stride_vt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
         m_filled = (i_n + o_n < i_to)[None, :]
-        b_output, b_sum, b_max = _attend_block(
+        b_output, b_sum, b_max = attend_block(
             (b_output, b_sum, b_max), (b_query,), b_key, b_value, m_filled, scale_log2, PRECISION
         )
 
@@ -203,21 +135,15 @@ def _slice_kernel(
     # An empty slice is known by its sum, zero, and its output never read.
     p_partial_output += o_row[:, None] * DIM + o_dim[None, :]
     # Compared as a block: the interpreter of triton 3.9 makes an integer of two compared scalars.
-    m_query &= tl.zeros([1, 1], tl.int32) + i_from < i_to
-    tl.store(p_partial_output, b_output, mask=m_query)
+    m_some = tl.zeros([1, 1], tl.int32) + i_from < i_to
+    tl.store(p_partial_output, b_output, mask=m_g[:, None] & (o_dim < DIM)[None, :] & m_some)
 
 
 @triton.jit
 def _join_kernel(
-    p_partial_output,
-    p_partial_max,
-    p_partial_sum,
-    p_output,
-    scale_log2,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    p_partial_output, p_partial_max, p_partial_sum, p_output, scale_log2,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
     """One program per query head and BLOCK of its channels.
 
     Slices are weighted by the difference of their maxima, subtracted before it is scaled as within a slice: logarithms

@@ -90,6 +90,34 @@ def masked_block(step, start, begin, end):
 
 
 @triton.jit
+def query_tile(p_tiles, p_sequences, n_batch_heads, heads, BLOCK_M: tl.constexpr):
+    """Which tile of queries of which head a program works on; the heads of a tile run together and share keys in L2.
+
+    Returns batch, head, and the number of the two; row of the sequence table; row of position 0, first position, all
+    positions [BLOCK_M], which of them hold a query, and the range of those.
+    """
+    i_tile, i_bh = tl.program_id(0) // n_batch_heads, tl.program_id(0) % n_batch_heads
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    p_sequence = p_sequences + tl.load(p_tiles + i_tile * 2) * COLUMNS
+    i_first = tl.load(p_tiles + i_tile * 2 + 1)
+    i_row = tl.load(p_sequence + QUERY_ROW)
+    i_low = tl.maximum(i_first, tl.load(p_sequence + QUERY_FROM))
+    i_high = tl.minimum(i_first + BLOCK_M, tl.load(p_sequence + QUERY_TO))
+    # Rows in front of the first query repeat it: they are never stored.
+    o_t = tl.maximum(i_first + tl.arange(0, BLOCK_M), i_low)
+    m_t = (i_first + tl.arange(0, BLOCK_M) >= i_low) & (o_t < i_high)
+    return i_b, i_h, i_bh.to(tl.int64), p_sequence, i_row, i_first, o_t, m_t, i_low, i_high
+
+
+@triton.jit
+def load_tile(p_base, o_row, stride, m_row, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows ``o_row`` of a matrix of DIM columns: [rows, PADDED], zero where not ``m_row`` and from column DIM on."""
+    o_dim = tl.arange(0, PADDED)
+    m_tile = m_row[:, None] & (o_dim < DIM)[None, :]
+    return tl.load(p_base + o_row[:, None] * stride + o_dim[None, :], mask=m_tile, other=0.0)
+
+
+@triton.jit
 def load_rows(
     p_base, row, stride, count, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -113,6 +141,16 @@ def load_rows(
 
 
 @triton.jit
+def load_block(d_base, i_b, i_head, p_base, row, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """Whole rows ``row`` … of one head: by its descriptor, or from ``p_base`` on where it has none."""
+    if d_base is None:
+        b_rows = load_rows(p_base, row, stride, BLOCK, DIM, BLOCK, PADDED, False)
+    else:
+        b_rows = d_base.load([i_b.to(tl.int32), i_head.to(tl.int32), row, 0]).reshape(BLOCK, PADDED)
+    return b_rows
+
+
+@triton.jit
 def store_rows(p_base, row, stride, m_row, b_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
     """Store [BLOCK, PADDED] as rows ``row`` … of a matrix of DIM columns, where ``m_row``."""
     o_row = tl.arange(0, BLOCK)
@@ -122,13 +160,38 @@ def store_rows(p_base, row, stride, m_row, b_rows, DIM: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def walk(
-    state, tile, source, seen, rule, scale_log2, STEP: tl.constexpr, COMPACT: tl.constexpr, DIM: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+def walk_sources(
+    state, tile, seen, place, compact, raw, rule, scale_log2,
+    STEP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Fold STEP over the blocks of keys of one source that a tile of queries sees: full blocks, then masked ones."""
-    p_key, p_value, stride_k, stride_v, d_key, d_value, i_b, i_head, i_row = source
+    """Fold STEP over all blocks of keys that a tile of queries sees: of the compact buffer, then of the raw tokens.
+
+    ``state`` is what STEP(state, tile, key, value, mask, scale_log2, PRECISION) returns, ``tile`` what it knows of the
+    queries; ``seen`` are their positions, and the range of those that hold one; ``place`` is batch, key-value head, and
+    row of the sequence table. ``compact`` points to keys and values of the head, with row strides and descriptors;
+    ``raw`` points to those of all heads, with strides of B, H and T.
+    """
+    i_row = tl.load(place[2] + COMPACT_ROW)
+    state = _walk(
+        state, tile, seen, place, i_row, compact, rule, scale_log2, STEP, True, DIM, PADDED, PRECISION, BLOCK_N
+    )
+    i_row = tl.load(place[2] + KEY_ROW)
+    p_key, p_value, key_strides, value_strides, d_key, d_value = raw
+    p_key += place[0] * key_strides[0] + place[1] * key_strides[1]
+    p_value += place[0] * value_strides[0] + place[1] * value_strides[1]
+    raw = p_key, p_value, key_strides[2], value_strides[2], d_key, d_value
+    return _walk(state, tile, seen, place, i_row, raw, rule, scale_log2, STEP, False, DIM, PADDED, PRECISION, BLOCK_N)
+
+
+@triton.jit
+def _walk(
+    state, tile, seen, place, i_row, source, rule, scale_log2, STEP: tl.constexpr, COMPACT: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """:func:`walk_sources` of one source: full blocks, then masked ones."""
     o_t, i_low, i_high = seen
+    i_b, i_head, _ = place
+    p_key, p_value, stride_k, stride_v, d_key, d_value = source
     sink, lag, keep, chunk = rule
     i_start, i_full_to = visible_range(i_low, sink, lag, keep, chunk, COMPACT)
     i_full_from, i_stop = visible_range(i_high - 1, sink, lag, keep, chunk, COMPACT)
@@ -137,12 +200,8 @@ def walk(
     o_n = tl.arange(0, BLOCK_N)
     for i_n in range(i_begin, i_end, BLOCK_N):
         # [BLOCK_N, PADDED]
-        if d_key is None:
-            b_key = load_rows(p_key, i_row + i_n, stride_k, BLOCK_N, DIM, BLOCK_N, PADDED, False)
-            b_value = load_rows(p_value, i_row + i_n, stride_v, BLOCK_N, DIM, BLOCK_N, PADDED, False)
-        else:
-            b_key = d_key.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
-            b_value = d_value.load([i_b, i_head, i_row + i_n, 0]).reshape(BLOCK_N, PADDED)
+        b_key = load_block(d_key, i_b, i_head, p_key, i_row + i_n, stride_k, DIM, BLOCK_N, PADDED)
+        b_value = load_block(d_value, i_b, i_head, p_value, i_row + i_n, stride_v, DIM, BLOCK_N, PADDED)
         state = STEP(state, tile, b_key, b_value, None, scale_log2, PRECISION)
     for i_step in range(0, n_masked, BLOCK_N):
         i_n = masked_block(i_step, i_start, i_begin, i_end)

@@ -12,18 +12,14 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
 from lrsa_lit.ops.sparse_attention.triton.device_functions import (
-    COLUMNS,
-    COMPACT_ROW,
-    KEY_ROW,
     LOWEST,
-    QUERY_FROM,
-    QUERY_ROW,
-    QUERY_TO,
+    load_tile,
+    query_tile,
     store_rows,
-    walk,
+    walk_sources,
 )
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, row_descriptor
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, row_descriptors, row_strides
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
 
 _INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"]
@@ -62,126 +58,44 @@ def attend_forward(
         return output, lse
     tile = tiles_for(dim, query.dtype).forward
     table = query_tiles(geometry, query.device, tile.rows)
-    padded = triton.next_power_of_2(dim)
     _forward_kernel[(len(table) * batch * query_heads,)](
-        query,
-        key,
-        value,
-        compact_key,
-        compact_value,
-        *(row_descriptor(tensor, tile.columns, padded) for tensor in (key, value, compact_key, compact_value)),
-        output,
-        lse,
-        table,
-        sequence_table(geometry, query.device),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *output.stride()[:3],
-        batch * query_heads,
-        query_heads,
-        query_heads // heads,
-        queries,
-        compact_key.shape[2],
-        *geometry.rule,
-        scale * LOG2_E,
-        DIM=dim,
-        PADDED=padded,
-        PRECISION=precision_of(dim),
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        *tensors, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *tensors[1:]), output, lse,
+        table, sequence_table(geometry, query.device), *row_strides(query, key, value, output),
+        batch * query_heads, query_heads, query_heads // heads, queries, compact_key.shape[2],
+        *geometry.rule, scale * LOG2_E, **tile.options(dim),
+    )  # fmt: skip
     return output, lse
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _forward_kernel(
-    p_query,
-    p_key,
-    p_value,
-    p_compact_key,
-    p_compact_value,
-    d_key,
-    d_value,
-    d_compact_key,
-    d_compact_value,
-    p_output,
-    p_lse,
-    p_tiles,
-    p_sequences,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    n_batch_heads,
-    heads,
-    group,
-    n_queries,
-    n_rows,
-    sink,
-    lag,
-    keep,
-    chunk,
-    scale_log2,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program per tile of queries and query head; the heads of a tile run together and share its keys in L2."""
-    i_tile, i_bh = tl.program_id(0) // n_batch_heads, tl.program_id(0) % n_batch_heads
-    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    i_kv = i_h // group
-    p_sequence = p_sequences + tl.load(p_tiles + i_tile * 2) * COLUMNS
-    i_first = tl.load(p_tiles + i_tile * 2 + 1)
-    i_query_row = tl.load(p_sequence + QUERY_ROW)
-    i_low = tl.maximum(i_first, tl.load(p_sequence + QUERY_FROM))
-    i_high = tl.minimum(i_first + BLOCK_M, tl.load(p_sequence + QUERY_TO))
-    # Rows in front of the first query repeat it: they are never stored.
-    o_t = tl.maximum(i_first + tl.arange(0, BLOCK_M), i_low)
-    m_t = (i_first + tl.arange(0, BLOCK_M) >= i_low) & (o_t < i_high)
-    o_row = (i_query_row + o_t).to(tl.int64)
-    o_dim = tl.arange(0, PADDED)
-
-    p_query += i_b * stride_qb + i_h * stride_qh
-    # [BLOCK_M, PADDED]
-    b_query = tl.load(
-        p_query + o_row[:, None] * stride_qt + o_dim[None, :], mask=m_t[:, None] & (o_dim < DIM)[None, :], other=0.0
+    p_query, p_key, p_value, p_compact_key, p_compact_value, d_key, d_value, d_compact_key, d_compact_value,
+    p_output, p_lse, p_tiles, p_sequences,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
+    n_batch_heads, heads, group, n_queries, n_rows, sink, lag, keep, chunk, scale_log2,
+    DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Output and log-sum-exp of one tile of queries of one head."""
+    i_b, i_h, i_bh, p_sequence, i_query_row, i_first, o_t, m_t, i_low, i_high = query_tile(
+        p_tiles, p_sequences, n_batch_heads, heads, BLOCK_M
     )
+    i_kv = i_h // group
+    o_row = (i_query_row + o_t).to(tl.int64)
+    # [BLOCK_M, PADDED]
+    b_query = load_tile(p_query + i_b * stride_qb + i_h * stride_qh, o_row, stride_qt, m_t, DIM, PADDED)
     state = (
         tl.zeros([BLOCK_M, PADDED], tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
         tl.full([BLOCK_M], LOWEST, tl.float32),
     )
-    tile, seen, rule = (b_query,), (o_t, i_low, i_high), (sink, lag, keep, chunk)
-    place = i_b.to(tl.int32), i_kv.to(tl.int32)
     o_compact = (i_b * (heads // group) + i_kv) * n_rows * DIM
     compact = p_compact_key + o_compact, p_compact_value + o_compact, DIM, DIM, d_compact_key, d_compact_value
-    i_row = tl.load(p_sequence + COMPACT_ROW)
-    state = walk(
-        state, tile, compact + place + (i_row,), seen, rule, scale_log2,
-        _attend_block, True, DIM, PADDED, PRECISION, BLOCK_N,
+    raw = p_key, p_value, (stride_kb, stride_kh, stride_kt), (stride_vb, stride_vh, stride_vt), d_key, d_value
+    b_output, b_sum, b_max = walk_sources(
+        state, (b_query,), (o_t, i_low, i_high), (i_b, i_kv, p_sequence), compact, raw, (sink, lag, keep, chunk),
+        scale_log2, attend_block, DIM, PADDED, PRECISION, BLOCK_N,
     )  # fmt: skip
-    p_key += i_b * stride_kb + i_kv * stride_kh
-    p_value += i_b * stride_vb + i_kv * stride_vh
-    raw = p_key, p_value, stride_kt, stride_vt, d_key, d_value
-    i_row = tl.load(p_sequence + KEY_ROW)
-    state = walk(
-        state, tile, raw + place + (i_row,), seen, rule, scale_log2,
-        _attend_block, False, DIM, PADDED, PRECISION, BLOCK_N,
-    )  # fmt: skip
-    b_output, b_sum, b_max = state
 
     p_output += i_b * stride_ob + i_h * stride_oh
     if b_query.dtype == tl.float32:
@@ -189,12 +103,11 @@ def _forward_kernel(
     else:
         b_output *= (1.0 / b_sum)[:, None]
     store_rows(p_output, i_query_row + i_first, stride_ot, m_t, b_output, DIM, BLOCK_M, PADDED)
-    p_lse += i_bh.to(tl.int64) * n_queries
-    tl.store(p_lse + o_row, b_max * scale_log2 + tl.log2(b_sum), mask=m_t)
+    tl.store(p_lse + i_bh * n_queries + o_row, b_max * scale_log2 + tl.log2(b_sum), mask=m_t)
 
 
 @triton.jit
-def _attend_block(state, tile, b_key, b_value, m_visible, scale_log2, PRECISION: tl.constexpr):
+def attend_block(state, tile, b_key, b_value, m_visible, scale_log2, PRECISION: tl.constexpr):
     """One step of the online softmax, in base 2."""
     b_output, b_sum, b_max = state
     (b_query,) = tile

@@ -17,6 +17,7 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     PARTITION_ROW,
     PARTITIONS,
 )
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import row_strides
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_rows, partition_table, sequence_table
 
 _INTEGERS = ["heads", "n_partitions", "n_rows", "sink", "lag", "keep"]
@@ -42,53 +43,19 @@ def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry
         return compact_key, compact_value
     table = partition_table(geometry, key.device)
     _gather_kernel[(len(table), batch * heads)](
-        key,
-        value,
-        ranks,
-        compact_key,
-        compact_value,
-        table,
-        sequence_table(geometry, key.device),
-        *key.stride()[:3],
-        *value.stride()[:3],
-        heads,
-        ranks.shape[2],
-        shape[2],
-        geometry.sink,
-        geometry.lag,
-        geometry.keep,
-        DIM=dim,
-        BLOCK=_BLOCK,
-        PADDED=triton.next_power_of_2(dim),
-    )
+        key, value, ranks, compact_key, compact_value, table, sequence_table(geometry, key.device),
+        *row_strides(key, value), heads, ranks.shape[2], shape[2], geometry.sink, geometry.lag, geometry.keep,
+        DIM=dim, BLOCK=_BLOCK, PADDED=triton.next_power_of_2(dim),
+    )  # fmt: skip
     return compact_key, compact_value
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _gather_kernel(
-    p_key,
-    p_value,
-    p_ranks,
-    p_compact_key,
-    p_compact_value,
-    p_table,
-    p_sequences,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    heads,
-    n_partitions,
-    n_rows,
-    sink,
-    lag,
-    keep,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    p_key, p_value, p_ranks, p_compact_key, p_compact_value, p_table, p_sequences,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, heads, n_partitions, n_rows, sink, lag, keep,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
     """One program per partition (or sequence's sinks) and head."""
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads

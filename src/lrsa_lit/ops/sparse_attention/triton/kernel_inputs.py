@@ -23,11 +23,18 @@ class Saved(NamedTuple):
     lse: Tensor
 
 
-def row_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """A TMA descriptor for blocks of rows of one head of (B, H, T, D); None where the copy engine cannot express it."""
-    if not expressible(tensor):
-        return None
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns])
+def row_descriptors(rows: int, columns: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """TMA descriptors for blocks of rows of one head of (B, H, T, D); None where the copy engine cannot express it."""
+    shape = [1, 1, rows, columns]
+    return [
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape) if expressible(tensor) else None
+        for tensor in tensors
+    ]
+
+
+def row_strides(*tensors: Tensor) -> list[int]:
+    """The strides of B, H and T of each of some (B, H, T, D)."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 def with_rows(tensor: Tensor) -> Tensor:

@@ -22,14 +22,16 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     QUERY_ROW,
     QUERY_TO,
     first_seen_by,
+    load_block,
     load_rows,
+    load_tile,
     lost_to,
     masked_block,
     split_blocks,
     store_rows,
 )
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptor
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile, precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptors, row_strides
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile, tiles_for
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
 
 _INTEGERS = [
@@ -77,102 +79,26 @@ def key_gradient(
     source = (saved.compact_key, saved.compact_value) if compact else (key, value)
     target = (key, value) if key_grad is None or value_grad is None else (key_grad, value_grad)
     splits = partial[0].shape[0]
-    padded = triton.next_power_of_2(dim)
     _key_kernel[(len(table) * batch * heads * (splits if compact else 1),)](
-        query,
-        *source,
-        output_grad,
-        row_descriptor(query, tile.columns, padded),
-        row_descriptor(output_grad, tile.columns, padded),
-        saved.lse,
-        delta,
-        *partial,
-        ranks,
-        *target,
-        table,
-        sequence_table(geometry, query.device),
-        *query.stride()[:3],
-        *source[0].stride()[:3],
-        *source[1].stride()[:3],
-        *output_grad.stride()[:3],
-        *target[0].stride()[:3],
-        *target[1].stride()[:3],
-        batch * heads,
-        heads,
-        query_heads // heads,
-        queries,
-        rows,
-        0 if ranks is None else ranks.shape[2],
-        splits,
-        *geometry.rule,
-        scale * LOG2_E,
-        scale,
-        COMPACT=compact,
-        DIM=dim,
-        PADDED=padded,
-        PRECISION=precision_of(dim),
-        BLOCK_M=tile.columns,
-        BLOCK_N=tile.rows,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        query, *source, output_grad,
+        *row_descriptors(tile.columns, triton.next_power_of_2(dim), query, output_grad),
+        saved.lse, delta, *partial, ranks, *target, table, sequence_table(geometry, query.device),
+        *row_strides(query, *source, output_grad, *target),
+        batch * heads, heads, query_heads // heads, queries, rows, 0 if ranks is None else ranks.shape[2], splits,
+        *geometry.rule, scale * LOG2_E, scale, COMPACT=compact, **tile.options(dim, keys_are_rows=True),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _key_kernel(
-    p_query,
-    p_key,
-    p_value,
-    p_do,
-    d_query,
-    d_do,
-    p_lse,
-    p_delta,
-    p_partial_key,
-    p_partial_value,
-    p_ranks,
-    p_dk,
-    p_dv,
-    p_tiles,
-    p_sequences,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    stride_ab,
-    stride_ah,
-    stride_at,
-    stride_cb,
-    stride_ch,
-    stride_ct,
-    n_batch_heads,
-    heads,
-    group,
-    n_queries,
-    n_rows,
-    n_partitions,
-    n_splits,
-    sink,
-    lag,
-    keep,
-    chunk,
-    scale_log2,
-    scale,
-    COMPACT: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    p_query, p_key, p_value, p_do, d_query, d_do, p_lse, p_delta, p_partial_key, p_partial_value, p_ranks, p_dk, p_dv,
+    p_tiles, p_sequences,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_ab, stride_ah, stride_at, stride_cb, stride_ch, stride_ct,
+    n_batch_heads, heads, group, n_queries, n_rows, n_partitions, n_splits, sink, lag, keep, chunk, scale_log2, scale,
+    COMPACT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     """dK and dV of one tile of compact rows or raw tokens of one key-value head, over all queries that see it.
 
     COMPACT: the heads of the group are spread over ``n_splits`` programs, and float32 sums go to their own buffers.
@@ -204,14 +130,9 @@ def _key_kernel(
     o_n = i_first + tl.arange(0, BLOCK_N)
     m_n = (o_n >= i_low) & (o_n < i_high)
     o_row = (i_row + o_n).to(tl.int64)
-    o_dim = tl.arange(0, PADDED)
-    m_tile = m_n[:, None] & (o_dim < DIM)[None, :]
-
     # [BLOCK_N, PADDED]
-    p_key += i_b * stride_kb + i_h * stride_kh
-    b_key = tl.load(p_key + o_row[:, None] * stride_kt + o_dim[None, :], mask=m_tile, other=0.0)
-    p_value += i_b * stride_vb + i_h * stride_vh
-    b_value = tl.load(p_value + o_row[:, None] * stride_vt + o_dim[None, :], mask=m_tile, other=0.0)
+    b_key = load_tile(p_key + i_b * stride_kb + i_h * stride_kh, o_row, stride_kt, m_n, DIM, PADDED)
+    b_value = load_tile(p_value + i_b * stride_vb + i_h * stride_vh, o_row, stride_vt, m_n, DIM, PADDED)
     b_dk = tl.zeros([BLOCK_N, PADDED], tl.float32)
     b_dv = tl.zeros([BLOCK_N, PADDED], tl.float32)
 
@@ -235,59 +156,25 @@ def _key_kernel(
         i_query_head = i_group + i_step // n_full
         i_m = i_end - BLOCK_M - i_step % n_full
         # [BLOCK_M, PADDED]
-        if d_query is None:
-            p_q = p_query + i_query_head * stride_qh
-            b_query = load_rows(p_q, i_query_row + i_m, stride_qt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
-        else:
-            b_query = d_query.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
-            b_query = b_query.reshape(BLOCK_M, PADDED)
-        if d_do is None:
-            p_g = p_do + i_query_head * stride_gh
-            b_do = load_rows(p_g, i_query_row + i_m, stride_gt, BLOCK_M, DIM, BLOCK_M, PADDED, False)
-        else:
-            b_do = d_do.load([i_b.to(tl.int32), i_query_head.to(tl.int32), i_query_row + i_m, 0])
-            b_do = b_do.reshape(BLOCK_M, PADDED)
+        p_q, p_g = p_query + i_query_head * stride_qh, p_do + i_query_head * stride_gh
+        b_query = load_block(d_query, i_b, i_query_head, p_q, i_query_row + i_m, stride_qt, DIM, BLOCK_M, PADDED)
+        b_do = load_block(d_do, i_b, i_query_head, p_g, i_query_row + i_m, stride_gt, DIM, BLOCK_M, PADDED)
         o_scalar = o_scalars + i_query_head * n_queries + i_m + o_m
-        b_lse, b_delta = tl.load(p_lse + o_scalar), tl.load(p_delta + o_scalar)
-        b_dk, b_dv = _key_block(
-            b_dk,
-            b_dv,
-            b_key,
-            b_value,
-            b_query,
-            b_do,
-            b_lse,
-            b_delta,
-            None,
-            scale_log2,
-            PRECISION,
-        )
+        block = b_query, b_do, tl.load(p_lse + o_scalar), tl.load(p_delta + o_scalar)
+        b_dk, b_dv = _key_block(b_dk, b_dv, b_key, b_value, block, None, scale_log2, PRECISION)
     for i_step in range(0, n_group * n_masked, BLOCK_M):
         i_query_head = i_group + i_step // n_masked
         i_m = masked_block(i_step % n_masked, i_start, i_begin, i_end)
         # [BLOCK_M, PADDED]
-        p_q = p_query + i_query_head * stride_qh
+        p_q, p_g = p_query + i_query_head * stride_qh, p_do + i_query_head * stride_gh
         b_query = load_rows(p_q, i_query_row + i_m, stride_qt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
-        p_g = p_do + i_query_head * stride_gh
         b_do = load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
         o_t = i_m + o_m
         o_scalar = o_scalars + i_query_head * n_queries + o_t
         b_lse = tl.load(p_lse + o_scalar, mask=o_t < i_stop, other=float("inf"))
-        b_delta = tl.load(p_delta + o_scalar, mask=o_t < i_stop, other=0.0)
+        block = b_query, b_do, b_lse, tl.load(p_delta + o_scalar, mask=o_t < i_stop, other=0.0)
         m_visible = (o_t[None, :] >= o_seen[:, None]) & (o_t[None, :] < o_lost[:, None])
-        b_dk, b_dv = _key_block(
-            b_dk,
-            b_dv,
-            b_key,
-            b_value,
-            b_query,
-            b_do,
-            b_lse,
-            b_delta,
-            m_visible,
-            scale_log2,
-            PRECISION,
-        )
+        b_dk, b_dv = _key_block(b_dk, b_dv, b_key, b_value, block, m_visible, scale_log2, PRECISION)
 
     b_dk *= scale
     if COMPACT:
@@ -303,7 +190,8 @@ def _key_kernel(
             b_rank = tl.load(p_ranks + o_rank, mask=m_compressed, other=-1)
             b_slot = tl.where(b_rank >= 0, sink + o_partitioned // lag * keep + b_rank, -1)
             b_slot = tl.where((o_n < sink) & (n_compressed > 0), o_n, b_slot)
-            m_kept = m_tile & (b_slot >= 0)[:, None]
+            o_dim = tl.arange(0, PADDED)
+            m_kept = (m_n & (b_slot >= 0))[:, None] & (o_dim < DIM)[None, :]
             i_compact_row = tl.load(p_sequence + COMPACT_ROW)
             for i_part in range(0, n_splits):
                 o_head = ((i_part * n_batch_heads + i_bh).to(tl.int64) * n_rows + i_compact_row) * DIM
@@ -317,20 +205,9 @@ def _key_kernel(
 
 
 @triton.jit
-def _key_block(
-    b_dk,
-    b_dv,
-    b_key,
-    b_value,
-    b_query,
-    b_do,
-    b_lse,
-    b_delta,
-    m_visible,
-    scale_log2,
-    PRECISION: tl.constexpr,
-):
+def _key_block(b_dk, b_dv, b_key, b_value, block, m_visible, scale_log2, PRECISION: tl.constexpr):
     """What one block of queries adds to dK (before the scale) and dV. Scores stand transposed: keys are the rows."""
+    b_query, b_do, b_lse, b_delta = block
     # In this order fewer values are alive at a time: dV takes in P before dP is computed.
     # [BLOCK_N, BLOCK_M]
     b_score = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION)

@@ -11,18 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
-from lrsa_lit.ops.sparse_attention.triton.device_functions import (
-    COLUMNS,
-    COMPACT_ROW,
-    KEY_ROW,
-    QUERY_FROM,
-    QUERY_ROW,
-    QUERY_TO,
-    store_rows,
-    walk,
-)
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptor
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import precision_of, tiles_for
+from lrsa_lit.ops.sparse_attention.triton.device_functions import load_tile, query_tile, store_rows, walk_sources
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptors, row_strides
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
 
 _INTEGERS = [
@@ -40,147 +31,50 @@ def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale:
         hopper.query_gradient_pipeline.launch(saved, output_grad, delta, query_grad, geometry, scale * LOG2_E, scale)
         return query_grad, delta
     tile = tiles_for(dim, query.dtype).query
-    padded = triton.next_power_of_2(dim)
     table = query_tiles(geometry, query.device, tile.rows)
     _query_kernel[(len(table) * batch * query_heads,)](
-        query,
-        key,
-        value,
-        saved.compact_key,
-        saved.compact_value,
-        *(row_descriptor(tensor, tile.columns, padded) for tensor in saved[1:5]),
-        saved.output,
-        output_grad,
-        saved.lse,
-        delta,
-        query_grad,
-        table,
-        sequence_table(geometry, query.device),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *saved.output.stride()[:3],
-        *output_grad.stride()[:3],
-        *query_grad.stride()[:3],
-        batch * query_heads,
-        query_heads,
-        query_heads // key.shape[1],
-        queries,
-        saved.compact_key.shape[2],
-        *geometry.rule,
-        scale * LOG2_E,
-        scale,
-        DIM=dim,
-        PADDED=padded,
-        PRECISION=precision_of(dim),
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        *saved[:5], *row_descriptors(tile.columns, triton.next_power_of_2(dim), *saved[1:5]),
+        saved.output, output_grad, saved.lse, delta, query_grad, table, sequence_table(geometry, query.device),
+        *row_strides(query, key, value, saved.output, output_grad, query_grad),
+        batch * query_heads, query_heads, query_heads // key.shape[1], queries, saved.compact_key.shape[2],
+        *geometry.rule, scale * LOG2_E, scale, **tile.options(dim),
+    )  # fmt: skip
     return query_grad, delta
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _query_kernel(
-    p_query,
-    p_key,
-    p_value,
-    p_compact_key,
-    p_compact_value,
-    d_key,
-    d_value,
-    d_compact_key,
-    d_compact_value,
-    p_output,
-    p_do,
-    p_lse,
-    p_delta,
-    p_dq,
-    p_tiles,
-    p_sequences,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    stride_db,
-    stride_dh,
-    stride_dt,
-    n_batch_heads,
-    heads,
-    group,
-    n_queries,
-    n_rows,
-    sink,
-    lag,
-    keep,
-    chunk,
-    scale_log2,
-    scale,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dQ of one tile of queries of one query head; programs are laid out as in the forward."""
-    i_tile, i_bh = tl.program_id(0) // n_batch_heads, tl.program_id(0) % n_batch_heads
-    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    p_query, p_key, p_value, p_compact_key, p_compact_value, d_key, d_value, d_compact_key, d_compact_value,
+    p_output, p_do, p_lse, p_delta, p_dq, p_tiles, p_sequences,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    n_batch_heads, heads, group, n_queries, n_rows, sink, lag, keep, chunk, scale_log2, scale,
+    DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """dQ of one tile of queries of one head."""
+    i_b, i_h, i_bh, p_sequence, i_query_row, i_first, o_t, m_t, i_low, i_high = query_tile(
+        p_tiles, p_sequences, n_batch_heads, heads, BLOCK_M
+    )
     i_kv = i_h // group
-    p_sequence = p_sequences + tl.load(p_tiles + i_tile * 2) * COLUMNS
-    i_first = tl.load(p_tiles + i_tile * 2 + 1)
-    i_query_row = tl.load(p_sequence + QUERY_ROW)
-    i_low = tl.maximum(i_first, tl.load(p_sequence + QUERY_FROM))
-    i_high = tl.minimum(i_first + BLOCK_M, tl.load(p_sequence + QUERY_TO))
-    o_t = tl.maximum(i_first + tl.arange(0, BLOCK_M), i_low)
-    m_t = (i_first + tl.arange(0, BLOCK_M) >= i_low) & (o_t < i_high)
     o_row = (i_query_row + o_t).to(tl.int64)
-    o_dim = tl.arange(0, PADDED)
-    m_tile = m_t[:, None] & (o_dim < DIM)[None, :]
-
     # [BLOCK_M, PADDED]
-    p_do += i_b * stride_gb + i_h * stride_gh
-    b_do = tl.load(p_do + o_row[:, None] * stride_gt + o_dim[None, :], mask=m_tile, other=0.0)
-    p_output += i_b * stride_ob + i_h * stride_oh
-    b_output = tl.load(p_output + o_row[:, None] * stride_ot + o_dim[None, :], mask=m_tile, other=0.0)
+    b_do = load_tile(p_do + i_b * stride_gb + i_h * stride_gh, o_row, stride_gt, m_t, DIM, PADDED)
+    b_output = load_tile(p_output + i_b * stride_ob + i_h * stride_oh, o_row, stride_ot, m_t, DIM, PADDED)
     b_delta = tl.sum(b_output.to(tl.float32) * b_do.to(tl.float32), axis=1)
-    o_rows = i_bh.to(tl.int64) * n_queries + o_row
+    o_rows = i_bh * n_queries + o_row
     tl.store(p_delta + o_rows, b_delta, mask=m_t)
     # An infinite log-sum-exp makes rows without a query count for nothing.
     b_lse = tl.load(p_lse + o_rows, mask=m_t, other=float("inf"))
-    p_query += i_b * stride_qb + i_h * stride_qh
-    b_query = tl.load(p_query + o_row[:, None] * stride_qt + o_dim[None, :], mask=m_tile, other=0.0)
-    b_dq = tl.zeros([BLOCK_M, PADDED], tl.float32)
-
-    tile, seen, rule = (b_query, b_do, b_lse, b_delta), (o_t, i_low, i_high), (sink, lag, keep, chunk)
-    place = i_b.to(tl.int32), i_kv.to(tl.int32)
+    b_query = load_tile(p_query + i_b * stride_qb + i_h * stride_qh, o_row, stride_qt, m_t, DIM, PADDED)
+    state = (tl.zeros([BLOCK_M, PADDED], tl.float32),)
     o_compact = (i_b * (heads // group) + i_kv) * n_rows * DIM
     compact = p_compact_key + o_compact, p_compact_value + o_compact, DIM, DIM, d_compact_key, d_compact_value
-    i_row = tl.load(p_sequence + COMPACT_ROW)
-    state = walk(
-        (b_dq,), tile, compact + place + (i_row,), seen, rule, scale_log2,
-        _query_block, True, DIM, PADDED, PRECISION, BLOCK_N,
+    raw = p_key, p_value, (stride_kb, stride_kh, stride_kt), (stride_vb, stride_vh, stride_vt), d_key, d_value
+    tile = b_query, b_do, b_lse, b_delta
+    (b_dq,) = walk_sources(
+        state, tile, (o_t, i_low, i_high), (i_b, i_kv, p_sequence), compact, raw, (sink, lag, keep, chunk),
+        scale_log2, _query_block, DIM, PADDED, PRECISION, BLOCK_N,
     )  # fmt: skip
-    p_key += i_b * stride_kb + i_kv * stride_kh
-    p_value += i_b * stride_vb + i_kv * stride_vh
-    raw = p_key, p_value, stride_kt, stride_vt, d_key, d_value
-    i_row = tl.load(p_sequence + KEY_ROW)
-    state = walk(
-        state, tile, raw + place + (i_row,), seen, rule, scale_log2,
-        _query_block, False, DIM, PADDED, PRECISION, BLOCK_N,
-    )  # fmt: skip
-    (b_dq,) = state
     p_dq += i_b * stride_db + i_h * stride_dh
     store_rows(p_dq, i_query_row + i_first, stride_dt, m_t, b_dq * scale, DIM, BLOCK_M, PADDED)
 

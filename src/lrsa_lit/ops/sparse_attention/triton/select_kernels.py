@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL, SHRINK
 from lrsa_lit.ops.sparse_attention.triton.device_functions import COLUMNS, KEY_ROW
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import row_strides
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, partitions, sequence_table
 
 _INTEGERS = ["heads", "n_partitions", "sink", "lag", "keep"]
@@ -49,63 +50,24 @@ def select_ranks(
     grid = shape[2], batch * heads
     (first, first_weight), (second, second_weight) = sources[0], sources[-1]
     _spread_kernel[(*grid, len(sources))](
-        first,
-        second,
-        spreads,
-        partition_table(geometry, key.device),
-        sequence_table(geometry, key.device),
-        *first.stride()[:3],
-        *second.stride()[:3],
-        heads,
-        shape[2],
-        geometry.sink,
-        geometry.lag,
-        DIM=dim,
-        BLOCK=_TOKENS,
-        PADDED=triton.next_power_of_2(dim),
-        CONSTANT=CONSTANT_CHANNEL,
-        SHRINK=SHRINK,
-    )
+        first, second, spreads, partition_table(geometry, key.device), sequence_table(geometry, key.device),
+        *row_strides(first, second), heads, shape[2], geometry.sink, geometry.lag,
+        DIM=dim, BLOCK=_TOKENS, PADDED=triton.next_power_of_2(dim), CONSTANT=CONSTANT_CHANNEL, SHRINK=SHRINK,
+    )  # fmt: skip
     _keep_kernel[grid](
-        spreads,
-        scores,
-        ranks,
-        shape[2],
-        geometry.lag,
-        geometry.keep,
-        float(first_weight),
-        float(second_weight),
-        math.log(second_weight) - math.log(first_weight),
-        BOTH=len(sources) == 2,
-        BLOCK=triton.next_power_of_2(geometry.lag),
-        num_warps=1 if geometry.lag <= 128 else 4,
-    )
+        spreads, scores, ranks, shape[2], geometry.lag, geometry.keep,
+        float(first_weight), float(second_weight), math.log(second_weight) - math.log(first_weight),
+        BOTH=len(sources) == 2, BLOCK=triton.next_power_of_2(geometry.lag), num_warps=1 if geometry.lag <= 128 else 4,
+    )  # fmt: skip
     return ranks, scores
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _spread_kernel(
-    p_first,
-    p_second,
-    p_spreads,
-    p_partitions,
-    p_sequences,
-    stride_fb,
-    stride_fh,
-    stride_ft,
-    stride_sb,
-    stride_sh,
-    stride_st,
-    heads,
-    n_partitions,
-    sink,
-    lag,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PADDED: tl.constexpr,
-    CONSTANT: tl.constexpr,
-    SHRINK: tl.constexpr,
-):
+    p_first, p_second, p_spreads, p_partitions, p_sequences,
+    stride_fb, stride_fh, stride_ft, stride_sb, stride_sh, stride_st, heads, n_partitions, sink, lag,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, CONSTANT: tl.constexpr, SHRINK: tl.constexpr
+):  # fmt: skip
     """Unbiased standard deviation over channels of each token, in the range of the next partition.
 
     One program per partition, head and source. Neighbouring programs run together, so that a partition is read from
@@ -171,18 +133,9 @@ def _exponentials(p_spread, o_token, m_token):
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _keep_kernel(
-    p_spreads,
-    p_scores,
-    p_ranks,
-    n_partitions,
-    lag,
-    keep,
-    first_weight,
-    second_weight,
-    log_ratio,
-    BOTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    p_spreads, p_scores, p_ranks, n_partitions, lag, keep, first_weight, second_weight, log_ratio,
+    BOTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """One program per partition and head: one softmax or two, then the K highest, ties to the earlier token.
 
     Tokens are ordered by the logarithms of their scores, as in ``scoring.weighted_ranking``: scores underflow.

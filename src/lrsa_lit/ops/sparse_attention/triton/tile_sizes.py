@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
 
 
 class Tile(NamedTuple):
@@ -21,6 +22,19 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
+
+    def options(self, dim: int, *, keys_are_rows: bool = False) -> dict[str, Any]:
+        """The compile-time arguments of a kernel cut like this, for a head size: BLOCK_M queries by BLOCK_N keys."""
+        queries, keys = (self.columns, self.rows) if keys_are_rows else (self.rows, self.columns)
+        return {
+            "DIM": dim,
+            "PADDED": triton.next_power_of_2(dim),
+            "PRECISION": precision_of(dim),
+            "BLOCK_M": queries,
+            "BLOCK_N": keys,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 class Tiles(NamedTuple):
