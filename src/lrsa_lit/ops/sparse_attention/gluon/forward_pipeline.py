@@ -26,12 +26,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     HALF,
     around,
+    barriers,
     block_at,
     blocks_of,
     clear,
+    copy_block,
     count_rounds,
     descriptor,
     multiprocessors,
+    own_rows,
     tile_of,
     visible_range,
 )
@@ -43,6 +46,7 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     PARTITIONS,
     QUERY_ROW,
 )
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import row_strides
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
 
@@ -72,91 +76,39 @@ def launch(
     n_work = len(table) * batch * query_heads
     compact = (compact_key, compact_value) if compact_key.numel() else (key, value)
     _hopper_forward_kernel[(min(n_work, multiprocessors(query.device)),)](
-        descriptor(query, HALF.value),
-        *(descriptor(tensor, TILE.columns) for tensor in (key, value, *compact)),
-        output,
-        lse,
-        table,
-        sequence_table(geometry, query.device),
-        *output.stride()[:3],
-        n_work,
-        batch * query_heads,
-        query_heads,
-        query_heads // key.shape[1],
-        queries,
-        *geometry.rule,
-        scale_log2,
-        DIM=dim,
-        BLOCK_N=TILE.columns,
-        STAGES=TILE.stages,
-        num_warps=TILE.warps,
-    )
+        descriptor(query, HALF.value), *(descriptor(tensor, TILE.columns) for tensor in (key, value, *compact)),
+        output, lse, table, sequence_table(geometry, query.device), *row_strides(output),
+        n_work, batch * query_heads, query_heads, query_heads // key.shape[1], queries,
+        *geometry.rule, scale_log2, DIM=dim, BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def _hopper_forward_kernel(
-    d_query,
-    d_key,
-    d_value,
-    d_compact_key,
-    d_compact_value,
-    p_output,
-    p_lse,
-    p_tiles,
-    p_sequences,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    n_work,
-    n_batch_heads,
-    heads,
-    group,
-    n_queries,
-    sink,
-    lag,
-    keep,
-    chunk,
-    scale_log2,
-    DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    d_query, d_key, d_value, d_compact_key, d_compact_value, p_output, p_lse, p_tiles, p_sequences,
+    stride_ob, stride_oh, stride_ot, n_work, n_batch_heads, heads, group, n_queries,
+    sink, lag, keep, chunk, scale_log2, DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
     """Allocate buffers and barriers, then run the three roles side by side."""
     # Two tiles' queries, of two consumers each.
     s_query = gl.allocate_shared_memory(d_query.dtype, [4, 1, 1, HALF, DIM], d_query.layout)
     s_key = gl.allocate_shared_memory(d_key.dtype, [STAGES, 1, 1, BLOCK_N, DIM], d_key.layout)
     s_value = gl.allocate_shared_memory(d_value.dtype, [STAGES, 1, 1, BLOCK_N, DIM], d_value.layout)
-    query_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    query_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(query_free.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(key_free.index(i), count=2)
-        mbarrier.init(value_full.index(i), count=1)
-        mbarrier.init(value_free.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
+    full = barriers(4, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    free = barriers(4, 1), barriers(STAGES, 2), barriers(STAGES, 2)
+    turn = barriers(2, 1)
     fence_async_shared()
 
     buffers = (s_query, s_key, s_value)
-    full = (query_full, key_full, value_full)
-    free = (query_free, key_free, value_free)
     work = (p_tiles, p_sequences, n_work, n_batch_heads, heads)
     rule = (sink, lag, keep, chunk)
     results = (p_output, p_lse, stride_ob, stride_oh, stride_ot, n_queries)
     descriptors = (d_query, d_key, d_value, d_compact_key, d_compact_value)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, full, free, turn, work, rule, results, scale_log2, DIM, BLOCK_N, STAGES)),
-            (_consume, (1, buffers, full, free, turn, work, rule, results, scale_log2, DIM, BLOCK_N, STAGES)),
-            (_produce, (buffers, full, free, descriptors, work, rule, group, BLOCK_N, STAGES)),
+            (_consume, (0, buffers, full, free, turn, work, rule, results, scale_log2)),
+            (_consume, (1, buffers, full, free, turn, work, rule, results, scale_log2)),
+            (_produce, (buffers, full, free, descriptors, work, rule, group)),
         ],
         [4, 1],
         # Of 504 registers for a thread of each warpgroup the first consumer gets what these leave: 240.
@@ -165,16 +117,17 @@ def _hopper_forward_kernel(
 
 
 @gluon.jit
-def _produce(buffers, full, free, descriptors, work, rule, group, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def _produce(buffers, full, free, descriptors, work, rule, group):
     """Load what the consumers read, in the order in which they read it."""
     s_query, s_key, s_value = buffers
     query_full, key_full, value_full = full
     query_free, key_free, value_free = free
     d_query, d_key, d_value, d_compact_key, d_compact_value = descriptors
+    n_columns: gl.constexpr = s_key.shape[3]
     i_step = 0
     for i_round in range(count_rounds(work[2])):
         i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(i_round, work)
-        n_full, n_all, cuts = blocks_of(i_low, i_high, rule, BLOCK_N)
+        n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
         i_kv = i_h // group
         i_row = gl.load(p_sequence + QUERY_ROW) + i_first
         i_buffer, i_parity = around(i_round, 2)
@@ -188,48 +141,25 @@ def _produce(buffers, full, free, descriptors, work, rule, group, BLOCK_N: gl.co
         i_raw_row = gl.load(p_sequence + KEY_ROW)
         i_compact_row = gl.load(p_sequence + COMPACT_ROW)
         for i_block in range(n_all):
-            m_compact, i_column = block_at(i_block, n_full, cuts, BLOCK_N)
-            i_buffer, i_parity = around(i_step, STAGES)
-            b_full, s_rows = key_full.index(i_buffer), s_key.index(i_buffer)
-            mbarrier.wait(key_free.index(i_buffer), i_parity ^ 1)
-            mbarrier.expect(b_full, d_key.block_type.nbytes)
-            if m_compact:
-                tma.async_copy_global_to_shared(d_compact_key, [i_b, i_kv, i_compact_row + i_column, 0], b_full, s_rows)
-            else:
-                tma.async_copy_global_to_shared(d_key, [i_b, i_kv, i_raw_row + i_column, 0], b_full, s_rows)
-            b_full, s_rows = value_full.index(i_buffer), s_value.index(i_buffer)
-            mbarrier.wait(value_free.index(i_buffer), i_parity ^ 1)
-            mbarrier.expect(b_full, d_value.block_type.nbytes)
-            if m_compact:
-                tma.async_copy_global_to_shared(
-                    d_compact_value, [i_b, i_kv, i_compact_row + i_column, 0], b_full, s_rows
-                )
-            else:
-                tma.async_copy_global_to_shared(d_value, [i_b, i_kv, i_raw_row + i_column, 0], b_full, s_rows)
+            m_compact, i_column = block_at(i_block, n_full, cuts, n_columns)
+            i_row = gl.where(m_compact, i_compact_row, i_raw_row) + i_column
+            i_from = [i_b, i_kv, i_row, 0]
+            copy_block(i_step, i_from, m_compact, d_key, d_compact_key, s_key, key_full, key_free)
+            copy_block(i_step, i_from, m_compact, d_value, d_compact_value, s_value, value_full, value_free)
             i_step += 1
 
 
 @gluon.jit
-def _consume(
-    WHICH: gl.constexpr,
-    buffers,
-    full,
-    free,
-    turn,
-    work,
-    rule,
-    results,
-    scale_log2,
-    DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results, scale_log2):
     """Attention of half of every tile."""
     s_query, s_key, s_value = buffers
     query_full, key_full, value_full = full
     query_free, key_free, value_free = free
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    n_stages: gl.constexpr = s_key.shape[0]
+    n_columns: gl.constexpr = s_key.shape[3]
+    n_dim: gl.constexpr = s_key.shape[4]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_dim, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_columns, 16])
     left_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     dtype: gl.constexpr = s_query.dtype
@@ -237,34 +167,34 @@ def _consume(
     i_step = 0
     n_rounds = count_rounds(work[2])
     i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(0, work)
-    n_full, n_all, cuts = blocks_of(i_low, i_high, rule, BLOCK_N)
+    n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
     mbarrier.wait(query_full.index(WHICH), 0)
     mbarrier.wait(key_full.index(0), 0)
-    s_keys = s_key.index(0).reshape([BLOCK_N, DIM]).permute([1, 0])
-    # [HALF, BLOCK_N]
-    b_score = gl.zeros([HALF, BLOCK_N], gl.float32, score_layout)
-    b_score = warpgroup_mma(s_query.index(WHICH).reshape([HALF, DIM]), s_keys, b_score, use_acc=False, is_async=True)
+    s_keys = s_key.index(0).reshape([n_columns, n_dim]).permute([1, 0])
+    # [HALF, n_columns]
+    b_score = gl.zeros([HALF, n_columns], gl.float32, score_layout)
+    b_score = warpgroup_mma(s_query.index(WHICH).reshape([HALF, n_dim]), s_keys, b_score, use_acc=False, is_async=True)
     b_score = warpgroup_mma_wait(0, deps=[b_score])
     mbarrier.arrive(key_free.index(0))
     for i_round in range(n_rounds):
         i_first += WHICH * HALF
         i_query = (i_round % 2) * 2 + WHICH
-        b_output = gl.zeros([HALF, DIM], gl.float32, layout)
+        b_output = gl.zeros([HALF, n_dim], gl.float32, layout)
         b_sum = gl.zeros([HALF], gl.float32, row_layout)
         b_max = gl.full([HALF], LOWEST, gl.float32, row_layout)
         # Values from here on in the block belong to another sequence, or to nobody.
-        n_own = BLOCK_N
+        n_own = n_columns
         if n_full == 0:
-            m_visible, n_own = _visible(0, n_full, cuts, p_sequence, i_first, rule, BLOCK_N, score_layout)
+            m_visible, n_own = _visible(0, n_full, cuts, p_sequence, i_first, rule, n_columns, score_layout)
             b_score = gl.where(m_visible, b_score, float("-inf"))
         b_p, b_sum, b_max, _ = _softmax(b_score, b_sum, b_max, scale_log2)
         b_left = gl.convert_layout(b_p.to(dtype), left_layout)
         if n_all > 1:
-            i_buffer, i_parity = around(i_step + 1, STAGES)
+            i_buffer, i_parity = around(i_step + 1, n_stages)
             mbarrier.wait(key_full.index(i_buffer), i_parity)
         for i_block in range(1, n_full):
             b_score, b_output = _queue(
-                WHICH, i_query, i_step, b_left, b_output, BLOCK_N, s_query, s_key, s_value, key_free, value_full, turn
+                WHICH, i_query, i_step, b_left, b_output, n_columns, s_query, s_key, s_value, key_free, value_full, turn
             )
             b_p, b_sum, b_max, b_decay = _softmax(b_score, b_sum, b_max, scale_log2)
             b_output = _take(i_step, i_block + 1 < n_all, b_output, b_decay, key_full, value_free)
@@ -274,7 +204,7 @@ def _consume(
             b_score, b_output = _queue(
                 WHICH, i_query, i_step, b_left, b_output, n_own, s_query, s_key, s_value, key_free, value_full, turn
             )
-            m_visible, n_own = _visible(i_block, n_full, cuts, p_sequence, i_first, rule, BLOCK_N, score_layout)
+            m_visible, n_own = _visible(i_block, n_full, cuts, p_sequence, i_first, rule, n_columns, score_layout)
             b_score = gl.where(m_visible, b_score, float("-inf"))
             b_p, b_sum, b_max, b_decay = _softmax(b_score, b_sum, b_max, scale_log2)
             b_output = _take(i_step, i_block + 1 < n_all, b_output, b_decay, key_full, value_free)
@@ -287,7 +217,7 @@ def _consume(
         i_buffer, i_parity = around(i_round + 1, 2)
         i_query = i_buffer * 2 + WHICH
         mbarrier.wait(query_full.index(i_query), i_parity, pred=m_more)
-        i_buffer, i_parity = around(i_step + 1, STAGES)
+        i_buffer, i_parity = around(i_step + 1, n_stages)
         mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_more)
         b_score, b_output = _queue(
             WHICH, i_query, i_step, b_left, b_output, n_own, s_query, s_key, s_value, key_free, value_full, turn
@@ -297,7 +227,7 @@ def _consume(
         b_lse = b_max * scale_log2 + gl.log2(b_sum)
         i_row = gl.load(p_sequence + QUERY_ROW)
         i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = tile_of(i_round + 1, work)
-        n_full, n_all, cuts = blocks_of(i_next_low, i_next_high, rule, BLOCK_N)
+        n_full, n_all, cuts = blocks_of(i_next_low, i_next_high, rule, n_columns)
         b_output = _take(i_step, False, b_output, b_factor, key_full, value_free)
         i_step += 1
         _store(b_output.to(dtype), b_lse, i_b, i_h, i_row, i_first, i_low, i_high, results, work[4])
@@ -348,7 +278,7 @@ def _take(i_step, m_wait, b_output, b_factor, key_full, value_free):
 
 @gluon.jit
 def _softmax(b_score, b_sum, b_max, scale_log2):
-    """One step of the online softmax, as in ``forward_kernel._attend_block``."""
+    """One step of the online softmax, as in ``forward_kernel.attend_block``."""
     b_top = gl.maximum(b_max, gl.max(b_score, axis=1))
     b_p = gl.exp2((b_score - b_top[:, None]) * scale_log2)
     b_decay = gl.exp2((b_max - b_top) * scale_log2)
@@ -378,14 +308,13 @@ def _store(b_output, b_lse, i_b, i_h, i_row, i_first, i_low, i_high, results, he
     p_output, p_lse, stride_ob, stride_oh, stride_ot, n_queries = results
     n_dim: gl.constexpr = b_output.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // n_dim, n_dim // 8], [4, 1], [1, 0])
-    o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    o_row, m_row = own_rows(i_first, i_low, i_high, layout)
     o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
-    m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
     i_row = (i_row + i_first).to(gl.int64)
     p_output += i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh + i_row * stride_ot
     p_rows = p_output + (o_row * stride_ot)[:, None] + o_dim[None, :]
     gl.store(p_rows, gl.convert_layout(b_output, layout), mask=m_row[:, None])
-    o_row = gl.arange(0, HALF, b_lse.type.layout)
-    m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
+    score_layout: gl.constexpr = b_lse.type.layout.parent
+    o_row, m_row = own_rows(i_first, i_low, i_high, score_layout)
     p_lse += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
     gl.store(p_lse + o_row, b_lse, mask=m_row)

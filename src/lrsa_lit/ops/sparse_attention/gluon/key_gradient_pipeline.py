@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     HALF,
     around,
+    barriers,
     clear,
     count_rounds,
     descriptor,
@@ -77,57 +78,18 @@ def launch(
     _hopper_key_kernel[(min(n_work, multiprocessors(query.device)),)](
         *(descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
         *(descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),
-        lse,
-        delta,
-        *partial,
-        table,
-        sequence_table(geometry, query.device),
-        n_work,
-        batch * heads,
-        heads,
-        query_heads // heads,
-        splits,
-        queries,
-        rows,
-        *geometry.rule,
-        scale_log2,
-        scale,
-        DIM=dim,
-        BLOCK_M=TILE.columns,
-        STAGES=TILE.stages,
-        num_warps=TILE.warps,
-    )
+        lse, delta, *partial, table, sequence_table(geometry, query.device),
+        n_work, batch * heads, heads, query_heads // heads, splits, queries, rows,
+        *geometry.rule, scale_log2, scale, DIM=dim, BLOCK_M=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def _hopper_key_kernel(
-    d_key,
-    d_value,
-    d_query,
-    d_do,
-    p_lse,
-    p_delta,
-    p_dk,
-    p_dv,
-    p_tiles,
-    p_sequences,
-    n_work,
-    n_batch_heads,
-    heads,
-    group,
-    n_splits,
-    n_queries,
-    n_rows,
-    sink,
-    lag,
-    keep,
-    chunk,
-    scale_log2,
-    scale,
-    DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    d_key, d_value, d_query, d_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_sequences,
+    n_work, n_batch_heads, heads, group, n_splits, n_queries, n_rows,
+    sink, lag, keep, chunk, scale_log2, scale, DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
     """Allocate buffers and barriers, then run the three roles side by side."""
     # One tile's keys and values, of two consumers each.
     s_key = gl.allocate_shared_memory(d_key.dtype, [2, 1, 1, HALF, DIM], d_key.layout)
@@ -137,21 +99,11 @@ def _hopper_key_kernel(
     scalar_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
-    key_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    key_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    block_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    block_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(key_free.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        # The copy engine's bytes, and each of the producer's 32 threads for what it copies itself.
-        mbarrier.init(block_full.index(i), count=33)
-        mbarrier.init(block_free.index(i), count=2)
+    # A block is full when the copy engine's bytes are there, and what each of the producer's 32 threads copies itself.
+    stages = barriers(2, 1), barriers(2, 1), barriers(STAGES, 33), barriers(STAGES, 2)
     fence_async_shared()
 
     buffers = (s_key, s_value, s_query, s_do, s_lse, s_delta)
-    barriers = (key_full, key_free, block_full, block_free)
     work = (p_tiles, p_sequences, n_work, n_batch_heads, heads, group, n_splits)
     rule = (sink, lag, keep, chunk)
     scalars = (p_lse, p_delta, n_queries)
@@ -159,9 +111,9 @@ def _hopper_key_kernel(
     descriptors = (d_key, d_value, d_query, d_do)
     gl.warp_specialize(
         [
-            (_consume, (0, buffers, barriers, work, rule, results, scale_log2)),
-            (_consume, (1, buffers, barriers, work, rule, results, scale_log2)),
-            (_produce, (buffers, barriers, descriptors, scalars, work, rule)),
+            (_consume, (0, buffers, stages, work, rule, results, scale_log2)),
+            (_consume, (1, buffers, stages, work, rule, results, scale_log2)),
+            (_produce, (buffers, stages, descriptors, scalars, work, rule)),
         ],
         [4, 1],
         # Of 504 registers for a thread of each warpgroup the first consumer gets what these leave: 240.
@@ -217,10 +169,10 @@ def _partial_block(i_block, cuts, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _produce(buffers, barriers, descriptors, scalars, work, rule):
+def _produce(buffers, stages, descriptors, scalars, work, rule):
     """Load what the consumers read, in the order in which they read it."""
     s_key, s_value, s_query, s_do, s_lse, s_delta = buffers
-    key_full, key_free, block_full, block_free = barriers
+    key_full, key_free, block_full, block_free = stages
     d_key, d_value, d_query, d_do = descriptors
     p_lse, p_delta, n_queries = scalars
     n_stages: gl.constexpr = s_query.shape[0]
@@ -265,10 +217,10 @@ def _produce(buffers, barriers, descriptors, scalars, work, rule):
 
 
 @gluon.jit
-def _consume(WHICH: gl.constexpr, buffers, barriers, work, rule, results, scale_log2):
+def _consume(WHICH: gl.constexpr, buffers, stages, work, rule, results, scale_log2):
     """dK and dV of half of every tile."""
     s_key, s_value, s_query = buffers[:3]
-    key_full, key_free, block_full, block_free = barriers
+    key_full, key_free, block_full, block_free = stages
     n_stages: gl.constexpr = s_query.shape[0]
     n_block: gl.constexpr = s_query.shape[3]
     n_dim: gl.constexpr = s_query.shape[4]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lrsa_lit.ops.sparse_attention.triton import device_functions
@@ -103,6 +103,34 @@ def block_at(i_block, n_full, cuts, BLOCK_N: gl.constexpr):
 def around(i_step, STAGES: gl.constexpr):
     """Buffer of a step, and the parity of how often it went round."""
     return i_step % STAGES, (i_step // STAGES) & 1
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """That many barriers, each of which waits for so many arrivals."""
+    each = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(each.index(i), count=ARRIVALS)
+    return each
+
+
+@gluon.jit
+def copy_block(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
+    """Copy a block of the raw or the compact source into the buffer of the step, once that is free."""
+    i_buffer, i_parity = around(i_step, s_rows.shape[0])
+    mbarrier.wait(free.index(i_buffer), i_parity ^ 1)
+    mbarrier.expect(full.index(i_buffer), d_raw.block_type.nbytes)
+    if m_compact:
+        tma.async_copy_global_to_shared(d_compact, i_from, full.index(i_buffer), s_rows.index(i_buffer))
+    else:
+        tma.async_copy_global_to_shared(d_raw, i_from, full.index(i_buffer), s_rows.index(i_buffer))
+
+
+@gluon.jit
+def own_rows(i_first, i_low, i_high, layout: gl.constexpr):
+    """The rows of a consumer's half of a tile, and which of them hold a query."""
+    o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    return o_row, (i_first + o_row >= i_low) & (i_first + o_row < i_high)
 
 
 @gluon.jit

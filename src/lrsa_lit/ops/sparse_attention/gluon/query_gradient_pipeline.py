@@ -25,17 +25,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     HALF,
     around,
+    barriers,
     block_at,
     blocks_of,
     clear,
+    copy_block,
     count_rounds,
     descriptor,
     multiprocessors,
+    own_rows,
     tile_of,
     visible_range,
 )
 from lrsa_lit.ops.sparse_attention.triton.device_functions import COMPACT_ROW, KEY_ROW, KEY_TO, PARTITIONS, QUERY_ROW
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved, row_strides
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
 
@@ -66,90 +69,31 @@ def launch(
     _hopper_query_kernel[(min(n_work, multiprocessors(query.device)),)](
         *(descriptor(tensor, HALF.value) for tensor in (query, output_grad)),
         *(descriptor(tensor, TILE.columns) for tensor in (*raw, *(saved[3:5] if saved.compact_key.numel() else raw))),
-        saved.output,
-        saved.lse,
-        delta,
-        query_grad,
-        table,
-        sequence_table(geometry, query.device),
-        *saved.output.stride()[:3],
-        *query_grad.stride()[:3],
-        n_work,
-        batch * query_heads,
-        query_heads,
-        query_heads // key.shape[1],
-        queries,
-        *geometry.rule,
-        scale_log2,
-        scale,
-        DIM=dim,
-        BLOCK_N=TILE.columns,
-        STAGES=TILE.stages,
-        num_warps=TILE.warps,
-    )
+        saved.output, saved.lse, delta, query_grad, table, sequence_table(geometry, query.device),
+        *row_strides(saved.output, query_grad),
+        n_work, batch * query_heads, query_heads, query_heads // key.shape[1], queries,
+        *geometry.rule, scale_log2, scale, DIM=dim, BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def _hopper_query_kernel(
-    d_query,
-    d_do,
-    d_key,
-    d_value,
-    d_compact_key,
-    d_compact_value,
-    p_output,
-    p_lse,
-    p_delta,
-    p_dq,
-    p_tiles,
-    p_sequences,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_db,
-    stride_dh,
-    stride_dt,
-    n_work,
-    n_batch_heads,
-    heads,
-    group,
-    n_queries,
-    sink,
-    lag,
-    keep,
-    chunk,
-    scale_log2,
-    scale,
-    DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    d_query, d_do, d_key, d_value, d_compact_key, d_compact_value,
+    p_output, p_lse, p_delta, p_dq, p_tiles, p_sequences,
+    stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, n_work, n_batch_heads, heads, group, n_queries,
+    sink, lag, keep, chunk, scale_log2, scale, DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
     """Allocate buffers and barriers, then run the three roles side by side."""
     # Two tiles' queries and gradients, of two consumers each.
     s_query = gl.allocate_shared_memory(d_query.dtype, [4, 1, 1, HALF, DIM], d_query.layout)
     s_do = gl.allocate_shared_memory(d_do.dtype, [4, 1, 1, HALF, DIM], d_do.layout)
     s_key = gl.allocate_shared_memory(d_key.dtype, [STAGES, 1, 1, BLOCK_N, DIM], d_key.layout)
     s_value = gl.allocate_shared_memory(d_value.dtype, [STAGES // 2, 1, 1, BLOCK_N, DIM], d_value.layout)
-    query_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    query_free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
-    value_free = gl.allocate_shared_memory(gl.int64, [STAGES // 2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(query_free.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(key_free.index(i), count=2)
-    for i in gl.static_range(STAGES // 2):
-        mbarrier.init(value_full.index(i), count=1)
-        mbarrier.init(value_free.index(i), count=2)
+    full = barriers(4, 1), barriers(STAGES, 1), barriers(STAGES // 2, 1)
+    free = barriers(4, 1), barriers(STAGES, 2), barriers(STAGES // 2, 2)
     fence_async_shared()
 
     buffers = (s_query, s_do, s_key, s_value)
-    full = (query_full, key_full, value_full)
-    free = (query_free, key_free, value_free)
     work = (p_tiles, p_sequences, n_work, n_batch_heads, heads)
     rule = (sink, lag, keep, chunk)
     rows = (p_output, p_lse, p_delta, stride_ob, stride_oh, stride_ot, n_queries, heads)
@@ -195,21 +139,10 @@ def _produce(buffers, full, free, descriptors, work, rule, group):
         for i_block in range(n_all):
             m_compact, i_column = block_at(i_block, n_full, cuts, n_columns)
             i_row = gl.where(m_compact, i_compact_row, i_raw_row) + i_column
-            _copy(i_step, [i_b, i_kv, i_row, 0], m_compact, d_key, d_compact_key, s_key, key_full, key_free)
-            _copy(i_step, [i_b, i_kv, i_row, 0], m_compact, d_value, d_compact_value, s_value, value_full, value_free)
+            i_from = [i_b, i_kv, i_row, 0]
+            copy_block(i_step, i_from, m_compact, d_key, d_compact_key, s_key, key_full, key_free)
+            copy_block(i_step, i_from, m_compact, d_value, d_compact_value, s_value, value_full, value_free)
             i_step += 1
-
-
-@gluon.jit
-def _copy(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
-    """Copy a block of the raw or the compact source into the buffer of the step, once that is free."""
-    i_buffer, i_parity = around(i_step, s_rows.shape[0])
-    mbarrier.wait(free.index(i_buffer), i_parity ^ 1)
-    mbarrier.expect(full.index(i_buffer), d_raw.block_type.nbytes)
-    if m_compact:
-        tma.async_copy_global_to_shared(d_compact, i_from, full.index(i_buffer), s_rows.index(i_buffer))
-    else:
-        tma.async_copy_global_to_shared(d_raw, i_from, full.index(i_buffer), s_rows.index(i_buffer))
 
 
 @gluon.jit
@@ -390,14 +323,12 @@ def _load_rows(i_b, i_h, i_row, i_first, i_low, i_high, rows, DIM: gl.constexpr,
     """Output [HALF, DIM] and log-sum-exp [HALF] of the consumer's queries; zero and infinity for rows without one."""
     p_output, p_lse, _, stride_ob, stride_oh, stride_ot, n_queries, heads = rows
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    o_row, m_row = own_rows(i_first, i_low, i_high, layout)
     o_dim = gl.arange(0, DIM, gl.SliceLayout(0, layout))
-    m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
     p_output += i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh + i_row.to(gl.int64) * stride_ot
     p_rows = p_output + (o_row * stride_ot)[:, None] + o_dim[None, :]
     b_output = gl.load(p_rows, mask=m_row[:, None], other=0.0)
-    o_row = gl.arange(0, HALF, gl.SliceLayout(1, score_layout))
-    m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
+    o_row, m_row = own_rows(i_first, i_low, i_high, score_layout)
     p_lse += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
     return b_output, gl.load(p_lse + o_row, mask=m_row, other=float("inf"))
 
@@ -409,8 +340,7 @@ def _delta(b_output, s_do, i_b, i_h, i_row, i_first, i_low, i_high, rows, score_
     layout: gl.constexpr = b_output.type.layout
     b_do = s_do.reshape(b_output.shape).load(layout)
     b_delta = gl.sum(b_output.to(gl.float32) * b_do.to(gl.float32), axis=1)
-    o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
-    m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
+    o_row, m_row = own_rows(i_first, i_low, i_high, layout)
     p_delta += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
     gl.store(p_delta + o_row, b_delta, mask=m_row)
     return gl.convert_layout(b_delta, gl.SliceLayout(1, score_layout))
@@ -427,8 +357,7 @@ def _store(b_dq, s_rows, query_free, i_b, i_h, i_row, i_first, i_low, i_high, re
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(query_free)
-    o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    o_row, m_row = own_rows(i_first, i_low, i_high, layout)
     o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
-    m_row = (i_first + o_row >= i_low) & (i_first + o_row < i_high)
     p_dq += i_b.to(gl.int64) * stride_db + i_h.to(gl.int64) * stride_dh + i_row.to(gl.int64) * stride_dt
     gl.store(p_dq + (o_row * stride_dt)[:, None] + o_dim[None, :], b_rows, mask=m_row[:, None])
