@@ -32,7 +32,7 @@ from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions, split_boundaries
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, Rule, is_traceable, numbers_of, sparse_attention, traced_attention
+from lrsa_lit.ops.sparse_attention import Impl, Rule, is_traceable, sparse_attention, tensor_of_rule, traced_attention
 
 NAME = "lrsa"
 """Under this name the attention is registered with transformers."""
@@ -81,7 +81,7 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     state = Enabled(config, impl, inner.config._attn_implementation, modules, trained_with)
     for layer, module in enumerate(modules):
         rule = config.layers.of(layer)
-        setattr(module, RULE, AttachedRule(state, rule, layer, None if rule is None else numbers_of(rule)))
+        setattr(module, RULE, AttachedRule(state, rule, layer, None if rule is None else tensor_of_rule(rule)))
     decoder = inner.base_model
     state.handles = [
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),

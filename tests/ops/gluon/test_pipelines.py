@@ -8,12 +8,11 @@ from ops.triton.oracle import assert_as_exact_as_eager, inputs
 
 from lrsa_lit.ops.sparse_attention import MeanPool, Rule
 from lrsa_lit.ops.sparse_attention.gluon import hopper
-from lrsa_lit.ops.sparse_attention.triton import work_tables
 from lrsa_lit.ops.sparse_attention.triton.backward_pass import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry, compact_rows
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Inputs, Saved
 from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gradient
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +37,7 @@ CASES = [
 ]
 """Lengths of the sequences, rule, query heads, heads, position of the first query."""
 KERNELS = {
-    "forward": lambda saved, output_grad, geometry: attend_forward(*saved[:5], geometry, 0.1),
+    "forward": lambda saved, output_grad, geometry: attend_forward(saved.inputs, geometry, 0.1),
     "queries": lambda saved, output_grad, geometry: query_gradient(saved, output_grad, geometry, 0.1),
     "keys": lambda saved, output_grad, geometry: attend_backward(saved, output_grad, None, geometry, 0.1)[3:],
 }
@@ -67,7 +66,7 @@ def arguments(geometry, query_heads, heads, dtype, batch=1, broken=None):
     def normal(*shape):
         return torch.randn(*shape, 128, generator=generator, device="cuda", dtype=dtype)
 
-    tokens, rows = geometry.boundaries[-1], sum(work_tables.compact_rows(geometry))
+    tokens, rows = geometry.boundaries[-1], sum(compact_rows(geometry))
     queries = tokens - geometry.queries_from
     shapes = (queries, query_heads), (tokens, heads), (tokens, heads), (queries, query_heads)
     *raw, output_grad = (normal(batch, *shape).transpose(1, 2) for shape in shapes)
@@ -77,17 +76,18 @@ def arguments(geometry, query_heads, heads, dtype, batch=1, broken=None):
             tensor[:, :, slice(*geometry.boundaries[broken : broken + 2])] = float("nan")
         for tensor in compact:
             tensor[:, :, rows_of(geometry, broken)] = float("nan")
-    return Saved(*raw, *compact, *plainly(lambda: attend_forward(*raw, *compact, geometry, 0.1))), output_grad
+    inputs = Inputs(*raw, *compact)
+    return Saved(inputs, *plainly(lambda: attend_forward(inputs, geometry, 0.1))), output_grad
 
 
 def rows_of(geometry, sequence):
     """Rows of the compact buffer that belong to a sequence."""
-    return slice(*(sum(work_tables.compact_rows(geometry)[:count]) for count in (sequence, sequence + 1)))
+    return slice(*(sum(compact_rows(geometry)[:count]) for count in (sequence, sequence + 1)))
 
 
 def both(kernel, saved, output_grad, geometry):
     """Results of the Hopper kernel, then of the plain one."""
-    assert hopper.suits(*saved[:5], output_grad)
+    assert hopper.suits(*saved.inputs, output_grad)
     run = KERNELS[kernel]
     return run(saved, output_grad, geometry), plainly(lambda: run(saved, output_grad, geometry))
 
@@ -102,7 +102,7 @@ def assert_close(results, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("lengths", "rule", "query_heads", "heads", "queries_from"), CASES)
 def test_agrees_with_the_plain_kernel(lengths, rule, query_heads, heads, queries_from, dtype, kernel):
-    geometry = Geometry((0, *itertools.accumulate(lengths)), queries_from, 0, *rule)
+    geometry = Geometry(*rule, (0, *itertools.accumulate(lengths)), queries_from)
     saved, output_grad = arguments(geometry, query_heads, heads, dtype, batch=2)
     results, expected = both(kernel, saved, output_grad, geometry)
     assert_close(results, expected)
@@ -113,10 +113,10 @@ def test_agrees_with_the_plain_kernel(lengths, rule, query_heads, heads, queries
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("broken", range(4))
 def test_a_packed_sequence_does_not_see_a_broken_neighbour(broken, kernel):
-    geometry = Geometry((0, 300, 600, 1600, 1900), 0, 0, *RULE)
+    geometry = Geometry(*RULE, (0, 300, 600, 1600, 1900))
     saved, output_grad = arguments(geometry, 4, 2, torch.bfloat16, broken=broken)
     sick = rows_of(geometry, broken) if kernel == "keys" else slice(*geometry.boundaries[broken : broken + 2])
-    whole = torch.ones(saved.compact_key.shape[2] if kernel == "keys" else 1900, dtype=torch.bool, device="cuda")
+    whole = torch.ones(saved.inputs.compact_key.shape[2] if kernel == "keys" else 1900, dtype=torch.bool, device="cuda")
     whole[sick] = False
     results, expected = both(kernel, saved, output_grad, geometry)
     assert_close([result[:, :, whole] for result in results], [plain[:, :, whole] for plain in expected])
@@ -124,7 +124,7 @@ def test_a_packed_sequence_does_not_see_a_broken_neighbour(broken, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_run_gives_the_same_bits(kernel):
-    geometry = Geometry((0, 4097), 0, 0, *RULE)
+    geometry = Geometry(*RULE, (0, 4097))
     saved, output_grad = arguments(geometry, 8, 2, torch.bfloat16)
     first, second = (KERNELS[kernel](saved, output_grad, geometry) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
@@ -138,7 +138,7 @@ def test_a_new_top_k_does_not_compile_again():
     ]
     compiled = []
     for keep in (32, 16, 1, 77):
-        geometry = Geometry((0, 1025 + keep), 0, 0, 16, 128, keep, 128)
+        geometry = Geometry(16, 128, keep, 128, (0, 1025 + keep))
         saved, output_grad = arguments(geometry, 8, 2, torch.bfloat16)
         for run in KERNELS.values():
             run(saved, output_grad, geometry)

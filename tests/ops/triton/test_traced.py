@@ -10,8 +10,8 @@ from lrsa_lit.ops.sparse_attention import (
     RandomTokens,
     Rule,
     ValueRelative,
-    numbers_of,
     sparse_attention,
+    tensor_of_rule,
     traced_attention,
 )
 
@@ -21,7 +21,7 @@ SMALL = Rule(sink_size=4, lag_size=16, top_k=4)
 def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_attention):
     """Outputs and gradients are equal bit by bit."""
     results = []
-    for run, rule in ((attention, numbers_of(config)), (sparse_attention, config)):
+    for run, rule in ((attention, tensor_of_rule(config)), (sparse_attention, config)):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
         options = {"impl": "triton"} if run is sparse_attention else {}
         output = run(*leaves, rule, cu_seqlens=cu_seqlens, scale=scale, **options)
@@ -99,25 +99,25 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones():
     # Not test_aot_dispatch_dynamic: behind the ranks their buffer is what the memory held, so two calls differ there.
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     operator = torch.ops.lrsa_lit.attention.default
-    torch.library.opcheck(operator, (*leaves, numbers_of(SMALL), boundaries, 0.25), test_utils=checks)
+    torch.library.opcheck(operator, (*leaves, tensor_of_rule(SMALL), boundaries, 0.25), test_utils=checks)
 
 
 def test_a_rule_of_an_evaluation_trains():
     with torch.inference_mode():
-        numbers = numbers_of(SMALL)
-    assert not numbers.is_inference()
-    assert numbers.tolist() == [4, 16, 4, 16, 1.0, 1.0]
+        rule_tensor = tensor_of_rule(SMALL)
+    assert not rule_tensor.is_inference()
+    assert rule_tensor.tolist() == [4, 16, 4, 16, 1.0, 1.0]
 
 
-def test_other_compressors_have_no_numbers():
-    assert numbers_of(SMALL.replace(compressor=RandomTokens())) is None
+def test_other_compressors_have_no_tensor():
+    assert tensor_of_rule(SMALL.replace(compressor=RandomTokens())) is None
 
 
 def test_boundaries_that_do_not_fit_are_refused():
     query, key, value, _ = inputs(1, 2, 1, 40, 16)
     boundaries = torch.tensor([0, 41], dtype=torch.int32)
     with refused("cu_seqlens"):
-        traced_attention(query, key, value, numbers_of(SMALL), cu_seqlens=boundaries, scale=0.25)
+        traced_attention(query, key, value, tensor_of_rule(SMALL), cu_seqlens=boundaries, scale=0.25)
 
 
 def fitting():
@@ -139,10 +139,12 @@ def test_arguments_that_do_not_fit_are_refused(change, named):
     torch._dynamo.reset()
     for run in (traced_attention, torch.compile(traced_attention, backend="eager")):
         with refused(named):
-            run(*tensors, numbers_of(SMALL), scale=0.25)
+            run(*tensors, tensor_of_rule(SMALL), scale=0.25)
 
 
 def test_rows_of_a_batch_cannot_be_packed():
     tensors = [tensor.expand(2, -1, -1, -1) for tensor in fitting()]
     with refused("cu_seqlens"):
-        traced_attention(*tensors, numbers_of(SMALL), cu_seqlens=torch.tensor([0, 40], dtype=torch.int32), scale=0.25)
+        traced_attention(
+            *tensors, tensor_of_rule(SMALL), cu_seqlens=torch.tensor([0, 40], dtype=torch.int32), scale=0.25
+        )

@@ -2,7 +2,7 @@
 
 from lrsa_lit.ops.sparse_attention.api import Impl, attend_one, select, sparse_attention, visibility_mask
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
-from lrsa_lit.ops.sparse_attention.compiled_layers import is_traceable, numbers_of, traced_attention
+from lrsa_lit.ops.sparse_attention.compiled_layers import is_traceable, tensor_of_rule, traced_attention
 from lrsa_lit.ops.sparse_attention.compressors import (
     ChunkWise,
     Compressor,
@@ -55,13 +55,13 @@ __all__ = [
     "checked_boundaries",
     "compressed_at",
     "is_traceable",
-    "numbers_of",
     "of_sequence",
     "raw_start",
     "select",
     "spans",
     "sparse_attention",
     "stored_size",
+    "tensor_of_rule",
     "traced_attention",
     "visibility_mask",
 ]

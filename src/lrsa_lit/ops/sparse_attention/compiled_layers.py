@@ -17,17 +17,17 @@ from lrsa_lit.ops.sparse_attention.compressors import SpreadSelector
 from lrsa_lit.ops.sparse_attention.rule import Rule
 
 
-def numbers_of(rule: Rule) -> Tensor | None:
+def tensor_of_rule(rule: Rule) -> Tensor | None:
     """S, L, K, C and the weights of the key and the value score as float64 (6,) on the CPU.
 
     None if the rule's compressor does not select by these scores.
     """
     if not isinstance(rule.compressor, SpreadSelector):
         return None
-    numbers = rule.sink_size, rule.lag_size, rule.top_k, rule.chunk, *rule.compressor.weights
+    values = *rule.numbers, *rule.compressor.weights
     # An evaluation may switch the rule under inference mode, whose tensors no graph that trains takes.
     with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def is_traceable(impl: str, query: Tensor) -> bool:
@@ -36,7 +36,7 @@ def is_traceable(impl: str, query: Tensor) -> bool:
 
 
 def traced_attention(
-    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, *, cu_seqlens: Tensor | None = None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, *, cu_seqlens: Tensor | None = None, scale: float
 ) -> Tensor:
     """What ``sparse_attention(…, impl="triton")`` computes, as one opaque operator forward and one backward.
 
@@ -44,7 +44,7 @@ def traced_attention(
         query: (B, Hq, T, D).
         key: (B, H, T, D), rotated, H dividing Hq.
         value: (B, H, T, D).
-        numbers: the rule, from :func:`numbers_of`.
+        rule_tensor: the rule, from :func:`tensor_of_rule`.
         cu_seqlens: int32 (N + 1,) on the CPU, boundaries of N sequences packed in one row (B = 1).
         scale: factor of the scores.
 
@@ -61,4 +61,4 @@ def traced_attention(
         check_packing(cu_seqlens, key, query)
     from lrsa_lit.ops.sparse_attention.triton import traced_op
 
-    return traced_op.attention(query, key, value, numbers, cu_seqlens, scale)
+    return traced_op.attention(query, key, value, rule_tensor, cu_seqlens, scale)

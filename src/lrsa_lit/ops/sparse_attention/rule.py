@@ -50,6 +50,11 @@ class Rule:
         return self.lag_size if self.chunk_size is None else self.chunk_size
 
     @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """S, L, K, C: all of the rule but what its compressor does."""
+        return self.sink_size, self.lag_size, self.top_k, self.chunk
+
+    @property
     def first_compression(self) -> int:
         """S + 2L, the first position at which a partition (with its reference) can be compressed."""
         return self.sink_size + 2 * self.lag_size

@@ -38,6 +38,7 @@ from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     tile_of,
     visible_range,
 )
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COMPACT_ROW,
     KEY_ROW,
@@ -46,9 +47,9 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     PARTITIONS,
     QUERY_ROW,
 )
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import row_strides
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Inputs, row_strides
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
 
 TILE = Tile(128, 128, 4, 2)
 """Warps are those of one consumer."""
@@ -56,30 +57,21 @@ TILE = Tile(128, 128, 4, 2)
 _INTEGERS = ["n_work", "n_batch_heads", "heads", "group", "n_queries", "sink", "lag", "keep", "chunk"]
 
 
-def launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    compact_key: Tensor,
-    compact_value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    geometry: Geometry,
-    scale_log2: float,
-) -> None:
-    """Fill output and log-sum-exp; arguments as in ``forward_kernel.attend_forward``.
+def launch(inputs: Inputs, output: Tensor, lse: Tensor, geometry: Geometry, scale: float) -> None:
+    """Fill output and log-sum-exp; see ``forward_kernel.attend_forward``. The copy engine can express all tensors.
 
-    The copy engine can express all of them. A compact buffer of no rows is never read.
+    A compact buffer of no rows is never read.
     """
+    query, key, value, *compact = inputs
     batch, query_heads, queries, dim = query.shape
     table = query_tiles(geometry, query.device, TILE.rows)
     n_work = len(table) * batch * query_heads
-    compact = (compact_key, compact_value) if compact_key.numel() else (key, value)
+    sources = key, value, *(compact if compact[0].numel() else (key, value))
     _hopper_forward_kernel[(min(n_work, multiprocessors(query.device)),)](
-        descriptor(query, HALF.value), *(descriptor(tensor, TILE.columns) for tensor in (key, value, *compact)),
+        descriptor(query, HALF.value), *(descriptor(tensor, TILE.columns) for tensor in sources),
         output, lse, table, sequence_table(geometry, query.device), *row_strides(output),
         n_work, batch * query_heads, query_heads, query_heads // key.shape[1], queries,
-        *geometry.rule, scale_log2, DIM=dim, BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
+        *geometry.numbers, scale * LOG2_E, DIM=dim, BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
     )  # fmt: skip
 
 

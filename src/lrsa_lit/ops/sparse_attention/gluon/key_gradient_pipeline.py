@@ -38,6 +38,7 @@ from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     place,
     split_blocks,
 )
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COLUMNS,
     COMPACT_ROW,
@@ -46,8 +47,9 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     QUERY_ROW,
     QUERY_TO,
 )
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.work_tables import sequence_table
 
 TILE = Tile(128, 64, 4, 4)
 """Warps are those of one consumer."""
@@ -58,19 +60,11 @@ _INTEGERS = [
 
 
 def launch(
-    query: Tensor,
-    compact_key: Tensor,
-    compact_value: Tensor,
-    output_grad: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    partial: tuple[Tensor, Tensor],
-    table: Tensor,
-    geometry: Geometry,
-    scale_log2: float,
-    scale: float,
-) -> None:
-    """Fill ``partial``; the tensors are those of ``key_gradient_kernel.key_gradient``, all fit for the copy engine."""
+    saved: Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], table: Tensor,
+    geometry: Geometry, scale: float
+) -> None:  # fmt: skip
+    """Fill ``partial``; see ``key_gradient_kernel.compact_gradient``. The copy engine can express all tensors."""
+    query, _, _, compact_key, compact_value = saved.inputs
     batch, query_heads, queries, dim = query.shape
     heads, rows = compact_key.shape[1:3]
     splits = partial[0].shape[0]
@@ -78,9 +72,10 @@ def launch(
     _hopper_key_kernel[(min(n_work, multiprocessors(query.device)),)](
         *(descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
         *(descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),
-        lse, delta, *partial, table, sequence_table(geometry, query.device),
+        saved.lse, delta, *partial, table, sequence_table(geometry, query.device),
         n_work, batch * heads, heads, query_heads // heads, splits, queries, rows,
-        *geometry.rule, scale_log2, scale, DIM=dim, BLOCK_M=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
+        *geometry.numbers, scale * LOG2_E, scale,
+        DIM=dim, BLOCK_M=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
     )  # fmt: skip
 
 

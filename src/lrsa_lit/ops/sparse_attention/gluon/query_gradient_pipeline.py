@@ -37,10 +37,11 @@ from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     tile_of,
     visible_range,
 )
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.device_functions import COMPACT_ROW, KEY_ROW, KEY_TO, PARTITIONS, QUERY_ROW
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved, row_strides
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_strides
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
 
 TILE = Tile(128, 64, 4, 4)
 """Warps are those of one consumer, stages those of the keys; values have half as many, which is all that fits."""
@@ -49,30 +50,25 @@ _INTEGERS = ["n_work", "n_batch_heads", "heads", "group", "n_queries", "sink", "
 
 
 def launch(
-    saved: Saved,
-    output_grad: Tensor,
-    delta: Tensor,
-    query_grad: Tensor,
-    geometry: Geometry,
-    scale_log2: float,
-    scale: float,
+    saved: Saved, output_grad: Tensor, delta: Tensor, query_grad: Tensor, geometry: Geometry, scale: float
 ) -> None:
-    """Fill delta and query_grad; the tensors are those of ``query_gradient``, all fit for the copy engine.
+    """Fill delta and query_grad; see ``query_gradient``. The copy engine can express all tensors.
 
     A compact buffer of no rows is never read.
     """
-    query, key = saved.query, saved.key
+    query, key, value, *compact = saved.inputs
     batch, query_heads, queries, dim = query.shape
     table = query_tiles(geometry, query.device, TILE.rows)
     n_work = len(table) * batch * query_heads
-    raw = saved[1:3]
+    sources = key, value, *(compact if compact[0].numel() else (key, value))
     _hopper_query_kernel[(min(n_work, multiprocessors(query.device)),)](
         *(descriptor(tensor, HALF.value) for tensor in (query, output_grad)),
-        *(descriptor(tensor, TILE.columns) for tensor in (*raw, *(saved[3:5] if saved.compact_key.numel() else raw))),
+        *(descriptor(tensor, TILE.columns) for tensor in sources),
         saved.output, saved.lse, delta, query_grad, table, sequence_table(geometry, query.device),
         *row_strides(saved.output, query_grad),
         n_work, batch * query_heads, query_heads, query_heads // key.shape[1], queries,
-        *geometry.rule, scale_log2, scale, DIM=dim, BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
+        *geometry.numbers, scale * LOG2_E, scale,
+        DIM=dim, BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
     )  # fmt: skip
 
 

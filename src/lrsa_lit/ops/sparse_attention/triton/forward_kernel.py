@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     LOWEST,
     load_tile,
@@ -18,51 +19,39 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     store_rows,
     walk_sources,
 )
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, row_descriptors, row_strides
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Inputs, row_descriptors, row_strides
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
 
 _INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"]
 
 
-def attend_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    compact_key: Tensor,
-    compact_value: Tensor,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attend_forward(inputs: Inputs, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of every query over its prefix of the compact buffer and its range of raw tokens.
 
     Args:
-        query: (B, Hq, Tq, D).
-        key: (B, H, T, D), raw.
-        value: (B, H, T, D), raw.
-        compact_key: (B, H, M, D), contiguous.
-        compact_value: (B, H, M, D), contiguous.
+        inputs: with contiguous rows, and contiguous compact buffers.
         geometry: of the call.
         scale: factor of the scores, not negative.
 
     Returns:
         Output (B, Hq, Tq, D), laid out as the query; base-2 log-sum-exp of its scores (B, Hq, Tq) float32.
     """
+    query, key, value = inputs[:3]
     batch, query_heads, queries, dim = query.shape
-    heads = key.shape[1]
+    heads, rows = inputs.compact_key.shape[1:3]
     output = torch.empty_like(query)
     lse = query.new_empty((batch, query_heads, queries), dtype=torch.float32)
-    tensors = query, key, value, compact_key, compact_value
-    if hopper.suits(*tensors):
-        hopper.forward_pipeline.launch(*tensors, output, lse, geometry, scale * LOG2_E)
+    if hopper.suits(*inputs):
+        hopper.forward_pipeline.launch(inputs, output, lse, geometry, scale)
         return output, lse
     tile = tiles_for(dim, query.dtype).forward
     table = query_tiles(geometry, query.device, tile.rows)
     _forward_kernel[(len(table) * batch * query_heads,)](
-        *tensors, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *tensors[1:]), output, lse,
+        *inputs, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *inputs[1:]), output, lse,
         table, sequence_table(geometry, query.device), *row_strides(query, key, value, output),
-        batch * query_heads, query_heads, query_heads // heads, queries, compact_key.shape[2],
-        *geometry.rule, scale * LOG2_E, **tile.options(dim),
+        batch * query_heads, query_heads, query_heads // heads, queries, rows,
+        *geometry.numbers, scale * LOG2_E, **tile.options(dim),
     )  # fmt: skip
     return output, lse
 

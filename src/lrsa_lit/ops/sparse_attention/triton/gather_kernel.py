@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry, compact_rows
 from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COLUMNS,
     COMPACT_ROW,
@@ -18,7 +19,7 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     PARTITIONS,
 )
 from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import row_strides
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_rows, partition_table, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.work_tables import partition_table, sequence_table
 
 _INTEGERS = ["heads", "n_partitions", "n_rows", "sink", "lag", "keep"]
 _BLOCK = 32

@@ -11,14 +11,33 @@ LOG2_E = 1.4426950408889634
 """Scores times this are exponents of 2, the base that the hardware has."""
 
 
-class Saved(NamedTuple):
-    """What the forward leaves for the backward; shapes as in ``forward_kernel.attend_forward``."""
+class Inputs(NamedTuple):
+    """What the attention reads.
+
+    Attributes:
+        query: (B, Hq, Tq, D).
+        key: (B, H, T, D), raw.
+        value: (B, H, T, D), raw.
+        compact_key: (B, H, M, D).
+        compact_value: (B, H, M, D).
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     compact_key: Tensor
     compact_value: Tensor
+
+    def for_kernels(self) -> Inputs:
+        """The same with contiguous rows, and contiguous compact buffers."""
+        compact = self.compact_key.contiguous(), self.compact_value.contiguous()
+        return Inputs(with_rows(self.query), with_rows(self.key), with_rows(self.value), *compact)
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward: its inputs, output (B, Hq, Tq, D) and log-sum-exp (B, Hq, Tq)."""
+
+    inputs: Inputs
     output: Tensor
     lse: Tensor
 

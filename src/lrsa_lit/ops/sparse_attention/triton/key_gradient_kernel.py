@@ -5,11 +5,13 @@ Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, T tokens, M 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     COLUMNS,
     COMPACT_ROW,
@@ -31,62 +33,73 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import (
     store_rows,
 )
 from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptors, row_strides
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile, tiles_for
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
+from lrsa_lit.ops.sparse_attention.triton.work_tables import compact_tiles, raw_tiles, sequence_table
+
+_PROGRAMS = 512
+"""Programs that keep a large GPU busy to the end; with fewer, the heads of a group are split over programs."""
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
 ]  # fmt: skip
 
 
-def compact_tile(saved: Saved, output_grad: Tensor) -> Tile:
-    """The tile by which :func:`key_gradient` expects the compact buffer to be cut."""
-    if _suits_hopper(saved, output_grad):
-        return hopper.key_gradient_pipeline.TILE
-    return tiles_for(saved.query.shape[3], saved.query.dtype).key
+def compact_gradient(
+    saved: Saved, output_grad: Tensor, delta: Tensor, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    """dK and dV of the compact buffer, float32 (splits, B, H, M, D): what each split of the query heads adds."""
+    query, _, _, *compact = saved.inputs
+    batch, heads, rows, dim = compact[0].shape
+    on_hopper = hopper.suits(query, *compact, output_grad)
+    tile = hopper.key_gradient_pipeline.TILE if on_hopper else tiles_for(dim, query.dtype).key
+    table = compact_tiles(geometry, query.device, tile.rows)
+    splits = _splits(len(table) * batch * heads, query.shape[1] // heads)
+    shape = splits, batch, heads, rows, dim
+    partial = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
+    if on_hopper and len(table):
+        hopper.key_gradient_pipeline.launch(saved, output_grad, delta, partial, table, geometry, scale)
+    elif len(table):
+        _launch(saved, output_grad, delta, partial, None, None, table, geometry, scale)
+    return partial
 
 
-def _suits_hopper(saved: Saved, output_grad: Tensor) -> bool:
-    """Whether the compact buffer goes to the kernel of gluon/key_gradient_pipeline.py."""
-    return hopper.suits(saved.query, saved.compact_key, saved.compact_value, output_grad)
+def raw_gradient(
+    saved: Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], ranks: Tensor | None,
+    geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dK and dV of the raw tokens (B, H, T, D); with ``ranks`` each takes in the gradient of its compact copy."""
+    query, key, value = saved.inputs[:3]
+    grads = torch.empty_like(key), torch.empty_like(value)
+    table = raw_tiles(geometry, key.device, tiles_for(query.shape[3], query.dtype).key.rows)
+    _launch(saved, output_grad, delta, partial, ranks, grads, table, geometry, scale)
+    return grads
 
 
-def key_gradient(
-    saved: Saved,
-    output_grad: Tensor,
-    delta: Tensor,
-    partial: tuple[Tensor, Tensor],
-    ranks: Tensor | None,
-    key_grad: Tensor | None,
-    value_grad: Tensor | None,
-    table: Tensor,
-    geometry: Geometry,
-    scale: float,
-) -> None:
-    """dK and dV of one source: of the compact buffer into ``partial``, or of the raw tokens into their gradients.
-
-    ``table`` holds the source's tiles: of the compact buffer by :func:`compact_tile`, raw ones by ``tiles_for``.
-    """
-    query, key, value = saved.query, saved.key, saved.value
+def _launch(
+    saved: Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], ranks: Tensor | None,
+    grads: tuple[Tensor, Tensor] | None, table: Tensor, geometry: Geometry, scale: float
+) -> None:  # fmt: skip
+    """Fill ``grads``, of the raw tokens, or without them ``partial``."""
+    query, key, value, *compact = saved.inputs
     batch, query_heads, queries, dim = query.shape
-    heads, rows = key.shape[1], saved.compact_key.shape[2]
+    heads, splits = key.shape[1], partial[0].shape[0]
+    source, target = (compact, (key, value)) if grads is None else ((key, value), grads)
     tile = tiles_for(dim, query.dtype).key
-    compact = key_grad is None or value_grad is None
-    if compact and _suits_hopper(saved, output_grad):
-        arguments = query, saved.compact_key, saved.compact_value, output_grad, saved.lse, delta, partial
-        hopper.key_gradient_pipeline.launch(*arguments, table, geometry, scale * LOG2_E, scale)
-        return
-    source = (saved.compact_key, saved.compact_value) if compact else (key, value)
-    target = (key, value) if key_grad is None or value_grad is None else (key_grad, value_grad)
-    splits = partial[0].shape[0]
-    _key_kernel[(len(table) * batch * heads * (splits if compact else 1),)](
+    _key_kernel[(len(table) * batch * heads * (splits if grads is None else 1),)](
         query, *source, output_grad,
         *row_descriptors(tile.columns, triton.next_power_of_2(dim), query, output_grad),
         saved.lse, delta, *partial, ranks, *target, table, sequence_table(geometry, query.device),
         *row_strides(query, *source, output_grad, *target),
-        batch * heads, heads, query_heads // heads, queries, rows, 0 if ranks is None else ranks.shape[2], splits,
-        *geometry.rule, scale * LOG2_E, scale, COMPACT=compact, **tile.options(dim, keys_are_rows=True),
+        batch * heads, heads, query_heads // heads, queries, compact[0].shape[2],
+        0 if ranks is None else ranks.shape[2], splits, *geometry.numbers, scale * LOG2_E, scale,
+        COMPACT=grads is None, **tile.options(dim, keys_are_rows=True),
     )  # fmt: skip
+
+
+def _splits(programs: int, group: int) -> int:
+    """Over how many programs the query heads of a group are spread: a divisor of G."""
+    enough = [count for count in range(1, group + 1) if group % count == 0 and programs * count >= _PROGRAMS]
+    return enough[0] if enough else group
 
 
 @triton.jit(do_not_specialize=_INTEGERS)

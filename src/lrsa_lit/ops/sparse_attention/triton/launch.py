@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.compressors import Selector, SpreadSelector
-from lrsa_lit.ops.sparse_attention.geometry import compact_size, partition_counts
+from lrsa_lit.ops.sparse_attention.geometry import partition_counts
 from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.selection import (
     Selection,
@@ -29,10 +29,10 @@ from lrsa_lit.ops.sparse_attention.selection import (
     select_packed,
 )
 from lrsa_lit.ops.sparse_attention.triton import registered_ops
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.decode_kernels import attend_one
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import ranks_of
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import positive_scale
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Inputs, positive_scale
 
 __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
 
@@ -67,11 +67,11 @@ def forward(
 
     ``boundaries`` are 0 … T of the sequences; with fewer queries than keys there is one sequence.
     """
-    numbers = _numbers(rule, queries_from=key.shape[2] - query.shape[2])
+    geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
     if isinstance(rule.compressor, Selector):
         with torch.no_grad():
             ranks = _ranks(key, value, rule, boundaries, selection)
-            compact = registered_ops.gather(key, value, ranks, boundaries, numbers, _compact_rows(rule, boundaries))
+            compact = registered_ops.gather(key, value, ranks, geometry)
     else:
         ranks = None
         pieces = [
@@ -79,7 +79,8 @@ def forward(
             for start, stop in itertools.pairwise(boundaries)
         ]
         compact = torch.cat([keys for keys, _ in pieces], dim=2), torch.cat([values for _, values in pieces], dim=2)
-    return _attend(query, key, value, compact[0], compact[1], ranks, boundaries, numbers, scale)
+    query, scale = positive_scale(query, scale)
+    return registered_ops.attend(Inputs(query, key, value, *compact), ranks, geometry, scale)
 
 
 def attend(
@@ -106,9 +107,9 @@ def attend(
     Returns:
         (B, Hq, Tq, D) in the query's dtype.
     """
-    boundaries = 0, query_offset + query.shape[2]
-    numbers = _numbers(rule, queries_from=query_offset, keys_from=raw_offset)
-    return _attend(query, raw[0], raw[1], compact[0], compact[1], None, boundaries, numbers, scale)
+    geometry = Geometry.of(rule, (0, query_offset + query.shape[2]), query_offset, raw_offset)
+    query, scale = positive_scale(query, scale)
+    return registered_ops.attend(Inputs(query, *raw, *compact), None, geometry, scale)
 
 
 def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +121,7 @@ def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> 
     whole = dataclasses.replace(rule, sink_size=0, chunk_size=rule.lag_size)
     boundaries = 0, (count + 1) * rule.lag_size + 1
     ranks = _select_lag_relative(key, value, whole, boundaries)[0]
-    return registered_ops.gather(key, value, ranks, boundaries, _numbers(whole), count * rule.top_k)
+    return registered_ops.gather(key, value, ranks, Geometry.of(whole, boundaries))
 
 
 @torch.no_grad()
@@ -145,34 +146,10 @@ def _ranks(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], se
     if selection is None and isinstance(rule.compressor, SpreadSelector):
         return _select_lag_relative(key, value, rule, boundaries)[0]
     chosen = select_packed(key, value, rule, boundaries) if selection is None else selection
-    return ranks_of(chosen.indices, Geometry(tuple(boundaries), *_numbers(rule)))
+    return ranks_of(chosen.indices, Geometry.of(rule, boundaries))
 
 
 def _select_lag_relative(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Ranks and scores under a rule whose compressor is a :class:`SpreadSelector`."""
     weights = cast("SpreadSelector", rule.compressor).weights
-    partitions = sum(partition_counts(boundaries, rule))
-    return registered_ops.select_lag_relative(key, value, boundaries, _numbers(rule), weights, partitions)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    compact_key: Tensor,
-    compact_value: Tensor,
-    ranks: Tensor | None,
-    boundaries: Sequence[int],
-    numbers: Sequence[int],
-    scale: float,
-) -> Tensor:
-    query, scale = positive_scale(query, scale)
-    return registered_ops.attend(query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale)
-
-
-def _compact_rows(rule: Rule, boundaries: Sequence[int]) -> int:
-    return sum(compact_size(count, rule) for count in partition_counts(boundaries, rule))
-
-
-def _numbers(rule: Rule, *, queries_from: int = 0, keys_from: int = 0) -> list[int]:
-    return [queries_from, keys_from, rule.sink_size, rule.lag_size, rule.top_k, rule.chunk]
+    return registered_ops.select_lag_relative(key, value, Geometry.of(rule, boundaries), weights)

@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.device_functions import load_tile, query_tile, store_rows, walk_sources
 from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptors, row_strides
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
 
 _INTEGERS = [
     "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
@@ -23,21 +24,21 @@ _INTEGERS = [
 
 def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
     """dQ (B, Hq, Tq, D), and the row sums of output x gradient (B, Hq, Tq) that the other kernel needs too."""
-    query, key, value = saved.query, saved.key, saved.value
+    query, key, value = saved.inputs[:3]
     batch, query_heads, queries, dim = query.shape
     query_grad = torch.empty_like(query)
     delta = torch.empty_like(saved.lse)
-    if hopper.suits(*saved[:5], output_grad):
-        hopper.query_gradient_pipeline.launch(saved, output_grad, delta, query_grad, geometry, scale * LOG2_E, scale)
+    if hopper.suits(*saved.inputs, output_grad):
+        hopper.query_gradient_pipeline.launch(saved, output_grad, delta, query_grad, geometry, scale)
         return query_grad, delta
     tile = tiles_for(dim, query.dtype).query
     table = query_tiles(geometry, query.device, tile.rows)
     _query_kernel[(len(table) * batch * query_heads,)](
-        *saved[:5], *row_descriptors(tile.columns, triton.next_power_of_2(dim), *saved[1:5]),
+        *saved.inputs, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *saved.inputs[1:]),
         saved.output, output_grad, saved.lse, delta, query_grad, table, sequence_table(geometry, query.device),
         *row_strides(query, key, value, saved.output, output_grad, query_grad),
-        batch * query_heads, query_heads, query_heads // key.shape[1], queries, saved.compact_key.shape[2],
-        *geometry.rule, scale * LOG2_E, scale, **tile.options(dim),
+        batch * query_heads, query_heads, query_heads // key.shape[1], queries, saved.inputs.compact_key.shape[2],
+        *geometry.numbers, scale * LOG2_E, scale, **tile.options(dim),
     )  # fmt: skip
     return query_grad, delta
 

@@ -1,9 +1,8 @@
 """The kernels as registered operators, with fake implementations and autograd: torch.compile sees three opaque calls.
 
-Operators take integers and tensors only: ``numbers`` are queries_from, keys_from, S, L, K and C of a
-``work_tables.Geometry``. ``select_lag_relative``, ``gather`` and ``attend`` go through them only where somebody traces
-or watches the calls: the dispatcher's bookkeeping costs the host more than the launches, and short sequences wait for
-the host.
+Operators take integers and tensors only, and so a geometry as its list. ``select_lag_relative``, ``gather`` and
+``attend`` go through them only where somebody traces or watches the calls: the dispatcher's bookkeeping costs the host
+more than the launches, and short sequences wait for the host.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, L lag_size, M compact rows, D head_dim.
 """
@@ -18,54 +17,39 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from lrsa_lit.ops.sparse_attention.geometry import compact_size, partition_counts
 from lrsa_lit.ops.sparse_attention.triton.backward_pass import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved, with_rows
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Inputs, Saved, with_rows
 from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
-from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS, Geometry
+from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS
 
 
 def select_lag_relative(
-    key: Tensor,
-    value: Tensor,
-    boundaries: Sequence[int],
-    numbers: Sequence[int],
-    weights: Sequence[float],
-    partitions: int,
+    key: Tensor, value: Tensor, geometry: Geometry, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Ranks (B, H, P, L) int32 and scores (B, H, P, L) float32 of lag-relative selection; see ``scoring``."""
+    """Ranks (B, H, P, L) int32 and scores (B, H, P, L) float32 of lag-relative selection; see ``select_ranks``."""
     run = _select_op if _watched(key) else _select
-    ranks, scores = run(key, value, boundaries, numbers, weights, partitions)
+    ranks, scores = run(key, value, geometry.to_list(), weights)
     return ranks, scores
 
 
-def gather(
-    key: Tensor, value: Tensor, ranks: Tensor, boundaries: Sequence[int], numbers: Sequence[int], rows: int
-) -> tuple[Tensor, Tensor]:
-    """Compact keys and values (B, H, M, D) of a selection; see ``gather``. Not differentiable: ``attend`` is."""
+def gather(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Compact keys and values (B, H, M, D); see ``gather_compact``. Not differentiable: ``attend`` is."""
     run = _gather_op if _watched(key) else _gather
-    compact_key, compact_value = run(key, value, ranks, boundaries, numbers, rows)
+    compact_key, compact_value = run(key, value, ranks, geometry.to_list())
     return compact_key, compact_value
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    compact_key: Tensor,
-    compact_value: Tensor,
-    ranks: Tensor | None,
-    boundaries: Sequence[int],
-    numbers: Sequence[int],
-    scale: float,
-) -> Tensor:
-    """Output (B, Hq, Tq, D); see ``forward``.
+def attend(inputs: Inputs, ranks: Tensor | None, geometry: Geometry, scale: float) -> Tensor:
+    """Output (B, Hq, Tq, D); see ``attend_forward``.
 
     With ``ranks`` the compact buffer holds copies of raw tokens: their gradient goes to the tokens, not to the buffer.
     """
-    inputs = query, key, value, compact_key, compact_value, ranks, boundaries, numbers, scale
-    output: Tensor = _attend_op(*inputs)[0] if _watched(query) else _Attend.apply(*inputs)
+    arguments = *inputs, ranks, geometry.to_list(), scale
+    output: Tensor = _attend_op(*arguments)[0] if _watched(inputs.query) else _Attend.apply(*arguments)
     return output
 
 
@@ -74,54 +58,30 @@ def _watched(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_in_torch_dispatch_mode()
 
 
-def _select(
-    key: Tensor,
-    value: Tensor,
-    boundaries: Sequence[int],
-    numbers: Sequence[int],
-    weights: Sequence[float],
-    partitions: int,
-) -> tuple[Tensor, Tensor]:
-    return select_ranks(with_rows(key), with_rows(value), _geometry(boundaries, numbers), weights)
+def _select(key: Tensor, value: Tensor, numbers: Sequence[int], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    return select_ranks(with_rows(key), with_rows(value), Geometry.from_list(numbers), weights)
 
 
-def _gather(
-    key: Tensor, value: Tensor, ranks: Tensor, boundaries: Sequence[int], numbers: Sequence[int], rows: int
-) -> tuple[Tensor, Tensor]:
-    return gather_compact(with_rows(key), with_rows(value), ranks, _geometry(boundaries, numbers))
+def _gather(key: Tensor, value: Tensor, ranks: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return gather_compact(with_rows(key), with_rows(value), ranks, Geometry.from_list(numbers))
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    compact_key: Tensor,
-    compact_value: Tensor,
-    ranks: Tensor | None,
-    boundaries: Sequence[int],
-    numbers: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, compact_key: Tensor, compact_value: Tensor,
+    ranks: Tensor | None, numbers: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, Hq, Tq, D) and the base-2 log-sum-exp (B, Hq, Tq), which the backward reads."""
-    compact = compact_key.contiguous(), compact_value.contiguous()
-    return attend_forward(
-        with_rows(query), with_rows(key), with_rows(value), *compact, _geometry(boundaries, numbers), scale
-    )
+    inputs = Inputs(query, key, value, compact_key, compact_value)
+    return attend_forward(inputs.for_kernels(), Geometry.from_list(numbers), scale)
 
 
 def _attend_grad(
-    saved: Sequence[Tensor],
-    output_grad: Tensor,
-    ranks: Tensor | None,
-    boundaries: Sequence[int],
-    numbers: Sequence[int],
-    scale: float,
+    saved: Sequence[Tensor], output_grad: Tensor, ranks: Tensor | None, numbers: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, compact keys and compact values; see ``backward``."""
-    query, key, value, compact_key, compact_value, output, lse = saved
-    inputs = with_rows(query), with_rows(key), with_rows(value), compact_key.contiguous(), compact_value.contiguous()
-    results = Saved(*inputs, output, lse)
-    return attend_backward(results, with_rows(output_grad), ranks, _geometry(boundaries, numbers), scale)
+    """Gradients of query, key, value, compact keys and compact values; see ``attend_backward``."""
+    *inputs, output, lse = saved
+    results = Saved(Inputs(*inputs).for_kernels(), output, lse)
+    return attend_backward(results, with_rows(output_grad), ranks, Geometry.from_list(numbers), scale)
 
 
 _select_op = torch.library.custom_op("lrsa_lit::select_lag_relative", _select, mutates_args=(), tags=TAGS)
@@ -131,18 +91,18 @@ _attend_grad_op = torch.library.custom_op("lrsa_lit::attend_backward", _attend_g
 
 
 @_select_op.register_fake
-def _(
-    key: Tensor, value: Tensor, boundaries: Any, numbers: Sequence[int], weights: Any, partitions: int
-) -> tuple[Tensor, Tensor]:
-    shape = key.shape[0], key.shape[1], partitions, numbers[3]
+def _(key: Tensor, value: Tensor, numbers: Sequence[int], weights: Any) -> tuple[Tensor, Tensor]:
+    geometry = Geometry.from_list(numbers)
+    shape = *key.shape[:2], sum(partition_counts(geometry.boundaries, geometry.rule)), geometry.lag
     return key.new_empty(shape, dtype=torch.int32), key.new_empty(shape, dtype=torch.float32)
 
 
 @_gather_op.register_fake
-def _(
-    key: Tensor, value: Tensor, ranks: Tensor, boundaries: Sequence[int], numbers: Sequence[int], rows: int
-) -> tuple[Tensor, Tensor]:
-    shape = key.shape[0], key.shape[1], rows, key.shape[3]
+def _(key: Tensor, value: Tensor, ranks: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    geometry = Geometry.from_list(numbers)
+    rule = geometry.rule
+    rows = sum(compact_size(count, rule) for count in partition_counts(geometry.boundaries, rule))
+    shape = *key.shape[:2], rows, key.shape[3]
     return key.new_empty(shape), value.new_empty(shape)
 
 
@@ -161,7 +121,7 @@ def _(saved: Sequence[Tensor], output_grad: Tensor, ranks: Tensor | None, *_: An
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ranks, ctx.boundaries, ctx.numbers, ctx.scale = inputs
+    *tensors, ranks, ctx.numbers, ctx.scale = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output, ranks)
 
@@ -169,9 +129,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, output_grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *saved, ranks = ctx.saved_tensors
     run = _attend_grad_op if _watched(output_grad) else _attend_grad
-    grads = run(saved, output_grad, ranks, ctx.boundaries, ctx.numbers, ctx.scale)
+    grads = run(saved, output_grad, ranks, ctx.numbers, ctx.scale)
     raw, compact = grads[:3], grads[3:]
-    return *raw, *((None, None) if ranks is not None else compact), None, None, None, None
+    return *raw, *((None, None) if ranks is not None else compact), None, None, None
 
 
 _attend_op.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -191,7 +151,3 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs of :meth:`forward`."""
         return _backward(ctx, output_grad, None)
-
-
-def _geometry(boundaries: Sequence[int], numbers: Sequence[int]) -> Geometry:
-    return Geometry(tuple(boundaries), *numbers)

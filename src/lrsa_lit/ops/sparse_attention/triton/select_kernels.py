@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL, SHRINK
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry, partitions
 from lrsa_lit.ops.sparse_attention.triton.device_functions import COLUMNS, KEY_ROW
 from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import row_strides
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, partitions, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.work_tables import partition_table, sequence_table
 
 _INTEGERS = ["heads", "n_partitions", "sink", "lag", "keep"]
 _TOKENS = 32

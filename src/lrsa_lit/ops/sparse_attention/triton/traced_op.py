@@ -17,44 +17,45 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
 from lrsa_lit.ops.sparse_attention.triton.backward_pass import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry, partitions
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Saved, positive_scale, with_rows
+from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Inputs, Saved, positive_scale, with_rows
 from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
-from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS, Geometry, partitions
+from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
     """Output (B, Hq, T, D); arguments as in ``compiled_layers.traced_attention``."""
     query, scale = positive_scale(query, scale)
-    output: Tensor = _forward_op(query, key, value, numbers, cu_seqlens, scale)[0]
+    output: Tensor = _forward_op(query, key, value, rule_tensor, cu_seqlens, scale)[0]
     return output
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
     query, key, value = with_rows(query), with_rows(key), with_rows(value)
-    geometry, weights = _call(key, numbers, cu_seqlens)
+    geometry, weights = _call(key, rule_tensor, cu_seqlens)
     buffer = _rank_buffer(key)
     ranks, _ = select_ranks(key, value, geometry, weights, _ranks_in(buffer, geometry))
     compact = gather_compact(key, value, ranks, geometry)
-    return *attend_forward(query, key, value, *compact, geometry, scale), buffer
+    return *attend_forward(Inputs(query, key, value, *compact), geometry, scale), buffer
 
 
 def _backward(
-    saved: Sequence[Tensor], output_grad: Tensor, numbers: Tensor, cu_seqlens: Tensor | None, scale: float
+    saved: Sequence[Tensor], output_grad: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     query, key, value, output, lse, buffer = saved
     query, key, value = with_rows(query), with_rows(key), with_rows(value)
-    geometry, _ = _call(key, numbers, cu_seqlens)
+    geometry, _ = _call(key, rule_tensor, cu_seqlens)
     ranks = _ranks_in(buffer, geometry)
     compact = gather_compact(key, value, ranks, geometry)
-    results = Saved(query, key, value, *compact, output, lse)
+    results = Saved(Inputs(query, key, value, *compact), output, lse)
     return attend_backward(results, with_rows(output_grad), ranks, geometry, scale)[:3]
 
 
@@ -74,25 +75,25 @@ def _(saved: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, numbers, cu_seqlens, ctx.scale = inputs
+    query, key, value, rule_tensor, cu_seqlens, ctx.scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, numbers, cu_seqlens)
+    ctx.save_for_backward(query, key, value, *output, rule_tensor, cu_seqlens)
 
 
 def _differentiate(ctx: Any, output_grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    *saved, numbers, cu_seqlens = ctx.saved_tensors
-    return *_backward_op(saved, output_grad, numbers, cu_seqlens, ctx.scale), None, None, None
+    *saved, rule_tensor, cu_seqlens = ctx.saved_tensors
+    return *_backward_op(saved, output_grad, rule_tensor, cu_seqlens, ctx.scale), None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
-def _call(key: Tensor, numbers: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, tuple[float, float]]:
+def _call(key: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, tuple[float, float]]:
     """The geometry, and the weights of the key and the value score."""
-    *rule, of_key, of_value = numbers.tolist()
+    *rule, of_key, of_value = rule_tensor.tolist()
     length = key.shape[2]
     boundaries = (0, length) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), length)
-    return Geometry(tuple(boundaries), 0, 0, *(int(number) for number in rule)), (of_key, of_value)
+    return Geometry(*(int(number) for number in rule), tuple(boundaries)), (of_key, of_value)
 
 
 def _rank_buffer(key: Tensor) -> Tensor:

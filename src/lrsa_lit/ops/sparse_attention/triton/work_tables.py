@@ -9,77 +9,23 @@ Symbols: S sink_size, L lag_size, K top_k, C chunk, T tokens, N packed sequences
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, partition_counts
-from lrsa_lit.ops.sparse_attention.rule import Rule
+from lrsa_lit.ops.sparse_attention.geometry import compressed_at
+from lrsa_lit.ops.sparse_attention.triton.call_geometry import TABLES, Geometry, compact_rows, partitions
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """Of every operator that uses the tables: they outlive a call, in memory that CUDA graph trees must not recycle."""
-
-_TABLES = 64
-
-
-class Geometry(NamedTuple):
-    """Everything about a call that is no tensor.
-
-    Attributes:
-        boundaries: 0 … T, where the packed sequences start and end.
-        queries_from: position of the first query; 0 where several sequences are packed.
-        keys_from: position of the first raw token that is at hand, likewise.
-        sink: S.
-        lag: L.
-        keep: K.
-        chunk: C.
-    """
-
-    boundaries: tuple[int, ...]
-    queries_from: int
-    keys_from: int
-    sink: int
-    lag: int
-    keep: int
-    chunk: int
-
-    @property
-    def rule(self) -> tuple[int, int, int, int]:
-        """S, L, K, C, as the kernels take them."""
-        return self.sink, self.lag, self.keep, self.chunk
-
-    @property
-    def sequences(self) -> int:
-        """N."""
-        return len(self.boundaries) - 1
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return [stop - start for start, stop in itertools.pairwise(self.boundaries)]
-
-
-@functools.lru_cache(maxsize=_TABLES)
-def partitions(geometry: Geometry) -> tuple[int, ...]:
-    """Partitions that each sequence has compressed by its end."""
-    return tuple(partition_counts(geometry.boundaries, Rule(*geometry.rule)))
-
-
-@functools.lru_cache(maxsize=_TABLES)
-def compact_rows(geometry: Geometry) -> tuple[int, ...]:
-    """Rows of the compact buffer that each sequence owns."""
-    rule = Rule(*geometry.rule)
-    return tuple(compact_size(count, rule) for count in partitions(geometry))
 
 
 def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep on the device what ``build`` makes of a geometry and further integers, for the most recent calls."""
     captured: list[Tensor] = []
 
-    @functools.lru_cache(maxsize=_TABLES)
+    @functools.lru_cache(maxsize=TABLES)
     def cached(geometry: Geometry, device: torch.device, *sizes: int) -> Tensor:
         return build(geometry, *sizes).to(torch.int32).to(device)
 
@@ -115,7 +61,7 @@ def sequence_table(geometry: Geometry) -> Tensor:
 def partition_table(geometry: Geometry) -> Tensor:
     """(P + N, 2): sequence and ordinal of each partition; then, for the sinks of each sequence, ordinal -1."""
     rows = [[index, ordinal] for index, count in enumerate(partitions(geometry)) for ordinal in range(count)]
-    return torch.tensor(rows + [[index, -1] for index in range(geometry.sequences)])
+    return torch.tensor(rows + [[index, -1] for index in range(len(geometry.lengths))])
 
 
 @_table
@@ -125,7 +71,7 @@ def query_tiles(geometry: Geometry, block: int) -> Tensor:
     Tiles start at S modulo the block size: if it divides L and C, no tile straddles a compression.
     """
     tiles = _tiles(geometry, block, aligned=True, first=geometry.queries_from)
-    compressed = compressed_at(tiles[:, 1] + block - 1, Rule(*geometry.rule))
+    compressed = compressed_at(tiles[:, 1] + block - 1, geometry.rule)
     compact, raw = compressed * geometry.keep, tiles[:, 1] - compressed * geometry.lag
     return _longest_first(tiles, compact + raw)
 
