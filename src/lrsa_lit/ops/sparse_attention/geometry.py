@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.rule import Rule
+from lrsa_lit.ops.sparse_attention.rule_arithmetic import first_position, partitions_at, sinks_and
 
 Integers = TypeVar("Integers", int, Tensor)
 """One integer, or a tensor of them."""
@@ -40,10 +41,8 @@ def checked_boundaries(values: Sequence[int], length: int, name: str = "cu_seqle
 
 def compressed_at(position: Integers, rule: Rule) -> Integers:
     """P(t), the partitions that are compressed when the token at ``position`` attends; 0 for a negative position."""
-    past = position - rule.first_compression
-    # b(t) - S, where b(t) is the start of the chunk in which the token is processed.
-    chunk_start = 2 * rule.lag_size + past // rule.chunk * rule.chunk
-    return (past >= 0) * (chunk_start // rule.lag_size - 1)
+    result: Integers = partitions_at(position, rule.sink_size, rule.lag_size, rule.chunk)
+    return result
 
 
 def partition_counts(boundaries: Sequence[int], rule: Rule) -> list[int]:
@@ -53,12 +52,14 @@ def partition_counts(boundaries: Sequence[int], rule: Rule) -> list[int]:
 
 def raw_start(partitions: Integers, rule: Rule) -> Integers:
     """First position that is visible uncompressed: 0, or S + P L behind the compressed partitions."""
-    return (partitions > 0) * (rule.sink_size + partitions * rule.lag_size)
+    result: Integers = sinks_and(partitions, rule.sink_size, rule.lag_size)
+    return result
 
 
 def compact_size(partitions: int, rule: Rule) -> int:
     """Keys in front of the raw range: 0, or S + K P."""
-    return rule.sink_size + partitions * rule.top_k if partitions else 0
+    result: int = sinks_and(partitions, rule.sink_size, rule.top_k)
+    return result
 
 
 def stored_size(length: int, rule: Rule) -> int:
@@ -71,7 +72,7 @@ def spans(start: int, stop: int, rule: Rule) -> Iterator[Span]:
     """Cut the queries [start, stop) where P(t) changes."""
     while start < stop:
         partitions = compressed_at(start, rule)
-        end = min(stop, _next_change(start, partitions, rule))
+        end = min(stop, first_position(partitions + 1, rule.sink_size, rule.lag_size, rule.chunk))
         yield Span(start, end, partitions)
         start = end
 
@@ -86,13 +87,3 @@ def attended_pairs(length: int, rule: Rule | None) -> int:
         before = compact_size(span.partitions, rule) + span.start - raw_start(span.partitions, rule)
         total += count * before + count * (count + 1) // 2
     return total
-
-
-def _next_change(position: int, partitions: int, rule: Rule) -> int:
-    """First position after ``position`` at which P(t) is larger."""
-    first = rule.first_compression
-    if position < first:
-        return first
-    # P grows at the first chunk start b with (b - S) // L - 1 > P, that is b >= S + (P + 2) L.
-    needed = rule.sink_size + (partitions + 2) * rule.lag_size
-    return first + -(-(needed - first) // rule.chunk) * rule.chunk

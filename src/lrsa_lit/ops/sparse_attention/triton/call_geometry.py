@@ -43,7 +43,8 @@ class Geometry(NamedTuple):
     @classmethod
     def from_list(cls, numbers: Sequence[int]) -> Geometry:
         """The way back from :meth:`to_list`."""
-        return cls(*numbers[:4], tuple(numbers[6:]), *numbers[4:6])
+        sink, lag, keep, chunk, queries_from, keys_from, *boundaries = numbers
+        return cls(sink, lag, keep, chunk, tuple(boundaries), queries_from, keys_from)
 
     def to_list(self) -> list[int]:
         """S, L, K, C, where queries and keys start, and the boundaries."""

@@ -11,8 +11,13 @@ Symbols: S sink, L lag, K keep, C chunk, t a query's position in its sequence, P
 
 from __future__ import annotations
 
+from types import FunctionType
+from typing import Any
+
 import triton
 import triton.language as tl
+
+from lrsa_lit.ops.sparse_attention import rule_arithmetic
 
 # Columns of the sequence table (work_tables.sequence_table).
 QUERY_ROW = tl.constexpr(0)
@@ -30,27 +35,23 @@ LOWEST = tl.constexpr(-3.3e38)
 """Running maximum before the first key: finite, so that a row that sees nothing of a block needs no special case."""
 
 
-@triton.jit
-def compressed_at(t, sink, lag, chunk):
-    """P(t), for scalars and blocks; 0 for negative positions."""
-    first = sink + 2 * lag
-    start = first + tl.maximum(t - first, 0) // chunk * chunk
-    return tl.where(t >= first, (start - sink) // lag - 1, 0)
+def _compiled(function: Any) -> Any:
+    """The function for kernels. Triton's interpreter wants to find itself among a function's globals."""
+    return triton.jit(FunctionType(function.__code__, globals(), function.__name__))
 
 
-@triton.jit
-def first_query(count, sink, lag, chunk):
-    """First position at which ``count`` >= 1 partitions are compressed."""
-    return sink + 2 * lag + ((count - 1) * lag + chunk - 1) // chunk * chunk
+partitions_at = _compiled(rule_arithmetic.partitions_at)
+first_position = _compiled(rule_arithmetic.first_position)
+sinks_and = _compiled(rule_arithmetic.sinks_and)
 
 
 @triton.jit
 def visible_range(t, sink, lag, keep, chunk, COMPACT: tl.constexpr):
     """Columns [from, to) of the source that queries at t see."""
-    count = compressed_at(t, sink, lag, chunk)
+    count = partitions_at(t, sink, lag, chunk)
     if COMPACT:
-        return count * 0, tl.where(count > 0, sink + count * keep, 0)
-    return tl.where(count > 0, sink + count * lag, 0), t + 1
+        return count * 0, sinks_and(count, sink, keep)
+    return sinks_and(count, sink, lag), t + 1
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def first_seen_by(column, sink, lag, keep, chunk, COMPACT: tl.constexpr):
     """First query that sees the column."""
     if COMPACT:
         kept = tl.maximum(column - sink, 0) // tl.maximum(keep, 1)
-        return first_query(kept + 1, sink, lag, chunk)
+        return first_position(kept + 1, sink, lag, chunk)
     return column
 
 
@@ -67,7 +68,7 @@ def lost_to(column, sink, lag, chunk, COMPACT: tl.constexpr):
     """First query that no longer sees the column; compact columns are never lost."""
     if COMPACT:
         return column * 0 + 2147483647
-    return first_query(tl.maximum(column - sink, 0) // lag + 1, sink, lag, chunk)
+    return first_position(tl.maximum(column - sink, 0) // lag + 1, sink, lag, chunk)
 
 
 @triton.jit

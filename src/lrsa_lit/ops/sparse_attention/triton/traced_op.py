@@ -91,9 +91,10 @@ _forward_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 def _call(key: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, tuple[float, float]]:
     """The geometry, and the weights of the key and the value score."""
     *rule, of_key, of_value = rule_tensor.tolist()
+    sink, lag, keep, chunk = (int(number) for number in rule)
     length = key.shape[2]
     boundaries = (0, length) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), length)
-    return Geometry(*(int(number) for number in rule), tuple(boundaries)), (of_key, of_value)
+    return Geometry(sink, lag, keep, chunk, tuple(boundaries)), (of_key, of_value)
 
 
 def _rank_buffer(key: Tensor) -> Tensor:
