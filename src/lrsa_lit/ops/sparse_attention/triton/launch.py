@@ -63,10 +63,7 @@ def forward(
     scale: float,
     selection: Selection | None,
 ) -> Tensor:
-    """The operator; arguments as in ``api.sparse_attention``, already checked.
-
-    ``boundaries`` are 0 … T of the sequences; with fewer queries than keys there is one sequence.
-    """
+    """The operator; arguments as in ``eager.forward``."""
     geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
     if isinstance(rule.compressor, Selector):
         with torch.no_grad():
@@ -93,20 +90,7 @@ def attend(
     query_offset: int = 0,
     raw_offset: int = 0,
 ) -> Tensor:
-    """Attention of one sequence's queries over its compact buffer and its raw tokens.
-
-    Args:
-        query: (B, Hq, Tq, D), the tokens at positions ``query_offset`` … of their sequence.
-        compact: keys and values (B, H, M, D): sinks, then the pairs kept of each partition.
-        raw: keys and values (B, H, Tr, D) of the tokens at positions ``raw_offset`` … up to the last query.
-        rule: the rule.
-        scale: factor of the scores before the softmax.
-        query_offset: position of the first query.
-        raw_offset: position of the first raw token, at most the raw start of the first query.
-
-    Returns:
-        (B, Hq, Tq, D) in the query's dtype.
-    """
+    """Attention of one sequence's queries over compact buffer and raw tokens; arguments as in ``eager.attend``."""
     geometry = Geometry.of(rule, (0, query_offset + query.shape[2]), query_offset, raw_offset)
     query, scale = positive_scale(query, scale)
     return registered_ops.attend(Inputs(query, *raw, *compact), None, geometry, scale)
