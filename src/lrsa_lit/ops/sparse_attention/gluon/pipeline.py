@@ -16,7 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lrsa_lit.ops.sparse_attention.triton import device_functions
-from lrsa_lit.ops.sparse_attention.triton.device_functions import COLUMNS, QUERY_FROM, QUERY_TO
+from lrsa_lit.ops.sparse_attention.triton.device_functions import (
+    COLUMNS,
+    COMPACT_ROW,
+    KEY_ROW,
+    QUERY_FROM,
+    QUERY_ROW,
+    QUERY_TO,
+)
 
 HALF = gl.constexpr(64)
 """Queries of a consumer: the rows of one warpgroup's product."""
@@ -115,7 +122,7 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def copy_block(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
+def _copy_block(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
     """Copy a block of the raw or the compact source into the buffer of the step, once that is free."""
     i_buffer, i_parity = around(i_step, s_rows.shape[0])
     mbarrier.wait(free.index(i_buffer), i_parity ^ 1)
@@ -124,6 +131,43 @@ def copy_block(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
         tma.async_copy_global_to_shared(d_compact, i_from, full.index(i_buffer), s_rows.index(i_buffer))
     else:
         tma.async_copy_global_to_shared(d_raw, i_from, full.index(i_buffer), s_rows.index(i_buffer))
+
+
+@gluon.jit
+def produce_tiles(queries, keys, values, full, free, work, rule, group):
+    """Load what the consumers of tiles of queries read, in the order in which they read it.
+
+    ``queries`` are pairs of descriptor and buffers, of what is loaded once a tile; ``keys`` and ``values`` are the
+    descriptors of the raw and the compact source, and buffers.
+    """
+    d_key, d_compact_key, s_key = keys
+    d_value, d_compact_value, s_value = values
+    n_columns: gl.constexpr = s_key.shape[3]
+    n_queries: gl.constexpr = len(queries)
+    i_step = 0
+    for i_round in range(count_rounds(work[2])):
+        i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(i_round, work)
+        n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
+        i_kv = i_h // group
+        i_row = gl.load(p_sequence + QUERY_ROW) + i_first
+        i_buffer, i_parity = around(i_round, 2)
+        for i_half in gl.static_range(2):
+            i_query = i_buffer * 2 + i_half
+            b_full = full[0].index(i_query)
+            mbarrier.wait(free[0].index(i_query), i_parity ^ 1)
+            mbarrier.expect(b_full, n_queries * queries[0][0].block_type.nbytes)
+            i_from = [i_b, i_h, i_row + i_half * HALF, 0]
+            for i in gl.static_range(n_queries):
+                tma.async_copy_global_to_shared(queries[i][0], i_from, b_full, queries[i][1].index(i_query))
+        i_raw_row = gl.load(p_sequence + KEY_ROW)
+        i_compact_row = gl.load(p_sequence + COMPACT_ROW)
+        for i_block in range(n_all):
+            m_compact, i_column = block_at(i_block, n_full, cuts, n_columns)
+            i_row = gl.where(m_compact, i_compact_row, i_raw_row) + i_column
+            i_from = [i_b, i_kv, i_row, 0]
+            _copy_block(i_step, i_from, m_compact, d_key, d_compact_key, s_key, full[1], free[1])
+            _copy_block(i_step, i_from, m_compact, d_value, d_compact_value, s_value, full[2], free[2])
+            i_step += 1
 
 
 @gluon.jit

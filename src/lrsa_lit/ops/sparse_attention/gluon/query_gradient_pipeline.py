@@ -17,7 +17,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -29,16 +28,16 @@ from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
     block_at,
     blocks_of,
     clear,
-    copy_block,
     count_rounds,
     descriptor,
     multiprocessors,
     own_rows,
+    produce_tiles,
     tile_of,
     visible_range,
 )
 from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
-from lrsa_lit.ops.sparse_attention.triton.device_functions import COMPACT_ROW, KEY_ROW, KEY_TO, PARTITIONS, QUERY_ROW
+from lrsa_lit.ops.sparse_attention.triton.device_functions import KEY_TO, PARTITIONS, QUERY_ROW
 from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_strides
 from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
 from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
@@ -94,51 +93,18 @@ def _hopper_query_kernel(
     rule = (sink, lag, keep, chunk)
     rows = (p_output, p_lse, p_delta, stride_ob, stride_oh, stride_ot, n_queries, heads)
     results = (p_dq, stride_db, stride_dh, stride_dt, scale)
-    descriptors = (d_query, d_do, d_key, d_value, d_compact_key, d_compact_value)
+    queries = ((d_query, s_query), (d_do, s_do))
+    sources = (d_key, d_compact_key, s_key), (d_value, d_compact_value, s_value)
     gl.warp_specialize(
         [
             (_consume, (0, buffers, full, free, work, rule, rows, results, scale_log2)),
             (_consume, (1, buffers, full, free, work, rule, rows, results, scale_log2)),
-            (_produce, (buffers, full, free, descriptors, work, rule, group)),
+            (produce_tiles, (queries, sources[0], sources[1], full, free, work, rule, group)),
         ],
         [4, 1],
         # As in forward_pipeline.py: the first consumer gets what these leave of 504.
         [240, 24],
     )
-
-
-@gluon.jit
-def _produce(buffers, full, free, descriptors, work, rule, group):
-    """Load what the consumers read, in the order in which they read it."""
-    s_query, s_do, s_key, s_value = buffers
-    query_full, key_full, value_full = full
-    query_free, key_free, value_free = free
-    d_query, d_do, d_key, d_value, d_compact_key, d_compact_value = descriptors
-    n_columns: gl.constexpr = s_key.shape[3]
-    i_step = 0
-    for i_round in range(count_rounds(work[2])):
-        i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(i_round, work)
-        n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
-        i_kv = i_h // group
-        i_row = gl.load(p_sequence + QUERY_ROW) + i_first
-        i_buffer, i_parity = around(i_round, 2)
-        for i_half in gl.static_range(2):
-            i_query = i_buffer * 2 + i_half
-            b_full = query_full.index(i_query)
-            mbarrier.wait(query_free.index(i_query), i_parity ^ 1)
-            mbarrier.expect(b_full, d_query.block_type.nbytes + d_do.block_type.nbytes)
-            i_from = [i_b, i_h, i_row + i_half * HALF, 0]
-            tma.async_copy_global_to_shared(d_query, i_from, b_full, s_query.index(i_query))
-            tma.async_copy_global_to_shared(d_do, i_from, b_full, s_do.index(i_query))
-        i_raw_row = gl.load(p_sequence + KEY_ROW)
-        i_compact_row = gl.load(p_sequence + COMPACT_ROW)
-        for i_block in range(n_all):
-            m_compact, i_column = block_at(i_block, n_full, cuts, n_columns)
-            i_row = gl.where(m_compact, i_compact_row, i_raw_row) + i_column
-            i_from = [i_b, i_kv, i_row, 0]
-            copy_block(i_step, i_from, m_compact, d_key, d_compact_key, s_key, key_full, key_free)
-            copy_block(i_step, i_from, m_compact, d_value, d_compact_value, s_value, value_full, value_free)
-            i_step += 1
 
 
 @gluon.jit
