@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.cli.arguments import Parser, add_on, terminable
 from lrsa_lit.errors import UserError
@@ -81,6 +81,7 @@ def _parser() -> Parser:
     run_parts.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="these seeds alone")
     run_parts.add_argument("--shared", action="store_true", help="others use the device as well: record no speed")
     run_parts.add_argument("--source", help="folder of the study's base LLM on this machine")
+    run_parts.add_argument("--no-mlflow", action="store_true", help="record lines alone, and no runs of MLflow")
     add_on(run_parts)
     run_parts.set_defaults(action=_run)
     status = actions.add_parser("status", help="show what of a part is done")
@@ -161,8 +162,11 @@ def _runner(options: argparse.Namespace) -> Runner:
     from lrsa_lit.experiments.runner import Runner
 
     study = open_study(options.study)
-    source = getattr(options, "source", None)
-    overlay = {} if source is None else {"model": {"backbone": {"source": source, "sha256": None}}}
+    overlay: dict[str, Any] = {}
+    if (source := getattr(options, "source", None)) is not None:
+        overlay["model"] = {"backbone": {"source": source, "sha256": None}}
+    if getattr(options, "no_mlflow", False):
+        overlay["trainer"] = {"logger": False}
     return Runner(
         study,
         Questions(study, options.data),

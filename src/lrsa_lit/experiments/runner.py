@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.experiments import commands
@@ -81,11 +81,12 @@ class Runner:
         record = Record(trainer, STUDY, self.study.title, self.study.title, {})
         with record.running() as ending:
             try:
-                ending.well = self._drive(todo, executor, record)
+                done = self._drive(todo, executor, record)
             finally:
+                ending.well = not self.failed
                 if self.results.path.exists():
                     record.keep(self.results.path)
-        return ending.well
+        return done
 
     def prepare(self, works: Iterable[Work]) -> None:
         """Tokenise what some work needs and the folder of the data does not have."""
@@ -103,8 +104,6 @@ class Runner:
             executor.drive([self._unit(work, record) for work in works], record.beat if record else lambda: None)
         except OutOfTimeError:
             return False
-        for failure in self.failed:
-            print(failure, flush=True)
         return not self.failed
 
     def _unit(self, work: Work, record: Record | None) -> Unit:
@@ -115,26 +114,26 @@ class Runner:
             if place.record.exists():
                 # Of weights that are gone, or that the results do not know.
                 shutil.rmtree(place.folder)
-            code = yield self._job(
-                work, record, lambda: commands.fit(self.study, work.row, work.seed, place, self.overlay)
-            )
+            told = partial(commands.fit, self.study, work.row, work.seed, place, self.overlay)
+            code = yield self._job(work, record, told)
             if code:
-                self.failed.append(f"{work.row.name}, seed {work.seed}: the training failed (exit code {code})")
+                self._fail(work, f"the training failed (exit code {code})")
                 return
             self._keep_training(work)
         for group in _groups(self._missing(work)):
-            code = yield self._job(
-                work, record, lambda group=group: commands.evaluation(self.study, work.row, group, place, self.overlay)
-            )
+            told = partial(commands.evaluation, self.study, work.row, group, place, self.overlay)
+            code = yield self._job(work, record, told)
             if code:
                 names = ", ".join(item.name for item in group)
-                self.failed.append(
-                    f"{work.row.name}, seed {work.seed}, {group[0].data_set}, {names}: failed (exit code {code})"
-                )
+                self._fail(work, f"{group[0].data_set} under {names}: the evaluation failed (exit code {code})")
             else:
                 self._keep_answers(work, group)
 
-    def _job(self, work: Work, record: Record | None, command: Any) -> Job:
+    def _fail(self, work: Work, text: str) -> None:
+        _say(work, text)
+        self.failed.append(f"{work.row.name}, seed {work.seed}: {text}")
+
+    def _job(self, work: Work, record: Record | None, command: Callable[[], list[str]]) -> Job:
         tags = {"study.row": work.row.name, "study.config": work.row.hash}
         tags |= {PARENT: record.run_id} if record else {}
         return Job(command, tags, self.questions.environment, self._settings(work.row)["trainer"])

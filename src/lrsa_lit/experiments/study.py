@@ -36,7 +36,7 @@ _INDIFFERENT = {
     "model": {"backbone", "lrsa", "optimizer", "lr_scheduler", "train_attention", "train_top_k", "evaluate",
               "max_new_tokens", "generate_answers"},
     "data": {"max_tokens", "batch_size", "eval_batch_size", "num_workers", "weights", "data_sets",
-             "evaluate_on", "one_length"},
+             "evaluate_on", "pad_to_longest"},
 }  # fmt: skip
 """What does not decide the weights, or stands in the digest under another name."""
 
