@@ -54,11 +54,6 @@ class GracefulStop(Callback):
         self._listening = self._fitting = False
         self._process = os.getpid()
 
-    @property
-    def asked(self) -> int | None:
-        """The signal that a fit has been sent and that has not ended it yet."""
-        return self._asked
-
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the two signals within a block, on the main thread."""

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.errors import UserError, redacted
+from lrsa_lit.errors import UserError, redacted, under
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.store import answering, checked_uri, connect, existing_uri, experiment_id
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+LOGGER = "trainer.logger.init_args"
+"""The settings that name the store of a command's runs."""
 
 PARENT = "mlflow.parentRunId"
 STUDY = "study"
@@ -46,9 +49,10 @@ class Record:
 
     def __init__(self, trainer: Mapping[str, Any], key: str, value: str, name: str, tags: Mapping[str, str]) -> None:
         logger = logger_of(trainer)
-        self.uri = checked_uri(logger["tracking_uri"])
-        self.client = connect(self.uri)
-        with answering(self.uri):
+        with under(LOGGER):
+            self.uri = checked_uri(logger["tracking_uri"])
+            self.client = connect(self.uri)
+        with under(LOGGER), answering(self.uri):
             self.experiment = experiment_id(
                 self.client, logger["experiment_name"], self.uri, logger.get("experiment_id")
             )

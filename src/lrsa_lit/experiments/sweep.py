@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from lrsa_lit.errors import UserError, printable
 from lrsa_lit.experiments.jobs import Executor, Job, Unit
-from lrsa_lit.experiments.parent_run import PARENT, Record, logger_of
+from lrsa_lit.experiments.parent_run import LOGGER, PARENT, Record, logger_of
 from lrsa_lit.experiments.settings_grid import Point
 from lrsa_lit.experiments.summary import Outcome
 from lrsa_lit.tracking import heartbeat
-from lrsa_lit.tracking.store import URI_KEY, answering
+from lrsa_lit.tracking.store import answering
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -129,6 +129,4 @@ def _check_fits(points: Sequence[Point]) -> None:
     if any(point.config.get("estimate") for point in points):
         raise UserError("--estimate", reason="it is not allowed in a sweep; lrsa fit estimates one point")
     if run_id := logger_of(points[0].config["trainer"]).get("run_id"):
-        raise UserError(
-            f"{URI_KEY.rpartition('.')[0]}.run_id", run_id, reason="is not allowed in a sweep; each fit has its own"
-        )
+        raise UserError(f"{LOGGER}.run_id", run_id, reason="is not allowed in a sweep; each fit has its own")

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 URI = "tracking_uri"
 """The argument that names a store, for errors."""
 
-URI_KEY = f"trainer.logger.init_args.{URI}"
-"""The same as a setting of a run."""
-
 EXPERIMENT = "lrsa"
 """The experiment of runs for which none is named."""
 
