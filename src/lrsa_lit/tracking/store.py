@@ -68,7 +68,7 @@ def checked_uri(uri: str, key: str = URI) -> str:
             with path.open("r+b") as file:
                 header = file.read(len(_SQLITE_HEADER))
         except OSError as error:
-            raise UserError(key, reason=f"{uri} cannot be written ({error.strerror})") from None
+            raise UserError(key, uri, reason=f"cannot be written ({error.strerror})") from None
         if header not in (b"", _SQLITE_HEADER):
             raise UserError(key, reason=f"{path} is no SQLite file; name another one")
     return sqlite_uri(path, key)
