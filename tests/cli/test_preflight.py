@@ -43,5 +43,5 @@ def test_others_predict_and_read_no_shards(setting, shards):
 
 
 def test_what_is_no_strategy_is_refused():
-    with refused("trainer.strategy"):
+    with refused("trainer.strategy.class_path", "collections.OrderedDict"):
         check_strategy("fit", "collections.OrderedDict", None)
