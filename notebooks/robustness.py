@@ -23,7 +23,7 @@
 from IPython.display import display_png
 
 from lrsa_lit.cli.study import open_study
-from lrsa_lit.experiments.report import evidence, frames, result_plots, summaries
+from lrsa_lit.experiments.report import evidence, frames, result_plots, tables
 from lrsa_lit.experiments.report.bars import Bars, table_of
 from lrsa_lit.experiments.report.cells import Table, measure_of
 from lrsa_lit.experiments.report.places import by_place
@@ -34,7 +34,7 @@ from lrsa_lit.paths import nearest
 
 # %%
 results = "study/results.jsonl"
-cells = frames.load(results, open_study(str(frames.nearest("configs/experiment/robustness.yaml"))))
+cells = frames.load(results, open_study(str(nearest("configs/experiment/robustness.yaml"))))
 study = cells.study
 list(study.parts)
 
@@ -46,14 +46,14 @@ list(study.parts)
 # %%
 part = "main"
 table = Table(cells, part, study.parts[part]["sets"][0])
-summaries.matrix(table).frame(intervals=False)
+tables.matrix(table).frame(intervals=False)
 
 # %% [markdown]
 # Each cell with its interval, its share of dense training with dense inference, and its gain over dense training under the
 # same attention.
 
 # %%
-summaries.full(table).frame()
+tables.full(table).frame()
 
 # %%
 result_plots.against_share(table.entries, table.measure, f"{part}: {table.data_set}")

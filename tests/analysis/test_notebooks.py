@@ -9,13 +9,14 @@ import jupytext
 import nbformat
 import numpy as np
 import pytest
-import yaml
 from cli_helpers import DEBUG
+from experiments import tiny_study
 from nbclient import NotebookClient
-from study.conftest import STUDY, run_study, write_data
 
 from lrsa_lit.analysis import runs
 from lrsa_lit.cli.main import main
+from lrsa_lit.cli.study import open_study
+from lrsa_lit.experiments.questions import Questions, splits_of
 from lrsa_lit.paths import shipped
 
 NOTEBOOKS = shipped("notebooks/compare_runs.py").parent
@@ -52,8 +53,10 @@ def checkout(tmp_path_factory):
         store.log_text(run, "".join(json.dumps(row) + "\n" for row in rows), runs.ANSWERS)
     study = folder / "configs" / "experiment" / "robustness.yaml"
     study.parent.mkdir(parents=True)
-    study.write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    run_study(study, write_data(folder / "study" / "data"), folder / "study")
+    opened = open_study(str(tiny_study.write(study)))
+    Questions(opened, folder / "study" / "data").prepare(splits_of(opened))
+    lines = tiny_study.RESULTS.read_text().replace('"study": "tiny-study"', '"study": "robustness"')
+    (folder / "study" / "results.jsonl").write_text(lines)
     return folder
 
 

@@ -100,7 +100,6 @@ def _parser() -> Parser:
     report.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help=blocks)
     report.add_argument("--plots", type=Path, default=Path("docs/study"), help="folder for the plots of these blocks")
     report.add_argument("--data", type=Path, help="folder of the data, for blocks that look at the questions")
-    report.add_argument("--mlflow", metavar="URI", help="write a run for each row and seed into this store as well")
     report.set_defaults(action=_report)
     return parser
 
@@ -187,21 +186,13 @@ def _config(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from lrsa_lit.experiments.parent_run import results_in
     from lrsa_lit.experiments.report.document import fill, results_of, write_report
-    from lrsa_lit.tracking.store import checked_uri
 
     study = open_study(options.study)
     with tempfile.TemporaryDirectory() as folder:
         stored = "://" in options.results
         path = results_in(options.results, study.title, Path(folder)) if stored else Path(options.results)
         lines = results_of(study, path)
-    if options.mlflow is not None:
-        # Not when all else is written.
-        checked_uri(options.mlflow, "--mlflow")
     if options.into:
         fill(study, lines, options.into, options.plots, options.data)
     if options.to or not options.into:
         write_report(study, lines, options.to or _REPORT)
-    if options.mlflow is not None:
-        from lrsa_lit.experiments.report.mlflow import to_mlflow
-
-        to_mlflow(study, lines, options.mlflow)

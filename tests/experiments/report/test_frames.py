@@ -11,7 +11,7 @@ from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import frames
 from lrsa_lit.experiments.report.cells import Cells, Table
-from lrsa_lit.experiments.report.summaries import full, matrix
+from lrsa_lit.experiments.report.tables import full, matrix
 from lrsa_lit.paths import nearest
 
 

@@ -8,6 +8,7 @@ import pytest
 from experiments.report.lines import evaluation, evaluations, scores, study_of
 from experiments.tiny_study import STUDY
 from helpers import one_line
+from mlflow.tracking import MlflowClient
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
@@ -95,37 +96,12 @@ def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(tmp_pat
     assert entry.score.low < entry.score.value == sum(losses["loss"]) / sum(losses["tokens"]) < entry.score.high
 
 
-def test_results_become_runs_of_a_store_once(study_file, results, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
-    for _ in range(2):
-        main(["study", "report", str(results), "--study", str(study_file), "--to", "report", "--mlflow", uri])
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(uri)
-    runs = client.search_runs([client.get_experiment_by_name("tiny-study").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == [
-        "base-seed0", "dense-seed0", "lrsa-seed0", "lrsa-seed1", "mixed-seed0", "mixed-seed1"]  # fmt: skip
-    (run,) = (run for run in runs if run.info.run_name == "lrsa-seed0")
-    (line,) = (line for line in read_lines(results) if (line["row"], line["seed"], line.get("attention"),
-               line.get("set")) == ("lrsa", 0, "4x", "plain"))  # fmt: skip
-    assert run.data.metrics["test/plain/4x/f1"] == pytest.approx(np.mean(line["f1"]))
-    wanted = {"study.row": "lrsa", "seed_everything": "0", "trainer.max_steps": "3", "model.lrsa.top_k": "8"}
-    wanted |= {"model.optimizer.class_path": "torch.optim.AdamW", "data.init_args.weights.plain": "1.0"}
-    assert wanted.items() <= run.data.params.items()
-    params = {run.info.run_name: run.data.params for run in runs}
-    assert params["dense-seed0"]["model.train_attention"] == "None"
-    assert not [name for name in params["dense-seed0"] if name.startswith("model.lrsa")]
-    # Nothing has trained the base model, but a comparison must tell it from the others.
-    assert (params["base-seed0"]["study.row"], params["base-seed0"]["trainer.max_steps"]) == ("base", "0")
-    assert all(run.info.status == "FINISHED" for run in runs)
-
-
-def test_a_store_that_is_none_is_refused_before_anything_is_written(study_file, results, tmp_path, capsys):
-    to = ["--to", str(tmp_path / "report"), "--mlflow", "runs.db"]
+def test_a_store_without_results_of_the_study_is_refused(study_file, tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    MlflowClient(uri).create_experiment("any")
     with pytest.raises(SystemExit, match="2"):
-        main(["study", "report", str(results), "--study", str(study_file), *to])
-    assert "--mlflow: 'runs.db' is not allowed" in capsys.readouterr().err
+        main(["study", "report", uri, "--study", str(study_file), "--to", str(tmp_path / "report")])
+    assert "has no results of the study tiny-study" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
 
 
@@ -211,6 +187,5 @@ def test_a_report_needs_no_field_that_results_may_lack(study_file, results, tmp_
     lines = [{name: line[name] for name in line.keys() - optional} for line in read_lines(results)]
     path = tmp_path / "least.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    to = ["--to", str(tmp_path / "report"), "--mlflow", f"sqlite:///{tmp_path}/runs.db"]
-    main(["study", "report", str(path), "--study", str(study_file), *to])
+    main(["study", "report", str(path), "--study", str(study_file), "--to", str(tmp_path / "report")])
     assert "## Training" in (tmp_path / "report" / "report.md").read_text()

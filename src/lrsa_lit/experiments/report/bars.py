@@ -22,10 +22,10 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
 from lrsa_lit.experiments.checks import MEASURES
-from lrsa_lit.experiments.report import grid
+from lrsa_lit.experiments.report import columns
 from lrsa_lit.experiments.report.cells import Cell, Cells, Scope, measure_of, reference_of
-from lrsa_lit.experiments.report.grid import Column, Grid
-from lrsa_lit.experiments.report.summaries import LABELS
+from lrsa_lit.experiments.report.columns import Column, Grid
+from lrsa_lit.experiments.report.tables import LABELS
 from lrsa_lit.experiments.settings import Settings
 from lrsa_lit.experiments.study import DENSE, Study
 from lrsa_lit.ops.sparse_attention import LagRelative
@@ -136,9 +136,9 @@ class Bars:
                 means("dense", [best.reference for best in rows]),
                 means("dense-trained, compressed", [best.same for best in rows]),
                 means("LRSA-trained, compressed", cells),
-                Column("of dense", [best.ratio for best in rows], grid.percent),
-                *grid.shares(cells),
-                *grid.about(cells)[2:],
+                Column("of dense", [best.ratio for best in rows], columns.percent),
+                *columns.shares(cells),
+                *columns.about(cells)[2:],
             ]
         )
 
@@ -172,10 +172,10 @@ class Bars:
             return Verdict(name, required)
         cell = best.cell
         by = f"{cell.row} under {cell.attention} (kept {cell.kept:.1%}, pairs {cell.pairs:.1%})"
-        by += f", against {best.reference.row}, {grid.seeds(len(cell.lines))}"
+        by += f", against {best.reference.row}, {columns.seeds(len(cell.lines))}"
         if best.ratio_apart is not None:
             by += f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
-        return Verdict(name, required, grid.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by)
+        return Verdict(name, required, columns.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by)
 
     def _score(self, name: str, bar: Settings) -> Verdict:
         required, scope = f"{self._label(bar)} at least {bar['at_least']:g}", self._scope(bar)
@@ -185,9 +185,9 @@ class Bars:
             return Verdict(name, required)
         cell = max(found, key=lambda cell: cell.mean(scope.measure))
         score = cell.estimate(scope.measure)
-        by = f"{cell.row} under {cell.attention}, {grid.seeds(len(cell.lines))}"
+        by = f"{cell.row} under {cell.attention}, {columns.seeds(len(cell.lines))}"
         by += f"; best of {len(found)}" if len(found) > 1 else ""
-        return Verdict(name, required, grid.interval(score), _judged(score, bar["at_least"]), by)
+        return Verdict(name, required, columns.interval(score), _judged(score, bar["at_least"]), by)
 
     def _above(self, name: str, bar: Settings) -> Verdict:
         scope, asked = self._scope(bar), bar["above"]
@@ -202,11 +202,11 @@ class Bars:
         items = [item for item, _ in found]
         p_values = statistics.holm([item.p_value for item in items])
         smallest = min((item.difference for item in items), key=lambda difference: difference.value)
-        seeds = grid.seeds(min(len(own.lines) for _, own in found))
+        seeds = columns.seeds(min(len(own.lines) for _, own in found))
         by = f"{bar['row']} under {bar['inference']}, {seeds}; the smallest difference and the largest p"
         by += f" ({len(found)} of {len(asked)} measured)" if len(found) < len(asked) else ""
         verdict = _significant(items, p_values, bar["p"], len(asked))
-        return Verdict(name, required, f"{grid.signed(smallest)}, p = {max(p_values):.4f}", verdict, by)
+        return Verdict(name, required, f"{columns.signed(smallest)}, p = {max(p_values):.4f}", verdict, by)
 
     def _scope(self, bar: Settings) -> Scope:
         return self.cells.on(bar["set"], measure=bar.get("measure"))
@@ -232,7 +232,7 @@ def _selects(rule: Settings | None) -> bool:
 
 def _mean(cell: Cell, measure: str, seeds: int) -> str:
     """A cell's score, with its seeds where it has fewer than others of its row."""
-    fewer = f" ({grid.seeds(len(cell.lines))})" if len(cell.lines) < seeds else ""
+    fewer = f" ({columns.seeds(len(cell.lines))})" if len(cell.lines) < seeds else ""
     return f"{cell.mean(measure):.3f}{fewer}"
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import evidence, result_plots, summaries
+from lrsa_lit.experiments.report import evidence, result_plots, tables
 from lrsa_lit.experiments.report.bars import Bars, table_of
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.markers import filled, replace
@@ -46,12 +46,12 @@ class Blocks:
         self.cells = cells = Cells(study, lines)
         self.texts: dict[str, Callable[[], str]] = {
             "summary": self._summary,
-            "legend": lambda: summaries.LEGEND,
+            "legend": lambda: tables.LEGEND,
             "bars": self._verdicts,
             "perplexity": lambda: evidence.perplexity(cells).markdown(),
             "survival": lambda: evidence.survival(cells).markdown(),
-            "training": lambda: summaries.training(cells.lines).markdown(),
-            "machines": lambda: summaries.machines(lines).markdown(),
+            "training": lambda: tables.training(cells.lines).markdown(),
+            "machines": lambda: tables.machines(lines).markdown(),
         }
         self.plots: dict[str, tuple[str, Callable[[], Figure | None]]] = {
             "perplexity/plot": ("perplexity against the share of pairs kept",
@@ -84,18 +84,18 @@ class Blocks:
 
     def _summary(self) -> str:
         text = self.bars.summary().markdown()
-        return f"{text}\n\n{summaries.SHARES}" if text else ""
+        return f"{text}\n\n{tables.SHARES}" if text else ""
 
     def _matrices(self, part: str) -> str:
-        tables = [table for table in self.tables.values() if table.part == part and table.cells]
+        shown = [table for table in self.tables.values() if table.part == part and table.cells]
         return "\n\n".join(
-            f"**{table.data_set} ({table.split}), {summaries.LABELS[table.measure]}**\n\n"
-            f"{_counted(table)}{summaries.matrix(table).markdown()}"
-            for table in tables
+            f"**{table.data_set} ({table.split}), {tables.LABELS[table.measure]}**\n\n"
+            f"{_counted(table)}{tables.matrix(table).markdown()}"
+            for table in shown
         )
 
     def _full(self, table: Table) -> str:
-        return _counted(table) + summaries.full(table).markdown() if table.cells else ""
+        return _counted(table) + tables.full(table).markdown() if table.cells else ""
 
     def _places(self, table: Table) -> str:
         return by_place(table, self.data).markdown() if table.cells else ""
@@ -143,7 +143,7 @@ def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
     """
     blocks = Blocks(study, lines)
     parts = {name: f"{table.part}: {table.data_set} ({table.split})" for name, table in blocks.tables.items()}
-    texts = [f"# Results of {Path(study.name).stem}", "", summaries.LEGEND]
+    texts = [f"# Results of {Path(study.name).stem}", "", tables.LEGEND]
     for name, title in ({"bars": "What was to be reached"} | parts | _TITLES).items():
         if not (text := blocks.texts[name]()):
             continue

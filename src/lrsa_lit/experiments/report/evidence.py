@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
-from lrsa_lit.experiments.report import grid
+from lrsa_lit.experiments.report import columns
 from lrsa_lit.experiments.report.cells import Cell, Cells, Table, measure_of
-from lrsa_lit.experiments.report.grid import Column, Grid
-
-WHEN: tuple[Literal["before", "after"], ...] = ("before", "after")
+from lrsa_lit.experiments.report.columns import Column, Grid
 
 
 class Text(NamedTuple):
@@ -23,7 +21,7 @@ class Text(NamedTuple):
 
 
 class Survival(NamedTuple):
-    """A trained cell, and the base LLM under the same attention."""
+    """A trained cell (``after``), and the base LLM under the same attention (``before``)."""
 
     data_set: str
     before: Cell
@@ -33,10 +31,6 @@ class Survival(NamedTuple):
     def chance(self) -> float:
         """K/L: what a head keeps that does not look."""
         return float(self.after.line["survival"]["chance"])
-
-    def share(self, when: Literal["before", "after"], evidence: str = "gold") -> float | None:
-        """What a head keeps of the ``gold`` or ``answer`` tokens."""
-        return (self.before if when == "before" else self.after).survival(evidence)
 
 
 class LayerGain(NamedTuple):
@@ -59,8 +53,9 @@ def perplexity(cells: Cells) -> Grid:
     """A row for each cell: the share of pairs kept, and the perplexity."""
     found = texts(cells)
     own = [text.cell for text in found]
-    losses = Column("perplexity", [text.loss for text in found], grid.perplexity)
-    return Grid([Column("text", [text.data_set for text in found]), *grid.about(own), *grid.shares(own), losses], 3)
+    losses = Column("perplexity", [text.loss for text in found], columns.perplexity)
+    names = Column("text", [text.data_set for text in found])
+    return Grid([names, *columns.about(own), *columns.shares(own), losses], names=3)
 
 
 def pairs(cells: Cells) -> list[Survival]:
@@ -83,18 +78,19 @@ def survival(cells: Cells) -> Grid:
     Last stands what is kept of each quarter of a partition after training, where results say so.
     """
     found = pairs(cells)
-    columns = [
+    shown = [
         Column("questions", [item.data_set for item in found]),
-        *grid.about([item.after for item in found])[:2],
-        Column("chance", [item.chance for item in found], grid.share),
+        *columns.about([item.after for item in found])[:2],
+        Column("chance", [item.chance for item in found], columns.share),
     ]
     for evidence in ("gold", "answer"):
-        for when in WHEN:
-            columns.append(Column(f"{evidence} {when}", [item.share(when, evidence) for item in found], grid.share))
+        for when in ("before", "after"):
+            kept = [getattr(item, when).survival(evidence) for item in found]
+            shown.append(Column(f"{evidence} {when}", kept, columns.share))
     quarters = [item.after.quarters for item in found]
     if any(quarters):
-        columns.append(Column("by quarter", quarters, lambda shares: " ".join(map(grid.share, shares))))
-    return Grid(columns, names=3)
+        shown.append(Column("by quarter", quarters, lambda shares: " ".join(map(columns.share, shares))))
+    return Grid(shown, names=3)
 
 
 def layers(table: Table) -> list[LayerGain]:

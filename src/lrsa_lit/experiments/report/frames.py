@@ -15,6 +15,9 @@ from lrsa_lit.experiments.report.places import questions_of
 from lrsa_lit.experiments.study import Study
 from lrsa_lit.paths import nearest
 
+# Of tqdm, which misses ipywidgets in a notebook.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
 _TAIL = 400
 """Tokens at the end of a prompt in which its question is looked for."""
 
@@ -62,12 +65,9 @@ def question(table: Table, number: int, data: str) -> dict[str, Any]:
         UserError: there is no such file, or the results are of other questions.
     """
     example = questions_of(table, nearest(data))[number]
-    with warnings.catch_warnings():
-        # Of tqdm, which misses ipywidgets in a notebook.
-        warnings.filterwarnings("ignore", message="IProgress not found")
-        from lrsa_lit.models import Backbone
+    from lrsa_lit.models import Backbone
 
-        tokenizer = Backbone(**table.study.common["model"]["backbone"]).tokenizer
+    tokenizer = Backbone(**table.study.common["model"]["backbone"]).tokenizer
     text = str(tokenizer.decode(example["input_ids"][: example["prompt_length"]][-_TAIL:], skip_special_tokens=True))
     asked = text.rpartition(INSTRUCTION)[2].strip().partition("\n")[0]
     return {"question": asked.removeprefix("Question: "), "answers": list(example["answers"])}

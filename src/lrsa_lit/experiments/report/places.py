@@ -13,9 +13,9 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
 from lrsa_lit.experiments.questions import Questions
-from lrsa_lit.experiments.report import grid
+from lrsa_lit.experiments.report import columns
 from lrsa_lit.experiments.report.cells import Cell, Table
-from lrsa_lit.experiments.report.grid import Column, Grid
+from lrsa_lit.experiments.report.columns import Column, Grid
 from lrsa_lit.ops.sparse_attention import compressed_at, raw_start
 
 ALWAYS = "seen by all"
@@ -65,12 +65,12 @@ def by_place(table: Table, data: Path | None) -> Grid:
         raise UserError(f"parts.{table.part}.against", reason="it must name a rule, for places are those of a rule")
     _check_alike(table, rule)
     places = np.array([place_of(example, rule) for example in questions_of(table, data)])
-    columns = grid.about(table.cells)
+    shown = columns.about(table.cells)
     for name in PLACES:
         member = places == name
         scores = [_score(cell, table.measure, member) for cell in table.cells]
-        columns.append(Column(f"{name} ({member.sum()})", scores, grid.interval))
-    return Grid(columns)
+        shown.append(Column(f"{name} ({member.sum()})", scores, columns.interval))
+    return Grid(shown)
 
 
 def questions_of(table: Table, data: Path | None) -> list[Example]:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from lrsa_lit.analysis.plots import OKABE_ITO, legend, subplots
-from lrsa_lit.experiments.report.evidence import WHEN
-from lrsa_lit.experiments.report.summaries import LABELS
+from lrsa_lit.experiments.report.tables import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,14 +61,11 @@ def survival(found: Sequence[Survival]) -> Figure | None:
         return None
     figure, axes = subplots(1, 1, size=(7, 1.4 + 0.25 * len(groups)))
     axes.axvline(1.0, color="grey", linestyle="--", label="chance, K/L")
-    for when, marker in zip(WHEN, "oD", strict=True):
+    for when, marker in (("before", "o"), ("after", "D")):
         # Pairs are of cells whose share is known.
-        points = [
-            ((item.share(when) or 0.0) / item.chance, place)
-            for place, items in enumerate(groups.values())
-            for item in items
-        ]
-        axes.plot(*zip(*points, strict=True), marker, alpha=0.5, label=f"{when} training")
+        kept = [((getattr(item, when).survival("gold") or 0.0) / item.chance, place)
+                for place, items in enumerate(groups.values()) for item in items]  # fmt: skip
+        axes.plot(*zip(*kept, strict=True), marker, alpha=0.5, label=f"{when} training")
     axes.set_yticks(range(len(groups)), list(groups))
     axes.tick_params(axis="y", labelsize="small")
     axes.set(xlabel="kept share of the supporting passages' tokens, by K/L", ylim=(len(groups) - 0.5, -0.5))

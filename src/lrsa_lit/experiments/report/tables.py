@@ -8,9 +8,9 @@ from typing import Any
 
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison
-from lrsa_lit.experiments.report import grid
+from lrsa_lit.experiments.report import columns
 from lrsa_lit.experiments.report.cells import Entry, Table
-from lrsa_lit.experiments.report.grid import Column, Grid
+from lrsa_lit.experiments.report.columns import Column, Grid
 from lrsa_lit.experiments.results import Line
 
 LABELS = {"f1": "F1", "recall": "recall", "em": "exact match", "loss": "perplexity"}
@@ -41,8 +41,8 @@ def matrix(table: Table) -> Grid:
 
     def shown(entry: Entry) -> str:
         if table.measure == "loss":
-            return grid.perplexity(entry.score)
-        return grid.interval(entry.score) + (f"\n{grid.percent(entry.of_dense.ratio)}" if entry.of_dense else "")
+            return columns.perplexity(entry.score)
+        return columns.interval(entry.score) + (f"\n{columns.percent(entry.of_dense.ratio)}" if entry.of_dense else "")
 
     scores = [
         Column(name, [table.entry(row, name) for row in rows], shown, lambda entry: entry.score)
@@ -54,22 +54,23 @@ def matrix(table: Table) -> Grid:
 def full(table: Table) -> Grid:
     """A row for each cell, with all that is compared."""
     cells, scores = table.cells, [entry.score for entry in table.entries]
-    columns = [*grid.about(cells), *grid.shares(cells)]
+    shown = [*columns.about(cells), *columns.shares(cells)]
     if table.measure == "loss":
-        return Grid([*columns, Column("loss", scores, grid.interval), Column("perplexity", scores, grid.perplexity)])
-    losses = [float(cell.scores("loss").sum() / cell.scores("tokens").sum()) for cell in cells]
+        losses = [Column("loss", scores, columns.interval), Column("perplexity", scores, columns.perplexity)]
+        return Grid([*shown, *losses])
+    means = [float(cell.scores("loss").sum() / cell.scores("tokens").sum()) for cell in cells]
     ratios = [entry.of_dense.ratio if entry.of_dense else None for entry in table.entries]
-    columns += [
-        Column(LABELS[table.measure], scores, grid.interval),
+    shown += [
+        Column(LABELS[table.measure], scores, columns.interval),
         Column("exact match", [cell.mean("em") for cell in cells], _number),
-        Column("loss", losses, _number),
-        Column("of dense", ratios, grid.percent),
-        Column("gold kept", [cell.survival("gold") for cell in cells], grid.share),
+        Column("loss", means, _number),
+        Column("of dense", ratios, columns.percent),
+        Column("gold kept", [cell.survival("gold") for cell in cells], columns.share),
         *_differences("dense-trained", [entry.of_same for entry in table.entries]),
     ]
     if table.against:
-        columns += _differences(", ".join(table.against), [entry.of_named for entry in table.entries])
-    return Grid(columns)
+        shown += _differences(", ".join(table.against), [entry.of_named for entry in table.entries])
+    return Grid(shown)
 
 
 def _differences(title: str, found: Sequence[Comparison | None]) -> list[Column]:
@@ -77,7 +78,7 @@ def _differences(title: str, found: Sequence[Comparison | None]) -> list[Column]
     adjusted = iter(statistics.holm([p_value for p_value in p_values if p_value is not None]))
     p_value = "{:.4f}".format
     return [
-        Column(f"minus {title}", [item and item.difference for item in found], grid.signed),
+        Column(f"minus {title}", [item and item.difference for item in found], columns.signed),
         Column("p", p_values, p_value),
         Column("Holm", [item and next(adjusted) for item in found], p_value),
     ]
