@@ -315,7 +315,7 @@ def test_predictions_into_an_unwritable_folder(capfd):
     writer = "[{class_path: lrsa_lit.callbacks.PredictionWriter, init_args: {path: /proc/x/p.jsonl}}]"
     with pytest.raises(SystemExit):
         main(["predict", *DEBUG, *NO_LOGGER, "--trainer.callbacks", writer])
-    assert "/proc/x/p.jsonl cannot be written" in capfd.readouterr().err
+    assert "'/proc/x/p.jsonl' cannot be written" in capfd.readouterr().err
 
 
 def test_predictions_that_nobody_would_write(tmp_path, capfd):
