@@ -1,8 +1,9 @@
-"""Several devices that share one model: FSDP2 as a strategy of Lightning."""
+"""Strategies of Lightning: several devices that share one model by FSDP2, and several processes that share a device."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
+from lrsa_lit.errors import UserError
 from lrsa_lit.io import partial_folder, put_in_place, sha256_of
 from lrsa_lit.lightning_internals import OneMesh
 from lrsa_lit.models.checkpoint_file import Unreadable, complete_shards, holds_shards, read, unusable
@@ -170,6 +172,46 @@ class FullySharded(OneMesh):
 
 def _optimizer(index: int) -> str:
     return f"optimizer_{index}"
+
+
+class SharedDevice(DDPStrategy):
+    """Several processes on each device, to evaluate with: few questions at a time leave a GPU waiting for its process.
+
+    They share the questions, each with a copy of the model, and find what one process finds.
+
+    Args:
+        processes: on each of ``trainer.devices``.
+        timeout: how long a process waits for the others.
+
+    Attributes:
+        trains: that it is for training too.
+
+    Raises:
+        UserError: fewer than one process.
+    """
+
+    trains = False
+
+    def __init__(self, processes: int = 2, timeout: timedelta | None = default_pg_timeout) -> None:
+        if processes < 1:
+            raise UserError("processes", processes, "an integer >= 1")
+        # NCCL refuses a second process on a device.
+        super().__init__(process_group_backend="gloo", timeout=timeout)
+        self._processes = processes
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The device of each process."""
+        return super().parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        self._parallel_devices = devices and [device for device in devices for _ in range(self._processes)]
+
+    def setup_environment(self) -> None:
+        """Start the processes, which share the cores as well."""
+        super().setup_environment()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_processes))
 
 
 def gathered(value: Any) -> list[Any]:

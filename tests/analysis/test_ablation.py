@@ -61,6 +61,7 @@ def trainer(folder, *callbacks, **options):
 
 
 def loader(rows, size=1):
+    rows = [{**row, "position": position} for position, row in enumerate(rows)]
     return DataLoader(rows, batch_size=size, collate_fn=functools.partial(collate, pad_token_id=2))
 
 

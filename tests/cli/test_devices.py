@@ -105,3 +105,35 @@ def test_a_fit_goes_on_with_as_many_processes_as_it_had(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if "lrsa: error: " in line]
     assert "it was written by 1 process and cannot go on with 2" in line
     assert not (tmp_path / "whole" / "checkpoints").exists()
+
+
+SHARED = "{class_path: lrsa_lit.strategies.SharedDevice, init_args: {processes: 2}}"
+WRITERS = """[{class_path: lrsa_lit.callbacks.AnswerWriter},
+  {class_path: lrsa_lit.analysis.survival.EvidenceSurvival, init_args: {questions: 3}}]"""
+
+
+def test_processes_that_share_a_device_find_what_one_does(tmp_path):
+    found = []
+    for name, options in (("one", []), ("two", ["--trainer.strategy", SHARED])):
+        options += ["--data.init_args.eval_batch_size", "3", "--trainer.default_root_dir", name]
+        done = started(["test", *DEBUG, *NO_LOGGER, "--trainer.accelerator", "cpu", "--trainer.callbacks", WRITERS,
+                        *options], tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        (lines,) = (tmp_path / name).rglob("*.jsonl")
+        about = json.loads(lines.with_suffix(".json").read_text())
+        about.pop("seconds")
+        found.append((lines.read_text(), about))
+    assert found[0] == found[1]
+    text, about = found[0]
+    assert len(text.splitlines()) == 8
+    assert about["survival"]["dense"] == {"": None}
+    kept = about["survival"]["LRSA"][""]
+    assert 0 < kept["chance"] < 1
+    assert sum(kept["quarters"]) / 4 == pytest.approx(kept["chance"], abs=1e-3)
+
+
+def test_a_device_is_not_shared_by_a_fit(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(command("--trainer.strategy", SHARED, folder="shared", steps=1))
+    assert stop.value.code == 2
+    assert "trainer.strategy: 'SharedDevice' is not allowed" in capfd.readouterr().err.splitlines()[-1]

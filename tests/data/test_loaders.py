@@ -12,8 +12,10 @@ from lightning import Trainer
 from torch.utils.data.distributed import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
+from lrsa_lit.data.collate import IGNORE_INDEX
 from lrsa_lit.data.curriculum import Stage
 from lrsa_lit.data.loaders import TrainerSettings
+from lrsa_lit.data.module import Split
 from lrsa_lit.data.policies import Packed
 
 LONGEST = BARE + max(LENGTHS["train"])
@@ -131,21 +133,42 @@ def test_devices_share_the_training_batches(tokenizer: PreTrainedTokenizerFast, 
         assert sorted(names) == sorted(f"train{n}" for n in LENGTHS["train"])
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 5])
-def test_devices_share_the_evaluation_and_know_what_counts_elsewhere(tokenizer: PreTrainedTokenizerFast, ranks: int):
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_devices_share_the_batches_of_an_evaluation(
+    tokenizer: PreTrainedTokenizerFast, ranks: int, size: int, split: Split
+):
+    names = [f"{split}{n}" for n in LENGTHS[split]]
+    expected = [(start, names[start : start + size]) for start in range(0, len(names), size)]
     shares, counted = [], []
     for rank in range(ranks):
-        data = built(tokenizer=tokenizer, eval_batch_size=2)
+        data = built(tokenizer=tokenizer, eval_batch_size=size)
         data.trainer = on_rank(rank, ranks)
-        rows = [
-            (name, repeated)
-            for batch in data.test_dataloader()
-            for name, repeated in zip(batch["id"], batch["repeated"], strict=True)
-        ]
-        shares.append(len(rows))
-        counted += [name for name, repeated in rows if not repeated]
+        loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+        batches = list(loader)
+        shares.append(len(batches))
+        assert len(loader) == len(batches)
+        counted += [(batch["position"][0], batch["id"]) for batch in batches if not any(batch["repeated"])]
+        assert all(all(batch["repeated"]) for batch in batches if any(batch["repeated"]))
     assert len(set(shares)) == 1
-    assert sorted(counted) == sorted(f"test{n}" for n in LENGTHS["test"])
+    # The batches, and so their answers, are the same for any number of devices.
+    assert sorted(counted) == expected
+
+
+def test_batches_of_one_length_on_request(tokenizer: PreTrainedTokenizerFast):
+    plain, padded = (
+        list(built(tokenizer=tokenizer, batch_size=3, pad_to_longest=longest).train_dataloader())
+        for longest in (False, True)
+    )
+    longest = BARE + max(LENGTHS["train"])
+    assert {batch["input_ids"].shape[1] for batch in padded} == {-(-longest // 64) * 64}
+    for one, other in zip(plain, padded, strict=True):
+        length = one["input_ids"].shape[1]
+        assert one["id"] == other["id"]
+        assert one["label_columns"].equal(other["label_columns"])
+        assert one["input_ids"].equal(other["input_ids"][:, :length])
+        assert (other["labels"][:, length:] == IGNORE_INDEX).all()
 
 
 def test_lightning_must_not_divide_batches_again(tokenizer: PreTrainedTokenizerFast):

@@ -2,6 +2,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from data_helpers import BARE, LENGTHS, Words
 from helpers import refused
 from hypothesis import given
@@ -153,3 +154,19 @@ def test_a_share_of_less_than_one_example_is_refused(tokenizer: PreTrainedTokeni
     data = opened(mixture({"x": 999, "yy": 1}, tokenizer=tokenizer, examples_per_epoch=10))
     with refused("weights.yy", 1):
         data.train_dataloader()
+
+
+def test_a_seed_has_the_batches_that_published_runs_were_trained_on(tokenizer: PreTrainedTokenizerFast):
+    sets = {"a": Words(word="x"), "b": Words(word="y"), "c": Words(word="z", limit={"train": 7})}
+    data = Mixture(sets, {"a": 0.7, "b": 0, "c": 0.3}, batch_size=4, pad_to_longest=True, tokenizer=tokenizer)
+    data.prepare_data("fit")
+    data.setup("fit")
+    torch.manual_seed(3)
+    loader = data.train_dataloader()
+    batches = [batch for _ in range(2) for batch in loader]
+    # As recorded when the study on robustness was run.
+    assert [[int(name.removeprefix("train")) for name in batch["id"]] for batch in batches] == [
+        [0, 10, 10, 50], [70, 30, 60, 20], [80, 10, 50, 90], [30, 0, 40, 80], [60],
+        [90, 40, 30, 20], [30, 0, 20, 50], [20, 60, 50, 0], [40, 70, 40, 60], [10],
+    ]  # fmt: skip
+    assert {batch["input_ids"].shape[1] for batch in batches} == {256}

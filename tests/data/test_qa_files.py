@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,36 @@ def test_a_missing_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerF
     path = tmp_path / "none.jsonl"
     with refused("train", str(path)):
         QAFiles(train=str(path), tokenizer=tokenizer).prepare_data()
+
+
+def test_what_was_prepared_does_without_its_files(jsonl: Path, tokenizer: PreTrainedTokenizerFast, caplog):
+    def opened(**options: Any) -> QAFiles:
+        data = QAFiles(train=str(jsonl), tokenizer=tokenizer, **options)
+        data.prepare_data("fit")
+        data.setup("fit")
+        return data
+
+    before = opened()
+    jsonl.unlink()
+    with caplog.at_level(logging.INFO):
+        after = opened()
+    assert f"{jsonl} is not here" in caplog.text
+    assert after.fingerprint == before.fingerprint
+    assert after.facts("train") == before.facts("train")
+    with refused("train", str(jsonl)):
+        opened(max_tokens=2000)
+
+
+def test_a_file_that_comes_back_changed_is_read_anew(jsonl: Path, tokenizer: PreTrainedTokenizerFast):
+    def fingerprint() -> str:
+        return QAFiles(train=str(jsonl), tokenizer=tokenizer).fingerprint
+
+    QAFiles(train=str(jsonl), tokenizer=tokenizer).prepare_data("fit")
+    before, text = fingerprint(), jsonl.read_text()
+    jsonl.write_text(text + "\n")
+    assert fingerprint() != before
+    jsonl.write_text(text)
+    assert fingerprint() == before
 
 
 def test_a_broken_line_leaves_no_cache(jsonl: Path, tokenizer: PreTrainedTokenizerFast, cache: Path):

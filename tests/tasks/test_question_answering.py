@@ -170,3 +170,20 @@ def test_the_parts_of_an_evaluation_have_scores_of_their_own():
     found = meter.means([meter.scores])
     counts = {name: value for name, value in found.items() if name.endswith("count")}
     assert counts == {"a/count": 2, "b/count": 1, "a/x/count": 1, "a/y/count": 1, "count": 3}
+
+
+def test_a_float32_checkpoint_is_evaluated_in_bfloat16_but_for_its_rotary_frequencies():
+    trained = task()
+    for parameter in trained.model.parameters():
+        parameter.data += 1e-3 * torch.randn_like(parameter)
+    low = LongContextQA(Backbone("tiny", dtype="bfloat16"), RULE)
+    low.configure_model()
+    low.load_state_dict(trained.state_dict())
+    for name, parameter in low.model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.equal(trained.model.get_parameter(name).to(torch.bfloat16))
+    frequencies = dict(trained.model.named_buffers())
+    assert any("inv_freq" in name for name in frequencies)
+    for name, buffer in low.model.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert buffer.equal(frequencies[name])

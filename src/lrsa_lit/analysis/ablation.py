@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.artifacts import numbered, run_folder, upload
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from lrsa_lit.data.collate import Batch
 
 FILE = "layers.json"
@@ -33,6 +35,7 @@ class _Question(NamedTuple):
     """The answer of one question: summed losses under each attention, and whether it counts on another device."""
 
     id: str
+    position: int
     repeated: bool
     tokens: int
     losses: list[float]
@@ -100,9 +103,12 @@ class LayerAblation(Callback):
             return
         count = len(batch["id"])
         if self.limit is not None:
-            # Each device has every R-th question, and they all do as many forwards, which sharded models need.
-            count = min(count, -(-self.limit // trainer.world_size) - len(self._questions))
-        if count > 0:
+            # Each device has every R-th batch, and they all do as many forwards, which sharded models need.
+            size = cast("DataLoader[Any]", trainer.val_dataloaders).batch_size or 1
+            first = batch_idx * trainer.world_size * size
+            within = sum(position < self.limit for position in batch["position"])
+            count = max(within, 1) if first < self.limit else 0
+        if count:
             with trainer.precision_plugin.forward_context():
                 self._questions.extend(_ablated(pl_module, first_rows(batch, count), self._rule))
 
@@ -110,9 +116,8 @@ class LayerAblation(Callback):
         """Save what was found on all devices."""
         if self._rule is None:
             return
-        shares = gathered(self._questions)
-        # In the order of the split: of R devices each has every R-th question.
-        questions = [question for turn in zip(*shares, strict=True) for question in turn if not question.repeated]
+        found = (question for share in gathered(self._questions) for question in share if not question.repeated)
+        questions = sorted(found, key=lambda question: question.position)
         if questions and trainer.is_global_zero:
             self._found = _gains(questions[: self.limit], self._rule, pl_module)
             self._path = next(path for path in numbered(run_folder(trainer) / FILE) if not path.exists())
@@ -149,7 +154,8 @@ def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[_Question]:
     attentions = [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
     with _unwarned():
         losses, tokens = zip(*(task.losses(batch, attention) for attention in attentions), strict=True)
-    of_rows = batch["id"], batch["repeated"], tokens[0].tolist(), torch.stack(losses, dim=1).tolist()
+    by_question = torch.stack(losses, dim=1).tolist()
+    of_rows = batch["id"], batch["position"], batch["repeated"], tokens[0].tolist(), by_question
     return [_Question(*values) for values in zip(*of_rows, strict=True)]
 
 

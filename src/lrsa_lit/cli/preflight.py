@@ -46,6 +46,8 @@ def check_strategy(subcommand: str, setting: Any, checkpoint: str | None) -> Non
         reason = "is not allowed for predict, where devices get unequal shares"
         hint = "predict with a model that lrsa export has written, on one device or with configs/trainer/ddp.yaml"
         raise UserError("trainer.strategy", strategy.__name__, reason=reason, hint=hint)
+    if subcommand == "fit" and not getattr(strategy, "trains", True):
+        raise UserError("trainer.strategy", strategy.__name__, hint="it is for validate, test and predict alone")
     if checkpoint is not None and holds_shards(Path(checkpoint)) and not getattr(strategy, "reads_shards", False):
         reason = "is of a sharded model, which trainer.strategy is not for"
         hint = "add --config configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"

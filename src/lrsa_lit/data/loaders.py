@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from lrsa_lit.data.prompts import Example
 
 
+_MULTIPLE = 64
+"""What the length of batches of one length is a multiple of."""
+
+
 @dataclass(frozen=True)
 class TrainerSettings:
     """What the trainer decides about batches; the defaults are those of no trainer at all.
@@ -72,7 +76,12 @@ class TrainerSettings:
 
 
 def training_loader(
-    examples: datasets.Dataset, plan: EpochPlan, settings: TrainerSettings, pad_token_id: int, workers: int
+    examples: datasets.Dataset,
+    plan: EpochPlan,
+    settings: TrainerSettings,
+    pad_token_id: int,
+    workers: int,
+    pad_to_longest: bool = False,
 ) -> ResumableLoader:
     """This rank's training batches, in an order that the run's seed decides.
 
@@ -82,6 +91,7 @@ def training_loader(
         settings: of the trainer.
         pad_token_id: what fills rows.
         workers: processes that load batches ahead.
+        pad_to_longest: make all batches as long as the longest example, unless they are packed.
 
     Raises:
         UserError: a curriculum counts steps that the trainer does not make.
@@ -95,10 +105,12 @@ def training_loader(
             hint="only limit_train_batches=1.0 and overfit_batches=0 are allowed with it",
         )
     packed = isinstance(plan.policy, Packed)
+    length = -(-max(plan.lengths) // _MULTIPLE) * _MULTIPLE if pad_to_longest else 0
+    padded = partial(collate_training, pad_token_id=pad_token_id, length=length)
     return ResumableLoader(
         cast("Dataset[Example]", examples),
         batch_sampler=sampler,
-        collate_fn=collate_packed if packed else partial(collate_training, pad_token_id=pad_token_id),
+        collate_fn=collate_packed if packed else padded,
         **_options(workers),
     )
 
@@ -106,30 +118,37 @@ def training_loader(
 def evaluation_loader(
     examples: datasets.Dataset, batch_size: int, settings: TrainerSettings, pad_token_id: int, workers: int
 ) -> DataLoader[Batch]:
-    """Batches in a fixed order; of R ranks, each gets every R-th example.
+    """Batches in a fixed order, the same ones for any number of ranks; of R ranks, each gets every R-th.
 
-    Every rank gets as many, which sharded models need: those that come again for it are marked as ``repeated``.
+    Every rank gets as many, which sharded models need: rows that come again for it are marked as ``repeated``.
     """
     return DataLoader(
         cast("Dataset[Batch]", _Repeating(examples)),
         batch_size=batch_size,
-        sampler=EvaluationSampler(len(examples), settings.rank, settings.ranks),
+        sampler=EvaluationSampler(len(examples), batch_size, settings.rank, settings.ranks),
         collate_fn=partial(collate, pad_token_id=pad_token_id),
         **_options(workers),
     )
 
 
 class EvaluationSampler(DistributedSampler[Any]):
-    """Every R-th position; those beyond the last example stand for repeated ones, so that all ranks have as many.
+    """The positions of every R-th batch; one beyond the last example stands for a repeated one.
 
     It is of a type that Lightning does not wrap into another sampler.
     """
 
-    def __init__(self, examples: int, rank: int, ranks: int) -> None:
+    def __init__(self, examples: int, batch_size: int, rank: int, ranks: int) -> None:
         super().__init__(cast("Dataset[Any]", range(examples)), num_replicas=ranks, rank=rank, shuffle=False)
+        starts = range(rank * batch_size, examples, ranks * batch_size)
+        self._positions = [each for start in starts for each in range(start, min(start + batch_size, examples))]
+        if len(starts) < -(-examples // (ranks * batch_size)):
+            self._positions.append(examples)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, self.total_size, self.num_replicas))
+        return iter(self._positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
 
 
 class _Repeating(Dataset[Any]):

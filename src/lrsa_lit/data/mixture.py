@@ -35,6 +35,7 @@ class Mixture(QADataModule):
         packing: see QADataModule.
         group_by_length: see QADataModule.
         curriculum: see QADataModule.
+        pad_to_longest: see QADataModule.
 
     Raises:
         UserError: a parameter is out of range, or one of a data set contradicts the mixture's.
@@ -54,6 +55,7 @@ class Mixture(QADataModule):
         packing: Packed | None = None,
         group_by_length: bool = False,
         curriculum: list[Stage] | None = None,
+        pad_to_longest: bool = False,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -64,6 +66,7 @@ class Mixture(QADataModule):
             packing=packing,
             group_by_length=group_by_length,
             curriculum=curriculum,
+            pad_to_longest=pad_to_longest,
         )
         self.data_sets = data_sets
         self.weights = weights

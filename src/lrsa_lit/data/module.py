@@ -8,7 +8,6 @@ package and this project's code of data sets are the key of its cache.
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sized
@@ -33,7 +32,7 @@ from lrsa_lit.data.policies import Packed, checked_policy
 from lrsa_lit.data.prompts import Example, TooLong, checked, encode
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.sampler import ResumableLoader
-from lrsa_lit.data.split_facts import SplitFacts
+from lrsa_lit.data.split_facts import SplitFacts, facts_by_source
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import cache_dir
 from lrsa_lit.run_labels import TOO_LONG_OF
@@ -62,6 +61,7 @@ NOT_IN_KEY = {
     "packing",
     "group_by_length",
     "curriculum",
+    "pad_to_longest",
 }
 
 
@@ -80,6 +80,8 @@ class QADataModule(lightning.LightningDataModule):
             which sees another; then batch_size stays 1.
         group_by_length: train on batches of examples of similar lengths, which saves padding.
         curriculum: train on shorter examples first, as in [{max_tokens: 2048, until_step: 200}, {max_tokens: 4096}].
+        pad_to_longest: make all training batches as long as the longest example, up to a multiple of 64 tokens. With
+            model.backbone.compile_layers one compilation then serves them all; each new length would be compiled anew.
 
     Attributes:
         score: the one that the data set is published with: ``f1`` (LongBench's ``qa_f1``) or ``recall`` (RULER's).
@@ -112,6 +114,7 @@ class QADataModule(lightning.LightningDataModule):
         packing: Packed | None = None,
         group_by_length: bool = False,
         curriculum: list[Stage] | None = None,
+        pad_to_longest: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -126,6 +129,7 @@ class QADataModule(lightning.LightningDataModule):
         self.curriculum = curriculum or []
         self.policy = checked_policy(batch_size, packing, group_by_length)
         check_stages(self.curriculum)
+        self.pad_to_longest = pad_to_longest
         self.padding: float | None = None
         self.report: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._examples: dict[Split, datasets.Dataset] = {}
@@ -163,10 +167,7 @@ class QADataModule(lightning.LightningDataModule):
 
     def facts(self, split: Split) -> dict[str, SplitFacts]:
         """What identifies the questions of an open split, for each data set of a mixture; else under the name ""."""
-        examples = self._opened(split)
-        sources = examples["source"] if "source" in examples.column_names else [""] * len(examples)
-        parts = itertools.groupby(zip(sources, examples, strict=True), key=lambda pair: pair[0])
-        return {source: SplitFacts.of(example for _, example in pairs) for source, pairs in parts}
+        return facts_by_source(self._opened(split))
 
     def score_of(self, group: str) -> Score:
         """The score that a part of the evaluation is published with; "" is all of it."""
@@ -186,10 +187,12 @@ class QADataModule(lightning.LightningDataModule):
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "code": self._definitions(),
             "parameters": self._parameters(),
-            "sources": self.sources(),
             "tokenizer": fingerprint.of_tokenizer(self.checked_tokenizer),
         }
-        return f"{type(self).__name__}-{fingerprint.digest(parts)}"
+        name = type(self).__name__
+        self._sources_file = cache_dir("data", f"{name}-{fingerprint.digest(parts)}.sources.json")
+        sources = token_cache.with_absent(self._sources_file, self.sources())
+        return f"{name}-{fingerprint.digest({**parts, 'sources': sources})}"
 
     @property
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -211,7 +214,9 @@ class QADataModule(lightning.LightningDataModule):
             self.report[split].clear()
             token_cache.remove_abandoned(cache_dir("data"))
             token_cache.build(folder, self._build(split), self.report[split])
-            if not all(map(fingerprint.is_of_a_file, self._definitions())):
+            if all(map(fingerprint.is_of_a_file, self._definitions())):
+                token_cache.keep_sources(self._sources_file, self.sources())
+            else:
                 _log.warning(
                     "%s is defined in no file, so a change of its code could not be seen: its examples are tokenised "
                     "anew by each process",
@@ -242,7 +247,8 @@ class QADataModule(lightning.LightningDataModule):
         lengths = self._training_lengths(examples)
         order = self.order(len(examples))
         plan = EpochPlan(lengths, self.policy, order, settings.ranks, self.curriculum, settings.batches_a_step)
-        loader = training_loader(examples, plan, settings, self._pad_token_id, self.num_workers)
+        options = settings, self._pad_token_id, self.num_workers, self.pad_to_longest
+        loader = training_loader(examples, plan, *options)
         self.padding = plan.padding(loader.batch_sampler.seed, epoch=0)
         if settings.rank == 0:
             what = "of the budget unused" if self.packing else "padding"

@@ -45,6 +45,12 @@ class SplitFacts:
         return cls(_digest(kept, tokens), len(kept), sum(map(len, tokens)) // len(kept), contexts)
 
 
+def facts_by_source(examples: Iterable[Example]) -> dict[str, SplitFacts]:
+    """Those of each data set of a mixture, whose examples come one behind the other; else of all under the name ""."""
+    parts = itertools.groupby(examples, key=lambda example: example.get("source", ""))
+    return {source: SplitFacts.of(part) for source, part in parts}
+
+
 def _digest(examples: Sequence[Example], tokens: Sequence[Any]) -> str:
     flat = np.concatenate(tokens)
     # Small vocabularies have had digests of 16-bit tokens from the first results on.

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import datasets
@@ -82,6 +82,32 @@ def load(folder: Path) -> tuple[datasets.Dataset, Counter[str]]:
     if damage := verified.damage(folder):
         raise UserError("LRSA_CACHE_DIR", folder, reason=f"is damaged ({damage}); remove it, and it will be made again")
     return datasets.Dataset.from_file(str(folder / _EXAMPLES)), Counter(json.loads((folder / _REPORT).read_text()))
+
+
+def with_absent(path: Path, found: Mapping[str, str]) -> dict[str, str]:
+    """The source files that were found, and what :func:`keep_sources` has kept of others that are not here.
+
+    The examples that were made of these may be here: prepared elsewhere, or before the files were removed.
+    """
+    try:
+        kept = {str(name): str(content) for name, content in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError):
+        kept = {}
+    for absent in kept.keys() - found.keys():
+        _log.info("%s is not here; taking the examples that were made of it", absent)
+    return {**kept, **found}
+
+
+def keep_sources(path: Path, found: Mapping[str, str]) -> None:
+    """Keep what the files were that examples have been made of, for where these files are not.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    try:
+        io.write_atomically(path, lambda file: file.write(json.dumps(found, indent=1).encode()))
+    except OSError as error:
+        raise UserError("LRSA_CACHE_DIR", reason=f"{path} cannot be written ({error.strerror})") from None
 
 
 def remove_abandoned(root: Path) -> None:

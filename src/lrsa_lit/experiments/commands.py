@@ -107,7 +107,10 @@ def evaluation(study: Study, row: Row, evaluations: Sequence[Evaluation], place:
         "trainer": {
             "default_root_dir": str(place.root),
             "precision": precision,
-            "callbacks": [{"class_path": "lrsa_lit.callbacks.AnswerWriter", "init_args": {"path": str(answers)}}],
+            "callbacks": [
+                {"class_path": "lrsa_lit.callbacks.AnswerWriter", "init_args": {"path": str(answers)}},
+                *([{"class_path": "lrsa_lit.analysis.survival.EvidenceSurvival"}] if first.generates else []),
+            ],
         },
         "model": model if own is None or own.rule is None else {**model, "lrsa": own.rule.to_dict()},
         "data": {**data, "init_args": {**data["init_args"], "eval_batch_size": batch}},

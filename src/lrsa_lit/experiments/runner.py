@@ -222,7 +222,7 @@ class Runner:
             "em": [int(each["exact_match"]) for each in found if item.generates],
             "recall": _rounded([each["recall"] for each in found if item.generates]),
             "text": [each["prediction"] for each in found if item.generates],
-            "survival": about.get("survival", {}).get(name),
+            "survival": (about.get("survival", {}).get(name) or {}).get(""),
             "seconds": round(about["seconds"] / len(about["attentions"]), 1),
         }
         f1 = f"F1 {statistics.fmean(line['f1']):.3f}, " if item.generates else ""
