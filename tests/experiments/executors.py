@@ -90,6 +90,7 @@ class Fabricated(InProcess):
             "layers": 2,
             "dtype": "float32",
             "seconds": 3.0,
+            "survival": {name: {"": None} for name in rules},
             "attentions": {name: {"rule_digest": digest} for name, digest in digests.items()},
             "data_sets": {"": {"set_digest": facts.digest, "questions": facts.questions, "length": facts.length,
                                "contexts": facts.contexts, "kv_share": dict.fromkeys(rules, 0.5)}},

@@ -216,6 +216,7 @@ def test_a_row_or_seed_that_a_part_does_not_have(option, value, study_file, data
         (["--part", "none"], "--part"),
         (["--part", "main", "--rows", "none"], "--rows"),
         (["--part", "main", "--minutes", "-1"], "--minutes"),
+        (["--part", "main", "--workers", "0"], "--workers"),
         (["--part", "main", "--on", "ray://127.0.0.1:9"], "--on"),
         (["--part", "main", "--out", "notes.txt"], "notes.txt"),
         (["--part", "main", "--out", "others.jsonl"], "others.jsonl"),

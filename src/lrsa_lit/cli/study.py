@@ -82,6 +82,7 @@ def _parser() -> Parser:
     run_parts.add_argument("--shared", action="store_true", help="others use the device as well: record no speed")
     run_parts.add_argument("--source", help="folder of the study's base LLM on this machine")
     run_parts.add_argument("--no-mlflow", action="store_true", help="record lines alone, and no runs of MLflow")
+    run_parts.add_argument("--workers", type=int, default=1, help="processes on each device in an evaluation")
     add_on(run_parts)
     run_parts.set_defaults(action=_run)
     status = actions.add_parser("status", help="show what of a part is done")
@@ -130,6 +131,8 @@ def _data(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     if not options.minutes >= 0:  # nor NaN
         raise UserError("--minutes", options.minutes, "at least 0")
+    if options.workers < 1:
+        raise UserError("--workers", options.workers, "an integer >= 1")
     from lrsa_lit.experiments.on_ray import executor
 
     runner = _runner(options)
@@ -173,6 +176,7 @@ def _runner(options: argparse.Namespace) -> Runner:
         getattr(options, "work", Path()),
         overlay,
         shared=getattr(options, "shared", False),
+        workers=getattr(options, "workers", 1),
     )
 
 

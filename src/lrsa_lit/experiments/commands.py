@@ -16,6 +16,7 @@ ATTENTIONS_AT_ONCE = 8
 """Most attentions of one command: what it has found is lost where it is stopped."""
 
 _CHECKPOINT_EVERY = 100
+_SHARED = "lrsa_lit.strategies.SharedDevice"
 _COMMANDS = {"val": "validate", "test": "test"}
 
 
@@ -81,8 +82,10 @@ def fit(study: Study, row: Row, seed: int, place: Place, overlay: Settings) -> l
     return ["fit", *study.arguments, *_files(place.folder, layers), *resumed]
 
 
-def evaluation(study: Study, row: Row, evaluations: Sequence[Evaluation], place: Place, overlay: Settings) -> list[str]:
-    """The evaluation of a row under several attentions, on one data set and split.
+def evaluation(
+    study: Study, row: Row, evaluations: Sequence[Evaluation], place: Place, overlay: Settings, workers: int = 1
+) -> list[str]:
+    """The evaluation of a row under several attentions, on one data set and split, by some processes on each device.
 
     The rule of the run itself is the first of theirs, so that none is evaluated that nobody asks for.
     """
@@ -111,6 +114,7 @@ def evaluation(study: Study, row: Row, evaluations: Sequence[Evaluation], place:
                 {"class_path": "lrsa_lit.callbacks.AnswerWriter", "init_args": {"path": str(answers)}},
                 *([{"class_path": "lrsa_lit.analysis.survival.EvidenceSurvival"}] if first.generates else []),
             ],
+            **({"strategy": {"class_path": _SHARED, "init_args": {"processes": workers}}} if workers > 1 else {}),
         },
         "model": model if own is None or own.rule is None else {**model, "lrsa": own.rule.to_dict()},
         "data": {**data, "init_args": {**data["init_args"], "eval_batch_size": batch}},

@@ -31,6 +31,7 @@ class Runner:
         folder: where weights, unfinished trainings and answers lie; it may be deleted at any time between two calls.
         overlay: settings over all others, which decide no results, such as where the base LLM lies on this machine.
         shared: whether others use the device as well, so that no speed is recorded.
+        workers: processes that share a device in an evaluation.
 
     Attributes:
         failed: what has failed, in a line each.
@@ -45,9 +46,10 @@ class Runner:
         overlay: Settings | None = None,
         *,
         shared: bool = False,
+        workers: int = 1,
     ) -> None:
         self.study, self.questions, self.results, self.folder = study, questions, results, folder
-        self.overlay, self.shared = overlay or {}, shared
+        self.overlay, self.shared, self.workers = overlay or {}, shared, workers
         self.failed: list[str] = []
 
     def chosen(self, parts: Sequence[str], rows: Collection[str] = (), seeds: Collection[int] = ()) -> list[Work]:
@@ -121,7 +123,7 @@ class Runner:
                 return
             self._keep_training(work)
         for group in _groups(self._missing(work)):
-            told = partial(commands.evaluation, self.study, work.row, group, place, self.overlay)
+            told = partial(commands.evaluation, self.study, work.row, group, place, self.overlay, self.workers)
             code = yield self._job(work, record, told)
             if code:
                 names = ", ".join(item.name for item in group)

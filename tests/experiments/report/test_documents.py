@@ -10,10 +10,11 @@ from experiments.tiny_study import STUDY
 from helpers import one_line, refused
 from matplotlib.container import BarContainer
 
+from lrsa_lit.analysis.survival import EvidenceSurvival
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import result_plots
+from lrsa_lit.experiments.report import result_plots, tables
 from lrsa_lit.experiments.report.document import Blocks, fill, results_of
 from lrsa_lit.experiments.report.evidence import layers
 from lrsa_lit.experiments.report.markers import filled, replace
@@ -295,6 +296,10 @@ def test_texts_have_no_plot_of_layers(tmp_path):
     assert blocks.plots["main/text/plot"][1]() is None
     assert blocks.plots["main/text/plot"][0] == "main/text: perplexity"
     assert blocks.plots["main/plain/plot"][0] == "main/plain: the score against the share of pairs attended to"
+
+
+def test_the_legend_says_of_how_many_questions_selections_are_looked_at():
+    assert f"of the first {EvidenceSurvival().questions} questions." in " ".join(tables.LEGEND.split())
 
 
 def test_perplexity_of_texts_is_by_tokens(tmp_path):
