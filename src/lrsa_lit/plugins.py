@@ -132,8 +132,10 @@ def _imported(name: str, origin: str) -> ModuleType:
 
 
 def _add(kind: str, found: type, origin: str) -> None:
-    if (other := registered(kind).get(found.__name__, found)) is not found:
-        where = f"{other.__module__}.{other.__qualname__}"
+    other = registered(kind).get(found.__name__, found)
+    where = f"{other.__module__}.{other.__qualname__}"
+    # A module that was imported anew, as in a notebook, defines the same class.
+    if where != f"{found.__module__}.{found.__qualname__}":
         both = f"{origin} has a {KINDS[kind].title} {found.__name__}, and so has {where}"
         raise UserError("plugins", reason=f"{both}; rename one")
     _added[kind][found.__name__] = found

@@ -206,7 +206,8 @@ class SharedDevice(DDPStrategy):
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        self._parallel_devices = devices and [device for device in devices for _ in range(self._processes)]
+        shared = devices and [device for device in devices for _ in range(self._processes)]
+        DDPStrategy.parallel_devices.fset(self, shared)  # type: ignore[attr-defined]
 
     def setup_environment(self) -> None:
         """Start the processes, which share the cores as well."""

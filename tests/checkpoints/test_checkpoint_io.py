@@ -149,7 +149,7 @@ def test_a_replacement_cut_short_is_taken_back(tmp_path):
 
 
 def test_a_folder_needs_another_strategy(tmp_path):
-    with refused("ckpt_path", tmp_path):
+    with refused("ckpt_path", str(tmp_path)):
         AtomicCheckpointIO().load_checkpoint(tmp_path)
 
 

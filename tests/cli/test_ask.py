@@ -224,7 +224,7 @@ def test_a_typed_question_that_does_not_fit_is_refused_and_the_next_one_answered
     monkeypatch.setattr(sys, "stdin", Terminal(f"{FIRST} {FIRST}\n{FIRST}\n\n"))
     shown = ask(*FLAGS, "--model", model, "text.txt")
     assert len(counts(shown.out)) == 1
-    assert f"lrsa: FILE: text.txt needs {len(prompt_of(FIRST)) + NEW + len(FIRST) + 1:,} tokens" in shown.err
+    assert f"lrsa: FILE: 'text.txt' needs {len(prompt_of(FIRST)) + NEW + len(FIRST) + 1:,} tokens" in shown.err
 
 
 def test_scaled_positions_take_the_text_that_did_not_fit(ask, capfd, tmp_path):

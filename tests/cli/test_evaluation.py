@@ -213,7 +213,7 @@ def test_a_broken_line_ends_in_one_that_names_it(tmp_path, capfd):
         main(["test", *TINY, *options])
     assert stop.value.code == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "Seed set" not in line]
-    assert f"{tmp_path}/mine.jsonl, line 4: field 'language' is 'zh', allowed is en" in line
+    assert f"{tmp_path}/mine.jsonl, line 4: language: 'zh' is not allowed" in line
     assert not list((tmp_path / "runs").iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 
@@ -32,9 +33,18 @@ def examples(tmp_path, monkeypatch):
     monkeypatch.setattr(plugins, "_added", {kind: {} for kind in plugins.KINDS})
     texts = write_examples(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    yield texts
     for name in texts:
+        # Those of other tests are there again afterwards.
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield texts
+    forget(*texts)
+
+
+def forget(*names):
+    """Nobody finds the classes of these modules any more, not even by asking a base for its subclasses."""
+    for name in names:
         sys.modules.pop(name, None)
+    gc.collect()
 
 
 def refusal(capfd, *arguments):
@@ -110,6 +120,7 @@ def test_a_plugin_that_cannot_be_loaded_is_one_line_and_nothing_is_written(
         "export": ["export", "x.ckpt", "--out", "out", f"--plugins={name}"],
     }[command]
     assert reason in refusal(capfd, *arguments)
+    forget("twice")
     assert sorted(tmp_path.rglob("*")) == before
 
 

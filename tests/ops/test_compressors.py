@@ -265,7 +265,7 @@ def test_random_scores_lie_in_the_unit_interval_and_do_not_repeat():
 
 
 @dataclass(frozen=True)
-class KeyNorm(Selector):
+class SmallestKeys(Selector):
     """Keep the keys of the smallest norm: what a newcomer would write."""
 
     def score(self, partitions):
@@ -281,7 +281,7 @@ class Doubled(Compressor):
 
 
 def test_a_selector_of_ten_lines_works_through_the_config():
-    config = Rule(1, 4, 1, compressor=KeyNorm())
+    config = Rule(1, 4, 1, compressor=SmallestKeys())
     query, key, value = random_qkv(20)
     selection = select(key, value, config)
     norms = key[:, :, 1:17].norm(dim=-1).unflatten(2, (4, 4))[:, :, :3]
