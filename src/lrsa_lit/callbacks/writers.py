@@ -141,18 +141,10 @@ class AnswerWriter(Callback):
         positions = [batch["position"][row] for row in rows]
         self.lines.write((_answers(batch, row, outputs) for row in rows), positions)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any, **keywords: Any) -> None:
         """The same for a validation, unless it is one of a fit."""
         if trainer.state.fn == "validate":
-            self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+            self.on_test_batch_end(trainer, *arguments, **keywords)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the file its name, and write what was evaluated."""
