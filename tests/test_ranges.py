@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -59,3 +61,17 @@ def test_this_environment_has_the_pinned_versions():
 def test_what_is_reached_by_private_names_has_an_upper_bound(name):
     operators = {each.operator for each in requirements()[name].specifier}
     assert operators & {"<", "<="}
+
+
+def test_make_names_paths_that_exist():
+    """pytest collects nothing at all when one of the paths it is given is missing."""
+    printed = subprocess.run(
+        ["make", "--dry-run", "--always-make", "test-ranges", "test-gpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = set(re.findall(r"(?<![\w./-])tests/[\w./-]+", printed.stdout))
+    assert len(paths) > 10
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
