@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lrsa_lit import verified
 from lrsa_lit.errors import UserError
@@ -11,13 +12,20 @@ from lrsa_lit.io import sha256_of
 from lrsa_lit.models.loading import load_model, pretrained, system_errors
 from lrsa_lit.paths import cache_dir
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _log = logging.getLogger(__name__)
+
+# A folder that other code has converted is not taken for this one's.
+_CODE = sha256_of(Path(__file__))[:8]
 
 
 def converted(path: Path, sha256: str | None = None) -> Path:
     """The folder of the de-quantised model and its tokenizer, made on the first call.
 
-    The folder is named by the file's hash, appears only when it is complete, and is made again where it is damaged.
+    The folder is named by the file's hash and that of this module, appears only when it is complete, and is made again
+    where it is damaged.
 
     Args:
         path: a GGUF file; its weights are de-quantised to float32.
@@ -26,7 +34,7 @@ def converted(path: Path, sha256: str | None = None) -> Path:
     Raises:
         UserError: the file is not a GGUF model that transformers can read, or the cache cannot be written.
     """
-    target = cache_dir("models", f"{path.stem}-{(sha256 or sha256_of(path))[:12]}")
+    target = cache_dir("models", f"{path.stem}-{(sha256 or sha256_of(path))[:12]}-{_CODE}")
     reason = verified.damage(target) if target.is_dir() else None
     if target.is_dir() and reason is None:
         return target
@@ -43,10 +51,9 @@ def converted(path: Path, sha256: str | None = None) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     """Write the model and tokenizer; transformers shows the progress."""
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    pretrained(AutoTokenizer, str(path.parent), str(path), gguf_file=path.name).save_pretrained(folder)
+    _tokenizer(path).save_pretrained(folder)
     load_model(
         str(path.parent),
         str(path),
@@ -55,3 +62,30 @@ def _convert(path: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         gguf_file=path.name,
     ).save_pretrained(folder)
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the file describes, whatever the version of transformers.
+
+    Release 5.17 ends answers with the wrong token, pads with none, and gives a byte-level BPE parts of Llama's
+    pipeline, which decode "▁" as a space.
+    """
+    from gguf import GGUFReader
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = pretrained(AutoTokenizer, str(path.parent), str(path), gguf_file=path.name)
+    fields = {
+        name: field.contents() for name, field in GGUFReader(path).fields.items() if name.startswith("tokenizer.")
+    }
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        if (index := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(index))
+    if fields.get("tokenizer.ggml.model") == "gpt2":
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer, backend.decoder = None, decoders.ByteLevel()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe = backend.model
+        bpe.unk_token, bpe.fuse_unk, bpe.byte_fallback = None, False, False
+        bpe.continuing_subword_prefix = bpe.end_of_word_suffix = ""
+    return tokenizer
