@@ -213,12 +213,12 @@ def test_record_of_batches():
     made = record(under, [batch(70, 40), batch(33)], tiny_tokenizer(), name="tiny", step=3)
     assert under.training
     assert (made.model, made.step, made.rule) == ("tiny", 3, RULE.to_dict())
-    assert [(s.id, s.length, s.gold_spans, s.answer_spans) for s in made.samples] == [
+    assert [(s.id, len(s.token_ids), s.gold_spans, s.answer_spans) for s in made.samples] == [
         (f"q{n}", n, ((3, 9),), ((4, 6),)) for n in (70, 40, 33)
     ]
     for sample, row in zip(made.samples, tokens(70, 40, 33), strict=True):
         assert sample.token_ids.tolist() == row.tolist()
-        assert [layer.positions.tolist() for layer in sample.layers] == expected(RULE, row)
+        assert sample.positions.tolist() == expected(RULE, row)
     assert set(made.texts) == {int(token) for row in tokens(70, 40, 33) for token in row}
     assert made.texts[int(tokens(70)[0][0])] == tiny_tokenizer().decode([int(tokens(70)[0][0])])
 

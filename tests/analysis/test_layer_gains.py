@@ -5,30 +5,30 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lrsa_lit.analysis.layer_gains import LayerGains, suggest
+from lrsa_lit.analysis.layer_gains import LayerGains, Question, suggest
 from lrsa_lit.attention import LRSAConfig
 
 
-def gains(single, *, none=(4.0, 8.0), dense=(2.0, 4.0), tokens=(2.0, 4.0)):
-    ids = [f"q{number}" for number in range(len(none))]
-    losses = (np.array(values, dtype=np.float64) for values in (tokens, none, single, dense))
-    return LayerGains(LRSAConfig(4, 32, 8), "tiny", ids, *losses)
+def gains(single, *, none=(4.0, 8.0), dense=(2.0, 4.0), tokens=(2, 4)):
+    of_questions = zip(tokens, zip(none, *single, dense, strict=True), strict=True)
+    questions = [Question(f"q{n}", n, False, count, [*losses]) for n, (count, losses) in enumerate(of_questions)]
+    return LayerGains(LRSAConfig(4, 32, 8), "tiny", questions)
 
 
 def test_layers_are_ranked_by_the_fall_of_the_loss_a_token():
     found = gains([[4.0, 8.0], [3.0, 6.0], [4.5, 9.5], [4.0, 5.0]])
-    assert [gain.layer for gain in found.ranking] == [1, 3, 0, 2]
-    assert [gain.loss for gain in found.ranking] == [1.5, 1.5, 2.0, 14 / 6]
-    assert [gain.fall.value for gain in found.ranking] == [0.5, 0.5, 0.0, -2 / 6]
+    layers, found = zip(*found.ranking, strict=True)
+    assert layers == (1, 3, 0, 2)
+    assert [gain.loss for gain in found] == [1.5, 1.5, 2.0, 14 / 6]
+    assert [gain.fall for gain in found] == [0.5, 0.5, 0.0, -2 / 6]
     # Of layer 1 both questions say the same, of layer 3 one says 0 and the other 3 / 4.
-    assert found.ranking[0].fall[1:] == (0.5, 0.5)
-    assert found.ranking[1].fall[1:] == (0.0, 0.75)
+    assert found[0][2:] == (0.5, 0.5)
+    assert found[1][2:] == (0.0, 0.75)
 
 
 def test_a_layer_that_does_not_help_is_not_suggested():
@@ -95,7 +95,7 @@ def test_the_table_and_plain_values(capsys):
 
 
 def test_a_single_question_has_no_interval(capsys):
-    Console().print(gains([[3.0]], none=[4.0], dense=[2.0], tokens=[2.0]).table())
+    Console().print(gains([[3.0]], none=[4.0], dense=[2.0], tokens=[2]).table())
     shown = capsys.readouterr().out
     assert "questions" not in shown
     assert "[" not in shown

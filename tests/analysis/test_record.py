@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 from helpers import refused
 
-from lrsa_lit.analysis.record import SCHEMA, SelectionRecord, check_comparable
+from lrsa_lit.analysis.record import SCHEMA, SelectionRecord
 from lrsa_lit.attention import LRSAConfig
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3, dense_layers=(1,))
-
-
-def rewritten(path, **header):
-    """The same file with other values in its header."""
-    with np.load(path) as file:
-        arrays = dict(file)
-    about = json.loads(arrays["header"].tobytes()) | header
-    np.savez(path, **arrays | {"header": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)})
 
 
 @pytest.mark.parametrize("lengths", [(70, 40), (12,), (300, 5)])
@@ -36,7 +28,6 @@ def test_what_is_loaded_is_what_was_saved(drawn, tmp_path, lengths):
     assert loaded.layers == [0, 2]
     for ours, theirs in zip(record.samples, loaded.samples, strict=True):
         assert (ours.id, ours.gold_spans, ours.answer_spans) == (theirs.id, theirs.gold_spans, theirs.answer_spans)
-        assert theirs.layers[1] is None
         for name in ("token_ids", "positions", "scores"):
             mine, read = getattr(ours, name), getattr(theirs, name)
             np.testing.assert_allclose(mine, read, rtol=1e-3 if name == "scores" else 0)
@@ -54,7 +45,7 @@ def test_file_holds_small_integers_and_no_mask(drawn, tmp_path):
 
 def test_scores_beyond_half_precision_stay_as_they_are(drawn, tmp_path):
     record = drawn((70,))
-    record.samples[0].layers[0].scores[:] = 1e5
+    record.samples[0].scores[0, :] = 1e5
     record.save(tmp_path / "r.npz")
     loaded = SelectionRecord.load(tmp_path / "r.npz")
     np.testing.assert_array_equal(loaded.samples[0].scores, record.samples[0].scores)
@@ -122,31 +113,9 @@ def test_another_version_or_model(drawn, tmp_path):
     with refused(str(path), reason="tiny (0123456789ab)"):
         SelectionRecord.load(path, model="SmolLM2")
     assert SelectionRecord.load(path, model="0123456789ab").model == "tiny"
-    rewritten(path, schema=SCHEMA + 1)
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.dumps(json.loads(arrays["header"].tobytes()) | {"schema": SCHEMA + 1})
+    np.savez(path, **arrays | {"header": np.frombuffer(header.encode(), dtype=np.uint8)})
     with refused(str(path), reason=f"version {SCHEMA + 1}"):
         SelectionRecord.load(path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"digest": "f" * 12, "model": "other"}, "records of one model"),
-        ({"rule": RULE}, "layers [0, 1, 2] and [0, 2]"),
-        ({"lengths": (70,)}, "samples q0, q1 and q0"),
-        ({"token_seed": 1}, "sample q0 has other tokens"),
-    ],
-)
-def test_records_that_cannot_be_compared(drawn, changes, reason):
-    with refused("selections", reason=reason):
-        check_comparable(drawn(), drawn(**changes))
-
-
-def test_kept_marks_exactly_the_positions(drawn):
-    record = drawn()
-    for sample in record.samples:
-        kept, region = record.kept(sample), record.compressed(sample)
-        assert kept.shape[2] == sample.positions.shape[2] * 8
-        for layer in range(3):
-            for head in range(2):
-                marked = set(np.flatnonzero(kept[layer, head]) + region.start)
-                assert marked == set(sample.layers[layer].positions[head].flatten())

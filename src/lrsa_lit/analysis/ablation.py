@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis.capture import first_rows
-from lrsa_lit.analysis.layer_gains import LayerGains, exactly
+from lrsa_lit.analysis.layer_gains import LayerGains, Question, exactly
 from lrsa_lit.attention import LRSAConfig, attached
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
@@ -26,19 +25,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from lrsa_lit.data.collate import Batch
-
-FILE = "layers.json"
-"""Name of the file, and of the run's artifact, that holds the ranking."""
-
-
-class _Question(NamedTuple):
-    """The answer of one question: summed losses under each attention, and whether it counts on another device."""
-
-    id: str
-    position: int
-    repeated: bool
-    tokens: int
-    losses: list[float]
+    from lrsa_lit.tasks import LongContextQA
 
 
 class LayerAblation(Callback):
@@ -71,9 +58,8 @@ class LayerAblation(Callback):
             raise UserError("limit", limit, "an integer >= 1")
         self.top_k, self.share, self.limit = top_k, share, limit
         self._rule: LRSAConfig | None = None
-        self._questions: list[_Question] = []
-        self._found: LayerGains | None = None
-        self._path = Path()
+        self._questions: list[Question] = []
+        self._found: tuple[LayerGains, Path] | None = None
 
     def check_settings(self, task: LightningModule, stage: str) -> None:
         """Refuse what does not suit the run's rule; the command line asks before it records or prepares anything.
@@ -96,7 +82,8 @@ class LayerAblation(Callback):
         outputs: Any,
         batch: Batch,
         batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: Any,
+        **__: Any,
     ) -> None:
         """Run the questions of a batch with no layer dense, with each single one, and with all."""
         if self._rule is None:
@@ -116,24 +103,25 @@ class LayerAblation(Callback):
         """Save what was found on all devices."""
         if self._rule is None:
             return
-        found = (question for share in gathered(self._questions) for question in share if not question.repeated)
-        questions = sorted(found, key=lambda question: question.position)
+        of_all = (question for share in gathered(self._questions) for question in share if not question.repeated)
+        questions = sorted(of_all, key=lambda question: question.position)
         if questions and trainer.is_global_zero:
-            self._found = _gains(questions[: self.limit], self._rule, pl_module)
-            self._path = next(path for path in numbered(run_folder(trainer) / FILE) if not path.exists())
-            text = json.dumps(self._found.to_dict(self.share), ensure_ascii=False, indent=1)
-            write_atomically(self._path, lambda file: file.write(text.encode()))
-            upload(trainer, [self._path])
+            found = LayerGains(self._rule, cast("LongContextQA", pl_module).backbone.name, questions[: self.limit])
+            path = next(path for path in numbered(run_folder(trainer) / "layers.json") if not path.exists())
+            text = json.dumps(found.to_dict(self.share), ensure_ascii=False, indent=1)
+            write_atomically(path, lambda file: file.write(text.encode()))
+            upload(trainer, [path])
+            self._found = found, path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show it, once the progress bar is gone."""
         if self._found is None:
             return
+        (found, path), self._found = self._found, None
         console = PlainConsole()
-        console.print(self._found.table())
-        for line in (str(self._found.suggestion(self.share)), f"Layers: {self._path}"):
-            console.say(line)
-        self._found = None
+        console.print(found.table())
+        console.say(str(found.suggestion(self.share)))
+        console.say(f"Layers: {path}")
 
     def _sparse(self, task: Any) -> LRSAConfig:
         """The run's rule, or the one with another K, with no layer dense."""
@@ -148,7 +136,7 @@ class LayerAblation(Callback):
         return rule.replace(top_k=top_k, dense_layers=())
 
 
-def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[_Question]:
+def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[Question]:
     """The questions of a batch under each attention: none, every single one, all layers dense."""
     layers = range(task.model.config.get_text_config().num_hidden_layers)
     attentions = [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
@@ -156,7 +144,7 @@ def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[_Question]:
         losses, tokens = zip(*(task.losses(batch, attention) for attention in attentions), strict=True)
     by_question = torch.stack(losses, dim=1).tolist()
     of_rows = batch["id"], batch["position"], batch["repeated"], tokens[0].tolist(), by_question
-    return [_Question(*values) for values in zip(*of_rows, strict=True)]
+    return [Question(*values) for values in zip(*of_rows, strict=True)]
 
 
 @contextlib.contextmanager
@@ -168,17 +156,3 @@ def _unwarned() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(silent)
-
-
-def _gains(questions: Sequence[_Question], rule: LRSAConfig, task: Any) -> LayerGains:
-    """The questions' losses, attention by attention."""
-    none, *single, dense = np.array([question.losses for question in questions]).T
-    return LayerGains(
-        rule=rule,
-        model=task.backbone.name,
-        ids=[question.id for question in questions],
-        tokens=np.array([question.tokens for question in questions], dtype=np.float64),
-        none=none,
-        single=np.stack(single),
-        dense=dense,
-    )

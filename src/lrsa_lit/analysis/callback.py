@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -49,13 +48,7 @@ class CaptureSelections(Callback):
         self._batches = []
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any, **__: Any
     ) -> None:
         """Put the first samples aside."""
         missing = self.samples - sum(len(kept["id"]) for kept in self._batches)
@@ -77,41 +70,36 @@ class CaptureSelections(Callback):
             return
         self._recorded = trainer.global_step
         with using(pl_module.model, pl_module.lrsa), trainer.precision_plugin.forward_context():
-            made = record(
+            found = record(
                 pl_module.model,
                 self._batches,
                 pl_module.tokenizer,
                 name=pl_module.backbone.name,
                 step=trainer.global_step,
             )
-        files = self._write(made, run_folder(trainer) / SELECTIONS)
-        upload(trainer, files, SELECTIONS)
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(logged(made), step=trainer.global_step)
-
-    def _write(self, made: SelectionRecord, folder: Path) -> list[Path]:
-        """The record and its figures, named by the step."""
-        stem = folder / f"step{made.step:06d}"
+        stem = run_folder(trainer) / SELECTIONS / f"step{found.step:06d}"
         files = [stem.with_suffix(".npz")]
-        made.save(files[0])
+        found.save(files[0])
         if self.figures:
-            figures = {"positions": plots.positions(made), "survival": plots.survival_by_layer([made])}
+            figures = {"positions": plots.positions(found), "survival": plots.survival_by_layer([found])}
             for name, figure in figures.items():
                 files.append(stem.with_name(f"{stem.name}-{name}.png"))
                 figure.savefig(files[-1])
-        _log.info("Selections of %d samples at step %d: %s", len(made.samples), made.step, files[0])
-        return files
+        _log.info("Selections of %d samples at step %d: %s", len(found.samples), found.step, files[0])
+        upload(trainer, files, SELECTIONS)
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(_shares(found), step=found.step)
 
 
-def logged(made: SelectionRecord) -> dict[str, float]:
+def _shares(found: SelectionRecord) -> dict[str, float]:
     """The metrics of a record; evidence that no compressed partition holds gives none."""
     values: dict[str, float] = {}
     evidence: metrics.Evidence
     for evidence in ("gold", "answer"):
-        found = metrics.survival(made, evidence)
-        if found.tokens:
-            values[f"selection/{evidence}_kept"] = found.mean
-            values[f"selection/{evidence}_kept_anywhere"] = found.anywhere
-            values["selection/chance"] = found.chance
-            values["selection/chance_anywhere"] = found.chance_anywhere
+        kept = metrics.survival(found, evidence)
+        if kept.tokens:
+            values[f"selection/{evidence}_kept"] = kept.mean
+            values[f"selection/{evidence}_kept_anywhere"] = kept.anywhere
+            values["selection/chance"] = kept.chance
+            values["selection/chance_anywhere"] = kept.chance_anywhere
     return values

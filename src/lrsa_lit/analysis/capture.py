@@ -10,32 +10,36 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lrsa_lit.analysis.record import LayerSelection, Sample, SelectionRecord
-from lrsa_lit.attention import AttachedRule, Layout, LRSAConfig, base_of, enabled_config, observing
+from lrsa_lit.analysis.record import Sample, SelectionRecord
+from lrsa_lit.attention import AttachedRule, Layout, base_of, enabled_config, observing
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Rule, Selection, Selector, of_sequence, select
+from lrsa_lit.ops.sparse_attention import Selector, of_sequence, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lrsa_lit.data.collate import Batch
 
-# Of a batch as a whole.
-_NO_ROWS = ("label_columns", "position_ids", "boundaries")
 _SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads")  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Captured:
+class LayerSelection(NamedTuple):
+    """What one layer kept of one sequence: positions and scores (H, P, K), as in :class:`Sample`."""
+
+    positions: NDArray[np.int32]
+    scores: NDArray[np.float32]
+
+
+class Captured(NamedTuple):
     """What each layer kept of one sequence of a forward, of so many real tokens; None where the layer is dense."""
 
     length: int
@@ -89,8 +93,11 @@ def capture(model: Any) -> Iterator[Capture]:
         UserError: LRSA is not enabled, its compressor makes new pairs and selects none, or every layer is dense.
     """
     config = enabled_config(base_of(model))
-    if config is not None:
-        _check(config, base_of(model).config.get_text_config().num_hidden_layers)
+    if config is not None and not isinstance(config.compressor, Selector):
+        name = type(config.compressor).__name__
+        raise UserError("compressor", name, reason="makes new pairs and selects none, so there is nothing to record")
+    if config is not None and len(config.dense_layers) == base_of(model).config.get_text_config().num_hidden_layers:
+        raise UserError("dense_layers", reason="every layer is dense, so there is nothing to record")
     found = Capture()
     with observing(model, found.observe):
         yield found
@@ -128,30 +135,20 @@ def record(
         digest=shape_digest(base_of(model).config),
         step=step,
         texts={token: tokenizer.decode([token]) for token in occurring},
+        layers=[index for index, kept in enumerate(found.forwards[0][0].layers) if kept is not None],
     )
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
     """The first ``count`` rows of a batch, of all its fields that have rows."""
-    return {  # type: ignore[return-value]
-        name: values if name in _NO_ROWS else values[:count]  # type: ignore[index]
-        for name, values in batch.items()
-    }
+    of_all = ("label_columns", "position_ids", "boundaries")
+    return {name: values if name in of_all else values[:count] for name, values in batch.items()}  # type: ignore
 
 
 def shape_digest(config: Any) -> str:
     """Twelve hex digits of what makes the selections of two models comparable: family, vocabulary, layers and heads."""
-    text = config.get_text_config()
-    values: Mapping[str, Any] = {name: getattr(text, name, None) for name in _SHAPE}
+    values = {name: getattr(config.get_text_config(), name, None) for name in _SHAPE}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _check(config: LRSAConfig, layers: int) -> None:
-    if not isinstance(config.compressor, Selector):
-        name = type(config.compressor).__name__
-        raise UserError("compressor", name, reason="makes new pairs and selects none, so there is nothing to record")
-    if len(config.dense_layers) == layers:
-        raise UserError("dense_layers", reason="every layer is dense, so there is nothing to record")
 
 
 def _sequences(
@@ -162,31 +159,28 @@ def _sequences(
     lengths = [stop - start for start, stop in itertools.pairwise(boundaries)]
     rule = attached.rule
     if rule is None:
-        yield from ((length, None) for _ in range(key.shape[0]) for length in lengths)
+        yield from [(length, None) for length in lengths] * key.shape[0]
         return
     chosen = select(key, value, rule, cu_seqlens=cu_seqlens, impl=attached.state.impl)
     parts = [of_sequence(chosen, rule, boundaries, index) for index in range(len(lengths))]
     for row in range(key.shape[0]):
         for length, part in zip(lengths, parts, strict=True):
-            yield length, _layer(part, row, rule)
-
-
-def _layer(part: Selection, row: int, rule: Rule) -> LayerSelection:
-    """One row of a selection, with the scores (H, P, L) cut to those of the kept tokens (H, P, K)."""
-    indices = part.indices[row]
-    scores = part.scores[row].gather(-1, (indices - rule.sink_size) % rule.lag_size)
-    return LayerSelection(indices.int().cpu().numpy(), scores.float().cpu().numpy())
+            indices = part.indices[row]
+            # Of all scores (H, P, L) those of the kept tokens (H, P, K).
+            scores = part.scores[row].gather(-1, (indices - rule.sink_size) % rule.lag_size)
+            yield length, LayerSelection(indices.int().cpu().numpy(), scores.float().cpu().numpy())
 
 
 def _sample(batch: Batch, row: int, sequence: Captured) -> Sample:
     """A captured sequence with what the batch knows of it; prompts are padded on the left."""
-    tokens = batch["prompt_ids"][row, -sequence.length :]
+    positions, scores = zip(*(layer for layer in sequence.layers if layer is not None), strict=True)
     return Sample(
         id=batch["id"][row],
-        token_ids=tokens.cpu().numpy().astype(np.int32),
+        token_ids=batch["prompt_ids"][row, -sequence.length :].cpu().numpy().astype(np.int32),
         gold_spans=tuple(batch["gold_spans"][row]),
         answer_spans=tuple(batch["answer_spans"][row]),
-        layers=sequence.layers,
+        positions=np.stack(positions),
+        scores=np.stack(scores),
     )
 
 

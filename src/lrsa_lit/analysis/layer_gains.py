@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,17 +18,29 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.evaluation.statistics import Estimate, ratio_of_sums
+from lrsa_lit.evaluation.statistics import ratio_of_sums
 
-Losses = NDArray[np.float64]
+
+class Question(NamedTuple):
+    """One question: its place in the split, whether it counts on another device, and its answer's tokens.
+
+    ``losses`` are of the whole answer in nats: with no layer dense, with each single one (N), with all.
+    """
+
+    id: str
+    position: int
+    repeated: bool
+    tokens: int
+    losses: list[float]
 
 
 class Gain(NamedTuple):
-    """The answer loss with one layer dense, and its fall against the loss with none dense; both in nats a token."""
+    """The answer loss, its fall against the loss with no layer dense, and the fall's 95 % interval; in nats a token."""
 
-    layer: int
     loss: float
-    fall: Estimate
+    fall: float
+    low: float
+    high: float
 
 
 class Suggestion(NamedTuple):
@@ -49,85 +59,77 @@ class Suggestion(NamedTuple):
         return f"{100 * self.kept:.3g} % kept: --model.lrsa.dense_layers {layers} --model.lrsa.top_k {self.top_k}"
 
 
-@dataclass(frozen=True, eq=False)
 class LayerGains:
-    """The answer losses of some questions with no layer dense, with each single one, and with all.
+    """What the answer losses of Q questions say of each layer.
 
-    Attributes:
+    Args:
         rule: of the sparse layers; it has no dense ones.
         model: its name.
-        ids: of the Q questions.
-        tokens: (Q,) answer tokens.
-        none: (Q,) summed answer loss in nats with no layer dense.
-        single: (N, Q) the same with one layer dense.
-        dense: (Q,) the same under the model's own attention in all layers.
+        questions: at least one.
+
+    Attributes:
+        ranking: all layers, the most telling one first; equal ones in their order.
     """
 
-    rule: LRSAConfig
-    model: str
-    ids: Sequence[str]
-    tokens: Losses
-    none: Losses
-    single: Losses
-    dense: Losses
-
-    def mean(self, losses: Losses) -> float:
-        """Summed losses (Q,) in nats a token."""
-        return float(losses.sum() / self.tokens.sum())
-
-    def fall(self, losses: Losses) -> Estimate:
-        """How far losses (Q,) lie below those with no layer dense, nats a token; the questions are drawn in pairs."""
-        return ratio_of_sums((self.none - losses)[None], self.tokens[None])
-
-    @cached_property
-    def ranking(self) -> list[Gain]:
-        """All layers, the most telling one first; equal ones in their order."""
-        gains = [Gain(layer, self.mean(losses), self.fall(losses)) for layer, losses in enumerate(self.single)]
-        return sorted(gains, key=lambda gain: -gain.fall.value)
+    def __init__(self, rule: LRSAConfig, model: str, questions: Sequence[Question]) -> None:
+        self.rule, self.model, self._questions = rule, model, questions
+        self._tokens = np.array([question.tokens for question in questions], dtype=np.float64)
+        self._none, *self._single, self._dense = np.array([question.losses for question in questions]).T
+        gains = [self._gain(losses) for losses in self._single]
+        self.ranking = sorted(enumerate(gains), key=lambda ranked: -ranked[1].fall)
 
     def suggestion(self, share: float) -> Suggestion:
         """The best layers, as :func:`suggest` has it; none whose dense attention does not lower the loss."""
-        best = [gain.layer for gain in self.ranking if gain.fall.value > 0]
-        return suggest(best, len(self.single), self.rule.lag_size, share)
+        best = [layer for layer, gain in self.ranking if gain.fall > 0]
+        return suggest(best, len(self._single), self.rule.lag_size, share)
 
     def table(self) -> Table:
         """The ranking, to be printed."""
-        questions = f"{len(self.ids)} question{'' if len(self.ids) == 1 else 's'}"
+        questions = f"{len(self._questions)} question{'' if len(self._questions) == 1 else 's'}"
         rule = f"L={self.rule.lag_size} K={self.rule.top_k}"
         table = Table(title=f"One layer dense, the others {rule}, on {questions}")
         table.add_column("dense")
         for name in ("answer loss", "fall", "95 % interval"):
             table.add_column(name, justify="right")
-        for gain in self.ranking:
-            table.add_row(f"layer {gain.layer}", f"{gain.loss:.4f}", *self._shown(gain.fall))
+        for layer, gain in self.ranking:
+            table.add_row(f"layer {layer}", *self._shown(gain))
         table.add_section()
-        table.add_row("none", f"{self.mean(self.none):.4f}", "", "")
-        table.add_row("all", f"{self.mean(self.dense):.4f}", *self._shown(self.fall(self.dense)))
+        table.add_row("none", f"{self._mean(self._none):.4f}", "", "")
+        table.add_row("all", *self._shown(self._gain(self._dense)))
         table.caption = "Nats a token; each layer is judged alone."
         return table
 
     def to_dict(self, share: float) -> dict[str, Any]:
         """Plain values for JSON: the rule, the losses of each question, the ranking and the suggestion."""
+        none, *single, dense = zip(*(question.losses for question in self._questions), strict=True)
         return {
             "model": self.model,
             "rule": self.rule.to_dict(),
             "share": share,
             "suggestion": self.suggestion(share)._asdict(),
-            "ranking": [{"layer": gain.layer, "loss": gain.loss, **_fall(gain.fall)} for gain in self.ranking],
-            "none": {"loss": self.mean(self.none)},
-            "all": {"loss": self.mean(self.dense), **_fall(self.fall(self.dense))},
+            "ranking": [{"layer": layer, **gain._asdict()} for layer, gain in self.ranking],
+            "none": {"loss": self._mean(self._none)},
+            "all": self._gain(self._dense)._asdict(),
             "questions": {
-                "id": list(self.ids),
-                "tokens": self.tokens.astype(int).tolist(),
-                "none": self.none.tolist(),
-                "all": self.dense.tolist(),
-                "layers": self.single.tolist(),
+                "id": [question.id for question in self._questions],
+                "tokens": [question.tokens for question in self._questions],
+                "none": none,
+                "all": dense,
+                "layers": single,
             },
         }
 
-    def _shown(self, fall: Estimate) -> tuple[str, str]:
+    def _mean(self, losses: NDArray[np.float64]) -> float:
+        return float(losses.sum() / self._tokens.sum())
+
+    def _gain(self, losses: NDArray[np.float64]) -> Gain:
+        """Of losses (Q,); the questions are drawn in pairs with those of no dense layer."""
+        return Gain(self._mean(losses), *ratio_of_sums((self._none - losses)[None], self._tokens[None]))
+
+    def _shown(self, gain: Gain) -> tuple[str, str, str]:
         """Of a single question there is no interval."""
-        return f"{fall.value:.4f}", f"[{fall.low:.4f}, {fall.high:.4f}]" if len(self.ids) > 1 else "-"
+        interval = f"[{gain.low:.4f}, {gain.high:.4f}]" if len(self._questions) > 1 else "-"
+        return f"{gain.loss:.4f}", f"{gain.fall:.4f}", interval
 
 
 def suggest(best: Sequence[int], layers: int, lag_size: int, share: float) -> Suggestion:
@@ -150,7 +152,3 @@ def suggest(best: Sequence[int], layers: int, lag_size: int, share: float) -> Su
 def exactly(share: float) -> Fraction:
     """The decimal number that was asked for, not the binary one beside it: 0.29 of 100 layers are 29."""
     return Fraction(str(share))
-
-
-def _fall(fall: Estimate) -> dict[str, float]:
-    return {"fall": fall.value, "low": fall.low, "high": fall.high}

@@ -23,6 +23,7 @@ from lrsa_lit.analysis.record import SelectionRecord
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STRETCHES = 32
@@ -45,7 +46,7 @@ def context_html(record: SelectionRecord, index: int = 0) -> str:
     """
     sample = record.samples[index]
     region = record.compressed(sample)
-    share = np.full(sample.length, np.nan)
+    share = np.full(len(sample.token_ids), np.nan)
     share[region] = record.kept(sample).mean(axis=(0, 1))
     gold, answer = metrics.of_evidence(sample, "gold"), metrics.of_evidence(sample, "answer")
     words = [_word(text, share[t], bool(gold[t]), bool(answer[t])) for t, text in enumerate(record.tokens(sample))]
@@ -63,15 +64,14 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
     if region.stop > region.start:
         extent = (region.start - 0.5, region.stop - 0.5, len(layers) - 0.5, -0.5)
         # Where a pixel holds several tokens their mean is shown; else nothing is to blur the layers.
-        smooth = "auto" if sample.length > _PIXELS else "nearest"
+        smooth = "auto" if len(sample.token_ids) > _PIXELS else "nearest"
         scale = {"cmap": _SHADES, "vmin": 0, "vmax": 1}
         image = axes.imshow(shares, aspect="auto", extent=extent, interpolation=smooth, **scale)
         figure.colorbar(image, ax=[marks, axes], label="kept by share of heads")
     axes.set_facecolor(_UNCOMPRESSED)
-    axes.set(xlim=(-0.5, sample.length - 0.5), ylim=(len(layers) - 0.5, -0.5))
+    axes.set(xlim=(-0.5, len(sample.token_ids) - 0.5), ylim=(len(layers) - 0.5, -0.5))
     axes.set(xlabel="position in the prompt, tokens (grey: never compressed)", ylabel="layer")
-    ticks = range(0, len(layers), max(1, len(layers) // 8))
-    axes.set_yticks(list(ticks), [str(layers[tick]) for tick in ticks])
+    _name_layers(axes.yaxis, layers)
     for row, (spans, colour) in enumerate(((sample.gold_spans, OKABE_ITO[0]), (sample.answer_spans, OKABE_ITO[1]))):
         marks.broken_barh([(start - 0.5, end - start) for start, end in spans], (row - 0.4, 0.8), color=colour)
     marks.set_yticks([0, 1], ["gold", "answer"])
@@ -85,14 +85,13 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
 def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
     """Share of the evidence that each layer's heads keep on average, a line for each record, against chance."""
     figure, panels = subplots(1, 2, size=(10, 3.4), sharey=True)
-    shown: list[tuple[metrics.Evidence, str]] = [("gold", "gold passages"), ("answer", "answers")]
-    for axes, (evidence, title) in zip(panels, shown, strict=True):
-        for record in records:
-            shares = metrics.survival(record, evidence).by_layer
-            axes.plot(record.layers, shares, "o-", markersize=3, label=_name(record))
+    shown: dict[metrics.Evidence, str] = {"gold": "gold passages", "answer": "answers"}
+    for axes, (evidence, title) in zip(panels, shown.items(), strict=True):
+        found = [metrics.survival(record, evidence) for record in records]
+        for record, kept in zip(records, found, strict=True):
+            axes.plot(record.layers, kept.by_head.mean(axis=1), "o-", markersize=3, label=_name(record))
         _mark_chance(axes, records)
-        tokens = metrics.survival(records[0], evidence).tokens
-        axes.set(xlabel="layer", title=f"{title} ({tokens} tokens)")
+        axes.set(xlabel="layer", title=f"{title} ({found[0].tokens} tokens)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("kept share of tokens, mean of heads")
     panels[0].set_ylim(bottom=0)
@@ -119,10 +118,8 @@ def by_place(records: Sequence[SelectionRecord]) -> Figure:
 def kinds(records: Sequence[SelectionRecord]) -> Figure:
     """What kinds of tokens are kept, against their share of the text (a token may be of several kinds)."""
     figure, axes = subplots(1, 1, size=(8, 3.4))
-    shares = [metrics.kinds_kept(record) for record in records]
-    kept = {f"kept, {_name(record)}": [share.of_kept for share in found]
-            for record, found in zip(records, shares, strict=True)}  # fmt: skip
-    columns = {"all tokens": [share.of_all for share in shares[0]]} | kept
+    columns = {"all tokens": metrics.kinds_kept(records[0])[0]}
+    columns |= {f"kept, {_name(record)}": metrics.kinds_kept(record)[1] for record in records}
     width = 0.8 / len(columns)
     for number, (label, values) in enumerate(columns.items()):
         places = np.arange(len(values)) + (number - (len(columns) - 1) / 2) * width
@@ -135,14 +132,12 @@ def kinds(records: Sequence[SelectionRecord]) -> Figure:
 
 def agreement(record: SelectionRecord) -> Figure:
     """Cohen's kappa between the heads of each two layers; on the diagonal between the heads of one layer."""
-    heads = record.samples[0].positions.shape[1]
-    means = metrics.between_layers(metrics.agreement(record).kappa, heads)
+    means = metrics.between_layers(metrics.agreement(record), heads=record.samples[0].positions.shape[1])
     figure, axes = subplots(1, 1, size=(5, 4))
     image = axes.imshow(means, cmap="cividis", vmin=min(0.0, float(np.nanmin(means, initial=0))))
     figure.colorbar(image, ax=axes, label="Cohen's kappa (0: chance, 1: the same tokens)")
-    ticks = range(0, len(record.layers), max(1, len(record.layers) // 8))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(list(ticks), [str(record.layers[tick]) for tick in ticks])
+        _name_layers(axis, record.layers)
     axes.set(xlabel="layer", ylabel="layer", title=_name(record))
     return figure
 
@@ -153,7 +148,7 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
     Raises:
         UserError: records of other models or other samples.
     """
-    kappa = metrics.agreement_between(first, second).kappa
+    kappa = metrics.agreement_between(first, second)
     figure, axes = subplots(1, 1, size=(6, 3.4))
     for head, shares in enumerate(kappa.T):
         axes.plot(first.layers, shares, "o", color=OKABE_ITO[0], alpha=0.6, label=None if head else "a head")
@@ -212,6 +207,11 @@ def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: A
 def legend(axes: Axes, title: str | None = None) -> None:
     """A legend beside the axes."""
     axes.legend(title=title, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _name_layers(axis: Axis, layers: Sequence[int]) -> None:
+    ticks = range(0, len(layers), max(1, len(layers) // 8))
+    axis.set_ticks(list(ticks), [str(layers[tick]) for tick in ticks])
 
 
 def _mark_chance(axes: Axes, records: Sequence[SelectionRecord]) -> None:

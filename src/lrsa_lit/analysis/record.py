@@ -28,51 +28,25 @@ _HEADER = "header"
 
 
 @dataclass(frozen=True, eq=False)
-class LayerSelection:
-    """What one layer kept of one sample by the time of its last token.
-
-    Attributes:
-        positions: (H, P, K) int32, counted from the sample's first token, ascending within a partition.
-        scores: (H, P, K) float32, the scores of those tokens; a file keeps three digits of them. They were ranked by
-            log score, which tells apart tokens whose scores are 0 in float32.
-    """
-
-    positions: NDArray[np.int32]
-    scores: NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
 class Sample:
-    """One text and what each layer kept of it.
+    """One text and what the layers with LRSA kept of it by the time of its last token.
 
     Attributes:
         id: the example's.
         token_ids: (T,) int32, without padding.
         gold_spans: positions [start, end) of the supporting passages.
         answer_spans: positions [start, end) of the answers within those passages.
-        layers: one for each layer of the model; None where the layer is dense.
+        positions: (N, H, P, K) int32, counted from the first token, ascending within a partition.
+        scores: (N, H, P, K) float32, the scores of those tokens; a file keeps three digits of them. They were ranked by
+            log score, which tells apart tokens whose scores are 0 in float32.
     """
 
     id: str
     token_ids: NDArray[np.int32]
     gold_spans: tuple[Span, ...]
     answer_spans: tuple[Span, ...]
-    layers: tuple[LayerSelection | None, ...]
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return len(self.token_ids)
-
-    @property
-    def positions(self) -> NDArray[np.int32]:
-        """(N, H, P, K) of the layers with LRSA."""
-        return np.stack([layer.positions for layer in self.layers if layer is not None])
-
-    @property
-    def scores(self) -> NDArray[np.float32]:
-        """(N, H, P, K) of the layers with LRSA."""
-        return np.stack([layer.scores for layer in self.layers if layer is not None])
+    positions: NDArray[np.int32]
+    scores: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +60,7 @@ class SelectionRecord:
         digest: twelve hex digits of the model's shape; records of one digest can be laid beside each other.
         step: training steps that the weights had seen.
         texts: the text of each token id that occurs.
+        layers: indices of the N layers with LRSA.
     """
 
     samples: tuple[Sample, ...]
@@ -94,6 +69,7 @@ class SelectionRecord:
     digest: str
     step: int
     texts: Mapping[int, str]
+    layers: Sequence[int]
 
     @property
     def sink_size(self) -> int:
@@ -110,15 +86,9 @@ class SelectionRecord:
         """K."""
         return int(self.rule["top_k"])
 
-    @property
-    def layers(self) -> list[int]:
-        """Indices of the N layers with LRSA."""
-        return [index for index, layer in enumerate(self.samples[0].layers) if layer is not None]
-
     def compressed(self, sample: Sample) -> slice:
         """The tokens that lie in compressed partitions: behind the sinks, before the raw window."""
-        partitions = sample.positions.shape[2]
-        return slice(self.sink_size, self.sink_size + partitions * self.lag_size)
+        return slice(self.sink_size, self.sink_size + sample.positions.shape[2] * self.lag_size)
 
     def kept(self, sample: Sample) -> NDArray[np.bool_]:
         """(N, H, P L): which of the :meth:`compressed` tokens each head kept."""
@@ -127,34 +97,36 @@ class SelectionRecord:
         np.put_along_axis(kept, positions.reshape(*kept.shape[:2], -1) - region.start, True, axis=-1)
         return kept
 
+    def all_kept(self) -> NDArray[np.bool_]:
+        """(N, H, tokens): :meth:`kept` of all samples, one after the other."""
+        return np.concatenate([self.kept(sample) for sample in self.samples], axis=2)
+
     def tokens(self, sample: Sample) -> list[str]:
         """The text of each token (T)."""
         return [self.texts[int(token)] for token in sample.token_ids]
 
     def save(self, path: Path) -> None:
         """Write the record; the file appears only when it is complete."""
-        arrays: dict[str, NDArray[Any]] = {_HEADER: np.frombuffer(json.dumps(self._header()).encode(), dtype=np.uint8)}
+        header = {
+            "schema": SCHEMA,
+            "rule": dict(self.rule),
+            "model": self.model,
+            "digest": self.digest,
+            "step": self.step,
+            "texts": self.texts,
+            "layers": [index in self.layers for index in range(max(self.layers) + 1)],
+            "samples": [
+                {"id": sample.id, "gold_spans": sample.gold_spans, "answer_spans": sample.answer_spans}
+                for sample in self.samples
+            ],
+        }
+        arrays: dict[str, NDArray[Any]] = {_HEADER: np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
         for index, sample in enumerate(self.samples):
             arrays[f"tokens{index}"] = _smallest(sample.token_ids)
             # Within their partitions, where a byte mostly holds them.
             arrays[f"places{index}"] = _smallest(sample.positions - _starts(self.rule, sample.positions))
             arrays[f"scores{index}"] = _halved(sample.scores)
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
-
-    def _header(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "rule": dict(self.rule),
-            "model": self.model,
-            "digest": self.digest,
-            "step": self.step,
-            "texts": {str(token): text for token, text in self.texts.items()},
-            "layers": [layer is not None for layer in self.samples[0].layers],
-            "samples": [
-                {"id": sample.id, "gold_spans": sample.gold_spans, "answer_spans": sample.answer_spans}
-                for sample in self.samples
-            ],
-        }
 
     @classmethod
     def load(cls, path: Path, *, model: str | None = None) -> SelectionRecord:
@@ -173,7 +145,9 @@ class SelectionRecord:
                 if header["schema"] != SCHEMA:
                     version = f"a selection record of version {header['schema']}; only {SCHEMA} can be read here"
                     raise UserError(str(path), reason=version)
-                samples = tuple(_sample(file, index, about, header) for index, about in enumerate(header["samples"]))
+                samples = tuple(
+                    _sample(file, index, about, header["rule"]) for index, about in enumerate(header["samples"])
+                )
         except FileNotFoundError:
             raise UserError(str(path), reason="no such file") from None
         except UserError:
@@ -185,7 +159,8 @@ class SelectionRecord:
             made_by = f"recorded with {header['model']} ({header['digest']})"
             raise UserError(str(path), reason=f"{made_by}, not with {model}")
         texts = {int(token): text for token, text in header["texts"].items()}
-        return cls(samples, header["rule"], header["model"], header["digest"], header["step"], texts)
+        layers = [index for index, compressed in enumerate(header["layers"]) if compressed]
+        return cls(samples, header["rule"], header["model"], header["digest"], header["step"], texts, layers)
 
 
 def check_comparable(first: SelectionRecord, second: SelectionRecord) -> None:
@@ -205,20 +180,20 @@ def check_comparable(first: SelectionRecord, second: SelectionRecord) -> None:
             raise UserError("selections", reason=f"sample {one.id} has other tokens in the two records")
 
 
-def _sample(file: Any, index: int, about: Mapping[str, Any], header: Mapping[str, Any]) -> Sample:
+def _sample(file: Any, index: int, about: Mapping[str, Any], rule: Mapping[str, Any]) -> Sample:
     if f"places{index}" in file:
         places = file[f"places{index}"]
-        positions = (places + _starts(header["rule"], places)).astype(np.int32)
+        positions = places + _starts(rule, places)
     else:
         # Written before positions were counted within their partitions.
-        positions = file[f"positions{index}"].astype(np.int32)
-    pairs = iter(zip(positions, file[f"scores{index}"].astype(np.float32), strict=True))
+        positions = file[f"positions{index}"]
     return Sample(
         id=about["id"],
         token_ids=file[f"tokens{index}"].astype(np.int32),
         gold_spans=tuple(map(tuple, about["gold_spans"])),
         answer_spans=tuple(map(tuple, about["answer_spans"])),
-        layers=tuple(LayerSelection(*next(pairs)) if here else None for here in header["layers"]),
+        positions=positions.astype(np.int32),
+        scores=file[f"scores{index}"].astype(np.float32),
     )
 
 

@@ -6,11 +6,13 @@ Dimensions: R runs that differ in their seed only, Q questions.
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,13 +94,8 @@ def latest_with_selections(store: MlflowClient, experiment: str) -> Run:
     raise UserError("experiment", reason=f"no run of {experiment!r} recorded selections; {advice}")
 
 
-def selections(store: MlflowClient, run: Run, *, model: str | None = None) -> list[SelectionRecord]:
+def selections(store: MlflowClient, run: Run) -> list[SelectionRecord]:
     """The selections of a run, by step: the first before training, the last after it.
-
-    Args:
-        store: where the run is.
-        run: the run.
-        model: name or digest of the model that they must be of; None takes any.
 
     Raises:
         UserError: it recorded none, or they cannot be read.
@@ -107,7 +104,7 @@ def selections(store: MlflowClient, run: Run, *, model: str | None = None) -> li
     if not found:
         raise UserError("run", run.info.run_name, reason="recorded no selections")
     paths = [Path(store.download_artifacts(run.info.run_id, path)) for path in found]
-    return sorted((SelectionRecord.load(path, model=model) for path in paths), key=lambda record: record.step)
+    return sorted((SelectionRecord.load(path) for path in paths), key=lambda record: record.step)
 
 
 def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
@@ -122,9 +119,8 @@ def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
     runs = _runs(store, experiment)
     rows = {run.info.run_id: _row(run) for run in runs if MEASURES["f1"] in run.data.metrics}
     if not rows:
-        raise UserError(
-            "experiment", reason=f"none of the {len(runs)} runs of {experiment!r} has recorded {MEASURES['f1']}"
-        )
+        reason = f"none of the {len(runs)} runs of {experiment!r} has recorded {MEASURES['f1']}"
+        raise UserError("experiment", reason=reason)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -141,10 +137,7 @@ def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = OWN)
     Raises:
         UserError: a run recorded no answers, or none under that attention.
     """
-    tables = {}
-    for run_id in runs:
-        found = _all_answers(store, run_id, attention)
-        tables[run_id] = _some_answers(store, run_id, attention) if found is None else found
+    tables = {run_id: pd.DataFrame(_answers(store, run_id, attention)).set_index("id") for run_id in runs}
     return pd.concat(tables, names=["run", "id"])
 
 
@@ -171,88 +164,76 @@ def by_rule(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     for key, group in runs.loc[scores.index].groupby(RULE, sort=True):
         f1 = statistics.mean(scores.loc[group.index].to_numpy())
         means = group[[name for name in MEASURES if name != "f1"]].mean()
-        rows.append(
-            {**dict(zip(RULE, key, strict=True)), "kept_share": group["kept_share"].iloc[0], "runs": len(group)}
-            | {"f1": f1.value, "f1_low": f1.low, "f1_high": f1.high, **means}
-        )
+        about = {**dict(zip(RULE, key, strict=True)), "kept_share": group["kept_share"].iloc[0], "runs": len(group)}
+        rows.append(about | {"f1": f1.value, "f1_low": f1.low, "f1_high": f1.high, **means})
     return pd.DataFrame(rows)
 
 
 def differences(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """A row for each two rules: the first's F1 less the second's, on the same questions, with its interval."""
-    groups = {key: scores.loc[group.index].to_numpy() for key, group in runs.loc[scores.index].groupby(RULE, sort=True)}
-    keys, rows = list(groups), []
-    for index, one in enumerate(keys):
-        for other in keys[index + 1 :]:
-            rows.append((rule_name(one), rule_name(other), *statistics.compare(groups[one], groups[other]).difference))
+    groups = {
+        "{} L{} K{}".format(*key): scores.loc[group.index].to_numpy()
+        for key, group in runs.loc[scores.index].groupby(RULE, sort=True)
+    }
+    rows = [
+        (one, other, *statistics.compare(groups[one], groups[other]).difference)
+        for one, other in itertools.combinations(groups, 2)
+    ]
     return pd.DataFrame(rows, columns=["first", "second", "mean", "low", "high"])
 
 
-def answered_by_one(answers: pd.DataFrame, first: str, second: str, *, threshold: float = 0.5) -> pd.DataFrame:
-    """The questions that exactly one of two runs answers, with both answers.
+def answered_by_one(answers: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """The :func:`questions` that exactly one of two runs answers (F1 of 0.5 or more), with both answers.
 
     Args:
         answers: as :func:`questions` gives it.
         first: a run id.
         second: another.
-        threshold: a question is answered from this F1 on.
     """
     one, other = answers.loc[first], answers.loc[second, ["prediction", "f1"]]
     both = one.join(other, how="inner", lsuffix="_first", rsuffix="_second")
-    answered = both[["f1_first", "f1_second"]] >= threshold
+    answered = both[["f1_first", "f1_second"]] >= 0.5
     return both[answered["f1_first"] != answered["f1_second"]].sort_values("f1_first")
 
 
-def rule_name(key: Sequence[Any]) -> str:
-    """A readable name of a model and rule."""
-    model, lag_size, top_k = key
-    return f"{model} L{lag_size} K{top_k}"
-
-
-def _all_answers(store: MlflowClient, run_id: str, attention: str) -> pd.DataFrame | None:
-    """A row for each question of the last validation, by id; None where the run did not record all of them."""
+def _answers(store: MlflowClient, run_id: str, attention: str) -> list[dict[str, Any]]:
+    """The questions of the last validation: all of them, or those in the run's table where it did not record all."""
     folder = ANSWERS.rpartition("/")[0]
-    if ANSWERS not in [item.path for item in store.list_artifacts(run_id, folder)]:
-        return None
-    lines = Path(store.download_artifacts(run_id, ANSWERS)).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    if attention not in rows[0]:
-        raise UserError("run", run_id, reason=f"recorded no answers under the attention {attention!r}")
-    about = ("id", "question", "gold")
-    table = pd.DataFrame([{name: row[name] for name in about} | row[attention] for row in rows])
-    return table.set_index("id")[["question", "gold", "prediction", "f1"]]
-
-
-def _some_answers(store: MlflowClient, run_id: str, attention: str) -> pd.DataFrame:
-    """The same of the questions in the run's table."""
-    if QUESTIONS not in [item.path for item in store.list_artifacts(run_id)]:
+    artifacts = [item.path for path in (folder, None) for item in store.list_artifacts(run_id, path)]
+    artifact = ANSWERS if ANSWERS in artifacts else QUESTIONS
+    if artifact not in artifacts:
         raise UserError("run", run_id, reason=f"has no artifact {QUESTIONS}, so its questions cannot be compared")
-    # Not by pandas' own reader, which takes answers such as 1911 for numbers.
-    rows = pd.DataFrame(**json.loads(Path(store.download_artifacts(run_id, QUESTIONS)).read_text(encoding="utf-8")))
-    columns = {attention: "prediction", f"{attention} F1": "f1"}
-    if not columns.keys() <= set(rows.columns):
+    text = Path(store.download_artifacts(run_id, artifact)).read_text(encoding="utf-8")
+    if artifact == ANSWERS:
+        rows = [json.loads(line) for line in text.splitlines()]
+        found = [row | row[attention] for row in rows if attention in row]
+    else:
+        # Not by pandas' own reader, which takes answers such as 1911 for numbers.
+        table = json.loads(text)
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        last = max(row["step"] for row in rows)
+        found = [
+            row | {"prediction": row[attention], "f1": row[f"{attention} F1"]}
+            for row in rows
+            if row["step"] == last and f"{attention} F1" in row
+        ]
+    if not found:
         raise UserError("run", run_id, reason=f"recorded no answers under the attention {attention!r}")
-    last = rows[rows["step"] == rows["step"].max()].rename(columns=columns).set_index("id")
-    return last[["question", "gold", "prediction", "f1"]]
+    return [{name: row[name] for name in ("id", "question", "gold", "prediction", "f1")} for row in found]
 
 
 def _runs(store: MlflowClient, experiment: str) -> list[Run]:
     """The runs of an experiment, latest first, at least one."""
     found = find_experiment(store, experiment, "experiment")
-    pages = list(_pages(store, found.experiment_id))
-    if not pages:
+    search = functools.partial(store.search_runs, [found.experiment_id], order_by=["attributes.start_time DESC"])
+    page = search()
+    runs = list(page)
+    while page.token:
+        page = search(page_token=page.token)
+        runs += page
+    if not runs:
         raise UserError("experiment", experiment, reason="has no runs yet")
-    return pages
-
-
-def _pages(store: MlflowClient, experiment_id: str) -> Iterator[Run]:
-    token = None
-    while True:
-        page = store.search_runs([experiment_id], order_by=["attributes.start_time DESC"], page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    return runs
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis import metrics
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.data.collate import Batch
     from lrsa_lit.tasks import LongContextQA
-
-
-class _Question(NamedTuple):
-    """A question of a data set, as a batch of one row without pads."""
-
-    position: int
-    batch: dict[str, Any]
 
 
 class EvidenceSurvival(Callback):
@@ -53,7 +46,8 @@ class EvidenceSurvival(Callback):
         if questions < 1:
             raise UserError("EvidenceSurvival.questions", questions, "an integer >= 1")
         self.questions = questions
-        self._first: dict[str, list[_Question]] = {}
+        self._first: dict[str, dict[int, Any]] = {}
+        """Of each data set, by their positions, questions as batches of one row without pads."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew.
@@ -66,19 +60,21 @@ class EvidenceSurvival(Callback):
             raise UserError("EvidenceSurvival", reason="it needs the whole model on each device")
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any, **__: Any
     ) -> None:
         """Put the first questions aside."""
         for row, source in enumerate(batch["source"]):
-            kept = self._first.setdefault(source, [])
+            kept = self._first.setdefault(source, {})
             if len(kept) < self.questions and not batch["repeated"][row]:
-                kept.append(_Question(batch["position"][row], _alone(batch, row)))
+                part = slice(row, row + 1)
+                prompt = slice(-batch["prompt_length"][row], None)
+                kept[batch["position"][row]] = {
+                    "id": batch["id"][part],
+                    "prompt_ids": batch["prompt_ids"][part, prompt].cpu(),
+                    "prompt_mask": batch["prompt_mask"][part, prompt].cpu(),
+                    "gold_spans": batch["gold_spans"][part],
+                    "answer_spans": batch["answer_spans"][part],
+                }
 
     def on_validation_batch_end(self, trainer: Trainer, *arguments: Any, **keywords: Any) -> None:
         """The same for a validation, unless it is one of a fit."""
@@ -88,11 +84,10 @@ class EvidenceSurvival(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the questions under each attention, and hand over what is found to the writers of answers."""
         task: LongContextQA = pl_module  # type: ignore[assignment]
-        positions = {source: [question.position for question in kept] for source, kept in self._first.items()}
         of_all: dict[str, list[int]] = {}
-        for process in gathered(positions):
-            for source, found in process.items():
-                of_all[source] = sorted([*of_all.get(source, []), *found])[: self.questions]
+        for process in gathered({source: list(kept) for source, kept in self._first.items()}):
+            for source, positions in process.items():
+                of_all[source] = sorted([*of_all.get(source, []), *positions])[: self.questions]
         with trainer.precision_plugin.forward_context():
             survival = {
                 name or OWN: {source: self._found(task, rule, source, chosen) for source, chosen in of_all.items()}
@@ -107,42 +102,24 @@ class EvidenceSurvival(Callback):
         if trainer.state.fn == "validate":
             self.on_test_epoch_end(trainer, pl_module)
 
-    def _found(
-        self, task: LongContextQA, rule: LRSAConfig | None, source: str, chosen: list[int]
-    ) -> dict[str, Any] | None:
+    def _found(self, task: LongContextQA, rule: LRSAConfig | None, source: str, chosen: list[int]) -> Any:
         """What the questions of all processes show of a rule; None where it selects nothing."""
         layers = task.model.config.get_text_config().num_hidden_layers
         if rule is None or not isinstance(rule.compressor, Selector) or len(rule.dense_layers) == layers:
             return None
-        own = [question for question in self._first.get(source, []) if question.position in chosen]
-        made: SelectionRecord | None = None
+        own = [question for position, question in self._first.get(source, {}).items() if position in chosen]
+        found: SelectionRecord | None = None
         if own:
-            batches = [{name: part.to(task.device) if isinstance(part, torch.Tensor) else part
-                        for name, part in question.batch.items()} for question in own]  # fmt: skip
+            batches = move_data_to_device(own, task.device)
             with using(task.model, rule):
-                made = record(task.model, batches, task.tokenizer, name=task.backbone.name)  # type: ignore[arg-type]
-        parts = [part for part in gathered(made) if part is not None]
-        samples = tuple(sample for part in parts for sample in part.samples)
-        return shares(dataclasses.replace(parts[0], samples=samples))
+                found = record(task.model, batches, task.tokenizer, name=task.backbone.name)
+        parts = [part for part in gathered(found) if part is not None]
+        kept = dataclasses.replace(parts[0], samples=tuple(sample for part in parts for sample in part.samples))
+        gold, answer = metrics.survival(kept, "gold"), metrics.survival(kept, "answer")
+        quarters = [_rounded(share) for share in metrics.by_place(kept, 4).mean(axis=0).tolist()]
+        shares = {"gold": _rounded(gold.mean), "answer": _rounded(answer.mean)}
+        return {**shares, "chance": gold.chance, "quarters": quarters}
 
 
-def shares(kept: SelectionRecord) -> dict[str, Any]:
-    """What :class:`EvidenceSurvival` says of some recorded selections."""
-    found = {"gold": metrics.survival(kept, "gold"), "answer": metrics.survival(kept, "answer")}
-    quarters = [
-        None if math.isnan(share) else round(share, 4) for share in metrics.by_place(kept, 4).mean(axis=0).tolist()
-    ]
-    of_tokens = {name: round(part.mean, 4) if part.tokens else None for name, part in found.items()}
-    return {**of_tokens, "chance": found["gold"].chance, "quarters": quarters}
-
-
-def _alone(batch: Batch, row: int) -> dict[str, Any]:
-    """What a recording needs of one row."""
-    length = batch["prompt_length"][row]
-    return {
-        "id": [batch["id"][row]],
-        "prompt_ids": batch["prompt_ids"][row : row + 1, -length:].cpu(),
-        "prompt_mask": batch["prompt_mask"][row : row + 1, -length:].cpu(),
-        "gold_spans": [batch["gold_spans"][row]],
-        "answer_spans": [batch["answer_spans"][row]],
-    }
+def _rounded(share: float) -> float | None:
+    return None if math.isnan(share) else round(share, 4)
