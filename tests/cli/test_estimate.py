@@ -12,9 +12,10 @@ from cli_helpers import DEBUG, interruptible
 from helpers import refused
 
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.cli.estimate import Batches, Cost, Layers, extrapolate, measure
-from lrsa_lit.cli.estimate import layers as few
+from lrsa_lit.cli import estimate as few
+from lrsa_lit.cli.estimate import Layers, extrapolate
 from lrsa_lit.cli.main import main
+from lrsa_lit.cli.step_cost import Batches, Cost, measure
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_config

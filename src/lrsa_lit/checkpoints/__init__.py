@@ -5,7 +5,7 @@ from lrsa_lit.checkpoints.exact_state import ExactState
 from lrsa_lit.checkpoints.finite import FiniteLoss
 from lrsa_lit.checkpoints.form import CheckedForm
 from lrsa_lit.checkpoints.safe_model_checkpoint import SafeModelCheckpoint
-from lrsa_lit.checkpoints.stop import GracefulStop, exit_codes
+from lrsa_lit.checkpoints.stop import GracefulStop
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -14,5 +14,4 @@ __all__ = [
     "FiniteLoss",
     "GracefulStop",
     "SafeModelCheckpoint",
-    "exit_codes",
 ]

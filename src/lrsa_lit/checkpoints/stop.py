@@ -26,22 +26,6 @@ class Terminated(SIGTERMException):
     """SIGTERM, between two batches: pre-emption, for example."""
 
 
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """End a fit within a block as its signal asks for: Lightning's codes are 1 for Ctrl-C and 0 for SIGTERM.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C has ended it.
-        SystemExit: code 143, SIGTERM has.
-    """
-    try:
-        yield
-    except SIGTERMException:
-        raise SystemExit(143) from None
-    except SystemExit:
-        raise KeyboardInterrupt from None
-
-
 class GracefulStop(Callback):
     """Turn the first Ctrl-C or SIGTERM of a fit into an exception between two batches, of validation as well.
 

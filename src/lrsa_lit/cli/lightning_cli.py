@@ -254,25 +254,29 @@ class LRSACLI(OpenCLI):
 
     def run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C or SIGTERM say where the run can be taken up again."""
-        if self.asked("estimate"):
-            from lrsa_lit.cli.estimate.report import estimate, table
-
-            settings = dict(self.asked("trainer"))
-            PlainConsole().print(table(estimate(self.model, self.datamodule, self.trainer, settings)))
-            return
+        estimates = self.asked("estimate")
         try:
             with self.graceful_stop.listening():
-                super().run_subcommand(subcommand)
+                if estimates:
+                    self._estimate()
+                else:
+                    super().run_subcommand(subcommand)
         except SystemExit as error:
-            if not self.trainer.interrupted:
+            if not (self.trainer.interrupted or estimates):
                 raise
-            saved = last_good(self.trainer) if subcommand == "fit" else ""
+            trains = subcommand == "fit" and not estimates
+            at = f" at step {self.trainer.global_step}" if trains else ""
+            saved = last_good(self.trainer) if trains else ""
             how = f"; go on with --ckpt_path {saved}" if saved else ""
             what, code = ("terminated", 143) if isinstance(error, SIGTERMException) else ("interrupted", 130)
             if self.trainer.is_global_zero:
-                at = f" at step {self.trainer.global_step}" if subcommand == "fit" else ""
                 print(f"lrsa: {what}{at}{how}", file=sys.stderr)
             raise SystemExit(code) from None
+
+    def _estimate(self) -> None:
+        from lrsa_lit.cli.estimate import estimate
+
+        PlainConsole().print(estimate(self.model, self.datamodule, self.trainer, self.asked("trainer")))
 
     def before_fit(self) -> None:
         """Validate at step 0; a resumed run has done so."""

@@ -1,0 +1,216 @@
+"""``lrsa fit … --estimate``: what memory and time a fit will take, measured on a few layers of its model.
+
+Every layer of a kind costs the same. So the configured training runs for some steps on models of the configured width
+with two and four layers and random weights, and the rest follows: seconds, and the peaks of memory in the passes and in
+the optimizer's step, grow linearly with the layers. Nothing is loaded but the model's config and tokenizer, nothing is
+recorded or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from rich.table import Table
+
+from lrsa_lit.cli.step_cost import Batches, Cost, measure, release
+from lrsa_lit.data import token_cache
+from lrsa_lit.data.collate import collate
+from lrsa_lit.data.module import QADataModule
+from lrsa_lit.errors import UserError
+from lrsa_lit.models import Backbone
+from lrsa_lit.strategies import shards_weights
+from lrsa_lit.tasks import LongContextQA
+
+_GIB = 2**30
+_FEW = ((2, 4), (1, 2))
+"""Layers of the models that are measured; the second pair where four do not fit."""
+_BATCHES = 1000
+"""Batches of the data that are looked at for their lengths."""
+_ANSWER = 32
+"""Answer tokens of a made-up batch."""
+_TRAINER = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark")
+"""Settings of the trainer that decide what a step costs."""
+
+
+class Layers(NamedTuple):
+    """How many layers of a model attend densely, and how many under the rule."""
+
+    dense: int
+    sparse: int
+
+
+def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer, settings: Mapping[str, Any]) -> Table:
+    """What all layers of a configured fit take, worked out from a few of them, as a table.
+
+    Args:
+        task: configured, its model not loaded yet.
+        data: configured; its own batches are taken if they were tokenised before, else some of ``max_tokens`` each.
+        trainer: configured.
+        settings: what the trainer was configured with.
+
+    Raises:
+        UserError: the fit is of a kind that few layers on one device say nothing about, or even they do not fit.
+    """
+    if shards_weights(trainer.strategy):
+        reason = "a sharded model is not estimated; see what one device needs without fsdp.yaml"
+        raise UserError("--estimate", reason=reason)
+    if task.backbone.quantization is not None:
+        reason = "model.backbone.quantization is not estimated; it needs the weights themselves"
+        raise UserError("--estimate", reason=reason)
+    batches, lengths = _batches(data)
+    options = {name: settings[name] for name in _TRAINER if settings.get(name) is not None}
+    whole = _layers(task)
+    measured = _measure_few(whole, lambda layers: measure(_shortened(task, layers), batches, options))
+    cost = extrapolate(whole, measured)
+    passes, device = trainer.accumulate_grad_batches, trainer.strategy.root_device
+    seconds = passes * cost.pass_seconds + cost.step_seconds
+    tokens = passes * trainer.world_size * sum(map(_tokens, batches.typical)) / len(batches.typical)
+    hours = seconds * trainer.max_steps / 3600 if trainer.max_steps > 0 else None
+    name, free = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, _free(device)
+    rest = cost.peak - cost.weights - cost.gradients - cost.optimizer
+    table = Table(title="Estimate for one device", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("parameters", f"{round(cost.parameters):,}")
+    table.add_row("of them trained", f"{round(cost.trained):,}")
+    table.add_row("weights", _size_text(cost.weights))
+    table.add_row("gradients", _size_text(cost.gradients))
+    table.add_row("optimizer", _size_text(cost.optimizer))
+    table.add_row("activations and all else", _size_text(max(rest, 0)))
+    table.add_row("peak", _size_text(cost.peak))
+    table.add_row(f"free on {name}", f"{_size_text(free)}: {'fits' if cost.peak <= free else 'does NOT fit'}")
+    table.add_row("tokens a step", f"{round(tokens):,}")
+    table.add_row("seconds a step", f"{seconds:.3g}")
+    table.add_row("tokens a second", f"{tokens / seconds:,.0f}")
+    # Validation and waiting for data excluded.
+    table.add_row("hours for all steps", "unknown" if hours is None else f"{hours:.2g}")
+    layers = " and ".join(f"{sum(few)}" for few in measured)
+    table.caption = (
+        f"Measured on models of {layers} layers with random weights; {lengths}. Memory is that of tensors. "
+        "Validation, checkpoints, waiting for data and what devices send each other are not in it."
+    )
+    return table
+
+
+def extrapolate(whole: Layers, measured: Mapping[Layers, Cost]) -> Cost:
+    """The cost of all layers from that of a few.
+
+    Args:
+        whole: the layers asked for.
+        measured: of ``whole`` itself; else of two models that differ in one kind of layers and, where ``whole`` has
+            both kinds, of a third one that differs from the first in the other kind.
+    """
+    if whole in measured:
+        return measured[whole]
+    (first, of_first), *others = measured.items()
+    total = list(of_first)
+    for other, of_other in others:
+        kind = 0 if other.dense != first.dense else 1
+        per_layer = [(b - a) / (other[kind] - first[kind]) for a, b in zip(of_first, of_other, strict=True)]
+        total = [value + slope * (whole[kind] - first[kind]) for value, slope in zip(total, per_layer, strict=True)]
+    return Cost(*total)
+
+
+def _layers(task: LongContextQA) -> Layers:
+    count = task.backbone.config.num_hidden_layers
+    dense = count if task.train_config is None else len(task.train_config.dense_layers)
+    return Layers(dense, count - dense)
+
+
+def _measure_few(whole: Layers, measure: Callable[[Layers], Cost]) -> dict[Layers, Cost]:
+    for few, more in _FEW:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            return {layers: measure(layers) for layers in _to_measure(whole, few, more)}
+        # Only now is nobody left who refers to what was allocated.
+        release()
+    raise UserError(
+        "--estimate",
+        reason=f"even {_FEW[-1][1]} layers do not fit on the device; lower data.init_args.batch_size or max_tokens, "
+        "or set model.backbone.gradient_checkpointing",
+    )
+
+
+def _to_measure(whole: Layers, few: int, more: int) -> list[Layers]:
+    """Models that tell a layer of each kind from all else; the whole model where that is no larger."""
+    if sum(whole) <= more:
+        return [whole]
+    if whole.sparse == 0:
+        return [Layers(few, 0), Layers(more, 0)]
+    both = [Layers(more - few, few)] if whole.dense else []
+    return [Layers(0, few), Layers(0, more), *both]
+
+
+@dataclasses.dataclass(eq=False)
+class _Short(Backbone):
+    """A backbone with random weights and fewer layers."""
+
+    layers: int = 0
+
+    @functools.cached_property
+    def _whole_config(self) -> Any:
+        config = copy.deepcopy(super()._whole_config)
+        text = config.get_text_config()
+        text.num_hidden_layers = self.layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: self.layers]
+        return config
+
+
+def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
+    """The task over a model of few layers; all else as configured, the learning rate's schedule excepted."""
+    short = copy.deepcopy(task)
+    fields = {field.name: getattr(task.backbone, field.name) for field in dataclasses.fields(Backbone)}
+    short.backbone = _Short(**fields | {"random_weights": True}, layers=sum(layers))
+    if task.train_config is not None:
+        short.train_config = short.lrsa = task.train_config.replace(dense_layers=list(range(layers.dense)))
+    short.make_scheduler = None
+    return short
+
+
+def _batches(data: QADataModule) -> tuple[Batches, str]:
+    """Batches as the fit will see them, and where their lengths are from."""
+    if not token_cache.is_built(data.folder("train")):
+        example = {
+            "id": "",
+            "input_ids": [5] * data.max_tokens,
+            "prompt_length": data.max_tokens - min(_ANSWER, data.max_tokens - 1),
+            "gold_spans": [],
+            "answer_spans": [],
+            "answers": [""],
+            "match": "any",
+        }
+        batch = collate([example] * data.batch_size, pad_token_id=0)  # type: ignore[list-item]
+        return Batches(batch, [batch]), f"the data is not tokenised yet: {data.max_tokens:,} tokens for each example"
+    data.setup("fit")
+    found = sorted((batch for _, batch in zip(range(_BATCHES), data.train_dataloader(), strict=False)), key=_area)
+    typical = [found[int(len(found) * part)] for part in (1 / 6, 1 / 2, 5 / 6)]
+    return Batches(found[-1], typical), f"lengths of {len(found):,} batches of the data"
+
+
+def _area(batch: Any) -> int:
+    return int(batch["input_ids"].numel())
+
+
+def _tokens(batch: Any) -> int:
+    """Tokens without padding."""
+    mask = batch.get("attention_mask")
+    return _area(batch) if mask is None else int(mask.sum())
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that a fit could have now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _size_text(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
