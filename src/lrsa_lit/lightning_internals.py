@@ -6,6 +6,7 @@ holds that no other file reaches for a private member, and that the installed Li
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,18 @@ def setting_names(parser: LightningArgumentParser) -> Iterator[str]:
             for child in action.choices.values():
                 yield from setting_names(child)
         yield str(action.dest)
+
+
+def counts_before_shares(parser: LightningArgumentParser) -> None:
+    """Let 1 be a count where a setting is a count or a share: one batch, not all of them.
+
+    The parser tries types in their order, and for ``Optional[Union[int, float]]``, which Lightning writes, ``typing``
+    may return ``Optional[Union[float, int]]`` that another library made before.
+    """
+    for action in parser._actions:
+        kinds = typing.get_args(getattr(action, "_typehint", None))
+        if float in kinds and int in kinds:
+            vars(action)["_typehint"] = typing.Union[(int, *(kind for kind in kinds if kind is not int))]
 
 
 class OneMesh(ModelParallelStrategy):

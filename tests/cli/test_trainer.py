@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-from jsonargparse import ArgumentParser
+from typing import Union
 
-from lrsa_lit.cli.trainer import Trainer
+import pytest
+from cli_helpers import DEBUG
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lrsa_lit.cli.fit_settings import FitSettings
+from lrsa_lit.lightning_internals import counts_before_shares
 
 SETTINGS = (
     *(f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")),
@@ -14,19 +18,21 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def parser():
-    parser = ArgumentParser(parser_mode="omegaconf+")
-    parser.add_class_arguments(Trainer, "trainer")
-    return parser
+def settings():
+    return FitSettings()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("given", ["1", "1.0"])
-def test_an_integer_is_a_count_and_a_fraction_a_share(parser, name, given):
-    """Which Lightning's own types hold or not by what other packages have imported before."""
-    value = parser.parse_args([f"--trainer.{name}", given]).trainer[name]
-    assert repr(value) == given
+def test_an_integer_is_a_count_and_a_fraction_a_share(settings, name, given):
+    assert repr(settings.complete([*DEBUG, f"--trainer.{name}", given])["trainer"][name]) == given
 
 
-def test_all_of_lightnings_settings_are_known(parser):
-    assert {"max_steps", "accelerator", "callbacks", *SETTINGS} <= set(vars(parser.get_defaults().trainer))
+def test_whatever_other_packages_have_imported_before():
+    def limited(limit: Union[float, int, None] = None): ...  # noqa: UP007
+
+    parser = LightningArgumentParser()
+    parser.add_function_arguments(limited)
+    assert repr(parser.parse_args(["--limit", "1"]).limit) == "1.0"
+    counts_before_shares(parser)
+    assert repr(parser.parse_args(["--limit", "1"]).limit) == "1"

@@ -49,10 +49,9 @@ from lrsa_lit.cli.preflight import (
 )
 from lrsa_lit.cli.setting_keys import DATA_TOKENIZER, TOKENIZER, first_user_error
 from lrsa_lit.cli.settings_parser import OneLineParser, one_line
-from lrsa_lit.cli.trainer import Trainer
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
-from lrsa_lit.lightning_internals import OpenCLI
+from lrsa_lit.lightning_internals import OpenCLI, counts_before_shares
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
@@ -88,7 +87,7 @@ class LRSACLI(OpenCLI):
 
     def __init__(self, arguments: Sequence[str], **options: Any) -> None:
         self._asked = arguments[0]
-        super().__init__(LongContextQA, QADataModule, trainer_class=Trainer, args=list(arguments), **options)
+        super().__init__(LongContextQA, QADataModule, args=list(arguments), **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one that is asked for: the parser of each takes as long to build as that of all settings."""
@@ -109,6 +108,7 @@ class LRSACLI(OpenCLI):
 
     def adapt(self, parser: LightningArgumentParser, subcommand: str) -> None:
         """Lightning's list of all metrics only on request: an evaluation closes with a table of its own."""
+        counts_before_shares(parser)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
 
