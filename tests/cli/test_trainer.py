@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import pytest
 from cli_helpers import DEBUG
 from lightning.pytorch.cli import LightningArgumentParser
@@ -29,10 +27,8 @@ def test_an_integer_is_a_count_and_a_fraction_a_share(settings, name, given):
 
 
 def test_whatever_other_packages_have_imported_before():
-    def limited(limit: Union[float, int, None] = None): ...  # noqa: UP007
-
     parser = LightningArgumentParser()
-    parser.add_function_arguments(limited)
+    parser.add_argument("--limit", type=float | int | None)
     assert repr(parser.parse_args(["--limit", "1"]).limit) == "1.0"
     counts_before_shares(parser)
     assert repr(parser.parse_args(["--limit", "1"]).limit) == "1"
