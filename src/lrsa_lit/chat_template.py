@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import math
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 _PASSED = ("messages", "tools", "documents", "add_generation_prompt")
 """What ``apply_chat_template`` always passes, beside the special tokens."""
+_GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
+"""A block that transformers adds to Jinja; it reads nothing."""
 
 
 def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -57,11 +61,9 @@ def with_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
     names = _argument_names(default, tokenizer)
     for name in arguments:
         if name not in names:
-            raise UserError(
-                f"template_arguments.{name}",
-                reason=f"the chat template of {_name(tokenizer)} has no such argument; it has "
-                f"{', '.join(sorted(names)) or 'none'}",
-            )
+            has = ", ".join(sorted(names)) or "none"
+            reason = f"the chat template of {_name(tokenizer)} has no such argument; it has {has}"
+            raise UserError(f"template_arguments.{name}", reason=reason)
     # The templates are rendered with trim_blocks, which removes the line break after the last block.
     lines = (
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(name, value)} %}}{{% endif %}}\n"
@@ -76,47 +78,25 @@ def with_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
 def _argument_names(template: str, tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Variables that a template reads and that nothing but an argument gives a value."""
     import jinja2.meta
-    from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(extensions=[_generation_blocks(), loopcontrols])
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        used = jinja2.meta.find_undeclared_variables(environment.parse(template))
+        used = jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template)))
     except jinja2.TemplateError as error:
-        raise UserError(
-            "tokenizer", reason=f"the chat template of {_name(tokenizer)} is not valid: {message_of(error)[:300]}"
-        ) from error
+        reason = f"the chat template of {_name(tokenizer)} is not valid: {message_of(error)[:300]}"
+        raise UserError("tokenizer", reason=reason) from error
     given = {*_PASSED, *tokenizer.special_tokens_map, *environment.globals, "raise_exception", "strftime_now"}
     return used - given
 
 
-def _generation_blocks() -> Any:
-    """The tag ``{% generation %}``, which transformers adds to Jinja."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - as in Jinja's base class
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    return Generation
-
-
 def _literal(name: str, value: Any) -> str:
     """A value as Jinja's grammar has it, which is Python's for the types of JSON."""
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return "{" + ", ".join(f"{key!r}: {_literal(name, each)}" for key, each in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_literal(name, each) for each in value) + "]"
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return repr(value)
-    raise UserError(
-        f"template_arguments.{name}", value, "text, a number, true, false, null, or a list or mapping of them"
-    )
+    with contextlib.suppress(TypeError, ValueError):
+        if json.loads(json.dumps(value, allow_nan=False)) == value:
+            return repr(value)
+    allowed = "text, a number, true, false, null, or a list or mapping of them"
+    raise UserError(f"template_arguments.{name}", value, allowed)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
