@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import select
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,7 +35,6 @@ TOOLS = {
 }
 """Commands with options of their own: each is a module of that name with a function ``run``."""
 
-_ASSIGNED = ("--config=", "-c=", "--plugins=")
 HELP = """\
 usage: lrsa [-h] [--version] COMMAND [options]
 
@@ -88,15 +86,13 @@ def main(args: Sequence[str] | None = None) -> None:
             _main(arguments)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        if not _unread(sys.stdout):
-            raise
-        _discard_output()
-        raise SystemExit(141) from None
     except OSError as error:
         if error.filename is not None or _writable(sys.stdout):
             raise
-        _discard_output()
+        # Python writes out what is left once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(141) from None
         _fail(f"stdout: it cannot be written ({error.strerror})")
 
 
@@ -118,18 +114,6 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _discard_output() -> None:
-    """Python writes out what is left once more as it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _unread(stream: TextIO) -> bool:
-    """Whether a stream is a pipe whose reader is gone."""
-    poll = select.poll()
-    poll.register(stream, 0)
-    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _writable(stream: TextIO) -> bool:
@@ -202,53 +186,41 @@ def _listed(names: Iterable[str]) -> str:
 def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
     """What the LightningCLI is told: the command, the shipped defaults, then the user's arguments.
 
-    Plugins are imported on the way: a parser knows only classes that are there when it reads their names.
+    Config files that are not in the working directory are the shipped ones of that name. Plugins are imported on the
+    way: a parser knows only classes that are there when it reads their names.
 
     Raises:
-        UserError: a config file is missing or no YAML, or a plugin cannot be loaded.
+        UserError: a config file is missing or no YAML, a plugin cannot be loaded, or an argument can have no meaning.
     """
-    found, modules = _find_configs(arguments)
-    plugins.load(modules)
-    # All of them together; the parser would keep the last list alone.
-    named = [f"--plugins={json.dumps(modules)}"] if modules else []
-    return [command, "--config", str(shipped("cli.yaml")), *found, *named]
-
-
-def _find_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Replace config files that are not in the working directory by the shipped ones of that name.
-
-    Returns:
-        The arguments without --plugins, and the modules that these and the config files name.
-
-    Raises:
-        UserError: a config file is missing or is not YAML, or an argument can have no meaning.
-    """
-    found: list[str] = []
+    found = [command, "--config", str(shipped("cli.yaml"))]
     modules: list[str] = []
-    for previous, argument in zip(["", *arguments], arguments, strict=False):
-        flag, assigned, value = argument.partition("=") if argument.startswith(_ASSIGNED) else ("", "", argument)
-        if (flag if assigned else previous) == "--plugins":
-            modules += _modules(value)
-        elif assigned or previous in ("--config", "-c"):
-            path, settings = _config(value)
-            modules += plugins.names_of(settings.get("plugins") or [])
-            found.append(flag + assigned + path)
-        elif argument != "--plugins":
+    previous, rest = "", iter(arguments)
+    for argument in rest:
+        flag, assigned, value = argument.partition("=")
+        if flag not in ("--config", "-c", "--plugins"):
             _check_argument(previous, argument)
             found.append(argument)
-    if arguments and arguments[-1] == "--plugins":
-        raise UserError("--plugins", reason="it names no module")
-    return found, list(dict.fromkeys(modules))
+        elif not assigned and (value := next(rest, "")) == "":
+            raise UserError(flag, reason="it names no module" if flag == "--plugins" else "it names no file")
+        elif flag == "--plugins":
+            modules += _modules(value)
+        else:
+            path, settings = _config(value)
+            modules += plugins.names_of(settings.get("plugins") or [])
+            found += [flag, path]
+        previous = argument
+    modules = list(dict.fromkeys(modules))
+    plugins.load(modules)
+    # All of them together; the parser would keep the last list alone.
+    return [*found, f"--plugins={json.dumps(modules)}"] if modules else found
 
 
 def _modules(value: str) -> list[str]:
     """What a ``--plugins`` names: a module, or a list of them in YAML."""
-    if not value.startswith("["):
-        return plugins.names_of(value)
     import yaml
 
     try:
-        return plugins.names_of(yaml.safe_load(value))
+        return plugins.names_of(yaml.safe_load(value) if value.startswith("[") else value)
     except yaml.YAMLError:
         raise UserError("--plugins", value, "a module or a list of modules") from None
 
@@ -285,9 +257,8 @@ def _config(value: str) -> tuple[str, dict[str, Any]]:
         try:
             path = shipped(value if value.startswith("configs/") else f"configs/{value}")
         except FileNotFoundError:
-            raise UserError(
-                "--config", Path(value), reason="is no file here, nor a shipped one under configs/"
-            ) from None
+            reason = "is no file here, nor a shipped one under configs/"
+            raise UserError("--config", Path(value), reason=reason) from None
     # The parser, which merges all files, no longer knows in which of them, and where, a mistake stands.
     from lrsa_lit.yaml_file import read_settings
 
