@@ -281,7 +281,7 @@ def bad_inputs():
     yield "top k too large", ["--lag-size", "8", "--top-k", "9", *given], ["--top-k", "9", "0 to lag_size (8)"]
     yield "sinks negative", ["--sink-size", "-1", *given], ["--sink-size", "-1", ">= 0"]
     yield "chunk zero", ["--chunk-size", "0", *given], ["--chunk-size", "0", ">= 1"]
-    yield "no new tokens", ["--max-new-tokens", "0", *given], ["--max-new-tokens", "'0'", ">= 1"]
+    yield "no new tokens", ["--max-new-tokens", "0", *given], ["--max-new-tokens", "'0'", "from 1 to"]
     yield "rule and dense", ["--dense", "--top-k", "3", *given], ["--top-k", "--dense"]
     yield "dtype", ["--dtype", "int8", *given], ["--dtype", "int8", "bfloat16"]
     for device in ("cuda:99", "cuda:-1", "mps", "xpu", "hpu", "xla", "tpu", "vulkan", "cpu:x", "", "cuda:" + "9" * 40):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from lrsa_lit.errors import UserError
+
+LARGEST = 2**31 - 1
+"""Bound of integers: more than any number of tokens that fits into memory."""
+Read = TypeVar("Read")
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +25,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what the command line prints in one line."""
         raise UserError(message.removeprefix("argument "), reason=f"see {self.prog} --help")
+
+
+def checked(read: Callable[[str], Read], allowed: str) -> Callable[[str], Read]:
+    """A type of argparse: what ``read`` makes of a text; where it raises a ValueError, the text is not allowed."""
+
+    def parse(text: str) -> Read:
+        try:
+            return read(text)
+        except (ValueError, RecursionError):
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not allowed; it must be {allowed}") from None
+
+    return parse
+
+
+def integer(least: int = -LARGEST, most: int = LARGEST) -> Callable[[str], int]:
+    """A type of argparse: an integer within bounds."""
+
+    def read(text: str) -> int:
+        if not least <= (value := int(text)) <= most:
+            raise ValueError(text)
+        return value
+
+    return checked(read, f"an integer from {least:,} to {most:,}")
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import lightning
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BasePredictionWriter,
     BatchSizeFinder,
@@ -25,10 +23,6 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import LayerSync, Precision
-from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
@@ -38,15 +32,8 @@ from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_answers, show_
 from lrsa_lit.checkpoints import AtomicCheckpointIO, CheckedForm, ExactState, FiniteLoss, GracefulStop, resume
 from lrsa_lit.checkpoints.checkpoint_io import claim
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
-from lrsa_lit.classes import check_classes
-from lrsa_lit.cli.preflight import (
-    check_amounts,
-    check_intervals,
-    check_strategy,
-    note_environment,
-    quiet_libraries,
-    root_folder,
-)
+from lrsa_lit.classes import argument_kinds, check_classes
+from lrsa_lit.cli import preflight
 from lrsa_lit.cli.setting_keys import DATA_TOKENIZER, TOKENIZER, first_user_error
 from lrsa_lit.cli.settings_parser import OneLineParser, one_line
 from lrsa_lit.data.module import QADataModule
@@ -61,18 +48,11 @@ from lrsa_lit.uris import register
 
 _log = logging.getLogger("lrsa_lit")
 # What settings make objects of, and where a parser that knows no type would make any.
-_PARTS_OF_TRAINER = (
-    Callback,
-    Logger,
-    Strategy,
-    Accelerator,
-    Profiler,
-    Precision,
-    CheckpointIO,
-    ClusterEnvironment,
-    LayerSync,
+_OF_TRAINER = (kind for name in signature(Trainer).parameters for kind in argument_kinds(Trainer, name))
+_KINDS = (
+    *{kind for kind in _OF_TRAINER if kind.__module__.startswith("lightning.")},
+    *(QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor),
 )
-_KINDS = (*_PARTS_OF_TRAINER, QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor)
 _SLOTS = {"model.evaluate": (Compressor,), "model.train_attention": (Compressor,), "model.lr_scheduler": (LRScheduler,)}
 _SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
 
@@ -82,12 +62,27 @@ class LRSACLI(OpenCLI):
 
     Args:
         arguments: the subcommand and what follows it.
-        options: as of LightningCLI.
     """
 
-    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
+    def __init__(self, arguments: Sequence[str]) -> None:
         self._asked = arguments[0]
-        super().__init__(LongContextQA, QADataModule, args=list(arguments), **options)
+        register()
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            LongContextQA,
+            QADataModule,
+            args=list(arguments),
+            subclass_mode_data=True,
+            save_config_callback=RecordConfig,
+            save_config_kwargs={"command": self._asked},
+            seed_everything_default=0,
+            parser_class=OneLineParser,
+            # "omegaconf+" resolves ${…} after all files and flags are merged; "omegaconf" would ignore overrides.
+            # Beginnings of names would pass for misspelt ones.
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one that is asked for: the parser of each takes as long to build as that of all settings."""
@@ -95,15 +90,12 @@ class LRSACLI(OpenCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings and links beyond Lightning's own."""
-        parser.add_argument(
-            "--validate_first", type=bool, default=True, help="Validate before training, so that a fit shows its gain."
-        )
-        parser.add_argument(
-            "--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it."
-        )
-        parser.add_argument(
-            "--plugins", type=list[str] | str, default=[], help="Modules of yours, which add data sets or compressors."
-        )
+        add = parser.add_argument
+        first = "Validate before training, so that a fit shows its gain."
+        add("--validate_first", type=bool, default=True, help=first)
+        add("--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it.")
+        plugins = "Modules of yours, which add data sets or compressors."
+        add("--plugins", type=list[str] | str, default=[], help=plugins)
         parser.link_arguments(TOKENIZER, DATA_TOKENIZER, apply_on="instantiate")
 
     def adapt(self, parser: LightningArgumentParser, subcommand: str) -> None:
@@ -116,26 +108,25 @@ class LRSACLI(OpenCLI):
         """Check what a run reads and writes before anything is loaded."""
         check_classes("", self.config[str(self.subcommand)].as_dict(), _KINDS, _SLOTS, LongContextQA)
         trainer = self.asked("trainer")
-        check_intervals(trainer)
-        check_amounts(str(self.subcommand), trainer)
-        self.settings = self._settings()
+        preflight.check_intervals(trainer)
+        preflight.check_amounts(str(self.subcommand), trainer)
+        # What decides the weights, for checkpoints to be compared with.
+        self.settings = resume.settings_of(yaml.safe_load(self.dumped()))
         if self.asked("estimate"):
-            self._record_nothing(trainer)
+            if self.subcommand != "fit":
+                reason = f"it is not allowed for {self.subcommand}; only a fit is estimated"
+                raise UserError("--estimate", reason=reason)
+            # An estimate leaves no trace.
+            trainer.logger, trainer.callbacks = False, []
             return
-        folder = root_folder(trainer)
+        folder = preflight.root_folder(trainer)
         self._choose_checkpoint(folder)
-        check_strategy(str(self.subcommand), trainer.get("strategy"), self.asked("ckpt_path"))
+        preflight.check_strategy(str(self.subcommand), trainer.get("strategy"), self.asked("ckpt_path"))
         check_writable("trainer.default_root_dir", folder, folder)
         precision = str(trainer.get("precision") or "")
         if precision in ("bf16-true", "16-true"):
             # It would round the rotary frequencies too, and with them the long positions.
             raise UserError("trainer.precision", precision, hint="use model.backbone.dtype instead")
-
-    def _record_nothing(self, trainer: Any) -> None:
-        """An estimate leaves no trace."""
-        if self.subcommand != "fit":
-            raise UserError("--estimate", reason=f"it is not allowed for {self.subcommand}; only a fit is estimated")
-        trainer.logger, trainer.callbacks = False, []
 
     def instantiate_classes(self) -> None:
         """Build the parts; what their constructors complain about is the user's to mend."""
@@ -151,21 +142,15 @@ class LRSACLI(OpenCLI):
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         needed = self.datamodule.max_tokens + model.max_new_tokens
         if needed > positions:
-            has = (
-                f"{model.backbone.name} has {positions} positions and model.max_new_tokens takes {model.max_new_tokens}"
-            )
+            has = f"{model.backbone.name} has {positions} positions and model.max_new_tokens takes"
             more = f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
-            hint = f"{has} of them; more are had by {more}"
+            hint = f"{has} {model.max_new_tokens} of them; more are had by {more}"
             raise UserError("data.init_args.max_tokens", self.datamodule.max_tokens, hint=hint)
         if self.asked("estimate"):
             return
         if self.subcommand == "fit":
             self._check_optimizer()
         self._check_callbacks()
-        writes = any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if self.subcommand == "predict" and not writes:
-            needed_by = "predict needs lrsa_lit.callbacks.PredictionWriter, which keeps the answers"
-            raise UserError("trainer.callbacks", reason=needed_by)
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
         checkpoint = self.asked("ckpt_path")
@@ -176,9 +161,7 @@ class LRSACLI(OpenCLI):
         """Go on with the run of a checkpoint, if it is the same run and nobody else has gone on with it."""
         found, logger = resume.about(checkpoint), self.trainer.logger
         same = resume.check_continues(checkpoint, found, self.settings, self.trainer.world_size)
-        if isinstance(logger, MLflowRun) and (
-            found.run is None or not logger.continue_run(found.run, found.step, same)
-        ):
+        if isinstance(logger, MLflowRun) and not (found.run and logger.continue_run(found.run, found.step, same)):
             return
         if self.trainer.is_global_zero and not claim(checkpoint.parent):
             reason = f"{checkpoint} belongs to a run that another process is writing; wait until it has ended"
@@ -186,7 +169,11 @@ class LRSACLI(OpenCLI):
 
     def _check_callbacks(self) -> None:
         """Let callbacks check what they will need: Lightning asks them for the first time when the run is open."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.subcommand == "predict" and not any(isinstance(each, BasePredictionWriter) for each in callbacks):
+            reason = "predict needs lrsa_lit.callbacks.PredictionWriter, which keeps the answers"
+            raise UserError("trainer.callbacks", reason=reason)
+        for callback in callbacks:
             if isinstance(callback, LearningRateFinder | BatchSizeFinder):
                 instead = "lrsa sweep" if isinstance(callback, LearningRateFinder) else "lrsa fit --estimate"
                 why = "it trains before the run begins and sets an attribute that the model does not have"
@@ -203,10 +190,6 @@ class LRSACLI(OpenCLI):
                 others = "give it other init_args (such as total_steps), or set model.lr_scheduler=null"
                 error.reason += f"; with trainer.max_steps={steps}, {others}"
             raise
-
-    def _settings(self) -> dict[str, str]:
-        """What decides the weights, for checkpoints to be compared with."""
-        return resume.settings_of(yaml.safe_load(self.dumped()))
 
     def _choose_checkpoint(self, root: Path) -> None:
         """Check the checkpoint that was named, or find the one that is meant."""
@@ -229,16 +212,13 @@ class LRSACLI(OpenCLI):
         named = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
         return [root / "checkpoints", *root.glob("*/*/checkpoints"), *(Path(path) for path in named if path)]
 
-    def build_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> lightning.Trainer:
+    def build_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add what every run has, and leave out of a fit what looks at validations by themselves."""
         self.graceful_stop = GracefulStop()
         # The defaults have callbacks of both kinds, which Lightning refuses where they are switched off.
         off = [kind for name, kind in _SWITCHES.items() if config.get(name) is False]
-        asked = config.get("callbacks") or []
-        asked = asked if isinstance(asked, list) else [asked]
-        config["callbacks"] = [each for each in asked if not isinstance(each, tuple(off))]
-        plugins = config.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["callbacks"] = [each for each in _as_list(config.get("callbacks")) if not isinstance(each, tuple(off))]
+        plugins = _as_list(config.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             config["plugins"] = [*plugins, AtomicCheckpointIO()]
         always = [CheckedForm(), ExactState(self.settings), FiniteLoss(), self.graceful_stop]
@@ -286,10 +266,8 @@ class LRSACLI(OpenCLI):
 
     def after_fit(self) -> None:
         """Close with what the training changed, validating once more if it went on after the last validation."""
-        summaries = [
-            callback for callback in self.built("trainer")["callbacks"] or [] if isinstance(callback, FitSummary)
-        ]
-        for summary in summaries[:1]:
+        callbacks = self.built("trainer")["callbacks"] or []
+        if summary := next((each for each in callbacks if isinstance(each, FitSummary)), None):
             if not summary.history or summary.history[-1][0] != self.trainer.global_step:
                 self._reopen()
                 self._validate()
@@ -317,61 +295,41 @@ class LRSACLI(OpenCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
+def _as_list(setting: Any) -> list[Any]:
+    return setting if isinstance(setting, list) else [setting] if setting else []
+
+
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one subcommand.
 
     Raises:
         UserError: a mistake in the arguments or files.
     """
-    quiet_libraries()
-    note_environment()
-    with _told_in_one_line():
-        _built(LRSACLI, arguments)
-
-
-def parser_of(command: str) -> OneLineParser:
-    """The parser of a subcommand's settings, which runs nothing."""
-    quiet_libraries()
+    preflight.quiet_libraries()
+    preflight.note_environment()
     try:
-        _built(_NoCommand, [command])
-    except _ParserBuilt as built:
-        return built.parser
-    raise AssertionError("the parser was not asked for its arguments")
-
-
-class _ParserBuilt(Exception):  # noqa: N818 - no error
-    def __init__(self, parser: OneLineParser) -> None:
-        self.parser = parser
-
-
-class _NoCommand(LRSACLI):
-    def parse_arguments(self, parser: OneLineParser, args: Any) -> None:  # type: ignore[override]
-        raise _ParserBuilt(parser)
-
-
-def _built(kind: type[LRSACLI], arguments: Sequence[str]) -> LRSACLI:
-    register()
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    return kind(
-        arguments,
-        subclass_mode_data=True,
-        save_config_callback=RecordConfig,
-        save_config_kwargs={"command": arguments[0]},
-        seed_everything_default=0,
-        parser_class=OneLineParser,
-        # "omegaconf+" resolves ${…} after all files and flags are merged; "omegaconf" would ignore overrides.
-        # Beginnings of names would pass for misspelt ones.
-        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
-
-
-@contextlib.contextmanager
-def _told_in_one_line() -> Iterator[None]:
-    try:
-        yield
+        LRSACLI(arguments)
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise first_user_error(error) or UserError(one_line(str(error))) from error
     except ValueError as error:
         raise first_user_error(error) or error from None
+
+
+def parser_of(command: str) -> OneLineParser:
+    """The parser of a subcommand's settings, which runs nothing."""
+    preflight.quiet_libraries()
+    try:
+        _ParserAlone([command])
+    except _ParserBuilt as built:
+        parser: OneLineParser = built.args[0]
+        return parser
+    raise AssertionError("the parser was not asked for its arguments")
+
+
+class _ParserBuilt(Exception):  # noqa: N818 - no error
+    pass
+
+
+class _ParserAlone(LRSACLI):
+    def parse_arguments(self, parser: OneLineParser, args: Any) -> None:  # type: ignore[override]
+        raise _ParserBuilt(parser)

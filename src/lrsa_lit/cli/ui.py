@@ -19,7 +19,7 @@ import webbrowser
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
-from lrsa_lit.cli.arguments import Parser, terminable
+from lrsa_lit.cli.arguments import Parser, integer, terminable
 from lrsa_lit.errors import UserError, redacted
 from lrsa_lit.tracking.store import (
     SERVER,
@@ -126,18 +126,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     store = f"sqlite:///FILE or a server's http(s):// address (default: {default_uri()})"
     add(_STORE, metavar="URI", help=store)
-    add(
-        "--port", type=_port, default=5000, metavar="N", help="port on this machine (default: 5000); 0 takes a free one"
-    )
+    port = "port on this machine (default: 5000); 0 takes a free one"
+    add("--port", type=integer(0, 65535), default=5000, metavar="N", help=port)
     add("--experiment", metavar="NAME", help="whose runs to compare (default: that of the latest run)")
     add("--no-browser", dest="browser", action="store_false", help="print the address only")
     return parser.parse_args(arguments)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be an integer from 0 to 65535")
-    return int(text)
 
 
 def _free_port(port: int) -> int:

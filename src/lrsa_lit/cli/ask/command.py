@@ -7,7 +7,6 @@ more of the same conversation. Nothing heavy is imported before the arguments ar
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit import plugins
-from lrsa_lit.cli.arguments import Parser, add_plugins
+from lrsa_lit.cli.arguments import Parser, add_plugins, checked, integer
 from lrsa_lit.cli.ask.dialogue import Dialogue
 from lrsa_lit.cli.ask.reader import Answer, Reader
 from lrsa_lit.errors import UserError
@@ -37,8 +36,6 @@ DEFAULT_MODEL = "configs/model/smollm2.yaml"
 """The shipped file that names the model of a command without ``--model``."""
 
 STDIN = "-"
-_LARGEST = 2**31 - 1
-"""Bound of all integers: more than any number of tokens that fits into memory."""
 _RULE_FLAGS = ("lag_size", "top_k", "sink_size", "chunk_size")
 _FLAGS = dict.fromkeys(("model", "source", "tokenizer"), "--model") | {
     name: f"--{name.replace('_', '-')}"
@@ -59,9 +56,6 @@ examples:
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command.
-
-    Args:
-        arguments: what follows ``lrsa ask``.
 
     Raises:
         UserError: a mistake in the arguments, the text or the model.
@@ -127,9 +121,8 @@ def read_text(name: str) -> str:
     shown = _shown(name)
     check_path("FILE", name)
     try:
-        data = _read_stdin() if name == STDIN else _read_file(Path(name))
         # A byte order mark is no part of the text.
-        text = data.decode("utf-8-sig").strip()
+        text = _read(name).decode("utf-8-sig").strip()
     except OSError as error:
         raise UserError("FILE", shown, "a text file, or -", reason=f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -141,13 +134,12 @@ def read_text(name: str) -> str:
     return text
 
 
-def _read_stdin() -> bytes:
-    if sys.stdin is None:
-        raise UserError("FILE", reason="stdin is closed; name a file, or pipe the text into this command")
-    return sys.stdin.buffer.read()
-
-
-def _read_file(path: Path) -> bytes:
+def _read(name: str) -> bytes:
+    if name == STDIN:
+        if sys.stdin is None:
+            raise UserError("FILE", reason="stdin is closed; name a file, or pipe the text into this command")
+        return sys.stdin.buffer.read()
+    path = Path(name)
     # The shell's <(…) is a pipe. Some devices never end.
     if path.is_char_device() or path.is_block_device():
         raise UserError("FILE", path, "a text file, or -", reason="is a device")
@@ -159,36 +151,27 @@ def _shown(name: str) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        "lrsa ask",
-        description="Answer questions about a text of any length from a compressed cache.",
-        epilog=EPILOG,
-    )
+    about = "Answer questions about a text of any length from a compressed cache."
+    parser = Parser("lrsa ask", description=about, epilog=EPILOG)
     add = parser.add_argument
     add("file", metavar="FILE", help="the text, UTF-8; - reads it from stdin")
     add("questions", metavar="QUESTION", nargs="*", help="answered in order, each knowing the ones before it")
-    add(
-        "--model",
-        metavar="SOURCE",
-        help="a fit's .ckpt, a folder of a model or of adapters, a hub name, a GGUF file, package://…, or tiny "
-        f"(default: {_source()})",
-    )
+    model = "a fit's .ckpt, a folder of a model or of adapters, a hub name, a GGUF file, package://…, or tiny"
+    add("--model", metavar="SOURCE", help=f"{model} (default: {_default_backbone()['source']})")
+    # LRSAConfig checks their lower bounds.
     rule = "(default: what the model was trained with, else {})"
-    add("--lag-size", type=_integer(), metavar="L", help=f"tokens of a partition {rule.format('128')}")
-    add("--top-k", type=_integer(), metavar="K", help=f"tokens kept of each {rule.format('L/4')}")
-    add("--sink-size", type=_integer(), metavar="S", help=f"first tokens, all kept {rule.format('16')}")
-    add("--chunk-size", type=_integer(), metavar="C", help=f"tokens between compressions {rule.format('L')}")
+    add("--lag-size", type=integer(), metavar="L", help=f"tokens of a partition {rule.format('128')}")
+    add("--top-k", type=integer(), metavar="K", help=f"tokens kept of each {rule.format('L/4')}")
+    add("--sink-size", type=integer(), metavar="S", help=f"first tokens, all kept {rule.format('16')}")
+    add("--chunk-size", type=integer(), metavar="C", help=f"tokens between compressions {rule.format('L')}")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_plugins(parser)
     add("--dense", action="store_true", help="keep everything and attend densely, for comparison")
-    add("--rope-scaling", type=_scaling, metavar="TYPE:FACTOR", help="more positions, as in yarn:4 or linear:2.5")
-    add(
-        "--template-arguments",
-        type=_mapping,
-        metavar="JSON",
-        help="arguments of the model's chat template, as in '{\"enable_thinking\": false}'",
-    )
-    add("--max-new-tokens", type=_integer(1), default=128, metavar="N", help="most tokens of an answer (default: 128)")
+    scaling = checked(_scaling, f"yarn:FACTOR or linear:FACTOR, with a FACTOR from 1 to {LARGEST_FACTOR:,}")
+    add("--rope-scaling", type=scaling, metavar="TYPE:FACTOR", help="more positions, as in yarn:4 or linear:2.5")
+    template = "arguments of the model's chat template, as in '{\"enable_thinking\": false}'"
+    add("--template-arguments", type=checked(_json_object, "a JSON object"), metavar="JSON", help=template)
+    add("--max-new-tokens", type=integer(1), default=128, metavar="N", help="most tokens of an answer (default: 128)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     add("--json", action="store_true", help="one JSON object for each question, progress on stderr, no further asking")
@@ -196,55 +179,27 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     for number, question in enumerate(options.questions, start=1):
         if not question.strip():
             raise UserError("QUESTION", reason=f"number {number} is empty", allowed="some text")
-        if not _is_unicode(question):
+        # Lone surrogates stand for bytes that are not UTF-8.
+        if re.search("[\ud800-\udfff]", question):
             raise UserError("QUESTION", reason=f"number {number} is not UTF-8 text; only that is allowed")
-    ignored = [name for name in _RULE_FLAGS if options.dense and getattr(options, name) is not None]
-    if ignored:
+    if ignored := [name for name in _RULE_FLAGS if options.dense and getattr(options, name) is not None]:
         raise UserError(_FLAGS[ignored[0]], reason="it is not allowed with --dense, which compresses nothing")
     if not options.questions and not _asks(options):
         raise UserError("QUESTION", reason="none is given; at least one is needed where none can be typed")
     return options
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
-    return not re.search("[\ud800-\udfff]", text)
-
-
-def _integer(minimum: int | None = None) -> Any:
-    """A type of argparse: an integer, from ``minimum`` on. The lower bounds of the rule are LRSAConfig's to check."""
-
-    def parse(text: str) -> int:
-        # Of a bounded length: Python refuses thousands of digits.
-        value = int(text) if re.fullmatch(r"[+-]?\d{1,10}", text) else None
-        if value is None or not (-_LARGEST if minimum is None else minimum) <= value <= _LARGEST:
-            bound = "" if minimum is None else f" >= {minimum}"
-            raise argparse.ArgumentTypeError(
-                f"{text[:40]!r} is not allowed; it must be an integer{bound} of at most {_LARGEST:,}"
-            )
-        return value
-
-    return parse
-
-
 def _scaling(text: str) -> RopeScaling:
-    """A type of argparse: ``yarn:4``."""
-    found = re.fullmatch(r"(yarn|linear):(\d{1,10}(?:\.\d{1,10})?)", text)
-    with contextlib.suppress(UserError):
-        if found:
-            return RopeScaling("yarn" if found[1] == "yarn" else "linear", float(found[2]))
-    allowed = f"yarn:FACTOR or linear:FACTOR, with a FACTOR from 1 to {LARGEST_FACTOR:,}"
-    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not allowed; it must be {allowed}")
+    kind, _, factor = text.partition(":")
+    if kind not in ("yarn", "linear"):
+        raise ValueError(kind)
+    return RopeScaling("yarn" if kind == "yarn" else "linear", float(factor))
 
 
-def _mapping(text: str) -> dict[str, Any]:
-    """A type of argparse: a JSON object."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not allowed; it must be a JSON object")
+        raise ValueError(text)
     return value
 
 
@@ -277,10 +232,6 @@ def _default_backbone() -> dict[str, Any]:
 
     settings: dict[str, Any] = yaml.safe_load(shipped(DEFAULT_MODEL).read_text(encoding="utf-8"))["model"]["backbone"]
     return settings
-
-
-def _source() -> str:
-    return str(_default_backbone()["source"])
 
 
 def _trained(source: str | None, dtype: Any, *, trust_remote_code: bool) -> Trained:
@@ -318,8 +269,7 @@ def _rule(model: Trained, options: argparse.Namespace, notes: PlainConsole) -> L
 
     changes = {name: value for name in _RULE_FLAGS if (value := getattr(options, name)) is not None}
     if model.rule is None:
-        line = f"{model.backbone.name} was never trained with LRSA: its answers may be worse than with --dense."
-        notes.say(line)
+        notes.say(f"{model.backbone.name} was never trained with LRSA: its answers may be worse than with --dense.")
         quarter = changes.get("lag_size", LRSAConfig.lag_size) // 4
         return LRSAConfig().replace(**{"top_k": quarter} | changes)
     try:
@@ -336,13 +286,12 @@ def _check_length(
     positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
     needed = dialogue.tokens_with(questions, options.max_new_tokens)
     if needed > positions:
-        raise UserError(
-            "FILE",
-            _shown(options.file),
-            reason=f"needs {needed:,} tokens with the questions and {options.max_new_tokens:,} for each answer, but "
+        reason = (
+            f"needs {needed:,} tokens with the questions and {options.max_new_tokens:,} for each answer, but "
             f"{backbone.name} has {positions:,} positions; shorten the text, lower --max-new-tokens, choose another "
-            f"--model or scale this one: --rope-scaling yarn:{-(-needed // positions)}",
+            f"--model or scale this one: --rope-scaling yarn:{-(-needed // positions)}"
         )
+        raise UserError("FILE", _shown(options.file), reason=reason)
 
 
 def _loaded(trained: Trained, rule: LRSAConfig | None, device: torch.device) -> tuple[Any, Any]:

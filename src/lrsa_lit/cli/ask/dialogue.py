@@ -51,7 +51,7 @@ class Dialogue:
         tokens = encode_text(tokenizer, rendered.text, rendered.user)
         ((_, stop),) = rendered.passages
         # A token that reaches beyond the text may be another one once the question is known.
-        self.ids = tokens.ids[: bisect_right(tokens.offsets, stop, key=_end)]
+        self.ids = tokens.ids[: bisect_right(tokens.offsets, stop, key=lambda offset: offset[1])]
 
     def ask(self, question: str) -> None:
         """Append a question, up to where its answer starts.
@@ -59,10 +59,7 @@ class Dialogue:
         Raises:
             UserError: the chat template rewrites earlier turns, so that a cache of them cannot be continued.
         """
-        if self._answer is not None:
-            _check_kept(self._tokenizer, self._answer)
-        self.ids = [*self.ids, *self._added(question, first=self._answer is None)]
-        self._answer = ""
+        self.ids = [*self.ids, *self._added(question, self._answer)]
 
     def take(self, answer: Sequence[int]) -> None:
         """Append the tokens of an answer, less the one that ended it: the next turn begins with the template's own."""
@@ -76,20 +73,18 @@ class Dialogue:
         Raises:
             UserError: as :meth:`ask`.
         """
-        added = [
-            len(self._added(question, first=self._answer is None and number == 0))
-            for number, question in enumerate(questions)
-        ]
+        answers = [self._answer, *[_ANSWER] * len(questions)]
+        added = [len(self._added(question, answer)) for question, answer in zip(questions, answers, strict=False)]
         return len(self.ids) + sum(added) + len(questions) * answer_tokens
 
-    def _added(self, question: str, *, first: bool) -> list[int]:
-        """The tokens of a question and of what the template writes before and behind it."""
-        if first:
+    def _added(self, question: str, answer: str | None) -> list[int]:
+        """The tokens of a question and of what the template writes before and behind it; None: no answer precedes."""
+        if answer is None:
             return self._first(question)
         if not self._turns_checked:
             _check_turns(self._tokenizer)
             self._turns_checked = True
-        turn = _turn(self._tokenizer, question)
+        turn = _turn(self._tokenizer, question, answer or _ANSWER)
         return encode_text(self._tokenizer, turn.text, turn.user).ids
 
     def _first(self, question: str) -> list[int]:
@@ -99,9 +94,8 @@ class Dialogue:
             self._prompt = question, encode_text(self._tokenizer, rendered.text, rendered.user).ids
         ids, known = self._prompt[1], len(self.ids)
         if ids[:known] != self.ids:
-            raise UserError(
-                "tokenizer", reason="its chat template changes the text with the question, which a cache cannot"
-            )
+            reason = "its chat template changes the text with the question, which a cache cannot"
+            raise UserError("tokenizer", reason=reason)
         return ids[known:]
 
     def _render_prompt(self, question: str) -> Rendered:
@@ -118,17 +112,21 @@ def _conversation(questions: Sequence[str], answer: str = _ANSWER) -> list[dict[
     return messages[:-1]
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, question: str) -> Rendered:
+def _turn(tokenizer: PreTrainedTokenizerBase, question: str, answer: str = _ANSWER) -> Rendered:
     """What the chat template writes between an answer and the next one.
 
     The text is left out of the first message here: it does not change what follows an answer.
 
     Raises:
-        UserError: the template rewrites what it wrote before the answer.
+        UserError: the template rewrites what it wrote before the answer, or the answer: what a model has thought, say.
     """
-    text, [_, (start, end), (first, last)], _ = render_messages(_conversation([_QUESTION, question]), tokenizer)
+    before = render(_conversation([_QUESTION]), tokenizer).rstrip()
+    messages = _conversation([_QUESTION, question], answer)
     # White space around an answer is the model's to write.
-    if text[:start].rstrip() != render(_conversation([_QUESTION]), tokenizer).rstrip():
+    if not render(messages, tokenizer).removeprefix(before).lstrip().startswith(answer.strip()):
+        raise UserError("tokenizer", reason=_REWRITES)
+    text, [_, (start, end), (first, last)], _ = render_messages(messages, tokenizer)
+    if text[:start].rstrip() != before:
         raise UserError("tokenizer", reason=_REWRITES)
     return Rendered(text[end:], [(first - end, last - end)])
 
@@ -141,24 +139,7 @@ def _check_turns(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     questions = [f"{_QUESTION} {number}" for number in range(4)]
     text, spans, _ = render_messages(_conversation(questions), tokenizer)
-    answers = spans[1::2]
-    ends = [start for start, _ in answers[1:]] + [len(text)]
-    for question, (_, start), end in zip(questions[1:], answers, ends, strict=True):
+    ends = [start for start, _ in spans[3::2]] + [len(text)]
+    for question, (_, start), end in zip(questions[1:], spans[1::2], ends, strict=True):
         if text[start:end].rstrip() != _turn(tokenizer, question).text.rstrip():
             raise UserError("tokenizer", reason=_REWRITES)
-
-
-def _check_kept(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
-    """Check that the chat template keeps an answer in the turns that follow: it may leave out what a model has thought.
-
-    Raises:
-        UserError: it does not.
-    """
-    before = render(_conversation([_QUESTION]), tokenizer).rstrip()
-    rendered = render(_conversation([_QUESTION, _QUESTION], answer), tokenizer)
-    if not rendered.removeprefix(before).lstrip().startswith(answer.strip()):
-        raise UserError("tokenizer", reason=_REWRITES)
-
-
-def _end(offset: tuple[int, int]) -> int:
-    return offset[1]

@@ -50,10 +50,11 @@ class Answer:
         return f"{self.tokens_seen:,} tokens read, {self.tokens_kept:,} kept per head ({share:.0f} %)"
 
 
+@dataclass
 class Reader:
     """A model that reads a dialogue's text into a cache and answers from what that kept.
 
-    Args:
+    Attributes:
         model: in evaluation mode, with LRSA enabled if the cache is a compressed one.
         cache: an empty cache.
         tokenizer: the model's.
@@ -61,39 +62,29 @@ class Reader:
         max_new_tokens: most tokens of an answer.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: Cache,
-        tokenizer: PreTrainedTokenizerBase,
-        dialogue: Dialogue,
-        max_new_tokens: int,
-    ) -> None:
+    model: PreTrainedModel
+    cache: Cache
+    tokenizer: PreTrainedTokenizerBase
+    dialogue: Dialogue
+    max_new_tokens: int
+    _reading: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Prepare the steps that generate."""
         from lrsa_lit.attention import single_token_steps
 
-        self.model = model
-        self.cache = cache
-        self.tokenizer = tokenizer
-        self.dialogue = dialogue
-        self.max_new_tokens = max_new_tokens
-        self._reading = 0.0
-        self._step = single_token_steps(model, cache, room=min(max_new_tokens, _ROOM))
+        self._step = single_token_steps(self.model, self.cache, room=min(self.max_new_tokens, _ROOM))
 
     def read(self, console: Console) -> None:
         """Take in the text, with a progress bar."""
         started = time.perf_counter()
-        columns = (
-            TextColumn("reading"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
-            TextColumn("{task.fields[rate]}"),
-        )
-        with Progress(*columns, console=console) as progress:
+        read = TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens{task.fields[rate]}")
+        with Progress(TextColumn("reading"), BarColumn(), read, console=console) as progress:
             task = progress.add_task("", total=len(self.dialogue.ids), rate="")
 
             def show(count: int) -> None:
                 rate = count / (time.perf_counter() - started)
-                progress.update(task, completed=count, rate=f"{rate:,.0f} tokens/s")
+                progress.update(task, completed=count, rate=f", {rate:,.0f} tokens/s")
 
             if self.dialogue.ids:
                 self._feed(self.dialogue.ids, show)
