@@ -47,7 +47,7 @@ def integer(least: int = -LARGEST, most: int = LARGEST) -> Callable[[str], int]:
             raise ValueError(text)
         return value
 
-    return checked(read, f"an integer from {least:,} to {most:,}")
+    return checked(read, f"an integer from {least} to {most}")
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:

@@ -44,9 +44,6 @@ examples:
 def run(arguments: Sequence[str]) -> None:
     """Run the command.
 
-    Args:
-        arguments: what follows ``lrsa export``.
-
     Raises:
         UserError: a mistake in the arguments, the checkpoint or the folder.
     """
@@ -57,7 +54,10 @@ def run(arguments: Sequence[str]) -> None:
     try:
         plugins.load(options.plugins, ["compressors"])
         trained = load_trained(options.checkpoint, options.dtype, trust_remote_code=options.trust_remote_code)
-        _check_adapters(trained, options)
+        if options.adapters:
+            if trained.backbone.lora is None:
+                raise UserError("--adapters", options.checkpoint, reason="holds all weights and no adapters")
+            check_holdable(trained.backbone)
         _write(trained, options.out, merge=not options.adapters)
     except UserError as error:
         error.field = _FLAGS.get(error.field, error.field)
@@ -81,30 +81,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _check_out(out: Path, *, force: bool) -> None:
     """Refuse to delete what is not ours, or not asked for."""
+    reason = ""
     if out.is_symlink():
-        raise UserError(
-            "--out", out, reason=f"is a link to {out.readlink()}; name the folder itself, or remove the link"
-        )
-    if out.exists() and not out.is_dir():
-        raise UserError("--out", out, reason="is no folder")
-    if Path.cwd().is_relative_to(out.resolve()):
-        raise UserError("--out", out, reason="holds the working directory and cannot be replaced; name another folder")
-    if out.is_dir() and any(out.iterdir()):
+        reason = f"is a link to {out.readlink()}; name the folder itself, or remove the link"
+    elif out.exists() and not out.is_dir():
+        reason = "is no folder"
+    elif Path.cwd().is_relative_to(out.resolve()):
+        reason = "holds the working directory and cannot be replaced; name another folder"
+    elif out.is_dir() and any(out.iterdir()):
         if not force:
-            raise UserError(
-                "--out", out, reason="is not empty; give another folder, or --force to replace the model in it"
-            )
-        if not any((out / name).is_file() for name in _MODEL_FILES):
-            raise UserError("--out", out, reason="holds no model, and --force replaces nothing else")
+            reason = "is not empty; give another folder, or --force to replace the model in it"
+        elif not any((out / name).is_file() for name in _MODEL_FILES):
+            reason = "holds no model, and --force replaces nothing else"
+    if reason:
+        raise UserError("--out", out, reason=reason)
     check_writable("--out", out, out.absolute().parent)
-
-
-def _check_adapters(trained: Trained, options: argparse.Namespace) -> None:
-    if not options.adapters:
-        return
-    if trained.backbone.lora is None:
-        raise UserError("--adapters", options.checkpoint, reason="holds all weights and no adapters")
-    check_holdable(trained.backbone)
 
 
 def _write(trained: Trained, out: Path, *, merge: bool) -> None:

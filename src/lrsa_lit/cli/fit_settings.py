@@ -18,8 +18,6 @@ from lrsa_lit.errors import UserError, under
 from lrsa_lit.ops.sparse_attention import Compressor
 
 Made = TypeVar("Made")
-_MADE = (Compressor, QADataModule)
-"""What settings may name by a class path there."""
 
 
 class FitSettings:
@@ -61,7 +59,7 @@ class FitSettings:
         with under(key):
             try:
                 parsed = parser.parse_object({"value": dict(settings)})
-                check_classes("value", parsed.as_dict()["value"], _MADE, {})
+                check_classes("value", parsed.as_dict()["value"], (Compressor, QADataModule), {})
                 made: Made = parser.instantiate_classes(parsed).value
             except UserError as error:
                 error.field = error.field.removeprefix("value.")
@@ -75,18 +73,16 @@ class FitSettings:
     ) -> dict[str, Any]:
         key = json.dumps([arguments, overlays, defaults])
         if key not in self._known:
-            self._known[key] = json.dumps(self._parse(arguments, overlays, defaults), default=str)
-        settings: dict[str, Any] = json.loads(self._known[key])
-        return settings
-
-    def _parse(self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]], defaults: bool) -> dict[str, Any]:
-        layers = [part for overlay in overlays for part in ("--config", json.dumps(overlay))]
-        try:
-            parsed = self._parser.parse_args([*lightning_arguments("fit", arguments), *layers], defaults=defaults)
-        except UserError as error:
             # As files are, overlays are values of --config.
-            raise UserError(str(error).removeprefix("config: ")) from None
-        except (OmegaConfBaseException, ValueError) as error:
-            raise first_user_error(error) or UserError(one_line(str(error))) from None
-        # Without the files that they were read from.
-        return {name: value for name, value in parsed["fit"].as_dict().items() if name != "config"}
+            layers = [part for overlay in overlays for part in ("--config", json.dumps(overlay))]
+            try:
+                parsed = self._parser.parse_args([*lightning_arguments("fit", arguments), *layers], defaults=defaults)
+            except UserError as error:
+                raise UserError(str(error).removeprefix("config: ")) from None
+            except (OmegaConfBaseException, ValueError) as error:
+                raise first_user_error(error) or UserError(one_line(str(error))) from None
+            self._known[key] = json.dumps(parsed["fit"].as_dict(), default=str)
+        settings: dict[str, Any] = json.loads(self._known[key])
+        # The files that they were read from.
+        settings.pop("config", None)
+        return settings

@@ -67,23 +67,20 @@ examples:
 def run(arguments: Sequence[str]) -> None:
     """Run the command until Ctrl-C.
 
-    Args:
-        arguments: what follows ``lrsa ui``.
-
     Raises:
         UserError: a mistake in the arguments, a store without runs, or a server that does not start.
     """
     options = _parse(arguments)
     uri = existing_uri(options.store or default_uri(), _STORE)
-    served = uri.startswith(SERVER)
-    port = None if served else _free_port(options.port)
+    runs_already = uri.startswith(SERVER)
+    port = 0 if runs_already else _free_port(options.port)
     client = connect(uri, _STORE)
     with answering(uri, _STORE):
         experiment = _experiment(client, uri, options.experiment)
         pages = (compare_page(client, experiment), table_page(client, experiment))
-    base = redacted(uri).rstrip("/") if port is None else f"http://{HOST}:{port}"
+    base = redacted(uri).rstrip("/") if runs_already else f"http://{HOST}:{port}"
     addresses = [f"{base}/{page}" for page in pages]
-    if port is None:
+    if runs_already:
         _show(experiment.name, addresses, options.browser)
         return
     with contextlib.suppress(KeyboardInterrupt), terminable(), _server(uri, port) as (process, log):
@@ -141,9 +138,8 @@ def _free_port(port: int) -> int:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UserError(
-                "--port", port, reason=f"is not free ({error.strerror}); name another one, or 0 for any"
-            ) from None
+            reason = f"is not free ({error.strerror}); name another one, or 0 for any"
+            raise UserError("--port", port, reason=reason) from None
         return int(probe.getsockname()[1])
 
 
