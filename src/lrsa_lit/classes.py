@@ -61,12 +61,9 @@ def named_class(key: str, path: object, kinds: Kinds, owner: type | None = None)
         beside = package not in _LIBRARIES and _package(found.__module__) == package
         if beside or _is_any_of(found, kinds):
             return found
-    few = (
-        f"a subclass of {' or '.join(kind.__name__ for kind in kinds)}"
-        if len(kinds) <= 3
-        else "a class for this setting"
-    )
-    raise UserError(f"{key}.class_path".lstrip("."), path, few)
+    few = " or ".join(kind.__name__ for kind in kinds)
+    allowed = f"a subclass of {few}" if len(kinds) <= 3 else "a class for this setting"
+    raise UserError(f"{key}.class_path".lstrip("."), path, allowed)
 
 
 def argument_kinds(owner: type, name: str) -> Kinds:
@@ -82,13 +79,7 @@ def argument_kinds(owner: type, name: str) -> Kinds:
     return ()
 
 
-def check_classes(
-    key: str,
-    value: Any,
-    kinds: Kinds,
-    slots: Mapping[str, Kinds],
-    owner: type | None = None,
-) -> None:
+def check_classes(key: str, value: Any, kinds: Kinds, slots: Mapping[str, Kinds], owner: type | None = None) -> None:
     """Check all classes and functions in settings, before any of them is called.
 
     Args:

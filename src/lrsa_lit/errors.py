@@ -40,7 +40,8 @@ class UserError(ValueError):
     def __str__(self) -> str:
         wrong = self.reason
         if self.value is not None:
-            wrong = f"{_shown(self.value)} {self.reason or 'is not allowed'}"
+            shown = repr(self.value) if isinstance(self.value, str) else self.value
+            wrong = f"{shown} {self.reason or 'is not allowed'}"
         told = "; ".join(filter(None, (wrong, self.allowed and f"it must be {self.allowed}", self.hint)))
         return printable(f"{self.field}: {told}" if told else self.field)
 
@@ -60,10 +61,6 @@ def message_of(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, str) else str(value)
-
-
 def printable(text: str, keep: str = "") -> str:
     """Text of files and stores as a terminal may show it: control characters stand as their escapes in Python.
 
@@ -73,15 +70,12 @@ def printable(text: str, keep: str = "") -> str:
         text: the text.
         keep: characters that stay as they are, such as line ends.
     """
-    return "".join(char if char in keep or not _controls(char) else _escaped(char) for char in text)
 
+    def controls(char: str) -> bool:
+        return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in _TURNS
 
-def _controls(char: str) -> bool:
-    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in _TURNS
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+    escaped = (char.encode("unicode_escape").decode() if controls(char) and char not in keep else char for char in text)
+    return "".join(escaped)
 
 
 def redacted(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -95,7 +96,13 @@ def resolve(source: str, sha256: str | None = None, key: str = "source") -> Path
     Raises:
         UserError: the package or the file is missing or cannot be read, or the digest differs.
     """
-    path = _in_package(source, key) if source.startswith(PACKAGE_SCHEME) else _here_or_shipped(source, key)
+    if source.startswith(PACKAGE_SCHEME):
+        path = _in_package(source, key)
+    else:
+        path = expanded(key, source)
+        if not (path.is_file() or path.is_absolute()):
+            with contextlib.suppress(FileNotFoundError):
+                path = shipped(source)
     if not path.is_file():
         raise UserError(key, _short(source), reason=f"is no file that exists ({path.absolute()})")
     try:
@@ -113,16 +120,6 @@ def _short(path: str | Path) -> str:
     """A path as a message names it."""
     text = str(path)
     return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _here_or_shipped(source: str, key: str) -> Path:
-    path = expanded(key, source)
-    if path.is_file() or path.is_absolute():
-        return path
-    try:
-        return shipped(source)
-    except FileNotFoundError:
-        return path
 
 
 def _in_package(source: str, key: str) -> Path:

@@ -12,6 +12,16 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
@@ -63,10 +73,6 @@ class FullySharded(OneMesh):
         Raises:
             OSError: on all processes, if one of them cannot write; what was there before still is.
         """
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
-
         path = Path(self.broadcast(filepath))
         tensors = {WEIGHTS: checkpoint.pop(WEIGHTS)}
         tensors |= {_optimizer(index): state for index, state in enumerate(checkpoint.pop("optimizer_states", []))}
@@ -110,8 +116,6 @@ class FullySharded(OneMesh):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the trained weights, each process its parts."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
         assert self.model is not None
         if holds_shards(self._loading):
             weights = self._weights()
@@ -125,12 +129,6 @@ class FullySharded(OneMesh):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizer's state, each process its parts."""
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_optimizer_state_dict,
-            set_optimizer_state_dict,
-        )
-
         assert self.model is not None
         for index, optimizer in enumerate(self.optimizers):
             if holds_shards(self._loading):
@@ -144,8 +142,6 @@ class FullySharded(OneMesh):
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
 
     def _weights(self, *, cpu_offload: bool = False) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
         assert self.model is not None
         assert self.lightning_module is not None
         # Where adapters alone are trained.

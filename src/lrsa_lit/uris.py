@@ -36,12 +36,8 @@ def sqlite_uri(path: Path, key: str) -> str:
         import sqlalchemy
 
         if sqlalchemy.make_url(uri).database != str(path):
-            raise UserError(
-                key,
-                path,
-                reason="is not allowed; a store's path must hold no '?' and no escape such as %3F, so name another "
-                "folder",
-            )
+            hint = "a store's path must hold no '?' and no escape such as %3F, so name another folder"
+            raise UserError(key, path, hint=hint)
     return uri
 
 
@@ -57,7 +53,7 @@ def sqlite_path(uri: str, key: str) -> Path:
 
         url = sqlalchemy.make_url(uri)
         if url.query:
-            raise UserError(key, uri, reason="is not allowed; a store here has no options after a '?'")
+            raise UserError(key, uri, hint="a store here has no options after a '?'")
         text = url.database
     if not text or text == ":memory:":
         raise UserError(key, uri, "sqlite:///PATH")

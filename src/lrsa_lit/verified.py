@@ -73,12 +73,16 @@ def damage(folder: Path) -> str | None:
     """
     try:
         files = _sealed(folder)
-        if odd := sorted(name for name in set(_names(folder)) ^ set(files) if name in files or not _is_hidden(name)):
+        if odd := sorted(
+            name for name in set(_names(folder)) ^ set(files) if name in files or Path(name).name[0] != "."
+        ):
             return f"{odd[0]} is missing" if odd[0] in files else f"{odd[0]} does not belong there"
         for name, entry in files.items():
             if (size := (folder / name).stat().st_size) != entry["size"]:
                 return f"{name} has {size:,} bytes instead of {entry['size']:,}"
-        wrong = (name for name, entry in files.items() if _digest(folder / name) != entry["sha256"])
+        wrong = (
+            name for name, entry in files.items() if _read(folder / name, *version(folder / name)) != entry["sha256"]
+        )
         return next((f"{name} has changed since it was written" for name in wrong), None)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -108,18 +112,10 @@ def _names(folder: Path) -> list[str]:
     return sorted(name for name in found if name != SEAL)
 
 
-def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
-
-
 def version(path: Path) -> tuple[int, ...]:
     """What changes when a file does, as far as the file system knows."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _digest(path: Path) -> str:
-    return _read(path, *version(path))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -53,16 +53,14 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
     Raises:
         _Boundless: they are too many, or it contains itself.
     """
-    if node in counts:
-        if not counts[node]:
-            raise _Boundless(problem="a value contains itself", problem_mark=node.start_mark)
+    if counts.get(node):
         return counts[node]
+    if node in counts:
+        raise _Boundless(problem="a value contains itself", problem_mark=node.start_mark)
     counts[node] = 0
-    parts: list[yaml.Node] = []
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
-        parts = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        parts = node.value
+        parts = [part for pair in parts for part in pair]
     total = 1 + sum(_count(part, counts) for part in parts)
     if total > _MOST_VALUES:
         problem = f"it holds more than {_MOST_VALUES} values, counting repeated ones"

@@ -51,10 +51,10 @@ def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer
     """What all layers of a configured fit take, worked out from a few of them, as a table.
 
     Args:
-        task: configured, its model not loaded yet.
-        data: configured; its own batches are taken if they were tokenised before, else some of ``max_tokens`` each.
-        trainer: configured.
-        settings: what the trainer was configured with.
+        task: its model not loaded yet.
+        data: its own batches are taken if they were tokenised before, else some of ``max_tokens`` each.
+        trainer: that of the fit, which runs nothing.
+        settings: what it was made with.
 
     Raises:
         UserError: the fit is of a kind that few layers on one device say nothing about, or even they do not fit.

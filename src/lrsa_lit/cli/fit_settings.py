@@ -21,7 +21,11 @@ Made = TypeVar("Made")
 
 
 class FitSettings:
-    """Parses as ``lrsa fit`` does, with one parser for many fits; runs nothing."""
+    """Parses as ``lrsa fit`` does, with one parser for many fits; runs nothing.
+
+    Raises:
+        UserError: from each method, where a fit would refuse the settings.
+    """
 
     def __init__(self) -> None:
         self._parser = parser_of("fit")
@@ -33,26 +37,15 @@ class FitSettings:
         Args:
             arguments: what follows ``lrsa fit``.
             overlays: settings over these, the last ones on top.
-
-        Raises:
-            UserError: a fit would refuse them.
         """
         return self._parsed(arguments, overlays, defaults=False)
 
     def complete(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """All settings of a fit.
-
-        Raises:
-            UserError: a fit would refuse them.
-        """
+        """All settings of a fit."""
         return self._parsed(arguments, (), defaults=True)
 
     def made(self, key: str, kind: type[Made], settings: Mapping[str, Any]) -> Made:
-        """The object that settings describe: the arguments of a class, or a ``class_path`` of one of its subclasses.
-
-        Raises:
-            UserError: they are not allowed; the line begins with ``key``.
-        """
+        """What settings describe, which errors call ``key``: arguments of a class, or a ``class_path`` below it."""
         parser = OneLineParser(exit_on_error=False)
         add = parser.add_subclass_arguments if "class_path" in settings else parser.add_class_arguments
         add(kind, "value")

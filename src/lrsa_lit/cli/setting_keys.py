@@ -39,9 +39,7 @@ _KEYS: dict[type, str] = {
 def first_user_error(error: BaseException | None, but: type[UserError] | tuple[()] = ()) -> UserError | None:
     """The UserError among an error's causes, with its key: jsonargparse wraps what a constructor raised several times.
 
-    Args:
-        error: what was raised.
-        but: a kind of UserError that does not count.
+    One of the kind ``but`` does not count.
     """
     while error is not None:
         if isinstance(error, UserError) and not isinstance(error, but):

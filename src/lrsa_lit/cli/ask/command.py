@@ -113,11 +113,7 @@ def _json(answer: Answer) -> str:
 
 
 def read_text(name: str) -> str:
-    """The text of a UTF-8 file, or of stdin for ``-``, without white space around it.
-
-    Raises:
-        UserError: it cannot be read, is not UTF-8, is binary or holds nothing but white space.
-    """
+    """The text of a UTF-8 file, or of stdin for ``-``, without white space around it."""
     shown = _shown(name)
     check_path("FILE", name)
     try:

@@ -27,15 +27,12 @@ class Dialogue:
 
     Answers stay as the model generated them, even where the chat template would trim white space from them.
 
-    Args:
-        tokenizer: a fast tokenizer with a chat template and an end-of-sequence token.
-        text: what the questions are about.
-
     Attributes:
         ids: all tokens so far; before the first question those that are the same for every question.
 
     Raises:
-        UserError: the chat template fails, or does not keep the text of a message.
+        UserError: the chat template fails, does not keep the text of a message, or rewrites earlier turns, so that a
+            cache of them cannot be continued.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
@@ -54,11 +51,7 @@ class Dialogue:
         self.ids = tokens.ids[: bisect_right(tokens.offsets, stop, key=lambda offset: offset[1])]
 
     def ask(self, question: str) -> None:
-        """Append a question, up to where its answer starts.
-
-        Raises:
-            UserError: the chat template rewrites earlier turns, so that a cache of them cannot be continued.
-        """
+        """Append a question, up to where its answer starts."""
         self.ids = [*self.ids, *self._added(question, self._answer)]
 
     def take(self, answer: Sequence[int]) -> None:
@@ -68,11 +61,7 @@ class Dialogue:
         self.ids = [*self.ids, *kept]
 
     def tokens_with(self, questions: Sequence[str], answer_tokens: int) -> int:
-        """Tokens there would be after further questions with answers of so many tokens.
-
-        Raises:
-            UserError: as :meth:`ask`.
-        """
+        """Tokens there would be after further questions with answers of so many tokens."""
         answers = [self._answer, *[_ANSWER] * len(questions)]
         added = [len(self._added(question, answer)) for question, answer in zip(questions, answers, strict=False)]
         return len(self.ids) + sum(added) + len(questions) * answer_tokens
@@ -115,10 +104,8 @@ def _conversation(questions: Sequence[str], answer: str = _ANSWER) -> list[dict[
 def _turn(tokenizer: PreTrainedTokenizerBase, question: str, answer: str = _ANSWER) -> Rendered:
     """What the chat template writes between an answer and the next one.
 
-    The text is left out of the first message here: it does not change what follows an answer.
-
-    Raises:
-        UserError: the template rewrites what it wrote before the answer, or the answer: what a model has thought, say.
+    It must not rewrite what it wrote before the answer, nor the answer: leave out what a model has thought, say. The
+    text is left out of the first message here: it does not change what follows an answer.
     """
     before = render(_conversation([_QUESTION]), tokenizer).rstrip()
     messages = _conversation([_QUESTION, question], answer)
@@ -132,11 +119,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, question: str, answer: str = _ANSW
 
 
 def _check_turns(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a turn does not depend on those before it, so that it can be rendered alone.
-
-    Raises:
-        UserError: it does.
-    """
+    """Check that a turn does not depend on those before it, so that it can be rendered alone."""
     questions = [f"{_QUESTION} {number}" for number in range(4)]
     text, spans, _ = render_messages(_conversation(questions), tokenizer)
     ends = [start for start, _ in spans[3::2]] + [len(text)]

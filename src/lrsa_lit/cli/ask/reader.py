@@ -52,14 +52,9 @@ class Answer:
 
 @dataclass
 class Reader:
-    """A model that reads a dialogue's text into a cache and answers from what that kept.
+    """Reads a dialogue's text into an empty cache and answers from what that kept.
 
-    Attributes:
-        model: in evaluation mode, with LRSA enabled if the cache is a compressed one.
-        cache: an empty cache.
-        tokenizer: the model's.
-        dialogue: the text.
-        max_new_tokens: most tokens of an answer.
+    The model is in evaluation mode, with LRSA enabled if the cache is a compressed one.
     """
 
     model: PreTrainedModel
@@ -91,12 +86,7 @@ class Reader:
         self._reading = time.perf_counter() - started
 
     def answer(self, question: str, *, show: bool) -> Answer:
-        """Answer a question greedily, up to the first special token.
-
-        Args:
-            question: a further turn of the dialogue.
-            show: print the answer to stdout while it is generated.
-        """
+        """Answer a question greedily, up to the first special token; ``show`` prints while it is generated."""
         import torch
         from transformers import TextStreamer
 
