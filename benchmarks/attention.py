@@ -30,8 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from lrsa_lit.ops.sparse_attention import Rule, select, sparse_attention
-from lrsa_lit.ops.sparse_attention.geometry import attended_pairs, compact_size, compressed_at, raw_start
+from lrsa_lit.ops.sparse_attention import Rule, attended_pairs, compressed_at, raw_start, select, sparse_attention
 
 RESULTS = Path(__file__).parent / "results"
 GRAPHED = 32768
@@ -166,7 +165,8 @@ def _flex(tensors: list[Tensor], config: Rule, time: Callable[..., Times]) -> Ti
     length, group = key.shape[2], tensors[0].shape[1] // key.shape[1]
     compressed = [compressed_at(t, config) for t in range(length)]
     starts = torch.tensor([raw_start(count, config) for count in compressed], device="cuda")
-    compact_ends = torch.tensor([compact_size(count, config) for count in compressed], device="cuda")
+    sizes = [config.sink_size + config.top_k * count if count else 0 for count in compressed]
+    compact_ends = torch.tensor(sizes, device="cuda")
     kept = select(key, value, config).indices.flatten(2)
     sinks = torch.arange(config.sink_size, device="cuda").expand(*kept.shape[:2], -1)
     rows = torch.cat([sinks, kept], dim=2)[..., None].expand(-1, -1, -1, key.shape[3])

@@ -1,7 +1,5 @@
 """Records made by hand and by chance, without a model."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """The callback that looks at each layer alone: in a trainer on batches made by hand, and by the command line."""
 
-from __future__ import annotations
-
 import functools
 import json
 import shlex
@@ -11,7 +9,7 @@ import processes
 import pytest
 import torch
 import yaml
-from cli_helpers import DEBUG, NO_LOGGER, elsewhere, forwards, recorded_runs  # noqa: F401 - a fixture
+from cli_helpers import DEBUG, NO_LOGGER, elsewhere, forwards, recorded_runs, refusal  # noqa: F401 - a fixture
 from helpers import refused
 from mlflow.tracking import MlflowClient
 from torch.utils.data import DataLoader
@@ -222,10 +220,7 @@ def test_a_fit_by_the_command_line_does_not_ask_for_it(tmp_path):
     ],
 )
 def test_mistakes_are_one_line_before_a_run_is_recorded(option, value, says, tmp_path, capfd):
-    with pytest.raises(SystemExit) as stop:
-        validate(*LAYERS, f"--{option}", value)
-    assert stop.value.code == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error: ")]
+    line = refusal(capfd, "validate", *DEBUG, *LAYERS, f"--{option}", value)
     assert says in line
     store = tmp_path / "runs/mlflow.db"
     assert [path for path in tmp_path.rglob("runs/*") if path != store] == []

@@ -1,7 +1,5 @@
 """The callback, by runs of the command line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +30,8 @@ def test_before_and_after_training_are_artifacts_and_metrics(tmp_path):
     assert sorted(file.name for file in folder.iterdir()) == sorted(
         f"step00000{step}{kind}" for step in (0, 4) for kind in (".npz", "-positions.png", "-survival.png")
     )
-    before, after = (SelectionRecord.load(folder / f"step00000{step}.npz", model="tiny") for step in (0, 4))
-    assert (before.step, after.step) == (0, 4)
+    before, after = (SelectionRecord.load(folder / f"step00000{step}.npz") for step in (0, 4))
+    assert (before.model, before.step, after.step) == ("tiny", 0, 4)
 
     found = survival(after, "gold")
     metrics = {name: value for name, value in run.data.metrics.items() if name.startswith("selection/")}

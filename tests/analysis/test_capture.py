@@ -1,15 +1,13 @@
 """What is captured is what the operator keeps, by an oracle on the keys and values of an ordinary cache."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from helpers import oracle_kept, refused
 from transformers import DynamicCache
 
-from lrsa_lit.analysis.capture import capture, first_rows, record, shape_digest
-from lrsa_lit.attention import LRSACache, LRSAConfig, enable, enabled_config, observing, using
+from lrsa_lit.analysis.capture import capture, record, shape_digest
+from lrsa_lit.attention import LRSAConfig, enable, enabled_config, observing, using
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import MeanPool, RandomTokens
@@ -46,7 +44,7 @@ def expected(rule, row):
 
 
 def kept(captured):
-    return [None if layer is None else layer.positions.tolist() for layer in captured.layers]
+    return [None if layer is None else layer.positions.tolist() for layer in captured.layers.values()]
 
 
 def check(forward, rule, rows):
@@ -101,7 +99,7 @@ def test_scores_are_those_of_the_kept_tokens():
     under = model(rule)
     with capture(under) as found:
         under(row[None])
-    for index, layer in enumerate(found.forwards[0][0].layers):
+    for index, layer in found.forwards[0][0].layers.items():
         compressor = rule.layers.of(index).compressor
         assert layer.scores.shape == layer.positions.shape == (2, 6, 3)
         # A random score depends on head, partition and place alone, so it can be asked for again.
@@ -183,8 +181,6 @@ def test_models_that_select_nothing(rule, field):
 @torch.no_grad()
 def test_what_a_block_may_not_do():
     under, (row,) = model(), tokens(40)
-    with refused("past_key_values"), capture(under):
-        under(row[None], past_key_values=LRSACache.of(under))
     with refused("model", reason="switched"), capture(under), using(under, RULE.replace(top_k=2)):
         under(row[None])
     assert enabled_config(under) == RULE
@@ -221,15 +217,6 @@ def test_record_of_batches():
         assert sample.positions.tolist() == expected(RULE, row)
     assert set(made.texts) == {int(token) for row in tokens(70, 40, 33) for token in row}
     assert made.texts[int(tokens(70)[0][0])] == tiny_tokenizer().decode([int(tokens(70)[0][0])])
-
-
-def test_first_rows_cuts_every_field_that_has_rows():
-    whole = batch(70, 40)
-    cut = first_rows(whole, 1)
-    assert cut["id"] == ["q70"]
-    kept = {"label_columns", "position_ids", "boundaries"}
-    assert all(cut[name] is whole[name] for name in kept)
-    assert {len(values) for name, values in cut.items() if name not in kept} == {1}
 
 
 def test_digest_tells_shapes_apart():

@@ -1,7 +1,5 @@
 """The ranking of layers and what it suggests, from losses written by hand."""
 
-from __future__ import annotations
-
 import json
 from fractions import Fraction
 

@@ -1,7 +1,5 @@
 """The notebooks run on recorded runs, and the two files of each say the same."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """Figures show the numbers of the metrics, labelled; text cannot break out of its HTML."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 
@@ -115,7 +113,7 @@ def test_kinds_stand_beside_their_share_of_the_text(drawn):
 def test_agreement_and_change(drawn):
     first, second = drawn(seed=0), drawn(seed=1, step=5)
     image = plots.agreement(first).axes[0].images[0].get_array()
-    np.testing.assert_array_equal(image, metrics.between_layers(metrics.agreement(first), 2))
+    np.testing.assert_array_equal(image, metrics.agreement(first))
     (axes,) = plots.change(first, second).axes
     kappa = metrics.agreement_between(first, second)
     np.testing.assert_array_equal(axes.get_lines()[2].get_ydata(), kappa.mean(axis=1))

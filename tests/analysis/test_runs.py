@@ -1,7 +1,5 @@
 """Tables out of a store: runs, rules, and the answers to questions."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,6 +1,5 @@
-"""Record what the layers of a model keep, while it runs.
+"""Record what the layers of a model keep while it runs, by the operator's own ``select`` on what the attention sees.
 
-Nothing here decides what is kept: the operator's own ``select`` does, on the keys and values that the attention sees.
 Dimensions: B rows, T tokens, H key-value heads, P compressed partitions, K top_k, L lag_size.
 """
 
@@ -43,7 +42,7 @@ class Captured(NamedTuple):
     """What each layer kept of one sequence of a forward, of so many real tokens; None where the layer is dense."""
 
     length: int
-    layers: tuple[LayerSelection | None, ...]
+    layers: dict[int, LayerSelection | None]
 
 
 class Capture:
@@ -52,18 +51,12 @@ class Capture:
     def __init__(self) -> None:
         # By the identity of the layout, which all layers of one forward share; layers that gradient checkpointing runs
         # again find their place. The layout is kept, so that no later one can take its identity.
-        self._forwards: dict[int, tuple[Layout, dict[int, list[tuple[int, LayerSelection | None]]]]] = {}
+        self._forwards: dict[int, tuple[Layout, list[Captured]]] = {}
 
     @property
     def forwards(self) -> list[list[Captured]]:
         """The sequences of each forward, in the order of their rows; a row of pads alone holds none."""
-        return [
-            [
-                Captured(pieces[0][0], tuple(selection for _, selection in pieces))
-                for pieces in zip(*(layers[index] for index in sorted(layers)), strict=True)
-            ]
-            for _, layers in self._forwards.values()
-        ]
+        return [sequences for _, sequences in self._forwards.values()]
 
     @torch.no_grad()
     def observe(self, attached: AttachedRule, layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -76,15 +69,14 @@ class Capture:
 
         # The layout cuts the rows into sequences here just as it does for the attention.
         layout.apply(keep_pieces, query, key, value)
-        self._forwards.setdefault(id(layout), (layout, {}))[1][attached.layer] = pieces
+        _, sequences = self._forwards.setdefault(id(layout), (layout, [Captured(length, {}) for length, _ in pieces]))
+        for sequence, (_, selection) in zip(sequences, pieces, strict=True):
+            sequence.layers[attached.layer] = selection
 
 
 @contextlib.contextmanager
 def capture(model: Any) -> Iterator[Capture]:
-    """Record what each layer keeps in the forwards of a block.
-
-    Padded rows, packed rows and forwards that continue an ordinary cache are recorded by sequence. A model outside of
-    such a block runs as if this module did not exist.
+    """Record what each layer keeps of each sequence in the forwards of a block, padded, packed or continued.
 
     Args:
         model: a causal language model that LRSA is enabled on. The block must not switch its rule.
@@ -135,7 +127,7 @@ def record(
         digest=shape_digest(base_of(model).config),
         step=step,
         texts={token: tokenizer.decode([token]) for token in occurring},
-        layers=[index for index, kept in enumerate(found.forwards[0][0].layers) if kept is not None],
+        layers=[index for index, kept in found.forwards[0][0].layers.items() if kept is not None],
     )
 
 
@@ -173,7 +165,7 @@ def _sequences(
 
 def _sample(batch: Batch, row: int, sequence: Captured) -> Sample:
     """A captured sequence with what the batch knows of it; prompts are padded on the left."""
-    positions, scores = zip(*(layer for layer in sequence.layers if layer is not None), strict=True)
+    positions, scores = zip(*(layer for layer in sequence.layers.values() if layer is not None), strict=True)
     return Sample(
         id=batch["id"][row],
         token_ids=batch["prompt_ids"][row, -sequence.length :].cpu().numpy().astype(np.int32),

@@ -1,9 +1,4 @@
-"""How much the answer loss falls where one layer is left dense, and which layers to leave dense for it.
-
-Each layer is judged alone, all others being sparse. What several dense layers do together is not looked at.
-
-Dimensions: N layers, Q questions.
-"""
+"""How much the answer loss falls where one of N layers alone is left dense, and which layers to leave dense for it."""
 
 from __future__ import annotations
 
@@ -62,13 +57,8 @@ class Suggestion(NamedTuple):
 class LayerGains:
     """What the answer losses of Q questions say of each layer.
 
-    Args:
-        rule: of the sparse layers; it has no dense ones.
-        model: its name.
-        questions: at least one.
-
-    Attributes:
-        ranking: all layers, the most telling one first; equal ones in their order.
+    The rule is that of the sparse layers, and has no dense ones. ``ranking`` has all layers, the most telling one first
+    and equal ones in their order.
     """
 
     def __init__(self, rule: LRSAConfig, model: str, questions: Sequence[Question]) -> None:
@@ -135,11 +125,7 @@ class LayerGains:
 def suggest(best: Sequence[int], layers: int, lag_size: int, share: float) -> Suggestion:
     """Leave as many of the best layers dense as a share of kept pairs allows, with the largest K >= 1 in the others.
 
-    Args:
-        best: layers worth being dense, the best one first.
-        layers: N.
-        lag_size: L.
-        share: of the pairs that all layers may keep, 1/L <= share < 1.
+    The ``best`` of N ``layers`` are those worth being dense, the best one first; 1/L <= share < 1.
     """
     budget = exactly(share) * layers
     count = min(math.floor((budget * lag_size - layers) / (lag_size - 1)), len(best))

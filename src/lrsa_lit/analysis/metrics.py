@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,31 +24,24 @@ KINDS = ("number", "name", "rare", "punctuation", "space", "other")
 _WORD = re.compile(r"""(?P<opening>(?:\A|[.!?:\n])[\s"'“(]*)?(?P<word>\w+)""")
 
 
-@dataclass(frozen=True, eq=False)
-class Survival:
+class Survival(NamedTuple):
     """Which share of some tokens was kept; NaN where none of them lies in a compressed partition.
 
     Attributes:
         tokens: n, how many tokens were asked about, over all samples.
         by_head: (N, H), kept by a head of a layer.
+        mean: of all layers and heads.
         anywhere: kept by at least one head of any layer.
         chance: K/L, which a head that chooses at random reaches.
+        chance_anywhere: 1 - (1 - K/L)^(N H), what all heads reach together if each chooses at random.
     """
 
     tokens: int
     by_head: NDArray[np.float64]
+    mean: float
     anywhere: float
     chance: float
-
-    @property
-    def mean(self) -> float:
-        """Mean over all layers and heads."""
-        return float(self.by_head.mean())
-
-    @property
-    def chance_anywhere(self) -> float:
-        """1 - (1 - K/L)^(N H), what all heads reach together if each chooses at random."""
-        return float(1 - (1 - self.chance) ** self.by_head.size)
+    chance_anywhere: float
 
 
 def survival(record: SelectionRecord, evidence: Evidence) -> Survival:
@@ -58,22 +50,20 @@ def survival(record: SelectionRecord, evidence: Evidence) -> Survival:
     kept = record.all_kept()[:, :, np.concatenate(asked)]
     tokens = kept.shape[2]
     by_head, anywhere = kept.sum(axis=2) / (tokens or np.nan), kept.any(axis=(0, 1)).sum() / (tokens or np.nan)
-    return Survival(tokens, by_head, float(anywhere), record.top_k / record.lag_size)
+    by_chance = 1 - (1 - record.chance) ** by_head.size
+    return Survival(tokens, by_head, float(by_head.mean()), float(anywhere), record.chance, by_chance)
 
 
 def by_place(record: SelectionRecord, parts: int) -> NDArray[np.float64]:
     """Which share of each stretch of a partition was kept, pooled over the samples' partitions and the heads.
 
     The score is of rotated keys: one that changes along the partition tells of the place, and not of the token alone.
-
-    Args:
-        record: the selections.
-        parts: into how many stretches a partition is cut; places i with equal floor(i parts / L) are one.
+    Places i with equal floor(i parts / L) are one of the ``parts`` stretches.
 
     Returns:
         (N, parts), from the first to the last tokens; NaN where nothing was compressed, or a stretch has no token.
     """
-    lag, kept = record.lag_size, record.all_kept()
+    lag, kept = record.rule["lag_size"], record.all_kept()
     partitions = kept.reshape(*kept.shape[:2], -1, lag)
     member = np.arange(lag) * parts // lag == np.arange(parts)[:, None]
     total = member.sum(axis=1) * partitions.shape[1] * partitions.shape[2]
@@ -83,15 +73,20 @@ def by_place(record: SelectionRecord, parts: int) -> NDArray[np.float64]:
 
 
 def agreement(record: SelectionRecord) -> NDArray[np.float64]:
-    """Cohen's kappa of every head of every layer with every other: (N H, N H), heads of a layer side by side.
+    """Cohen's kappa between the heads of each two layers (N, N), mean over their pairs; the diagonal is of other heads.
 
     It is 1 for equal choices, 0 for what chance gives to heads that keep so many, and NaN where both keep all or both
-    nothing, so that equal choices are certain.
+    nothing, so that equal choices are certain, and where a layer has one head only.
     """
     kept = record.all_kept()
-    flat = kept.reshape(kept.shape[0] * kept.shape[1], -1).astype(np.float64)
+    layers, heads, tokens = kept.shape
+    flat = kept.reshape(layers * heads, tokens).astype(np.float64)
     sizes = flat.sum(axis=1)
-    return _kappa(flat @ flat.T, sizes[:, None], sizes[None, :], flat.shape[1])
+    kappa = _kappa(flat @ flat.T, sizes[:, None], sizes[None, :], tokens)
+    np.fill_diagonal(kappa, np.nan)
+    blocks = np.ma.masked_invalid(kappa).reshape(layers, heads, layers, heads)
+    means: NDArray[np.float64] = blocks.mean(axis=(1, 3)).filled(np.nan)
+    return means
 
 
 def agreement_between(first: SelectionRecord, second: SelectionRecord) -> NDArray[np.float64]:
@@ -113,19 +108,6 @@ def agreement_between(first: SelectionRecord, second: SelectionRecord) -> NDArra
     return _kappa((before & after).sum(axis=2), before.sum(axis=2), after.sum(axis=2), before.shape[2])
 
 
-def between_layers(matrix: NDArray[np.float64], heads: int) -> NDArray[np.float64]:
-    """Means of :func:`agreement` (N H, N H) over the pairs of heads of two layers: (N, N).
-
-    The diagonal is the mean over pairs of different heads of one layer, NaN where a layer has one head only.
-    """
-    matrix = matrix.copy()
-    np.fill_diagonal(matrix, np.nan)
-    layers = len(matrix) // heads
-    blocks = np.ma.masked_invalid(matrix).reshape(layers, heads, layers, heads)
-    means: NDArray[np.float64] = blocks.mean(axis=(1, 3)).filled(np.nan)
-    return means
-
-
 def kinds_kept(record: SelectionRecord) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The shares of each of :data:`KINDS` of all tokens, and of those kept, pooled over samples, layers and heads."""
     votes = record.all_kept().sum(axis=(0, 1))  # heads that kept each token
@@ -145,7 +127,7 @@ def token_kinds(texts: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
     what is none of all that is *other*.
 
     Args:
-        texts: the text of each token (T); joined they are the whole text.
+        texts: of each token (T); joined they are the whole text.
 
     Returns:
         (T,) bool for each of :data:`KINDS`.

@@ -26,12 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STRETCHES = 32
-"""Into how many a partition is cut where its places are shown."""
 _SHADES = colormaps["cividis_r"]
 _UNCOMPRESSED = "#e8e8e8"
-_PIXELS = 800
-"""Width of a heatmap on the screen, about."""
 
 
 def context_html(record: SelectionRecord, index: int = 0) -> str:
@@ -39,10 +35,6 @@ def context_html(record: SelectionRecord, index: int = 0) -> str:
 
     Tokens that nobody chose about (sinks and the raw window) are grey and italic; gold passages are underlined, answers
     are bold.
-
-    Args:
-        record: the selections.
-        index: which of its samples.
     """
     sample = record.samples[index]
     region = record.compressed(sample)
@@ -63,8 +55,8 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
     figure, (marks, axes) = subplots(2, 1, size=(10, height), gridspec_kw={"height_ratios": [1, 4]}, sharex=True)
     if region.stop > region.start:
         extent = (region.start - 0.5, region.stop - 0.5, len(layers) - 0.5, -0.5)
-        # Where a pixel holds several tokens their mean is shown; else nothing is to blur the layers.
-        smooth = "auto" if len(sample.token_ids) > _PIXELS else "nearest"
+        # Where a pixel of some 800 holds several tokens their mean is shown; else nothing is to blur the layers.
+        smooth = "auto" if len(sample.token_ids) > 800 else "nearest"
         scale = {"cmap": _SHADES, "vmin": 0, "vmax": 1}
         image = axes.imshow(shares, aspect="auto", extent=extent, interpolation=smooth, **scale)
         figure.colorbar(image, ax=[marks, axes], label="kept by share of heads")
@@ -103,7 +95,7 @@ def by_place(records: Sequence[SelectionRecord]) -> Figure:
     """Share of the tokens that is kept along a partition, mean of the layers and from the least to the most of them."""
     figure, axes = subplots(1, 1, size=(7, 3.4))
     for record in records:
-        parts = min(_STRETCHES, record.lag_size)
+        parts = min(32, record.rule["lag_size"])
         places, shares = (np.arange(parts) + 0.5) / parts, metrics.by_place(record, parts)
         (line,) = axes.plot(places, shares.mean(axis=0), label=_name(record))
         span = shares.min(axis=0), shares.max(axis=0)
@@ -132,7 +124,7 @@ def kinds(records: Sequence[SelectionRecord]) -> Figure:
 
 def agreement(record: SelectionRecord) -> Figure:
     """Cohen's kappa between the heads of each two layers; on the diagonal between the heads of one layer."""
-    means = metrics.between_layers(metrics.agreement(record), heads=record.samples[0].positions.shape[1])
+    means = metrics.agreement(record)
     figure, axes = subplots(1, 1, size=(5, 4))
     image = axes.imshow(means, cmap="cividis", vmin=min(0.0, float(np.nanmin(means, initial=0))))
     figure.colorbar(image, ax=axes, label="Cohen's kappa (0: chance, 1: the same tokens)")
@@ -161,13 +153,7 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
 
 
 def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
-    """F1 of each rule with its interval against another column of :func:`~lrsa_lit.analysis.runs.by_rule`.
-
-    Args:
-        rules: a row for each rule.
-        column: what to lay it against.
-        label: the column's name and unit.
-    """
+    """F1 with its interval against a column of :func:`~lrsa_lit.analysis.runs.by_rule`, labelled with name and unit."""
     figure, axes = subplots(1, 1, size=(6, 3.6))
     lines = rules.dropna(subset=[column]).sort_values(column).groupby(["model", "lag_size"])
     for (model, lag_size), line in lines:
@@ -216,12 +202,12 @@ def _name_layers(axis: Axis, layers: Sequence[int]) -> None:
 
 def _mark_chance(axes: Axes, records: Sequence[SelectionRecord]) -> None:
     """A line at each K/L of the records, which heads that choose at random keep."""
-    for chance in sorted({record.top_k / record.lag_size for record in records}):
+    for chance in sorted({record.chance for record in records}):
         axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
 
 
 def _name(record: SelectionRecord) -> str:
-    return f"{record.model} L{record.lag_size} K{record.top_k}, step {record.step}"
+    return f"{record.model} L{record.rule['lag_size']} K{record.rule['top_k']}, step {record.step}"
 
 
 def _word(text: str, share: float, gold: bool, answer: bool) -> str:

@@ -55,8 +55,8 @@ class SelectionRecord:
 
     Attributes:
         samples: at least one; all by the same layers and heads.
-        rule: the rule, as ``LRSAConfig.to_dict`` gives it.
-        model: name of the model.
+        rule: as ``LRSAConfig.to_dict`` gives it.
+        model: its name.
         digest: twelve hex digits of the model's shape; records of one digest can be laid beside each other.
         step: training steps that the weights had seen.
         texts: the text of each token id that occurs.
@@ -72,23 +72,14 @@ class SelectionRecord:
     layers: Sequence[int]
 
     @property
-    def sink_size(self) -> int:
-        """S."""
-        return int(self.rule["sink_size"])
-
-    @property
-    def lag_size(self) -> int:
-        """L."""
-        return int(self.rule["lag_size"])
-
-    @property
-    def top_k(self) -> int:
-        """K."""
-        return int(self.rule["top_k"])
+    def chance(self) -> float:
+        """K/L, the share that a head keeps that chooses at random."""
+        return float(self.rule["top_k"] / self.rule["lag_size"])
 
     def compressed(self, sample: Sample) -> slice:
         """The tokens that lie in compressed partitions: behind the sinks, before the raw window."""
-        return slice(self.sink_size, self.sink_size + sample.positions.shape[2] * self.lag_size)
+        start = self.rule["sink_size"]
+        return slice(start, start + sample.positions.shape[2] * self.rule["lag_size"])
 
     def kept(self, sample: Sample) -> NDArray[np.bool_]:
         """(N, H, P L): which of the :meth:`compressed` tokens each head kept."""
@@ -107,19 +98,11 @@ class SelectionRecord:
 
     def save(self, path: Path) -> None:
         """Write the record; the file appears only when it is complete."""
-        header = {
-            "schema": SCHEMA,
-            "rule": dict(self.rule),
-            "model": self.model,
-            "digest": self.digest,
-            "step": self.step,
-            "texts": self.texts,
-            "layers": [index in self.layers for index in range(max(self.layers) + 1)],
-            "samples": [
-                {"id": sample.id, "gold_spans": sample.gold_spans, "answer_spans": sample.answer_spans}
-                for sample in self.samples
-            ],
-        }
+        header: dict[str, Any] = {"schema": SCHEMA}
+        header |= {name: getattr(self, name) for name in ("rule", "model", "digest", "step", "texts")}
+        header["layers"] = [index in self.layers for index in range(max(self.layers) + 1)]
+        names = ("id", "gold_spans", "answer_spans")
+        header["samples"] = [{name: getattr(sample, name) for name in names} for sample in self.samples]
         arrays: dict[str, NDArray[Any]] = {_HEADER: np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
         for index, sample in enumerate(self.samples):
             arrays[f"tokens{index}"] = _smallest(sample.token_ids)
@@ -129,15 +112,11 @@ class SelectionRecord:
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: Path, *, model: str | None = None) -> SelectionRecord:
+    def load(cls, path: Path) -> SelectionRecord:
         """Read a record.
 
-        Args:
-            path: the file.
-            model: name or digest that the record must have; None takes any.
-
         Raises:
-            UserError: no such file, no record or a truncated one, another version of the format, another model.
+            UserError: no such file, no record or a truncated one, another version of the format.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -155,9 +134,6 @@ class SelectionRecord:
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             reason = message_of(error)[:80]
             raise UserError(str(path), reason=f"not a selection record, or a truncated one ({reason})") from None
-        if model not in (None, header["model"], header["digest"]):
-            made_by = f"recorded with {header['model']} ({header['digest']})"
-            raise UserError(str(path), reason=f"{made_by}, not with {model}")
         texts = {int(token): text for token, text in header["texts"].items()}
         layers = [index for index, compressed in enumerate(header["layers"]) if compressed]
         return cls(samples, header["rule"], header["model"], header["digest"], header["step"], texts, layers)
@@ -173,7 +149,7 @@ def check_comparable(first: SelectionRecord, second: SelectionRecord) -> None:
         raise UserError("selections", reason=f"layers {layers} were compressed; they must be the same")
     ids = [[sample.id for sample in record.samples] for record in (first, second)]
     if ids[0] != ids[1]:
-        samples = " and ".join(map(_listed, ids))
+        samples = " and ".join(", ".join(each[:3]) + (", …" if len(each) > 3 else "") for each in ids)
         raise UserError("selections", reason=f"recorded of the samples {samples}; they differ")
     for one, other in zip(first.samples, second.samples, strict=True):
         if not np.array_equal(one.token_ids, other.token_ids):
@@ -212,7 +188,3 @@ def _halved(scores: NDArray[np.float32]) -> NDArray[Any]:
 def _smallest(values: NDArray[Any]) -> NDArray[Any]:
     """The same non-negative integers in the smallest dtype that holds them."""
     return values.astype(np.min_scalar_type(int(values.max(initial=0))))
-
-
-def _listed(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")

@@ -51,15 +51,20 @@ DEFAULT = Path("runs/mlflow.db")
 
 
 def open_store(uri: str | None = None) -> MlflowClient:
-    """The store of the runs.
-
-    Args:
-        uri: a tracking URI; by default MLFLOW_TRACKING_URI, else ``runs/mlflow.db`` in this folder or one above.
+    """The store of the runs: by default MLFLOW_TRACKING_URI, else ``runs/mlflow.db`` in this folder or one above.
 
     Raises:
         UserError: it does not exist, is empty, or does not answer.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _nearest_store()
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        here, found = Path.cwd(), nearest(DEFAULT)
+        if not found.is_file():
+            reason = f"no {DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI"
+            raise UserError("tracking_uri", reason=reason)
+        if found != here / DEFAULT:
+            print(printable(f"Runs of {found}"), file=sys.stderr)
+        uri = sqlite_uri(found, "tracking_uri")
     with warnings.catch_warnings():
         # Of tqdm, which misses ipywidgets in a notebook.
         warnings.filterwarnings("ignore", message="IProgress not found")
@@ -127,12 +132,8 @@ def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
 def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = OWN) -> pd.DataFrame:
     """What each run answered at its last validation, by run id and question id.
 
-    Columns: ``question``, ``gold``, ``prediction``, ``f1``.
-
-    Args:
-        store: where the runs are.
-        runs: run ids.
-        attention: under which attention, by its name in ``model.evaluate``; ``LRSA`` is the run's own rule.
+    Columns: ``question``, ``gold``, ``prediction``, ``f1``. Attentions have their names in ``model.evaluate``; ``LRSA``
+    is the run's own rule.
 
     Raises:
         UserError: a run recorded no answers, or none under that attention.
@@ -154,11 +155,9 @@ def shared_scores(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_rule(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """A row for each model and rule: F1 over seeds and questions with its interval, and means of the other measures.
+    """A row for each model and rule of a :func:`table`, with its :func:`shared_scores` (R, Q).
 
-    Args:
-        runs: as :func:`table` gives it.
-        scores: (R, Q), as :func:`shared_scores` gives it.
+    It has F1 over seeds and questions with its interval, and the means of the other measures.
     """
     rows = []
     for key, group in runs.loc[scores.index].groupby(RULE, sort=True):
@@ -183,13 +182,7 @@ def differences(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def answered_by_one(answers: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
-    """The :func:`questions` that exactly one of two runs answers (F1 of 0.5 or more), with both answers.
-
-    Args:
-        answers: as :func:`questions` gives it.
-        first: a run id.
-        second: another.
-    """
+    """Those of the :func:`questions` that exactly one of two runs answers (F1 of 0.5 or more), with both answers."""
     one, other = answers.loc[first], answers.loc[second, ["prediction", "f1"]]
     both = one.join(other, how="inner", lsuffix="_first", rsuffix="_second")
     answered = both[["f1_first", "f1_second"]] >= 0.5
@@ -251,13 +244,3 @@ def _row(run: Run) -> dict[str, Any]:
         "seed": run.data.tags.get("seed"),
         **{column: metrics.get(metric, np.nan) for column, metric in MEASURES.items()},
     }
-
-
-def _nearest_store() -> str:
-    here, found = Path.cwd(), nearest(DEFAULT)
-    if not found.is_file():
-        reason = f"no {DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI"
-        raise UserError("tracking_uri", reason=reason)
-    if found != here / DEFAULT:
-        print(printable(f"Runs of {found}"), file=sys.stderr)
-    return sqlite_uri(found, "tracking_uri")
