@@ -1,7 +1,5 @@
 """What the tests of the command line share."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys
@@ -11,6 +9,7 @@ import pytest
 
 DEBUG = ["--config", "configs/debug/tiny.yaml"]
 NO_LOGGER = ["--trainer.logger", "false"]
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +24,18 @@ def elsewhere(tmp_path, monkeypatch, migrated_store):
         monkeypatch.delenv(f"MLFLOW_{name}", raising=False)
     monkeypatch.setattr(sys, "argv", ["lrsa"])
     return tmp_path
+
+
+def refusal(captured, *arguments: str) -> str:
+    """What a command says that ends with exit code 2: its line of error, the only one."""
+    from lrsa_lit.cli.main import main
+
+    captured.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments])
+    assert stop.value.code == 2
+    (line,) = [line for line in captured.readouterr().err.splitlines() if line.startswith("lrsa: error: ")]
+    return line.removeprefix("lrsa: error: ")
 
 
 def recorded_runs(store: Path, experiment: str) -> list:
@@ -53,6 +64,31 @@ def forwards(*arguments):
         patch.setattr(LlamaModel, "forward", counted)
         main(["fit", *DEBUG, *NO_LOGGER, *arguments])
     return count[0]
+
+
+@contextlib.contextmanager
+def before_step(number, action):
+    """Fits do something before an optimizer step. In the end signals are handled again, which a stopped fit ignores."""
+    from lrsa_lit.tasks import LongContextQA
+
+    step, handlers = LongContextQA.training_step, [(each, signal.getsignal(each)) for each in STOPS]
+
+    def acting(self, batch, batch_idx):
+        if self.global_step == number:
+            action()
+        return step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LongContextQA, "training_step", acting)
+        try:
+            yield
+        finally:
+            for stop in handlers:
+                signal.signal(*stop)
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """Each test of checkpoints runs as a user far from the checkout would."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

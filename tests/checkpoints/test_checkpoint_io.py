@@ -1,7 +1,5 @@
 """Files are there as a whole or not at all, and what is wrong with one is noticed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal
@@ -13,7 +11,7 @@ from helpers import refused
 
 from lrsa_lit.checkpoints import AtomicCheckpointIO
 from lrsa_lit.checkpoints.checkpoint_io import CheckpointNotSaved, claim, newest_first, release, tidy
-from lrsa_lit.io import write_atomically
+from lrsa_lit.io import PARTIAL, partial_folder, write_atomically
 from lrsa_lit.models.checkpoint_file import damage
 
 
@@ -98,8 +96,14 @@ def test_a_changed_bit_is_damage(saved):
     assert "CRC" in damage(saved)
 
 
-def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    """The one is killed while it writes; the other writes while the first one's file is tidied away."""
+def begin_another(folder):
+    with partial_folder(folder / "other"):
+        pass
+
+
+@pytest.mark.parametrize("clean", [tidy, begin_another])
+def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path, clean):
+    """It has begun a folder and a file, and is killed while it writes."""
     told, tell = os.pipe()
 
     def die(file):
@@ -109,17 +113,20 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
         signal.pause()
 
     if not (child := os.fork()):
-        write_atomically(tmp_path / "last.ckpt", die)
+        with partial_folder(tmp_path / "one"):
+            write_atomically(tmp_path / "last.ckpt", die)
         os._exit(0)
     os.read(told, 1)
-    (partial,) = tmp_path.iterdir()
+    begun = set(tmp_path.iterdir())
+    assert len(begun) == 2
+    (tmp_path / f".mine{PARTIAL}").mkdir()
 
-    tidy(tmp_path)
-    assert partial.exists()
+    clean(tmp_path)
+    assert begun < set(tmp_path.iterdir())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    tidy(tmp_path)
-    assert not partial.exists()
+    clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f".mine{PARTIAL}"]
 
 
 def test_one_process_at_a_time_writes_a_run_s_checkpoints(tmp_path, claiming):

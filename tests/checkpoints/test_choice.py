@@ -1,14 +1,12 @@
 """Which checkpoint a command takes, what it says of one that it cannot take, and a disk that is full."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
 
 import pytest
 import torch
-from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
+from cli_helpers import DEBUG, NO_LOGGER, before_step, recorded_runs, refusal
 from mlflow.tracking import MlflowClient
 
 from lrsa_lit.checkpoints import checkpoint_io, resume
@@ -24,15 +22,6 @@ def fitted(elsewhere):
     """A finished fit of two checkpoints: that of its best validation, and the last."""
     main([*FIT, "--trainer.val_check_interval", "3"])
     return elsewhere / CHECKPOINTS
-
-
-def failed(arguments, capfd):
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error: ")]
-    return line
 
 
 def truncate(path):
@@ -60,7 +49,7 @@ def test_a_damaged_last_one_is_named_and_passed_over(fitted, caplog):
 def test_a_run_that_is_being_written_is_not_taken_up(fitted, capfd, claiming):
     before = {path: path.read_bytes() for path in fitted.iterdir()}
     with claiming(fitted):
-        line = failed([*FIT, *LAST], capfd)
+        line = refusal(capfd, *FIT, *LAST)
     assert f"ckpt_path: {CHECKPOINTS}/last.ckpt belongs to a run that another process is writing" in line
     assert {path: path.read_bytes() for path in fitted.iterdir()} == before
     main([*FIT, *LAST])
@@ -90,7 +79,7 @@ def test_the_last_of_a_run_is_the_one_of_most_steps(tmp_path, clock):
 
 def test_a_damaged_one_that_was_named_is_refused(fitted, capfd):
     truncate(fitted / "last.ckpt")
-    line = failed([*FIT, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt"], capfd)
+    line = refusal(capfd, *FIT, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt")
     assert "is no checkpoint, or a truncated or damaged one" in line
     assert f"the newest good one beside it is {CHECKPOINTS}/{best(fitted).name}" in line
 
@@ -98,7 +87,7 @@ def test_a_damaged_one_that_was_named_is_refused(fitted, capfd):
 def test_all_are_damaged(fitted, capfd):
     truncate(fitted / "last.ckpt")
     truncate(best(fitted))
-    assert "finds no good checkpoint; damaged: " in failed([*FIT, *LAST], capfd)
+    assert "finds no good checkpoint; damaged: " in refusal(capfd, *FIT, *LAST)
 
 
 def test_none_yet(elsewhere, caplog):
@@ -120,7 +109,7 @@ def test_evaluation_takes_the_last_of_any_rule(fitted, capfd, caplog):
 
 
 def test_evaluation_of_none(capfd):
-    assert "last finds no checkpoint" in failed(["test", *DEBUG, *NO_LOGGER, *LAST], capfd)
+    assert "last finds no checkpoint" in refusal(capfd, "test", *DEBUG, *NO_LOGGER, *LAST)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +124,7 @@ def test_other_data(fitted, elsewhere, capfd, option, value, said):
     from lrsa_lit.paths import shipped
 
     shutil.copy(shipped("data/sample.jsonl"), "other.jsonl")
-    line = failed([*FIT, option, value, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt"], capfd)
+    line = refusal(capfd, *FIT, option, value, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt")
     assert said in line
     assert "decides the order of the training data; resume with that, or" in line
 
@@ -150,7 +139,7 @@ def test_another_number_of_processes(fitted, capfd):
     state = torch.load(path, weights_only=True)
     state["exact_state"]["random"] *= 2
     torch.save(state, path)
-    line = failed([*FIT, "--ckpt_path", str(path)], capfd)
+    line = refusal(capfd, *FIT, "--ckpt_path", str(path))
     assert "it was written by 2 processes and cannot go on with 1" in line
     assert "trainer.devices x trainer.num_nodes = 2" in line
 
@@ -171,7 +160,7 @@ def full_disk(monkeypatch):
 
 
 def test_a_full_disk_stops_the_run(elsewhere, full_disk, capfd):
-    line = failed([*FIT, "--trainer.val_check_interval", "2"], capfd)
+    line = refusal(capfd, *FIT, "--trainer.val_check_interval", "2")
     assert f"checkpoint {CHECKPOINTS}/last.ckpt: not saved (No space left on device); {CHECKPOINTS}/step000002" in line
     assert "is intact" in line
     assert len(full_disk) == 2
@@ -194,17 +183,11 @@ def test_a_full_disk_does_not_stop_the_run(elsewhere, full_disk, capfd, caplog, 
 def test_a_killed_run_goes_on_in_its_own(elsewhere, monkeypatch):
     """What it had recorded after the checkpoint is not recorded twice."""
     fit = ["fit", *DEBUG, "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "2"]
-    from lrsa_lit.tasks import LongContextQA
 
-    step = LongContextQA.training_step
+    def killed():
+        raise SystemError("as if killed")
 
-    def killed(self, batch, batch_idx):
-        if self.global_step == 3:
-            raise SystemError("as if killed")
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LongContextQA, "training_step", killed)
+    with monkeypatch.context() as patch, before_step(3, killed):
         patch.setattr("lrsa_lit.checkpoints.SafeModelCheckpoint.on_exception", lambda *arguments: None)
         with pytest.raises(SystemError):
             main(fit)

@@ -1,13 +1,9 @@
 """A loss that is not a number ends the run before anything of it is saved."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from cli_helpers import DEBUG, NO_LOGGER
+from cli_helpers import DEBUG, NO_LOGGER, refusal
 
-from lrsa_lit.checkpoints.checkpoint_io import NonFiniteLoss
-from lrsa_lit.cli.main import main
 from lrsa_lit.tasks import LongContextQA
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.max_steps", "6"]
@@ -32,19 +28,10 @@ def poisoned(monkeypatch):
     return poison
 
 
-def failed(arguments, capfd):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    said = capfd.readouterr().err
-    (line,) = [line for line in said.splitlines() if line.startswith("lrsa: error: ")]
-    return line
-
-
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_stops_with_the_step_the_samples_and_the_last_good_checkpoint(elsewhere, poisoned, capfd, factor):
     seen = poisoned(4, factor)
-    line = failed([*FIT, "--trainer.val_check_interval", "3"], capfd)
+    line = refusal(capfd, *FIT, "--trainer.val_check_interval", "3")
     assert f"the loss is NaN or infinite in step 4, samples {seen[3][0]}; the last good checkpoint is" in line
     saved = line.rpartition(" ")[2]
     state = torch.load(saved, weights_only=True)
@@ -56,19 +43,19 @@ def test_stops_with_the_step_the_samples_and_the_last_good_checkpoint(elsewhere,
 
 def test_the_first_of_several_batches_of_a_step(poisoned, capfd):
     seen = poisoned(5, float("nan"))
-    line = failed([*FIT, *EARLY, "--trainer.accumulate_grad_batches", "2"], capfd)
+    line = refusal(capfd, *FIT, *EARLY, "--trainer.accumulate_grad_batches", "2")
     assert f"in step 3, samples {seen[4][0]}; the last good checkpoint is" in line
 
 
 def test_nothing_is_saved_of_the_very_step(elsewhere, poisoned, capfd):
     poisoned(2, float("nan"))
-    assert "in step 2" in failed([*FIT, *EARLY], capfd)
+    assert "in step 2" in refusal(capfd, *FIT, *EARLY)
     assert not list((elsewhere / "runs").rglob("*.ckpt"))
 
 
 def test_the_last_step(poisoned, capfd):
     poisoned(6, float("nan"))
-    assert "in step 6" in failed([*FIT, "--trainer.val_check_interval", "4"], capfd)
+    assert "in step 6" in refusal(capfd, *FIT, "--trainer.val_check_interval", "4")
 
 
 def test_a_finite_loss_with_weights_that_are_not(elsewhere, monkeypatch, capfd):
@@ -82,9 +69,5 @@ def test_a_finite_loss_with_weights_that_are_not(elsewhere, monkeypatch, capfd):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
     options = ["--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "1"]
-    assert "NaN or infinite" in failed([*FIT, *options], capfd)
+    assert "NaN or infinite" in refusal(capfd, *FIT, *options)
     assert not list((elsewhere / "runs").rglob("*.ckpt"))
-
-
-def test_is_a_user_error():
-    assert str(NonFiniteLoss("line")) == "line"

@@ -1,7 +1,5 @@
 """A fit that is stopped anywhere goes on as if it had not been."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -10,7 +10,7 @@ import sys
 import processes
 import pytest
 import torch
-from cli_helpers import DEBUG, NO_LOGGER
+from cli_helpers import DEBUG, NO_LOGGER, refusal
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.checkpoint import load_trained
@@ -90,10 +90,7 @@ def test_fsdp_resumes_and_trains_what_one_device_trains(tmp_path, capfd):
     assert not [path for path in tmp_path.rglob(".*") if path.suffix in (".partial", ".old")]
 
     capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(["test", *DEBUG, *NO_LOGGER, *LORA, "--ckpt_path", str(whole)])
-    assert stop.value.code == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    line = refusal(capfd, "test", *DEBUG, *NO_LOGGER, *LORA, "--ckpt_path", str(whole))
     assert "configs/trainer/fsdp.yaml" in line
     assert "lrsa export" in line
 
@@ -133,7 +130,5 @@ def test_processes_that_share_a_device_find_what_one_does(tmp_path):
 
 
 def test_a_device_is_not_shared_by_a_fit(tmp_path, capfd):
-    with pytest.raises(SystemExit) as stop:
-        main(command("--trainer.strategy", SHARED, folder="shared", steps=1))
-    assert stop.value.code == 2
-    assert "trainer.strategy: 'SharedDevice' is not allowed" in capfd.readouterr().err.splitlines()[-1]
+    error = refusal(capfd, *command("--trainer.strategy", SHARED, folder="shared", steps=1))
+    assert "trainer.strategy: 'SharedDevice' is not allowed" in error

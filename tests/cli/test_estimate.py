@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from cli_helpers import DEBUG, interruptible
+from cli_helpers import DEBUG, interruptible, refusal
 from helpers import refused
 
 from lrsa_lit.attention import LRSAConfig
@@ -162,9 +162,6 @@ def test_lengths_of_data_that_is_tokenised(tmp_path, capfd):
     ],
 )
 def test_what_is_not_estimated(command, options, named, tmp_path, capfd):
-    with pytest.raises(SystemExit) as stop:
-        main([command, *DEBUG, *options, "--estimate"])
-    assert stop.value.code == 2
-    last = capfd.readouterr().err.splitlines()[-1]
+    last = refusal(capfd, command, *DEBUG, *options, "--estimate")
     assert all(part in last for part in named)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
+from cli_helpers import DEBUG, NO_LOGGER, recorded_runs, refusal
 from helpers import refused
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
@@ -121,18 +121,13 @@ def test_losses_alone_for_each_layer(tmp_path, capfd):
     ],
 )
 def test_layers_that_are_not_there_are_refused_before_anything_is_run(settings, said, tmp_path, capfd):
-    with pytest.raises(SystemExit) as stop:
-        main(["test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", settings])
-    assert stop.value.code == 2
-    assert said in capfd.readouterr().err.splitlines()[-1]
+    error = refusal(capfd, "test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", settings)
+    assert said in error
     assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_fit_that_watches_a_score_needs_answers(tmp_path, capfd):
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *DEBUG, *NO_LOGGER, "--model.generate_answers", "false"])
-    assert stop.value.code == 2
-    assert "cannot monitor 'val/f1'" in capfd.readouterr().err.splitlines()[-1]
+    assert "cannot monitor 'val/f1'" in refusal(capfd, "fit", *DEBUG, *NO_LOGGER, "--model.generate_answers", "false")
 
 
 def longbench(folder):
@@ -209,29 +204,24 @@ def test_a_broken_line_ends_in_one_that_names_it(tmp_path, capfd):
     options = longbench(tmp_path)
     with (tmp_path / "mine.jsonl").open("a") as file:
         file.write('{"input": "Q?", "context": "x", "answers": ["a"], "language": "zh"}\n')
-    with pytest.raises(SystemExit) as stop:
-        main(["test", *TINY, *options])
-    assert stop.value.code == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "Seed set" not in line]
+    line = refusal(capfd, "test", *TINY, *options)
     assert f"{tmp_path}/mine.jsonl, line 4: language: 'zh' is not allowed" in line
     assert not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.parametrize("name", ["gold", "LRSA"])
 def test_an_attention_does_not_take_the_place_of_something_else_in_the_answers(name, tmp_path, capfd):
-    with pytest.raises(SystemExit) as stop:
-        main(["test", *TINY, *longbench(tmp_path), "--model.evaluate", f"{{{name}: null}}"])
-    assert stop.value.code == 2
-    assert f"model.evaluate: '{name}' is not allowed" in capfd.readouterr().err
+    error = refusal(capfd, "test", *TINY, *longbench(tmp_path), "--model.evaluate", f"{{{name}: null}}")
+    assert f"model.evaluate: '{name}' is not allowed" in error
     assert not list((tmp_path / "runs").iterdir())
     assert not (tmp_path / "cache/data").exists()
 
 
 def test_an_attention_and_a_task_need_different_names(tmp_path, capfd):
-    with pytest.raises(SystemExit) as stop:
-        main(["test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", "{ferry: null}"])
-    assert stop.value.code == 2
-    assert "model.evaluate: 'ferry' is not allowed" in capfd.readouterr().err
+    error = refusal(
+        capfd, "test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", "{ferry: null}"
+    )
+    assert "model.evaluate: 'ferry' is not allowed" in error
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -243,11 +233,8 @@ def test_a_path_that_is_taken_is_refused_before_anything_is_generated(taken, why
     (tmp_path / taken).parent.mkdir(exist_ok=True)
     (tmp_path / taken).write_text("answers of last week")
     writer = "[{class_path: lrsa_lit.callbacks.AnswerWriter, init_args: {path: own.jsonl}}]"
-    with pytest.raises(SystemExit) as stop:
-        main(["test", *TINY, *longbench(tmp_path), "--trainer.callbacks", writer])
-    assert stop.value.code == 2
-    named = taken.removesuffix("/x")
-    assert f"AnswerWriter.path: {named} {why}" in capfd.readouterr().err.splitlines()[-1]
+    error = refusal(capfd, "test", *TINY, *longbench(tmp_path), "--trainer.callbacks", writer)
+    assert f"AnswerWriter.path: {taken.removesuffix('/x')} {why}" in error
     assert (tmp_path / taken).read_text() == "answers of last week"
     assert not list((tmp_path / "runs").iterdir())
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from cli_helpers import DEBUG, NO_LOGGER
+from cli_helpers import DEBUG, NO_LOGGER, refusal
 from plugin_helpers import write_examples
 
 from lrsa_lit import plugins
@@ -45,15 +45,6 @@ def forget(*names):
     for name in names:
         sys.modules.pop(name, None)
     gc.collect()
-
-
-def refusal(capfd, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_the_examples_are_as_short_as_they_are_said_to_be(examples):

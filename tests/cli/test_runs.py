@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from cli_helpers import DEBUG, NO_LOGGER, recorded_runs
+from cli_helpers import DEBUG, NO_LOGGER, before_step, ctrl_c, recorded_runs
 
 from lrsa_lit.cli.main import main
 
@@ -158,24 +158,9 @@ def test_seed_changes_the_order_but_not_the_examples(tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, capfd, monkeypatch):
-    from lrsa_lit.tasks import LongContextQA
-
-    training_step = LongContextQA.training_step
-
-    def interrupted(self, batch, batch_idx):
-        if self.global_step == 2:
-            raise KeyboardInterrupt
-        return training_step(self, batch, batch_idx)
-
-    handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(LongContextQA, "training_step", interrupted)
-    with pytest.raises(SystemExit) as stop:
+def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, capfd):
+    with before_step(2, ctrl_c), pytest.raises(SystemExit, match="130"):
         main(["fit", *DEBUG, *NO_LOGGER])
-    # Lightning ignores further Ctrl-C from here on.
-    signal.signal(signal.SIGINT, handler)
-    monkeypatch.setattr(LongContextQA, "training_step", training_step)
-    assert stop.value.code == 130
     said = re.search(r"interrupted at step 2; go on with --ckpt_path (\S+)", capfd.readouterr().err)
     main(["fit", *DEBUG, *NO_LOGGER, "--ckpt_path", said[1]])
     assert "step 4" in capfd.readouterr().out

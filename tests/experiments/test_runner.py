@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+from cli_helpers import before_step, refusal
 from experiments import tiny_study
 from experiments.executors import Fabricated, InProcess
 from experiments.tiny_study import STUDY, merged
@@ -18,7 +19,6 @@ from lrsa_lit.experiments.questions import Questions
 from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.experiments.results import Results, read_lines
 from lrsa_lit.experiments.runner import Runner
-from lrsa_lit.tasks import LongContextQA
 
 NO_LOGGER = {"trainer": {"logger": False}}
 FEW = {"rows": ["lrsa"], "seeds": [0], "inference": ["own"], "sets": ["plain"]}
@@ -51,19 +51,9 @@ def test_a_vocabulary_that_16_bits_cannot_count_a_stop_and_a_report(tmp_path, mo
         tmp_path / "big.yaml", model=STUDY["model"] | {"backbone": {"source": source}}, parts={"few": few}
     )
     main(["study", "data", str(study_file), "--data", "data"])
-    step = LongContextQA.training_step
-
-    def stopped(self, batch, batch_idx):
-        if self.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, batch_idx)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(LongContextQA, "training_step", stopped)
+    with before_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         run = runner(study_file, tmp_path / "data", tmp_path)
         assert not run.run(run.chosen(["few"]), InProcess())
-    signal.signal(signal.SIGTERM, handler)
     assert not (tmp_path / "results.jsonl").exists()
     # The same in processes of their own, from the checkpoint on.
     main(
@@ -230,9 +220,7 @@ def test_bad_input_is_one_line_before_anything_runs(arguments, named, study_file
     line = {**read_lines(tiny_study.RESULTS)[0], "study": "another", "config": "0" * 12}
     (tmp_path / "others.jsonl").write_text(json.dumps(line) + "\n")
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(SystemExit, match="2"):
-        main(["study", "run", str(study_file), "--data", str(data), *arguments])
-    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lrsa: ")]
+    error = refusal(capfd, "study", "run", str(study_file), "--data", str(data), *arguments)
     assert named in error
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from multiprocessing.connection import Client, Listener
 
 import pytest
-from cli_helpers import DEBUG, elsewhere, interruptible, recorded_runs
+from cli_helpers import DEBUG, before_step, ctrl_c, elsewhere, interruptible, recorded_runs, refusal
 from helpers import refused
 from mlflow.tracking import MlflowClient
 
@@ -19,7 +18,6 @@ from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.main import main
 from lrsa_lit.experiments import jobs, sweep
 from lrsa_lit.experiments.settings_grid import parse, points
-from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import heartbeat
 
 __all__ = ["elsewhere"]
@@ -192,19 +190,10 @@ def test_one_that_fails_leaves_the_others_alone(end, said, fits, runs, capfd):
 @pytest.mark.slow
 def test_a_stopped_fit_goes_on_from_its_checkpoint_in_its_run(elsewhere, runs, monkeypatch, capfd):
     (point,) = points(parse(["model.lrsa.top_k=4"]), DEBUG, FitSettings())
-    handler, step = signal.getsignal(signal.SIGINT), LongContextQA.training_step
-
-    def interrupted(self, batch, batch_idx):
-        if self.global_step == 2:
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LongContextQA, "training_step", interrupted)
-        patch.setenv("MLFLOW_RUN_CONTEXT", json.dumps({sweep.POINT: point.digest}))
-        with pytest.raises(SystemExit):
-            main(["fit", *point.arguments])
-    signal.signal(signal.SIGINT, handler)
+    monkeypatch.setenv("MLFLOW_RUN_CONTEXT", json.dumps({sweep.POINT: point.digest}))
+    with before_step(2, ctrl_c), pytest.raises(SystemExit):
+        main(["fit", *point.arguments])
+    monkeypatch.delenv("MLFLOW_RUN_CONTEXT")
     stopped = runs()["tiny-L32-K4-s0"]
     assert stopped.info.status == "KILLED"
     # Of a run that died while it wrote.
@@ -270,11 +259,7 @@ def bad_inputs():
 
 @pytest.mark.parametrize(("arguments", "named"), [pytest.param(*case[1:], id=case[0]) for case in bad_inputs()])
 def test_bad_input_is_one_line_before_anything_runs(arguments, named, fits, elsewhere, capfd):
-    with pytest.raises(SystemExit) as stop:
-        main(["sweep", *DEBUG, *arguments])
-    assert stop.value.code == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if "INFO" not in line]
-    assert line.startswith("lrsa: error: ")
+    line = refusal(capfd, "sweep", *DEBUG, *arguments)
     for part in named:
         assert part in line
     assert not fits.ran
@@ -285,13 +270,3 @@ def test_values_are_yaml():
     assert parse(["a.b=1e-4,null,true,[1,2],{x: y}"]) == {"a.b": ["1e-4", "null", "true", "[1, 2]", '{"x": "y"}']}
     with refused("--grid"):
         parse([])
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys; from lrsa_lit.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
-    )
-    run = subprocess.run([sys.executable, "-c", code, "sweep", "--help"], capture_output=True, text=True, check=True)
-    assert "--grid KEY=V1,V2" in run.stdout
-    for module in ("torch", "transformers", "lightning", "mlflow"):
-        assert f"'{module}'" not in run.stdout

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from cli_helpers import DEBUG, recorded_runs
+from cli_helpers import DEBUG, before_step, recorded_runs
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
@@ -139,21 +139,16 @@ def records(elsewhere):
 
 def test_system_metrics_have_samples_and_the_thread_ends(elsewhere, monkeypatch):
     published = threading.Event()
-    publish, step = SystemMetricsMonitor.publish_metrics, LongContextQA.training_step
+    publish = SystemMetricsMonitor.publish_metrics
 
     def publishing(self, metrics):
         publish(self, metrics)
         published.set()
 
-    def waiting(self, batch, batch_idx):
-        if self.global_step == 1:
-            assert published.wait(60)
-        return step(self, batch, batch_idx)
-
     monkeypatch.setattr(SystemMetricsMonitor, "publish_metrics", publishing)
-    monkeypatch.setattr(LongContextQA, "training_step", waiting)
     callback = "[{class_path: lrsa_lit.tracking.SystemMetrics, init_args: {seconds: 0.2}}]"
-    main(["fit", *DEBUG, *QUIET, "--trainer.callbacks", callback, "--trainer.enable_checkpointing", "false"])
+    with before_step(1, lambda: published.wait(60)):
+        main(["fit", *DEBUG, *QUIET, "--trainer.callbacks", callback, "--trainer.enable_checkpointing", "false"])
     (run,) = recorded_runs(elsewhere / "runs/mlflow.db", "debug")
     assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
     assert "system/cpu_utilization_percentage" in run.data.metrics

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
-from cli_helpers import DEBUG, recorded_runs
+from cli_helpers import DEBUG, before_step, ctrl_c, recorded_runs
 from mlflow.tracking import MlflowClient
 
 from lrsa_lit.cli.main import main
@@ -20,27 +19,10 @@ def store(elsewhere):
     return elsewhere / "runs/mlflow.db"
 
 
-@pytest.fixture
-def stopped(monkeypatch):
+def stopped(*options):
     """Run a fit that gets Ctrl-C in its fourth step."""
-
-    def fit(*options):
-        handler, step = signal.getsignal(signal.SIGINT), LongContextQA.training_step
-
-        def interrupted(self, batch, batch_idx):
-            if self.global_step == 3:
-                raise KeyboardInterrupt
-            return step(self, batch, batch_idx)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(LongContextQA, "training_step", interrupted)
-            with pytest.raises(SystemExit) as stop:
-                main([*FIT, *options])
-        # Lightning ignores further Ctrl-C from here on.
-        signal.signal(signal.SIGINT, handler)
-        assert stop.value.code == 130
-
-    return fit
+    with before_step(3, ctrl_c), pytest.raises(SystemExit, match="130"):
+        main([*FIT, *options])
 
 
 def last(elsewhere):
@@ -52,7 +34,7 @@ def steps(store, run, name):
     return [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
 
 
-def test_one_run_with_contiguous_steps(elsewhere, store, stopped):
+def test_one_run_with_contiguous_steps(elsewhere, store):
     stopped()
     (run,) = recorded_runs(store, "debug")
     assert run.info.status == "KILLED"
@@ -75,7 +57,7 @@ def test_one_run_with_contiguous_steps(elsewhere, store, stopped):
     assert "top_k: 4" in recorded["config.resumed.yaml"]
 
 
-def test_a_run_that_went_on_is_left_alone(elsewhere, store, stopped):
+def test_a_run_that_went_on_is_left_alone(elsewhere, store):
     stopped()
     first = last(elsewhere)
     kept = elsewhere / "kept.ckpt"
@@ -88,7 +70,7 @@ def test_a_run_that_went_on_is_left_alone(elsewhere, store, stopped):
     assert len(steps(store, second, "train/loss")) == 3
 
 
-def test_a_run_of_another_store_becomes_a_new_one(elsewhere, store, stopped):
+def test_a_run_of_another_store_becomes_a_new_one(elsewhere, store):
     stopped()
     other = ["--trainer.logger.init_args.tracking_uri", f"sqlite:///{elsewhere}/other.db"]
     main([*FIT, *other, "--ckpt_path", last(elsewhere)])

@@ -15,13 +15,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from cli_helpers import DEBUG
+from cli_helpers import DEBUG, before_step
 from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from lrsa_lit.cli.main import main
-from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import delivery, logger
 
 
@@ -110,23 +109,6 @@ def line(server):
     line.cut()
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """Do something before a training step."""
-
-    def arrange(number, action):
-        step = LongContextQA.training_step
-
-        def acting(self, batch, batch_idx):
-            if self.global_step == number:
-                action()
-            return step(self, batch, batch_idx)
-
-        monkeypatch.setattr(LongContextQA, "training_step", acting)
-
-    return arrange
-
-
 def runs_of(uri, experiment):
     client = MlflowClient(uri)
     return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
@@ -186,9 +168,8 @@ def test_what_is_no_tracking_server(capfd, tmp_path):
     assert f"http://127.0.0.1:{other.server_port} does not answer" in capfd.readouterr().err
 
 
-def test_a_server_that_dies_does_not_stop_the_training(line, server, at_step, monkeypatch, caplog, elsewhere):
-    at_step(2, line.cut)
-    with monkeypatch.context() as patch:
+def test_a_server_that_dies_does_not_stop_the_training(line, server, monkeypatch, caplog, elsewhere):
+    with before_step(2, line.cut), monkeypatch.context() as patch:
         patch.setattr(logger, "_SAVE_SECONDS", 0.2)
         patch.setattr(logger, "_FLUSH_SECONDS", 1.0)
         fit("cut", line.uri, "--validate_first", "false")
@@ -212,7 +193,7 @@ def test_a_server_that_dies_does_not_stop_the_training(line, server, at_step, mo
     assert sorted(metric.step for metric in history) == [0, 1, 2, 3]
 
 
-def test_a_server_that_comes_back_misses_nothing(line, server, at_step, monkeypatch, caplog):
+def test_a_server_that_comes_back_misses_nothing(line, server, monkeypatch, caplog):
     noticed = threading.Event()
     late = delivery.reason
 
@@ -221,9 +202,8 @@ def test_a_server_that_comes_back_misses_nothing(line, server, at_step, monkeypa
         return late(error)
 
     monkeypatch.setattr(delivery, "reason", noticing)
-    at_step(1, line.cut)
-    at_step(3, lambda: (noticed.wait(60), line.mend()))
-    fit("mended", line.uri, "--validate_first", "false")
+    with before_step(1, line.cut), before_step(3, lambda: (noticed.wait(60), line.mend())):
+        fit("mended", line.uri, "--validate_first", "false")
     (run,) = runs_of(server, "mended")
     assert run.info.status == "FINISHED"
     history = MlflowClient(server).get_metric_history(run.info.run_id, "train/loss")

@@ -107,6 +107,8 @@ class LRSACLI(OpenCLI):
     def before_instantiate_classes(self) -> None:
         """Check what a run reads and writes before anything is loaded."""
         check_classes("", self.config[str(self.subcommand)].as_dict(), _KINDS, _SLOTS, LongContextQA)
+        if self.asked("model.lrsa") is None:
+            raise UserError("model.lrsa", "null", hint="set model.train_attention to null for dense training")
         trainer = self.asked("trainer")
         preflight.check_intervals(trainer)
         preflight.check_amounts(str(self.subcommand), trainer)

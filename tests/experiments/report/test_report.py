@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from cli_helpers import refusal
 from experiments.report.lines import evaluation, evaluations, scores, study_of
 from experiments.tiny_study import STUDY
 from helpers import one_line
@@ -99,18 +100,15 @@ def test_a_part_of_losses_has_tables_of_losses_and_no_losses_count_twice(tmp_pat
 def test_a_store_without_results_of_the_study_is_refused(study_file, tmp_path, capsys):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     MlflowClient(uri).create_experiment("any")
-    with pytest.raises(SystemExit, match="2"):
-        main(["study", "report", uri, "--study", str(study_file), "--to", str(tmp_path / "report")])
-    assert "has no results of the study tiny-study" in capsys.readouterr().err
+    error = refusal(capsys, "study", "report", uri, "--study", str(study_file), "--to", str(tmp_path / "report"))
+    assert "has no results of the study tiny-study" in error
     assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(("name", "said"), [("none.jsonl", "no such file"), ("empty.jsonl", "it holds no results")])
 def test_no_results_no_report(name, said, study_file, tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(SystemExit, match="2"):
-        main(["study", "report", str(tmp_path / name), "--study", str(study_file)])
-    assert f"{name}: {said}" in capsys.readouterr().err
+    assert f"{name}: {said}" in refusal(capsys, "study", "report", str(tmp_path / name), "--study", str(study_file))
 
 
 def test_results_have_the_names_of_today(study_file, results, tmp_path):
