@@ -1,7 +1,5 @@
 """A text, questions about it, and their prompts."""
 
-from __future__ import annotations
-
 from lrsa_lit.data.prompts import encode
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.models.tiny import tiny_tokenizer

@@ -1,7 +1,5 @@
 """The MLflow UI of ``lrsa ui`` in headless Chromium."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Chat templates with the traits of well-known models', over the special tokens of the tiny tokenizer."""
 
-from __future__ import annotations
-
 LLAMA3 = (
     "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
     "{{- 'system\n\nToday: ' + date_string + '<|im_end|>' }}"

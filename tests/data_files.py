@@ -1,7 +1,5 @@
 """A small file, or several, for each data set that reads some: the arguments that name them, by class."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

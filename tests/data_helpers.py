@@ -1,7 +1,5 @@
 """What the tests of data modules share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

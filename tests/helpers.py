@@ -9,6 +9,8 @@ Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, S 
 import contextlib
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,6 +198,13 @@ def random_qkv(
 def boundaries(lengths: Sequence[int]) -> Tensor:
     """int32 (N + 1,) cumulative lengths."""
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after some code."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
 
 
 def one_line(error: BaseException) -> str:

@@ -1,7 +1,5 @@
 """The worked examples of docs/extending.md as the files that its readers write."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A server that has imported the package forks them: importing takes each of them longer than what it is there for.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket

@@ -1,7 +1,5 @@
 """A model that says what a test wants to hear, by its weights: every way to generate goes through it."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

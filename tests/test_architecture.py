@@ -3,19 +3,15 @@
 Files are of a size that can be read, each has a name of its own, and the package itself costs next to nothing.
 """
 
-from __future__ import annotations
-
 import ast
 import collections
 import graphlib
-import json
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import modules_after
 
 import lrsa_lit
 
@@ -127,13 +123,6 @@ def test_files_can_be_read_at_one_sitting():
         if count > (450 if path.parent.name in ("triton", "gluon") else 400)
     }
     assert statistics.median(lines.values()) <= 130
-
-
-def modules_after(code):
-    """The modules that a fresh interpreter has loaded after some code."""
-    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout))
 
 
 def test_importing_the_package_costs_next_to_nothing():

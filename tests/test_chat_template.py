@@ -1,7 +1,5 @@
 """Rendering by a model's chat template, and its arguments."""
 
-from __future__ import annotations
-
 import pytest
 from chat_templates import LLAMA3, QWEN3, SMOLLM3, TEMPLATES, with_template
 from helpers import refused

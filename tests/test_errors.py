@@ -1,7 +1,5 @@
 """A user error is one line, made of what is wrong, what was given and what is allowed."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 

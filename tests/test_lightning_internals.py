@@ -1,7 +1,5 @@
 """What is private to Lightning is used in one file alone, and the installed Lightning has it."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Files of packages, of the project and of the user."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Classes of one's own: known once their module is named or their package installed; nothing else imports them."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

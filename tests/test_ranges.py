@@ -1,7 +1,5 @@
 """Versions: both ends of what pyproject.toml admits are pinned, and an environment made for an end has that end."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

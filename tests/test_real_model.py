@@ -1,7 +1,5 @@
 """The default model and data, end to end. Slow: a minute or two on two cores."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkpoints of the sharded strategy, written by one process."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter

@@ -1,7 +1,5 @@
 """What files and stores have in them reaches the terminal as it is, and harmless."""
 
-from __future__ import annotations
-
 import io
 import logging
 

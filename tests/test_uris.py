@@ -1,7 +1,5 @@
 """Addresses of stores: paths that URIs have to escape, and users with passwords that stay in the environment."""
 
-from __future__ import annotations
-
 import string
 from pathlib import Path
 

@@ -1,9 +1,6 @@
 """Sealed folders: any change is noticed, and what is built appears whole or not at all."""
 
-from __future__ import annotations
-
 import os
-import signal
 import stat
 
 import pytest
@@ -11,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrsa_lit import verified
-from lrsa_lit.io import PARTIAL, partial_folder
 
 
 def fill(folder):
@@ -119,24 +115,3 @@ def test_a_failure_leaves_what_was_there(folder):
         verified.build(folder, full)
     assert (folder / "config.json").read_text() == "[]"
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
-
-
-def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    told, tell = os.pipe()
-    if not (child := os.fork()):
-        with partial_folder(tmp_path / "one") as partial:
-            (partial / "half").touch()
-            os.write(tell, b"!")
-            signal.pause()
-        os._exit(0)
-    os.read(told, 1)
-    (partial,) = tmp_path.iterdir()
-    (tmp_path / f".mine{PARTIAL}").mkdir()
-
-    with partial_folder(tmp_path / "other"):
-        assert (partial / "half").exists()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with partial_folder(tmp_path / "other"):
-        assert not partial.exists()
-    assert [path.name for path in tmp_path.iterdir()] == [f".mine{PARTIAL}"]

@@ -1,7 +1,5 @@
 """A YAML file is a mapping of settings of a sane size, or refused with its name in one line."""
 
-from __future__ import annotations
-
 import pytest
 from helpers import one_line
 

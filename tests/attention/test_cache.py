@@ -54,13 +54,6 @@ def test_the_cache_is_taken_under_the_name_that_transformers_has_now(by_place, m
     assert cache.stored_tokens() == [stored_size(70, rule.rule)] * 3
 
 
-@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
-def test_any_split_of_other_chunks(sizes, tiny, tokens, rule):
-    config, ids = rule.replace(chunk_size=12), tokens(2, 90)
-    model = enable(tiny("Llama"), config)
-    close(feed(model, LRSACache(config, 3), ids, sizes), model(ids, use_cache=False).logits)
-
-
 def test_dense_layers_hold_everything(tiny, tokens, rule):
     config, ids = rule.replace(dense_layers=(1,)), tokens(2, 90)
     model, cache = enable(tiny("Llama"), config), LRSACache(config, 3)

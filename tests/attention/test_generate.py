@@ -99,27 +99,19 @@ def test_chunked_prefill_changes_nothing(model, tokens, rule):
     assert ours.equal(greedy(model, ids))
 
 
-def test_a_second_turn_continues_on_the_same_cache(model, tokens, rule):
-    cache = LRSACache(rule, 3)
-    first = model.generate(tokens(1, 30), past_key_values=cache, **GREEDY)
-    seen = cache.get_seq_length()
-    assert seen == 30 + NEW - 1
-    turn = torch.cat([first, tokens(1, 12, seed=1)], dim=1)
-    second = model.generate(turn, past_key_values=cache, **GREEDY)
-    assert second.equal(greedy(model, turn))
-    assert cache.stored_tokens() == [stored_size(second.shape[1] - 1, rule.rule)] * 3
-
-
-def test_a_second_turn_of_padded_rows(model, tokens, rule):
-    cache, lengths = LRSACache(rule, 3), [30, 11]
-    prompts = left_padded(tokens, lengths)
+@pytest.mark.parametrize("lengths", [[30], [30, 11]], ids=["one-row", "padded-rows"])
+def test_a_second_turn_continues_on_the_same_cache(lengths, model, tokens, rule):
+    cache, prompts = LRSACache(rule, 3), left_padded(tokens, lengths)
     first = model.generate(**prompts, past_key_values=cache, **GREEDY)
-    turn = torch.cat([first, tokens(2, 12, seed=1)], dim=1)
+    assert cache.get_seq_length() == 30 + NEW - 1
+    turn = torch.cat([first, tokens(len(lengths), 12, seed=1)], dim=1)
     mask = torch.ones_like(turn)
     mask[:, :30] = prompts["attention_mask"]
     second = model.generate(turn, attention_mask=mask, past_key_values=cache, **GREEDY)
     for row, length in enumerate(lengths):
         assert second[row, None, 30 - length :].equal(greedy(model, turn[row, None, 30 - length :]))
+    stored = sum(stored_size(second.shape[1] - 1 - 30 + length, rule.rule) for length in lengths)
+    assert cache.stored_tokens() == [stored] * 3
 
 
 def test_dense_layers_generate_too(tiny, tokens, rule):

@@ -11,17 +11,19 @@ from lrsa_lit.attention.layout import read_layout, restarting_positions
 
 LENGTHS = [70, 5, 41, 1]
 PADDED = 75
-FAMILIES = ["Llama", "GPTNeoX", "SmolLM3"]
+MODELS = {
+    "Llama": ("Llama", ()),
+    "GPTNeoX": ("GPTNeoX", ()),
+    "SmolLM3": ("SmolLM3", ()),
+    "one-dense": ("Llama", (1,)),
+    "all-dense": ("Llama", (0, 1, 2)),
+}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def model(request, tiny, rule):
-    return enable(tiny(request.param), rule)
-
-
-@pytest.fixture(scope="module", params=[(), (1,), (0, 1, 2)], ids=["sparse", "one-dense", "all-dense"])
-def mixed(request, tiny, rule):
-    return enable(tiny("Llama"), rule.replace(dense_layers=request.param))
+    family, dense_layers = request.param
+    return enable(tiny(family), rule.replace(dense_layers=dense_layers))
 
 
 @pytest.fixture(scope="module")
@@ -51,33 +53,15 @@ def assert_rows(logits, starts, expected):
     assert logits.isfinite().all()
 
 
-def check_padding(model, sequences, side, **options):
-    ids, mask, starts = pad(sequences, side)
-    expected = alone(model, sequences)
-    assert_rows(model(ids, attention_mask=mask, **options).logits, starts, expected)
-    ids[mask == 0] = 33
-    assert_rows(model(ids, attention_mask=mask, **options).logits, starts, expected)
-
-
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "dynamic-cache"])
 @torch.no_grad()
 def test_padded_rows_get_what_each_gets_alone_from_a_mask_only(model, sequences, side, use_cache):
-    check_padding(model, sequences, side, use_cache=use_cache)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
-def test_padded_rows_with_dense_layers(mixed, sequences, side):
-    check_padding(mixed, sequences, side, use_cache=False)
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32], ids=str)
-@torch.no_grad()
-def test_the_masks_dtype_does_not_matter(dtype, model, sequences):
-    ids, mask, starts = pad(sequences, "left")
-    logits = model(ids, attention_mask=mask.to(dtype), use_cache=False).logits
-    assert_rows(logits, starts, alone(model, sequences))
+    ids, mask, starts = pad(sequences, side)
+    expected = alone(model, sequences)
+    for pads in (0, 33):
+        ids[mask == 0] = pads
+        assert_rows(model(ids, attention_mask=mask, use_cache=use_cache).logits, starts, expected)
 
 
 @torch.no_grad()
@@ -155,13 +139,6 @@ def test_cu_seq_lens_separate_packed_sequences(model, sequences, positions):
 
 
 @torch.no_grad()
-def test_packing_with_dense_layers(mixed, sequences):
-    ids, positions, boundaries = pack(sequences)
-    logits = mixed(ids, position_ids=positions, use_cache=False).logits
-    assert_packed(logits, boundaries, alone(mixed, sequences))
-
-
-@torch.no_grad()
 def test_packed_rows_of_a_padded_batch(model, sequences):
     rows = [sequences[:2], sequences[2:]]
     packed = [pack(row) for row in rows]
@@ -205,10 +182,7 @@ def mask_of(rows):
 REFUSED = {
     "hole": (mask_of([[1] * 12, [1, 1, 0, 1] * 3]), None),
     "hole-between-pads": (mask_of([[0, 1, 0, 1] + [0] * 8, [1] * 12]), None),
-    "4d-mask": (
-        {"attention_mask": torch.zeros(2, 1, 12, 12)},
-        (2, 1, 12, 12),
-    ),
+    "4d-mask": ({"attention_mask": torch.zeros(2, 1, 12, 12)}, (2, 1, 12, 12)),
     "short-mask": (mask_of([[1] * 11] * 2), (2, 11)),
     "long-mask": (mask_of([[1] * 13] * 2), (2, 13)),
     "one-row-mask": (mask_of([[1] * 11 + [0]]), (1, 12)),

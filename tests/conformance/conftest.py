@@ -4,8 +4,6 @@
 ``--init-args '{MyData: {source: my.jsonl}}'`` gives the arguments that they cannot do without.
 """
 
-from __future__ import annotations
-
 import atexit
 import copy
 import functools

@@ -1,7 +1,5 @@
 """A compressor keeps of a sequence what it keeps alone, whatever stands beside it and however it comes in."""
 
-from __future__ import annotations
-
 import itertools
 import json
 
@@ -15,13 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lrsa_lit.attention import LRSACache, LRSAConfig, cache_argument, enable
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import (
-    Compressor,
-    LagRelative,
-    Partitions,
-    Selector,
-    sparse_attention,
-)
+from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Partitions, Selector, sparse_attention
 
 LENGTHS = [1, 60, 0, 19, 41]
 SPLITS = {"at once": [70], "odd": [1, 17, 1, 30, 21], "token by token": [50] + [1] * 20}

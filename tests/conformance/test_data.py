@@ -1,7 +1,5 @@
 """A data set has valid records in splits that share none, shows all of each, and knows when its examples are old."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,6 +1,5 @@
 import contextlib
 import logging
-import os
 import resource
 import subprocess
 import sys
@@ -129,16 +128,6 @@ def test_damage_is_noticed_and_mended(tmp_path: Path, caplog: pytest.LogCaptureF
     rows, report = token_cache.load(folder)
     assert (len(rows), report, rows[0]["input_ids"]) == (3, Counter(kept=3), [5, 6, 7])
     assert [each.name for each in tmp_path.iterdir()] == ["train"]
-
-
-def test_files_have_the_mode_of_the_umask(tmp_path: Path):
-    before = os.umask(0o027)
-    try:
-        token_cache.build(tmp_path / "train", [EXAMPLE], Counter())
-    finally:
-        os.umask(before)
-    assert (tmp_path / "train").stat().st_mode & 0o777 == 0o750
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "train").iterdir()} == {0o640}
 
 
 def test_what_a_killed_build_has_left_is_removed(tmp_path: Path):

@@ -52,11 +52,7 @@ def test_questions_about_one_text_are_one_draw():
     texts = rng.integers(0, 2, 30).astype(float)
     groups = np.repeat(np.arange(30), 10)
     scores = texts[groups][None]
-    alone, grouped, single = (
-        statistics.mean(scores),
-        statistics.mean(scores, groups),
-        statistics.mean(texts[None]),
-    )
+    alone, grouped, single = statistics.mean(scores), statistics.mean(scores, groups), statistics.mean(texts[None])
     assert grouped.value == alone.value
     assert grouped[1:] == pytest.approx(single[1:])
     assert grouped.high - grouped.low > 2.5 * (alone.high - alone.low)

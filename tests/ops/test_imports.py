@@ -1,16 +1,7 @@
 """What importing the operator brings along, seen from a fresh interpreter."""
 
-import subprocess
-import sys
-
 import pytest
-
-
-def modules_after(code: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded after ``code``."""
-    script = f"{code}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+from helpers import modules_after
 
 
 @pytest.fixture(scope="module")

@@ -63,38 +63,20 @@ RULE = Rule(sink_size=3, lag_size=8, top_k=3)
 FIRST = RULE.first_compression
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 11, FIRST - 1, FIRST, FIRST + 1, FIRST + 2, FIRST + 8, FIRST + 9, 67])
-def test_lengths_on_and_around_each_boundary(length):
-    check(RULE, {"length": length})
-
-
-@pytest.mark.parametrize("chunk", [8, 4, 1, 16, 12, 5], ids=["L", "L/2", "1", "2L", "1.5L", "5"])
-@pytest.mark.parametrize("top_k", [0, 1, 8], ids=["K=0", "K=1", "K=L"])
-def test_chunks_and_kept_counts(chunk, top_k):
-    check(RULE.replace(chunk_size=chunk, top_k=top_k), {"length": 63})
-
-
-@pytest.mark.parametrize(("heads", "group"), [(1, 1), (1, 4), (4, 1), (3, 2)])
-def test_head_groups(heads, group):
-    check(RULE, {"length": 53, "heads": heads, "group": group})
-
-
-@pytest.mark.parametrize("dim", [2, 3, 7, 17])
-def test_head_sizes(dim):
-    check(RULE, {"length": 53, "dim": dim})
-
-
-@pytest.mark.parametrize("sink", [0, 1, 50])
-def test_sink_sizes(sink):
-    check(RULE.replace(sink_size=sink), {"length": sink + 47})
-
-
-@pytest.mark.parametrize("queries", [1, 2, 7, 30, 52])
-def test_fewer_queries_than_keys_are_the_last_ones(queries):
-    check(RULE, {"length": 53, "queries": queries})
-    query, key, value = random_qkv(53)
-    whole = sparse_attention(query, key, value, RULE)
-    torch.testing.assert_close(sparse_attention(query[:, :, -queries:], key, value, RULE), whole[:, :, -queries:])
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        *(({}, {"length": n}) for n in (1, 2, 3, 4, 11, 67, *(FIRST + m for m in (-1, 0, 1, 2, 8, 9)))),
+        *(({"chunk_size": n, "top_k": k}, {"length": 63}) for n in (8, 4, 1, 16, 12, 5) for k in (0, 1, 8)),
+        *(({}, {"length": 53, "heads": n, "group": group}) for n, group in ((1, 1), (1, 4), (4, 1), (3, 2))),
+        *(({}, {"length": 53, "dim": n}) for n in (2, 3, 7, 17)),
+        *(({"sink_size": n}, {"length": n + 47}) for n in (0, 1, 50)),
+        *(({}, {"length": 53, "queries": n}) for n in (1, 2, 7, 30, 52)),
+    ],
+    ids=str,
+)
+def test_the_ends_of_the_ranges(changes, sizes):
+    check(RULE.replace(**changes), sizes)
 
 
 @pytest.mark.parametrize("change", ["equal-keys", "equal-tokens", "huge-keys", "shifted-keys", "constant-channel"])
@@ -117,13 +99,6 @@ def test_odd_keys_and_values(change):
 @pytest.mark.parametrize("scale", [0.05, 1.0, 0.0])
 def test_the_scale_multiplies_the_scores(scale):
     check(RULE, {"length": 40}, scale=scale)
-
-
-@pytest.mark.parametrize("compressor", [LagRelative(), MeanPool()], ids=lambda c: type(c).__name__)
-def test_gradcheck(compressor):
-    rule = Rule(1, 3, 2, compressor=compressor)
-    tensors = random_qkv(14, heads=1, group=2, dim=2, grad=True)
-    assert torch.autograd.gradcheck(lambda q, k, v: sparse_attention(q, k, v, rule), tensors)
 
 
 def test_a_synthesizer_hands_gradient_to_every_pooled_token_that_no_raw_range_holds():
@@ -159,22 +134,6 @@ def test_keeping_all_is_dense_attention_and_keeping_fewer_is_not(chunk):
         gap = (sparse - dense(query, key, value)).abs().amax(dim=(0, 1, 3))
         assert (gap[:FIRST] < 1e-12).all()
         assert (gap[FIRST + 8 :] > 1e-3).float().mean() > 0.9, "most later queries must lose something"
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 6])
-def test_every_chunk_that_divides_the_lag_gives_the_same_bits(chunk):
-    rule = Rule(3, 12, 4)
-    tensors = random_qkv(111)
-    assert sparse_attention(*tensors, rule.replace(chunk_size=chunk)).equal(sparse_attention(*tensors, rule))
-    assert not sparse_attention(*tensors, rule.replace(chunk_size=24)).equal(sparse_attention(*tensors, rule))
-
-
-def test_rows_of_a_batch_do_not_meet():
-    query, key, value = random_qkv(70, batch=3)
-    together = sparse_attention(query, key, value, RULE)
-    for row in range(3):
-        alone = sparse_attention(*(tensor[row : row + 1] for tensor in (query, key, value)), RULE)
-        torch.testing.assert_close(together[row : row + 1], alone)
 
 
 def test_the_last_partitions_of_the_future_do_not_reach_back():

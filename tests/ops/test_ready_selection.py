@@ -9,26 +9,16 @@ from helpers import boundaries, oracle_attention, random_qkv, refused
 from lrsa_lit.ops.sparse_attention import Recency, Rule, Selection, select, sparse_attention
 
 RULE = Rule(sink_size=2, lag_size=8, top_k=3)
-PACKINGS = [None, [60], [10, 50], [1, 5, 0, 40, 14]]
 
 
-@pytest.mark.parametrize("lengths", PACKINGS, ids=str)
-def test_a_ready_selection_gives_the_same_bits(lengths):
+@pytest.mark.parametrize("rule", [RULE, RULE.replace(compressor=Recency())], ids=["its-own", "another-rule's"])
+@pytest.mark.parametrize("lengths", [None, [60], [10, 50], [1, 5, 0, 40, 14]], ids=str)
+def test_a_ready_selection_gives_the_bits_of_the_rule_that_selected(lengths, rule):
     query, key, value = random_qkv(60)
     packed = {} if lengths is None else {"cu_seqlens": boundaries(lengths)}
-    selection = select(key, value, RULE, **packed)
-    ours = sparse_attention(query, key, value, RULE, selection=selection, **packed)
-    assert ours.equal(sparse_attention(query, key, value, RULE, **packed))
-
-
-@pytest.mark.parametrize("lengths", PACKINGS, ids=str)
-def test_the_selection_of_another_rule_is_obeyed(lengths):
-    query, key, value = random_qkv(60)
-    packed = {} if lengths is None else {"cu_seqlens": boundaries(lengths)}
-    recent = RULE.replace(compressor=Recency())
-    ours = sparse_attention(query, key, value, RULE, selection=select(key, value, recent, **packed), **packed)
-    assert ours.equal(sparse_attention(query, key, value, recent, **packed))
-    assert not torch.allclose(ours, sparse_attention(query, key, value, RULE, **packed))
+    ours = sparse_attention(query, key, value, RULE, selection=select(key, value, rule, **packed), **packed)
+    assert ours.equal(sparse_attention(query, key, value, rule, **packed))
+    assert ours.equal(sparse_attention(query, key, value, RULE, **packed)) == (rule == RULE)
 
 
 def test_a_ready_selection_serves_fewer_queries_and_passes_gradient():
