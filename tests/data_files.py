@@ -58,6 +58,13 @@ def squad(folder: Path) -> dict[str, Any]:
     return {"source": str(path), "sha256": None}
 
 
+def _articles(folder: Path) -> dict[str, Any]:
+    """Ten articles that are longer than what is taken of them."""
+    path = folder / "squad.json"
+    path.write_text(json.dumps({"data": [article(f"Long_{n}", 2100) for n in range(10)]}))
+    return {"source": str(path), "sha256": None, "scored_from": 1000}
+
+
 def article(name: str, length: int) -> dict[str, Any]:
     """Three paragraphs; the second has two answerable questions and one that is not."""
     answers = [{"text": "Oslo", "answer_start": 0}, {"text": "in Oslo", "answer_start": 0}, {"text": "Oslo"}]
@@ -102,6 +109,7 @@ def _table(folder: Path) -> dict[str, Any]:
 
 
 FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "Articles": _articles,
     "HotpotQA": hotpotqa,
     "LongBench": longbench,
     "Mixture": _mixture,

@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from lrsa_lit.data import QADataModule
+from lrsa_lit.data import Articles, QADataModule
 from lrsa_lit.data.fingerprint import source_files
 from lrsa_lit.data.prompts import TooLong, render_passage
 from lrsa_lit.data.records import QARecord, check_record
@@ -59,7 +59,7 @@ def test_records_are_valid(records):
         for record in found:
             check_record(record)
             record.check_texts()
-            assert QARecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+            assert QARecord.from_dict(json.loads(json.dumps(asdict(record)))) == record
 
 
 def test_no_question_is_in_two_splits(records):
@@ -89,6 +89,8 @@ def test_evidence_is_where_the_spans_say(pairs):
 
 def test_nothing_is_cut(data, pairs):
     """RULER's lists of words replace that of their record by as long a one as fits; tests/data has more about them."""
+    if isinstance(data, Articles):
+        pytest.skip("its examples are the beginnings of texts")
     assert pairs
     for record, example in pairs:
         ids, length = example["input_ids"], example["prompt_length"]

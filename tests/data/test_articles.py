@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lrsa_lit.data.articles import Articles
+from lrsa_lit.data import Articles
 from lrsa_lit.data.prompts import TooLong
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_tokenizer

@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 import lrsa_lit.data
 from lrsa_lit.data import QADataModule
-from lrsa_lit.data.curriculum import Stage
+from lrsa_lit.data.plan import Stage
 from lrsa_lit.data.policies import FixedSize, Packed
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
@@ -17,8 +17,9 @@ def test_a_shipped_config_builds_its_data_set(path: Path):
     parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(QADataModule, "data")
-    # Answers of some data sets are longer than most.
+    # Answers of some data sets are longer than most, and texts have none.
     parser.add_argument("--model.max_new_tokens", type=int)
+    parser.add_argument("--model.generate_answers", type=bool)
     parsed = parser.parse_args(["--config", str(path), "--data.init_args.batch_size=2"])
     data = parser.instantiate_classes(parsed).data
     assert parsed.data.class_path.startswith("lrsa_lit.data.")
@@ -39,7 +40,7 @@ def test_how_to_batch_is_yaml(tmp_path: Path):
         "data: {init_args: {packing: {tokens: 8192}, curriculum: [{max_tokens: 2048, until_step: 200}, "
         "{max_tokens: 4096}]}}\n"
     )
-    given = ["--config", str(CONFIGS[0]), "--config", str(tmp_path / "batches.yaml")]
+    given = ["--config", str(CONFIGS[0].with_name("files.yaml")), "--config", str(tmp_path / "batches.yaml")]
     data = parser.instantiate_classes(parser.parse_args([*given, "--data.init_args.packing.tokens=9000"])).data
     assert data.packing == Packed(9000)
     assert data.curriculum == [Stage(2048, 200), Stage(4096)]

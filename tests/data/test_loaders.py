@@ -13,9 +13,9 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.collate import IGNORE_INDEX
-from lrsa_lit.data.curriculum import Stage
 from lrsa_lit.data.loaders import TrainerSettings
 from lrsa_lit.data.module import Split
+from lrsa_lit.data.plan import Stage
 from lrsa_lit.data.policies import Packed
 
 LONGEST = BARE + max(LENGTHS["train"])

@@ -9,11 +9,9 @@ from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrsa_lit.data.batching import best_fit_decreasing
-from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages, segments
 from lrsa_lit.data.order import Mixed, Order, Shuffled
-from lrsa_lit.data.plan import EpochPlan
-from lrsa_lit.data.policies import FixedSize, Packed, Policy, checked_policy
+from lrsa_lit.data.plan import EpochPlan, Stage, check_lengths, check_stages, segments
+from lrsa_lit.data.policies import FixedSize, Packed, Policy, best_fit_decreasing, checked_policy
 from lrsa_lit.data.sampler import EpochSampler
 
 BUDGET = 40
@@ -55,7 +53,7 @@ def test_ranks_get_as_many_batches_and_share_nothing(lengths: list[int], policy:
     if len(lengths) < ranks:
         return
     plan = made(lengths, policy, ranks)
-    own = [EpochSampler(plan, 0, rank, ranks).batches(epoch) for rank in range(ranks)]
+    own = [EpochSampler(plan, 0, rank).batches(epoch) for rank in range(ranks)]
     assert {len(batches) for batches in own} == {len(plan) // ranks}
     seen = [position for batches in own for position in flat(batches)]
     assert len(seen) == len(set(seen)) > len(lengths) - ranks
@@ -101,6 +99,7 @@ def test_grouping_puts_similar_lengths_into_a_batch_and_a_step():
 
 def test_padding_is_the_share_of_tokens_that_are_none():
     assert FixedSize(2).padding([[0, 1], [2]], [1, 3, 5]) == pytest.approx(1 - 9 / 11)
+    assert FixedSize(2, to_longest=True).padding([[0, 1], [2]], [1, 3, 65]) == pytest.approx(1 - 69 / (3 * 128))
     assert Packed(8).padding([[0, 1], [2]], [1, 3, 5]) == pytest.approx(1 - 9 / 16)
 
 

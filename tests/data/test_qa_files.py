@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ from helpers import refused
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
-from lrsa_lit.data.hub_fields import canonical
-from lrsa_lit.data.qa_files import QAFiles
+from lrsa_lit.data.qa_files import QAFiles, canonical
 from lrsa_lit.data.records import QARecord, read_records
 from lrsa_lit.errors import UserError
 
@@ -243,4 +243,4 @@ def test_shapes_that_other_data_sets_have():
 
 def test_canonical_rows_need_no_mapping():
     for record in read_records(SAMPLE):
-        assert QARecord.from_dict(canonical(record.to_dict(), {}, "unused")) == record
+        assert QARecord.from_dict(canonical(asdict(record), {}, "unused")) == record

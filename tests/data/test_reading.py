@@ -16,7 +16,7 @@ from pyarrow import parquet
 from lrsa_lit.data import LongBench, QAFiles, SquadArticles
 from lrsa_lit.data.hotpotqa import load_questions
 from lrsa_lit.data.module import Split
-from lrsa_lit.data.reading import parse_json, read_json, read_rows, read_table
+from lrsa_lit.data.reading import parse_json, read_json, read_lines, read_rows
 from lrsa_lit.data.records import Passage, QARecord, read_records
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_tokenizer
@@ -51,6 +51,7 @@ def of_squad(path: Path) -> list[object]:
 Reader = Callable[[Path], list[object]]
 READERS: list[tuple[Reader, str, object]] = [
     (of_files, "train.jsonl", GOOD),
+    (of_files, "train.json", [GOOD]),
     (of_folder, "train.jsonl", GOOD),
     (of_folder, "train.json", [GOOD]),
     (of_longbench, "train.jsonl", LONG),
@@ -206,7 +207,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path):
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path):
-    for read in (lambda path: list(read_table(path)), lambda path: read_json(path, list)):
+    for read in (lambda path: list(read_lines(path)), lambda path: read_json(path, list)):
         with refused(str(tmp_path / "x.json"), reason="cannot be read"):
             read(tmp_path / "x.json")
 

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def test_target_is_the_first_alternative_or_all_required_answers(record: QARecor
 
 
 def test_a_record_survives_json(record: QARecord):
-    assert QARecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert QARecord.from_dict(json.loads(json.dumps(asdict(record)))) == record
 
 
 def test_optional_fields_may_be_absent_or_null():
@@ -80,7 +80,7 @@ def test_a_broken_line_is_found(tmp_path: Path, broken: str | bytes, reason: str
 def test_parquet_reads_as_jsonl_does(tmp_path: Path):
     records = list(read_records(SAMPLE))
     path = tmp_path / "r.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist([record.to_dict() for record in records]), path)
+    parquet.write_table(pyarrow.Table.from_pylist([asdict(record) for record in records]), path)
     assert list(read_records(path)) == records
 
 

@@ -79,7 +79,7 @@ def test_the_same_order_can_be_kept():
 def test_a_state_of_other_batches_is_refused(other: Mapping[str, Any], difference: str):
     state = EpochSampler(plan(8, 2), seed=0).state_dict()
     options = {"examples": 8, "batch_size": 2, "ranks": 1, **other}
-    sampler = EpochSampler(plan(**options), seed=0, ranks=options["ranks"])
+    sampler = EpochSampler(plan(**options), seed=0)
     with refused("ckpt_path", reason=difference) as caught:
         sampler.load_state_dict(state)
     assert caught.value.reason.count(" was ") == 1

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrsa_lit.evaluation.answer_scores import exact_match, f1_score, normalize_answer, recall
-from lrsa_lit.evaluation.answers import scores
-from lrsa_lit.evaluation.qa_score import QAScore
+from lrsa_lit.evaluation.answers import QAScore, scores
 
 
 @pytest.mark.parametrize(

@@ -7,36 +7,26 @@ from typing import TYPE_CHECKING
 from lrsa_lit.lazy import lazily
 
 if TYPE_CHECKING:
-    from lrsa_lit.data.hotpotqa import HotpotQA
-    from lrsa_lit.data.longbench import LongBench
-    from lrsa_lit.data.mixture import Mixture
-    from lrsa_lit.data.module import QADataModule
-    from lrsa_lit.data.needle import Needles
-    from lrsa_lit.data.qa_files import QAFiles
-    from lrsa_lit.data.ruler import Ruler
-    from lrsa_lit.data.squad import SquadArticles
+    from lrsa_lit.data.articles import Articles as Articles
+    from lrsa_lit.data.hotpotqa import HotpotQA as HotpotQA
+    from lrsa_lit.data.longbench import LongBench as LongBench
+    from lrsa_lit.data.mixture import Mixture as Mixture
+    from lrsa_lit.data.module import QADataModule as QADataModule
+    from lrsa_lit.data.needle import Needles as Needles
+    from lrsa_lit.data.qa_files import QAFiles as QAFiles
+    from lrsa_lit.data.ruler import Ruler as Ruler
+    from lrsa_lit.data.squad import SquadArticles as SquadArticles
 
-__all__ = [
-    "HotpotQA",
-    "LongBench",
-    "Mixture",
-    "Needles",
-    "QADataModule",
-    "QAFiles",
-    "Ruler",
-    "SquadArticles",
-]
-
-__getattr__ = lazily(
-    __name__,
-    {
-        "HotpotQA": "lrsa_lit.data.hotpotqa",
-        "LongBench": "lrsa_lit.data.longbench",
-        "Mixture": "lrsa_lit.data.mixture",
-        "Needles": "lrsa_lit.data.needle",
-        "QADataModule": "lrsa_lit.data.module",
-        "QAFiles": "lrsa_lit.data.qa_files",
-        "Ruler": "lrsa_lit.data.ruler",
-        "SquadArticles": "lrsa_lit.data.squad",
-    },
-)
+_HOMES = {
+    "Articles": "articles",
+    "HotpotQA": "hotpotqa",
+    "LongBench": "longbench",
+    "Mixture": "mixture",
+    "Needles": "needle",
+    "QADataModule": "module",
+    "QAFiles": "qa_files",
+    "Ruler": "ruler",
+    "SquadArticles": "squad",
+}
+__all__ = list(_HOMES)
+__getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for name, module in _HOMES.items()})

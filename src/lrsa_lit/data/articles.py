@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lrsa_lit.data.module import Split
 from lrsa_lit.data.prompts import SEPARATOR, Example, TooLong, render_passage
 from lrsa_lit.data.records import QARecord
-from lrsa_lit.data.squad import SquadArticles, article_records
+from lrsa_lit.data.squad import SquadArticles
 from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
 
@@ -29,12 +30,12 @@ class Articles(SquadArticles):
         self.scored_from = scored_from
 
     def records(self, split: Split) -> list[QARecord]:
-        """One record for each article: its first question's."""
-        return [article_records(self._articles[position])[0] for position in self._splits[split]]
+        """One record for each article: its first question's, which no passage is evidence for."""
+        return [replace(article[0], supporting_titles=()) for article in self.articles(split)]
 
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The text alone; an article that is too short counts as one that does not fit."""
-        text = SEPARATOR.join(render_passage(passage) for passage in record.passages)
+        text = SEPARATOR.join(map(render_passage, record.passages))
         ids = encode_text(self.checked_tokenizer, text).ids
         if len(ids) < self.max_tokens:
             return TooLong(len(ids))

@@ -78,17 +78,12 @@ class Batch(TrainBatch):
 
 def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
     """Pad examples, at least one, into a batch to train on, of at least ``length`` columns."""
-    sequences = [token_ids(example) for example in examples]
-    answers = [answer_labels(ids, example["prompt_length"]) for ids, example in zip(sequences, examples, strict=True)]
-    labels = _pad(answers, IGNORE_INDEX, length=length)
-    return TrainBatch(
+    sequences = [_token_ids(example) for example in examples]
+    return _training_batch(
+        examples,
         input_ids=_pad(sequences, pad_token_id, length=length),
-        attention_mask=_pad([torch.ones_like(ids) for ids in sequences], 0, length=length),
-        labels=labels,
-        label_columns=predicting_columns(labels),
-        position_ids=None,
-        boundaries=None,
-        id=[example["id"] for example in examples],
+        attention_mask=_pad(list(map(torch.ones_like, sequences)), 0, length=length),
+        labels=_pad(list(map(_labels, examples, sequences)), IGNORE_INDEX, length=length),
     )
 
 
@@ -98,22 +93,13 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
     ``boundaries`` tells the attention where each starts, ``position_ids`` count from 0 in each, and no example's first
     token is learnt, as it would be predicted from the example before it.
     """
-    sequences = [token_ids(example) for example in examples]
-    lengths = [len(ids) for ids in sequences]
+    sequences = [_token_ids(example) for example in examples]
+    boundaries = [0, *accumulate(map(len, sequences))]
     row = torch.cat(sequences)[None]
-    answers = [answer_labels(ids, example["prompt_length"]) for ids, example in zip(sequences, examples, strict=True)]
-    for labels in answers:
-        labels[0] = IGNORE_INDEX
-    labels = torch.cat(answers)[None]
-    return TrainBatch(
-        input_ids=row,
-        attention_mask=torch.ones_like(row),
-        labels=labels,
-        label_columns=predicting_columns(labels),
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        boundaries=[0, *accumulate(lengths)],
-        id=[example["id"] for example in examples],
-    )
+    labels = torch.cat(list(map(_labels, examples, sequences)))[None]
+    labels[0, boundaries[:-1]] = IGNORE_INDEX
+    positions = torch.cat([torch.arange(len(ids)) for ids in sequences])[None]
+    return _training_batch(examples, row, torch.ones_like(row), labels, positions, boundaries)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -123,7 +109,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     return Batch(
         **training,
         prompt_ids=_pad(prompts, pad_token_id, side="left"),
-        prompt_mask=_pad([torch.ones_like(ids) for ids in prompts], 0, side="left"),
+        prompt_mask=_pad(list(map(torch.ones_like, prompts)), 0, side="left"),
         prompt_length=[example["prompt_length"] for example in examples],
         gold_spans=[_spans(example["gold_spans"]) for example in examples],
         answer_spans=[_spans(example["answer_spans"]) for example in examples],
@@ -151,22 +137,34 @@ def targets(batch: TrainBatch) -> Tensor:
     return batch["labels"][:, 1:][:, batch["label_columns"]]
 
 
-def token_ids(example: Example) -> Tensor:
-    """(T,) int64 tokens of an example."""
+def _training_batch(
+    examples: Sequence[Example],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    position_ids: Tensor | None = None,
+    boundaries: list[int] | None = None,
+) -> TrainBatch:
+    return TrainBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        label_columns=(labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0],
+        position_ids=position_ids,
+        boundaries=boundaries,
+        id=[example["id"] for example in examples],
+    )
+
+
+def _token_ids(example: Example) -> Tensor:
     # NumPy reads a list about twice as fast as PyTorch does.
     return torch.from_numpy(np.asarray(example["input_ids"], dtype=np.int64))
 
 
-def answer_labels(ids: Tensor, prompt_length: int) -> Tensor:
-    """(T,) int64: of an example's tokens the answer's, and -100 on the prompt."""
+def _labels(example: Example, ids: Tensor) -> Tensor:
     labels = ids.clone()
-    labels[:prompt_length] = IGNORE_INDEX
+    labels[: example["prompt_length"]] = IGNORE_INDEX
     return labels
-
-
-def predicting_columns(labels: Tensor) -> Tensor:
-    """(N,) columns whose logits some row of (B, T) labels is compared with: those before a label."""
-    return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
 
 
 def _pad(sequences: list[Tensor], value: int, side: str = "right", length: int = 0) -> Tensor:

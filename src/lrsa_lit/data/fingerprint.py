@@ -48,12 +48,13 @@ def source_files(module: str) -> list[Path]:
 
     Of this project's package they are those of records, prompts and data sets.
     """
-    if module.partition(".")[0] == __name__.partition(".")[0]:
+    top = module.partition(".")[0]
+    if top == __name__.partition(".")[0]:
         return [*Path(__file__).parent.rglob("*.py"), Path(chat_template.__file__), Path(answer_scores.__file__)]
     file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
-    package = sys.modules.get(module.partition(".")[0])
     if not file.is_file():
         return []
+    package = sys.modules.get(top)
     if hasattr(package, "__path__") and (init := getattr(package, "__file__", None)):
         return list(Path(init).parent.rglob("*.py"))
     # A package without an __init__.py may lie in several places: of those the module's own.
@@ -61,11 +62,7 @@ def source_files(module: str) -> list[Path]:
 
 
 def of_files(values: object) -> dict[str, str]:
-    """Size and SHA-256 of every file that parameters name: a path, a shipped file or one in an installed package.
-
-    Args:
-        values: strings, among anything else, in mappings and lists.
-    """
+    """Size and SHA-256 of every file that the strings in mappings and lists name, wherever :func:`resolve` finds it."""
     return {name: f"{path.stat().st_size} {sha256_of(path)}" for name, path in _files(values)}
 
 
@@ -83,7 +80,6 @@ def _of_contents(files: Iterable[Path]) -> str:
 
 
 def _files(values: object) -> Iterator[tuple[str, Path]]:
-    """The strings that name files, and these."""
     if isinstance(values, str):
         # It may be any text, and what is missing is for its reader to say.
         with contextlib.suppress(UserError):

@@ -23,12 +23,7 @@ _NUMBER = 999
 
 
 class ParagraphPool:
-    """Paragraphs to fill contexts with; what is learnt about one, its tokens or its words, is remembered.
-
-    Args:
-        passages: the paragraphs.
-        prompt: how the questions are put whose contexts are filled.
-    """
+    """Paragraphs to fill the contexts of a prompt with; what is learnt about one, its tokens or its words, is kept."""
 
     def __init__(self, passages: Sequence[Passage], prompt: Prompt = PROMPT) -> None:
         self.passages = passages
@@ -46,10 +41,7 @@ class ParagraphPool:
                 yield position
 
     def mentions(self, position: int, answers: Sequence[str]) -> bool:
-        """Whether a paragraph, title included, contains an answer as whole words, both normalised.
-
-        "yes" and "no" are answers that no paragraph gives away.
-        """
+        """Whether a paragraph or its title gives away an answer other than yes and no: whole words, normalised."""
         if position not in self._words:
             self._words[position] = f" {normalize_answer(render_passage(self.passages[position]))} "
         wanted = (normalize_answer(answer) for answer in answers)
@@ -74,18 +66,9 @@ class ParagraphPool:
     ) -> Example | TooLong:
         """The example of a record whose passages lie, in their order, at random places among paragraphs of the pool.
 
-        As many paragraphs are taken as fit; the final prompt is counted, and paragraphs leave it until it fits.
-
-        Args:
-            record: its passages are all kept.
-            allowed: which positions of the pool may be used.
-            rng: draws the paragraphs and the places.
-            tokenizer: as for :func:`~lrsa_lit.data.prompts.encode`.
-            max_tokens: budget of prompt and answer together.
-            first: positions to take before any other, as far as they fit; all paragraphs are then shuffled.
-
-        Returns:
-            The example, or :class:`TooLong` if the record's own passages exceed the budget.
+        As many paragraphs are taken as fit into ``max_tokens``, of those at ``allowed`` positions of the pool; the
+        final prompt is counted, and paragraphs leave it until it fits. The positions ``first`` are taken before any
+        other; all paragraphs are then shuffled. :class:`TooLong` if the record's own passages exceed the budget.
         """
         example = encode(record, tokenizer, max_tokens, self.prompt)
         if isinstance(example, TooLong):

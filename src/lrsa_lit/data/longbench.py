@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
 from lrsa_lit.data.prompts import PROMPT, Example, TooLong, encode, prompt_of
 from lrsa_lit.data.reading import check_row, read_lines
-from lrsa_lit.data.records import Passage, QARecord, check_name, records_of
+from lrsa_lit.data.records import Passage, QARecord, check_name, check_record, records_of
 from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import resolve
@@ -78,12 +78,12 @@ class LongBench(QADataModule):
             for record in records_of(read_lines(path), _record):
                 counts[path.stem] += 1
                 name = record.id or f"{path.stem}-{counts[path.stem]}"
-                named = replace(record, id=name, task=record.task or path.stem)
-                found = self.to_example(named) if self.truncate else None
+                record = replace(record, id=name, task=record.task or path.stem)
+                found = self.to_example(record) if self.truncate else None
                 if isinstance(found, TooLong):
-                    named = self._cut(named, found)
+                    record = self._cut(record, found)
                     self.report[split]["truncated"] += 1
-                yield named
+                yield record
 
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The example of a record, under the prompt of its ``dataset``."""
@@ -113,11 +113,7 @@ class LongBench(QADataModule):
 
 
 def _record(row: Mapping[str, Any]) -> QARecord:
-    """A row of LongBench's format as a record; its id and its task are empty where the row names none.
-
-    Raises:
-        UserError: a field is missing, unknown, of another type or empty, or LongBench scores such rows otherwise.
-    """
+    """A row of LongBench's format as a record; its id and its task are empty where the row names none."""
     check_row(row, REQUIRED, OPTIONAL)
     check_name("dataset", row.get("dataset") or "")
     _check_scored_by_f1(row)
@@ -125,9 +121,10 @@ def _record(row: Mapping[str, Any]) -> QARecord:
         raise UserError("context", reason="is empty")
     if not row["input"]:
         raise UserError("input", reason="is empty", allowed="a question")
-    named = {"id": row.get("_id") or "", "task": row.get("dataset") or ""}
-    passages = [{"title": "", "text": row["context"]}]
-    return QARecord.from_dict({**named, "passages": passages, "question": row["input"], "answers": row["answers"]})
+    passages, answers = (Passage("", row["context"]),), tuple(row["answers"])
+    record = QARecord(row.get("_id") or "", passages, row["input"], answers, task=row.get("dataset") or "")
+    check_record(record)
+    return record
 
 
 def _check_scored_by_f1(row: Mapping[str, Any]) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import inspect
 from functools import cached_property
+from typing import Any
 
 import datasets
-from transformers import PreTrainedTokenizerBase
 
 from lrsa_lit.data import fingerprint
-from lrsa_lit.data.curriculum import Stage
-from lrsa_lit.data.module import NOT_IN_KEY, SPLITS, QADataModule, Score, Split, at_least
+from lrsa_lit.data.module import BATCHED, SPLITS, QADataModule, Score, Split, at_least
 from lrsa_lit.data.order import Mixed, Order, shares
-from lrsa_lit.data.policies import Packed
 from lrsa_lit.errors import UserError
 
 
@@ -27,15 +25,8 @@ class Mixture(QADataModule):
         weights: the share of each, in any unit; 0 for one to evaluate on only.
         examples_per_epoch: how long an epoch is; null for as many as the data sets with a weight have together.
         evaluate_on: names of the data sets to validate and test on; null for all. A batch tells the name of each row.
-        tokenizer: the model's, handed on to all.
-        max_tokens: most tokens of one example, which no data set may exceed.
-        batch_size: see QADataModule.
-        eval_batch_size: see QADataModule.
-        num_workers: see QADataModule.
-        packing: see QADataModule.
-        group_by_length: see QADataModule.
-        curriculum: see QADataModule.
-        pad_to_longest: see QADataModule.
+        kwargs: tokenizer (handed on to all), max_tokens (which no data set may exceed), and what QADataModule has
+            about batches.
 
     Raises:
         UserError: a parameter is out of range, or one of a data set contradicts the mixture's.
@@ -47,34 +38,17 @@ class Mixture(QADataModule):
         weights: dict[str, float],
         examples_per_epoch: int | None = None,
         evaluate_on: list[str] | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        max_tokens: int = 1024,
-        batch_size: int = 1,
-        eval_batch_size: int = 1,
-        num_workers: int = 0,
-        packing: Packed | None = None,
-        group_by_length: bool = False,
-        curriculum: list[Stage] | None = None,
-        pad_to_longest: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            packing=packing,
-            group_by_length=group_by_length,
-            curriculum=curriculum,
-            pad_to_longest=pad_to_longest,
-        )
+        # Those two are each data set's own, so they are no parameters of a mixture.
+        super().__init__(seed=0, limit=None, **kwargs)
         self.data_sets = data_sets
         self.weights = weights
         self.examples_per_epoch = examples_per_epoch
         self.evaluate_on = list(data_sets) if evaluate_on is None else evaluate_on
         self._check()
         for data_set in data_sets.values():
-            data_set.tokenizer = tokenizer
+            data_set.tokenizer = self.tokenizer
         self._counts: list[int] = []
 
     @cached_property
@@ -161,7 +135,7 @@ class Mixture(QADataModule):
         if self.weights[name] and "train" not in data_set.splits():
             raise UserError(f"weights.{name}", self.weights[name], "0, as it has no training split")
         defaults = inspect.signature(QADataModule.__init__).parameters
-        for setting in sorted(NOT_IN_KEY & defaults.keys() - {"self", "tokenizer"}):
+        for setting in sorted(BATCHED):
             value = getattr(data_set, setting) or defaults[setting].default
             if value != defaults[setting].default:
                 raise UserError(f"{key}.{setting}", value, f"set for the mixture only, as {setting}")

@@ -24,12 +24,11 @@ from transformers import PreTrainedTokenizerBase
 from lrsa_lit.bounds import is_integer
 from lrsa_lit.data import fingerprint, token_cache
 from lrsa_lit.data.collate import Batch, groups_of
-from lrsa_lit.data.curriculum import Stage, check_lengths, check_stages
 from lrsa_lit.data.loaders import TrainerSettings, evaluation_loader, training_loader
 from lrsa_lit.data.order import Order, Shuffled
-from lrsa_lit.data.plan import EpochPlan
+from lrsa_lit.data.plan import EpochPlan, Stage, check_lengths, check_stages
 from lrsa_lit.data.policies import Packed, checked_policy
-from lrsa_lit.data.prompts import Example, TooLong, checked, encode
+from lrsa_lit.data.prompts import Example, TooLong, encode
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.sampler import ResumableLoader
 from lrsa_lit.data.split_facts import SplitFacts, facts_by_source
@@ -42,27 +41,10 @@ Split: TypeAlias = Literal["train", "val", "test"]
 Score: TypeAlias = Literal["f1", "recall"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-_GROUPING = ("source", "task")
 _log = logging.getLogger("lrsa_lit.data")
-_STAGES: dict[str, tuple[Split, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    "predict": ("test",),
-}
+_STAGES: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}
 # These decide how examples are handed out, not which examples there are.
-NOT_IN_KEY = {
-    "self",
-    "kwargs",
-    "tokenizer",
-    "batch_size",
-    "eval_batch_size",
-    "num_workers",
-    "packing",
-    "group_by_length",
-    "curriculum",
-    "pad_to_longest",
-}
+BATCHED = {"batch_size", "eval_batch_size", "num_workers", "packing", "group_by_length", "curriculum", "pad_to_longest"}
 
 
 class QADataModule(lightning.LightningDataModule):
@@ -127,9 +109,9 @@ class QADataModule(lightning.LightningDataModule):
         self.packing = packing
         self.group_by_length = group_by_length
         self.curriculum = curriculum or []
-        self.policy = checked_policy(batch_size, packing, group_by_length)
-        check_stages(self.curriculum)
         self.pad_to_longest = pad_to_longest
+        self.policy = checked_policy(batch_size, packing, group_by_length, pad_to_longest)
+        check_stages(self.curriculum)
         self.padding: float | None = None
         self.report: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._examples: dict[Split, datasets.Dataset] = {}
@@ -158,8 +140,8 @@ class QADataModule(lightning.LightningDataModule):
         if split not in self._examples:
             return []
         examples = self._examples[split]
-        columns = [examples[name] if name in examples.column_names else [""] * len(examples) for name in _GROUPING]
-        found = dict.fromkeys(zip(*columns, strict=True))
+        sources = examples["source"] if "source" in examples.column_names else [""] * len(examples)
+        found = dict.fromkeys(zip(sources, examples["task"], strict=True))
         names = dict.fromkeys(name for source, task in found for name in groups_of(source, task))
         # A data set of a single task, or a mixture of a single data set, is as good as its part.
         siblings = Counter(name.rpartition("/")[0] for name in names)
@@ -176,8 +158,7 @@ class QADataModule(lightning.LightningDataModule):
     def unanswerable(self, split: Split, new_tokens: int) -> int:
         """How many reference answers of an open split are longer than so many tokens, without the end of message."""
         examples = self._opened(split)
-        prompts = examples["prompt_length"]
-        lengths = zip(token_cache.lengths(examples), prompts, strict=True)
+        lengths = zip(token_cache.lengths(examples), examples["prompt_length"], strict=True)
         return sum(length - prompt - 1 > new_tokens for length, prompt in lengths)
 
     @cached_property
@@ -197,7 +178,16 @@ class QADataModule(lightning.LightningDataModule):
     @property
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, known to be fast and to have a chat template and an end-of-sequence token."""
-        return checked(self.tokenizer)
+        if (tokenizer := self.tokenizer) is None:
+            raise UserError("tokenizer", reason="none is given", allowed="the model's")
+        for name, value in (
+            ("backend_tokenizer (it is not a fast tokenizer)", getattr(tokenizer, "backend_tokenizer", None)),
+            ("chat_template", tokenizer.chat_template),
+            ("eos_token", tokenizer.eos_token),
+        ):
+            if not value:
+                raise UserError("tokenizer", tokenizer.name_or_path or "the tokenizer", reason=f"has no {name}")
+        return tokenizer
 
     def prepare_data(self, stage: str | None = None) -> None:
         """Tokenise and cache the splits of a stage; by default the trainer's stage, or all without a trainer."""
@@ -207,31 +197,32 @@ class QADataModule(lightning.LightningDataModule):
             if split == "train":
                 self._training_lengths(self.open_split(split))
 
+    def folder(self, split: Split) -> Path:
+        """Where a split lies once it is tokenised."""
+        return cache_dir("data", self.fingerprint, split)
+
     def prepare_split(self, split: Split) -> None:
         """Tokenise and cache a split, unless that has been done."""
         folder = self.folder(split)
-        if not token_cache.is_built(folder):
-            self.report[split].clear()
-            token_cache.remove_abandoned(cache_dir("data"))
-            token_cache.build(folder, self._build(split), self.report[split])
-            if all(map(fingerprint.is_of_a_file, self._definitions())):
-                token_cache.keep_sources(self._sources_file, self.sources())
-            else:
-                _log.warning(
-                    "%s is defined in no file, so a change of its code could not be seen: its examples are tokenised "
-                    "anew by each process",
-                    type(self).__name__,
-                )
-                token_cache.forget_at_exit(folder)
+        if token_cache.is_built(folder):
+            return
+        self.report[split].clear()
+        token_cache.remove_abandoned(cache_dir("data"))
+        token_cache.build(folder, self._build(split), self.report[split])
+        if all(map(fingerprint.is_of_a_file, self._definitions())):
+            token_cache.keep_sources(self._sources_file, self.sources())
+        else:
+            token_cache.forget_at_exit(folder)
+            unseen = "%s is defined in no file, so a change of its code cannot be seen: each process tokenises it anew"
+            _log.warning(unseen, type(self).__name__)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the cached splits of a stage ("fit", "validate", "test", "predict"), or all of them."""
         for split in self._needed(stage):
-            if split in self._examples:
-                continue
-            self._examples[split] = self.open_split(split)
-            counts = ", ".join(f"{name} {count}" for name, count in sorted(self.report[split].items()))
-            _log.info("%s %s (at most %d tokens): %s", type(self).__name__, split, self.max_tokens, counts)
+            if split not in self._examples:
+                self._examples[split] = self.open_split(split)
+                counts = ", ".join(f"{name} {count}" for name, count in sorted(self.report[split].items()))
+                _log.info("%s %s (at most %d tokens): %s", type(self).__name__, split, self.max_tokens, counts)
 
     def open_split(self, split: Split) -> datasets.Dataset:
         """The examples of a cached split, whose report is known from then on."""
@@ -244,17 +235,14 @@ class QADataModule(lightning.LightningDataModule):
         The loader's ``state_dict`` says where it stands; ``load_state_dict`` goes on from there, mid-epoch too.
         """
         examples, settings = self._opened("train"), TrainerSettings.of(self.trainer)
-        lengths = self._training_lengths(examples)
-        order = self.order(len(examples))
+        lengths, order = self._training_lengths(examples), self.order(len(examples))
         plan = EpochPlan(lengths, self.policy, order, settings.ranks, self.curriculum, settings.batches_a_step)
-        options = settings, self._pad_token_id, self.num_workers, self.pad_to_longest
-        loader = training_loader(examples, plan, *options)
+        loader = training_loader(examples, plan, settings, self._pad_token_id, self.num_workers)
         self.padding = plan.padding(loader.batch_sampler.seed, epoch=0)
         if settings.rank == 0:
             what = "of the budget unused" if self.packing else "padding"
-            _log.info(
-                "%s train: %d batches an epoch, %.1f %% %s", type(self).__name__, len(plan), 100 * self.padding, what
-            )
+            told = type(self).__name__, len(plan), 100 * self.padding, what
+            _log.info("%s train: %d batches an epoch, %.1f %% %s", *told)
         return loader
 
     def order(self, examples: int) -> Order:
@@ -276,25 +264,16 @@ class QADataModule(lightning.LightningDataModule):
     def exclude(self, split: Split, example: TooLong, records: int = 1, task: str = "") -> None:
         """Count records that are left out because they do not fit, if they have a task by that too."""
         report = self.report[split]
-        shortest = min(report["shortest_too_long"] or example.tokens, example.tokens)
         report["too_long"] += records
         if task:
             report[f"{TOO_LONG_OF}{task}"] += records
-        report["shortest_too_long"] = shortest
+        report["shortest_too_long"] = min(report["shortest_too_long"] or example.tokens, example.tokens)
 
     def _build(self, split: Split) -> Iterator[Example]:
-        records = self.records(split)
-        limit = self.limit.get(split)
+        records, limit, console = self.records(split), self.limit.get(split), PlainConsole(stderr=True)
         total = min(limit or len(records), len(records)) if isinstance(records, Sized) else limit
-        console = PlainConsole(stderr=True)
-        yield from track(
-            self._kept(split, records, limit),
-            f"Tokenising {split}",
-            total=total,
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        kept, title, hidden = self._kept(split, records, limit), f"Tokenising {split}", not console.is_terminal
+        yield from track(kept, title, total=total, console=console, transient=True, disable=hidden)
         if not self.report[split]["kept"]:
             raise self._empty(split)
 
@@ -306,8 +285,7 @@ class QADataModule(lightning.LightningDataModule):
             except UserError as error:
                 raise UserError(*self._origin(split), reason=f"has a bad {split} record {number} ({error})") from None
             if record.id in seen:
-                twice = f"has the id {record.id!r} twice in the split {split!r}"
-                raise UserError(*self._origin(split), reason=twice)
+                raise UserError(*self._origin(split), reason=f"has the id {record.id!r} twice in the split {split!r}")
             seen.add(record.id)
             example = self.to_example(record)
             if isinstance(example, TooLong):
@@ -319,6 +297,7 @@ class QADataModule(lightning.LightningDataModule):
                 return
 
     def _empty(self, split: Split) -> UserError:
+        """Why no record of a split has become an example."""
         report = self.report[split]
         if not report["too_long"]:
             return UserError(*self._origin(split), reason=f"has no records for the split {split!r}; one is needed")
@@ -330,17 +309,13 @@ class QADataModule(lightning.LightningDataModule):
         return type(self).__name__, None
 
     def _needed(self, stage: str | None) -> tuple[Split, ...]:
-        needed = _STAGES.get(stage, SPLITS) if stage else SPLITS
+        needed = _STAGES.get(stage or "", SPLITS)
         present = self.splits()
         missing = [split for split in needed if split not in present]
         # Training can do without validation, and a call without a stage takes what there is.
         if stage and missing and (stage, missing) != ("fit", ["val"]):
             raise UserError(missing[0], reason=f"it is not set, but {stage} needs that split")
         return tuple(split for split in needed if split in present)
-
-    def folder(self, split: Split) -> Path:
-        """Where a split lies once it is tokenised."""
-        return cache_dir("data", self.fingerprint, split)
 
     def _opened(self, split: Split) -> datasets.Dataset:
         if split not in self._examples:
@@ -353,10 +328,8 @@ class QADataModule(lightning.LightningDataModule):
         return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Batch]:
-        settings = TrainerSettings.of(self.trainer)
-        return evaluation_loader(
-            self._opened(split), self.eval_batch_size, settings, self._pad_token_id, self.num_workers
-        )
+        settings, pad_token_id = TrainerSettings.of(self.trainer), self._pad_token_id
+        return evaluation_loader(self._opened(split), self.eval_batch_size, settings, pad_token_id, self.num_workers)
 
     def _training_lengths(self, examples: datasets.Dataset) -> list[int]:
         """Tokens of each example, known to suit packing and curriculum."""
@@ -377,15 +350,11 @@ class QADataModule(lightning.LightningDataModule):
             if issubclass(cls, QADataModule)
             for name in inspect.signature(cls.__init__).parameters
         }
-        return {name: getattr(self, name) for name in sorted(names - NOT_IN_KEY)}
+        return {name: getattr(self, name) for name in sorted(names - BATCHED - {"self", "kwargs", "tokenizer"})}
 
 
 def at_least(name: str, value: int, least: int) -> int:
-    """The value of a parameter that may not be smaller than ``least``.
-
-    Raises:
-        UserError: it is.
-    """
+    """The value of a parameter; a UserError if it is smaller than ``least``, or no integer."""
     if not is_integer(value) or value < least:
         raise UserError(name, value, f"{least} or more")
     return value

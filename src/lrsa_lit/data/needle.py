@@ -8,14 +8,14 @@ own, titled "Note 1", "Note 2" and so on in the order of the context.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 from lrsa_lit.data.haystack import ParagraphPool
 from lrsa_lit.data.hotpotqa import SHA256, SOURCE, load_questions, paragraph_pool
-from lrsa_lit.data.module import SPLITS, QADataModule, Split, at_least
+from lrsa_lit.data.module import QADataModule, Split, at_least
 from lrsa_lit.data.needle_tasks import TASKS
 from lrsa_lit.data.prompts import Example, TooLong
 from lrsa_lit.data.records import QARecord
@@ -49,17 +49,19 @@ class Needles(QADataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.tasks = self._checked_tasks(tasks)
+        unknown = [task for task in tasks if task not in self.known]
+        if unknown or not tasks:
+            raise UserError("tasks", unknown or tasks, f"a list of {', '.join(self.known)}")
+        self.tasks = list(tasks)
         self.train = at_least("train", train, 1)
         self.val = at_least("val", val, 1)
         self.test = at_least("test", test, 1)
-        self.source = source
-        self.sha256 = sha256
+        self.source, self.sha256 = source, sha256
 
     def records(self, split: Split) -> Sequence[QARecord]:
         """The questions of a split with their needles alone; ids such as "test-niah_single-0"."""
-        count = {name: getattr(self, name) for name in SPLITS}[split]
-        return list(self._generate(split, count))
+        asked = [(number, self.tasks[number % len(self.tasks)]) for number in range(getattr(self, split))]
+        return [replace(self.make(split, task, number), task=task) for number, task in asked]
 
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The needles, in their order, at random depths of a haystack; decided by ``seed`` and the id."""
@@ -70,17 +72,6 @@ class Needles(QADataModule):
         """The record of a task that is the ``number``-th of its split."""
         name = f"{split}-{task}-{number}"
         return TASKS[task](name, random.Random(f"{self.seed}:{name}"))
-
-    def _generate(self, split: Split, count: int) -> Iterator[QARecord]:
-        for number in range(count):
-            task = self.tasks[number % len(self.tasks)]
-            yield replace(self.make(split, task, number), task=task)
-
-    def _checked_tasks(self, tasks: Sequence[str]) -> list[str]:
-        unknown = [task for task in tasks if task not in self.known]
-        if unknown or not tasks:
-            raise UserError("tasks", unknown or tasks, f"a list of {', '.join(self.known)}")
-        return list(tasks)
 
     @cached_property
     def _pool(self) -> ParagraphPool:

@@ -37,14 +37,9 @@ _KEYS = [f"{adjective}-{noun}" for adjective in _ADJECTIVES.split() for noun in 
 
 
 def magic_numbers(name: str, rng: random.Random, *, keys: int = 1, values: int = 1, queries: int = 1) -> QARecord:
-    """RULER's needle-in-a-haystack: some keys have magic numbers, and those of some keys are asked for.
+    """RULER's needle-in-a-haystack: each of ``keys`` has ``values`` numbers of 7 digits, and ``queries`` are asked for.
 
-    Args:
-        name: the record's id.
-        rng: draws everything.
-        keys: how many keys have numbers.
-        values: numbers of each key, of 7 digits.
-        queries: how many keys are asked for; the answers are all their numbers, in the order of the question.
+    The answers are all numbers of these, in the order of the question.
     """
     names = rng.sample(_KEYS, keys)
     numbers = iter(rng.sample(range(10**6, 10**7), keys * values))
@@ -52,10 +47,12 @@ def magic_numbers(name: str, rng: random.Random, *, keys: int = 1, values: int =
     needles = [(key, value) for key in names for value in held[key]]
     rng.shuffle(needles)
     asked = rng.sample(names, queries)
+    listed = asked[0] if queries == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
+    sought = "are all the special magic numbers" if values * queries > 1 else "is the special magic number"
     return QARecord(
         id=name,
         passages=_notes([NEEDLE.format(key=key, value=value) for key, value in needles]),
-        question=_question(asked, several=values * queries > 1),
+        question=f"What {sought} for {listed} mentioned in the provided text?",
         answers=tuple(value for key in asked for value in held[key]),
         supporting_titles=tuple(f"Note {place}" for place, (key, _) in enumerate(needles, start=1) if key in asked),
         match="all",
@@ -92,10 +89,3 @@ TASKS: dict[str, Callable[[str, random.Random], QARecord]] = {
 
 def _notes(texts: Sequence[str]) -> tuple[Passage, ...]:
     return tuple(Passage(f"Note {place}", text) for place, text in enumerate(texts, start=1))
-
-
-def _question(asked: Sequence[str], *, several: bool) -> str:
-    keys = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
-    if several:
-        return f"What are all the special magic numbers for {keys} mentioned in the provided text?"
-    return f"What is the special magic number for {keys} mentioned in the provided text?"

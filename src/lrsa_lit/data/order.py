@@ -14,11 +14,7 @@ Key = dict[str, str | int | float | bool | None]
 
 @dataclass(frozen=True)
 class Shuffled:
-    """All examples of one data set.
-
-    Attributes:
-        examples: how many there are.
-    """
+    """All examples of one data set, of which there are so many."""
 
     examples: int
 
@@ -36,11 +32,7 @@ class Mixed:
     """Fixed shares of several data sets that lie one behind the other.
 
     Each is gone through again and again, in another order each time, so that no example comes a second time before all
-    of its data set have come once; an epoch takes the next so many of each.
-
-    Attributes:
-        counts: examples of each data set, at least one.
-        quotas: how many of them an epoch has, at least one.
+    ``counts`` of its data set have come once; an epoch takes the next ``quotas`` of each. All are at least one.
     """
 
     counts: tuple[int, ...]

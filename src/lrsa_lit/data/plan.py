@@ -1,4 +1,4 @@
-"""The batches of an epoch, from the run's seed and the epoch's number."""
+"""The batches of an epoch, from the run's seed and the epoch's number, and a curriculum of lengths over epochs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
-from lrsa_lit.data.batching import Batches, batches_an_epoch
-from lrsa_lit.data.curriculum import Stage, segments
 from lrsa_lit.data.order import Key, Order
-from lrsa_lit.data.policies import Policy
+from lrsa_lit.data.policies import Batches, Policy
 from lrsa_lit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training: no example is longer than ``max_tokens`` before the optimizer step ``until_step``.
+
+    The last stage has no such step.
+    """
+
+    max_tokens: int
+    until_step: int | None = None
 
 
 class EpochPlan:
@@ -53,7 +64,9 @@ class EpochPlan:
         self.batches_a_step = batches_a_step
         # Independent of the run's seed, which a checkpoint may bring after Lightning has asked for the length.
         first = order(0, 0)
-        self._length = batches_an_epoch(policy.count(first, lengths), len(first), ranks)
+        # As many for each rank; and no batch can have less than one example.
+        rounded_up = -(-policy.count(first, lengths) // ranks) * ranks
+        self._length = min(rounded_up, len(first) // ranks * ranks)
         if not self._length:
             raise UserError("devices", ranks, f"fewer, as there are {len(first)} training examples to share")
 
@@ -69,7 +82,7 @@ class EpochPlan:
         if self.curriculum:
             stages = ", ".join(f"{stage.max_tokens} tokens until {stage.until_step}" for stage in self.curriculum)
             key |= {"data.init_args.curriculum": stages, "trainer.accumulate_grad_batches": self.batches_a_step}
-        return key
+        return key | {"number of devices": self.ranks}
 
     def batches(self, seed: int, epoch: int) -> Batches:
         """The batches of an epoch, for all ranks in turn."""
@@ -110,6 +123,52 @@ class EpochPlan:
 
     def _up_to(self, max_tokens: int, positions: Sequence[int]) -> list[int]:
         return [position for position in positions if self.lengths[position] <= max_tokens]
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Raise a UserError for stages that do not follow one another."""
+    for number, stage in enumerate(stages):
+        last = number == len(stages) - 1
+        if last and stage.until_step is not None:
+            raise UserError(f"curriculum.{number}.until_step", stage.until_step, "null for the last stage")
+        if not last and (stage.until_step is None or stage.until_step < 1):
+            raise UserError(f"curriculum.{number}.until_step", stage.until_step, "1 or more")
+        if stage.max_tokens < 1:
+            raise UserError(f"curriculum.{number}.max_tokens", stage.max_tokens, "1 or more")
+    for number, (before, stage) in enumerate(pairwise(stages), start=1):
+        for name in ("max_tokens", "until_step"):
+            value, least = getattr(stage, name), getattr(before, name) + 1
+            if value is not None and value < least:
+                raise UserError(f"curriculum.{number}.{name}", value, f"{least} or more")
+
+
+def check_lengths(stages: Sequence[Stage], lengths: Sequence[int]) -> None:
+    """Raise a UserError for a first stage without any example, and for a last one that leaves some out."""
+    if not stages:
+        return
+    first, last = stages[0].max_tokens, stages[-1].max_tokens
+    if first < min(lengths):
+        shortest = f"{min(lengths)} or more, as the shortest training example has so many tokens"
+        raise UserError("curriculum.0.max_tokens", first, shortest)
+    if last < max(lengths):
+        longest = f"{max(lengths)} or more, as the longest training example has so many tokens and is to be seen"
+        raise UserError(f"curriculum.{len(stages) - 1}.max_tokens", last, longest)
+
+
+def segments(stages: Sequence[Stage], epoch: int, batches: int, batches_a_step: int) -> list[tuple[int, int]]:
+    """The most tokens of an example, and the number of batches, of each stage that an epoch has a part of.
+
+    ``batches`` are those of an epoch on one rank; its last step may accumulate fewer than ``batches_a_step``.
+    """
+    first_step = epoch * -(-batches // batches_a_step)
+    found, start = [], 0
+    for stage in stages:
+        stop = batches if stage.until_step is None else (stage.until_step - first_step) * batches_a_step
+        stop = min(max(stop, start), batches)
+        if stop > start:
+            found.append((stage.max_tokens, stop - start))
+        start = stop
+    return found
 
 
 def _without(order: Sequence[int], batches: Batches) -> list[int]:

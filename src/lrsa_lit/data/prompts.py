@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
 from lrsa_lit.chat_template import render
 from lrsa_lit.data.records import Passage, QARecord
-from lrsa_lit.data.tokenization import Span, Tokens, encode_text
+from lrsa_lit.data.tokenization import Span, encode_text
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.answer_scores import Match
 
@@ -59,12 +59,7 @@ class Prompt:
 def prompt_of(key: str, message: str) -> Prompt:
     """A prompt with a message of the user's own, which may put the question before the passages, behind them, or both.
 
-    Args:
-        key: of the setting that holds it.
-        message: with {context} once and {input} at least once.
-
-    Raises:
-        UserError: it lacks one of them, or has {context} more than once.
+    The message must hold {context} once and {input} at least once; else a UserError names the setting ``key``.
     """
     for place, allowed in (("{context}", "once"), ("{input}", "once or more")):
         count = message.count(place)
@@ -78,17 +73,13 @@ PROMPT = Prompt("{context}" + SEPARATOR + INSTRUCTION + SEPARATOR + "Question: {
 
 
 class Example(TypedDict):
-    """A tokenised record.
+    """A tokenised record, with the record's id, answers, match and task.
 
     Attributes:
-        id: the record's.
         input_ids: prompt tokens, then answer tokens with the end-of-message token; not padded.
         prompt_length: how many of ``input_ids`` are the prompt.
         gold_spans: token positions [start, end) of the supporting passages, in the order of the context.
         answer_spans: token positions [start, end) of the answers' occurrences within those passages.
-        answers: the record's.
-        match: the record's.
-        task: the record's, if it has one.
         subject: what the context is about, where those of other questions are about it too without being the same.
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
@@ -111,43 +102,15 @@ class Example(TypedDict):
 
 @dataclass(frozen=True)
 class TooLong:
-    """Stands in for the example of a record that does not fit.
-
-    Attributes:
-        tokens: the prompt and answer tokens it needs.
-    """
+    """Stands in for the example of a record that does not fit, with the prompt and answer tokens that it needs."""
 
     tokens: int
-
-
-def checked(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, known to be fast and to have a chat template and an end-of-sequence token.
-
-    Raises:
-        UserError: it lacks one of them, or there is none.
-    """
-    if tokenizer is None:
-        raise UserError("tokenizer", reason="none is given", allowed="the model's")
-    for name, value in (
-        ("backend_tokenizer (it is not a fast tokenizer)", getattr(tokenizer, "backend_tokenizer", None)),
-        ("chat_template", tokenizer.chat_template),
-        ("eos_token", tokenizer.eos_token),
-    ):
-        if not value:
-            raise UserError("tokenizer", tokenizer.name_or_path or "the tokenizer", reason=f"has no {name}")
-    return tokenizer
 
 
 def encode(
     record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int, prompt: Prompt = PROMPT
 ) -> Example | TooLong:
-    """Tokenise a record.
-
-    Args:
-        record: the question with its context.
-        tokenizer: a fast tokenizer with a chat template and an end-of-sequence token.
-        max_tokens: budget of prompt and answer together; nothing is cut to meet it.
-        prompt: how the question is put.
+    """Tokenise a record; prompt and answer may have ``max_tokens`` together, and nothing is cut to meet that.
 
     Raises:
         UserError: even without any passage the record needs more than ``max_tokens``, or the chat template does not
@@ -155,15 +118,20 @@ def encode(
     """
     rendered = render_prompt(record, tokenizer, prompt)
     question = encode_text(tokenizer, rendered.text, rendered.user)
-    answer = _encode_answer(record, tokenizer, prompt)
+    target = f" {record.target}" if prompt.answer else record.target
+    answer = encode_text(tokenizer, target + str(tokenizer.eos_token), [(0, len(target))])
     length = len(question.ids) + len(answer.ids)
     if length > max_tokens:
-        _check_bare(record, tokenizer, max_tokens, len(answer.ids), prompt)
+        bare = render_prompt(replace(record, passages=()), tokenizer, prompt)
+        needed = len(encode_text(tokenizer, bare.text, bare.user).ids) + len(answer.ids)
+        if needed > max_tokens:
+            allowed = f"{needed} or more, which question {record.id} needs even without any context"
+            raise UserError("max_tokens", max_tokens, allowed)
         return TooLong(length)
     spans = zip(record.passages, rendered.passages, strict=True)
-    gold = [span for passage, span in spans if _supports(record, passage)]
+    gold = [span for passage, span in spans if passage.title in record.supporting_titles]
     answers = [found for span in gold for found in find_answers(rendered.text, record.answers, span)]
-    example = Example(
+    return Example(
         id=record.id,
         input_ids=question.ids + answer.ids,
         prompt_length=len(question.ids),
@@ -171,20 +139,12 @@ def encode(
         answer_spans=[token_span(question.offsets, span) for span in answers],
         answers=list(record.answers),
         match=record.match,
+        task=record.task,
     )
-    if record.task:
-        example["task"] = record.task
-    return example
 
 
 class Rendered(NamedTuple):
-    """What a chat template makes of messages.
-
-    Attributes:
-        text: the whole.
-        user: character spans [start, end) of the messages' contents in it, which :func:`encode_text` takes.
-        passages: character spans of the passages of a prompt.
-    """
+    """What a chat template makes of messages, and where in it the messages' contents and a prompt's passages are."""
 
     text: str
     user: list[Span]
@@ -192,11 +152,7 @@ class Rendered(NamedTuple):
 
 
 def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT) -> Rendered:
-    """The prompt's text up to where the answer starts.
-
-    Raises:
-        UserError: the chat template does not keep the text of a message.
-    """
+    """The prompt's text up to where the answer starts; errors as for :func:`render_messages`."""
     texts = [prompt.passage(passage, number) for number, passage in enumerate(record.passages, start=1)]
     before, after = prompt.around(record.question.strip())
     content = before + SEPARATOR.join(texts) + after if texts else (before + after).lstrip()
@@ -213,12 +169,8 @@ def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: 
 def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """A conversation up to where the next answer starts, with the place of each message's content.
 
-    Args:
-        messages: each with a role and a content.
-        tokenizer: with a chat template, which may leave out white space around a content.
-
     Raises:
-        UserError: the chat template changes the text of a message in any other way.
+        UserError: the chat template changes the text of a message, white space around it aside.
     """
     # Whatever the messages hold, their places are those of contents that can stand nowhere else.
     stand_ins = [f"[{secrets.token_hex(16)}]" for _ in messages]
@@ -259,33 +211,11 @@ def find_answers(text: str, answers: Sequence[str], within: Span) -> Iterator[Sp
 
 
 def token_span(offsets: Sequence[Span], span: Span) -> Span:
-    """Positions [start, end) of the tokens that overlap a character span.
+    """Positions [start, end) of the tokens that overlap a character span, which at least one does.
 
-    Args:
-        offsets: character span of each token, in order; several tokens may share one (the bytes of a character).
-        span: a character span that at least one token overlaps.
+    ``offsets`` are the tokens' character spans, in order; several may share one (the bytes of a character).
     """
     return (
         bisect_right(offsets, span[0], key=lambda offset: offset[1]),
         bisect_left(offsets, span[1], key=lambda offset: offset[0]),
     )
-
-
-def _encode_answer(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tokens:
-    """The answer to learn and the end-of-message token."""
-    target = f" {record.target}" if prompt.answer else record.target
-    return encode_text(tokenizer, target + str(tokenizer.eos_token), [(0, len(target))])
-
-
-def _supports(record: QARecord, passage: Passage) -> bool:
-    return passage.title in record.supporting_titles
-
-
-def _check_bare(
-    record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int, answer_tokens: int, prompt: Prompt
-) -> None:
-    bare = render_prompt(replace(record, passages=()), tokenizer, prompt)
-    needed = len(encode_text(tokenizer, bare.text, bare.user).ids) + answer_tokens
-    if needed > max_tokens:
-        allowed = f"{needed} or more, which question {record.id} needs even without any context"
-        raise UserError("max_tokens", max_tokens, allowed)

@@ -10,19 +10,21 @@ from typing import Any
 import datasets
 
 from lrsa_lit.data import fingerprint
-from lrsa_lit.data.hub_fields import canonical, check_fields
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
-from lrsa_lit.data.reading import TABLES, Row, read_table
+from lrsa_lit.data.reading import SUFFIXES, Row, kind_of, read_rows
 from lrsa_lit.data.records import QARecord, read_records, records_of
 from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.paths import cache_dir, resolve
+
+_FIELDS = tuple(QARecord.__dataclass_fields__)
+_OPTIONAL = ("id", "supporting_titles", "match", "task")
 
 
 class QAFiles(QADataModule):
     """Records from JSONL or Parquet files, or from a data set of the hub. Give ``train`` and so on, or ``hub``.
 
     Args:
-        train: .jsonl or .parquet file of canonical records to train on (data/README.md gives the format).
+        train: .jsonl, .json or .parquet file of canonical records to train on (data/README.md gives the format).
         val: the same, to validate on; optional.
         test: the same, to test on.
         hub: name of a data set on the Hugging Face hub, or a local folder of one.
@@ -51,7 +53,13 @@ class QAFiles(QADataModule):
         self.hub, self.hub_config, self.hub_revision = hub, hub_config, hub_revision
         self.hub_splits = hub_splits or {"train": "train", "val": "validation", "test": "test"}
         self.fields = fields or {}
-        self._check()
+        files = [name for name in SPLITS if getattr(self, name)]
+        if bool(files) == bool(hub):
+            given = f"both {files[0]} and hub are" if files else "neither train, val, test nor hub is"
+            raise UserError("hub", reason=f"{given} set", hint="set either files or hub")
+        for key, mapping, known in (("hub_splits", self.hub_splits, SPLITS), ("fields", self.fields, _FIELDS)):
+            if wrong := [name for name in mapping if name not in known]:
+                raise UserError(key, wrong[0], f"one of {', '.join(known)}")
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that were given."""
@@ -70,22 +78,10 @@ class QAFiles(QADataModule):
 
     def records(self, split: Split) -> Iterator[QARecord]:
         """The records of a split in the order of its file."""
-        return self._hub_records(split) if self.hub else read_records(self._path(split))
+        return self._hub_records(split) if self.hub else read_records(resolve(getattr(self, split), key=split))
 
     def _origin(self, split: Split) -> tuple[str, object]:
         return ("hub", self.hub) if self.hub else (split, getattr(self, split))
-
-    def _path(self, split: Split) -> Path:
-        return resolve(getattr(self, split), key=split)
-
-    def _check(self) -> None:
-        files = [name for name in SPLITS if getattr(self, name)]
-        if bool(files) == bool(self.hub):
-            given = f"both {files[0]} and hub are" if files else "neither train, val, test nor hub is"
-            raise UserError("hub", reason=f"{given} set", hint="set either files or hub")
-        if wrong := [name for name in self.hub_splits if name not in SPLITS]:
-            raise UserError("hub_splits", wrong[0], f"one of {', '.join(SPLITS)}")
-        check_fields(self.fields)
 
     def _builder(self) -> datasets.DatasetBuilder:
         try:
@@ -108,7 +104,7 @@ class QAFiles(QADataModule):
     def _hub_rows(self, name: str) -> Iterator[Row]:
         """The rows of a split of the hub; files that lie here are read as they stand, without guesses at types."""
         if files := _local(self._builder(), name):
-            yield from itertools.chain.from_iterable(map(read_table, files))
+            yield from itertools.chain.from_iterable(map(read_rows, files))
             return
         try:
             rows = datasets.load_dataset(str(self.hub), self.hub_config, split=name, **self._hub_options())
@@ -122,6 +118,67 @@ class QAFiles(QADataModule):
 
 
 def _local(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
-    """The files of a split, if they are all of formats that this project reads, and lie here; else none."""
+    """The files of a split, if they are all of formats that this project reads, and lie here."""
     files = [Path(file) for file in (builder.config.data_files or {}).get(split, ())]
-    return files if all(file.suffix in TABLES and file.is_file() for file in files) else []
+    return files if all(file.suffix in SUFFIXES and file.is_file() for file in files) else []
+
+
+def canonical(row: Mapping[str, Any], fields: Mapping[str, str], default_id: str) -> dict[str, Any]:
+    """A row as the dictionary :meth:`QARecord.from_dict` takes.
+
+    ``fields`` says where to find canonical fields, and dots there lead into nested columns ("answers.text"); columns
+    that it does not name, and that are not called like one, are ignored. A UserError names what is missing.
+    """
+    record: dict[str, Any] = {}
+    for name in _FIELDS:
+        if name in fields or name in row or name not in _OPTIONAL:
+            record[name] = _shaped(name, _find(row, fields.get(name, name)))
+    if record.get("id") is None:
+        record["id"] = default_id
+    return record
+
+
+def _find(row: Mapping[str, Any], path: str) -> object:
+    value: Any = row
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise UserError(path, reason=f"no such column; there are {', '.join(row)}", hint="fields can name another")
+        value = value[name]
+    return value
+
+
+def _shaped(name: str, value: object) -> object:
+    """One string may stand for a list of one, one or several plain texts for passages, and a number for an id."""
+    if name == "id":
+        if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+            raise UserError("id", reason=f"is {kind_of(value)}", allowed="a string or a number")
+        return None if value is None else str(value)
+    if name in ("answers", "supporting_titles"):
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list):
+            return texts
+        # What a broken file holds may have no hash.
+        return [text for place, text in enumerate(texts) if text not in texts[:place]]
+    if name != "passages":
+        return value
+    if isinstance(value, Mapping):  # how `datasets` stores a list of objects: an object of lists
+        value = _unpacked(value)
+    items = [value] if isinstance(value, str) else value
+    return [_passage(item) for item in items] if isinstance(items, list) else items
+
+
+def _unpacked(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    titles, texts = columns.get("title", []), columns.get("text", columns.get("sentences", []))
+    if not isinstance(titles, list) or not isinstance(texts, list) or len(titles) != len(texts):
+        raise UserError("passages", allowed="a list, or an object with as many titles as texts")
+    return [{"title": title, "text": text} for title, text in zip(titles, texts, strict=True)]
+
+
+def _passage(item: object) -> object:
+    if isinstance(item, str):
+        return {"title": "", "text": item}
+    if isinstance(item, Mapping) and isinstance(sentences := item.get("text"), list):
+        if wrong := [sentence for sentence in sentences if not isinstance(sentence, str)]:
+            raise UserError("passages", reason=f"holds {kind_of(wrong[0])}", allowed="of sentences of text")
+        return {**item, "text": "".join(sentences)}
+    return item

@@ -8,9 +8,8 @@ others, of which those of the question's own article or context are taken first.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lrsa_lit.data.haystack import ParagraphPool
@@ -35,20 +34,26 @@ class Documents:
     """The questions of a data set, each with its own documents, and all documents to put them among.
 
     Args:
-        questions: of each split, in the order to take them; titles tell documents apart.
-        documents: of all splits.
-        subject_of: names what a question is about, where texts of different questions share it; null for none.
+        questions: of each split, shuffled here by the seed; titles tell documents apart.
+        documents: of all splits; of several with one title, the last is taken.
+        seed: of the data set.
+        subject_of: names what a question is about, where texts of different questions share it; None for nothing.
     """
 
     def __init__(
         self,
         questions: dict[Split, list[QARecord]],
-        documents: Sequence[Passage],
+        documents: Iterable[Passage],
+        seed: int,
         subject_of: Callable[[QARecord], str] | None = None,
     ) -> None:
         self.questions = questions
+        for split, records in questions.items():
+            random.Random(f"{seed}:{split}").shuffle(records)
+        by_title = {passage.title: passage for passage in documents}
+        self._positions = {title: position for position, title in enumerate(by_title)}
         self._subject_of = subject_of
-        self._pool = ParagraphPool(documents, PROMPT)
+        self._pool = ParagraphPool(list(by_title.values()), PROMPT)
 
     def example(
         self, record: QARecord, rng: random.Random, tokenizer: PreTrainedTokenizerBase, max_tokens: int
@@ -69,43 +74,27 @@ class Documents:
             example["subject"] = self._subject_of(record)
         return example
 
-    @cached_property
-    def _positions(self) -> dict[str, int]:
-        return {passage.title: position for position, passage in enumerate(self._pool.passages)}
-
 
 def squad(seed: int, val_fraction: float, test_fraction: float) -> Documents:
     """SQuAD 2.0's answerable questions; the documents are paragraphs, without a title, the subjects articles."""
     data = SquadArticles(seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
     articles = {split: data.articles(split) for split in SPLITS}
-    documents = [passage for split in SPLITS for article in articles[split] for passage in article[0].passages]
+    documents = (passage for split in SPLITS for article in articles[split] for passage in article[0].passages)
     questions = {split: [record for article in articles[split] for record in article] for split in SPLITS}
-    _shuffle(questions, seed)
-    return Documents(questions, documents, article_of)
+    return Documents(questions, documents, seed, article_of)
 
 
 def hotpotqa(seed: int, val_fraction: float, test_fraction: float) -> Documents:
     """HotpotQA's questions with the ten paragraphs of each; a document is a title and a paragraph."""
     data = HotpotQA(seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
-    contexts = {question["_id"]: [_titled(item) for item in question["context"]] for question in data.raw}
-    # One document a title: the last one, where the file has several.
-    documents = {passage.title: passage for context in contexts.values() for passage in context}
-    questions = {
-        split: [replace(record, passages=tuple(contexts[record.id])) for record in data.records(split)]
-        for split in SPLITS
+    contexts = {
+        question["_id"]: tuple(Passage(title, f"{title}\n{''.join(text)}") for title, text in question["context"])
+        for question in data.raw
     }
-    _shuffle(questions, seed)
-    return Documents(questions, list(documents.values()))
+    questions = {
+        split: [replace(record, passages=contexts[record.id]) for record in data.records(split)] for split in SPLITS
+    }
+    return Documents(questions, (passage for context in contexts.values() for passage in context), seed)
 
 
 QA_TASKS: dict[str, Callable[[int, float, float], Documents]] = {"qa_squad": squad, "qa_hotpotqa": hotpotqa}
-
-
-def _shuffle(questions: dict[Split, list[QARecord]], seed: int) -> None:
-    for split, records in questions.items():
-        random.Random(f"{seed}:{split}").shuffle(records)
-
-
-def _titled(item: tuple[str, list[str]]) -> Passage:
-    title, sentences = item
-    return Passage(title, f"{title}\n{''.join(sentences)}")

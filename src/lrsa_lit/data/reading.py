@@ -2,11 +2,13 @@
 
 A byte order mark of UTF-8 and the index column that pandas adds to a Parquet file are passed over. Refused are text
 that is not UTF-8, a key that stands twice in an object, half a character (a lone surrogate, which no tokenizer and no
-table takes), numbers and nesting beyond what Python reads, and files that are damaged.
+table takes), numbers and nesting beyond what Python reads, and files that are damaged. All errors are UserErrors that
+name the file and, counted from 1, the line (JSONL), item (JSON) or row (Parquet).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
 Row: TypeAlias = tuple[str, Any]
 """Where a value stands, as errors call it, and the value."""
 
-SUFFIXES = (".jsonl", ".parquet")
-TABLES = (*SUFFIXES, ".json")
-"""Suffixes of the files that :func:`read_table` takes."""
+SUFFIXES = (".jsonl", ".parquet", ".json")
+"""Of the files that :func:`read_rows` takes."""
 
 _BOM = "\ufeff"
 _HALF = re.compile("[\ud800-\udfff]")
@@ -34,108 +35,65 @@ _KINDS = {str: "a string", dict: "an object", int: "an integer"}
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a ``.jsonl`` file (one JSON value a line, blank lines skipped) or a ``.parquet`` file (dictionaries).
-
-    Raises:
-        UserError: no such file, another suffix, or one that cannot be read; the message gives the file and its line
-            (JSONL) or row (Parquet), counted from 1.
-    """
+    """The rows of a ``.jsonl`` file, a ``.parquet`` file (dictionaries), or a ``.json`` file with a list or lines."""
     if path.suffix not in SUFFIXES:
         raise UserError(str(path), reason=f"the suffix is {path.suffix!r}", allowed=" or ".join(SUFFIXES))
     if not path.is_file():
         raise UserError(str(path), reason="no such file")
-    return read_lines(path) if path.suffix == ".jsonl" else _read_parquet(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix == ".json" and (data := _bytes(path)).removeprefix(_BOM.encode()).lstrip().startswith(b"["):
+        items = parse_json(data, str(path))
+        return ((f"{path}, item {number}", row) for number, row in enumerate(items, start=1))
+    return read_lines(path)
 
 
 def read_lines(path: Path) -> Iterator[Row]:
-    """The values of a file with one JSON value a line; blank lines are skipped.
-
-    Raises:
-        UserError: the file or a line cannot be read; the message gives the file and the line.
-    """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.removeprefix(_BOM.encode()).strip():
-                    place = f"{path}, line {number}"
-                    yield place, parse_json(line, place)
-    except OSError as error:
-        raise UserError(str(path), reason=f"cannot be read ({error.strerror})") from None
+    """The values of a file with one JSON value a line; blank lines are skipped."""
+    with _readable(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.removeprefix(_BOM.encode()).strip():
+                place = f"{path}, line {number}"
+                yield place, parse_json(line, place)
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it cannot be read, or the outermost value is not of the kind (``list`` or ``dict``).
-    """
+    """The content of a JSON file, whose outermost value must be of a kind (``list`` or ``dict``)."""
     content = parse_json(_bytes(path), str(path))
     if not isinstance(content, kind):
-        raise UserError(str(path), reason=f"holds a {kind_of(content)}", allowed=_KINDS.get(kind, f"a {kind.__name__}"))
+        raise UserError(str(path), reason=f"holds a {kind_of(content)}", allowed=_kind_name(kind))
     return content
 
 
-def read_table(path: Path) -> Iterator[Row]:
-    """The rows of a file of a data set of the hub: as :func:`read_rows`, or a ``.json`` file with a list or with lines.
-
-    Raises:
-        UserError: it cannot be read; the message gives the file and its line, row or item.
-    """
-    if path.suffix != ".json":
-        return read_rows(path)
-    data = _bytes(path)
-    if not data.removeprefix(_BOM.encode()).lstrip().startswith(b"["):
-        return read_lines(path)
-    return ((f"{path}, item {number}", row) for number, row in enumerate(parse_json(data, str(path)), start=1))
-
-
 def parse_json(data: bytes, place: str) -> Any:
-    """The value that a text of JSON stands for.
-
-    Args:
-        data: the text in UTF-8.
-        place: what errors call it.
-
-    Raises:
-        UserError: it is no such text, or holds what the project refuses.
-    """
+    """The value that a text of JSON in UTF-8 stands for; errors call it ``place``."""
     try:
         text = data.decode("utf-8").removeprefix(_BOM)
         value = json.loads(text, object_pairs_hook=_object)
         if _ESCAPED_HALF.search(text):
             check_text(value, "")
+        return value
     except UnicodeDecodeError as error:
-        raise UserError(place, reason=f"not valid JSON (byte {error.start + 1} is not UTF-8){_hint(data)}") from None
+        reason = f"not valid JSON (byte {error.start + 1} is not UTF-8){_hint(data)}"
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise UserError(
-            place, reason=f"not valid JSON ({error.msg}, {line}column {error.colno}){_hint(data)}"
-        ) from None
+        reason = f"not valid JSON ({error.msg}, {line}column {error.colno}){_hint(data)}"
     except RecursionError:
-        raise UserError(place, reason="not readable JSON (it is nested too deeply)") from None
+        reason = "not readable JSON (it is nested too deeply)"
     except UserError as error:
-        raise UserError(place, reason=str(error)) from None
+        reason = str(error)
     except ValueError as error:
         # The only other one is about numbers of very many digits.
-        raise UserError(place, reason=f"not readable JSON ({message_of(error).partition(';')[0]})") from None
-    return value
+        reason = f"not readable JSON ({message_of(error).partition(';')[0]})"
+    raise UserError(place, reason=reason)
 
 
 def check_text(value: object, field: str) -> None:
-    """Refuse half a character in any text of a value.
-
-    Args:
-        value: of JSON types.
-        field: what an error calls it; parts of it are called ``field[0]`` and ``field.name``.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Refuse half a character in any text of a value of JSON types; its parts are called ``field[0]``, ``field.x``."""
     if isinstance(value, str):
         if found := _HALF.search(value):
-            raise UserError(
-                field or "value", reason=f"holds half a character ({found[0]!a})", allowed="whole Unicode text"
-            )
+            reason = f"holds half a character ({found[0]!a})"
+            raise UserError(field or "value", reason=reason, allowed="whole Unicode text")
     elif isinstance(value, Mapping):
         for name, item in value.items():
             inside = _inside(field, str(name))
@@ -147,20 +105,17 @@ def check_text(value: object, field: str) -> None:
 
 
 def check_shape(value: Any, shape: Any, field: str) -> None:
-    """Refuse a value that is not built as a file format has it.
+    """Refuse a value that is not built as a file format has it; the error names the part that differs.
 
     Args:
-        value: of JSON types.
+        value: of JSON types, where a list may be a tuple.
         shape: a type; ``[shape]`` for a list of such, ``(shape, shape)`` for a list of exactly those, or a dictionary
             with the shape of each key that must be there.
         field: what an error calls it.
-
-    Raises:
-        UserError: it is not; the message names the part that differs.
     """
     kind: Any = shape if isinstance(shape, type) else dict if isinstance(shape, dict) else list
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise UserError(field or "value", reason=f"is {kind_of(value)}", allowed=_KINDS.get(kind, f"a {kind.__name__}"))
+    if not isinstance(value, (list, tuple) if kind is list else kind) or (isinstance(value, bool) and kind is int):
+        raise UserError(field or "value", reason=f"is {kind_of(value)}", allowed=_kind_name(kind))
     if isinstance(shape, dict):
         for name, inner in shape.items():
             if name not in value:
@@ -175,15 +130,9 @@ def check_shape(value: Any, shape: Any, field: str) -> None:
 
 
 def check_row(row: Mapping[str, Any], required: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
-    """Refuse a row with an unknown field, without one that it must have, or with one that is not built as it should be.
+    """Refuse a row with an unknown field, without a required one, or with one of another shape.
 
-    Args:
-        row: its fields by name.
-        required: the shapes of fields that must be there, as :func:`check_shape` takes them.
-        optional: those of fields that may be absent or null.
-
-    Raises:
-        UserError: it is such a row; the message names the field.
+    Shapes are as for :func:`check_shape`; optional fields may be absent or null.
     """
     known = {**required, **optional}
     if unknown := [name for name in row if name not in known]:
@@ -192,9 +141,22 @@ def check_row(row: Mapping[str, Any], required: Mapping[str, Any], optional: Map
     check_shape(row, {**required, **present}, "")
 
 
+@contextlib.contextmanager
+def blamed_on(place: str, before: str = "") -> Iterator[None]:
+    """Say of a UserError where it comes from; ``before`` stands ahead of what it says."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(place, reason=f"{before}{error}") from None
+
+
 def kind_of(value: object) -> str:
     """What an error calls the type of a value."""
     return "null" if value is None else type(value).__name__
+
+
+def _kind_name(kind: type) -> str:
+    return _KINDS.get(kind, f"a {kind.__name__}")
 
 
 def _inside(field: str, name: str) -> str:
@@ -202,8 +164,14 @@ def _inside(field: str, name: str) -> str:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    with _readable(path):
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(str(path), reason=f"cannot be read ({error.strerror})") from None
 
@@ -232,7 +200,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             names = [name for name in file.schema_arrow.names if not _PANDAS_INDEX.fullmatch(name)]
-            _check_once(names, path)
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(str(path), reason=f"field {twice[0]!r} stands twice")
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
                 for row in _rows(batch, path, number):
                     number += 1
@@ -240,11 +209,6 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError) as error:
         where = f"damaged behind row {number}" if number else "not a Parquet file, or damaged"
         raise UserError(str(path), reason=f"{where} ({message_of(error)})") from None
-
-
-def _check_once(names: list[str], path: Path) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(str(path), reason=f"field {twice[0]!r} stands twice")
 
 
 def _rows(batch: pyarrow.RecordBatch, path: Path, before: int) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
-from lrsa_lit.data.reading import Row, check_row, check_text, kind_of, read_rows
+from lrsa_lit.data.reading import Row, blamed_on, check_row, check_text, kind_of, read_rows
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.answer_scores import Match
 
@@ -26,7 +26,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class QARecord:
-    """One question.
+    """One question; ``dataclasses.asdict`` gives what :meth:`from_dict` takes.
 
     Attributes:
         id: unique within a data set.
@@ -47,12 +47,8 @@ class QARecord:
     task: str = ""
 
     def check_texts(self) -> None:
-        """Refuse what no tokenizer takes.
-
-        Raises:
-            UserError: a text is no string, or holds half a character; the message names the field.
-        """
-        values = self.to_dict()
+        """Refuse what no tokenizer takes: a UserError names the field that is no string, or holds half a character."""
+        values = asdict(self)
         check_row(values, _REQUIRED, _OPTIONAL)
         check_text(values, "")
 
@@ -61,63 +57,37 @@ class QARecord:
         """The text to learn: the first of alternative answers, or all required ones joined by ", "."""
         return self.answers[0] if self.match == "any" else ", ".join(self.answers)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record as JSON types; the inverse of :meth:`from_dict`."""
-        return cast("dict[str, Any]", _jsonable(asdict(self)))
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QARecord:
-        """Build a record from JSON types.
-
-        Raises:
-            UserError: a field is missing, unknown, of another type or empty; the message names it.
-        """
+        """Build a record from JSON types; a UserError names a field that is missing, unknown or wrong."""
         given = {name: value for name, value in data.items() if value or name not in _OPTIONAL}
         check_row(given, _REQUIRED, _OPTIONAL)
         if (match := given.get("match", "any")) not in get_args(Match):
             raise UserError("match", match, " or ".join(get_args(Match)))
         passages = tuple(Passage(item["title"], item["text"]) for item in given.pop("passages"))
-        texts = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        texts = {name: tuple(value) for name, value in given.items() if isinstance(value, list | tuple)}
         record = cls(passages=passages, **given | texts)
         check_record(record)
         return record
 
 
 def read_records(path: Path) -> Iterator[QARecord]:
-    """The records of a file that :func:`~lrsa_lit.data.reading.read_rows` takes.
-
-    Raises:
-        UserError: it cannot be read, or holds a broken record; the message gives the file and its line or row.
-    """
+    """The records of a file that :func:`~lrsa_lit.data.reading.read_rows` takes."""
     return records_of(read_rows(path), QARecord.from_dict)
 
 
 def records_of(rows: Iterable[Row], make: Callable[[Mapping[str, Any]], QARecord]) -> Iterator[QARecord]:
-    """The record of each row.
-
-    Args:
-        rows: as :mod:`lrsa_lit.data.reading` reads them.
-        make: a record from a row's fields.
-
-    Raises:
-        UserError: a row is no object, or ``make`` complains about it; the message gives its place.
-    """
+    """The record that ``make`` builds of each row's fields; a UserError gives the place of a bad row."""
     for place, row in rows:
-        try:
+        with blamed_on(place):
             if not isinstance(row, dict):
                 raise UserError("record", reason=f"is {kind_of(row)}", allowed="an object")
             record = make(row)
-        except UserError as error:
-            raise UserError(place, reason=str(error)) from None
         yield record
 
 
 def check_record(record: QARecord) -> None:
-    """Refuse a record that is no question with an answer.
-
-    Raises:
-        UserError: a field is empty, blank or contradicts another.
-    """
+    """Raise a UserError for a field that is empty, blank or contradicts another."""
     for name in ("question", "answers", "passages"):
         if not getattr(record, name):
             raise UserError(name, reason="is empty, at least one is needed")
@@ -130,16 +100,6 @@ def check_record(record: QARecord) -> None:
 
 
 def check_name(field: str, value: str) -> None:
-    """Refuse what cannot be part of a metric's name.
-
-    Raises:
-        UserError: the value of the field has other characters than letters, digits, dot, - and _.
-    """
+    """Raise a UserError for a value that cannot be part of a metric's name."""
     if not re.fullmatch(r"[\w.-]*", value):
         raise UserError(field, value, "of letters, digits, dot, - and _")
-
-
-def _jsonable(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return [_jsonable(item) for item in value] if isinstance(value, tuple | list) else value

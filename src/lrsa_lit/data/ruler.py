@@ -49,8 +49,7 @@ class Ruler(Needles):
     ) -> None:
         super().__init__(tasks=tasks, **kwargs)
         check_fractions(val_fraction, test_fraction)
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self._documents: dict[str, Documents] = {}
 
     def sources(self) -> dict[str, str]:
@@ -60,8 +59,7 @@ class Ruler(Needles):
     def make(self, split: Split, task: str, number: int) -> QARecord:
         """The record of a task; where it grows with the budget, of the smallest size."""
         if task in WORD_TASKS:
-            _, smallest, _ = WORD_TASKS[task]
-            return self._words(task, f"{split}-{task}-{number}", smallest)
+            return self._words(task, f"{split}-{task}-{number}", WORD_TASKS[task].smallest)
         if task in QA_TASKS:
             return self._question(split, task, number)
         return super().make(split, task, number)
@@ -78,8 +76,8 @@ class Ruler(Needles):
         return super().to_example(record)
 
     def _words(self, task: str, name: str, size: int) -> QARecord:
-        make, _, _ = WORD_TASKS[task]
-        return replace(make(name, random.Random(f"{self.seed}:{name}"), size, self.max_tokens), task=task)
+        rng = random.Random(f"{self.seed}:{name}")
+        return replace(WORD_TASKS[task].make(name, rng, size, self.max_tokens), task=task)
 
     def _question(self, split: Split, task: str, number: int) -> QARecord:
         questions = self._of(task).questions[split]

@@ -8,6 +8,7 @@ its state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Sampler
@@ -28,39 +29,31 @@ class EpochSampler(Sampler[list[int]]):
         plan: decides the batches.
         seed: the run's.
         rank: this process among those that share the batches.
-        ranks: how many they are.
         cut_at: after how many batches the trainer ends an epoch, and a state is that of the next one's start; None for
             after all of them.
         same_order: every epoch is the first one, to overfit on some batches.
     """
 
     def __init__(
-        self,
-        plan: EpochPlan,
-        seed: int,
-        rank: int = 0,
-        ranks: int = 1,
-        cut_at: int | None = None,
-        same_order: bool = False,
+        self, plan: EpochPlan, seed: int, rank: int = 0, cut_at: int | None = None, same_order: bool = False
     ) -> None:
         self.plan = plan
         self.seed = seed
         self.rank = rank
-        self.ranks = ranks
         self.cut_at = len(self) if cut_at is None else cut_at
         self.same_order = same_order
         self.epoch = 0
         self.batch = 0
 
     def __len__(self) -> int:
-        return len(self.plan) // self.ranks
+        return len(self.plan) // self.plan.ranks
 
     def __iter__(self) -> EpochIterator:
         return EpochIterator(self, self.epoch, self.batch)
 
     def batches(self, epoch: int) -> Sequence[Sequence[int]]:
         """This rank's batches of an epoch."""
-        return self.plan.batches(self.seed, 0 if self.same_order else epoch)[self.rank :: self.ranks]
+        return self.plan.batches(self.seed, 0 if self.same_order else epoch)[self.rank :: self.plan.ranks]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next pass begins, and what the batches depend on."""
@@ -69,26 +62,18 @@ class EpochSampler(Sampler[list[int]]):
     def state(self, epoch: int, batch: int) -> dict[str, Any]:
         """The state after ``batch`` batches of an epoch: plain types, so that a checkpoint loads with weights_only."""
         epoch, batch = self._after(epoch, batch)
-        return {"seed": self.seed, "epoch": epoch, "batch": batch, "made_of": self._made_of()}
+        return {"seed": self.seed, "epoch": epoch, "batch": batch, "made_of": self.plan.key()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next pass go on where a state was taken.
-
-        Raises:
-            UserError: the batches of this run are not the ones that the state counts, or it is no state.
-        """
+        """Let the next pass go on where a state was taken; a UserError if it is none, or counts other batches."""
         counts = [state.get(name) for name in ("seed", "epoch", "batch")]
         if not all(isinstance(count, int) for count in counts) or not isinstance(state.get("made_of"), Mapping):
             raise UserError("ckpt_path", reason="its place in the training data has not the form that a fit writes")
-        saved, own = state["made_of"], self._made_of()
-        differing = [name for name in own if saved.get(name) != own[name]]
-        if differing:
+        saved, own = state["made_of"], self.plan.key()
+        if differing := [name for name in own if saved.get(name) != own[name]]:
             listed = ", ".join(f"{name} was {saved.get(name)} and is {own[name]}" for name in differing)
-            raise UserError(
-                "ckpt_path",
-                reason=f"its place in the training data has no meaning here: {listed}; resume with the former "
-                "values, or start a new fit",
-            )
+            reason = f"its place in the training data has no meaning here: {listed}"
+            raise UserError("ckpt_path", reason=reason, hint="resume with the former values, or start a new fit")
         self.seed = state["seed"]
         self.epoch, self.batch = self._after(state["epoch"], state["batch"])
 
@@ -96,34 +81,28 @@ class EpochSampler(Sampler[list[int]]):
         """The epoch of the batch that follows, and its place there: the end of one epoch is the start of the next."""
         return (epoch, batch) if batch < self.cut_at else (epoch + 1, 0)
 
-    def _made_of(self) -> dict[str, Any]:
-        return {**self.plan.key(), "number of devices": self.ranks}
 
-
+@dataclass(eq=False)
 class EpochIterator(Iterator[list[int]]):
     """One pass of an :class:`EpochSampler`, whose state a data loader keeps with each batch that it prefetches."""
 
-    def __init__(self, sampler: EpochSampler, epoch: int, batch: int) -> None:
-        self._sampler = sampler
-        self._epoch = epoch
-        self._batch = batch
-        self._batches: Sequence[Sequence[int]] | None = None
-
-    def __iter__(self) -> EpochIterator:
-        return self
+    sampler: EpochSampler
+    epoch: int
+    batch: int
+    batches: Sequence[Sequence[int]] | None = None
 
     def __next__(self) -> list[int]:
-        if self._batches is None:
-            self._batches = self._sampler.batches(self._epoch)
-            self._sampler.epoch, self._sampler.batch = self._epoch + 1, 0
-        if self._batch == len(self._batches):
+        if self.batches is None:
+            self.batches = self.sampler.batches(self.epoch)
+            self.sampler.epoch, self.sampler.batch = self.epoch + 1, 0
+        if self.batch == len(self.batches):
             raise StopIteration
-        self._batch += 1
-        return list(self._batches[self._batch - 1])
+        self.batch += 1
+        return list(self.batches[self.batch - 1])
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the batches handed out so far."""
-        return self._sampler.state(self._epoch, self._batch)
+        return self.sampler.state(self.epoch, self.batch)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Part of torchdata's protocol, without which it would not ask for the state."""
@@ -148,10 +127,6 @@ class ResumableLoader(StatefulDataLoader[TrainBatch]):
         return dict(main["_sampler_iter_state"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batch that was handed out last, in the middle of an epoch or at its end.
-
-        Raises:
-            UserError: the state belongs to other batches.
-        """
+        """Go on after the batch that was handed out last; a UserError if the state belongs to other batches."""
         super().load_state_dict({})
         self.batch_sampler.load_state_dict(state_dict)

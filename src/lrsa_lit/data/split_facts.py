@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,11 @@ class SplitFacts:
     @classmethod
     def of(cls, examples: Iterable[Example]) -> SplitFacts:
         """Those of at least one example."""
-        kept = list(examples)
-        tokens = [np.asarray(example["input_ids"], dtype=np.int64) for example in kept]
-        contexts = _contexts([{**example, "input_ids": ids} for example, ids in zip(kept, tokens, strict=True)])
-        return cls(_digest(kept, tokens), len(kept), sum(map(len, tokens)) // len(kept), contexts)
+        kept: list[Any] = [
+            {**example, "input_ids": np.asarray(example["input_ids"], dtype=np.int64)} for example in examples
+        ]
+        flat = np.concatenate([example["input_ids"] for example in kept])
+        return cls(_digest(kept, flat), len(kept), len(flat) // len(kept), _contexts(kept))
 
 
 def facts_by_source(examples: Iterable[Example]) -> dict[str, SplitFacts]:
@@ -51,36 +53,28 @@ def facts_by_source(examples: Iterable[Example]) -> dict[str, SplitFacts]:
     return {source: SplitFacts.of(part) for source, part in parts}
 
 
-def _digest(examples: Sequence[Example], tokens: Sequence[Any]) -> str:
-    flat = np.concatenate(tokens)
+def _digest(examples: Sequence[Any], flat: Any) -> str:
     # Small vocabularies have had digests of 16-bit tokens from the first results on.
     found = hashlib.sha256(flat.astype("<u2" if flat.max() < 1 << 16 else "<u4").tobytes())
-    found.update(np.asarray([len(ids) for ids in tokens]).astype("<i4").tobytes())
-    found.update(json.dumps([_about(example) for example in examples], ensure_ascii=False).encode())
+    found.update(np.asarray([len(example["input_ids"]) for example in examples]).astype("<i4").tobytes())
+    # NumPy's integers are no JSON.
+    found.update(json.dumps(list(map(_about, examples)), ensure_ascii=False, default=int).encode())
     return found.hexdigest()[:12]
 
 
-def _about(example: Example) -> dict[str, Any]:
-    about = {name: _plain(example[name]) for name in _FIELDS}  # type: ignore[literal-required]
+def _about(example: Any) -> dict[str, Any]:
     # Not in each: the digest of a split that has none stays what it was.
-    return about | ({"subject": example["subject"]} if example.get("subject") else {})
-
-
-def _plain(value: Any) -> Any:
-    """Lists in place of tuples and arrays, as JSON has it."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, np.integer) else value
+    names = (*_FIELDS, "subject") if example.get("subject") else _FIELDS
+    return {name: example[name] for name in names}
 
 
 def _contexts(examples: Sequence[Any]) -> list[int]:
     # Two prompts of one context begin alike, so few have to be compared.
-    firsts: dict[object, list[tuple[int, Any]]] = {}
+    firsts: defaultdict[object, list[tuple[int, Any]]] = defaultdict(list)
     found: list[int] = []
     numbers = itertools.count()
     for example in examples:
-        beginning = example.get("subject") or example["input_ids"][: _QUESTION + 1].tobytes()
-        alike = firsts.setdefault(beginning, [])
+        alike = firsts[example.get("subject") or example["input_ids"][: _QUESTION + 1].tobytes()]
         number = next((number for number, first in alike if _same_context(first, example)), None)
         if number is None:
             number = next(numbers)
@@ -90,11 +84,11 @@ def _contexts(examples: Sequence[Any]) -> list[int]:
 
 
 def _same_context(one: Any, other: Any) -> bool:
-    """Whether two prompts are the same but for their ends; short ones, of which little is compared, never are.
+    """Whether two prompts that begin alike are the same but for their ends; short ones never are.
 
     Where they have subjects, these decide: texts made of one article can share much and begin differently.
     """
-    if one.get("subject") or other.get("subject"):
-        return bool(one.get("subject") == other.get("subject"))
+    if one.get("subject"):
+        return True
     shared = min(one["prompt_length"], other["prompt_length"]) - _QUESTION
     return shared > _QUESTION and np.array_equal(one["input_ids"][:shared], other["input_ids"][:shared])

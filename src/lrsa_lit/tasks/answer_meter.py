@@ -6,8 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from lrsa_lit.evaluation.answers import Answers, scores
-from lrsa_lit.evaluation.qa_score import QAScore
+from lrsa_lit.evaluation.answers import Answers, QAScore, scores
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch
