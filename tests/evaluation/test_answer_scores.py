@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrsa_lit.evaluation.answer_scores import exact_match, f1_score, normalize_answer, recall
-from lrsa_lit.evaluation.answers import QAScore, scores
+from lrsa_lit.evaluation.answers import means, scores
 
 
 @pytest.mark.parametrize(
@@ -103,30 +103,30 @@ def test_recall_is_rulers_string_match(prediction, answers, match, expected):
     assert recall(prediction, answers, match) == expected
 
 
-def test_score_averages_over_updates():
-    score = QAScore()
-    score.update(3.0, 2, scores("in Paris", ("Paris",), "any"))
-    score.update(1.0, 1, scores("11", ("11", "22"), "all"))
-    score.update(1.0, 2, scores("x", ("y",), "any"))
-    assert score.means(generated=True) == pytest.approx(
+def sums(loss: float, tokens: int, *asked: tuple[str, list[str], str]) -> dict[str, float]:
+    found = [scores(*question) for question in asked]
+    return {"loss": loss, "tokens": tokens, "count": len(asked)} | {
+        name: sum(each[name] for each in found) for name in found[0]
+    }
+
+
+def test_means_are_over_questions_and_tokens():
+    parts = [sums(4.0, 3, ("in Paris", ["Paris"], "any"), ("11", ["11", "22"], "all"))]
+    parts.append(sums(1.0, 2, ("x", ["y"], "any")))
+    assert means(parts, generated=True) == pytest.approx(
         {"loss": 5 / 5, "f1": (2 / 3 + 2 / 3) / 3, "em": 0.0, "recall": 1.5 / 3, "count": 3}
     )
 
 
-def test_scores_of_processes_add_up():
-    parts = [QAScore(), QAScore(), QAScore()]
-    parts[0].update(1.0, 1, scores("Paris", ("Paris",), "any"))
-    parts[0].update(1.0, 1, scores("Rome", ("Paris",), "any"))
-    parts[2].update(4.0, 1, scores("Paris", ("Paris",), "any"))
-    whole = QAScore.total(parts).means(generated=True)
+def test_sums_of_processes_add_up():
+    first = sums(2.0, 2, ("Paris", ["Paris"], "any"), ("Rome", ["Paris"], "any"))
+    whole = means([first, {}, sums(4.0, 1, ("Paris", ["Paris"], "any"))], generated=True)
     assert whole == pytest.approx({"loss": 2.0, "f1": 2 / 3, "em": 2 / 3, "recall": 2 / 3, "count": 3})
 
 
 def test_losses_alone_and_parts_without_a_question():
-    score = QAScore()
-    score.update(3.0, 2, {})
-    assert QAScore.total([QAScore(), score]).means(generated=False) == {"loss": 1.5, "count": 1}
-    none = QAScore.total([QAScore(), QAScore()]).means(generated=True)
+    assert means([{}, {"loss": 3.0, "tokens": 2, "count": 1}], generated=False) == {"loss": 1.5, "count": 1}
+    none = means([{}, {}], generated=True)
     assert none.pop("count") == 0
     assert none.keys() == {"loss", "f1", "em", "recall"}
     assert all(math.isnan(value) for value in none.values())

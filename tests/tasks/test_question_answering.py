@@ -69,7 +69,7 @@ def test_training_attention_stands_and_evaluation_restores_it():
     assert enabled_config(made.model) == RULE.replace(top_k=8)
     made._evaluate(batch(100))
     assert enabled_config(made.model) == RULE.replace(top_k=8)
-    losses = {meter.means([meter.scores])["loss"] for meter in made.meters.values()}
+    losses = {meter.means([meter.sums])["loss"] for meter in made.meters.values()}
     assert len(losses) == 3
 
 
@@ -154,7 +154,7 @@ def test_a_row_that_counts_on_another_device_changes_no_score():
         meter = made.meters[""]
         meter.reset([])
         made._evaluate(rows)
-        found = meter.means([meter.scores])
+        found = meter.means([meter.sums])
         results.append((found["loss"], found["count"]))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     assert results[0][1] == 1
@@ -167,7 +167,7 @@ def test_the_parts_of_an_evaluation_have_scores_of_their_own():
     meter = made.meters[""]
     meter.reset(["a", "b", "a/x", "a/y"])
     made._evaluate(rows)
-    found = meter.means([meter.scores])
+    found = meter.means([meter.sums])
     counts = {name: value for name, value in found.items() if name.endswith("count")}
     assert counts == {"a/count": 2, "b/count": 1, "a/x/count": 1, "a/y/count": 1, "count": 3}
 

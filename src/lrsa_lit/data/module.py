@@ -8,6 +8,7 @@ package and this project's code of data sets are the key of its cache.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sized
@@ -31,7 +32,7 @@ from lrsa_lit.data.policies import Packed, checked_policy
 from lrsa_lit.data.prompts import Example, TooLong, encode
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.sampler import ResumableLoader
-from lrsa_lit.data.split_facts import SplitFacts, facts_by_source
+from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import cache_dir
 from lrsa_lit.run_labels import TOO_LONG_OF
@@ -149,7 +150,9 @@ class QADataModule(lightning.LightningDataModule):
 
     def facts(self, split: Split) -> dict[str, SplitFacts]:
         """What identifies the questions of an open split, for each data set of a mixture; else under the name ""."""
-        return facts_by_source(self._opened(split))
+        # The examples of a mixture's data sets come one behind the other.
+        parts = itertools.groupby(self._opened(split), key=lambda example: example.get("source", ""))
+        return {source: SplitFacts.of(part) for source, part in parts}
 
     def score_of(self, group: str) -> Score:
         """The score that a part of the evaluation is published with; "" is all of it."""

@@ -26,6 +26,7 @@ class Stage:
     until_step: int | None = None
 
 
+@dataclass(eq=False)
 class EpochPlan:
     """Each example of an epoch's order in one batch, the same number of batches in every epoch.
 
@@ -35,7 +36,7 @@ class EpochPlan:
     A curriculum puts examples that are too long for a stage behind those of it. Where an epoch has more batches in a
     stage than there are examples for, these come again, and as many of the longer ones have to wait for the next epoch.
 
-    Args:
+    Attributes:
         lengths: tokens of each example.
         policy: puts examples together.
         order: of the examples of an epoch.
@@ -47,28 +48,21 @@ class EpochPlan:
         UserError: there are fewer examples than ranks.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        policy: Policy,
-        order: Order,
-        ranks: int = 1,
-        curriculum: Sequence[Stage] = (),
-        batches_a_step: int = 1,
-    ) -> None:
-        self.lengths = lengths
-        self.policy = policy
-        self.order = order
-        self.ranks = ranks
-        self.curriculum = curriculum
-        self.batches_a_step = batches_a_step
+    lengths: Sequence[int]
+    policy: Policy
+    order: Order
+    ranks: int = 1
+    curriculum: Sequence[Stage] = ()
+    batches_a_step: int = 1
+
+    def __post_init__(self) -> None:
         # Independent of the run's seed, which a checkpoint may bring after Lightning has asked for the length.
-        first = order(0, 0)
+        first = self.order(0, 0)
         # As many for each rank; and no batch can have less than one example.
-        rounded_up = -(-policy.count(first, lengths) // ranks) * ranks
-        self._length = min(rounded_up, len(first) // ranks * ranks)
+        rounded_up = -(-self.policy.count(first, self.lengths) // self.ranks) * self.ranks
+        self._length = min(rounded_up, len(first) // self.ranks * self.ranks)
         if not self._length:
-            raise UserError("devices", ranks, f"fewer, as there are {len(first)} training examples to share")
+            raise UserError("devices", self.ranks, f"fewer, as there are {len(first)} training examples to share")
 
     def __len__(self) -> int:
         return self._length

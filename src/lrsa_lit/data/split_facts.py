@@ -47,12 +47,6 @@ class SplitFacts:
         return cls(_digest(kept, flat), len(kept), len(flat) // len(kept), _contexts(kept))
 
 
-def facts_by_source(examples: Iterable[Example]) -> dict[str, SplitFacts]:
-    """Those of each data set of a mixture, whose examples come one behind the other; else of all under the name ""."""
-    parts = itertools.groupby(examples, key=lambda example: example.get("source", ""))
-    return {source: SplitFacts.of(part) for source, part in parts}
-
-
 def _digest(examples: Sequence[Any], flat: Any) -> str:
     # Small vocabularies have had digests of 16-bit tokens from the first results on.
     found = hashlib.sha256(flat.astype("<u2" if flat.max() < 1 << 16 else "<u4").tobytes())

@@ -35,14 +35,8 @@ def _dense_layers(field: str, given: Mapping[str, Any]) -> Iterator[tuple[int, l
     count, beside = given[kind], given.get("beside", [])
     if not is_integer(count) or count < 1:
         raise UserError(f"{field}.{kind}", count, "an integer >= 1")
-    if not _leaves_some(beside, count):
+    valid = isinstance(beside, list) and all(is_integer(layer) and 0 <= layer < count for layer in beside)
+    if not valid or not len(set(beside)) == len(beside) < count:
         raise UserError(f"{field}.beside", beside, f"a list of different layers from 0 to {count - 1}, not all of them")
     for layer in (layer for layer in range(count) if layer not in beside):
         yield layer, [other for other in range(count) if (other == layer) == (kind == "only") or other in beside]
-
-
-def _leaves_some(layers: Any, count: int) -> bool:
-    """Whether these are different ones of so many layers, and not all of them."""
-    if not isinstance(layers, list) or not all(is_integer(layer) and 0 <= layer < count for layer in layers):
-        return False
-    return len(set(layers)) == len(layers) < count

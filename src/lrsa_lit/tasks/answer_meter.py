@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.evaluation.answers import Answers, QAScore, scores
+from lrsa_lit.evaluation.answers import Answers, means, scores
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch
@@ -26,8 +26,8 @@ class AnswerMeter:
         self.reset(())
 
     def reset(self, groups: Iterable[str]) -> None:
-        """Start anew, with scores for these parts."""
-        self.scores = {name: QAScore() for name in ("", *groups)}
+        """Start anew, with sums for these parts."""
+        self.sums: dict[str, Counter[str]] = {name: Counter() for name in ("", *groups)}
 
     def update(self, answers: Answers, batch: Batch) -> None:
         """Add the answers to a batch, except those of rows that count on another device."""
@@ -37,18 +37,15 @@ class AnswerMeter:
             found = (
                 {} if answers.text is None else scores(answers.text[row], batch["answers"][row], batch["match"][row])
             )
-            for name in ("", *batch["groups"][row]):
-                if name in self.scores:
-                    self.scores[name].update(loss, tokens, found)
+            counted: dict[str, Any] = {"loss": loss, "tokens": tokens, "count": 1, **found}
+            for group in ("", *batch["groups"][row]):
+                if group in self.sums:
+                    self.sums[group].update(counted)
 
-    def means(self, of_processes: Sequence[dict[str, QAScore]]) -> dict[str, float]:
-        """The means over the ``scores`` of all processes by name: ``loss``, ``f1`` …, and of a part ``needle/f1`` …."""
-        parts = defaultdict(list)
-        for scores_of_process in of_processes:
-            for group, score in scores_of_process.items():
-                parts[group].append(score)
+    def means(self, of_processes: Sequence[dict[str, Counter[str]]]) -> dict[str, float]:
+        """The means over the ``sums`` of all processes by name: ``loss``, ``f1`` …, and of a part ``needle/f1`` …."""
         return {
             f"{group}/{name}" if group else name: value
-            for group, found in parts.items()
-            for name, value in QAScore.total(found).means(generated=self.generated).items()
+            for group in self.sums
+            for name, value in means([sums[group] for sums in of_processes], generated=self.generated).items()
         }

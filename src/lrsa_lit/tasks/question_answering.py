@@ -358,7 +358,7 @@ class LongContextQA(lightning.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         shown = "f1" if self.generate_answers else "loss"
-        processes = gathered({name: meter.scores for name, meter in self.meters.items()})
+        processes = gathered({name: meter.sums for name, meter in self.meters.items()})
         for attention, meter in self.meters.items():
             prefix = f"{stage}/{attention}/" if attention else f"{stage}/"
             for name, value in meter.means([process[attention] for process in processes]).items():
