@@ -4,60 +4,58 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lrsa_lit.bounds import is_integer
 from lrsa_lit.errors import UserError
 
-MEASURES = ("f1", "em", "recall")
-"""What answers are measured by."""
-
-
-class Kind(NamedTuple):
-    """What a setting may be.
-
-    Attributes:
-        allowed: in words.
-        holds: whether a value is that.
-    """
-
-    allowed: str
-    holds: Callable[[Any], bool]
-
-
-def _one_of(*values: object) -> Kind:
-    return Kind(", ".join(map(str, values)), lambda value: value in values)
+Kind = tuple[str, Callable[[Any], bool]]
+"""What a setting must be, in words, and whether a value is that."""
 
 
 def _list_of(allowed: str, holds: Callable[[Any], bool]) -> Kind:
-    return Kind(f"a list of {allowed}", lambda value: isinstance(value, list) and all(map(holds, value)))
+    return f"a list of {allowed}", lambda value: isinstance(value, list) and all(map(holds, value))
 
 
 def _or_null(kind: Kind) -> Kind:
-    return Kind(f"{kind.allowed}, or null", lambda value: value is None or kind.holds(value))
+    return f"{kind[0]}, or null", lambda value: value is None or kind[1](value)
 
 
-_NAME = Kind("a name", lambda value: isinstance(value, str))
-_NAMES = _list_of("names", _NAME.holds)
+_NAME: Kind = "a name", lambda value: isinstance(value, str)
+_NUMBER: Kind = "a number", lambda value: isinstance(value, int | float)
+_SWITCH: Kind = "true or false", lambda value: isinstance(value, bool)
+_SETTINGS: Kind = "settings, each with a name", lambda value: isinstance(value, dict) and all(map(_NAME[1], value))
+_MEASURE: Kind = "f1, em, recall", lambda value: value in ("f1", "em", "recall")
+_SPLIT: Kind = "val, test", lambda value: value in ("val", "test")
+_NAMES = _list_of("names", _NAME[1])
+_LEAST: Kind = (
+    f"{_MEASURE[0]}, each with a number",
+    lambda value: _SETTINGS[1](value) and all(map(_MEASURE[1], value)) and all(map(_NUMBER[1], value.values())),
+)
+_ROWS: Kind = "the name of a row, or a list of them", lambda value: _NAME[1](value) or _NAMES[1](value)
 _SEEDS = _or_null(_list_of("integers from 0 to 4294967295", lambda seed: is_integer(seed) and 0 <= seed < 1 << 32))
-_SETTINGS = Kind("settings, each with a name", lambda value: isinstance(value, dict) and all(map(_NAME.holds, value)))
-_SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+_CELLS = _list_of("[row, inference]", lambda value: _NAMES[1](value) and len(value) == 2)
 
+_CELL = {"row": _NAME, "inference": _NAME}
 _ROW = dict.fromkeys(("trainer", "model", "data"), _SETTINGS)
 _STUDY = {"configs": _or_null(_NAMES), "plugins": _or_null(_NAMES), "seeds": _SEEDS, **_ROW,
           **dict.fromkeys(("data_sets", "inference", "rows", "parts", "bars"), _or_null(_SETTINGS))}  # fmt: skip
-_DATA_SET = {"class_path": _NAME, "init_args": _or_null(_SETTINGS), "generate": _SWITCH, "measure": _one_of(*MEASURES)}
-_CELL = {"row": _NAME, "inference": _NAME}
-_PART = {"rows": _NAMES, "seeds": _SEEDS, "inference": _NAMES, "sets": _NAMES, "split": _one_of("val", "test"),
+_DATA_SET = {"class_path": _NAME, "init_args": _or_null(_SETTINGS), "generate": _SWITCH, "measure": _MEASURE}
+_PART = {"rows": _NAMES, "seeds": _SEEDS, "inference": _NAMES, "sets": _NAMES, "split": _SPLIT,
          "generate": _SWITCH, "against": _or_null(_SETTINGS)}  # fmt: skip
+_SET = {"set": _NAME, "measure": _MEASURE}
+_OF_DENSE = {**_SET, "of_dense": _NUMBER, "reference": _NAMES, "reference_at_least": _LEAST}
+_BARS = {
+    ("set", "kept", "of_dense"): {**_OF_DENSE, "kept": _NUMBER},
+    ("set", "pairs", "of_dense"): {**_OF_DENSE, "pairs": _NUMBER},
+    ("set", "row", "inference", "at_least"): {**_SET, **_CELL, "row": _ROWS, "at_least": _NUMBER},
+    ("set", "row", "inference", "above", "p"): {**_SET, **_CELL, "above": _CELLS, "p": _NUMBER},
+}
+"""What a bar may have, by what it must have."""
 
 
 def check_study(name: str, content: Any) -> None:
-    """Check what a study file holds: which settings, and of which kinds.
-
-    Args:
-        name: of the file, for messages.
-        content: of the file.
+    """Check what a study file of some name holds: which settings, and of which kinds.
 
     Raises:
         UserError: a setting is unknown, missing or of another kind.
@@ -67,25 +65,29 @@ def check_study(name: str, content: Any) -> None:
         _check(f"{name}: data_sets.{data_set}", given, _DATA_SET, ("class_path",))
     for row, given in (content.get("rows") or {}).items():
         _check(f"{name}: rows.{row}", given or {}, _ROW)
-    _check(f"{name}: inference", content.get("inference") or {}, None)
+    attentions = content.get("inference") or {}
+    _check(f"{name}: inference", attentions, dict.fromkeys(attentions, _or_null(_SETTINGS)))
     for part, given in (content.get("parts") or {}).items():
         _check(f"{name}: parts.{part}", given, _PART, ("rows", "inference", "sets"))
         if given.get("against") is not None:
             _check(f"{name}: parts.{part}.against", given["against"], _CELL, tuple(_CELL))
+    for bar, given in (content.get("bars") or {}).items():
+        keys = set(given) if isinstance(given, dict) else set()
+        needed = next((needed for needed in _BARS if keys.issuperset(needed)), None)
+        if needed is None:
+            raise UserError(f"{name}: bars.{bar}", allowed=f"settings with {'; or '.join(map(', '.join, _BARS))}")
+        _check(f"{name}: bars.{bar}", given, _BARS[needed])
 
 
-def _check(where: str, given: Any, kinds: Mapping[str, Kind] | None, needed: Collection[str] = ()) -> None:
-    """Check settings, of which all are settings or null where no kinds are given."""
+def _check(where: str, given: Any, kinds: Mapping[str, Kind], needed: Collection[str] = ()) -> None:
     if not isinstance(given, dict):
-        raise UserError(where, given, _SETTINGS.allowed)
-    kinds = dict.fromkeys(given, _or_null(_SETTINGS)) if kinds is None else kinds
+        raise UserError(where, given, _SETTINGS[0])
     if missing := [name for name in needed if name not in given]:
         raise UserError(where, reason=f"{missing[0]} is missing")
     if unknown := sorted(map(str, given.keys() - set(kinds))):
         raise UserError(where, reason=f"there is no setting {unknown[0]!r}; allowed are {', '.join(sorted(kinds))}")
     for name, value in given.items():
-        if not kinds[name].holds(value):
+        allowed, holds = kinds[name]
+        if not holds(value):
             field = f"{where}{'.' if ': ' in where else ': '}{name}"
-            raise UserError(
-                field, allowed=kinds[name].allowed, reason=f"{json.dumps(value, default=str)} is not allowed"
-            )
+            raise UserError(field, allowed=allowed, reason=f"{json.dumps(value, default=str)} is not allowed")

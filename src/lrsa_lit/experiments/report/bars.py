@@ -14,14 +14,13 @@ A bar asks for one of three things on a data set's test split:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
-from lrsa_lit.experiments.checks import MEASURES
 from lrsa_lit.experiments.report import columns
 from lrsa_lit.experiments.report.cells import Cell, Cells, Scope, measure_of, reference_of
 from lrsa_lit.experiments.report.columns import Column, Grid
@@ -29,12 +28,6 @@ from lrsa_lit.experiments.report.tables import LABELS
 from lrsa_lit.experiments.settings import Settings
 from lrsa_lit.experiments.study import DENSE, Study
 from lrsa_lit.ops.sparse_attention import LagRelative
-
-_CELL, _SHARE = {"set", "row", "inference"}, {"set", "of_dense"}
-_MUST = ({*_SHARE, "kept"}, {*_SHARE, "pairs"}, {*_CELL, "at_least"}, {*_CELL, "above", "p"})
-_MAY = {"set", "measure"}
-_MAY_OF_DENSE = {*_MAY, "reference", "reference_at_least"}
-"""The keys that a bar must have, one of these sets, and those that it may have."""
 
 _HALF_A_PERCENT = 0.005
 """Shares are held against a bar's as whole percents, as the tables show them."""
@@ -72,23 +65,20 @@ class Verdict(NamedTuple):
 
 
 class Bars:
-    """The bars of a study.
-
-    Args:
-        cells: all results.
+    """The bars of a study, held against all of its results.
 
     Raises:
-        UserError: a bar has keys that do not fit together, or names what the study does not have.
+        UserError: a bar names what the study does not have.
     """
 
     def __init__(self, cells: Cells) -> None:
         self.cells, self.study = cells, cells.study
         for name, bar in self.study.bars.items():
-            _check(self.study, name, bar)
+            _check_names(self.study, f"{self.study.name}: bars.{name}", bar)
 
     def verdicts(self) -> list[Verdict]:
         """One for each bar."""
-        kinds = {"of_dense": self._of_dense, "at_least": self._score, "above": self._above}
+        kinds = {"of_dense": self._of_dense, "at_least": self._at_least, "above": self._above}
         bars = self.study.bars.items()
         return [next(of for key, of in kinds.items() if key in bar)(name, bar) for name, bar in bars]
 
@@ -177,10 +167,9 @@ class Bars:
             by += f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
         return Verdict(name, required, columns.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by)
 
-    def _score(self, name: str, bar: Settings) -> Verdict:
+    def _at_least(self, name: str, bar: Settings) -> Verdict:
         required, scope = f"{self._label(bar)} at least {bar['at_least']:g}", self._scope(bar)
-        rows = [bar["row"]] if isinstance(bar["row"], str) else bar["row"]
-        found = [cell for row in rows if (cell := scope.cell(row, bar["inference"])) is not None]
+        found = [cell for row in _rows(bar) if (cell := scope.cell(row, bar["inference"])) is not None]
         if not found:
             return Verdict(name, required)
         cell = max(found, key=lambda cell: cell.mean(scope.measure))
@@ -223,6 +212,11 @@ def table_of(verdicts: Sequence[Verdict]) -> Grid:
 def _kind(bar: Settings) -> str:
     """Which pairs a bar counts: those ``kept``, or all ``pairs``."""
     return "kept" if "kept" in bar else "pairs"
+
+
+def _rows(bar: Settings) -> list[str]:
+    rows = bar.get("row", [])
+    return [rows] if isinstance(rows, str) else rows
 
 
 def _selects(rule: Settings | None) -> bool:
@@ -272,40 +266,12 @@ def _apart(pairs: Sequence[tuple[Cell, Cell]], measure: str) -> float | None:
     return float(reached / dense)
 
 
-def _check(study: Study, name: str, bar: Any) -> None:
-    """Refuse a bar whose keys do not fit together, or that names what the study does not have."""
-    where = f"{study.name}: bars.{name}"
-    keys = set(bar) if isinstance(bar, dict) else set()
-    if not any(must <= keys <= must | (_MAY_OF_DENSE if must >= _SHARE else _MAY) for must in _MUST):
-        allowed = "; or ".join(", ".join(sorted(must)) for must in _MUST)
-        given = ", ".join(map(str, keys)) or "none"
-        raise UserError(where, reason=f"the keys {given} are not allowed; they must be {allowed}")
-
-    def check(key: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise UserError(f"{where}.{key}", bar[key], allowed)
-
-    check("set", isinstance(bar["set"], str) and bar["set"] in study.data_sets, "one of data_sets")
-    measure = bar.get("measure") or measure_of(study, bar["set"])
-    if measure not in MEASURES:
-        raise UserError(f"{where}.measure", measure, ", ".join(MEASURES))
-    for key in ("kept", "pairs", "of_dense", "at_least", "p"):
-        check(key, isinstance(bar.get(key, 0), int | float), "a number")
-    reference, least = bar.get("reference", []), bar.get("reference_at_least", {})
-    check("reference", _is_names(reference), "a list of rows")
-    numbers = isinstance(least, dict) and all(isinstance(value, int | float) for value in least.values())
-    check("reference_at_least", numbers and set(least) <= set(MEASURES), f"{', '.join(MEASURES)}, each with a number")
-    rows, above = bar.get("row", []), bar.get("above", [])
-    rows = [rows] if isinstance(rows, str) else rows
-    check("row", _is_names(rows), "the name of a row, or a list of them")
-    check("inference", isinstance(bar.get("inference", ""), str), "the name of an attention")
-    pairs = isinstance(above, list) and all(_is_names(other) and len(other) == 2 for other in above)
-    check("above", pairs, "a list of [row, inference]")
-    for row in reference:
+def _check_names(study: Study, where: str, bar: Settings) -> None:
+    if bar["set"] not in study.data_sets:
+        raise UserError(f"{where}.set", bar["set"], "one of data_sets")
+    if (measure := bar.get("measure") or measure_of(study, bar["set"])) == "loss":
+        raise UserError(f"{where}.measure", measure, "a score of answers, which this data set does not have")
+    for row in bar.get("reference", []):
         study.row(row)
-    for row, attention in [*((row, bar["inference"]) for row in rows), *above]:
+    for row, attention in [*((row, bar["inference"]) for row in _rows(bar)), *bar.get("above", [])]:
         study.rule_of(study.row(row), attention, where)
-
-
-def _is_names(given: Any) -> bool:
-    return isinstance(given, list) and all(isinstance(name, str) for name in given)

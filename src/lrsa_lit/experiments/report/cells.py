@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,13 +20,7 @@ _SAME = ("backbone", "trainer", "data")
 
 @dataclass(frozen=True)
 class Cell:
-    """A row under one attention on one data set, over its seeds.
-
-    Attributes:
-        row: name of the row.
-        attention: name of the attention.
-        lines: its results, one for each seed, on the same questions.
-    """
+    """A row under one attention on one data set: its lines, one for each seed, on the same questions."""
 
     row: str
     attention: str
@@ -76,29 +70,27 @@ class Cell:
             return statistics.ratio_of_sums(self.scores("loss"), self.scores("tokens"), self.groups)
         return statistics.mean(self.scores(measure), self.groups)
 
-    def survival(self, evidence: str) -> float | None:
-        """Share of the tokens of ``gold`` passages or ``answer`` spans that a head keeps, mean of the seeds."""
-        shares = [line["survival"][evidence] for line in self.lines if line.get("survival")]
-        known = [share for share in shares if share is not None]
-        return float(np.mean(known)) if known else None
+    def survival(self, name: str) -> Any:
+        """What a head keeps, mean of the seeds that say it; None where none does.
 
-    @property
-    def quarters(self) -> list[float] | None:
-        """Shares that a head keeps of the quarters of a partition, means of the seeds; None where no result says."""
-        shares = [line["survival"]["quarters"] for line in self.lines if (line.get("survival") or {}).get("quarters")]
-        known = [row for row in shares if None not in row]
-        return [float(share) for share in np.mean(known, axis=0)] if known else None
+        Args:
+            name: ``gold`` passages or ``answer`` spans, a share of whose tokens is kept; or the ``quarters`` of a
+                partition, each of which has a share.
+        """
+        found = [line["survival"].get(name) for line in self.lines if line.get("survival")]
+        known = [kept for kept in found if kept is not None and not (isinstance(kept, list) and None in kept)]
+        return np.mean(known, axis=0).tolist() if known else None
 
     def paired(self, other: Cell) -> tuple[Cell, Cell] | None:
         """Both with the seeds that both have; None if they have none. The base LLM, untrained, goes with any seed."""
         if not (self.line["train_digest"] and other.line["train_digest"]):
             return self, other
-        common = {line["seed"] for line in self.lines} & {line["seed"] for line in other.lines}
-        one, two = (
-            sorted((line for line in cell.lines if line["seed"] in common), key=lambda line: line["seed"])
-            for cell in (self, other)
-        )
-        return (replace(self, lines=tuple(one)), replace(other, lines=tuple(two))) if common else None
+        seeds = sorted({line["seed"] for line in self.lines} & {line["seed"] for line in other.lines})
+        return (self._of(seeds), other._of(seeds)) if seeds else None
+
+    def _of(self, seeds: Sequence[int]) -> Cell:
+        by_seed = {line["seed"]: line for line in self.lines}
+        return replace(self, lines=tuple(by_seed[seed] for seed in seeds))
 
     def compared(self, other: Cell | None, measure: str) -> Comparison | None:
         """This cell against another one, over the seeds that both have.
@@ -127,14 +119,13 @@ class Cells:
         for line in self.lines:
             if line["kind"] == "evaluation" and (line["set"], line["split"]) == (data_set, split) and line[measure]:
                 found.setdefault(line["config"], []).append(line)
-        return Scope(self.study, data_set, measure, found)
+        return Scope(self.study, measure, found)
 
 
 class Scope(NamedTuple):
     """Results on a split of a data set that have a measure, by the digests of their rows."""
 
     study: Study
-    data_set: str
     measure: str
     lines: Mapping[str, list[Line]]
 
@@ -155,10 +146,7 @@ class Scope(NamedTuple):
         return Cell(row, attention, tuple(by_seed.values())) if by_seed else None
 
     def cells(self) -> list[Cell]:
-        """All cells, row by row of the study, in the order of the results.
-
-        Those of attentions that the study has no more stay out.
-        """
+        """All cells of attentions that the study still has, row by row of the study, in the order of the results."""
         names = {digest_of(rule): name for name, rule in reversed(self.study.inference.items())}
         cells: list[Cell | None] = []
         for row in self.study.rows.values():
@@ -206,11 +194,6 @@ class Table:
     """The results of a part on one data set.
 
     All of it, what cells are held against as well, is of the part's seeds: other parts may have more of the same cells.
-
-    Args:
-        cells: all results.
-        part: name of the part.
-        data_set: name of the data set.
 
     Attributes:
         cells: those of the part that have results.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -31,12 +32,7 @@ class Column(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A table, column by column.
-
-    Attributes:
-        columns: of equal length.
-        names: how many of them, the first ones, hold names, which stand to the left.
-    """
+    """A table: its columns, of which the first ones, so many as ``names``, stand to the left."""
 
     columns: Sequence[Column]
     names: int = 2
@@ -82,27 +78,19 @@ def plain(text: str) -> str:
     return printable("<br>".join(escaped.split("\n")))
 
 
-def interval(estimate: Estimate, digits: int = 3, sign: str = "") -> str:
-    """``0.412 [0.380, 0.444]``."""
-    value, low, high = (f"{number:{sign}.{digits}f}" for number in estimate)
-    return f"{value} [{low}, {high}]"
+def interval(estimate: Estimate, form: str = ".3f") -> str:
+    """``0.412 [0.380, 0.444]``; nothing for NaN."""
+    value, low, high = (format(number, form) for number in estimate)
+    return "" if math.isnan(estimate.value) else f"{value} [{low}, {high}]"
 
 
-def signed(estimate: Estimate) -> str:
-    """``+0.012 [-0.005, +0.029]``."""
-    return interval(estimate, sign="+")
+signed = partial(interval, form="+.3f")
+percent = partial(interval, form=".1%")
 
 
 def perplexity(loss: Estimate) -> str:
     """Of a loss in nats for each token."""
-    return interval(loss.exp(), 2)
-
-
-def percent(estimate: Estimate) -> str:
-    """``91.2% [88.0%, 94.4%]``; nothing for NaN."""
-    if math.isnan(estimate.value):
-        return ""
-    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
+    return interval(loss.exp(), ".2f")
 
 
 def share(value: float) -> str:

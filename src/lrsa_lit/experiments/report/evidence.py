@@ -87,7 +87,7 @@ def survival(cells: Cells) -> Grid:
         for when in ("before", "after"):
             kept = [getattr(item, when).survival(evidence) for item in found]
             shown.append(Column(f"{evidence} {when}", kept, columns.share))
-    quarters = [item.after.quarters for item in found]
+    quarters = [item.after.survival("quarters") for item in found]
     if any(quarters):
         shown.append(Column("by quarter", quarters, lambda shares: " ".join(map(columns.share, shares))))
     return Grid(shown, names=3)
