@@ -23,10 +23,10 @@
 from IPython.display import display_png
 
 from lrsa_lit.cli.study import open_study
-from lrsa_lit.experiments.report import evidence, frames, result_plots, tables
+from lrsa_lit.experiments.report import evidence, places, result_plots, tables
 from lrsa_lit.experiments.report.bars import Bars, table_of
-from lrsa_lit.experiments.report.cells import Table, measure_of
-from lrsa_lit.experiments.report.places import by_place
+from lrsa_lit.experiments.report.cells import Cells, Table, measure_of
+from lrsa_lit.experiments.report.document import results_of
 from lrsa_lit.paths import nearest
 
 # %% [markdown]
@@ -34,8 +34,8 @@ from lrsa_lit.paths import nearest
 
 # %%
 results = "study/results.jsonl"
-cells = frames.load(results, open_study(str(nearest("configs/experiment/robustness.yaml"))))
-study = cells.study
+study = open_study(str(nearest("configs/experiment/robustness.yaml")))
+cells = Cells(study, results_of(study, nearest(results)))
 list(study.parts)
 
 # %% [markdown]
@@ -109,7 +109,7 @@ result_plots.perplexity(evidence.texts(cells))
 
 # %%
 named = next(name for name in study.parts if "against" in study.parts[name])
-by_place(Table(cells, named, study.parts[named]["sets"][0]), nearest("study/data")).frame()
+places.by_place(Table(cells, named, study.parts[named]["sets"][0]), nearest("study/data")).frame()
 
 # %% [markdown]
 # ## One question, all answers
@@ -118,10 +118,10 @@ by_place(Table(cells, named, study.parts[named]["sets"][0]), nearest("study/data
 
 # %%
 number = 0
-frames.answers(table, number)
+places.answers(table, number)
 
 # %% [markdown]
 # Its text, and the answers that count as right, are read from the data that `lrsa study data` has written.
 
 # %%
-frames.question(table, number, "study/data")
+places.question(table, number, "study/data")

@@ -52,7 +52,7 @@ def checkout(tmp_path_factory):
     study = folder / "configs" / "experiment" / "robustness.yaml"
     study.parent.mkdir(parents=True)
     opened = open_study(str(tiny_study.write(study)))
-    Questions(opened, folder / "study" / "data").prepare(splits_of(opened))
+    Questions(opened, folder / "study" / "data").prepare(splits_of(opened.work(*opened.parts)))
     lines = tiny_study.RESULTS.read_text().replace('"study": "tiny-study"', '"study": "robustness"')
     (folder / "study" / "results.jsonl").write_text(lines)
     return folder

@@ -22,7 +22,7 @@ def prepared(tmp_path_factory):
     """The data of the study."""
     folder = tmp_path_factory.mktemp("study")
     study = open_study(str(tiny_study.write(folder / "tiny-study.yaml")))
-    Questions(study, folder / "data").prepare(splits_of(study))
+    Questions(study, folder / "data").prepare(splits_of(study.work(*study.parts)))
     return folder / "data"
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.jobs import Here, Job
+from lrsa_lit.experiments.jobs import Executor, Job
 from lrsa_lit.experiments.on_ray import OnRay, _connected, executor, gpus_of
 
 STUB = """
@@ -69,7 +69,7 @@ ENDS = {"a": "well", "b": "kills", "c": "fails", "d": "well"}
 
 def test_the_table_is_that_of_a_local_run(commands, cluster, tmp_path):
     here, on_ray = {}, {}
-    Here().drive(units(commands, ENDS | {"b": "well"}, here), lambda: None)
+    Executor().drive(units(commands, ENDS | {"b": "well"}, here), lambda: None)
     assert here == {"a": (0, 0), "b": (0, 0), "c": (3, None), "d": (0, 0)}
     for log in tmp_path.glob("*.log"):
         log.unlink()
@@ -91,13 +91,13 @@ def test_the_table_is_that_of_a_local_run(commands, cluster, tmp_path):
     ],
 )
 def test_gpus_are_those_of_the_trainer(trainer, gpus):
-    assert gpus_of(trainer, {"GPU": 8.0}, 4) == gpus
-    assert gpus_of(trainer, {}, 0) == 0
+    assert gpus_of(trainer, 4) == gpus
+    assert gpus_of(trainer, 0) == 0
 
 
 def test_more_gpus_than_a_machine_has():
     with pytest.raises(UserError) as error:
-        gpus_of({"devices": 5}, {"GPU": 8.0}, 4)
+        gpus_of({"devices": 5}, 4)
     assert error.value.field == "trainer.devices"
 
 

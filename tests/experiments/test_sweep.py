@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.main import main
 from lrsa_lit.experiments import jobs, sweep
-from lrsa_lit.experiments.settings_grid import parse, points
+from lrsa_lit.experiments.sweep import parse, points
 from lrsa_lit.tracking import heartbeat
 
 __all__ = ["elsewhere"]

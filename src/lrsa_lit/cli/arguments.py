@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -83,3 +84,18 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """As :func:`terminable`, for a command that goes on when it is given again.
+
+    Raises:
+        SystemExit: code 130, behind a line that says so, after Ctrl-C or SIGTERM.
+    """
+    try:
+        with terminable():
+            yield
+    except KeyboardInterrupt:
+        print("\nlrsa: interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -31,18 +31,31 @@ class FitSettings:
         self._parser = parser_of("fit")
         self._known: dict[str, str] = {}
 
-    def given(self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """What the shipped defaults, arguments and overlays say; what only the code has as its default stays out.
+    def given(
+        self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = (), *, defaults: bool = False
+    ) -> dict[str, Any]:
+        """What the shipped defaults, arguments and overlays say.
 
         Args:
             arguments: what follows ``lrsa fit``.
             overlays: settings over these, the last ones on top.
+            defaults: say all settings of a fit, those as well that only the code has as its defaults.
         """
-        return self._parsed(arguments, overlays, defaults=False)
-
-    def complete(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """All settings of a fit."""
-        return self._parsed(arguments, (), defaults=True)
+        key = json.dumps([arguments, overlays, defaults])
+        if key not in self._known:
+            # As files are, overlays are values of --config.
+            layers = [part for overlay in overlays for part in ("--config", json.dumps(overlay))]
+            try:
+                parsed = self._parser.parse_args([*lightning_arguments("fit", arguments), *layers], defaults=defaults)
+            except UserError as error:
+                raise UserError(str(error).removeprefix("config: ")) from None
+            except (OmegaConfBaseException, ValueError) as error:
+                raise first_user_error(error) or UserError(one_line(str(error))) from None
+            self._known[key] = json.dumps(parsed["fit"].as_dict(), default=str)
+        settings: dict[str, Any] = json.loads(self._known[key])
+        # The files that they were read from.
+        settings.pop("config", None)
+        return settings
 
     def made(self, key: str, kind: type[Made], settings: Mapping[str, Any]) -> Made:
         """What settings describe, which errors call ``key``: arguments of a class, or a ``class_path`` below it."""
@@ -60,22 +73,3 @@ class FitSettings:
             except (TypeError, ValueError) as error:
                 raise UserError(one_line(str(error)).removeprefix("value.")) from error
         return made
-
-    def _parsed(
-        self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]], *, defaults: bool
-    ) -> dict[str, Any]:
-        key = json.dumps([arguments, overlays, defaults])
-        if key not in self._known:
-            # As files are, overlays are values of --config.
-            layers = [part for overlay in overlays for part in ("--config", json.dumps(overlay))]
-            try:
-                parsed = self._parser.parse_args([*lightning_arguments("fit", arguments), *layers], defaults=defaults)
-            except UserError as error:
-                raise UserError(str(error).removeprefix("config: ")) from None
-            except (OmegaConfBaseException, ValueError) as error:
-                raise first_user_error(error) or UserError(one_line(str(error))) from None
-            self._known[key] = json.dumps(parsed["fit"].as_dict(), default=str)
-        settings: dict[str, Any] = json.loads(self._known[key])
-        # The files that they were read from.
-        settings.pop("config", None)
-        return settings

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.cli.arguments import Parser, add_on, terminable
+from lrsa_lit.cli.arguments import Parser, add_on, resumable
 from lrsa_lit.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,10 +34,7 @@ A run does what the results do not hold yet, by `lrsa fit` and `lrsa test`, and 
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        arguments: what follows ``lrsa study``.
+    """Run what follows ``lrsa study``.
 
     Raises:
         UserError: a mistake in the arguments or in the study.
@@ -68,64 +64,55 @@ def _fit_settings() -> FitSettings:
 
 def _parser() -> Parser:
     parser = Parser("lrsa study", description="Rows of fits, each evaluated under several attentions.", epilog=EPILOG)
-    actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=_SubParser)
-    data = actions.add_parser("data", help="tokenise the study's data sets")
-    _add(data, "study", "data")
-    data.add_argument("--only", nargs="+", default=[], metavar="NAME", help="names of data sets; default: all")
-    data.set_defaults(action=_data)
-    run_parts = actions.add_parser("run", help="train and evaluate the rows of parts")
-    _add(run_parts, "study", "data", "part", "out")
-    run_parts.add_argument("--minutes", type=float, default=9.0, help="stop before these are over (default: 9)")
-    run_parts.add_argument("--work", type=Path, default=Path("runs/study"), help="weights and unfinished trainings")
-    run_parts.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows of the parts alone")
-    run_parts.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="these seeds alone")
-    run_parts.add_argument("--shared", action="store_true", help="others use the device as well: record no speed")
-    run_parts.add_argument("--source", help="folder of the study's base LLM on this machine")
-    run_parts.add_argument("--no-mlflow", action="store_true", help="record lines alone, and no runs of MLflow")
-    run_parts.add_argument("--workers", type=int, default=1, help="processes on each device in an evaluation")
-    add_on(run_parts)
-    run_parts.set_defaults(action=_run)
-    status = actions.add_parser("status", help="show what of a part is done")
-    _add(status, "study", "data", "part", "out")
-    status.set_defaults(action=_status)
-    config = actions.add_parser("config", help="print a row as a file for lrsa fit --config")
-    _add(config, "study")
-    config.add_argument("row", help="name of the row")
-    config.add_argument("--seed", type=int, default=0)
-    config.set_defaults(action=_config)
-    report = actions.add_parser("report", help="tables, statistics and plots of the results")
-    report.add_argument("results", help="file of the results, or URI of the MLflow store that the study recorded to")
-    report.add_argument("--study", required=True, help="file of the study, for its parts and their order")
-    report.add_argument("--to", type=Path, help=f"folder for the report; default: {_REPORT}, unless --into")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    shared: dict[str, dict[str, Any]] = {
+        "study": {"help": "file of the study"},
+        "--data": {"type": Path, "default": Path("study/data"), "help": "folder of the tokenised data sets"},
+        "--part": {"nargs": "+", "required": True, "metavar": "PART", "help": "names of parts, done row by row"},
+        "--out": {"type": Path, "default": Path("results.jsonl"), "help": "file of the results"},
+    }
+
+    def action(
+        name: str, about: str, act: Callable[[argparse.Namespace], None], *takes: str
+    ) -> argparse.ArgumentParser:
+        added = actions.add_parser(name, help=about)
+        added.set_defaults(action=act)
+        for option in takes:
+            added.add_argument(option, **shared[option])
+        return added
+
+    action("data", "tokenise the study's data sets", _data, "study", "--data")
+    running = action("run", "train and evaluate the rows of parts", _run, *shared)
+    add = running.add_argument
+    add("--minutes", type=float, default=9.0, help="stop before these are over (default: 9)")
+    add("--work", type=Path, default=Path("runs/study"), help="weights and unfinished trainings")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="these rows of the parts alone")
+    add("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="these seeds alone")
+    add("--shared", action="store_true", help="others use the device as well: record no speed")
+    add("--source", help="folder of the study's base LLM on this machine")
+    add("--no-mlflow", action="store_true", help="record lines alone, and no runs of MLflow")
+    add("--workers", type=int, default=1, help="processes on each device in an evaluation")
+    add_on(running)
+    action("status", "show what of a part is done", _status, *shared)
+    add = action("config", "print a row as a file for lrsa fit --config", _config, "study").add_argument
+    add("row", help="name of the row")
+    add("--seed", type=int, default=0)
+    add = action("report", "tables, statistics and plots of the results", _report).add_argument
+    add("results", help="file of the results, or URI of the MLflow store that the study recorded to")
+    add("--study", required=True, help="file of the study, for its parts and their order")
+    add("--to", type=Path, help=f"folder for the report; default: {_REPORT}, unless --into")
     blocks = "fill the blocks <!-- study:NAME --> ... <!-- /study --> of these Markdown files"
-    report.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help=blocks)
-    report.add_argument("--plots", type=Path, default=Path("docs/study"), help="folder for the plots of these blocks")
-    report.add_argument("--data", type=Path, help="folder of the data, for blocks that look at the questions")
-    report.set_defaults(action=_report)
+    add("--into", type=Path, nargs="+", default=[], metavar="FILE", help=blocks)
+    add("--plots", type=Path, default=Path("docs/study"), help="folder for the plots of these blocks")
+    add("--data", type=Path, help="folder of the data, for blocks that look at the questions")
     return parser
-
-
-class _SubParser(Parser):
-    def __init__(self, *, prog: str, **options: object) -> None:
-        super().__init__(prog, **options)
-
-
-def _add(parser: argparse.ArgumentParser, *names: str) -> None:
-    if "study" in names:
-        parser.add_argument("study", help="file of the study")
-    if "data" in names:
-        parser.add_argument("--data", type=Path, default=Path("study/data"), help="folder of the tokenised data sets")
-    if "part" in names:
-        parser.add_argument("--part", nargs="+", required=True, metavar="PART", help="names of parts, done row by row")
-    if "out" in names:
-        parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="file of the results")
 
 
 def _data(options: argparse.Namespace) -> None:
     from lrsa_lit.experiments.questions import Questions, splits_of
 
     study = open_study(options.study)
-    Questions(study, options.data).prepare(splits_of(study, options.only), anew=True)
+    Questions(study, options.data).prepare(splits_of(study.work(*study.parts)), anew=True)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -134,50 +121,37 @@ def _run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise UserError("--workers", options.workers, "an integer >= 1")
     from lrsa_lit.experiments.on_ray import executor
+    from lrsa_lit.experiments.questions import splits_of
 
-    runner = _runner(options)
+    overlay: dict[str, Any] = {"trainer": {"logger": False}} if options.no_mlflow else {}
+    if options.source is not None:
+        overlay["model"] = {"backbone": {"source": options.source, "sha256": None}}
+    runner = _runner(options, options.work, overlay, shared=options.shared, workers=options.workers)
     works = runner.chosen(options.part, options.rows, options.seeds)
     with executor(options.on, 60 * options.minutes) as runs:
-        runner.prepare(works)
-        try:
-            with terminable():
-                done = runner.run(works, runs)
-        except KeyboardInterrupt:
-            print("\nlrsa: interrupted; the same command goes on", file=sys.stderr)
-            raise SystemExit(130) from None
+        runner.questions.prepare(splits_of(works))
+        with resumable():
+            done = runner.run(works, runs)
     print(f"{', '.join(options.part)}: {'done' if done else 'not done yet; the same command goes on'}", flush=True)
     if runner.failed:
         raise SystemExit(1)
 
 
 def _status(options: argparse.Namespace) -> None:
-    runner = _runner(options)
+    runner = _runner(options, Path())
     for work, trained, missing in runner.todo(runner.chosen(options.part)):
         done = len(work.evaluations) - len(missing)
         state = "trained" if trained else "not trained"
         print(f"{work.row.name}, seed {work.seed} ({work.row.hash}): {state}, {done}/{len(work.evaluations)} evaluated")
 
 
-def _runner(options: argparse.Namespace) -> Runner:
+def _runner(options: argparse.Namespace, *work: Any, **more: Any) -> Runner:
     from lrsa_lit.experiments.questions import Questions
     from lrsa_lit.experiments.results import Results
     from lrsa_lit.experiments.runner import Runner
 
     study = open_study(options.study)
-    overlay: dict[str, Any] = {}
-    if (source := getattr(options, "source", None)) is not None:
-        overlay["model"] = {"backbone": {"source": source, "sha256": None}}
-    if getattr(options, "no_mlflow", False):
-        overlay["trainer"] = {"logger": False}
-    return Runner(
-        study,
-        Questions(study, options.data),
-        Results(options.out, study),
-        getattr(options, "work", Path()),
-        overlay,
-        shared=getattr(options, "shared", False),
-        workers=getattr(options, "workers", 1),
-    )
+    return Runner(study, Questions(study, options.data), Results(options.out, study), *work, **more)
 
 
 def _config(options: argparse.Namespace) -> None:

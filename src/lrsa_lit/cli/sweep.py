@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 
-from lrsa_lit.cli.arguments import Parser, add_on, terminable
+from lrsa_lit.cli.arguments import Parser, add_on, resumable
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.settings_grid import FLAG, parse, points
+from lrsa_lit.experiments.sweep import FLAG, Sweep, parse, points, show
 
 EPILOG = f"""\
 All other options are those of `lrsa fit`. Values are YAML, so {FLAG} 'data.init_args.limit={{train: 8}},{{train: 64}}'
@@ -21,44 +19,30 @@ example:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        arguments: what follows ``lrsa sweep``.
+    """Run what follows ``lrsa sweep``.
 
     Raises:
         UserError: a mistake in the arguments, before anything has run.
         SystemExit: code 1 if a point failed, 130 after Ctrl-C.
     """
-    options, rest = _parse(arguments)
+    parser = Parser("lrsa sweep", description="Fit once for each point of a grid of settings.", epilog=EPILOG)
+    of_grid = "values of a setting; several span a grid"
+    parser.add_argument(FLAG, metavar="KEY=V1,V2", action="append", default=[], help=of_grid)
+    add_on(parser)
+    options, rest = parser.parse_known_args(arguments)
+    if printing := [option for option in rest if option.startswith("--print_")]:
+        raise UserError(printing[0], reason="it is not allowed in a sweep; lrsa fit has it")
     grid = parse(options.grid)
     from lrsa_lit.cli.fit_settings import FitSettings
     from lrsa_lit.experiments.on_ray import executor
-    from lrsa_lit.experiments.summary import show
-    from lrsa_lit.experiments.sweep import Sweep
 
     todo = points(grid, rest, FitSettings())
     with executor(options.on) as runs:
         sweep = Sweep(todo, grid)
         try:
-            with terminable():
+            with resumable():
                 well = sweep.run(runs)
-        except KeyboardInterrupt:
-            print("\nlrsa: interrupted; the same command goes on with what is not finished", file=sys.stderr)
-            raise SystemExit(130) from None
         finally:
             show(sweep.outcomes, len(todo))
     if not well:
         raise SystemExit(1)
-
-
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser("lrsa sweep", description="Fit once for each point of a grid of settings.", epilog=EPILOG)
-    parser.add_argument(
-        FLAG, metavar="KEY=V1,V2", action="append", default=[], help="values of a setting; several span a grid"
-    )
-    add_on(parser)
-    options, rest = parser.parse_known_args(arguments)
-    if printing := [option for option in rest if option.startswith("--print_")]:
-        raise UserError(printing[0], reason="it is not allowed in a sweep; lrsa fit has it")
-    return options, rest

@@ -4,94 +4,59 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lrsa_lit.experiments.settings import Settings, digest
 from lrsa_lit.experiments.study import Evaluation, Row, Study
-from lrsa_lit.io import write_atomically
-
-ATTENTIONS_AT_ONCE = 8
-"""Most attentions of one command: what it has found is lost where it is stopped."""
 
 _CHECKPOINT_EVERY = 100
-_SHARED = "lrsa_lit.strategies.SharedDevice"
 _COMMANDS = {"val": "validate", "test": "test"}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the commands of a row and seed write.
+RECORD = "training.json"
+"""In the folder of a row and seed: what the training was, once it is over."""
 
-    Attributes:
-        root: folder of all rows, where a local store of MLflow stands too.
-        name: what tells the row, its seed and its data from others.
-    """
-
-    root: Path
-    name: str
-
-    @property
-    def folder(self) -> Path:
-        """The row's own."""
-        return self.root / self.name
-
-    @property
-    def record(self) -> Path:
-        """What the training was, once it is over."""
-        return self.folder / "training.json"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The last one of the training."""
-        return self.folder / "checkpoints" / "last.ckpt"
-
-    def answers(self, evaluations: Sequence[Evaluation]) -> Path:
-        """The answers of an evaluation; what was evaluated stands beside them."""
-        about = [(item.rule_digest, item.data_set, item.split, item.generates) for item in evaluations]
-        return self.folder / digest(about) / "answers.jsonl"
+CHECKPOINT = "checkpoints/last.ckpt"
+"""In the same folder: the last one of the training."""
 
 
-def fit(study: Study, row: Row, seed: int, place: Place, overlay: Settings) -> list[str]:
+def answers_of(evaluations: Sequence[Evaluation], folder: Path) -> Path:
+    """Where the answers of an evaluation go in that folder; what was evaluated stands beside them."""
+    about = [(item.rule_digest, item.data_set, item.split, item.generates) for item in evaluations]
+    return folder / digest(about) / "answers.jsonl"
+
+
+def fit(study: Study, row: Row, seed: int, folder: Path, overlay: Settings) -> list[str]:
     """The fit of a row: no validations, a checkpoint now and then, and a record of the training."""
+    checkpoint = folder / CHECKPOINT
+    saving = {"every_n_train_steps": _CHECKPOINT_EVERY, "save_top_k": 0, "save_last": True, "save_on_exception": True}
     own: Settings = {
         "seed_everything": seed,
         "validate_first": False,
         "trainer": {
-            "default_root_dir": str(place.root),
+            "default_root_dir": str(folder.parent),
             "limit_val_batches": 0,
             "callbacks": [
-                {
-                    "class_path": "lrsa_lit.checkpoints.SafeModelCheckpoint",
-                    "init_args": {
-                        "dirpath": str(place.checkpoint.parent),
-                        "every_n_train_steps": _CHECKPOINT_EVERY,
-                        "save_top_k": 0,
-                        "save_last": True,
-                        "save_on_exception": True,
-                    },
-                },
-                {"class_path": "lrsa_lit.callbacks.TrainingRecord", "init_args": {"path": str(place.record)}},
-                {"class_path": "lrsa_lit.tracking.Throughput"},
+                _part("checkpoints.SafeModelCheckpoint", dirpath=str(checkpoint.parent), **saving),
+                _part("callbacks.TrainingRecord", path=str(folder / RECORD)),
+                _part("tracking.Throughput"),
             ],
         },
     }
-    resumed = ["--ckpt_path", str(place.checkpoint)] if place.checkpoint.exists() else []
     layers = [study.overlay, row.overlay, own, overlay]
-    return ["fit", *study.arguments, *_files(place.folder, layers), *resumed]
+    return ["fit", *study.arguments, *_files(folder, layers), *_from(checkpoint, checkpoint.exists())]
 
 
 def evaluation(
-    study: Study, row: Row, evaluations: Sequence[Evaluation], place: Place, overlay: Settings, workers: int = 1
+    study: Study, row: Row, evaluations: Sequence[Evaluation], folder: Path, overlay: Settings, workers: int = 1
 ) -> list[str]:
     """The evaluation of a row under several attentions, on one data set and split, by some processes on each device.
 
     The rule of the run itself is the first of theirs, so that none is evaluated that nobody asks for.
     """
-    ruled = [item for item in evaluations if item.rule is not None]
-    own, others = (ruled[0], [item for item in evaluations if item is not ruled[0]]) if ruled else (None, evaluations)
-    first, answers = evaluations[0], place.answers(evaluations)
+    own = next((item for item in evaluations if item.rule is not None), None)
+    first, answers = evaluations[0], answers_of(evaluations, folder)
     data = study.data_set(first.data_set)
     # A text of which most is scored needs a logit for each word at most positions.
     most = study.overlay.get("data", {}).get("init_args", {}).get("eval_batch_size", 8)
@@ -99,45 +64,49 @@ def evaluation(
     model: dict[str, Any] = {
         "train_attention": {},
         "train_top_k": None,
-        "evaluate": {item.name: None if item.rule is None else item.rule.to_dict() for item in others},
+        "evaluate": {item.name: item.rule and item.rule.to_dict() for item in evaluations if item is not own},
         "generate_answers": first.generates,
     }
+    if own is not None and own.rule is not None:
+        model["lrsa"] = own.rule.to_dict()
     precision = row.settings["trainer"].get("precision")
     if str(precision).startswith("bf16"):
         # The weights alone: there is nothing to add up in float32.
         model["backbone"], precision = {"dtype": "bfloat16"}, None
-    settings: Settings = {
-        "trainer": {
-            "default_root_dir": str(place.root),
-            "precision": precision,
-            "callbacks": [
-                {"class_path": "lrsa_lit.callbacks.AnswerWriter", "init_args": {"path": str(answers)}},
-                *([{"class_path": "lrsa_lit.analysis.survival.EvidenceSurvival"}] if first.generates else []),
-            ],
-            **({"strategy": {"class_path": _SHARED, "init_args": {"processes": workers}}} if workers > 1 else {}),
-        },
-        "model": model if own is None or own.rule is None else {**model, "lrsa": own.rule.to_dict()},
-        "data": {**data, "init_args": {**data["init_args"], "eval_batch_size": batch}},
+    trainer: dict[str, Any] = {
+        "default_root_dir": str(folder.parent),
+        "precision": precision,
+        "callbacks": [_part("callbacks.AnswerWriter", path=str(answers))],
     }
-    layers = [*({**layer, "data": {}} for layer in (study.overlay, row.overlay)), settings, overlay]
-    checkpoint = ["--ckpt_path", str(place.checkpoint)] if row.steps else []
+    if first.generates:
+        trainer["callbacks"].append(_part("analysis.survival.EvidenceSurvival"))
+    if workers > 1:
+        trainer["strategy"] = _part("strategies.SharedDevice", processes=workers)
+    data["init_args"] = data["init_args"] | {"eval_batch_size": batch}
+    rows = ({**layer, "data": {}} for layer in (study.overlay, row.overlay))
+    layers = [*rows, {"trainer": trainer, "model": model, "data": data}, overlay]
     for path in (answers, answers.with_name(answers.name + ".partial")):
         # Of a command that was stopped, or of other weights.
         path.unlink(missing_ok=True)
     command = _COMMANDS[first.split]
-    return [command, *study.arguments, *_files(answers.parent, layers), *checkpoint]
+    return [command, *study.arguments, *_files(answers.parent, layers), *_from(folder / CHECKPOINT, row.steps > 0)]
+
+
+def _part(name: str, **arguments: Any) -> Settings:
+    return {"class_path": f"lrsa_lit.{name}", "init_args": arguments}
+
+
+def _from(checkpoint: Path, there: bool) -> list[str]:
+    return ["--ckpt_path", str(checkpoint)] if there else []
 
 
 def _files(folder: Path, layers: Sequence[Settings]) -> list[str]:
     """The options that give settings over settings to a command, each from a file of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
     options = []
     for number, layer in enumerate(layers):
         path = folder / f"settings-{number}.yaml"
-        _write(path, {key: value for key, value in layer.items() if value})
+        # JSON is YAML, too.
+        path.write_text(json.dumps({key: value for key, value in layer.items() if value}), encoding="utf-8")
         options += ["--config", str(path)]
     return options
-
-
-def _write(path: Path, settings: Settings) -> None:
-    """JSON is YAML, too."""
-    write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 STOP_SECONDS = 120.0
 """How long a stopped command may take to save its checkpoint."""
@@ -18,7 +18,7 @@ STOP_SECONDS = 120.0
 EVERY = 60.0
 """Seconds between two signs of life."""
 
-SPARE = 15.0
+_SPARE = 15.0
 """Seconds before the end of the time at which a command is stopped: to write a checkpoint of a small model."""
 
 _CONTEXT = "MLFLOW_RUN_CONTEXT"
@@ -42,6 +42,12 @@ class Job(NamedTuple):
     environment: Mapping[str, str]
     trainer: Mapping[str, object]
 
+    def variables(self) -> dict[str, str]:
+        """What its process has in its environment beside what its machine has."""
+        # MLflow adds these tags to the runs of the process; the command's own config stays what it is.
+        tags = json.loads(os.environ.get(_CONTEXT) or "{}") | dict(self.tags)
+        return {**self.environment, _CONTEXT: json.dumps(tags)}
+
 
 class OutOfTimeError(Exception):
     """The minutes are over; what is done is on the disk."""
@@ -52,52 +58,35 @@ Unit = Generator[Job, int, None]
 closed."""
 
 
-class Executor(Protocol):
-    """Where jobs run."""
-
-    def drive(self, units: Iterable[Unit], beat: Callable[[], None]) -> None:
-        """Run all units to their ends.
-
-        Args:
-            units: what to run.
-            beat: called once a minute.
-
-        Raises:
-            OutOfTimeError: there was no time for all of them.
-            KeyboardInterrupt: Ctrl-C, after which the commands have saved what they had.
-        """
-
-
-class Here:
-    """Runs one job after the other on this machine.
+class Executor:
+    """Runs jobs one after the other on this machine.
 
     Args:
         seconds: after which nothing new is begun, and what runs is stopped; None for no end.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
-        self._until = None if seconds is None else time.monotonic() + seconds - SPARE
+        self._until = float("inf") if seconds is None else time.monotonic() + seconds - _SPARE
+
+    def left(self) -> float:
+        """Seconds until all is stopped."""
+        return self._until - time.monotonic()
 
     def drive(self, units: Iterable[Unit], beat: Callable[[], None]) -> None:
-        """Run all units, one after the other."""
+        """Run all units to their ends, and call ``beat`` once a minute.
+
+        Raises:
+            OutOfTimeError: there was no time for all of them.
+            KeyboardInterrupt: Ctrl-C, after which the commands have saved what they had.
+        """
         for unit in units:
             # One that is stopped hears of it, as it is closed.
             with contextlib.closing(unit), contextlib.suppress(StopIteration):
                 job = next(unit)
                 while True:
-                    if self._left() <= 0:
+                    if self.left() <= 0:
                         raise OutOfTimeError
-                    job = unit.send(run(job.command(), environment_of(job), self._left, beat))
-
-    def _left(self) -> float:
-        return float("inf") if self._until is None else self._until - time.monotonic()
-
-
-def environment_of(job: Job) -> dict[str, str]:
-    """The variables that a job's process has beside those of its machine."""
-    # MLflow adds these tags to the runs of the process; the command's own config stays what it is.
-    tags = json.loads(os.environ.get(_CONTEXT) or "{}") | dict(job.tags)
-    return {**job.environment, _CONTEXT: json.dumps(tags)}
+                    job = unit.send(run(job.command(), job.variables(), self.left, beat))
 
 
 def command_line(arguments: list[str]) -> list[str]:
@@ -108,23 +97,15 @@ def command_line(arguments: list[str]) -> list[str]:
 def run(
     arguments: list[str], environment: Mapping[str, str], left: Callable[[], float], beat: Callable[[], None]
 ) -> int:
-    """Run a command and return its exit code.
-
-    Args:
-        arguments: what follows ``lrsa``.
-        environment: variables beside those of this process.
-        left: tells the seconds until the command is stopped.
-        beat: called once a minute.
+    """Run the command ``lrsa`` with some arguments and variables, ``beat`` once a minute; returns its exit code.
 
     Raises:
         OutOfTimeError: ``left`` says that no seconds are left; the command was stopped by SIGTERM.
         KeyboardInterrupt: Ctrl-C; the command was stopped in order, too.
     """
-    command = command_line(arguments)
-    if sys.platform == "linux":
-        command = [sys.executable, "-c", _WITH_PARENT, *command]
+    wrapped = [sys.executable, "-c", _WITH_PARENT] if sys.platform == "linux" else []
     process = subprocess.Popen(
-        command,
+        [*wrapped, *command_line(arguments)],
         env=os.environ | dict(environment),
         stdin=subprocess.DEVNULL,
         # Ctrl-C reaches this process alone, which hands it on: once.

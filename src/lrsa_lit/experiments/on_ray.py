@@ -9,24 +9,12 @@ import contextlib
 import importlib.util
 import os
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from lrsa_lit.errors import UserError, message_of
-from lrsa_lit.experiments.jobs import (
-    EVERY,
-    SPARE,
-    STOP_SECONDS,
-    Executor,
-    Here,
-    Job,
-    OutOfTimeError,
-    Unit,
-    environment_of,
-    run,
-)
+from lrsa_lit.experiments.jobs import EVERY, STOP_SECONDS, Executor, Job, OutOfTimeError, Unit, run
 
 _KEY = "--on"
 _ATTEMPTS = 4
@@ -45,7 +33,7 @@ def executor(on: str | None, seconds: float | None = None) -> Iterator[Executor]
         UserError: Ray is not installed, or does not answer.
     """
     if on is None:
-        yield Here(seconds)
+        yield Executor(seconds)
         return
     ray = _connected(on)
     try:
@@ -54,8 +42,8 @@ def executor(on: str | None, seconds: float | None = None) -> Iterator[Executor]
         ray.shutdown()
 
 
-class OnRay:
-    """Runs the jobs of all units side by side, as many as the cluster has room for.
+class OnRay(Executor):
+    """Runs the jobs of all units side by side, each after the one before it in its unit, as many as there is room for.
 
     Args:
         ray: the module, connected.
@@ -63,17 +51,17 @@ class OnRay:
     """
 
     def __init__(self, ray: Any, seconds: float | None = None) -> None:
-        self._ray, self._until = ray, float("inf") if seconds is None else time.monotonic() + seconds - SPARE
-        self._task = self._ray.remote(max_retries=0)(_run)
+        super().__init__(seconds)
+        self._ray, self._task = ray, ray.remote(max_retries=0)(_run)
         self._running: dict[Any, tuple[Unit, Job, int]] = {}
 
     def drive(self, units: Iterable[Unit], beat: Callable[[], None]) -> None:
-        """Run all units side by side, each job after the one before it in its unit."""
+        """Run all units side by side."""
         try:
             for unit in units:
                 self._go_on(unit, None)
             while self._running:
-                if (left := self._until - time.monotonic()) <= 0:
+                if (left := self.left()) <= 0:
                     raise OutOfTimeError
                 done, _ = self._ray.wait(list(self._running), timeout=min(EVERY, left))
                 beat()
@@ -87,8 +75,9 @@ class OnRay:
             self._submit(unit, next(unit) if code is None else unit.send(code), 1)
 
     def _submit(self, unit: Unit, job: Job, attempt: int) -> None:
-        gpus = gpus_of(job.trainer, self._ray.cluster_resources(), max(map(_gpus, self._ray.nodes()), default=0))
-        task = self._task.options(num_cpus=1, num_gpus=gpus).remote(job.command(), environment_of(job), os.getcwd())
+        nodes = (node["Resources"].get("GPU", 0) for node in self._ray.nodes() if node["Alive"])
+        gpus = gpus_of(job.trainer, int(max(nodes, default=0)))
+        task = self._task.options(num_cpus=1, num_gpus=gpus).remote(job.command(), job.variables(), os.getcwd())
         self._running[task] = unit, job, attempt
 
     def _ended(self, task: Any) -> None:
@@ -96,14 +85,13 @@ class OnRay:
         try:
             code = self._ray.get(task)
         except self._ray.exceptions.RayError as error:
-            if attempt == _ATTEMPTS:
-                print(f"a worker died {_ATTEMPTS} times: {message_of(error)}", flush=True)
-                self._go_on(unit, -9)
+            if attempt < _ATTEMPTS:
+                print("a worker died; its job goes on elsewhere", flush=True)
+                self._submit(unit, job, attempt + 1)
                 return
-            print("a worker died; its job goes on elsewhere", flush=True)
-            self._submit(unit, job, attempt + 1)
-        else:
-            self._go_on(unit, code)
+            print(f"a worker died {_ATTEMPTS} times: {message_of(error)}", flush=True)
+            code = -9
+        self._go_on(unit, code)
 
     def _stop(self) -> None:
         """Let what still runs save its checkpoints."""
@@ -116,39 +104,28 @@ class OnRay:
         self._running = {}
 
 
-def gpus_of(trainer: Mapping[str, Any], cluster: Mapping[str, float], largest: int) -> int:
-    """How many GPUs a trainer takes.
-
-    Args:
-        trainer: its settings.
-        cluster: the resources of all machines.
-        largest: most GPUs of one machine.
+def gpus_of(trainer: Mapping[str, Any], largest: int) -> int:
+    """How many GPUs a trainer of some settings takes, on a cluster whose machines have up to ``largest``.
 
     Raises:
         UserError: no machine has as many.
     """
-    if trainer.get("accelerator") == "cpu" or not cluster.get("GPU"):
+    if trainer.get("accelerator") == "cpu" or not largest:
         return 0
     devices = trainer.get("devices", 1)
     count = str(len(devices) if isinstance(devices, list) else devices)
     asked = int(count) if count.isdecimal() else largest
     if asked > largest:
-        raise UserError(
-            "trainer.devices", devices, reason=f"is not allowed; the machines of the cluster have up to {largest}"
-        )
+        told = f"is not allowed; the machines of the cluster have up to {largest}"
+        raise UserError("trainer.devices", devices, reason=told)
     return asked
-
-
-def _gpus(node: Mapping[str, Any]) -> int:
-    return int(node["Resources"].get("GPU", 0)) if node["Alive"] else 0
 
 
 def _connected(address: str) -> Any:
     if importlib.util.find_spec("ray") is None:
         raise UserError(_KEY, address, reason="needs Ray, which is not installed; pip install 'lrsa-lit[ray]'")
-    found = urlsplit(address)
     if address != "ray":
-        _check_answers(address, found.hostname, found.port)
+        _check_answers(address)
     # Else each worker's environment would be made anew from this checkout.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
@@ -161,11 +138,13 @@ def _connected(address: str) -> Any:
     return ray
 
 
-def _check_answers(address: str, host: str | None, port: int | None) -> None:
-    if not address.startswith("ray://") or not host or not port:
+def _check_answers(address: str) -> None:
+    """Ray itself would try for half a minute."""
+    found = urlsplit(address)
+    if found.scheme != "ray" or not found.hostname or not found.port:
         raise UserError(_KEY, address, "ray, or ray://HOST:PORT")
     try:
-        socket.create_connection((host, port), _ANSWER_SECONDS).close()
+        socket.create_connection((found.hostname, found.port), _ANSWER_SECONDS).close()
     except OSError as error:
         raise UserError(_KEY, address, reason=f"does not answer ({error.strerror or error})") from None
 

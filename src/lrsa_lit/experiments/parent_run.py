@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +22,7 @@ PARENT = "mlflow.parentRunId"
 STUDY = "study"
 """Tag of a study's run: the study's title."""
 
-
-@dataclass
-class Ending:
-    """How a sweep or study ends.
-
-    Attributes:
-        well: whether nothing has failed.
-    """
-
-    well: bool = True
+_NEWEST = ["attributes.start_time DESC"]
 
 
 class Record:
@@ -42,6 +32,7 @@ class Record:
         trainer: the trainer's settings of a command, whose logger is MLflowRun.
         key: name of the tag that tells one sweep or study from the others.
         value: its value; the run that has it already is gone on with.
+        name: of a new run, as are the further ``tags``.
 
     Raises:
         UserError: the logger is another one, or its store does not answer.
@@ -52,24 +43,23 @@ class Record:
         with under(LOGGER):
             self.uri = checked_uri(logger["tracking_uri"])
             self.client = connect(self.uri)
-        with under(LOGGER), answering(self.uri):
-            self.experiment = experiment_id(
-                self.client, logger["experiment_name"], self.uri, logger.get("experiment_id")
-            )
-            if (before := self.latest({key: value})) is not None:
-                self.run_id = str(before.info.run_id)
-            else:
-                tags = {**tags, key: value} | heartbeat.tags()
-                self.run_id = str(self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id)
+            with answering(self.uri):
+                named = logger["experiment_name"], self.uri, logger.get("experiment_id")
+                self.experiment = experiment_id(self.client, *named)
+                if found := self.newest_first({key: value}):
+                    self.run_id = str(found[0].info.run_id)
+                else:
+                    tags = {**tags, key: value} | heartbeat.tags()
+                    self.run_id = str(self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id)
         self.beat()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Ending]:
-        """Close the run behind a block, by how that has ended."""
-        ending, status = Ending(), "FAILED"
+    def running(self, failed: Sized) -> Iterator[None]:
+        """Close the run behind a block, by how that has ended and whether anything has failed."""
+        status = "FAILED"
         try:
-            yield ending
-            status = "FINISHED" if ending.well else "FAILED"
+            yield
+            status = "FAILED" if failed else "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
@@ -82,31 +72,21 @@ class Record:
         with contextlib.suppress(UserError), answering(self.uri):
             heartbeat.beat(self.client, self.run_id)
 
-    def latest(self, tags: Mapping[str, str], status: str | None = None) -> Run | None:
-        """The run that was begun last of those with some tags."""
-        return next(iter(self.latest_first(tags, status)), None)
-
-    def latest_first(self, tags: Mapping[str, str], status: str | None = None) -> list[Run]:
+    def newest_first(self, tags: Mapping[str, str]) -> list[Run]:
         """The runs with some tags."""
         conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
-        conditions += [f"attributes.status = '{status}'"] * (status is not None)
-        order = ["attributes.start_time DESC"]
         with answering(self.uri):
-            return list(self.client.search_runs([self.experiment], " AND ".join(conditions), order_by=order))
+            return list(self.client.search_runs([self.experiment], " AND ".join(conditions), order_by=_NEWEST))
 
     def keep(self, path: Path) -> None:
-        """Put a file into the run; a store that does not answer misses it."""
+        """Put a file, if there is one, into the run; a store that does not answer misses it."""
         with contextlib.suppress(UserError), answering(self.uri):
-            self.client.log_artifact(self.run_id, str(path))
+            if path.exists():
+                self.client.log_artifact(self.run_id, str(path))
 
 
 def results_in(uri: str, study: str, folder: Path) -> Path:
-    """The lines of results that the last run of a study has put into a store.
-
-    Args:
-        uri: of the store.
-        study: its title.
-        folder: where to put the file.
+    """Put the lines of results that the last run of a study has put into a store into a file in a folder.
 
     Raises:
         UserError: the store has none, or does not answer.
@@ -115,8 +95,7 @@ def results_in(uri: str, study: str, folder: Path) -> Path:
     client = connect(uri, "results")
     with answering(uri, "results"):
         experiments = [found.experiment_id for found in client.search_experiments()]
-        runs = client.search_runs(experiments, f"tags.`{STUDY}` = '{study}'", order_by=["attributes.start_time DESC"])
-        for run in runs:
+        for run in client.search_runs(experiments, f"tags.`{STUDY}` = '{study}'", order_by=_NEWEST):
             for item in client.list_artifacts(run.info.run_id):
                 if item.path.endswith(".jsonl"):
                     return Path(client.download_artifacts(run.info.run_id, item.path, str(folder)))

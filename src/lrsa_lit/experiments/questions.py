@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.experiments.settings import Settings, digest
-from lrsa_lit.experiments.study import Study
+from lrsa_lit.experiments.study import Study, Work
 from lrsa_lit.io import write_atomically
 from lrsa_lit.paths import check_writable
 
@@ -26,25 +26,18 @@ _FIELDS = {"asked", "folder", "facts"}
 
 
 class Questions:
-    """The tokenised data sets of a study.
-
-    Args:
-        study: the study.
-        folder: where they lie; it is the cache of the commands that a study runs.
+    """The tokenised data sets of a study, in a folder that is the cache of the commands which the study runs.
 
     Raises:
-        UserError: the index is none.
+        UserError: the index of the folder is none.
     """
 
     def __init__(self, study: Study, folder: Path) -> None:
         self._study, self.folder = study, folder
         self._index = folder / f"{study.title}.json"
         self._splits = _read(self._index)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What lets a command read and write the folder."""
-        return {_CACHE: str(self.folder.absolute())}
+        # What lets a command read and write the folder.
+        self.environment = {_CACHE: str(folder.absolute())}
 
     def prepare(self, splits: Iterable[tuple[str, str]], *, anew: bool = False) -> None:
         """Tokenise splits that are not in the folder yet, and say how many examples they have.
@@ -62,11 +55,8 @@ class Questions:
         for data_set, split in missing:
             with self._in_folder(), under(f"data_sets.{data_set}"):
                 folder, facts = self._prepared(data_set, split)
-            self._splits[f"{data_set}/{split}"] = {
-                "asked": self._asked(data_set),
-                "folder": str(folder),
-                "facts": asdict(facts),
-            }
+            about = {"asked": self._asked(data_set), "folder": str(folder), "facts": asdict(facts)}
+            self._splits[f"{data_set}/{split}"] = about
             write_atomically(self._index, lambda file: file.write(json.dumps(self._splits).encode()))
             print(f"{data_set}/{split}: {facts.questions} examples, {facts.digest}", flush=True)
 
@@ -127,22 +117,10 @@ class Questions:
             os.environ.update({} if before is None else {_CACHE: before})
 
 
-def splits_of(study: Study, only: Collection[str] = ()) -> list[tuple[str, str]]:
-    """The splits that the rows train on and the parts ask for, data set by data set.
-
-    Args:
-        study: the study.
-        only: names of data sets; empty for all.
-
-    Raises:
-        UserError: there is no such data set.
-    """
-    if unknown := [name for name in only if name not in study.data_sets]:
-        raise UserError("--only", unknown[0], f"of {', '.join(study.data_sets)}")
-    trained = [(name, "train") for row in study.rows.values() if row.steps for name in row.weights]
-    asked = [(name, part.get("split", "test")) for part in study.parts.values() for name in part["sets"]]
-    found = dict.fromkeys([*trained, *asked])
-    return [split for name in study.data_sets for split in found if split[0] == name and (not only or name in only)]
+def splits_of(works: Sequence[Work]) -> list[tuple[str, str]]:
+    """The splits that some rows train on and are evaluated on."""
+    found = dict.fromkeys((name, "train") for work in works if work.row.steps for name in work.row.weights)
+    return list(found | dict.fromkeys((item.data_set, item.split) for work in works for item in work.evaluations))
 
 
 def _read(path: Path) -> dict[str, Settings]:

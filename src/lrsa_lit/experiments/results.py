@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Hashable, Sequence
+import statistics
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.study import Study
+from lrsa_lit.experiments.settings import Settings
+from lrsa_lit.experiments.study import Evaluation, Study
 from lrsa_lit.paths import check_writable
 
 Line = dict[str, Any]
@@ -36,15 +38,10 @@ _FIELDS = {
 
 
 class Results:
-    """A file of results.
-
-    Args:
-        path: the file; it need not exist.
-        study: the study that it must be of.
+    """The results of a study in a file, which need not exist; a line that was cut off at its end is dropped.
 
     Raises:
-        UserError: a line of it is no result, or all are another study's. One that was cut off at the end is dropped
-            when another is written.
+        UserError: a line of it is no result, or all are another study's.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
@@ -53,16 +50,18 @@ class Results:
         known = {row.hash for row in study.rows.values()}
         if self.lines and not any(line["study"] == study.title or line["config"] in known for line in self.lines):
             raise UserError("--out", str(path), f"a file of {study.title}", reason=f"is of {self.lines[0]['study']!r}")
-        self._known = {key_of(line) for line in self.lines}
+        self._known = {_key_of(line) for line in self.lines}
         self._weights = _last_weights(self.lines)
 
-    def weights_of(self, **values: Any) -> str | None:
+    def weights_of(self, trained: Line) -> str | None:
         """Digest of the last weights of a config, seed and training data; None where they were not trained."""
-        return self._weights.get(tuple(values[name] for name in _TRAINED))
+        return self._weights.get(_trained(trained))
 
-    def has(self, **values: Any) -> bool:
-        """Whether there is a line of these values, as :func:`key_of` takes them."""
-        return key_of(values) in self._known
+    def has(self, trained: Line, item: Evaluation, set_digest: str) -> bool:
+        """Whether an evaluation of the last weights is there; one with answers has the losses too."""
+        asked = {"kind": "evaluation", **trained, "weights": self.weights_of(trained) or "", **_asked(item)}
+        asked["set_digest"] = set_digest
+        return any(_key_of({**asked, "generated": generated}) in self._known for generated in {item.generates, True})
 
     def check_writable(self) -> None:
         """Refuse, before there is a result, a file that cannot be written."""
@@ -88,13 +87,64 @@ class Results:
         except OSError as error:
             raise UserError("--out", self.path, reason=f"cannot be written ({error.strerror})") from error
         self.lines.append(line)
-        self._known.add(key_of(line))
+        self._known.add(_key_of(line))
         self._weights |= _last_weights([line])
 
 
-def key_of(line: Line) -> tuple[Hashable, ...]:
-    """What makes a result another one."""
-    return (line["kind"], *(line[name] for name in _KEYS[line["kind"]]))
+def training_line(about: Line, found: Settings, settings: Settings) -> Line:
+    """The line of a training, of whose study and row ``about`` tells, by what the fit has recorded."""
+    return {
+        "kind": "training",
+        **about,
+        "machine": found["machine"],
+        "weights": found["weights"],
+        "steps": settings["trainer"]["max_steps"],
+        "loss_of_last_20_steps": statistics.fmean(found["losses"][-20:]),
+        **{name: found[name] for name in ("tokens_per_second", "peak_memory_bytes", "seconds")},
+        "losses": _rounded(found["losses"]),
+        "settings": settings,
+    }
+
+
+def evaluation_lines(about: Line, weights: str, items: Sequence[Evaluation], path: Path) -> list[Line]:
+    """A line for each attention that a command has evaluated, whose answers are at ``path``."""
+    found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    (part,) = found["data_sets"].values()
+    names = {rule["rule_digest"]: name for name, rule in reversed(found["attentions"].items())}
+    lines = []
+    for item in items:
+        name = names[item.rule_digest]
+        own = [line[name] for line in answers]
+        scored = own if item.generates else []
+        lines.append(
+            {
+                "kind": "evaluation",
+                **about,
+                "machine": found["machine"],
+                "weights": weights,
+                "attention": item.name,
+                "rule": item.rule and item.rule.to_dict(),
+                "layers": found["layers"],
+                "length": part["length"],
+                "kv_share": part["kv_share"][name],
+                **_asked(item),
+                "set_digest": part["set_digest"],
+                "questions": part["questions"],
+                "contexts": part["contexts"],
+                "dtype": found["dtype"],
+                "generated": item.generates,
+                "loss": _rounded([each["loss"] for each in own]),
+                "tokens": [line["answer_tokens"] for line in answers],
+                "f1": _rounded([each["f1"] for each in scored]),
+                "em": [int(each["exact_match"]) for each in scored],
+                "recall": _rounded([each["recall"] for each in scored]),
+                "text": [each["prediction"] for each in scored],
+                "survival": (found.get("survival", {}).get(name) or {}).get(""),
+                "seconds": round(found["seconds"] / len(found["attentions"]), 1),
+            }
+        )
+    return lines
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -113,20 +163,19 @@ def read_lines(path: Path) -> list[Line]:
     if not _is_cut_off(last):
         texts.append(last)
     for number, text in enumerate(texts, start=1):
+        where = f"{path}, line {number}"
         try:
             line = json.loads(text)
             if lacking := [name for name in _FIELDS[line["kind"]] if name not in line]:
-                raise UserError(
-                    f"{path}, line {number}", reason=f"it lacks {lacking[0]!r}, which each {line['kind']} has"
-                )
+                raise UserError(where, reason=f"it lacks {lacking[0]!r}, which each {line['kind']} has")
             if line["kind"] == "evaluation":
                 # Lines from before losses could be asked for alone do not say it.
                 line.setdefault("generated", bool(line["text"]))
             # Nor did lines always say of which weights they are.
             line.setdefault("weights", "")
-            found[key_of(line)] = line
+            found[_key_of(line)] = line
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}", reason="it is no result of a study") from None
+            raise UserError(where, reason="it is no result of a study") from None
     return list(found.values())
 
 
@@ -136,12 +185,25 @@ def current(lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if line["weights"] == last.get(_trained(line), line["weights"])]
 
 
+def _asked(item: Evaluation) -> Line:
+    return {"rule_digest": item.rule_digest, "set": item.data_set, "split": item.split}
+
+
+def _key_of(line: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    """What makes a result another one."""
+    return (line["kind"], *(line[name] for name in _KEYS[line["kind"]]))
+
+
 def _last_weights(lines: Sequence[Line]) -> dict[tuple[Hashable, ...], str]:
     return {_trained(line): line["weights"] for line in lines if line["kind"] == "training"}
 
 
 def _trained(line: Line) -> tuple[Hashable, ...]:
     return tuple(line[name] for name in _TRAINED)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
 
 
 def _is_cut_off(last: bytes) -> bool:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.experiments import commands
-from lrsa_lit.experiments.commands import ATTENTIONS_AT_ONCE, Place
+from lrsa_lit.experiments.commands import CHECKPOINT, RECORD, answers_of
 from lrsa_lit.experiments.jobs import Executor, Job, OutOfTimeError, Unit
 from lrsa_lit.experiments.parent_run import PARENT, STUDY, Record
 from lrsa_lit.experiments.questions import Questions
-from lrsa_lit.experiments.results import Line, Results
+from lrsa_lit.experiments.results import Line, Results, evaluation_lines, training_line
 from lrsa_lit.experiments.settings import Settings, digest
 from lrsa_lit.experiments.study import Evaluation, Row, Study, Work
 from lrsa_lit.paths import check_writable
 
+ATTENTIONS_AT_ONCE = 8
+"""Most attentions of one command: what it has found is lost where it is stopped."""
 
+
+@dataclass
 class Runner:
     """Runs parts of a study.
 
-    Args:
+    Attributes:
         study: the study.
         questions: its data.
         results: what was found before, and where to write.
@@ -32,25 +38,17 @@ class Runner:
         overlay: settings over all others, which decide no results, such as where the base LLM lies on this machine.
         shared: whether others use the device as well, so that no speed is recorded.
         workers: processes that share a device in an evaluation.
-
-    Attributes:
         failed: what has failed, in a line each.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        questions: Questions,
-        results: Results,
-        folder: Path,
-        overlay: Settings | None = None,
-        *,
-        shared: bool = False,
-        workers: int = 1,
-    ) -> None:
-        self.study, self.questions, self.results, self.folder = study, questions, results, folder
-        self.overlay, self.shared, self.workers = overlay or {}, shared, workers
-        self.failed: list[str] = []
+    study: Study
+    questions: Questions
+    results: Results
+    folder: Path
+    overlay: Settings = field(default_factory=dict)
+    shared: bool = False
+    workers: int = 1
+    failed: list[str] = field(default_factory=list)
 
     def chosen(self, parts: Sequence[str], rows: Collection[str] = (), seeds: Collection[int] = ()) -> list[Work]:
         """The work of parts, of some of their rows and seeds or of all.
@@ -59,9 +57,18 @@ class Runner:
             UserError: the parts have no such row or seed.
         """
         works = self.study.work(*parts)
-        _check_among("--rows", rows, [work.row.name for work in works], parts)
-        _check_among("--seeds", seeds, [work.seed for work in works], parts)
+        names, numbers = {work.row.name: None for work in works}, {work.seed: None for work in works}
+        for option, asked, known in (("--rows", rows, names), ("--seeds", seeds, numbers)):
+            if unknown := [value for value in asked if value not in known]:
+                told = f"is not allowed; {', '.join(parts)} has {', '.join(map(str, known))}"
+                raise UserError(option, unknown[0], reason=told)
         return [work for work in works if (not rows or work.row.name in rows) and (not seeds or work.seed in seeds)]
+
+    def todo(self, works: Iterable[Work]) -> Iterator[tuple[Work, bool, list[Evaluation]]]:
+        """For each row and seed whether there is nothing to train, and the evaluations that are missing."""
+        for work in works:
+            trained = self.results.weights_of(self._trained_by(work)) is not None
+            yield work, work.row.steps == 0 or trained, self._missing(work)
 
     def run(self, works: Sequence[Work], executor: Executor) -> bool:
         """Do what the results do not hold yet; returns whether all of it is done.
@@ -70,75 +77,74 @@ class Runner:
             UserError: the results or weights cannot be written, or the data cannot be made.
             KeyboardInterrupt: Ctrl-C, after which the commands have saved what they had.
         """
-        todo = [work for work in works if not self._is_done(work)]
+        todo = [work for work, trained, missing in self.todo(works) if not trained or missing]
         if not todo:
             return True
         self.results.check_writable()
         check_writable("--work", self.folder, self.folder)
         for work in todo:
             self._check(work)
-        trainer = self._settings(todo[0].row)["trainer"]
-        if not trainer.get("logger"):
-            return self._drive(todo, executor, None)
-        record = Record(trainer, STUDY, self.study.title, self.study.title, {})
-        with record.running() as ending:
+        record, trainer = None, self._settings(todo[0].row)["trainer"]
+        with contextlib.ExitStack() as ends:
+            if trainer.get("logger"):
+                record = Record(trainer, STUDY, self.study.title, self.study.title, {})
+                ends.enter_context(record.running(self.failed))
+                ends.callback(record.keep, self.results.path)
             try:
-                done = self._drive(todo, executor, record)
-            finally:
-                ending.well = not self.failed
-                if self.results.path.exists():
-                    record.keep(self.results.path)
-        return done
-
-    def prepare(self, works: Iterable[Work]) -> None:
-        """Tokenise what some work needs and the folder of the data does not have."""
-        trained = [(name, "train") for work in works if work.row.steps for name in work.row.weights]
-        asked = [(item.data_set, item.split) for work in works for item in work.evaluations]
-        self.questions.prepare([*trained, *asked])
-
-    def todo(self, works: Iterable[Work]) -> Iterator[tuple[Work, bool, list[Evaluation]]]:
-        """For each row and seed whether it is trained, and the evaluations that are missing."""
-        for work in works:
-            yield work, self._is_trained(work), self._missing(work)
-
-    def _drive(self, works: Sequence[Work], executor: Executor, record: Record | None) -> bool:
-        try:
-            executor.drive([self._unit(work, record) for work in works], record.beat if record else lambda: None)
-        except OutOfTimeError:
-            return False
+                executor.drive([self._unit(work, record) for work in todo], record.beat if record else lambda: None)
+            except OutOfTimeError:
+                return False
         return not self.failed
 
     def _unit(self, work: Work, record: Record | None) -> Unit:
         """Train a row unless its weights are at hand, then evaluate it."""
-        place = self._place(work)
-        if work.row.steps and not self._at_hand(work):
-            _say(work, f"training{' goes on' if place.checkpoint.exists() else ''}")
-            if place.record.exists():
+        row, folder = work.row, self.folder / "-".join(map(str, self._trained_by(work).values()))
+        if row.steps and not self._at_hand(work, folder):
+            _say(work, f"training{' goes on' if (folder / CHECKPOINT).exists() else ''}")
+            if (folder / RECORD).exists():
                 # Of weights that are gone, or that the results do not know.
-                shutil.rmtree(place.folder)
-            told = partial(commands.fit, self.study, work.row, work.seed, place, self.overlay)
-            code = yield self._job(work, record, told)
-            if code:
+                shutil.rmtree(folder)
+            command = partial(commands.fit, self.study, row, work.seed, folder, self.overlay)
+            if code := (yield self._job(work, record, command)):
                 self._fail(work, f"the training failed (exit code {code})")
                 return
-            self._keep_training(work)
+            found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            self._keep(work, [training_line(self._about(work), found, row.trained_by())])
         for group in _groups(self._missing(work)):
-            told = partial(commands.evaluation, self.study, work.row, group, place, self.overlay, self.workers)
-            code = yield self._job(work, record, told)
-            if code:
+            command = partial(commands.evaluation, self.study, row, group, folder, self.overlay, self.workers)
+            if code := (yield self._job(work, record, command)):
                 names = ", ".join(item.name for item in group)
                 self._fail(work, f"{group[0].data_set} under {names}: the evaluation failed (exit code {code})")
             else:
-                self._keep_answers(work, group)
-
-    def _fail(self, work: Work, text: str) -> None:
-        _say(work, text)
-        self.failed.append(f"{work.row.name}, seed {work.seed}: {text}")
+                weights = self.results.weights_of(self._trained_by(work)) or ""
+                self._keep(work, evaluation_lines(self._about(work), weights, group, answers_of(group, folder)))
 
     def _job(self, work: Work, record: Record | None, command: Callable[[], list[str]]) -> Job:
         tags = {"study.row": work.row.name, "study.config": work.row.hash}
         tags |= {PARENT: record.run_id} if record else {}
         return Job(command, tags, self.questions.environment, self._settings(work.row)["trainer"])
+
+    def _fail(self, work: Work, text: str) -> None:
+        _say(work, text)
+        self.failed.append(f"{work.row.name}, seed {work.seed}: {text}")
+
+    def _keep(self, work: Work, lines: Sequence[Line]) -> None:
+        for line in lines:
+            if line["kind"] == "evaluation":
+                name = f"{line['set']}/{line['split']}"
+                expected, found = self.questions.facts(line["set"], line["split"]).digest, line["set_digest"]
+                if found != expected:
+                    reason = f"the examples of {name} have changed from {expected} to {found}"
+                    raise UserError("--data", reason=reason, hint="run `lrsa study data` again")
+                f1 = f"F1 {statistics.fmean(line['f1']):.3f}, " if line["generated"] else ""
+                told = f"{name}, {line['attention']}: {f1}loss {sum(line['loss']) / sum(line['tokens']):.3f}"
+            else:
+                line["tokens_per_second"] = speed = None if self.shared else line["tokens_per_second"]
+                told = f"trained, loss {line['loss_of_last_20_steps']:.3f}"
+                told += "" if speed is None else f", {speed:,.0f} tokens/s"
+            line["machine"] |= {"shared": "yes"} if self.shared else {}
+            self.results.append(line)
+            _say(work, told)
 
     def _check(self, work: Work) -> None:
         """Refuse what the classes of a row refuse, and an attention that its model cannot have, before any training."""
@@ -161,131 +167,28 @@ class Runner:
         overlays = [self.study.overlay, row.overlay, root, self.overlay]
         return self.study.fit_settings.given(self.study.arguments, overlays)
 
-    def _keep_training(self, work: Work) -> None:
-        found = json.loads(self._place(work).record.read_text(encoding="utf-8"))
-        speed = None if self.shared else found["tokens_per_second"]
-        last = statistics.fmean(found["losses"][-20:])
-        self.results.append(
-            {
-                **self._about("training", work, found["machine"]),
-                "weights": found["weights"],
-                "steps": work.row.steps,
-                "loss_of_last_20_steps": last,
-                "tokens_per_second": speed,
-                "peak_memory_bytes": found["peak_memory_bytes"],
-                "seconds": found["seconds"],
-                "losses": _rounded(found["losses"]),
-                "settings": work.row.trained_by(),
-            }
-        )
-        _say(work, f"trained, loss {last:.3f}{'' if speed is None else f', {speed:,.0f} tokens/s'}")
-
-    def _keep_answers(self, work: Work, group: Sequence[Evaluation]) -> None:
-        """Write a line for each attention that a command has evaluated."""
-        path = self._place(work).answers(group)
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        (part,) = about["data_sets"].values()
-        first = group[0]
-        expected = self.questions.facts(first.data_set, first.split).digest
-        if part["set_digest"] != expected:
-            raise UserError(
-                "--data",
-                reason=f"the examples of {first.data_set}/{first.split} have changed from {expected} to "
-                f"{part['set_digest']}; run `lrsa study data` again",
-            )
-        names = {rule["rule_digest"]: name for name, rule in reversed(about["attentions"].items())}
-        for item in group:
-            self.results.append(self._evaluation_line(work, item, about, part, answers, names[item.rule_digest]))
-
-    def _evaluation_line(
-        self, work: Work, item: Evaluation, about: Settings, part: Settings, answers: Sequence[Settings], name: str
-    ) -> Line:
-        found = [{**line[name], "tokens": line["answer_tokens"]} for line in answers]
-        line = {
-            **self._about("evaluation", work, about["machine"]),
-            "weights": self._weights(work),
-            "attention": item.name,
-            "rule_digest": item.rule_digest,
-            "rule": None if item.rule is None else item.rule.to_dict(),
-            "layers": about["layers"],
-            "length": part["length"],
-            "kv_share": part["kv_share"][name],
-            "set": item.data_set,
-            "split": item.split,
-            "set_digest": part["set_digest"],
-            "questions": part["questions"],
-            "contexts": part["contexts"],
-            "dtype": about["dtype"],
-            "generated": item.generates,
-            "loss": _rounded([each["loss"] for each in found]),
-            "tokens": [each["tokens"] for each in found],
-            "f1": _rounded([each["f1"] for each in found if item.generates]),
-            "em": [int(each["exact_match"]) for each in found if item.generates],
-            "recall": _rounded([each["recall"] for each in found if item.generates]),
-            "text": [each["prediction"] for each in found if item.generates],
-            "survival": (about.get("survival", {}).get(name) or {}).get(""),
-            "seconds": round(about["seconds"] / len(about["attentions"]), 1),
-        }
-        f1 = f"F1 {statistics.fmean(line['f1']):.3f}, " if item.generates else ""
-        loss = sum(line["loss"]) / sum(line["tokens"])
-        _say(work, f"{item.data_set}/{item.split}, {item.name}: {f1}loss {loss:.3f}")
-        return line
-
-    def _about(self, kind: str, work: Work, machine: Settings) -> Line:
-        return {
-            "kind": kind,
-            "study": self.study.title,
-            "row": work.row.name,
-            **self._trained_by(work),
-            "machine": machine | ({"shared": "yes"} if self.shared else {}),
-        }
+    def _about(self, work: Work) -> Line:
+        return {"study": self.study.title, "row": work.row.name, **self._trained_by(work)}
 
     def _trained_by(self, work: Work) -> Line:
         """What a training of a row and seed depends on."""
-        return {"config": work.row.hash, "seed": work.seed, "train_digest": self._train_digest(work.row)}
-
-    def _is_done(self, work: Work) -> bool:
-        return self._is_trained(work) and not self._missing(work)
+        data = {name: self.questions.facts(name, "train").digest for name in work.row.weights if work.row.steps}
+        return {"config": work.row.hash, "seed": work.seed, "train_digest": digest(data) if data else ""}
 
     def _missing(self, work: Work) -> list[Evaluation]:
-        return [item for item in work.evaluations if not self._is_evaluated(work, item)]
+        trained, facts = self._trained_by(work), self.questions.facts
+        return [
+            item
+            for item in work.evaluations
+            if not self.results.has(trained, item, facts(item.data_set, item.split).digest)
+        ]
 
-    def _is_evaluated(self, work: Work, item: Evaluation) -> bool:
-        """Whether there is a result; one with answers has the losses too."""
-        asked = {
-            "kind": "evaluation",
-            **self._trained_by(work),
-            "weights": self._weights(work),
-            "rule_digest": item.rule_digest,
-            "set": item.data_set,
-            "split": item.split,
-            "set_digest": self.questions.facts(item.data_set, item.split).digest,
-        }
-        return any(self.results.has(**asked, generated=generated) for generated in {item.generates, True})
-
-    def _is_trained(self, work: Work) -> bool:
-        """Whether there is nothing to train; the weights may be gone all the same."""
-        return work.row.steps == 0 or self.results.weights_of(**self._trained_by(work)) is not None
-
-    def _weights(self, work: Work) -> str:
-        """Digest of the last weights of a row and seed; empty for the base LLM, and where there are none."""
-        return self.results.weights_of(**self._trained_by(work)) or ""
-
-    def _at_hand(self, work: Work) -> bool:
+    def _at_hand(self, work: Work, folder: Path) -> bool:
         """Whether the checkpoint is that of the weights which the results name."""
-        place = self._place(work)
-        if not place.record.exists() or not place.checkpoint.exists():
+        if not (folder / RECORD).exists() or not (folder / CHECKPOINT).exists():
             return False
-        return bool(json.loads(place.record.read_text(encoding="utf-8"))["weights"] == self._weights(work))
-
-    def _train_digest(self, row: Row) -> str:
-        if row.steps == 0:
-            return ""
-        return digest({name: self.questions.facts(name, "train").digest for name in row.weights})
-
-    def _place(self, work: Work) -> Place:
-        return Place(self.folder, "-".join(map(str, self._trained_by(work).values())))
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))["weights"]
+        return bool(found == self.results.weights_of(self._trained_by(work)))
 
 
 def _groups(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
@@ -295,18 +198,6 @@ def _groups(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
         groups.setdefault((item.data_set, item.split, item.generates), []).append(item)
     size = ATTENTIONS_AT_ONCE
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
-
-
-def _check_among(option: str, asked: Iterable[str | int], works: Iterable[str | int], parts: Iterable[str]) -> None:
-    allowed = dict.fromkeys(works)
-    if unknown := [value for value in asked if value not in allowed]:
-        raise UserError(
-            option, unknown[0], reason=f"is not allowed; {', '.join(parts)} has {', '.join(map(str, allowed))}"
-        )
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 4) for value in values]
 
 
 def _say(work: Work, text: str) -> None:

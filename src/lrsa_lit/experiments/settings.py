@@ -14,11 +14,10 @@ Made = TypeVar("Made")
 class FitSettings(Protocol):
     """The parser of ``lrsa fit``; the command line has one."""
 
-    def given(self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = ()) -> Settings:
-        """What the shipped defaults, arguments and overlays say."""
-
-    def complete(self, arguments: Sequence[str]) -> Settings:
-        """All settings of a fit."""
+    def given(
+        self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = (), *, defaults: bool = False
+    ) -> Settings:
+        """What the shipped defaults, arguments and overlays say, or all settings of a fit."""
 
     def made(self, key: str, kind: type[Made], settings: Mapping[str, Any]) -> Made:
         """The object that settings describe; errors begin with ``key``."""

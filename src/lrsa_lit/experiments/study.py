@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,6 @@ class Row:
     """One way to train.
 
     Attributes:
-        name: in the study.
         overlay: what it changes, its data sets included.
         settings: all ``trainer``, ``model`` and ``data`` settings that are given, in the words of ``lrsa fit``.
         rule: the rule that training starts from; None for dense training.
@@ -88,20 +87,12 @@ class Row:
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits of :meth:`trained_by`, whatever the order of its keys."""
+        """The digest of :meth:`trained_by`."""
         return digest(self.trained_by())
 
 
 class Evaluation(NamedTuple):
-    """One attention on one data set.
-
-    Attributes:
-        name: of the attention in the study.
-        rule: None is dense.
-        data_set: its name.
-        split: its split.
-        generates: whether the questions are answered; else there are losses alone.
-    """
+    """One attention (a rule of None is dense) on a split of a data set; losses alone where nothing is generated."""
 
     name: str
     rule: LRSAConfig | None
@@ -124,11 +115,7 @@ class Work(NamedTuple):
 
 
 class Study:
-    """A study file.
-
-    Args:
-        name: path of the file, or of a shipped one.
-        fit_settings: the parser of its fits.
+    """A study file, which lies here or ships with the project.
 
     Raises:
         UserError: unknown keys, or a row or part that does not fit together.
@@ -136,12 +123,11 @@ class Study:
 
     def __init__(self, name: str, fit_settings: FitSettings) -> None:
         self.name, self.fit_settings = name, fit_settings
+        self.title = Path(name).stem
         self._rules: dict[str, LRSAConfig] = {}
         content = _read(name)
         self.seeds: list[int] = content.get("seeds") or [0]
-        self.data_sets: dict[str, Settings] = content.get("data_sets") or {}
-        self.parts: dict[str, Settings] = content.get("parts") or {}
-        self.bars: dict[str, Settings] = content.get("bars") or {}
+        self.data_sets, self.parts, self.bars = (content.get(key) or {} for key in ("data_sets", "parts", "bars"))
         named = {"--plugins": content.get("plugins") or (), "--config": content.get("configs") or ()}
         self.arguments = [part for option, names in named.items() for name in names for part in (option, name)]
         self.overlay: Settings = {key: content[key] for key in ("trainer", "model", "data") if key in content}
@@ -151,14 +137,8 @@ class Study:
             attention: None if changes is None else self.rule(f"inference.{attention}", changes)
             for attention, changes in each_layer("inference", content.get("inference") or {})
         }
-        for part in self.parts:
-            # What one names and the study does not have is told now, not when its turn has come.
-            list(self._work(part))
-
-    @property
-    def title(self) -> str:
-        """The name of the file, which results say."""
-        return Path(self.name).stem
+        # What a part names and the study does not have is told now, not when its turn has come.
+        self.work(*self.parts)
 
     def row(self, name: str) -> Row:
         """A row by its name."""
@@ -176,25 +156,20 @@ class Study:
             UserError: there is no such part, or it names what the study does not have.
         """
         found: dict[tuple[str, int], Work] = {}
-        for work in (work for part in parts for work in self._work(part)):
-            before = found.get((work.row.name, work.seed), Work(work.row, work.seed, []))
-            together = _once([*before.evaluations, *work.evaluations])
-            found[work.row.name, work.seed] = before._replace(evaluations=together)
-        return list(found.values())
-
-    def _work(self, part: str) -> Iterator[Work]:
-        """Of one part; the same attention may stand under several names."""
-        if part not in self.parts:
-            raise UserError("--part", part, reason=f"is not allowed; {self.name} has {', '.join(self.parts)}")
-        asked = self.parts[part]
-        rows = [self.row(name) for name in asked["rows"]]
-        if (against := asked.get("against")) is not None:
-            self.rule_of(self.row(against["row"]), against["inference"], f"parts.{part}.against.inference")
-        for number, seed in enumerate(asked.get("seeds") or self.seeds):
-            for row in rows:
+        for part in parts:
+            if part not in self.parts:
+                raise UserError("--part", part, reason=f"is not allowed; {self.name} has {', '.join(self.parts)}")
+            asked = self.parts[part]
+            rows = [self.row(name) for name in asked["rows"]]
+            if (against := asked.get("against")) is not None:
+                self.rule_of(self.row(against["row"]), against["inference"], f"parts.{part}.against.inference")
+            for number, seed in enumerate(asked.get("seeds") or self.seeds):
                 # The base LLM is the same for each seed.
-                if row.steps or number == 0:
-                    yield Work(row, seed if row.steps else 0, self._evaluations(part, row))
+                for row in rows if number == 0 else [row for row in rows if row.steps]:
+                    key = row.name, seed if row.steps else 0
+                    before = found[key].evaluations if key in found else []
+                    found[key] = Work(row, key[1], _once([*before, *self.evaluations(part, row)]))
+        return list(found.values())
 
     def rule_of(self, row: Row, attention: str, where: str = "inference") -> LRSAConfig | None:
         """The rule of an attention, for a row's own as well; None is dense.
@@ -235,25 +210,30 @@ class Study:
     def as_config(self, name: str, seed: int) -> Settings:
         """A row as a file for ``lrsa fit --config``, over nothing but the shipped defaults."""
         row = self.row(name)
-        overlays = [overlay.get("trainer", {}) for overlay in (self.overlay, row.overlay)]
-        trainer = {key: row.settings["trainer"][key] for key in {**overlays[0], **overlays[1]}}
+        own = {key for overlay in (self.overlay, row.overlay) for key in overlay.get("trainer", {})}
+        trainer = {key: value for key, value in row.settings["trainer"].items() if key in own}
         model = _without(row.settings["model"], {"evaluate"})
         if changes := model.get("train_attention"):
             # The fit's own rule, which it validates with.
             model |= {"lrsa": {**model["lrsa"], **changes}, "train_attention": {}}
         return {"seed_everything": seed, "trainer": trainer, "model": model, "data": row.settings["data"]}
 
-    def _evaluations(self, part: str, row: Row) -> list[Evaluation]:
+    def evaluations(self, part: str, row: Row) -> list[Evaluation]:
+        """What a part asks of a row; the same attention, which may have several names, once.
+
+        Raises:
+            UserError: the part names an attention or data set that the study does not have.
+        """
         asked = self.parts[part]
-        split = asked.get("split", "test")
-        evaluations = []
+        if unknown := [name for name in asked["sets"] if name not in self.data_sets]:
+            raise UserError(f"parts.{part}.sets", reason=f"there is no data set {unknown[0]!r} in data_sets")
+        found = []
         for data_set in asked["sets"]:
-            if data_set not in self.data_sets:
-                raise UserError(f"parts.{part}.sets", reason=f"there is no data set {data_set!r} in data_sets")
+            generates = self.generates(data_set, part)
             for name in self.named(asked["inference"]):
                 rule = self.rule_of(row, name, f"parts.{part}.inference")
-                evaluations.append(Evaluation(name, rule, data_set, split, self.generates(data_set, part)))
-        return evaluations
+                found.append(Evaluation(name, rule, data_set, asked.get("split", "test"), generates))
+        return _once(found)
 
     def _row(self, name: str, changes: Settings) -> Row:
         overlay = changes | {"data": self._data(name, changes.get("data") or {})}
@@ -289,6 +269,11 @@ class Study:
         return given
 
 
+def digest_of(rule: LRSAConfig | None) -> str:
+    """Of a rule, or :data:`DENSE`."""
+    return DENSE if rule is None else rule.digest()
+
+
 def _read(name: str) -> Settings:
     """A YAML file, from here or as it ships with the project."""
     check_path("study", name)
@@ -310,11 +295,6 @@ def _once(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         if key not in found or item.generates > found[key].generates:
             found[key] = item
     return list(found.values())
-
-
-def digest_of(rule: LRSAConfig | None) -> str:
-    """Of a rule, or :data:`DENSE`."""
-    return DENSE if rule is None else rule.digest()
 
 
 def _without(settings: Mapping[str, Any], names: set[str]) -> Settings:

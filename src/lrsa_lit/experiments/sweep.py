@@ -1,4 +1,4 @@
-"""A sweep: a study whose rows are the points of a grid, each evaluated by the last validation of its fit.
+"""A sweep: fits at the points of a grid of settings, each evaluated by its last validation.
 
 What is finished is told by the digest of the whole resolved config, so that the same command goes on where it was
 stopped, within a point from its last checkpoint, and a larger grid runs only what is new.
@@ -12,54 +12,68 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lrsa_lit.errors import UserError, printable
+from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.experiments.jobs import Executor, Job, Unit
 from lrsa_lit.experiments.parent_run import LOGGER, PARENT, Record, logger_of
-from lrsa_lit.experiments.settings_grid import Point
-from lrsa_lit.experiments.summary import Outcome
+from lrsa_lit.experiments.settings import FitSettings
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.store import answering
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+FLAG = "--grid"
+
 POINT = "sweep.point"
 """Tag of a child: the digest of its config."""
 
-SWEEP = "sweep.key"
+_SWEEP = "sweep.key"
 """Tag of a parent: the digest of its points."""
+
+_SCORES = ("val/loss", "val/f1", "val/em")
+
+
+class Point(NamedTuple):
+    """One fit: its values of the grid's settings, what follows ``lrsa fit``, and the whole resolved config."""
+
+    values: dict[str, str]
+    arguments: list[str]
+    config: dict[str, Any]
+    digest: str
+
+
+class Outcome(NamedTuple):
+    """What came of a point: a word for it, and its run if there is one."""
+
+    point: Point
+    state: str
+    run: Run | None
 
 
 class Sweep:
-    """The points of a grid, and what came of them.
-
-    Args:
-        points: what is to be fitted.
-        grid: values of each setting.
-
-    Attributes:
-        outcomes: of the points that were finished before, have ended or were stopped, in the order of the points.
+    """The points of a grid (values of each setting), and what came of them.
 
     Raises:
-        UserError: a point's fit would not be one of its own, or its store does not answer.
+        UserError: the store of the fits does not answer.
     """
 
     def __init__(self, points: Sequence[Point], grid: Mapping[str, Sequence[str]]) -> None:
-        _check_fits(points)
         self._points = points
         self._found: dict[int, Outcome] = {}
-        key = hashlib.sha256(" ".join(sorted(point.digest for point in points)).encode()).hexdigest()[:16]
+        self._failed: list[Point] = []
+        key = _digest(" ".join(sorted(point.digest for point in points)))
         name = f"sweep-{'-'.join(setting.rpartition('.')[2] for setting in grid)}"
-        self._record = Record(points[0].config["trainer"], SWEEP, key, name, {"sweep.grid": json.dumps(grid)})
+        self._record = Record(points[0].config["trainer"], _SWEEP, key, name, {"sweep.grid": json.dumps(grid)})
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """In the order of the points."""
+        """Of the points that were finished before, have ended or were stopped, in the order of the points."""
         return [outcome for _, outcome in sorted(self._found.items())]
 
     def run(self, executor: Executor) -> bool:
@@ -68,16 +82,17 @@ class Sweep:
         Raises:
             KeyboardInterrupt: Ctrl-C.
         """
-        with self._record.running() as ended:
+        with self._record.running(self._failed):
             executor.drive([self._unit(number) for number in range(len(self._points))], self._record.beat)
-            ended.well = not any(outcome.failed for outcome in self.outcomes)
-        return ended.well
+        return not self._failed
 
     def _unit(self, number: int) -> Unit:
         """Fit at one point unless that is done, and keep what came of it."""
         point = self._points[number]
-        shown = f"[{number + 1}/{len(self._points)}] {point.label}"
-        if (finished := self._record.latest({POINT: point.digest}, "FINISHED")) is not None:
+        label = " ".join(f"{key}={value}" for key, value in point.values.items())
+        shown = f"[{number + 1}/{len(self._points)}] {label}"
+        runs = self._record.newest_first({POINT: point.digest})
+        if (finished := next((run for run in runs if run.info.status == "FINISHED"), None)) is not None:
             print(printable(f"{shown}: finished as {finished.info.run_name}"), flush=True)
             self._found[number] = Outcome(point, "finished before", finished)
             return
@@ -93,15 +108,17 @@ class Sweep:
         try:
             code = yield Job(command, tags, {}, point.config["trainer"])
         finally:
+            if code:
+                self._failed.append(point)
             state = {0: "finished", 130: "stopped"}.get(code, f"failed (exit code {code})")
-            self._found[number] = Outcome(point, state, self._ended(tags), failed=code != 0)
+            self._found[number] = Outcome(point, state, self._ended(tags))
 
     def _left_behind(self, point: Point) -> Path | None:
         """The last checkpoint of a fit of this point that did not finish; its run becomes this sweep's."""
         from lrsa_lit.models.checkpoint_file import damage
 
         root = Path(point.config["trainer"].get("default_root_dir") or ".", self._record.experiment)
-        for run in self._record.latest_first({POINT: point.digest}):
+        for run in self._record.newest_first({POINT: point.digest}):
             # The fit would refuse a damaged one each time.
             saved: list[Path] = [path for path in (root / run.info.run_id).rglob("last*.ckpt") if damage(path) is None]
             if saved:
@@ -113,7 +130,7 @@ class Sweep:
     def _ended(self, tags: Mapping[str, str]) -> Run | None:
         """The run of a process that has ended, closed if that was so sudden that it could not do so itself."""
         with contextlib.suppress(UserError):
-            run = self._record.latest(tags)
+            run = next(iter(self._record.newest_first(tags)), None)
             if run is not None and run.info.status == "RUNNING":
                 with answering(self._record.uri):
                     self._record.client.set_tag(run.info.run_id, heartbeat.DIED, "its process ended without a word")
@@ -122,11 +139,100 @@ class Sweep:
         return None
 
 
-def _check_fits(points: Sequence[Point]) -> None:
-    """Refuse, wherever it is set, what leaves a sweep without fits of its own."""
-    if any(point.config.get("ckpt_path") for point in points):
-        raise UserError("--ckpt_path", reason="it is not allowed in a sweep, whose fits would all resume the same run")
-    if any(point.config.get("estimate") for point in points):
-        raise UserError("--estimate", reason="it is not allowed in a sweep; lrsa fit estimates one point")
-    if run_id := logger_of(points[0].config["trainer"]).get("run_id"):
-        raise UserError(f"{LOGGER}.run_id", run_id, reason="is not allowed in a sweep; each fit has its own")
+def parse(axes: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each setting, from texts such as ``model.lrsa.top_k=16,32``; values are YAML.
+
+    Raises:
+        UserError: no axis, no or empty values, or something that stands twice.
+    """
+    if not axes:
+        raise UserError(FLAG, reason="none is given; at least one KEY=VALUE,VALUE is needed")
+    grid: dict[str, list[str]] = {}
+    for axis in axes:
+        key, _, text = axis.partition("=")
+        if key in grid:
+            raise UserError(FLAG, key, reason=f"stands twice; give all its values in one {FLAG}")
+        if key.startswith("trainer.logger"):
+            raise UserError(FLAG, key, reason="is not allowed; the runs of a sweep stand in one store and experiment")
+        values = _values(key, text)
+        # YAML allows a comma at the end, which rather is a value that was forgotten.
+        if not key or not values or text.rstrip().endswith(","):
+            raise UserError(FLAG, axis, "KEY=VALUE,VALUE without empty values")
+        if doubled := [value for value in values if values.count(value) > 1]:
+            raise UserError(FLAG, key, reason=f"has the value {doubled[0]} twice; each must be another one")
+        grid[key] = values
+    return grid
+
+
+def points(grid: Mapping[str, Sequence[str]], arguments: Sequence[str], fit_settings: FitSettings) -> list[Point]:
+    """All combinations of the values of each setting, each parsed as its fit with these arguments would be.
+
+    Raises:
+        UserError: a fit would refuse a point, or would not be one of its own; none has run by then.
+    """
+    from lrsa_lit.attention import LRSAConfig
+
+    made = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        own = [*arguments, *(part for key, value in chosen.items() for part in (f"--{key}", value))]
+        config = fit_settings.given(own, defaults=True)
+        # The bounds that depend on each other are the rule's own to check.
+        fit_settings.made("model.lrsa", LRSAConfig, config["model"]["lrsa"])
+        if config.get("ckpt_path"):
+            raise UserError("--ckpt_path", reason="it is not allowed in a sweep, whose fits would all resume one run")
+        if config.get("estimate"):
+            raise UserError("--estimate", reason="it is not allowed in a sweep; lrsa fit estimates one point")
+        if run_id := logger_of(config["trainer"]).get("run_id"):
+            raise UserError(f"{LOGGER}.run_id", run_id, reason="is not allowed in a sweep; each fit has its own")
+        # Not of a password, which may be another one next time.
+        made.append(Point(chosen, own, config, _digest(redacted(json.dumps(config, sort_keys=True)))))
+    return made
+
+
+def show(outcomes: Sequence[Outcome], count: int) -> None:
+    """Print what came of so many points: settings, share of kept pairs, the last validation's scores, and the run."""
+    from rich.table import Table
+
+    from lrsa_lit.terminal import PlainConsole
+
+    if not outcomes:
+        return
+    keys = list(outcomes[0].point.values)
+    last = [key.rpartition(".")[2] for key in keys]
+    found = [outcome.run.data.metrics if outcome.run is not None else {} for outcome in outcomes]
+    others = sorted({name for metrics in found for name in metrics if name.startswith("val/") and name.endswith("/f1")})
+    columns = [*_SCORES, *(name for name in others if name not in _SCORES)]
+    finished = sum(outcome.state.startswith("finished") for outcome in outcomes)
+    table = Table(title=f"Sweep: {finished} of {count} points finished")
+    # The last part of each setting's name, where that tells it from the others.
+    short = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
+    for title in (*short, "kv_ratio", *columns):
+        table.add_column(title, justify="right")
+    table.add_column("state")
+    table.add_column("run", no_wrap=True)
+    for (point, state, run), metrics in zip(outcomes, found, strict=True):
+        shown = [f"{metrics[name]:.3f}" if name in metrics else "-" for name in columns]
+        ratio, name = (run.data.params.get("kv_ratio", "-"), run.info.run_name) if run is not None else ("-", "-")
+        table.add_row(*point.values.values(), ratio, *shown, state, name)
+    console = PlainConsole()
+    # A file has no width that columns must fit in.
+    (console if console.is_terminal else PlainConsole(width=200)).print(table)
+
+
+def _values(key: str, text: str) -> list[str]:
+    """The values of an axis; none where they cannot be read."""
+    import yaml
+
+    from lrsa_lit.yaml_file import check_bounds
+
+    check_bounds(f"{FLAG}: {key}", f"[{text}]")
+    try:
+        return [value if isinstance(value, str) else json.dumps(value) for value in yaml.safe_load(f"[{text}]")]
+    except (yaml.YAMLError, TypeError, ValueError):
+        # JSON has neither dates nor sets, which are no settings either.
+        return []
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

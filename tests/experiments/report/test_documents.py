@@ -15,9 +15,8 @@ from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import result_plots, tables
-from lrsa_lit.experiments.report.document import Blocks, fill, results_of
+from lrsa_lit.experiments.report.document import Blocks, fill, filled, replace, results_of
 from lrsa_lit.experiments.report.evidence import layers
-from lrsa_lit.experiments.report.markers import filled, replace
 from lrsa_lit.experiments.results import read_lines
 
 ROOT = Path(__file__).parents[3]

@@ -9,8 +9,9 @@ from helpers import refused
 
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import frames
+from lrsa_lit.experiments.report import places
 from lrsa_lit.experiments.report.cells import Cells, Table
+from lrsa_lit.experiments.report.document import results_of
 from lrsa_lit.experiments.report.tables import full, matrix
 from lrsa_lit.paths import nearest
 
@@ -44,19 +45,20 @@ def test_entries_hold_what_is_compared(cells):
 
 
 def test_answers_stand_side_by_side(cells):
-    found = frames.answers(Table(cells, "main", "plain"), 150)
+    found = places.answers(Table(cells, "main", "plain"), 150)
     assert found["answer"].tolist() == ["answer", "answer", "answer 150"]
     assert found["score"].tolist() == [1.0, 0.0, 0.0]
     with refused("number", 200, "0 to 199"):
-        frames.answers(Table(cells, "main", "plain"), 200)
+        places.answers(Table(cells, "main", "plain"), 200)
 
 
 def test_questions_must_be_those_of_the_results(study_file, data, results):
-    table = Table(frames.load(str(results), open_study(str(study_file))), "main", "plain")
-    assert frames.question(table, 2, str(data)) == {"question": "Which?", "answers": ["a2", "b"]}
+    study = open_study(str(study_file))
+    table = Table(Cells(study, results_of(study, results)), "main", "plain")
+    assert places.question(table, 2, str(data)) == {"question": "Which?", "answers": ["a2", "b"]}
     table.cells[0].line["set_digest"] = "other"
     with pytest.raises(UserError) as caught:
-        frames.question(table, 2, str(data))
+        places.question(table, 2, str(data))
     assert caught.value.field.startswith(str(data))
 
 

@@ -34,14 +34,11 @@ _HALF_A_PERCENT = 0.005
 
 
 class Best(NamedTuple):
-    """The best cell of those that a bar allows.
+    """The best cell of so many candidates that a bar allows, and the dense training that it is held against.
 
     Attributes:
-        cell: the cell.
-        reference: dense training with dense inference of the same row's training.
         same: dense training under the cell's attention, of the reference's seeds, if there are results.
         ratio: of the cell's score by the reference's.
-        candidates: how many cells it is the best of.
         ratio_apart: the same when the cell is chosen on one half of the questions and measured on the other; None for
             a single candidate.
     """

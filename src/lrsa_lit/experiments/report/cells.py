@@ -12,7 +12,7 @@ import numpy as np
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate, Groups, Scores
 from lrsa_lit.experiments.results import Line, current
-from lrsa_lit.experiments.study import DENSE, OWN, Evaluation, Row, Study, digest_of
+from lrsa_lit.experiments.study import DENSE, OWN, Row, Study, digest_of
 
 _SAME = ("backbone", "trainer", "data")
 """What dense training shares with a row that is held against it."""
@@ -191,15 +191,9 @@ class Entry(NamedTuple):
 
 
 class Table:
-    """The results of a part on one data set.
+    """The results of a part on one data set: cells, ``done`` of the results that are ``asked`` for, seed by seed.
 
     All of it, what cells are held against as well, is of the part's seeds: other parts may have more of the same cells.
-
-    Attributes:
-        cells: those of the part that have results.
-        measure: ``f1``, ``em``, ``recall`` or ``loss``.
-        asked: how many results, seed by seed, the part asks for.
-        done: how many of them there are.
     """
 
     def __init__(self, cells: Cells, part: str, data_set: str) -> None:
@@ -210,12 +204,15 @@ class Table:
         named = asked.get("against")
         self.against: tuple[str, str] | None = (named["row"], named["inference"]) if named else None
         self._scope = cells.on(data_set, self.split, self.measure)
-        items = self._items()
+        rows = [self.study.row(name) for name in dict.fromkeys(asked["rows"])]
+        seeds = set(asked.get("seeds") or self.study.seeds)
         # Of trained rows: what else is held against them is of these seeds too.
-        self._seeds = {seed for (row, _), seeds in items.items() if self.study.row(row).steps for seed in seeds} or {0}
-        found = [self._scope.cell(row, item.name, item.rule_digest, seeds) for (row, item), seeds in items.items()]
+        self._seeds = seeds if any(row.steps for row in rows) else {0}
+        items = [(row, item, seeds if row.steps else {0}) for row in rows
+                 for item in self.study.evaluations(part, row) if item.data_set == data_set]  # fmt: skip
+        found = [self._scope.cell(row.name, item.name, item.rule_digest, of) for row, item, of in items]
         self.cells = [cell for cell in found if cell is not None]
-        self.asked = sum(map(len, items.values()))
+        self.asked = sum(len(of) for _, _, of in items)
         self.done = sum(len(cell.lines) for cell in self.cells)
 
     @cached_property
@@ -238,16 +235,6 @@ class Table:
 
     def _digest(self, row: str, attention: str) -> str:
         return digest_of(self.study.rule_of(self.study.row(row), attention))
-
-    def _items(self) -> dict[tuple[str, Evaluation], set[int]]:
-        """The evaluations of each row, all of one row together, and their seeds."""
-        rows = self.study.parts[self.part]["rows"]
-        found: dict[tuple[str, Evaluation], set[int]] = {}
-        for work in sorted(self.study.work(self.part), key=lambda work: rows.index(work.row.name)):
-            for item in work.evaluations:
-                if item.data_set == self.data_set:
-                    found.setdefault((work.row.name, item), set()).add(work.seed)
-        return found
 
     def _entry(self, cell: Cell) -> Entry:
         score = cell.estimate(self.measure)

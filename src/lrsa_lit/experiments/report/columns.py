@@ -16,14 +16,7 @@ from lrsa_lit.experiments.report.cells import Cell
 
 
 class Column(NamedTuple):
-    """A column of a table.
-
-    Attributes:
-        title: its head.
-        values: one for each row; None where there is none.
-        show: a value as documents have it.
-        number: a value as frames have it.
-    """
+    """A column: its values, None where there is none; what documents (``show``) and frames (``number``) make of one."""
 
     title: str
     values: Sequence[Any]

@@ -1,12 +1,19 @@
-"""A report of a study's results, and the generated blocks of documents."""
+"""A report of a study's results, and the generated blocks of documents.
+
+A block stands between two lines of their own, ``<!-- study:NAME -->`` and ``<!-- /study -->``, within Markdown that is
+written by hand. All else is kept byte for byte.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -15,10 +22,12 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import evidence, result_plots, tables
 from lrsa_lit.experiments.report.bars import Bars, table_of
 from lrsa_lit.experiments.report.cells import Cells, Table
-from lrsa_lit.experiments.report.markers import filled, replace
 from lrsa_lit.experiments.report.places import by_place
 from lrsa_lit.experiments.results import Line, read_lines
 from lrsa_lit.experiments.study import Study
+from lrsa_lit.io import write_atomically
+
+_MARK = re.compile(rb"^<!-- (?:study:(\S+)|/study) -->[^\S\n]*(?:\n|\Z)", re.MULTILINE)
 
 _FORMS = "PART, PART/SET, PART/SET/plot, PART/SET/places"
 """Blocks of a part: its matrices, all of one data set, its plot, and its scores by the place of the answer."""
@@ -28,22 +37,17 @@ _TITLES = {"perplexity": "Perplexity", "survival": "Supporting tokens kept", "tr
 
 
 class Blocks:
-    """Texts and plots of the results, by name.
-
-    Args:
-        study: the study.
-        lines: its results.
-        data: folder of its data, for the blocks that look at the questions.
+    """Texts and plots of a study's results, by name; some texts look at the questions in the folder of its data.
 
     Attributes:
-        cells: the results as cells.
         texts: what writes the Markdown of a block, empty where there are no results yet.
         plots: what a plot shows, in words, and what draws it; None where there are no results yet.
+        tables: those of each ``PART/SET``.
     """
 
     def __init__(self, study: Study, lines: Sequence[Line], data: Path | None = None) -> None:
-        self.study, self.data = study, data
-        self.cells = cells = Cells(study, lines)
+        self.study, cells = study, Cells(study, lines)
+        self._bars = Bars(cells)
         self.texts: dict[str, Callable[[], str]] = {
             "summary": self._summary,
             "legend": lambda: tables.LEGEND,
@@ -63,14 +67,9 @@ class Blocks:
         self.tables = {f"{part}/{name}": Table(cells, part, name) for part in study.parts
                        for name in study.parts[part]["sets"]}  # fmt: skip
         for name, table in self.tables.items():
-            self.texts |= {name: partial(self._full, table), f"{name}/places": partial(self._places, table)}
+            self.texts |= {name: partial(_full, table), f"{name}/places": partial(_places, table, data)}
             self.plots[f"{name}/plot"] = f"{name}: {self._about(table)}", partial(self._plot, table)
         self.texts = {part: partial(self._matrices, part) for part in study.parts} | self.texts
-
-    @cached_property
-    def bars(self) -> Bars:
-        """The study's bars."""
-        return Bars(self.cells)
 
     def check(self, name: str) -> None:
         """Refuse a name that no block has."""
@@ -78,27 +77,32 @@ class Blocks:
             allowed, parts = ", ".join([*self._whole, _FORMS]), ", ".join(self.study.parts)
             raise UserError(f"there is no block {name!r}", reason=f"there are {allowed} with PART one of {parts}")
 
+    def image(self, name: str, path: Path, document: Path) -> tuple[str, bytes] | None:
+        """What shows a plot, which is to be at ``path``, in a document, and its PNG; None without results."""
+        caption, draw = self.plots[name]
+        if (figure := draw()) is None:
+            return None
+        # Of few colours, which makes files small, and without a time or version: the same results give the same file.
+        drawn, packed = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=120)
+        Image.open(drawn).convert("RGB").quantize(64).save(packed, format="png", optimize=True)
+        return f"![{caption}]({Path(os.path.relpath(path, document.parent)).as_posix()})", packed.getvalue()
+
     def _verdicts(self) -> str:
-        verdicts = self.bars.verdicts()
+        verdicts = self._bars.verdicts()
         return table_of(verdicts).markdown() if any(item.verdict != "open" for item in verdicts) else ""
 
     def _summary(self) -> str:
-        text = self.bars.summary().markdown()
+        text = self._bars.summary().markdown()
         return f"{text}\n\n{tables.SHARES}" if text else ""
 
     def _matrices(self, part: str) -> str:
-        shown = [table for table in self.tables.values() if table.part == part and table.cells]
         return "\n\n".join(
             f"**{table.data_set} ({table.split}), {tables.LABELS[table.measure]}**\n\n"
             f"{_counted(table)}{tables.matrix(table).markdown()}"
-            for table in shown
+            for table in self.tables.values()
+            if table.part == part and table.cells
         )
-
-    def _full(self, table: Table) -> str:
-        return _counted(table) + tables.full(table).markdown() if table.cells else ""
-
-    def _places(self, table: Table) -> str:
-        return by_place(table, self.data).markdown() if table.cells else ""
 
     def _about(self, table: Table) -> str:
         if table.measure != "loss":
@@ -111,11 +115,6 @@ class Blocks:
             return result_plots.against_share(table.entries, table.measure, title) if table.cells else None
         # The texts of all parts stand in one plot of their own.
         return result_plots.layers(evidence.layers(table), title) if self.study.generates(table.data_set) else None
-
-
-def _counted(table: Table) -> str:
-    """How many of the results of a part there are, where some are missing."""
-    return f"{table.done} of {table.asked} results are in.\n\n" if table.done < table.asked else ""
 
 
 def results_of(study: Study, path: Path) -> list[Line]:
@@ -134,37 +133,24 @@ def results_of(study: Study, path: Path) -> list[Line]:
 
 
 def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
-    """Write ``report.md`` with everything that there is, and its plots.
-
-    Args:
-        study: the study, for its parts and their order.
-        lines: the results.
-        folder: where the report goes.
-    """
-    blocks = Blocks(study, lines)
+    """Write ``report.md`` with everything that there is, part by part of the study, and its plots into a folder."""
+    blocks, report = Blocks(study, lines), folder / "report.md"
     parts = {name: f"{table.part}: {table.data_set} ({table.split})" for name, table in blocks.tables.items()}
-    texts = [f"# Results of {Path(study.name).stem}", "", tables.LEGEND]
+    texts = [f"# Results of {study.title}", "", tables.LEGEND]
     for name, title in ({"bars": "What was to be reached"} | parts | _TITLES).items():
         if not (text := blocks.texts[name]()):
             continue
         texts += ["", f"## {title}", "", text]
-        caption, draw = blocks.plots.get(f"{name}/plot", ("", lambda: None))
-        if (figure := draw()) is not None:
-            texts += ["", f"![{caption}]({_file(name)})"]
-            replace(folder / _file(name), _png(figure))
-    replace(folder / "report.md", ("\n".join(texts) + "\n").encode())
-    print(f"{folder / 'report.md'}", flush=True)
+        path = folder / _file(name)
+        if f"{name}/plot" in blocks.plots and (image := blocks.image(f"{name}/plot", path, report)) is not None:
+            texts += ["", image[0]]
+            replace(path, image[1])
+    replace(report, ("\n".join(texts) + "\n").encode())
+    print(f"{report}", flush=True)
 
 
 def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Path, data: Path | None = None) -> None:
-    """Write the blocks of Markdown files anew; nothing is written if one of the files cannot be filled.
-
-    Args:
-        study: the study.
-        lines: the results.
-        files: the files, as :mod:`lrsa_lit.experiments.report.markers` describes them.
-        folder: for the plots that they show.
-        data: folder of the study's data, for the blocks that look at the questions.
+    """Write the blocks of Markdown files anew, and the plots that they show into a folder; all of it or nothing.
 
     Raises:
         UserError: a file has no blocks, or one that there is not or that needs the data.
@@ -176,12 +162,11 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Pat
         blocks.check(name)
         if name in blocks.texts:
             return blocks.texts[name]()
-        caption, draw = blocks.plots[name]
-        if (figure := draw()) is None:
+        path = folder / _file(name.removesuffix("/plot"))
+        if (image := blocks.image(name, path, document)) is None:
             return ""
-        image = folder / _file(name.removesuffix("/plot"))
-        images[image] = _png(figure)
-        return f"![{caption}]({Path(os.path.relpath(image, document.parent)).as_posix()})"
+        images[path] = image[1]
+        return image[0]
 
     contents = {path: filled(path, partial(text_of, document=path)) for path in files}
     for path, content in (images | contents).items():
@@ -190,13 +175,72 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Pat
     print(", ".join(map(str, contents)), flush=True)
 
 
+def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
+    """The content of a file with the text of each of its blocks written anew, which ``text_of`` gives by its name.
+
+    Raises:
+        UserError: there is no such file, no block in it, one that is not closed, one without a beginning, or what
+            ``text_of`` raises.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(str(path), reason=f"it cannot be read ({error.strerror})") from None
+    marks = list(_MARK.finditer(content))
+    if not marks:
+        reason = "it has no block; one is a line <!-- study:NAME --> and a line <!-- /study -->"
+        raise UserError(str(path), reason=reason)
+    parts, kept_from = [], 0
+    for opening, closing in itertools.zip_longest(marks[::2], marks[1::2]):
+        number = content.count(b"\n", 0, opening.start()) + 1
+        where = f"{path}, line {number}"
+        if not opening[1]:
+            raise UserError(where, reason="<!-- /study --> closes nothing; allowed is one for each block")
+        name = opening[1].decode()
+        if closing is None or closing[1]:
+            raise UserError(where, reason=f"the block {name!r} is not closed by a line <!-- /study -->")
+        try:
+            text = text_of(name).encode()
+        except UserError as error:
+            raise UserError(where, reason=str(error)) from None
+        if _MARK.search(text):
+            raise UserError(where, reason=f"the text of the block {name!r} holds the mark of a block itself")
+        # Markdown takes a table right after a comment for a part of it.
+        parts += [content[kept_from : opening.end()], b"\n" + text + b"\n\n" if text else b""]
+        kept_from = closing.start()
+    return b"".join([*parts, content[kept_from:]])
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Give a file another content at once; one that exists keeps its permissions.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        if path.exists():
+            Path(file.name).chmod(path.stat().st_mode)
+        file.write(content)
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise UserError(str(path), reason=f"it cannot be written ({error.strerror})") from None
+
+
+def _full(table: Table) -> str:
+    return _counted(table) + tables.full(table).markdown() if table.cells else ""
+
+
+def _places(table: Table, data: Path | None) -> str:
+    return by_place(table, data).markdown() if table.cells else ""
+
+
+def _counted(table: Table) -> str:
+    """How many of the results of a part there are, where some are missing."""
+    return f"{table.done} of {table.asked} results are in.\n\n" if table.done < table.asked else ""
+
+
 def _file(name: str) -> str:
     return f"{name.replace('/', '-')}.png"
-
-
-def _png(figure: Figure) -> bytes:
-    """Of few colours, which makes files small, and without a time or version: the same results give the same file."""
-    drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
-    Image.open(drawn).convert("RGB").quantize(64).save(packed, format="png", optimize=True)
-    return packed.getvalue()

@@ -12,27 +12,6 @@ from lrsa_lit.experiments.report.cells import Cell, Cells, Table, measure_of
 from lrsa_lit.experiments.report.columns import Column, Grid
 
 
-class Text(NamedTuple):
-    """A cell on a data set without answers, and its loss (nats for each token)."""
-
-    data_set: str
-    cell: Cell
-    loss: Estimate
-
-
-class Survival(NamedTuple):
-    """A trained cell (``after``), and the base LLM under the same attention (``before``)."""
-
-    data_set: str
-    before: Cell
-    after: Cell
-
-    @property
-    def chance(self) -> float:
-        """K/L: what a head keeps that does not look."""
-        return float(self.after.line["survival"]["chance"])
-
-
 class LayerGain(NamedTuple):
     """The fall of a row's loss (nats for each token) by one more dense layer, beside those that are dense already."""
 
@@ -43,32 +22,28 @@ class LayerGain(NamedTuple):
     gain: Estimate
 
 
-def texts(cells: Cells) -> list[Text]:
+def texts(cells: Cells) -> list[Cell]:
     """All cells on data sets without answers, on their test splits."""
     names = [name for name in cells.study.data_sets if measure_of(cells.study, name) == "loss"]
-    return [Text(name, cell, cell.estimate("loss")) for name in names for cell in cells.on(name).cells()]
+    return [cell for name in names for cell in cells.on(name).cells()]
 
 
 def perplexity(cells: Cells) -> Grid:
     """A row for each cell: the share of pairs kept, and the perplexity."""
     found = texts(cells)
-    own = [text.cell for text in found]
-    losses = Column("perplexity", [text.loss for text in found], columns.perplexity)
-    names = Column("text", [text.data_set for text in found])
-    return Grid([names, *columns.about(own), *columns.shares(own), losses], names=3)
+    names = Column("text", [cell.line["set"] for cell in found])
+    losses = Column("perplexity", [cell.estimate("loss") for cell in found], columns.perplexity)
+    return Grid([names, *columns.about(found), *columns.shares(found), losses], names=3)
 
 
-def pairs(cells: Cells) -> list[Survival]:
-    """Cells of trained rows on test splits whose selections were looked at, and the base LLM's as well."""
-    found: list[Survival] = []
+def pairs(cells: Cells) -> list[tuple[Cell, Cell]]:
+    """The base LLM, and a trained row, under the same attention on a test split where selections were looked at."""
+    found: list[tuple[Cell, Cell]] = []
     for data_set in cells.study.data_sets:
         looked = [cell for cell in cells.on(data_set).cells() if cell.survival("gold") is not None]
         before = {cell.key[1]: cell for cell in looked if not cells.study.row(cell.row).steps}
-        found += [
-            Survival(data_set, before[cell.key[1]], cell)
-            for cell in looked
-            if cells.study.row(cell.row).steps and cell.key[1] in before
-        ]
+        trained = [cell for cell in looked if cells.study.row(cell.row).steps]
+        found += [(before[cell.key[1]], cell) for cell in trained if cell.key[1] in before]
     return found
 
 
@@ -78,16 +53,16 @@ def survival(cells: Cells) -> Grid:
     Last stands what is kept of each quarter of a partition after training, where results say so.
     """
     found = pairs(cells)
+    trained = [after for _, after in found]
     shown = [
-        Column("questions", [item.data_set for item in found]),
-        *columns.about([item.after for item in found])[:2],
-        Column("chance", [item.chance for item in found], columns.share),
+        Column("questions", [cell.line["set"] for cell in trained]),
+        *columns.about(trained)[:2],
+        Column("chance", [cell.survival("chance") for cell in trained], columns.share),
     ]
     for evidence in ("gold", "answer"):
-        for when in ("before", "after"):
-            kept = [getattr(item, when).survival(evidence) for item in found]
-            shown.append(Column(f"{evidence} {when}", kept, columns.share))
-    quarters = [item.after.survival("quarters") for item in found]
+        for when, own in (("before", [before for before, _ in found]), ("after", trained)):
+            shown.append(Column(f"{evidence} {when}", [cell.survival(evidence) for cell in own], columns.share))
+    quarters = [cell.survival("quarters") for cell in trained]
     if any(quarters):
         shown.append(Column("by quarter", quarters, lambda shares: " ".join(map(columns.share, shares))))
     return Grid(shown, names=3)
@@ -112,16 +87,13 @@ def _has_one_more(cell: Cell, base: Cell) -> bool:
     rule, below = cell.line["rule"], base.line["rule"]
     if rule is None or below is None or {**below, "dense_layers": rule["dense_layers"]} != rule:
         return False
-    dense, fewer = _dense_layers(cell), _dense_layers(base)
+    dense, fewer = set(rule["dense_layers"]), set(below["dense_layers"])
     one_more = fewer < dense and len(dense) == len(fewer) + 1
     return one_more and cell.row == base.row and cell.line["set_digest"] == base.line["set_digest"]
 
 
 def _gain(more: Cell, less: Cell) -> LayerGain:
     fall = statistics.ratio_of_sums(less.scores("loss") - more.scores("loss"), more.scores("tokens"), more.groups)
-    (layer,) = _dense_layers(more) - _dense_layers(less)
-    return LayerGain(more.row, less.attention, tuple(sorted(_dense_layers(less))), layer, fall)
-
-
-def _dense_layers(cell: Cell) -> set[int]:
-    return set(cell.line["rule"]["dense_layers"])
+    base = set(less.line["rule"]["dense_layers"])
+    (layer,) = set(more.line["rule"]["dense_layers"]) - base
+    return LayerGain(more.row, less.attention, tuple(sorted(base)), layer, fall)

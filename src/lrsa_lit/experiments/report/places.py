@@ -1,14 +1,17 @@
-"""Where the answer to a question stands in its context, and how often each attention answers it from there."""
+"""Single questions: where the answer stands, how often each attention answers it from there, and what it answered."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.data.prompts import Example
+from lrsa_lit.data.prompts import INSTRUCTION, Example
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Estimate
@@ -17,6 +20,10 @@ from lrsa_lit.experiments.report import columns
 from lrsa_lit.experiments.report.cells import Cell, Table
 from lrsa_lit.experiments.report.columns import Column, Grid
 from lrsa_lit.ops.sparse_attention import compressed_at, raw_start
+from lrsa_lit.paths import nearest
+
+# Of tqdm, which misses ipywidgets in a notebook.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 ALWAYS = "seen by all"
 LAST = "in a partition's last K"
@@ -25,6 +32,9 @@ NOWHERE = "not in the text"
 PLACES = (ALWAYS, LAST, ELSEWHERE, NOWHERE)
 """Of an answer: among the sinks and the raw window; whole among the K tokens of a partition that recency keeps; in
 other compressed tokens; or in no words of the supporting passages, as yes and no."""
+
+_TAIL = 400
+"""Tokens at the end of a prompt in which its question is looked for."""
 
 
 def place_of(example: Example, rule: LRSAConfig) -> str:
@@ -37,22 +47,10 @@ def place_of(example: Example, rule: LRSAConfig) -> str:
     return ELSEWHERE if spans else NOWHERE
 
 
-def _seen(length: int, kept: int, rule: LRSAConfig) -> NDArray[np.bool_]:
-    """Which of the tokens the last one sees where each compressed partition keeps its last ``kept``."""
-    seen = np.ones(length, dtype=np.bool_)
-    compressed = seen[rule.sink_size : raw_start(compressed_at(length - 1, rule.rule), rule.rule)]
-    compressed.reshape(-1, rule.lag_size)[:, : rule.lag_size - kept] = False
-    return seen
-
-
 def by_place(table: Table, data: Path | None) -> Grid:
     """For each cell of a part its score by the place of the answer, under the rule that the part holds others against.
 
-    The heads of the columns say of how many questions each is.
-
-    Args:
-        table: the part on a data set.
-        data: folder of the study's data.
+    The heads of the columns say of how many questions each is; these are in the folder ``data`` of the study.
 
     Raises:
         UserError: the part names no rule or has one of other sinks, partitions or chunks, no folder is given, or it has
@@ -85,6 +83,43 @@ def questions_of(table: Table, data: Path | None) -> list[Example]:
     if questions.facts(table.data_set, table.split).digest != table.cells[0].line["set_digest"]:
         raise UserError(str(data), reason="other questions than those of the results", hint="write them anew")
     return list(questions.examples(table.data_set, table.split))
+
+
+def answers(table: Table, number: int) -> pd.DataFrame:
+    """What each model of a part, seed by seed, answered to a question, of which the first one has the number 0.
+
+    Raises:
+        UserError: there is no such question, or the data set has no answers.
+    """
+    asked = min((cell.line["questions"] for cell in table.cells), default=0)
+    if table.measure == "loss" or not 0 <= number < asked:
+        raise UserError("number", number, f"from 0 to {asked - 1}, the questions that {table.part} has answers to")
+    rows = [(cell.row, cell.attention, line["seed"], line["text"][number], line[table.measure][number])
+            for cell in table.cells for line in cell.lines]  # fmt: skip
+    return pd.DataFrame(rows, columns=["trained", "inference", "seed", "answer", "score"])
+
+
+def question(table: Table, number: int, data: str) -> dict[str, Any]:
+    """The text of a question and the answers that count as right, from a folder here or above with the study's data.
+
+    Raises:
+        UserError: there is no such folder, or the results are of other questions.
+    """
+    example = questions_of(table, nearest(data))[number]
+    from lrsa_lit.models import Backbone
+
+    tokenizer = Backbone(**table.study.common["model"]["backbone"]).tokenizer
+    text = str(tokenizer.decode(example["input_ids"][: example["prompt_length"]][-_TAIL:], skip_special_tokens=True))
+    asked = text.rpartition(INSTRUCTION)[2].strip().partition("\n")[0]
+    return {"question": asked.removeprefix("Question: "), "answers": list(example["answers"])}
+
+
+def _seen(length: int, kept: int, rule: LRSAConfig) -> NDArray[np.bool_]:
+    """Which of the tokens the last one sees where each compressed partition keeps its last ``kept``."""
+    seen = np.ones(length, dtype=np.bool_)
+    compressed = seen[rule.sink_size : raw_start(compressed_at(length - 1, rule.rule), rule.rule)]
+    compressed.reshape(-1, rule.lag_size)[:, : rule.lag_size - kept] = False
+    return seen
 
 
 def _check_alike(table: Table, rule: LRSAConfig) -> None:

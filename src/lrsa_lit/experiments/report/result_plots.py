@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lrsa_lit.evaluation.statistics import Estimate
-    from lrsa_lit.experiments.report.cells import Entry
-    from lrsa_lit.experiments.report.evidence import LayerGain, Survival, Text
+    from lrsa_lit.experiments.report.cells import Cell, Entry
+    from lrsa_lit.experiments.report.evidence import LayerGain
     from lrsa_lit.experiments.results import Line
 
 _MARKERS = "osD^vP*X"
@@ -35,36 +35,36 @@ def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
     return figure
 
 
-def perplexity(texts: Sequence[Text]) -> Figure | None:
+def perplexity(texts: Sequence[Cell]) -> Figure | None:
     """Perplexity of each row against the share of pairs kept, the texts one below the other; None without results."""
-    names = list(dict.fromkeys(text.data_set for text in texts))
+    names = list(dict.fromkeys(cell.line["set"] for cell in texts))
     if not names:
         return None
     figure, panels = subplots(len(names), 1, size=(7, 3.6 * len(names)), squeeze=False)
     for axes, name in zip(panels[:, 0], names, strict=True):
-        shown = [text for text in texts if text.data_set == name]
-        _by_share(axes, [(text.cell.row, text.cell.kept, text.loss.exp()) for text in shown])
+        shown = [cell for cell in texts if cell.line["set"] == name]
+        _by_share(axes, [(cell.row, cell.kept, cell.estimate("loss").exp()) for cell in shown])
         axes.set(xlabel="share of pairs kept (K/L, 1 in dense layers)", ylabel="perplexity (bars: 95 %)", title=name)
     return figure
 
 
-def survival(found: Sequence[Survival]) -> Figure | None:
+def survival(found: Sequence[tuple[Cell, Cell]]) -> Figure | None:
     """Share of the supporting passages' tokens that a head keeps, by K/L; None without results.
 
     Each attention has a line, with the base LLM and all rows trained from it.
     """
-    groups: dict[str, list[Survival]] = {}
-    for item in found:
-        if item.chance:
-            groups.setdefault(f"{item.data_set}: {item.after.attention}", []).append(item)
+    groups: dict[str, list[tuple[Cell, Cell]]] = {}
+    for pair in found:
+        # Where nothing is kept, nothing can be kept by chance.
+        if pair[1].survival("chance"):
+            groups.setdefault(f"{pair[1].line['set']}: {pair[1].attention}", []).append(pair)
     if not groups:
         return None
     figure, axes = subplots(1, 1, size=(7, 1.4 + 0.25 * len(groups)))
     axes.axvline(1.0, color="grey", linestyle="--", label="chance, K/L")
-    for when, marker in (("before", "o"), ("after", "D")):
-        # Pairs are of cells whose share is known.
-        kept = [((getattr(item, when).survival("gold") or 0.0) / item.chance, place)
-                for place, items in enumerate(groups.values()) for item in items]  # fmt: skip
+    for side, (when, marker) in enumerate((("before", "o"), ("after", "D"))):
+        kept = [(pair[side].survival("gold") / pair[1].survival("chance"), place)
+                for place, pairs in enumerate(groups.values()) for pair in pairs]  # fmt: skip
         axes.plot(*zip(*kept, strict=True), marker, alpha=0.5, label=f"{when} training")
     axes.set_yticks(range(len(groups)), list(groups))
     axes.tick_params(axis="y", labelsize="small")

@@ -30,8 +30,6 @@ attention, with the p-value of a paired permutation test of the questions, alone
 column by Holm's method: whether these trained models differ, not whether others would. *gold kept* is the share of the
 supporting passages' tokens that a head of a sparse layer keeps, of the first 16 questions."""
 
-_number = "{:.3f}".format
-
 
 def matrix(table: Table) -> Grid:
     """A row for each training and a column for each attention: the score, and its share of dense training."""
@@ -62,8 +60,8 @@ def full(table: Table) -> Grid:
     ratios = [entry.of_dense.ratio if entry.of_dense else None for entry in table.entries]
     shown += [
         Column(LABELS[table.measure], scores, columns.interval),
-        Column("exact match", [cell.mean("em") for cell in cells], _number),
-        Column("loss", means, _number),
+        Column("exact match", [cell.mean("em") for cell in cells], "{:.3f}".format),
+        Column("loss", means, "{:.3f}".format),
         Column("of dense", ratios, columns.percent),
         Column("gold kept", [cell.survival("gold") for cell in cells], columns.share),
         *_differences("dense-trained", [entry.of_same for entry in table.entries]),
