@@ -22,7 +22,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
 from lrsa_lit.experiments.report import columns
-from lrsa_lit.experiments.report.cells import Cell, Cells, Scope, measure_of, reference_of
+from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of, reference_of
 from lrsa_lit.experiments.report.columns import Column, Grid
 from lrsa_lit.experiments.report.tables import LABELS
 from lrsa_lit.experiments.settings import Settings
@@ -136,7 +136,7 @@ class Bars:
         chooses = _selects(rule) and len(rule["dense_layers"]) < cell.line["layers"]
         return bool(trained and chooses and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT)
 
-    def _with_reference(self, bar: Settings, scope: Scope, cell: Cell) -> tuple[Cell, Cell] | None:
+    def _with_reference(self, bar: Settings, scope: Cells, cell: Cell) -> tuple[Cell, Cell] | None:
         """A cell and dense training with dense inference that it is held against, if the bar allows that one."""
         dense = reference_of(self.study, self.study.row(cell.row))
         if dense is None or dense.name not in bar.get("reference", [dense.name]):
@@ -194,7 +194,7 @@ class Bars:
         verdict = _significant(items, p_values, bar["p"], len(asked))
         return Verdict(name, required, f"{columns.signed(smallest)}, p = {max(p_values):.4f}", verdict, by)
 
-    def _scope(self, bar: Settings) -> Scope:
+    def _scope(self, bar: Settings) -> Cells:
         return self.cells.on(bar["set"], measure=bar.get("measure"))
 
     def _label(self, bar: Settings) -> str:

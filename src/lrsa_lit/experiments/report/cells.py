@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -107,27 +107,20 @@ class Cell:
 
 
 class Cells:
-    """All results of a study; those of weights that were trained anew since stay out."""
+    """Results of a study, all of them or those with a measure :meth:`on` one split.
 
-    def __init__(self, study: Study, lines: Sequence[Line]) -> None:
-        self.study, self.lines = study, current(lines)
+    Those of weights that were trained anew since stay out.
+    """
 
-    def on(self, data_set: str, split: str = "test", measure: str | None = None) -> Scope:
+    def __init__(self, study: Study, lines: Sequence[Line], measure: str = "") -> None:
+        self.study, self.lines, self.measure = study, current(lines), measure
+
+    def on(self, data_set: str, split: str = "test", measure: str | None = None) -> Cells:
         """Those on a split of a data set that have a measure; the data set's where none is named."""
         measure = measure or measure_of(self.study, data_set)
-        found: dict[str, list[Line]] = {}
-        for line in self.lines:
-            if line["kind"] == "evaluation" and (line["set"], line["split"]) == (data_set, split) and line[measure]:
-                found.setdefault(line["config"], []).append(line)
-        return Scope(self.study, measure, found)
-
-
-class Scope(NamedTuple):
-    """Results on a split of a data set that have a measure, by the digests of their rows."""
-
-    study: Study
-    measure: str
-    lines: Mapping[str, list[Line]]
+        lines = [line for line in self.lines if line["kind"] == "evaluation"]
+        on_it = [line for line in lines if (line["set"], line["split"]) == (data_set, split) and line[measure]]
+        return Cells(self.study, on_it, measure)
 
     def cell(
         self, row: str, attention: str, digest: str | None = None, seeds: Container[int] | None = None
@@ -136,8 +129,9 @@ class Scope(NamedTuple):
         trained = self.study.row(row)
         if digest is None:
             digest = digest_of(self.study.rule_of(trained, attention))
-        lines = [line for line in self.lines.get(trained.hash, ()) if seeds is None or line["seed"] in seeds]
-        found = [line for line in lines if line["rule_digest"] == digest]
+        key = trained.hash, digest
+        lines = [line for line in self.lines if (line["config"], line["rule_digest"]) == key]
+        found = [line for line in lines if seeds is None or line["seed"] in seeds]
         # Answers to other questions, and after training on others, of a former version of the data, stay out.
         data = ("set_digest", "train_digest")
         same = [line for line in found if all(line[name] == found[-1][name] for name in data)]
@@ -151,7 +145,8 @@ class Scope(NamedTuple):
         cells: list[Cell | None] = []
         for row in self.study.rows.values():
             known = {digest_of(row.rule): OWN} | names
-            digests = dict.fromkeys(line["rule_digest"] for line in self.lines.get(row.hash, ()))
+            key = row.hash
+            digests = dict.fromkeys(line["rule_digest"] for line in self.lines if line["config"] == key)
             cells += [self.cell(row.name, known[digest], digest) for digest in digests if digest in known]
         return [cell for cell in cells if cell is not None]
 
@@ -203,14 +198,14 @@ class Table:
         self.measure = measure_of(self.study, data_set, part)
         named = asked.get("against")
         self.against: tuple[str, str] | None = (named["row"], named["inference"]) if named else None
-        self._scope = cells.on(data_set, self.split, self.measure)
+        self._on_it = cells.on(data_set, self.split, self.measure)
         rows = [self.study.row(name) for name in dict.fromkeys(asked["rows"])]
         seeds = set(asked.get("seeds") or self.study.seeds)
         # Of trained rows: what else is held against them is of these seeds too.
         self._seeds = seeds if any(row.steps for row in rows) else {0}
         items = [(row, item, seeds if row.steps else {0}) for row in rows
                  for item in self.study.evaluations(part, row) if item.data_set == data_set]  # fmt: skip
-        found = [self._scope.cell(row.name, item.name, item.rule_digest, of) for row, item, of in items]
+        found = [self._on_it.cell(row.name, item.name, item.rule_digest, of) for row, item, of in items]
         self.cells = [cell for cell in found if cell is not None]
         self.asked = sum(len(of) for _, _, of in items)
         self.done = sum(len(cell.lines) for cell in self.cells)
@@ -246,5 +241,5 @@ class Table:
             (dense.name, cell.attention, cell.key[1]) if dense and dense.name != cell.row else None,
             (*self.against, self._digest(*self.against)) if self.against else None,
         ]
-        others = [names and self._scope.cell(*names, self._seeds) for names in asked]
+        others = [names and self._on_it.cell(*names, self._seeds) for names in asked]
         return Entry(cell, score, *(cell.compared(other, self.measure) for other in others))
