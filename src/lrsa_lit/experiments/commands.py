@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lrsa_lit.experiments.settings import Settings, digest
-from lrsa_lit.experiments.study import Evaluation, Row, Study
+from lrsa_lit.experiments.study import Evaluation, Row, Settings, Study, digest
 
 _CHECKPOINT_EVERY = 100
 _COMMANDS = {"val": "validate", "test": "test"}

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.errors import UserError, under
-from lrsa_lit.experiments.settings import Settings, digest
-from lrsa_lit.experiments.study import Study, Work
+from lrsa_lit.experiments.study import Settings, Study, Work, digest
 from lrsa_lit.io import write_atomically
 from lrsa_lit.paths import check_writable
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.settings import Settings
-from lrsa_lit.experiments.study import Evaluation, Study
+from lrsa_lit.experiments.study import Evaluation, Settings, Study
 from lrsa_lit.paths import check_writable
 
 Line = dict[str, Any]

@@ -18,8 +18,7 @@ from lrsa_lit.experiments.jobs import Executor, Job, OutOfTimeError, Unit
 from lrsa_lit.experiments.parent_run import PARENT, STUDY, Record
 from lrsa_lit.experiments.questions import Questions
 from lrsa_lit.experiments.results import Line, Results, evaluation_lines, training_line
-from lrsa_lit.experiments.settings import Settings, digest
-from lrsa_lit.experiments.study import Evaluation, Row, Study, Work
+from lrsa_lit.experiments.study import Evaluation, Row, Settings, Study, Work, digest
 from lrsa_lit.paths import check_writable
 
 ATTENTIONS_AT_ONCE = 8

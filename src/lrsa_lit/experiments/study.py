@@ -1,21 +1,28 @@
-"""What a study file asks for: its rows as complete settings of fits, and the work of a part in order."""
+"""What a study file asks for: its rows as complete settings of fits, and the work of a part in order.
+
+Settings are in the words of ``lrsa fit``.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.classes import check_class_paths
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.each_layer import each_layer
 from lrsa_lit.experiments.checks import check_study
-from lrsa_lit.experiments.settings import FitSettings, Settings, digest
 from lrsa_lit.paths import check_path, shipped
 from lrsa_lit.yaml_file import read_settings
+
+Settings = dict[str, Any]
+Made = TypeVar("Made")
 
 OWN = "own"
 """The inference attention that a row was trained with."""
@@ -39,6 +46,18 @@ _INDIFFERENT = {
              "evaluate_on", "pad_to_longest"},
 }  # fmt: skip
 """What does not decide the weights, or stands in the digest under another name."""
+
+
+class FitSettings(Protocol):
+    """The parser of ``lrsa fit``; the command line has one."""
+
+    def given(
+        self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = (), *, defaults: bool = False
+    ) -> Settings:
+        """What the shipped defaults, arguments and overlays say, or all settings of a fit."""
+
+    def made(self, key: str, kind: type[Made], settings: Mapping[str, Any]) -> Made:
+        """The object that settings describe; errors begin with ``key``."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +286,11 @@ class Study:
         if given["model"].get("lrsa") is None:
             raise UserError(f"{self.name}: {where}model.lrsa", allowed="settings", reason="null is not allowed")
         return given
+
+
+def digest(values: Any) -> str:
+    """Twelve hex digits of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def digest_of(rule: LRSAConfig | None) -> str:

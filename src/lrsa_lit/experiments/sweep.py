@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.experiments.jobs import Executor, Job, Unit
 from lrsa_lit.experiments.parent_run import LOGGER, PARENT, Record, logger_of
-from lrsa_lit.experiments.settings import FitSettings
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.store import answering
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+    from lrsa_lit.experiments.study import FitSettings
 
 FLAG = "--grid"
 

@@ -25,8 +25,7 @@ from lrsa_lit.experiments.report import columns
 from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of, reference_of
 from lrsa_lit.experiments.report.columns import Column, Grid
 from lrsa_lit.experiments.report.tables import LABELS
-from lrsa_lit.experiments.settings import Settings
-from lrsa_lit.experiments.study import DENSE, Study
+from lrsa_lit.experiments.study import DENSE, Settings, Study
 from lrsa_lit.ops.sparse_attention import LagRelative
 
 _HALF_A_PERCENT = 0.005
