@@ -28,7 +28,8 @@ class Questions:
     """The tokenised data sets of a study, in a folder that is the cache of the commands which the study runs.
 
     Raises:
-        UserError: the index of the folder is none.
+        UserError: the index of the folder is none; from each method, where a split is not in it, or its settings have
+            changed since.
     """
 
     def __init__(self, study: Study, folder: Path) -> None:
@@ -60,19 +61,11 @@ class Questions:
             print(f"{data_set}/{split}: {facts.questions} examples, {facts.digest}", flush=True)
 
     def facts(self, data_set: str, split: str) -> SplitFacts:
-        """What identifies the examples of a split.
-
-        Raises:
-            UserError: it is not in the folder, or its settings have changed since.
-        """
+        """What identifies the examples of a split."""
         return SplitFacts(**self._named(data_set, split)["facts"])
 
     def examples(self, data_set: str, split: str) -> Dataset:
-        """The examples of a split.
-
-        Raises:
-            UserError: it is not in the folder, or its settings have changed since.
-        """
+        """The examples of a split."""
         from lrsa_lit.data import token_cache
 
         return token_cache.load(self.folder / self._named(data_set, split)["folder"])[0]

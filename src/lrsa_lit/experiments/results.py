@@ -40,7 +40,7 @@ class Results:
     """The results of a study in a file, which need not exist; a line that was cut off at its end is dropped.
 
     Raises:
-        UserError: a line of it is no result, or all are another study's.
+        UserError: a line of it is no result, or all are another study's; later, that it cannot be written.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
@@ -69,11 +69,7 @@ class Results:
             raise UserError("--out", self.path, reason="cannot be written (it is read-only)")
 
     def append(self, line: Line) -> None:
-        """Write a line, and wait until it is on the disk.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Write a line, and wait until it is on the disk."""
         text = json.dumps(line, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

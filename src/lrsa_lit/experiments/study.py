@@ -137,7 +137,8 @@ class Study:
     """A study file, which lies here or ships with the project.
 
     Raises:
-        UserError: unknown keys, or a row or part that does not fit together.
+        UserError: unknown keys, or a row or part that does not fit together; from each method, what is asked for and not
+            there.
     """
 
     def __init__(self, name: str, fit_settings: FitSettings) -> None:
@@ -170,9 +171,6 @@ class Study:
 
         What several parts ask of the same row and seed stands together, where the first of them has it, and each
         evaluation once.
-
-        Raises:
-            UserError: there is no such part, or it names what the study does not have.
         """
         found: dict[tuple[str, int], Work] = {}
         for part in parts:
@@ -191,11 +189,7 @@ class Study:
         return list(found.values())
 
     def rule_of(self, row: Row, attention: str, where: str = "inference") -> LRSAConfig | None:
-        """The rule of an attention, for a row's own as well; None is dense.
-
-        Raises:
-            UserError: there is none of that name, which stands at ``where``.
-        """
+        """The rule of an attention named at ``where``, for a row's own as well; None is dense."""
         if attention != OWN and attention not in self.inference:
             raise UserError(where, reason=f"there is no {attention!r} in inference")
         return row.rule if attention == OWN else self.inference[attention]
@@ -210,11 +204,7 @@ class Study:
         return [name for pattern in patterns for name in fnmatch.filter(self.inference, pattern) or [pattern]]
 
     def rule(self, key: str, changes: Mapping[str, Any]) -> LRSAConfig:
-        """The rule of ``model.lrsa`` with changes.
-
-        Raises:
-            UserError: they are not allowed; the line begins with ``key``.
-        """
+        """The rule of ``model.lrsa`` with changes, which errors call ``key``."""
         settings = {**self.common["model"]["lrsa"], **changes}
         name = digest(settings)
         if name not in self._rules:
@@ -238,11 +228,7 @@ class Study:
         return {"seed_everything": seed, "trainer": trainer, "model": model, "data": row.settings["data"]}
 
     def evaluations(self, part: str, row: Row) -> list[Evaluation]:
-        """What a part asks of a row; the same attention, which may have several names, once.
-
-        Raises:
-            UserError: the part names an attention or data set that the study does not have.
-        """
+        """What a part asks of a row; the same attention, which may have several names, once."""
         asked = self.parts[part]
         if unknown := [name for name in asked["sets"] if name not in self.data_sets]:
             raise UserError(f"parts.{part}.sets", reason=f"there is no data set {unknown[0]!r} in data_sets")
