@@ -28,7 +28,7 @@ class Questions:
     """The tokenised data sets of a study, in a folder that is the cache of the commands which the study runs.
 
     Raises:
-        UserError: the index of the folder is none; from each method, where a split is not in it, or its settings have
+        UserError: the index of the folder is none; from each method, a split is not in it or its settings have
             changed since.
     """
 

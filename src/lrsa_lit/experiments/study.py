@@ -137,7 +137,7 @@ class Study:
     """A study file, which lies here or ships with the project.
 
     Raises:
-        UserError: unknown keys, or a row or part that does not fit together; from each method, what is asked for and not
+        UserError: unknown keys, or a row or part that does not fit together; from each method, something is not
             there.
     """
 

@@ -141,10 +141,8 @@ class Bars:
         if dense is None or dense.name not in bar.get("reference", [dense.name]):
             return None
         reference = scope.cell(dense.name, DENSE, DENSE)
-        if reference is None or reference.line["set_digest"] != cell.line["set_digest"]:
-            return None
-        pair = cell.paired(reference)
-        if pair is None or not pair[1].mean(scope.measure):
+        pair = reference and cell.paired(reference)
+        if not pair or not pair[1].mean(scope.measure):
             return None
         asked = bar.get("reference_at_least", {})
         return pair if all(pair[1].mean(name) >= least for name, least in asked.items()) else None

@@ -82,7 +82,12 @@ class Cell:
         return np.mean(known, axis=0).tolist() if known else None
 
     def paired(self, other: Cell) -> tuple[Cell, Cell] | None:
-        """Both with the seeds that both have; None if they have none. The base LLM, untrained, goes with any seed."""
+        """Both with the seeds that both have; None if they have none, or answered other questions.
+
+        The base LLM, untrained, goes with any seed.
+        """
+        if other.line["set_digest"] != self.line["set_digest"]:
+            return None
         if not (self.line["train_digest"] and other.line["train_digest"]):
             return self, other
         seeds = sorted({line["seed"] for line in self.lines} & {line["seed"] for line in other.lines})
@@ -93,13 +98,8 @@ class Cell:
         return replace(self, lines=tuple(by_seed[seed] for seed in seeds))
 
     def compared(self, other: Cell | None, measure: str) -> Comparison | None:
-        """This cell against another one, over the seeds that both have.
-
-        None where there is none, it is the same, or it answered other questions or is of other seeds.
-        """
-        if other is None or other.lines == self.lines or other.line["set_digest"] != self.line["set_digest"]:
-            return None
-        if (pair := self.paired(other)) is None:
+        """This cell against another one, :meth:`paired` with it; None where that cannot be, or it is the same."""
+        if other is None or other.lines == self.lines or (pair := self.paired(other)) is None:
             return None
         one, two = (side.scores(measure) for side in pair)
         # Two attentions of the same weights: another seed on one side would be mistaken for the attention.

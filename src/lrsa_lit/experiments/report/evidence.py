@@ -83,13 +83,12 @@ def layers(table: Table) -> list[LayerGain]:
 
 
 def _has_one_more(cell: Cell, base: Cell) -> bool:
-    """Whether a cell is another one with one more dense layer, on the same questions."""
+    """Whether a cell is another one with one more dense layer."""
     rule, below = cell.line["rule"], base.line["rule"]
     if rule is None or below is None or {**below, "dense_layers": rule["dense_layers"]} != rule:
         return False
     dense, fewer = set(rule["dense_layers"]), set(below["dense_layers"])
-    one_more = fewer < dense and len(dense) == len(fewer) + 1
-    return one_more and cell.row == base.row and cell.line["set_digest"] == base.line["set_digest"]
+    return cell.row == base.row and fewer < dense and len(dense) == len(fewer) + 1
 
 
 def _gain(more: Cell, less: Cell) -> LayerGain:
