@@ -1,7 +1,5 @@
 """A user's mistake ends in one line and exit code 2, with nothing half-written."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

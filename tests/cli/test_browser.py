@@ -1,7 +1,5 @@
 """What a user sees of two fits in the MLflow UI, in a real browser."""
 
-from __future__ import annotations
-
 import os
 import shutil
 

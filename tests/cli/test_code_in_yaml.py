@@ -1,7 +1,5 @@
 """YAML from elsewhere names classes: only those of a setting's own kind are made, and no function is called."""
 
-from __future__ import annotations
-
 from typing import Protocol, TypedDict
 
 import pytest

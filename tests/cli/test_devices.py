@@ -1,7 +1,5 @@
 """Runs on several devices, which are processes on the CPU here."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

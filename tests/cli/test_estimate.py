@@ -1,7 +1,5 @@
 """What a fit will take, from a few of its layers."""
 
-from __future__ import annotations
-
 import functools
 import os
 import signal

@@ -1,7 +1,5 @@
 """``lrsa export``: a checkpoint becomes a folder that transformers loads."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -1,7 +1,5 @@
 """What the command line says of itself, and the YAMLs it ships."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Classes of one's own from the first fit to the questions about what was exported: the worked examples of the docs."""
 
-from __future__ import annotations
-
 import gc
 import json
 import sys

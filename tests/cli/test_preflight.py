@@ -1,7 +1,5 @@
 """What is checked before a run's parts are built."""
 
-from __future__ import annotations
-
 import sys
 import types
 

@@ -1,7 +1,5 @@
 """Runs of the command line, in process, with the shipped YAMLs."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -1,7 +1,5 @@
 """The command line names an argument by the key under which it stands, wherever its part complains."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

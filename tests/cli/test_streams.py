@@ -1,7 +1,5 @@
 """Streams that are closed, full, or take ASCII alone: one line or the output as well as it can be written."""
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Settings of the trainer that are a count or a share."""
 
-from __future__ import annotations
-
 import pytest
 from cli_helpers import DEBUG
 from lightning.pytorch.cli import LightningArgumentParser

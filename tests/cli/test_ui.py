@@ -1,7 +1,5 @@
 """``lrsa ui``: the real server on a recorded store, and what it says when it cannot."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrsa_lit.data.collate import TrainBatch, collate, collate_training
-from lrsa_lit.data.prompts import Example
 
 PAD = 0
 batches = st.lists(examples(), min_size=1, max_size=4)
@@ -29,7 +28,7 @@ def test_a_batch_by_hand():
 
 
 @given(batches)
-def test_masks_recover_what_went_in(examples: list[Example]):
+def test_masks_recover_what_went_in(examples):
     batch = collate(examples, PAD)
     for row, item in enumerate(examples):
         tokens, mask = batch["input_ids"][row], batch["attention_mask"][row].bool()
@@ -42,21 +41,21 @@ def test_masks_recover_what_went_in(examples: list[Example]):
 
 
 @given(batches)
-def test_logits_are_needed_where_the_next_token_of_some_row_is_learnt(examples: list[Example]):
+def test_logits_are_needed_where_the_next_token_of_some_row_is_learnt(examples):
     batch = collate_training(examples, PAD)
     needed = {j - 1 for row in batch["labels"].tolist() for j, label in enumerate(row) if label != -100 and j}
     assert batch["label_columns"].tolist() == sorted(needed)
 
 
 @given(batches)
-def test_a_training_batch_is_the_same_without_what_only_evaluation_needs(examples: list[Example]):
+def test_a_training_batch_is_the_same_without_what_only_evaluation_needs(examples):
     training, evaluation = collate_training(examples, PAD), collate(examples, PAD)
     assert set(training) == set(TrainBatch.__annotations__)
     assert all(str(training[name]) == str(evaluation[name]) for name in training)
 
 
 @given(batches)
-def test_padding_is_on_the_right_for_training_and_on_the_left_for_generation(examples: list[Example]):
+def test_padding_is_on_the_right_for_training_and_on_the_left_for_generation(examples):
     batch = collate(examples, PAD)
     assert (batch["attention_mask"].diff(dim=1) <= 0).all()
     assert (batch["prompt_mask"].diff(dim=1) >= 0).all()
@@ -67,7 +66,7 @@ def test_padding_is_on_the_right_for_training_and_on_the_left_for_generation(exa
 @pytest.mark.parametrize(
     "name", ["input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask", "label_columns"]
 )
-def test_tensors_are_int64(name: str):
+def test_tensors_are_int64(name):
     assert collate([example([1], [2])], PAD)[name].dtype == torch.int64
 
 

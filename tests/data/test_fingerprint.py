@@ -10,7 +10,7 @@ from lrsa_lit.data import fingerprint
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 
-def test_the_digest_depends_on_every_part_but_not_on_order(monkeypatch: pytest.MonkeyPatch):
+def test_the_digest_depends_on_every_part_but_not_on_order(monkeypatch):
     first = fingerprint.digest({"a": 1, "b": [2]})
     assert first == fingerprint.digest({"b": [2], "a": 1})
     assert first != fingerprint.digest({"a": 1, "b": [3]})

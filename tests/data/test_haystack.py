@@ -3,19 +3,16 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.haystack import ParagraphPool, interleave
 from lrsa_lit.data.prompts import TooLong, encode
-from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.data.records import Passage
 
 POOL = [Passage(f"Filler {number}", "word " * (number % 7)) for number in range(200)]
 
 
 @pytest.mark.parametrize("max_tokens", [300, 511, 1000, 2048])
-def test_contexts_fill_the_budget_and_never_exceed_it(
-    record: QARecord, tokenizer: PreTrainedTokenizerFast, max_tokens: int
-):
+def test_contexts_fill_the_budget_and_never_exceed_it(record, tokenizer, max_tokens):
     pool = ParagraphPool(POOL)
     example = pool.fill(record, lambda _: True, random.Random(0), tokenizer, max_tokens)
     # The shortest paragraph of the pool takes 10 tokens.
@@ -24,7 +21,7 @@ def test_contexts_fill_the_budget_and_never_exceed_it(
         assert passage.text in tokenizer.decode(example["input_ids"])
 
 
-def test_a_count_that_is_too_low_is_corrected(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_a_count_that_is_too_low_is_corrected(record, tokenizer):
     class Optimist(ParagraphPool):
         def tokens(self, positions: list[int], _: object) -> list[int]:
             return [1] * len(positions)
@@ -33,7 +30,7 @@ def test_a_count_that_is_too_low_is_corrected(record: QARecord, tokenizer: PreTr
     assert 550 < len(example["input_ids"]) <= 600
 
 
-def test_a_record_without_room_for_more_is_kept_as_it_is(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_a_record_without_room_for_more_is_kept_as_it_is(record, tokenizer):
     alone = encode(record, tokenizer, 1024)
     length = len(alone["input_ids"])
     pool = ParagraphPool(POOL)
@@ -41,14 +38,14 @@ def test_a_record_without_room_for_more_is_kept_as_it_is(record: QARecord, token
     assert pool.fill(record, lambda _: True, random.Random(0), tokenizer, length - 1) == TooLong(length)
 
 
-def test_a_pool_may_run_out(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_a_pool_may_run_out(record, tokenizer):
     pool = ParagraphPool(POOL)
     example = pool.fill(record, lambda position: position in (3, 5), random.Random(0), tokenizer, 4096)
     text = tokenizer.decode(example["input_ids"])
     assert [number for number in range(200) if f"Filler {number}\n" in text] == [3, 5]
 
 
-def test_only_what_is_used_is_tokenised(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_only_what_is_used_is_tokenised(record, tokenizer):
     pool = ParagraphPool(POOL)
     pool.fill(record, lambda _: True, random.Random(0), tokenizer, 400)
     assert 0 < len(pool._tokens) <= 64
@@ -71,13 +68,13 @@ def test_draws_reach_every_paragraph_once():
         (["x", "isk"], True),
     ],
 )
-def test_mentions_are_whole_words_of_title_and_text(answers: list[str], expected: bool):
+def test_mentions_are_whole_words_of_title_and_text(answers, expected):
     pool = ParagraphPool([Passage("Isk (river)", "No long-river; a long river.")])
     assert pool.mentions(0, answers) is expected
 
 
 @given(st.integers(0, 5), st.integers(0, 9), st.integers(0, 99))
-def test_interleaving_keeps_both_orders(kept: int, fillers: int, seed: int):
+def test_interleaving_keeps_both_orders(kept, fillers, seed):
     first = [Passage("kept", str(number)) for number in range(kept)]
     second = [Passage("filler", str(number)) for number in range(fillers)]
     mixed = interleave(first, second, random.Random(seed))

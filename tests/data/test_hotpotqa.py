@@ -17,12 +17,12 @@ MAX_TOKENS = 3000
 
 
 @pytest.fixture(scope="module")
-def questions() -> dict[str, dict[str, Any]]:
+def questions():
     return {question["_id"]: question for question in load_questions()}
 
 
 @pytest.fixture(scope="module")
-def built(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> HotpotQA:
+def built(tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LRSA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         data = HotpotQA(tokenizer=tokenizer, max_tokens=MAX_TOKENS, limit={"train": 12, "val": 24, "test": 24})
@@ -32,7 +32,7 @@ def built(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def batches(built: HotpotQA) -> dict[str, list[dict[str, Any]]]:
+def batches(built):
     loaders = {"train": built.train_dataloader, "val": built.val_dataloader, "test": built.test_dataloader}
     return {split: list(loaders[split]()) for split in SPLITS}
 
@@ -46,12 +46,12 @@ def paragraphs(tokenizer: PreTrainedTokenizerFast, batch: dict[str, Any]) -> lis
     return prompt.partition(f"\n\n{INSTRUCTION}")[0].removeprefix("<|im_start|>user\n").split("\n\n")
 
 
-def test_the_pool_has_a_paragraph_for_each_title(questions: dict[str, dict[str, Any]]):
+def test_the_pool_has_a_paragraph_for_each_title(questions):
     pool = paragraph_pool(list(questions.values())).passages
     assert len(pool) == len({passage.title for passage in pool}) == 66_581
 
 
-def test_splits_share_no_gold_paragraph(built: HotpotQA, questions: dict[str, dict[str, Any]]):
+def test_splits_share_no_gold_paragraph(built, questions):
     ids = {split: [record.id for record in built.records(split)] for split in SPLITS}
     assert sorted(chain.from_iterable(ids.values())) == sorted(questions)
     gold = [{title for name in ids[split] for title in gold_titles(questions[name])} for split in SPLITS]
@@ -59,19 +59,14 @@ def test_splits_share_no_gold_paragraph(built: HotpotQA, questions: dict[str, di
     assert {split: len(names) for split, names in ids.items()} == {"train": 5923, "val": 741, "test": 741}
 
 
-def test_the_budget_holds_and_is_used(batches: dict[str, list[dict[str, Any]]]):
+def test_the_budget_holds_and_is_used(batches):
     lengths = [batch["input_ids"].shape[1] for split in SPLITS for batch in batches[split]]
     assert len(lengths) == 60
     assert max(lengths) <= MAX_TOKENS
     assert sum(lengths) / len(lengths) > 0.95 * MAX_TOKENS
 
 
-def test_distractors_neither_answer_nor_belong_to_another_split(
-    built: HotpotQA,
-    batches: dict[str, list[dict[str, Any]]],
-    questions: dict[str, dict[str, Any]],
-    tokenizer: PreTrainedTokenizerFast,
-):
+def test_distractors_neither_answer_nor_belong_to_another_split(built, batches, questions, tokenizer):
     gold = {s: {t for record in built.records(s) for t in gold_titles(questions[record.id])} for s in SPLITS}
     drawn: list[str] = []
     for split in SPLITS:
@@ -89,9 +84,7 @@ def test_distractors_neither_answer_nor_belong_to_another_split(
     assert len(set(drawn)) > 0.95 * len(drawn)
 
 
-def test_neither_the_gold_again_nor_what_gives_the_answer_away_is_drawn(
-    small: Path, tokenizer: PreTrainedTokenizerFast
-):
+def test_neither_the_gold_again_nor_what_gives_the_answer_away_is_drawn(small, tokenizer):
     data = HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None, max_tokens=4096, val_fraction=0.3)
     record = next(record for split in SPLITS for record in data.records(split) if record.id == "q0")
     text = tokenizer.decode(data.to_example(record)["input_ids"])
@@ -100,15 +93,13 @@ def test_neither_the_gold_again_nor_what_gives_the_answer_away_is_drawn(
     assert text.count("Gold 0a\n") == text.count("Gold 0b\n") == 1
 
 
-def test_gold_lies_anywhere(batches: dict[str, list[dict[str, Any]]]):
+def test_gold_lies_anywhere(batches):
     depths = [start / batch["prompt_length"][0] for batch in batches["test"] for start, _ in batch["gold_spans"][0]]
     assert min(depths) < 0.2
     assert max(depths) > 0.6
 
 
-def test_a_context_depends_on_the_seed_and_the_question_alone(
-    tokenizer: PreTrainedTokenizerFast, batches: dict[str, list[dict[str, Any]]]
-):
+def test_a_context_depends_on_the_seed_and_the_question_alone(tokenizer, batches):
     again = HotpotQA(tokenizer=tokenizer, max_tokens=MAX_TOKENS)
     wanted = {batch["id"][0]: batch["input_ids"][0].tolist() for batch in batches["val"][3:6]}
     records = [record for record in again.records("val") if record.id in wanted]
@@ -118,11 +109,11 @@ def test_a_context_depends_on_the_seed_and_the_question_alone(
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small(tmp_path):
     return Path(data_files.hotpotqa(tmp_path)["source"])
 
 
-def test_the_question_may_come_first(small: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch, tmp_path: Path):
+def test_the_question_may_come_first(small, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path))
     own = HotpotQA(tokenizer=tokenizer, source=str(small), sha256=None, max_tokens=400)
     first = HotpotQA(
@@ -144,7 +135,7 @@ def test_the_question_may_come_first(small: Path, tokenizer: PreTrainedTokenizer
             HotpotQA(prompt=prompt)
 
 
-def test_a_file_that_is_not_what_it_should_be_is_refused(small: Path, tokenizer: PreTrainedTokenizerFast):
+def test_a_file_that_is_not_what_it_should_be_is_refused(small, tokenizer):
     with refused("source", str(small), reason="sha256"):
         HotpotQA(tokenizer=tokenizer, source=str(small)).prepare_data()
     small.write_text('[{"_id": "1", "question": "Q?"}]')

@@ -36,7 +36,7 @@ def prompts(data: LongBench, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [tokenizer.decode(row) for batch in batches for row in batch["prompt_ids"]]
 
 
-def test_a_row_becomes_a_record(tmp_path: Path):
+def test_a_row_becomes_a_record(tmp_path):
     data = LongBench(
         test=written(tmp_path / "x.jsonl", ROW, {name: ROW[name] for name in ("input", "context", "answers")})
     )
@@ -47,7 +47,7 @@ def test_a_row_becomes_a_record(tmp_path: Path):
     assert (second.id, second.task) == ("x-2", "x")
 
 
-def test_the_shipped_sample_is_of_the_format(tokenizer: PreTrainedTokenizerFast):
+def test_the_shipped_sample_is_of_the_format(tokenizer):
     data = LongBench(test="data/sample-longbench.jsonl", tokenizer=tokenizer)
     assert len(prompts(data, tokenizer)) == 4
     assert data.groups("test") == ["hotpotqa", "ferry"]
@@ -56,7 +56,7 @@ def test_the_shipped_sample_is_of_the_format(tokenizer: PreTrainedTokenizerFast)
     assert all(row.keys() == ROW.keys() for row in rows)
 
 
-def test_several_files_are_one_split(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_several_files_are_one_split(tmp_path, tokenizer):
     other = {**ROW, "_id": "b1", "dataset": "lakes"}
     files = [written(tmp_path / "a.jsonl", ROW), written(tmp_path / "b.jsonl", other)]
     data = LongBench(test=files, tokenizer=tokenizer)
@@ -66,7 +66,7 @@ def test_several_files_are_one_split(tmp_path: Path, tokenizer: PreTrainedTokeni
     assert changed.fingerprint != data.fingerprint
 
 
-def test_the_prompt_is_the_projects_own_or_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_the_prompt_is_the_projects_own_or_a_template(tmp_path, tokenizer):
     file = written(tmp_path / "x.jsonl", ROW, {**ROW, "_id": "a2", "dataset": "other", "context": "{input} {x"})
     begin, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     own, _ = prompts(LongBench(test=file, tokenizer=tokenizer), tokenizer)
@@ -80,9 +80,7 @@ def test_the_prompt_is_the_projects_own_or_a_template(tmp_path: Path, tokenizer:
 
 
 @pytest.mark.parametrize("prompt", [None, TEMPLATE])
-def test_what_is_too_long_is_left_out_or_cut_and_counted(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, prompt: str | None
-):
+def test_what_is_too_long_is_left_out_or_cut_and_counted(tmp_path, tokenizer, prompt):
     context = "Begin. " + " ".join(f"é{number}" for number in range(200)) + " End."
     file = written(tmp_path / "x.jsonl", ROW, {**ROW, "_id": "long", "context": context})
     options = {"test": file, "tokenizer": tokenizer, "prompt": prompt, "max_tokens": 500}
@@ -104,7 +102,7 @@ def test_what_is_too_long_is_left_out_or_cut_and_counted(
     assert 496 <= length <= 500
 
 
-def test_both_ends_of_a_cut_context_are_equally_long(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_both_ends_of_a_cut_context_are_equally_long(tmp_path, tokenizer):
     context = "a" * 1000 + "b" * 1000
     data = LongBench(
         test=written(tmp_path / "x.jsonl", {**ROW, "context": context}),
@@ -142,7 +140,7 @@ def test_both_ends_of_a_cut_context_are_equally_long(tmp_path: Path, tokenizer: 
     ],
     ids=str,
 )
-def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, line: dict[str, Any] | str, reason: str):
+def test_a_bad_line_is_refused_with_its_place(tmp_path, line, reason):
     if isinstance(line, dict):
         bad = json.dumps({**ROW, **line})
     else:
@@ -161,12 +159,12 @@ def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, line: dict[str, An
         ({"test": "x", "prompt": {"rivers": "{context}{context}{input}"}}, "prompt.rivers"),
     ],
 )
-def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], field: str):
+def test_a_bad_parameter_is_refused_at_once(parameters, field):
     with refused(field):
         LongBench(**parameters)
 
 
-def test_files_of_one_name_hold_different_questions(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_files_of_one_name_hold_different_questions(tmp_path, tokenizer):
     nameless = {name: value for name, value in ROW.items() if name not in ("_id", "dataset")}
     files = [tmp_path / folder / "x.jsonl" for folder in "ab"]
     for path in files:
@@ -177,7 +175,7 @@ def test_files_of_one_name_hold_different_questions(tmp_path: Path, tokenizer: P
     data.prepare_data("test")
 
 
-def test_the_same_id_twice_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_the_same_id_twice_is_refused(tmp_path, tokenizer):
     data = LongBench(test=written(tmp_path / "x.jsonl", ROW, ROW), tokenizer=tokenizer)
     with refused("test", data.test, reason="the id 'a1' twice"):
         data.prepare_data("test")

@@ -7,7 +7,6 @@ from data_helpers import BARE, LENGTHS, Words
 from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.mixture import Mixture
 from lrsa_lit.data.module import Split
@@ -41,7 +40,7 @@ def names(loader: Any) -> list[str]:
 
 
 @given(st.lists(st.floats(0.01, 9), min_size=1, max_size=5), st.integers(0, 200))
-def test_shares_are_as_near_as_whole_numbers_can_be(weights: list[float], total: int):
+def test_shares_are_as_near_as_whole_numbers_can_be(weights, total):
     parts = shares(weights, total)
     assert sum(parts) == total
     assert all(abs(part - total * weight / sum(weights)) < 1 for part, weight in zip(parts, weights, strict=True))
@@ -51,7 +50,7 @@ counts_and_quotas = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), m
 
 
 @given(counts_and_quotas, st.integers(0, 3))
-def test_an_epoch_has_its_quota_of_each_and_all_examples_are_used_alike(parts: list[tuple[int, int]], seed: int):
+def test_an_epoch_has_its_quota_of_each_and_all_examples_are_used_alike(parts, seed):
     order = Mixed(*map(tuple, zip(*parts, strict=True)))
     seen: Counter[int] = Counter()
     for epoch in range(4):
@@ -72,7 +71,7 @@ def test_the_order_is_decided_by_seed_and_epoch_alone():
     assert len({str(order(seed, epoch)) for seed in range(2) for epoch in range(2)}) == 4
 
 
-def test_training_takes_shares_and_evaluation_takes_all(tokenizer: PreTrainedTokenizerFast):
+def test_training_takes_shares_and_evaluation_takes_all(tokenizer):
     data = opened(mixture({"x": 3, "yy": 1}, tokenizer=tokenizer, examples_per_epoch=8))
     assert len(data.train_dataloader()) == 8
     lengths = [batch["input_ids"].shape[1] - BARE for batch in data.train_dataloader()]
@@ -83,7 +82,7 @@ def test_training_takes_shares_and_evaluation_takes_all(tokenizer: PreTrainedTok
     assert data.fingerprint.startswith("Mixture-")
 
 
-def test_an_epoch_is_as_long_as_the_data_sets_unless_said(tokenizer: PreTrainedTokenizerFast):
+def test_an_epoch_is_as_long_as_the_data_sets_unless_said(tokenizer):
     data = opened(mixture({"x": 3, "yy": 1, "z": 0}, tokenizer=tokenizer))
     assert len(data.train_dataloader()) == 2 * TRAIN
     assert len(names(data.test_dataloader())) == 3 * len(LENGTHS["test"])
@@ -91,7 +90,7 @@ def test_an_epoch_is_as_long_as_the_data_sets_unless_said(tokenizer: PreTrainedT
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("way", [{"batch_size": 3}, {"packing": Packed(2 * BARE + 300)}], ids=["plain", "packed"])
-def test_a_mixture_goes_on_exactly(tokenizer: PreTrainedTokenizerFast, way: dict[str, Any], workers: int):
+def test_a_mixture_goes_on_exactly(tokenizer, way, workers):
     def loader() -> Any:
         options = {"examples_per_epoch": 15, "num_workers": workers, **way}
         return opened(mixture({"x": 3, "yy": 1}, tokenizer=tokenizer, **options)).train_dataloader()
@@ -108,20 +107,20 @@ def test_a_mixture_goes_on_exactly(tokenizer: PreTrainedTokenizerFast, way: dict
     assert [batch["input_ids"].tolist() for _ in range(2) for batch in resumed] == batches[middle:]
 
 
-def test_other_shares_are_other_batches(tokenizer: PreTrainedTokenizerFast):
+def test_other_shares_are_other_batches(tokenizer):
     state = opened(mixture({"x": 3, "yy": 1}, tokenizer=tokenizer)).train_dataloader().state_dict()
     other = opened(mixture({"x": 1, "yy": 1}, tokenizer=tokenizer)).train_dataloader()
     with refused("ckpt_path", reason="examples of each data set in an epoch was 15, 5 and is 10, 10"):
         other.load_state_dict(state)
 
 
-def test_evaluation_can_be_of_chosen_data_sets(tokenizer: PreTrainedTokenizerFast):
+def test_evaluation_can_be_of_chosen_data_sets(tokenizer):
     data = opened(mixture({"x": 3, "yy": 1}, tokenizer=tokenizer, evaluate_on=["yy"]))
     assert {name for batch in data.val_dataloader() for name in batch["source"]} == {"yy"}
     assert mixture({"x": 3, "yy": 1}, evaluate_on=[]).splits() == ("train",)
 
 
-def test_a_data_set_that_is_only_evaluated_needs_no_weight(tokenizer: PreTrainedTokenizerFast):
+def test_a_data_set_that_is_only_evaluated_needs_no_weight(tokenizer):
     parts = {"x": Words(), "y": TestOnly()}
     data = opened(Mixture(parts, {"x": 1, "y": 0}, tokenizer=tokenizer))
     assert len(names(data.train_dataloader())) == TRAIN
@@ -144,19 +143,19 @@ def test_a_data_set_that_is_only_evaluated_needs_no_weight(tokenizer: PreTrained
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_bad_mixture_is_refused_at_once(change: dict[str, Any], field: str, value: object):
+def test_a_bad_mixture_is_refused_at_once(change, field, value):
     options = {"data_sets": {"x": Words(), "yy": Words()}, "weights": {"x": 1, "yy": 1}, **change}
     with refused(field, value):
         Mixture(**options)
 
 
-def test_a_share_of_less_than_one_example_is_refused(tokenizer: PreTrainedTokenizerFast):
+def test_a_share_of_less_than_one_example_is_refused(tokenizer):
     data = opened(mixture({"x": 999, "yy": 1}, tokenizer=tokenizer, examples_per_epoch=10))
     with refused("weights.yy", 1):
         data.train_dataloader()
 
 
-def test_a_seed_has_the_batches_that_published_runs_were_trained_on(tokenizer: PreTrainedTokenizerFast):
+def test_a_seed_has_the_batches_that_published_runs_were_trained_on(tokenizer):
     sets = {"a": Words(word="x"), "b": Words(word="y"), "c": Words(word="z", limit={"train": 7})}
     data = Mixture(sets, {"a": 0.7, "b": 0, "c": 0.3}, batch_size=4, pad_to_longest=True, tokenizer=tokenizer)
     data.prepare_data("fit")

@@ -12,7 +12,6 @@ from data_helpers import BARE, LENGTHS, Words, built, ids
 from helpers import refused
 from lightning import LightningModule, Trainer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 import lrsa_lit.data
 from lrsa_lit.data.module import QADataModule, Split
@@ -21,7 +20,7 @@ from lrsa_lit.data.records import QARecord
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 
-def test_every_record_becomes_an_example_in_order(tokenizer: PreTrainedTokenizerFast):
+def test_every_record_becomes_an_example_in_order(tokenizer):
     data = built(tokenizer=tokenizer, eval_batch_size=2)
     assert ids(data.val_dataloader()) == ["val0", "val10", "val20"]
     assert ids(data.test_dataloader()) == ids(data.predict_dataloader()) == [f"test{n}" for n in LENGTHS["test"]]
@@ -29,7 +28,7 @@ def test_every_record_becomes_an_example_in_order(tokenizer: PreTrainedTokenizer
     assert [len(batch["id"]) for batch in data.val_dataloader()] == [2, 1]
 
 
-def test_the_seed_of_the_run_decides_the_order_of_training(tokenizer: PreTrainedTokenizerFast):
+def test_the_seed_of_the_run_decides_the_order_of_training(tokenizer):
     loaders = []
     for seed in (1, 1, 2):
         with torch.random.fork_rng():
@@ -42,7 +41,7 @@ def test_the_seed_of_the_run_decides_the_order_of_training(tokenizer: PreTrained
     assert epochs[0] != ids(other)
 
 
-def test_what_does_not_fit_is_left_out_and_said(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture):
+def test_what_does_not_fit_is_left_out_and_said(tokenizer, caplog):
     with caplog.at_level(logging.INFO, "lrsa_lit.data"):
         data = built(tokenizer=tokenizer, max_tokens=BARE + 20)
     assert data.report["train"] == {"kept": 3, "too_long": 7, "shortest_too_long": BARE + 30}
@@ -51,21 +50,21 @@ def test_what_does_not_fit_is_left_out_and_said(tokenizer: PreTrainedTokenizerFa
     assert ids(data.test_dataloader()) == ["test0", "test10", "test20"]
 
 
-def test_the_report_is_there_when_the_cache_is_used(tokenizer: PreTrainedTokenizerFast):
+def test_the_report_is_there_when_the_cache_is_used(tokenizer):
     first = built(tokenizer=tokenizer, max_tokens=BARE + 20)
     second = built(tokenizer=tokenizer, max_tokens=BARE + 20)
     assert second.asked == []
     assert second.report == first.report
 
 
-def test_a_build_counts_from_zero(tokenizer: PreTrainedTokenizerFast):
+def test_a_build_counts_from_zero(tokenizer):
     data = Words(tokenizer=tokenizer)
     data.exclude("train", TooLong(5), records=3)
     data.prepare_data()
     assert data.report["train"] == {"kept": 10}
 
 
-def test_a_limit_stops_reading(tokenizer: PreTrainedTokenizerFast):
+def test_a_limit_stops_reading(tokenizer):
     data = built(tokenizer=tokenizer, limit={"train": 2})
     assert data.report["train"]["kept"] == 2
     assert [name for name in data.asked if name.startswith("train")] == ["train0", "train10"]
@@ -77,7 +76,7 @@ def test_a_limit_stops_reading(tokenizer: PreTrainedTokenizerFast):
     [{"max_tokens": 1000}, {"seed": 1}, {"limit": {"val": 2}}, {"word": "y"}, {"tokenizer": "other"}],
     ids=lambda change: next(iter(change)),
 )
-def test_what_decides_the_examples_decides_the_fingerprint(change: dict[str, Any]):
+def test_what_decides_the_examples_decides_the_fingerprint(change):
     other = tiny_tokenizer()
     other.chat_template += "\n"
     same = Words(tokenizer=tiny_tokenizer(), batch_size=4, eval_batch_size=2, num_workers=1)
@@ -87,7 +86,7 @@ def test_what_decides_the_examples_decides_the_fingerprint(change: dict[str, Any
     assert Words(**{"tokenizer": tiny_tokenizer(), **change}).fingerprint != same.fingerprint
 
 
-def test_sources_and_class_decide_the_fingerprint(tokenizer: PreTrainedTokenizerFast):
+def test_sources_and_class_decide_the_fingerprint(tokenizer):
     class Others(Words):
         def sources(self) -> dict[str, str]:
             return {"sha256": self.word}
@@ -130,9 +129,7 @@ def texts(data: QADataModule) -> list[str]:
     return [data.tokenizer.decode(example["input_ids"]) for example in data.open_split("train")]
 
 
-def test_an_edited_data_set_is_tokenised_again(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_edited_data_set_is_tokenised_again(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for name in ("Riddles", "More"):
         first = getattr(defined(tmp_path / "riddles.py", "one"), name)(tokenizer=tokenizer)
@@ -144,9 +141,7 @@ def test_an_edited_data_set_is_tokenised_again(
     del sys.modules["riddles"]
 
 
-def test_what_counts_is_the_code_that_runs_not_the_file_as_it_is_by_now(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-):
+def test_what_counts_is_the_code_that_runs_not_the_file_as_it_is_by_now(tmp_path, tokenizer):
     module = defined(tmp_path / "riddles.py", "one")
     before = module.Riddles(tokenizer=tokenizer).fingerprint
     (tmp_path / "riddles.py").write_text("")
@@ -154,9 +149,7 @@ def test_what_counts_is_the_code_that_runs_not_the_file_as_it_is_by_now(
     del sys.modules["riddles"]
 
 
-def test_a_class_of_no_file_is_never_taken_for_another(
-    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
-):
+def test_a_class_of_no_file_is_never_taken_for_another(tokenizer, caplog):
     for text in ("one", "two"):
         names: dict[str, Any] = {"__name__": "notebook"}
         exec(RIDDLES.replace("one", text), names)
@@ -166,7 +159,7 @@ def test_a_class_of_no_file_is_never_taken_for_another(
     assert "Riddles is defined in no file" in caplog.text
 
 
-def test_examples_of_a_class_of_no_file_do_not_outlive_the_process(cache: Path):
+def test_examples_of_a_class_of_no_file_do_not_outlive_the_process(cache):
     code = RIDDLES + (
         "from lrsa_lit.models.tiny import tiny_tokenizer\n"
         "data = Riddles(tokenizer=tiny_tokenizer()); data.prepare_data(); print(data.folder('train').is_dir())"
@@ -176,7 +169,7 @@ def test_examples_of_a_class_of_no_file_do_not_outlive_the_process(cache: Path):
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-def test_a_damaged_cache_is_made_again(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_cache_is_made_again(tokenizer, caplog):
     whole = texts(Words(tokenizer=tokenizer))
     path = Words(tokenizer=tokenizer).folder("train") / "examples.arrow"
     data = bytearray(path.read_bytes())
@@ -186,7 +179,7 @@ def test_a_damaged_cache_is_made_again(tokenizer: PreTrainedTokenizerFast, caplo
     assert [record.message for record in caplog.records if "damaged" in record.message]
 
 
-def test_a_parameter_that_is_not_stored_is_noticed(tokenizer: PreTrainedTokenizerFast):
+def test_a_parameter_that_is_not_stored_is_noticed(tokenizer):
     class Forgetful(QADataModule):
         def __init__(self, colour: str = "red", **kwargs: Any) -> None:
             super().__init__(**kwargs)
@@ -207,12 +200,12 @@ def test_a_parameter_that_is_not_stored_is_noticed(tokenizer: PreTrainedTokenize
         ({"limit": {"val": 0}}, "limit.val", 0),
     ],
 )
-def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], field: str, value: object):
+def test_a_bad_parameter_is_refused_at_once(parameters, field, value):
     with refused(field, value):
         Words(**parameters)
 
 
-def test_a_split_that_nothing_fits_says_what_would(tokenizer: PreTrainedTokenizerFast, cache: Path):
+def test_a_split_that_nothing_fits_says_what_would(tokenizer, cache):
     class Long(Words):
         def records(self, split: Split) -> Iterable[QARecord]:
             return list(super().records(split))[1:]
@@ -223,7 +216,7 @@ def test_a_split_that_nothing_fits_says_what_would(tokenizer: PreTrainedTokenize
     assert not list(cache.rglob("*.arrow"))
 
 
-def test_a_split_without_records_is_refused(tokenizer: PreTrainedTokenizerFast):
+def test_a_split_without_records_is_refused(tokenizer):
     class Nothing(QADataModule):
         def records(self, split: Split) -> Iterable[QARecord]:
             return []
@@ -241,16 +234,14 @@ def test_an_unusable_tokenizer_is_refused():
         Words(tokenizer=tokenizer).prepare_data()
 
 
-def test_an_unwritable_cache_is_the_users_to_mend(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_unwritable_cache_is_the_users_to_mend(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LRSA_CACHE_DIR", str(tmp_path / "file"))
     with refused("LRSA_CACHE_DIR", reason="file/data/Words-"):
         Words(tokenizer=tokenizer).prepare_data()
 
 
-def test_a_loader_before_setup_is_a_mistake_of_the_caller(tokenizer: PreTrainedTokenizerFast):
+def test_a_loader_before_setup_is_a_mistake_of_the_caller(tokenizer):
     with pytest.raises(RuntimeError, match="val split is not open"):
         Words(tokenizer=tokenizer).val_dataloader()
 
@@ -267,7 +258,7 @@ class Recorder(LightningModule):
         self.seen += batch["id"]
 
 
-def test_a_trainer_builds_only_what_its_stage_needs(tokenizer: PreTrainedTokenizerFast, cache: Path):
+def test_a_trainer_builds_only_what_its_stage_needs(tokenizer, cache):
     data, model = Words(tokenizer=tokenizer, num_workers=1), Recorder()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(accelerator="cpu", **quiet).test(model, data, verbose=False)

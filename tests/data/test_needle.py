@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 from helpers import refused
-from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.needle import Needles
 from lrsa_lit.data.needle_tasks import TASKS, magic_numbers, variable_tracking
@@ -18,7 +17,7 @@ def task(name: str, seed: int = 0) -> Any:
 
 
 @pytest.fixture(scope="module")
-def data(tokenizer: PreTrainedTokenizerFast) -> Needles:
+def data(tokenizer):
     return Needles(tokenizer=tokenizer, max_tokens=2500, train=10, val=5, test=10)
 
 
@@ -31,7 +30,7 @@ def data(tokenizer: PreTrainedTokenizerFast) -> Needles:
         ("niah_multiquery", 4, 4, 4),
     ],
 )
-def test_the_sizes_are_rulers(name: str, keys: int, needles: int, answers: int):
+def test_the_sizes_are_rulers(name, keys, needles, answers):
     record = task(name)
     found = [NEEDLE.fullmatch(passage.text).groups() for passage in record.passages]
     assert len({key for key, _ in found}) == keys
@@ -42,7 +41,7 @@ def test_the_sizes_are_rulers(name: str, keys: int, needles: int, answers: int):
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("niah")])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_question_and_the_needles_give_the_answers(name: str, seed: int):
+def test_the_question_and_the_needles_give_the_answers(name, seed):
     record = task(name, seed)
     asked = re.findall(r"[a-z]+-[a-z]+", record.question)
     held = [NEEDLE.fullmatch(passage.text).groups() for passage in record.passages]
@@ -68,7 +67,7 @@ def test_questions_read_as_rulers_do():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_chain_leads_from_the_value_to_every_variable(seed: int):
+def test_a_chain_leads_from_the_value_to_every_variable(seed):
     record = variable_tracking("id", random.Random(seed))
     first, *hops = (passage.text for passage in record.passages)
     variable, value = re.fullmatch(r"VAR ([A-Z]{5}) = (\d{5})", first).groups()
@@ -82,7 +81,7 @@ def test_a_chain_leads_from_the_value_to_every_variable(seed: int):
     assert f" {value} " in record.question
 
 
-def test_needles_lie_in_a_full_haystack_in_their_order(data: Needles, tokenizer: PreTrainedTokenizerFast):
+def test_needles_lie_in_a_full_haystack_in_their_order(data, tokenizer):
     for record in data.records("test"):
         example = data.to_example(record)
         text = tokenizer.decode(example["input_ids"][: example["prompt_length"]])
@@ -95,13 +94,13 @@ def test_needles_lie_in_a_full_haystack_in_their_order(data: Needles, tokenizer:
         assert 2300 < len(example["input_ids"]) <= 2500
 
 
-def test_tasks_take_turns_and_splits_differ(data: Needles):
+def test_tasks_take_turns_and_splits_differ(data):
     assert [record.id for record in data.records("val")] == [f"val-{name}-{n}" for n, name in enumerate(TASKS)]
     train, test = ([record.answers for record in data.records(split)] for split in ("train", "test"))
     assert len({*train, *test}) == 20
 
 
-def test_the_seed_decides(data: Needles, tokenizer: PreTrainedTokenizerFast):
+def test_the_seed_decides(data, tokenizer):
     same, other = (Needles(tokenizer=tokenizer, train=10, seed=seed).records("train") for seed in (0, 1))
     assert data.records("train") == same
     assert all(a.answers != b.answers for a, b in zip(same, other, strict=True))
@@ -115,6 +114,6 @@ def test_the_seed_decides(data: Needles, tokenizer: PreTrainedTokenizerFast):
         ({"test": 0}, "test", 0),
     ],
 )
-def test_a_bad_parameter_is_refused_at_once(parameters: dict[str, Any], field: str, value: object):
+def test_a_bad_parameter_is_refused_at_once(parameters, field, value):
     with refused(field, value):
         Needles(**parameters)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.data.collate import TrainBatch, collate_packed, collate_training
-from lrsa_lit.data.prompts import Example
 from lrsa_lit.models.tiny import tiny_model
 
 packs = st.lists(examples(), min_size=1, max_size=5)
@@ -27,7 +26,7 @@ def test_a_packed_row_by_hand():
 
 
 @given(packs)
-def test_a_packed_row_holds_its_examples_and_nothing_else(examples: list[Example]):
+def test_a_packed_row_holds_its_examples_and_nothing_else(examples):
     batch = collate_packed(examples)
     spans = list(pairwise(batch["boundaries"]))
     for (start, stop), item in zip(spans, examples, strict=True):
@@ -47,7 +46,7 @@ def test_no_first_token_is_learnt_from_the_example_before():
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "labels", "position_ids", "label_columns"])
-def test_tensors_are_int64(name: str):
+def test_tensors_are_int64(name):
     assert collate_packed([example([1], [2])])[name].dtype == torch.int64
 
 

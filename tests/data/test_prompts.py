@@ -4,7 +4,6 @@ import pytest
 from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.prompts import (
     INSTRUCTION,
@@ -16,11 +15,10 @@ from lrsa_lit.data.prompts import (
     render_prompt,
     token_span,
 )
-from lrsa_lit.data.records import QARecord
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 
-def test_the_context_comes_first_and_the_question_last(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_the_context_comes_first_and_the_question_last(record, tokenizer):
     prompt, *_ = render_prompt(record, tokenizer)
     assert prompt == (
         "<|im_start|>user\n"
@@ -33,7 +31,7 @@ def test_the_context_comes_first_and_the_question_last(record: QARecord, tokeniz
     )
 
 
-def test_a_prompt_may_be_put_otherwise(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_a_prompt_may_be_put_otherwise(record, tokenizer):
     prompt = Prompt("Read:\n{context}\nNow: {input}", answer="It is:", heading="Document {number}:")
     text, *_ = render_prompt(record, tokenizer, prompt)
     assert text == (
@@ -51,15 +49,13 @@ def test_a_prompt_may_be_put_otherwise(record: QARecord, tokenizer: PreTrainedTo
 
 
 @pytest.mark.parametrize("question", ["{context}", "{input}"])
-def test_a_question_may_hold_what_stands_for_others(
-    record: QARecord, tokenizer: PreTrainedTokenizerFast, question: str
-):
+def test_a_question_may_hold_what_stands_for_others(record, tokenizer, question):
     text, *_ = render_prompt(replace(record, question=question), tokenizer)
     assert text.count("The Isk is") == 1
     assert f"Question: {question}<|im_end|>" in text
 
 
-def test_training_sees_the_prompt_that_generation_starts_from(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_training_sees_the_prompt_that_generation_starts_from(record, tokenizer):
     example = encode(record, tokenizer, 1024)
     prompt, *_ = render_prompt(record, tokenizer)
     ids, length = example["input_ids"], example["prompt_length"]
@@ -68,7 +64,7 @@ def test_training_sees_the_prompt_that_generation_starts_from(record: QARecord, 
     assert ids[length:].count(tokenizer.eos_token_id) == 1
 
 
-def test_spans_decode_to_the_evidence(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_spans_decode_to_the_evidence(record, tokenizer):
     example = encode(record, tokenizer, 1024)
     gold = [tokenizer.decode(example["input_ids"][start:end]) for start, end in example["gold_spans"]]
     answers = [tokenizer.decode(example["input_ids"][start:end]) for start, end in example["answer_spans"]]
@@ -76,26 +72,26 @@ def test_spans_decode_to_the_evidence(record: QARecord, tokenizer: PreTrainedTok
     assert answers == ["Tesmar", "TESMAR"]  # neither Tesmarville nor the town of a passage that is not gold
 
 
-def test_all_answers_are_the_target_when_all_are_required(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_all_answers_are_the_target_when_all_are_required(record, tokenizer):
     example = encode(replace(record, match="all"), tokenizer, 1024)
     assert tokenizer.decode(example["input_ids"][example["prompt_length"] :]) == "Tesmar, in Tesmar<|im_end|>"
     assert (example["answers"], example["match"]) == (["Tesmar", "in Tesmar"], "all")
 
 
-def test_the_budget_is_exact(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_the_budget_is_exact(record, tokenizer):
     length = len(encode(record, tokenizer, 1024)["input_ids"])
     assert len(encode(record, tokenizer, length)["input_ids"]) == length
     assert encode(record, tokenizer, length - 1) == TooLong(length)
 
 
-def test_a_question_that_fits_no_budget_says_what_it_needs(record: QARecord, tokenizer: PreTrainedTokenizerFast):
+def test_a_question_that_fits_no_budget_says_what_it_needs(record, tokenizer):
     bare = len(encode(replace(record, passages=(), supporting_titles=()), tokenizer, 1024)["input_ids"])
     assert isinstance(encode(record, tokenizer, bare), TooLong)
     with refused("max_tokens", bare - 1, f"{bare} or more"):
         encode(record, tokenizer, bare - 1)
 
 
-def test_a_chat_template_that_alters_text_is_refused(record: QARecord):
+def test_a_chat_template_that_alters_text_is_refused(record):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     with refused("tokenizer", reason="changes the text"):
@@ -112,7 +108,7 @@ def test_a_chat_template_that_alters_text_is_refused(record: QARecord):
         ("no one said yes", ["No "], []),
     ],
 )
-def test_answers_are_whole_words(text: str, answers: list[str], expected: list[str]):
+def test_answers_are_whole_words(text, answers, expected):
     assert [text[start:end] for start, end in find_answers(text, answers, (0, len(text)))] == expected
 
 
@@ -122,7 +118,7 @@ def test_answers_do_not_reach_over_the_edges():
 
 
 @given(st.text(min_size=1, max_size=40), st.data())
-def test_token_spans_cover_exactly_the_characters(text: str, data: st.DataObject):
+def test_token_spans_cover_exactly_the_characters(text, data):
     tokenizer = tiny_tokenizer()
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     start = data.draw(st.integers(0, len(text) - 1))

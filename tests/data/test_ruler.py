@@ -4,15 +4,13 @@ import random
 import re
 from collections import Counter
 from functools import partial
-from typing import Any
 
 import pytest
 from helpers import refused
-from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.needle import Needles
 from lrsa_lit.data.prompts import TooLong, encode
-from lrsa_lit.data.qa_tasks import QA_TASKS, Documents
+from lrsa_lit.data.qa_tasks import QA_TASKS
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.ruler import RULER_TASKS, Ruler
 from lrsa_lit.data.squad import SquadArticles, article_of
@@ -23,12 +21,12 @@ BUDGET = 3000
 
 
 @pytest.fixture(scope="module")
-def data(tokenizer: PreTrainedTokenizerFast) -> Ruler:
+def data(tokenizer):
     return Ruler(tokenizer=tokenizer, max_tokens=BUDGET, train=9, val=9, test=18)
 
 
 @pytest.fixture(scope="module")
-def texts(data: Ruler, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def texts(data, tokenizer):
     """A prompt of each task."""
     found = {}
     for record in data.records("val"):
@@ -38,7 +36,7 @@ def texts(data: Ruler, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def documents() -> dict[str, Documents]:
+def documents():
     return {name: make(0, 0.1, 0.1) for name, make in QA_TASKS.items()}
 
 
@@ -56,7 +54,7 @@ def draw(name: str, size: int, max_tokens: int, seed: int = 0) -> QARecord:
 
 @pytest.mark.parametrize(("max_tokens", "often", "seldom"), [(4095, 6, 1), (4096, 30, 3), (100_000, 30, 3)])
 @pytest.mark.parametrize("size", [10, 77])
-def test_common_words_stand_as_often_as_rulers(max_tokens: int, often: int, seldom: int, size: int):
+def test_common_words_stand_as_often_as_rulers(max_tokens, often, seldom, size):
     record = draw("common_words", size, max_tokens)
     counts = Counter(listed(record.passages[0].text))
     assert [word for word, _ in counts.most_common(10)] == [w for w in counts if w in record.answers]
@@ -89,7 +87,7 @@ def test_a_list_goes_on_when_the_words_run_out():
 
 @pytest.mark.parametrize("size", [80, 81, 300, 5000])
 @pytest.mark.parametrize("max_tokens", [100, 2048, 32_768])
-def test_frequent_words_are_the_most_frequent_after_the_noise(size: int, max_tokens: int):
+def test_frequent_words_are_the_most_frequent_after_the_noise(size, max_tokens):
     record = draw("frequent_words", size, max_tokens)
     words = record.passages[0].text.split(" ")
     (noise, first), *ranked = Counter(words).most_common(5)
@@ -104,7 +102,7 @@ def test_frequent_words_are_the_most_frequent_after_the_noise(size: int, max_tok
 
 
 @pytest.mark.parametrize("make", [common_words, frequent_words])
-def test_the_size_does_not_change_the_answers_and_the_seed_does(make: Any):
+def test_the_size_does_not_change_the_answers_and_the_seed_does(make):
     small, large = (make("id", random.Random(3), size, 4096) for size in (100, 150))
     assert small.answers == large.answers
     assert len(small.passages[0].text) < len(large.passages[0].text)
@@ -114,7 +112,7 @@ def test_the_size_does_not_change_the_answers_and_the_seed_does(make: Any):
 
 @pytest.mark.parametrize("name", WORD_TASKS)
 @pytest.mark.parametrize("max_tokens", [2500, 3333, 20_000])
-def test_no_larger_record_would_fit(name: str, max_tokens: int, tokenizer: PreTrainedTokenizerFast):
+def test_no_larger_record_would_fit(name, max_tokens, tokenizer):
     _, smallest, prompt = WORD_TASKS[name]
     sizes = []
 
@@ -131,7 +129,7 @@ def test_no_larger_record_would_fit(name: str, max_tokens: int, tokenizer: PreTr
     assert len(sizes) < 15
 
 
-def test_words_that_do_not_fit_at_all_are_said_to(tokenizer: PreTrainedTokenizerFast):
+def test_words_that_do_not_fit_at_all_are_said_to(tokenizer):
     _, smallest, prompt = WORD_TASKS["frequent_words"]
     found = largest(partial(draw, "frequent_words", max_tokens=700), smallest, prompt, tokenizer, 700)
     assert isinstance(found, TooLong)
@@ -140,9 +138,7 @@ def test_words_that_do_not_fit_at_all_are_said_to(tokenizer: PreTrainedTokenizer
 
 @pytest.mark.parametrize("name", QA_TASKS)
 @pytest.mark.parametrize("max_tokens", [2500, 12_000])
-def test_the_documents_of_a_question_are_among_others(
-    name: str, max_tokens: int, documents: dict[str, Documents], tokenizer: PreTrainedTokenizerFast
-):
+def test_the_documents_of_a_question_are_among_others(name, max_tokens, documents, tokenizer):
     places = []
     for record in documents[name].questions["test"][:8]:
         example = documents[name].example(record, random.Random(record.id), tokenizer, max_tokens)
@@ -162,7 +158,7 @@ def test_the_documents_of_a_question_are_among_others(
     assert max(places) > 0.6
 
 
-def test_documents_of_the_same_article_come_first(documents: dict[str, Documents], tokenizer: PreTrainedTokenizerFast):
+def test_documents_of_the_same_article_come_first(documents, tokenizer):
     record = documents["qa_hotpotqa"].questions["test"][0]
     example = documents["qa_hotpotqa"].example(record, random.Random(0), tokenizer, 30_000)
     text = tokenizer.decode(example["input_ids"])
@@ -171,13 +167,13 @@ def test_documents_of_the_same_article_come_first(documents: dict[str, Documents
 
 
 @pytest.mark.parametrize("name", QA_TASKS)
-def test_questions_are_in_one_split_only(name: str, documents: dict[str, Documents]):
+def test_questions_are_in_one_split_only(name, documents):
     seen = [{record.id for record in records} for records in documents[name].questions.values()]
     assert sum(map(len, seen)) == len(set.union(*seen)) > 5000
     assert all(seen)
 
 
-def test_a_question_of_squad_has_its_article_as_subject(data: Ruler):
+def test_a_question_of_squad_has_its_article_as_subject(data):
     examples = {record.id: data.to_example(record) for record in data.records("test")}
     subjects = {example.get("subject") for name, example in examples.items() if "qa_squad" in name}
     articles = SquadArticles().articles("test")
@@ -186,7 +182,7 @@ def test_a_question_of_squad_has_its_article_as_subject(data: Ruler):
     assert all("subject" not in example for name, example in examples.items() if "qa_squad" not in name)
 
 
-def test_shares_decide_how_many_articles_are_asked_about(tokenizer: PreTrainedTokenizerFast):
+def test_shares_decide_how_many_articles_are_asked_about(tokenizer):
     options = {"tokenizer": tokenizer, "max_tokens": BUDGET, "tasks": ["qa_squad"], "test": 600}
     few, most = (
         {article_of(record) for record in Ruler(**options, **shares).records("test")}
@@ -196,7 +192,7 @@ def test_shares_decide_how_many_articles_are_asked_about(tokenizer: PreTrainedTo
     assert len(most) == 34
 
 
-def test_prompts_read_as_rulers_do(texts: dict[str, str]):
+def test_prompts_read_as_rulers_do(texts):
     begin, turn = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     asked = (
         "Answer the question based on the given documents. Only give me the answer and do not output any other words."
@@ -222,7 +218,7 @@ def test_prompts_read_as_rulers_do(texts: dict[str, str]):
         assert re.search(rf"\n\n{re.escape(asked)}\n\nQuestion: [^\n]+{re.escape(turn)}Answer:$", texts[name])
 
 
-def test_examples_fill_the_budget_and_hold_the_answers(data: Ruler, tokenizer: PreTrainedTokenizerFast):
+def test_examples_fill_the_budget_and_hold_the_answers(data, tokenizer):
     for record in data.records("test"):
         example = data.to_example(record)
         context = tokenizer.decode(example["input_ids"][: example["prompt_length"]])
@@ -236,7 +232,7 @@ def test_examples_fill_the_budget_and_hold_the_answers(data: Ruler, tokenizer: P
         assert learnt == f"{blank}{record.target}<|im_end|>"
 
 
-def test_tasks_take_turns_and_the_seed_decides(data: Ruler, tokenizer: PreTrainedTokenizerFast):
+def test_tasks_take_turns_and_the_seed_decides(data, tokenizer):
     assert [record.task for record in data.records("test")] == [*RULER_TASKS, *RULER_TASKS]
     assert len({record.id for record in data.records("test")}) == 18
     same = Ruler(tokenizer=tokenizer, max_tokens=BUDGET, test=18)
@@ -247,7 +243,7 @@ def test_tasks_take_turns_and_the_seed_decides(data: Ruler, tokenizer: PreTraine
     assert sum(a == b for a, b in zip(*answers, strict=True)) <= 2  # both may ask for "yes"
 
 
-def test_the_needles_are_those_of_the_needles(tokenizer: PreTrainedTokenizerFast):
+def test_the_needles_are_those_of_the_needles(tokenizer):
     options = {"tokenizer": tokenizer, "max_tokens": 2000, "tasks": ["niah_multikey", "variable_tracking"], "test": 4}
     ruler, needles = Ruler(**options), Needles(**options)
     assert [ruler.to_example(r) for r in ruler.records("test")] == [
@@ -255,7 +251,7 @@ def test_the_needles_are_those_of_the_needles(tokenizer: PreTrainedTokenizerFast
     ]
 
 
-def test_each_task_has_a_score_of_its_own(data: Ruler):
+def test_each_task_has_a_score_of_its_own(data):
     data.prepare_data("test")
     data.setup("test")
     assert data.groups("test") == list(RULER_TASKS)
@@ -270,6 +266,6 @@ def test_each_task_has_a_score_of_its_own(data: Ruler):
         ({"tasks": ["qa_squad"], "test": 5000}, "test", 5000),
     ],
 )
-def test_a_bad_parameter_is_refused(parameters: dict[str, Any], field: str, value: object):
+def test_a_bad_parameter_is_refused(parameters, field, value):
     with refused(field, value):
         Ruler(**parameters).records("test")

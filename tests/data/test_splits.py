@@ -11,7 +11,7 @@ items = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3), min_size=
 
 
 @given(items, st.integers(0, 5))
-def test_splits_share_no_key_and_lose_no_item(keys: list[list[int]], seed: int):
+def test_splits_share_no_key_and_lose_no_item(keys, seed):
     splits = disjoint_splits(keys, 0.2, 0.2, seed)
     assert sorted(position for split in splits.values() for position in split) == list(range(len(keys)))
     held = [{key for position in split for key in keys[position]} for split in splits.values()]
@@ -42,6 +42,6 @@ def test_the_seed_decides():
         (0.5, 0.5, "val_fraction", (0.5, 0.5)),
     ],
 )
-def test_impossible_fractions_are_refused(val: float, test: float, field: str, value: object):
+def test_impossible_fractions_are_refused(val, test, field, value):
     with refused(field, value):
         check_fractions(val, test)

@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import data_files
@@ -11,7 +10,7 @@ from lrsa_lit.data.squad import SquadArticles, article_records
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> str:
+def source(tmp_path):
     return str(data_files.squad(tmp_path)["source"])
 
 
@@ -27,7 +26,7 @@ def test_the_context_is_the_whole_article():
     assert (records[0].question, records[0].answers) == ("Where is it?", ("Oslo", "in Oslo"))
 
 
-def test_articles_that_do_not_fit_are_counted(source: str, tokenizer: PreTrainedTokenizerFast):
+def test_articles_that_do_not_fit_are_counted(source, tokenizer):
     data = small(source, tokenizer, max_tokens=512)
     data.prepare_data()
     data.setup()
@@ -37,7 +36,7 @@ def test_articles_that_do_not_fit_are_counted(source: str, tokenizer: PreTrained
     assert all(data.report[split]["shortest_too_long"] > 1000 for split in SPLITS if data.report[split]["too_long"])
 
 
-def test_the_longer_question_of_an_article_may_be_left_out_alone(source: str, tokenizer: PreTrainedTokenizerFast):
+def test_the_longer_question_of_an_article_may_be_left_out_alone(source, tokenizer):
     records = article_records(data_files.article("Short_0", 10))
     example = small(source, tokenizer).to_example(records[0])
     data = small(source, tokenizer, max_tokens=len(example["input_ids"]))
@@ -46,7 +45,7 @@ def test_the_longer_question_of_an_article_may_be_left_out_alone(source: str, to
         assert data.report[split]["kept"] == data.report[split]["articles_kept"]
 
 
-def test_an_article_stays_in_its_split_at_every_length(source: str, tokenizer: PreTrainedTokenizerFast):
+def test_an_article_stays_in_its_split_at_every_length(source, tokenizer):
     whole, part = small(source, tokenizer, max_tokens=4096), small(source, tokenizer, max_tokens=512)
     names = {
         split: [{record.id.split("-")[0] for record in data.records(split)} for data in (whole, part)]
@@ -57,7 +56,7 @@ def test_an_article_stays_in_its_split_at_every_length(source: str, tokenizer: P
     assert all(short <= full for full, short in names.values())
 
 
-def test_gold_is_the_paragraph_that_was_asked_about(source: str, tokenizer: PreTrainedTokenizerFast):
+def test_gold_is_the_paragraph_that_was_asked_about(source, tokenizer):
     data = small(source, tokenizer)
     example = data.to_example(data.records("train")[0])
     text = [tokenizer.decode(example["input_ids"][start:end]) for start, end in example["gold_spans"]]
@@ -65,7 +64,7 @@ def test_gold_is_the_paragraph_that_was_asked_about(source: str, tokenizer: PreT
     assert text[0].endswith("(2)\nIt is in Oslo.")
 
 
-def test_the_real_articles(tokenizer: PreTrainedTokenizerFast):
+def test_the_real_articles(tokenizer):
     data = SquadArticles(tokenizer=tokenizer, max_tokens=20_000)
     records = [record for split in SPLITS for record in data.records(split)]
     counts = [sum(data.report[split][name] for split in SPLITS) for name in ("articles_kept", "articles_too_long")]
@@ -76,12 +75,12 @@ def test_the_real_articles(tokenizer: PreTrainedTokenizerFast):
     assert all(len({passage.title for passage in record.passages}) == len(record.passages) for record in records)
 
 
-def test_no_article_fits(tokenizer: PreTrainedTokenizerFast):
+def test_no_article_fits(tokenizer):
     with refused("max_tokens", 1024, reason="'train'"):
         SquadArticles(tokenizer=tokenizer).prepare_data()
 
 
-def test_another_format_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_another_format_is_refused(tmp_path, tokenizer):
     (tmp_path / "x.json").write_text("{}")
     with refused(str(tmp_path / "x.json"), reason="data: is missing"):
         SquadArticles(str(tmp_path / "x.json"), None, tokenizer=tokenizer).prepare_data()

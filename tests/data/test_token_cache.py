@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from helpers import refused
@@ -27,14 +26,14 @@ EXAMPLE = Example(
 )
 
 
-def test_examples_and_report_come_back(tmp_path: Path):
+def test_examples_and_report_come_back(tmp_path):
     token_cache.build(tmp_path / "key" / "train", [EXAMPLE, EXAMPLE], Counter(kept=2))
     rows, report = token_cache.load(tmp_path / "key" / "train")
     assert rows[1] == {**EXAMPLE, "gold_spans": [[0, 1], [1, 2]]}
     assert (len(rows), report) == (2, Counter(kept=2))
 
 
-def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path):
+def test_nothing_is_left_of_a_build_that_failed(tmp_path):
     def broken() -> Iterator[Example]:
         yield EXAMPLE
         assert len(list(tmp_path.iterdir())) == 1
@@ -45,7 +44,7 @@ def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfinished_build_is_not_taken_for_a_split(tmp_path: Path):
+def test_an_unfinished_build_is_not_taken_for_a_split(tmp_path):
     def watched() -> Iterator[Example]:
         assert not token_cache.is_built(tmp_path / "train")
         yield EXAMPLE
@@ -55,7 +54,7 @@ def test_an_unfinished_build_is_not_taken_for_a_split(tmp_path: Path):
     assert token_cache.is_built(tmp_path / "train")
 
 
-def test_whoever_finishes_first_wins(tmp_path: Path):
+def test_whoever_finishes_first_wins(tmp_path):
     def overtaken() -> Iterator[Example]:
         token_cache.build(tmp_path / "train", [EXAMPLE], Counter(kept=1))
         yield EXAMPLE
@@ -67,7 +66,7 @@ def test_whoever_finishes_first_wins(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_an_unwritable_cache_is_one_line(tmp_path: Path):
+def test_an_unwritable_cache_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with refused("LRSA_CACHE_DIR", reason=str(tmp_path / "file" / "train")):
         token_cache.build(tmp_path / "file" / "train", [EXAMPLE], Counter())
@@ -85,7 +84,7 @@ def room(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("count", [1, 1000], ids=["at the end", "midway"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, count: int):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, count):
     token_cache.build(tmp_path / "whole", [EXAMPLE] * count, Counter())
     needed = (tmp_path / "whole" / "examples.arrow").stat().st_size
     for size in (0, needed // 2, needed - 1):
@@ -94,7 +93,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, count: int):
         assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
-def test_an_error_of_the_source_is_not_blamed_on_the_cache(tmp_path: Path):
+def test_an_error_of_the_source_is_not_blamed_on_the_cache(tmp_path):
     def gone() -> Iterator[Example]:
         yield EXAMPLE
         raise FileNotFoundError("source")
@@ -111,7 +110,7 @@ def flipped(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     "harm", [flipped, lambda data: data[:-1], lambda data: b"", None], ids=["flipped", "cut", "empty", "missing"]
 )
-def test_damage_is_noticed_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, harm: object):
+def test_damage_is_noticed_and_mended(tmp_path, caplog, name, harm):
     folder = tmp_path / "train"
     token_cache.build(folder, [EXAMPLE] * 3, Counter(kept=3))
     path = folder / name
@@ -130,7 +129,7 @@ def test_damage_is_noticed_and_mended(tmp_path: Path, caplog: pytest.LogCaptureF
     assert [each.name for each in tmp_path.iterdir()] == ["train"]
 
 
-def test_what_a_killed_build_has_left_is_removed(tmp_path: Path):
+def test_what_a_killed_build_has_left_is_removed(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from lrsa_lit.io import partial_folder\n"
         "with partial_folder(Path(sys.argv[1])) as partial: (partial / 'x').touch(); os._exit(9)"

@@ -54,7 +54,7 @@ def specials(ids: list[int], tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> 
 
 
 @given(TEXTS)
-def test_any_text_comes_back_and_holds_no_special_token(text: str):
+def test_any_text_comes_back_and_holds_no_special_token(text):
     tokens = encode_text(TOKENIZER, text)
     assert TOKENIZER.decode(tokens.ids) == text
     assert not specials(tokens.ids)
@@ -62,7 +62,7 @@ def test_any_text_comes_back_and_holds_no_special_token(text: str):
 
 
 @given(TEXTS, TEXTS, TEXTS)
-def test_the_template_keeps_its_special_tokens(before: str, text: str, after: str):
+def test_the_template_keeps_its_special_tokens(before, text, after):
     turns = [{"role": "user", "content": before}, {"role": "assistant", "content": text}]
     rendered, spans, _ = render_messages([*turns, {"role": "user", "content": after}], TOKENIZER)
     assert [rendered[start:end] for start, end in spans] == [before, text, after]
@@ -79,7 +79,7 @@ def test_the_template_keeps_its_special_tokens(before: str, text: str, after: st
 
 
 @given(TEXTS)
-def test_offsets_are_the_places_of_the_tokens(text: str):
+def test_offsets_are_the_places_of_the_tokens(text):
     ids, offsets = (tokens := encode_text(TOKENIZER, text)).ids, tokens.offsets
     assert all(first[0] <= second[0] and first[1] <= second[1] for first, second in pairwise(offsets))
     for position, number in enumerate(ids):
@@ -91,7 +91,7 @@ def test_offsets_are_the_places_of_the_tokens(text: str):
 @given(
     st.lists(st.sampled_from(["<", "file", "|>", " a", "\n", "end", "é", "<think>"]) | st.text(max_size=5)).map("".join)
 )
-def test_ordinary_text_has_the_tokens_it_always_had(text: str):
+def test_ordinary_text_has_the_tokens_it_always_had(text):
     text = text.encode("utf-8", "replace").decode()
     if not any(name in text for name in SPECIAL):
         rendered, spans, _ = render_messages([{"role": "user", "content": text}], TOKENIZER)
@@ -154,7 +154,7 @@ def sentencepiece_like(kind: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 @pytest.mark.parametrize("text", ["</s>", "a </s> b", "a</s>", "</s></s> b", "a<s>"])
-def test_a_vocabulary_that_holds_a_special_string_writes_it_in_parts(kind: str, text: str):
+def test_a_vocabulary_that_holds_a_special_string_writes_it_in_parts(kind, text):
     tokenizer = sentencepiece_like(kind)
     tokens = encode_text(tokenizer, text)
     assert not specials(tokens.ids, tokenizer)
@@ -205,7 +205,7 @@ def test_an_example_ends_where_its_answer_does():
 @pytest.mark.parametrize(
     "trim", ["message['content'] | trim", "message['content'].lstrip()", "message['content'].rstrip()"]
 )
-def test_a_template_may_trim_what_it_is_given(trim: str):
+def test_a_template_may_trim_what_it_is_given(trim):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", f"({trim})")
     record = QARecord("1", (Passage("", "\n First."), Passage("", "Second. \n")), "q?", ("a",))

@@ -1,7 +1,5 @@
 """Stand-ins for where jobs run: in this process, or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A study over a tiny model, in a folder of its own."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Base LLMs from folders, packages and adapters."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

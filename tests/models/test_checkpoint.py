@@ -1,7 +1,5 @@
 """Checkpoints are data: what is damaged, made up or hostile is refused in one line, and no code in it runs."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

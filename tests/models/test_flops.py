@@ -1,7 +1,5 @@
 """The count of operations, against numbers worked out by hand and against a counter that watches a model."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,7 +1,5 @@
 """A model folder gives the same logits to whoever loads it with transformers or peft."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

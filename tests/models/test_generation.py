@@ -1,7 +1,5 @@
 """Where an answer ends."""
 
-from __future__ import annotations
-
 from tokenizers import AddedToken
 
 from lrsa_lit.models.generation import before_stop, stop_tokens

@@ -1,7 +1,5 @@
 """GGUF files: the tokenizer is what the file says, with every admitted version of transformers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from gguf import GGUFWriter, TokenType

@@ -1,7 +1,5 @@
 """The loss inside the output head against logits made whole."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A model is loaded whole or not at all: no weight is drawn at random in place of one that a folder lacks."""
 
-from __future__ import annotations
-
 import json
 import logging
 

@@ -1,7 +1,5 @@
 """A base of 4 bits below the adapters."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

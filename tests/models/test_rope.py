@@ -1,7 +1,5 @@
 """Rotary positions beyond the trained ones."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -5,7 +5,7 @@ from helpers import modules_after
 
 
 @pytest.fixture(scope="module")
-def loaded() -> set[str]:
+def loaded():
     return modules_after(
         "import torch\n"
         "from lrsa_lit.ops.sparse_attention import Rule, sparse_attention\n"

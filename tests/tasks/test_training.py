@@ -1,7 +1,5 @@
 """Training steps in a real trainer, on a tiny model: how batches weigh, what is recomputed, what is compiled."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 

@@ -1,7 +1,5 @@
 """Speed, answers and the machine, as a fit records them."""
 
-from __future__ import annotations
-
 import json
 import threading
 

@@ -1,7 +1,5 @@
 """The thread that sends: in order, without loss, and never a reason for a training to stop."""
 
-from __future__ import annotations
-
 import logging
 import threading
 

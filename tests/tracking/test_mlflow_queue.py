@@ -3,8 +3,6 @@
 A test of the second kind that fails tells that this MLflow has learned it: then the part of ours that it names can go.
 """
 
-from __future__ import annotations
-
 import http.server
 import json
 import os

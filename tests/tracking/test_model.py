@@ -1,7 +1,5 @@
 """The model folder among a run's artifacts gives the logits of the best checkpoint."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from cli_helpers import DEBUG, recorded_runs

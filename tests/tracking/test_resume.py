@@ -1,7 +1,5 @@
 """A fit that is stopped and resumed is one run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Runs on a real tracking server, which may go away."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

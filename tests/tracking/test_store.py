@@ -1,7 +1,5 @@
 """Opening a store, and the runs in it that died without a word."""
 
-from __future__ import annotations
-
 import os
 import re
 import sqlite3

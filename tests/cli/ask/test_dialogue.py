@@ -1,7 +1,5 @@
 """The turns of a conversation, as the chat template writes them."""
 
-from __future__ import annotations
-
 import pytest
 from ask_helpers import FIRST, SECOND, TEXT, bare, ids_of, prompt_of
 from chat_templates import MISTRAL, QWEN3, TEMPLATES, with_template

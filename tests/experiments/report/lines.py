@@ -1,7 +1,5 @@
 """Results of the tiny study that are written by hand, so that their statistics are known."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
