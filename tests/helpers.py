@@ -200,6 +200,14 @@ def boundaries(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
+def quiet_trainer(**options: Any) -> Any:
+    """A trainer on the CPU that shows and keeps nothing."""
+    import lightning
+
+    parts = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return lightning.Trainer(**{"accelerator": "cpu", **dict.fromkeys(parts, False), **options})
+
+
 def modules_after(code: str) -> set[str]:
     """The modules that a fresh interpreter has loaded after some code."""
     script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"

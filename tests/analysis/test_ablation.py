@@ -4,13 +4,12 @@ import functools
 import json
 import shlex
 
-import lightning
 import processes
 import pytest
 import torch
 import yaml
 from cli_helpers import DEBUG, NO_LOGGER, elsewhere, forwards, recorded_runs, refusal  # noqa: F401 - a fixture
-from helpers import refused
+from helpers import quiet_trainer, refused
 from mlflow.tracking import MlflowClient
 from torch.utils.data import DataLoader
 
@@ -46,16 +45,7 @@ def examples(model):
 
 
 def trainer(folder, *callbacks, **options):
-    return lightning.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **options,
-    )
+    return quiet_trainer(default_root_dir=folder, callbacks=list(callbacks), **options)
 
 
 def loader(rows, size=1):

@@ -1,15 +1,15 @@
 """Training steps in a real trainer, on a tiny model: how batches weigh, what is recomputed, what is compiled."""
 
 import functools
-import itertools
 
 import lightning
 import pytest
 import torch
+from helpers import quiet_trainer
 from torch.utils.data import DataLoader
 
 from lrsa_lit.attention import LRSAConfig, enabled_config
-from lrsa_lit.data.collate import TrainBatch, collate
+from lrsa_lit.data.collate import collate, collate_packed
 from lrsa_lit.models import Backbone
 from lrsa_lit.tasks import LongContextQA, SampledTopK
 
@@ -28,33 +28,9 @@ def example(prompt, answer):
     return {"id": f"{prompt}", "input_ids": ids, "prompt_length": prompt, **empty}
 
 
-def packed(examples):
-    """Examples one behind the other in one row."""
-    rows = [collate([one], 2) for one in examples]
-    ids, labels = (torch.cat([row[key] for row in rows], dim=1) for key in ("input_ids", "labels"))
-    lengths = [row["input_ids"].shape[1] for row in rows]
-    return TrainBatch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        labels=labels,
-        label_columns=(labels[0, 1:] != -100).nonzero()[:, 0],
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        boundaries=list(itertools.accumulate(lengths, initial=0)),
-        id=[one["id"] for one in examples],
-    )
-
-
 def fit(made, batches, **options):
     """The weights after one epoch."""
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    trainer = quiet_trainer(max_epochs=1, **options)
     trainer.fit(made, DataLoader(batches, batch_size=1, collate_fn=lambda rows: rows[0]))
     return [parameter.detach().clone() for parameter in made.parameters()]
 
@@ -72,7 +48,9 @@ def test_every_answer_token_weighs_the_same(train_attention):
         accumulate_grad_batches=3,
     )
     in_rows = fit(
-        task(train_attention=train_attention), [packed(EXAMPLES[:3]), packed(EXAMPLES[3:])], accumulate_grad_batches=2
+        task(train_attention=train_attention),
+        [collate_packed(EXAMPLES[:3]), collate_packed(EXAMPLES[3:])],
+        accumulate_grad_batches=2,
     )
     before = [parameter.detach() for parameter in Backbone("tiny").build().parameters()]
     for start, one, *others in zip(before, together, accumulated, in_rows, strict=True):
@@ -96,7 +74,7 @@ def test_a_second_step_starts_counting_anew():
 
 def test_dense_training_of_packed_rows_keeps_neighbours_apart():
     made = task(train_attention=None)
-    fit(made, [packed(EXAMPLES)])
+    fit(made, [collate_packed(EXAMPLES)])
     assert enabled_config(made.model).dense_layers == (0, 1)
 
 
@@ -119,7 +97,7 @@ def test_checkpointed_layers_run_again_in_the_backward_pass():
 def test_compiled_layers_train_to_the_same_weights(checkpointing):
     from torch._dynamo.utils import counters
 
-    batches = [collate(EXAMPLES[:1], 2), packed(EXAMPLES[1:]), collate(EXAMPLES[2:], 2)]
+    batches = [collate(EXAMPLES[:1], 2), collate_packed(EXAMPLES[1:]), collate(EXAMPLES[2:], 2)]
     eager = fit(task(rate=0.01), batches)
     torch._dynamo.reset()
     counters.clear()
