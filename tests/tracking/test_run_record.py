@@ -16,8 +16,8 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import kv_ratio
-from lrsa_lit.tracking import MLflowRun, flatten, heartbeat, run_name, run_record
-from lrsa_lit.tracking.run_record import family
+from lrsa_lit.tracking import MLflowRun, heartbeat, machine, run_record
+from lrsa_lit.tracking.run_record import family, flatten, run_name
 
 VALUES = {
     "seed_everything": 4,
@@ -171,7 +171,7 @@ def test_changed_code_alone_is_dirty(tmp_path, monkeypatch):
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    monkeypatch.setattr(run_record, "__file__", str(code))
+    monkeypatch.setattr(machine, "__file__", str(code))
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"), datamodule=None)
 
     def dirty():

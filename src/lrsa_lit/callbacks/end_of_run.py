@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -41,11 +41,7 @@ class FitSummary(Callback):
         return {"history": [[step, values] for step, values in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the validations of the run so far.
-
-        Raises:
-            UserError: they are none.
-        """
+        """Take up the validations of the run so far; a UserError if they are none."""
         for number, entry in enumerate(state_dict["history"]):
             check_form(entry, [0, {}], f"callbacks.FitSummary.history.{number}")
             check_form(list(entry[1].values()), [0.0] * len(entry[1]), f"callbacks.FitSummary.history.{number}.1")
@@ -53,10 +49,9 @@ class FitSummary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of a whole validation."""
-        if trainer.sanity_checking:
-            return
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        self.history.append((trainer.global_step, values))
+        if not trainer.sanity_checking:
+            values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            self.history.append((trainer.global_step, values))
 
     def show(self, trainer: Trainer) -> None:
         """Print the summary on the first process, once the progress bar is gone."""
@@ -64,28 +59,20 @@ class FitSummary(Callback):
             return
         console = PlainConsole()
         if self.history:
-            console.print(summary_table(self.history))
+            console.print(_summary_table(self.history))
         # Without a validation in training there is no best one.
         for kind, name in (("Best", "best_model_path"), ("Last", "last_model_path")):
             if checkpoint := getattr(trainer.checkpoint_callback, name, ""):
                 console.say(f"{kind} checkpoint: {checkpoint}")
                 break
-        show_run(trainer, console)
+        _show_run(trainer, console)
 
 
-def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
-    """First and last entry side by side: a row for each attention, as ``LRSA`` (the run's own rule) or by its name.
-
-    A single entry stands alone.
-    """
+def _summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
+    """First and last entry side by side, with a row for each attention; a single entry stands alone."""
     ends, last = [*history[:1], *history[1:][-1:]], history[-1][1]
-    questions = int(last.get("val/count", 0))
-    plural = "" if questions == 1 else "s"
     steps = " → ".join(f"step {step}" for step, _ in ends)
-    table = Table(title=f"Validation on {questions} question{plural}, {steps}")
-    table.add_column("inference")
-    for label in SCORES.values():
-        table.add_column(label, justify="right")
+    table = _table(f"Validation on {_questions(last.get('val/count', 0))}, {steps}", SCORES.values())
     for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
         stem = f"val/{prefix}/" if prefix else "val/"
         found = [[values.get(stem + name, math.nan) for _, values in ends] for name in SCORES]
@@ -95,7 +82,20 @@ def summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
     return table
 
 
-def show_run(trainer: Trainer, console: PlainConsole) -> None:
+def _table(title: str, scores: Iterable[str]) -> Table:
+    """A table for a row of scores of each attention."""
+    table = Table(title=title)
+    table.add_column("inference")
+    for label in scores:
+        table.add_column(label, justify="right")
+    return table
+
+
+def _questions(count: float) -> str:
+    return f"{int(count)} question{'' if count == 1 else 's'}"
+
+
+def _show_run(trainer: Trainer, console: PlainConsole) -> None:
     """Name the run and the command that compares it with others, where something is recorded."""
     logger = trainer.logger
     if isinstance(logger, MLflowRun):
@@ -111,8 +111,8 @@ def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, 
         return
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     console = PlainConsole()
-    console.print(evaluation_table(metrics, list(model.attentions), data, split))
-    for line in evaluation_notes(data, split, model.max_new_tokens if model.generate_answers else None):
+    console.print(_evaluation_table(metrics, list(model.attentions), data, split))
+    for line in _evaluation_notes(data, split, model.max_new_tokens if model.generate_answers else None):
         console.say(line)
     show_answers(trainer)
 
@@ -126,24 +126,17 @@ def show_answers(trainer: Trainer) -> None:
         if isinstance(callback, AnswerWriter | PredictionWriter):
             for path in callback.lines.written:
                 console.say(f"Answers: {path}")
-    show_run(trainer, console)
+    _show_run(trainer, console)
 
 
-def evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: QADataModule, split: Split) -> Table:
+def _evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: QADataModule, split: Split) -> Table:
     """What an evaluation found, with a column for each attention, or a line for each where they are many.
 
     There is a line for each part of the evaluation with the score that it is published with (the loss, if nothing else
     was asked for), then all scores of all questions, that score in bold.
-
-    Args:
-        metrics: as the task logs them.
-        names: of the attentions, the run's own as "" (shown as LRSA).
-        data: says what the parts are.
-        split: "val" or "test".
     """
     scores = {name: label for name, label in _EVALUATED.items() if f"{split}/{name}" in metrics}
-    questions = int(metrics[f"{split}/count"])
-    table = Table(title=f"{_STAGES[split]} on {questions} question{'' if questions == 1 else 's'}")
+    title = f"{_STAGES[split]} on {_questions(metrics[f'{split}/count'])}"
 
     def values(group: str, score: str) -> list[str]:
         stems = [f"{split}/{name}/" if name else f"{split}/" for name in names]
@@ -152,12 +145,11 @@ def evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: Q
         return ["-" if math.isnan(value) else f"{value:.3f}" for value in found]
 
     if len(names) > _COLUMNS:
-        table.add_column("inference")
-        for label in scores.values():
-            table.add_column(label, justify="right")
+        table = _table(title, scores.values())
         for row in zip(names, *(values("", score) for score in scores), strict=True):
             table.add_row(row[0] or OWN, *row[1:])
         return table
+    table = Table(title=title)
     for name in ("part", "questions", "score", *(name or OWN for name in names)):
         table.add_column(name, justify="left" if name in ("part", "score") else "right")
 
@@ -174,7 +166,7 @@ def evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: Q
     return table
 
 
-def evaluation_notes(data: QADataModule, split: Split, new_tokens: int | None) -> list[str]:
+def _evaluation_notes(data: QADataModule, split: Split, new_tokens: int | None) -> list[str]:
     """Lines on questions that were left out or cut, and on answers that were given too little room, if any were."""
     totals: Counter[str] = Counter()
     for name, count in data.report[split].items():

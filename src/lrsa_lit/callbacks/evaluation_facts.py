@@ -6,18 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
-from lrsa_lit.callbacks.machine import describe
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.run_labels import OWN
+from lrsa_lit.tracking.machine import describe
 
 if TYPE_CHECKING:
     from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.data.module import Split
     from lrsa_lit.data.split_facts import SplitFacts
     from lrsa_lit.tasks import LongContextQA
-
-DENSE = "dense"
-"""The digest of dense attention, which has no rule."""
 
 
 def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
@@ -28,7 +25,8 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
         - ``command`` ("test" or "validate"), ``split`` ("test" or "val"), ``checkpoint`` (a path, or null);
         - ``model`` (its name), ``layers``, ``dtype`` of its weights, ``precision`` of the trainer;
         - ``generated``: whether there are answers, and not losses alone; ``max_new_tokens``;
-        - ``attentions``: for each name, as in the lines of the answers, ``rule`` (null is dense) and ``rule_digest``;
+        - ``attentions``: for each name, as in the lines of the answers, ``rule`` (null is dense) and ``rule_digest``
+          ("dense" for that);
         - ``data_sets``: for each name, as in those lines ("" without a mixture), ``set_digest``, ``questions``,
           ``length`` (mean tokens), ``contexts`` (for each question the number of its context) and ``kv_share`` (for
           each attention, the key-value pairs that it attends to as a share of all). The lines of a data set are in the
@@ -50,15 +48,12 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
         "precision": str(trainer.precision),
         "generated": task.generate_answers,
         "max_new_tokens": task.max_new_tokens,
-        "attentions": {name: _about_rule(rule) for name, rule in rules.items()},
+        "attentions": {
+            name: {"rule": rule and rule.to_dict(), "rule_digest": rule.digest() if rule else "dense"}
+            for name, rule in rules.items()
+        },
         "data_sets": {name: _about_questions(part, rules, layers) for name, part in data_sets.items()},
     }
-
-
-def _about_rule(rule: LRSAConfig | None) -> dict[str, Any]:
-    if rule is None:
-        return {"rule": None, "rule_digest": DENSE}
-    return {"rule": rule.to_dict(), "rule_digest": rule.digest()}
 
 
 def _about_questions(part: SplitFacts, rules: dict[str, LRSAConfig | None], layers: int) -> dict[str, Any]:

@@ -36,17 +36,13 @@ class LineFile:
 
     def __init__(self, key: str, path: str | None, name: str) -> None:
         self._key, self._path, self._name = key, path, name
-        self._target, self._process = Path(), ""
+        self._target = self._own = self._partial = Path()
         self._positions: list[int] = []
         self._file: IO[bytes] | None = None
         self.written: list[Path] = []
 
     def check(self) -> None:
-        """Refuse a path that is taken.
-
-        Raises:
-            UserError: there is a folder or a file.
-        """
+        """Raise a UserError if there is a folder or a file of the path already."""
         if self._path is None:
             return
         path = Path(self._path)
@@ -54,16 +50,10 @@ class LineFile:
             raise UserError(self._key, path, "a file", reason="is a folder")
         for taken in (path, _partial(path)):
             if taken.exists():
-                raise UserError(
-                    self._key, taken, reason="exists; name another file, or null for one in the run's folder"
-                )
+                raise self._exists(taken)
 
     def begin(self, trainer: Trainer) -> None:
-        """Open the file.
-
-        Raises:
-            UserError: it exists or cannot be written.
-        """
+        """Open the file; a UserError if it exists or cannot be written."""
         self.check()
         self.written, self._positions = [], []
         try:
@@ -71,9 +61,7 @@ class LineFile:
             asked.parent.mkdir(parents=True, exist_ok=True)
             self._open(asked, "" if trainer.world_size == 1 else f".{trainer.global_rank}")
         except OSError as error:
-            raise UserError(
-                self._key, self._path or error.filename, reason=f"cannot be written ({error.strerror})"
-            ) from None
+            raise self._unwritable(self._path or error.filename, error) from None
 
     def write(self, lines: Iterable[Any], positions: Iterable[int]) -> None:
         """Add lines, each with its position among those of all processes; they reach the disk's cache at once.
@@ -92,10 +80,8 @@ class LineFile:
             except OSError as error:
                 self._file.truncate(start)
                 self._close()
-                kept = f"the {len(self._positions)} answers before stand in {self._partial}"
-                raise UserError(
-                    self._key, self._partial, reason=f"cannot be written ({error.strerror}); {kept}"
-                ) from None
+                kept = f"; the {len(self._positions)} answers before stand in {self._partial}"
+                raise self._unwritable(self._partial, error, kept) from None
             self._positions.append(position)
 
     def finish(self, trainer: Trainer) -> None:
@@ -108,9 +94,8 @@ class LineFile:
             return
         self._close()
         if trainer.num_nodes > 1:
-            target = self._target.with_name(f"{self._target.stem}{self._process}{self._target.suffix}")
-            self._partial.rename(target)
-            targets: list[Path] = gathered(target)
+            self._partial.rename(self._own)
+            targets: list[Path] = gathered(self._own)
         else:
             parts = gathered((self._partial, self._positions))
             targets = [self._target]
@@ -128,7 +113,7 @@ class LineFile:
                      for line in zip(positions, path.read_bytes().splitlines(keepends=True), strict=True)]  # fmt: skip
             write_atomically(self._target, lambda file: file.writelines(line for _, line in sorted(lines)))
         except OSError as error:
-            raise UserError(self._key, self._target, reason=f"cannot be written ({error.strerror})") from None
+            raise self._unwritable(self._target, error) from None
         for path, _ in parts:
             path.unlink()
 
@@ -137,19 +122,14 @@ class LineFile:
         if self._file is None:
             return
         self._close()
-        if not self._positions:
-            self._partial.unlink(missing_ok=True)
-            if self._path is None:
-                # The run's folder, unless something else is in it.
-                with contextlib.suppress(OSError):
-                    self._target.parent.rmdir()
-        else:
+        if self._positions:
             _log.warning("The %d answers so far stand in %s", len(self._positions), self._partial)
-
-    @property
-    def _partial(self) -> Path:
-        """Where this process writes."""
-        return _partial(self._target.with_name(f"{self._target.stem}{self._process}{self._target.suffix}"))
+            return
+        self._partial.unlink(missing_ok=True)
+        if self._path is None:
+            # The run's folder, unless something else is in it.
+            with contextlib.suppress(OSError):
+                self._target.parent.rmdir()
 
     def _close(self) -> None:
         assert self._file is not None
@@ -158,17 +138,22 @@ class LineFile:
 
     def _open(self, asked: Path, process: str) -> None:
         """Open the file; in the run's folder the next one whose name is free, for a run may be evaluated again."""
-        self._process = process
-        for self._target in numbered(asked):
-            if not self._target.exists():
-                try:
+        for target in numbered(asked) if self._path is None else [asked]:
+            self._target = target
+            self._own = self._target.with_name(f"{self._target.stem}{process}{self._target.suffix}")
+            self._partial = _partial(self._own)
+            with contextlib.suppress(FileExistsError):
+                if not self._target.exists():
                     self._file = self._partial.open("xb", buffering=0)
-                except FileExistsError:
-                    pass
-                else:
                     return
-            if self._path is not None:
-                raise UserError(self._key, self._target, reason="exists; name another file")
+        raise self._exists(self._target)
+
+    def _exists(self, path: Path) -> UserError:
+        reason = "exists; name another file, or null for one in the run's folder"
+        return UserError(self._key, path, reason=reason)
+
+    def _unwritable(self, path: object, error: OSError, kept: str = "") -> UserError:
+        return UserError(self._key, path, reason=f"cannot be written ({error.strerror}){kept}")
 
 
 def _partial(path: Path) -> Path:

@@ -15,11 +15,7 @@ class MonitoredMetrics(Callback):
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at all callbacks.
-
-        Raises:
-            UserError: one watches a metric that there is not.
-        """
+        """Raise a UserError if a callback watches a metric that there is not."""
         if trainer.sanity_checking:
             return
         known = list(trainer.callback_metrics)

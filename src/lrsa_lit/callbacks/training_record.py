@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lrsa_lit.callbacks.machine import describe
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models.checkpoint import trained_weights
 from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tracking.machine import describe
 
 _WARM_UP = 5
 """Batches after each start that are left out of the measured speed: they compile kernels."""
@@ -57,7 +57,7 @@ class TrainingRecord(Callback):
         self._since = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Count a batch."""
         self._batches += 1

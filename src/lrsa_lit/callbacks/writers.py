@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,10 +25,30 @@ if TYPE_CHECKING:
 _ABOUT = ("id", "data_set", "task", "gold", "prompt_tokens", "answer_tokens")
 """What a line of the answers says of the question."""
 
-_STAGES = ("validate", "test")
+
+class _LineWriter(Callback):
+    """Has its lines open during some stages."""
+
+    stages: tuple[str, ...]
+    lines: LineFile
+
+    def check_settings(self, task: LightningModule, stage: str) -> None:
+        """Raise a UserError if the file exists. The command line asks before it records or prepares anything."""
+        if stage in self.stages:
+            self.lines.check()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fail before the answers are generated, not after, where the folder cannot be written."""
+        if stage in self.stages:
+            self.check_settings(pl_module, stage)
+            self.lines.begin(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what there is."""
+        self.lines.stop()
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(_LineWriter, BasePredictionWriter):
     """Write predictions as JSON lines: id, prediction, gold, f1, exact_match, token counts, config hash.
 
     The file is an artifact of the run too.
@@ -38,35 +58,14 @@ class PredictionWriter(BasePredictionWriter):
             ``.partial`` until all predictions are made.
     """
 
+    stages = ("predict",)
+
     def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.lines = LineFile("path", path, "predictions.jsonl")
 
-    def check_settings(self, task: LightningModule, stage: str) -> None:
-        """Refuse a path that would be overwritten.
-
-        The command line asks before it records or prepares anything.
-
-        Raises:
-            UserError: the file exists.
-        """
-        if stage == "predict":
-            self.lines.check()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Fail before the predictions are made, not after, where the folder cannot be written."""
-        if stage == "predict":
-            self.lines.begin(trainer)
-
     def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, batch_indices: Any, batch: Any, *_: Any
     ) -> None:
         """Write the lines of a batch."""
         rows = zip(batch["position"], batch["repeated"], strict=True)
@@ -76,12 +75,8 @@ class PredictionWriter(BasePredictionWriter):
         """Give the file its name."""
         self.lines.finish(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep what there is."""
-        self.lines.stop()
 
-
-class AnswerWriter(Callback):
+class AnswerWriter(_LineWriter):
     """Write what a test, or a validation by itself, finds for each question, as JSON lines in the order of the split.
 
     A line has ``id``, ``data_set``, ``task``, ``gold``, ``prompt_tokens``, ``answer_tokens`` (of the reference answer)
@@ -100,6 +95,7 @@ class AnswerWriter(Callback):
     """
 
     only_validates = True
+    stages = ("validate", "test")
 
     def __init__(self, path: str | None = None) -> None:
         self.lines = LineFile("path", path, "answers.jsonl")
@@ -107,44 +103,29 @@ class AnswerWriter(Callback):
         self._began = 0.0
 
     def check_settings(self, task: LightningModule, stage: str) -> None:
-        """Refuse an attention of the name of another key, whose place it would take without a word.
-
-        The command line asks before it records or prepares anything.
-
-        Raises:
-            UserError: there is one, or the file exists.
-        """
-        if stage not in _STAGES:
-            return
-        if taken := sorted({*getattr(task, "attentions", ())} & {*_ABOUT, OWN}):
+        """Refuse also an attention of the name of another key, whose place it would take without a word."""
+        super().check_settings(task, stage)
+        taken = sorted({*getattr(task, "attentions", ())} & {*_ABOUT, OWN})
+        if taken and stage in self.stages:
             raise UserError("evaluate", taken[0], "a name that no line of the answers has already")
-        self.lines.check()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Fail before the answers are generated, not after, where the folder cannot be written."""
-        if stage in _STAGES:
-            self.check_settings(pl_module, stage)
-            self.lines.begin(trainer)
-            self.more, self._began = {}, time.perf_counter()
+        """Open the file, and take the time."""
+        super().setup(trainer, pl_module, stage)
+        self.more, self._began = {}, time.perf_counter()
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Write the answers of a batch, but not of rows that another device has as well."""
         rows = [row for row, repeated in enumerate(batch["repeated"]) if not repeated]
         positions = [batch["position"][row] for row in rows]
         self.lines.write((_answers(batch, row, outputs) for row in rows), positions)
 
-    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any, **keywords: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         """The same for a validation, unless it is one of a fit."""
         if trainer.state.fn == "validate":
-            self.on_test_batch_end(trainer, *arguments, **keywords)
+            self.on_test_batch_end(trainer, *arguments)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the file its name, and write what was evaluated."""
@@ -160,10 +141,6 @@ class AnswerWriter(Callback):
         """The same for a validation, unless it is one of a fit."""
         if trainer.state.fn == "validate":
             self.on_test_end(trainer, pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep what there is."""
-        self.lines.stop()
 
 
 def _answers(batch: Batch, row: int, found: Mapping[str, Answers]) -> dict[str, Any]:

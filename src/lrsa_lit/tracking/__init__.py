@@ -9,21 +9,11 @@ from lrsa_lit.lazy import lazily
 if TYPE_CHECKING:
     from lrsa_lit.tracking.logger import MLflowRun
     from lrsa_lit.tracking.model import LogModel
-    from lrsa_lit.tracking.performance import Throughput
-    from lrsa_lit.tracking.run_record import RecordConfig, flatten, run_name
+    from lrsa_lit.tracking.performance import SystemMetrics, Throughput
+    from lrsa_lit.tracking.run_record import RecordConfig
     from lrsa_lit.tracking.samples import SamplePredictions
-    from lrsa_lit.tracking.system import SystemMetrics
 
-__all__ = [
-    "LogModel",
-    "MLflowRun",
-    "RecordConfig",
-    "SamplePredictions",
-    "SystemMetrics",
-    "Throughput",
-    "flatten",
-    "run_name",
-]
+__all__ = ["LogModel", "MLflowRun", "RecordConfig", "SamplePredictions", "SystemMetrics", "Throughput"]
 
 # Lightning takes seconds to import, and the store is asked by commands that do without it.
 __getattr__ = lazily(
@@ -33,9 +23,7 @@ __getattr__ = lazily(
         "MLflowRun": "lrsa_lit.tracking.logger",
         "RecordConfig": "lrsa_lit.tracking.run_record",
         "SamplePredictions": "lrsa_lit.tracking.samples",
-        "SystemMetrics": "lrsa_lit.tracking.system",
+        "SystemMetrics": "lrsa_lit.tracking.performance",
         "Throughput": "lrsa_lit.tracking.performance",
-        "flatten": "lrsa_lit.tracking.run_record",
-        "run_name": "lrsa_lit.tracking.run_record",
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
@@ -61,8 +62,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 def upload(trainer: Trainer, files: Sequence[Path], folder: str | None = None) -> None:
     """Make files artifacts of an MLflow run, in the background; the files stay where they are."""
-    logger = run_of(trainer)
-    if logger is None:
+    if (logger := run_of(trainer)) is None:
         return
     for file in files:
         what = f"{folder}/{file.name}" if folder else file.name
@@ -77,12 +77,9 @@ def _command(trainer: Trainer) -> str:
 
 def _new_folder(path: Path) -> Path:
     """Make the first of ``path-1``, ``path-2`` and so on that does not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = path.with_name(f"{path.name}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
     raise AssertionError

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from lrsa_lit.tracking.store import reason, refused
 
 METRICS = "metric values"
-_RETRY_SECONDS = 15.0
 _MOST_METRICS = 1000
 """MLflow's limit for one request."""
 
@@ -38,8 +37,7 @@ class Delivery:
 
     Args:
         send_metrics: sends a batch.
-        beat: says that the run lives; called at the start and then every ``every`` seconds, unless :meth:`rest` was
-            called.
+        beat: says that the run lives; called at the start and then every ``every`` seconds, but not after :meth:`rest`.
         every: seconds between two beats.
         retry: seconds between two attempts while the store does not answer.
     """
@@ -49,7 +47,7 @@ class Delivery:
         send_metrics: Callable[[Sequence[Any]], object],
         beat: Callable[[], object],
         every: float,
-        retry: float = _RETRY_SECONDS,
+        retry: float = 15.0,
     ) -> None:
         self._send_metrics, self._beat = send_metrics, beat
         self._every, self._retry = every, retry
@@ -115,20 +113,16 @@ class Delivery:
                 task = self._next()
             if task is None:
                 continue
-            if self._attempt(task):
-                with self._changed:
+            dealt_with = self._attempt(task)
+            with self._changed:
+                if dealt_with:
                     task.done()
                     self._changed.notify_all()
-            else:
-                self._pause()
-
-    def _pause(self) -> None:
-        """Give the store some time; less while somebody waits, and none when somebody begins to."""
-        with self._changed:
-            if self._flushing:
-                self._changed.wait(timeout=min(1.0, self._retry))
-            else:
-                self._changed.wait_for(lambda: self._flushing, timeout=self._retry)
+                # Give the store some time; less while somebody waits, and none when somebody begins to.
+                elif self._flushing:
+                    self._changed.wait(timeout=min(1.0, self._retry))
+                else:
+                    self._changed.wait_for(lambda: self._flushing, timeout=self._retry)
 
     def _attempt(self, task: _Task) -> bool:
         """Send one thing; true if it is dealt with: taken, or refused for good."""

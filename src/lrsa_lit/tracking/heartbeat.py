@@ -56,10 +56,7 @@ def beat(client: MlflowClient, run_id: str) -> None:
 def mark_dead(client: MlflowClient) -> list[str]:
     """Mark as failed each run that counts as running but whose process is gone or has been silent for too long.
 
-    Runs without a sign of life are another program's and left alone.
-
-    Returns:
-        The ids of the runs marked now.
+    Runs without a sign of life are another program's and left alone. Returned are the ids of the runs marked now.
     """
     experiments = [found.experiment_id for found in client.search_experiments()]
     marked = []

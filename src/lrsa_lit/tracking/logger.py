@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -10,7 +9,8 @@ import logging
 import re
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,6 @@ _FLUSH_SECONDS = 15.0
 _SAVE_SECONDS = 2.0
 """How long a checkpoint waits for it."""
 
-_SPOOL = "undelivered.jsonl"
 _log = logging.getLogger("lrsa_lit.tracking")
 
 
@@ -125,11 +124,9 @@ class MLflowRun(Logger):
         """The run's folder within the trainer's; its checkpoints are there as well."""
         return root / str(self.name) / str(self.version)
 
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
+    def answering(self) -> AbstractContextManager[None]:
         """Turn the store's failures within a block into a UserError."""
-        with answering(self.tracking_uri):
-            yield
+        return answering(self.tracking_uri)
 
     def reopen(self) -> None:
         """Mark the run as running again: a validation before the fit closed it."""
@@ -236,7 +233,7 @@ class MLflowRun(Logger):
         Args:
             root: the trainer's folder; the file stands beside the run's checkpoints.
         """
-        self._spool = self.folder(root) / _SPOOL
+        self._spool = self.folder(root) / "undelivered.jsonl"
         if not self.continues or not self._spool.is_file():
             return
         from mlflow.entities import Metric

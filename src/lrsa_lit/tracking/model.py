@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -45,13 +45,14 @@ class LogModel(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and log the folder; a failure is said and costs the run nothing else."""
         logger = run_of(trainer)
-        if logger is None or not isinstance(pl_module, LongContextQA) or not self._wanted(pl_module):
+        if logger is None or not isinstance(pl_module, LongContextQA) or shards_weights(trainer.strategy):
             return
-        if shards_weights(trainer.strategy):
+        adapted = pl_module.backbone.lora is not None
+        if self.what == "none" or (self.what == "adapters" and not adapted):
             return
         scratch = run_folder(trainer) / FOLDER
         try:
-            if pl_module.backbone.lora is not None:
+            if adapted:
                 check_holdable(pl_module.backbone)
             with logger.answering():
                 local = _local_artifacts(logger)
@@ -68,9 +69,6 @@ class LogModel(Callback):
         except UserError as error:
             kept = f"; it stands in {scratch}" if scratch.is_dir() else ""
             _log.warning("The model folder was not logged: %s%s", reason(error.__cause__ or error), kept)
-
-    def _wanted(self, module: Any) -> bool:
-        return self.what == "all" or (self.what == "adapters" and module.backbone.lora is not None)
 
 
 def _local_artifacts(logger: MLflowRun) -> Path | None:

@@ -1,8 +1,10 @@
-"""How fast a fit is: tokens a second, seconds a step, peak memory, and the share of the device's arithmetic it uses."""
+"""How fast a fit is, what share of the device's arithmetic it uses, and what the machine does meanwhile."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,13 +13,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import Shape, peak_flops, training_flops
 from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tracking.logger import run_of
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import TrainBatch
 
 _GIB = 2**30
+_log = logging.getLogger("lrsa_lit.tracking")
 
 
 class Throughput(Callback):
@@ -41,13 +46,13 @@ class Throughput(Callback):
             self._shape = Shape.of(pl_module.model)
         self._restart(trainer.global_step)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         """Start the clock, at first and after each pause."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Count the batch, and log at the steps where Lightning logs."""
         if self._shape is None:
@@ -55,7 +60,7 @@ class Throughput(Callback):
         self._batches.append((_lengths(batch), batch["label_columns"].numel() * len(batch["labels"])))
         step = trainer.global_step
         if step > self._first and step % getattr(trainer, "log_every_n_steps", 1) == 0:
-            values = self._measured(pl_module, step - self._first)
+            values = self._measured(pl_module, self._shape, step - self._first)
             if (padding := getattr(getattr(trainer, "datamodule", None), "padding", None)) is not None:
                 values["perf/padding"] = padding
             pl_module.log_dict(values)
@@ -65,9 +70,7 @@ class Throughput(Callback):
         """Stop the clock until the next training batch."""
         self._stop(pl_module.device)
 
-    def _measured(self, module: LightningModule, steps: int) -> dict[str, float]:
-        assert self._shape is not None
-        assert isinstance(module, LongContextQA)
+    def _measured(self, module: Any, shape: Shape, steps: int) -> dict[str, float]:
         self._stop(module.device)
         counts = [(of.tolist() if isinstance(of, Tensor) else of, logits) for of, logits in self._batches]
         values = {
@@ -78,7 +81,7 @@ class Throughput(Callback):
             values["perf/peak_memory_gib"] = memory / _GIB
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
         if (peak := peak_flops(device)) is not None:
-            done = sum(training_flops(self._shape, *count, module.train_config) for count in counts)
+            done = sum(training_flops(shape, *count, module.train_config) for count in counts)
             values["perf/mfu"] = done / self._seconds / peak
         return values
 
@@ -112,3 +115,44 @@ def _peak_memory(device: torch.device) -> int | None:
         return None
     # Kibibytes, but bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class SystemMetrics(Callback):
+    """Sample processor, memory, network and, with nvidia-ml-py, the GPU as ``system/…`` metrics during a fit.
+
+    MLflow's own monitor does it; a fit shorter than a sample has none.
+
+    Args:
+        seconds: between two samples.
+    """
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        if seconds <= 0:
+            raise UserError("seconds", seconds, "a number > 0")
+        self.seconds = seconds
+        self._monitor: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the monitor's thread."""
+        logger = run_of(trainer)
+        if logger is None:
+            return
+        if importlib.util.find_spec("psutil") is None:
+            _log.info("No system metrics: psutil is not installed")
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        # It announces its start, its end and a missing GPU.
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+        self._monitor = SystemMetricsMonitor(
+            logger.run_id, self.seconds, resume_logging=logger.continues, tracking_uri=logger.tracking_uri
+        )
+        self._monitor.start()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Stop it; Lightning calls this after a fit."""
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            monitor.finish()
+
+    on_exception = teardown

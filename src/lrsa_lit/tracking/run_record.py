@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
 import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from lrsa_lit.lightning_internals import number_logged_steps
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import MLflowRun, run_of
+from lrsa_lit.tracking.machine import git, versions
 
 _PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
 _MAX_PARAM = 250
@@ -61,7 +59,7 @@ class RecordConfig(SaveConfigCallback):
         with logger.answering():
             for split in [split for split in data.report if split not in self._recorded_splits]:
                 self._recorded_splits.add(split)
-                logger.experiment.log_inputs(logger.run_id, [dataset_input(data, split)])
+                logger.experiment.log_inputs(logger.run_id, [_dataset_input(data, split)])
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called once, on the first process, before the run's first stage."""
@@ -79,10 +77,10 @@ class RecordConfig(SaveConfigCallback):
                 client.update_run(run_id, name=run_name(values, self.command))
             client.log_text(run_id, text, "config.resumed.yaml" if logger.continues else "config.yaml")
             _log_params(logger, params | _kv_ratio(trainer, pl_module))
-            for name, value in (circumstances(values, trainer) | evaluated(values, self.command)).items():
+            for name, value in (circumstances(values, trainer) | _evaluated(values, self.command)).items():
                 client.set_tag(run_id, name, value)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Number the steps of a resumed fit without a gap: Lightning counts the batch that Ctrl-C cut short as done."""
         number_logged_steps(trainer)
 
@@ -119,7 +117,7 @@ def _kv_ratio(trainer: Trainer, module: LightningModule) -> dict[str, str]:
     return {"kv_ratio": f"{kv_ratio(module.lrsa, data.max_tokens, layers):.4f}"}
 
 
-def dataset_input(data: QADataModule, split: str) -> Any:
+def _dataset_input(data: QADataModule, split: str) -> Any:
     """A split as MLflow's record of a run's input: its name, its fingerprint as the digest, and how many were kept."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -146,10 +144,8 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(values, Mapping) or not values:
         return {key: str(values)[:_MAX_PARAM]}
     if "class_path" in values:
-        return {
-            key: str(values["class_path"]),
-            **(flatten(values["init_args"], prefix) if values.get("init_args") else {}),
-        }
+        arguments = values.get("init_args")
+        return {key: str(values["class_path"])} | (flatten(arguments, prefix) if arguments else {})
     parts = [flatten(value, f"{prefix}{name}.") for name, value in values.items()]
     return {name: value for part in parts for name, value in part.items()}
 
@@ -164,7 +160,7 @@ def _repeatable(config: Any) -> Any:
     return copy
 
 
-def evaluated(values: Mapping[str, Any], command: str) -> dict[str, str]:
+def _evaluated(values: Mapping[str, Any], command: str) -> dict[str, str]:
     """Tags that say what a run has done and, of an evaluation, on which weights: ``checkpoint`` and its run."""
     checkpoint = values.get("ckpt_path")
     if command == "fit" or not checkpoint:
@@ -200,29 +196,10 @@ def circumstances(values: Mapping[str, Any], trainer: Trainer) -> dict[str, str]
         "device": str(trainer.strategy.root_device),
         "python": platform.python_version(),
         "data": getattr(trainer.datamodule, "fingerprint", ""),  # type: ignore[attr-defined]
-        **_git(),
     }
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            tags[f"version.{name}"] = importlib.metadata.version(name)
-    return tags
-
-
-def _git() -> dict[str, str]:
-    """Commit of the code and whether it was changed since; empty outside a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        # A virtual environment inside somebody's checkout must not report that project's commit.
-        git("ls-files", "--error-unmatch", str(Path(__file__)))
+    if (commit := git("rev-parse", "HEAD")) is not None:
         # New files count among the code alone: a link to a virtual environment or to a disk for runs changes nothing.
         changed = git("status", "--porcelain", "--untracked-files=no")
-        new = git("ls-files", "--others", "--exclude-standard", "--", str(folder.parent))
-        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": str(bool(changed or new)).lower()}
-    except (OSError, subprocess.CalledProcessError):
-        return {}
+        new = git("ls-files", "--others", "--exclude-standard", "--", "..")
+        tags |= {"git_commit": commit, "git_dirty": str(bool(changed or new)).lower()}
+    return tags | {f"version.{name}": version for name, version in versions(*_PACKAGES).items() if version}

@@ -37,24 +37,17 @@ class SamplePredictions(Callback):
         self._rows = []
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keep what is to be logged."""
         if trainer.sanity_checking or not isinstance(pl_module, LongContextQA) or not pl_module.generate_answers:
             return
         rows = len(batch["id"])
         for row in range(rows if self.all_answers else min(rows, self.count - len(self._rows))):
-            question = pl_module.tokenizer.decode(
-                batch["prompt_ids"][row][-_QUESTION_TOKENS:], skip_special_tokens=True
-            )
+            prompt = batch["prompt_ids"][row][-_QUESTION_TOKENS:]
+            question = pl_module.tokenizer.decode(prompt, skip_special_tokens=True).strip()
             gold, match = batch["answers"][row], batch["match"][row]
-            values = {"step": trainer.global_step, "id": batch["id"][row], "question": question.strip()}
+            values = {"step": trainer.global_step, "id": batch["id"][row], "question": question}
             values["gold"] = " | ".join(gold)
             for name, answers in outputs.items():
                 text = answers.text[row]

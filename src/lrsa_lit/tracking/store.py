@@ -55,7 +55,7 @@ def checked_uri(uri: str, key: str = URI) -> str:
     """The URI of a store to write to, with an absolute SQLite path whose folder is made, or with the user's name.
 
     Raises:
-        UserError: it names no store, or an SQLite file that is none or cannot be written.
+        UserError: it names no store, or a file that is no SQLite file or cannot be written.
     """
     if not uri.startswith(_SCHEMES):
         raise UserError(key, redacted(uri), "sqlite:///PATH, a database or a server's http(s):// address")
@@ -75,11 +75,7 @@ def checked_uri(uri: str, key: str = URI) -> str:
 
 
 def existing_uri(uri: str, key: str) -> str:
-    """As :func:`checked_uri`, for a store that must be there already.
-
-    Raises:
-        UserError: it is not, or it holds nothing.
-    """
+    """As :func:`checked_uri`, for a store that must be there already and hold something."""
     if uri.startswith(SQLITE):
         path = sqlite_path(uri, key)
         if not path.is_file() or not path.stat().st_size:
@@ -131,11 +127,7 @@ def _one_at_a_time(uri: str, key: str) -> contextlib.AbstractContextManager[Any]
 
 @contextlib.contextmanager
 def answering(uri: str, key: str = URI) -> Iterator[None]:
-    """Turn a store's failures within the block into one line.
-
-    Raises:
-        UserError: the store did not answer, or refused.
-    """
+    """Make a UserError of what a store does within the block: it does not answer, or refuses."""
     import alembic.util
     import requests
     import sqlalchemy.exc
@@ -196,11 +188,7 @@ def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str |
 
 
 def find_run(client: MlflowClient, run_id: str, uri: str, key: str) -> Run | None:
-    """The run of that id; None where the store has none.
-
-    Raises:
-        UserError: it was deleted.
-    """
+    """The run of that id; None where the store has none. A UserError if it was deleted."""
     run: Run | None = _found(client.get_run, run_id)
     if run is not None and run.info.lifecycle_stage == "deleted":
         restore = f"restore it with mlflow runs restore --run-id {run_id}, or start a new one without {key}"
@@ -209,16 +197,11 @@ def find_run(client: MlflowClient, run_id: str, uri: str, key: str) -> Run | Non
 
 
 def find_experiment(client: MlflowClient, name: str, key: str) -> Experiment:
-    """The experiment of that name.
-
-    Raises:
-        UserError: there is none; the message lists the nearest names.
-    """
+    """The experiment of that name; a UserError with the nearest names where there is none."""
     found = {experiment.name: experiment for experiment in client.search_experiments()}
     if name not in found:
         nearest = difflib.get_close_matches(name, found, n=3, cutoff=0.0)
-        told = f"{name} is no experiment of this store; the nearest are {', '.join(nearest)}"
-        raise UserError(key, reason=told)
+        raise UserError(key, reason=f"{name} is no experiment of this store; the nearest are {', '.join(nearest)}")
     return found[name]
 
 
