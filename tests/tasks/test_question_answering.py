@@ -67,7 +67,7 @@ def test_loss_of_a_batch_is_that_of_its_rows():
 def test_training_attention_stands_and_evaluation_restores_it():
     made = task(train_attention={"top_k": 8}, evaluate={"dense": None, "k2": {"top_k": 2}})
     assert enabled_config(made.model) == RULE.replace(top_k=8)
-    made._evaluate(batch(100))
+    made.validation_step(batch(100), 0)
     assert enabled_config(made.model) == RULE.replace(top_k=8)
     losses = {meter.means([meter.sums])["loss"] for meter in made.meters.values()}
     assert len(losses) == 3
@@ -153,7 +153,7 @@ def test_a_row_that_counts_on_another_device_changes_no_score():
     for rows in (alone, both):
         meter = made.meters[""]
         meter.reset([])
-        made._evaluate(rows)
+        made.validation_step(rows, 0)
         found = meter.means([meter.sums])
         results.append((found["loss"], found["count"]))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
@@ -166,7 +166,7 @@ def test_the_parts_of_an_evaluation_have_scores_of_their_own():
     rows["groups"] = [["a", "a/x"], ["b", "b/x"], ["a", "a/y"]]
     meter = made.meters[""]
     meter.reset(["a", "b", "a/x", "a/y"])
-    made._evaluate(rows)
+    made.validation_step(rows, 0)
     found = meter.means([meter.sums])
     counts = {name: value for name, value in found.items() if name.endswith("count")}
     assert counts == {"a/count": 2, "b/count": 1, "a/x/count": 1, "a/y/count": 1, "count": 3}

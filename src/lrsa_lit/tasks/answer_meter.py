@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lrsa_lit.data.collate import Batch
 from lrsa_lit.evaluation.answers import Answers, means, scores
-
-if TYPE_CHECKING:
-    from lrsa_lit.data.collate import Batch
 
 
 class AnswerMeter:
-    """Losses and scores of the answers of one process: of all, and of each part of the evaluation.
-
-    A part is a data set of a mixture or a task.
+    """Losses and scores of the answers of one process: of all (""), and of each data set of a mixture and each task.
 
     Args:
         generated: whether there are generated answers; else there are losses alone.
@@ -34,13 +30,11 @@ class AnswerMeter:
         for row, (loss, tokens) in enumerate(zip(answers.loss, answers.tokens, strict=True)):
             if batch["repeated"][row]:
                 continue
-            found = (
-                {} if answers.text is None else scores(answers.text[row], batch["answers"][row], batch["match"][row])
-            )
-            counted: dict[str, Any] = {"loss": loss, "tokens": tokens, "count": 1, **found}
-            for group in ("", *batch["groups"][row]):
-                if group in self.sums:
-                    self.sums[group].update(counted)
+            counted: dict[str, Any] = {"loss": loss, "tokens": tokens, "count": 1}
+            if answers.text is not None:
+                counted |= scores(answers.text[row], batch["answers"][row], batch["match"][row])
+            for group in {"", *batch["groups"][row]} & self.sums.keys():
+                self.sums[group].update(counted)
 
     def means(self, of_processes: Sequence[dict[str, Counter[str]]]) -> dict[str, float]:
         """The means over the ``sums`` of all processes by name: ``loss``, ``f1`` …, and of a part ``needle/f1`` …."""

@@ -9,15 +9,9 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.evaluation.each_layer import Attention, each_layer
 
-_FIELD = "evaluate"
-
 
 def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
-    """The rule with some values changed; None is dense.
-
-    Raises:
-        UserError: a value is not allowed; the error names the argument ``field``.
-    """
+    """The rule with some values changed; None is dense. A UserError names the argument ``field``."""
     if changes is None:
         return None
     with under(field):
@@ -31,10 +25,10 @@ def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LR
         UserError: a name or a value is not allowed.
     """
     rules: dict[str, LRSAConfig | None] = {"": own}
-    for name, changes in each_layer(_FIELD, further):
+    for name, changes in each_layer("evaluate", further):
         if not re.fullmatch(r"[\w-]+", name):
-            raise UserError(_FIELD, name, "a name of letters, digits, - and _")
+            raise UserError("evaluate", name, "a name of letters, digits, - and _")
         if name in rules:
-            raise UserError(_FIELD, name, f"another name: {name.rpartition('-')[0]} stands for it as well")
-        rules[name] = derived(f"{_FIELD}.{name}", own, changes)
+            raise UserError("evaluate", name, f"another name: {name.rpartition('-')[0]} stands for it as well")
+        rules[name] = derived(f"evaluate.{name}", own, changes)
     return rules

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning
 import torch
@@ -15,16 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lrsa_lit.attention import (
-    LAYOUT,
-    Greedy,
-    LRSAConfig,
-    disable,
-    enable,
-    enabled_config,
-    packed_layout,
-    using,
-)
+from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, targets
 from lrsa_lit.errors import UserError, message_of, under
@@ -47,19 +38,6 @@ if TYPE_CHECKING:
     from lrsa_lit.data.module import Split
 
 Built = TypeVar("Built")
-
-
-class Prediction(TypedDict):
-    """One line of the predictions file."""
-
-    id: str
-    prediction: str
-    gold: list[str]
-    f1: float
-    exact_match: float
-    prompt_tokens: int
-    new_tokens: int
-    config: str
 
 
 class LongContextQA(lightning.LightningModule):
@@ -129,11 +107,7 @@ class LongContextQA(lightning.LightningModule):
         return with_arguments(self.backbone.tokenizer, self.template_arguments)
 
     def check_layers(self, count: int) -> None:
-        """Refuse a rule that names a layer beyond the model's ``count`` layers.
-
-        Raises:
-            UserError: one does.
-        """
+        """Raise a UserError if a rule names a layer beyond the model's ``count`` layers."""
         rules = {f"evaluate.{name}" if name else "lrsa": rule for name, rule in self.attentions.items()}
         rules["train_attention"] = self.train_config
         for field, rule in rules.items():
@@ -187,15 +161,11 @@ class LongContextQA(lightning.LightningModule):
         saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
         needed = {name: tuple(weight.shape) for name, weight in trained_weights(self.backbone, self).items()}
         if saved != needed:
-            kinds = [
-                "adapters" if any("lora_" in name for name in names) else "all weights" for names in (saved, needed)
-            ]
+            held, trained = ("adapters" if "lora_" in str(names) else "all weights" for names in (saved, needed))
+            kinds = f"it holds {held} of another shape than this configuration, which trains {trained}"
             differing = sorted(name for name in saved.keys() | needed.keys() if saved.get(name) != needed.get(name))
-            raise UserError(
-                "ckpt_path",
-                reason=f"it holds {kinds[0]} of another shape than this configuration, which trains {kinds[1]}; "
-                f"they differ in {len(differing)} tensors, such as {differing[0]}",
-            )
+            differences = f"they differ in {len(differing)} tensors, such as {differing[0]}"
+            raise UserError("ckpt_path", reason=f"{kinds}; {differences}")
         steps = [state.get("total_steps") for state in checkpoint.get("lr_schedulers", [])]
         planned = self.trainer.max_steps
         if self.trainer.training and steps and steps[0] not in (None, planned):
@@ -249,35 +219,37 @@ class LongContextQA(lightning.LightningModule):
         self._answer_tokens.clear()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Answers]:
-        """Answer losses and generated answers under each attention.
+        """Answer losses and generated answers under each attention, by its name, "" being the run's own rule."""
+        found = {}
+        for name, rule in self.attentions.items():
+            losses, tokens = self.losses(batch, rule)
+            texts = self.generate(batch, rule)[0] if self.generate_answers else None
+            found[name] = Answers(losses.tolist(), tokens.tolist(), texts)
+            self.meters[name].update(found[name], batch)
+        return found
 
-        Returns:
-            What was found by the attention's name, "" being the run's own rule; for callbacks.
-        """
-        return self._evaluate(batch)
+    test_step = validation_step
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Answers]:
-        """As validation."""
-        return self._evaluate(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """The run's own answers, ready to be written as JSON lines."""
         texts, lengths = self.generate(batch, self.lrsa)
-        return [
-            Prediction(
-                id=batch["id"][row],
-                prediction=text,
-                gold=list(batch["answers"][row]),
-                f1=found["f1"],
-                exact_match=found["em"],
-                prompt_tokens=batch["prompt_length"][row],
-                new_tokens=lengths[row],
-                config=self.lrsa.digest(),
-            )
-            for row, text in enumerate(texts)
-            if not batch["repeated"][row]
-            for found in [scores(text, batch["answers"][row], batch["match"][row])]
-        ]
+        lines = []
+        for row, text in enumerate(texts):
+            if batch["repeated"][row]:
+                continue
+            found = scores(text, batch["answers"][row], batch["match"][row])
+            line = {
+                "id": batch["id"][row],
+                "prediction": text,
+                "gold": list(batch["answers"][row]),
+                "f1": found["f1"],
+                "exact_match": found["em"],
+                "prompt_tokens": batch["prompt_length"][row],
+                "new_tokens": lengths[row],
+                "config": self.lrsa.digest(),
+            }
+            lines.append(line)
+        return lines
 
     @torch.no_grad()
     def losses(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Tensor, Tensor]:
@@ -288,14 +260,9 @@ class LongContextQA(lightning.LightningModule):
         return losses, (wanted != IGNORE_INDEX).sum(dim=1)
 
     def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
-        """Greedy answers to a batch of prompts, each up to its first special token.
+        """Greedy answers to prompts (B, Tp), each up to its first special token, and their lengths in tokens.
 
-        Args:
-            batch: prompts (B, Tp), padded on the left.
-            rule: the rule to decode with, compressing as it goes; None decodes densely.
-
-        Returns:
-            The answers and their lengths in tokens.
+        Decoding compresses by the rule as it goes; None decodes densely.
         """
         # Dense attention is a rule, too: the same cache and decoder serve it.
         layers = range(self.model.config.get_text_config().num_hidden_layers)
@@ -319,50 +286,32 @@ class LongContextQA(lightning.LightningModule):
             )
         return self._greedy[rule]
 
-    def _evaluate(self, batch: Batch) -> dict[str, Answers]:
-        found = {}
-        for name, rule in self.attentions.items():
-            losses, tokens = self.losses(batch, rule)
-            texts = self.generate(batch, rule)[0] if self.generate_answers else None
-            found[name] = Answers(losses.tolist(), tokens.tolist(), texts)
-            self.meters[name].update(found[name], batch)
-        return found
-
     def on_validation_epoch_start(self) -> None:
-        """Start the epoch's metrics."""
-        self._reset_metrics("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Start the epoch's metrics."""
-        self._reset_metrics("test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the epoch's metrics."""
-        self._log_metrics("val")
-        self._greedy.clear()
-
-    def on_test_epoch_end(self) -> None:
-        """Log the epoch's metrics."""
-        self._log_metrics("test")
-        self._greedy.clear()
-
-    def _reset_metrics(self, split: Split) -> None:
+        """Start the metrics of an evaluation."""
         # Of an evaluation that an error ended: weights may have changed, and what inference mode made cannot be used.
         self._greedy.clear()
         data = getattr(self.trainer, "datamodule", None)
-        groups = [] if data is None else data.groups(split)
+        groups = [] if data is None else data.groups(self._split)
         if both := {group.partition("/")[0] for group in groups} & set(self.attentions):
             raise UserError("evaluate", min(both), "another name than those of the data sets and tasks")
         for meter in self.meters.values():
             meter.reset(groups)
 
-    def _log_metrics(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of an evaluation."""
         shown = "f1" if self.generate_answers else "loss"
         processes = gathered({name: meter.sums for name, meter in self.meters.items()})
         for attention, meter in self.meters.items():
-            prefix = f"{stage}/{attention}/" if attention else f"{stage}/"
+            prefix = f"{self._split}/{attention}/" if attention else f"{self._split}/"
             for name, value in meter.means([process[attention] for process in processes]).items():
                 self.log(f"{prefix}{name}", value, prog_bar=(attention, name) == ("", shown))
+        self._greedy.clear()
+
+    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
+
+    @property
+    def _split(self) -> Split:
+        return "test" if self.trainer.testing else "val"
 
 
 def _packed(batch: TrainBatch) -> dict[str, Any]:
