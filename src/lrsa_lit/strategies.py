@@ -99,9 +99,8 @@ class FullySharded(OneMesh):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """What a checkpoint holds but its tensors; of the weights their shapes, for the module to check.
 
-        Args:
-            checkpoint_path: a sharded checkpoint, or a file that one device or DDP has written.
-            weights_only: of Lightning; whatever it is, no code in a checkpoint runs.
+        It may also be a file that one device or DDP has written; its tensors are there. No code in a checkpoint runs,
+        whatever ``weights_only`` is.
 
         Raises:
             UserError: it is no checkpoint, or a damaged one.

@@ -41,11 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            CheckpointNotSaved: the disk is full, for example. What was at ``path`` before is still there.
-        """
+        """Write a checkpoint; CheckpointNotSaved if the disk is full, for example, and what was there before stays."""
         if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -72,8 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             hint = "trainer.strategy must be FullySharded to read it"
             raise UserError("ckpt_path", str(path), reason="is a folder of shards", hint=hint)
         if weights_only is False or not is_local(path):
-            only = True if weights_only is None else weights_only
-            return super().load_checkpoint(path, map_location=map_location, weights_only=only)
+            return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only is not False)
         try:
             return read(Path(path), mapped=False)
         except Unreadable as error:
@@ -88,12 +83,10 @@ def system_error(error: BaseException | None) -> OSError | None:
 
 
 def claim(folder: Path) -> bool:
-    """Claim a run's checkpoints until :func:`release`, or until this process ends, however it does.
+    """Claim a run's checkpoints until :func:`release`, or until this process ends; false if another process has them.
 
     The claim is a lock of this process alone: those that it starts, such as workers of a data loader, do not keep it.
-
-    Returns:
-        False where another process has them. File systems without locks let everybody.
+    File systems without locks let everybody.
     """
     path = _lock_of(folder)
     if fcntl is None or path in _claimed:

@@ -19,15 +19,12 @@ from lrsa_lit.lightning_internals import VALIDATED, accumulating, complete_batch
 from lrsa_lit.strategies import gathered
 
 
-class Boundary(NamedTuple):
-    """The moment after an optimizer step: from here, the same steps can be taken again.
-
-    Attributes:
-        loops: Lightning's counters, and the positions in the data.
-        random: the states of the random number generators.
-    """
+class _Boundary(NamedTuple):
+    """The moment after an optimizer step: from here, the same steps can be taken again."""
 
     loops: dict[str, Any]
+    """Lightning's counters, and the positions in the data."""
+
     random: dict[str, Any]
 
 
@@ -45,10 +42,10 @@ class ExactState(Callback):
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
         self.settings = dict(settings or {})
-        self._boundary: Boundary | None = None
+        self._boundary: _Boundary | None = None
         # Of other callbacks at the boundary, where a validation has changed them since.
         self._callbacks: dict[str, Any] = {}
-        self._loaded: Boundary | None = None
+        self._loaded: _Boundary | None = None
         self._max_steps: int | None = None
 
     @property
@@ -57,11 +54,7 @@ class ExactState(Callback):
         return self._boundary is not None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take this process's part of the checkpoint.
-
-        Raises:
-            UserError: it is of another number of processes.
-        """
+        """Take this process's part of the checkpoint; a UserError if it is of another number of processes."""
         state = checkpoint.get(KEY)
         if state is None or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -69,9 +62,10 @@ class ExactState(Callback):
             raise other_processes(processes, trainer.world_size)
         rank, loops = trainer.global_rank, checkpoint["loops"]["fit_loop"]
         loops["state_dict"]["combined_loader"] = state["loaders"][rank]
-        self._loaded = Boundary(loops, state["random"][rank])
-        waits = _validation_waits(loops) and trainer.enable_validation
-        if waits and 0 <= trainer.max_steps <= checkpoint["global_step"]:
+        self._loaded = _Boundary(loops, state["random"][rank])
+        validated = loops[VALIDATED]["total"]
+        interrupted = validated["started"] > validated["processed"] and trainer.enable_validation
+        if interrupted and 0 <= trainer.max_steps <= checkpoint["global_step"]:
             # The last validation of a run: Lightning would find all steps done and end at once.
             self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
@@ -84,22 +78,19 @@ class ExactState(Callback):
             validated = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             validated.ready = validated.started = validated.completed  # type: ignore[attr-defined]
             rng.restore(self._loaded.random, trainer.strategy.root_device)
-        self._set_boundary(self._loaded or look(trainer))
+        self._set_boundary(self._loaded or _look(trainer))
         self._loaded = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """From here on, and until the step is over, the weights belong to no boundary."""
         self._boundary = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Look at the boundary after a step."""
-        if accumulating(trainer):
-            return
-        boundary = look(trainer)
-        complete_batch(boundary.loops, validation_is_due(trainer))
-        self._set_boundary(boundary)
+        if not accumulating(trainer):
+            boundary = _look(trainer)
+            complete_batch(boundary.loops, validation_is_due(trainer))
+            self._set_boundary(boundary)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let a run end after its last validation; keep what callbacks knew at a boundary that will not know of it."""
@@ -111,19 +102,15 @@ class ExactState(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again: the validation is done, and callbacks have counted it."""
         if _validating_in_a_fit(trainer) and not accumulating(trainer):
-            self._set_boundary(look(trainer))
+            self._set_boundary(_look(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the state of all processes.
-
-        Raises:
-            CheckpointNotSaved: there is no boundary to save, in the middle of an optimizer step.
-        """
+        """Add the state of all processes; CheckpointNotSaved in the middle of an optimizer step."""
         boundary = self._boundary
         if boundary is None:
             if trainer.training:
                 raise CheckpointNotSaved("no checkpoint of this moment: it is in the middle of an optimizer step")
-            boundary = look(trainer)
+            boundary = _look(trainer)
         checkpoint["loops"]["fit_loop"] = boundary.loops
         checkpoint["callbacks"] |= self._callbacks
         checkpoint[KEY] = {
@@ -132,13 +119,13 @@ class ExactState(Callback):
             "settings": self.settings,
         }
 
-    def _set_boundary(self, boundary: Boundary) -> None:
+    def _set_boundary(self, boundary: _Boundary) -> None:
         self._boundary, self._callbacks = boundary, {}
 
 
-def look(trainer: Trainer) -> Boundary:
+def _look(trainer: Trainer) -> _Boundary:
     """The boundary that a run is at now."""
-    return Boundary(trainer.fit_loop.state_dict(), rng.capture(trainer.strategy.root_device))
+    return _Boundary(trainer.fit_loop.state_dict(), rng.capture(trainer.strategy.root_device))
 
 
 def other_processes(before: int, now: int) -> UserError:
@@ -158,9 +145,3 @@ def _states(trainer: Trainer) -> dict[str, Any]:
     """What callbacks save, but for those that save checkpoints: they must know the files that they have written."""
     others = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]
     return {callback.state_key: copy.deepcopy(state) for callback in others if (state := callback.state_dict())}
-
-
-def _validation_waits(loops: dict[str, Any]) -> bool:
-    """Whether counters are those of an interrupted validation."""
-    validated = loops[VALIDATED]["total"]
-    return bool(validated["started"] > validated["processed"])

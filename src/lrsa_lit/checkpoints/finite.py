@@ -18,14 +18,12 @@ from lrsa_lit.strategies import gathered
 
 
 class _Verdict(NamedTuple):
-    """What is known about a batch, once the device has come to it.
+    """What is known about a batch of an optimizer step (counted from 1), once the device has come to it.
 
     Attributes:
         bad: () bool on the CPU, whether some process's loss was not finite; being copied until ``copied``.
-        own: () bool on the CPU, whether this process's was.
+        own: the same of this process's loss.
         copied: the event of the copies; None on the CPU.
-        step: the optimizer step that the batch belongs to, counted from 1.
-        ids: the batch's sample ids.
     """
 
     bad: Tensor
@@ -50,13 +48,9 @@ class FiniteLoss(Callback):
         self._open.clear()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Look at the loss of the batch before, and start copying that of this one.
-
-        Raises:
-            NonFiniteLoss: it was NaN or infinite.
-        """
+        """Look at the loss of the batch before (NonFiniteLoss ends the run), and start copying that of this one."""
         self._examine(trainer)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
@@ -68,11 +62,7 @@ class FiniteLoss(Callback):
         self._examine(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let nothing be saved that is spoilt.
-
-        Raises:
-            NonFiniteLoss: a loss, or a weight, is NaN or infinite.
-        """
+        """Let nothing be saved that is spoilt: NonFiniteLoss if a loss, or a weight, is NaN or infinite."""
         self._examine(trainer)
         if not trainer.strategy.reduce_boolean_decision(_finite(pl_module)):
             raise NonFiniteLoss(f"a weight is NaN or infinite after step {trainer.global_step}{_advice(trainer)}")

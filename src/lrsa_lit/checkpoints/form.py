@@ -22,15 +22,12 @@ _NEEDED = ("loops", "optimizer_states", "lr_schedulers")
 
 
 def check_form(value: Any, like: Any, name: str) -> None:
-    """Check that a value has the types, keys and shapes of another one; it may have more keys.
+    """Raise a UserError unless a value has the types, keys and shapes of another one; it may have more keys.
 
     Args:
         value: of a checkpoint.
         like: what this run would write in its place. None, and an empty dict or list, say nothing of what they hold.
         name: the dotted name of ``value`` in the checkpoint.
-
-    Raises:
-        UserError: it has another form.
     """
     if like is None:
         return
@@ -49,16 +46,13 @@ def check_form(value: Any, like: Any, name: str) -> None:
 
 
 def check_optimizer(value: Any, like: Mapping[str, Any], weights: Sequence[Tensor], name: str) -> None:
-    """Check the state of an optimizer.
+    """Raise a UserError if the state of an optimizer is that of another one or of other weights.
 
     Args:
         value: of a checkpoint.
         like: the ``state_dict`` of this run's optimizer, which has not made a step.
         weights: its parameters, in its own order.
         name: the dotted name of ``value`` in the checkpoint.
-
-    Raises:
-        UserError: it is of another optimizer or of other weights.
     """
     check_form(value, like, name)
     for number, (found, own) in enumerate(zip(value["param_groups"], like["param_groups"], strict=True)):
@@ -81,8 +75,8 @@ def check_optimizer(value: Any, like: Mapping[str, Any], weights: Sequence[Tenso
 
 def malformed(name: str) -> UserError:
     """What to say of a value of another form."""
-    told = f"{name} is missing, or has not the form that a fit of this configuration writes and goes on from"
-    return UserError("ckpt_path", reason=told)
+    reason = f"{name} is missing, or has not the form that a fit of this configuration writes and goes on from"
+    return UserError("ckpt_path", reason=reason)
 
 
 def _is_like(value: Any, like: Any) -> bool:
@@ -117,33 +111,21 @@ class CheckedForm(Callback):
         self._checkpoint: dict[str, Any] | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check all but what the optimizers go on from, which are not made yet.
-
-        Raises:
-            UserError: a part is missing or of another form.
-        """
-        _check_callbacks(trainer, checkpoint)
+        """Raise a UserError if a part is missing or of another form; the optimizers are not made yet."""
+        found = checkpoint.get("callbacks", {})
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callback.state_key in found:
+                check_form(found[callback.state_key], callback.state_dict(), f"callbacks.{type(callback).__name__}")
         if trainer.state.fn == TrainerFn.FITTING:
             self._checkpoint = checkpoint
             _check_loops(trainer, checkpoint)
             _check_exact_state(trainer, checkpoint.get(KEY))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what the optimizers and their schedules go on from, now that they are made.
-
-        Raises:
-            UserError: it is of others.
-        """
+        """Raise a UserError if the state is of other optimizers or schedules, now that they are made."""
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is not None:
             _check_optimizers(trainer, checkpoint)
-
-
-def _check_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    found = checkpoint.get("callbacks", {})
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if callback.state_key in found:
-            check_form(found[callback.state_key], callback.state_dict(), f"callbacks.{type(callback).__name__}")
 
 
 def _check_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

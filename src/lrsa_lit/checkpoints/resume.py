@@ -34,18 +34,17 @@ _PARTS |= {"state_dict": dict[str, Tensor], "optimizer_states": list[_SECTION], 
 """What Lightning writes into a checkpoint, and goes on from."""
 
 _log = logging.getLogger("lrsa_lit.checkpoints")
-_ELSEWHERE = ("model.evaluate", "model.max_new_tokens")
 # Data that is not trained on, and the workers, which do not change the order.
 _INDIFFERENT = {"val", "test", "evaluate_on", "eval_batch_size", "num_workers"}
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
 class About(NamedTuple):
-    """What a checkpoint says about the run that wrote it.
+    """What a checkpoint says about the run that wrote it; None where it does not say.
 
     Attributes:
-        settings: by dotted name; None where it does not say.
-        processes: how many wrote it; None where it does not say.
+        settings: by dotted name, as :func:`settings_of` has them.
+        processes: how many wrote it.
         run: the id of the run, where it has one.
         step: the optimizer steps that were done.
     """
@@ -61,7 +60,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
     kept = {name: config.get(name) for name in ("seed_everything", "model", "data")}
     trainer = config.get("trainer") or {}
     kept["trainer"] = {name: trainer.get(name) for name in _TRAINER}
-    return {name: value for name, value in _leaves("", kept) if _decides(name)}
+    return {name: value for name, value in _leaves("", kept) if not _is_indifferent(name)}
 
 
 def about(path: Path) -> About:
@@ -71,7 +70,10 @@ def about(path: Path) -> About:
         Unreadable: it is none that Lightning has written, or a damaged one.
     """
     content = read(path, tensors=False)
-    _check_version(content.get(_VERSION))
+    try:
+        Version(typed(str, content.get(_VERSION), _VERSION))
+    except InvalidVersion:
+        raise Unreadable(f"{_VERSION} is not a version") from None
     for name, kind in _PARTS.items():
         if name in content:
             typed(kind, content[name], name)
@@ -84,21 +86,8 @@ def about(path: Path) -> About:
     return About(settings or None, len(state["random"]), run, step)
 
 
-def _check_version(value: object) -> None:
-    if value is None:
-        raise Unreadable(f"{_VERSION} is missing")
-    try:
-        Version(typed(str, value, _VERSION))
-    except InvalidVersion:
-        raise Unreadable(f"{_VERSION} is not a version") from None
-
-
 def named(path: Path) -> Path:
-    """A checkpoint that somebody has named.
-
-    Raises:
-        UserError: it is missing, damaged, or of something else; the line names the newest good one beside it.
-    """
+    """A checkpoint that somebody has named; if it cannot be read, a UserError names the newest good one beside it."""
     check_path("ckpt_path", path)
     if not path.exists():
         raise UserError("ckpt_path", str(path), f"a checkpoint that a fit has written, or {LAST}", reason="is no file")
@@ -163,21 +152,15 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
             _log.warning("%s is truncated or damaged (%s) and passed over", path, reason)
             damaged.append(path)
     if damaged:
-        told = f"{LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}"
-        raise UserError("ckpt_path", reason=told, hint=other)
+        reason = f"{LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}"
+        raise UserError("ckpt_path", reason=reason, hint=other)
     if other:
         _log.warning("No checkpoint of this configuration; %s", other)
     return None
 
 
 def check_continues(path: Path, found: About, settings: Mapping[str, str], processes: int) -> bool:
-    """Check that a fit can go on from a checkpoint, and say what differs.
-
-    Args:
-        path: the checkpoint.
-        found: what :func:`about` says of it.
-        settings: what :func:`settings_of` says of the fit.
-        processes: how many the fit has.
+    """Check that a fit of some settings and processes can go on from a checkpoint, and log what differs.
 
     Returns:
         Whether it goes on with the same settings.
@@ -220,7 +203,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
         yield name, json.dumps(value, sort_keys=True, default=str)
 
 
-def _decides(name: str) -> bool:
-    """Whether a setting decides the weights."""
-    elsewhere = name.startswith("data.") and name.rpartition(".")[2] in _INDIFFERENT
-    return not elsewhere and not name.startswith(_ELSEWHERE)
+def _is_indifferent(name: str) -> bool:
+    """Whether a setting does not decide the weights."""
+    of_data = name.startswith("data.") and name.rpartition(".")[2] in _INDIFFERENT
+    return of_data or name.startswith(("model.evaluate", "model.max_new_tokens"))

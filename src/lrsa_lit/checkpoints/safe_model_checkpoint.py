@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +62,7 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
             self._release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what Lightning saves, of which it forgets one value.
-
-        Raises:
-            UserError: it is of another form.
-        """
+        """Restore what Lightning saves, of which it forgets one value; a UserError if it is of another form."""
         score, scores = self.kth_value, state_dict["best_k_models"]
         check_form(scores, dict.fromkeys(scores, score), "callbacks.SafeModelCheckpoint.best_k_models")
         for name in ("best_model_score", "current_score"):
@@ -75,20 +71,18 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
         super().load_state_dict(state_dict)
         self.current_score = state_dict["current_score"]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Save what the batch before has made due: only now is recorded what it has logged."""
         if self._between_steps:
             self._save_due(trainer)
         self._between_steps = False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         """See whether a checkpoint is due, and when it can be saved."""
         if accumulating(trainer):
             return
         with self._putting_off():
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            super().on_train_batch_end(trainer, *arguments)
         if self._due and validation_is_due(trainer):
             self.save_after_validation()
             self._due = False
@@ -101,10 +95,8 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if it is due, or after the step that has begun."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and accumulating(trainer):
-            with self._putting_off():
-                super().on_validation_end(trainer, pl_module)
-        else:
+        within_a_step = trainer.state.fn == "fit" and not trainer.sanity_checking and accumulating(trainer)
+        with self._putting_off() if within_a_step else nullcontext():
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,19 +112,16 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
         trusted = alone and not isinstance(exception, CheckpointNotSaved | NonFiniteLoss)
         try:
             if trusted and self.saves_on_exception(trainer):
-                self._save_boundary(trainer)
+                if self.save_last:
+                    self.save_end(trainer, booked=False)
+                else:
+                    self.write(trainer, self.format_checkpoint_name(self.metrics(trainer)))
         except (CheckpointNotSaved, NonFiniteLoss) as error:
             # The exception is what ends the run; this is what it has cost.
             _log.warning("%s", error)
         finally:
             # Lightning does not tear a failed fit's callbacks down.
             self._release()
-
-    def _save_boundary(self, trainer: Trainer) -> None:
-        if self.save_last:
-            self.save_end(trainer, booked=False)
-        else:
-            self.write(trainer, self.format_checkpoint_name(self.metrics(trainer)))
 
     def _release(self) -> None:
         if self._claimed is not None:
@@ -145,11 +134,7 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
             self.save_best(trainer)
 
     def book(self, save: Callable[[Trainer, dict[str, Tensor]], None], trainer: Trainer, metrics: Any) -> None:
-        """Save with Lightning's bookkeeping, which is taken back where that fails.
-
-        Raises:
-            CheckpointNotSaved: that ends the run.
-        """
+        """Save with Lightning's bookkeeping, which is taken back where that fails; CheckpointNotSaved ends the run."""
         if self._put_off:
             self._due = True
             return
@@ -164,11 +149,7 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
             _log.warning("%s%s; the training goes on", error, kept)
 
     def write(self, trainer: Trainer, path: str) -> None:
-        """Write a checkpoint, and let every process know if that has failed on one.
-
-        Raises:
-            CheckpointNotSaved: it has.
-        """
+        """Write a checkpoint; CheckpointNotSaved on every process if that has failed on one."""
         failure = None
         for logger in trainer.loggers:
             # A run that is killed goes on after the checkpoint: what was logged before it must have arrived.
@@ -204,7 +185,5 @@ def _reason(error: OSError | CheckpointException) -> str:
 
 def last_good(trainer: Trainer) -> str:
     """The checkpoint that a run can be taken up from; empty if there is none."""
-    found = [
-        callback.last_good for callback in trainer.checkpoint_callbacks if isinstance(callback, SafeModelCheckpoint)
-    ]
+    found = (each.last_good for each in trainer.checkpoint_callbacks if isinstance(each, SafeModelCheckpoint))
     return next(filter(None, found), str(trainer.ckpt_path or ""))

@@ -64,24 +64,20 @@ class GracefulStop(Callback):
             # In the place of Lightning's handler, which would end the fit between the batches of one step.
             signal.signal(signal.SIGTERM, self._handle)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Stop before a batch: what the one before has logged is recorded by now."""
         self._stop_if_asked(trainer)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Stop within a validation, which a resumed run does again."""
         if self._fitting:
             self._stop_if_asked(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Too late to stop between batches."""
         self._fitting = False
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The fit is over."""
-        self._fitting = False
+    on_exception = on_train_end
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -102,17 +98,10 @@ class GracefulStop(Callback):
         asked = self._asked or 0
         if trainer.world_size > 1:
             # Lightning, too, asks about SIGTERM before each batch where there are several processes.
-            asked = _largest(trainer, asked)
-        if asked and all(callback.at_hand for callback in _exact(trainer)):
+            of_all = torch.tensor(asked, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MAX)
+            asked = int(of_all)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if asked and all(callback.at_hand for callback in callbacks if isinstance(callback, ExactState)):
             self._asked = None
             raise Terminated if asked == signal.SIGTERM else StoppedByUser
-
-
-def _exact(trainer: Trainer) -> list[ExactState]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, ExactState)]  # type: ignore[attr-defined]
-
-
-def _largest(trainer: Trainer, value: int) -> int:
-    found = torch.tensor(value, device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return int(found)

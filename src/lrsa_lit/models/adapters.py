@@ -27,25 +27,17 @@ _DEFAULTS: tuple[Any, ...] = (None, False, [], {}, "none")
 
 
 def holds_adapters(folder: Path) -> bool:
-    """Whether a folder holds adapters and not a whole model.
-
-    Raises:
-        UserError: it is no path.
-    """
+    """Whether a folder holds adapters and not a whole model; a UserError if it is no path."""
     folder = expanded("model", folder)
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def check_holdable(backbone: Backbone) -> None:
-    """Check that a folder of adapters can say all that was trained with.
-
-    Raises:
-        UserError: it cannot: whoever loads it takes the base model's own positions.
-    """
+    """Raise a UserError if a folder of adapters cannot say all that was trained with."""
     if backbone.rope_scaling is not None:
-        raise UserError(
-            "rope_scaling", reason="a folder of adapters cannot hold the scaled positions; export the merged model"
-        )
+        # Whoever loads it takes the base model's own positions.
+        reason = "a folder of adapters cannot hold the scaled positions; export the merged model"
+        raise UserError("rope_scaling", reason=reason)
 
 
 def load_adapters(folder: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:
@@ -78,11 +70,10 @@ def read_adapters(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     config = _json(folder / ADAPTER_CONFIG)
-    kind = config.get("peft_type"), config.get("task_type")
-    if kind != ("LORA", "CAUSAL_LM"):
-        raise UserError(
-            "model", folder, reason=f"holds adapters of type {kind[0]} for {kind[1]}; only LORA for CAUSAL_LM is read"
-        )
+    kind, task = config.get("peft_type"), config.get("task_type")
+    if (kind, task) != ("LORA", "CAUSAL_LM"):
+        reason = f"holds adapters of type {kind} for {task}; only LORA for CAUSAL_LM is read"
+        raise UserError("model", folder, reason=reason)
     for name, value in config.items():
         if name not in _USED | _INDIFFERENT and value not in _DEFAULTS and not _is_default(name, value):
             reason = f"has {name} = {value!r}, which is not supported; merge them with peft"

@@ -19,7 +19,6 @@ from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -90,24 +89,20 @@ class Backbone:
         """Check what does not go together, and that what is asked for is installed."""
         if self.quantization is None:
             return
+        reason = ""
         if self.lora is None:
-            raise UserError(
-                "quantization",
-                self.quantization,
-                reason="is not allowed without lora; weights of 4 bits cannot be trained",
-            )
-        if self.source == TINY or self.random_weights:
-            raise UserError(
-                "quantization",
-                self.quantization,
-                reason="is not allowed for random weights; it needs a source that is loaded",
-            )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                "quantization",
-                self.quantization,
-                reason="needs bitsandbytes, which is not installed; pip install 'lrsa-lit[qlora]'",
-            )
+            reason = "is not allowed without lora; weights of 4 bits cannot be trained"
+        elif self.is_random:
+            reason = "is not allowed for random weights; it needs a source that is loaded"
+        elif importlib.util.find_spec("bitsandbytes") is None:
+            reason = "needs bitsandbytes, which is not installed; pip install 'lrsa-lit[qlora]'"
+        if reason:
+            raise UserError("quantization", self.quantization, reason=reason)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether its weights are drawn and not loaded."""
+        return self.source == TINY or self.random_weights
 
     @property
     def name(self) -> str:
@@ -125,29 +120,22 @@ class Backbone:
 
         from lrsa_lit.models.tiny import tiny_tokenizer
 
-        if self.source == TINY or (self.random_weights and _is_bare(Path(self.location))):
+        if self.source == TINY:
+            return tiny_tokenizer()
+        folder = Path(self.location)
+        if self.random_weights and folder.is_dir() and not any(folder.glob("tokenizer*")):
             return tiny_tokenizer()
         tokenizer: PreTrainedTokenizerBase = self._pretrained(AutoTokenizer)
         if tokenizer.chat_template is None:
             raise UserError("source", self.source, reason="has no chat template; use an instruction-tuned model")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self._check_vocabulary(tokenizer)
-        return tokenizer
-
-    def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a model without embeddings for the tokens of a text.
-
-        Tokens that were added to the vocabulary, such as one that stands for an image, may be beyond them.
-        """
+        # Tokens that were added to the vocabulary, such as one that stands for an image, may be beyond the embeddings.
         rows = getattr(self.config, "vocab_size", None)
         if rows is not None and tokenizer.vocab_size > rows:
-            raise UserError(
-                "source",
-                self.source,
-                reason=f"has a tokenizer of {tokenizer.vocab_size} tokens, but a config.json with a vocab_size of "
-                f"{rows}",
-            )
+            reason = f"has a tokenizer of {tokenizer.vocab_size} tokens, but a config.json with a vocab_size of {rows}"
+            raise UserError("source", self.source, reason=reason)
+        return tokenizer
 
     @functools.cached_property
     def location(self) -> str:
@@ -158,21 +146,13 @@ class Backbone:
             return str(converted(resolve(self.source, self.sha256, "source"), self.sha256))
         path = expanded("source", self.source)
         if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
-            raise UserError(
-                "source",
-                self.source,
-                "a whole model, such as `lrsa export` writes without --adapters",
-                reason="holds adapters alone",
-            )
+            allowed = "a whole model, such as `lrsa export` writes without --adapters"
+            raise UserError("source", self.source, allowed, reason="holds adapters alone")
         if path.is_dir():
             return str(path)
         if self.source.startswith((".", "/", "~")):
-            raise UserError(
-                "source",
-                self.source,
-                f"a folder, a hub name, a GGUF file, package://…, or {TINY}",
-                reason="is no folder",
-            )
+            allowed = f"a folder, a hub name, a GGUF file, package://…, or {TINY}"
+            raise UserError("source", self.source, allowed, reason="is no folder")
         return self.source
 
     @functools.cached_property
@@ -224,40 +204,26 @@ class Backbone:
     def _load(self) -> PreTrainedModel:
         import torch
 
-        dtype = getattr(torch, self.dtype)
-        if self.source == TINY or self.random_weights:
-            return self._random(dtype)
-        options = {} if self.quantization is None else {"quantization_config": _four_bits(dtype)}
-        model: PreTrainedModel = load_model(
-            self.location,
-            self.source,
-            trust_remote_code=self.trust_remote_code,
-            dtype=dtype,
-            config=copy.deepcopy(self._whole_config),
-            **options,
-        )
+        config, dtype = copy.deepcopy(self._whole_config), getattr(torch, self.dtype)
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        if self.is_random:
+            # Lightning makes the device that trains the default one: on a CPU a large model takes minutes to draw.
+            device = torch.get_default_device()
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                return from_config(config, self.source, **options)
+        if self.quantization is not None:
+            from transformers import BitsAndBytesConfig
+
+            # The paper's double quantisation included.
+            nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+            options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+        model: PreTrainedModel = load_model(self.location, self.source, config=config, **options)
         _log.info("%s: %.0f M parameters, %s", self.name, model.num_parameters() / 1e6, self.dtype)
         return model
 
-    def _random(self, dtype: torch.dtype) -> PreTrainedModel:
-        """A model of the source's shape with random weights, made on torch's default device."""
-        import torch
-
-        # Lightning sets it to the one that trains: on a CPU a large model takes minutes to draw.
-        device = torch.get_default_device()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
-            return from_config(
-                copy.deepcopy(self._whole_config), self.source, dtype=dtype, trust_remote_code=self.trust_remote_code
-            )
-
     def _pretrained(self, auto_class: Any) -> Any:
         return pretrained(auto_class, self.location, self.source, trust_remote_code=self.trust_remote_code)
-
-
-def _is_bare(folder: Path) -> bool:
-    """Whether it is a folder without a tokenizer."""
-    return folder.is_dir() and not any(folder.glob("tokenizer*"))
 
 
 def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
@@ -295,15 +261,6 @@ def uncompiled() -> AbstractContextManager[None]:
     return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
 
 
-def _four_bits(dtype: torch.dtype) -> Any:
-    """What transformers is told to hold the linear layers in NF4; the paper's double quantisation included."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     import peft
 
@@ -319,7 +276,6 @@ def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     try:
         adapted: nn.Module = peft.get_peft_model(model, config)
     except (ValueError, re.error) as error:
-        raise UserError(
-            "lora.target_modules", lora.target_modules, reason=f"is not allowed: {message_of(error)}"
-        ) from error
+        reason = f"is not allowed: {message_of(error)}"
+        raise UserError("lora.target_modules", lora.target_modules, reason=reason) from error
     return adapted

@@ -46,23 +46,14 @@ class Trained(NamedTuple):
         return with_arguments(self.backbone.tokenizer, self.template_arguments)
 
     def build(self, *, dequantize: bool = False) -> nn.Module:
-        """The model with the trained weights, in training mode.
-
-        Args:
-            dequantize: as :meth:`Backbone.build` has it.
+        """The model with the trained weights, in training mode; ``dequantize`` as :meth:`Backbone.build` has it.
 
         Raises:
             UserError: the base model cannot be loaded, or the weights are not those of such a model.
         """
         model = self.backbone.build(dequantize=dequantize)
-        if self.weights is not None:
-            self._check(model)
-            model.load_state_dict(self.weights, strict=False)
-        return model
-
-    def _check(self, model: nn.Module) -> None:
-        """Check that there is one weight of the right shape for each that was trained."""
-        assert self.weights is not None
+        if self.weights is None:
+            return model
         needed = {name: tuple(weight.shape) for name, weight in trained_weights(self.backbone, model).items()}
         held = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         for names, what in (
@@ -73,6 +64,8 @@ class Trained(NamedTuple):
             if names:
                 where = f"{what} in {self.backbone.source}, such as {min(names)}"
                 raise UserError("model", reason=f"{len(names)} of the trained weights {where}")
+        model.load_state_dict(self.weights, strict=False)
+        return model
 
 
 def trained_weights(
@@ -114,9 +107,10 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         trust_remote_code: run the code that comes with the base model, whatever the checkpoint says.
 
     Raises:
-        UserError: it is none, it is truncated or damaged, or it was written by an earlier version that described
-            nothing.
+        UserError: it is none, is truncated or damaged, or is of an earlier version that described nothing.
     """
+    from lrsa_lit.attention import LRSAConfig
+
     path = expanded("model", path)
     if not path.exists():
         raise UserError("model", path, reason="does not exist")
@@ -131,10 +125,13 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         backbone = typed(Backbone, settings | changes | ({} if dtype is None else {"dtype": dtype}), f"{_KEY}.backbone")
         weights = _weights(path, content)
     except Unreadable as error:
-        raise UserError(
-            "model", path, reason=f"is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
-        ) from error
-    _check_rule(path, rule)
+        reason = f"is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
+        raise UserError("model", path, reason=reason) from error
+    try:
+        if rule is not None:
+            LRSAConfig.from_dict(rule)
+    except (TypeError, ValueError) as error:
+        raise UserError("model", path, reason=f"has no valid rule: {error}") from error
     return Trained(backbone, rule, weights, arguments)
 
 
@@ -146,16 +143,6 @@ def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     weights = read_weights(path) if path.is_dir() else content.get(WEIGHTS)
     weights = typed(dict[str, Tensor], weights, WEIGHTS)
     return {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}
-
-
-def _check_rule(path: Path, rule: dict[str, Any] | None) -> None:
-    from lrsa_lit.attention import LRSAConfig
-
-    try:
-        if rule is not None:
-            LRSAConfig.from_dict(rule)
-    except (TypeError, ValueError) as error:
-        raise UserError("model", path, reason=f"has no valid rule: {error}") from error
 
 
 def typed(kind: Any, value: Any, name: str) -> Any:

@@ -92,11 +92,11 @@ def unusable(path: str | Path, reason: object) -> UserError:
 
 
 def complete_shards(folder: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Add to the tensors and the index of a folder all else that a checkpoint holds, and the seal.
+    """Add :data:`META` to the tensors and the index of a folder, and the seal.
 
     Args:
         folder: of shards.
-        content: for :data:`META`.
+        content: all else that the checkpoint holds.
         digests: SHA-256 of files, by name, where they are known.
 
     Raises:

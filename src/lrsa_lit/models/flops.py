@@ -96,13 +96,8 @@ def training_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSA
 def kv_ratio(rule: LRSAConfig, tokens: int, layers: int) -> float:
     """Share of the query-key pairs of dense causal attention that a rule attends to, over all layers of a model.
 
-    Dense layers count with all their pairs, sinks and raw windows with those that they are. 1.0 is dense; for long
-    texts and no dense layer it comes near K/L.
-
-    Args:
-        rule: the rule.
-        tokens: length of the sequence, T >= 1.
-        layers: the model's number of layers.
+    It is that of a sequence of T >= 1 tokens. Dense layers count with all their pairs, sinks and raw windows with those
+    that they are. 1.0 is dense; for long texts and no dense layer it comes near K/L.
     """
     return _pairs_of_layers(tokens, layers, rule) / _pairs_of_layers(tokens, layers, None)
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-
 _OF_LOADING = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 """Settings of a config that say where a model came from and how it was loaded, not which one it is."""
 
@@ -64,7 +63,7 @@ def save_folder(
     with partial_folder(folder) as partial:
         with system_errors():
             _write(model, tokenizer, partial, weights)
-        if _is_adapted(model):
+        if base_of(model) is not model:
             _check_adapters(model, partial, weights)
         else:
             _check_model(model, partial, weights, expected)
@@ -94,20 +93,16 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
-def _is_adapted(model: Any) -> bool:
-    return base_of(model) is not model
-
-
 def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
     base = base_of(model)
+    # peft would ask the hub whether the vocabulary has grown, which it never does here.
+    options = {} if base is model else {"save_embedding_layers": False}
     with _with_cache(base.config):
-        # peft would ask the hub whether the vocabulary has grown, which it never does here.
-        options = {"save_embedding_layers": False} if _is_adapted(model) else {}
         model.save_pretrained(folder, state_dict=None if weights is None else dict(weights), **options)
         tokenizer.save_pretrained(folder)
     _leave_code_out(folder, str(base.config._name_or_path))
-    if _is_adapted(model):
-        _complete_adapter(model, folder)
+    if base is not model:
+        _complete_adapter(base, folder)
     # safetensors lets nobody else read what it writes.
     mode = (folder / "tokenizer_config.json").stat().st_mode
     for path in folder.iterdir():
@@ -115,11 +110,7 @@ def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tenso
 
 
 def _check_model(model: Any, folder: Path, weights: Mapping[str, Tensor] | None, expected: Tensor | None) -> None:
-    """Load a folder's model and compare it.
-
-    Raises:
-        AnotherModel: it differs.
-    """
+    """Load a folder's model and compare it; AnotherModel if it differs."""
     if expected is not None:
         kind, dtype = type(model), model.dtype
         model.to("meta")
@@ -156,11 +147,7 @@ def _loaded(kind: Any, folder: Path, dtype: Any) -> Any:
 
 
 def _check_adapters(model: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
-    """Read a folder's adapters and compare them.
-
-    Raises:
-        AnotherModel: they differ.
-    """
+    """Read a folder's adapters and compare them; AnotherModel if they differ."""
     lora, held = read_adapters(folder)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     given = trained if weights is None else weights
@@ -176,7 +163,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and bool((found == expected).all())
 
 
-def _complete_adapter(model: Any, folder: Path) -> None:
+def _complete_adapter(base_model: Any, folder: Path) -> None:
     """Name a base model in a local folder wherever the adapter is loaded from, and write the rule."""
     path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -184,8 +171,7 @@ def _complete_adapter(model: Any, folder: Path) -> None:
     if base.name and base.is_dir():
         config["base_model_name_or_path"] = str(base.resolve())
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    rule = getattr(base_of(model).config, "lrsa", None)
-    if rule is not None:
+    if (rule := getattr(base_model.config, "lrsa", None)) is not None:
         (folder / RULE_FILE).write_text(json.dumps(rule, indent=2) + "\n", encoding="utf-8")
 
 
