@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -23,8 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
+from lrsa_lit.attention import base_of
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import partial_folder, put_in_place, sha256_of
 from lrsa_lit.lightning_internals import OneMesh
@@ -175,14 +179,11 @@ class SharedDevice(DDPStrategy):
     They share the questions, each with a copy of the model, and find what one process finds.
 
     Args:
-        processes: on each of ``trainer.devices``.
+        processes: on each of ``trainer.devices``, at least one.
         timeout: how long a process waits for the others.
 
     Attributes:
         trains: that it is for training too.
-
-    Raises:
-        UserError: fewer than one process.
     """
 
     trains = False
@@ -208,6 +209,42 @@ class SharedDevice(DDPStrategy):
         """Start the processes, which share the cores as well."""
         super().setup_environment()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_processes))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
+    """Split a model's weights over the devices of a mesh, in place; each layer is gathered while it runs.
+
+    Gradients are reduced in float32. Adapters and frozen weights, tied embeddings and gradient checkpointing work.
+
+    Args:
+        model: a causal language model of transformers, or peft's wrapper around it, the same on each process.
+        mesh: of one dimension.
+        dtype: weights are gathered and used in it while the split ones stay in theirs; None: in theirs.
+
+    Raises:
+        UserError: the model does not say what its layers are, or its weights are packed in 4 bits.
+    """
+    base = base_of(model)
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    if not layers:
+        raise UserError("strategy", type(base).__name__, reason="does not say what its layers are; use ddp instead")
+    if any(not weight.is_floating_point() for weight in base.parameters()):
+        raise UserError("strategy", reason="quantized weights cannot be sharded; use ddp instead")
+    # Inputs keep their dtype: autocast decides what runs in which, as on one device.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # The Hugging Face model is the root and not peft's wrapper: that one is left out when it generates.
+    module_of_class = type(base).__module__
+    fully_shard(base, mesh=mesh, mp_policy=policy)
+    # transformers reads the source of that module to learn whether the attention can be exchanged.
+    type(base).__module__ = module_of_class
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether :func:`shard` was applied to the model."""
+    return isinstance(base_of(model), FSDPModule)
 
 
 def gathered(value: Any) -> list[Any]:

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from lrsa_lit.attention import Greedy, LRSAConfig, enable, using
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.models.sharding import is_sharded, shard
 from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.strategies import is_sharded, shard
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 CLIP = 0.5

@@ -74,7 +74,7 @@ def damage(path: Path, *, tensors: bool = True) -> str | None:
             return _damaged_folder(path, tensors)
         if not path.is_file():
             return "it is no file" if path.exists() else "no such file"
-        return _damaged_file(path, tensors)
+        return _read_through(path, tensors, *verified.version(path))
     except (OSError, ValueError) as error:
         return reason_of(error)
 
@@ -121,16 +121,12 @@ def _damaged_folder(path: Path, tensors: bool) -> str | None:
         return verified.damage(path)
     if tensors:
         _say_unsealed(path)
-    return _damaged_file(path / META, tensors)
+    return _read_through(path / META, tensors, *verified.version(path / META))
 
 
 @functools.lru_cache
 def _say_unsealed(path: Path) -> None:
     _log.warning("%s was written without digests by an earlier version: its shards cannot be checked", path)
-
-
-def _damaged_file(path: Path, tensors: bool) -> str | None:
-    return _read_through(path, tensors, *verified.version(path))
 
 
 @functools.lru_cache

@@ -77,7 +77,9 @@ def _in_place_of_logits(
     It runs inside of the model's own forward: only there are sharded weights whole.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or _changes_logits(model.config.get_text_config()):
+    config = model.config.get_text_config()
+    changes = any(getattr(config, name, neutral) not in (None, neutral) for name, neutral in _AFTERWARDS.items())
+    if changes or not isinstance(head, nn.Linear):
         return None
     head.forward = lambda hidden: lose(hidden, head)  # type: ignore[method-assign, assignment]
     try:
@@ -122,10 +124,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str) -> Tensor:
     logits = nn.functional.linear(hidden, weight, bias).float()
     return nn.functional.cross_entropy(logits, targets, reduction=reduction)
-
-
-def _changes_logits(config: Any) -> bool:
-    return any(getattr(config, name, neutral) not in (None, neutral) for name, neutral in _AFTERWARDS.items())
 
 
 @functools.cache

@@ -16,21 +16,13 @@ from lrsa_lit.errors import UserError, message_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
 _MOST_LAYERS = 10_000
 _NUMBER = re.compile(r"\.\d+\.")
 _log = logging.getLogger(__name__)
 
 
 def pretrained(auto_class: Any, location: str, source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """What one of transformers' Auto classes loads.
-
-    Args:
-        auto_class: the class.
-        location: a folder or hub name.
-        source: what the user calls it.
-        trust_remote_code: run code that comes with it.
-        options: of ``from_pretrained``.
+    """What one of transformers' Auto classes loads from a folder or hub name, which the user calls ``source``.
 
     Raises:
         UserError: it cannot be loaded.
@@ -40,34 +32,19 @@ def pretrained(auto_class: Any, location: str, source: str, *, trust_remote_code
 
 
 def from_config(config: PreTrainedConfig, source: str, **options: Any) -> PreTrainedModel:
-    """A causal language model with the weights that transformers draws, as ``from_config`` makes it.
-
-    Args:
-        config: the model's.
-        source: what the user calls it.
-        options: of ``from_config``.
-
-    Raises:
-        UserError: the config contradicts itself.
-    """
+    """A causal language model with the weights that transformers draws; a UserError for a config without sense."""
     from transformers import AutoModelForCausalLM
 
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if isinstance(layers, int) and not 1 <= layers <= _MOST_LAYERS:
-        raise UserError(
-            "source", source, reason=f"has num_hidden_layers {layers!r}, which must be from 1 to {_MOST_LAYERS}"
-        )
+        reason = f"has num_hidden_layers {layers!r}, which must be from 1 to {_MOST_LAYERS}"
+        raise UserError("source", source, reason=reason)
     with _in_one_line(source):
         return AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-any-return]
 
 
 def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
-    """A causal language model all of whose weights come from its files.
-
-    Args:
-        location: a folder or hub name.
-        source: what the user calls it.
-        options: of :func:`pretrained`.
+    """A causal language model all of whose weights come from its files; arguments as of :func:`pretrained`.
 
     Raises:
         UserError: it cannot be loaded, or weights are missing or have another shape.
@@ -76,14 +53,16 @@ def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
 
     if "config" in options:
         _check_size(options["config"], location, source, options.get("trust_remote_code", False))
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _without_table():
-        model: PreTrainedModel
-        model, info = pretrained(
-            AutoModelForCausalLM, location, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        model, info = pretrained(AutoModelForCausalLM, location, source, **options)
     check_complete(info, source)
-    _check_nothing_left_out(model, info, source)
-    return model
+    # Others, a value head for example, may be left out.
+    known = {_NUMBER.sub(".N.", name) for name in model.state_dict()}
+    if left_out := sorted(name for name in info["unexpected_keys"] if _NUMBER.sub(".N.", name) in known):
+        layers = f"has weights of more layers than its config.json, such as {left_out[0]}"
+        raise UserError("source", source, reason=f"{layers}; num_hidden_layers does not fit")
+    return model  # type: ignore[no-any-return]
 
 
 def check_complete(info: dict[str, Any], source: str) -> None:
@@ -97,21 +76,18 @@ def check_complete(info: dict[str, Any], source: str) -> None:
         UserError: weights are missing, have another shape or could not be converted.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    reason = ""
     if missing:
         instead = f"; it holds {len(unexpected)} others, such as {unexpected[0]}" if unexpected else ""
-        raise UserError("source", source, reason=f"lacks {len(missing)} weights, such as {missing[0]}{instead}")
-    if mismatched := sorted(info["mismatched_keys"]):
+        reason = f"lacks {len(missing)} weights, such as {missing[0]}{instead}"
+    elif mismatched := sorted(info["mismatched_keys"]):
         name, held, needed = mismatched[0]
-        raise UserError(
-            "source",
-            source,
-            reason=f"has {len(mismatched)} weights of another shape than its config.json says, such as {name}: "
-            f"{tuple(held)} instead of {tuple(needed)}",
-        )
-    if info["error_msgs"]:
-        raise UserError(
-            "source", source, reason=f"cannot be loaded: {message_of(ValueError(info['error_msgs'][0]))[:300]}"
-        )
+        shapes = f"such as {name}: {tuple(held)} instead of {tuple(needed)}"
+        reason = f"has {len(mismatched)} weights of another shape than its config.json says, {shapes}"
+    elif info["error_msgs"]:
+        reason = f"cannot be loaded: {message_of(ValueError(info['error_msgs'][0]))[:300]}"
+    if reason:
+        raise UserError("source", source, reason=reason)
     if unexpected:
         _log.warning("%s: %d weights have no place in the model, such as %s", source, len(unexpected), unexpected[0])
 
@@ -127,22 +103,8 @@ def _check_size(config: PreTrainedConfig, location: str, source: str, trust_remo
         needed = from_config(copy.deepcopy(config), source, trust_remote_code=trust_remote_code).num_parameters()
     # No quantisation holds a weight in less than a bit.
     if needed > 8 * sum(path.stat().st_size for path in files):
-        raise UserError(
-            "source", source, reason=f"has a config.json that asks for {needed:,} weights, more than its files hold"
-        )
-
-
-def _check_nothing_left_out(model: PreTrainedModel, info: dict[str, Any], source: str) -> None:
-    """Refuse weights of more layers than the config has; others, a value head for example, may be left out."""
-    known = {_NUMBER.sub(".N.", name) for name in model.state_dict()}
-    left_out = sorted(name for name in info["unexpected_keys"] if _NUMBER.sub(".N.", name) in known)
-    if left_out:
-        raise UserError(
-            "source",
-            source,
-            reason=f"has weights of more layers than its config.json, such as {left_out[0]}; num_hidden_layers does "
-            "not fit",
-        )
+        reason = f"has a config.json that asks for {needed:,} weights, more than its files hold"
+        raise UserError("source", source, reason=reason)
 
 
 @contextlib.contextmanager
@@ -153,21 +115,14 @@ def _in_one_line(source: str) -> Iterator[None]:
     except Exception as error:
         reason = message_of(error) or type(error).__name__
         if "trust_remote_code" in reason:
-            raise UserError(
-                "trust_remote_code",
-                source,
-                reason="comes with code of its own, which only this setting runs; set it if you trust that code",
-            ) from error
+            reason = "comes with code of its own, which only this setting runs; set it if you trust that code"
+            raise UserError("trust_remote_code", source, reason=reason) from error
         raise UserError("source", source, reason=f"cannot be loaded: {reason[:300]}") from error
 
 
 @contextlib.contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise what the system says, a full disk for example, as an OSError: libraries in Rust have errors of their own.
-
-    Raises:
-        OSError: the system's error.
-    """
+    """Raise what the system says, a full disk for example, as an OSError: libraries in Rust raise others."""
     try:
         yield
     except OSError:

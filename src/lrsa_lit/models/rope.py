@@ -18,8 +18,7 @@ LARGEST_FACTOR = 1_000_000
 class RopeScaling:
     """Give a model more positions than it was trained with; fine-tuning at the new length then makes them good ones.
 
-    It becomes the ``rope_parameters`` and ``max_position_embeddings`` of transformers' config, and so part of what is
-    saved.
+    It becomes ``rope_parameters`` and ``max_position_embeddings`` of transformers' config, and so is saved with it.
 
     Args:
         rope_type: "yarn" (arXiv 2309.00071: slow frequencies are interpolated, fast ones kept, attention tempered) or
@@ -50,20 +49,17 @@ class RopeScaling:
         present = getattr(config, "rope_parameters", None)
         positions = getattr(config, "max_position_embeddings", None)
         if not positions or not present or "rope_type" not in present:
-            raise UserError(
-                "rope_scaling",
-                config.model_type,
-                reason="has no rotary positions of one kind for all layers that could be scaled",
-            )
-        if self._is_in(present):
+            reason = "has no rotary positions of one kind for all layers that could be scaled"
+            raise UserError("rope_scaling", config.model_type, reason=reason)
+        asked, found = self.original_max_position_embeddings, present.get("original_max_position_embeddings")
+        same = (present["rope_type"], present.get("factor")) == (self.rope_type, self.factor)
+        if same and (asked is None or found is None or asked == found):
             return
-        if present["rope_type"] != "default" and self.original_max_position_embeddings is None:
-            raise UserError(
-                "rope_scaling",
-                reason=f"the model is scaled already ({_shown(present)}, {positions} positions); to replace that "
-                "give original_max_position_embeddings, too",
-            )
-        original = self.original_max_position_embeddings or positions
+        if present["rope_type"] != "default" and asked is None:
+            scaling = f"{present['rope_type']}, factor {present.get('factor')}, {positions} positions"
+            how = "to replace that give original_max_position_embeddings, too"
+            raise UserError("rope_scaling", reason=f"the model is scaled already ({scaling}); {how}")
+        original = asked or positions
         kept = {name: present[name] for name in ("rope_theta", "partial_rotary_factor") if name in present}
         scaled: dict[str, Any] = {**kept, "rope_type": self.rope_type, "factor": float(self.factor)}
         if self.rope_type == "yarn":
@@ -72,12 +68,3 @@ class RopeScaling:
         config.max_position_embeddings = int(original * self.factor)
         config.standardize_rope_params()
         config.validate_rope()
-
-    def _is_in(self, present: dict[str, Any]) -> bool:
-        asked, found = self.original_max_position_embeddings, present.get("original_max_position_embeddings")
-        same = (present["rope_type"], present.get("factor")) == (self.rope_type, self.factor)
-        return same and (asked is None or found is None or asked == found)
-
-
-def _shown(rope_parameters: dict[str, Any]) -> str:
-    return f"{rope_parameters['rope_type']}, factor {rope_parameters.get('factor')}"

@@ -49,11 +49,7 @@ _ADMITTED: Mapping[tuple[str, str], Any] = {
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a sharded checkpoint.
-
-    Raises:
-        Unreadable: it is none, it is damaged, it holds code, or it names files outside of the folder.
-    """
+    """The index of a sharded checkpoint; Unreadable if it is damaged, holds code, or names files outside the folder."""
     try:
         with (folder / INDEX).open("rb") as file:
             index = _Unpickler(file).load()
@@ -65,11 +61,7 @@ def read_index(folder: Path) -> Metadata:
 
 
 def empty_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a sharded checkpoint by name, with their shapes and dtypes but without data.
-
-    Raises:
-        Unreadable: as :func:`read_index` has it.
-    """
+    """The weights of a sharded checkpoint by name, with their shapes and dtypes but without data."""
     prefix = f"{WEIGHTS}."
     return {
         name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -79,11 +71,7 @@ def empty_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a sharded checkpoint, whole, on the CPU; any number of processes may have written it.
-
-    Raises:
-        Unreadable: a part of it is missing or cannot be read.
-    """
+    """All weights of a sharded checkpoint, whole, on the CPU; errors as of :func:`load_into`."""
     weights = {name: torch.empty_like(weight, device="cpu") for name, weight in empty_weights(path).items()}
     with warnings.catch_warnings():
         # That no other process takes part is what is wanted.
@@ -93,12 +81,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(tensors: dict[str, Any], path: Path, *, no_dist: bool = False) -> None:
-    """Fill nested dicts with a sharded checkpoint's values, in place; each process its parts.
-
-    Args:
-        tensors: as ``torch.distributed.checkpoint.load`` takes them.
-        path: the folder.
-        no_dist: whether this process is alone.
+    """Fill nested dicts with the values of a sharded checkpoint, in place; each process its parts, or one all of them.
 
     Raises:
         Unreadable: a part of it is missing or cannot be read.
@@ -143,11 +126,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _check(index: Any) -> None:
-    """Check the form of an index.
-
-    Raises:
-        ValueError: it is none, or names a file outside of its folder.
-    """
+    """Raise a ValueError if it is no index, or names a file outside of its folder."""
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise ValueError("it is no index of a checkpoint")
     for info in index.storage_data.values():

@@ -25,8 +25,7 @@ from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import describe, trained_weights
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import losses_of_rows, summed_loss
-from lrsa_lit.models.sharding import is_sharded, shard
-from lrsa_lit.strategies import gathered
+from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
 from lrsa_lit.tasks.top_k import TopKSchedule
