@@ -35,6 +35,7 @@ from lrsa_lit.lightning_internals import OneMesh
 from lrsa_lit.models.checkpoint_file import Unreadable, complete_shards, holds_shards, read, unusable
 from lrsa_lit.models.shards import WEIGHTS, empty_weights, load_into
 
+_OPTIMIZER = "optimizer_"
 _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
@@ -79,7 +80,7 @@ class FullySharded(OneMesh):
         """
         path = Path(self.broadcast(filepath))
         tensors = {WEIGHTS: checkpoint.pop(WEIGHTS)}
-        tensors |= {_optimizer(index): state for index, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        tensors |= {f"{_OPTIMIZER}{index}": state for index, state in enumerate(checkpoint.pop("optimizer_states", []))}
         with partial_folder(path) if self.is_global_zero else contextlib.nullcontext() as made:
             folder = Path(self.broadcast(made))  # type: ignore[arg-type]
             try:
@@ -137,7 +138,7 @@ class FullySharded(OneMesh):
             if holds_shards(self._loading):
                 state = get_optimizer_state_dict(self.model, optimizer)
                 with self._readable():
-                    load_into({_optimizer(index): state}, self._loading)
+                    load_into({f"{_OPTIMIZER}{index}": state}, self._loading)
                 options = StateDictOptions()
             else:
                 state = self._by_name(checkpoint["optimizer_states"][index], optimizer)
@@ -167,10 +168,6 @@ class FullySharded(OneMesh):
         held = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
         groups = [{**group, "params": [held[number] for number in group["params"]]} for group in state["param_groups"]]
         return {"state": {held[number]: of for number, of in state["state"].items()}, "param_groups": groups}
-
-
-def _optimizer(index: int) -> str:
-    return f"optimizer_{index}"
 
 
 class SharedDevice(DDPStrategy):

@@ -6,20 +6,18 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 from lrsa_lit.checkpoints.form import check_form
+from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.run_labels import OWN, SCORES, TOO_LONG_OF
+from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.logger import MLflowRun
-
-if TYPE_CHECKING:
-    from lrsa_lit.data.module import QADataModule, Split
-    from lrsa_lit.tasks import LongContextQA
 
 _EVALUATED = {**SCORES, "recall": "recall"}
 _STAGES = {"val": "Validation", "test": "Test"}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.data.module import Split
+from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.run_labels import OWN
+from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.machine import describe
-
-if TYPE_CHECKING:
-    from lrsa_lit.attention import LRSAConfig
-    from lrsa_lit.data.module import Split
-    from lrsa_lit.data.split_facts import SplitFacts
-    from lrsa_lit.tasks import LongContextQA
 
 
 def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lrsa_lit.callbacks.evaluation_facts import facts
 from lrsa_lit.callbacks.line_file import LineFile
+from lrsa_lit.data.collate import Batch
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.io import write_atomically
 from lrsa_lit.run_labels import OWN
+from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.artifacts import upload
-
-if TYPE_CHECKING:
-    from lrsa_lit.data.collate import Batch
-    from lrsa_lit.tasks import LongContextQA
 
 _ABOUT = ("id", "data_set", "task", "gold", "prompt_tokens", "answer_tokens")
 """What a line of the answers says of the question."""
@@ -132,7 +130,7 @@ class AnswerWriter(_LineWriter):
         self.lines.finish(trainer)
         if self.lines.written:
             path, seconds = self.lines.written[0].with_suffix(".json"), time.perf_counter() - self._began
-            about = facts(trainer, cast("LongContextQA", pl_module)) | {"seconds": round(seconds, 1), **self.more}
+            about = facts(trainer, cast(LongContextQA, pl_module)) | {"seconds": round(seconds, 1), **self.more}
             text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
             write_atomically(path, lambda file: file.write(text.encode()))
             upload(trainer, [path])

@@ -118,32 +118,27 @@ class CheckedForm(Callback):
                 check_form(found[callback.state_key], callback.state_dict(), f"callbacks.{type(callback).__name__}")
         if trainer.state.fn == TrainerFn.FITTING:
             self._checkpoint = checkpoint
-            _check_loops(trainer, checkpoint)
+            if lacking := [name for name in _NEEDED if name not in checkpoint]:
+                reason = f"it has no {lacking[0]}, as if saved with save_weights_only"
+                hint = (
+                    "a fit goes on from a whole checkpoint, and `lrsa export` makes a model to start from of this one"
+                )
+                raise UserError("ckpt_path", reason=reason, hint=hint)
+            check_form(checkpoint["loops"].get("fit_loop", ()), trainer.fit_loop.state_dict(), "loops.fit_loop")
             _check_exact_state(trainer, checkpoint.get(KEY))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise a UserError if the state is of other optimizers or schedules, now that they are made."""
         checkpoint, self._checkpoint = self._checkpoint, None
-        if checkpoint is not None:
-            _check_optimizers(trainer, checkpoint)
-
-
-def _check_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    if lacking := [name for name in _NEEDED if name not in checkpoint]:
-        told = f"it has no {lacking[0]}, as if saved with save_weights_only"
-        hint = "a fit goes on from a whole checkpoint, and `lrsa export` makes a model to start from of this one"
-        raise UserError("ckpt_path", reason=told, hint=hint)
-    check_form(checkpoint["loops"].get("fit_loop", ()), trainer.fit_loop.state_dict(), "loops.fit_loop")
-
-
-def _check_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    # A sharded checkpoint holds them as tensors by name, which its reader compares.
-    for number, (state, own) in enumerate(zip(checkpoint["optimizer_states"], trainer.optimizers, strict=False)):
-        weights = [weight for group in own.param_groups for weight in group["params"]]
-        check_optimizer(state, own.state_dict(), weights, f"optimizer_states.{number}")
-    schedules = (config.scheduler.state_dict() for config in trainer.lr_scheduler_configs)
-    for number, (state, made) in enumerate(zip(checkpoint["lr_schedulers"], schedules, strict=False)):
-        check_form(state, made, f"lr_schedulers.{number}")
+        if checkpoint is None:
+            return
+        # A sharded checkpoint holds them as tensors by name, which its reader compares.
+        for number, (state, own) in enumerate(zip(checkpoint["optimizer_states"], trainer.optimizers, strict=False)):
+            weights = [weight for group in own.param_groups for weight in group["params"]]
+            check_optimizer(state, own.state_dict(), weights, f"optimizer_states.{number}")
+        schedules = (config.scheduler.state_dict() for config in trainer.lr_scheduler_configs)
+        for number, (state, made) in enumerate(zip(checkpoint["lr_schedulers"], schedules, strict=False)):
+            check_form(state, made, f"lr_schedulers.{number}")
 
 
 def _check_exact_state(trainer: Trainer, state: dict[str, Any] | None) -> None:

@@ -126,13 +126,8 @@ def _latest_first(folders: list[Path]) -> Iterator[tuple[Path, About | str]]:
 def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "") -> Path | None:
     """The newest good checkpoint of a configuration; those that are damaged are named and passed over.
 
-    Args:
-        folders: where to look.
-        settings: what :func:`settings_of` says of the configuration.
-        prefix: only settings whose names begin so must be the same.
-
-    Returns:
-        None where no run of this configuration has saved one; the log names the newest one of another.
+    None where no run of this configuration has saved one: the log names the newest one of another. It is the same
+    configuration where all :func:`settings_of` it whose names begin with the prefix are.
 
     Raises:
         UserError: there are some, and all are damaged.
@@ -160,10 +155,7 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
 
 
 def check_continues(path: Path, found: About, settings: Mapping[str, str], processes: int) -> bool:
-    """Check that a fit of some settings and processes can go on from a checkpoint, and log what differs.
-
-    Returns:
-        Whether it goes on with the same settings.
+    """Whether a fit goes on from a checkpoint with the same settings; others are logged.
 
     Raises:
         UserError: its position in the data would be another one here.
@@ -173,9 +165,9 @@ def check_continues(path: Path, found: About, settings: Mapping[str, str], proce
     changes = differences(found.settings, settings)
     order = [change for change in changes if change.startswith(("data.", "seed_everything"))]
     if order:
-        told = f"{path} was written with {_listed(order)}, which decides the order of the training data"
+        reason = f"{path} was written with {_listed(order)}, which decides the order of the training data"
         hint = "resume with that, or `lrsa export` it and start a new fit from its weights"
-        raise UserError("ckpt_path", reason=told, hint=hint)
+        raise UserError("ckpt_path", reason=reason, hint=hint)
     if changes:
         _log.warning("Resumed with other settings, so not as an uninterrupted run: %s", _listed(changes))
     return not changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -20,9 +21,9 @@ RULE_FILE = "lrsa.json"
 """Holds an adapter folder's rule. A config.json, which has it elsewhere, would pass for the one of a whole model."""
 
 _WEIGHTS = "adapter_model.safetensors"
-_USED = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path"}
-_INDIFFERENT = {"inference_mode", "revision", "peft_version", "auto_mapping", "init_lora_weights", "fan_in_fan_out"}
-"""Settings of peft that change nothing about adapters that are trained."""
+_KNOWN = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path"}
+# Those that change nothing about adapters that are trained.
+_KNOWN |= {"inference_mode", "revision", "peft_version", "auto_mapping", "init_lora_weights", "fan_in_fan_out"}
 _DEFAULTS: tuple[Any, ...] = (None, False, [], {}, "none")
 
 
@@ -41,10 +42,10 @@ def check_holdable(backbone: Backbone) -> None:
 
 
 def load_adapters(folder: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:
-    """The trained model of an adapter folder: its base model, adapters and rule.
+    """The trained model of an adapter folder, as ``lrsa export --adapters`` writes it: base model, adapters and rule.
 
     Args:
-        folder: as ``lrsa export --adapters`` writes it.
+        folder: names the base model, which is loaded when it is asked for.
         dtype: dtype to load the base model in; None: float32.
         trust_remote_code: run the code that comes with the base model.
 
@@ -66,6 +67,7 @@ def read_adapters(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
     Raises:
         UserError: as :func:`load_adapters` has it.
     """
+    import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -75,7 +77,7 @@ def read_adapters(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
         reason = f"holds adapters of type {kind} for {task}; only LORA for CAUSAL_LM is read"
         raise UserError("model", folder, reason=reason)
     for name, value in config.items():
-        if name not in _USED | _INDIFFERENT and value not in _DEFAULTS and not _is_default(name, value):
+        if name not in _KNOWN and value not in _DEFAULTS and value != getattr(peft.LoraConfig(), name, _DEFAULTS):
             reason = f"has {name} = {value!r}, which is not supported; merge them with peft"
             raise UserError("model", folder / ADAPTER_CONFIG, reason=reason)
     names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
@@ -84,15 +86,8 @@ def read_adapters(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
         weights = load_file(folder / _WEIGHTS)
     except (Unreadable, UserError, OSError, SafetensorError) as error:
         raise UserError("model", folder, reason=f"holds no adapters that can be read ({reason_of(error)})") from error
-    return lora, {
-        re.sub(r"(\.lora_\w+)(?=\.weight$|$)", r"\1.default", name): weight for name, weight in weights.items()
-    }
-
-
-def _is_default(name: str, value: Any) -> bool:
-    import peft
-
-    return bool(getattr(peft.LoraConfig(), name, None) == value)
+    ours = functools.partial(re.sub, r"(\.lora_\w+)(?=\.weight$|$)", r"\1.default")
+    return lora, {ours(name): weight for name, weight in weights.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

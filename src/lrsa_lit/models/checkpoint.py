@@ -146,11 +146,7 @@ def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def typed(kind: Any, value: Any, name: str) -> Any:
-    """A value of a file if it is of the type that it should be; a dict becomes the dataclass that is meant.
-
-    Raises:
-        Unreadable: it is of another type, or lacks a field or has an unknown one.
-    """
+    """A value of a file, of which a dict becomes the dataclass that is meant; Unreadable if it is of another type."""
     origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (Union, types.UnionType):
         matching = [part for part in parts if _fits(part, value)]

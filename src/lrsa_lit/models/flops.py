@@ -35,9 +35,6 @@ class Shape(NamedTuple):
     """What of a model decides its arithmetic.
 
     Attributes:
-        layers: transformer layers.
-        query_heads: Hq.
-        head_dim: D.
         linear: weights that every token is multiplied with: all but the embedding and the head.
         trained: those of ``linear`` that are trained; fewer with adapters.
         head: weights of the output head, multiplied only where logits are computed.
@@ -71,7 +68,7 @@ class Shape(NamedTuple):
 
 
 def training_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSAConfig | None) -> int:
-    """Floating-point operations of one forward and backward pass over some sequences.
+    """Floating-point operations of one forward and backward pass over sequences of ``lengths`` tokens, without padding.
 
     - Linear layers: 2 operations for each weight and token, and as many in the backward pass for the gradient of the
       input, and again for that of the weight where it is trained: 3x the forward pass when all weights are.
@@ -79,13 +76,7 @@ def training_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSA
     - The head: as a linear layer, only at the positions that get logits.
 
     Padding, recomputed activations, the choice of what is kept, norms and the optimizer are not counted: they are what
-    a good implementation saves.
-
-    Args:
-        shape: the model's.
-        lengths: tokens of each sequence, without padding.
-        logits: positions that get logits, of all sequences together.
-        rule: the training attention; None is dense.
+    a good implementation saves. ``logits`` is the number of positions that get logits, of all sequences together.
     """
     linear = sum(lengths) * (4 * shape.linear + 2 * shape.trained)
     head = logits * (4 * shape.head + 2 * shape.head_trained)

@@ -48,7 +48,7 @@ def save_folder(
     Args:
         model: a ``PreTrainedModel`` or a ``PeftModel``.
         tokenizer: the model's.
-        folder: appears only when it is complete, its parents are made.
+        folder: its parents are made.
         weights: weights to write instead of those that the model has now, under the names of its ``state_dict``.
         expected: what :func:`logits` must give of the ``PreTrainedModel`` that is loaded again. The one that is given
             then loses its weights, to make room. None: all weights and settings must be the same.
@@ -112,13 +112,14 @@ def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tenso
 def _check_model(model: Any, folder: Path, weights: Mapping[str, Tensor] | None, expected: Tensor | None) -> None:
     """Load a folder's model and compare it; AnotherModel if it differs."""
     if expected is not None:
-        kind, dtype = type(model), model.dtype
         model.to("meta")
-        found = logits(_loaded(kind, folder, dtype))
-        if not (distance := difference(found, expected)) <= 1e-3:
+    # By a class that is at hand: so none of the files can name code.
+    loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    check_complete(info, str(folder))
+    if expected is not None:
+        if not (distance := difference(logits(loaded), expected)) <= 1e-3:
             raise AnotherModel(f"its logits differ by {distance:.1%} from those of what was trained")
         return
-    loaded = _loaded(type(model), folder, model.dtype)
     held = loaded.state_dict()
     for name, weight in (model.state_dict() if weights is None else weights).items():
         if name not in held or not _same(held[name], weight):
@@ -129,21 +130,13 @@ def _check_model(model: Any, folder: Path, weights: Mapping[str, Tensor] | None,
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What of a config decides the logits, as JSON has it."""
+    """What of a config decides the logits, as JSON has it; configs of several models have one for each."""
 
     def decisive(values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name not in _OF_LOADING}
 
-    # Configs of several models have one for each.
     kept: dict[str, Any] = json.loads(config.to_json_string(use_diff=False), object_hook=decisive)
     return kept
-
-
-def _loaded(kind: Any, folder: Path, dtype: Any) -> Any:
-    """The model of a folder, by a class that is at hand: so none of its files can name code."""
-    model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    check_complete(info, str(folder))
-    return model
 
 
 def _check_adapters(model: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
@@ -151,7 +144,7 @@ def _check_adapters(model: Any, folder: Path, weights: Mapping[str, Tensor] | No
     lora, held = read_adapters(folder)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     given = trained if weights is None else weights
-    if held.keys() != trained.keys() or any(not _same(held[name], given[name]) for name in trained):
+    if held.keys() != trained.keys() or not all(_same(held[name], given[name]) for name in trained):
         raise AnotherModel("its adapters are not those that were trained")
     config = model.peft_config[model.active_adapter]
     if (lora.rank, lora.alpha) != (config.r, config.lora_alpha):

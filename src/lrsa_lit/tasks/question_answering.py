@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import lightning
 import torch
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.chat_template import with_arguments
-from lrsa_lit.data.collate import IGNORE_INDEX, targets
+from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.lightning_internals import trainer_of
@@ -32,9 +32,6 @@ from lrsa_lit.tasks.top_k import TopKSchedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lrsa_lit.data.collate import Batch, TrainBatch
-    from lrsa_lit.data.module import Split
 
 Built = TypeVar("Built")
 
@@ -309,7 +306,7 @@ class LongContextQA(lightning.LightningModule):
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
 
     @property
-    def _split(self) -> Split:
+    def _split(self) -> Literal["val", "test"]:
         return "test" if self.trainer.testing else "val"
 
 

@@ -21,10 +21,7 @@ def run_folder(trainer: Trainer) -> Path:
     """The folder for files of a trainer's run, on the first process.
 
     It is where the checkpoints of the MLflow run are. Without one it is a new folder, such as ``test-1``, which the
-    first call makes.
-
-    Raises:
-        OSError: it cannot be made.
+    first call makes, or raises an OSError.
     """
     root, logger = Path(trainer.default_root_dir), trainer.logger
     if isinstance(logger, MLflowRun):
@@ -35,11 +32,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def shared_run_folder(trainer: Trainer) -> Path:
-    """The :func:`run_folder` of the first process, on every process. Every process must call it.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """The :func:`run_folder` of the first process, on every process. Every process must call it."""
     folder: Path | OSError | None = None
     if trainer.is_global_zero:
         try:

@@ -135,19 +135,11 @@ class MLflowRun(Logger):
             self._delivery.rest(False)
 
     def continue_run(self, run_id: str, step: int, same: bool = True) -> bool:
-        """Take up the run that a checkpoint was written in.
+        """Take up the run that wrote a checkpoint after ``step`` optimizer steps, and return whether that was done.
 
         One that went on after the checkpoint is left as it is and a new one made if it came to its end, or if what
-        follows will not be the same again. Otherwise it was killed: what it has recorded is not recorded twice. A run
-        of another store becomes a new one.
-
-        Args:
-            run_id: the checkpoint's run.
-            step: the checkpoint's optimizer steps.
-            same: whether the settings are the run's.
-
-        Returns:
-            Whether the run is continued.
+        follows will not be the ``same`` again. Otherwise it was killed: what it has recorded is not recorded twice. A
+        run of another store becomes a new one.
 
         Raises:
             UserError: the run was deleted, or the store does not answer.
@@ -174,13 +166,9 @@ class MLflowRun(Logger):
         return True
 
     def deliver(self, what: str, send: Callable[..., object], *args: Any, **options: Any) -> None:
-        """Record something in the background.
+        """Call a method of MLflow's client in the background, with the run's id and further arguments.
 
-        Args:
-            what: names it if it cannot be delivered.
-            send: a method of MLflow's client, which is called with the run's id.
-            args: its further arguments.
-            options: the same by name.
+        ``what`` names it if it cannot be delivered.
         """
         self._delivery.call(what, functools.partial(send, self.run_id, *args, **options))
 
@@ -228,11 +216,7 @@ class MLflowRun(Logger):
 
     @rank_zero_only
     def keep_under(self, root: Path) -> None:
-        """Say where metrics are kept that an ended run could not deliver, and send those of the time before.
-
-        Args:
-            root: the trainer's folder; the file stands beside the run's checkpoints.
-        """
+        """Keep what an ended run could not deliver in its folder within the trainer's, and send what is there."""
         self._spool = self.folder(root) / "undelivered.jsonl"
         if not self.continues or not self._spool.is_file():
             return

@@ -7,19 +7,17 @@ import itertools
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lrsa_lit.data.collate import TrainBatch
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import Shape, peak_flops, training_flops
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import run_of
-
-if TYPE_CHECKING:
-    from lrsa_lit.data.collate import TrainBatch
 
 _GIB = 2**30
 _log = logging.getLogger("lrsa_lit.tracking")
