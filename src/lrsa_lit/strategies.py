@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
@@ -45,10 +43,6 @@ class FullySharded(OneMesh):
     Checkpoints are folders that any number of devices can load and ``lrsa export`` makes whole; they hold what is
     trained, which leaves a frozen base out. Lightning's own strategy would read the base back, too, and write in place.
 
-    Args:
-        process_group_backend: "nccl", "gloo" …; null takes what the devices need.
-        timeout: how long a process waits for the others.
-
     Attributes:
         reads_shards: that it loads folders of shards.
         predicts: that devices may get unequal shares of the data, as they do where every question is asked once.
@@ -57,10 +51,8 @@ class FullySharded(OneMesh):
     reads_shards = True
     predicts = False
 
-    def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
-    ) -> None:
-        super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1)
         self._loading = Path()
 
     @property
@@ -105,10 +97,7 @@ class FullySharded(OneMesh):
         """What a checkpoint holds but its tensors; of the weights their shapes, for the module to check.
 
         It may also be a file that one device or DDP has written; its tensors are there. No code in a checkpoint runs,
-        whatever ``weights_only`` is.
-
-        Raises:
-            UserError: it is no checkpoint, or a damaged one.
+        whatever ``weights_only`` is. A UserError if it is no checkpoint, or a damaged one.
         """
         self._loading = Path(self.broadcast(checkpoint_path))
         with self._readable():
@@ -177,7 +166,6 @@ class SharedDevice(DDPStrategy):
 
     Args:
         processes: on each of ``trainer.devices``, at least one.
-        timeout: how long a process waits for the others.
 
     Attributes:
         trains: that it is for training too.
@@ -185,11 +173,11 @@ class SharedDevice(DDPStrategy):
 
     trains = False
 
-    def __init__(self, processes: int = 2, timeout: timedelta | None = default_pg_timeout) -> None:
+    def __init__(self, processes: int = 2) -> None:
         if processes < 1:
             raise UserError("processes", processes, "an integer >= 1")
         # NCCL refuses a second process on a device.
-        super().__init__(process_group_backend="gloo", timeout=timeout)
+        super().__init__(process_group_backend="gloo")
         self._processes = processes
 
     @property

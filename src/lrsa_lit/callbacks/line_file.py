@@ -66,8 +66,7 @@ class LineFile:
     def write(self, lines: Iterable[Any], positions: Iterable[int]) -> None:
         """Add lines, each with its position among those of all processes; they reach the disk's cache at once.
 
-        Raises:
-            UserError: the disk is full, for example; the whole lines before are kept.
+        A UserError if the disk is full, for example; the whole lines before are kept.
         """
         assert self._file is not None
         for line, position in zip(lines, positions, strict=True):
@@ -85,11 +84,7 @@ class LineFile:
             self._positions.append(position)
 
     def finish(self, trainer: Trainer) -> None:
-        """Give the lines of all processes their place and name, and log the file as an artifact.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Give the lines of all processes their place and name, and log the file as an artifact."""
         if self._file is None:
             return
         self._close()

@@ -61,8 +61,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint after every byte of it was checked; code in it runs only where ``weights_only`` is false.
 
-        Raises:
-            UserError: it is damaged, or a folder of shards, which other strategies read.
+        A UserError if it is damaged, or a folder of shards, which other strategies read.
         """
         if Path(path).is_dir():
             hint = "trainer.strategy must be FullySharded to read it"

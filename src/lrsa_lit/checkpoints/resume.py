@@ -64,10 +64,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def about(path: Path) -> About:
-    """Read what a checkpoint says about its run. The bytes of its tensors are not checked; see :func:`damage`.
+    """Read what a checkpoint says about its run; Unreadable if Lightning has not written it, or it is damaged.
 
-    Raises:
-        Unreadable: it is none that Lightning has written, or a damaged one.
+    The bytes of its tensors are not checked; see :func:`damage`.
     """
     content = read(path, tensors=False)
     try:
@@ -155,11 +154,7 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
 
 
 def check_continues(path: Path, found: About, settings: Mapping[str, str], processes: int) -> bool:
-    """Whether a fit goes on from a checkpoint with the same settings; others are logged.
-
-    Raises:
-        UserError: its position in the data would be another one here.
-    """
+    """Whether a fit goes on with the same settings; a UserError if its position in the data would be another one."""
     if found.processes is not None and found.processes != processes:
         raise other_processes(found.processes, processes)
     changes = differences(found.settings, settings)

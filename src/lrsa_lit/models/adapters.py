@@ -62,11 +62,7 @@ def load_adapters(folder: Path, dtype: Any = None, *, trust_remote_code: bool = 
 
 
 def read_adapters(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
-    """The settings and weights of an adapter folder, the latter under the names that they have in a model.
-
-    Raises:
-        UserError: as :func:`load_adapters` has it.
-    """
+    """The settings and weights of an adapter folder, by their names in a model; errors as of :func:`load_adapters`."""
     import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -111,11 +111,7 @@ class Backbone:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a pad token and a chat template.
-
-        Raises:
-            UserError: it cannot be loaded, has no chat template, or has more tokens than the model.
-        """
+        """The tokenizer, with a pad token; a UserError if it has no chat template, or more tokens than the model."""
         from transformers import AutoTokenizer
 
         from lrsa_lit.models.tiny import tiny_tokenizer
@@ -173,16 +169,9 @@ class Backbone:
         return config
 
     def build(self, *, dequantize: bool = False) -> nn.Module:
-        """Load the model, in training mode, with adapters and gradient checkpointing as configured.
+        """Load a ``PreTrainedModel`` in training mode, or a ``PeftModel`` around it; a UserError if that fails.
 
-        Args:
-            dequantize: hold quantised weights in ``dtype`` again, with the values that quantisation left them.
-
-        Returns:
-            A ``PreTrainedModel``, or a ``PeftModel`` around it.
-
-        Raises:
-            UserError: the model cannot be loaded.
+        With ``dequantize`` it holds quantised weights in ``dtype`` again, with the values that quantisation left them.
         """
         model = self._load()
         if dequantize and self.quantization is not None:

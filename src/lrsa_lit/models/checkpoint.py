@@ -71,13 +71,7 @@ class Trained(NamedTuple):
 def trained_weights(
     backbone: Backbone, model: nn.Module, weights: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The weights that a fit changes: the adapters, or all.
-
-    Args:
-        backbone: says which.
-        model: its model, or a module around it.
-        weights: a state dict of that model; None: the one that it has now.
-    """
+    """The weights that a fit changes, of a state dict of the model or a module around it: the adapters, or all."""
     weights = model.state_dict() if weights is None else weights
     if backbone.lora is None:
         return weights

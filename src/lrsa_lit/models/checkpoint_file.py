@@ -59,22 +59,26 @@ def read(path: Path, *, tensors: bool = True, mapped: bool = True) -> dict[str, 
 
 
 def damage(path: Path, *, tensors: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is.
+    """What is wrong with a file, or a folder of shards; None if nothing is.
 
     Every byte is read and compared with the checksums of the file, or the digests of the folder, once a process: some
-    gigabytes a second, and it is in the system's memory when it is loaded thereafter.
-
-    Args:
-        path: a file, or a folder of shards. Folders that earlier versions have written hold no digests: of those only
-            :data:`META` is read, and the log says so.
-        tensors: false leaves out the bytes of the tensors.
+    gigabytes a second, and it is in the system's memory when it is loaded thereafter. Folders of earlier versions hold
+    no digests: of those only :data:`META` is read, and the log says so. ``tensors=False`` leaves out the bytes of the
+    tensors.
     """
     try:
+        file = path
         if path.is_dir():
-            return _damaged_folder(path, tensors)
-        if not path.is_file():
+            file = path / META
+            if not holds_shards(path):
+                return f"{INDEX} or {META} is missing"
+            if tensors and verified.is_sealed(path):
+                return verified.damage(path)
+            if tensors:
+                _say_unsealed(path)
+        elif not path.is_file():
             return "it is no file" if path.exists() else "no such file"
-        return _read_through(path, tensors, *verified.version(path))
+        return _read_through(file, tensors, *verified.version(file))
     except (OSError, ValueError) as error:
         return reason_of(error)
 
@@ -92,16 +96,7 @@ def unusable(path: str | Path, reason: object) -> UserError:
 
 
 def complete_shards(folder: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Add :data:`META` to the tensors and the index of a folder, and the seal.
-
-    Args:
-        folder: of shards.
-        content: all else that the checkpoint holds.
-        digests: SHA-256 of files, by name, where they are known.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Add :data:`META` with the content to the tensors of a folder, and the seal; some digests are known by name."""
     import torch
 
     with (folder / META).open("wb") as file:
@@ -112,16 +107,6 @@ def complete_shards(folder: Path, content: Mapping[str, Any], digests: Mapping[s
 def holds_shards(path: Path) -> bool:
     """Whether a folder is a sharded checkpoint, complete as far as can be told without reading it."""
     return (path / META).is_file() and (path / INDEX).is_file()
-
-
-def _damaged_folder(path: Path, tensors: bool) -> str | None:
-    if not holds_shards(path):
-        return f"{INDEX} or {META} is missing"
-    if tensors and verified.is_sealed(path):
-        return verified.damage(path)
-    if tensors:
-        _say_unsealed(path)
-    return _read_through(path / META, tensors, *verified.version(path / META))
 
 
 @functools.lru_cache

@@ -51,11 +51,7 @@ def summed_loss(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> 
 
 @torch.no_grad()
 def losses_of_rows(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
-    """As :func:`summed_loss`, but by row, to evaluate with.
-
-    Returns:
-        (B,) float64.
-    """
+    """As :func:`summed_loss`, but by row (B,) float64, to evaluate with."""
 
     def lose(hidden: Tensor, head: nn.Linear) -> Tensor:
         parts = zip(hidden.flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True)
@@ -90,18 +86,10 @@ def _in_place_of_logits(
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies of ``hidden @ weight.T + bias``, fused by liger-kernel on a GPU, else piece by piece.
+    """Sum (float32) of the cross-entropies of ``hidden @ weight.T + bias``, by liger-kernel on a GPU, else by pieces.
 
-    The fused kernel waits for the GPU once, to count the targets. Few positions are not worth that.
-
-    Args:
-        hidden: (B N, D).
-        weight: (V, D).
-        bias: (V,) or None.
-        targets: (B N,) int64, -100 where there is none.
-
-    Returns:
-        float32, no dimensions.
+    The fused kernel waits for the GPU once, to count the targets. Few positions are not worth that. Shapes: hidden
+    (B N, D), weight (V, D), bias (V,), targets (B N,) int64 with -100 where there is none.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

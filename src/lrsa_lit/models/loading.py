@@ -22,11 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def pretrained(auto_class: Any, location: str, source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """What one of transformers' Auto classes loads from a folder or hub name, which the user calls ``source``.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
+    """What one of transformers' Auto classes loads from a folder or hub name; a UserError calls it ``source``."""
     with _in_one_line(source):
         return auto_class.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
 
@@ -44,11 +40,7 @@ def from_config(config: PreTrainedConfig, source: str, **options: Any) -> PreTra
 
 
 def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
-    """A causal language model all of whose weights come from its files; arguments as of :func:`pretrained`.
-
-    Raises:
-        UserError: it cannot be loaded, or weights are missing or have another shape.
-    """
+    """A causal language model whose weights all come from its files; a UserError if some are missing or do not fit."""
     from transformers import AutoModelForCausalLM
 
     if "config" in options:
@@ -66,14 +58,9 @@ def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
 
 
 def check_complete(info: dict[str, Any], source: str) -> None:
-    """Check what transformers says about a loading; weights for which the model has no place are logged.
+    """Raise a UserError if weights are missing or have another shape; log those for which the model has no place.
 
-    Args:
-        info: of ``from_pretrained(..., output_loading_info=True)``, by name; tied weights count as present.
-        source: what the user calls the model.
-
-    Raises:
-        UserError: weights are missing, have another shape or could not be converted.
+    ``info`` is that of ``from_pretrained(..., output_loading_info=True)``; tied weights count as present.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     reason = ""

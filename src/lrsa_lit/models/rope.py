@@ -43,8 +43,7 @@ class RopeScaling:
     def apply(self, config: PreTrainedConfig) -> None:
         """Write the scaling into a text model's config, in place; one that has it already stays as it is.
 
-        Raises:
-            UserError: the model has no rotary positions of one kind for all layers, or is scaled otherwise.
+        A UserError if the model has no rotary positions of one kind for all layers, or is scaled otherwise.
         """
         present = getattr(config, "rope_parameters", None)
         positions = getattr(config, "max_position_embeddings", None)

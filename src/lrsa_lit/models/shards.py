@@ -81,11 +81,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(tensors: dict[str, Any], path: Path, *, no_dist: bool = False) -> None:
-    """Fill nested dicts with the values of a sharded checkpoint, in place; each process its parts, or one all of them.
-
-    Raises:
-        Unreadable: a part of it is missing or cannot be read.
-    """
+    """Fill nested dicts with values of a sharded checkpoint, each process its parts; Unreadable if that fails."""
     try:
         load(tensors, storage_reader=_Reader(path), planner=_Planner(), no_dist=no_dist)
     except CheckpointException as error:

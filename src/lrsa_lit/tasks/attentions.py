@@ -19,11 +19,7 @@ def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | Non
 
 
 def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LRSAConfig | None]:
-    """The rules to evaluate under, by name: the run's own as "", then the further ones.
-
-    Raises:
-        UserError: a name or a value is not allowed.
-    """
+    """The rules to evaluate under, by name: the run's own as "", then the further ones."""
     rules: dict[str, LRSAConfig | None] = {"": own}
     for name, changes in each_layer("evaluate", further):
         if not re.fullmatch(r"[\w-]+", name):

@@ -131,11 +131,7 @@ class LongContextQA(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_optimizer(self) -> None:
-        """Make optimizer and schedule of a weight that nobody needs, before anything long begins.
-
-        Raises:
-            UserError: they cannot be made.
-        """
+        """Raise a UserError if optimizer and schedule cannot be made, before anything long begins."""
         self._optimizer([nn.Parameter(torch.zeros(1, 1))])
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> tuple[Any, Any]:
@@ -149,10 +145,9 @@ class LongContextQA(lightning.LightningModule):
         return optimizer, scheduler
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another kind of training: parts of it would be left out without a word.
+        """Refuse a checkpoint of other weights or of a schedule of another length.
 
-        Raises:
-            UserError: its weights are not the ones that this configuration trains, or its schedule has another length.
+        Parts of one of another kind of training would be left out without a word.
         """
         saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
         needed = {name: tuple(weight.shape) for name, weight in trained_weights(self.backbone, self).items()}
@@ -189,8 +184,7 @@ class LongContextQA(lightning.LightningModule):
         """The summed answer loss under the training attention; :meth:`on_before_optimizer_step` makes it a mean."""
         if batch["boundaries"] is not None and self.train_config is None and enabled_config(self.model) is None:
             # Packed sequences must not see each other, which the model's own attention needs a mask of T x T for.
-            layers = range(self.model.config.num_hidden_layers)
-            enable(self.model, self.lrsa.replace(dense_layers=tuple(layers)))
+            enable(self.model, self._dense)
         if self.train_config is not None and self.train_top_k is not None:
             top_k = self.train_top_k(torch.initial_seed(), self.trainer.global_step, self.train_config)
             enable(self.model, self.train_config.replace(top_k=top_k))
@@ -261,12 +255,17 @@ class LongContextQA(lightning.LightningModule):
         Decoding compresses by the rule as it goes; None decodes densely.
         """
         # Dense attention is a rule, too: the same cache and decoder serve it.
-        layers = range(self.model.config.get_text_config().num_hidden_layers)
-        rule = self.lrsa.replace(dense_layers=tuple(layers)) if rule is None else rule
+        rule = rule or self._dense
         with using(self.model, rule), uncompiled():
             answers = self._answering(rule)(batch["prompt_ids"], batch["prompt_mask"])
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts], list(map(len, answers))
+
+    @property
+    def _dense(self) -> LRSAConfig:
+        """Dense attention as a rule."""
+        layers = range(self.model.config.get_text_config().num_hidden_layers)
+        return self.lrsa.replace(dense_layers=tuple(layers))
 
     def _answering(self, rule: LRSAConfig) -> Greedy:
         """What answers under a rule, in the same memory until an evaluation ends."""

@@ -54,8 +54,7 @@ def default_uri() -> str:
 def checked_uri(uri: str, key: str = URI) -> str:
     """The URI of a store to write to, with an absolute SQLite path whose folder is made, or with the user's name.
 
-    Raises:
-        UserError: it names no store, or a file that is no SQLite file or cannot be written.
+    A UserError if it names no store, or a file that is no SQLite file or cannot be written.
     """
     if not uri.startswith(_SCHEMES):
         raise UserError(key, redacted(uri), "sqlite:///PATH, a database or a server's http(s):// address")
@@ -95,11 +94,7 @@ def artifact_location(uri: str) -> str | None:
 
 
 def connect(uri: str, key: str = URI) -> MlflowClient:
-    """Open a store, asking it something, and mark the runs in it that died without a word.
-
-    Raises:
-        UserError: it does not answer.
-    """
+    """Open a store, asking it something, and mark the runs in it that died without a word."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     # It logs each failure with a traceback before it raises it.
@@ -162,14 +157,8 @@ def reason(error: BaseException) -> str:
 def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str | None = None) -> str:
     """The id of an experiment, which is made if need be.
 
-    Args:
-        client: of the store.
-        name: of the experiment; None stands for ``lrsa``, or for the one that is named by its id.
-        uri: of the store.
-        named: the id of one that exists.
-
-    Raises:
-        UserError: it was deleted, there is none of that id, or it has another name.
+    It is called by its name (None stands for ``lrsa``), or by the id of one that exists, with its name or None. A
+    UserError if it was deleted, there is none of that id, or it has another name.
     """
     found: Experiment | None
     if named is None:
