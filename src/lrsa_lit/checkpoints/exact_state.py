@@ -97,7 +97,9 @@ class ExactState(Callback):
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         if _validating_in_a_fit(trainer) and accumulating(trainer) and not self._callbacks:
-            self._callbacks = _states(trainer)
+            # All but those that save checkpoints: they must know the files that they have written.
+            others = [each for each in trainer.callbacks if not isinstance(each, Checkpoint)]  # type: ignore[attr-defined]
+            self._callbacks = {each.state_key: copy.deepcopy(state) for each in others if (state := each.state_dict())}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again: the validation is done, and callbacks have counted it."""
@@ -139,9 +141,3 @@ def other_processes(before: int, now: int) -> UserError:
 
 def _validating_in_a_fit(trainer: Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-
-
-def _states(trainer: Trainer) -> dict[str, Any]:
-    """What callbacks save, but for those that save checkpoints: they must know the files that they have written."""
-    others = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]
-    return {callback.state_key: copy.deepcopy(state) for callback in others if (state := callback.state_dict())}

@@ -40,7 +40,6 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
             raise UserError("on_save_error", on_save_error, "stop or continue")
         self.on_save_error = on_save_error
         self._put_off = self._due = self._between_steps = False
-        self._claimed: Path | None = None
 
     @property
     def last_good(self) -> str:
@@ -52,8 +51,7 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         writes = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if writes and self.dirpath is not None and is_local(self.dirpath):
-            self._claimed = Path(self.dirpath)
-            claim(self._claimed)
+            claim(Path(self.dirpath))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let others go on from the checkpoints."""
@@ -124,9 +122,8 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
             self._release()
 
     def _release(self) -> None:
-        if self._claimed is not None:
-            release(self._claimed)
-            self._claimed = None
+        if self.dirpath is not None and is_local(self.dirpath):
+            release(Path(self.dirpath))
 
     def _save_due(self, trainer: Trainer) -> None:
         if self._due:
