@@ -81,7 +81,6 @@ def _summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
 
 
 def _table(title: str, scores: Iterable[str]) -> Table:
-    """A table for a row of scores of each attention."""
     table = Table(title=title)
     table.add_column("inference")
     for label in scores:

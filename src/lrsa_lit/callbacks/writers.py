@@ -25,8 +25,6 @@ _ABOUT = ("id", "data_set", "task", "gold", "prompt_tokens", "answer_tokens")
 
 
 class _LineWriter(Callback):
-    """Has its lines open during some stages."""
-
     stages: tuple[str, ...]
     lines: LineFile
 

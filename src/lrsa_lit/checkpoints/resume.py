@@ -191,6 +191,5 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _is_indifferent(name: str) -> bool:
-    """Whether a setting does not decide the weights."""
     of_data = name.startswith("data.") and name.rpartition(".")[2] in _INDIFFERENT
     return of_data or name.startswith(("model.evaluate", "model.max_new_tokens"))

@@ -47,7 +47,6 @@ class LoRA:
     target_modules: str | list[str] = "all-linear"
 
     def __post_init__(self) -> None:
-        """Check the bounds once."""
         if self.rank < 1:
             raise UserError("rank", self.rank, "an integer >= 1")
         if not 0.0 <= self.dropout < 1.0:
@@ -234,7 +233,6 @@ def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
 def _run_compiled(
     compiled: Callable[..., Any], checkpointing: bool, layer: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
-    """The forward of a layer by what its class's was compiled to."""
     import torch
     from torch.utils.checkpoint import checkpoint
 

@@ -33,7 +33,6 @@ class RopeScaling:
     original_max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the bounds once."""
         if not 1.0 <= self.factor <= LARGEST_FACTOR:
             raise UserError("factor", self.factor, f"a number from 1 to {LARGEST_FACTOR:,}")
         original = self.original_max_position_embeddings

@@ -263,7 +263,6 @@ class LongContextQA(lightning.LightningModule):
 
     @property
     def _dense(self) -> LRSAConfig:
-        """Dense attention as a rule."""
         layers = range(self.model.config.get_text_config().num_hidden_layers)
         return self.lrsa.replace(dense_layers=tuple(layers))
 

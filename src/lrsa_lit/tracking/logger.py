@@ -270,7 +270,6 @@ class MLflowRun(Logger):
         return None
 
     def _open(self) -> None:
-        """Make the run, or take up the one that was asked for."""
         from mlflow.tracking.context.registry import resolve_tags
 
         client = self._client
