@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import random_qkv, refused
 
-from lrsa_lit.ops.sparse_attention import Rule, api, select, sparse_attention, visibility_mask
+from lrsa_lit.ops.sparse_attention import Rule, api, select, sparse_attention
 
 RULE = Rule(sink_size=2, lag_size=4, top_k=2)
 
@@ -70,13 +70,12 @@ def test_a_bad_argument_is_named(case):
         sparse_attention(*change(*tensors()), RULE, **options)
 
 
-@pytest.mark.parametrize("call", [select, visibility_mask], ids=["select", "visibility_mask"])
 @pytest.mark.parametrize("case", ["value-shape", "value-3d", "integers", "no-tokens", "cu-end", "cu-float", "cu-batch"])
-def test_the_other_entries_check_the_same(call, case):
+def test_a_selection_checks_the_same(case):
     change, options, (field, _) = CASES[case]
     _, key, value = change(*tensors())
     with refused(field.replace("query, ", "")):
-        call(key, value, RULE, **options)
+        select(key, value, RULE, **options)
 
 
 def test_the_implementations_that_run_here_agree():

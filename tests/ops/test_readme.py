@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from visible import visible_keys
 
 from lrsa_lit.ops import sparse_attention
-from lrsa_lit.ops.sparse_attention import Rule, visibility_mask
+from lrsa_lit.ops.sparse_attention import Rule
 from lrsa_lit.ops.sparse_attention.geometry import attended_pairs, compressed_at, raw_start
 
 TEXT = (Path(sparse_attention.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ def test_the_picture_of_visibility_is_true():
     config = Rule(2, 4, 2)
     torch.manual_seed(0)
     key, value = torch.randn(1, 1, 23, 8), torch.randn(1, 1, 23, 8)
-    mask = visibility_mask(key, value, config)[0, 0]
+    mask = visible_keys(key, value, config)[0, 0]
     rows = re.findall(r"^ *(\d+) +(\d+) +([srk.]+)$", TEXT, re.MULTILINE)
     assert len(rows) == 7
     for t, partitions, picture in ((int(t), int(count), keys) for t, count, keys in rows):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import boundaries, lag_relative_logs, oracle_kept, oracle_mask, random_qkv, refused
+from visible import visible_keys
 
 from lrsa_lit.ops.sparse_attention import (
     ChunkWise,
@@ -15,7 +16,6 @@ from lrsa_lit.ops.sparse_attention import (
     ValueRelative,
     select,
     sparse_attention,
-    visibility_mask,
 )
 from lrsa_lit.ops.sparse_attention.scoring import weighted_ranking
 
@@ -57,7 +57,7 @@ def test_a_sequence_too_short_to_compress_selects_nothing(length):
     selection = select(key, value, RULE)
     assert selection.indices.shape == (1, 2, 0, 3)
     assert selection.scores.shape == (1, 2, 0, 8)
-    assert visibility_mask(key, value, RULE).equal(torch.ones(1, 2, length, length, dtype=torch.bool).tril())
+    assert visible_keys(key, value, RULE).equal(torch.ones(1, 2, length, length, dtype=torch.bool).tril())
 
 
 def test_equal_tokens_keep_the_earliest():
@@ -232,13 +232,13 @@ def test_packed_rows_select_for_each_sequence_from_its_own_start():
 def test_the_oracle_sees_the_same_keys(chunk, top_k):
     rule = RULE.replace(chunk_size=chunk, top_k=top_k)
     _, key, value = random_qkv(90, batch=2)
-    assert visibility_mask(key, value, rule).equal(oracle_mask(key, value, rule))
+    assert visible_keys(key, value, rule).equal(oracle_mask(key, value, rule))
 
 
 def test_packed_visibility_is_block_diagonal():
     lengths = [30, 0, 1, 44]
     _, key, value = random_qkv(75)
-    mask = visibility_mask(key, value, RULE, cu_seqlens=boundaries(lengths))
+    mask = visible_keys(key, value, RULE, cu_seqlens=boundaries(lengths))
     for start, stop in ((0, 30), (30, 31), (31, 75)):
         block = slice(start, stop)
         assert mask[:, :, block, block].equal(oracle_mask(key[:, :, block], value[:, :, block], RULE))
@@ -246,11 +246,10 @@ def test_packed_visibility_is_block_diagonal():
     assert not mask.any()
 
 
-@pytest.mark.parametrize("call", [select, visibility_mask], ids=["select", "visibility_mask"])
-def test_a_synthesizer_selects_nothing_and_says_so(call):
+def test_a_synthesizer_selects_nothing_and_says_so():
     _, key, value = random_qkv(40)
     with refused("compressor", "MeanPool", "a Selector"):
-        call(key, value, RULE.replace(compressor=MeanPool()))
+        select(key, value, RULE.replace(compressor=MeanPool()))
 
 
 def test_scores_come_from_the_configured_compressor():

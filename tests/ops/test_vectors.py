@@ -3,8 +3,9 @@
 import pytest
 import torch
 from helpers import oracle_mask, partitions_compressed, recorded
+from visible import visible_keys
 
-from lrsa_lit.ops.sparse_attention import Rule, select, visibility_mask
+from lrsa_lit.ops.sparse_attention import Rule, select
 from lrsa_lit.ops.sparse_attention.geometry import attended_pairs, compressed_at, stored_size
 
 NAMES = [f"visibility_{n}" for n in range(7)]
@@ -14,7 +15,7 @@ NAMES = [f"visibility_{n}" for n in range(7)]
 def test_every_query_sees_what_the_published_cache_showed_it(name):
     run = recorded(name)
     config = Rule(**run.params)
-    mask = visibility_mask(run.key, run.value, config)[0]
+    mask = visible_keys(run.key, run.value, config)[0]
     assert int((mask != run.visible).sum()) == 0
     assert (run.visible != torch.ones_like(run.visible).tril()).any(), "a run that drops nothing proves nothing"
 

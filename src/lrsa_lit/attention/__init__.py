@@ -15,26 +15,10 @@ if TYPE_CHECKING:
     from lrsa_lit.attention.layout import Layout, packed_layout
 
 __all__ = [
-    "LAYOUT",
-    "AttachedRule",
-    "Greedy",
-    "LRSACache",
-    "LRSAConfig",
-    "LayerRules",
-    "Layout",
-    "base_of",
-    "cache_argument",
-    "disable",
-    "enable",
-    "enabled_config",
-    "graphed_decoding",
-    "greedy_tokens",
-    "observing",
-    "packed_layout",
-    "prefill",
-    "single_token_steps",
-    "using",
-]
+    "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "base_of", "cache_argument",
+    "disable", "enable", "enabled_config", "graphed_decoding", "greedy_tokens", "observing", "packed_layout", "prefill",
+    "single_token_steps", "using",
+]  # fmt: skip
 
 _NAMES = {
     "attached": ("AttachedRule", "base_of", "cache_argument"),

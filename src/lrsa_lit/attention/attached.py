@@ -42,32 +42,22 @@ class Enabled:
 
 @dataclass(eq=False)
 class AttachedRule:
-    """What is attached to one attention module.
-
-    Attributes:
-        state: what it belongs to.
-        rule: of the layer; None where it stays dense.
-        layer: which one.
-        rule_tensor: the rule as a compiled layer takes it, or None.
-        has_attended: whether the module has called the attention.
-        layout: of the last call, until a first call has shown that each layer attends once.
-    """
+    """What is attached to the attention module of one layer; its rule is None where it stays dense."""
 
     state: Enabled
     rule: Rule | None
     layer: int
+    # As a compiled layer takes it.
     rule_tensor: Tensor | None = None
     has_attended: bool = False
+    # Of the last call, until a first call has shown that each layer attends once.
     layout: Layout | None = None
 
 
 def enabled_state(model: PreTrainedModel) -> Enabled | None:
     """What is attached to the model, or None."""
-    for module in model.modules():
-        attached: AttachedRule | None = getattr(module, RULE, None)
-        if attached is not None:
-            return attached.state
-    return None
+    attached: list[AttachedRule] = [getattr(module, RULE) for module in model.modules() if hasattr(module, RULE)]
+    return attached[0].state if attached else None
 
 
 def base_of(model: Any) -> Any:
@@ -101,11 +91,7 @@ def cache_argument(model: Any, cache: Cache | None) -> dict[str, Any]:
 
 
 def given_or_stored(config: LRSAConfig | None, model: PreTrainedModel) -> LRSAConfig:
-    """The rule that the caller gave, or else the one in the model's ``config.json``.
-
-    Raises:
-        UserError: there is neither, or the stored one is not valid.
-    """
+    """The rule that the caller gave, or else the one in the model's ``config.json``; a UserError if there is none."""
     if config is not None:
         return config
     stored = getattr(model.config, "lrsa", None)

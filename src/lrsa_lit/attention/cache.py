@@ -23,15 +23,12 @@ from lrsa_lit.ops.sparse_attention import Impl
 class LRSACache(Cache):
     """The compressed cache of a model: ``model.generate(…, past_key_values=LRSACache.of(model))``.
 
-    With LRSA attention enabled, any calls give what the parallel pass gives: partitions are compressed where the rule's
-    chunks start, wherever the calls end. Rows may have unequal lengths; pads are never kept.
+    With LRSA attention enabled, any split into calls gives what the parallel pass gives. Rows may have unequal lengths;
+    pads are never kept. With the model's stock attention the cache hands out what it holds as an ordinary past. A call
+    must then not reach over a compression (:func:`~lrsa_lit.attention.prefill` makes such calls), and pads are refused.
 
-    With the model's stock attention the cache hands out what it holds as an ordinary past, so any kernel serves
-    decoding. A call must then not reach over a compression (:func:`~lrsa_lit.attention.prefill` makes such calls), and
-    pads are refused.
-
-    A copy (:func:`copy.deepcopy`) goes on like the original. After a call that an exception ended inside the layers,
-    which then hold different tokens, further calls are refused until :meth:`reset`.
+    A copy (:func:`copy.deepcopy`) goes on like the original. After an exception inside the layers, which then hold
+    different tokens, calls are refused until :meth:`reset`.
 
     Args:
         config: the rule, the same that the model was enabled with.
@@ -46,12 +43,11 @@ class LRSACache(Cache):
 
     @classmethod
     def of(cls, model: Any, config: LRSAConfig | None = None) -> LRSACache:
-        """An empty cache for a model.
+        """An empty cache for a causal language model, LRSA enabled or with its stock attention.
 
         Args:
-            model: a causal language model, LRSA enabled or with its stock attention.
-            config: the rule for a model with stock attention, by default the one that the model was saved with
-                (``model.config.lrsa``); an enabled model has its own.
+            model: the model.
+            config: the rule for a model with stock attention; default: ``model.config.lrsa``, with which it was saved.
 
         Raises:
             UserError: another rule than the enabled one, none for a stock model, or a model that LRSA does not support.
@@ -60,17 +56,14 @@ class LRSACache(Cache):
         state = enabled_state(inner)
         if state is not None:
             if config not in (None, state.config):
-                raise UserError(
-                    "config", config, reason=f"is not the rule {state.config} that the model was enabled with"
-                )
+                raise UserError("config", config, f"{state.config}, the rule that the model was enabled with")
             return cls(state.config, len(state.modules))
         config = given_or_stored(config, inner)
         layers = len(attention_modules(inner))
         config.layers.check(layers)
         if config.dense_layers:
-            raise UserError(
-                "config.dense_layers", config.dense_layers, reason="need enable(model, …); stock layers share one mask"
-            )
+            reason = "need enable(model, …); stock layers share one mask"
+            raise UserError("config.dense_layers", config.dense_layers, reason=reason)
         warn_if_trained_otherwise(inner, config)
         cache = cls(config, layers)
         cache.lease = lease(inner.base_model)
@@ -79,46 +72,32 @@ class LRSACache(Cache):
     def begin(self, layout: Layout | None, batch: int, impl: Impl = "auto") -> None:
         """Tell all layers what comes; called once per forward, before the layers.
 
-        Args:
-            layout: which columns of the call are real; None if the model has its stock attention.
-            batch: rows.
-            impl: implementation of the operator.
+        The layout says which columns of the call's rows are real; it is None if the model has its stock attention.
 
         Raises:
             UserError: an earlier call or change was cut short, the sequences are packed, or their number is another.
         """
         progress = {layer.progress for layer in self.layers}
         if self._busy == "change" or len(progress) > 1 or None in progress:
-            raise UserError(
-                "cache",
-                reason="an exception ended an earlier call inside the layers, which now hold different tokens; "
-                "reset() it or make a new one",
-            )
+            reason = "an exception ended an earlier call inside the layers, which now hold different tokens"
+            raise UserError("cache", reason=reason, hint="reset() it or make a new one")
         if layout is not None and layout.cu_seqlens is not None:
             rows = batch if layout.row_spans is None else sum(start < stop for start, stop in layout.row_spans)
             if len(layout.cu_seqlens) - 1 > rows:
-                raise UserError(
-                    "position_ids", reason="they restart inside a row, but packed sequences cannot be cached"
-                )
+                raise UserError("position_ids", reason="restart inside a row, but packed sequences cannot be cached")
         self._busy = "call"
         for layer in self.layers:
             layer.begin(layout, batch, impl)
 
     def end(self) -> None:
-        """Check that each layer took the tokens in; called once per forward, after the layers.
-
-        Raises:
-            UserError: some layer did not, so that what the model returned is not what it would return without a cache.
-        """
+        """Check that each layer took the tokens in, or raise a UserError; called once per forward, after the layers."""
         if skipped := [index for index, layer in enumerate(self.layers) if not layer.is_done]:
-            raise UserError(
-                "cache", reason=f"layers {skipped} of the model did not attend through it; this is not supported"
-            )
+            raise UserError("cache", reason=f"layers {skipped} of the model did not attend through it")
         self._busy = None
 
     @property
     def is_idle(self) -> bool:
-        """Whether all calls and changes ended well; precise checks are left to the next call's :meth:`begin`."""
+        """Whether all calls and changes ended well, as far as one can tell before the next :meth:`begin`."""
         return self._busy is None
 
     @contextlib.contextmanager
@@ -133,16 +112,15 @@ class LRSACache(Cache):
         super().reset()
         self._busy = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search."""
-        self.batch_select_indices(beam_idx)
-
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (or those where a bool tensor is True), in that order."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         with self.changing():
             super().batch_select_indices(indices)
+
+    # The name that beam search calls.
+    reorder_cache = batch_select_indices
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times."""
@@ -165,14 +143,12 @@ class LRSACache(Cache):
 
 
 def compressed_cache(cache: Any, config: LRSAConfig, num_layers: int) -> LRSACache | None:
-    """The cache if it is a compressed one, which must have the model's rule; None if it keeps everything."""
+    """The cache if it is compressed, which then must have the model's rule; None if it keeps everything."""
     if not isinstance(cache, LRSACache):
         if getattr(cache, "is_compileable", False):
             raise UserError("past_key_values", reason="static caches are not allowed; use LRSACache or a dynamic cache")
         return None
     if (len(cache.layers), cache.config) != (num_layers, config):
-        has, needs = (
-            f"{count} layers, {rule}" for count, rule in ((len(cache.layers), cache.config), (num_layers, config))
-        )
+        has, needs = f"{len(cache.layers)} layers, {cache.config}", f"{num_layers} layers, {config}"
         raise UserError("past_key_values", reason=f"the LRSACache has {has}; this model needs {needs}")
     return cache

@@ -21,10 +21,6 @@ class LRSACacheLayer(CacheLayerMixin):
 
     Args:
         rule: of the layer; None keeps everything.
-
-    Attributes:
-        rows: of the batch; 0 before the first call.
-        streams: one that all rows share, or one for each row; none before the first call.
     """
 
     is_sliding = False
@@ -41,6 +37,7 @@ class LRSACacheLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
         self.stock = False
+        # One that all rows share, or one for each row; none before the first call.
         self.streams: list[KeyValueStream] = []
         self.rows = 0
         self._columns = 0
@@ -66,28 +63,11 @@ class LRSACacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new keys and values (B, H, N, D).
 
-        Returns:
-            With stock attention all keys and values that are stored now (B, H, stored, D). Else the new ones, which
-            :meth:`attend` stores.
+        Returns them, for :meth:`attend` to store; with stock attention all that are stored now (B, H, stored, D).
 
         Raises:
             UserError: no call was begun, the layer stores twice in one, or the heads are not those that are stored.
         """
-        self._check(key_states)
-        self.is_initialized = True
-        if not self.stock:
-            self._step, self._given = "given", (key_states.shape, value_states.shape)
-            return key_states, value_states
-        self._step = "storing"
-        stored = self.streams[0].extend(key_states, value_states)
-        self._count_call(key_states.shape[2])
-        return stored
-
-    def _count_call(self, columns: int) -> None:
-        self._columns += columns
-        self._step = "idle"
-
-    def _check(self, key: Tensor) -> None:
         if self._step != "begun":
             raise UserError(
                 "cache",
@@ -95,24 +75,23 @@ class LRSACacheLayer(CacheLayerMixin):
                 "LRSACache.of(model, config) for its stock attention; each layer stores once per call, so gradient "
                 "checkpointing, which runs layers again, excludes it",
             )
-        stored = self.streams[0].stored
-        if stored is not None and (stored[0].shape[1], stored[0].shape[3]) != (key.shape[1], key.shape[3]):
-            has, given = (f"{pair.shape[1]} heads of {pair.shape[3]} channels" for pair in (stored[0], key))
-            raise UserError(
-                "cache", reason=f"it holds {has} of another model and cannot continue {given}; make a new one"
-            )
+        has, given = self.streams[0].stored, key_states
+        if has is not None and (has[0].shape[1], has[0].shape[3]) != (given.shape[1], given.shape[3]):
+            held, new = (f"{keys.shape[1]} heads of {keys.shape[3]} channels" for keys in (has[0], given))
+            raise UserError("cache", reason=f"it holds {held} of another model and cannot continue {new}")
+        self.is_initialized = True
+        if not self.stock:
+            self._step, self._given = "given", (key_states.shape, value_states.shape)
+            return key_states, value_states
+        self._step = "storing"
+        stored = self.streams[0].extend(key_states, value_states)
+        self.count(key_states.shape[2])
+        return stored
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of new tokens.
+        """Attention of new tokens, whose keys and values :meth:`update` was given; outputs of pads are 0.
 
-        Args:
-            query: (B, Hq, N, D).
-            key: (B, H, N, D), as :meth:`update` was given.
-            value: (B, H, N, D).
-            scale: factor of the scores.
-
-        Returns:
-            (B, Hq, N, D); outputs of pads are 0.
+        Queries and output are (B, Hq, N, D), keys and values (B, H, N, D).
 
         Raises:
             UserError: the layer did not hand these tokens to :meth:`update`, or attends to them again.
@@ -125,7 +104,7 @@ class LRSACacheLayer(CacheLayerMixin):
             )
         self._step = "storing"
         output = self._attend(query, key, value, scale)
-        self._count_call(query.shape[2])
+        self.count(query.shape[2])
         return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -155,8 +134,9 @@ class LRSACacheLayer(CacheLayerMixin):
         return (self._columns, *(stream.seen for stream in self.streams)) if self._columns else (0,)
 
     def count(self, columns: int) -> None:
-        """Take note of columns that somebody wrote into the :attr:`streams` past :meth:`update`."""
+        """Take note of columns that are in the streams now."""
         self._columns += columns
+        self._step = "idle"
 
     def stored_tokens(self) -> int:
         """Tokens stored per head, summed over the rows."""
@@ -176,11 +156,8 @@ class LRSACacheLayer(CacheLayerMixin):
             return self._columns + query_length, 0
         (stream,) = self.streams
         if stream.crosses(query_length):
-            raise UserError(
-                "input_ids",
-                reason=f"{query_length} tokens behind {self._columns} reach over a compression, which stock attention "
-                "cannot follow; feed them with lrsa_lit.attention.prefill first",
-            )
+            reason = f"{query_length} tokens behind {self._columns} reach over a compression, unlike stock attention"
+            raise UserError("input_ids", reason=reason, hint="feed them with lrsa_lit.attention.prefill first")
         # The last of the new tokens sees what is stored once it is in.
         stored = stored_size(self._columns + query_length, stream.rule)
         return stored, self._columns + query_length - stored
@@ -194,13 +171,11 @@ class LRSACacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order."""
-        if not self.streams:
-            return
         if len(self.streams) == 1:
             self.streams = [self.streams[0].rows(indices)]
-        else:
+        elif self.streams:
             self.streams = [self.streams[row].rows(torch.tensor([0])) for row in indices.tolist()]
-        self.rows = len(indices)
+        self.rows = len(indices) if self.streams else 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times."""
@@ -209,6 +184,4 @@ class LRSACacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: dropped tokens cannot come back."""
-        raise UserError(
-            "cache", reason="LRSACache cannot be cropped (assisted decoding needs that); use a dense cache for it"
-        )
+        raise UserError("cache", reason="LRSACache cannot be cropped, as assisted decoding needs; use a dense cache")

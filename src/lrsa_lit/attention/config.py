@@ -75,12 +75,10 @@ class LRSAConfig:
         if not isinstance(self.compressor, Compressor):
             object.__setattr__(self, "compressor", Compressor.from_dict(self.compressor))
         check_setting("value_weight", self.value_weight, is_weight(self.value_weight), "a finite number >= 0")
-        layers = (
-            isinstance(self.dense_layers, tuple)
-            and all(is_integer(layer) and layer >= 0 for layer in self.dense_layers)
-            and len(set(self.dense_layers)) == len(self.dense_layers)
-        )
-        check_setting("dense_layers", self.dense_layers, layers, "a list of different layer indices >= 0")
+        layers = self.dense_layers
+        indices = isinstance(layers, tuple) and all(is_integer(layer) and layer >= 0 for layer in layers)
+        different = indices and len(set(layers)) == len(layers)
+        check_setting("dense_layers", layers, different, "a list of different layer indices >= 0")
         self._take_weight()
         # Making the rule checks the rest.
         assert self.rule
@@ -123,11 +121,7 @@ class LRSAConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LRSAConfig:
-        """The config that :meth:`to_dict` wrote.
-
-        Raises:
-            UserError: an unknown setting, a value out of bounds, or a compressor whose module is not imported.
-        """
+        """The config that :meth:`to_dict` wrote; a UserError names a setting or compressor that is not known."""
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise UserError("values", values, "a dict of settings")
         return cls().replace(**values)

@@ -27,9 +27,8 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         raise UserError("model", name, reason=f"{reason}, which LRSA does not support")
     layers = config.num_hidden_layers
     if not model._can_set_attn_implementation() or [m.layer_idx for m in modules] != list(range(layers)):
-        raise UserError(
-            "model", name, reason=f"does not route all its {layers} layers through transformers' attention interface"
-        )
+        reason = f"does not route all its {layers} layers through transformers' attention interface"
+        raise UserError("model", name, reason=reason)
     if getattr(config, "attention_dropout", 0.0):
         raise UserError("model", reason=f"attention_dropout={config.attention_dropout}; LRSA supports 0 only")
     return modules
@@ -61,5 +60,4 @@ def _of(owner: Any, name: str) -> Any:
 
 
 def _head_sizes_differ(module: nn.Module) -> bool:
-    sizes = _of(module, "head_dim"), _of(module, "v_head_dim")
-    return None not in sizes and sizes[0] != sizes[1]
+    return len({_of(module, "head_dim"), _of(module, "v_head_dim")} - {None}) == 2

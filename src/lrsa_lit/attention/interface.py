@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -30,9 +31,9 @@ from lrsa_lit.attention.attached import (
 from lrsa_lit.attention.cache import LRSACache, compressed_cache
 from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.families import attention_modules
-from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions, split_boundaries
+from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, Rule, is_traceable, sparse_attention, tensor_of_rule, traced_attention
+from lrsa_lit.ops.sparse_attention import Impl, is_traceable, sparse_attention, tensor_of_rule, traced_attention
 
 NAME = "lrsa"
 """Under this name the attention is registered with transformers."""
@@ -51,17 +52,13 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     """Give a causal language model lag-relative sparse attention, in place.
 
     Right padding, left padding and packing (positions that restart, or ``cu_seq_lens_q``) give each token what its
-    sequence gets alone. The rule is written to ``model.config.lrsa``, and so into the saved ``config.json``. Calling it
-    again replaces the rule.
+    sequence gets alone. The rule is written to ``model.config.lrsa``, and so into the saved ``config.json``. A second
+    call replaces the rule.
 
     Args:
-        model: a model whose attention goes through transformers' ``AttentionInterface``.
-        config: the rule; ``dense_layers`` keep ordinary causal attention (sdpa). None takes the one that the model was
-            saved with (``model.config.lrsa``).
+        model: a model whose attention goes through transformers' ``AttentionInterface``; it is returned.
+        config: the rule; ``dense_layers`` keep ordinary causal attention (sdpa). None takes ``model.config.lrsa``.
         impl: implementation of the operator.
-
-    Returns:
-        The model.
 
     Raises:
         UserError: there is no rule, the model has no such dense layer, bypasses the interface, or has another
@@ -131,9 +128,9 @@ def using(model: PreTrainedModel, config: LRSAConfig | None, *, impl: Impl = "au
 
 @contextlib.contextmanager
 def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
-    """Show somebody the queries, keys and values of every layer, as the attention sees them, while a block runs.
+    """Show queries, keys and values of every layer, as the attention sees them, to ``observe`` while a block runs.
 
-    The block must not switch the rule (``enable``, ``disable``, ``using``). Compiled layers stop for the observer.
+    Compiled layers stop for the observer.
 
     Args:
         model: a model that LRSA is enabled on.
@@ -147,16 +144,12 @@ def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
     inner = base_of(model)
     state = enabled_state(inner)
     if state is None:
-        raise UserError(
-            "model", reason="LRSA is not enabled on it, so it selects nothing; call lrsa_lit.attention.enable first"
-        )
+        raise UserError("model", reason="LRSA is not enabled on it; call lrsa_lit.attention.enable first")
     before, state.observe = state.observe, observe
     try:
         yield
         if enabled_state(inner) is not state:
-            raise UserError(
-                "model", reason="its rule was switched while it was observed; switch it around the block instead"
-            )
+            raise UserError("model", reason="its rule was switched while it was observed; switch it around the block")
     finally:
         state.observe = before
 
@@ -165,7 +158,11 @@ def _prepare(
     state: Enabled, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the decoder runs: read padding and packing once, and hand the layout down to every layer."""
-    _check_switch(state)
+    implementation = state.modules[0].config._attn_implementation  # type: ignore[union-attr]
+    if implementation != NAME:
+        hint = "call lrsa_lit.attention.disable for the model's own attention, or enable again"
+        reason = f"its attention was set to {implementation!r} while LRSA is enabled"
+        raise UserError("model", reason=reason, hint=hint)
     if LAYOUT in kwargs:
         # Until the family is known, the layers tell calls apart by their layouts.
         return None if state.checked else (args, {**kwargs, LAYOUT: dataclasses.replace(kwargs[LAYOUT])})
@@ -184,27 +181,14 @@ def _prepare(
         positions = given["position_ids"] = restarting_positions(boundaries, positions, length).to(tokens.device)
     if of_tokens is not None and positions is None:
         given["position_ids"] = positions_from_mask(of_tokens, length)
-    if mask is None and positions is None and compressed is not None and compressed.holds_pads:
+    if compressed is None:
+        return (), {**given, LAYOUT: read_layout(mask, positions, (batch, length), past), CACHE: None}
+    if mask is None and positions is None and compressed.holds_pads:
         given["position_ids"] = compressed.next_positions(length).to(tokens.device)
-    if compressed is not None and of_tokens is not None:
-        # The cache took in the earlier columns under their own masks; only the new ones are handed over.
-        layout = read_layout(of_tokens[:, past:], positions, (batch, length), 0)
-    else:
-        layout = read_layout(mask, positions, (batch, length), past if compressed is None else 0)
-    if compressed is not None:
-        compressed.begin(layout, batch, state.impl)
+    # The cache took in the earlier columns under their own masks; only the new ones are handed over.
+    layout = read_layout(mask if of_tokens is None else of_tokens[:, past:], positions, (batch, length), 0)
+    compressed.begin(layout, batch, state.impl)
     return (), {**given, LAYOUT: layout, CACHE: compressed}
-
-
-def _check_switch(state: Enabled) -> None:
-    """Refuse a model whose attention somebody switched."""
-    config: Any = state.modules[0].config
-    if config._attn_implementation != NAME:
-        raise UserError(
-            "model",
-            reason=f"its attention was set to {config._attn_implementation!r} while LRSA is enabled; call "
-            "lrsa_lit.attention.disable(model) for the model's own attention, or enable(model, …) again",
-        )
 
 
 def _attention(
@@ -222,31 +206,30 @@ def _attention(
     attached: AttachedRule | None = getattr(module, RULE, None)
     layout: Layout | None = kwargs.get(LAYOUT)
     if attached is None:
-        raise UserError(
-            "model", reason="its attention is set to 'lrsa' but not by lrsa_lit.attention.enable; call that instead"
-        )
+        raise UserError("model", reason="its attention was set to 'lrsa'; call lrsa_lit.attention.enable instead")
     if layout is None:
-        raise UserError(
-            "model", reason="it hands no keywords down to its attention layers; this family is not supported"
-        )
+        raise UserError("model", reason="hands no keywords down to its attention layers; it is not supported")
     if attention_mask is not None:
-        raise UserError(
-            "attention_mask", reason="masks prepared in 4-D are not allowed; pass the (B, T) mask of the tokens"
-        )
-    _refuse(dropout, kwargs)
+        raise UserError("attention_mask", reason="4-D masks are not allowed; pass the (B, T) mask of the tokens")
+    if dropout:
+        raise UserError("attention_dropout", dropout, reason="is not allowed; LRSA supports 0 only")
+    if kwargs.get("is_causal") is False:
+        raise UserError("is_causal", reason="False is not allowed; LRSA is causal")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UserError(name, reason="the model needs it, and LRSA does not support it")
     if key.shape[-1] != value.shape[-1]:
-        raise UserError(
-            "model", reason=f"keys of {key.shape[-1]} and values of {value.shape[-1]} channels are not supported"
-        )
+        raise UserError("model", reason=f"has keys of {key.shape[-1]} and values of {value.shape[-1]} channels")
     if not torch.compiler.is_compiling() and not attached.state.checked:
         if attached.layout is layout:
-            raise UserError(
-                "model", reason=f"layer {attached.layer} attends more than once per call; this family is not supported"
-            )
+            raise UserError("model", reason=f"layer {attached.layer} attends twice in a call; it is not supported")
         attached.layout = layout
     attached.has_attended = True
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = _in_one_dtype(query, key, value)
+    if torch.is_autocast_enabled(query.device.type):
+        # RoPE leaves queries and keys in float32, the projection of the values does not.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     cache: LRSACache | None = kwargs.get(CACHE)
     if not torch.compiler.is_compiling():
         output = _attend(module, layout, cache, query, key, value, scale)
@@ -264,15 +247,15 @@ def _attend(
     attached: AttachedRule = getattr(module, RULE)
     if attached.state.observe is not None:
         if cache is not None:
-            raise UserError(
-                "past_key_values",
-                reason="an LRSACache cannot be observed; run the whole text in one forward without it",
-            )
+            raise UserError("past_key_values", reason="an LRSACache cannot be observed; run the whole text without it")
         attached.state.observe(attached, layout, query, key, value)
     if cache is not None:
         output: Tensor = cache.layers[attached.layer].attend(query, key, value, scale)
         return output
-    attend = _dense(module, scale) if attached.rule is None else _sparse(attached.rule, attached.state.impl, scale)
+    if attached.rule is None:
+        attend = functools.partial(_dense, module, scale=scale)
+    else:
+        attend = functools.partial(sparse_attention, rule=attached.rule, scale=scale, impl=attached.state.impl)
     return layout.apply(attend, query, key, value)
 
 
@@ -286,8 +269,7 @@ def _attend_traced(
     """:func:`_attend` as a part of a compiled layer's graph, which serves all layers and their rules."""
     attached: AttachedRule = getattr(module, RULE)
     if attached.rule_tensor is None:
-        output: Tensor = _dense(module, scale)(query, key, value, None)
-        return output
+        return _dense(module, query, key, value, scale=scale)
     return traced_attention(query, key, value, attached.rule_tensor, cu_seqlens=layout.cu_seqlens, scale=scale)
 
 
@@ -303,47 +285,18 @@ def _is_traceable(attached: AttachedRule, layout: Layout, query: Tensor, key: Te
     return attached.rule_tensor is not None and is_traceable(attached.state.impl, query)
 
 
-def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All in autocast's dtype: RoPE leaves queries and keys in float32, the projection of the values does not."""
-    if not torch.is_autocast_enabled(query.device.type):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(query.device.type)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
-    if dropout:
-        raise UserError("attention_dropout", dropout, reason="is not allowed; LRSA supports 0 only")
-    if kwargs.get("is_causal") is False:
-        raise UserError("is_causal", reason="False is not allowed; LRSA is causal")
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise UserError(name, reason="the model needs it, and LRSA does not support it")
-
-
-def _sparse(rule: Rule, impl: Impl, scale: float) -> Any:
-    def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return sparse_attention(query, key, value, rule, cu_seqlens=cu_seqlens, scale=scale, impl=impl)
-
-    return attend
-
-
-def _dense(module: nn.Module, scale: float) -> Any:
+def _dense(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None = None, scale: float
+) -> Tensor:
     """Ordinary causal attention by transformers' sdpa, one packed sequence at a time."""
     # Whatever the model had: "eager" is a function of each model file, and without a mask it is no more causal than
     # "flex_attention".
     own = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        pieces = [(0, query.shape[2])] if cu_seqlens is None else split_boundaries(cu_seqlens)
-        outputs = []
-        for start, stop in pieces:
-            offset = key.shape[2] - query.shape[2]
-            part = query[:, :, start:stop], key[:, :, start : stop + offset], value[:, :, start : stop + offset]
-            outputs.append(own(module, *part, _causal_mask(*part[:2]), scaling=scale, dropout=0.0)[0])
-        return torch.cat(outputs, dim=1).transpose(1, 2)
-
-    return attend
+    outputs, past = [], key.shape[2] - query.shape[2]
+    for start, stop in itertools.pairwise([0, query.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()):
+        part = query[:, :, start:stop], key[:, :, start : stop + past], value[:, :, start : stop + past]
+        outputs.append(own(module, *part, _causal_mask(*part[:2]), scaling=scale, dropout=0.0)[0])
+    return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
 def _causal_mask(query: Tensor, key: Tensor) -> Tensor | None:
@@ -365,8 +318,6 @@ def _finish(
         return
     layers: list[AttachedRule] = [getattr(module, RULE) for module in state.modules]
     if missing := [attached.layer for attached in layers if not attached.has_attended]:
-        raise UserError(
-            "model", reason=f"layers {missing} of {name} did not call the LRSA attention; this family is not supported"
-        )
+        raise UserError("model", reason=f"layers {missing} of {name} did not call the LRSA attention")
     state.checked = True
     _log.debug("all %d layers of %s run LRSA attention", len(layers), name)

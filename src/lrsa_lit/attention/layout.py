@@ -15,8 +15,8 @@ from torch import Tensor
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import checked_boundaries
 
-PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""query, key, value and cu_seqlens -> output, all (B, heads, T, D)."""
+PackedAttention = Callable[..., Tensor]
+"""query, key, value and the keyword cu_seqlens -> output, all (B, heads, T, D)."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,9 @@ class Layout:
     Attributes:
         real: (R,) int64, where the real tokens stand in the flattened (B T) rows; None where all are real and either
             no sequence starts inside a row or there is one row.
-        cu_seqlens: (N + 1,) int32 on the CPU, boundaries of the sequences among the real tokens; None where each row is
-            a sequence.
-        row_spans: for each row the columns [start, stop) of its real keys; None where all are. Columns count from the
-            first one that the mask covered.
+        cu_seqlens: (N + 1,) int32 on the CPU, boundaries among the real tokens; None where each row is a sequence.
+        row_spans: for each row the columns [start, stop) of its real keys, counted from the first one that the mask
+            covered; None where all are real.
     """
 
     real: Tensor | None = None
@@ -39,23 +38,17 @@ class Layout:
     def apply(self, attend: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Run ``attend`` so that each sequence is alone; outputs of pads are 0.
 
-        Args:
-            attend: the attention of whole or packed sequences.
-            query: (B, Hq, T, D).
-            key: (B, H, T or more, D): more where an uncompressed cache holds the past.
-            value: like key.
-
-        Returns:
-            (B, Hq, T, D).
+        Queries and output are (B, Hq, T, D); keys and values (B, H, T or more, D): more where an uncompressed cache
+        holds the past.
         """
         if query.shape[2] != key.shape[2] and self.row_spans is not None:
             return self._row_by_row(attend, query, key, value)
         if self.real is None:
-            return attend(query, key, value, self.cu_seqlens)
+            return attend(query, key, value, cu_seqlens=self.cu_seqlens)
         output = torch.zeros_like(query).transpose(1, 2).contiguous()
         if len(self.real):
-            real = self.real
-            packed = attend(_pack(query, real), _pack(key, real), _pack(value, real), self.cu_seqlens)
+            real = (tensor.transpose(1, 2).flatten(0, 1)[self.real] for tensor in (query, key, value))
+            packed = attend(*(tokens.transpose(0, 1).unsqueeze(0) for tokens in real), cu_seqlens=self.cu_seqlens)
             attended = packed.squeeze(0).transpose(0, 1)
             output = output.flatten(0, 1).index_copy(0, self.real, attended).view_as(output)
         return output.transpose(1, 2)
@@ -70,18 +63,14 @@ class Layout:
             one = slice(row, row + 1)
             if columns.start < columns.stop:
                 keys, values = key[one, :, start:stop], value[one, :, start:stop]
-                output[one, :, columns] = attend(query[one, :, columns], keys, values, None)
+                output[one, :, columns] = attend(query[one, :, columns], keys, values, cu_seqlens=None)
         return output
 
 
 def packed_layout(boundaries: Sequence[int]) -> Layout:
-    """The layout of one row without padding in which sequences follow each other.
+    """The layout of one row without padding in which sequences follow each other, with ``boundaries`` 0 … T.
 
-    Handed to a model as the keyword ``lrsa_layout``, together with positions that restart, it spares each forward the
-    reading of these positions, for which a GPU would have to be waited for.
-
-    Args:
-        boundaries: 0 … T, where the sequences start and end.
+    Models take it as ``lrsa_layout``, beside positions that restart; then no forward waits for a GPU to read them.
     """
     return Layout(cu_seqlens=torch.tensor(boundaries, dtype=torch.int32, device="cpu"))
 
@@ -97,8 +86,7 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
         past: columns of earlier calls whose keys the attention is handed again.
 
     Raises:
-        UserError: a mask of another shape, with other values than 0 and 1 or with holes, or packed sequences over a
-            cache.
+        UserError: a mask of another shape, with other values or with holes, or packed sequences over a cache.
     """
     batch, length = shape
     if positions is not None and tuple(positions.shape) not in ((1, length), (batch, length)):
@@ -110,9 +98,7 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
     starts = _sequence_starts(mask, positions, shape, past)
     rows = batch if mask is None else int(mask[:, past:].any(dim=-1).sum())
     if past and len(starts) > rows:
-        raise UserError(
-            "position_ids", reason="they restart inside a row, but packed sequences cannot continue a cache"
-        )
+        raise UserError("position_ids", reason="restart inside a row, but packed sequences cannot continue a cache")
     if spans is None and len(starts) <= batch:
         return Layout()
     if spans is None and batch == 1:
@@ -143,8 +129,7 @@ def checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
     """A mask of 0 and 1 as bool, or None where nothing is masked.
 
     Raises:
-        UserError: another shape than ``shape``, or another kind of mask: one prepared for each layer type, an additive
-            one, or one with the numbers of packed sequences.
+        UserError: another shape, or another kind: prepared for each layer type, additive, with numbers of sequences.
     """
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -156,11 +141,8 @@ def checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
     # Zeros alone in floating point are an additive mask that hides nothing, and would read as pads alone.
     if len(others) or (mask.is_floating_point() and not bool(real.any())):
         value = others[0].item() if len(others) else 0.0
-        raise UserError(
-            "attention_mask",
-            value,
-            "1 for real tokens and 0 for pads; pack sequences by position_ids that restart or by cu_seq_lens_q",
-        )
+        hint = "pack sequences by position_ids that restart or by cu_seq_lens_q"
+        raise UserError("attention_mask", value, "1 for real tokens and 0 for pads", hint=hint)
     return real
 
 
@@ -172,9 +154,7 @@ def _row_spans(mask: Tensor) -> tuple[tuple[int, int], ...]:
     stop = torch.where(count > 0, columns - mask.flip(-1).int().argmax(dim=-1), 0)
     holes = (stop - start != count).tolist()
     if any(holes):
-        raise UserError(
-            "attention_mask", reason=f"row {holes.index(True)} has a hole; only left and right padding are allowed"
-        )
+        raise UserError("attention_mask", reason=f"has a hole in row {holes.index(True)}; pad left or right only")
     return tuple(zip(start.tolist(), stop.tolist(), strict=True))
 
 
@@ -192,13 +172,3 @@ def _sequence_starts(mask: Tensor | None, positions: Tensor | None, shape: tuple
         first[:, 1:] &= ~real[:, :-1] | (positions[:, 1:] != positions[:, :-1] + 1).to(device)
     places: list[int] = first.flatten().nonzero()[:, 0].tolist()
     return places
-
-
-def _pack(tensor: Tensor, real: Tensor) -> Tensor:
-    """(B, heads, T, D) -> the real tokens as one row (1, heads, R, D)."""
-    return tensor.transpose(1, 2).flatten(0, 1)[real].transpose(0, 1).unsqueeze(0)
-
-
-def split_boundaries(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """[start, stop) of each packed sequence."""
-    return list(itertools.pairwise(cu_seqlens.tolist()))

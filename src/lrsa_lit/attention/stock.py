@@ -60,10 +60,8 @@ class _Watch:
         rows, length = tokens.shape[:2]
         mask = given.get("attention_mask")
         if mask is not None and checked_mask(mask, (rows, cache.get_seq_length() + length)) is not None:
-            raise UserError(
-                "attention_mask",
-                reason="with stock attention LRSACache takes rows without pads only; call enable(model, …)",
-            )
+            reason = "with stock attention LRSACache takes rows without pads only; call enable(model, …)"
+            raise UserError("attention_mask", reason=reason)
         cache.begin(None, rows)
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -10,6 +10,7 @@ from experiments.tiny_study import STUDY
 from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
+from visible import visible_keys
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
@@ -17,7 +18,7 @@ from lrsa_lit.experiments.questions import Questions
 from lrsa_lit.experiments.report import places
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.places import ALWAYS, ELSEWHERE, LAST, NOWHERE, PLACES, place_of
-from lrsa_lit.ops.sparse_attention import Recency, visibility_mask
+from lrsa_lit.ops.sparse_attention import Recency
 
 RULE = {"lag_size": 4, "top_k": 1}
 SPANS = st.lists(st.tuples(st.integers(0, 59), st.integers(1, 8)), max_size=3)
@@ -31,7 +32,7 @@ def test_places_are_what_the_operator_lets_the_last_token_see(spans, length, sin
     found = place_of({"prompt_length": length, "answer_spans": spans}, rule)
     pairs = torch.zeros(1, 1, length, 2)
     seen = {
-        name: visibility_mask(pairs, pairs, rule.replace(top_k=count, compressor=Recency()))[0, 0, -1]
+        name: visible_keys(pairs, pairs, rule.replace(top_k=count, compressor=Recency()))[0, 0, -1]
         for name, count in ((ALWAYS, 0), (LAST, kept))
     }
     whole = {name: any(mask[start:stop].all() for start, stop in spans) for name, mask in seen.items()}

@@ -8,11 +8,11 @@ from ops.triton.oracle import assert_as_exact_as_eager, inputs
 
 from lrsa_lit.ops.sparse_attention import MeanPool, Rule
 from lrsa_lit.ops.sparse_attention.gluon import hopper
-from lrsa_lit.ops.sparse_attention.triton.backward_pass import attend_backward
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry, compact_rows
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Inputs, Saved
+from lrsa_lit.ops.sparse_attention.triton.key_gradient_kernel import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import Inputs, Saved
 from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gradient
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_rows
 
 pytestmark = pytest.mark.gpu
 

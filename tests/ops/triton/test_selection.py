@@ -7,7 +7,6 @@ import torch
 from ops.triton.oracle import DEVICE, inputs
 
 from lrsa_lit.ops.sparse_attention import LagRelative, Recency, Rule, SpreadSelector, ValueRelative, eager, select
-from lrsa_lit.ops.sparse_attention.selection import compress_partitions, partitions_of
 from lrsa_lit.ops.sparse_attention.triton import launch as kernels
 
 CLOSE = 1e-6
@@ -61,7 +60,7 @@ def test_each_score_is_weighed_and_read_with_its_own_strides(selector, transpose
 def test_partitions_of_a_call_keep_the_same_pairs(selector):
     _, key, value, _ = inputs(2, 2, 2, 75, 24)
     config = Rule(5, 16, 5, compressor=selector)
-    expected = compress_partitions(partitions_of(key, value, config, 3, first=2), config)
+    expected = eager.compress(key, value, config, 3, first=2)
     for ours, theirs in zip(kernels.compress(key, value, config, 3, first=2), expected, strict=True):
         assert torch.equal(ours, theirs)
 

@@ -29,12 +29,12 @@ def prefill(
     """Feed tokens to a cache in calls of bounded length, so that memory does not grow with the text.
 
     With LRSA attention the length of the calls changes nothing. With stock attention and an :class:`LRSACache` no call
-    reaches over a compression, whatever ``tokens_per_call``.
+    reaches over a compression.
 
     Args:
         model: a causal language model, LRSA enabled or not.
         input_ids: (B, T) new tokens, behind those that the cache has seen.
-        cache: the cache that takes them in; any of transformers, compressed or not.
+        cache: any of transformers, compressed or not.
         attention_mask: (B, seen + T), 1 for real tokens, as ``generate`` takes it; None: all are real.
         tokens_per_call: most tokens of a call.
         progress: called after each call with the tokens taken in so far.
@@ -46,19 +46,13 @@ def prefill(
         UserError: nothing to feed, or a length that is not positive.
     """
     if input_ids.shape[1] == 0 or tokens_per_call < 1:
-        raise UserError(
-            "input_ids, tokens_per_call", reason=f"{input_ids.shape[1]} tokens by {tokens_per_call}; both must be >= 1"
-        )
+        reason = f"{input_ids.shape[1]} tokens by {tokens_per_call}; both must be >= 1"
+        raise UserError("input_ids, tokens_per_call", reason=reason)
     seen, logits = int(cache.get_seq_length()), input_ids.new_empty(0)
     for start, stop in _calls(model, cache, seen, seen + input_ids.shape[1], tokens_per_call):
         mask = None if attention_mask is None else attention_mask[:, :stop]
-        output = model(
-            input_ids=input_ids[:, start - seen : stop - seen],
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=1,
-            **cache_argument(model, cache),
-        )
+        given = {"input_ids": input_ids[:, start - seen : stop - seen], "attention_mask": mask}
+        output = model(**given, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
         logits = output.logits[:, -1:]
         if progress is not None:
             progress(stop - seen)

@@ -15,11 +15,11 @@ from lrsa_lit.attention.attached import enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
-from lrsa_lit.ops.sparse_attention import KeyValueStream, PairBuffer, Rule, attend_one
+from lrsa_lit.ops.sparse_attention import KeyValueStream, PairBuffer, Rule, implementation
 
 _WARM_UP = 3
-"""Steps that launch kernel by kernel before one is captured: what compiles or allocates on first use may not do so
-then, and an answer that ends before costs no capture."""
+"""Steps before one is captured: what compiles or allocates on first use may not do so then, and short answers are
+spared the capture."""
 ROOM = 256
 """New tokens to allocate for ahead, where nobody says how many there will be."""
 _UNGRAPHED_ROPE = ("dynamic", "longrope")
@@ -34,9 +34,9 @@ class Decoder:
     """Single-token steps of a model over the preallocated memory of its cache.
 
     Lengths and positions stand in device tensors, so that one graph serves all tokens. Compressions happen between the
-    steps, in the same memory, and at different steps for rows of unequal lengths: each layer has one memory, whose rows
-    are filled to lengths of their own. Any other call of the model may come between two steps. The graph is captured
-    after a few steps in the same memory. After a reset of the cache its new rows go on in that memory, if they fit.
+    steps, in the same memory, whose rows are filled to lengths of their own. Any other call of the model may come
+    between two steps. The graph is captured after a few steps in the same memory. After a reset of the cache its new
+    rows go on in that memory, if they fit.
 
     Args:
         model: a causal language model with LRSA enabled.
@@ -60,7 +60,7 @@ class Decoder:
         self._prepared: list[int] = []
 
     def ready(self, rows: int) -> bool:
-        """Whether the next token of each of ``rows`` rows can be served: in the order noted, none empty, one rule."""
+        """Whether the next token of each row can be served: rows in the order noted, none empty, the same rule."""
         state, first = enabled_state(self.model), self.cache.layers[0]
         if state is None or state.config != self.cache.config or rows != first.rows or not self.cache.is_idle:
             return False
@@ -73,14 +73,10 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Take in one token per row, none of which may be empty.
+        """Take in one token per row, ``ids`` (B, 1); no row may be empty.
 
-        Args:
-            ids: (B, 1).
-            position_ids: (B, 1) or (1, 1); by default each token follows those that its row has seen.
-
-        Returns:
-            Logits (B, 1, V), overwritten by the next step.
+        Positions, (B, 1) or (1, 1), by default follow those that the rows have seen. The logits (B, 1, V) that it
+        returns are overwritten by the next step.
         """
         streams = [layer.streams for layer in self.cache.layers]
         with self.cache.changing():
@@ -105,8 +101,9 @@ class Decoder:
 
     def _fits(self, streams: Streams) -> bool:
         """Whether all stand in the prepared memory, with a place for the next token."""
-        full = any(_buffer(stream).is_full for rows in streams for stream in rows)
-        return not full and _addresses(streams) == self._prepared
+        buffers = [_buffer(stream) for rows in streams for stream in rows]
+        roomy = all(buffer.length < buffer.capacity for buffer in buffers)
+        return roomy and [buffer.address for buffer in buffers] == self._prepared
 
     def _places(self, streams: Streams) -> list[int]:
         """For each layer, the places that its rows need for the tokens to come."""
@@ -142,7 +139,7 @@ class Decoder:
             _LayerMemory(rows, places, of_layer[layer])
             for layer, (rows, places) in enumerate(zip(streams, self._places(streams), strict=True))
         ]
-        self._prepared = _addresses(streams)
+        self._prepared = [_buffer(stream).address for rows in streams for stream in rows]
 
     def _launch(self) -> Tensor:
         self._launched += 1
@@ -172,14 +169,8 @@ class Decoder:
     def _run(self) -> Tensor:
         for filled in self._filled:
             filled.include_new()
-        output = self.model.__class__.forward(
-            self.model,
-            input_ids=self._ids,
-            position_ids=self._position,
-            use_cache=False,
-            logits_to_keep=1,
-            **{LAYOUT: _PLAIN, CACHE: self},
-        )
+        given = {"input_ids": self._ids, "position_ids": self._position, LAYOUT: _PLAIN, CACHE: self}
+        output = self.model.__class__.forward(self.model, use_cache=False, logits_to_keep=1, **given)
         logits: Tensor = output.logits
         return logits
 
@@ -187,8 +178,7 @@ class Decoder:
 class _FilledLengths:
     """How far the memories of the layers of one rule are filled, on the device.
 
-    Args:
-        ends: int64, places of the new tokens: of each row (B,), or of all (1,). The decoder writes it.
+    The decoder writes to ``ends``, int64: the places of the new tokens, of each row (B,) or of all (1,).
     """
 
     def __init__(self, ends: Tensor) -> None:
@@ -211,10 +201,7 @@ class _FilledLengths:
 class _LayerMemory:
     """The memory of one layer, as the attention sees it: in the place of a cache's layer.
 
-    Args:
-        streams: of its rows, which go on in this memory.
-        places: tokens of each row that it has room for.
-        filled: how far it is filled.
+    Its rows go on in it; it has room for ``places`` tokens of each.
     """
 
     def __init__(self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths) -> None:
@@ -227,7 +214,9 @@ class _LayerMemory:
         """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
         self.filled.put(self.key, key)
         self.filled.put(self.value, value)
-        return attend_one(query, self.key, self.value, self.filled.length, scale, impl=self.impl)
+        run = implementation(self.impl, query)
+        output: Tensor = run.attend_one(query, self.key, self.value, self.filled.length, scale)
+        return output
 
     def can_hold(self, streams: Sequence[KeyValueStream], places: int) -> bool:
         """Whether there is room for these rows, as many and of the same kind as those that it was made for."""
@@ -244,7 +233,8 @@ class _LayerMemory:
 
 
 def _waits_for_lengths(model: Any) -> bool:
-    """Whether the model's rotary frequencies depend on how long the rows are; of one kind, or a dict of kinds."""
+    """Whether the model's rotary frequencies depend on how long the rows are."""
+    # Of one kind, or a dict of kinds.
     kinds = str([getattr(module, "rope_type", None) for module in model.modules()])
     return any(kind in kinds for kind in _UNGRAPHED_ROPE)
 
@@ -255,10 +245,6 @@ def _layers_by_rule(cache: LRSACache) -> dict[Rule | None, list[int]]:
     for index, layer in enumerate(cache.layers):
         layers.setdefault(layer.rule, []).append(index)
     return layers
-
-
-def _addresses(streams: Streams) -> list[int]:
-    return [_buffer(stream).address for rows in streams for stream in rows]
 
 
 def _rows(streams: Sequence[KeyValueStream]) -> int:

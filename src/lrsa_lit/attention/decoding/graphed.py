@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -19,10 +19,9 @@ from lrsa_lit.errors import UserError
 def graphed_decoding(model: Any, cache: LRSACache, *, room: int = ROOM, fuse: bool = False) -> Iterator[None]:
     """Serve the single-token calls of a block (``model.generate(…, past_key_values=cache)``) by a CUDA graph.
 
-    The tokens of such calls are taken as real ones, whatever the mask, and rows of unequal lengths are served like
-    others. All other calls, and those of rows that are empty or that a beam search has just reordered, run as ever. On
-    other devices than CUDA all calls do: there is no graph to replay. Models with dynamic or "longrope" rotary
-    frequencies, which depend on the length, are served without a graph.
+    The tokens of such calls are taken as real ones, whatever the mask; rows may be of unequal lengths. All other calls,
+    those of rows that are empty or that a beam search has just reordered, and all on other devices than CUDA run as
+    ever. Models with dynamic or "longrope" rotary frequencies, which depend on the length, are served without a graph.
 
     Args:
         model: a causal language model with LRSA enabled.
@@ -46,18 +45,8 @@ def graphed_decoding(model: Any, cache: LRSACache, *, room: int = ROOM, fuse: bo
 @contextlib.contextmanager
 def serving(model: Any, decoder: Decoder) -> Iterator[None]:
     """Let a decoder answer those calls of the model that it is ready for."""
-    own = vars(model).get("forward")
-    model.forward = _served(model.forward, decoder, decoder.cache)
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
+    own, plain, cache = vars(model).get("forward"), model.forward, decoder.cache
 
-
-def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         ids: Any = kwargs.get("input_ids")
@@ -69,4 +58,10 @@ def _served(plain: Callable[..., Any], decoder: Decoder, cache: LRSACache) -> Ca
         decoder.note_order()
         return output
 
-    return forward
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own

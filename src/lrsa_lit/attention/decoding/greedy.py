@@ -24,15 +24,13 @@ Step = Callable[[Tensor], Tensor]
 class Greedy:
     """Answers to batch after batch of prompts, in the same memory, so that on CUDA few graphs serve them all.
 
-    Keep it for one evaluation: it holds the memory of its caches.
-
     Args:
         model: a causal language model with LRSA enabled; the rule must stay the same.
         stops: the tokens that end an answer.
         max_new_tokens: most tokens of an answer.
-        longest_prompt: tokens of the longest prompt, if it is known: memory for it is then made at once.
-        synced: other processes answer at the same time, and each forward needs all of them (sharded weights). They must
-            be called as often as this one, and all go on until the last one has its answers.
+        longest_prompt: its tokens, if known: memory for it is then made at once.
+        synced: each forward needs other processes too (sharded weights), which must be called as often as this one; all
+            go on until the last one has its answers.
     """
 
     def __init__(
@@ -46,11 +44,9 @@ class Greedy:
 
     @torch.no_grad()
     def __call__(self, prompts: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
-        """The tokens that follow each prompt, without the one that ends the answer.
+        """The tokens that follow each prompt (B, T), without the one that ends the answer.
 
-        Args:
-            prompts: (B, T), of unequal lengths if padded on the left.
-            attention_mask: (B, T), 1 for real tokens, of which each prompt has one or more; None: all are real.
+        Prompts of unequal lengths are padded on the left; the mask (B, T) is 1 for real tokens, one or more a prompt.
         """
         rows = len(prompts)
         if self._graphed:
@@ -71,10 +67,10 @@ class Greedy:
         if rows not in self._caches:
             cache = LRSACache.of(self.model)
             if self._synced:
-                self._caches[rows] = cache, _plain_steps(self.model, cache)
+                step = _plain_steps(self.model, cache)
             else:
                 step = single_token_steps(self.model, cache, room=self._most, longest=self._longest)
-                self._caches[rows] = cache, step
+            self._caches[rows] = cache, step
         cache, step = self._caches[rows]
         cache.reset()
         return cache, step
@@ -83,11 +79,7 @@ class Greedy:
 def single_token_steps(model: Any, cache: Any, *, room: int = ROOM, longest: int = 0) -> Step:
     """The fastest way to take in one token per row, none of which is empty, where the cache stands.
 
-    Args:
-        model: a causal language model, LRSA enabled or not.
-        cache: its cache; any of transformers.
-        room: new tokens to allocate for ahead.
-        longest: allocate for rows of so many tokens at once.
+    Model and cache may be any of transformers; ``room`` and ``longest`` are as in :class:`Decoder`.
     """
     inner = base_of(model)
     if inner.device.type == "cuda" and isinstance(cache, LRSACache) and enabled_state(inner) is not None:
@@ -103,7 +95,7 @@ def _plain_steps(model: Any, cache: Any) -> Step:
 def greedy_tokens(
     logits: Tensor, step: Step, stops: Container[int], *, most: int, synced: bool = False
 ) -> Iterator[list[int]]:
-    """The next token of each row, step by step, until every row has had one that ends its answer.
+    """The next token of each row, at most ``most``, until every row has had one that ends its answer.
 
     Args:
         logits: (B, 1, V), of the prompts' last tokens.
@@ -118,15 +110,11 @@ def greedy_tokens(
         values: list[int] = tokens.tolist()
         yield values
         ended |= {row for row, token in enumerate(values) if token in stops}
-        if count == most or _everybody(len(ended) == len(values), tokens.device, synced):
+        unfinished = len(values) - len(ended)
+        if synced and count < most:
+            everywhere = torch.tensor(unfinished, device=tokens.device)
+            torch.distributed.all_reduce(everywhere)
+            unfinished = int(everywhere)
+        if count == most or not unfinished:
             return
         logits = step(tokens[:, None])
-
-
-def _everybody(done: bool, device: torch.device, synced: bool) -> bool:
-    """Whether this process is done, or all of them are."""
-    if not synced:
-        return done
-    open_ends = torch.tensor(int(not done), device=device)
-    torch.distributed.all_reduce(open_ends)
-    return int(open_ends) == 0

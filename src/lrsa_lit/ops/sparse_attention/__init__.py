@@ -1,6 +1,6 @@
 """Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
 
-from lrsa_lit.ops.sparse_attention.api import Impl, attend_one, select, sparse_attention, visibility_mask
+from lrsa_lit.ops.sparse_attention.api import Impl, implementation, select, sparse_attention
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
 from lrsa_lit.ops.sparse_attention.compiled_layers import is_traceable, tensor_of_rule, traced_attention
 from lrsa_lit.ops.sparse_attention.compressors import (
@@ -31,37 +31,9 @@ from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 __all__ = [
-    "ChunkWise",
-    "Compressor",
-    "Impl",
-    "KeyValueStream",
-    "LagRelative",
-    "MeanPool",
-    "Pair",
-    "PairBuffer",
-    "Partitions",
-    "RandomTokens",
-    "Ranking",
-    "Recency",
-    "Rule",
-    "Selection",
-    "Selector",
-    "SpreadSelector",
-    "Strided",
-    "ValueRelative",
-    "ValueWeighted",
-    "attend_one",
-    "attended_pairs",
-    "checked_boundaries",
-    "compressed_at",
-    "is_traceable",
-    "of_sequence",
-    "raw_start",
-    "select",
-    "spans",
-    "sparse_attention",
-    "stored_size",
-    "tensor_of_rule",
+    "ChunkWise", "Compressor", "Impl", "KeyValueStream", "LagRelative", "MeanPool", "Pair", "PairBuffer", "Partitions",
+    "RandomTokens", "Ranking", "Recency", "Rule", "Selection", "Selector", "SpreadSelector", "Strided", "ValueRelative",
+    "ValueWeighted", "attended_pairs", "checked_boundaries", "compressed_at", "implementation", "is_traceable",
+    "of_sequence", "raw_start", "select", "spans", "sparse_attention", "stored_size", "tensor_of_rule",
     "traced_attention",
-    "visibility_mask",
-]
+]  # fmt: skip

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import logging
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import eager
-from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, compressed_at, partition_counts, raw_start
+from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, partition_counts
 from lrsa_lit.ops.sparse_attention.rule import HasRule, Rule, rule_of
-from lrsa_lit.ops.sparse_attention.selection import Selection, select_packed
+from lrsa_lit.ops.sparse_attention.selection import Selection
 
 Impl = Literal["auto", "eager", "triton"]
 
@@ -73,62 +72,19 @@ def select(
 ) -> Selection:
     """Positions and scores of what each partition keeps by the time the last token attends.
 
-    Args:
-        key: (B, H, T, D), rotated.
-        value: (B, H, T, D).
-        rule: the rule, with a compressor that selects.
-        cu_seqlens: int32 (N + 1,) boundaries of packed sequences (B = 1).
-        impl: as in :func:`sparse_attention`, which keeps the same tokens.
+    Arguments are those of :func:`sparse_attention`, which keeps the same tokens.
 
     Raises:
         UserError: arguments that do not fit together, or a compressor that makes new pairs.
     """
-    rule = rule_of(rule)
     check_tensors(key, key, value)
     boundaries = _boundaries(cu_seqlens, key, key)
-    chosen = _choose(impl, key.device.type, key.dtype, key.shape[-1])
-    if chosen == "eager":
-        return select_packed(key, value, rule, boundaries)
-    selection: Selection = _triton().select(key, value, rule, boundaries)
+    selection: Selection = implementation(impl, key).select(key, value, rule_of(rule), boundaries)
     return selection
 
 
-@torch.no_grad()
-def visibility_mask(key: Tensor, value: Tensor, rule: Rule | HasRule, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Which keys each query sees: bool (B, H, T queries, T keys). For tests and analysis; memory T x T per head."""
-    check_tensors(key, key, value)
-    batch, heads, length, _ = key.shape
-    mask = torch.zeros(batch, heads, length, length, dtype=torch.bool, device=key.device)
-    for start, stop in itertools.pairwise(_boundaries(cu_seqlens, key, key)):
-        block = slice(start, stop)
-        mask[:, :, block, block] = _visible(key[:, :, block], value[:, :, block], rule_of(rule))
-    return mask
-
-
-def _visible(key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-    """The mask of one sequence, written as the definition reads: (B, H, T, T)."""
-    batch, heads, length, _ = key.shape
-    position = torch.arange(length, device=key.device)
-    compressed = compressed_at(position, rule)[:, None]
-    kept = torch.zeros(batch, heads, length, dtype=torch.bool, device=key.device)
-    kept.scatter_(2, select_packed(key, value, rule, (0, length)).indices.flatten(2), True)
-    partition = (position - rule.sink_size).div(rule.lag_size, rounding_mode="floor")
-    sink = position < rule.sink_size
-    raw = position >= raw_start(compressed, rule)
-    compact = kept[:, :, None, :] & (partition >= 0) & (partition < compressed)
-    return (position <= position[:, None]) & (sink | raw | compact)
-
-
-def attend_one(
-    query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float, *, impl: Impl = "auto"
-) -> Tensor:
-    """Attention of one query per row over the filled part of a buffer; arguments as in ``eager.attend_one``."""
-    output: Tensor = implementation(impl, query).attend_one(query, key, value, length, scale)
-    return output
-
-
 def implementation(impl: str, query: Tensor) -> ModuleType:
-    """The module that runs the operator on such tensors, with ``forward``, ``attend`` and ``compress``.
+    """The module that runs the operator on such tensors, with ``forward``, ``attend``, ``attend_one``, ``compress``.
 
     Raises:
         UserError: no such implementation, or one that cannot run here.
@@ -156,25 +112,20 @@ def _decide(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
     if impl == "auto" and device != "cuda":
         _log.info("sparse_attention on %s runs impl=eager", device)
         return "eager"
-    refusal = _no_triton(device, dtype, dim)
-    if impl == "triton" and refusal is not None:
-        raise refusal
-    if refusal is not None:
-        _log.warning("sparse_attention on %s runs impl=eager, which is slow: %s", device, refusal)
-        return "eager"
-    _log.info("sparse_attention on %s runs impl=triton", device)
-    return "triton"
-
-
-def _no_triton(device: str, dtype: torch.dtype, dim: int) -> UserError | None:
-    """Why the Triton kernels cannot run, None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return UserError("impl", "triton", reason="needs the package triton, which is not installed; use eager")
-    refusal: UserError | None = _triton().unsupported(device, dtype, dim)
-    return refusal
+        refusal = UserError("impl", "triton", reason="needs the package triton, which is not installed; use eager")
+    else:
+        refusal = _triton().unsupported(device, dtype, dim)
+    if refusal is None:
+        _log.info("sparse_attention on %s runs impl=triton", device)
+        return "triton"
+    if impl == "triton":
+        raise refusal
+    _log.warning("sparse_attention on %s runs impl=eager, which is slow: %s", device, refusal)
+    return "eager"
 
 
-def _triton() -> ModuleType:
+def _triton() -> Any:
     """The Triton implementation, imported where one is asked for: there is no triton wheel for every platform."""
     from lrsa_lit.ops.sparse_attention.triton import launch
 
@@ -182,11 +133,7 @@ def _triton() -> ModuleType:
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse queries, keys and values that do not fit together.
-
-    Raises:
-        UserError: they do not; see :func:`sparse_attention` for what they must be.
-    """
+    """Raise a UserError if queries, keys and values are not what :func:`sparse_attention` takes."""
     if query.ndim != 4 or key.ndim != 4:
         raise UserError("query, key", (_shape(query), _shape(key)), "(B, heads, T, D) both")
     if key.shape != value.shape:
@@ -216,11 +163,7 @@ def _boundaries(cu_seqlens: Tensor | None, key: Tensor, query: Tensor) -> Sequen
 
 
 def check_packing(cu_seqlens: Tensor, key: Tensor, query: Tensor) -> None:
-    """Refuse boundaries that are no such tensor, or of rows that cannot be packed; their values are not read.
-
-    Raises:
-        UserError: so it is.
-    """
+    """Raise a UserError unless ``cu_seqlens`` is an integer (N + 1,) tensor and the rows can be packed."""
     length = key.shape[2]
     if not isinstance(cu_seqlens, Tensor):
         raise UserError("cu_seqlens", type(cu_seqlens).__name__, "an int32 tensor (N + 1,)")

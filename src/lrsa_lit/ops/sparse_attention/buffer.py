@@ -15,14 +15,10 @@ _SPARE = 32
 
 
 class PairBuffer:
-    """Keys and values (B, H, rows, D), with spare rows behind the filled ones.
+    """Keys and values (B, H, rows, D), copied, with spare rows behind the filled ones.
 
     Rows are written in place where gradients are off. Where they are on, whatever wants one, every change makes new
     tensors: autograd holds what a query has attended to.
-
-    Args:
-        key: (B, H, rows, D), copied.
-        value: the same of the values.
     """
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
@@ -49,11 +45,6 @@ class PairBuffer:
     def capacity(self) -> int:
         """Rows that there is memory for."""
         return self._key.shape[2]
-
-    @property
-    def is_full(self) -> bool:
-        """Whether one more row would make it move."""
-        return self.length == self.capacity
 
     def append(self, rows: Pair) -> None:
         """Put rows behind the filled ones."""

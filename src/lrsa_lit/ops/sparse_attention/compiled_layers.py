@@ -1,8 +1,6 @@
 """The operator with its rule in a tensor: one graph of torch.compile then serves all rules, each layer with its own.
 
 A graph takes integers as constants or as sizes to reason about; what a tensor holds it takes as it comes.
-
-Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, N packed sequences.
 """
 
 from __future__ import annotations
@@ -18,10 +16,7 @@ from lrsa_lit.ops.sparse_attention.rule import Rule
 
 
 def tensor_of_rule(rule: Rule) -> Tensor | None:
-    """S, L, K, C and the weights of the key and the value score as float64 (6,) on the CPU.
-
-    None if the rule's compressor does not select by these scores.
-    """
+    """S, L, K, C and the weights of the key and the value score as float64 (6,) on the CPU; None without weights."""
     if not isinstance(rule.compressor, SpreadSelector):
         return None
     values = *rule.numbers, *rule.compressor.weights
@@ -40,16 +35,7 @@ def traced_attention(
 ) -> Tensor:
     """What ``sparse_attention(…, impl="triton")`` computes, as one opaque operator forward and one backward.
 
-    Args:
-        query: (B, Hq, T, D).
-        key: (B, H, T, D), rotated, H dividing Hq.
-        value: (B, H, T, D).
-        rule_tensor: the rule, from :func:`tensor_of_rule`.
-        cu_seqlens: int32 (N + 1,) on the CPU, boundaries of N sequences packed in one row (B = 1).
-        scale: factor of the scores.
-
-    Returns:
-        (B, Hq, T, D) in the query's dtype.
+    The rule is that of :func:`tensor_of_rule`, and ``cu_seqlens`` lie on the CPU. Queries are as many as keys.
 
     Raises:
         UserError: arguments that do not fit together.
@@ -59,6 +45,6 @@ def traced_attention(
         raise UserError("query", reason=f"{query.shape[2]} tokens over {key.shape[2]} keys; here they are as many")
     if cu_seqlens is not None:
         check_packing(cu_seqlens, key, query)
-    from lrsa_lit.ops.sparse_attention.triton import traced_op
+    from lrsa_lit.ops.sparse_attention.triton import registered_ops
 
-    return traced_op.attention(query, key, value, rule_tensor, cu_seqlens, scale)
+    return registered_ops.traced_attention(query, key, value, rule_tensor, cu_seqlens, scale)

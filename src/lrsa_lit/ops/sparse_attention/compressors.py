@@ -1,8 +1,7 @@
 """Compressors: how the L key-value pairs of a partition become K pairs of the compact buffer.
 
-A *selector* scores the L tokens and keeps the K highest; a *synthesizer* makes K new pairs. To add one, subclass
-:class:`Selector` with ``score`` or :class:`Compressor` with ``compress`` and name the class in YAML
-(``model.lrsa.compressor: my_package.MyCompressor``). Both see nothing but :class:`Partitions`.
+A *selector* scores the L tokens and keeps the K highest; a *synthesizer* makes K new pairs. README.md says how to add
+one. They see nothing but :class:`Partitions`.
 
 Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D head_dim.
 """
@@ -30,12 +29,10 @@ class Partitions:
     """Consecutive partitions of one sequence, each with its reference (the partition after it) at hand.
 
     Attributes:
-        key: (B, H, P, L, D), rotated keys of the partitions to compress.
-        value: (B, H, P, L, D).
-        next_key: (B, H, P, L, D), keys of each partition's reference.
-        next_value: (B, H, P, L, D).
+        key: (B, H, P, L, D), rotated; ``value`` likewise.
+        next_key: (B, H, P, L, D), keys of each partition's reference; ``next_value`` likewise.
         top_k: K, the pairs to make of each.
-        first: ordinal of the first of them in its sequence, so that chunk-wise compression can tell where it is.
+        first: ordinal of the first of them in its sequence.
     """
 
     key: Tensor
@@ -114,11 +111,11 @@ class SpreadSelector(Selector):
         """Of the key score and of the value score, >= 0 and not both 0."""
 
     def score(self, partitions: Partitions) -> Tensor:
-        """The weighted sum; a score of weight 0 is not computed."""
+        """The weighted sum."""
         return self.rank(partitions).scores
 
     def rank(self, partitions: Partitions) -> Ranking:
-        """The weighted sum, and its logarithm up to a constant of the partition."""
+        """The weighted sum, and its logarithm up to a constant; a score of weight 0 is not computed."""
         pairs = (partitions.key, partitions.next_key), (partitions.value, partitions.next_value)
         used = [(pair, weight) for pair, weight in zip(pairs, self.weights, strict=True) if weight]
         return weighted_ranking([lag_relative_spread(*pair) for pair, _ in used], [weight for _, weight in used])
@@ -129,10 +126,7 @@ class ValueWeighted(Compressor):
     """A compressor by the lag-relative score. Also ``model.lrsa.value_weight`` sets its weight.
 
     Args:
-        value_weight: weight of the value score beside the key score (>= 0).
-
-    Raises:
-        UserError: a weight that is no finite number >= 0.
+        value_weight: weight of the value score beside the key score, a finite number >= 0.
     """
 
     value_weight: float = field(default=1.0, kw_only=True)
@@ -177,9 +171,6 @@ class ChunkWise(ValueWeighted, Selector):
         values_only: score as :class:`ValueRelative` instead of :class:`LagRelative`.
         value_weight: of :class:`LagRelative`.
 
-    Raises:
-        UserError: a size that is no integer >= 1.
-
     Source: ChunkKV (arXiv 2502.00299), with the lag-relative score in the place of its own.
     """
 
@@ -187,12 +178,12 @@ class ChunkWise(ValueWeighted, Selector):
     values_only: bool = False
 
     def __post_init__(self) -> None:
-        """Check the size, which no other setting bounds, and the weight."""
+        """Check the size and the weight."""
         super().__post_init__()
         check_setting("size", self.size, is_integer(self.size) and self.size >= 1, "an integer >= 1")
 
     def score(self, partitions: Partitions) -> Tensor:
-        """The mean over the token's run; equal scores keep the order, so that runs are kept one after the other."""
+        """The mean over the token's run; of equal scores the earlier is kept, so that runs are kept whole."""
         return self.rank(partitions).scores
 
     def rank(self, partitions: Partitions) -> Ranking:
@@ -224,16 +215,13 @@ class RandomTokens(Selector):
     """Keep K tokens at random: a hash of seed, head, partition and token, so each device and split agrees.
 
     Args:
-        seed: another seed keeps other tokens; each layer of a model derives its own.
-
-    Raises:
-        UserError: a seed that is no integer.
+        seed: an integer; each layer of a model derives its own.
     """
 
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the seed here: the hash would only show when tokens are kept."""
+        """Check the seed: the hash would only show when tokens are kept."""
         check_setting("seed", self.seed, is_integer(self.seed), "an integer")
 
     def score(self, partitions: Partitions) -> Tensor:
@@ -255,7 +243,8 @@ class Recency(Selector):
 
     def score(self, partitions: Partitions) -> Tensor:
         """The token's place in the partition."""
-        return _places(partitions).float().expand(partitions.key.shape[:-1])
+        places = torch.arange(partitions.key.shape[-2], device=partitions.key.device)
+        return places.float().expand(partitions.key.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -281,14 +270,10 @@ class MeanPool(Compressor):
         member = group == torch.arange(kept, device=group.device)[:, None]  # (K, L)
         dtype = torch.promote_types(partitions.key.dtype, torch.float32)
         weights = member.to(dtype) / member.sum(dim=-1, keepdim=True)
-        pooled_key = (weights @ partitions.key.to(dtype)).to(partitions.key.dtype)
-        return pooled_key, (weights @ partitions.value.to(dtype)).to(partitions.value.dtype)
+        pooled_key, pooled_value = (weights @ tokens.to(dtype) for tokens in (partitions.key, partitions.value))
+        return pooled_key.to(partitions.key.dtype), pooled_value.to(partitions.value.dtype)
 
 
 def gather_kept(tokens: Tensor, indices: Tensor) -> Tensor:
     """Rows ``indices`` (…, K) of ``tokens`` (…, L, D) -> (…, K, D), differentiable in the tokens."""
     return torch.take_along_dim(tokens, indices.unsqueeze(-1), dim=-2)
-
-
-def _places(partitions: Partitions) -> Tensor:
-    return torch.arange(partitions.key.shape[-2], device=partitions.key.device)

@@ -1,10 +1,7 @@
 """The readable definition in PyTorch: any device, float64-exact, differentiable.
 
-Every query attends to a prefix of the compact buffer and to one contiguous raw range, and all queries between two
-compressions share both, so the work is one small dense attention per span: memory O(T x visible keys).
-
-Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, S sink_size, L lag_size, K top_k,
-P partitions.
+All queries between two compressions share a prefix of the compact buffer and a contiguous raw range, so the work is
+one small dense attention per span: memory O(T x visible keys). Dimensions are those of README.md.
 """
 
 from __future__ import annotations
@@ -16,31 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrsa_lit.ops.sparse_attention.buffer import Pair
 from lrsa_lit.ops.sparse_attention.geometry import Span, compact_size, raw_start, spans
 from lrsa_lit.ops.sparse_attention.rule import Rule
-from lrsa_lit.ops.sparse_attention.selection import (
-    Selection,
-    compact_buffer,
-    compress_partitions,
-    of_sequence,
-    partitions_of,
-)
+from lrsa_lit.ops.sparse_attention.selection import Selection, compact_buffer, compress, of_sequence, select
+
+__all__ = ["attend", "attend_one", "compress", "forward", "select"]
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rule: Rule,
-    *,
-    boundaries: Sequence[int],
-    scale: float,
-    selection: Selection | None,
-) -> Tensor:
-    """The operator, one packed sequence after the other; arguments as in ``api.sparse_attention``, already checked.
-
-    ``boundaries`` are 0 … T of the sequences; with fewer queries than keys there is one sequence.
-    """
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, *,
+    boundaries: Sequence[int], scale: float, selection: Selection | None
+) -> Tensor:  # fmt: skip
+    """The operator, one packed sequence after the other; arguments as in ``api.sparse_attention``, already checked."""
     offset = key.shape[2] - query.shape[2]
     outputs = []
     for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
@@ -53,14 +38,7 @@ def forward(
 
 
 def attend(
-    query: Tensor,
-    compact: tuple[Tensor, Tensor],
-    raw: tuple[Tensor, Tensor],
-    rule: Rule,
-    *,
-    scale: float,
-    query_offset: int = 0,
-    raw_offset: int = 0,
+    query: Tensor, compact: Pair, raw: Pair, rule: Rule, *, scale: float, query_offset: int = 0, raw_offset: int = 0
 ) -> Tensor:
     """Attention of one sequence's queries over its compact buffer and its raw tokens.
 
@@ -76,8 +54,7 @@ def attend(
     Returns:
         (B, Hq, Tq, D) in the query's dtype.
     """
-    heads = raw[0].shape[1]
-    grouped = query.unflatten(1, (heads, -1))  # (B, H, G, Tq, D)
+    grouped = query.unflatten(1, (raw[0].shape[1], -1))  # (B, H, G, Tq, D)
     parts = []
     for span in spans(query_offset, query_offset + query.shape[2], rule):
         keys, values = (_visible(*pair, span, rule, raw_offset) for pair in zip(compact, raw, strict=True))
@@ -87,42 +64,26 @@ def attend(
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
-    """Attention of one query per row over the filled part of a buffer.
+    """Attention of one query per row over the filled part of a buffer. Not differentiable on a GPU.
 
     Args:
         query: (B, Hq, 1, D).
-        key: (B, H, capacity, D).
-        value: (B, H, capacity, D).
-        length: int32, filled keys of each row (B,) or of all (1,); on the device, so that its values may change under a
-            CUDA graph.
-        scale: factor of the scores.
+        key: (B, H, capacity, D), read up to its row's ``length`` - 1: what lies behind may be anything.
+        value: (B, H, capacity, D), likewise.
+        length: int32, filled keys of each row (B,) or of all (1,), 1 … capacity; on the device and read there, so that
+            its values may change under a CUDA graph.
+        scale: factor of the scores before the softmax.
 
     Returns:
-        (B, Hq, 1, D).
+        (B, Hq, 1, D) in the query's dtype.
     """
     filled = torch.arange(key.shape[2], device=key.device) < length[:, None]  # (B or 1, capacity)
-    # What stands behind it may be NaN, which neither a mask nor a weight of zero takes out.
+    # NaN behind it is taken out neither by a mask nor by a weight of zero.
     key, value = (rows.masked_fill(~filled[:, None, :, None], 0.0) for rows in (key, value))
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     visible = filled[:, None, None]
     output: Tensor = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=visible, scale=scale)
     return output.reshape(query.shape)
-
-
-def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> tuple[Tensor, Tensor]:
-    """What ``count`` partitions of a sequence become.
-
-    Args:
-        key: (B, H, T, D), T >= (count + 1) L, from the start of the first of them on.
-        value: the same of the values.
-        rule: the rule.
-        count: partitions to compress; each is judged against the one after it.
-        first: ordinal of the first of them in its sequence.
-
-    Returns:
-        Keys and values (B, H, count K, D).
-    """
-    return compress_partitions(partitions_of(key, value, rule, count, first), rule)
 
 
 def _visible(compact: Tensor, raw: Tensor, span: Span, rule: Rule, raw_offset: int) -> Tensor:
@@ -136,14 +97,7 @@ def _visible(compact: Tensor, raw: Tensor, span: Span, rule: Rule, raw_offset: i
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Dense attention of the last N of M positions, bottom-right causal.
 
-    Args:
-        query: (B, H, G, N, D), the G query heads of each key-value head.
-        key: (B, H, M, D).
-        value: (B, H, M, D).
-        scale: factor of the scores before the softmax.
-
-    Returns:
-        (B, H, G, N, D).
+    Queries and output are (B, H, G, N, D), with the G query heads of each key-value head; keys and values (B, H, M, D).
     """
     group, count = query.shape[2:4]
     visible = None
@@ -151,7 +105,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         mask = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - count)
         visible = mask.repeat(group, 1)
     # The query heads of a group share their keys: fold them into the rows of one product instead of repeating keys.
-    folded: Tensor = functional.scaled_dot_product_attention(
-        query.flatten(2, 3), key, value, attn_mask=visible, scale=scale
-    )
+    rows = query.flatten(2, 3)
+    folded: Tensor = functional.scaled_dot_product_attention(rows, key, value, attn_mask=visible, scale=scale)
     return folded.reshape(*query.shape[:-1], value.shape[-1])

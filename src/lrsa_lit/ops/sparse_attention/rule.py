@@ -16,11 +16,9 @@ class Rule:
     Args:
         sink_size: first tokens of a sequence that are never dropped (S >= 0).
         lag_size: tokens of a lag partition (L >= 2).
-        top_k: key-value pairs kept of a partition, per KV head (0 <= K <= L). K = L drops nothing, K = 0 keeps sinks
-            and the raw window only.
-        chunk_size: tokens between two compressions (C >= 1); None means lag_size. Every C that divides L is one and
-            the same rule.
-        compressor: what turns a partition into K pairs; the default is lag-relative selection.
+        top_k: key-value pairs kept of a partition, per KV head (0 <= K <= L).
+        chunk_size: tokens between two compressions (C >= 1); None means lag_size.
+        compressor: what turns a partition into K pairs.
 
     Raises:
         UserError: a value outside its bounds, in one line.

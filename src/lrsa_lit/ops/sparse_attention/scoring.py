@@ -21,11 +21,9 @@ exact, and squares that underflow belong to spreads below 1e-7, which change no 
 
 
 class Ranking(NamedTuple):
-    """How a selector judges the tokens of its partitions.
+    """The scores (B, H, P, L) that a selector reports, and the order (B, H, P, L) that it sorts by.
 
-    Attributes:
-        scores: (B, H, P, L), what it reports.
-        order: (B, H, P, L), what it sorts by: the scores, or numbers that order the tokens where scores underflow.
+    That is the scores, or numbers that order the tokens where scores underflow.
     """
 
     scores: Tensor
@@ -34,15 +32,10 @@ class Ranking(NamedTuple):
 
 @torch.no_grad()
 def lag_relative_spread(tokens: Tensor, reference: Tensor) -> Tensor:
-    """Unbiased standard deviation over channels, each normalised by the reference's range.
+    """Unbiased standard deviation over channels, each normalised by the reference's range: (…, L, D) both -> (…, L).
 
-    Args:
-        tokens: (…, L, D) keys or values of the partitions.
-        reference: (…, L, D) keys or values of the partitions after them.
-
-    Returns:
-        (…, L), the logarithms of the scores up to a constant of the partition; float32, or float64 for float64 inputs:
-        bf16 scoring would change 11-15 % of the selection.
+    These are the logarithms of the scores up to a constant of the partition, in float32, or float64 for float64 inputs:
+    bf16 scoring would change 11-15 % of the selection.
 
     Source: LagKV (arXiv 2504.04704), eq. 3-6. Constant channels are 0 and still count, where the published code
     yields NaN for the whole partition.
@@ -62,14 +55,7 @@ def weighted_ranking(spreads: Sequence[Tensor], weights: Sequence[float]) -> Ran
 
     The order is log(exp(first) + exp(second + shift)), with the shift that the weights and the softmaxes' denominators
     give. A positive shift is taken from the first spread instead, so no number is rounded at a magnitude that exceeds
-    its token's own spread (README.md, "Rounding").
-
-    Args:
-        spreads: one or two of (…, L).
-        weights: of their softmaxes, > 0.
-
-    Returns:
-        Scores and order (…, L).
+    its token's own spread (README.md, "Rounding"). All are (…, L), and the weights > 0.
     """
     parts = [weight * spread.softmax(dim=-1) for weight, spread in zip(weights, spreads, strict=True)]
     if len(spreads) == 1:

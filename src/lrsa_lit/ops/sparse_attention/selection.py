@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.buffer import Pair
 from lrsa_lit.ops.sparse_attention.compressors import Partitions, Selector, gather_kept
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, partition_counts
 from lrsa_lit.ops.sparse_attention.rule import Rule
@@ -20,11 +21,10 @@ from lrsa_lit.ops.sparse_attention.rule import Rule
 
 @dataclass(frozen=True)
 class Selection:
-    """What was kept.
+    """What was kept, of packed sequences one after the other.
 
     Attributes:
-        indices: (B, H, P, K) int64, positions in the row, ascending within a partition. The partitions of packed
-            sequences stand one after the other, and positions count from the row's start.
+        indices: (B, H, P, K) int64, positions from the row's start, ascending within a partition.
         scores: (B, H, P, L), of the tokens. Where one token dominates, the others' can round to 0; the kept are still
             those that exact scores rank highest.
     """
@@ -34,15 +34,7 @@ class Selection:
 
 
 def partitions_of(key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0) -> Partitions:
-    """Views of ``count`` partitions, with their references.
-
-    Args:
-        key: (B, H, T', D), of which the tokens of the partitions start at 0.
-        value: (B, H, T', D).
-        rule: the rule.
-        count: how many partitions.
-        first: ordinal of the first of them in its sequence.
-    """
+    """Views of ``count`` partitions, with their references; arguments as in :func:`compress`."""
     stop = (count + 1) * rule.lag_size
     keys = key[:, :, :stop].unflatten(2, (count + 1, rule.lag_size))
     values = value[:, :, :stop].unflatten(2, (count + 1, rule.lag_size))
@@ -54,19 +46,16 @@ def select_sequence(key: Tensor, value: Tensor, rule: Rule) -> Selection:
     if not isinstance(rule.compressor, Selector):
         name = type(rule.compressor).__name__
         raise UserError("compressor", name, "a Selector", reason="makes new pairs and selects none")
-    batch, heads, length, _ = key.shape
-    count = compressed_at(length - 1, rule)
+    count, sink = compressed_at(key.shape[2] - 1, rule), rule.sink_size
     if count == 0:
-        empty = key.new_empty((batch, heads, 0, rule.lag_size), dtype=torch.float32)
-        return Selection(empty.new_empty((batch, heads, 0, rule.top_k), dtype=torch.int64), empty)
-    sink = rule.sink_size
-    partitions = partitions_of(key[:, :, sink:], value[:, :, sink:], rule, count)
-    indices, scores = rule.compressor.keep(partitions)
-    starts = rule.sink_size + rule.lag_size * torch.arange(count, device=key.device)
+        empty = key.new_empty((*key.shape[:2], 0, rule.lag_size), dtype=torch.float32)
+        return Selection(empty.new_empty((*key.shape[:2], 0, rule.top_k), dtype=torch.int64), empty)
+    indices, scores = rule.compressor.keep(partitions_of(key[:, :, sink:], value[:, :, sink:], rule, count))
+    starts = sink + rule.lag_size * torch.arange(count, device=key.device)
     return Selection(indices + starts[:, None], scores)
 
 
-def select_packed(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> Selection:
+def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> Selection:
     """:func:`select_sequence` of each sequence [boundaries[n], boundaries[n+1]) of a packed row."""
     parts = [
         (start, select_sequence(key[:, :, start:stop], value[:, :, start:stop], rule))
@@ -85,7 +74,7 @@ def of_sequence(selection: Selection, rule: Rule, boundaries: Sequence[int], ind
     return Selection(selection.indices[:, :, part] - boundaries[index], selection.scores[:, :, part])
 
 
-def compact_buffer(key: Tensor, value: Tensor, rule: Rule, selection: Selection | None = None) -> tuple[Tensor, Tensor]:
+def compact_buffer(key: Tensor, value: Tensor, rule: Rule, selection: Selection | None = None) -> Pair:
     """Sinks and compressed partitions of one sequence: keys and values (B, H, S + K P, D), empty where P = 0.
 
     A ready selection replaces the compressor's own; its positions count from the sequence's start.
@@ -95,15 +84,25 @@ def compact_buffer(key: Tensor, value: Tensor, rule: Rule, selection: Selection 
         return key[:, :, :0], value[:, :, :0]
     sink = rule.sink_size
     if selection is None:
-        kept = compress_partitions(partitions_of(key[:, :, sink:], value[:, :, sink:], rule, count), rule)
+        kept = compress(key[:, :, sink:], value[:, :, sink:], rule, count)
     else:
         indices = selection.indices.flatten(2, 3)
         kept = gather_kept(key, indices), gather_kept(value, indices)
-    sinks = key[:, :, :sink], value[:, :, :sink]
-    return torch.cat([sinks[0], kept[0]], dim=2), torch.cat([sinks[1], kept[1]], dim=2)
+    return torch.cat([key[:, :, :sink], kept[0]], dim=2), torch.cat([value[:, :, :sink], kept[1]], dim=2)
 
 
-def compress_partitions(partitions: Partitions, rule: Rule) -> tuple[Tensor, Tensor]:
-    """The compressor's pairs, laid out one partition after the other: keys and values (B, H, P K, D)."""
-    key, value = rule.compressor.compress(partitions)
-    return key.flatten(2, 3), value.flatten(2, 3)
+def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0) -> Pair:
+    """What ``count`` partitions of a sequence become, one after the other.
+
+    Args:
+        key: (B, H, >= (count + 1) L, D), from the start of the first of them on.
+        value: the same of the values.
+        rule: the rule.
+        count: partitions to compress; each is judged against the one after it.
+        first: ordinal of the first of them in its sequence.
+
+    Returns:
+        Keys and values (B, H, count K, D).
+    """
+    compact_key, compact_value = rule.compressor.compress(partitions_of(key, value, rule, count, first))
+    return compact_key.flatten(2, 3), compact_value.flatten(2, 3)

@@ -22,12 +22,8 @@ class KeyValueStream:
     """What a batch of equally long sequences still needs of its past: sinks, kept pairs and the raw window.
 
     Any split of the tokens over calls gives the outputs of the parallel pass, because partitions are compressed where
-    the rule's chunks start and not where calls end. After a call the store holds S + K P + raw tokens per head,
-    ``geometry.stored_size`` of the tokens seen.
-
-    Args:
-        rule: the rule; None keeps everything (a dense layer).
-        impl: implementation of the operator.
+    the rule's chunks start and not where calls end. After a call the store holds ``geometry.stored_size`` tokens per
+    head. A rule of None keeps everything (a dense layer).
     """
 
     def __init__(self, rule: Rule | None, impl: Impl = "auto") -> None:
@@ -45,14 +41,7 @@ class KeyValueStream:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Take in N new tokens and attend from them.
 
-        Args:
-            query: (B, Hq, N, D).
-            key: (B, H, N, D), rotated at their true positions.
-            value: (B, H, N, D).
-            scale: factor of the scores.
-
-        Returns:
-            (B, Hq, N, D).
+        Queries and output are (B, Hq, N, D), keys, rotated at their true positions, and values (B, H, N, D).
         """
         count = key.shape[2]
         if self.crosses(count):
@@ -85,10 +74,6 @@ class KeyValueStream:
 
     def extend(self, key: Tensor, value: Tensor) -> Pair:
         """Take in N new tokens, between which nothing is compressed, and leave the attention to the caller.
-
-        Args:
-            key: (B, H, N, D), rotated at their true positions.
-            value: (B, H, N, D).
 
         Returns:
             Keys and values (B, H, stored, D): the new tokens see all but their successors. Views of the store.

@@ -22,57 +22,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
-    HALF,
-    around,
-    barriers,
-    block_at,
-    blocks_of,
-    clear,
-    count_rounds,
-    descriptor,
-    multiprocessors,
-    own_rows,
-    produce_tiles,
-    tile_of,
-    visible_range,
-)
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
-from lrsa_lit.ops.sparse_attention.triton.device_functions import (
-    KEY_TO,
-    LOWEST,
-    PARTITIONS,
-    QUERY_ROW,
-)
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Inputs, row_strides
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
-from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.gluon import pipeline
+from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
+from lrsa_lit.ops.sparse_attention.triton import device_functions as device
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, LOG2_E, Inputs, Tile, row_strides
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 TILE = Tile(128, 128, 4, 2)
 """Warps are those of one consumer."""
 
-_INTEGERS = ["n_work", "n_batch_heads", "heads", "group", "n_queries", "sink", "lag", "keep", "chunk"]
-
 
 def launch(inputs: Inputs, output: Tensor, lse: Tensor, geometry: Geometry, scale: float) -> None:
-    """Fill output and log-sum-exp; see ``forward_kernel.attend_forward``. The copy engine can express all tensors.
-
-    A compact buffer of no rows is never read.
-    """
-    query, key, value, *compact = inputs
-    batch, query_heads, queries, dim = query.shape
-    table = query_tiles(geometry, query.device, TILE.rows)
-    n_work = len(table) * batch * query_heads
-    sources = key, value, *(compact if compact[0].numel() else (key, value))
-    _hopper_forward_kernel[(min(n_work, multiprocessors(query.device)),)](
-        descriptor(query, HALF.value), *(descriptor(tensor, TILE.columns) for tensor in sources),
-        output, lse, table, sequence_table(geometry, query.device), *row_strides(output),
-        n_work, batch * query_heads, query_heads, query_heads // key.shape[1], queries,
-        *geometry.numbers, scale * LOG2_E, DIM=dim, BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
+    """Fill output and log-sum-exp; see ``forward_kernel.attend_forward``. The copy engine can express all tensors."""
+    work, tables, counts = query_walk(inputs, geometry, TILE.rows)
+    _hopper_forward_kernel[(min(work, pipeline.multiprocessors(output.device)),)](
+        pipeline.descriptor(inputs.query, HALF.value), *pipeline.sources(inputs, TILE.columns), output, lse, *tables,
+        *row_strides(output), work, *counts, *geometry.numbers, scale * LOG2_E,
+        DIM=output.shape[3], BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=_INTEGERS)
+@gluon.jit(do_not_specialize=INTEGERS)
 def _hopper_forward_kernel(
     d_query, d_key, d_value, d_compact_key, d_compact_value, p_output, p_lse, p_tiles, p_sequences,
     stride_ob, stride_oh, stride_ot, n_work, n_batch_heads, heads, group, n_queries,
@@ -98,7 +68,7 @@ def _hopper_forward_kernel(
         [
             (_consume, (0, buffers, full, free, turn, work, rule, results, scale_log2)),
             (_consume, (1, buffers, full, free, turn, work, rule, results, scale_log2)),
-            (produce_tiles, (queries, sources[0], sources[1], full, free, work, rule, group)),
+            (pipeline.produce_tiles, (queries, sources[0], sources[1], full, free, work, rule, group)),
         ],
         [4, 1],
         # Of 504 registers for a thread of each warpgroup the first consumer gets what these leave: 240.
@@ -109,8 +79,8 @@ def _hopper_forward_kernel(
 @gluon.jit
 def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results, scale_log2):
     """Attention of half of every tile."""
-    s_query, s_key, s_value = buffers
-    query_full, key_full, value_full = full
+    s_query, s_key, _ = buffers
+    query_full, key_full, _ = full
     query_free, key_free, value_free = free
     n_stages: gl.constexpr = s_key.shape[0]
     n_columns: gl.constexpr = s_key.shape[3]
@@ -122,9 +92,9 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
     dtype: gl.constexpr = s_query.dtype
 
     i_step = 0
-    n_rounds = count_rounds(work[2])
-    i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(0, work)
-    n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
+    n_rounds = pipeline.count_rounds(work[2])
+    i_b, i_h, p_sequence, i_first, i_low, i_high = pipeline.tile_of(0, work)
+    n_full, n_all, cuts = pipeline.blocks_of(i_low, i_high, rule, n_columns)
     mbarrier.wait(query_full.index(WHICH), 0)
     mbarrier.wait(key_full.index(0), 0)
     s_keys = s_key.index(0).reshape([n_columns, n_dim]).permute([1, 0])
@@ -138,7 +108,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
         i_query = (i_round % 2) * 2 + WHICH
         b_output = gl.zeros([HALF, n_dim], gl.float32, layout)
         b_sum = gl.zeros([HALF], gl.float32, row_layout)
-        b_max = gl.full([HALF], LOWEST, gl.float32, row_layout)
+        b_max = gl.full([HALF], device.LOWEST, gl.float32, row_layout)
         # Values from here on in the block belong to another sequence, or to nobody.
         n_own = n_columns
         if n_full == 0:
@@ -150,17 +120,13 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
             i_buffer, i_parity = around(i_step + 1, n_stages)
             mbarrier.wait(key_full.index(i_buffer), i_parity)
         for i_block in range(1, n_full):
-            b_score, b_output = _queue(
-                WHICH, i_query, i_step, b_left, b_output, n_columns, s_query, s_key, s_value, key_free, value_full, turn
-            )
+            b_score, b_output = _queue(WHICH, i_query, i_step, b_left, b_output, n_columns, buffers, full, free, turn)
             b_p, b_sum, b_max, b_decay = _softmax(b_score, b_sum, b_max, scale_log2)
             b_output = _take(i_step, i_block + 1 < n_all, b_output, b_decay, key_full, value_free)
             b_left = gl.convert_layout(b_p.to(dtype), left_layout)
             i_step += 1
         for i_block in range(gl.maximum(n_full, 1), n_all):
-            b_score, b_output = _queue(
-                WHICH, i_query, i_step, b_left, b_output, n_own, s_query, s_key, s_value, key_free, value_full, turn
-            )
+            b_score, b_output = _queue(WHICH, i_query, i_step, b_left, b_output, n_own, buffers, full, free, turn)
             m_visible, n_own = _visible(i_block, n_full, cuts, p_sequence, i_first, rule, n_columns, score_layout)
             b_score = gl.where(m_visible, b_score, float("-inf"))
             b_p, b_sum, b_max, b_decay = _softmax(b_score, b_sum, b_max, scale_log2)
@@ -176,15 +142,13 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
         mbarrier.wait(query_full.index(i_query), i_parity, pred=m_more)
         i_buffer, i_parity = around(i_step + 1, n_stages)
         mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_more)
-        b_score, b_output = _queue(
-            WHICH, i_query, i_step, b_left, b_output, n_own, s_query, s_key, s_value, key_free, value_full, turn
-        )
+        b_score, b_output = _queue(WHICH, i_query, i_step, b_left, b_output, n_own, buffers, full, free, turn)
         # All that the next tile needs to know is looked up while the tensor cores are busy.
         b_factor = 1.0 / b_sum
         b_lse = b_max * scale_log2 + gl.log2(b_sum)
-        i_row = gl.load(p_sequence + QUERY_ROW)
-        i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = tile_of(i_round + 1, work)
-        n_full, n_all, cuts = blocks_of(i_next_low, i_next_high, rule, n_columns)
+        i_row = gl.load(p_sequence + device.QUERY_ROW)
+        i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = pipeline.tile_of(i_round + 1, work)
+        n_full, n_all, cuts = pipeline.blocks_of(i_next_low, i_next_high, rule, n_columns)
         b_output = _take(i_step, False, b_output, b_factor, key_full, value_free)
         i_step += 1
         _store(b_output.to(dtype), b_lse, i_b, i_h, i_row, i_first, i_low, i_high, results, work[4])
@@ -192,10 +156,9 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
 
 
 @gluon.jit
-def _queue(
-    WHICH: gl.constexpr, i_query, i_step, b_left, b_output, n_own, s_query, s_key, s_value, key_free, value_full, turn
-):
+def _queue(WHICH: gl.constexpr, i_query, i_step, b_left, b_output, n_own, buffers, full, free, turn):
     """Queue the scores of the next block and this one's product P V; wait for the former."""
+    s_query, s_key, s_value = buffers
     n_stages: gl.constexpr = s_key.shape[0]
     n_columns: gl.constexpr = s_key.shape[3]
     n_dim: gl.constexpr = s_key.shape[4]
@@ -209,13 +172,13 @@ def _queue(
     mbarrier.wait(turn.index(WHICH), (i_step & 1) ^ (1 - WHICH))
     b_score = gl.zeros([HALF, n_columns], gl.float32, score_layout)
     b_score = warpgroup_mma(s_mine, s_keys, b_score, use_acc=False, is_async=True)
-    mbarrier.wait(value_full.index(i_buffer), i_parity)
+    mbarrier.wait(full[2].index(i_buffer), i_parity)
     if n_own < n_columns:
-        clear(s_values, n_own)
+        pipeline.clear(s_values, n_own)
     b_output = warpgroup_mma(b_left, s_values, b_output, is_async=True)
     mbarrier.arrive(turn.index(1 - WHICH))
     b_score = warpgroup_mma_wait(1, deps=[b_score])
-    mbarrier.arrive(key_free.index(i_next))
+    mbarrier.arrive(free[1].index(i_next))
     return b_score, b_output
 
 
@@ -246,14 +209,14 @@ def _softmax(b_score, b_sum, b_max, scale_log2):
 def _visible(i_block, n_full, cuts, p_sequence, i_first, rule, BLOCK_N: gl.constexpr, layout: gl.constexpr):
     """Which columns of a block the consumer's queries see, and how many of its rows belong to their sequence."""
     sink, lag, keep, chunk = rule
-    m_compact, i_column = block_at(i_block, n_full, cuts, BLOCK_N)
+    m_compact, i_column = pipeline.block_at(i_block, n_full, cuts, BLOCK_N)
     o_t = i_first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
     if m_compact:
-        o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, True)
-        n_rows = sink + gl.load(p_sequence + PARTITIONS) * keep
+        o_from, o_to = pipeline.visible_range(o_t, sink, lag, keep, chunk, True)
+        n_rows = sink + gl.load(p_sequence + device.PARTITIONS) * keep
     else:
-        o_from, o_to = visible_range(o_t, sink, lag, keep, chunk, False)
-        n_rows = gl.load(p_sequence + KEY_TO)
+        o_from, o_to = pipeline.visible_range(o_t, sink, lag, keep, chunk, False)
+        n_rows = gl.load(p_sequence + device.KEY_TO)
     o_column = i_column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
     m_visible = (o_column[None, :] >= o_from[:, None]) & (o_column[None, :] < o_to[:, None])
     return m_visible, n_rows - i_column
@@ -265,13 +228,13 @@ def _store(b_output, b_lse, i_b, i_h, i_row, i_first, i_low, i_high, results, he
     p_output, p_lse, stride_ob, stride_oh, stride_ot, n_queries = results
     n_dim: gl.constexpr = b_output.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // n_dim, n_dim // 8], [4, 1], [1, 0])
-    o_row, m_row = own_rows(i_first, i_low, i_high, layout)
+    o_row, m_row = pipeline.own_rows(i_first, i_low, i_high, layout)
     o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
     i_row = (i_row + i_first).to(gl.int64)
     p_output += i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh + i_row * stride_ot
     p_rows = p_output + (o_row * stride_ot)[:, None] + o_dim[None, :]
     gl.store(p_rows, gl.convert_layout(b_output, layout), mask=m_row[:, None])
     score_layout: gl.constexpr = b_lse.type.layout.parent
-    o_row, m_row = own_rows(i_first, i_low, i_high, score_layout)
+    o_row, m_row = pipeline.own_rows(i_first, i_low, i_high, score_layout)
     p_lse += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
     gl.store(p_lse + o_row, b_lse, mask=m_row)

@@ -1,7 +1,7 @@
 """Which calls go to the kernels for Hopper GPUs: forward, dQ, and dK and dV of the compact buffer.
 
-Everything else runs the plain kernels, to the same accuracy. Gluon is
-experimental, and so only versions of Triton that the kernels were run with are let in.
+Everything else runs the plain kernels, to the same accuracy. Gluon is experimental, and so only versions of Triton that
+the kernels were run with are let in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import expressible
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import expressible
 
 __all__ = ["CHECKED", "DIM", "ENOUGH", "forward_pipeline", "key_gradient_pipeline", "query_gradient_pipeline", "suits"]
 
@@ -33,15 +33,11 @@ ENOUGH = 1 << 18
 
 
 def suits(query: Tensor, *sources: Tensor) -> bool:
-    """Whether a call goes to these kernels.
+    """Whether a call goes to these kernels; ``sources`` are all tensors beside the query that are loaded in blocks.
 
     That takes a Hopper device, a Triton that they were run with, 16 bits, a head size and a number of rows that they
     are faster for, and tensors that the copy engine can express; compact buffers may be empty. If only Triton is in the
     way, the log says so once.
-
-    Args:
-        query: (B, Hq, Tq, D).
-        sources: all other tensors that are loaded in blocks.
     """
     if query.shape[3] != DIM or query.numel() < ENOUGH * DIM or not _is_hopper(query.device):
         return False

@@ -25,38 +25,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
-    HALF,
-    around,
-    barriers,
-    clear,
-    count_rounds,
-    descriptor,
-    first_seen_by,
-    masked_block,
-    multiprocessors,
-    place,
-    split_blocks,
-)
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
-from lrsa_lit.ops.sparse_attention.triton.device_functions import (
-    COLUMNS,
-    COMPACT_ROW,
-    PARTITIONS,
-    QUERY_FROM,
-    QUERY_ROW,
-    QUERY_TO,
-)
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
-from lrsa_lit.ops.sparse_attention.triton.work_tables import sequence_table
+from lrsa_lit.ops.sparse_attention.gluon import pipeline
+from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
+from lrsa_lit.ops.sparse_attention.triton import device_functions as device
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, LOG2_E, Saved, Tile
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
 
 TILE = Tile(128, 64, 4, 4)
 """Warps are those of one consumer."""
-
-_INTEGERS = [
-    "n_work", "n_batch_heads", "heads", "group", "n_splits", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"
-]  # fmt: skip
 
 
 def launch(
@@ -69,9 +45,9 @@ def launch(
     heads, rows = compact_key.shape[1:3]
     splits = partial[0].shape[0]
     n_work = len(table) * batch * heads * splits
-    _hopper_key_kernel[(min(n_work, multiprocessors(query.device)),)](
-        *(descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
-        *(descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),
+    _hopper_key_kernel[(min(n_work, pipeline.multiprocessors(query.device)),)](
+        *(pipeline.descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
+        *(pipeline.descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),
         saved.lse, delta, *partial, table, sequence_table(geometry, query.device),
         n_work, batch * heads, heads, query_heads // heads, splits, queries, rows,
         *geometry.numbers, scale * LOG2_E, scale,
@@ -79,7 +55,7 @@ def launch(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=_INTEGERS)
+@gluon.jit(do_not_specialize=INTEGERS)
 def _hopper_key_kernel(
     d_key, d_value, d_query, d_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_sequences,
     n_work, n_batch_heads, heads, group, n_splits, n_queries, n_rows,
@@ -120,11 +96,11 @@ def _hopper_key_kernel(
 def _tile(i_round, work):
     """Batch x head, split, row of the sequence table, and first column of the tile that a round brings."""
     p_tiles, p_sequences, _, n_batch_heads, _, _, n_splits = work
-    i_work = i_round * gl.num_programs(0) + place(i_round)
+    i_work = i_round * gl.num_programs(0) + pipeline.place(i_round)
     n_programs = n_batch_heads * n_splits
     p_tile = p_tiles + i_work // n_programs * 2
     i_program = i_work % n_programs
-    p_sequence = p_sequences + gl.load(p_tile) * COLUMNS
+    p_sequence = p_sequences + gl.load(p_tile) * device.COLUMNS
     return i_program // n_splits, i_program % n_splits, p_sequence, gl.load(p_tile + 1)
 
 
@@ -135,11 +111,12 @@ def _blocks(p_sequence, i_first, work, rule, BLOCK_M: gl.constexpr):
     There is at least one: no row stands in the buffer before a query sees it.
     """
     sink, lag, keep, chunk = rule
-    i_end_row = gl.minimum(i_first + 2 * HALF, sink + gl.load(p_sequence + PARTITIONS) * keep)
-    i_stop = gl.load(p_sequence + QUERY_TO)
-    i_start = gl.maximum(first_seen_by(i_first, sink, lag, keep, chunk, True), gl.load(p_sequence + QUERY_FROM))
-    i_full_from = first_seen_by(i_end_row - 1, sink, lag, keep, chunk, True)
-    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_stop, i_stop, BLOCK_M)
+    i_end_row = gl.minimum(i_first + 2 * HALF, sink + gl.load(p_sequence + device.PARTITIONS) * keep)
+    i_stop = gl.load(p_sequence + device.QUERY_TO)
+    i_start = pipeline.first_seen_by(i_first, sink, lag, keep, chunk, True)
+    i_start = gl.maximum(i_start, gl.load(p_sequence + device.QUERY_FROM))
+    i_full_from = pipeline.first_seen_by(i_end_row - 1, sink, lag, keep, chunk, True)
+    i_begin, i_end, n_masked = pipeline.split_blocks(i_start, i_full_from, i_stop, i_stop, BLOCK_M)
     n_group = work[5] // work[6]
     n_full = (i_end - i_begin) // BLOCK_M
     n_masked = n_masked // BLOCK_M
@@ -160,7 +137,7 @@ def _full_block(i_block, cuts, BLOCK_M: gl.constexpr):
 def _partial_block(i_block, cuts, BLOCK_M: gl.constexpr):
     """The same for a masked block."""
     _, n_masked, i_start, i_begin, i_end, _ = cuts
-    return i_block // n_masked, masked_block(i_block % n_masked * BLOCK_M, i_start, i_begin, i_end)
+    return i_block // n_masked, pipeline.masked_block(i_block % n_masked * BLOCK_M, i_start, i_begin, i_end)
 
 
 @gluon.jit
@@ -174,12 +151,12 @@ def _produce(buffers, stages, descriptors, scalars, work, rule):
     n_block: gl.constexpr = s_query.shape[3]
     o_m = gl.arange(0, n_block, gl.BlockedLayout([1], [32], [1], [0]))
     i_step = 0
-    for i_round in range(count_rounds(work[2])):
+    for i_round in range(pipeline.count_rounds(work[2])):
         i_bh, i_split, p_sequence, i_first = _tile(i_round, work)
         n_full, n_masked, cuts = _blocks(p_sequence, i_first, work, rule, n_block)
         heads, group = work[4], work[5]
         i_b, i_h = i_bh // heads, i_bh % heads
-        i_row = gl.load(p_sequence + COMPACT_ROW) + i_first
+        i_row = gl.load(p_sequence + device.COMPACT_ROW) + i_first
         for i_half in gl.static_range(2):
             b_full = key_full.index(i_half)
             mbarrier.wait(key_free.index(i_half), (i_round & 1) ^ 1)
@@ -187,7 +164,7 @@ def _produce(buffers, stages, descriptors, scalars, work, rule):
             i_half_row = i_row + i_half * HALF
             tma.async_copy_global_to_shared(d_key, [i_b, i_h, i_half_row, 0], b_full, s_key.index(i_half))
             tma.async_copy_global_to_shared(d_value, [i_b, i_h, i_half_row, 0], b_full, s_value.index(i_half))
-        i_query_row = gl.load(p_sequence + QUERY_ROW)
+        i_query_row = gl.load(p_sequence + device.QUERY_ROW)
         i_group = i_h * group + i_split * (group // work[6])
         for i_block in range(n_full + n_masked):
             if i_block < n_full:
@@ -225,7 +202,7 @@ def _consume(WHICH: gl.constexpr, buffers, stages, work, rule, results, scale_lo
     s_values = s_value.index(WHICH).reshape([HALF, n_dim])
     sink, lag, keep, chunk = rule
     i_step = 0
-    for i_round in range(count_rounds(work[2])):
+    for i_round in range(pipeline.count_rounds(work[2])):
         i_bh, i_split, p_sequence, i_first = _tile(i_round, work)
         n_full, n_masked, cuts = _blocks(p_sequence, i_first, work, rule, n_block)
         b_dk = gl.zeros([HALF, n_dim], gl.float32, layout)
@@ -238,7 +215,7 @@ def _consume(WHICH: gl.constexpr, buffers, stages, work, rule, results, scale_lo
             mbarrier.arrive(block_free.index(i_buffer))
             i_step += 1
         o_n = i_first + WHICH * HALF + gl.arange(0, HALF, gl.SliceLayout(1, score_layout))
-        o_seen = first_seen_by(o_n, sink, lag, keep, chunk, True)
+        o_seen = pipeline.first_seen_by(o_n, sink, lag, keep, chunk, True)
         for i_block in range(n_masked):
             i_m = _partial_block(i_block, cuts, n_block)[1]
             # Queries from here on in the block belong to another sequence, or to nobody.
@@ -268,8 +245,8 @@ def _step(i_buffer, b_dk, b_dv, s_keys, s_values, buffers, scale_log2, o_seen, n
     s_queries = s_query.index(i_buffer).reshape([n_block, n_dim])
     s_dos = s_do.index(i_buffer).reshape([n_block, n_dim])
     if o_seen is not None and n_own < n_block:
-        clear(s_queries, n_own)
-        clear(s_dos, n_own)
+        pipeline.clear(s_queries, n_own)
+        pipeline.clear(s_dos, n_own)
     # [HALF, n_block]
     b_zero = gl.zeros([HALF, n_block], gl.float32, score_layout)
     b_score = warpgroup_mma(s_keys, s_queries.permute([1, 0]), b_zero, use_acc=False, is_async=True)
@@ -299,8 +276,8 @@ def _store(b_dk, b_dv, WHICH: gl.constexpr, i_bh, i_split, p_sequence, i_first, 
     o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
     o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
     i_first += WHICH * HALF
-    m_row = i_first + o_row < sink + gl.load(p_sequence + PARTITIONS) * keep
-    i_row = (i_split * work[3] + i_bh).to(gl.int64) * n_rows + gl.load(p_sequence + COMPACT_ROW) + i_first
+    m_row = i_first + o_row < sink + gl.load(p_sequence + device.PARTITIONS) * keep
+    i_row = (i_split * work[3] + i_bh).to(gl.int64) * n_rows + gl.load(p_sequence + device.COMPACT_ROW) + i_first
     # Straight from where the products leave them: four threads fill a sector, and shared memory is full.
     o_rows = (o_row * n_dim)[:, None] + o_dim[None, :]
     gl.store(p_dk + i_row * n_dim + o_rows, b_dk, mask=m_row[:, None])

@@ -15,23 +15,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lrsa_lit.ops.sparse_attention.triton import device_functions
-from lrsa_lit.ops.sparse_attention.triton.device_functions import (
-    COLUMNS,
-    COMPACT_ROW,
-    KEY_ROW,
-    QUERY_FROM,
-    QUERY_ROW,
-    QUERY_TO,
-)
+from lrsa_lit.ops.sparse_attention.triton import device_functions as device
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import Inputs
 
 HALF = gl.constexpr(64)
 """Queries of a consumer: the rows of one warpgroup's product."""
 
-visible_range = gluon.jit(device_functions.visible_range.fn)
-split_blocks = gluon.jit(device_functions.split_blocks.fn)
-masked_block = gluon.jit(device_functions.masked_block.fn)
-first_seen_by = gluon.jit(device_functions.first_seen_by.fn)
+visible_range = gluon.jit(device.visible_range.fn)
+split_blocks = gluon.jit(device.split_blocks.fn)
+masked_block = gluon.jit(device.masked_block.fn)
+first_seen_by = gluon.jit(device.first_seen_by.fn)
 
 _ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
@@ -45,6 +38,12 @@ def multiprocessors(device: torch.device) -> int:
 def descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     """For blocks of rows of one head of (B, H, T, D)."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, tensor.shape[3]], _ROWS)
+
+
+def sources(inputs: Inputs, columns: int) -> list[TensorDescriptor]:
+    """For blocks of raw keys and values and of compact ones; a compact buffer of no rows is never read."""
+    raw, compact = inputs[1:3], inputs[3:]
+    return [descriptor(tensor, columns) for tensor in (*raw, *(compact if compact[0].numel() else raw))]
 
 
 @gluon.jit
@@ -67,10 +66,10 @@ def tile_of(i_round, work):
     # The next tile is looked up before it is known whether there is one.
     i_work = gl.minimum(i_round * gl.num_programs(0) + place(i_round), n_work - 1)
     i_tile, i_bh = i_work // n_batch_heads, i_work % n_batch_heads
-    p_sequence = p_sequences + gl.load(p_tiles + i_tile * 2) * COLUMNS
+    p_sequence = p_sequences + gl.load(p_tiles + i_tile * 2) * device.COLUMNS
     i_first = gl.load(p_tiles + i_tile * 2 + 1)
-    i_low = gl.maximum(i_first, gl.load(p_sequence + QUERY_FROM))
-    i_high = gl.minimum(i_first + 2 * HALF, gl.load(p_sequence + QUERY_TO))
+    i_low = gl.maximum(i_first, gl.load(p_sequence + device.QUERY_FROM))
+    i_high = gl.minimum(i_first + 2 * HALF, gl.load(p_sequence + device.QUERY_TO))
     return i_bh // heads, i_bh % heads, p_sequence, i_first, i_low, i_high
 
 
@@ -149,7 +148,7 @@ def produce_tiles(queries, keys, values, full, free, work, rule, group):
         i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(i_round, work)
         n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
         i_kv = i_h // group
-        i_row = gl.load(p_sequence + QUERY_ROW) + i_first
+        i_row = gl.load(p_sequence + device.QUERY_ROW) + i_first
         i_buffer, i_parity = around(i_round, 2)
         for i_half in gl.static_range(2):
             i_query = i_buffer * 2 + i_half
@@ -159,8 +158,8 @@ def produce_tiles(queries, keys, values, full, free, work, rule, group):
             i_from = [i_b, i_h, i_row + i_half * HALF, 0]
             for i in gl.static_range(n_queries):
                 tma.async_copy_global_to_shared(queries[i][0], i_from, b_full, queries[i][1].index(i_query))
-        i_raw_row = gl.load(p_sequence + KEY_ROW)
-        i_compact_row = gl.load(p_sequence + COMPACT_ROW)
+        i_raw_row = gl.load(p_sequence + device.KEY_ROW)
+        i_compact_row = gl.load(p_sequence + device.COMPACT_ROW)
         for i_block in range(n_all):
             m_compact, i_column = block_at(i_block, n_full, cuts, n_columns)
             i_row = gl.where(m_compact, i_compact_row, i_raw_row) + i_column

@@ -21,57 +21,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from lrsa_lit.ops.sparse_attention.gluon.pipeline import (
-    HALF,
-    around,
-    barriers,
-    block_at,
-    blocks_of,
-    clear,
-    count_rounds,
-    descriptor,
-    multiprocessors,
-    own_rows,
-    produce_tiles,
-    tile_of,
-    visible_range,
-)
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
-from lrsa_lit.ops.sparse_attention.triton.device_functions import KEY_TO, PARTITIONS, QUERY_ROW
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_strides
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
-from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.gluon import pipeline
+from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
+from lrsa_lit.ops.sparse_attention.triton import device_functions as device
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, LOG2_E, Saved, Tile, row_strides
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 TILE = Tile(128, 64, 4, 4)
 """Warps are those of one consumer, stages those of the keys; values have half as many, which is all that fits."""
-
-_INTEGERS = ["n_work", "n_batch_heads", "heads", "group", "n_queries", "sink", "lag", "keep", "chunk"]
 
 
 def launch(
     saved: Saved, output_grad: Tensor, delta: Tensor, query_grad: Tensor, geometry: Geometry, scale: float
 ) -> None:
-    """Fill delta and query_grad; see ``query_gradient``. The copy engine can express all tensors.
-
-    A compact buffer of no rows is never read.
-    """
-    query, key, value, *compact = saved.inputs
-    batch, query_heads, queries, dim = query.shape
-    table = query_tiles(geometry, query.device, TILE.rows)
-    n_work = len(table) * batch * query_heads
-    sources = key, value, *(compact if compact[0].numel() else (key, value))
-    _hopper_query_kernel[(min(n_work, multiprocessors(query.device)),)](
-        *(descriptor(tensor, HALF.value) for tensor in (query, output_grad)),
-        *(descriptor(tensor, TILE.columns) for tensor in sources),
-        saved.output, saved.lse, delta, query_grad, table, sequence_table(geometry, query.device),
-        *row_strides(saved.output, query_grad),
-        n_work, batch * query_heads, query_heads, query_heads // key.shape[1], queries,
-        *geometry.numbers, scale * LOG2_E, scale,
-        DIM=dim, BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
+    """Fill delta and query_grad; see ``query_gradient``. The copy engine can express all tensors."""
+    work, tables, counts = query_walk(saved.inputs, geometry, TILE.rows)
+    _hopper_query_kernel[(min(work, pipeline.multiprocessors(delta.device)),)](
+        *(pipeline.descriptor(tensor, HALF.value) for tensor in (saved.inputs.query, output_grad)),
+        *pipeline.sources(saved.inputs, TILE.columns), saved.output, saved.lse, delta, query_grad, *tables,
+        *row_strides(saved.output, query_grad), work, *counts, *geometry.numbers, scale * LOG2_E, scale,
+        DIM=query_grad.shape[3], BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=_INTEGERS)
+@gluon.jit(do_not_specialize=INTEGERS)
 def _hopper_query_kernel(
     d_query, d_do, d_key, d_value, d_compact_key, d_compact_value,
     p_output, p_lse, p_delta, p_dq, p_tiles, p_sequences,
@@ -99,7 +72,7 @@ def _hopper_query_kernel(
         [
             (_consume, (0, buffers, full, free, work, rule, rows, results, scale_log2)),
             (_consume, (1, buffers, full, free, work, rule, rows, results, scale_log2)),
-            (produce_tiles, (queries, sources[0], sources[1], full, free, work, rule, group)),
+            (pipeline.produce_tiles, (queries, sources[0], sources[1], full, free, work, rule, group)),
         ],
         [4, 1],
         # As in forward_pipeline.py: the first consumer gets what these leave of 504.
@@ -125,11 +98,11 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
     dtype: gl.constexpr = s_query.dtype
 
     i_step = 0
-    n_rounds = count_rounds(work[2])
-    i_b, i_h, p_sequence, i_first, i_low, i_high = tile_of(0, work)
-    n_full, n_all, cuts = blocks_of(i_low, i_high, rule, n_columns)
+    n_rounds = pipeline.count_rounds(work[2])
+    i_b, i_h, p_sequence, i_first, i_low, i_high = pipeline.tile_of(0, work)
+    n_full, n_all, cuts = pipeline.blocks_of(i_low, i_high, rule, n_columns)
     i_first += WHICH * HALF
-    i_row = gl.load(p_sequence + QUERY_ROW) + i_first
+    i_row = gl.load(p_sequence + device.QUERY_ROW) + i_first
     b_output, b_lse = _load_rows(i_b, i_h, i_row, i_first, i_low, i_high, rows, n_dim, score_layout)
     bounds = _bounds(p_sequence, i_first, rule, score_layout)
     mbarrier.wait(query_full.index(WHICH), 0)
@@ -183,12 +156,12 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
         mbarrier.wait(value_full.index(i_buffer), i_parity, pred=m_more)
         queued = _queue(i_step, b_query, s_do.index(i_next), b_left, b_dq, n_own, s_key, s_value)
         # All that the next tile needs to know is looked up while the tensor cores are busy.
-        i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = tile_of(i_round + 1, work)
-        n_full, n_all, cuts = blocks_of(i_next_low, i_next_high, rule, n_columns)
+        i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = pipeline.tile_of(i_round + 1, work)
+        n_full, n_all, cuts = pipeline.blocks_of(i_next_low, i_next_high, rule, n_columns)
         # Behind the last tile stands one of no queries.
         i_next_high = gl.where(m_more, i_next_high, i_next_low)
         i_next_first += WHICH * HALF
-        i_next_row = gl.load(p_sequence + QUERY_ROW) + i_next_first
+        i_next_row = gl.load(p_sequence + device.QUERY_ROW) + i_next_first
         b_output, b_lse = _load_rows(
             i_next_b, i_next_h, i_next_row, i_next_first, i_next_low, i_next_high, rows, n_dim, score_layout
         )
@@ -225,7 +198,7 @@ def _queue(i_step, b_query, s_do, b_left, b_dq, n_own, s_key, s_value):
     n_values: gl.constexpr = s_value.shape[0]
     s_keys = s_key.index(i_step % n_keys).reshape([s_key.shape[3], s_key.shape[4]])
     if n_own < s_key.shape[3]:
-        clear(s_keys, n_own)
+        pipeline.clear(s_keys, n_own)
     b_score, b_dp = _queue_scores(
         b_query, s_do, s_key.index((i_step + 1) % n_keys), s_value.index((i_step + 1) % n_values)
     )
@@ -261,17 +234,17 @@ def _bounds(p_sequence, i_first, rule, layout: gl.constexpr):
     """Ends of the compact columns that queries see, starts of the raw ones; numbers of what the sequence owns."""
     sink, lag, keep, chunk = rule
     o_t = i_first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
-    _, o_compact_to = visible_range(o_t, sink, lag, keep, chunk, True)
-    o_raw_from, _ = visible_range(o_t, sink, lag, keep, chunk, False)
-    n_compact = sink + gl.load(p_sequence + PARTITIONS) * keep
-    return o_compact_to, o_raw_from, n_compact, gl.load(p_sequence + KEY_TO)
+    _, o_compact_to = pipeline.visible_range(o_t, sink, lag, keep, chunk, True)
+    o_raw_from, _ = pipeline.visible_range(o_t, sink, lag, keep, chunk, False)
+    n_compact = sink + gl.load(p_sequence + device.PARTITIONS) * keep
+    return o_compact_to, o_raw_from, n_compact, gl.load(p_sequence + device.KEY_TO)
 
 
 @gluon.jit
 def _visible(i_block, n_full, cuts, i_first, bounds, BLOCK_N: gl.constexpr, layout: gl.constexpr):
     """Which columns of a block the consumer's queries see, and how many of its rows belong to their sequence."""
     o_compact_to, o_raw_from, n_compact, n_raw = bounds
-    m_compact, i_column = block_at(i_block, n_full, cuts, BLOCK_N)
+    m_compact, i_column = pipeline.block_at(i_block, n_full, cuts, BLOCK_N)
     o_t = i_first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
     o_from = gl.where(m_compact, 0, o_raw_from) - i_column
     o_to = gl.where(m_compact, o_compact_to, o_t + 1) - i_column
@@ -285,12 +258,12 @@ def _load_rows(i_b, i_h, i_row, i_first, i_low, i_high, rows, DIM: gl.constexpr,
     """Output [HALF, DIM] and log-sum-exp [HALF] of the consumer's queries; zero and infinity for rows without one."""
     p_output, p_lse, _, stride_ob, stride_oh, stride_ot, n_queries, heads = rows
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    o_row, m_row = own_rows(i_first, i_low, i_high, layout)
+    o_row, m_row = pipeline.own_rows(i_first, i_low, i_high, layout)
     o_dim = gl.arange(0, DIM, gl.SliceLayout(0, layout))
     p_output += i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh + i_row.to(gl.int64) * stride_ot
     p_rows = p_output + (o_row * stride_ot)[:, None] + o_dim[None, :]
     b_output = gl.load(p_rows, mask=m_row[:, None], other=0.0)
-    o_row, m_row = own_rows(i_first, i_low, i_high, score_layout)
+    o_row, m_row = pipeline.own_rows(i_first, i_low, i_high, score_layout)
     p_lse += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
     return b_output, gl.load(p_lse + o_row, mask=m_row, other=float("inf"))
 
@@ -302,7 +275,7 @@ def _delta(b_output, s_do, i_b, i_h, i_row, i_first, i_low, i_high, rows, score_
     layout: gl.constexpr = b_output.type.layout
     b_do = s_do.reshape(b_output.shape).load(layout)
     b_delta = gl.sum(b_output.to(gl.float32) * b_do.to(gl.float32), axis=1)
-    o_row, m_row = own_rows(i_first, i_low, i_high, layout)
+    o_row, m_row = pipeline.own_rows(i_first, i_low, i_high, layout)
     p_delta += (i_b * heads + i_h).to(gl.int64) * n_queries + i_row
     gl.store(p_delta + o_row, b_delta, mask=m_row)
     return gl.convert_layout(b_delta, gl.SliceLayout(1, score_layout))
@@ -319,7 +292,7 @@ def _store(b_dq, s_rows, query_free, i_b, i_h, i_row, i_first, i_low, i_high, re
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(query_free)
-    o_row, m_row = own_rows(i_first, i_low, i_high, layout)
+    o_row, m_row = pipeline.own_rows(i_first, i_low, i_high, layout)
     o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
     p_dq += i_b.to(gl.int64) * stride_db + i_h.to(gl.int64) * stride_dh + i_row.to(gl.int64) * stride_dt
     gl.store(p_dq + (o_row * stride_dt)[:, None] + o_dim[None, :], b_rows, mask=m_row[:, None])

@@ -16,32 +16,25 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.triton.device_functions import LOWEST, load_rows, load_tile
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_block
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, positive_scale, row_strides, with_rows
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import Tile
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import (
+    INTEGERS,
+    LOG2_E,
+    Tile,
+    positive_scale,
+    row_strides,
+    with_rows,
+)
 
 _PROGRAMS = 2 * 132
 """Programs wanted: enough loads under way to saturate the memory of a GPU with 132 multiprocessors."""
 _MOST_SPLITS = 128
 _CHANNELS = 32
 """Channels that one program of the second kernel joins."""
-_INTEGERS = ["stride_lb", "heads", "group"]
 
 
 @torch.library.custom_op("lrsa_lit::attend_one", mutates_args=())
 def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
-    """Attention of one query per row over the filled rows of a key-value buffer. Not differentiable.
-
-    Args:
-        query: (B, Hq, 1, D).
-        key: (B, H, capacity, D), read up to its row's ``length`` - 1: what lies behind may be anything.
-        value: (B, H, capacity, D), the same.
-        length: int32 on the same device, (B,) or (1,) for all rows, 1 … capacity each; read when the kernels run, not
-            when they are launched.
-        scale: factor of the scores before the softmax.
-
-    Returns:
-        (B, Hq, 1, D) in the query's dtype, contiguous.
-    """
+    """Attention of one query per row over the filled rows of a buffer; arguments as in ``eager.attend_one``."""
     query, scale = positive_scale(query, scale)
     scale_log2 = scale * LOG2_E
     query, key, value = with_rows(query), with_rows(key), with_rows(value)
@@ -89,7 +82,7 @@ def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacit
     return Tile(rows, columns, 4, stages), splits
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _slice_kernel(
     p_query, p_key, p_value, p_length, p_partial_output, p_partial_max, p_partial_sum,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_lb,

@@ -11,52 +11,42 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
-from lrsa_lit.ops.sparse_attention.triton.device_functions import (
-    LOWEST,
-    load_tile,
-    query_tile,
-    store_rows,
-    walk_sources,
+from lrsa_lit.ops.sparse_attention.triton import device_functions as device
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import (
+    INTEGERS,
+    LOG2_E,
+    Inputs,
+    row_descriptors,
+    row_strides,
+    tiles_for,
 )
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Inputs, row_descriptors, row_strides
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
-from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
-
-_INTEGERS = ["n_batch_heads", "heads", "group", "n_queries", "n_rows", "sink", "lag", "keep", "chunk"]
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 
 def attend_forward(inputs: Inputs, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of every query over its prefix of the compact buffer and its range of raw tokens.
-
-    Args:
-        inputs: with contiguous rows, and contiguous compact buffers.
-        geometry: of the call.
-        scale: factor of the scores, not negative.
+    """Attention of every query over its prefix of the compact buffer and its range of raw tokens, at a scale > 0.
 
     Returns:
         Output (B, Hq, Tq, D), laid out as the query; base-2 log-sum-exp of its scores (B, Hq, Tq) float32.
     """
-    query, key, value = inputs[:3]
-    batch, query_heads, queries, dim = query.shape
-    heads, rows = inputs.compact_key.shape[1:3]
+    inputs = inputs.for_kernels()
+    query, dim = inputs.query, inputs.query.shape[3]
     output = torch.empty_like(query)
-    lse = query.new_empty((batch, query_heads, queries), dtype=torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if hopper.suits(*inputs):
         hopper.forward_pipeline.launch(inputs, output, lse, geometry, scale)
         return output, lse
     tile = tiles_for(dim, query.dtype).forward
-    table = query_tiles(geometry, query.device, tile.rows)
-    _forward_kernel[(len(table) * batch * query_heads,)](
-        *inputs, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *inputs[1:]), output, lse,
-        table, sequence_table(geometry, query.device), *row_strides(query, key, value, output),
-        batch * query_heads, query_heads, query_heads // heads, queries, rows,
-        *geometry.numbers, scale * LOG2_E, **tile.options(dim),
+    programs, tables, counts = query_walk(inputs, geometry, tile.rows)
+    _forward_kernel[(programs,)](
+        *inputs, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *inputs[1:]), output, lse, *tables,
+        *row_strides(*inputs[:3], output), *counts, inputs.compact_key.shape[2], *geometry.numbers, scale * LOG2_E,
+        **tile.options(dim),
     )  # fmt: skip
     return output, lse
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _forward_kernel(
     p_query, p_key, p_value, p_compact_key, p_compact_value, d_key, d_value, d_compact_key, d_compact_value,
     p_output, p_lse, p_tiles, p_sequences,
@@ -66,22 +56,22 @@ def _forward_kernel(
     DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries of one head."""
-    i_b, i_h, i_bh, p_sequence, i_query_row, i_first, o_t, m_t, i_low, i_high = query_tile(
+    i_b, i_h, i_bh, p_sequence, i_query_row, i_first, o_t, m_t, i_low, i_high = device.query_tile(
         p_tiles, p_sequences, n_batch_heads, heads, BLOCK_M
     )
     i_kv = i_h // group
     o_row = (i_query_row + o_t).to(tl.int64)
     # [BLOCK_M, PADDED]
-    b_query = load_tile(p_query + i_b * stride_qb + i_h * stride_qh, o_row, stride_qt, m_t, DIM, PADDED)
+    b_query = device.load_tile(p_query + i_b * stride_qb + i_h * stride_qh, o_row, stride_qt, m_t, DIM, PADDED)
     state = (
         tl.zeros([BLOCK_M, PADDED], tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
-        tl.full([BLOCK_M], LOWEST, tl.float32),
+        tl.full([BLOCK_M], device.LOWEST, tl.float32),
     )
     o_compact = (i_b * (heads // group) + i_kv) * n_rows * DIM
     compact = p_compact_key + o_compact, p_compact_value + o_compact, DIM, DIM, d_compact_key, d_compact_value
     raw = p_key, p_value, (stride_kb, stride_kh, stride_kt), (stride_vb, stride_vh, stride_vt), d_key, d_value
-    b_output, b_sum, b_max = walk_sources(
+    b_output, b_sum, b_max = device.walk_sources(
         state, (b_query,), (o_t, i_low, i_high), (i_b, i_kv, p_sequence), compact, raw, (sink, lag, keep, chunk),
         scale_log2, attend_block, DIM, PADDED, PRECISION, BLOCK_N,
     )  # fmt: skip
@@ -91,7 +81,7 @@ def _forward_kernel(
         b_output = tl.div_rn(b_output, tl.broadcast_to(b_sum[:, None], BLOCK_M, PADDED))
     else:
         b_output *= (1.0 / b_sum)[:, None]
-    store_rows(p_output, i_query_row + i_first, stride_ot, m_t, b_output, DIM, BLOCK_M, PADDED)
+    device.store_rows(p_output, i_query_row + i_first, stride_ot, m_t, b_output, DIM, BLOCK_M, PADDED)
     tl.store(p_lse + i_bh * n_queries + o_row, b_max * scale_log2 + tl.log2(b_sum), mask=m_t)
 
 

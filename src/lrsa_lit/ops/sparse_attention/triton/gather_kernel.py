@@ -10,48 +10,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry, compact_rows
-from lrsa_lit.ops.sparse_attention.triton.device_functions import (
-    COLUMNS,
-    COMPACT_ROW,
-    KEY_ROW,
-    PARTITION_ROW,
-    PARTITIONS,
+from lrsa_lit.ops.sparse_attention.triton import device_functions as device
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, row_strides, with_rows
+from lrsa_lit.ops.sparse_attention.triton.work_tables import (
+    Geometry,
+    compact_shape,
+    partition_starts,
+    partition_table,
+    sequence_table,
 )
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import row_strides
-from lrsa_lit.ops.sparse_attention.triton.work_tables import partition_table, sequence_table
 
-_INTEGERS = ["heads", "n_partitions", "n_rows", "sink", "lag", "keep"]
 _BLOCK = 32
 
 
 def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Copy the pairs that stay visible.
+    """Copy the pairs that stay visible of keys and values (B, H, T, D).
 
-    Args:
-        key: (B, H, T, D).
-        value: (B, H, T, D).
-        ranks: (B, H, P, L) int32, the place of a token among the K kept of its partition, -1 where it is dropped.
-        geometry: of the call.
+    The ranks (B, H, P, L) int32 are a token's place among the K kept of its partition, -1 where it is dropped.
 
     Returns:
         Keys and values (B, H, M, D), contiguous; one sequence's rows after the other's.
     """
-    batch, heads, _, dim = key.shape
-    shape = batch, heads, sum(compact_rows(geometry)), dim
+    key, value = with_rows(key), with_rows(value)
+    shape = batch, heads, rows, dim = compact_shape(key, geometry)
     compact_key, compact_value = key.new_empty(shape), value.new_empty(shape)
     if compact_key.numel() == 0:
         return compact_key, compact_value
     table = partition_table(geometry, key.device)
     _gather_kernel[(len(table), batch * heads)](
         key, value, ranks, compact_key, compact_value, table, sequence_table(geometry, key.device),
-        *row_strides(key, value), heads, ranks.shape[2], shape[2], geometry.sink, geometry.lag, geometry.keep,
+        *row_strides(key, value), heads, ranks.shape[2], rows, geometry.sink, geometry.lag, geometry.keep,
         DIM=dim, BLOCK=_BLOCK, PADDED=triton.next_power_of_2(dim),
     )  # fmt: skip
     return compact_key, compact_value
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _gather_kernel(
     p_key, p_value, p_ranks, p_compact_key, p_compact_value, p_table, p_sequences,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, heads, n_partitions, n_rows, sink, lag, keep,
@@ -62,13 +56,13 @@ def _gather_kernel(
     i_b, i_h = i_bh // heads, i_bh % heads
     p_entry = p_table + tl.program_id(0) * 2
     i_sequence, i_partition = tl.load(p_entry), tl.load(p_entry + 1)
-    p_sequence = p_sequences + i_sequence * COLUMNS
-    i_key, i_compact = tl.load(p_sequence + KEY_ROW), tl.load(p_sequence + COMPACT_ROW)
+    p_sequence = p_sequences + i_sequence * device.COLUMNS
+    i_key, i_compact = tl.load(p_sequence + device.KEY_ROW), tl.load(p_sequence + device.COMPACT_ROW)
     is_sink = i_partition < 0
-    p_rank = p_ranks + (i_bh * n_partitions + tl.load(p_sequence + PARTITION_ROW) + i_partition) * lag
+    p_rank = p_ranks + (i_bh * n_partitions + tl.load(p_sequence + device.PARTITION_ROW) + i_partition) * lag
 
     # Sinks stay in place; the kept tokens of partition p follow those of p - 1.
-    n_tokens = tl.where(is_sink, tl.where(tl.load(p_sequence + PARTITIONS) > 0, sink, 0), lag)
+    n_tokens = tl.where(is_sink, tl.where(tl.load(p_sequence + device.PARTITIONS) > 0, sink, 0), lag)
     n_ranked = tl.where(is_sink, 0, lag)
     i_token = i_key + tl.where(is_sink, 0, sink + i_partition * lag)
     i_slot = i_compact + tl.where(is_sink, 0, sink + i_partition * keep)
@@ -93,10 +87,6 @@ def _gather_kernel(
 
 def ranks_of(indices: Tensor, geometry: Geometry) -> Tensor:
     """The ranks (B, H, P, L) int32 of a selection's positions (B, H, P, K), ascending within a partition."""
-    batch, heads, count, keep = indices.shape
-    rows = sequence_table(geometry, indices.device)[:, KEY_ROW.value]
-    table = partition_table(geometry, indices.device)[:count].long()
-    starts = rows[table[:, 0]] + geometry.sink + table[:, 1] * geometry.lag
-    places = torch.arange(keep, dtype=torch.int32, device=indices.device).expand(batch, heads, count, keep)
-    ranks = places.new_full((batch, heads, count, geometry.lag), -1)
-    return ranks.scatter_(3, indices - starts[:, None], places)
+    places = torch.arange(indices.shape[3], dtype=torch.int32, device=indices.device).expand(indices.shape)
+    ranks = places.new_full((*indices.shape[:3], geometry.lag), -1)
+    return ranks.scatter_(3, indices - partition_starts(geometry, indices.device)[:, None], places)

@@ -1,4 +1,7 @@
-"""The gradient of keys and values, of the compact buffer and of the raw tokens: one program per tile of keys.
+"""The attention backward, and its kernel for the gradient of keys and values: one program per tile of keys.
+
+One kernel for dQ, one for dK and dV; both recompute the scores, which costs seven products a tile instead of five and
+needs no order between programs. There are no atomics, so every run gives the same bits.
 
 Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, T tokens, M rows of the compact buffer, D head_dim.
 """
@@ -11,37 +14,40 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
-from lrsa_lit.ops.sparse_attention.triton.device_functions import (
-    COLUMNS,
-    COMPACT_ROW,
-    KEY_FROM,
-    KEY_ROW,
-    KEY_TO,
-    PARTITION_ROW,
-    PARTITIONS,
-    QUERY_FROM,
-    QUERY_ROW,
-    QUERY_TO,
-    first_seen_by,
-    load_block,
-    load_rows,
-    load_tile,
-    lost_to,
-    masked_block,
-    split_blocks,
-    store_rows,
+from lrsa_lit.ops.sparse_attention.triton import device_functions as device
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import (
+    INTEGERS,
+    LOG2_E,
+    Saved,
+    row_descriptors,
+    row_strides,
+    tiles_for,
+    with_rows,
 )
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptors, row_strides
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
-from lrsa_lit.ops.sparse_attention.triton.work_tables import compact_tiles, raw_tiles, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gradient
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_tiles, raw_tiles, sequence_table
 
 _PROGRAMS = 512
 """Programs that keep a large GPU busy to the end; with fewer, the heads of a group are split over programs."""
 
-_INTEGERS = [
-    "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
-]  # fmt: skip
+
+def attend_backward(
+    saved: Saved, output_grad: Tensor, ranks: Tensor | None, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, and of the compact keys and values, from that of the output (B, Hq, Tq, D).
+
+    With ``ranks`` (B, H, P, L) the buffer holds copies of tokens: their gradient is added to that of the tokens, each
+    of which gets at most one, and the gradients returned for the buffer are empty.
+    """
+    saved, output_grad = saved._replace(inputs=saved.inputs.for_kernels()), with_rows(output_grad)
+    query_grad, delta = query_gradient(saved, output_grad, geometry, scale)
+    partial = compact_gradient(saved, output_grad, delta, geometry, scale)
+    key_grad, value_grad = raw_gradient(saved, output_grad, delta, partial, ranks, geometry, scale)
+    if ranks is not None:
+        nothing = key_grad.new_empty((*key_grad.shape[:2], 0, key_grad.shape[3]))
+        return query_grad, key_grad, value_grad, nothing, torch.empty_like(nothing)
+    compact_key_grad, compact_value_grad = (source.sum(dim=0).to(key_grad.dtype) for source in partial)
+    return query_grad, key_grad, value_grad, compact_key_grad, compact_value_grad
 
 
 def compact_gradient(
@@ -102,7 +108,7 @@ def _splits(programs: int, group: int) -> int:
     return enough[0] if enough else group
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _key_kernel(
     p_query, p_key, p_value, p_do, d_query, d_do, p_lse, p_delta, p_partial_key, p_partial_value, p_ranks, p_dk, p_dv,
     p_tiles, p_sequences,
@@ -127,36 +133,36 @@ def _key_kernel(
     if COMPACT:
         i_bh = i_bh // n_splits
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
-    p_sequence = p_sequences + tl.load(p_tiles + i_tile * 2) * COLUMNS
+    p_sequence = p_sequences + tl.load(p_tiles + i_tile * 2) * device.COLUMNS
     i_first = tl.load(p_tiles + i_tile * 2 + 1)
-    n_compressed = tl.load(p_sequence + PARTITIONS)
-    i_query_row = tl.load(p_sequence + QUERY_ROW)
-    i_query_from, i_query_to = tl.load(p_sequence + QUERY_FROM), tl.load(p_sequence + QUERY_TO)
+    n_compressed = tl.load(p_sequence + device.PARTITIONS)
+    i_query_row = tl.load(p_sequence + device.QUERY_ROW)
+    i_query_from, i_query_to = tl.load(p_sequence + device.QUERY_FROM), tl.load(p_sequence + device.QUERY_TO)
     if COMPACT:
-        i_row = tl.load(p_sequence + COMPACT_ROW)
+        i_row = tl.load(p_sequence + device.COMPACT_ROW)
         i_low = i_first
         i_high = tl.minimum(i_first + BLOCK_N, sink + n_compressed * keep)
     else:
-        i_row = tl.load(p_sequence + KEY_ROW)
-        i_low = tl.maximum(i_first, tl.load(p_sequence + KEY_FROM))
-        i_high = tl.minimum(i_first + BLOCK_N, tl.load(p_sequence + KEY_TO))
+        i_row = tl.load(p_sequence + device.KEY_ROW)
+        i_low = tl.maximum(i_first, tl.load(p_sequence + device.KEY_FROM))
+        i_high = tl.minimum(i_first + BLOCK_N, tl.load(p_sequence + device.KEY_TO))
     o_n = i_first + tl.arange(0, BLOCK_N)
     m_n = (o_n >= i_low) & (o_n < i_high)
     o_row = (i_row + o_n).to(tl.int64)
     # [BLOCK_N, PADDED]
-    b_key = load_tile(p_key + i_b * stride_kb + i_h * stride_kh, o_row, stride_kt, m_n, DIM, PADDED)
-    b_value = load_tile(p_value + i_b * stride_vb + i_h * stride_vh, o_row, stride_vt, m_n, DIM, PADDED)
+    b_key = device.load_tile(p_key + i_b * stride_kb + i_h * stride_kh, o_row, stride_kt, m_n, DIM, PADDED)
+    b_value = device.load_tile(p_value + i_b * stride_vb + i_h * stride_vh, o_row, stride_vt, m_n, DIM, PADDED)
     b_dk = tl.zeros([BLOCK_N, PADDED], tl.float32)
     b_dv = tl.zeros([BLOCK_N, PADDED], tl.float32)
 
-    i_start = tl.maximum(first_seen_by(i_low, sink, lag, keep, chunk, COMPACT), i_query_from)
-    i_full_from = first_seen_by(i_high - 1, sink, lag, keep, chunk, COMPACT)
-    i_full_to = tl.minimum(lost_to(i_low, sink, lag, chunk, COMPACT), i_query_to)
-    i_stop = tl.minimum(lost_to(i_high - 1, sink, lag, chunk, COMPACT), i_query_to)
-    i_begin, i_end, n_masked = split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_M)
+    i_start = tl.maximum(device.first_seen_by(i_low, sink, lag, keep, chunk, COMPACT), i_query_from)
+    i_full_from = device.first_seen_by(i_high - 1, sink, lag, keep, chunk, COMPACT)
+    i_full_to = tl.minimum(device.lost_to(i_low, sink, lag, chunk, COMPACT), i_query_to)
+    i_stop = tl.minimum(device.lost_to(i_high - 1, sink, lag, chunk, COMPACT), i_query_to)
+    i_begin, i_end, n_masked = device.split_blocks(i_start, i_full_from, i_full_to, i_stop, BLOCK_M)
     o_m = tl.arange(0, BLOCK_M)
-    o_seen = first_seen_by(o_n, sink, lag, keep, chunk, COMPACT)
-    o_lost = lost_to(o_n, sink, lag, chunk, COMPACT)
+    o_seen = device.first_seen_by(o_n, sink, lag, keep, chunk, COMPACT)
+    o_lost = device.lost_to(o_n, sink, lag, chunk, COMPACT)
     n_group = group // n_splits if COMPACT else group
     i_group = i_h * group + i_split * n_group
     p_query += i_b * stride_qb
@@ -170,18 +176,18 @@ def _key_kernel(
         i_m = i_end - BLOCK_M - i_step % n_full
         # [BLOCK_M, PADDED]
         p_q, p_g = p_query + i_query_head * stride_qh, p_do + i_query_head * stride_gh
-        b_query = load_block(d_query, i_b, i_query_head, p_q, i_query_row + i_m, stride_qt, DIM, BLOCK_M, PADDED)
-        b_do = load_block(d_do, i_b, i_query_head, p_g, i_query_row + i_m, stride_gt, DIM, BLOCK_M, PADDED)
+        b_query = device.load_block(d_query, i_b, i_query_head, p_q, i_query_row + i_m, stride_qt, DIM, BLOCK_M, PADDED)
+        b_do = device.load_block(d_do, i_b, i_query_head, p_g, i_query_row + i_m, stride_gt, DIM, BLOCK_M, PADDED)
         o_scalar = o_scalars + i_query_head * n_queries + i_m + o_m
         block = b_query, b_do, tl.load(p_lse + o_scalar), tl.load(p_delta + o_scalar)
         b_dk, b_dv = _key_block(b_dk, b_dv, b_key, b_value, block, None, scale_log2, PRECISION)
     for i_step in range(0, n_group * n_masked, BLOCK_M):
         i_query_head = i_group + i_step // n_masked
-        i_m = masked_block(i_step % n_masked, i_start, i_begin, i_end)
+        i_m = device.masked_block(i_step % n_masked, i_start, i_begin, i_end)
         # [BLOCK_M, PADDED]
         p_q, p_g = p_query + i_query_head * stride_qh, p_do + i_query_head * stride_gh
-        b_query = load_rows(p_q, i_query_row + i_m, stride_qt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
-        b_do = load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
+        b_query = device.load_rows(p_q, i_query_row + i_m, stride_qt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
+        b_do = device.load_rows(p_g, i_query_row + i_m, stride_gt, i_stop - i_m, DIM, BLOCK_M, PADDED, True)
         o_t = i_m + o_m
         o_scalar = o_scalars + i_query_head * n_queries + o_t
         b_lse = tl.load(p_lse + o_scalar, mask=o_t < i_stop, other=float("inf"))
@@ -192,29 +198,30 @@ def _key_kernel(
     b_dk *= scale
     if COMPACT:
         o_head = ((i_split * n_batch_heads + i_bh).to(tl.int64) * n_rows + i_row) * DIM
-        store_rows(p_partial_key + o_head, i_first, DIM, m_n, b_dk, DIM, BLOCK_N, PADDED)
-        store_rows(p_partial_value + o_head, i_first, DIM, m_n, b_dv, DIM, BLOCK_N, PADDED)
+        device.store_rows(p_partial_key + o_head, i_first, DIM, m_n, b_dk, DIM, BLOCK_N, PADDED)
+        device.store_rows(p_partial_value + o_head, i_first, DIM, m_n, b_dv, DIM, BLOCK_N, PADDED)
     else:
         if p_ranks is not None:
             # [BLOCK_N]: the token's row in the buffer, -1 if it has none
             o_partitioned = o_n - sink
             m_compressed = m_n & (o_partitioned >= 0) & (o_partitioned < n_compressed * lag)
-            o_rank = (i_bh.to(tl.int64) * n_partitions + tl.load(p_sequence + PARTITION_ROW)) * lag + o_partitioned
+            i_partition = i_bh.to(tl.int64) * n_partitions + tl.load(p_sequence + device.PARTITION_ROW)
+            o_rank = i_partition * lag + o_partitioned
             b_rank = tl.load(p_ranks + o_rank, mask=m_compressed, other=-1)
             b_slot = tl.where(b_rank >= 0, sink + o_partitioned // lag * keep + b_rank, -1)
             b_slot = tl.where((o_n < sink) & (n_compressed > 0), o_n, b_slot)
             o_dim = tl.arange(0, PADDED)
             m_kept = (m_n & (b_slot >= 0))[:, None] & (o_dim < DIM)[None, :]
-            i_compact_row = tl.load(p_sequence + COMPACT_ROW)
+            i_compact_row = tl.load(p_sequence + device.COMPACT_ROW)
             for i_part in range(0, n_splits):
                 o_head = ((i_part * n_batch_heads + i_bh).to(tl.int64) * n_rows + i_compact_row) * DIM
                 o_kept = o_head + b_slot[:, None] * DIM + o_dim[None, :]
                 b_dk += tl.load(p_partial_key + o_kept, mask=m_kept, other=0.0)
                 b_dv += tl.load(p_partial_value + o_kept, mask=m_kept, other=0.0)
         p_dk += i_b * stride_ab + i_h * stride_ah
-        store_rows(p_dk, i_row + i_first, stride_at, m_n, b_dk, DIM, BLOCK_N, PADDED)
+        device.store_rows(p_dk, i_row + i_first, stride_at, m_n, b_dk, DIM, BLOCK_N, PADDED)
         p_dv += i_b * stride_cb + i_h * stride_ch
-        store_rows(p_dv, i_row + i_first, stride_ct, m_n, b_dv, DIM, BLOCK_N, PADDED)
+        device.store_rows(p_dv, i_row + i_first, stride_ct, m_n, b_dv, DIM, BLOCK_N, PADDED)
 
 
 @triton.jit

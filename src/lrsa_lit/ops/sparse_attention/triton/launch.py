@@ -2,8 +2,6 @@
 
 ``forward`` is the operator; ``attend`` and ``compress`` are its parts, for callers that keep their own compact buffer;
 ``attend_one`` is the kernel for decoding, ``select`` the fused selection. Gradients flow to everything that floats.
-
-Dimensions: B batch, H key-value heads, Hq query heads, T tokens, P partitions, K top_k, M compact rows, D head_dim.
 """
 
 from __future__ import annotations
@@ -18,21 +16,16 @@ import triton
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import selection as in_pytorch
+from lrsa_lit.ops.sparse_attention.buffer import Pair
 from lrsa_lit.ops.sparse_attention.compressors import Selector, SpreadSelector
-from lrsa_lit.ops.sparse_attention.geometry import partition_counts
 from lrsa_lit.ops.sparse_attention.rule import Rule
-from lrsa_lit.ops.sparse_attention.selection import (
-    Selection,
-    compact_buffer,
-    compress_partitions,
-    partitions_of,
-    select_packed,
-)
+from lrsa_lit.ops.sparse_attention.selection import Selection
 from lrsa_lit.ops.sparse_attention.triton import registered_ops
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.decode_kernels import attend_one
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import ranks_of
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import Inputs, positive_scale
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import Inputs, positive_scale
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_starts
 
 __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
 
@@ -54,15 +47,9 @@ def unsupported(device: str, dtype: torch.dtype, dim: int) -> UserError | None:
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rule: Rule,
-    *,
-    boundaries: Sequence[int],
-    scale: float,
-    selection: Selection | None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, *,
+    boundaries: Sequence[int], scale: float, selection: Selection | None
+) -> Tensor:  # fmt: skip
     """The operator; arguments as in ``eager.forward``."""
     geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
     if isinstance(rule.compressor, Selector):
@@ -72,7 +59,7 @@ def forward(
     else:
         ranks = None
         pieces = [
-            compact_buffer(key[:, :, start:stop], value[:, :, start:stop], rule)
+            in_pytorch.compact_buffer(key[:, :, start:stop], value[:, :, start:stop], rule)
             for start, stop in itertools.pairwise(boundaries)
         ]
         compact = torch.cat([keys for keys, _ in pieces], dim=2), torch.cat([values for _, values in pieces], dim=2)
@@ -81,14 +68,7 @@ def forward(
 
 
 def attend(
-    query: Tensor,
-    compact: tuple[Tensor, Tensor],
-    raw: tuple[Tensor, Tensor],
-    rule: Rule,
-    *,
-    scale: float,
-    query_offset: int = 0,
-    raw_offset: int = 0,
+    query: Tensor, compact: Pair, raw: Pair, rule: Rule, *, scale: float, query_offset: int = 0, raw_offset: int = 0
 ) -> Tensor:
     """Attention of one sequence's queries over compact buffer and raw tokens; arguments as in ``eager.attend``."""
     geometry = Geometry.of(rule, (0, query_offset + query.shape[2]), query_offset, raw_offset)
@@ -96,11 +76,11 @@ def attend(
     return registered_ops.attend(Inputs(query, *raw, *compact), None, geometry, scale)
 
 
-def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> tuple[Tensor, Tensor]:
+def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> Pair:
     """What ``count`` partitions of a sequence become; arguments as in ``eager.compress``."""
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     if grads or not isinstance(rule.compressor, SpreadSelector):
-        return compress_partitions(partitions_of(key, value, rule, count, first), rule)
+        return in_pytorch.compress(key, value, rule, count, first)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     whole = dataclasses.replace(rule, sink_size=0, chunk_size=rule.lag_size)
     boundaries = 0, (count + 1) * rule.lag_size + 1
@@ -112,24 +92,18 @@ def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> 
 def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> Selection:
     """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
     if not isinstance(rule.compressor, SpreadSelector):
-        return select_packed(key, value, rule, boundaries)
+        return in_pytorch.select(key, value, rule, boundaries)
     ranks, scores = _select_lag_relative(key, value, rule, boundaries)
-    batch, heads, count, lag = ranks.shape
     # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
-    tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(batch, heads, count, rule.top_k)
-    starts = [
-        start + rule.sink_size + ordinal * lag
-        for start, compressed in zip(boundaries, partition_counts(boundaries, rule), strict=False)
-        for ordinal in range(compressed)
-    ]
-    return Selection(tokens + torch.tensor(starts, device=key.device, dtype=torch.int64)[:, None], scores)
+    tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(*ranks.shape[:3], rule.top_k)
+    return Selection(tokens + partition_starts(Geometry.of(rule, boundaries), key.device)[:, None], scores)
 
 
 def _ranks(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], selection: Selection | None) -> Tensor:
     """Ranks (B, H, P, L) of the given selection, else of the rule's."""
     if selection is None and isinstance(rule.compressor, SpreadSelector):
         return _select_lag_relative(key, value, rule, boundaries)[0]
-    chosen = select_packed(key, value, rule, boundaries) if selection is None else selection
+    chosen = in_pytorch.select(key, value, rule, boundaries) if selection is None else selection
     return ranks_of(chosen.indices, Geometry.of(rule, boundaries))
 
 

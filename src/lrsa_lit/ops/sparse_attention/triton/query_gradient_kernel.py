@@ -11,39 +11,37 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry
 from lrsa_lit.ops.sparse_attention.triton.device_functions import load_tile, query_tile, store_rows, walk_sources
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import LOG2_E, Saved, row_descriptors, row_strides
-from lrsa_lit.ops.sparse_attention.triton.tile_sizes import tiles_for
-from lrsa_lit.ops.sparse_attention.triton.work_tables import query_tiles, sequence_table
-
-_INTEGERS = [
-    "n_batch_heads", "heads", "group", "n_queries", "n_rows", "n_partitions", "n_splits", "sink", "lag", "keep", "chunk"
-]  # fmt: skip
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import (
+    INTEGERS,
+    LOG2_E,
+    Saved,
+    row_descriptors,
+    row_strides,
+    tiles_for,
+)
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 
 def query_gradient(saved: Saved, output_grad: Tensor, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
     """dQ (B, Hq, Tq, D), and the row sums of output x gradient (B, Hq, Tq) that the other kernel needs too."""
-    query, key, value = saved.inputs[:3]
-    batch, query_heads, queries, dim = query.shape
-    query_grad = torch.empty_like(query)
-    delta = torch.empty_like(saved.lse)
-    if hopper.suits(*saved.inputs, output_grad):
+    inputs, dim = saved.inputs, saved.inputs.query.shape[3]
+    query_grad, delta = torch.empty_like(inputs.query), torch.empty_like(saved.lse)
+    if hopper.suits(*inputs, output_grad):
         hopper.query_gradient_pipeline.launch(saved, output_grad, delta, query_grad, geometry, scale)
         return query_grad, delta
-    tile = tiles_for(dim, query.dtype).query
-    table = query_tiles(geometry, query.device, tile.rows)
-    _query_kernel[(len(table) * batch * query_heads,)](
-        *saved.inputs, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *saved.inputs[1:]),
-        saved.output, output_grad, saved.lse, delta, query_grad, table, sequence_table(geometry, query.device),
-        *row_strides(query, key, value, saved.output, output_grad, query_grad),
-        batch * query_heads, query_heads, query_heads // key.shape[1], queries, saved.inputs.compact_key.shape[2],
-        *geometry.numbers, scale * LOG2_E, scale, **tile.options(dim),
+    tile = tiles_for(dim, query_grad.dtype).query
+    programs, tables, counts = query_walk(inputs, geometry, tile.rows)
+    _query_kernel[(programs,)](
+        *inputs, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *inputs[1:]),
+        saved.output, output_grad, saved.lse, delta, query_grad, *tables,
+        *row_strides(*inputs[:3], saved.output, output_grad, query_grad),
+        *counts, inputs.compact_key.shape[2], *geometry.numbers, scale * LOG2_E, scale, **tile.options(dim),
     )  # fmt: skip
     return query_grad, delta
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _query_kernel(
     p_query, p_key, p_value, p_compact_key, p_compact_value, d_key, d_value, d_compact_key, d_compact_value,
     p_output, p_do, p_lse, p_delta, p_dq, p_tiles, p_sequences,

@@ -14,33 +14,27 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL, SHRINK
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import Geometry, partitions
 from lrsa_lit.ops.sparse_attention.triton.device_functions import COLUMNS, KEY_ROW
-from lrsa_lit.ops.sparse_attention.triton.kernel_inputs import row_strides
-from lrsa_lit.ops.sparse_attention.triton.work_tables import partition_table, sequence_table
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, row_strides, with_rows
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, ranks_shape, sequence_table
 
-_INTEGERS = ["heads", "n_partitions", "sink", "lag", "keep"]
 _TOKENS = 32
 
 
 def select_ranks(
     key: Tensor, value: Tensor, geometry: Geometry, weights: Sequence[float], ranks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Score the tokens of all partitions and rank the K highest by position.
+    """Score the tokens of all partitions of keys and values (B, H, T, D), and rank the K highest by position.
 
-    Args:
-        key: (B, H, T, D), rotated.
-        value: (B, H, T, D).
-        geometry: of the call.
-        weights: of the key and of the value score, not both 0; a score of weight 0 is not computed.
-        ranks: (B, H, P, L) int32, contiguous, to be written to; None for a new one.
+    The weights of the key and of the value score are not both 0; a score of weight 0 is not computed. Contiguous ranks
+    are written to, if given.
 
     Returns:
         Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped; and the scores
         (B, H, P, L) float32.
     """
-    batch, heads, _, dim = key.shape
-    shape = batch, heads, sum(partitions(geometry)), geometry.lag
+    key, value = with_rows(key), with_rows(value)
+    shape = batch, heads, count, lag = ranks_shape(key, geometry)
     if ranks is None:
         ranks = torch.empty(shape, dtype=torch.int32, device=key.device)
     scores = torch.empty(shape, dtype=torch.float32, device=key.device)
@@ -48,22 +42,22 @@ def select_ranks(
         return ranks, scores
     sources = [(tokens, weight) for tokens, weight in zip((key, value), weights, strict=True) if weight]
     spreads = scores.new_empty((len(sources), *shape))
-    grid = shape[2], batch * heads
+    grid = count, batch * heads
     (first, first_weight), (second, second_weight) = sources[0], sources[-1]
     _spread_kernel[(*grid, len(sources))](
         first, second, spreads, partition_table(geometry, key.device), sequence_table(geometry, key.device),
-        *row_strides(first, second), heads, shape[2], geometry.sink, geometry.lag,
-        DIM=dim, BLOCK=_TOKENS, PADDED=triton.next_power_of_2(dim), CONSTANT=CONSTANT_CHANNEL, SHRINK=SHRINK,
+        *row_strides(first, second), heads, count, geometry.sink, lag, DIM=key.shape[3], BLOCK=_TOKENS,
+        PADDED=triton.next_power_of_2(key.shape[3]), CONSTANT=CONSTANT_CHANNEL, SHRINK=SHRINK,
     )  # fmt: skip
     _keep_kernel[grid](
-        spreads, scores, ranks, shape[2], geometry.lag, geometry.keep,
+        spreads, scores, ranks, count, lag, geometry.keep,
         float(first_weight), float(second_weight), math.log(second_weight) - math.log(first_weight),
-        BOTH=len(sources) == 2, BLOCK=triton.next_power_of_2(geometry.lag), num_warps=1 if geometry.lag <= 128 else 4,
+        BOTH=len(sources) == 2, BLOCK=triton.next_power_of_2(lag), num_warps=1 if lag <= 128 else 4,
     )  # fmt: skip
     return ranks, scores
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _spread_kernel(
     p_first, p_second, p_spreads, p_partitions, p_sequences,
     stride_fb, stride_fh, stride_ft, stride_sb, stride_sh, stride_st, heads, n_partitions, sink, lag,
@@ -132,7 +126,7 @@ def _exponentials(p_spread, o_token, m_token):
     return b_spread, highest, b_exp, tl.sum(b_exp, axis=0)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _keep_kernel(
     p_spreads, p_scores, p_ranks, n_partitions, lag, keep, first_weight, second_weight, log_ratio,
     BOTH: tl.constexpr, BLOCK: tl.constexpr

@@ -1,24 +1,98 @@
-"""Which program works on what: small integer tables on the device, built on the host from integers, once per shape.
+"""The integers of a call, and which program works on what: small integer tables on the device, built once per shape.
 
 Tiles are ordered long first, so that the last ones to run are short. A table depends on nothing that a layer computes:
 all layers of a model, and both passes, share one, and no launch waits for the device.
 
-Symbols: S sink_size, L lag_size, K top_k, C chunk, T tokens, N packed sequences, P partitions.
+Symbols: S sink_size, L lag_size, K top_k, C chunk, T tokens, N packed sequences, P partitions, M compact rows.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.geometry import compressed_at
-from lrsa_lit.ops.sparse_attention.triton.call_geometry import TABLES, Geometry, compact_rows, partitions
+from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, partition_counts
+from lrsa_lit.ops.sparse_attention.rule import Rule
+from lrsa_lit.ops.sparse_attention.triton.launch_arguments import Inputs
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """Of every operator that uses the tables: they outlive a call, in memory that CUDA graph trees must not recycle."""
+
+TABLES = 64
+"""Of how many geometries what follows from them is kept."""
+
+
+class Geometry(NamedTuple):
+    """Everything about a call that is no tensor: S, L, K, C, and where the packed sequences start and end, 0 … T.
+
+    Queries and raw tokens that are at hand start at ``queries_from`` and ``keys_from``; 0 where several sequences are
+    packed. Registered operators take it as a list of integers.
+    """
+
+    sink: int
+    lag: int
+    keep: int
+    chunk: int
+    boundaries: tuple[int, ...]
+    queries_from: int = 0
+    keys_from: int = 0
+
+    @classmethod
+    def of(cls, rule: Rule, boundaries: Sequence[int], queries_from: int = 0, keys_from: int = 0) -> Geometry:
+        """That of a rule, without its compressor."""
+        return cls(*rule.numbers, tuple(boundaries), queries_from, keys_from)
+
+    @classmethod
+    def from_list(cls, numbers: Sequence[int]) -> Geometry:
+        """The way back from :meth:`to_list`."""
+        sink, lag, keep, chunk, queries_from, keys_from, *boundaries = numbers
+        return cls(sink, lag, keep, chunk, tuple(boundaries), queries_from, keys_from)
+
+    def to_list(self) -> list[int]:
+        """S, L, K, C, where queries and keys start, and the boundaries."""
+        return [*self.numbers, self.queries_from, self.keys_from, *self.boundaries]
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """S, L, K, C, the order of ``Rule.numbers`` and of the kernels' arguments."""
+        return self.sink, self.lag, self.keep, self.chunk
+
+    @property
+    def rule(self) -> Rule:
+        """A rule with these numbers."""
+        return Rule(*self.numbers)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [stop - start for start, stop in itertools.pairwise(self.boundaries)]
+
+
+@functools.lru_cache(maxsize=TABLES)
+def partitions(geometry: Geometry) -> tuple[int, ...]:
+    """Partitions that each sequence has compressed by its end."""
+    return tuple(partition_counts(geometry.boundaries, geometry.rule))
+
+
+@functools.lru_cache(maxsize=TABLES)
+def compact_rows(geometry: Geometry) -> tuple[int, ...]:
+    """Rows of the compact buffer that each sequence owns."""
+    return tuple(compact_size(count, geometry.rule) for count in partitions(geometry))
+
+
+def ranks_shape(key: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """(B, H, P, L) of the partitions of keys (B, H, …)."""
+    return *key.shape[:2], sum(partitions(geometry)), geometry.lag
+
+
+def compact_shape(key: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """(B, H, M, D) of the compact buffer of keys (B, H, T, D)."""
+    return *key.shape[:2], sum(compact_rows(geometry)), key.shape[3]
 
 
 def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -65,6 +139,14 @@ def partition_table(geometry: Geometry) -> Tensor:
 
 
 @_table
+def partition_starts(geometry: Geometry) -> Tensor:
+    """(P,): where in the row each partition starts."""
+    first = [start + geometry.sink for start in geometry.boundaries[:-1]]
+    counts = enumerate(partitions(geometry))
+    return torch.tensor([first[index] + geometry.lag * ordinal for index, count in counts for ordinal in range(count)])
+
+
+@_table
 def query_tiles(geometry: Geometry, block: int) -> Tensor:
     """(tiles, 2): sequence and first position, the queries that see the most keys first.
 
@@ -74,6 +156,13 @@ def query_tiles(geometry: Geometry, block: int) -> Tensor:
     compressed = compressed_at(tiles[:, 1] + block - 1, geometry.rule)
     compact, raw = compressed * geometry.keep, tiles[:, 1] - compressed * geometry.lag
     return _longest_first(tiles, compact + raw)
+
+
+def query_walk(inputs: Inputs, geometry: Geometry, block: int) -> tuple[int, tuple[Tensor, Tensor], tuple[int, ...]]:
+    """For kernels that walk tiles of queries: how many there are, of all heads; both tables; B Hq, Hq, Hq / H, Tq."""
+    batch, heads, queries, _ = inputs.query.shape
+    tables = query_tiles(geometry, inputs.query.device, block), sequence_table(geometry, inputs.query.device)
+    return len(tables[0]) * batch * heads, tables, (batch * heads, heads, heads // inputs.key.shape[1], queries)
 
 
 @_table

@@ -1,0 +1,129 @@
+"""What launches hand over: tensors, descriptors for the copy engine (TMA), block sizes and launch options.
+
+The sizes, by head size and dtype, were measured in benchmarks/LOG.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = 1.4426950408889634
+"""Scores times this are exponents of 2, the base that the hardware has."""
+
+INTEGERS = [
+    "n_work", "n_batch_heads", "heads", "group", "n_splits", "n_queries", "n_rows", "n_partitions", "stride_lb",
+    "sink", "lag", "keep", "chunk",
+]  # fmt: skip
+"""Arguments for whose values no kernel is compiled anew."""
+
+
+class Inputs(NamedTuple):
+    """What the attention reads: queries (B, Hq, Tq, D), raw keys and values (B, H, T, D), compact ones (B, H, M, D)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    compact_key: Tensor
+    compact_value: Tensor
+
+    def for_kernels(self) -> Inputs:
+        """The same with contiguous rows, and contiguous compact buffers."""
+        return Inputs(*map(with_rows, self[:3]), *(tensor.contiguous() for tensor in self[3:]))
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward: its inputs, output (B, Hq, Tq, D) and log-sum-exp (B, Hq, Tq)."""
+
+    inputs: Inputs
+    output: Tensor
+    lse: Tensor
+
+
+def row_descriptors(rows: int, columns: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """TMA descriptors for blocks of rows of one head of (B, H, T, D); None where the copy engine cannot express it."""
+    shape = [1, 1, rows, columns]
+    return [
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape) if expressible(tensor) else None
+        for tensor in tensors
+    ]
+
+
+def row_strides(*tensors: Tensor) -> list[int]:
+    """The strides of B, H and T of each of some (B, H, T, D)."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def with_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, whatever its other strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Query and scale with the same products: the kernels take the maximum of the scores before they scale them."""
+    if scale < 0:
+        query, scale = -query, -scale
+    # Masked scores are minus infinity, which zero would turn into NaN.
+    return query, max(scale, 1e-30)
+
+
+def expressible(tensor: Tensor) -> bool:
+    """Whether the copy engine can express blocks of rows of the tensor."""
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:3])
+    return aligned and tensor.numel() > 0 and 0 not in tensor.stride()
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: queries (forward, dQ) or keys (dK and dV) that a program owns; what it takes in per step."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def options(self, dim: int, *, keys_are_rows: bool = False) -> dict[str, Any]:
+        """The compile-time arguments of a kernel cut like this, for a head size: BLOCK_M queries by BLOCK_N keys."""
+        queries, keys = (self.columns, self.rows) if keys_are_rows else (self.rows, self.columns)
+        return {
+            "DIM": dim,
+            "PADDED": triton.next_power_of_2(dim),
+            "PRECISION": precision_of(dim),
+            "BLOCK_M": queries,
+            "BLOCK_N": keys,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+class Tiles(NamedTuple):
+    """The tiles of the three attention kernels."""
+
+    forward: Tile
+    query: Tile
+    key: Tile
+
+
+def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
+    """The tiles for a head size and dtype. float32: small blocks that fit the registers."""
+    if dtype == torch.float32:
+        if dim > 128:
+            return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
+        return Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+    if dim > 128:
+        return Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2))
+    if dim > 64:
+        return Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
+    return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
+
+
+def precision_of(dim: int) -> str:
+    """How float32 matrices are multiplied: as three TF32 products on tensor cores, or as a chain of multiply-adds.
+
+    The chain rounds at every step and so is the less exact of the two, and 3 to 5 times slower; beyond 128 channels
+    what the three products leave out weighs more (measured in benchmarks/LOG.md).
+    """
+    return "tf32x3" if dim <= 128 else "ieee"
