@@ -127,15 +127,12 @@ class LRSACache(Cache):
         with self.changing():
             super().batch_repeat_interleave(repeats)
 
-    @property
-    def holds_pads(self) -> bool:
-        """Whether some row has seen fewer tokens than columns."""
-        return any(stream.seen != self.get_seq_length() for stream in self.layers[0].streams)
-
-    def next_positions(self, length: int) -> Tensor:
-        """(B or 1, ``length``) positions of the next columns if all are real, on the CPU."""
-        seen = torch.tensor([stream.seen for stream in self.layers[0].streams], device="cpu")
-        return seen[:, None] + torch.arange(length, device="cpu")
+    def positions_past_pads(self, length: int, device: torch.device) -> Tensor | None:
+        """(B or 1, ``length``) positions of the next columns if all are real; None if no row has seen a pad."""
+        seen = [stream.seen for stream in self.layers[0].streams]
+        if all(count == self.get_seq_length() for count in seen):
+            return None
+        return (torch.tensor(seen, device="cpu")[:, None] + torch.arange(length, device="cpu")).to(device)
 
     def stored_tokens(self) -> list[int]:
         """Tokens stored per head and layer, summed over the rows."""

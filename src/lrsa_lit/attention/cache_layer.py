@@ -14,13 +14,10 @@ from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Rule, stored_siz
 
 
 class LRSACacheLayer(CacheLayerMixin):
-    """One layer: a stream for all rows while they are equally long, else a stream per row.
+    """One layer: a stream for all rows while they are equally long, else a stream per row. A rule of None keeps all.
 
     In each call the layer first hands over its tokens (:meth:`update`) and then attends to them (:meth:`attend`), each
     once; with stock attention, which attends by itself, the first alone. Anything else is refused.
-
-    Args:
-        rule: of the layer; None keeps everything.
     """
 
     is_sliding = False

@@ -17,12 +17,7 @@ from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Rule, ValueWe
 
 @dataclass(frozen=True)
 class LayerRules:
-    """Which rule each layer of a model obeys.
-
-    Args:
-        rule: of all layers but the dense ones.
-        dense: indices of the layers that keep ordinary causal attention.
-    """
+    """Which rule each layer of a model obeys; those whose index is in ``dense`` keep ordinary causal attention."""
 
     rule: Rule
     dense: tuple[int, ...] = ()

@@ -12,11 +12,7 @@ from lrsa_lit.errors import UserError
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention of each layer, in order.
-
-    Raises:
-        UserError: some layer is no plain causal attention, or does not go through transformers' interface.
-    """
+    """The attention of each layer, in order; a UserError if one is not plain causal or bypasses the interface."""
     name = type(model).__name__
     config = model.config.get_text_config()
     modules = sorted(
@@ -41,7 +37,8 @@ def _obstacles(config: Any, modules: list[nn.Module]) -> Iterator[str]:
         yield "attends from one text to another (cross-attention)"
     if not getattr(config, "is_causal", True) or not all(module.is_causal for module in modules):
         yield "attends in both directions, as encoders do"
-    if any(_of(module, "kv_lora_rank") or _head_sizes_differ(module) for module in modules):
+    sizes = [{_of(module, "head_dim"), _of(module, "v_head_dim")} - {None} for module in modules]
+    if any(_of(module, "kv_lora_rank") for module in modules) or any(len(different) > 1 for different in sizes):
         yield "has keys and values of different sizes, or stores them compressed (MLA)"
     types = _of(config, "layer_types") or []
     windowed = any(layer_type != "full_attention" for layer_type in types)
@@ -57,7 +54,3 @@ def _obstacles(config: Any, modules: list[nn.Module]) -> Iterator[str]:
 
 def _of(owner: Any, name: str) -> Any:
     return getattr(owner, name, None)
-
-
-def _head_sizes_differ(module: nn.Module) -> bool:
-    return len({_of(module, "head_dim"), _of(module, "v_head_dim")} - {None}) == 2

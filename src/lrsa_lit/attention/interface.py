@@ -183,8 +183,8 @@ def _prepare(
         given["position_ids"] = positions_from_mask(of_tokens, length)
     if compressed is None:
         return (), {**given, LAYOUT: read_layout(mask, positions, (batch, length), past), CACHE: None}
-    if mask is None and positions is None and compressed.holds_pads:
-        given["position_ids"] = compressed.next_positions(length).to(tokens.device)
+    if mask is None and positions is None:
+        given["position_ids"] = compressed.positions_past_pads(length, tokens.device)
     # The cache took in the earlier columns under their own masks; only the new ones are handed over.
     layout = read_layout(mask if of_tokens is None else of_tokens[:, past:], positions, (batch, length), 0)
     compressed.begin(layout, batch, state.impl)
@@ -295,16 +295,11 @@ def _dense(
     outputs, past = [], key.shape[2] - query.shape[2]
     for start, stop in itertools.pairwise([0, query.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()):
         part = query[:, :, start:stop], key[:, :, start : stop + past], value[:, :, start : stop + past]
-        outputs.append(own(module, *part, _causal_mask(*part[:2]), scaling=scale, dropout=0.0)[0])
+        mask = None
+        if past and stop - start > 1:
+            mask = torch.ones(1, 1, stop - start, stop - start + past, dtype=torch.bool, device=query.device).tril(past)
+        outputs.append(own(module, *part, mask, scaling=scale, dropout=0.0)[0])
     return torch.cat(outputs, dim=1).transpose(1, 2)
-
-
-def _causal_mask(query: Tensor, key: Tensor) -> Tensor | None:
-    """None (plain causal) where queries and keys are the same tokens, else a bottom-right causal mask (1, 1, N, M)."""
-    count, total = query.shape[2], key.shape[2]
-    if count in (1, total):
-        return None
-    return torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
 
 
 def _finish(

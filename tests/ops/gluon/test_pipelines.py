@@ -9,8 +9,8 @@ from ops.triton.oracle import assert_as_exact_as_eager, inputs
 from lrsa_lit.ops.sparse_attention import MeanPool, Rule
 from lrsa_lit.ops.sparse_attention.gluon import hopper
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
+from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, Saved
 from lrsa_lit.ops.sparse_attention.triton.key_gradient_kernel import attend_backward
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import Inputs, Saved
 from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gradient
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_rows
 

@@ -5,7 +5,7 @@ import torch
 from helpers import refused
 from ops.triton.oracle import DEVICE, assert_as_exact_as_eager, given_selection, inputs, run
 
-from lrsa_lit.ops.sparse_attention import MeanPool, Rule, eager, sparse_attention
+from lrsa_lit.ops.sparse_attention import MeanPool, Recency, Rule, eager, sparse_attention
 from lrsa_lit.ops.sparse_attention.selection import compact_buffer
 from lrsa_lit.ops.sparse_attention.triton import launch as kernels
 
@@ -138,11 +138,12 @@ def test_gradient_checkpointing():
     assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
 
 
-def test_one_graph_under_torch_compile():
-    tensors = inputs(1, 2, 1, 75, 16)
-    call = lambda *args: sparse_attention(*args, SMALL, impl="triton")  # noqa: E731
-    results = []
-    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+@pytest.mark.parametrize("compressor", [SMALL.compressor, Recency(), MeanPool()], ids=["scores", "selector", "pairs"])
+def test_one_graph_under_torch_compile_or_a_break_for_another_compressor(compressor):
+    tensors, config = inputs(1, 2, 1, 75, 16), SMALL.replace(compressor=compressor)
+    call = lambda *args: sparse_attention(*args, config, impl="triton")  # noqa: E731
+    results, whole = [], compressor == SMALL.compressor
+    for function in (call, torch.compile(call, fullgraph=whole, backend="aot_eager")):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
         output = function(*leaves)
         results.append([output, *torch.autograd.grad(output, leaves, tensors[3])])

@@ -1,8 +1,7 @@
 """Generation: prompts in calls of bounded length, then token by token, by a CUDA graph where there can be one."""
 
 from lrsa_lit.attention.decoding.chunked_prefill import prefill
-from lrsa_lit.attention.decoding.decoder import Decoder
-from lrsa_lit.attention.decoding.graphed import graphed_decoding, serving
+from lrsa_lit.attention.decoding.decoder import Decoder, graphed_decoding, serving
 from lrsa_lit.attention.decoding.greedy import Greedy, greedy_tokens, single_token_steps
 
 __all__ = ["Decoder", "Greedy", "graphed_decoding", "greedy_tokens", "prefill", "serving", "single_token_steps"]

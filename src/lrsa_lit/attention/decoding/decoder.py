@@ -5,16 +5,20 @@ Dimensions: B rows, H key-value heads, Hq query heads, D head_dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lrsa_lit.attention.attached import enabled_state
+from lrsa_lit.attention.attached import base_of, cache_argument, cache_of_call, enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
+from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import KeyValueStream, PairBuffer, Rule, implementation
 
 _WARM_UP = 3
@@ -49,7 +53,10 @@ class Decoder:
     def __init__(self, model: Any, cache: LRSACache, *, room: int = ROOM, longest: int = 0, fuse: bool = False) -> None:
         self.model, self.cache, self.room = model, cache, room
         self.layers: list[_LayerMemory] = []
-        by_rule = _layers_by_rule(cache)
+        # The layers of one rule hold equally many tokens at any time.
+        by_rule: dict[Rule | None, list[int]] = {}
+        for index, layer in enumerate(cache.layers):
+            by_rule.setdefault(layer.rule, []).append(index)
         self._layers_of_rules = list(by_rule.values())
         self._places_at_once = [KeyValueStream(rule).most_stored(longest) for rule in by_rule]
         self._graphable = model.device.type == "cuda" and not _waits_for_lengths(model)
@@ -175,6 +182,58 @@ class Decoder:
         return logits
 
 
+@contextlib.contextmanager
+def graphed_decoding(model: Any, cache: LRSACache, *, room: int = ROOM, fuse: bool = False) -> Iterator[None]:
+    """Serve the single-token calls of a block (``model.generate(…, past_key_values=cache)``) by a CUDA graph.
+
+    The tokens of such calls are taken as real ones, whatever the mask; rows may be of unequal lengths. All other calls,
+    those of rows that are empty or that a beam search has just reordered, and all on other devices than CUDA run as
+    ever. Models with dynamic or "longrope" rotary frequencies, which depend on the length, are served without a graph.
+
+    Args:
+        model: a causal language model with LRSA enabled.
+        cache: its cache.
+        room: new tokens to allocate for ahead, at least 1; more than these only cost another capture.
+        fuse: fuse the model's own operations with ``torch.compile`` first, which takes a minute.
+
+    Raises:
+        UserError: LRSA is not enabled, or the cache is no :class:`LRSACache`.
+    """
+    inner = base_of(model)
+    if enabled_state(inner) is None or not isinstance(cache, LRSACache):
+        raise UserError("model, cache", reason="graphed_decoding needs a model with LRSA enabled and its LRSACache")
+    if inner.device.type != "cuda":
+        yield
+        return
+    with serving(inner, Decoder(inner, cache, room=room, fuse=fuse)):
+        yield
+
+
+@contextlib.contextmanager
+def serving(model: Any, decoder: Decoder) -> Iterator[None]:
+    """Let a decoder answer those calls of the model that it is ready for."""
+    own, plain, cache = vars(model).get("forward"), model.forward, decoder.cache
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids: Any = kwargs.get("input_ids")
+        single = not args and ids is not None and ids.shape[1] == 1 and cache_of_call(*kwargs.values()) is cache
+        if single and decoder.ready(rows=ids.shape[0]):
+            logits = decoder.step(ids, kwargs.get("position_ids"))
+            return CausalLMOutputWithPast(logits=logits, **cache_argument(decoder.model, cache))  # type: ignore[arg-type]
+        output = plain(*args, **kwargs)
+        decoder.note_order()
+        return output
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
 class _FilledLengths:
     """How far the memories of the layers of one rule are filled, on the device.
 
@@ -237,14 +296,6 @@ def _waits_for_lengths(model: Any) -> bool:
     # Of one kind, or a dict of kinds.
     kinds = str([getattr(module, "rope_type", None) for module in model.modules()])
     return any(kind in kinds for kind in _UNGRAPHED_ROPE)
-
-
-def _layers_by_rule(cache: LRSACache) -> dict[Rule | None, list[int]]:
-    """The layers of each rule, which hold equally many tokens at any time."""
-    layers: dict[Rule | None, list[int]] = {}
-    for index, layer in enumerate(cache.layers):
-        layers.setdefault(layer.rule, []).append(index)
-    return layers
 
 
 def _rows(streams: Sequence[KeyValueStream]) -> int:

@@ -1,8 +1,14 @@
 """Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
 
-from lrsa_lit.ops.sparse_attention.api import Impl, implementation, select, sparse_attention
+from lrsa_lit.ops.sparse_attention.api import (
+    Impl,
+    implementation,
+    is_traceable,
+    select,
+    sparse_attention,
+    traced_attention,
+)
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
-from lrsa_lit.ops.sparse_attention.compiled_layers import is_traceable, tensor_of_rule, traced_attention
 from lrsa_lit.ops.sparse_attention.compressors import (
     ChunkWise,
     Compressor,
@@ -25,7 +31,7 @@ from lrsa_lit.ops.sparse_attention.geometry import (
     spans,
     stored_size,
 )
-from lrsa_lit.ops.sparse_attention.rule import Rule
+from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream

@@ -56,7 +56,7 @@ def sparse_attention(
         UserError: arguments that do not fit together, or an implementation that cannot run here.
     """
     rule = rule_of(rule)
-    check_tensors(query, key, value)
+    _check_tensors(query, key, value)
     boundaries = _boundaries(cu_seqlens, key, query)
     if selection is not None:
         _check_selection(selection, key, rule, boundaries)
@@ -77,7 +77,7 @@ def select(
     Raises:
         UserError: arguments that do not fit together, or a compressor that makes new pairs.
     """
-    check_tensors(key, key, value)
+    _check_tensors(key, key, value)
     boundaries = _boundaries(cu_seqlens, key, key)
     selection: Selection = implementation(impl, key).select(key, value, rule_of(rule), boundaries)
     return selection
@@ -132,7 +132,34 @@ def _triton() -> Any:
     return launch
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+def is_traceable(impl: str, query: Tensor) -> bool:
+    """Whether :func:`traced_attention` runs on such queries: where ``impl`` means the Triton kernels."""
+    return implementation(impl, query) is not eager
+
+
+def traced_attention(
+    query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, *, cu_seqlens: Tensor | None = None, scale: float
+) -> Tensor:
+    """What ``sparse_attention(…, impl="triton")`` computes, as one opaque operator forward and one backward.
+
+    A graph of torch.compile takes integers as constants or as sizes to reason about, and what a tensor holds as it
+    comes: with the rule in a tensor (:func:`tensor_of_rule`), one graph serves all layers and rules. ``cu_seqlens`` lie
+    on the CPU, and there are as many queries as keys.
+
+    Raises:
+        UserError: arguments that do not fit together.
+    """
+    _check_tensors(query, key, value)
+    if query.shape[2] != key.shape[2]:
+        raise UserError("query", reason=f"{query.shape[2]} tokens over {key.shape[2]} keys; here they are as many")
+    if cu_seqlens is not None:
+        _check_packing(cu_seqlens, key, query)
+    from lrsa_lit.ops.sparse_attention.triton import attention_op
+
+    return attention_op.traced_attention(query, key, value, rule_tensor, cu_seqlens, scale)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise a UserError if queries, keys and values are not what :func:`sparse_attention` takes."""
     if query.ndim != 4 or key.ndim != 4:
         raise UserError("query, key", (_shape(query), _shape(key)), "(B, heads, T, D) both")
@@ -158,11 +185,11 @@ def _boundaries(cu_seqlens: Tensor | None, key: Tensor, query: Tensor) -> Sequen
     length = key.shape[2]
     if cu_seqlens is None:
         return (0, length)
-    check_packing(cu_seqlens, key, query)
+    _check_packing(cu_seqlens, key, query)
     return checked_boundaries(cu_seqlens.tolist(), length)
 
 
-def check_packing(cu_seqlens: Tensor, key: Tensor, query: Tensor) -> None:
+def _check_packing(cu_seqlens: Tensor, key: Tensor, query: Tensor) -> None:
     """Raise a UserError unless ``cu_seqlens`` is an integer (N + 1,) tensor and the rows can be packed."""
     length = key.shape[2]
     if not isinstance(cu_seqlens, Tensor):

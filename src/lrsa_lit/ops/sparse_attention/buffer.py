@@ -14,6 +14,12 @@ _SPARE = 32
 """A buffer that must grow takes 1/32 more than it needs: growing costs each row about 32 copies in all."""
 
 
+def joined(*pairs: Pair) -> Pair:
+    """Rows of keys and values (B, H, rows, D) behind each other."""
+    keys, values = zip(*pairs, strict=True)
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
 class PairBuffer:
     """Keys and values (B, H, rows, D), copied, with spare rows behind the filled ones.
 
@@ -51,8 +57,7 @@ class PairBuffer:
         key, value = rows
         stop = self.length + key.shape[2]
         if torch.is_grad_enabled():
-            filled = self.filled
-            self._key, self._value = torch.cat([filled[0], key], dim=2), torch.cat([filled[1], value], dim=2)
+            self._key, self._value = joined(self.filled, rows)
         else:
             self.reserve(stop)
             self._key[:, :, self.length : stop] = key

@@ -28,11 +28,7 @@ class Span(NamedTuple):
 
 
 def checked_boundaries(values: Sequence[int], length: int, name: str = "cu_seqlens") -> Sequence[int]:
-    """Boundaries 0 … ``length`` of packed sequences without the empty ones.
-
-    Raises:
-        UserError: they are none; it says what they are called.
-    """
+    """Boundaries 0 … ``length`` of packed sequences without the empty ones; a UserError if they are none."""
     ends = itertools.pairwise(values)
     if len(values) < 2 or values[0] != 0 or values[-1] != length or any(stop < start for start, stop in ends):
         raise UserError(name, values, f"integers from 0 to T = {length} that never decrease")

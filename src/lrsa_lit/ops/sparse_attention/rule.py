@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from lrsa_lit.bounds import check_setting, is_integer, replaced
-from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative
+from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative, SpreadSelector
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,13 @@ class HasRule(Protocol):
 def rule_of(given: Rule | HasRule) -> Rule:
     """The rule that was given, by itself or by what has it."""
     return given if isinstance(given, Rule) else given.rule
+
+
+def tensor_of_rule(rule: Rule) -> Tensor | None:
+    """S, L, K, C and the weights of the key and the value score as float64 (6,) on the CPU; None without weights."""
+    if not isinstance(rule.compressor, SpreadSelector):
+        return None
+    values = *rule.numbers, *rule.compressor.weights
+    # An evaluation may switch the rule under inference mode, whose tensors no graph that trains takes.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention.buffer import Pair
+from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 from lrsa_lit.ops.sparse_attention.compressors import Partitions, Selector, gather_kept
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, partition_counts
 from lrsa_lit.ops.sparse_attention.rule import Rule
@@ -88,7 +88,7 @@ def compact_buffer(key: Tensor, value: Tensor, rule: Rule, selection: Selection 
     else:
         indices = selection.indices.flatten(2, 3)
         kept = gather_kept(key, indices), gather_kept(value, indices)
-    return torch.cat([key[:, :, :sink], kept[0]], dim=2), torch.cat([value[:, :, :sink], kept[1]], dim=2)
+    return joined((key[:, :, :sink], value[:, :, :sink]), kept)
 
 
 def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0) -> Pair:

@@ -5,12 +5,11 @@ Dimensions: B batch, H key-value heads, Hq query heads, D head_dim, S sink_size,
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import Impl, implementation
-from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
+from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, joined
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size
 from lrsa_lit.ops.sparse_attention.rule import Rule
 
@@ -60,7 +59,8 @@ class KeyValueStream:
         """:meth:`attend` of tokens that see different numbers of compressed partitions."""
         self.advance()
         buffer, start, offset = self._buffer(key, value), self.seen, raw_start(self.partitions, self.rule)
-        raw = _join(buffer.cut(compact_size(self.partitions, self.rule)), (key, value))
+        past = buffer.cut(compact_size(self.partitions, self.rule))
+        raw = joined(past, (key, value)) if past[0].shape[2] else (key, value)
         self.seen += key.shape[2]
         recent = self._compress(buffer, raw, compressed_at(self.seen - 1, self.rule))
         attend = implementation(self.impl, query).attend
@@ -133,9 +133,3 @@ class KeyValueStream:
         buffer.append(run.compress(key, value, self.rule, partitions - before, before))
         self.partitions = partitions
         return recent
-
-
-def _join(first: Pair, second: Pair) -> Pair:
-    if first[0].shape[2] == 0:
-        return second
-    return torch.cat([first[0], second[0]], dim=2), torch.cat([first[1], second[1]], dim=2)

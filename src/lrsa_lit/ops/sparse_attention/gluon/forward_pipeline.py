@@ -6,7 +6,6 @@ each. While one computes its softmax, the products of the other keep the tensor 
 to each other keeps them out of step. Within a consumer the next block's scores are queued before the product P V of
 this one, and so are those of the next tile's first block.
 
-Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
 Names in the kernel are explained in pipeline.py.
 """
 
@@ -25,24 +24,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lrsa_lit.ops.sparse_attention.gluon import pipeline
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, LOG2_E, Inputs, Tile, row_strides
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
-TILE = Tile(128, 128, 4, 2)
+TILE = host.Tile(128, 128, 4, 2)
 """Warps are those of one consumer."""
 
 
-def launch(inputs: Inputs, output: Tensor, lse: Tensor, geometry: Geometry, scale: float) -> None:
+def launch(inputs: host.Inputs, output: Tensor, lse: Tensor, geometry: Geometry, scale: float) -> None:
     """Fill output and log-sum-exp; see ``forward_kernel.attend_forward``. The copy engine can express all tensors."""
     work, tables, counts = query_walk(inputs, geometry, TILE.rows)
     _hopper_forward_kernel[(min(work, pipeline.multiprocessors(output.device)),)](
         pipeline.descriptor(inputs.query, HALF.value), *pipeline.sources(inputs, TILE.columns), output, lse, *tables,
-        *row_strides(output), work, *counts, *geometry.numbers, scale * LOG2_E,
+        *host.row_strides(output), work, *counts, *geometry.numbers, scale * host.LOG2_E,
         DIM=output.shape[3], BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=INTEGERS)
+@gluon.jit(do_not_specialize=host.INTEGERS)
 def _hopper_forward_kernel(
     d_query, d_key, d_value, d_compact_key, d_compact_value, p_output, p_lse, p_tiles, p_sequences,
     stride_ob, stride_oh, stride_ot, n_work, n_batch_heads, heads, group, n_queries,

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import expressible
+from lrsa_lit.ops.sparse_attention.triton.host_functions import expressible
 
 __all__ = ["CHECKED", "DIM", "ENOUGH", "forward_pipeline", "key_gradient_pipeline", "query_gradient_pipeline", "suits"]
 

@@ -7,7 +7,6 @@ keys are the rows, so that P and dS are left operands of the next products as th
 consumer computes P, and dV while it computes dS; at the end of a block, where it waits for dK, the other one's products
 keep the tensor cores busy.
 
-Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
 Names in the kernel are explained in pipeline.py.
 """
 
@@ -28,15 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lrsa_lit.ops.sparse_attention.gluon import pipeline
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, LOG2_E, Saved, Tile
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
 
-TILE = Tile(128, 64, 4, 4)
+TILE = host.Tile(128, 64, 4, 4)
 """Warps are those of one consumer."""
 
 
 def launch(
-    saved: Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], table: Tensor,
+    saved: host.Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], table: Tensor,
     geometry: Geometry, scale: float
 ) -> None:  # fmt: skip
     """Fill ``partial``; see ``key_gradient_kernel.compact_gradient``. The copy engine can express all tensors."""
@@ -50,12 +49,12 @@ def launch(
         *(pipeline.descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),
         saved.lse, delta, *partial, table, sequence_table(geometry, query.device),
         n_work, batch * heads, heads, query_heads // heads, splits, queries, rows,
-        *geometry.numbers, scale * LOG2_E, scale,
+        *geometry.numbers, scale * host.LOG2_E, scale,
         DIM=dim, BLOCK_M=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=INTEGERS)
+@gluon.jit(do_not_specialize=host.INTEGERS)
 def _hopper_key_kernel(
     d_key, d_value, d_query, d_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_sequences,
     n_work, n_batch_heads, heads, group, n_splits, n_queries, n_rows,

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import Inputs
+from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs
 
 HALF = gl.constexpr(64)
 """Queries of a consumer: the rows of one warpgroup's product."""

@@ -5,7 +5,6 @@ takes three products: scores Q K^T, dP = dO V^T, and what the block adds to dQ. 
 next block, then this block's part of dQ, and computes beside it. That keeps the tensor cores busy without turns. Keys
 serve two of the products, values one and for a shorter time: there are twice as many buffers for keys.
 
-Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
 Names in the kernel are explained in pipeline.py.
 """
 
@@ -24,27 +23,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from lrsa_lit.ops.sparse_attention.gluon import pipeline
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, LOG2_E, Saved, Tile, row_strides
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
-TILE = Tile(128, 64, 4, 4)
+TILE = host.Tile(128, 64, 4, 4)
 """Warps are those of one consumer, stages those of the keys; values have half as many, which is all that fits."""
 
 
 def launch(
-    saved: Saved, output_grad: Tensor, delta: Tensor, query_grad: Tensor, geometry: Geometry, scale: float
+    saved: host.Saved, output_grad: Tensor, delta: Tensor, query_grad: Tensor, geometry: Geometry, scale: float
 ) -> None:
     """Fill delta and query_grad; see ``query_gradient``. The copy engine can express all tensors."""
     work, tables, counts = query_walk(saved.inputs, geometry, TILE.rows)
     _hopper_query_kernel[(min(work, pipeline.multiprocessors(delta.device)),)](
         *(pipeline.descriptor(tensor, HALF.value) for tensor in (saved.inputs.query, output_grad)),
         *pipeline.sources(saved.inputs, TILE.columns), saved.output, saved.lse, delta, query_grad, *tables,
-        *row_strides(saved.output, query_grad), work, *counts, *geometry.numbers, scale * LOG2_E, scale,
+        *host.row_strides(saved.output, query_grad), work, *counts, *geometry.numbers, scale * host.LOG2_E, scale,
         DIM=query_grad.shape[3], BLOCK_N=TILE.columns, STAGES=TILE.stages, num_warps=TILE.warps,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=INTEGERS)
+@gluon.jit(do_not_specialize=host.INTEGERS)
 def _hopper_query_kernel(
     d_query, d_do, d_key, d_value, d_compact_key, d_compact_value,
     p_output, p_lse, p_delta, p_dq, p_tiles, p_sequences,

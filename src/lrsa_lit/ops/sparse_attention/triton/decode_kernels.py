@@ -3,8 +3,6 @@
 The keys are split among programs, each of which leaves what its slice adds up to, and a second kernel joins the slices.
 Grids and memory depend on the buffer's capacity alone and the slices are cut on the device, for each row by its own
 length: the host never waits for the lengths, and a CUDA graph of the call stays right while they grow.
-
-Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, D head_dim.
 """
 
 from __future__ import annotations
@@ -14,16 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.triton.device_functions import LOWEST, load_rows, load_tile
+from lrsa_lit.ops.sparse_attention.triton import device_functions as device
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_block
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import (
-    INTEGERS,
-    LOG2_E,
-    Tile,
-    positive_scale,
-    row_strides,
-    with_rows,
-)
 
 _PROGRAMS = 2 * 132
 """Programs wanted: enough loads under way to saturate the memory of a GPU with 132 multiprocessors."""
@@ -35,9 +26,9 @@ _CHANNELS = 32
 @torch.library.custom_op("lrsa_lit::attend_one", mutates_args=())
 def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
     """Attention of one query per row over the filled rows of a buffer; arguments as in ``eager.attend_one``."""
-    query, scale = positive_scale(query, scale)
-    scale_log2 = scale * LOG2_E
-    query, key, value = with_rows(query), with_rows(key), with_rows(value)
+    query, scale = host.positive_scale(query, scale)
+    scale_log2 = scale * host.LOG2_E
+    query, key, value = host.with_rows(query), host.with_rows(key), host.with_rows(value)
     batch, query_heads, _, dim = query.shape
     heads, capacity = key.shape[1:3]
     length = length.expand(batch)
@@ -48,7 +39,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
     partial_max, partial_sum = query.new_empty((2, splits, rows), dtype=torch.float32)
     _slice_kernel[(splits, batch * heads, triton.cdiv(group, tile.rows))](
         query, key, value, length, partial_output, partial_max, partial_sum,
-        *query.stride()[:2], *row_strides(key, value), length.stride(0), heads, group, scale_log2,
+        *query.stride()[:2], *host.row_strides(key, value), length.stride(0), heads, group, scale_log2,
         **tile.options(dim),
     )  # fmt: skip
     output = query.new_empty(query.shape)
@@ -64,7 +55,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -
     return query.new_empty(query.shape)
 
 
-def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacity: int) -> tuple[Tile, int]:
+def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacity: int) -> tuple[host.Tile, int]:
     """Blocks that fit registers and shared memory twice per multiprocessor; splits of the keys that fill the device.
 
     A tile's rows are query heads of one group, at least the 16 that a matrix product needs; its columns are keys.
@@ -79,10 +70,10 @@ def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacit
     wanted = max(_PROGRAMS // max(batch_heads * triton.cdiv(group, rows), 1), 1)
     # The power of two at or below what is wanted, at most one split per block.
     splits = min(1 << (wanted.bit_length() - 1), triton.next_power_of_2(triton.cdiv(capacity, columns)), _MOST_SPLITS)
-    return Tile(rows, columns, 4, stages), splits
+    return host.Tile(rows, columns, 4, stages), splits
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=host.INTEGERS)
 def _slice_kernel(
     p_query, p_key, p_value, p_length, p_partial_output, p_partial_max, p_partial_sum,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_lb,
@@ -107,16 +98,16 @@ def _slice_kernel(
     o_n = tl.arange(0, BLOCK_N)
     o_h = i_kv * group + o_g
     # [BLOCK_M, PADDED]
-    b_query = load_tile(p_query + i_b * stride_qb, o_h, stride_qh, m_g, DIM, PADDED)
+    b_query = device.load_tile(p_query + i_b * stride_qb, o_h, stride_qh, m_g, DIM, PADDED)
     b_output = tl.zeros([BLOCK_M, PADDED], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    b_max = tl.full([BLOCK_M], device.LOWEST, tl.float32)
     p_key += i_b * stride_kb + i_kv * stride_kh
     p_value += i_b * stride_vb + i_kv * stride_vh
     for i_n in range(i_from, i_to, BLOCK_N):
         # [BLOCK_N, PADDED]
-        b_key = load_rows(p_key, i_n, stride_kt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
-        b_value = load_rows(p_value, i_n, stride_vt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
+        b_key = device.load_rows(p_key, i_n, stride_kt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
+        b_value = device.load_rows(p_value, i_n, stride_vt, i_to - i_n, DIM, BLOCK_N, PADDED, True)
         m_filled = (i_n + o_n < i_to)[None, :]
         b_output, b_sum, b_max = attend_block(
             (b_output, b_sum, b_max), (b_query,), b_key, b_value, m_filled, scale_log2, PRECISION

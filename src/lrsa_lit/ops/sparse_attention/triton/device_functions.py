@@ -19,17 +19,9 @@ import triton.language as tl
 
 from lrsa_lit.ops.sparse_attention import rule_arithmetic
 
-# Columns of the sequence table (work_tables.sequence_table).
-QUERY_ROW = tl.constexpr(0)
-QUERY_FROM = tl.constexpr(1)
-QUERY_TO = tl.constexpr(2)
-KEY_ROW = tl.constexpr(3)
-KEY_FROM = tl.constexpr(4)
-KEY_TO = tl.constexpr(5)
-COMPACT_ROW = tl.constexpr(6)
-PARTITION_ROW = tl.constexpr(7)
-PARTITIONS = tl.constexpr(8)
-COLUMNS = tl.constexpr(9)
+# Columns of the sequence table (work_tables.sequence_table), in its order, and how many they are.
+QUERY_ROW, QUERY_FROM, QUERY_TO, KEY_ROW, KEY_FROM, KEY_TO = map(tl.constexpr, range(6))
+COMPACT_ROW, PARTITION_ROW, PARTITIONS, COLUMNS = map(tl.constexpr, range(6, 10))
 
 LOWEST = tl.constexpr(-3.3e38)
 """Running maximum before the first key: finite, so that a row that sees nothing of a block needs no special case."""

@@ -1,7 +1,4 @@
-"""The attention forward: one pass over the compact prefix and the raw range of each tile of queries.
-
-Dimensions: B batch, H key-value heads, Hq query heads, T tokens, M rows of the compact buffer, D head_dim.
-"""
+"""The attention forward: one pass over the compact prefix and the raw range of each tile of queries."""
 
 from __future__ import annotations
 
@@ -12,18 +9,11 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import (
-    INTEGERS,
-    LOG2_E,
-    Inputs,
-    row_descriptors,
-    row_strides,
-    tiles_for,
-)
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 
-def attend_forward(inputs: Inputs, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
+def attend_forward(inputs: host.Inputs, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of every query over its prefix of the compact buffer and its range of raw tokens, at a scale > 0.
 
     Returns:
@@ -36,17 +26,17 @@ def attend_forward(inputs: Inputs, geometry: Geometry, scale: float) -> tuple[Te
     if hopper.suits(*inputs):
         hopper.forward_pipeline.launch(inputs, output, lse, geometry, scale)
         return output, lse
-    tile = tiles_for(dim, query.dtype).forward
+    tile = host.tiles_for(dim, query.dtype).forward
     programs, tables, counts = query_walk(inputs, geometry, tile.rows)
     _forward_kernel[(programs,)](
-        *inputs, *row_descriptors(tile.columns, triton.next_power_of_2(dim), *inputs[1:]), output, lse, *tables,
-        *row_strides(*inputs[:3], output), *counts, inputs.compact_key.shape[2], *geometry.numbers, scale * LOG2_E,
-        **tile.options(dim),
+        *inputs, *host.row_descriptors(tile.columns, triton.next_power_of_2(dim), *inputs[1:]), output, lse, *tables,
+        *host.row_strides(*inputs[:3], output), *counts, inputs.compact_key.shape[2], *geometry.numbers,
+        scale * host.LOG2_E, **tile.options(dim),
     )  # fmt: skip
     return output, lse
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=host.INTEGERS)
 def _forward_kernel(
     p_query, p_key, p_value, p_compact_key, p_compact_value, d_key, d_value, d_compact_key, d_compact_value,
     p_output, p_lse, p_tiles, p_sequences,

@@ -1,7 +1,4 @@
-"""The compact buffer of a selection: sinks, then the kept tokens of each partition.
-
-Dimensions: B batch, H key-value heads, T tokens, P partitions, L lag_size, K top_k, M rows of the buffer, D head_dim.
-"""
+"""The compact buffer of a selection: sinks, then the kept tokens of each partition."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, row_strides, with_rows
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.work_tables import (
     Geometry,
     compact_shape,
@@ -31,7 +28,7 @@ def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry
     Returns:
         Keys and values (B, H, M, D), contiguous; one sequence's rows after the other's.
     """
-    key, value = with_rows(key), with_rows(value)
+    key, value = host.with_rows(key), host.with_rows(value)
     shape = batch, heads, rows, dim = compact_shape(key, geometry)
     compact_key, compact_value = key.new_empty(shape), value.new_empty(shape)
     if compact_key.numel() == 0:
@@ -39,13 +36,13 @@ def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry
     table = partition_table(geometry, key.device)
     _gather_kernel[(len(table), batch * heads)](
         key, value, ranks, compact_key, compact_value, table, sequence_table(geometry, key.device),
-        *row_strides(key, value), heads, ranks.shape[2], rows, geometry.sink, geometry.lag, geometry.keep,
+        *host.row_strides(key, value), heads, ranks.shape[2], rows, geometry.sink, geometry.lag, geometry.keep,
         DIM=dim, BLOCK=_BLOCK, PADDED=triton.next_power_of_2(dim),
     )  # fmt: skip
     return compact_key, compact_value
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=host.INTEGERS)
 def _gather_kernel(
     p_key, p_value, p_ranks, p_compact_key, p_compact_value, p_table, p_sequences,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, heads, n_partitions, n_rows, sink, lag, keep,

@@ -2,8 +2,6 @@
 
 One kernel for dQ, one for dK and dV; both recompute the scores, which costs seven products a tile instead of five and
 needs no order between programs. There are no atomics, so every run gives the same bits.
-
-Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, T tokens, M rows of the compact buffer, D head_dim.
 """
 
 from __future__ import annotations
@@ -15,15 +13,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.gluon import hopper
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import (
-    INTEGERS,
-    LOG2_E,
-    Saved,
-    row_descriptors,
-    row_strides,
-    tiles_for,
-    with_rows,
-)
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gradient
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_tiles, raw_tiles, sequence_table
 
@@ -32,32 +22,31 @@ _PROGRAMS = 512
 
 
 def attend_backward(
-    saved: Saved, output_grad: Tensor, ranks: Tensor | None, geometry: Geometry, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved: host.Saved, output_grad: Tensor, ranks: Tensor | None, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, and of the compact keys and values, from that of the output (B, Hq, Tq, D).
 
-    With ``ranks`` (B, H, P, L) the buffer holds copies of tokens: their gradient is added to that of the tokens, each
-    of which gets at most one, and the gradients returned for the buffer are empty.
+    With ``ranks`` (B, H, P, L) the buffer holds copies of tokens, at most one of each: their gradient is added to that
+    of the tokens, and there is none for the buffer.
     """
-    saved, output_grad = saved._replace(inputs=saved.inputs.for_kernels()), with_rows(output_grad)
+    saved, output_grad = saved._replace(inputs=saved.inputs.for_kernels()), host.with_rows(output_grad)
     query_grad, delta = query_gradient(saved, output_grad, geometry, scale)
     partial = compact_gradient(saved, output_grad, delta, geometry, scale)
     key_grad, value_grad = raw_gradient(saved, output_grad, delta, partial, ranks, geometry, scale)
     if ranks is not None:
-        nothing = key_grad.new_empty((*key_grad.shape[:2], 0, key_grad.shape[3]))
-        return query_grad, key_grad, value_grad, nothing, torch.empty_like(nothing)
+        return query_grad, key_grad, value_grad, None, None
     compact_key_grad, compact_value_grad = (source.sum(dim=0).to(key_grad.dtype) for source in partial)
     return query_grad, key_grad, value_grad, compact_key_grad, compact_value_grad
 
 
 def compact_gradient(
-    saved: Saved, output_grad: Tensor, delta: Tensor, geometry: Geometry, scale: float
+    saved: host.Saved, output_grad: Tensor, delta: Tensor, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor]:
     """dK and dV of the compact buffer, float32 (splits, B, H, M, D): what each split of the query heads adds."""
     query, _, _, *compact = saved.inputs
     batch, heads, rows, dim = compact[0].shape
     on_hopper = hopper.suits(query, *compact, output_grad)
-    tile = hopper.key_gradient_pipeline.TILE if on_hopper else tiles_for(dim, query.dtype).key
+    tile = hopper.key_gradient_pipeline.TILE if on_hopper else host.tiles_for(dim, query.dtype).key
     table = compact_tiles(geometry, query.device, tile.rows)
     splits = _splits(len(table) * batch * heads, query.shape[1] // heads)
     shape = splits, batch, heads, rows, dim
@@ -70,19 +59,19 @@ def compact_gradient(
 
 
 def raw_gradient(
-    saved: Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], ranks: Tensor | None,
+    saved: host.Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], ranks: Tensor | None,
     geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dK and dV of the raw tokens (B, H, T, D); with ``ranks`` each takes in the gradient of its compact copy."""
     query, key, value = saved.inputs[:3]
     grads = torch.empty_like(key), torch.empty_like(value)
-    table = raw_tiles(geometry, key.device, tiles_for(query.shape[3], query.dtype).key.rows)
+    table = raw_tiles(geometry, key.device, host.tiles_for(query.shape[3], query.dtype).key.rows)
     _launch(saved, output_grad, delta, partial, ranks, grads, table, geometry, scale)
     return grads
 
 
 def _launch(
-    saved: Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], ranks: Tensor | None,
+    saved: host.Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], ranks: Tensor | None,
     grads: tuple[Tensor, Tensor] | None, table: Tensor, geometry: Geometry, scale: float
 ) -> None:  # fmt: skip
     """Fill ``grads``, of the raw tokens, or without them ``partial``."""
@@ -90,14 +79,14 @@ def _launch(
     batch, query_heads, queries, dim = query.shape
     heads, splits = key.shape[1], partial[0].shape[0]
     source, target = (compact, (key, value)) if grads is None else ((key, value), grads)
-    tile = tiles_for(dim, query.dtype).key
+    tile = host.tiles_for(dim, query.dtype).key
     _key_kernel[(len(table) * batch * heads * (splits if grads is None else 1),)](
         query, *source, output_grad,
-        *row_descriptors(tile.columns, triton.next_power_of_2(dim), query, output_grad),
+        *host.row_descriptors(tile.columns, triton.next_power_of_2(dim), query, output_grad),
         saved.lse, delta, *partial, ranks, *target, table, sequence_table(geometry, query.device),
-        *row_strides(query, *source, output_grad, *target),
+        *host.row_strides(query, *source, output_grad, *target),
         batch * heads, heads, query_heads // heads, queries, compact[0].shape[2],
-        0 if ranks is None else ranks.shape[2], splits, *geometry.numbers, scale * LOG2_E, scale,
+        0 if ranks is None else ranks.shape[2], splits, *geometry.numbers, scale * host.LOG2_E, scale,
         COMPACT=grads is None, **tile.options(dim, keys_are_rows=True),
     )  # fmt: skip
 
@@ -108,7 +97,7 @@ def _splits(programs: int, group: int) -> int:
     return enough[0] if enough else group
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=host.INTEGERS)
 def _key_kernel(
     p_query, p_key, p_value, p_do, d_query, d_do, p_lse, p_delta, p_partial_key, p_partial_value, p_ranks, p_dk, p_dv,
     p_tiles, p_sequences,

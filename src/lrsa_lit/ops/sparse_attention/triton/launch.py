@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import triton
@@ -17,14 +15,15 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import selection as in_pytorch
-from lrsa_lit.ops.sparse_attention.buffer import Pair
+from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 from lrsa_lit.ops.sparse_attention.compressors import Selector, SpreadSelector
-from lrsa_lit.ops.sparse_attention.rule import Rule
+from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.selection import Selection
-from lrsa_lit.ops.sparse_attention.triton import registered_ops
+from lrsa_lit.ops.sparse_attention.triton.attention_op import Attend, traced_attention
 from lrsa_lit.ops.sparse_attention.triton.decode_kernels import attend_one
-from lrsa_lit.ops.sparse_attention.triton.gather_kernel import ranks_of
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import Inputs, positive_scale
+from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact, ranks_of
+from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, positive_scale
+from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_starts
 
 __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
@@ -51,20 +50,42 @@ def forward(
     boundaries: Sequence[int], scale: float, selection: Selection | None
 ) -> Tensor:  # fmt: skip
     """The operator; arguments as in ``eager.forward``."""
+    if not torch.compiler.is_compiling():
+        return _forward(query, key, value, rule, boundaries, scale, selection)
+    rule_tensor = tensor_of_rule(rule)
+    if selection is None and rule_tensor is not None and query.shape[2] == key.shape[2]:
+        cu_seqlens = None if len(boundaries) == 2 else torch.tensor(boundaries, dtype=torch.int32, device="cpu")
+        return traced_attention(query, key, value, rule_tensor, cu_seqlens, scale)
+    return _untraced_forward(query, key, value, rule, boundaries, scale, selection)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], scale: float,
+    selection: Selection | None
+) -> Tensor:  # fmt: skip
     geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
     if isinstance(rule.compressor, Selector):
         with torch.no_grad():
-            ranks = _ranks(key, value, rule, boundaries, selection)
-            compact = registered_ops.gather(key, value, ranks, geometry)
+            if selection is None and isinstance(rule.compressor, SpreadSelector):
+                ranks, _ = select_ranks(key, value, geometry, rule.compressor.weights)
+            else:
+                chosen = in_pytorch.select(key, value, rule, boundaries) if selection is None else selection
+                ranks = ranks_of(chosen.indices, geometry)
+            compact = gather_compact(key, value, ranks, geometry)
     else:
         ranks = None
-        pieces = [
-            in_pytorch.compact_buffer(key[:, :, start:stop], value[:, :, start:stop], rule)
-            for start, stop in itertools.pairwise(boundaries)
-        ]
-        compact = torch.cat([keys for keys, _ in pieces], dim=2), torch.cat([values for _, values in pieces], dim=2)
-    query, scale = positive_scale(query, scale)
-    return registered_ops.attend(Inputs(query, key, value, *compact), ranks, geometry, scale)
+        rows = itertools.starmap(slice, itertools.pairwise(boundaries))
+        compact = joined(*(in_pytorch.compact_buffer(key[:, :, part], value[:, :, part], rule) for part in rows))
+    return _attend(Inputs(query, key, value, *compact), ranks, geometry, scale)
+
+
+_untraced_forward = torch.compiler.disable(_forward)
+
+
+def _attend(inputs: Inputs, ranks: Tensor | None, geometry: Geometry, scale: float) -> Tensor:
+    query, scale = positive_scale(inputs.query, scale)
+    output: Tensor = Attend.apply(query, *inputs[1:], ranks, geometry, scale)
+    return output
 
 
 def attend(
@@ -72,8 +93,7 @@ def attend(
 ) -> Tensor:
     """Attention of one sequence's queries over compact buffer and raw tokens; arguments as in ``eager.attend``."""
     geometry = Geometry.of(rule, (0, query_offset + query.shape[2]), query_offset, raw_offset)
-    query, scale = positive_scale(query, scale)
-    return registered_ops.attend(Inputs(query, *raw, *compact), None, geometry, scale)
+    return _attend(Inputs(query, *raw, *compact), None, geometry, scale)
 
 
 def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> Pair:
@@ -82,32 +102,19 @@ def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> 
     if grads or not isinstance(rule.compressor, SpreadSelector):
         return in_pytorch.compress(key, value, rule, count, first)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
-    whole = dataclasses.replace(rule, sink_size=0, chunk_size=rule.lag_size)
-    boundaries = 0, (count + 1) * rule.lag_size + 1
-    ranks = _select_lag_relative(key, value, whole, boundaries)[0]
-    return registered_ops.gather(key, value, ranks, Geometry.of(whole, boundaries))
+    geometry = Geometry(0, rule.lag_size, rule.top_k, rule.lag_size, (0, (count + 1) * rule.lag_size + 1))
+    ranks, _ = select_ranks(key, value, geometry, rule.compressor.weights)
+    return gather_compact(key, value, ranks, geometry)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> Selection:
     """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
     if not isinstance(rule.compressor, SpreadSelector):
         return in_pytorch.select(key, value, rule, boundaries)
-    ranks, scores = _select_lag_relative(key, value, rule, boundaries)
+    geometry = Geometry.of(rule, boundaries)
+    ranks, scores = select_ranks(key, value, geometry, rule.compressor.weights)
     # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
     tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(*ranks.shape[:3], rule.top_k)
-    return Selection(tokens + partition_starts(Geometry.of(rule, boundaries), key.device)[:, None], scores)
-
-
-def _ranks(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], selection: Selection | None) -> Tensor:
-    """Ranks (B, H, P, L) of the given selection, else of the rule's."""
-    if selection is None and isinstance(rule.compressor, SpreadSelector):
-        return _select_lag_relative(key, value, rule, boundaries)[0]
-    chosen = in_pytorch.select(key, value, rule, boundaries) if selection is None else selection
-    return ranks_of(chosen.indices, Geometry.of(rule, boundaries))
-
-
-def _select_lag_relative(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Ranks and scores under a rule whose compressor is a :class:`SpreadSelector`."""
-    weights = cast("SpreadSelector", rule.compressor).weights
-    return registered_ops.select_lag_relative(key, value, Geometry.of(rule, boundaries), weights)
+    return Selection(tokens + partition_starts(geometry, key.device)[:, None], scores)

@@ -1,7 +1,4 @@
-"""Lag-relative selection in float32: one kernel for the spread of each token, one that keeps the K highest.
-
-Dimensions: B batch, H key-value heads, T tokens, P partitions, L lag_size, K top_k, D head_dim.
-"""
+"""Lag-relative selection in float32: one kernel for the spread of each token, one that keeps the K highest."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL, SHRINK
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.device_functions import COLUMNS, KEY_ROW
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import INTEGERS, row_strides, with_rows
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, ranks_shape, sequence_table
 
 _TOKENS = 32
@@ -33,7 +30,7 @@ def select_ranks(
         Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped; and the scores
         (B, H, P, L) float32.
     """
-    key, value = with_rows(key), with_rows(value)
+    key, value = host.with_rows(key), host.with_rows(value)
     shape = batch, heads, count, lag = ranks_shape(key, geometry)
     if ranks is None:
         ranks = torch.empty(shape, dtype=torch.int32, device=key.device)
@@ -46,7 +43,7 @@ def select_ranks(
     (first, first_weight), (second, second_weight) = sources[0], sources[-1]
     _spread_kernel[(*grid, len(sources))](
         first, second, spreads, partition_table(geometry, key.device), sequence_table(geometry, key.device),
-        *row_strides(first, second), heads, count, geometry.sink, lag, DIM=key.shape[3], BLOCK=_TOKENS,
+        *host.row_strides(first, second), heads, count, geometry.sink, lag, DIM=key.shape[3], BLOCK=_TOKENS,
         PADDED=triton.next_power_of_2(key.shape[3]), CONSTANT=CONSTANT_CHANNEL, SHRINK=SHRINK,
     )  # fmt: skip
     _keep_kernel[grid](
@@ -57,7 +54,7 @@ def select_ranks(
     return ranks, scores
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=host.INTEGERS)
 def _spread_kernel(
     p_first, p_second, p_spreads, p_partitions, p_sequences,
     stride_fb, stride_fh, stride_ft, stride_sb, stride_sh, stride_st, heads, n_partitions, sink, lag,
@@ -126,7 +123,7 @@ def _exponentials(p_spread, o_token, m_token):
     return b_spread, highest, b_exp, tl.sum(b_exp, axis=0)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=host.INTEGERS)
 def _keep_kernel(
     p_spreads, p_scores, p_ranks, n_partitions, lag, keep, first_weight, second_weight, log_ratio,
     BOTH: tl.constexpr, BLOCK: tl.constexpr

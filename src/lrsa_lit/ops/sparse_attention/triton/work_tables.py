@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, partition_counts
 from lrsa_lit.ops.sparse_attention.rule import Rule
-from lrsa_lit.ops.sparse_attention.triton.launch_arguments import Inputs
+from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """Of every operator that uses the tables: they outlive a call, in memory that CUDA graph trees must not recycle."""
@@ -31,7 +31,7 @@ class Geometry(NamedTuple):
     """Everything about a call that is no tensor: S, L, K, C, and where the packed sequences start and end, 0 … T.
 
     Queries and raw tokens that are at hand start at ``queries_from`` and ``keys_from``; 0 where several sequences are
-    packed. Registered operators take it as a list of integers.
+    packed.
     """
 
     sink: int
@@ -46,16 +46,6 @@ class Geometry(NamedTuple):
     def of(cls, rule: Rule, boundaries: Sequence[int], queries_from: int = 0, keys_from: int = 0) -> Geometry:
         """That of a rule, without its compressor."""
         return cls(*rule.numbers, tuple(boundaries), queries_from, keys_from)
-
-    @classmethod
-    def from_list(cls, numbers: Sequence[int]) -> Geometry:
-        """The way back from :meth:`to_list`."""
-        sink, lag, keep, chunk, queries_from, keys_from, *boundaries = numbers
-        return cls(sink, lag, keep, chunk, tuple(boundaries), queries_from, keys_from)
-
-    def to_list(self) -> list[int]:
-        """S, L, K, C, where queries and keys start, and the boundaries."""
-        return [*self.numbers, self.queries_from, self.keys_from, *self.boundaries]
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:
@@ -155,7 +145,7 @@ def query_tiles(geometry: Geometry, block: int) -> Tensor:
     tiles = _tiles(geometry, block, aligned=True, first=geometry.queries_from)
     compressed = compressed_at(tiles[:, 1] + block - 1, geometry.rule)
     compact, raw = compressed * geometry.keep, tiles[:, 1] - compressed * geometry.lag
-    return _longest_first(tiles, compact + raw)
+    return tiles[(compact + raw).argsort(descending=True, stable=True)]
 
 
 def query_walk(inputs: Inputs, geometry: Geometry, block: int) -> tuple[int, tuple[Tensor, Tensor], tuple[int, ...]]:
@@ -177,7 +167,7 @@ def compact_tiles(geometry: Geometry, block: int) -> Tensor:
     tiles = _tiles(geometry, block, aligned=False, lengths=compact_rows(geometry))
     lengths = torch.tensor(geometry.lengths)[tiles[:, 0]]
     unseen = (tiles[:, 1] - geometry.sink).clamp(min=0) // max(geometry.keep, 1) * geometry.lag
-    return _longest_first(tiles, lengths - unseen)
+    return tiles[(lengths - unseen).argsort(descending=True, stable=True)]
 
 
 def _tiles(
@@ -189,7 +179,3 @@ def _tiles(
         starts = torch.arange(start, length, block)
         pieces.append(torch.stack([torch.full_like(starts, index), starts], dim=1))
     return torch.cat(pieces)
-
-
-def _longest_first(tiles: Tensor, work: Tensor) -> Tensor:
-    return tiles[work.argsort(descending=True, stable=True)]

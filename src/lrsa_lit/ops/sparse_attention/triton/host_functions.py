@@ -1,6 +1,6 @@
 """What launches hand over: tensors, descriptors for the copy engine (TMA), block sizes and launch options.
 
-The sizes, by head size and dtype, were measured in benchmarks/LOG.md.
+Sizes and options, by head size and dtype, were measured in benchmarks/LOG.md.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class Tile(NamedTuple):
         return {
             "DIM": dim,
             "PADDED": triton.next_power_of_2(dim),
-            "PRECISION": precision_of(dim),
+            # float32 matrices as three TF32 products on tensor cores, or as a chain of multiply-adds, which rounds at
+            # every step and is 3 to 5 times slower. Beyond 128 channels what the products leave out weighs more.
+            "PRECISION": "tf32x3" if dim <= 128 else "ieee",
             "BLOCK_M": queries,
             "BLOCK_N": keys,
             "num_warps": self.warps,
@@ -118,12 +120,3 @@ def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
     if dim > 64:
         return Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
     return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
-
-
-def precision_of(dim: int) -> str:
-    """How float32 matrices are multiplied: as three TF32 products on tensor cores, or as a chain of multiply-adds.
-
-    The chain rounds at every step and so is the less exact of the two, and 3 to 5 times slower; beyond 128 channels
-    what the three products leave out weighs more (measured in benchmarks/LOG.md).
-    """
-    return "tf32x3" if dim <= 128 else "ieee"

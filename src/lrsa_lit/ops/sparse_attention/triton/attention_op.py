@@ -1,0 +1,120 @@
+"""The attention with its gradient: straight from autograd to the kernels, and as an operator that torch.compile sees.
+
+The operator also selects, and is all that a compiled layer's graph sees. Its shapes follow from those of query and key
+alone. So the ranks stand in the first elements of a buffer that holds as many as there are tokens, and the backward
+gathers the compact buffer again, which is cheaper than to keep it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
+from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
+from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact
+from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, Saved, positive_scale, with_rows
+from lrsa_lit.ops.sparse_attention.triton.key_gradient_kernel import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
+from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS, Geometry, ranks_shape
+
+
+class Attend(torch.autograd.Function):
+    """``apply(*Inputs, ranks, geometry, scale)`` gives the output (B, Hq, Tq, D); see ``attend_forward``.
+
+    With ranks the compact buffer holds copies of raw tokens: their gradient goes to the tokens, not to the buffer. No
+    registered operator: the dispatcher costs the host more than the launches, for which short sequences wait.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """A ``setup_context`` would read the signature of this method at each call."""
+        *tensors, ranks, ctx.geometry, ctx.scale = inputs
+        output, lse = attend_forward(Inputs(*tensors), ctx.geometry, ctx.scale)
+        ctx.save_for_backward(*tensors, output, lse, ranks)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs of :meth:`forward`."""
+        *inputs, output, lse, ranks = ctx.saved_tensors
+        saved = Saved(Inputs(*inputs), output, lse)
+        return *attend_backward(saved, output_grad, ranks, ctx.geometry, ctx.scale), None, None, None
+
+
+def traced_attention(
+    query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> Tensor:
+    """Output (B, Hq, T, D); arguments as in ``api.traced_attention``."""
+    query, scale = positive_scale(query, scale)
+    output: Tensor = _forward_op(query, key, value, rule_tensor, cu_seqlens, scale)[0]
+    return output
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
+    geometry, weights = _call(key, rule_tensor, cu_seqlens)
+    buffer = torch.empty(key.shape[:3], dtype=torch.int32, device=key.device)
+    ranks, _ = select_ranks(key, value, geometry, weights, _ranks_in(buffer, geometry))
+    compact = gather_compact(key, value, ranks, geometry)
+    return *attend_forward(Inputs(query, key, value, *compact), geometry, scale), buffer
+
+
+def _backward(
+    saved: Sequence[Tensor], output_grad: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    query, key, value, output, lse, buffer = saved
+    geometry, _ = _call(key, rule_tensor, cu_seqlens)
+    ranks = _ranks_in(buffer, geometry)
+    inputs = Inputs(query, key, value, *gather_compact(key, value, ranks, geometry))
+    return attend_backward(Saved(inputs, output, lse), output_grad, ranks, geometry, scale)[:3]
+
+
+_forward_op = library.custom_op("lrsa_lit::attention", _forward, mutates_args=(), tags=TAGS)
+_backward_op = library.custom_op("lrsa_lit::attention_backward", _backward, mutates_args=(), tags=TAGS)
+
+
+@_forward_op.register_fake
+def _(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return torch.empty_like(with_rows(query)), lse, key.new_empty(key.shape[:3], dtype=torch.int32)
+
+
+@_backward_op.register_fake
+def _(saved: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(with_rows(tensor)) for tensor in saved[:3])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, rule_tensor, cu_seqlens, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, rule_tensor, cu_seqlens)
+
+
+def _differentiate(ctx: Any, output_grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    *saved, rule_tensor, cu_seqlens = ctx.saved_tensors
+    return *_backward_op(saved, output_grad, rule_tensor, cu_seqlens, ctx.scale), None, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _call(key: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, list[float]]:
+    """The geometry, and the weights of the key and the value score."""
+    sink, lag, keep, chunk, *weights = rule_tensor.tolist()
+    length = key.shape[2]
+    boundaries = (0, length) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), length)
+    return Geometry(int(sink), int(lag), int(keep), int(chunk), tuple(boundaries)), weights
+
+
+def _ranks_in(buffer: Tensor, geometry: Geometry) -> Tensor:
+    """The ranks (B, H, P, L) in front of a buffer."""
+    shape = ranks_shape(buffer, geometry)
+    return buffer.flatten()[: math.prod(shape)].view(shape)
