@@ -132,9 +132,10 @@ def _measure(shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, A
 
 def select_only(tensors: list[Tensor], config: Rule) -> None:
     """The fused selection without the list of indices that ``select`` makes for people."""
-    from lrsa_lit.ops.sparse_attention.triton.launch import _select_lag_relative
+    from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
+    from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry
 
-    _select_lag_relative(tensors[1], tensors[2], config, (0, tensors[1].shape[2]))
+    select_ranks(tensors[1], tensors[2], Geometry.of(config, (0, tensors[1].shape[2])), config.compressor.weights)
 
 
 @functools.cache

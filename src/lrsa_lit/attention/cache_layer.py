@@ -153,7 +153,7 @@ class LRSACacheLayer(CacheLayerMixin):
             return self._columns + query_length, 0
         (stream,) = self.streams
         if stream.crosses(query_length):
-            reason = f"{query_length} tokens behind {self._columns} reach over a compression, unlike stock attention"
+            reason = f"{query_length} tokens behind {self._columns} cross a compression, which stock attention cannot"
             raise UserError("input_ids", reason=reason, hint="feed them with lrsa_lit.attention.prefill first")
         # The last of the new tokens sees what is stored once it is in.
         stored = stored_size(self._columns + query_length, stream.rule)

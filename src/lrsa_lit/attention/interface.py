@@ -192,15 +192,7 @@ def _prepare(
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The registered attention: (B, Hq, T, D) queries in, (B, T, Hq, D) out."""
     attached: AttachedRule | None = getattr(module, RULE, None)
@@ -211,7 +203,7 @@ def _attention(
         raise UserError("model", reason="hands no keywords down to its attention layers; it is not supported")
     if attention_mask is not None:
         raise UserError("attention_mask", reason="4-D masks are not allowed; pass the (B, T) mask of the tokens")
-    if dropout:
+    if dropout := kwargs.get("dropout"):
         raise UserError("attention_dropout", dropout, reason="is not allowed; LRSA supports 0 only")
     if kwargs.get("is_causal") is False:
         raise UserError("is_causal", reason="False is not allowed; LRSA is causal")
@@ -225,6 +217,7 @@ def _attention(
             raise UserError("model", reason=f"layer {attached.layer} attends twice in a call; it is not supported")
         attached.layout = layout
     attached.has_attended = True
+    scaling: float | None = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
         # RoPE leaves queries and keys in float32, the projection of the values does not.

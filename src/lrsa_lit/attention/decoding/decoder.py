@@ -19,7 +19,7 @@ from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import KeyValueStream, PairBuffer, Rule, implementation
+from lrsa_lit.ops.sparse_attention import KeyValueStream, Rule, implementation
 
 _WARM_UP = 3
 """Steps before one is captured: what compiles or allocates on first use may not do so then, and short answers are
@@ -42,12 +42,7 @@ class Decoder:
     between two steps. The graph is captured after a few steps in the same memory. After a reset of the cache its new
     rows go on in that memory, if they fit.
 
-    Args:
-        model: a causal language model with LRSA enabled.
-        cache: its cache.
-        room: new tokens to allocate for ahead, at least 1.
-        longest: allocate for rows of so many tokens in any case.
-        fuse: whether ``torch.compile`` fuses the model's own operations.
+    Arguments are those of :func:`graphed_decoding`; memory for rows of ``longest`` tokens is made in any case.
     """
 
     def __init__(self, model: Any, cache: LRSACache, *, room: int = ROOM, longest: int = 0, fuse: bool = False) -> None:
@@ -71,7 +66,7 @@ class Decoder:
         state, first = enabled_state(self.model), self.cache.layers[0]
         if state is None or state.config != self.cache.config or rows != first.rows or not self.cache.is_idle:
             return False
-        return first.streams == self._order and all(stream.buffer is not None for stream in first.streams)
+        return first.streams == self._order and all(stream.seen for stream in first.streams)
 
     def note_order(self) -> None:
         """Take note of the rows as they are now: a search that then reorders them will do so again, token by token."""
@@ -108,7 +103,7 @@ class Decoder:
 
     def _fits(self, streams: Streams) -> bool:
         """Whether all stand in the prepared memory, with a place for the next token."""
-        buffers = [_buffer(stream) for rows in streams for stream in rows]
+        buffers = [stream.buffer for rows in streams for stream in rows]
         roomy = all(buffer.length < buffer.capacity for buffer in buffers)
         return roomy and [buffer.address for buffer in buffers] == self._prepared
 
@@ -146,7 +141,7 @@ class Decoder:
             _LayerMemory(rows, places, of_layer[layer])
             for layer, (rows, places) in enumerate(zip(streams, self._places(streams), strict=True))
         ]
-        self._prepared = [_buffer(stream).address for rows in streams for stream in rows]
+        self._prepared = [stream.buffer.address for rows in streams for stream in rows]
 
     def _launch(self) -> Tensor:
         self._launched += 1
@@ -166,7 +161,7 @@ class Decoder:
     def _write(self, ids: Tensor, position_ids: Tensor | None, streams: Streams) -> None:
         """Hand the token, its positions and the lengths over, these in one copy, for which nobody waits."""
         state = [[stream.seen for stream in streams[0]]]
-        state += [[_buffer(stream).length for stream in streams[layers[0]]] for layers in self._layers_of_rules]
+        state += [[stream.buffer.length for stream in streams[layers[0]]] for layers in self._layers_of_rules]
         # Pinned memory that is new each time: the copy of the step before may still be under way.
         host = torch.tensor(state, device="cpu", pin_memory=ids.device.type == "cuda")
         self._state.copy_(host, non_blocking=True)
@@ -265,8 +260,8 @@ class _LayerMemory:
 
     def __init__(self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths) -> None:
         self.filled, self.impl = filled, streams[0].impl
-        rows, (_, heads, _, channels) = _rows(streams), _buffer(streams[0]).whole[0].shape
-        self.key, self.value = (part.new_empty(rows, heads, places, channels) for part in _buffer(streams[0]).whole)
+        rows, (_, heads, _, channels) = _rows(streams), streams[0].buffer.whole[0].shape
+        self.key, self.value = (part.new_empty(rows, heads, places, channels) for part in streams[0].buffer.whole)
         self.take(streams)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -279,7 +274,7 @@ class _LayerMemory:
 
     def can_hold(self, streams: Sequence[KeyValueStream], places: int) -> bool:
         """Whether there is room for these rows, as many and of the same kind as those that it was made for."""
-        key = _buffer(streams[0]).whole[0]
+        key = streams[0].buffer.whole[0]
         writable = torch.is_inference_mode_enabled() or not self.key.is_inference()
         same = (_rows(streams), key.dtype, len(streams)) == (len(self.key), self.key.dtype, len(self.filled.ends))
         return writable and same and streams[0].impl == self.impl and self.key.shape[2] >= places
@@ -288,7 +283,7 @@ class _LayerMemory:
         """Let other rows go on here."""
         for row, stream in enumerate(streams):
             part = slice(None) if len(streams) == 1 else slice(row, row + 1)
-            _buffer(stream).move_to((self.key[part], self.value[part]))
+            stream.buffer.move_to((self.key[part], self.value[part]))
 
 
 def _waits_for_lengths(model: Any) -> bool:
@@ -300,10 +295,4 @@ def _waits_for_lengths(model: Any) -> bool:
 
 def _rows(streams: Sequence[KeyValueStream]) -> int:
     """Rows of the batch, of which there is one stream or a stream each."""
-    return len(streams) if len(streams) > 1 else len(_buffer(streams[0]).whole[0])
-
-
-def _buffer(stream: KeyValueStream) -> PairBuffer:
-    """Where a row, or all of them, are stored."""
-    assert stream.buffer is not None
-    return stream.buffer
+    return len(streams) if len(streams) > 1 else len(streams[0].buffer.whole[0])

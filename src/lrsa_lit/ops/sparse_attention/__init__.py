@@ -8,7 +8,6 @@ from lrsa_lit.ops.sparse_attention.api import (
     sparse_attention,
     traced_attention,
 )
-from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
 from lrsa_lit.ops.sparse_attention.compressors import (
     ChunkWise,
     Compressor,
@@ -37,7 +36,7 @@ from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 __all__ = [
-    "ChunkWise", "Compressor", "Impl", "KeyValueStream", "LagRelative", "MeanPool", "Pair", "PairBuffer", "Partitions",
+    "ChunkWise", "Compressor", "Impl", "KeyValueStream", "LagRelative", "MeanPool", "Partitions",
     "RandomTokens", "Ranking", "Recency", "Rule", "Selection", "Selector", "SpreadSelector", "Strided", "ValueRelative",
     "ValueWeighted", "attended_pairs", "checked_boundaries", "compressed_at", "implementation", "is_traceable",
     "of_sequence", "raw_start", "select", "spans", "sparse_attention", "stored_size", "tensor_of_rule",

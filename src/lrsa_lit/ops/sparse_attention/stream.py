@@ -30,12 +30,18 @@ class KeyValueStream:
         self.impl = impl
         self.seen = 0
         self.partitions = 0
-        self.buffer: PairBuffer | None = None
+        self._store: PairBuffer | None = None
+
+    @property
+    def buffer(self) -> PairBuffer:
+        """Where all is stored; there is nothing before the first token."""
+        assert self._store is not None
+        return self._store
 
     @property
     def stored(self) -> Pair | None:
         """Keys and values (B, H, stored, D), compact ones first; None before the first token."""
-        return None if self.buffer is None else self.buffer.filled
+        return None if self._store is None else self._store.filled
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Take in N new tokens and attend from them.
@@ -58,7 +64,7 @@ class KeyValueStream:
     def _attend_across(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """:meth:`attend` of tokens that see different numbers of compressed partitions."""
         self.advance()
-        buffer, start, offset = self._buffer(key, value), self.seen, raw_start(self.partitions, self.rule)
+        buffer, start, offset = self._store_for(key, value), self.seen, raw_start(self.partitions, self.rule)
         past = buffer.cut(compact_size(self.partitions, self.rule))
         raw = joined(past, (key, value)) if past[0].shape[2] else (key, value)
         self.seen += key.shape[2]
@@ -80,7 +86,7 @@ class KeyValueStream:
         """
         assert not self.crosses(key.shape[2])
         self.advance()
-        buffer = self._buffer(key, value)
+        buffer = self._store_for(key, value)
         buffer.append((key, value))
         self.seen += key.shape[2]
         return buffer.filled
@@ -93,7 +99,6 @@ class KeyValueStream:
     def advance(self) -> None:
         """Compress what the rule says must be compressed when the next token attends."""
         if self.due:
-            assert self.buffer is not None
             raw = self.buffer.cut(compact_size(self.partitions, self.rule))
             self.buffer.append(self._compress(self.buffer, raw, compressed_at(self.seen, self.rule)))
 
@@ -103,7 +108,6 @@ class KeyValueStream:
 
     def count(self, tokens: int) -> None:
         """Take note of tokens that somebody wrote behind the filled rows of the :attr:`buffer`."""
-        assert self.buffer is not None
         self.buffer.length += tokens
         self.seen += tokens
 
@@ -111,14 +115,14 @@ class KeyValueStream:
         """A stream of some of the rows, in the given order and multiplicity (beam search, splitting a batch)."""
         other = KeyValueStream(self.rule, self.impl)
         other.seen, other.partitions = self.seen, self.partitions
-        other.buffer = None if self.buffer is None else self.buffer.rows(indices)
+        other._store = None if self._store is None else self._store.rows(indices)
         return other
 
-    def _buffer(self, key: Tensor, value: Tensor) -> PairBuffer:
+    def _store_for(self, key: Tensor, value: Tensor) -> PairBuffer:
         """The store, made for pairs like these by the first call."""
-        if self.buffer is None:
-            self.buffer = PairBuffer(key[:, :, :0], value[:, :, :0])
-        return self.buffer
+        if self._store is None:
+            self._store = PairBuffer(key[:, :, :0], value[:, :, :0])
+        return self._store
 
     def _compress(self, buffer: PairBuffer, raw: Pair, partitions: int) -> Pair:
         """Append all partitions up to P = ``partitions`` to the compact rows; returns the tokens that stay raw."""

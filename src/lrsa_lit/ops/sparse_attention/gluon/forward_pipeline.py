@@ -78,8 +78,8 @@ def _hopper_forward_kernel(
 @gluon.jit
 def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results, scale_log2):
     """Attention of half of every tile."""
-    s_query, s_key, _ = buffers
-    query_full, key_full, _ = full
+    s_query, s_key = buffers[:2]
+    query_full, key_full = full[:2]
     query_free, key_free, value_free = free
     n_stages: gl.constexpr = s_key.shape[0]
     n_columns: gl.constexpr = s_key.shape[3]

@@ -56,7 +56,8 @@ def forward(
     if selection is None and rule_tensor is not None and query.shape[2] == key.shape[2]:
         cu_seqlens = None if len(boundaries) == 2 else torch.tensor(boundaries, dtype=torch.int32, device="cpu")
         return traced_attention(query, key, value, rule_tensor, cu_seqlens, scale)
-    return _untraced_forward(query, key, value, rule, boundaries, scale, selection)
+    output: Tensor = _untraced_forward(query, key, value, rule, boundaries, scale, selection)
+    return output
 
 
 def _forward(
