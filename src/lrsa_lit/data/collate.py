@@ -79,11 +79,15 @@ class Batch(TrainBatch):
 def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
     """Pad examples, at least one, into a batch to train on, of at least ``length`` columns."""
     sequences = [_token_ids(example) for example in examples]
-    return _training_batch(
-        examples,
+    labels = _pad(list(map(_labels, examples, sequences)), IGNORE_INDEX, length=length)
+    return TrainBatch(
         input_ids=_pad(sequences, pad_token_id, length=length),
         attention_mask=_pad(list(map(torch.ones_like, sequences)), 0, length=length),
-        labels=_pad(list(map(_labels, examples, sequences)), IGNORE_INDEX, length=length),
+        labels=labels,
+        label_columns=_predicting_columns(labels),
+        position_ids=None,
+        boundaries=None,
+        id=[example["id"] for example in examples],
     )
 
 
@@ -98,8 +102,15 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
     row = torch.cat(sequences)[None]
     labels = torch.cat(list(map(_labels, examples, sequences)))[None]
     labels[0, boundaries[:-1]] = IGNORE_INDEX
-    positions = torch.cat([torch.arange(len(ids)) for ids in sequences])[None]
-    return _training_batch(examples, row, torch.ones_like(row), labels, positions, boundaries)
+    return TrainBatch(
+        input_ids=row,
+        attention_mask=torch.ones_like(row),
+        labels=labels,
+        label_columns=_predicting_columns(labels),
+        position_ids=torch.cat([torch.arange(len(ids)) for ids in sequences])[None],
+        boundaries=boundaries,
+        id=[example["id"] for example in examples],
+    )
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -137,23 +148,8 @@ def targets(batch: TrainBatch) -> Tensor:
     return batch["labels"][:, 1:][:, batch["label_columns"]]
 
 
-def _training_batch(
-    examples: Sequence[Example],
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    position_ids: Tensor | None = None,
-    boundaries: list[int] | None = None,
-) -> TrainBatch:
-    return TrainBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
-        label_columns=(labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0],
-        position_ids=position_ids,
-        boundaries=boundaries,
-        id=[example["id"] for example in examples],
-    )
+def _predicting_columns(labels: Tensor) -> Tensor:
+    return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
 
 
 def _token_ids(example: Example) -> Tensor:

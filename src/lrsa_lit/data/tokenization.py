@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, TypeAlias
 
 from lrsa_lit.errors import UserError
 
@@ -18,7 +18,6 @@ Span: TypeAlias = tuple[int, int]
 
 # No text can hold it by chance or by intent; a new one in each process, which no token depends on.
 _MARK = f"\ufdd0{secrets.token_hex(16)}\ufdd1"
-_markers: WeakKeyDictionary[Any, tuple[int, Tokenizer]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _encode_around(
     """
     kept = {found.offsets[place]: found.ids[place] for place in control}
     parts = sorted([*kept, *((cut, cut) for cut in cuts)])
-    marker = _marker(tokenizer)
+    marker = _marker(tokenizer, len(tokenizer))
     mark = marker.token_to_id(_MARK)
     starts, ends = [start for start, _ in parts], [end for _, end in parts]
     marked = _MARK.join(text[start:end] for start, end in zip([0, *ends], [*starts, len(text)], strict=True))
@@ -126,16 +125,14 @@ def _encode_around(
     return Tokens(ids, offsets)
 
 
-def _marker(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the fast tokenizer that knows the mark, and no special token."""
+@functools.lru_cache(maxsize=4)
+def _marker(tokenizer: PreTrainedTokenizerBase, size: int) -> Tokenizer:
+    """A copy of the fast tokenizer, which has so many tokens by now, that knows the mark and no special token."""
     from tokenizers import AddedToken, Tokenizer
 
-    size, marker = _markers.get(tokenizer, (0, None))
-    if marker is None or size != len(tokenizer):
-        marker = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        marker.no_padding()
-        marker.no_truncation()
-        marker.encode_special_tokens = True
-        marker.add_tokens([AddedToken(_MARK, normalized=False, special=False)])
-        _markers[tokenizer] = len(tokenizer), marker
+    marker = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    marker.no_padding()
+    marker.no_truncation()
+    marker.encode_special_tokens = True
+    marker.add_tokens([AddedToken(_MARK, normalized=False, special=False)])
     return marker
