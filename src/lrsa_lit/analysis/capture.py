@@ -108,10 +108,17 @@ def record(
         name: what the model is called.
         step: training steps that the weights have seen.
     """
-    batches = list(batches)
-    with _evaluating(model), capture(model) as found:
-        for batch in batches:
-            model(input_ids=batch["prompt_ids"], attention_mask=batch["prompt_mask"], use_cache=False, logits_to_keep=1)
+    batches, modes = list(batches), [(module, module.training) for module in model.modules()]
+    # Without dropout and gradient checkpointing; each module gets its own mode back.
+    model.eval()
+    try:
+        with capture(model) as found:
+            for batch in batches:
+                prompts = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
+                model(**prompts, use_cache=False, logits_to_keep=1)
+    finally:
+        for module, training in modes:
+            module.training = training
     samples = tuple(
         _sample(batch, row, sequence)
         for batch, sequences in zip(batches, found.forwards, strict=True)
@@ -174,15 +181,3 @@ def _sample(batch: Batch, row: int, sequence: Captured) -> Sample:
         positions=np.stack(positions),
         scores=np.stack(scores),
     )
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout and gradient checkpointing; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
