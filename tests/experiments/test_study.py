@@ -165,7 +165,7 @@ def test_a_file_that_holds_no_study_is_named(text, named, tmp_path):
 
 def test_a_folder_is_no_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with refused("."):
+    with refused("study", "."):
         open_study(".")
 
 

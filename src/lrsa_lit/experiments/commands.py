@@ -43,8 +43,8 @@ def fit(study: Study, row: Row, seed: int, folder: Path, overlay: Settings) -> l
             ],
         },
     }
-    layers = [study.overlay, row.overlay, own, overlay]
-    return ["fit", *study.arguments, *_files(folder, layers), *_from(checkpoint, checkpoint.exists())]
+    resumed = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
+    return ["fit", *study.arguments, *_files(folder, [*row.overlays, own, overlay]), *resumed]
 
 
 def evaluation(
@@ -82,21 +82,17 @@ def evaluation(
     if workers > 1:
         trainer["strategy"] = _part("strategies.SharedDevice", processes=workers)
     data["init_args"] = data["init_args"] | {"eval_batch_size": batch}
-    rows = ({**layer, "data": {}} for layer in (study.overlay, row.overlay))
-    layers = [*rows, {"trainer": trainer, "model": model, "data": data}, overlay]
+    without_data = ({**layer, "data": {}} for layer in row.overlays)
+    layers = [*without_data, {"trainer": trainer, "model": model, "data": data}, overlay]
     for path in (answers, answers.with_name(answers.name + ".partial")):
         # Of a command that was stopped, or of other weights.
         path.unlink(missing_ok=True)
-    command = _COMMANDS[first.split]
-    return [command, *study.arguments, *_files(answers.parent, layers), *_from(folder / CHECKPOINT, row.steps > 0)]
+    trained = ["--ckpt_path", str(folder / CHECKPOINT)] if row.steps else []
+    return [_COMMANDS[first.split], *study.arguments, *_files(answers.parent, layers), *trained]
 
 
 def _part(name: str, **arguments: Any) -> Settings:
     return {"class_path": f"lrsa_lit.{name}", "init_args": arguments}
-
-
-def _from(checkpoint: Path, there: bool) -> list[str]:
-    return ["--ckpt_path", str(checkpoint)] if there else []
 
 
 def _files(folder: Path, layers: Sequence[Settings]) -> list[str]:

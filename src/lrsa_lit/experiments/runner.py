@@ -163,8 +163,7 @@ class Runner:
     def _settings(self, row: Row) -> Settings:
         """What is given to the row's commands on this machine."""
         root = {"trainer": {"default_root_dir": str(self.folder)}}
-        overlays = [self.study.overlay, row.overlay, root, self.overlay]
-        return self.study.fit_settings.given(self.study.arguments, overlays)
+        return self.study.fit_settings.given(self.study.arguments, [*row.overlays, root, self.overlay])
 
     def _about(self, work: Work) -> Line:
         return {"study": self.study.title, "row": work.row.name, **self._trained_by(work)}

@@ -18,7 +18,7 @@ from lrsa_lit.classes import check_class_paths
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.each_layer import each_layer
 from lrsa_lit.experiments.checks import check_study
-from lrsa_lit.paths import check_path, shipped
+from lrsa_lit.paths import resolve
 from lrsa_lit.yaml_file import read_settings
 
 Settings = dict[str, Any]
@@ -65,13 +65,13 @@ class Row:
     """One way to train.
 
     Attributes:
-        overlay: what it changes, its data sets included.
+        overlays: the study's settings, and what it changes in them, its data sets included.
         settings: all ``trainer``, ``model`` and ``data`` settings that are given, in the words of ``lrsa fit``.
         rule: the rule that training starts from; None for dense training.
     """
 
     name: str
-    overlay: Settings
+    overlays: tuple[Settings, Settings]
     settings: Settings
     rule: LRSAConfig | None
 
@@ -145,7 +145,9 @@ class Study:
         self.name, self.fit_settings = name, fit_settings
         self.title = Path(name).stem
         self._rules: dict[str, LRSAConfig] = {}
-        content = _read(name)
+        content = read_settings(resolve(name, key="study"))
+        check_study(name, content)
+        check_class_paths("", content)
         self.seeds: list[int] = content.get("seeds") or [0]
         self.data_sets, self.parts, self.bars = (content.get(key) or {} for key in ("data_sets", "parts", "bars"))
         named = {"--plugins": content.get("plugins") or (), "--config": content.get("configs") or ()}
@@ -219,7 +221,7 @@ class Study:
     def as_config(self, name: str, seed: int) -> Settings:
         """A row as a file for ``lrsa fit --config``, over nothing but the shipped defaults."""
         row = self.row(name)
-        own = {key for overlay in (self.overlay, row.overlay) for key in overlay.get("trainer", {})}
+        own = {key for overlay in row.overlays for key in overlay.get("trainer", {})}
         trainer = {key: value for key, value in row.settings["trainer"].items() if key in own}
         model = _without(row.settings["model"], {"evaluate"})
         if changes := model.get("train_attention"):
@@ -241,13 +243,13 @@ class Study:
         return _once(found)
 
     def _row(self, name: str, changes: Settings) -> Row:
-        overlay = changes | {"data": self._data(name, changes.get("data") or {})}
-        given = self._given(f"rows.{name}: ", self.overlay, overlay)
+        overlays = self.overlay, changes | {"data": self._data(name, changes.get("data") or {})}
+        given = self._given(f"rows.{name}: ", *overlays)
         if given["trainer"]["max_steps"] and not given["data"]["init_args"]["weights"]:
             raise UserError(self.name, reason=f"rows.{name}.data.init_args.weights: nothing is left to train on")
         attention = given["model"].get("train_attention", {})
         rule = None if attention is None else self.rule(f"rows.{name}.model.train_attention", attention)
-        return Row(name, overlay, given, rule)
+        return Row(name, overlays, given, rule)
 
     def _data(self, row: str, changes: Settings) -> Settings:
         """A row's data, with the data sets that have a share: an overlay leaves one below it out with 0."""
@@ -282,19 +284,6 @@ def digest(values: Any) -> str:
 def digest_of(rule: LRSAConfig | None) -> str:
     """Of a rule, or :data:`DENSE`."""
     return DENSE if rule is None else rule.digest()
-
-
-def _read(name: str) -> Settings:
-    """A YAML file, from here or as it ships with the project."""
-    check_path("study", name)
-    try:
-        path = Path(name) if Path(name).is_file() else shipped(name)
-    except FileNotFoundError:
-        raise UserError(name, reason="it is no file here, nor a shipped one") from None
-    content = read_settings(path)
-    check_study(name, content)
-    check_class_paths("", content)
-    return content
 
 
 def _once(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
