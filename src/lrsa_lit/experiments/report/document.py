@@ -47,7 +47,7 @@ class Blocks:
 
     def __init__(self, study: Study, lines: Sequence[Line], data: Path | None = None) -> None:
         self.study, cells = study, Cells(study, lines)
-        self._bars = Bars(cells)
+        self._bars, self._images = Bars(cells), dict[Path, bytes]()
         self.texts: dict[str, Callable[[], str]] = {
             "summary": self._summary,
             "legend": lambda: tables.LEGEND,
@@ -77,16 +77,27 @@ class Blocks:
             allowed, parts = ", ".join([*self._whole, _FORMS]), ", ".join(self.study.parts)
             raise UserError(f"there is no block {name!r}", reason=f"there are {allowed} with PART one of {parts}")
 
-    def image(self, name: str, path: Path, document: Path) -> tuple[str, bytes] | None:
-        """What shows a plot, which is to be at ``path``, in a document, and its PNG; None without results."""
+    def markdown(self, name: str, document: Path, folder: Path) -> str:
+        """A block as a document has it; empty where there are no results yet. Plots are to be in a folder."""
+        if name in self.texts:
+            return self.texts[name]()
         caption, draw = self.plots[name]
         if (figure := draw()) is None:
-            return None
+            return ""
         # Of few colours, which makes files small, and without a time or version: the same results give the same file.
         drawn, packed = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=120)
         Image.open(drawn).convert("RGB").quantize(64).save(packed, format="png", optimize=True)
-        return f"![{caption}]({Path(os.path.relpath(path, document.parent)).as_posix()})", packed.getvalue()
+        path = folder / f"{name.removesuffix('/plot').replace('/', '-')}.png"
+        self._images[path] = packed.getvalue()
+        return f"![{caption}]({Path(os.path.relpath(path, document.parent)).as_posix()})"
+
+    def write(self, contents: dict[Path, bytes]) -> None:
+        """Write documents, and the plots that they show, where that changes anything."""
+        for path, content in (self._images | contents).items():
+            if not path.exists() or path.read_bytes() != content:
+                replace(path, content)
+        print(", ".join(map(str, contents)), flush=True)
 
     def _verdicts(self) -> str:
         verdicts = self._bars.verdicts()
@@ -138,15 +149,12 @@ def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
     parts = {name: f"{table.part}: {table.data_set} ({table.split})" for name, table in blocks.tables.items()}
     texts = [f"# Results of {study.title}", "", tables.LEGEND]
     for name, title in ({"bars": "What was to be reached"} | parts | _TITLES).items():
-        if not (text := blocks.texts[name]()):
-            continue
-        texts += ["", f"## {title}", "", text]
-        path = folder / _file(name)
-        if f"{name}/plot" in blocks.plots and (image := blocks.image(f"{name}/plot", path, report)) is not None:
-            texts += ["", image[0]]
-            replace(path, image[1])
-    replace(report, ("\n".join(texts) + "\n").encode())
-    print(f"{report}", flush=True)
+        if text := blocks.markdown(name, report, folder):
+            texts += ["", f"## {title}", "", text]
+            plot = f"{name}/plot"
+            if plot in blocks.plots and (shown := blocks.markdown(plot, report, folder)):
+                texts += ["", shown]
+    blocks.write({report: ("\n".join(texts) + "\n").encode()})
 
 
 def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Path, data: Path | None = None) -> None:
@@ -156,23 +164,12 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Pat
         UserError: a file has no blocks, or one that there is not or that needs the data.
     """
     blocks = Blocks(study, lines, data)
-    images: dict[Path, bytes] = {}
 
     def text_of(name: str, document: Path) -> str:
         blocks.check(name)
-        if name in blocks.texts:
-            return blocks.texts[name]()
-        path = folder / _file(name.removesuffix("/plot"))
-        if (image := blocks.image(name, path, document)) is None:
-            return ""
-        images[path] = image[1]
-        return image[0]
+        return blocks.markdown(name, document, folder)
 
-    contents = {path: filled(path, partial(text_of, document=path)) for path in files}
-    for path, content in (images | contents).items():
-        if not path.exists() or path.read_bytes() != content:
-            replace(path, content)
-    print(", ".join(map(str, contents)), flush=True)
+    blocks.write({path: filled(path, partial(text_of, document=path)) for path in files})
 
 
 def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
@@ -240,7 +237,3 @@ def _places(table: Table, data: Path | None) -> str:
 def _counted(table: Table) -> str:
     """How many of the results of a part there are, where some are missing."""
     return f"{table.done} of {table.asked} results are in.\n\n" if table.done < table.asked else ""
-
-
-def _file(name: str) -> str:
-    return f"{name.replace('/', '-')}.png"
