@@ -45,11 +45,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def open_study(name: str) -> Study:
-    """The study of a file, or of a shipped one.
-
-    Raises:
-        UserError: there is none, or it does not fit together.
-    """
+    """The study of a file, or of a shipped one; a UserError if there is none, or it does not fit together."""
     from lrsa_lit.experiments.study import Study
 
     return Study(name, _fit_settings())

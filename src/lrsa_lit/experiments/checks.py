@@ -55,11 +55,7 @@ _BARS = {
 
 
 def check_study(name: str, content: Any) -> None:
-    """Check what a study file of some name holds: which settings, and of which kinds.
-
-    Raises:
-        UserError: a setting is unknown, missing or of another kind.
-    """
+    """Raise a UserError where a study file holds a setting that is unknown or of another kind, or lacks one."""
     _check(name, content, _STUDY)
     for data_set, given in (content.get("data_sets") or {}).items():
         _check(f"{name}: data_sets.{data_set}", given, _DATA_SET, ("class_path",))

@@ -105,11 +105,7 @@ class OnRay(Executor):
 
 
 def gpus_of(trainer: Mapping[str, Any], largest: int) -> int:
-    """How many GPUs a trainer of some settings takes, on a cluster whose machines have up to ``largest``.
-
-    Raises:
-        UserError: no machine has as many.
-    """
+    """How many GPUs a trainer takes; a UserError if these are more than ``largest``, those of one machine."""
     if trainer.get("accelerator") == "cpu" or not largest:
         return 0
     devices = trainer.get("devices", 1)

@@ -86,11 +86,7 @@ class Record:
 
 
 def results_in(uri: str, study: str, folder: Path) -> Path:
-    """Put the lines of results that the last run of a study has put into a store into a file in a folder.
-
-    Raises:
-        UserError: the store has none, or does not answer.
-    """
+    """A file in a folder, with the results of a study's last run in a store; a UserError where there are none."""
     uri = existing_uri(uri, "results")
     client = connect(uri, "results")
     with answering(uri, "results"):
@@ -103,11 +99,7 @@ def results_in(uri: str, study: str, folder: Path) -> Path:
 
 
 def logger_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a trainer's logger.
-
-    Raises:
-        UserError: it is not MLflowRun.
-    """
+    """The settings of a trainer's logger; a UserError if it is not MLflowRun."""
     logger = trainer.get("logger")
     settings: dict[str, Any] = (logger.get("init_args") or {}) if isinstance(logger, dict) else {}
     if "experiment_name" not in settings or "tracking_uri" not in settings:

@@ -143,11 +143,7 @@ def evaluation_lines(about: Line, weights: str, items: Sequence[Evaluation], pat
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The results of a file, the last one of each key.
-
-    Raises:
-        UserError: a line is no result, or not all of one; a last one that was cut off is passed over.
-    """
+    """The results of a file, the last one of each key; a UserError at a line that is none, but a last one cut off."""
     if not path.exists():
         return []
     found: dict[tuple[Hashable, ...], Line] = {}

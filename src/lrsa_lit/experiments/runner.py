@@ -50,11 +50,7 @@ class Runner:
     failed: list[str] = field(default_factory=list)
 
     def chosen(self, parts: Sequence[str], rows: Collection[str] = (), seeds: Collection[int] = ()) -> list[Work]:
-        """The work of parts, of some of their rows and seeds or of all.
-
-        Raises:
-            UserError: the parts have no such row or seed.
-        """
+        """The work of parts, of all rows and seeds or of some; a UserError if the parts do not have these."""
         works = self.study.work(*parts)
         names, numbers = {work.row.name: None for work in works}, {work.seed: None for work in works}
         for option, asked, known in (("--rows", rows, names), ("--seeds", seeds, numbers)):

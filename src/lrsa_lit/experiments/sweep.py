@@ -58,11 +58,7 @@ class Outcome(NamedTuple):
 
 
 class Sweep:
-    """The points of a grid (values of each setting), and what came of them.
-
-    Raises:
-        UserError: the store of the fits does not answer.
-    """
+    """The points of a grid (values of each setting), and what came of them; a UserError without their store."""
 
     def __init__(self, points: Sequence[Point], grid: Mapping[str, Sequence[str]]) -> None:
         self._points = points
@@ -78,11 +74,7 @@ class Sweep:
         return [outcome for _, outcome in sorted(self._found.items())]
 
     def run(self, executor: Executor) -> bool:
-        """Fit at all points that are not finished; returns whether none has failed.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C.
-        """
+        """Fit at all points that are not finished, until Ctrl-C; returns whether none has failed."""
         with self._record.running(self._failed):
             executor.drive([self._unit(number) for number in range(len(self._points))], self._record.beat)
         return not self._failed
@@ -141,11 +133,7 @@ class Sweep:
 
 
 def parse(axes: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each setting, from texts such as ``model.lrsa.top_k=16,32``; values are YAML.
-
-    Raises:
-        UserError: no axis, no or empty values, or something that stands twice.
-    """
+    """The YAML values of each setting, from texts such as ``model.lrsa.top_k=16,32``, or a UserError."""
     if not axes:
         raise UserError(FLAG, reason="none is given; at least one KEY=VALUE,VALUE is needed")
     grid: dict[str, list[str]] = {}
@@ -166,11 +154,7 @@ def parse(axes: Sequence[str]) -> dict[str, list[str]]:
 
 
 def points(grid: Mapping[str, Sequence[str]], arguments: Sequence[str], fit_settings: FitSettings) -> list[Point]:
-    """All combinations of the values of each setting, each parsed as its fit with these arguments would be.
-
-    Raises:
-        UserError: a fit would refuse a point, or would not be one of its own; none has run by then.
-    """
+    """All combinations of the settings' values, each parsed as its fit would be, or refused by a UserError."""
     from lrsa_lit.attention import LRSAConfig
 
     made = []

@@ -61,11 +61,7 @@ class Verdict(NamedTuple):
 
 
 class Bars:
-    """The bars of a study, held against all of its results.
-
-    Raises:
-        UserError: a bar names what the study does not have.
-    """
+    """The bars of a study, held against all results; a UserError if one names what the study does not have."""
 
     def __init__(self, cells: Cells) -> None:
         self.cells, self.study = cells, cells.study

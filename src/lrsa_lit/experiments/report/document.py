@@ -131,8 +131,7 @@ class Blocks:
 def results_of(study: Study, path: Path) -> list[Line]:
     """The results of a file, by the names that the study's rows have now; those of rows that it has no more stay out.
 
-    Raises:
-        UserError: there is no such file, or there are none.
+    A UserError if nothing is left.
     """
     if not path.exists():
         raise UserError(str(path), reason="no such file; `lrsa study run` writes it")
@@ -158,11 +157,7 @@ def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
 
 
 def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Path, data: Path | None = None) -> None:
-    """Write the blocks of Markdown files anew, and the plots that they show into a folder; all of it or nothing.
-
-    Raises:
-        UserError: a file has no blocks, or one that there is not or that needs the data.
-    """
+    """Write the blocks of Markdown files anew, and the plots that they show into a folder, or raise a UserError."""
     blocks = Blocks(study, lines, data)
 
     def text_of(name: str, document: Path) -> str:
@@ -175,9 +170,7 @@ def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Pat
 def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
     """The content of a file with the text of each of its blocks written anew, which ``text_of`` gives by its name.
 
-    Raises:
-        UserError: there is no such file, no block in it, one that is not closed, one without a beginning, or what
-            ``text_of`` raises.
+    A UserError of the line if it cannot be filled: no block, one that is not closed or not begun, or by ``text_of``.
     """
     try:
         content = path.read_bytes()
@@ -209,11 +202,7 @@ def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Give a file another content at once; one that exists keeps its permissions.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Give a file another content at once, or raise a UserError; one that exists keeps its permissions."""
 
     def write(file: IO[bytes]) -> None:
         if path.exists():

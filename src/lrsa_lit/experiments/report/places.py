@@ -72,11 +72,7 @@ def by_place(table: Table, data: Path | None) -> Grid:
 
 
 def questions_of(table: Table, data: Path | None) -> list[Example]:
-    """The questions that the results of a part are about.
-
-    Raises:
-        UserError: there is no folder, no such file, or its questions are others.
-    """
+    """The questions that the results of a part are about; a UserError if the folder of the data has others or none."""
     if data is None:
         raise UserError("--data", reason="it is needed for the questions; name the folder of `lrsa study data`")
     questions = Questions(table.study, data)
@@ -86,11 +82,7 @@ def questions_of(table: Table, data: Path | None) -> list[Example]:
 
 
 def answers(table: Table, number: int) -> pd.DataFrame:
-    """What each model of a part, seed by seed, answered to a question, of which the first one has the number 0.
-
-    Raises:
-        UserError: there is no such question, or the data set has no answers.
-    """
+    """What each model of a part, seed by seed, answered to a question, counted from 0; a UserError if there is none."""
     asked = min((cell.line["questions"] for cell in table.cells), default=0)
     if table.measure == "loss" or not 0 <= number < asked:
         raise UserError("number", number, f"from 0 to {asked - 1}, the questions that {table.part} has answers to")
@@ -100,11 +92,7 @@ def answers(table: Table, number: int) -> pd.DataFrame:
 
 
 def question(table: Table, number: int, data: str) -> dict[str, Any]:
-    """The text of a question and the answers that count as right, from a folder here or above with the study's data.
-
-    Raises:
-        UserError: there is no such folder, or the results are of other questions.
-    """
+    """A question's text and right answers, from a folder here or above with the study's data; else a UserError."""
     example = questions_of(table, nearest(data))[number]
     from lrsa_lit.models import Backbone
 
