@@ -1,4 +1,1 @@
-"""What a study's results say: tables with their statistics, plots, blocks of documents, frames for notebooks, MLflow.
-
-Reads result lines and the study's file; nothing here trains or evaluates.
-"""
+"""What a study's results say, by their lines and the study's file alone; nothing here trains or evaluates."""
