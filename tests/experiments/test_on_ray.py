@@ -1,7 +1,5 @@
 """Jobs on a Ray cluster: of two machines with a core each, all of them this one."""
 
-from __future__ import annotations
-
 import os
 import sys
 

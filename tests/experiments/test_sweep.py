@@ -1,7 +1,5 @@
 """``lrsa sweep``: what it refuses, what it runs, and what it does not run again."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

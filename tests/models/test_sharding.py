@@ -1,7 +1,5 @@
 """A model split over two processes computes what it computes whole."""
 
-from __future__ import annotations
-
 import copy
 import os
 

@@ -1,7 +1,5 @@
 """The task alone, on a tiny model and batches made by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import refused

@@ -1,7 +1,5 @@
 """What is recorded with a run."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
