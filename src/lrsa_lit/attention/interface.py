@@ -236,7 +236,6 @@ def _attention(
 def _attend(
     module: nn.Module, layout: Layout, cache: LRSACache | None, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """Attention of a layer, (B, Hq, T, D)."""
     attached: AttachedRule = getattr(module, RULE)
     if attached.state.observe is not None:
         if cache is not None:

@@ -94,7 +94,6 @@ class Decoder:
         return logits
 
     def _compress(self, streams: Streams) -> None:
-        """Compress the rows in which something is due."""
         for layers in self._layers_of_rules:
             for row, stream in enumerate(streams[layers[0]]):
                 if stream.due:
@@ -129,7 +128,6 @@ class Decoder:
         return True
 
     def _prepare(self, ids: Tensor, streams: Streams) -> None:
-        """Make the tensors that steps write into."""
         # What the old memory holds would not be free for what rows move into.
         self.layers, self._graph, self._launched = [], None, 0
         rules = len(self._layers_of_rules)

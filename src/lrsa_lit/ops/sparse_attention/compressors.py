@@ -132,7 +132,6 @@ class ValueWeighted(Compressor):
     value_weight: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the weight."""
         check_setting("value_weight", self.value_weight, is_weight(self.value_weight), "a finite number >= 0")
 
 
@@ -178,7 +177,6 @@ class ChunkWise(ValueWeighted, Selector):
     values_only: bool = False
 
     def __post_init__(self) -> None:
-        """Check the size and the weight."""
         super().__post_init__()
         check_setting("size", self.size, is_integer(self.size) and self.size >= 1, "an integer >= 1")
 

@@ -34,7 +34,6 @@ class Rule:
     compressor: Compressor = field(default_factory=LagRelative)
 
     def __post_init__(self) -> None:
-        """Check each bound."""
         sinks = is_integer(self.sink_size) and self.sink_size >= 0
         check_setting("sink_size", self.sink_size, sinks, "an integer >= 0")
         lag = is_integer(self.lag_size) and self.lag_size >= 2

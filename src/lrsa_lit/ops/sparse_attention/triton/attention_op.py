@@ -69,7 +69,6 @@ def _forward(
 def _backward(
     saved: Sequence[Tensor], output_grad: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
     query, key, value, output, lse, buffer = saved
     geometry, _ = _call(key, rule_tensor, cu_seqlens)
     ranks = _ranks_in(buffer, geometry)
