@@ -162,3 +162,18 @@ def test_low_precision_errs_no_more_than_dense_attention_of_that_precision(dtype
     error = (ours.double() - oracle_attention(*exact, RULE)).abs().max()
     budget = (dense(*tensors).double() - dense(*exact)).abs().max()
     assert error <= 2 * budget
+
+
+@pytest.mark.parametrize("compressor", [LagRelative(), MeanPool()], ids=lambda c: type(c).__name__)
+def test_gradcheck(compressor):
+    rule = Rule(1, 3, 2, compressor=compressor)
+    tensors = random_qkv(14, heads=1, group=2, dim=2, grad=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: sparse_attention(q, k, v, rule), tensors)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 6])
+def test_every_chunk_that_divides_the_lag_gives_the_same_bits(chunk):
+    rule = Rule(3, 12, 4)
+    tensors = random_qkv(111)
+    assert sparse_attention(*tensors, rule.replace(chunk_size=chunk)).equal(sparse_attention(*tensors, rule))
+    assert not sparse_attention(*tensors, rule.replace(chunk_size=24)).equal(sparse_attention(*tensors, rule))
