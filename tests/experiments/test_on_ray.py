@@ -99,7 +99,10 @@ def test_more_gpus_than_a_machine_has():
     assert error.value.field == "trainer.devices"
 
 
-@pytest.mark.parametrize("address", ["ray://127.0.0.1:9", "here", "ray://127.0.0.1"])
+@pytest.mark.parametrize(
+    "address",
+    ["ray://127.0.0.1:9", "here", "ray://127.0.0.1", "ray://127.0.0.1:abc", "ray://127.0.0.1:70000", "ray://[::1"],
+)
 def test_a_cluster_that_is_not_there(address):
     with pytest.raises(UserError) as error:
         _connected(address)

@@ -136,11 +136,16 @@ def _connected(address: str) -> Any:
 
 def _check_answers(address: str) -> None:
     """Ray itself would try for half a minute."""
-    found = urlsplit(address)
-    if found.scheme != "ray" or not found.hostname or not found.port:
+    try:
+        found = urlsplit(address)
+        host, port = found.hostname, found.port
+    except ValueError:
+        # Of a port that is no number, and of brackets around no IPv6 address.
+        host = port = None
+    if not address.startswith("ray://") or not host or not port:
         raise UserError(_KEY, address, "ray, or ray://HOST:PORT")
     try:
-        socket.create_connection((found.hostname, found.port), _ANSWER_SECONDS).close()
+        socket.create_connection((host, port), _ANSWER_SECONDS).close()
     except OSError as error:
         raise UserError(_KEY, address, reason=f"does not answer ({error.strerror or error})") from None
 
