@@ -21,14 +21,10 @@ _GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
 
 
 def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a conversation, up to where the assistant's next message starts.
-
-    Args:
-        messages: each has a ``role``, "user" or "assistant", and a ``content``.
-        tokenizer: with a chat template.
+    """The text of messages with a ``role`` and a ``content``, up to where the assistant's next message starts.
 
     Raises:
-        UserError: the template cannot be rendered, or raises an error.
+        UserError: the chat template cannot be rendered, or raises an error.
     """
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
@@ -45,11 +41,8 @@ def with_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
     training, evaluation, cache keys and exported folders.
 
     Args:
-        tokenizer: with a chat template; it is not changed.
+        tokenizer: it is not changed; the one that is returned is a copy where there are arguments.
         arguments: values by name, of the types that JSON has, as in ``{"enable_thinking": False}``.
-
-    Returns:
-        A copy of the tokenizer, or the tokenizer itself if there are no arguments.
 
     Raises:
         UserError: the template does not use an argument, or a value has no JSON type.

@@ -84,9 +84,8 @@ def check_classes(key: str, value: Any, kinds: Kinds, slots: Mapping[str, Kinds]
 
     Args:
         key: the dotted name of ``value``.
-        value: settings as a parser left them: its types have been checked, but not where a type is ``Any``.
-        kinds: what settings make objects of. Arguments of these objects may also be of the type that they are annotated
-            with.
+        value: settings as a parser left them, which checks no type where it is ``Any``.
+        kinds: what settings make objects of; arguments of these may also be of the type that they are annotated with.
         slots: stricter kinds of the objects within some settings, by dotted name.
         owner: the class that ``value`` is given to, as :func:`named_class` has it.
 

@@ -64,11 +64,8 @@ def message_of(error: BaseException) -> str:
 def printable(text: str, keep: str = "") -> str:
     """Text of files and stores as a terminal may show it: control characters stand as their escapes in Python.
 
-    Escaped are also line ends, lone surrogates, which no stream can encode, and what turns the direction of writing.
-
-    Args:
-        text: the text.
-        keep: characters that stay as they are, such as line ends.
+    Escaped are also line ends, lone surrogates, which no stream can encode, and what turns the direction of writing;
+    ``keep`` holds characters that are not.
     """
 
     def controls(char: str) -> bool:

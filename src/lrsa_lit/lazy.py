@@ -8,12 +8,7 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` (PEP 562).
-
-    Args:
-        package: its ``__name__``.
-        homes: for each exported name the module that defines it.
-    """
+    """A package's ``__getattr__`` (PEP 562), by the modules (``homes``) that define its names."""
 
     def find(name: str) -> Any:
         if name not in homes:

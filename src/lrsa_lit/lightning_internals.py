@@ -22,12 +22,9 @@ from lrsa_lit.errors import UserError
 
 CHECKED_WITH = ("2.6.0", "2.6.6")
 
-BATCHES = "epoch_loop.batch_progress"
-"""Where the state of a fit's loops keeps the progress in batches."""
-
+BATCHES, VALIDATED = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
+"""Where the state of a fit's loops keeps the progress in batches, and in those of its validation."""
 LOGGED = "epoch_loop.state_dict"
-VALIDATED = "epoch_loop.val_loop.batch_progress"
-"""The same of its validation."""
 
 
 def is_local(path: str | Path) -> bool:

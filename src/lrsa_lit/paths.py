@@ -38,11 +38,7 @@ def nearest(name: str | Path) -> Path:
 
 
 def check_path(key: str, path: str | Path) -> None:
-    """Check that a path can be one, whether or not anything is there.
-
-    Raises:
-        UserError: it holds a control character or is too long; the message names the setting ``key``.
-    """
+    """Raise a UserError about ``key`` unless a path can be one, whether or not anything is there."""
     if any(ord(character) < 32 for character in str(path)):
         raise UserError(key, _short(path), reason="is no path (it holds a control character)")
     try:
@@ -55,11 +51,7 @@ def check_path(key: str, path: str | Path) -> None:
 
 
 def expanded(key: str, path: str | Path) -> Path:
-    """A path with its ``~`` made a folder, checked as :func:`check_path` does.
-
-    Raises:
-        UserError: it is no path, or names an unknown user.
-    """
+    """A path with its ``~`` made a folder, checked as :func:`check_path` does."""
     try:
         found = Path(path).expanduser()
     except RuntimeError as error:
@@ -69,11 +61,7 @@ def expanded(key: str, path: str | Path) -> Path:
 
 
 def check_writable(key: str, value: object, folder: Path) -> None:
-    """Make a folder if need be and try a file in it.
-
-    Raises:
-        UserError: that fails; the message names the setting ``key`` and the ``value`` that led to the folder.
-    """
+    """Make a folder if need be and try a file in it; a UserError names ``key`` and the ``value`` that led to it."""
     check_path(key, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -43,11 +43,7 @@ _added: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 
 
 def names_of(value: object) -> list[str]:
-    """The modules that a setting names: one, or a list.
-
-    Raises:
-        UserError: it is neither, or one of them belongs to Python's standard library, which has no plugins.
-    """
+    """The modules that a setting names: one, or a list; none of Python's standard library, which has no plugins."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list):
         raise UserError("plugins", value, "a list of modules, such as [my_package]")
@@ -58,11 +54,7 @@ def names_of(value: object) -> list[str]:
 
 
 def load(modules: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> None:
-    """Import modules that the user names, and the classes that installed packages register.
-
-    Args:
-        modules: their public classes of every kind become known.
-        kinds: whose entry points are read.
+    """Make known the classes of modules that the user names, and those of ``kinds`` that installed packages register.
 
     Raises:
         UserError: one cannot be imported, or adds a class under a name that another class has.
@@ -91,13 +83,8 @@ def registered(kind: str) -> dict[str, type]:
 def find(kind: str, path: object, key: str) -> type:
     """The class that a file names by module and name, if it is imported or registered by an installed package.
 
-    Args:
-        kind: what it must be.
-        path: what the file holds.
-        key: where, for the error.
-
     Raises:
-        UserError: it is neither; the message says what would make it known.
+        UserError: it is neither; the message names the ``key`` in the file and says what would make it known.
     """
     home = importlib.import_module(KINDS[kind].home)
     base = getattr(home, KINDS[kind].base)

@@ -21,11 +21,7 @@ _SPECIAL = frozenset("?%")
 
 
 def sqlite_uri(path: Path, key: str) -> str:
-    """The URI under which MLflow opens this SQLite file and makes no other folder.
-
-    Args:
-        path: the file, absolute or not.
-        key: the setting that led to it, for the error.
+    """The URI under which MLflow opens this SQLite file and makes no other folder; ``key`` is the setting for errors.
 
     Raises:
         UserError: there is none. SQLAlchemy takes what follows a ``?`` for options and, from 2.1 on, reads escapes

@@ -19,10 +19,6 @@ def build(folder: Path, fill: Callable[[Path], object]) -> None:
 
     What bears the name already is replaced, unless it is sealed and undamaged: then another process was first.
 
-    Args:
-        folder: the folder; its parents are made.
-        fill: writes the files into the folder that it is given.
-
     Raises:
         OSError: the disk is full, for example. What bore the name before still does, and nothing is left beside it.
     """
@@ -42,15 +38,7 @@ def build(folder: Path, fill: Callable[[Path], object]) -> None:
 
 
 def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
-    """Bring a folder to the disk and write its :data:`SEAL`.
-
-    Args:
-        folder: complete but for the seal.
-        digests: SHA-256 by path within the folder, where they are known already.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Bring a folder to the disk and write its :data:`SEAL`; ``digests`` are those that are known, by path in it."""
     known = digests or {}
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": known.get(name) or sha256_of(folder / name)}
@@ -91,11 +79,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _sealed(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files that the seal names, sorted.
-
-    Raises:
-        OSError: there is no seal, or it is damaged itself.
-    """
+    """The files that the seal names, sorted; an OSError if there is no seal, or it is damaged itself."""
     path = folder / SEAL
     try:
         files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["files"]

@@ -48,11 +48,7 @@ _Loader.add_implicit_resolver(
 
 
 def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """How many values a node would have with its aliases written out.
-
-    Raises:
-        _Boundless: they are too many, or it contains itself.
-    """
+    """How many values a node would have with its aliases written out; _Boundless if too many, or without end."""
     if counts.get(node):
         return counts[node]
     if node in counts:
@@ -70,10 +66,7 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
-
-    Args:
-        path: the file, in UTF-8.
+    """The mapping that a YAML file in UTF-8 holds.
 
     Raises:
         UserError: it cannot be read, is not YAML or not a mapping, has a key twice, contains itself, or is too large.
@@ -98,14 +91,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def check_bounds(key: str, text: str | Path) -> None:
-    """Check that YAML has an end, before a library reads it; what else is wrong, that one says.
-
-    Args:
-        key: what is set to it, for the error.
-        text: the YAML, or a file of it.
+    """Check that YAML, or a file of it, has an end, before a library reads it; what else is wrong, that one says.
 
     Raises:
-        UserError: it contains itself, or is nested too deeply or too large.
+        UserError: it contains itself, or is nested too deeply or too large; ``key`` is set to it.
     """
     try:
         if isinstance(text, Path):

@@ -48,7 +48,7 @@ def test_ruler_gives_each_task_a_line(tmp_path, capfd):
         lines = [line for line in found if line["task"] == task]
         means = [sum(line[name]["recall"] for line in lines) / len(lines) for name in ("LRSA", "dense")]
         assert values == [f"{mean:.3f}" for mean in means]
-    assert re.search(r"Longer than model.max_new_tokens \(4\), so never given in full: 1\d of 18 reference", shown)
+    assert re.search(r"Longer than max_new_tokens \(4\), so never given in full: 1\d of 18 reference", shown)
     assert not list((tmp_path / "runs").rglob("*.partial"))
 
 
@@ -142,11 +142,11 @@ def longbench(folder):
 @pytest.mark.parametrize(
     ("truncate", "questions", "note"),
     [
-        ("null", 1, "Left out, as they exceed data.init_args.max_tokens (500): 2 questions (2 of long)"),
+        ("null", 1, "Left out, as they exceed max_tokens (500): 2 questions (2 of long)"),
         (
             "middle",
             3,
-            "Cut in the middle of the context, as they exceed data.init_args.max_tokens (500): 2 of 3 questions",
+            "Cut in the middle of the context, as they exceed max_tokens (500): 2 of 3 questions",
         ),
     ],
 )

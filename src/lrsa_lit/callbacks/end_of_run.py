@@ -171,11 +171,11 @@ def _evaluation_notes(data: QADataModule, split: Split, new_tokens: int | None) 
     kept = totals["kept"]
     left_out = {name.removeprefix(TOO_LONG_OF): count for name, count in totals.items() if name.startswith(TOO_LONG_OF)}
     tasks = ", ".join(f"{count} of {task}" for task, count in left_out.items())
-    budget = f"data.init_args.max_tokens ({data.max_tokens})"
+    budget = f"max_tokens ({data.max_tokens})"
     notes = {
         f"Left out, as they exceed {budget}: {{}} questions{f' ({tasks})' if tasks else ''}": totals["too_long"],
         f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} questions": totals["truncated"],
-        f"Longer than model.max_new_tokens ({new_tokens}), so never given in full: {{}} of {kept} reference answers": (
+        f"Longer than max_new_tokens ({new_tokens}), so never given in full: {{}} of {kept} reference answers": (
             0 if new_tokens is None else data.unanswerable(split, new_tokens)
         ),
     }

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -70,6 +70,17 @@ def add_on(parser: argparse.ArgumentParser) -> None:
         help="run on a Ray cluster, whose machines share the folders: ray (of this machine) or ray://HOST:PORT; "
         "default: one after the other, here",
     )
+
+
+@contextlib.contextmanager
+def called(flags: Mapping[str, str]) -> Iterator[None]:
+    """Name what a command's parts complain about as the command does: ``flags`` has its names of their arguments."""
+    try:
+        yield
+    except UserError as error:
+        name, dot, rest = error.field.partition(".")
+        error.field = flags.get(name, name) + dot + rest
+        raise
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit import plugins
-from lrsa_lit.cli.arguments import Parser, add_plugins
+from lrsa_lit.cli.arguments import Parser, add_plugins, called
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import Trained, load_trained
@@ -41,6 +41,7 @@ examples:
 """
 
 
+@called(_FLAGS)
 def run(arguments: Sequence[str]) -> None:
     """Run the command.
 
@@ -51,17 +52,13 @@ def run(arguments: Sequence[str]) -> None:
     options.out = expanded("--out", options.out)
     _check_out(options.out, force=options.force)
     log_to(PlainConsole(stderr=True))
-    try:
-        plugins.load(options.plugins, ["compressors"])
-        trained = load_trained(options.checkpoint, options.dtype, trust_remote_code=options.trust_remote_code)
-        if options.adapters:
-            if trained.backbone.lora is None:
-                raise UserError("--adapters", options.checkpoint, reason="holds all weights and no adapters")
-            check_holdable(trained.backbone)
-        _write(trained, options.out, merge=not options.adapters)
-    except UserError as error:
-        error.field = _FLAGS.get(error.field, error.field)
-        raise
+    plugins.load(options.plugins, ["compressors"])
+    trained = load_trained(options.checkpoint, options.dtype, trust_remote_code=options.trust_remote_code)
+    if options.adapters:
+        if trained.backbone.lora is None:
+            raise UserError("--adapters", options.checkpoint, reason="holds all weights and no adapters")
+        check_holdable(trained.backbone)
+    _write(trained, options.out, merge=not options.adapters)
     kind = "Adapters" if options.adapters else "Model"
     PlainConsole().say(f"{kind} of {options.checkpoint} in {options.out}")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit import plugins
-from lrsa_lit.cli.arguments import Parser, add_plugins, checked, integer
+from lrsa_lit.cli.arguments import Parser, add_plugins, called, checked, integer
 from lrsa_lit.cli.ask.dialogue import Dialogue
 from lrsa_lit.cli.ask.reader import Answer, Reader
 from lrsa_lit.errors import UserError
@@ -54,25 +54,15 @@ examples:
 """
 
 
+@called(_FLAGS)
 def run(arguments: Sequence[str]) -> None:
     """Run the command.
 
     Raises:
         UserError: a mistake in the arguments, the text or the model.
-        SystemExit: code 130 after Ctrl-C, code 0 for help.
+        SystemExit: code 0 for help.
     """
-    try:
-        _run(_parse(arguments))
-    except UserError as error:
-        name, dot, rest = error.field.partition(".")
-        error.field = _FLAGS.get(name, name) + dot + rest
-        raise
-    except KeyboardInterrupt:
-        print("\nlrsa: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _run(options: argparse.Namespace) -> None:
+    options = _parse(arguments)
     text = read_text(options.file)
     notes = PlainConsole(stderr=True, soft_wrap=True)
     log_to(notes)
@@ -84,23 +74,22 @@ def _run(options: argparse.Namespace) -> None:
         trained = trained._replace(backbone=dataclasses.replace(trained.backbone, rope_scaling=options.rope_scaling))
     if options.template_arguments is not None:
         trained = trained._replace(template_arguments=options.template_arguments)
-    backbone, tokenizer = trained.backbone, trained.tokenizer
+    tokenizer = trained.tokenizer
     dialogue = Dialogue(tokenizer, text)
     # Without a question yet, a short one.
-    _check_length(backbone, dialogue, options.questions or ["?"], options)
+    _check_length(trained.backbone, dialogue, options.questions or ["?"], options)
     rule = None if options.dense else _rule(trained, options, notes)
     model, cache = _loaded(trained, rule, device)
     reader = Reader(model, cache, tokenizer, dialogue, options.max_new_tokens)
     reader.read(notes)
-    several = len(options.questions) > 1
     for question in _questions(options, notes):
         try:
-            _check_length(backbone, dialogue, [question], options)
+            _check_length(trained.backbone, dialogue, [question], options)
         except UserError as error:
             # Only a typed question comes this far: the given ones were checked together.
             notes.say(f"lrsa: {error}")
             continue
-        if several and not options.json:
+        if len(options.questions) > 1 and not options.json:
             print(f"> {question}", flush=True)
         answer = reader.answer(question, show=not options.json)
         print(_json(answer) if options.json else answer.summary(), flush=True)
