@@ -110,7 +110,6 @@ class LRSACLI(OpenCLI):
         if self.asked("model.lrsa") is None:
             raise UserError("model.lrsa", "null", hint="set model.train_attention to null for dense training")
         trainer = self.asked("trainer")
-        preflight.check_intervals(trainer)
         preflight.check_amounts(str(self.subcommand), trainer)
         # What decides the weights, for checkpoints to be compared with.
         self.settings = resume.settings_of(yaml.safe_load(self.dumped()))

@@ -68,21 +68,13 @@ def root_folder(trainer: Any) -> Path:
     return folder
 
 
-def check_intervals(trainer: Mapping[str, Any]) -> None:
-    """Lightning divides by them, and not before the first step."""
-    for name in _INTERVALS:
+def check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
+    """Refuse a command without a batch, intervals of no batch, and more processes on a CPU than it has cores."""
+    stage = {"fit": "train", "validate": "val"}.get(subcommand, subcommand)
+    for name in (*_INTERVALS, f"limit_{stage}_batches"):
         value = trainer.get(name)
         if isinstance(value, int | float) and value <= 0:
-            raise UserError(f"trainer.{name}", value, "more than 0")
-
-
-def check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
-    """Refuse a command without a batch, and more processes on a CPU than it has cores, each of which would start."""
-    name = {"fit": "limit_train_batches", "validate": "limit_val_batches"}.get(
-        subcommand, f"limit_{subcommand}_batches"
-    )
-    if (value := trainer.get(name)) is not None and value == 0:
-        raise UserError(f"trainer.{name}", value, "more than 0", reason=f"is not allowed for {subcommand}")
+            raise UserError(f"trainer.{name}", value, f"more than 0 for {subcommand}")
     devices, cores = str(trainer.get("devices")), os.cpu_count() or 1
     on_cpu = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
     if on_cpu and devices.isdecimal() and int(devices) > cores:
