@@ -181,10 +181,6 @@ class OpenCLI(LightningCLI):
         """A setting of the subcommand as files and flags say."""
         return self._get(self.config, key)
 
-    def built(self, key: str) -> Any:
-        """The same with its objects built."""
-        return self._get(self.config_init, key)
-
     def dumped(self) -> str:
         """The subcommand's settings as YAML, without those that are linked to others."""
         name = str(self.subcommand)

@@ -10,23 +10,15 @@ import inspect
 import keyword
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from lrsa_lit.errors import UserError, message_of
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a plugin can add.
-
-    Attributes:
-        title: what messages call one.
-        home: the package that exports the shipped classes.
-        base: the class there that all are subclasses of.
-    """
+class Kind(NamedTuple):
+    """What a plugin can add: its title in messages, the package that exports the shipped ones, and their base there."""
 
     title: str
     home: str

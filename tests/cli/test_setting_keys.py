@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.cli.setting_keys import first_user_error
+from lrsa_lit.cli.settings_parser import first_user_error
 from lrsa_lit.data import HotpotQA
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone, LoRA

@@ -53,23 +53,14 @@ def integer(least: int = -LARGEST, most: int = LARGEST) -> Callable[[str], int]:
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:
     """The option ``--plugins``, whose value is a list of modules' names."""
-    parser.add_argument(
-        "--plugins",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import a module of yours, whose compressor the model was trained with; may be given several times",
-    )
+    about = "import a module of yours, whose compressor the model was trained with; may be given several times"
+    parser.add_argument("--plugins", action="append", default=[], metavar="MODULE", help=about)
 
 
 def add_on(parser: argparse.ArgumentParser) -> None:
     """The option ``--on``, of commands that run others."""
-    parser.add_argument(
-        "--on",
-        metavar="RAY",
-        help="run on a Ray cluster, whose machines share the folders: ray (of this machine) or ray://HOST:PORT; "
-        "default: one after the other, here",
-    )
+    where = "run on a Ray cluster, whose machines share the folders: ray (of this machine) or ray://HOST:PORT"
+    parser.add_argument("--on", metavar="RAY", help=f"{where}; default: one after the other, here")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from lrsa_lit.cli.step_cost import Batches, Cost, measure, release
 from lrsa_lit.data import token_cache
 from lrsa_lit.data.collate import collate
 from lrsa_lit.data.module import QADataModule
+from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone
 from lrsa_lit.strategies import shards_weights
@@ -131,11 +132,8 @@ def _measure_few(whole: Layers, measure: Callable[[Layers], Cost]) -> dict[Layer
             return {layers: measure(layers) for layers in _to_measure(whole, few, more)}
         # Only now is nobody left who refers to what was allocated.
         release()
-    raise UserError(
-        "--estimate",
-        reason=f"even {_FEW[-1][1]} layers do not fit on the device; lower data.init_args.batch_size or max_tokens, "
-        "or set model.backbone.gradient_checkpointing",
-    )
+    mend = "lower data.init_args.batch_size or max_tokens, or set model.backbone.gradient_checkpointing"
+    raise UserError("--estimate", reason=f"even {_FEW[-1][1]} layers do not fit on the device; {mend}")
 
 
 def _to_measure(whole: Layers, few: int, more: int) -> list[Layers]:
@@ -178,16 +176,16 @@ def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
 def _batches(data: QADataModule) -> tuple[Batches, str]:
     """Batches as the fit will see them, and where their lengths are from."""
     if not token_cache.is_built(data.folder("train")):
-        example = {
-            "id": "",
-            "input_ids": [5] * data.max_tokens,
-            "prompt_length": data.max_tokens - min(_ANSWER, data.max_tokens - 1),
-            "gold_spans": [],
-            "answer_spans": [],
-            "answers": [""],
-            "match": "any",
-        }
-        batch = collate([example] * data.batch_size, pad_token_id=0)  # type: ignore[list-item]
+        example = Example(
+            id="",
+            input_ids=[5] * data.max_tokens,
+            prompt_length=max(1, data.max_tokens - _ANSWER),
+            gold_spans=[],
+            answer_spans=[],
+            answers=[""],
+            match="any",
+        )
+        batch = collate([example] * data.batch_size, pad_token_id=0)
         return Batches(batch, [batch]), f"the data is not tokenised yet: {data.max_tokens:,} tokens for each example"
     data.setup("fit")
     found = sorted((batch for _, batch in zip(range(_BATCHES), data.train_dataloader(), strict=False)), key=_area)

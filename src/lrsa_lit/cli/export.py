@@ -109,11 +109,7 @@ def _write(trained: Trained, out: Path, *, merge: bool) -> None:
 
 
 def _model(trained: Trained, *, merge: bool) -> tuple[Any, Tensor | None]:
-    """The model to write, and the logits that it must have when it is loaded again; None for adapters.
-
-    Raises:
-        AnotherModel: merged adapters give other logits than adapters beside the weights.
-    """
+    """The model to write, and the logits that it must have when it is loaded again; None for adapters."""
     from lrsa_lit.attention import base_of
     from lrsa_lit.models.folder import AnotherModel, difference, logits
 

@@ -11,8 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lrsa_lit.classes import check_classes
 from lrsa_lit.cli.lightning_cli import parser_of
 from lrsa_lit.cli.main import lightning_arguments
-from lrsa_lit.cli.setting_keys import first_user_error
-from lrsa_lit.cli.settings_parser import OneLineParser, one_line
+from lrsa_lit.cli.settings_parser import OneLineParser, first_user_error, one_line
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.ops.sparse_attention import Compressor

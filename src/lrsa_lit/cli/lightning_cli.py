@@ -34,8 +34,7 @@ from lrsa_lit.checkpoints.checkpoint_io import claim
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import argument_kinds, check_classes
 from lrsa_lit.cli import preflight
-from lrsa_lit.cli.setting_keys import DATA_TOKENIZER, TOKENIZER, first_user_error
-from lrsa_lit.cli.settings_parser import OneLineParser, one_line
+from lrsa_lit.cli.settings_parser import DATA_TOKENIZER, TOKENIZER, OneLineParser, first_user_error, one_line
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
 from lrsa_lit.lightning_internals import OpenCLI, counts_before_shares
@@ -267,7 +266,7 @@ class LRSACLI(OpenCLI):
 
     def after_fit(self) -> None:
         """Close with what the training changed, validating once more if it went on after the last validation."""
-        callbacks = self.built("trainer")["callbacks"] or []
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if summary := next((each for each in callbacks if isinstance(each, FitSummary)), None):
             if not summary.history or summary.history[-1][0] != self.trainer.global_step:
                 self._reopen()

@@ -226,11 +226,7 @@ def _modules(value: str) -> list[str]:
 
 
 def _check_argument(previous: str, argument: str) -> None:
-    """Refuse a value that the parser would never be done with: it takes any for YAML, or for a file that holds some.
-
-    Raises:
-        UserError: it contains itself, is nested too deeply, or names a pipe; or it holds a NUL character.
-    """
+    """Refuse a NUL, and what the parser would never be done with: it takes any value for YAML, or for a file of it."""
     from lrsa_lit.yaml_file import check_bounds
 
     flag, _, value = argument.partition("=") if argument.startswith("--") else (previous, "", argument)
@@ -240,13 +236,12 @@ def _check_argument(previous: str, argument: str) -> None:
     # Most values are short words and numbers.
     if "&" in value or value.count("[") + value.count("{") > 50:
         check_bounds(key, value)
-    if not os.path.exists(value):
-        return
-    path = Path(value)
-    if path.is_fifo():
-        raise UserError(key, path, "a file", reason="is a pipe")
-    if path.suffix in (".yaml", ".yml"):
-        check_bounds(key, path)
+    if os.path.exists(value):
+        path = Path(value)
+        if path.is_fifo():
+            raise UserError(key, path, "a file", reason="is a pipe")
+        if path.suffix in (".yaml", ".yml"):
+            check_bounds(key, path)
 
 
 def _config(value: str) -> tuple[str, dict[str, Any]]:

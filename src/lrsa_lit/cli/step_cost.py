@@ -23,18 +23,13 @@ _REPEATS = 4
 
 
 class Cost(NamedTuple):
-    """What training costs on one device; seconds, bytes and numbers of weights.
+    """What training costs on one device.
 
     Attributes:
-        parameters: weights of the model.
-        trained: those that are trained.
-        weights: bytes of the weights.
-        gradients: bytes of the gradients.
-        optimizer: bytes of the optimizer's state.
-        peak_passes: most bytes at a time during forward and backward pass.
-        peak_step: most bytes at a time during the optimizer's step.
-        pass_seconds: of a forward and backward pass over a batch.
-        step_seconds: of the optimizer's step, clipping included.
+        parameters, trained: weights of the model, and of them those that are trained.
+        weights, gradients, optimizer: bytes of them, and of the optimizer's state.
+        peak_passes, peak_step: most bytes at a time during the passes over a batch, and during the optimizer's step.
+        pass_seconds, step_seconds: of a forward and backward pass, and of the optimizer's step, clipping included.
     """
 
     parameters: float
@@ -61,13 +56,7 @@ class Batches(NamedTuple):
 
 
 def measure(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> Cost:
-    """Train for some steps.
-
-    Args:
-        task: configured, its model not loaded yet.
-        batches: to measure with.
-        options: for the Trainer of Lightning.
-    """
+    """Train a task whose model is not loaded yet for some steps; the options are for the Trainer of Lightning."""
     probe = _Probe()
     # Gradients and the optimizer's state exist from the second step on.
     planned = [batches.largest] * 2 + [batch for batch in batches.typical for _ in range(_REPEATS)]
@@ -87,8 +76,8 @@ def measure(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> C
     weights = list(task.model.parameters())
     trained = [weight for weight in weights if weight.requires_grad]
     cost = Cost(
-        parameters=sum(weight.numel() for weight in weights),
-        trained=sum(weight.numel() for weight in trained),
+        parameters=sum(map(torch.numel, weights)),
+        trained=sum(map(torch.numel, trained)),
         weights=_size(weights),
         gradients=_size(trained),
         optimizer=_size(_optimizer_state(trainer)),

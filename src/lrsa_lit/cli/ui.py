@@ -45,8 +45,7 @@ _MOST_COMPARED = 50
 """Runs in the address of a comparison, the latest; more can be chosen in the UI."""
 
 _COLUMNS = [
-    "tags.`command`",
-    "tags.`checkpoint`",
+    *(f"tags.`{name}`" for name in ("command", "checkpoint")),
     *(f"params.`{name}`" for name in ("model.lrsa.lag_size", "model.lrsa.top_k", "kv_ratio")),
     *(f"metrics.`{name}`" for name in ("val/f1", "val/loss", "test/f1", "perf/step_seconds")),
 ]
@@ -92,11 +91,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def compare_page(client: MlflowClient, experiment: Experiment) -> str:
-    """The UI's page that compares the latest runs of an experiment, as the end of an address.
-
-    Raises:
-        UserError: the experiment has no runs.
-    """
+    """The UI's page that compares the latest runs of an experiment, as the end of an address."""
     found = client.search_runs([experiment.experiment_id], max_results=_MOST_COMPARED)
     # The parent of a sweep has nothing of its own to compare.
     parents = {run.data.tags.get("mlflow.parentRunId") for run in found}
@@ -174,8 +169,7 @@ def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[b
 
 
 def _command(uri: str, port: int) -> list[str]:
-    command = [sys.executable, "-m", "mlflow", "server"]
-    command += ["--host", HOST, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, *f"-m mlflow server --host {HOST} --port {port} --workers 1".split()]
     location = artifact_location(uri)
     return command if location is None else [*command, "--default-artifact-root", location]
 
