@@ -21,7 +21,7 @@ def settings():
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("given", ["1", "1.0"])
 def test_an_integer_is_a_count_and_a_fraction_a_share(settings, name, given):
-    assert repr(settings.complete([*DEBUG, f"--trainer.{name}", given])["trainer"][name]) == given
+    assert repr(settings.given([*DEBUG, f"--trainer.{name}", given], defaults=True)["trainer"][name]) == given
 
 
 def test_whatever_other_packages_have_imported_before():
