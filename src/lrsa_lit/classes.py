@@ -19,11 +19,7 @@ _LIBRARIES = frozenset({"lightning", "torch"})
 
 
 def check_class_path(key: str, path: object) -> str:
-    """Refuse a path into Python's standard library, which has no class for a setting, before anything is imported.
-
-    Raises:
-        UserError: it is such a path, or not a string.
-    """
+    """Refuse a path into Python's standard library, which has no class for a setting, before anything is imported."""
     if not isinstance(path, str) or _package(path) in sys.stdlib_module_names:
         raise UserError(f"{key}.class_path".lstrip("."), path, "the name of a class for this setting")
     return path

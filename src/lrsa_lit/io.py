@@ -57,9 +57,6 @@ def partial_folder(target: Path) -> Iterator[Path]:
     """A new, empty, hidden folder beside ``target``, for its writer to fill and rename; what is not renamed is removed.
 
     Its mode is what the umask says. What dead processes left half-written beside it is removed.
-
-    Raises:
-        OSError: the folder cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent)

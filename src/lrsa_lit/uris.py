@@ -38,11 +38,7 @@ def sqlite_uri(path: Path, key: str) -> str:
 
 
 def sqlite_path(uri: str, key: str) -> Path:
-    """The absolute path of the file that an SQLite URI names.
-
-    Raises:
-        UserError: it has options, or names no file.
-    """
+    """The absolute path of the file that an SQLite URI names; a UserError if it has options, or names no file."""
     text: str | None = uri.removeprefix(SQLITE)
     if _SPECIAL & set(uri):
         import sqlalchemy

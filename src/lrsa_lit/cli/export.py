@@ -43,11 +43,7 @@ examples:
 
 @called(_FLAGS)
 def run(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        UserError: a mistake in the arguments, the checkpoint or the folder.
-    """
+    """Run the command; a mistake in the arguments, the checkpoint or the folder is a UserError."""
     options = _parse(arguments)
     options.out = expanded("--out", options.out)
     _check_out(options.out, force=options.force)

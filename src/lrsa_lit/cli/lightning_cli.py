@@ -57,11 +57,7 @@ _SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpo
 
 
 class LRSACLI(OpenCLI):
-    """Links the model's tokenizer to the data, and validates before training.
-
-    Args:
-        arguments: the subcommand and what follows it.
-    """
+    """Links the model's tokenizer to the data, and validates before training; takes a subcommand and its arguments."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._asked = arguments[0]
@@ -300,11 +296,7 @@ def _as_list(setting: Any) -> list[Any]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Parse and run one subcommand.
-
-    Raises:
-        UserError: a mistake in the arguments or files.
-    """
+    """Parse and run one subcommand; a mistake in the arguments or files is a UserError."""
     preflight.quiet_libraries()
     preflight.note_environment()
     try:

@@ -68,10 +68,7 @@ examples:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command.
-
-    Args:
-        args: arguments as on the command line; default: ``sys.argv``.
+    """Run a command with the arguments of the command line, those of ``sys.argv`` if there are none.
 
     Raises:
         SystemExit: code 2 after a one-line message for a user's mistake, code 130 after Ctrl-C, code 143 after SIGTERM,

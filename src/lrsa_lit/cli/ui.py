@@ -64,11 +64,7 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the command until Ctrl-C.
-
-    Raises:
-        UserError: a mistake in the arguments, a store without runs, or a server that does not start.
-    """
+    """Run the command until Ctrl-C; a mistake, a store without runs or a server that does not start is a UserError."""
     options = _parse(arguments)
     uri = existing_uri(options.store or default_uri(), _STORE)
     runs_already = uri.startswith(SERVER)

@@ -56,12 +56,7 @@ examples:
 
 @called(_FLAGS)
 def run(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        UserError: a mistake in the arguments, the text or the model.
-        SystemExit: code 0 for help.
-    """
+    """Run the command; a mistake in the arguments, the text or the model is a UserError."""
     options = _parse(arguments)
     text = read_text(options.file)
     notes = PlainConsole(stderr=True, soft_wrap=True)
