@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +19,23 @@ from lrsa_lit.evaluation.answer_scores import Match
 
 IGNORE_INDEX = -100
 """Labels of this value count for nothing, as in PyTorch's cross-entropy."""
+
+
+class ExampleSize(NamedTuple):
+    """How long an example is.
+
+    Attributes:
+        tokens: of prompt and answer.
+        answer: tokens of the answer that are learnt: an example's first token has none before it to predict it.
+    """
+
+    tokens: int
+    answer: int
+
+    @classmethod
+    def of(cls, tokens: int, prompt_length: int) -> ExampleSize:
+        """That of an example with so many tokens, of which the first ones are its prompt."""
+        return cls(tokens, min(tokens - prompt_length, tokens - 1))
 
 
 class TrainBatch(TypedDict):
@@ -33,6 +50,8 @@ class TrainBatch(TypedDict):
         boundaries: where the examples of a packed row start, and its length: [0, n1, n1 + n2, …, T]; None if nothing
             is packed. Plain integers, so that no step waits for the device to tell them.
         id: the records' ids, in the order of the rows or, packed, within the row.
+        sizes: of the examples, in the same order.
+        step_sizes: of all examples of the optimizer step that the batch belongs to, on all devices.
     """
 
     input_ids: Tensor
@@ -42,6 +61,8 @@ class TrainBatch(TypedDict):
     position_ids: Tensor | None
     boundaries: list[int] | None
     id: list[str]
+    sizes: list[ExampleSize]
+    step_sizes: list[ExampleSize]
 
 
 class Batch(TrainBatch):
@@ -78,7 +99,7 @@ class Batch(TrainBatch):
 
 def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
     """Pad examples, at least one, into a batch to train on, of at least ``length`` columns."""
-    sequences = [_token_ids(example) for example in examples]
+    sequences, sizes = [_token_ids(example) for example in examples], _sizes(examples)
     labels = _pad(list(map(_labels, examples, sequences)), IGNORE_INDEX, length=length)
     return TrainBatch(
         input_ids=_pad(sequences, pad_token_id, length=length),
@@ -88,6 +109,9 @@ def collate_training(examples: Sequence[Example], pad_token_id: int, length: int
         position_ids=None,
         boundaries=None,
         id=[example["id"] for example in examples],
+        sizes=sizes,
+        # Until a loader knows of further batches.
+        step_sizes=sizes,
     )
 
 
@@ -97,7 +121,7 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
     ``boundaries`` tells the attention where each starts, ``position_ids`` count from 0 in each, and no example's first
     token is learnt, as it would be predicted from the example before it.
     """
-    sequences = [_token_ids(example) for example in examples]
+    sequences, sizes = [_token_ids(example) for example in examples], _sizes(examples)
     boundaries = [0, *accumulate(map(len, sequences))]
     row = torch.cat(sequences)[None]
     labels = torch.cat(list(map(_labels, examples, sequences)))[None]
@@ -110,6 +134,9 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
         position_ids=torch.cat([torch.arange(len(ids)) for ids in sequences])[None],
         boundaries=boundaries,
         id=[example["id"] for example in examples],
+        sizes=sizes,
+        # Until a loader knows of further batches.
+        step_sizes=sizes,
     )
 
 
@@ -150,6 +177,10 @@ def targets(batch: TrainBatch) -> Tensor:
 
 def _predicting_columns(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
+
+
+def _sizes(examples: Sequence[Example]) -> list[ExampleSize]:
+    return [ExampleSize.of(len(example["input_ids"]), example["prompt_length"]) for example in examples]
 
 
 def _token_ids(example: Example) -> Tensor:

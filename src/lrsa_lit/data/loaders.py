@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -12,15 +12,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lrsa_lit.data.collate import Batch, collate, collate_packed, collate_training
+from lrsa_lit.data.collate import Batch, ExampleSize, TrainBatch, collate, collate_packed, collate_training
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import Packed
-from lrsa_lit.data.sampler import EpochSampler, ResumableLoader
+from lrsa_lit.data.sampler import EpochSampler, ResumableLoader, StepBatch
 from lrsa_lit.errors import UserError
 from lrsa_lit.lightning_internals import divides_batches
 
 if TYPE_CHECKING:
     import lightning
+
+    from lrsa_lit.data.prompts import Example
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,11 @@ def training_loader(
     if plan.curriculum and cut_at < len(sampler):
         hint = "only limit_train_batches=1.0 and overfit_batches=0 are allowed with it"
         raise UserError("curriculum", reason="it counts steps by whole epochs", hint=hint)
-    if isinstance(plan.policy, Packed):
-        return ResumableLoader(examples, batch_sampler=sampler, collate_fn=collate_packed, **_options(workers))
-    padded = partial(collate_training, pad_token_id=pad_token_id, length=plan.policy.row_length(plan.lengths))
-    return ResumableLoader(examples, batch_sampler=sampler, collate_fn=padded, **_options(workers))
+    made: Callable[[list[Example]], TrainBatch] = collate_packed
+    if not isinstance(plan.policy, Packed):
+        made = partial(collate_training, pad_token_id=pad_token_id, length=plan.policy.row_length(plan.lengths))
+    batches = _Batches(examples, plan.lengths, made)
+    return ResumableLoader(batches, batch_sampler=sampler, collate_fn=_made, **_options(workers))
 
 
 def evaluation_loader(
@@ -116,6 +119,24 @@ class _EveryRth(DistributedSampler[Any]):
         return len(self._positions)
 
 
+class _Batches(Dataset[Any]):
+    """Training batches, each with the sizes of its optimizer step's examples."""
+
+    def __init__(
+        self, examples: datasets.Dataset, lengths: Sequence[int], made: Callable[[list[Example]], TrainBatch]
+    ) -> None:
+        self._examples = examples
+        self._sizes = list(map(ExampleSize.of, lengths, examples["prompt_length"]))
+        self._made = made
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitems__(self, positions: StepBatch) -> TrainBatch:
+        batch = self._made(self._examples.__getitems__(list(positions)))
+        return {**batch, "step_sizes": [self._sizes[position] for position in positions.of_step]}
+
+
 class _Repeating(Dataset[Any]):
     """Examples by position, from the first on again after the last."""
 
@@ -128,6 +149,10 @@ class _Repeating(Dataset[Any]):
     def __getitem__(self, position: int) -> Any:
         turn, position = divmod(position, len(self._examples))
         return {**self._examples[position], "repeated": turn > 0, "position": position}
+
+
+def _made(batch: TrainBatch) -> TrainBatch:
+    return batch
 
 
 def _options(workers: int) -> dict[str, Any]:

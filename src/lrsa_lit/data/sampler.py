@@ -7,6 +7,7 @@ its state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,17 @@ from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.errors import UserError
 
 
-class EpochSampler(Sampler[list[int]]):
+class StepBatch(list[int]):
+    """The positions of a batch's examples.
+
+    Attributes:
+        of_step: those of all batches, on all ranks, whose gradients are added up with this one's.
+    """
+
+    of_step: list[int]
+
+
+class EpochSampler(Sampler[StepBatch]):
     """The batches of one rank, an epoch for each pass.
 
     A pass that hands out a batch begins its epoch, and the next pass is the next epoch, whether the former came to its
@@ -51,9 +62,16 @@ class EpochSampler(Sampler[list[int]]):
     def __iter__(self) -> EpochIterator:
         return EpochIterator(self, self.epoch, self.batch)
 
-    def batches(self, epoch: int) -> Sequence[Sequence[int]]:
+    def batches(self, epoch: int) -> list[StepBatch]:
         """This rank's batches of an epoch."""
-        return self.plan.batches(self.seed, 0 if self.same_order else epoch)[self.rank :: self.plan.ranks]
+        of_ranks, ranks = self.plan.batches(self.seed, 0 if self.same_order else epoch), self.plan.ranks
+        own = [StepBatch(positions) for positions in of_ranks[self.rank :: ranks]]
+        for number, batch in enumerate(own):
+            first = number - number % self.plan.batches_a_step
+            # The trainer makes a step where it ends an epoch.
+            end = min(first + self.plan.batches_a_step, self.cut_at)
+            batch.of_step = list(itertools.chain(*of_ranks[first * ranks : end * ranks]))
+        return own
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next pass begins, and what the batches depend on."""
@@ -83,22 +101,22 @@ class EpochSampler(Sampler[list[int]]):
 
 
 @dataclass(eq=False)
-class EpochIterator(Iterator[list[int]]):
+class EpochIterator(Iterator[StepBatch]):
     """One pass of an :class:`EpochSampler`, whose state a data loader keeps with each batch that it prefetches."""
 
     sampler: EpochSampler
     epoch: int
     batch: int
-    batches: Sequence[Sequence[int]] | None = None
+    batches: Sequence[StepBatch] | None = None
 
-    def __next__(self) -> list[int]:
+    def __next__(self) -> StepBatch:
         if self.batches is None:
             self.batches = self.sampler.batches(self.epoch)
             self.sampler.epoch, self.sampler.batch = self.epoch + 1, 0
         if self.batch == len(self.batches):
             raise StopIteration
         self.batch += 1
-        return list(self.batches[self.batch - 1])
+        return self.batches[self.batch - 1]
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the batches handed out so far."""
