@@ -8,6 +8,11 @@ from lrsa_lit.models.backbone import LoRA
 from lrsa_lit.models.tiny import tiny_model
 
 
+def loss_at_head(model, targets, columns, **inputs):
+    return head.at_head(model, lambda hidden, at: at.cross_entropy(hidden.flatten(0, 1), targets.flatten()),
+                        columns, **inputs)  # fmt: skip
+
+
 def reference(model, ids, targets, columns):
     logits = model(input_ids=ids).logits[:, columns].double()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
@@ -30,7 +35,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(tokens, rows, tied, monkey
         model.lm_head.weight = model.model.embed_tokens.weight
     expected = reference(model, ids, targets, columns)
     wanted = torch.autograd.grad(expected, list(model.parameters()))
-    loss = head.summed_loss(model, targets, columns, input_ids=ids)
+    loss = loss_at_head(model, targets, columns, input_ids=ids)
     got = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     for one, other in zip(got, wanted, strict=True):
@@ -42,7 +47,7 @@ def test_only_the_chosen_positions_reach_the_head(tokens):
     model = tiny_model()
     seen = []
     handle = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    head.summed_loss(model, targets, columns, input_ids=ids)
+    loss_at_head(model, targets, columns, input_ids=ids)
     handle.remove()
     assert seen == [(2, 4, 64)]
     assert model(input_ids=ids).logits.shape == (2, 60, 259), "the head is itself again"
@@ -52,19 +57,47 @@ def test_the_head_is_itself_again_after_an_error(tokens):
     ids, targets, columns = tokens
     model = tiny_model()
     with pytest.raises(IndexError):
-        head.summed_loss(model, targets, columns + 1000, input_ids=ids)
+        loss_at_head(model, targets, columns + 1000, input_ids=ids)
     assert model(input_ids=ids).logits.shape == (2, 60, 259)
 
 
-def test_a_model_that_scales_its_logits_is_asked_for_them(tokens):
-    from transformers import GraniteConfig, GraniteForCausalLM
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Cohere", {"logit_scale": 0.5}),
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_done_to_them(tokens, family, change):
+    import transformers
 
     ids, targets, columns = tokens
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = GraniteConfig(vocab_size=259, num_key_value_heads=1, logits_scaling=4.0, **small)
-    model = GraniteForCausalLM(config)
-    loss = head.summed_loss(model, targets, columns, input_ids=ids)
-    torch.testing.assert_close(loss.double(), reference(model, ids, targets, columns), rtol=1e-5, atol=0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=259, num_key_value_heads=1, **small, **change)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).double()
+    expected = reference(model, ids, targets, columns)
+    loss = loss_at_head(model, targets, columns, input_ids=ids)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    for one, other in zip(torch.autograd.grad(loss, list(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+def test_a_head_that_is_no_linear_layer_makes_the_logits(tokens):
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight = inner, inner.weight
+
+        def forward(self, hidden):
+            return 2 * self.inner(hidden)
+
+    ids, targets, columns = tokens
+    model = tiny_model().double()
+    model.lm_head = Doubled(model.lm_head)
+    expected = reference(model, ids, targets, columns)
+    torch.testing.assert_close(loss_at_head(model, targets, columns, input_ids=ids), expected, rtol=1e-9, atol=0)
 
 
 def test_losses_of_examples_are_those_of_each_alone():
@@ -90,7 +123,7 @@ def test_losses_of_examples_are_those_of_each_alone():
 def test_adapters_on_a_model(tokens):
     ids, targets, columns = tokens
     model = Backbone("tiny", lora=LoRA(rank=2)).build().eval()
-    loss = head.summed_loss(model, targets, columns, input_ids=ids)
+    loss = loss_at_head(model, targets, columns, input_ids=ids)
     torch.testing.assert_close(loss.double(), reference(model, ids, targets, columns), rtol=1e-5, atol=0)
 
 
@@ -98,6 +131,6 @@ def test_under_autocast_the_head_computes_in_its_dtype(tokens):
     ids, targets, columns = tokens
     model = tiny_model()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = head.summed_loss(model, targets, columns, input_ids=ids)
+        loss = loss_at_head(model, targets, columns, input_ids=ids)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), reference(model, ids, targets, columns), rtol=0.05, atol=0)

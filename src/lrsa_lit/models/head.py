@@ -1,6 +1,6 @@
-"""The loss of a causal language model at chosen positions, without ever holding their logits all at once.
+"""What the hidden states of a causal language model become at its output head, without ever holding all logits at once.
 
-Dimensions: B examples, T tokens, N positions of each that get a target, D width of the model, V vocabulary.
+Dimensions: B examples, T tokens, N positions of each, M positions of all, D width of the model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,105 +13,219 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cross_entropy, linear
 
 ROWS = 1024
-"""Positions whose logits exist at a time, where no fused kernel does the work; it is not asked for fewer than that."""
+"""Positions whose logits exist at a time."""
 
-# What models do to logits behind their head, by the name in their configuration, and the value that leaves them alone.
-_AFTERWARDS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+RowsLoss = Callable[..., Tensor]
+"""Sums a loss over rows: from logits (rows, V) and as many rows of further tensors."""
+
+_AFTERWARDS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
+    "logit_scale": lambda logits, scale: logits * scale,
+    "logits_scaling": lambda logits, divisor: logits / divisor,
+}
+"""What models do to logits behind their head, by the name in their configuration; 1.0 and None leave them alone."""
 
 _log = logging.getLogger(__name__)
 
 
-def summed_loss(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
-    """Sum of the cross-entropies of a model's next tokens, to train with.
+class Head:
+    """An output head that makes logits of some rows at a time, to be used inside of the model's own forward.
 
-    The hidden states at ``columns`` alone reach the head, and there they become the loss at once. A model that changes
-    its logits behind the head (a scale, a soft cap) or whose head is no plain linear layer makes them, in float32.
+    Args:
+        layer: the model's; None where the rows are logits already.
+        config: of the text model, which says what happens to logits afterwards.
+    """
+
+    def __init__(self, layer: nn.Linear | None = None, config: Any = None) -> None:
+        self.weight: Tensor | None = None if layer is None else layer.weight
+        self.bias: Tensor | None = None if layer is None else layer.bias
+        values = {name: getattr(config, name, None) for name in _AFTERWARDS}
+        self._afterwards = {name: value for name, value in values.items() if value not in (None, 1.0)}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(M, V), at least float32, of (M, D)."""
+        if self.weight is None:
+            return _precise(hidden)
+        hidden, weight, bias = _as_autocast(hidden, self.weight, self.bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._changed(linear(hidden, weight, bias))
+
+    def summed(self, loss: RowsLoss, hidden: Tensor, *others: Tensor) -> Tensor:
+        """The sum of a loss over all rows, ``ROWS`` of them at a time, in the forward and in the backward pass.
+
+        Args:
+            loss: called with logits (R, V) and R rows of each of the others; only the logits get a gradient.
+            hidden: (M, D).
+            others: what else has M rows.
+
+        Returns:
+            At least float32, no dimensions.
+        """
+        weight, bias = self.weight, self.bias
+        if weight is not None:
+            hidden, weight, bias = _as_autocast(hidden, weight, bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            total: Tensor = _PieceByPiece.apply(self, loss, hidden, weight, bias, *others)
+        return total
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross-entropies, fused by liger-kernel on a GPU, else piece by piece.
+
+        The fused kernel waits for the GPU once, to count the targets. Few positions are not worth that.
+
+        Args:
+            hidden: (M, D).
+            targets: (M,) int64, -100 where there is none.
+        """
+        on_gpu = hidden.device.type == "cuda" and len(targets) > ROWS
+        if not on_gpu or self.weight is None or self.changes_logits or not _has_liger():
+            return self.summed(lambda logits, wanted: cross_entropy(logits, wanted, reduction="sum"), hidden, targets)
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        hidden, weight, bias = _as_autocast(hidden, self.weight, self.bias)
+        with torch.autocast("cuda", enabled=False):
+            loss: Tensor = liger_fused_linear_cross_entropy(hidden, weight, targets, bias, reduction="sum")
+        return loss.float()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the model does something to logits behind the layer."""
+        return bool(self._afterwards)
+
+    def _changed(self, logits: Tensor) -> Tensor:
+        logits = _precise(logits)
+        for name, value in self._afterwards.items():
+            logits = _AFTERWARDS[name](logits, value)
+        return logits
+
+
+def at_head(
+    model: Any, compute: Callable[[Tensor, Head], Tensor], columns: Tensor | None = None, **inputs: Any
+) -> Tensor:
+    """Run a model up to its output head, and something else in place of that.
+
+    It runs inside of the model's own forward: only there are sharded weights whole. A model whose head is no plain
+    linear layer makes the logits itself.
 
     Args:
         model: a causal language model of transformers, or peft's wrapper around it.
+        compute: takes the hidden states (B, N, D) and the head.
+        columns: (N,) int64, the positions whose hidden states it takes, on the model's device; None for all T.
+        **inputs: what else the model's forward takes.
+
+    Returns:
+        What ``compute`` returns.
+    """
+    layer = model.get_output_embeddings()
+    keep = {} if columns is None else {"logits_to_keep": columns}
+    if not isinstance(layer, nn.Linear):
+        return compute(model(**inputs, **keep).logits, Head())
+    head, computed = Head(layer, model.config.get_text_config()), []
+
+    def forward(hidden: Tensor) -> Tensor:
+        computed.append(compute(hidden, head))
+        return computed[0].reshape(1, 1, -1)
+
+    layer.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        returned: Tensor = model(**inputs, **keep).logits.reshape(computed[0].shape)
+    finally:
+        del layer.forward
+    # A sharded model gathers its weights again when a gradient reaches what it returned, whatever it has made of it.
+    return computed[0] + 0 * returned if head.changes_logits else returned
+
+
+@torch.no_grad()
+def losses_of_rows(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
+    """Sums of the cross-entropies of each row's next tokens, to evaluate with.
+
+    Args:
+        model: as for :func:`at_head`.
         targets: (B, N) int64, the tokens to predict; -100 where there is none.
         columns: (N,) int64, the positions that predict them, on the model's device.
         **inputs: what else the model's forward takes.
 
     Returns:
-        float32, no dimensions.
+        (B,) float64.
     """
 
-    def lose(hidden: Tensor, head: nn.Linear) -> Tensor:
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, targets.flatten()).reshape(1, 1, 1)
-
-    if (loss := _in_place_of_logits(model, lose, columns, **inputs)) is not None:
-        return loss.squeeze()
-    logits = model(**inputs, logits_to_keep=columns).logits
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-@torch.no_grad()
-def losses_of_rows(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
-    """As :func:`summed_loss`, but by row (B,) float64, to evaluate with."""
-
-    def lose(hidden: Tensor, head: nn.Linear) -> Tensor:
+    def losses(hidden: Tensor, head: Head) -> Tensor:
         parts = zip(hidden.flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True)
-        losses = [_cross_entropy(rows, head.weight, head.bias, wanted, "none") for rows, wanted in parts]
-        return torch.cat(losses).reshape(*targets.shape, 1)
+        return torch.cat([cross_entropy(head.logits(rows), wanted, reduction="none") for rows, wanted in parts])
 
-    losses = _in_place_of_logits(model, lose, columns, **inputs)
-    if losses is None:
-        logits = model(**inputs, logits_to_keep=columns).logits.float()
-        losses = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
-    return losses.reshape(targets.shape).double().sum(dim=1)
+    found = at_head(model, losses, columns, **inputs)
+    return found.reshape(targets.shape).double().sum(dim=1)
 
 
-def _in_place_of_logits(
-    model: Any, lose: Callable[[Tensor, nn.Linear], Tensor], columns: Tensor, **inputs: Any
-) -> Tensor | None:
-    """What ``lose`` makes of the hidden states (B, N, D) and the head; None where the logits are not the head's alone.
+class _PieceByPiece(torch.autograd.Function):
+    """A summed loss and its gradients by a head's input and weights, computed together for some rows at a time."""
 
-    It runs inside of the model's own forward: only there are sharded weights whole.
-    """
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    changes = any(getattr(config, name, neutral) not in (None, neutral) for name, neutral in _AFTERWARDS.items())
-    if changes or not isinstance(head, nn.Linear):
-        return None
-    head.forward = lambda hidden: lose(hidden, head)  # type: ignore[method-assign, assignment]
-    try:
-        found: Tensor = model(**inputs, logits_to_keep=columns).logits
-    finally:
-        del head.forward
-    return found
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum (float32) of the cross-entropies of ``hidden @ weight.T + bias``, by liger-kernel on a GPU, else by pieces.
-
-    The fused kernel waits for the GPU once, to count the targets. Few positions are not worth that. Shapes: hidden
-    (B N, D), weight (V, D), bias (V,), targets (B N,) int64 with -100 where there is none.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
-        if device == "cuda" and len(targets) > ROWS and _has_liger():
-            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-            loss: Tensor = liger_fused_linear_cross_entropy(hidden, weight, targets, bias, reduction="sum")
-            return loss.float()
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-            # Computed again in the backward pass: B N x V numbers are what must not be kept.
-            total = total + checkpoint(_cross_entropy, rows, weight, bias, wanted, "sum", use_reentrant=False)
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        head: Head,
+        loss: RowsLoss,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *others: Tensor,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[2:5]
+        by_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # Sums over many pieces, and a model's own dtype may have eight bits.
+        by_weight = torch.zeros_like(weight, dtype=_precise_dtype(weight)) if weight is not None and wanted[1] else None
+        by_bias = torch.zeros_like(bias, dtype=_precise_dtype(bias)) if bias is not None and wanted[2] else None
+        total = hidden.new_zeros((), dtype=_precise_dtype(hidden))
+        for start in range(0, len(hidden), ROWS):
+            piece = slice(start, start + ROWS)
+            rows = hidden[piece]
+            raw = rows if weight is None else linear(rows, weight, bias)
+            with torch.enable_grad():
+                leaf = raw.detach().requires_grad_(any(wanted))
+                part = loss(head._changed(leaf), *(other[piece] for other in others))
+            total += part.detach()
+            if not any(wanted):
+                continue
+            (by_logits,) = torch.autograd.grad(part, leaf)
+            if by_hidden is not None:
+                by_hidden[piece] = by_logits if weight is None else by_logits @ weight
+            if by_weight is not None:
+                by_weight += by_logits.mT @ rows
+            if by_bias is not None:
+                by_bias += by_logits.sum(dim=0)
+        ctx.gradients = by_hidden, by_weight, by_bias
+        ctx.dtypes = [None if part is None else part.dtype for part in (hidden, weight, bias)]
         return total
 
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        found = [
+            None if part is None else (part * gradient).to(dtype)
+            for part, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        del ctx.gradients
+        return (None, None, *found, *[None] * (len(ctx.needs_input_grad) - 5))
 
-def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str) -> Tensor:
-    logits = nn.functional.linear(hidden, weight, bias).float()
-    return nn.functional.cross_entropy(logits, targets, reduction=reduction)
+
+def _as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype that autocast computes linear layers in."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(_precise_dtype(logits))
+
+
+def _precise_dtype(of: Tensor) -> torch.dtype:
+    return torch.promote_types(of.dtype, torch.float32)
 
 
 @functools.cache
