@@ -35,14 +35,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.data.collate import TrainBatch
+from lrsa_lit.data.collate import ExampleSize, TrainBatch
 from lrsa_lit.models import Backbone
-from lrsa_lit.models.flops import Shape, peak_flops, training_flops
+from lrsa_lit.models.flops import Shape, peak_flops
+from lrsa_lit.objectives import AnswerLoss, Distillation, HiddenAlignment, LanguageModelLoss, Sum
+from lrsa_lit.objectives.work import flops
 from lrsa_lit.tasks import LongContextQA
 
 HERE = Path(__file__).parent
 LABELS = 256
 """Answer tokens of a context."""
+
+OBJECTIVES = {
+    "answers": AnswerLoss,
+    "kl": lambda: Sum([AnswerLoss(), Distillation(positions=1024)]),
+    "hidden": lambda: Sum([AnswerLoss(), HiddenAlignment(positions=1024)]),
+    "next_tokens": lambda: LanguageModelLoss(share=0.25),
+}
 
 _DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -78,6 +87,7 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3.2-1b", help="a folder of shapes/")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--attention", nargs="+", default=["lrsa", "cudnn", "flash"], choices=["lrsa", *_DENSE])
+    parser.add_argument("--objective", default="answers", choices=OBJECTIVES, help="dense attention: answers alone")
     parser.add_argument("--batch", type=int, default=1, help="contexts in a step")
     parser.add_argument("--lag-size", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=16)
@@ -103,6 +113,7 @@ def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[st
     row: dict[str, Any] = {
         "shape": options.shape,
         "attention": attention,
+        "objective": options.objective if attention == "lrsa" else "answers",
         "tokens": tokens,
         "batch": options.batch,
         "rule": rule.to_dict() if attention == "lrsa" else None,
@@ -137,6 +148,7 @@ def _train(attention: str, rule: LRSAConfig, tokens: int, options: argparse.Name
         rule,
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-5, fused=fused),
         train_attention={} if attention == "lrsa" else None,
+        objective=OBJECTIVES[options.objective if attention == "lrsa" else "answers"](),
     )
     watch = Watch(options.warm_up)
     trainer = Trainer(
@@ -157,9 +169,8 @@ def _train(attention: str, rule: LRSAConfig, tokens: int, options: argparse.Name
         if attention in _DENSE and torch.cuda.is_available():
             stack.enter_context(sdpa_kernel(_DENSE[attention]))
         trainer.fit(task, loader)
-    work = training_flops(
-        Shape.of(task.model), [tokens] * options.batch, LABELS * options.batch, rule if attention == "lrsa" else None
-    )
+    sizes = [ExampleSize(tokens, LABELS)] * options.batch
+    work = flops(task.objective, Shape.of(task.model), sizes, rule if attention == "lrsa" else None)
     row = {
         "seconds": watch.seconds,
         "host_seconds": watch.host_seconds,
@@ -219,11 +230,13 @@ def _batch(vocabulary: int, tokens: int, count: int) -> TrainBatch:
         position_ids=None,
         boundaries=None,
         id=[str(row) for row in range(count)],
+        sizes=[ExampleSize(tokens, LABELS)] * count,
+        step_sizes=[ExampleSize(tokens, LABELS)] * count,
     )
 
 
 def _line(row: dict[str, Any]) -> str:
-    head = f"{row['shape']:14} {row['attention']:6} T={row['tokens']:<7} B={row['batch']}"
+    head = f"{row['shape']:14} {row['attention']:6} {row['objective']:11} T={row['tokens']:<7} B={row['batch']}"
     if row.get("out_of_memory"):
         return f"{head} out of memory"
     mfu = f", MFU {row['mfu']:.3f}" if row.get("mfu") else ""

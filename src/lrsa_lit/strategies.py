@@ -196,7 +196,7 @@ class SharedDevice(DDPStrategy):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_processes))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None, layers_alone: bool = False) -> None:
     """Split a model's weights over the devices of a mesh, in place; each layer is gathered while it runs.
 
     Gradients are reduced in float32. Adapters and frozen weights, tied embeddings and gradient checkpointing work.
@@ -205,6 +205,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = Non
         model: a causal language model of transformers, or peft's wrapper around it, the same on each process.
         mesh: of one dimension.
         dtype: weights are gathered and used in it while the split ones stay in theirs; None: in theirs.
+        layers_alone: leave embeddings, head and final norm whole on each device.
 
     Raises:
         UserError: the model does not say what its layers are, or its weights are packed in 4 bits.
@@ -220,6 +221,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = Non
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if layers_alone:
+        return
     # The Hugging Face model is the root and not peft's wrapper: that one is left out when it generates.
     module_of_class = type(base).__module__
     fully_shard(base, mesh=mesh, mp_policy=policy)

@@ -83,7 +83,7 @@ def test_losses_are_those_of_each_question_alone_under_the_rules_set_by_hand(tmp
     expected = []
     for rule in rules:
         with using(made.model, rule), torch.no_grad():
-            expected.append([float(made.answer_loss(collate([row], 2))[0]) for row in rows])
+            expected.append([made.summed_losses(collate([row], 2), 0).item() for row in rows])
     questions = found(tmp_path)["questions"]
     assert questions["id"] == [f"q{length}" for length in PROMPTS]
     assert questions["tokens"] == [5, 3, 4]

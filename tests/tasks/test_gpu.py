@@ -7,7 +7,7 @@ import torch
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.attention.decoding import decoder
-from lrsa_lit.data.collate import TrainBatch
+from lrsa_lit.data.collate import ExampleSize, TrainBatch
 from lrsa_lit.models import Backbone, head
 from lrsa_lit.tasks import LongContextQA, question_answering
 
@@ -28,7 +28,9 @@ def batch(boundaries):
     """One row of 1,000 tokens, as the trainer hands it over: tensors on the device, integers on the host."""
     ids = torch.randint(3, 259, (1, 1000))
     labels = torch.full_like(ids, -100)
-    columns = torch.arange(300, 340)
+    lengths = [1000] if boundaries is None else [stop - start for start, stop in itertools.pairwise(boundaries)]
+    sizes = [ExampleSize(length, 40) for length in lengths]
+    columns = torch.cat([torch.arange(end - 41, end - 1) for end in itertools.accumulate(lengths)])
     labels[:, columns + 1] = ids[:, columns + 1]
     positions = None
     if boundaries is not None:
@@ -41,7 +43,9 @@ def batch(boundaries):
         label_columns=columns,
         position_ids=positions,
         boundaries=boundaries,
-        id=["0"],
+        id=["0"] if boundaries is None else ["0", "1"],
+        sizes=sizes,
+        step_sizes=sizes,
     )
 
 
@@ -55,11 +59,11 @@ def test_a_step_never_waits_for_the_device(boundaries, compiled, checkpointing):
     task.cuda()
     rows = batch(boundaries)
     for _ in range(2):
-        loss, _ = task.answer_loss(rows)
+        (loss,) = task.summed_losses(rows, 0)
         loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, _ = task.answer_loss(rows)
+        (loss,) = task.summed_losses(rows, 0)
         loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -74,7 +78,10 @@ def test_the_fused_loss_is_as_exact_as_float32_logits(monkeypatch):
     for dtype in (torch.bfloat16, torch.float64):
         leaves = [part.to(torch.bfloat16).to(dtype).requires_grad_() for part in (states, weight)]
         if dtype == torch.bfloat16:
-            loss = head.linear_cross_entropy(*leaves, None, targets)
+            layer = torch.nn.Linear(128, 5000, bias=False)
+            layer.weight = torch.nn.Parameter(leaves[1].detach())
+            leaves[1] = layer.weight
+            loss = head.Head(layer).cross_entropy(leaves[0], targets)
         else:
             logits = leaves[0] @ leaves[1].T
             loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")

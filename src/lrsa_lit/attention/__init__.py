@@ -11,13 +11,21 @@ if TYPE_CHECKING:
     from lrsa_lit.attention.cache import LRSACache
     from lrsa_lit.attention.config import LayerRules, LRSAConfig
     from lrsa_lit.attention.decoding import Greedy, graphed_decoding, greedy_tokens, prefill, single_token_steps
-    from lrsa_lit.attention.interface import LAYOUT, disable, enable, enabled_config, observing, using
+    from lrsa_lit.attention.interface import (
+        LAYOUT,
+        dense_pass,
+        disable,
+        enable,
+        enabled_config,
+        observing,
+        using,
+    )
     from lrsa_lit.attention.layout import Layout, packed_layout
 
 __all__ = [
     "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "base_of", "cache_argument",
-    "disable", "enable", "enabled_config", "graphed_decoding", "greedy_tokens", "observing", "packed_layout", "prefill",
-    "single_token_steps", "using",
+    "dense_pass", "disable", "enable", "enabled_config", "graphed_decoding", "greedy_tokens", "observing",
+    "packed_layout", "prefill", "single_token_steps", "using",
 ]  # fmt: skip
 
 _NAMES = {
@@ -25,7 +33,7 @@ _NAMES = {
     "cache": ("LRSACache",),
     "config": ("LRSAConfig", "LayerRules"),
     "decoding": ("Greedy", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),
-    "interface": ("LAYOUT", "disable", "enable", "enabled_config", "observing", "using"),
+    "interface": ("LAYOUT", "dense_pass", "disable", "enable", "enabled_config", "observing", "using"),
     "layout": ("Layout", "packed_layout"),
 }
 # A config is checked where nobody needs transformers yet, which take seconds to import.

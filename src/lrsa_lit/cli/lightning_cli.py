@@ -38,6 +38,7 @@ from lrsa_lit.cli.settings_parser import DATA_TOKENIZER, TOKENIZER, OneLineParse
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
 from lrsa_lit.lightning_internals import OpenCLI, counts_before_shares
+from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
@@ -50,7 +51,7 @@ _log = logging.getLogger("lrsa_lit")
 _OF_TRAINER = (kind for name in signature(Trainer).parameters for kind in argument_kinds(Trainer, name))
 _KINDS = (
     *{kind for kind in _OF_TRAINER if kind.__module__.startswith("lightning.")},
-    *(QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor),
+    *(QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor, Objective),
 )
 _SLOTS = {"model.evaluate": (Compressor,), "model.train_attention": (Compressor,), "model.lr_scheduler": (LRScheduler,)}
 _SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
@@ -145,6 +146,7 @@ class LRSACLI(OpenCLI):
         if self.asked("estimate"):
             return
         if self.subcommand == "fit":
+            model.check_objective(self.datamodule.max_tokens)
             self._check_optimizer()
         self._check_callbacks()
         if self.trainer.is_global_zero:

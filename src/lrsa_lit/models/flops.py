@@ -84,6 +84,12 @@ def training_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSA
     return linear + head + 3 * 4 * shape.query_heads * shape.head_dim * pairs
 
 
+def forward_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSAConfig | None) -> int:
+    """As :func:`training_flops`, of a forward pass alone."""
+    pairs = sum(_pairs_of_layers(length, shape.layers, rule) for length in lengths)
+    return 2 * (sum(lengths) * shape.linear + logits * shape.head) + 4 * shape.query_heads * shape.head_dim * pairs
+
+
 def kv_ratio(rule: LRSAConfig, tokens: int, layers: int) -> float:
     """Share of the query-key pairs of dense causal attention that a rule attends to, over all layers of a model.
 

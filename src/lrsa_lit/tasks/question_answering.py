@@ -18,13 +18,17 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
+from lrsa_lit.data.loaders import TrainerSettings
 from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.lightning_internals import trainer_of
 from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import describe, trained_weights
 from lrsa_lit.models.generation import stop_tokens
-from lrsa_lit.models.head import losses_of_rows, summed_loss
+from lrsa_lit.models.head import losses_of_rows
+from lrsa_lit.objectives import AnswerLoss, Objective, summed_losses
+from lrsa_lit.objectives.positions import Positions
+from lrsa_lit.objectives.teachers import Loaded, OwnDense
 from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
@@ -46,6 +50,7 @@ class LongContextQA(lightning.LightningModule):
     Args:
         backbone: the base LLM.
         lrsa: the rule that the run trains and evaluates with.
+        objective: what training minimises: Distillation, LanguageModelLoss … or a Sum of several; null is AnswerLoss.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer and stepped after each optimizer step; null keeps the rate.
         train_attention: what training changes of the rule ({} nothing, {top_k: 64} another K); null trains dense.
@@ -67,6 +72,7 @@ class LongContextQA(lightning.LightningModule):
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         train_attention: dict[str, Any] | None = {},  # noqa: B006 - read only
         train_top_k: TopKSchedule | None = None,
+        objective: Objective | None = None,
         evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
         max_new_tokens: int = 32,
         generate_answers: bool = True,
@@ -85,13 +91,15 @@ class LongContextQA(lightning.LightningModule):
             if self.train_config is None:
                 raise UserError("train_top_k", reason="it is not allowed where train_attention is null (dense)")
             train_top_k.check(self.train_config)
+        self.objective = AnswerLoss() if objective is None else objective
+        if self.train_config is None and any(isinstance(term.teacher, OwnDense) for term in self.objective.terms):
+            raise UserError("objective", reason="a model that trains with dense attention teaches itself nothing",
+                            hint="set train_attention, or name another teacher")  # fmt: skip
         self.attentions = evaluated(lrsa, evaluate)
         self.generate_answers = generate_answers
         self.meters = {name: AnswerMeter(generated=generate_answers) for name in self.attentions}
         self.max_new_tokens = max_new_tokens
         self.template_arguments = template_arguments
-        # Of the batches since the last optimizer step. No buffer, which DDP would overwrite with the first process's.
-        self._answer_tokens: list[Tensor] = []
         self._greedy: dict[LRSAConfig, Greedy] = {}
         # Checkpoints of adapters leave the frozen base out; it is loaded from its source.
         self.strict_loading = backbone.lora is None
@@ -110,6 +118,18 @@ class LongContextQA(lightning.LightningModule):
             if rule is not None:
                 with under(field):
                     rule.layers.check(count)
+
+    def check_objective(self, max_tokens: int) -> None:
+        """Refuse an objective that asks for more than examples of so many tokens or the model have, or for no teacher.
+
+        Raises:
+            UserError: it does.
+        """
+        with under("objective"):
+            self.objective.check(max_tokens, self.backbone.config.num_hidden_layers)
+            for term in self.objective.terms:
+                if isinstance(term.teacher, Loaded):
+                    term.teacher.check(self.tokenizer)
 
     def configure_model(self) -> None:
         """Load the base LLM and give it the training attention; runs once, on the trainer's first use."""
@@ -169,19 +189,22 @@ class LongContextQA(lightning.LightningModule):
         rule = None if self.train_config is None else self.train_config.to_dict()
         describe(checkpoint, self.backbone, rule, self.template_arguments)
 
-    def answer_loss(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy of the answer tokens of a batch, float32, and their number; neither waits for a GPU.
+    def summed_losses(self, batch: TrainBatch, step: int) -> Tensor:
+        """Each of the objective's terms, summed over the batch: at least float32; it does not wait for a GPU.
 
-        Only the positions that some row predicts an answer token at reach the output head, not the whole context.
+        Only the positions that have a loss get logits, not the whole context.
         """
-        wanted = targets(batch)
+        positions = Positions(batch, torch.initial_seed(), step)
         # No mask: pads stand behind the tokens, and neither attention looks ahead.
-        loss = summed_loss(self.model, wanted, batch["label_columns"], input_ids=batch["input_ids"],
-                           use_cache=False, **_packed(batch))  # fmt: skip
-        return loss, (wanted != IGNORE_INDEX).sum()
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False, **_packed(batch)}
+        return summed_losses(self.model, self.objective.terms, positions, inputs)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        """The summed answer loss under the training attention; :meth:`on_before_optimizer_step` makes it a mean."""
+        """The part that the batch has in the step's objective, under the training attention.
+
+        Each term is a mean over the positions of the whole step, however these are spread over batches and devices: a
+        mean over batches of their means would favour short answers.
+        """
         if batch["boundaries"] is not None and self.train_config is None and enabled_config(self.model) is None:
             # Packed sequences must not see each other, which the model's own attention needs a mask of T x T for.
             enable(self.model, self._dense)
@@ -189,24 +212,19 @@ class LongContextQA(lightning.LightningModule):
             top_k = self.train_top_k(torch.initial_seed(), self.trainer.global_step, self.train_config)
             enable(self.model, self.train_config.replace(top_k=top_k))
             self.log("train/top_k", float(top_k))
-        loss, count = self.answer_loss(batch)
-        self._answer_tokens.append(count)
-        self.log("train/loss", loss.detach() / count, prog_bar=True, batch_size=len(batch["id"]))
+        terms, sums = self.objective.terms, self.summed_losses(batch, self.trainer.global_step)
+        shown, loss = torch.zeros_like(sums[0]), torch.zeros_like(sums[0])
+        for term, total in zip(terms, sums, strict=True):
+            here, of_step = (sum(map(term.count, batch[name])) for name in ("sizes", "step_sizes"))
+            mean = total.detach() / here
+            if len(terms) > 1:
+                self.log(f"train/loss/{term.name}", mean, batch_size=len(batch["id"]))
+            shown += term.weight * mean
+            loss = loss + term.weight / of_step * total
+        self.log("train/loss", shown, prog_bar=True, batch_size=len(batch["id"]))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        # Lightning divides by it.
-        return loss * self.trainer.accumulate_grad_batches
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the answer tokens of all batches that they come from, on all devices.
-
-        So every answer token weighs the same, however they are spread over batches and devices: a mean over batches of
-        their means would favour short answers. The strategy has averaged over the devices.
-        """
-        tokens = self.trainer.strategy.reduce(torch.stack(self._answer_tokens).sum(), reduce_op="sum")
-        factor = self.trainer.world_size / tokens
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        torch._foreach_mul_([getattr(part, "to_local", lambda part=part: part)() for part in gradients], factor)
-        self._answer_tokens.clear()
+        # Lightning divides by the batches of a step, and the strategy by the devices that share the data.
+        return loss * self.trainer.accumulate_grad_batches * TrainerSettings.of(self.trainer).ranks
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Answers]:
         """Answer losses and generated answers under each attention, by its name, "" being the run's own rule."""

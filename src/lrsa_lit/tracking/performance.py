@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import logging
 import sys
 import time
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from lrsa_lit.data.collate import TrainBatch
+from lrsa_lit.data.collate import ExampleSize
 from lrsa_lit.errors import UserError
-from lrsa_lit.models.flops import Shape, peak_flops, training_flops
+from lrsa_lit.models.flops import Shape, peak_flops
+from lrsa_lit.objectives.work import flops
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import run_of
 
@@ -29,7 +28,7 @@ class Throughput(Callback):
     Each is of one device and over the steps since the last logged one, waiting for data included, validation and
     checkpoints not. Tokens are those without padding. The peak is that of PyTorch's allocator on a GPU and of the whole
     process elsewhere. Padding is its share of the training batches or, packed, the unused share of the budget.
-    MFU is the rate of :func:`lrsa_lit.models.flops.training_flops` by the device's 16-bit peak; it is left out where
+    MFU is the rate of :func:`lrsa_lit.objectives.work.flops` by the device's 16-bit peak; it is left out where
     that is not known.
     """
 
@@ -55,7 +54,7 @@ class Throughput(Callback):
         """Count the batch, and log at the steps where Lightning logs."""
         if self._shape is None:
             return
-        self._batches.append((_lengths(batch), batch["label_columns"].numel() * len(batch["labels"])))
+        self._sizes += batch["sizes"]
         step = trainer.global_step
         if step > self._first and step % getattr(trainer, "log_every_n_steps", 1) == 0:
             values = self._measured(pl_module, self._shape, step - self._first)
@@ -70,16 +69,15 @@ class Throughput(Callback):
 
     def _measured(self, module: Any, shape: Shape, steps: int) -> dict[str, float]:
         self._stop(module.device)
-        counts = [(of.tolist() if isinstance(of, Tensor) else of, logits) for of, logits in self._batches]
         values = {
-            "perf/tokens_per_second": sum(sum(lengths) for lengths, _ in counts) / self._seconds,
+            "perf/tokens_per_second": sum(size.tokens for size in self._sizes) / self._seconds,
             "perf/step_seconds": self._seconds / steps,
         }
         if (memory := _peak_memory(module.device)) is not None:
             values["perf/peak_memory_gib"] = memory / _GIB
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
         if (peak := peak_flops(device)) is not None:
-            done = sum(training_flops(shape, *count, module.train_config) for count in counts)
+            done = flops(module.objective, shape, self._sizes, module.train_config)
             values["perf/mfu"] = done / self._seconds / peak
         return values
 
@@ -93,14 +91,7 @@ class Throughput(Callback):
 
     def _restart(self, step: int, since: float | None = None) -> None:
         self._first, self._seconds, self._since = step, 0.0, since
-        self._batches: list[tuple[Tensor | list[int], int]] = []
-
-
-def _lengths(batch: TrainBatch) -> Tensor | list[int]:
-    """Tokens of each sequence; where they are padded rows, on the device, as reading them would make the step wait."""
-    if batch["boundaries"] is None:
-        return batch["attention_mask"].sum(dim=1)
-    return [stop - start for start, stop in itertools.pairwise(batch["boundaries"])]
+        self._sizes: list[ExampleSize] = []
 
 
 def _peak_memory(device: torch.device) -> int | None:

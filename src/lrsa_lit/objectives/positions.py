@@ -1,0 +1,73 @@
+"""Which positions of a batch have a loss. All of it is known on the host, so no step waits for the device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.collate import ExampleSize, TrainBatch
+
+Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a batch, counted through all of its rows (B T).
+
+    A position predicts the token behind it, so an example's last one predicts nothing.
+
+    Args:
+        batch: to train on.
+        seed: of the run.
+        step: of the optimizer, from 0.
+    """
+
+    batch: TrainBatch
+    seed: int
+    step: int
+
+    def answers(self) -> Tensor:
+        """(M,) int64: those that predict a token of an answer."""
+        return self._of_each(lambda size, _: _answers(size))
+
+    def drawn(self, count: Callable[[ExampleSize], int], name: str, *, besides_answers: bool = False) -> Tensor:
+        """(M,) int64: some of those that predict a token, drawn anew in each step.
+
+        What is drawn of an example follows from the run's seed, the step, the example and ``name`` alone, whatever else
+        is in the batch.
+
+        Args:
+            count: how many of an example.
+            name: tells objectives of one run apart.
+            besides_answers: draw among those that predict no token of an answer.
+        """
+
+        def draw(size: ExampleSize, record: str) -> Numbers:
+            among = size.tokens - 1 - (size.answer if besides_answers else 0)
+            wanted = count(size)
+            if wanted >= among:
+                return np.arange(among)
+            seed = hashlib.sha256(f"{self.seed}:{self.step}:{record}:{name}".encode()).digest()
+            chosen = np.random.default_rng(list(seed)).choice(among, wanted, replace=False, shuffle=False)
+            return np.sort(chosen)
+
+        return self._of_each(draw)
+
+    def _of_each(self, within: Callable[[ExampleSize, str], Numbers]) -> Tensor:
+        ids, sizes, boundaries = self.batch["id"], self.batch["sizes"], self.batch["boundaries"]
+        width = self.batch["input_ids"].shape[1]
+        starts = boundaries or range(0, len(ids) * width, width)
+        parts = [start + within(size, name) for start, size, name in zip(starts, sizes, ids, strict=False)]
+        device = self.batch["input_ids"].device
+        return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+
+
+def _answers(size: ExampleSize) -> Numbers:
+    return np.arange(size.tokens - 1 - size.answer, size.tokens - 1)

@@ -1,0 +1,42 @@
+"""One forward pass of the trained model for all terms of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.models.head import Head, at_head
+from lrsa_lit.objectives.objective import Pass, Term
+from lrsa_lit.objectives.positions import Positions
+from lrsa_lit.objectives.teachers import decoder_layers, outputs_of_layers
+
+
+def summed_losses(model: Any, terms: Sequence[Term], positions: Positions, inputs: Mapping[str, Any]) -> Tensor:
+    """Each term's loss summed over the positions of a batch.
+
+    Args:
+        model: the trained one, its rule attached.
+        terms: at least one.
+        positions: of the batch.
+        inputs: of the model's forward.
+
+    Returns:
+        (len(terms),) at least float32.
+    """
+    needed = {term: term.layers(len(decoder_layers(model))) for term in terms}
+    taught = {}
+    for teacher in dict.fromkeys(term.teacher for term in terms if term.teacher is not None):
+        wanted = {layer for term, layers in needed.items() if term.teacher == teacher for layer in layers}
+        taught[teacher] = teacher.run(model, inputs, sorted(wanted))
+    own = sorted({layer for layers in needed.values() for layer in layers})
+    with outputs_of_layers(model, own) as outputs:
+
+        def losses(hidden: Tensor, head: Head) -> Tensor:
+            tokens = positions.batch["input_ids"].flatten()
+            seen = Pass(tokens, positions, hidden.flatten(0, 1), head, outputs, taught)
+            return torch.stack([term.loss(seen) for term in terms])
+
+        return at_head(model, losses, **inputs)

@@ -1,0 +1,197 @@
+"""Whose output a model is trained to have: its own under dense attention, or another model's.
+
+Dimensions: B rows, T tokens of each, D width of the teacher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrsa_lit.attention import LAYOUT, LRSAConfig, base_of, dense_pass, enable, enabled_config
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.flops import Shape
+from lrsa_lit.models.head import Head, at_head
+from lrsa_lit.models.sources import trained_model
+from lrsa_lit.strategies import is_sharded, shard
+
+SELF = "self"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """What a teacher makes of the tokens that the model is trained on.
+
+    Attributes:
+        hidden: (B T, D), what goes into its output head.
+        head: makes logits of it; None where it is the trained model's own.
+        layers: the output (B T, D) of each decoder layer that was asked for, by its number.
+    """
+
+    hidden: Tensor
+    head: Head | None
+    layers: dict[int, Tensor]
+
+
+class Teacher(ABC):
+    """A pass over a batch without gradient, once for all objectives that have the same teacher."""
+
+    @abstractmethod
+    def run(self, model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
+        """The pass.
+
+        Args:
+            model: the one that is trained, its rule attached.
+            inputs: of the model's forward.
+            layers: the decoder layers whose outputs are needed.
+        """
+
+    @abstractmethod
+    def shape(self, of_model: Shape) -> Shape:
+        """What decides its arithmetic, given that of the trained model; known once it has taught."""
+
+
+@dataclass(frozen=True)
+class OwnDense(Teacher):
+    """The trained model's current weights under dense attention: no second copy of them, and dropout off.
+
+    Args:
+        adapters: whether adapters are on; without them it is the base model.
+    """
+
+    adapters: bool = True
+
+    @torch.no_grad()
+    def run(self, model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
+        """As :class:`Teacher` has it."""
+        off = (
+            contextlib.nullcontext()
+            if self.adapters or not hasattr(model, "disable_adapter")
+            else model.disable_adapter()
+        )
+        with off, dense_pass(model), _evaluating(model), outputs_of_layers(model, layers) as found:
+            hidden = at_head(model, lambda rows, _: rows.flatten(0, 1), **inputs)
+        return TeacherPass(hidden, None, found)
+
+    def shape(self, of_model: Shape) -> Shape:
+        """The model's own."""
+        return of_model
+
+
+@dataclass(frozen=True)
+class Loaded(Teacher):
+    """Another model under dense attention, loaded once, frozen; where the trained one is sharded, its layers are, too.
+
+    Args:
+        source: a fit's checkpoint, a folder or a hub name.
+        dtype: of its weights.
+    """
+
+    source: str
+    dtype: str
+    _held: list[Any] = field(default_factory=list, compare=False, repr=False)
+
+    @torch.no_grad()
+    def run(self, model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
+        """As :class:`Teacher` has it."""
+        teacher = self._model(model, inputs["input_ids"].device)
+        if LAYOUT in inputs and enabled_config(teacher) is None:
+            # Packed sequences must not see each other.
+            count = teacher.config.get_text_config().num_hidden_layers
+            enable(teacher, LRSAConfig(dense_layers=tuple(range(count))))
+        made: list[Head] = []
+
+        def keep(rows: Tensor, head: Head) -> Tensor:
+            made.append(head)
+            return rows.flatten(0, 1)
+
+        with outputs_of_layers(teacher, layers) as found:
+            hidden = at_head(teacher, keep, **inputs)
+        return TeacherPass(hidden, made[0], found)
+
+    def shape(self, of_model: Shape) -> Shape:
+        """That of the other model."""
+        return Shape.of(self._held[0])
+
+    def check(self, tokenizer: Any) -> None:
+        """Refuse a teacher of another vocabulary, and warn of one that was trained under a rule.
+
+        Args:
+            tokenizer: that of the trained model.
+
+        Raises:
+            UserError: its tokens are others, or there is no such model.
+        """
+        try:
+            trained = trained_model(self.source, self.dtype)
+            own, other = tokenizer.get_vocab(), trained.tokenizer.get_vocab()
+        except UserError as error:
+            error.field = "teacher"
+            raise
+        if own != other:
+            reason = f"has another vocabulary ({len(other)} tokens) than the trained model ({len(own)})"
+            raise UserError("teacher", self.source, reason=reason)
+        if trained.rule is not None:
+            _log.warning("teacher %s was trained with %s and teaches with dense attention", self.source, trained.rule)
+
+    def _model(self, model: Any, device: torch.device) -> Any:
+        if not self._held:
+            trained = trained_model(self.source, self.dtype)
+            backbone = dataclasses.replace(trained.backbone, compile_layers=device.type == "cuda")
+            teacher = trained._replace(backbone=backbone).build().requires_grad_(False).eval()
+            if is_sharded(model):
+                shard(teacher, next(base_of(model).parameters()).device_mesh, layers_alone=True)
+            self._held.append(teacher.to(device))
+        return self._held[0]
+
+
+def teacher_of(source: str, dtype: str, *, adapters: bool = True) -> Teacher:
+    """The teacher that settings name: "self", or where another one is loaded from."""
+    return OwnDense(adapters) if source == SELF else Loaded(source, dtype)
+
+
+@contextlib.contextmanager
+def outputs_of_layers(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """The outputs (B T, D) of some decoder layers of the forward pass in a block, by number."""
+    found: dict[int, Tensor] = {}
+
+    def keep(number: int, output: Any) -> None:
+        found[number] = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+
+    modules = decoder_layers(model) if layers else ()
+    handles = [
+        modules[number].register_forward_hook(lambda _, __, output, number=number: keep(number, output))
+        for number in layers
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The decoder layers of a causal language model, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)

@@ -1,0 +1,31 @@
+"""How much arithmetic an objective asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.data.collate import ExampleSize
+from lrsa_lit.models.flops import Shape, forward_flops, training_flops
+from lrsa_lit.objectives.objective import Objective, Term
+
+
+def flops(objective: Objective, shape: Shape, sizes: Sequence[ExampleSize], rule: LRSAConfig | None) -> int:
+    """Floating-point operations of the model's passes over some examples, and of the teachers'.
+
+    Args:
+        objective: the run's.
+        shape: the model's.
+        sizes: of the examples.
+        rule: the training attention; None is dense.
+    """
+    lengths = [size.tokens for size in sizes]
+
+    def logits(terms: Sequence[Term]) -> int:
+        return sum(term.count(size) for term in terms if term.uses_logits for size in sizes)
+
+    total = training_flops(shape, lengths, logits(objective.terms), rule)
+    for teacher in dict.fromkeys(term.teacher for term in objective.terms if term.teacher is not None):
+        taught = [term for term in objective.terms if term.teacher == teacher]
+        total += forward_flops(teacher.shape(shape), lengths, logits(taught), None)
+    return total

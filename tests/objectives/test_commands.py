@@ -1,0 +1,108 @@
+"""Objectives from the command line: shipped YAML, teachers that are loaded, exact resuming, mistakes."""
+
+import json
+
+import pytest
+import torch
+from cli_helpers import DEBUG, NO_LOGGER, elsewhere, refusal  # noqa: F401 - a fixture of each test
+
+from lrsa_lit.cli.main import main
+from lrsa_lit.models.checkpoint import load_trained
+from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
+
+FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--data.init_args.val", "null"]
+KL = "lrsa_lit.objectives.Distillation"
+
+
+def fit(folder, *options, steps=4):
+    main([*FIT, *options, "--trainer.default_root_dir", str(folder), "--trainer.max_steps", str(steps)])
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def objective(**init_args):
+    return ["--model.objective", json.dumps({"class_path": KL, "init_args": init_args})]
+
+
+def assert_equal(one, other):
+    found, expected = load_trained(one).weights, load_trained(other).weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("name", ["answers", "distillation", "hidden_alignment", "next_tokens"])
+def test_shipped_objectives_go_on_to_the_bit(name, tmp_path):
+    given = ["--config", f"configs/objective/{name}.yaml"]
+    whole = fit(tmp_path / "whole", *given)
+    half = fit(tmp_path / "half", *given, "--model.lr_scheduler", "null", steps=2)
+    straight = fit(tmp_path / "straight", *given, "--model.lr_scheduler", "null")
+    resumed = fit(tmp_path / "rest", *given, "--model.lr_scheduler", "null", "--ckpt_path", str(half))
+    assert_equal(resumed, straight)
+    default = fit(tmp_path / "default")
+    if name == "answers":
+        assert_equal(whole, default)
+    else:
+        with pytest.raises(AssertionError):
+            assert_equal(whole, default)
+
+
+def test_a_dense_fit_teaches(tmp_path, caplog):
+    dense = fit(tmp_path / "dense", "--model.train_attention", "null")
+    fit(tmp_path / "taught", *objective(teacher=str(dense), positions=100), steps=2)
+    assert "teaches with dense attention" not in caplog.text
+    ruled = fit(tmp_path / "ruled")
+    fit(tmp_path / "again", *objective(teacher=str(ruled), positions=100), steps=2)
+    (line,) = [
+        record.getMessage() for record in caplog.records if "teaches with dense attention" in record.getMessage()
+    ]
+    assert str(ruled) in line
+    assert "'top_k': 8" in line
+
+
+def test_a_folder_teaches(tmp_path):
+    tiny_model(seed=5).save_pretrained(tmp_path / "folder")
+    tiny_tokenizer().save_pretrained(tmp_path / "folder")
+    fit(tmp_path / "taught", *objective(teacher=str(tmp_path / "folder"), teacher_dtype="float32"), steps=2)
+
+
+def test_a_teacher_with_another_vocabulary(tmp_path, capfd):
+    tiny_model().save_pretrained(tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["further"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    line = refusal(capfd, *FIT, *objective(teacher=str(tmp_path / "other")))
+    assert "model.objective.teacher: " in line
+    assert "another vocabulary (260 tokens)" in line
+
+
+@pytest.mark.parametrize(
+    ("init_args", "key", "value"),
+    [
+        ({"teacher": "./nowhere"}, "model.objective.teacher", "nowhere"),
+        ({"teacher": "nothing.ckpt"}, "model.objective.teacher", "nothing.ckpt"),
+        ({"positions": 5000}, "model.objective.positions", "5000"),
+        ({"weight": -1.0}, "weight", "-1.0"),
+        ({"direction": "sideways"}, "direction", "sideways"),
+    ],
+)
+def test_mistakes_are_refused_before_a_run_begins(init_args, key, value, tmp_path, capfd):
+    line = refusal(capfd, *FIT, *objective(**init_args), "--trainer.default_root_dir", str(tmp_path / "run"))
+    assert key in line
+    assert value in line
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_layers_that_the_model_does_not_have(capfd):
+    alignment = {"class_path": "lrsa_lit.objectives.HiddenAlignment", "init_args": {"of_layers": [2]}}
+    line = refusal(capfd, *FIT, "--model.objective", json.dumps(alignment))
+    assert "model.objective.of_layers: 2 is not allowed" in line
+
+
+def test_a_model_that_trains_dense_does_not_teach_itself(capfd):
+    line = refusal(capfd, *FIT, "--model.train_attention", "null", *objective())
+    assert "model.objective" in line
+    assert "train_attention" in line
+
+
+def test_only_objectives_are_objectives(capfd):
+    line = refusal(capfd, *FIT, "--model.objective", json.dumps({"class_path": "torch.nn.Linear"}))
+    assert "model.objective" in line
