@@ -220,7 +220,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = Non
     # Inputs keep their dtype: autocast decides what runs in which, as on one device.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        # Without a root above them layers would stay whole after their first use.
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if layers_alone:
         return
     # The Hugging Face model is the root and not peft's wrapper: that one is left out when it generates.

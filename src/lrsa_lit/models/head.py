@@ -5,6 +5,7 @@ Dimensions: B examples, T tokens, N positions of each, M positions of all, D wid
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import logging
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Head:
-    """An output head that makes logits of some rows at a time, to be used inside of the model's own forward.
+    """An output head that makes logits of some rows at a time, to be made and used inside of the model's own forward.
 
     Args:
         layer: the model's; None where the rows are logits already.
@@ -47,11 +48,19 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(M, V), at least float32, of (M, D)."""
-        if self.weight is None:
-            return _precise(hidden)
-        hidden, weight, bias = _as_autocast(hidden, self.weight, self.bias)
+        hidden, weight, bias = self._operands(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self._changed(linear(hidden, weight, bias))
+            return self._changed(hidden if weight is None else linear(hidden, weight, bias))
+
+    def as_autocast(self) -> Head:
+        """Itself, its weights in the dtype that autocast computes linear layers in: once for many calls."""
+        device = "cpu" if self.weight is None else self.weight.device.type
+        if self.weight is None or not torch.is_autocast_enabled(device):
+            return self
+        head, dtype = copy.copy(self), torch.get_autocast_dtype(device)
+        head.weight = self.weight.to(dtype)
+        head.bias = None if self.bias is None else self.bias.to(dtype)
+        return head
 
     def summed(self, loss: RowsLoss, hidden: Tensor, *others: Tensor) -> Tensor:
         """The sum of a loss over all rows, ``ROWS`` of them at a time, in the forward and in the backward pass.
@@ -64,9 +73,7 @@ class Head:
         Returns:
             At least float32, no dimensions.
         """
-        weight, bias = self.weight, self.bias
-        if weight is not None:
-            hidden, weight, bias = _as_autocast(hidden, weight, bias)
+        hidden, weight, bias = self._operands(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             total: Tensor = _PieceByPiece.apply(self, loss, hidden, weight, bias, *others)
         return total
@@ -80,12 +87,15 @@ class Head:
             hidden: (M, D).
             targets: (M,) int64, -100 where there is none.
         """
+        head = self.as_autocast()
         on_gpu = hidden.device.type == "cuda" and len(targets) > ROWS
-        if not on_gpu or self.weight is None or self.changes_logits or not _has_liger():
-            return self.summed(lambda logits, wanted: cross_entropy(logits, wanted, reduction="sum"), hidden, targets)
+        # In float16 its gradients, which no scaler has scaled yet, would underflow.
+        fusible = head.weight is not None and head.weight.dtype != torch.float16 and not self.changes_logits
+        if not (on_gpu and fusible and _has_liger()):
+            return head.summed(lambda logits, wanted: cross_entropy(logits, wanted, reduction="sum"), hidden, targets)
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        hidden, weight, bias = _as_autocast(hidden, self.weight, self.bias)
+        hidden, weight, bias = head._operands(hidden)
         with torch.autocast("cuda", enabled=False):
             loss: Tensor = liger_fused_linear_cross_entropy(hidden, weight, targets, bias, reduction="sum")
         return loss.float()
@@ -94,6 +104,11 @@ class Head:
     def changes_logits(self) -> bool:
         """Whether the model does something to logits behind the layer."""
         return bool(self._afterwards)
+
+    def _operands(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Input, weight and bias of the layer, in one dtype."""
+        head = self.as_autocast()
+        return hidden if head.weight is None else hidden.to(head.weight.dtype), head.weight, head.bias
 
     def _changed(self, logits: Tensor) -> Tensor:
         logits = _precise(logits)
@@ -123,19 +138,23 @@ def at_head(
     keep = {} if columns is None else {"logits_to_keep": columns}
     if not isinstance(layer, nn.Linear):
         return compute(model(**inputs, **keep).logits, Head())
-    head, computed = Head(layer, model.config.get_text_config()), []
+    made: list[tuple[Head, Tensor]] = []
 
     def forward(hidden: Tensor) -> Tensor:
-        computed.append(compute(hidden, head))
-        return computed[0].reshape(1, 1, -1)
+        # Only here are sharded weights whole.
+        head = Head(layer, model.config.get_text_config())
+        made.append((head, compute(hidden, head)))
+        return made[0][1].reshape(1, 1, -1)
 
     layer.forward = forward  # type: ignore[method-assign, assignment]
     try:
-        returned: Tensor = model(**inputs, **keep).logits.reshape(computed[0].shape)
+        returned: Tensor = model(**inputs, **keep).logits
     finally:
         del layer.forward
     # A sharded model gathers its weights again when a gradient reaches what it returned, whatever it has made of it.
-    return computed[0] + 0 * returned if head.changes_logits else returned
+    ((head, computed),) = made
+    returned = returned.reshape(computed.shape)
+    return computed + 0 * returned if head.changes_logits else returned
 
 
 @torch.no_grad()
@@ -174,7 +193,10 @@ class _PieceByPiece(torch.autograd.Function):
         *others: Tensor,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[2:5]
-        by_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # No scaler has scaled these gradients yet: in float16 many would be zero.
+        dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        weights = None if weight is None else weight.to(dtype)
+        by_hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
         # Sums over many pieces, and a model's own dtype may have eight bits.
         by_weight = torch.zeros_like(weight, dtype=_precise_dtype(weight)) if weight is not None and wanted[1] else None
         by_bias = torch.zeros_like(bias, dtype=_precise_dtype(bias)) if bias is not None and wanted[2] else None
@@ -184,16 +206,16 @@ class _PieceByPiece(torch.autograd.Function):
             rows = hidden[piece]
             raw = rows if weight is None else linear(rows, weight, bias)
             with torch.enable_grad():
-                leaf = raw.detach().requires_grad_(any(wanted))
+                leaf = raw.detach().to(dtype).requires_grad_(any(wanted))
                 part = loss(head._changed(leaf), *(other[piece] for other in others))
             total += part.detach()
             if not any(wanted):
                 continue
             (by_logits,) = torch.autograd.grad(part, leaf)
             if by_hidden is not None:
-                by_hidden[piece] = by_logits if weight is None else by_logits @ weight
+                by_hidden[piece] = by_logits if weights is None else by_logits @ weights
             if by_weight is not None:
-                by_weight += by_logits.mT @ rows
+                by_weight += by_logits.mT @ rows.to(dtype)
             if by_bias is not None:
                 by_bias += by_logits.sum(dim=0)
         ctx.gradients = by_hidden, by_weight, by_bias
@@ -209,15 +231,6 @@ class _PieceByPiece(torch.autograd.Function):
         ]
         del ctx.gradients
         return (None, None, *found, *[None] * (len(ctx.needs_input_grad) - 5))
-
-
-def _as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype that autocast computes linear layers in."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _precise(logits: Tensor) -> Tensor:

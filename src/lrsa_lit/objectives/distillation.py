@@ -70,7 +70,8 @@ class Distillation(Term):
         """Summed over both."""
         assert self.teacher is not None
         taught = seen.taught[self.teacher]
-        head = taught.head or seen.head
+        with torch.no_grad():
+            head = (taught.head or seen.head).as_autocast()
 
         def divergence_of(logits: Tensor, rows: Tensor) -> Tensor:
             with torch.no_grad():

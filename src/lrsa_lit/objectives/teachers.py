@@ -74,11 +74,7 @@ class OwnDense(Teacher):
     @torch.no_grad()
     def run(self, model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
         """As :class:`Teacher` has it."""
-        off = (
-            contextlib.nullcontext()
-            if self.adapters or not hasattr(model, "disable_adapter")
-            else model.disable_adapter()
-        )
+        off = contextlib.nullcontext() if self.adapters else _without_adapters(model)
         with off, dense_pass(model), _evaluating(model), outputs_of_layers(model, layers) as found:
             hidden = at_head(model, lambda rows, _: rows.flatten(0, 1), **inputs)
         return TeacherPass(hidden, None, found)
@@ -185,6 +181,20 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in base_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    """The base model alone, if there are adapters."""
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    with model.disable_adapter():
+        # peft freezes them meanwhile, and a sharded model never trains what it gathers frozen the first time.
+        for weight in trained:
+            weight.requires_grad_(True)
+        yield
 
 
 @contextlib.contextmanager
