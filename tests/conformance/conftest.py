@@ -16,12 +16,27 @@ from typing import Any
 import pytest
 import yaml
 from data_files import FILES
+from jsonargparse import ArgumentParser
 from plugin_helpers import write_examples
 
 from lrsa_lit import plugins
+from lrsa_lit.objectives import Objective
 
 # Of the classes that are shipped or shown: what their defaults would leave untested, or a first file to read.
-INIT_ARGS: dict[str, dict[str, Any]] = {"ChunkWise": {"size": 3}}
+INIT_ARGS: dict[str, dict[str, Any]] = {
+    "ChunkWise": {"size": 3},
+    "LanguageModelLoss": {"share": 0.5},
+    "Distillation": {"positions": 30},
+    "HiddenAlignment": {"positions": 9},
+}
+_WEIGHTS = {"AnswerLoss": 1.0, "Distillation": 0.7, "HiddenAlignment": 2.0, "LanguageModelLoss": 0.3}
+INIT_ARGS["Sum"] = {
+    "objectives": [
+        {"class_path": f"lrsa_lit.objectives.{name}", "init_args": {"weight": weight} | INIT_ARGS.get(name, {})}
+        for name, weight in _WEIGHTS.items()
+    ]
+}
+FIXTURES = {"compressors": "compressor", "data": "make", "objectives": "objective_settings"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for kind, fixture in (("compressors", "compressor"), ("data", "make")):
+    for kind, fixture in FIXTURES.items():
         if fixture in metafunc.fixturenames:
             found = registered(metafunc.config, kind)
             metafunc.parametrize(fixture, found.values(), ids=found.keys(), indirect=True, scope="module")
@@ -90,3 +105,20 @@ def make(request, tmp_path_factory):
 
     make.files = [path for path in folder.iterdir() if path.is_file()]
     return make
+
+
+@pytest.fixture(scope="module")
+def objective_settings(request):
+    """Those of a fit with the objective; they name its module, unless it is shipped."""
+    cls, init_args = request.param
+    plugins = [] if cls.__module__.startswith("lrsa_lit.") else [cls.__module__]
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    return {"plugins": plugins, "model": {"objective": {"class_path": path, "init_args": init_args}}}
+
+
+@pytest.fixture(scope="module")
+def objective(objective_settings):
+    """As the command line makes it, objectives within it included."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Objective, "objective")
+    return parser.instantiate_classes(parser.parse_object(objective_settings["model"])).objective

@@ -7,29 +7,17 @@ import torch
 from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
-from objectives.conftest import BATCHES, EXAMPLES, RULE
+from objective_helpers import BATCHES, EXAMPLES, RULE, SEED, STEP, losses
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
-from lrsa_lit.attention import LAYOUT, enable, packed_layout, using
+from lrsa_lit.attention import enable, using
 from lrsa_lit.data.collate import ExampleSize, collate_packed, collate_training
 from lrsa_lit.models import Backbone, head
 from lrsa_lit.models.backbone import LoRA
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
-from lrsa_lit.objectives import AnswerLoss, Distillation, HiddenAlignment, LanguageModelLoss, Sum, summed_losses
+from lrsa_lit.objectives import AnswerLoss, Distillation, HiddenAlignment, LanguageModelLoss, Sum
 from lrsa_lit.objectives.distillation import divergence
 from lrsa_lit.objectives.positions import Positions
-
-SEED, STEP = 7, 3
-
-
-def inputs(batch):
-    packed = batch["boundaries"] is not None
-    extra = {"position_ids": batch["position_ids"], LAYOUT: packed_layout(batch["boundaries"])} if packed else {}
-    return {"input_ids": batch["input_ids"], "use_cache": False, **extra}
-
-
-def losses(model, objective, batch):
-    return summed_losses(model, objective.terms, Positions(batch, SEED, STEP), inputs(batch))
 
 
 def drawn(objective, example, besides_answers):

@@ -1,0 +1,40 @@
+"""The objectives in configs/: each YAML makes one that trains, and each class has a YAML."""
+
+from pathlib import Path
+
+import yaml
+from cli_helpers import DEBUG, NO_LOGGER
+from cli_helpers import elsewhere as elsewhere
+
+from lrsa_lit import plugins
+from lrsa_lit.cli.main import main
+from lrsa_lit.models.checkpoint import load_trained
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "objective").glob("*.yaml"))
+FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--data.init_args.val", "null", "--trainer.max_steps"]
+
+
+def class_paths(value):
+    """All that settings name."""
+    if isinstance(value, list):
+        return [path for each in value for path in class_paths(each)]
+    if not isinstance(value, dict):
+        return []
+    return [value[key] for key in value if key == "class_path"] + class_paths(list(value.values()))
+
+
+def test_every_objective_has_a_config():
+    named = {path for config in CONFIGS for path in class_paths(yaml.safe_load(config.read_text()))}
+    assert named == {f"lrsa_lit.objectives.{name}" for name in plugins.registered("objectives")}
+
+
+def trained(folder, *options):
+    main([*FIT, "1", *options, "--trainer.default_root_dir", folder])
+    return load_trained(Path(folder, "checkpoints/last.ckpt")).weights["lm_head.weight"]
+
+
+def test_a_shipped_objective_trains():
+    trained("runs/dense", "--model.train_attention", "null")  # the teacher that a YAML names
+    found = {config.stem: trained(config.stem, "--config", str(config)) for config in CONFIGS}
+    default = trained("default")
+    assert [name for name, weight in found.items() if weight.equal(default)] == ["answers"]
