@@ -17,8 +17,11 @@ from lrsa_lit.models.checkpoint import describe
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 
 SETTINGS = """
-plugins: [key_norm]
-model: {lr_scheduler: null, lrsa: {compressor: {class_path: KeyNorm, init_args: {order: 1.0}}}}
+plugins: [key_norm, z_loss]
+model:
+  lr_scheduler: null
+  lrsa: {compressor: {class_path: KeyNorm, init_args: {order: 1.0}}}
+  objective: {class_path: Sum, init_args: {objectives: [AnswerLoss, {class_path: ZLoss, init_args: {weight: 0.1}}]}}
 data: {class_path: TableCells, init_args: {table: towns.csv, rows: 4, limit: {train: 8, val: 1, test: 2}}}
 """
 RUN = [*DEBUG, *NO_LOGGER, "--config", "own.yaml", "--plugins", "table_cells"]
@@ -47,6 +50,7 @@ def forget(*names):
 
 def test_the_examples_are_as_short_as_they_are_said_to_be(examples):
     assert len(examples["key_norm"].splitlines()) <= 30
+    assert len(examples["z_loss"].splitlines()) <= 25
     assert len(examples["table_cells"].splitlines()) <= 60
 
 
@@ -113,6 +117,14 @@ def test_a_plugin_that_cannot_be_loaded_is_one_line_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("key", ["data", "model.lrsa.compressor", "model.objective"])
+def test_a_setting_of_an_unknown_class_is_refused_with_what_would_make_it_known(capfd, key):
+    line = refusal(capfd, "fit", *DEBUG, f"--{key}", "Nobodys")
+    assert line.startswith(f"{key}: Nobodys ")
+    assert "--plugins MODULE" in line
+    assert "plugins: [MODULE]" in line
+
+
 @pytest.mark.parametrize("given", [["--plugins"], ["--plugins", "[a"], ["--plugins", "[1]"], ["--plugins", "{a: b}"]])
 def test_an_option_without_a_module_is_refused(capfd, given):
     assert "plugins" in refusal(capfd, "fit", *DEBUG, *given)
@@ -122,4 +134,4 @@ def test_plugins_of_files_and_of_options_add_up_and_are_recorded(examples, tmp_p
     (tmp_path / "own.yaml").write_text(SETTINGS)
     with pytest.raises(SystemExit):
         main(["fit", *RUN, "--plugins=[key_norm, table_cells]", "--print_config"])
-    assert yaml.safe_load(capfd.readouterr().out)["plugins"] == ["key_norm", "table_cells"]
+    assert yaml.safe_load(capfd.readouterr().out)["plugins"] == ["key_norm", "z_loss", "table_cells"]

@@ -90,7 +90,7 @@ class LRSACLI(OpenCLI):
         first = "Validate before training, so that a fit shows its gain."
         add("--validate_first", type=bool, default=True, help=first)
         add("--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it.")
-        plugins = "Modules of yours, which add data sets or compressors."
+        plugins = "Modules of yours, which add data sets, compressors or objectives."
         add("--plugins", type=list[str] | str, default=[], help=plugins)
         parser.link_arguments(TOKENIZER, DATA_TOKENIZER, apply_on="instantiate")
 

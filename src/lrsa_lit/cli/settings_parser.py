@@ -21,6 +21,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.lightning_internals import setting_names
 from lrsa_lit.models.backbone import Backbone, LoRA
 from lrsa_lit.models.rope import RopeScaling
+from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 
@@ -35,6 +36,7 @@ _KEYS: dict[type, str] = {
     LRSAConfig: "model.lrsa",
     Compressor: "model.lrsa.compressor.init_args",
     TopKSchedule: "model.train_top_k.init_args",
+    Objective: "model.objective",
     QADataModule: "data.init_args",
     Packed: "data.init_args.packing",
     lightning.Trainer: "trainer",
@@ -43,6 +45,9 @@ _KEYS: dict[type, str] = {
 # The last form is that of a parser of one class within the whole.
 _UNKNOWN_OPTION = re.compile(
     r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'|^Option '(\S+)' is not accepted$"
+)
+_NO_CLASS = re.compile(
+    r"(?:Expected a path but \S+ either not accessible or invalid [- ]*)?Expected a dot import path string: ([^\s,)]+)"
 )
 _UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
 _UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\(key='(.*?)', val=(.*)\)|(.*))$")
@@ -83,6 +88,10 @@ def one_line(message: str) -> str:
     text = _UNION_PREAMBLE.sub("", " ".join(message.split()))
     text = re.sub(r"(?:^|(?<= ))- Expected a <class 'NoneType'>\s*", "", text)
     text = _UNION_EPILOGUE.sub(lambda match: f" (given: {match[2] or match[3]})", text)
+    known = (
+        "is no class that is known here; --plugins MODULE (in YAML, plugins: [MODULE]) would make those of yours known"
+    )
+    text = _NO_CLASS.sub(rf"\1 {known}", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r"Expected a (\w+)\. Got value: (.*)", r"\2 is not allowed; it must be of type \1", text)
     return re.sub(r"^Parser key \"(.+?)\": (?:- )?", r"\1: ", text)
