@@ -132,6 +132,8 @@ GROUP = ["optimizer_states", 0, "param_groups", 0]
         ("fit", ["optimizer_states", 0, "state", 0, "exp_avg"], DELETED),
         ("test", ["callbacks", "FitSummary"], 1),
         ("test", ["callbacks", "FitSummary", "history"], [3]),
+        ("test", ["callbacks", "FitSummary", "losses"], {"kl": [[1.0], 2.0]}),
+        ("test", ["callbacks", "FitSummary", "losses"], {"kl": [[1.0], ["x"]]}),
         ("fit", ["exact_state", "random", 0, "numpy", 0], "x"),
         ("fit", ["exact_state", "loaders", 0, 0, "epoch"], DELETED),
         ("fit", ["exact_state", "loaders"], []),

@@ -1,14 +1,17 @@
 """Objectives from the command line: teachers that are loaded, mistakes."""
 
 import json
+import re
 
 import pytest
-from cli_helpers import DEBUG, NO_LOGGER, elsewhere, refusal  # noqa: F401 - a fixture of each test
+from cli_helpers import DEBUG, NO_LOGGER, elsewhere, recorded_runs, refusal  # noqa: F401 - a fixture of each test
+from mlflow.tracking import MlflowClient
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 
-FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--data.init_args.val", "null"]
+QUIET = ["--validate_first", "false", "--data.init_args.val", "null"]
+FIT = ["fit", *DEBUG, *NO_LOGGER, *QUIET]
 KL = "lrsa_lit.objectives.Distillation"
 
 
@@ -19,6 +22,25 @@ def fit(folder, *options, steps=4):
 
 def objective(**init_args):
     return ["--model.objective", json.dumps({"class_path": KL, "init_args": init_args})]
+
+
+def test_each_term_is_recorded_and_in_the_closing_table(tmp_path, capfd):
+    both = [{"class_path": "lrsa_lit.objectives.AnswerLoss"}, {"class_path": KL, "init_args": {"weight": 0.5}}]
+    given = ["fit", *DEBUG, *QUIET, "--model.lr_scheduler", "null", "--trainer.log_every_n_steps", "1"]
+    given += ["--model.objective", "Sum", "--model.objective.objectives", json.dumps(both)]
+    main([*given, "--trainer.max_steps", "2"])
+    main([*given, "--trainer.max_steps", "12", "--ckpt_path", "last"])
+    (run,) = recorded_runs(tmp_path / "runs/mlflow.db", "debug")
+    client, means = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db"), {}
+    for name in ("answers", "kl"):
+        losses = [each.value for each in client.get_metric_history(run.info.run_id, f"train/loss/{name}")]
+        assert len(losses) == 12
+        means[name] = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    total = run.data.metrics["train/loss/answers"] + 0.5 * run.data.metrics["train/loss/kl"]
+    assert run.data.metrics["train/loss"] == pytest.approx(total, rel=1e-5)
+    shown = capfd.readouterr().out.split("mean of the last 10 batches")[1]
+    for name, (first, last) in means.items():
+        assert re.search(rf"{name} +│ +{first:.3f} │ +{last:.3f} ", shown)
 
 
 def test_a_dense_fit_teaches(tmp_path, caplog):

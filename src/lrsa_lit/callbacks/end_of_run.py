@@ -23,27 +23,49 @@ _EVALUATED = {**SCORES, "recall": "recall"}
 _STAGES = {"val": "Validation", "test": "Test"}
 _COLUMNS = 5
 """Attentions that fit into a table side by side."""
+_BATCHES = 10
+"""Over which a term's loss is averaged at either end of a fit."""
 
 
 class FitSummary(Callback):
     """Keep what each validation found, for a table: every attention's scores before and after training.
 
-    "Before" is the validation that ran at step 0, "after" the last one.
+    "Before" is the validation that ran at step 0, "after" the last one. Where an objective has several terms, a second
+    table has the mean loss of each over the first and over the last batches that the first process trained on.
     """
 
     def __init__(self) -> None:
         self.history: list[tuple[int, dict[str, float]]] = []
+        self.losses: dict[str, tuple[list[Any], list[Any]]] = {}
+        """Of each term of the objective: in the first batches and in the last ones."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed fit goes on from, so that its table begins where the run began."""
-        return {"history": [[step, values] for step, values in self.history]}
+        """What a resumed fit goes on from, so that its tables begin where the run began."""
+        losses = {name: [list(map(float, end)) for end in ends] for name, ends in self.losses.items()}
+        history = [[step, values] for step, values in self.history]
+        return {"history": history} | ({"losses": losses} if losses else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the validations of the run so far; a UserError if they are none."""
+        """Take up the validations and losses of the run so far; a UserError if they are none."""
         for number, entry in enumerate(state_dict["history"]):
             check_form(entry, [0, {}], f"callbacks.FitSummary.history.{number}")
             check_form(list(entry[1].values()), [0.0] * len(entry[1]), f"callbacks.FitSummary.history.{number}.1")
         self.history = [(step, values) for step, values in state_dict["history"]]
+        losses = state_dict.get("losses", {})
+        check_form(losses, {}, "callbacks.FitSummary.losses")
+        for name, ends in losses.items():
+            check_form(ends, [[], []], f"callbacks.FitSummary.losses.{name}")
+            check_form(ends, [[0.0] * len(end) for end in ends], f"callbacks.FitSummary.losses.{name}")
+        self.losses = {name: (first, last) for name, (first, last) in losses.items()}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Keep the losses of the objective's terms, without waiting for the device."""
+        terms = pl_module.objective.terms if isinstance(pl_module, LongContextQA) else ()
+        for term in terms if len(terms) > 1 else ():
+            loss = trainer.callback_metrics[f"train/loss/{term.name}"].detach().clone()
+            first, last = self.losses.setdefault(term.name, ([], []))
+            first += [loss][: _BATCHES - len(first)]
+            last[:] = [*last, loss][-_BATCHES:]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of a whole validation."""
@@ -58,6 +80,8 @@ class FitSummary(Callback):
         console = PlainConsole()
         if self.history:
             console.print(_summary_table(self.history))
+        if self.losses:
+            console.print(_losses_table(self.losses))
         # Without a validation in training there is no best one.
         for kind, name in (("Best", "best_model_path"), ("Last", "last_model_path")):
             if checkpoint := getattr(trainer.checkpoint_callback, name, ""):
@@ -77,6 +101,17 @@ def _summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
         # The parts of an evaluation have no loss of their own.
         shown = ("" if math.isnan(scores[-1]) else " → ".join(f"{score:.3f}" for score in scores) for scores in found)
         table.add_row(prefix or OWN, *shown)
+    return table
+
+
+def _losses_table(losses: Mapping[str, tuple[Sequence[Any], Sequence[Any]]]) -> Table:
+    """A row for each term of an objective, before its weight."""
+    count = min(len(first) for first, _ in losses.values())
+    table = Table("training loss")
+    for end in ("first", "last"):
+        table.add_column(f"mean of the {end} {count} batches", justify="right")
+    for name, ends in losses.items():
+        table.add_row(name, *(f"{sum(map(float, end)) / len(end):.3f}" for end in ends))
     return table
 
 

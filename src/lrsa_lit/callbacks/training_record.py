@@ -27,7 +27,7 @@ _EVERY = 10
 class TrainingRecord(Callback):
     """Write a JSON file when a fit has come to its last step; a resumed fit goes on with what it had recorded.
 
-    The file has ``steps``, ``losses`` (the answer loss of each batch), ``tokens_per_second`` (padding included, behind
+    The file has ``steps``, ``losses`` (the objective's, of each batch), ``tokens_per_second`` (padding included, behind
     the first few batches of each start; null where there were no more), ``peak_memory_bytes`` (of a GPU, else null),
     ``seconds``, ``weights`` (twelve hex digits of every bit of the trained weights) and ``machine``.
 

@@ -43,8 +43,8 @@ Built = TypeVar("Built")
 class LongContextQA(lightning.LightningModule):
     """A base LLM with lag-relative sparse attention, trained to answer questions over long contexts.
 
-    The loss is the cross-entropy of the answer's tokens. Validation and test generate the answers greedily, with the
-    compressed cache, and log ``val/loss``, ``val/f1``, ``val/em`` and ``val/recall`` for the run's own rule, and the
+    Training minimises the objective. Validation and test generate the answers greedily, with the compressed cache, and
+    log ``val/loss`` (of the answers' tokens), ``val/f1``, ``val/em`` and ``val/recall`` for the run's own rule, and the
     same under ``val/NAME/…`` for each further attention, each data set of a mixture and each task of a data set.
 
     Args:
