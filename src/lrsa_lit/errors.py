@@ -56,6 +56,16 @@ def under(key: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def named(field: str) -> Iterator[None]:
+    """Name ``field`` in place of the argument of a part that it was given to."""
+    try:
+        yield
+    except UserError as error:
+        error.field = field
+        raise
+
+
 def message_of(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split())

@@ -145,6 +145,10 @@ class LRSACLI(OpenCLI):
             raise UserError("data.init_args.max_tokens", self.datamodule.max_tokens, hint=hint)
         if self.asked("estimate"):
             return
+        if self.asked("ckpt_path") is not None:
+            # It has all that was trained.
+            model.start_from = None
+        model.start()
         if self.subcommand == "fit":
             model.check_objective(self.datamodule.max_tokens)
             self._check_optimizer()

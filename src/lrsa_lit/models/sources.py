@@ -8,8 +8,7 @@ from typing import Any
 from lrsa_lit.models.adapters import holds_adapters, load_adapters
 from lrsa_lit.models.backbone import Backbone
 from lrsa_lit.models.checkpoint import Trained, load_trained
-
-CHECKPOINT_SUFFIX = ".ckpt"
+from lrsa_lit.models.checkpoint_file import SUFFIX
 
 
 def trained_model(source: str, dtype: Any, *, trust_remote_code: bool = False) -> Trained:
@@ -26,7 +25,7 @@ def trained_model(source: str, dtype: Any, *, trust_remote_code: bool = False) -
     Raises:
         UserError: it is none of these.
     """
-    if source.endswith(CHECKPOINT_SUFFIX):
+    if source.endswith(SUFFIX):
         return load_trained(Path(source), dtype, trust_remote_code=trust_remote_code)
     if holds_adapters(Path(source)):
         return load_adapters(Path(source), dtype, trust_remote_code=trust_remote_code)

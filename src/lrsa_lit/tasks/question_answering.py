@@ -19,13 +19,14 @@ from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enab
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.data.loaders import TrainerSettings
-from lrsa_lit.errors import UserError, message_of, under
+from lrsa_lit.errors import UserError, message_of, named, under
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.lightning_internals import trainer_of
 from lrsa_lit.models import Backbone, uncompiled
-from lrsa_lit.models.checkpoint import describe, trained_weights
+from lrsa_lit.models.checkpoint import Trained, describe, trained_weights
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import losses_of_rows
+from lrsa_lit.models.sources import trained_model
 from lrsa_lit.objectives import AnswerLoss, Objective, summed_losses
 from lrsa_lit.objectives.positions import Positions
 from lrsa_lit.objectives.teachers import Loaded, OwnDense
@@ -51,6 +52,8 @@ class LongContextQA(lightning.LightningModule):
         backbone: the base LLM.
         lrsa: the rule that the run trains and evaluates with.
         objective: what training minimises: Distillation, LanguageModelLoss … or a Sum of several; null is AnswerLoss.
+        start_from: a fit's checkpoint (.ckpt) or a folder of adapters: training begins with its weights, at step 0 with
+            a new optimizer; null begins with the backbone's. With ``--ckpt_path`` it is not read.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer and stepped after each optimizer step; null keeps the rate.
         train_attention: what training changes of the rule ({} nothing, {top_k: 64} another K); null trains dense.
@@ -73,6 +76,7 @@ class LongContextQA(lightning.LightningModule):
         train_attention: dict[str, Any] | None = {},  # noqa: B006 - read only
         train_top_k: TopKSchedule | None = None,
         objective: Objective | None = None,
+        start_from: str | None = None,
         evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
         max_new_tokens: int = 32,
         generate_answers: bool = True,
@@ -95,6 +99,7 @@ class LongContextQA(lightning.LightningModule):
         if self.train_config is None and any(isinstance(term.teacher, OwnDense) for term in self.objective.terms):
             raise UserError("objective", reason="a model that trains with dense attention teaches itself nothing",
                             hint="set train_attention, or name another teacher")  # fmt: skip
+        self.start_from = start_from
         self.attentions = evaluated(lrsa, evaluate)
         self.generate_answers = generate_answers
         self.meters = {name: AnswerMeter(generated=generate_answers) for name in self.attentions}
@@ -131,11 +136,32 @@ class LongContextQA(lightning.LightningModule):
                 if isinstance(term.teacher, Loaded):
                     term.teacher.check(self.tokenizer)
 
+    def start(self) -> Trained:
+        """The model that a run begins with, not loaded yet.
+
+        Raises:
+            UserError: ``start_from`` cannot be read, or holds adapters where all weights are trained, or the reverse.
+        """
+        if self.start_from is None:
+            return Trained(self.backbone, None, None)
+        with named("start_from"):
+            found = trained_model(self.start_from, self.backbone.dtype)
+        if found.weights is None:
+            raise UserError("start_from", self.start_from, "a fit's checkpoint (.ckpt), or a folder of adapters",
+                            hint="a whole model is a model.backbone.source")  # fmt: skip
+        held, trained = ("all weights" if each.lora is None else "adapters" for each in (found.backbone, self.backbone))
+        if held != trained:
+            reason = f"holds {held}, and this run trains {trained}"
+            raise UserError(
+                "start_from", self.start_from, reason=reason, hint="lrsa export makes it a model.backbone.source"
+            )
+        return Trained(self.backbone, None, found.weights)
+
     def configure_model(self) -> None:
         """Load the base LLM and give it the training attention; runs once, on the trainer's first use."""
         if self.model is not None:
             return
-        self.model = self.backbone.build()
+        self.model = self.start().build()
         enable(self.model, self.train_config or self.lrsa)
         if self.train_config is None:
             disable(self.model)

@@ -20,8 +20,7 @@ from lrsa_lit.cli.arguments import Parser, add_plugins, called, checked, integer
 from lrsa_lit.cli.ask.dialogue import Dialogue
 from lrsa_lit.cli.ask.reader import Answer, Reader
 from lrsa_lit.errors import UserError
-from lrsa_lit.models.checkpoint import Trained, load_trained
-from lrsa_lit.models.checkpoint_file import SUFFIX
+from lrsa_lit.models.checkpoint import Trained
 from lrsa_lit.models.rope import LARGEST_FACTOR, RopeScaling
 from lrsa_lit.paths import check_path, shipped
 from lrsa_lit.terminal import PlainConsole, log_to
@@ -215,17 +214,13 @@ def _default_backbone() -> dict[str, Any]:
 
 
 def _trained(source: str | None, dtype: Any, *, trust_remote_code: bool) -> Trained:
-    """The model of a checkpoint or of adapters, or that of a source, whose config.json may hold a rule; not loaded."""
+    """The model that a source names, or the default one; not loaded."""
     from lrsa_lit.models import Backbone
-    from lrsa_lit.models.adapters import holds_adapters, load_adapters
+    from lrsa_lit.models.sources import trained_model
 
-    if source is not None and source.endswith(SUFFIX):
-        return load_trained(Path(source), dtype, trust_remote_code=trust_remote_code)
-    if source is not None and holds_adapters(Path(source)):
-        return load_adapters(Path(source), dtype, trust_remote_code=trust_remote_code)
-    settings = _default_backbone() if source is None else {"source": source}
-    backbone = Backbone(**settings, dtype=dtype, trust_remote_code=trust_remote_code)
-    return Trained(backbone, getattr(backbone.config, "lrsa", None), None)
+    if source is not None:
+        return trained_model(source, dtype, trust_remote_code=trust_remote_code)
+    return Trained(Backbone(**_default_backbone(), dtype=dtype, trust_remote_code=trust_remote_code), None, None)
 
 
 def _device(name: str | None) -> torch.device:
