@@ -11,6 +11,7 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention import (
     ChunkWise,
     Compressor,
+    KeyDiff,
     LagRelative,
     MeanPool,
     Partitions,
@@ -141,7 +142,9 @@ def test_a_run_has_a_whole_number_of_tokens(size):
         ChunkWise(size)
 
 
-@pytest.mark.parametrize("compressor", [ChunkWise(3), RandomTokens(4), Recency(), Strided(), ValueRelative()])
+@pytest.mark.parametrize(
+    "compressor", [ChunkWise(3), KeyDiff(), RandomTokens(4), Recency(), Strided(), ValueRelative()]
+)
 def test_gradients_of_a_selector_reach_what_it_keeps_and_nothing_else(compressor):
     parts = partitions(3, 8, 3, heads=2)
     key, value = parts.key.clone().requires_grad_(), parts.value.clone().requires_grad_()
@@ -153,6 +156,16 @@ def test_gradients_of_a_selector_reach_what_it_keeps_and_nothing_else(compressor
     assert key.grad.equal(member)
     assert value.grad.equal(2 * member)
     assert parts.next_key.grad is None
+
+
+def test_keys_that_are_like_the_others_are_dropped():
+    """Three keys point one way, whatever their lengths, and one another way."""
+    key = torch.tensor([[3.0, 0.0], [0.5, 0.0], [0.0, 2.0], [1.0, 0.0]], dtype=torch.float64)[None, None, None]
+    parts = Partitions(key, key, key, key, 2)
+    kept, scores = KeyDiff().keep(parts)
+    mean = (0.75, 0.25)
+    assert scores.flatten().tolist() == pytest.approx([-mean[each] / math.hypot(*mean) for each in (0, 0, 1, 0)])
+    assert kept.flatten().tolist() == [0, 2]
 
 
 def test_a_constant_channel_is_zero_and_still_counts():

@@ -11,6 +11,7 @@ from lrsa_lit.ops.sparse_attention.api import (
 from lrsa_lit.ops.sparse_attention.compressors import (
     ChunkWise,
     Compressor,
+    KeyDiff,
     LagRelative,
     MeanPool,
     Partitions,
@@ -36,9 +37,9 @@ from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 __all__ = [
-    "ChunkWise", "Compressor", "Impl", "KeyValueStream", "LagRelative", "MeanPool", "Partitions",
-    "RandomTokens", "Ranking", "Recency", "Rule", "Selection", "Selector", "SpreadSelector", "Strided", "ValueRelative",
-    "ValueWeighted", "attended_pairs", "checked_boundaries", "compressed_at", "implementation", "is_traceable",
-    "of_sequence", "raw_start", "select", "spans", "sparse_attention", "stored_size", "tensor_of_rule",
+    "ChunkWise", "Compressor", "Impl", "KeyDiff", "KeyValueStream", "LagRelative", "MeanPool",
+    "Partitions", "RandomTokens", "Ranking", "Recency", "Rule", "Selection", "Selector", "SpreadSelector", "Strided",
+    "ValueRelative", "ValueWeighted", "attended_pairs", "checked_boundaries", "compressed_at", "implementation",
+    "is_traceable", "of_sequence", "raw_start", "select", "spans", "sparse_attention", "stored_size", "tensor_of_rule",
     "traced_attention",
 ]  # fmt: skip

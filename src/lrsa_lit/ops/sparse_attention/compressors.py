@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import cosine_similarity, normalize, pad
 
 from lrsa_lit import plugins
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
@@ -233,6 +233,16 @@ class RandomTokens(Selector):
     def for_layer(self, layer: int) -> RandomTokens:
         """Another seed for each layer: otherwise all layers would lose the same tokens."""
         return dataclasses.replace(self, seed=self.seed * 1_000_003 + layer)
+
+
+@dataclass(frozen=True)
+class KeyDiff(Selector):
+    """Keep the keys that are least like the others of their partition (KeyDiff, arXiv 2504.15364)."""
+
+    def score(self, partitions: Partitions) -> Tensor:
+        """Minus the cosine between the key and the mean of the partition's keys, each at length 1."""
+        keys = normalize(partitions.key.to(torch.promote_types(partitions.key.dtype, torch.float32)), dim=-1)
+        return -cosine_similarity(keys, keys.mean(dim=-2, keepdim=True), dim=-1)
 
 
 @dataclass(frozen=True)
