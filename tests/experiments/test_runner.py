@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from cli_helpers import before_step, refusal
@@ -20,6 +21,13 @@ from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.experiments.results import Results, read_lines
 from lrsa_lit.experiments.runner import Runner
 
+KL = {"class_path": "lrsa_lit.objectives.Distillation", "init_args": {"teacher": {"row": "dense"}, "positions": 20}}
+TAUGHT = {
+    "onward": {"model": {"start_from": {"row": "taught"}}},
+    "dense": {"model": {"train_attention": None}},
+    "taught": {"model": {"objective": KL}},
+}
+"""Rows that need each other, the last one first."""
 NO_LOGGER = {"trainer": {"logger": False}}
 FEW = {"rows": ["lrsa"], "seeds": [0], "inference": ["own"], "sets": ["plain"]}
 
@@ -154,6 +162,64 @@ def test_what_fails_leaves_the_others_alone(study_file, data, tmp_path):
     assert {line["row"] for line in run.results.lines} == {"base"}
 
 
+def taught(study_file, *rows, **changes):
+    part = FEW | {"rows": rows, "inference": ["own"], **changes}
+    return tiny_study.write(study_file, rows=TAUGHT, parts={"taught": part}, bars={})
+
+
+def test_rows_are_trained_before_those_that_need_them(study_file, data, tmp_path):
+    taught(study_file, "onward", "dense", seeds=[0, 1])
+    lines, ran = fabricated(study_file, data, tmp_path, "taught")
+    assert [(line["kind"], line["row"], line["seed"]) for line in lines] == [
+        *[("training", row, seed) for row in ("dense", "taught") for seed in (0, 1)],
+        *[(kind, row, seed) for seed in (0, 1) for kind, row in (
+            ("training", "onward"), ("evaluation", "onward"), ("evaluation", "dense"))]]  # fmt: skip
+    assert ran.count("fit") == 6
+    assert fabricated(study_file, data, tmp_path, "taught") == (lines, [])
+    # Weights that are gone are needed by nothing that is done.
+    shutil.rmtree(tmp_path / "work")
+    assert fabricated(study_file, data, tmp_path, "taught") == (lines, [])
+    taught(study_file, "taught", "dense")
+    again, ran = fabricated(study_file, data, tmp_path, "taught")
+    assert ran == ["fit", "fit", "test"]
+    assert [line["row"] for line in again[len(lines) - 2 :]][-1] == "taught"
+
+
+def test_what_needs_a_training_that_fails_is_not_trained(study_file, data, tmp_path):
+    taught(study_file, "onward")
+    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    assert not run.run(run.chosen(["taught"]), Fabricated(run.questions, fails=["fit"]))
+    assert [text.partition(":")[0] for text in run.failed] == ["dense, seed 0", "taught, seed 0", "onward, seed 0"]
+    assert run.failed[1].endswith("row dense, which it needs, is not trained")
+
+
+@pytest.mark.slow
+def test_a_teacher_and_a_start_that_are_rows(study_file, data, tmp_path, capsys):
+    taught(study_file, "onward")
+
+    def run_in(folder):
+        run = runner(study_file, data, tmp_path / folder, overlay=NO_LOGGER)
+        executor = InProcess()
+        return run.run(run.chosen(["taught"]), executor), read_lines(tmp_path / folder / "results.jsonl"), executor.ran
+
+    done, lines, ran = run_in("whole")
+    assert done
+    assert [(line["kind"], line["row"]) for line in lines] == [
+        ("training", "dense"), ("training", "taught"), ("training", "onward"), ("evaluation", "onward")]  # fmt: skip
+    objective = json.loads(Path(ran[1][4]).read_text())["model"]["objective"]
+    expected = tmp_path.glob(f"whole/work/{lines[0]['config']}-0-*/checkpoints/last.ckpt")
+    assert objective["init_args"]["teacher"] == str(next(expected))
+    # Stopped in the middle of the second row.
+    capsys.readouterr()
+    in_rows = [lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: None]
+    with before_step(1, lambda: in_rows.pop()()):
+        assert not run_in("stopped")[0]
+    done, again, _ = run_in("stopped")
+    assert done
+    assert "taught, seed 0: training goes on\n" in capsys.readouterr().out
+    assert [line["weights"] for line in again] == [line["weights"] for line in lines]
+
+
 def test_results_of_parts_of_a_study_are_put_together(study_file, data, tmp_path):
     for out, row in (("a.jsonl", "lrsa"), ("b.jsonl", "dense")):
         lines, _ = fabricated(study_file, data, tmp_path, "main", out=out, rows=[row])
@@ -251,9 +317,11 @@ def test_a_last_result_without_its_end_is_none_that_was_cut_off(study_file, data
     [
         ({"data": {"init_args": {"batch_size": 0}}}, {}, "rows.late.data"),
         ({"data": {"init_args": {"weights": {"plain": -1}}}}, {}, "rows.late.data"),
+        ({"model": {"objective": merged(KL, {"init_args": {"weight": -1.0}})}}, {}, "rows.late.model.objective"),
+        ({"model": {"objective": merged(KL, {"init_args": {"positions": 1024}})}}, {}, "rows.late.model.objective"),
         ({}, {"4x": {"dense_layers": [7]}}, "inference.4x"),
     ],
-    ids=["batch", "share", "layers"],
+    ids=["batch", "share", "objective", "positions", "layers"],
 )
 def test_a_mistake_in_a_late_row_costs_no_training(row, inference, field, study_file, data, tmp_path):
     parts = {"main": STUDY["parts"]["main"] | {"rows": ["dense", "late"]}}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cli_helpers import refusal
 from experiments.tiny_study import STUDY, merged
 from helpers import one_line, refused
 
@@ -13,11 +14,21 @@ from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.report.bars import Bars
+from lrsa_lit.experiments.report.cells import Cells
+from lrsa_lit.experiments.results import read_lines
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.ops.sparse_attention import RandomTokens
 from lrsa_lit.yaml_file import read_settings
 
 SHIPPED = "configs/experiment/robustness.yaml"
+OBJECTIVES = "configs/experiment/objectives.yaml"
+
+
+def taught(by: str, **init_args) -> dict:
+    """A row with another one as its teacher."""
+    kl = {"class_path": "lrsa_lit.objectives.Distillation", "init_args": {"teacher": {"row": by}, **init_args}}
+    return {"model": {"objective": {"class_path": "lrsa_lit.objectives.Sum", "init_args": {"objectives": [kl]}}}}
 
 
 def study_of(tmp_path: Path, **changes):
@@ -60,6 +71,62 @@ def test_dense_training_does_not_depend_on_the_rule(tmp_path):
     other = study_of(tmp_path, model={"lrsa": {"top_k": 9}})
     assert other.row("dense").hash == study_of(tmp_path).row("dense").hash
     assert other.row("dense").rule is None
+
+
+def test_a_row_needs_those_whose_checkpoints_it_names(tmp_path):
+    onward = merged(taught("dense"), {"model": {"start_from": {"row": "later"}}})
+    rows = {"onward": onward, "later": {"trainer": {"max_steps": 5}}, "taught": taught("dense")}
+    study = study_of(tmp_path, rows=rows)
+    assert list(study.rows) == [*STUDY["rows"], *rows], "in the order of the file"
+    assert [row.name for row in study.row("onward").needs] == ["dense", "later"]
+    assert study.row("lrsa").needs == ()
+    # Another teacher, by its settings and not by its name, is another training.
+    renamed = {"renamed": STUDY["rows"]["dense"], "taught": taught("renamed")}
+    other = study_of(tmp_path, rows=merged(rows, {"later": {"trainer": {"max_steps": 6}}}) | renamed)
+    assert other.row("onward").hash != study.row("onward").hash
+    assert other.row("taught").hash == study.row("taught").hash
+
+
+def test_what_a_row_needs_reads_its_data(tmp_path):
+    text = {"data": {"init_args": {"weights": {"text": 1.0, "plain": 0}}}}
+    rows = {"of-text": text, "middle": taught("of-text"), "onward": {"model": {"start_from": {"row": "middle"}}}}
+    study = study_of(tmp_path, rows=rows)
+    assert study.row("onward").train_sets == ["plain", "text"]
+    assert study.row("base").train_sets == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ({"a": taught("none")}, "rows.a: there is no row 'none'; there are base, "),
+        ({"a": taught("a")}, "rows.a needs itself: a needs a"),
+        ({"a": taught("b"), "b": {"model": {"start_from": {"row": "a"}}}}, "rows.a needs itself: a needs b needs a"),
+        ({"a": taught("base")}, "rows.a: row 'base' trains nothing; name its model"),
+        ({"a": taught("dense", teacher={"row": 3})}, "rows.a: model.objective"),
+        ({"a": {"model": {"start_from": {"rows": "dense"}}}}, "rows.a: model.start_from"),
+    ],
+    ids=["unknown", "itself", "circle", "untrained", "number", "key"],
+)
+def test_mistakes_about_what_a_row_needs_are_named(rows, named, tmp_path):
+    with pytest.raises(UserError) as error:
+        study_of(tmp_path, rows=rows)
+    assert named in one_line(error.value)
+
+
+def test_a_row_that_needs_another_says_so_as_a_config(tmp_path, capfd, monkeypatch):
+    study_of(tmp_path, rows={"taught": taught("dense", positions=9)})
+    monkeypatch.chdir(tmp_path)
+    main(["study", "config", "changed.yaml", "taught", "--seed", "7"])
+    printed = capfd.readouterr().out
+    first = printed.splitlines()[0]
+    assert first.startswith("# dense.ckpt is the last checkpoint")
+    assert "`lrsa study config changed.yaml dense --seed 7`" in first
+    (kl,) = yaml.safe_load(printed)["model"]["objective"]["init_args"]["objectives"]
+    assert kl["init_args"]["teacher"] == "dense.ckpt"
+    (tmp_path / "row.yaml").write_text(printed)
+    line = refusal(capfd, "fit", "--config", "row.yaml", "--trainer.logger", "false")
+    assert "model.objective.teacher" in line
+    assert "dense.ckpt does not exist" in line
 
 
 def test_a_part_goes_through_all_rows_before_the_next_seed(tmp_path):
@@ -236,15 +303,39 @@ def test_mistakes_of_an_attention_for_each_layer_are_named(wrong, named, tmp_pat
     assert named in str(error.value)
 
 
-def test_the_shipped_study_is_complete():
-    study = open_study(SHIPPED)
+@pytest.mark.parametrize("shipped", [SHIPPED, OBJECTIVES])
+def test_the_shipped_studies_are_complete(shipped):
+    study = open_study(shipped)
     used = {name for part in study.parts.values() for name in part["rows"]}
     assert used == set(study.rows)
     for part in study.parts:
         assert list(study.work(part))
     assert len({row.hash for row in study.rows.values()}) == len(study.rows)
-    first_line = (Path(__file__).parents[2] / SHIPPED).read_text().splitlines()[0]
-    assert first_line.startswith(f"# lrsa study run {SHIPPED} --part main ")
+    first_line = (Path(__file__).parents[2] / shipped).read_text().splitlines()[0]
+    assert first_line.startswith(f"# lrsa study run {shipped} --part main ")
+    Bars(Cells(study, []))
+
+
+def test_the_results_that_are_kept_are_those_of_the_shipped_rows():
+    study = open_study(SHIPPED)
+    found = {line["config"] for line in read_lines(Path(__file__).parents[2] / "study" / "results.jsonl")}
+    # One was never run.
+    assert [row.name for row in study.rows.values() if row.hash not in found] == ["pairs13-chosen2"]
+
+
+def test_the_shipped_objectives_differ_in_nothing_else():
+    study = open_study(OBJECTIVES)
+    by_name = {name: row.trained_by() for name, row in study.rows.items()}
+    for name in study.parts["main"]["rows"][1:]:
+        assert {**by_name[name], "objective": None} == {**by_name["answers"], "objective": None}
+    assert kv_ratio(study.inference["rule"], 4080, 30) == pytest.approx(0.325, abs=0.001)
+    assert [row.name for row in study.rows.values() if row.needs] == [
+        "kl-dense", "kl-hidden", "keydiff-kl", "recency-kl",
+        "answers-from-dense", "kl-self-from-dense", "kl-dense-from-dense"]  # fmt: skip
+    for name in ("kl-dense", "kl-dense-from-dense"):
+        assert study.row(name).needs == (study.row("dense"),)
+    shipped = read_settings(Path(__file__).parents[2] / "configs" / "objective" / "distillation.yaml")
+    assert by_name["kl-self"]["objective"] == shipped["model"]["objective"]
 
 
 def test_the_shares_of_the_shipped_study_are_what_their_names_say():

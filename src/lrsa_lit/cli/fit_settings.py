@@ -14,6 +14,7 @@ from lrsa_lit.cli.main import lightning_arguments
 from lrsa_lit.cli.settings_parser import OneLineParser, first_user_error, one_line
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError, under
+from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 
 Made = TypeVar("Made")
@@ -64,7 +65,7 @@ class FitSettings:
         with under(key):
             try:
                 parsed = parser.parse_object({"value": dict(settings)})
-                check_classes("value", parsed.as_dict()["value"], (Compressor, QADataModule), {})
+                check_classes("value", parsed.as_dict()["value"], (Compressor, Objective, QADataModule), {})
                 made: Made = parser.instantiate_classes(parsed).value
             except UserError as error:
                 error.field = error.field.removeprefix("value.")

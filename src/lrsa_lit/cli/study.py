@@ -153,7 +153,11 @@ def _runner(options: argparse.Namespace, *work: Any, **more: Any) -> Runner:
 def _config(options: argparse.Namespace) -> None:
     import yaml
 
-    settings = open_study(options.study).as_config(options.row, options.seed)
+    study = open_study(options.study)
+    settings = study.as_config(options.row, options.seed)
+    for other in study.row(options.row).needs:
+        how = f"lrsa study config {options.study} {other.name} --seed {options.seed}"
+        print(f"# {other.name}.ckpt is the last checkpoint of the fit that `{how}` prints.")
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
 
 

@@ -34,7 +34,8 @@ _LEAST: Kind = (
 )
 _ROWS: Kind = "the name of a row, or a list of them", lambda value: _NAME[1](value) or _NAMES[1](value)
 _SEEDS = _or_null(_list_of("integers from 0 to 4294967295", lambda seed: is_integer(seed) and 0 <= seed < 1 << 32))
-_CELLS = _list_of("[row, inference]", lambda value: _NAMES[1](value) and len(value) == 2)
+_CELL_NAMES: Kind = "[row, inference]", lambda value: _NAMES[1](value) and len(value) == 2
+_CELLS = _list_of(*_CELL_NAMES)
 
 _CELL = {"row": _NAME, "inference": _NAME}
 _ROW = dict.fromkeys(("trainer", "model", "data"), _SETTINGS)
@@ -48,6 +49,7 @@ _OF_DENSE = {**_SET, "of_dense": _NUMBER, "reference": _NAMES, "reference_at_lea
 _BARS = {
     ("set", "kept", "of_dense"): {**_OF_DENSE, "kept": _NUMBER},
     ("set", "pairs", "of_dense"): {**_OF_DENSE, "pairs": _NUMBER},
+    ("set", "row", "inference", "of", "at_least"): {**_SET, **_CELL, "of": _CELL_NAMES, "at_least": _NUMBER},
     ("set", "row", "inference", "at_least"): {**_SET, **_CELL, "row": _ROWS, "at_least": _NUMBER},
     ("set", "row", "inference", "above", "p"): {**_SET, **_CELL, "above": _CELLS, "p": _NUMBER},
 }

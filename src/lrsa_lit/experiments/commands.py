@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,13 @@ def answers_of(evaluations: Sequence[Evaluation], folder: Path) -> Path:
     return folder / digest(about) / "answers.jsonl"
 
 
-def fit(study: Study, row: Row, seed: int, folder: Path, overlay: Settings) -> list[str]:
-    """The fit of a row: no validations, a checkpoint now and then, and a record of the training."""
+def fit(
+    study: Study, row: Row, seed: int, folder: Path, overlay: Settings, checkpoints: Mapping[str, str]
+) -> list[str]:
+    """The fit of a row: no validations, a checkpoint now and then, and a record of the training.
+
+    ``checkpoints`` are those of the rows that it needs, by name.
+    """
     checkpoint = folder / CHECKPOINT
     saving = {"every_n_train_steps": _CHECKPOINT_EVERY, "save_top_k": 0, "save_last": True, "save_on_exception": True}
     own: Settings = {
@@ -44,7 +49,7 @@ def fit(study: Study, row: Row, seed: int, folder: Path, overlay: Settings) -> l
         },
     }
     resumed = ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
-    return ["fit", *study.arguments, *_files(folder, [*row.overlays, own, overlay]), *resumed]
+    return ["fit", *study.arguments, *_files(folder, [*row.layers(checkpoints), own, overlay]), *resumed]
 
 
 def evaluation(
@@ -63,6 +68,9 @@ def evaluation(
     model: dict[str, Any] = {
         "train_attention": {},
         "train_top_k": None,
+        # What is evaluated is trained: nothing of another row is read.
+        "objective": None,
+        "start_from": None,
         "evaluate": {item.name: item.rule and item.rule.to_dict() for item in evaluations if item is not own},
         "generate_answers": first.generates,
     }
@@ -82,13 +90,14 @@ def evaluation(
     if workers > 1:
         trainer["strategy"] = _part("strategies.SharedDevice", processes=workers)
     data["init_args"] = data["init_args"] | {"eval_batch_size": batch}
-    without_data = ({**layer, "data": {}} for layer in row.overlays)
+    trained = row.layers(dict.fromkeys((other.name for other in row.needs), ""))
+    without_data = ({**layer, "data": {}} for layer in trained)
     layers = [*without_data, {"trainer": trainer, "model": model, "data": data}, overlay]
     for path in (answers, answers.with_name(answers.name + ".partial")):
         # Of a command that was stopped, or of other weights.
         path.unlink(missing_ok=True)
-    trained = ["--ckpt_path", str(folder / CHECKPOINT)] if row.steps else []
-    return [_COMMANDS[first.split], *study.arguments, *_files(answers.parent, layers), *trained]
+    weights = ["--ckpt_path", str(folder / CHECKPOINT)] if row.steps else []
+    return [_COMMANDS[first.split], *study.arguments, *_files(answers.parent, layers), *weights]
 
 
 def _part(name: str, **arguments: Any) -> Settings:

@@ -111,7 +111,7 @@ class Questions:
 
 def splits_of(works: Sequence[Work]) -> list[tuple[str, str]]:
     """The splits that some rows train on and are evaluated on."""
-    found = dict.fromkeys((name, "train") for work in works if work.row.steps for name in work.row.weights)
+    found = dict.fromkeys((name, "train") for work in works for name in work.row.train_sets)
     return list(found | dict.fromkeys((item.data_set, item.split) for work in works for item in work.evaluations))
 
 

@@ -77,8 +77,10 @@ class Runner:
             return True
         self.results.check_writable()
         check_writable("--work", self.folder, self.folder)
-        for work in todo:
-            self._check(work)
+        stages = self._stages(todo)
+        for stage in stages:
+            for work in stage:
+                self._check(work)
         record, trainer = None, self._settings(todo[0].row)["trainer"]
         with contextlib.ExitStack() as ends:
             if trainer.get("logger"):
@@ -86,20 +88,40 @@ class Runner:
                 ends.enter_context(record.running(self.failed))
                 ends.callback(record.keep, self.results.path)
             try:
-                executor.drive([self._unit(work, record) for work in todo], record.beat if record else lambda: None)
+                for stage in stages:
+                    units = [self._unit(work, record) for work in stage]
+                    executor.drive(units, record.beat if record else lambda: None)
             except OutOfTimeError:
                 return False
         return not self.failed
 
+    def _stages(self, works: list[Work]) -> list[list[Work]]:
+        """Some work, and the trainings of other rows that it needs before it, and those that these need before them."""
+        stages = [works]
+        while before := self._needed(stages[0]):
+            stages.insert(0, before)
+        return stages
+
+    def _needed(self, works: Sequence[Work]) -> list[Work]:
+        """The trainings of other rows without which some work cannot be done."""
+        asked = {(other.row.hash, other.seed): other for work in works if not self._at_hand(work)
+                 for other in _before(work)}  # fmt: skip
+        return [other for other in asked.values() if not self._at_hand(other)]
+
     def _unit(self, work: Work, record: Record | None) -> Unit:
         """Train a row unless its weights are at hand, then evaluate it."""
-        row, folder = work.row, self.folder / "-".join(map(str, self._trained_by(work).values()))
-        if row.steps and not self._at_hand(work, folder):
+        row, folder = work.row, self._folder(work)
+        if not self._at_hand(work):
+            before = _before(work)
+            if lacking := [other.row.name for other in before if not self._at_hand(other)]:
+                self._fail(work, f"row {lacking[0]}, which it needs, is not trained")
+                return
             _say(work, f"training{' goes on' if (folder / CHECKPOINT).exists() else ''}")
             if (folder / RECORD).exists():
                 # Of weights that are gone, or that the results do not know.
                 shutil.rmtree(folder)
-            command = partial(commands.fit, self.study, row, work.seed, folder, self.overlay)
+            checkpoints = {other.row.name: str(self._folder(other) / CHECKPOINT) for other in before}
+            command = partial(commands.fit, self.study, row, work.seed, folder, self.overlay, checkpoints)
             if code := (yield self._job(work, record, command)):
                 self._fail(work, f"the training failed (exit code {code})")
                 return
@@ -145,12 +167,17 @@ class Runner:
         """Refuse what the classes of a row refuse, and an attention that its model cannot have, before any training."""
         from lrsa_lit.data.module import QADataModule
         from lrsa_lit.models import Backbone
+        from lrsa_lit.objectives import Objective
 
         made, settings = self.study.fit_settings.made, self._settings(work.row)
         if work.row.steps:
             made(f"rows.{work.row.name}.data", QADataModule, settings["data"])
         backbone = made(f"rows.{work.row.name}.model.backbone", Backbone, settings["model"]["backbone"])
         layers = backbone.config.num_hidden_layers
+        if work.row.steps and (objective := settings["model"].get("objective")) is not None:
+            where = f"rows.{work.row.name}.model.objective"
+            with under(where):
+                made("", Objective, objective).check(settings["data"]["init_args"]["max_tokens"], layers)  # type: ignore[type-abstract]
         for item in work.evaluations:
             if item.rule is not None:
                 with under(f"inference.{item.name}"):
@@ -159,14 +186,15 @@ class Runner:
     def _settings(self, row: Row) -> Settings:
         """What is given to the row's commands on this machine."""
         root = {"trainer": {"default_root_dir": str(self.folder)}}
-        return self.study.fit_settings.given(self.study.arguments, [*row.overlays, root, self.overlay])
+        layers = row.layers({other.name: other.hash for other in row.needs})
+        return self.study.fit_settings.given(self.study.arguments, [*layers, root, self.overlay])
 
     def _about(self, work: Work) -> Line:
         return {"study": self.study.title, "row": work.row.name, **self._trained_by(work)}
 
     def _trained_by(self, work: Work) -> Line:
         """What a training of a row and seed depends on."""
-        data = {name: self.questions.facts(name, "train").digest for name in work.row.weights if work.row.steps}
+        data = {name: self.questions.facts(name, "train").digest for name in work.row.train_sets}
         return {"config": work.row.hash, "seed": work.seed, "train_digest": digest(data) if data else ""}
 
     def _missing(self, work: Work) -> list[Evaluation]:
@@ -177,12 +205,24 @@ class Runner:
             if not self.results.has(trained, item, facts(item.data_set, item.split).digest)
         ]
 
-    def _at_hand(self, work: Work, folder: Path) -> bool:
-        """Whether the checkpoint is that of the weights which the results name."""
+    def _folder(self, work: Work) -> Path:
+        """Where the checkpoint and the answers of a row and seed lie."""
+        return self.folder / "-".join(map(str, self._trained_by(work).values()))
+
+    def _at_hand(self, work: Work) -> bool:
+        """Whether there is nothing to train, or the checkpoint is that of the weights which the results name."""
+        if work.row.steps == 0:
+            return True
+        folder = self._folder(work)
         if not (folder / RECORD).exists() or not (folder / CHECKPOINT).exists():
             return False
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))["weights"]
         return bool(found == self.results.weights_of(self._trained_by(work)))
+
+
+def _before(work: Work) -> list[Work]:
+    """The trainings of the rows that a row needs, with its seed."""
+    return [Work(row, work.seed, []) for row in work.row.needs]
 
 
 def _groups(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:

@@ -1,6 +1,7 @@
 """What a study file asks for: its rows as complete settings of fits, and the work of a part in order.
 
-Settings are in the words of ``lrsa fit``.
+Settings are in the words of ``lrsa fit``. In those of a row ``{row: NAME}`` stands for the path of the last checkpoint
+of another row with the same seed: a teacher, or what training starts from.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -66,14 +67,17 @@ class Row:
 
     Attributes:
         overlays: the study's settings, and what it changes in them, its data sets included.
-        settings: all ``trainer``, ``model`` and ``data`` settings that are given, in the words of ``lrsa fit``.
+        settings: all ``trainer``, ``model`` and ``data`` settings that are given, in the words of ``lrsa fit``; what
+            stands for the checkpoint of another row is that row's digest.
         rule: the rule that training starts from; None for dense training.
+        needs: the rows whose checkpoints the settings name, trained before this one.
     """
 
     name: str
     overlays: tuple[Settings, Settings]
     settings: Settings
     rule: LRSAConfig | None
+    needs: tuple[Row, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -85,6 +89,16 @@ class Row:
         """The share of each data set in the training."""
         weights: dict[str, float] = self.settings["data"]["init_args"]["weights"]
         return weights
+
+    @property
+    def train_sets(self) -> list[str]:
+        """The data sets that its training and those of the rows before it read; none for the base LLM."""
+        own = self.weights if self.steps else ()
+        return list(dict.fromkeys([*own, *(name for row in self.needs for name in row.train_sets)]))
+
+    def layers(self, checkpoints: Mapping[str, str]) -> list[Settings]:
+        """The overlays with the checkpoints of the rows that it needs, by their names."""
+        return [_filled(overlay, checkpoints.__getitem__) for overlay in self.overlays]
 
     def trained_by(self) -> Settings:
         """All that decides the trained weights beside the seed and the data; nothing for the base LLM."""
@@ -154,7 +168,12 @@ class Study:
         self.arguments = [part for option, names in named.items() for name in names for part in (option, name)]
         self.overlay: Settings = {key: content[key] for key in ("trainer", "model", "data") if key in content}
         self.common = self._given("", self.overlay, {"data": self._data("", {"init_args": {"weights": {}}})})
-        self.rows = {row: self._row(row, changes or {}) for row, changes in (content.get("rows") or {}).items()}
+        rows: dict[str, Settings | None] = content.get("rows") or {}
+        made: dict[str, Row] = {}
+        for row in rows:
+            self._add(row, rows, made)
+        # In the order of the file.
+        self.rows: dict[str, Row] = {row: made[row] for row in rows}
         self.inference = {
             attention: None if changes is None else self.rule(f"inference.{attention}", changes)
             for attention, changes in each_layer("inference", content.get("inference") or {})
@@ -219,15 +238,19 @@ class Study:
         return {"class_path": given["class_path"], "init_args": given.get("init_args") or {}}
 
     def as_config(self, name: str, seed: int) -> Settings:
-        """A row as a file for ``lrsa fit --config``, over nothing but the shipped defaults."""
+        """A row as a file for ``lrsa fit --config``, over nothing but the shipped defaults.
+
+        The checkpoint of another row is called ``NAME.ckpt``.
+        """
         row = self.row(name)
+        settings = self._given("", *row.layers({other.name: f"{other.name}.ckpt" for other in row.needs}))
         own = {key for overlay in row.overlays for key in overlay.get("trainer", {})}
-        trainer = {key: value for key, value in row.settings["trainer"].items() if key in own}
-        model = _without(row.settings["model"], {"evaluate"})
+        trainer = {key: value for key, value in settings["trainer"].items() if key in own}
+        model = _without(settings["model"], {"evaluate"})
         if changes := model.get("train_attention"):
             # The fit's own rule, which it validates with.
             model |= {"lrsa": {**model["lrsa"], **changes}, "train_attention": {}}
-        return {"seed_everything": seed, "trainer": trainer, "model": model, "data": row.settings["data"]}
+        return {"seed_everything": seed, "trainer": trainer, "model": model, "data": settings["data"]}
 
     def evaluations(self, part: str, row: Row) -> list[Evaluation]:
         """What a part asks of a row; the same attention, which may have several names, once."""
@@ -242,14 +265,34 @@ class Study:
                 found.append(Evaluation(name, rule, data_set, asked.get("split", "test"), generates))
         return _once(found)
 
-    def _row(self, name: str, changes: Settings) -> Row:
+    def _add(self, name: str, rows: Mapping[str, Settings | None], made: dict[str, Row], *above: str) -> Row:
+        """Make a row unless it is made, those that it needs first; ``above`` need it."""
+        if name in made:
+            return made[name]
+        asking = f"rows.{(*above, name)[0]}"
+        if name not in rows:
+            raise UserError(self.name, reason=f"{asking}: there is no row {name!r}; there are {', '.join(rows)}")
+        if name in above:
+            raise UserError(self.name, reason=f"{asking} needs itself: {' needs '.join((*above, name))}")
+        needs: dict[str, Row] = {}
+
+        def digest_of_row(other: str) -> str:
+            needs[other] = found = self._add(other, rows, made, *above, name)
+            if found.steps == 0:
+                raise UserError(
+                    self.name, reason=f"rows.{name}: row {other!r} trains nothing; name its model in its place"
+                )
+            return f"row {found.hash}"
+
+        changes = rows[name] or {}
         overlays = self.overlay, changes | {"data": self._data(name, changes.get("data") or {})}
-        given = self._given(f"rows.{name}: ", *overlays)
+        given = self._given(f"rows.{name}: ", *(_filled(overlay, digest_of_row) for overlay in overlays))
         if given["trainer"]["max_steps"] and not given["data"]["init_args"]["weights"]:
             raise UserError(self.name, reason=f"rows.{name}.data.init_args.weights: nothing is left to train on")
         attention = given["model"].get("train_attention", {})
         rule = None if attention is None else self.rule(f"rows.{name}.model.train_attention", attention)
-        return Row(name, overlays, given, rule)
+        made[name] = Row(name, overlays, given, rule, tuple(needs.values()))
+        return made[name]
 
     def _data(self, row: str, changes: Settings) -> Settings:
         """A row's data, with the data sets that have a share: an overlay leaves one below it out with 0."""
@@ -274,6 +317,15 @@ class Study:
         if given["model"].get("lrsa") is None:
             raise UserError(f"{self.name}: {where}model.lrsa", allowed="settings", reason="null is not allowed")
         return given
+
+
+def _filled(settings: Any, checkpoint: Callable[[str], str]) -> Any:
+    """Settings with what ``checkpoint`` says of NAME for each ``{row: NAME}``."""
+    if isinstance(settings, dict):
+        if settings.keys() == {"row"} and isinstance(settings["row"], str):
+            return checkpoint(settings["row"])
+        return {key: _filled(value, checkpoint) for key, value in settings.items()}
+    return [_filled(value, checkpoint) for value in settings] if isinstance(settings, list) else settings
 
 
 def digest(values: Any) -> str:

@@ -106,6 +106,25 @@ def test_a_score_is_that_of_the_best_row(tmp_path):
     assert found.reached.startswith("0.800 [")
 
 
+OF = {"set": "plain", "row": "lrsa", "inference": "dense", "of": ["dense", "dense"], "at_least": 0.96}
+
+
+@pytest.mark.parametrize(
+    ("cells", "wanted", "reached"),
+    [
+        ([("lrsa", "dense", 0.6), ("lrsa", "dense", 0.6, 1)], "open", ""),
+        ([("dense", "dense", 0.5), ("lrsa", "dense", 0.6)], "met", "120"),
+        ([("dense", "dense", 0.5), ("lrsa", "dense", 0.4), ("lrsa", "dense", 0.9, 1)], "**missed**", "80"),
+    ],
+    ids=["nothing to compare", "met", "of the seeds of both"],
+)
+def test_a_score_is_held_against_that_of_another_cell(cells, wanted, reached, tmp_path):
+    found = verdict(study_of(tmp_path, bars={"b": OF}), *cells)
+    assert found.required == "96% of plain F1 of dense under dense"
+    assert found.verdict.startswith(wanted)
+    assert found.reached.startswith(reached)
+
+
 ABOVE = {"set": "plain", "row": "lrsa", "inference": "4x", "above": [["dense", "4x"], ["lrsa", "random-4x"]], "p": 0.01}
 
 
@@ -159,6 +178,8 @@ def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
         ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": {"em": "x"}}, '{"em": "x"}'),
         ({"set": "plain", "kept": 0.5, "of_dense": 0.5, "reference_at_least": {"x": 1}}, 'at_least: {"x": 1}'),
         (ABOVE | {"row": "none"}, "'none'"),
+        (OF | {"of": ["dense", "none"]}, "'none'"),
+        (OF | {"of": "dense"}, 'bars.b.of: "dense" is not allowed; it must be [row, inference]'),
         (ABOVE | {"above": [["dense", "none"]]}, "'none'"),
         (ABOVE | {"above": ["dense"]}, "bars.b.above"),
         (ABOVE | {"above": None}, "bars.b.above: null is not allowed"),

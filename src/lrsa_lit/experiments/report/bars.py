@@ -1,12 +1,14 @@
 """What a study must reach, as its ``bars`` say, and what it has reached.
 
-A bar asks for one of three things on a data set's test split:
+A bar asks for one of four things on a data set's test split:
 
 - ``kept`` (or ``pairs``) and ``of_dense``: that the best LRSA-trained row under LRSA that keeps (or attends to) no more
   than this share of the pairs reaches so much of the score of dense training with dense inference, and, where they are
   given, only of the dense rows in ``reference`` with the scores of ``reference_at_least``, since a share of a weak
   model is easily reached; rows with fewer seeds than the study's do not count where others have them;
 - ``row``, ``inference`` and ``at_least``: a score of one cell, or of the best of several rows;
+- ``row``, ``inference``, ``of`` and ``at_least``: so much of the score of another cell, ``[row, inference]``, by seeds
+  and questions that both have;
 - ``row``, ``inference``, ``above`` and ``p``: a score above those of other cells, each ``[row, inference]``, by paired
   tests adjusted by Holm's method.
 """
@@ -70,7 +72,7 @@ class Bars:
 
     def verdicts(self) -> list[Verdict]:
         """One for each bar."""
-        kinds = {"of_dense": self._of_dense, "at_least": self._at_least, "above": self._above}
+        kinds = {"of_dense": self._of_dense, "of": self._of, "at_least": self._at_least, "above": self._above}
         bars = self.study.bars.items()
         return [next(of for key, of in kinds.items() if key in bar)(name, bar) for name, bar in bars]
 
@@ -168,6 +170,18 @@ class Bars:
         by += f"; best of {len(found)}" if len(found) > 1 else ""
         return Verdict(name, required, columns.interval(score), _judged(score, bar["at_least"]), by)
 
+    def _of(self, name: str, bar: Settings) -> Verdict:
+        scope, (row, attention) = self._scope(bar), bar["of"]
+        required = f"{bar['at_least']:.0%} of {self._label(bar)} of {row} under {attention}"
+        cell = scope.cell(bar["row"], bar["inference"])
+        other = scope.cell(row, attention)
+        found = cell and cell.compared(other, scope.measure)
+        if not (cell and other and found):
+            return Verdict(name, required)
+        seeds = min(len(cell.lines), len(other.lines))
+        by = f"{bar['row']} under {bar['inference']}, {columns.seeds(seeds)}"
+        return Verdict(name, required, columns.percent(found.ratio), _judged(found.ratio, bar["at_least"]), by)
+
     def _above(self, name: str, bar: Settings) -> Verdict:
         scope, asked = self._scope(bar), bar["above"]
         others = ", ".join(f"{row} under {attention}" for row, attention in asked)
@@ -263,5 +277,6 @@ def _check_names(study: Study, where: str, bar: Settings) -> None:
         raise UserError(f"{where}.measure", measure, "a score of answers, which this data set does not have")
     for row in bar.get("reference", []):
         study.row(row)
-    for row, attention in [*((row, bar["inference"]) for row in _rows(bar)), *bar.get("above", [])]:
+    for row, attention in [*((row, bar["inference"]) for row in _rows(bar)), *bar.get("above", []),
+                           *([bar["of"]] if "of" in bar else [])]:  # fmt: skip
         study.rule_of(study.row(row), attention, where)
