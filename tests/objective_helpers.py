@@ -43,7 +43,7 @@ def losses(model, objective, batch, seed=SEED, step=STEP):
     return summed_losses(model, objective.terms, Positions(batch, seed, step), inputs)
 
 
-def fit(batches, objective, *, in_step=None, seed=3, **backbone):
+def fit(batches, objective, *, in_step=None, seed=3, rule=RULE, schedule=None, options={}, **backbone):  # noqa: B006 - read only
     """The changes that an epoch makes to the weights, and what it logged."""
     size = in_step or len(batches)
     for start in range(0, len(batches), size):
@@ -52,10 +52,10 @@ def fit(batches, objective, *, in_step=None, seed=3, **backbone):
             batch["step_sizes"] = [each for other in step for each in other["sizes"]]
     lightning.seed_everything(seed, verbose=False)
     optimizer = functools.partial(torch.optim.SGD, lr=0.1)
-    task = LongContextQA(Backbone("tiny", **backbone), RULE, optimizer, objective=objective)
+    task = LongContextQA(Backbone("tiny", **backbone), rule, optimizer, train_top_k=schedule, objective=objective)
     task.configure_model()
     before = [weight.detach().clone() for weight in task.parameters()]
-    trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=size)
+    trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=size, **options)
     trainer.fit(task, DataLoader(batches, batch_size=1, collate_fn=lambda rows: rows[0]))
     after = [weight.detach() for weight in task.parameters()]
     changes = [one - other for one, other in zip(after, before, strict=True)]

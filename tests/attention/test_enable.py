@@ -9,7 +9,18 @@ import torch
 from helpers import refused
 from transformers import AutoModelForCausalLM
 
-from lrsa_lit.attention import LRSACache, LRSAConfig, disable, enable, enabled_config, interface, prefill, using
+from lrsa_lit.attention import (
+    LRSACache,
+    LRSAConfig,
+    dense_pass,
+    disable,
+    enable,
+    enabled_config,
+    interface,
+    prefill,
+    using,
+)
+from lrsa_lit.attention.attached import RULE, enabled_state
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import RandomTokens, Recency
 
@@ -93,6 +104,51 @@ def test_using_restores_even_after_an_exception(own, inside, tiny, tokens):
         fail_inside()
     assert enabled_config(model) == own
     assert logits(model, ids).equal(before)
+
+
+@pytest.mark.parametrize("kind", ["padded right", "padded left", "packed"])
+def test_a_dense_pass_is_the_model_without_a_rule_and_attaches_nothing(kind, tiny, tokens, rule):
+    config, ids = rule.replace(dense_layers=(1,)), tokens(2, 70)
+    model, mask = enable(tiny("Llama"), config), torch.ones_like(ids)
+    if kind == "packed":
+        inputs = {"position_ids": torch.cat([torch.arange(30), torch.arange(40)]).expand(2, -1)}
+    else:
+        mask[0, 55:] = mask[1, 69:] = 0
+        mask = mask.flip(1) if kind == "padded left" else mask
+        inputs = {"attention_mask": mask}
+
+    @torch.no_grad()
+    def run():
+        return model(ids, use_cache=False, **inputs).logits[mask.bool()]
+
+    with using(model, None):
+        expected = run()
+    before, state = run(), enabled_state(model)
+
+    def attached():
+        return [(each, each.rule, each.rule_tensor) for each in (getattr(module, RULE) for module in state.modules)]
+
+    rules = attached()
+
+    def fail_inside():
+        with dense_pass(model):
+            torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+            assert enabled_state(model) is state
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert enabled_state(model) is state
+    assert attached() == rules
+    assert run().equal(before)
+    assert not torch.allclose(before, expected)
+
+
+def test_a_dense_pass_of_a_model_without_a_rule(tiny, tokens):
+    model, ids = tiny("Llama"), tokens(1, 70)
+    expected = logits(model, ids)
+    with dense_pass(model):
+        assert logits(model, ids).equal(expected)
 
 
 def test_using_restores_when_the_rule_is_refused(tiny, rule):

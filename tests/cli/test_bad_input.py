@@ -170,6 +170,9 @@ def bad_inputs():
         )
     for finder in ("LearningRateFinder", "BatchSizeFinder"):
         yield finder, ["--trainer.callbacks+", finder], {}, ["trainer.callbacks", finder, "lrsa "]
+    scheduler = ["--trainer.callbacks+", "GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{2: 4}"]
+    said = ["trainer.callbacks: 'GradientAccumulationScheduler'", "accumulate_grad_batches"]
+    yield "steps of other sizes", scheduler, {}, said
     yield "no device", ["--trainer.devices", "0"], {}, ["trainer: ", "devices", "0"]
     yield "duration", ["--trainer.max_time", "soon"], {}, ["trainer: ", "soon", "DD:HH:MM:SS"]
     for name in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps"):

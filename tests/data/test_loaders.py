@@ -116,6 +116,7 @@ def on_rank(rank: int, ranks: int) -> SimpleNamespace:
         accumulate_grad_batches=1,
         limit_train_batches=1.0,
         overfit_batches=0.0,
+        callbacks=[],
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
     )
 

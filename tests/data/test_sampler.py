@@ -9,6 +9,7 @@ from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -172,3 +173,47 @@ def test_an_epoch_that_is_cut_short_is_not_begun_again(tokenizer: PreTrainedToke
 def test_overfitting_sees_the_same_batches_again(tokenizer: PreTrainedTokenizerFast):
     seen = trained(Words(tokenizer=tokenizer), Seen(), overfit_batches=2, max_steps=6)
     assert seen == seen[:2] * 3
+
+
+class Steps(Seen):
+    """Keeps the sizes of the examples of each optimizer step: those that it sees, and those that its batches name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, tuple[list[Any], list[list[Any]]]] = {}
+
+    def training_step(self, batch: dict[str, Any]) -> Tensor:
+        seen, named = self.steps.setdefault(self.trainer.global_step, ([], []))
+        seen.extend(batch["sizes"])
+        named.append(batch["step_sizes"])
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [4, 4, 2]),
+        ({"limit_train_batches": 3}, [4, 2]),
+        ({"limit_train_batches": 0.7}, [4, 2]),
+        ({"overfit_batches": 3}, [4, 2]),
+        ({"overfit_batches": 0.7}, [4, 2]),
+        ({"fast_dev_run": 3}, [4, 2]),
+        ({"limit_train_batches": 9, "accumulate_grad_batches": 9}, [10]),
+    ],
+    ids=str,
+)
+def test_a_step_consists_of_what_its_batches_say(
+    tokenizer: PreTrainedTokenizerFast, options: dict[str, Any], expected: list[int]
+):
+    """The last one of an epoch as well, which has fewer; two epochs of it, but for a dry run."""
+    module, epochs = Steps(), 1 if "fast_dev_run" in options else 2
+    data = Words(tokenizer=tokenizer, batch_size=2)
+    trained(data, module, **{"accumulate_grad_batches": 2, "max_steps": epochs * len(expected), **options})
+    assert [len(seen) for seen, _ in module.steps.values()] == expected * epochs
+    for seen, named in module.steps.values():
+        assert all(sorted(each) == sorted(seen) for each in named)
+
+
+def test_steps_of_changing_numbers_of_batches_are_refused(tokenizer: PreTrainedTokenizerFast):
+    with refused("callbacks", "GradientAccumulationScheduler"):
+        trained(Words(tokenizer=tokenizer), Seen(), callbacks=[GradientAccumulationScheduler({1: 2})])

@@ -134,3 +134,23 @@ def test_under_autocast_the_head_computes_in_its_dtype(tokens):
         loss = loss_at_head(model, targets, columns, input_ids=ids)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), reference(model, ids, targets, columns), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_outlive_the_forward_pass(dtype):
+    """A scaler enlarges them only afterwards, and float16 holds nothing below 6e-8."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 50)
+    rows = torch.randn(30, 16, requires_grad=True)
+    wanted = torch.randn(30, 50)
+
+    def gradients(factor, scale):
+        def loss(logits, targets):
+            return factor * (logits * targets).sum()
+
+        with torch.autocast("cpu", dtype=dtype):
+            total = head.Head(layer).summed(loss, rows, wanted)
+        return torch.autograd.grad(total * scale, [rows, layer.weight, layer.bias])
+
+    for one, other in zip(gradients(1e-9, 1e9), gradients(1.0, 1.0), strict=True):
+        assert (one - other).norm() <= 0.01 * other.norm()

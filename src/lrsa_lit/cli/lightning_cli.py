@@ -35,8 +35,9 @@ from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
 from lrsa_lit.classes import argument_kinds, check_classes
 from lrsa_lit.cli import preflight
 from lrsa_lit.cli.settings_parser import DATA_TOKENIZER, TOKENIZER, OneLineParser, first_user_error, one_line
+from lrsa_lit.data.loaders import check_steps
 from lrsa_lit.data.module import QADataModule
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, under
 from lrsa_lit.lightning_internals import OpenCLI, counts_before_shares
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
@@ -175,6 +176,8 @@ class LRSACLI(OpenCLI):
         if self.subcommand == "predict" and not any(isinstance(each, BasePredictionWriter) for each in callbacks):
             reason = "predict needs lrsa_lit.callbacks.PredictionWriter, which keeps the answers"
             raise UserError("trainer.callbacks", reason=reason)
+        with under("trainer"):
+            check_steps(self.trainer)
         for callback in callbacks:
             if isinstance(callback, LearningRateFinder | BatchSizeFinder):
                 instead = "lrsa sweep" if isinstance(callback, LearningRateFinder) else "lrsa fit --estimate"

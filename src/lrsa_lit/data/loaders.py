@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -45,9 +46,14 @@ class TrainerSettings:
 
     @classmethod
     def of(cls, trainer: lightning.Trainer | None) -> TrainerSettings:
-        """Those of a trainer that the data module is attached to; a UserError if Lightning would divide, too."""
+        """Those of a trainer that the data module is attached to.
+
+        Raises:
+            UserError: Lightning would divide the batches, too, or change how many a step has.
+        """
         if trainer is None:
             return cls()
+        check_steps(trainer)
         # Not the global rank: processes that hold parts of one model train on the same batches.
         shared = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         if shared["num_replicas"] > 1 and divides_batches(trainer):
@@ -65,6 +71,14 @@ class TrainerSettings:
         """How many of an epoch's batches Lightning takes."""
         # The integer 1 is one batch, the float all of them.
         return min(self.limit, epoch) if isinstance(self.limit, int) else int(self.limit * epoch)
+
+
+def check_steps(trainer: lightning.Trainer) -> None:
+    """Raise a UserError if the number of batches in a step would change: a batch says what its step consists of."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            hint = "all steps have accumulate_grad_batches of the trainer"
+            raise UserError("callbacks", type(callback).__name__, hint=hint)
 
 
 def training_loader(

@@ -220,9 +220,12 @@ def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
     Checkpointing goes around what is compiled. Transformers' own would stand inside, where an attention that cannot be
     traced may not interrupt it.
     """
-    import torch
+    import torch._dynamo
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    # Under a rule, dense, dense without gradient for a teacher, each of one row, more rows or packed ones: past the
+    # default of 8 torch would leave what is new uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             # Of the class, not of the layer: a copy of the model must run its own layers.
