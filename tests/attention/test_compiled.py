@@ -104,6 +104,22 @@ def test_mixed_precision(models):
     assert (graphs(), breaks()) == (1, 0)
 
 
+def test_many_forms_of_a_layer_stay_compiled(monkeypatch):
+    """Each with and without gradient: two rows, two longer ones, one; so it is with dense layers under a rule."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    model = Small("tiny", compile_layers=True).build()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for training in (True, False):
+            model.train(training)
+            for ids in (tokens(2, 40), tokens(2, 44), tokens(1, 40)):
+                for grad in (True, False):
+                    with torch.set_grad_enabled(grad):
+                        model(ids.cpu(), use_cache=False)
+    assert graphs() > 8
+
+
 def test_pads_in_a_mask_interrupt_the_graph(models):
     mask = torch.ones(2, 40, dtype=torch.int64, device=DEVICE)
     mask[0, :2] = 0
