@@ -58,6 +58,8 @@ def test_the_shipped_classes_are_registered():
     assert {"QAFiles", "HotpotQA", "Mixture"} <= set(plugins.registered("data"))
     assert not {"Compressor", "Selector", "SpreadSelector"} & set(plugins.registered("compressors"))
     assert "QADataModule" not in plugins.registered("data")
+    assert {"AnswerLoss", "Distillation", "Sum"} <= set(plugins.registered("objectives"))
+    assert not {"Objective", "Term", "Pass"} & set(plugins.registered("objectives"))
 
 
 def test_a_module_adds_its_public_complete_classes(write):

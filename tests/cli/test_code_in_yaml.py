@@ -36,6 +36,8 @@ SLOTS = {
     "model.train_attention.compressor": lambda code: {"model": {"train_attention": {"compressor": code}}},
     "model.lrsa.compressor": lambda code: {"model": {"lrsa": {"compressor": code}}},
     "model.train_top_k": lambda code: {"model": {"train_top_k": code}},
+    "model.objective": lambda code: {"model": {"objective": code}},
+    "objectives": lambda code: {"model": {"objective": {"class_path": "Sum", "init_args": {"objectives": [code]}}}},
     "data": lambda code: {"data": code},
     "trainer.callbacks": lambda code: {"trainer": {"callbacks": [code]}},
     "trainer.callbacks.0.init_args.on_fit_start": callback,

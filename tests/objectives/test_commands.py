@@ -43,6 +43,21 @@ def test_each_term_is_recorded_and_in_the_closing_table(tmp_path, capfd):
         assert re.search(rf"{name} +│ +{first:.3f} │ +{last:.3f} ", shown)
 
 
+def test_help_lists_objectives_and_the_settings_of_each(capfd):
+    def shown(*options):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *options])
+        assert stop.value.code == 0
+        return " ".join(capfd.readouterr().out.split())
+
+    listed = shown("--help")
+    for name in ("AnswerLoss", "LanguageModelLoss", "Distillation", "HiddenAlignment", "Sum"):
+        assert f"lrsa_lit.objectives.{name}" in listed
+    said = shown(f"--model.objective.help={KL}")
+    assert "--model.objective.direction {forward,reverse}" in said
+    assert "--model.objective.weight WEIGHT what the mean is multiplied with. (type: float, default: 1.0)" in said
+
+
 def test_a_dense_fit_teaches(tmp_path, caplog):
     dense = fit(tmp_path / "dense", "--model.train_attention", "null")
     fit(tmp_path / "taught", *objective(teacher=str(dense), positions=100), steps=2)
