@@ -51,6 +51,7 @@ class TrainBatch(TypedDict):
             is packed. Plain integers, so that no step waits for the device to tell them.
         id: the records' ids, in the order of the rows or, packed, within the row.
         sizes: of the examples, in the same order.
+        position: of each example in its split, in the same order.
         step_sizes: of all examples of the optimizer step that the batch belongs to, on all devices.
     """
 
@@ -62,6 +63,7 @@ class TrainBatch(TypedDict):
     boundaries: list[int] | None
     id: list[str]
     sizes: list[ExampleSize]
+    position: list[int]
     step_sizes: list[ExampleSize]
 
 
@@ -80,7 +82,6 @@ class Batch(TrainBatch):
         source: the name of each record's data set within a mixture, "" where there is none.
         groups: the parts of the evaluation that each row counts for, as :func:`groups_of` names them.
         repeated: whether a row only fills up this device's share; it counts on another device already.
-        position: of each row's question in the split.
     """
 
     prompt_ids: Tensor
@@ -94,7 +95,6 @@ class Batch(TrainBatch):
     source: list[str]
     groups: list[list[str]]
     repeated: list[bool]
-    position: list[int]
 
 
 def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
@@ -110,6 +110,7 @@ def collate_training(examples: Sequence[Example], pad_token_id: int, length: int
         boundaries=None,
         id=[example["id"] for example in examples],
         sizes=sizes,
+        position=_positions(examples),
         # Until a loader knows of further batches.
         step_sizes=sizes,
     )
@@ -135,6 +136,7 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
         boundaries=boundaries,
         id=[example["id"] for example in examples],
         sizes=sizes,
+        position=_positions(examples),
         # Until a loader knows of further batches.
         step_sizes=sizes,
     )
@@ -157,7 +159,6 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         source=[example.get("source", "") for example in examples],
         groups=[groups_of(example.get("source", ""), example.get("task", "")) for example in examples],
         repeated=[example.get("repeated", False) for example in examples],
-        position=[example.get("position", row) for row, example in enumerate(examples)],
     )
 
 
@@ -181,6 +182,10 @@ def _predicting_columns(labels: Tensor) -> Tensor:
 
 def _sizes(examples: Sequence[Example]) -> list[ExampleSize]:
     return [ExampleSize.of(len(example["input_ids"]), example["prompt_length"]) for example in examples]
+
+
+def _positions(examples: Sequence[Example]) -> list[int]:
+    return [example.get("position", row) for row, example in enumerate(examples)]
 
 
 def _token_ids(example: Example) -> Tensor:

@@ -134,7 +134,7 @@ class _EveryRth(DistributedSampler[Any]):
 
 
 class _Batches(Dataset[Any]):
-    """Training batches, each with the sizes of its optimizer step's examples."""
+    """Training batches, each with its examples' positions and the sizes of its optimizer step's."""
 
     def __init__(
         self, examples: datasets.Dataset, lengths: Sequence[int], made: Callable[[list[Example]], TrainBatch]
@@ -148,7 +148,8 @@ class _Batches(Dataset[Any]):
 
     def __getitems__(self, positions: StepBatch) -> TrainBatch:
         batch = self._made(self._examples.__getitems__(list(positions)))
-        return {**batch, "step_sizes": [self._sizes[position] for position in positions.of_step]}
+        step_sizes = [self._sizes[position] for position in positions.of_step]
+        return {**batch, "position": list(positions), "step_sizes": step_sizes}
 
 
 class _Repeating(Dataset[Any]):

@@ -57,6 +57,12 @@ class Mixture(QADataModule):
         parts = {name: data_set.fingerprint for name, data_set in self.data_sets.items()}
         return f"{type(self).__name__}-{fingerprint.digest({'data_sets': parts, 'evaluate_on': self.evaluate_on})}"
 
+    @property
+    def training_fingerprint(self) -> str:
+        """Names the examples of the data sets that have a weight."""
+        parts = [(name, self.data_sets[name].fingerprint) for name in self._serving("train")]
+        return f"{type(self).__name__}-{fingerprint.digest({'train': parts})}"
+
     def sources(self) -> dict[str, str]:
         """Those of all data sets, after their names."""
         return {

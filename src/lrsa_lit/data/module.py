@@ -179,6 +179,11 @@ class QADataModule(lightning.LightningDataModule):
         return f"{name}-{fingerprint.digest({**parts, 'sources': sources})}"
 
     @property
+    def training_fingerprint(self) -> str:
+        """Names the examples of the training split and their order in it."""
+        return self.fingerprint
+
+    @property
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, known to be fast and to have a chat template and an end-of-sequence token."""
         if (tokenizer := self.tokenizer) is None:
