@@ -17,6 +17,7 @@ from lrsa_lit.models.backbone import LoRA
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.objectives import AnswerLoss, Distillation, HiddenAlignment, LanguageModelLoss, Sum
 from lrsa_lit.objectives.distillation import divergence
+from lrsa_lit.objectives.distribution import Distribution
 from lrsa_lit.objectives.positions import Positions
 
 
@@ -179,7 +180,7 @@ def test_a_teacher_with_or_without_adapters(batch, adapters):
             else:
                 with model.disable_adapter():
                     teacher = logits(model, example, None)
-        expected += divergence(logits(model, example)[where], teacher[where])
+        expected += divergence(logits(model, example)[where], Distribution.of(teacher[where]))
     torch.testing.assert_close(found, expected)
 
 
@@ -229,10 +230,11 @@ def test_divergence_of_a_distribution_from_itself_is_zero_and_else_positive(top_
     torch.manual_seed(0)
     one, other = torch.randn(2, 4, 7, dtype=torch.float64)
     for direction in ("forward", "reverse"):
-        assert abs(divergence(one, one, direction, top_n)) < 1e-12
-        assert divergence(one, other, direction, top_n) > 0
+        assert abs(divergence(one, Distribution.of(one, top_n), direction)) < 1e-12
+        found = divergence(one, Distribution.of(other, top_n), direction)
+        assert found > 0
         # Bins can only hide differences.
-        assert divergence(one, other, direction, top_n) <= divergence(one, other, direction) + 1e-12
+        assert found <= divergence(one, Distribution.of(other), direction) + 1e-12
 
 
 def test_a_teacher_whose_head_has_further_rows(batch, tmp_path):

@@ -36,6 +36,7 @@ def trained(folder, *options):
 
 def test_a_shipped_objective_trains():
     trained("runs/dense", "--model.train_attention", "null")  # the teacher that a YAML names
+    main(["distil-cache", *FIT[1:], "1", "--config", "configs/objective/cached_teacher.yaml"])
     found = {config.stem: trained(config.stem, "--config", str(config)) for config in CONFIGS}
     default = trained("default")
     assert [name for name, weight in found.items() if weight.equal(default)] == ["answers"]

@@ -27,6 +27,7 @@ from lrsa_lit.data.module import QADataModule
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone
+from lrsa_lit.objectives.cached_teacher import Cached
 from lrsa_lit.strategies import shards_weights
 from lrsa_lit.tasks import LongContextQA
 
@@ -170,6 +171,9 @@ def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
     if task.train_config is not None:
         short.train_config = short.lrsa = task.train_config.replace(dense_layers=list(range(layers.dense)))
     short.make_scheduler = None
+    for term in short.objective.terms:
+        if isinstance(term.teacher, Cached):
+            term.teacher.make_up(task.backbone.config.vocab_size)
     return short
 
 

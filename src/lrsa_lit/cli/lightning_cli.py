@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class LRSACLI(OpenCLI):
     """Links the model's tokenizer to the data, and validates before training; takes a subcommand and its arguments."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._asked = arguments[0]
+        self._asked, self._arguments = arguments[0], arguments
         register()
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
@@ -110,11 +111,8 @@ class LRSACLI(OpenCLI):
         preflight.check_amounts(str(self.subcommand), trainer)
         # What decides the weights, for checkpoints to be compared with.
         self.settings = resume.settings_of(yaml.safe_load(self.dumped()))
-        if self.asked("estimate"):
-            if self.subcommand != "fit":
-                reason = f"it is not allowed for {self.subcommand}; only a fit is estimated"
-                raise UserError("--estimate", reason=reason)
-            # An estimate leaves no trace.
+        if self.instead():
+            # It leaves no trace of a run.
             trainer.logger, trainer.callbacks = False, []
             return
         folder = preflight.root_folder(trainer)
@@ -144,7 +142,7 @@ class LRSACLI(OpenCLI):
             more = f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
             hint = f"{has} {model.max_new_tokens} of them; more are had by {more}"
             raise UserError("data.init_args.max_tokens", self.datamodule.max_tokens, hint=hint)
-        if self.asked("estimate"):
+        if self.instead():
             return
         if self.asked("ckpt_path") is not None:
             # It has all that was trained.
@@ -152,6 +150,7 @@ class LRSACLI(OpenCLI):
         model.start()
         if self.subcommand == "fit":
             model.check_objective(self.datamodule.max_tokens)
+            self._open_teachers()
             self._check_optimizer()
         self._check_callbacks()
         if self.trainer.is_global_zero:
@@ -159,6 +158,23 @@ class LRSACLI(OpenCLI):
         checkpoint = self.asked("ckpt_path")
         if self.subcommand == "fit" and checkpoint is not None:
             self._take_up(Path(checkpoint))
+
+    def instead(self) -> Callable[[], None] | None:
+        """What is done in place of the run, if anything is."""
+        if not self.asked("estimate"):
+            return None
+        if self.subcommand != "fit":
+            raise UserError("--estimate", reason=f"it is not allowed for {self.subcommand}; only a fit is estimated")
+        return self._estimate
+
+    def _open_teachers(self) -> None:
+        try:
+            self.model.open_teachers(self.datamodule)
+        except UserError as error:
+            if error.field.startswith("objective."):
+                # The first arguments name the command and the shipped defaults.
+                error.hint = f"it is made by: lrsa distil-cache {shlex.join(self._arguments[3:])}"
+            raise
 
     def _take_up(self, checkpoint: Path) -> None:
         """Go on with the run of a checkpoint, if it is the same run and nobody else has gone on with it."""
@@ -239,17 +255,17 @@ class LRSACLI(OpenCLI):
 
     def run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C or SIGTERM say where the run can be taken up again."""
-        estimates = self.asked("estimate")
+        instead = self.instead()
         try:
             with self.graceful_stop.listening():
-                if estimates:
-                    self._estimate()
+                if instead:
+                    instead()
                 else:
                     super().run_subcommand(subcommand)
         except SystemExit as error:
-            if not (self.trainer.interrupted or estimates):
+            if not (self.trainer.interrupted or instead):
                 raise
-            trains = subcommand == "fit" and not estimates
+            trains = subcommand == "fit" and not instead
             at = f" at step {self.trainer.global_step}" if trains else ""
             saved = last_good(self.trainer) if trains else ""
             how = f"; go on with --ckpt_path {saved}" if saved else ""
@@ -306,10 +322,15 @@ def _as_list(setting: Any) -> list[Any]:
 
 def run(arguments: Sequence[str]) -> None:
     """Parse and run one subcommand; a mistake in the arguments or files is a UserError."""
+    run_with(LRSACLI, arguments)
+
+
+def run_with(cli: type[LRSACLI], arguments: Sequence[str]) -> None:
+    """The same, with a command line of one's own."""
     preflight.quiet_libraries()
     preflight.note_environment()
     try:
-        LRSACLI(arguments)
+        cli(arguments)
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise first_user_error(error) or UserError(one_line(str(error))) from error
     except ValueError as error:

@@ -28,6 +28,7 @@ COMMANDS = {
 
 TOOLS = {
     "ask": "answer your questions about a text file of any length",
+    "distil-cache": "keep what a fit's teacher says of the training data, to train on it in any number of epochs",
     "export": "write a checkpoint as a folder that transformers loads",
     "study": "train and evaluate the rows of a study, part by part",
     "sweep": "fit once for each point of a grid of settings",
@@ -58,7 +59,7 @@ commands:
   --help                 the settings of a command, with their meaning; --data.help lrsa_lit.data.HotpotQA those of a
                          data set
 
-{tools} have options of their own, which --help lists.
+distil-cache takes the options of fit. {tools} have options of their own, which --help lists.
 
 examples:
   lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
@@ -132,7 +133,8 @@ def _main(arguments: list[str]) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | TOOLS).items())
-        print(HELP.format(commands=commands, runs=_listed(COMMANDS), tools=_listed(TOOLS)), end="")
+        tools = [name for name in TOOLS if name != "distil-cache"]
+        print(HELP.format(commands=commands, runs=_listed(COMMANDS), tools=_listed(tools)), end="")
         return
     if arguments[0] == "--version":
         print(f"lrsa-lit {lrsa_lit.__version__}")
@@ -141,7 +143,7 @@ def _main(arguments: list[str]) -> None:
         _fail(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS | TOOLS)}")
     try:
         if arguments[0] in TOOLS:
-            importlib.import_module(f"lrsa_lit.cli.{arguments[0]}").run(arguments[1:])
+            importlib.import_module(f"lrsa_lit.cli.{arguments[0].replace('-', '_')}").run(arguments[1:])
             return
         told = lightning_arguments(arguments[0], arguments[1:])
         # Lightning and transformers take seconds to import: not before there is something to run.

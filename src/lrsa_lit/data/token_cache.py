@@ -60,7 +60,7 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
         (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
 
     try:
-        with _writable(folder):
+        with writable(folder):
             verified.build(folder, fill)
     except _SourceError as error:
         raise error.args[0] from None
@@ -89,7 +89,7 @@ def with_absent(path: Path, found: Mapping[str, str]) -> dict[str, str]:
 
 def keep_sources(path: Path, found: Mapping[str, str]) -> None:
     """Keep what the files were that examples have been made of, for where these files are not."""
-    with _writable(path):
+    with writable(path):
         io.write_atomically(path, lambda file: file.write(json.dumps(found, indent=1).encode()))
 
 
@@ -121,7 +121,8 @@ def lengths(examples: datasets.Dataset) -> list[int]:
 
 
 @contextlib.contextmanager
-def _writable(path: Path) -> Iterator[None]:
+def writable(path: Path) -> Iterator[None]:
+    """Make one line of what keeps a part of the cache from being written."""
     try:
         yield
     except OSError as error:

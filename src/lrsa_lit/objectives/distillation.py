@@ -1,6 +1,6 @@
 """Divergence from a teacher's distribution of the next token (Hinton et al., arXiv 1503.02531).
 
-Dimensions: R rows with logits, V vocabulary, n tokens that the teacher holds most likely.
+Dimensions: R rows with logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.objectives.cached_teacher import Cached
+from lrsa_lit.objectives.distribution import Distribution
 from lrsa_lit.objectives.objective import Pass, Term
-from lrsa_lit.objectives.teachers import SELF, teacher_of
+from lrsa_lit.objectives.teachers import SELF, Loaded, OwnDense, Teacher
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import ExampleSize
@@ -33,6 +35,7 @@ class Distillation(Term):
         top_n: compare the teacher's n most likely tokens and all others as one; null compares the whole vocabulary.
         adapters: of a run that trains adapters and is its own teacher: whether the teacher has them, too.
         teacher_dtype: of the weights of a teacher that is loaded.
+        cached: read what ``lrsa distil-cache`` has kept of the teacher's ``top_n`` tokens, and load no teacher.
         weight: what the mean is multiplied with.
     """
 
@@ -47,6 +50,7 @@ class Distillation(Term):
         top_n: int | None = None,
         adapters: bool = True,
         teacher_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        cached: bool = False,
         weight: float = 1.0,
     ) -> None:
         super().__init__(weight)
@@ -56,11 +60,14 @@ class Distillation(Term):
             raise UserError("temperature", temperature, "a number > 0")
         if top_n is not None and top_n < 1:
             raise UserError("top_n", top_n, "an integer >= 1, or null")
-        self.teacher = teacher_of(teacher, teacher_dtype, adapters=adapters)
         self.positions = positions
         self.temperature = temperature
         self.direction: Direction = direction
         self.top_n = top_n
+        own = OwnDense(adapters)
+        self.teacher: Teacher = own if teacher == SELF else Loaded(teacher, teacher_dtype)
+        if cached:
+            self.teacher = self.as_cached()
 
     def count(self, size: ExampleSize) -> int:
         """Those that are drawn, and the answer's."""
@@ -68,22 +75,31 @@ class Distillation(Term):
 
     def loss(self, seen: Pass) -> Tensor:
         """Summed over both."""
-        assert self.teacher is not None
         taught = seen.taught[self.teacher]
-        with torch.no_grad():
-            head = (taught.head or seen.head).as_autocast()
+        taught_at = taught.distributions(seen.head, self.temperature, self.top_n)
 
-        def divergence_of(logits: Tensor, rows: Tensor) -> Tensor:
+        def divergence_of(logits: Tensor, *rows: Tensor) -> Tensor:
             with torch.no_grad():
-                wanted = head.logits(rows)
-            # Rows of the larger head stand for no token: models of one family are padded to different multiples.
-            width = min(logits.shape[1], wanted.shape[1])
-            logits, wanted = logits[:, :width] / self.temperature, wanted[:, :width] / self.temperature
-            return self.temperature**2 * divergence(logits, wanted, self.direction, self.top_n)
+                wanted = taught_at(logits.shape[1], *rows)
+            return self.temperature**2 * divergence(logits / self.temperature, wanted, self.direction)
 
         drawn = seen.positions.drawn(self._drawn, self.name, besides_answers=True)
         where = torch.cat([drawn, seen.positions.answers()])
-        return seen.head.summed(divergence_of, seen.hidden[where], taught.hidden[where])
+        return seen.head.summed(divergence_of, seen.hidden[where], *taught.rows(where))
+
+    def as_cached(self) -> Cached:
+        """The teacher's most likely tokens as they are kept on the disk.
+
+        Raises:
+            UserError: the teacher changes with the model, or all tokens are compared.
+        """
+        if isinstance(self.teacher, Cached):
+            return self.teacher
+        if not isinstance(self.teacher, Loaded):
+            raise UserError("teacher", SELF, "another model to be kept on the disk, as the trained one changes")
+        if self.top_n is None:
+            raise UserError("top_n", "null", "an integer >= 1, as the whole vocabulary is not kept on the disk")
+        return Cached(self.teacher, self.top_n, self.temperature)
 
     def check(self, max_tokens: int, layers: int) -> None:
         """Refuse more positions than examples have."""
@@ -94,25 +110,15 @@ class Distillation(Term):
         return min(self.positions, size.tokens - 1 - size.answer)
 
 
-def divergence(logits: Tensor, teacher: Tensor, direction: Direction = "forward", top_n: int | None = None) -> Tensor:
+def divergence(logits: Tensor, wanted: Distribution, direction: Direction = "forward") -> Tensor:
     """Kullback-Leibler divergence of two distributions, summed over rows.
 
     Args:
         logits: (R, V), of the model.
-        teacher: (R, V), of the teacher.
+        wanted: the teacher's.
         direction: forward is KL(teacher || model), reverse KL(model || teacher).
-        top_n: the teacher's n most likely tokens count by themselves and all others as one; None: all by themselves.
     """
-    log_model, log_teacher = log_softmax(logits, dim=1), log_softmax(teacher, dim=1)
-    if top_n is not None and top_n < logits.shape[1]:
-        log_teacher, tokens = log_teacher.topk(top_n, dim=1)
-        log_teacher, log_model = _with_rest(log_teacher), _with_rest(log_model.gather(1, tokens))
+    log_model, log_teacher = wanted.bins_of(logits), wanted.logs
     if direction == "reverse":
         log_model, log_teacher = log_teacher, log_model
     return kl_div(log_model, log_teacher, reduction="sum", log_target=True)
-
-
-def _with_rest(logs: Tensor) -> Tensor:
-    """(R, n + 1), the logarithm of what is left of 1 as one more."""
-    rest = -torch.expm1(torch.logsumexp(logs, dim=1, keepdim=True))
-    return torch.cat([logs, rest.clamp_min(torch.finfo(logs.dtype).tiny).log()], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,12 +61,17 @@ class Positions:
         return self._of_each(draw)
 
     def _of_each(self, within: Callable[[ExampleSize, str], Numbers]) -> Tensor:
-        ids, sizes, boundaries = self.batch["id"], self.batch["sizes"], self.batch["boundaries"]
-        width = self.batch["input_ids"].shape[1]
-        starts = boundaries or range(0, len(ids) * width, width)
-        parts = [start + within(size, name) for start, size, name in zip(starts, sizes, ids, strict=False)]
-        device = self.batch["input_ids"].device
-        return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+        named = zip(starts_of(self.batch), self.batch["sizes"], self.batch["id"], strict=False)
+        parts = [start + within(size, name) for start, size, name in named]
+        device, found = self.batch["input_ids"].device, torch.from_numpy(np.concatenate(parts))
+        # From pageable memory a copy may wait for the device.
+        return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+
+
+def starts_of(batch: TrainBatch) -> Sequence[int]:
+    """Where each example of a batch starts among all of its positions (B T); after the last one may be one more."""
+    rows, width = batch["input_ids"].shape
+    return batch["boundaries"] or range(0, rows * width, width)
 
 
 def _answers(size: ExampleSize) -> Numbers:

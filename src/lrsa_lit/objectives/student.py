@@ -30,7 +30,7 @@ def summed_losses(model: Any, terms: Sequence[Term], positions: Positions, input
     taught = {}
     for teacher in dict.fromkeys(term.teacher for term in terms if term.teacher is not None):
         wanted = {layer for term, layers in needed.items() if term.teacher == teacher for layer in layers}
-        taught[teacher] = teacher.run(model, inputs, sorted(wanted))
+        taught[teacher] = teacher.run(model, positions.batch, inputs, sorted(wanted))
     own = sorted({layer for layers in needed.values() for layer in layers})
     with outputs_of_layers(model, own) as outputs:
 

@@ -9,56 +9,106 @@ import contextlib
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lrsa_lit.attention import LAYOUT, LRSAConfig, base_of, dense_pass, enable, enabled_config
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, named
 from lrsa_lit.models.flops import Shape
 from lrsa_lit.models.head import Head, at_head
+from lrsa_lit.models.identity import digest_of
 from lrsa_lit.models.sources import trained_model
+from lrsa_lit.objectives.distribution import Distribution
 from lrsa_lit.strategies import is_sharded, shard
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.collate import TrainBatch
 
 SELF = "self"
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TeacherPass:
+class TeacherPass(ABC):
     """What a teacher makes of the tokens that the model is trained on.
+
+    Attributes:
+        layers: the output (B T, D) of each decoder layer that was asked for, by its number.
+    """
+
+    layers: dict[int, Tensor]
+
+    @abstractmethod
+    def rows(self, where: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`distributions` needs of some positions (M,), M rows of each."""
+
+    @abstractmethod
+    def distributions(self, own: Head, temperature: float, top_n: int | None) -> Callable[..., Distribution]:
+        """A function from the model's V and R of those rows to what is taught there.
+
+        Args:
+            own: the output head of the trained model.
+            temperature: that logits are divided by.
+            top_n: how many of the most likely tokens stand by themselves; None: all.
+        """
+
+
+@dataclass(frozen=True)
+class ModelPass(TeacherPass):
+    """That of a model.
 
     Attributes:
         hidden: (B T, D), what goes into its output head.
         head: makes logits of it; None where it is the trained model's own.
-        layers: the output (B T, D) of each decoder layer that was asked for, by its number.
     """
 
     hidden: Tensor
     head: Head | None
     layers: dict[int, Tensor]
 
+    def rows(self, where: Tensor) -> tuple[Tensor, ...]:
+        """The hidden states."""
+        return (self.hidden[where],)
+
+    def distributions(self, own: Head, temperature: float, top_n: int | None) -> Callable[..., Distribution]:
+        """From the head's logits."""
+        with torch.no_grad():
+            head = (self.head or own).as_autocast()
+        return lambda width, rows: Distribution.of(head.logits(rows)[:, :width] / temperature, top_n)
+
 
 class Teacher(ABC):
     """A pass over a batch without gradient, once for all objectives that have the same teacher."""
 
     @abstractmethod
-    def run(self, model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
+    def run(self, model: Any, batch: TrainBatch, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
         """The pass.
 
         Args:
             model: the one that is trained, its rule attached.
+            batch: that it is trained on.
             inputs: of the model's forward.
             layers: the decoder layers whose outputs are needed.
         """
 
     @abstractmethod
-    def shape(self, of_model: Shape) -> Shape:
-        """What decides its arithmetic, given that of the trained model; known once it has taught."""
+    def shape(self, of_model: Shape) -> Shape | None:
+        """What decides its arithmetic, given that of the trained model; known once it has taught. None: it has none."""
+
+    def check(self, tokenizer: Any) -> None:  # noqa: B027 - oneself is always fit to teach
+        """Raise a UserError unless it can teach a model with a tokenizer."""
+
+    def open(self, data: str, vocabulary: int) -> None:  # noqa: B027 - most read nothing
+        """Open what it reads from the disk; a UserError if it is not there.
+
+        Args:
+            data: fingerprint of the training split.
+            vocabulary: rows of the trained model's head.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,12 +122,12 @@ class OwnDense(Teacher):
     adapters: bool = True
 
     @torch.no_grad()
-    def run(self, model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
+    def run(self, model: Any, batch: TrainBatch, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
         """As :class:`Teacher` has it."""
         off = contextlib.nullcontext() if self.adapters else _without_adapters(model)
         with off, dense_pass(model), _evaluating(model), outputs_of_layers(model, layers) as found:
             hidden = at_head(model, lambda rows, _: rows.flatten(0, 1), **inputs)
-        return TeacherPass(hidden, None, found)
+        return ModelPass(hidden, None, found)
 
     def shape(self, of_model: Shape) -> Shape:
         """The model's own."""
@@ -98,7 +148,7 @@ class Loaded(Teacher):
     _held: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @torch.no_grad()
-    def run(self, model: Any, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
+    def run(self, model: Any, batch: TrainBatch, inputs: Mapping[str, Any], layers: Sequence[int]) -> ModelPass:
         """As :class:`Teacher` has it."""
         teacher = self._model(model, inputs["input_ids"].device)
         if LAYOUT in inputs and enabled_config(teacher) is None:
@@ -113,7 +163,7 @@ class Loaded(Teacher):
 
         with outputs_of_layers(teacher, layers) as found:
             hidden = at_head(teacher, keep, **inputs)
-        return TeacherPass(hidden, made[0], found)
+        return ModelPass(hidden, made[0], found)
 
     def shape(self, of_model: Shape) -> Shape:
         """That of the other model."""
@@ -128,32 +178,29 @@ class Loaded(Teacher):
         Raises:
             UserError: its tokens are others, or there is no such model.
         """
-        try:
+        with named("teacher"):
             trained = trained_model(self.source, self.dtype)
             own, other = tokenizer.get_vocab(), trained.tokenizer.get_vocab()
-        except UserError as error:
-            error.field = "teacher"
-            raise
         if own != other:
             reason = f"has another vocabulary ({len(other)} tokens) than the trained model ({len(own)})"
             raise UserError("teacher", self.source, reason=reason)
         if trained.rule is not None:
             _log.warning("teacher %s was trained with %s and teaches with dense attention", self.source, trained.rule)
 
+    def digest(self) -> str:
+        """Names what it teaches, by the contents of its files; a UserError if there is no such model."""
+        with named("teacher"):
+            return digest_of(self.source, trained_model(self.source, self.dtype))
+
     def _model(self, model: Any, device: torch.device) -> Any:
         if not self._held:
             trained = trained_model(self.source, self.dtype)
             backbone = dataclasses.replace(trained.backbone, compile_layers=device.type == "cuda")
             teacher = trained._replace(backbone=backbone).build().requires_grad_(False).eval()
-            if is_sharded(model):
+            if model is not None and is_sharded(model):
                 shard(teacher, next(base_of(model).parameters()).device_mesh, layers_alone=True)
             self._held.append(teacher.to(device))
         return self._held[0]
-
-
-def teacher_of(source: str, dtype: str, *, adapters: bool = True) -> Teacher:
-    """The teacher that settings name: "self", or where another one is loaded from."""
-    return OwnDense(adapters) if source == SELF else Loaded(source, dtype)
 
 
 @contextlib.contextmanager

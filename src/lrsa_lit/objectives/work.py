@@ -26,6 +26,7 @@ def flops(objective: Objective, shape: Shape, sizes: Sequence[ExampleSize], rule
 
     total = training_flops(shape, lengths, logits(objective.terms), rule)
     for teacher in dict.fromkeys(term.teacher for term in objective.terms if term.teacher is not None):
-        taught = [term for term in objective.terms if term.teacher == teacher]
-        total += forward_flops(teacher.shape(shape), lengths, logits(taught), None)
+        if (of_teacher := teacher.shape(shape)) is not None:
+            taught = [term for term in objective.terms if term.teacher == teacher]
+            total += forward_flops(of_teacher, lengths, logits(taught), None)
     return total

@@ -19,6 +19,7 @@ from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enab
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.data.loaders import TrainerSettings
+from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError, message_of, named, under
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.lightning_internals import trainer_of
@@ -29,7 +30,7 @@ from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.models.sources import trained_model
 from lrsa_lit.objectives import AnswerLoss, Objective, summed_losses
 from lrsa_lit.objectives.positions import Positions
-from lrsa_lit.objectives.teachers import Loaded, OwnDense
+from lrsa_lit.objectives.teachers import OwnDense, Teacher
 from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
@@ -37,6 +38,7 @@ from lrsa_lit.tasks.top_k import TopKSchedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 Built = TypeVar("Built")
 
@@ -132,9 +134,25 @@ class LongContextQA(lightning.LightningModule):
         """
         with under("objective"):
             self.objective.check(max_tokens, self.backbone.config.num_hidden_layers)
-            for term in self.objective.terms:
-                if isinstance(term.teacher, Loaded):
-                    term.teacher.check(self.tokenizer)
+            for teacher in self._teachers:
+                teacher.check(self.tokenizer)
+
+    def open_teachers(self, data: QADataModule) -> None:
+        """Open what teachers have kept on the disk for the training split; a UserError if it is not there."""
+        examples = data.training_fingerprint
+        with under("objective"):
+            for teacher in self._teachers:
+                teacher.open(examples, self.backbone.config.vocab_size)
+
+    @property
+    def _teachers(self) -> list[Teacher]:
+        return [term.teacher for term in self.objective.terms if term.teacher is not None]
+
+    def setup(self, stage: str) -> None:
+        """Open what the training reads, once the data is there."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and isinstance(data, QADataModule):
+            self.open_teachers(data)
 
     def start(self) -> Trained:
         """The model that a run begins with, not loaded yet.

@@ -1,0 +1,44 @@
+"""``lrsa distil-cache …``, with the arguments of ``lrsa fit``: keep what the fit's teacher says of the training split.
+
+A fit with ``cached: true`` then reads that in each of its epochs, and so do others of the same data and teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lrsa_lit.cli.lightning_cli import LRSACLI, run_with
+from lrsa_lit.cli.main import lightning_arguments
+from lrsa_lit.errors import UserError, under
+from lrsa_lit.objectives import Distillation
+from lrsa_lit.terminal import PlainConsole
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command; a mistake in the arguments or files is a UserError."""
+    run_with(_DistilCache, lightning_arguments("fit", arguments))
+
+
+class _DistilCache(LRSACLI):
+    """Parses and checks as a fit does, and runs the teacher alone, on one device."""
+
+    def instead(self) -> Callable[[], None] | None:
+        """The teacher's pass."""
+        if self.asked("estimate"):
+            raise UserError("--estimate", reason="it is not allowed for distil-cache; only a fit is estimated")
+        return self._write
+
+    def _write(self) -> None:
+        task, data, trainer = self.model, self.datamodule, self.trainer
+        distilled = [term for term in task.objective.terms if isinstance(term, Distillation)]
+        if not distilled:
+            raise UserError("objective", reason="has no Distillation, whose teacher could be kept")
+        with under("objective"):
+            teacher = distilled[0].as_cached()
+            teacher.check(task.tokenizer)
+        if not trainer.is_global_zero:
+            return
+        data.prepare_split("train")
+        device, context = trainer.strategy.root_device, trainer.precision_plugin.forward_context
+        folder = teacher.write(data, task.backbone.config.vocab_size, device, context)
+        PlainConsole().say(f"The {teacher.n} likeliest tokens at each position are in {folder}")
