@@ -26,6 +26,9 @@ PLAIN, LORA = {}, {"lora": LoRA(rank=2), "gradient_checkpointing": True}
 CASES = {
     "ddp": (DDPStrategy, PLAIN, {}, "32-true"),
     "ddp lora": (DDPStrategy, LORA, {"adapters": False}, "32-true"),
+    # The last layer, the norm and the head have no part in the loss.
+    "ddp, first layer alone": (DDPStrategy, PLAIN, None, "32-true"),
+    "fsdp, first layer alone": (FullySharded, PLAIN, None, "32-true"),
     "fsdp": (FullySharded, PLAIN, {}, "32-true"),
     "fsdp lora": (FullySharded, LORA, {}, "32-true"),
     # Adapters that are off in the first pass of all.
@@ -42,7 +45,9 @@ CASES = {
 STEPS = [([0], [1, 2, 3]), ([3, 1], [2])]
 
 
-def objective(**distillation):
+def objective(distillation):
+    if distillation is None:
+        return HiddenAlignment(of_layers=[0], positions=9)
     return Sum([AnswerLoss(), Distillation(positions=30, weight=0.7, **distillation),
                 HiddenAlignment(positions=9, weight=2.0), LanguageModelLoss(share=0.5, weight=0.3)])  # fmt: skip
 
@@ -56,7 +61,7 @@ def trained(parts, teach, backbone, precision="32-true", **options):
         batches.append({**batch, "step_sizes": collate_packed([EXAMPLES[n] for part in step for n in part])["sizes"]})
     lightning.seed_everything(3, verbose=False)
     task = LongContextQA(Backbone("tiny", **backbone), RULE, functools.partial(torch.optim.SGD, lr=0.1),
-                         objective=objective(**teach))  # fmt: skip
+                         objective=objective(teach))  # fmt: skip
     trainer = quiet_trainer(max_epochs=1, use_distributed_sampler=False, precision=precision, **options)
     trainer.fit(task, DataLoader(batches, batch_size=1, collate_fn=lambda rows: rows[0]))
     before = dict(Backbone("tiny", **backbone).build().named_parameters())
@@ -78,7 +83,7 @@ def of_one_process(rank, port, folder):
     for name, (strategy, backbone, teach, precision) in CASES.items():
         options = {"strategy": strategy(), "devices": 2, "inference_mode": False}
         task, changes = trained([rank], teach, backbone, precision, **options)
-        held = getattr(task.objective.terms[1].teacher, "_held", [])
+        held = getattr(task.objective.terms[:2][-1].teacher, "_held", [])
         sharded = {
             key: (isinstance(w, DTensor), w.requires_grad) for each in held for key, w in each.named_parameters()
         }
