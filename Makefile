@@ -34,10 +34,10 @@ fit: setup ## Fine-tune SmolLM2-135M on HotpotQA with LRSA (under 10 minutes on 
 	$(BIN)/lrsa fit $(QUICKSTART)
 
 test: setup browser ## Run all tests that a CPU can run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: setup ## Run the tests without the slow ones (real model and data)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-ranges: .venv-oldest/.installed .venv-newest/.installed ## Run a part of the tests with the oldest and the newest versions of other packages
 	@for end in oldest newest; do echo "With the $$end versions"; \

@@ -156,7 +156,15 @@ def test_adapters_learn_the_same_however_a_step_is_cut(objective):
     assert_alike(fit(HALVES, objective, lora=lora)[0], fit([padded(EXAMPLES)], objective, lora=lora)[0])
 
 
+@pytest.fixture
+def longer(objective):
+    """For a test that takes seconds: the shipped terms are tested together, as those of Sum."""
+    if len(objective.terms) == 1 and type(objective).__module__.startswith("lrsa_lit."):
+        pytest.skip("tested as a term of Sum")
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("longer")
 def test_compiled_layers_do_the_same(objective):
     torch._dynamo.reset()
     step = [collate_packed(EXAMPLES)]
@@ -172,6 +180,7 @@ def settings(objective_settings, tmp_path):
     return [*DEBUG, *NO_LOGGER, *quiet, "--config", "own.yaml"]
 
 
+@pytest.mark.usefixtures("longer")
 def test_a_resumed_fit_has_the_weights_of_one_that_was_not_stopped(settings, tmp_path):
     def weights(name, steps, *options):
         folder = tmp_path / name
