@@ -207,7 +207,7 @@ def test_a_teacher_and_a_start_that_are_rows(study_file, data, tmp_path, capsys)
     assert [(line["kind"], line["row"]) for line in lines] == [
         ("training", "dense"), ("training", "taught"), ("training", "onward"), ("evaluation", "onward")]  # fmt: skip
     objective = json.loads(Path(ran[1][4]).read_text())["model"]["objective"]
-    expected = tmp_path.glob(f"whole/work/{lines[0]['config']}-0-*/checkpoints/last.ckpt")
+    expected = (tmp_path / "whole" / "work").glob(f"{lines[0]['config']}-0-*/checkpoints/last.ckpt")
     assert objective["init_args"]["teacher"] == str(next(expected))
     # Stopped in the middle of the second row.
     capsys.readouterr()

@@ -214,6 +214,13 @@ class Backbone:
         return pretrained(auto_class, self.location, self.source, trust_remote_code=self.trust_remote_code)
 
 
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The decoder layers of a causal language model, in order, peft's wrapper around it or not."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
     """Compile layer by layer: all share one compilation, and what a GPU must be asked for stays outside.
 
@@ -221,16 +228,14 @@ def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
     traced may not interrupt it.
     """
     import torch._dynamo
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     # Under a rule, dense, dense without gradient for a teacher, each of one row, more rows or packed ones: past the
     # default of 8 torch would leave what is new uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            # Of the class, not of the layer: a copy of the model must run its own layers.
-            compiled = torch.compile(type(layer).forward)
-            layer.forward = functools.partial(_run_compiled, compiled, checkpointing, layer)
+    for layer in decoder_layers(model):
+        # Of the class, not of the layer: a copy of the model must run its own layers.
+        compiled = torch.compile(type(layer).forward)
+        layer.forward = functools.partial(_run_compiled, compiled, checkpointing, layer)
 
 
 def _run_compiled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,12 @@ class Positions:
 
     def answers(self) -> Tensor:
         """(M,) int64: those that predict a token of an answer."""
-        return self._of_each(lambda size, _: _answers(size))
+        return self._answers
+
+    @functools.cached_property
+    def _answers(self) -> Tensor:
+        # Several terms of a step ask for them, and each copy to the device is a launch.
+        return self._of_each(lambda size, _: np.arange(size.tokens - 1 - size.answer, size.tokens - 1))
 
     def drawn(self, count: Callable[[ExampleSize], int], name: str, *, besides_answers: bool = False) -> Tensor:
         """(M,) int64: some of those that predict a token, drawn anew in each step.
@@ -72,7 +78,3 @@ def starts_of(batch: TrainBatch) -> Sequence[int]:
     """Where each example of a batch starts among all of its positions (B T); after the last one may be one more."""
     rows, width = batch["input_ids"].shape
     return batch["boundaries"] or range(0, rows * width, width)
-
-
-def _answers(size: ExampleSize) -> Numbers:
-    return np.arange(size.tokens - 1 - size.answer, size.tokens - 1)

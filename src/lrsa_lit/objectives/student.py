@@ -11,7 +11,7 @@ from torch import Tensor
 from lrsa_lit.models.head import Head, at_head
 from lrsa_lit.objectives.objective import Pass, Term
 from lrsa_lit.objectives.positions import Positions
-from lrsa_lit.objectives.teachers import decoder_layers, outputs_of_layers
+from lrsa_lit.objectives.teachers import outputs_of_layers
 
 
 def summed_losses(model: Any, terms: Sequence[Term], positions: Positions, inputs: Mapping[str, Any]) -> Tensor:
@@ -26,7 +26,8 @@ def summed_losses(model: Any, terms: Sequence[Term], positions: Positions, input
     Returns:
         (len(terms),) at least float32.
     """
-    needed = {term: term.layers(len(decoder_layers(model))) for term in terms}
+    count = model.config.get_text_config().num_hidden_layers
+    needed = {term: term.layers(count) for term in terms}
     taught = {}
     for teacher in dict.fromkeys(term.teacher for term in terms if term.teacher is not None):
         wanted = {layer for term, layers in needed.items() if term.teacher == teacher for layer in layers}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lrsa_lit.attention import LAYOUT, LRSAConfig, base_of, dense_pass, enable, enabled_config
 from lrsa_lit.errors import UserError, named
+from lrsa_lit.models.backbone import decoder_layers
 from lrsa_lit.models.flops import Shape
 from lrsa_lit.models.head import Head, at_head
 from lrsa_lit.models.identity import digest_of
@@ -221,13 +222,6 @@ def outputs_of_layers(model: Any, layers: Sequence[int]) -> Iterator[dict[int, T
     finally:
         for handle in handles:
             handle.remove()
-
-
-def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """The decoder layers of a causal language model, in order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in base_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextlib.contextmanager
