@@ -8,6 +8,8 @@ Random weights of a real shape, bf16, AdamW, gradients clipped, layers compiled,
     python benchmarks/train_step.py --shape smollm2-135m --tokens 8192 --batch 8 --top-k 32 --keep-activations
     python benchmarks/train_step.py --shape smollm2-135m --tokens 4096 --batch 8 --lag-size 512 --top-k 32 \
         --dense-layers 18 23 --keep-activations --dtype float32 --precision bf16-mixed
+    python benchmarks/train_step.py --shape smollm2-135m --tokens 4096 --batch 8 --top-k 32 --attention lrsa \
+        --objective answers kl kl_cached hidden next_tokens --keep-activations --dtype float32 --precision bf16-mixed
     python benchmarks/train_step.py --tokens 262144 393216 --warm-up 1 --steps 1 --attention lrsa    # what still fits
 """
 
@@ -18,10 +20,12 @@ import contextlib
 import datetime
 import functools
 import gc
+import itertools
 import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,7 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.data.collate import ExampleSize, TrainBatch
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.flops import Shape, peak_flops
-from lrsa_lit.objectives import AnswerLoss, Distillation, HiddenAlignment, LanguageModelLoss, Sum
+from lrsa_lit.objectives import AnswerLoss, Distillation, HiddenAlignment, LanguageModelLoss, Objective, Sum
 from lrsa_lit.objectives.work import flops
 from lrsa_lit.tasks import LongContextQA
 
@@ -46,12 +50,14 @@ HERE = Path(__file__).parent
 LABELS = 256
 """Answer tokens of a context."""
 
-OBJECTIVES = {
-    "answers": AnswerLoss,
-    "kl": lambda: Sum([AnswerLoss(), Distillation(positions=1024)]),
-    "hidden": lambda: Sum([AnswerLoss(), HiddenAlignment(positions=1024)]),
-    "next_tokens": lambda: LanguageModelLoss(share=0.25),
+OBJECTIVES: dict[str, Callable[[int], Objective]] = {
+    "answers": lambda _: AnswerLoss(),
+    "kl": lambda _: Sum([AnswerLoss(), Distillation(positions=1024)]),
+    "kl_cached": lambda vocabulary: Sum([AnswerLoss(), _cached(vocabulary)]),
+    "hidden": lambda _: Sum([AnswerLoss(), HiddenAlignment(positions=1024)]),
+    "next_tokens": lambda _: LanguageModelLoss(share=0.25),
 }
+"""Made for a vocabulary of so many tokens."""
 
 _DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -72,9 +78,9 @@ def main(args: list[str] | None = None) -> int:
         "command": " ".join(["python benchmarks/train_step.py", *(sys.argv[1:] if args is None else args)]),
     }
     rows = []
-    for tokens in options.tokens:
-        for attention in options.attention:
-            rows.append(measure(attention, tokens, options))
+    for tokens, attention in itertools.product(options.tokens, options.attention):
+        for objective in options.objective if attention == "lrsa" else ["answers"]:
+            rows.append(measure(attention, objective, tokens, options))
             print(_line(rows[-1]), flush=True)
             options.out.mkdir(parents=True, exist_ok=True)
             name = f"train_step_{about['date']}_{device.split()[1].lower() if ' ' in device else device}.json"
@@ -87,7 +93,7 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3.2-1b", help="a folder of shapes/")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--attention", nargs="+", default=["lrsa", "cudnn", "flash"], choices=["lrsa", *_DENSE])
-    parser.add_argument("--objective", default="answers", choices=OBJECTIVES, help="dense attention: answers alone")
+    parser.add_argument("--objective", nargs="+", default=["answers"], choices=OBJECTIVES, help="of LRSA")
     parser.add_argument("--batch", type=int, default=1, help="contexts in a step")
     parser.add_argument("--lag-size", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=16)
@@ -105,7 +111,7 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(attention: str, objective: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train for a few steps; out of memory is a result too."""
     rule = LRSAConfig(
         sink_size=16, lag_size=options.lag_size, top_k=options.top_k, dense_layers=tuple(options.dense_layers)
@@ -113,7 +119,7 @@ def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[st
     row: dict[str, Any] = {
         "shape": options.shape,
         "attention": attention,
-        "objective": options.objective if attention == "lrsa" else "answers",
+        "objective": objective,
         "tokens": tokens,
         "batch": options.batch,
         "rule": rule.to_dict() if attention == "lrsa" else None,
@@ -123,7 +129,7 @@ def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[st
         "checkpointing": not options.keep_activations,
     }
     try:
-        row |= _train(attention, rule, tokens, options)
+        row |= _train(attention, objective, rule, tokens, options)
     except torch.cuda.OutOfMemoryError:
         row["out_of_memory"] = True
     torch._dynamo.reset()
@@ -133,7 +139,9 @@ def measure(attention: str, tokens: int, options: argparse.Namespace) -> dict[st
     return row
 
 
-def _train(attention: str, rule: LRSAConfig, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+def _train(
+    attention: str, objective: str, rule: LRSAConfig, tokens: int, options: argparse.Namespace
+) -> dict[str, Any]:
     backbone = Backbone(
         str(HERE / "shapes" / options.shape),
         random_weights=True,
@@ -148,7 +156,7 @@ def _train(attention: str, rule: LRSAConfig, tokens: int, options: argparse.Name
         rule,
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-5, fused=fused),
         train_attention={} if attention == "lrsa" else None,
-        objective=OBJECTIVES[options.objective if attention == "lrsa" else "answers"](),
+        objective=OBJECTIVES[objective](backbone.config.vocab_size),
     )
     watch = Watch(options.warm_up)
     trainer = Trainer(
@@ -211,6 +219,13 @@ class Watch(Callback):
         self.loss = float(trainer.callback_metrics["train/loss"])
 
 
+def _cached(vocabulary: int) -> Distillation:
+    """Of the 32 likeliest tokens of a teacher that is read from memory, whatever they are."""
+    term = Distillation("none", positions=1024, top_n=32, cached=True)
+    term.as_cached().make_up(vocabulary)
+    return term
+
+
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -230,6 +245,7 @@ def _batch(vocabulary: int, tokens: int, count: int) -> TrainBatch:
         position_ids=None,
         boundaries=None,
         id=[str(row) for row in range(count)],
+        position=list(range(count)),
         sizes=[ExampleSize(tokens, LABELS)] * count,
         step_sizes=[ExampleSize(tokens, LABELS)] * count,
     )

@@ -9,7 +9,7 @@ or three seeds the intervals are rough all the same. SciPy's bootstrap and permu
 kinds, and are not needed for means.
 
 The p-values are of the questions alone: they say whether these trained models differ on other such questions, and
-the intervals whether other trainings would.
+the intervals and ``p_drawn`` whether other trainings would.
 """
 
 from __future__ import annotations
@@ -46,12 +46,15 @@ class Estimate(NamedTuple):
 class Comparison(NamedTuple):
     """Two means on the same questions: first - second, first / second (NaN where that is 0), and a two-sided p-value.
 
-    The p-value is of the questions' signs being exchangeable (a paired permutation test).
+    Attributes:
+        p_value: of the questions' signs being exchangeable (a paired permutation test).
+        p_drawn: twice the share of draws of questions and seeds in which the difference has the other sign.
     """
 
     difference: Estimate
     ratio: Estimate
     p_value: float
+    p_drawn: float
 
 
 def mean(scores: Scores, groups: Groups | None = None, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
@@ -93,7 +96,7 @@ def compare(
             ratio = _estimate(first.mean() / second.mean(), one / other)
     rng = np.random.default_rng(seed)
     p_value = permutation_p_value(first.mean(axis=0) - second.mean(axis=0), rng, draws, groups)
-    return Comparison(difference, ratio, p_value)
+    return Comparison(difference, ratio, p_value, _p_drawn(one - other))
 
 
 def permutation_p_value(
@@ -166,6 +169,12 @@ def _checked(scores: Scores) -> Scores:
     if scores.ndim != 2 or 0 in scores.shape:
         raise UserError("scores", scores.shape, "(seeds, questions)")
     return scores
+
+
+def _p_drawn(differences: NDArray[np.float64]) -> float:
+    """Never 0, as one draw is the data."""
+    rarer = min((differences <= 0).sum(), (differences >= 0).sum())
+    return min(1.0, 2 * float(rarer + 1) / (len(differences) + 1))
 
 
 def _estimate(value: float, drawn: NDArray[np.float64]) -> Estimate:

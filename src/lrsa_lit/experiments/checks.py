@@ -51,7 +51,7 @@ _BARS = {
     ("set", "pairs", "of_dense"): {**_OF_DENSE, "pairs": _NUMBER},
     ("set", "row", "inference", "of", "at_least"): {**_SET, **_CELL, "of": _CELL_NAMES, "at_least": _NUMBER},
     ("set", "row", "inference", "at_least"): {**_SET, **_CELL, "row": _ROWS, "at_least": _NUMBER},
-    ("set", "row", "inference", "above", "p"): {**_SET, **_CELL, "above": _CELLS, "p": _NUMBER},
+    ("set", "row", "inference", "above", "p"): {**_SET, **_CELL, "above": _CELLS, "p": _NUMBER, "draw_seeds": _SWITCH},
 }
 """What a bar may have, by what it must have."""
 

@@ -153,6 +153,18 @@ def test_a_gain_that_other_seeds_might_not_have_is_said(tmp_path):
     assert found.verdict == "met, not beyond the error of seeds"
 
 
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [((0.6,), "open"), ((0.6, 0.6, 0.6), "met"), ((0.9, 0.9, 0.2), "**missed**"), ((0.1, 0.1, 0.1), "**missed**")],
+)
+def test_seeds_may_be_drawn_as_questions_are(scores, wanted, tmp_path):
+    study = study_of(tmp_path, bars={"b": ABOVE | {"above": [["dense", "4x"]], "draw_seeds": True}})
+    seeds = [("lrsa", "4x", share, seed) for seed, share in enumerate(scores)]
+    found = verdict(study, *seeds, *[("dense", "4x", 0.3, seed) for seed in range(len(scores))])
+    assert found.verdict == wanted
+    assert "with seeds drawn" in found.required
+
+
 def test_one_models_attentions_are_compared_on_the_seeds_of_both(tmp_path):
     study = study_of(tmp_path)
     own = [("lrsa", "4x", share, seed) for seed, share in ((1, 0.9), (0, 0.5), (2, 0.7))]

@@ -10,7 +10,8 @@ A bar asks for one of four things on a data set's test split:
 - ``row``, ``inference``, ``of`` and ``at_least``: so much of the score of another cell, ``[row, inference]``, by seeds
   and questions that both have;
 - ``row``, ``inference``, ``above`` and ``p``: a score above those of other cells, each ``[row, inference]``, by paired
-  tests adjusted by Holm's method.
+  tests adjusted by Holm's method; with ``draw_seeds: true`` seeds are drawn as questions are, of which there must be
+  two or more.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ class Bars:
     def _above(self, name: str, bar: Settings) -> Verdict:
         scope, asked = self._scope(bar), bar["above"]
         others = ", ".join(f"{row} under {attention}" for row, attention in asked)
-        required = f"{self._label(bar)} above {others}, p < {bar['p']:g}"
+        draw_seeds = bar.get("draw_seeds", False)
+        required = f"{self._label(bar)} above {others}, p < {bar['p']:g}{' with seeds drawn' * draw_seeds}"
         cell = scope.cell(bar["row"], bar["inference"])
         measured = [other for names in asked if (other := scope.cell(*names)) is not None]
         pairs = [pair for other in measured if cell and (pair := cell.paired(other))]
@@ -193,12 +195,12 @@ class Bars:
         if not found:
             return Verdict(name, required)
         items = [item for item, _ in found]
-        p_values = statistics.holm([item.p_value for item in items])
+        p_values = statistics.holm([item.p_drawn if draw_seeds else item.p_value for item in items])
         smallest = min((item.difference for item in items), key=lambda difference: difference.value)
-        seeds = columns.seeds(min(len(own.lines) for _, own in found))
-        by = f"{bar['row']} under {bar['inference']}, {seeds}; the smallest difference and the largest p"
+        seeds = min(len(own.lines) for _, own in found)
+        by = f"{bar['row']} under {bar['inference']}, {columns.seeds(seeds)}; the smallest difference and the largest p"
         by += f" ({len(found)} of {len(asked)} measured)" if len(found) < len(asked) else ""
-        verdict = _significant(items, p_values, bar["p"], len(asked))
+        verdict = "open" if draw_seeds and seeds < 2 else _significant(items, p_values, bar["p"], len(asked))
         return Verdict(name, required, f"{columns.signed(smallest)}, p = {max(p_values):.4f}", verdict, by)
 
     def _scope(self, bar: Settings) -> Cells:
