@@ -21,11 +21,12 @@ if TYPE_CHECKING:
         using,
     )
     from lrsa_lit.attention.layout import Layout, packed_layout
+    from lrsa_lit.attention.rotation import rotaries_of
 
 __all__ = [
     "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "base_of", "cache_argument",
     "dense_pass", "disable", "enable", "enabled_config", "graphed_decoding", "greedy_tokens", "observing",
-    "packed_layout", "prefill", "single_token_steps", "using",
+    "packed_layout", "prefill", "rotaries_of", "single_token_steps", "using",
 ]  # fmt: skip
 
 _NAMES = {
@@ -35,6 +36,7 @@ _NAMES = {
     "decoding": ("Greedy", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),
     "interface": ("LAYOUT", "dense_pass", "disable", "enable", "enabled_config", "observing", "using"),
     "layout": ("Layout", "packed_layout"),
+    "rotation": ("rotaries_of",),
 }
 # A config is checked where nobody needs transformers yet, which take seconds to import.
 __getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names})

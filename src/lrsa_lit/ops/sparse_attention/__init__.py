@@ -31,6 +31,7 @@ from lrsa_lit.ops.sparse_attention.geometry import (
     spans,
     stored_size,
 )
+from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
@@ -38,8 +39,9 @@ from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 __all__ = [
     "ChunkWise", "Compressor", "Impl", "KeyDiff", "KeyValueStream", "LagRelative", "MeanPool",
-    "Partitions", "RandomTokens", "Ranking", "Recency", "Rule", "Selection", "Selector", "SpreadSelector", "Strided",
-    "ValueRelative", "ValueWeighted", "attended_pairs", "checked_boundaries", "compressed_at", "implementation",
+    "Partitions", "RandomTokens", "Ranking", "Recency", "Rotary", "Rule", "Selection", "Selector", "SpreadSelector",
+    "Strided", "ValueRelative", "ValueWeighted",
+    "attended_pairs", "checked_boundaries", "compressed_at", "implementation",
     "is_traceable", "of_sequence", "raw_start", "select", "spans", "sparse_attention", "stored_size", "tensor_of_rule",
     "traced_attention",
 ]  # fmt: skip

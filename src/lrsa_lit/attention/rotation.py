@@ -1,0 +1,57 @@
+"""The rotation that a transformers model gives its keys, read from the model and tried against the model's own."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrsa_lit.attention.attached import base_of
+from lrsa_lit.attention.families import attention_modules
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import Rotary
+
+KINDS = ("default", "linear", "llama3", "yarn")
+"""Those of transformers whose frequencies are the same for all lengths."""
+
+
+def rotaries_of(model: Any) -> tuple[Rotary, ...]:
+    """The rotation of each layer of a causal language model; one without frequencies where a layer has no positions.
+
+    Raises:
+        UserError: the model has no rotary positions of one kind, they depend on the length (dynamic, longrope), or they
+            turn other channels together than i and i + n.
+    """
+    inner = base_of(model)
+    name, layers = type(inner).__name__, attention_modules(inner)
+    found = [module for module in inner.modules() if isinstance(getattr(module, "rope_type", None), str)]
+    if len(found) != 1:
+        raise _refusal(name, "has no rotary positions, or different ones")
+    (module,) = found
+    if module.rope_type not in KINDS:
+        raise UserError("rope_type", module.rope_type, f"one of {', '.join(KINDS)}", reason="depends on the length")
+    if module.inv_freq.is_meta:
+        raise _refusal(name, "has no weights yet")
+    rotary = Rotary(tuple(module.inv_freq.float().tolist()), float(module.attention_scaling))
+    if not _rotates(rotary, module, layers[0]):
+        raise _refusal(name, "turns other channels together than i and i + n")
+    return tuple(rotary if getattr(layer, "use_rope", True) else Rotary(()) for layer in layers)
+
+
+def _rotates(rotary: Rotary, module: nn.Module, attention: nn.Module) -> bool:
+    """Whether the function by which the model's attention rotates does the same to a few numbers."""
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    positions = torch.tensor([0, 1, 5], device=module.inv_freq.device)  # type: ignore[arg-type]
+    x = torch.linspace(-1, 1, 6 * len(rotary.frequencies), device=positions.device).view(1, 1, 3, -1)
+    with torch.no_grad(), torch.autocast(positions.device.type, enabled=False):
+        rotated = apply(x, x, *module(x, positions[None]))[1]
+    return torch.allclose(rotated, rotary.rotate(x, positions), atol=1e-4)
+
+
+def _refusal(name: str, reason: str) -> UserError:
+    return UserError("model", name, reason=f"{reason}, which what takes rotations off its keys does not support")
