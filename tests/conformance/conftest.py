@@ -25,6 +25,8 @@ from lrsa_lit.objectives import Objective
 # Of the classes that are shipped or shown: what their defaults would leave untested, or a first file to read.
 INIT_ARGS: dict[str, dict[str, Any]] = {
     "ChunkWise": {"size": 3},
+    "QueryAttention": {"window": 3, "kernel": 3},
+    "QueryRuns": {"window": 2, "size": 3, "shared_heads": True},
     "LanguageModelLoss": {"share": 0.5},
     "Distillation": {"positions": 30},
     "HiddenAlignment": {"positions": 9},

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lrsa_lit.attention import LRSACache, LRSAConfig, cache_argument, enable
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Partitions, Selector, sparse_attention
+from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Partitions, Selector, select, sparse_attention
 
 LENGTHS = [1, 60, 0, 19, 41]
 SPLITS = {"at once": [70], "odd": [1, 17, 1, 30, 21], "token by token": [50] + [1] * 20}
@@ -87,11 +87,13 @@ def test_any_split_of_calls_is_the_parallel_pass(model, config, sizes):
 
 
 def test_partitions_are_compressed_alike_at_once_and_one_by_one(rule):
-    _, key, value = (x.unflatten(2, (7, rule.lag_size)) for x in random_qkv(7 * rule.lag_size, batch=2))
+    query, key, value = (x.unflatten(2, (7, rule.lag_size)) for x in random_qkv(7 * rule.lag_size, batch=2))
     whole = key[:, :, :-1], value[:, :, :-1], key[:, :, 1:], value[:, :, 1:]
-    together = rule.compressor.compress(Partitions(*whole, rule.top_k))
+    queries = query.unflatten(1, (2, 2))[:, :, :, 1:, rule.lag_size - rule.compressor.window :]
+    together = rule.compressor.compress(Partitions(*whole, rule.top_k, next_query=queries))
     for p in range(6):
-        alone = rule.compressor.compress(Partitions(*(x[:, :, p : p + 1] for x in whole), rule.top_k, p))
+        given = Partitions(*(x[:, :, p : p + 1] for x in whole), rule.top_k, p, queries[:, :, :, p : p + 1])
+        alone = rule.compressor.compress(given)
         for found, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(found[:, :, p : p + 1], expected)
 
@@ -99,8 +101,10 @@ def test_partitions_are_compressed_alike_at_once_and_one_by_one(rule):
 def test_query_heads_share_what_their_key_head_keeps(rule):
     query, key, value = random_qkv(60, heads=2, group=3)
     grouped = sparse_attention(query, key, value, rule).unflatten(1, (2, 3))
+    # Where queries choose, those of the whole group do.
+    kept = select(key, value, rule, query=query) if rule.compressor.window else None
     for member in range(3):
-        single = sparse_attention(query.unflatten(1, (2, 3))[:, :, member], key, value, rule)
+        single = sparse_attention(query.unflatten(1, (2, 3))[:, :, member], key, value, rule, selection=kept)
         torch.testing.assert_close(grouped[:, :, member], single)
 
 

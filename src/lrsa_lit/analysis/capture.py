@@ -64,7 +64,7 @@ class Capture:
         pieces: list[tuple[int, LayerSelection | None]] = []
 
         def keep_pieces(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-            pieces.extend(_sequences(attached, key, value, cu_seqlens))
+            pieces.extend(_sequences(attached, query, key, value, cu_seqlens))
             return query
 
         # The layout cuts the rows into sequences here just as it does for the attention.
@@ -151,7 +151,7 @@ def shape_digest(config: Any) -> str:
 
 
 def _sequences(
-    attached: AttachedRule, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
+    attached: AttachedRule, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
 ) -> Iterator[tuple[int, LayerSelection | None]]:
     """Length and selection of each sequence in keys and values (B, H, T, D), or packed in (1, H, T, D)."""
     boundaries = [0, key.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
@@ -160,7 +160,7 @@ def _sequences(
     if rule is None:
         yield from [(length, None) for length in lengths] * key.shape[0]
         return
-    chosen = select(key, value, rule, cu_seqlens=cu_seqlens, impl=attached.state.impl)
+    chosen = select(key, value, rule, query=query, cu_seqlens=cu_seqlens, impl=attached.state.impl)
     parts = [of_sequence(chosen, rule, boundaries, index) for index in range(len(lengths))]
     for row in range(key.shape[0]):
         for length, part in zip(lengths, parts, strict=True):

@@ -64,6 +64,9 @@ class LRSACache(Cache):
         if config.dense_layers:
             reason = "need enable(model, …); stock layers share one mask"
             raise UserError("config.dense_layers", config.dense_layers, reason=reason)
+        if config.rule.compressor.window:
+            reason = "needs enable(model, …); stock attention hands no queries to a cache"
+            raise UserError("config.compressor", type(config.compressor).__name__, reason=reason)
         warn_if_trained_otherwise(inner, config)
         cache = cls(config, layers)
         cache.lease = lease(inner.base_model)

@@ -39,7 +39,7 @@ def given_selection(tensors, config, boundaries) -> Selection | None:
     """One selection for all implementations: a flipped index would hide every other error."""
     if not isinstance(config.compressor, Selector):
         return None
-    return eager.select(tensors[1], tensors[2], config, boundaries)
+    return eager.select(tensors[1], tensors[2], config, boundaries, tensors[0])
 
 
 def assert_as_exact_as_eager(tensors, config: Rule, boundaries=None, capped=True):

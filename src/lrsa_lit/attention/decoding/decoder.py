@@ -19,7 +19,7 @@ from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import KeyValueStream, Rule, implementation
+from lrsa_lit.ops.sparse_attention import KeyValueStream, Rule, implementation, most_window_rows
 
 _WARM_UP = 3
 """Steps before one is captured: what compiles or allocates on first use may not do so then, and short answers are
@@ -102,7 +102,7 @@ class Decoder:
 
     def _fits(self, streams: Streams) -> bool:
         """Whether all stand in the prepared memory, with a place for the next token."""
-        buffers = [stream.buffer for rows in streams for stream in rows]
+        buffers = [buffer for rows in streams for stream in rows for buffer in stream.buffers]
         roomy = all(buffer.length < buffer.capacity for buffer in buffers)
         return roomy and [buffer.address for buffer in buffers] == self._prepared
 
@@ -131,15 +131,16 @@ class Decoder:
         # What the old memory holds would not be free for what rows move into.
         self.layers, self._graph, self._launched = [], None, 0
         rules = len(self._layers_of_rules)
-        self._state = torch.zeros(1 + rules, len(streams[0]), dtype=torch.int64, device=ids.device)
+        self._state = torch.zeros(1 + 2 * rules, len(streams[0]), dtype=torch.int64, device=ids.device)
         self._ids, self._position = ids.clone(), self._state.new_zeros(ids.shape)
-        self._filled = [_FilledLengths(ends) for ends in self._state[1:]]
-        of_layer = {layer: self._filled[rule] for rule in range(rules) for layer in self._layers_of_rules[rule]}
+        self._filled = [_FilledLengths(ends) for ends in self._state[1 : 1 + rules]]
+        places = zip(self._filled, map(_Places, self._state[1 + rules :]), strict=True)
+        of_layer = {layer: pair for pair, layers in zip(places, self._layers_of_rules, strict=True) for layer in layers}
         self.layers = [
-            _LayerMemory(rows, places, of_layer[layer])
-            for layer, (rows, places) in enumerate(zip(streams, self._places(streams), strict=True))
+            _LayerMemory(rows, count, *of_layer[layer])
+            for layer, (rows, count) in enumerate(zip(streams, self._places(streams), strict=True))
         ]
-        self._prepared = [stream.buffer.address for rows in streams for stream in rows]
+        self._prepared = [buffer.address for rows in streams for stream in rows for buffer in stream.buffers]
 
     def _launch(self) -> Tensor:
         self._launched += 1
@@ -160,6 +161,7 @@ class Decoder:
         """Hand the token, its positions and the lengths over, these in one copy, for which nobody waits."""
         state = [[stream.seen for stream in streams[0]]]
         state += [[stream.buffer.length for stream in streams[layers[0]]] for layers in self._layers_of_rules]
+        state += [[stream.query_place for stream in streams[layers[0]]] for layers in self._layers_of_rules]
         # Pinned memory that is new each time: the copy of the step before may still be under way.
         host = torch.tensor(state, device="cpu", pin_memory=ids.device.type == "cuda")
         self._state.copy_(host, non_blocking=True)
@@ -227,20 +229,15 @@ def serving(model: Any, decoder: Decoder) -> Iterator[None]:
             model.forward = own
 
 
-class _FilledLengths:
-    """How far the memories of the layers of one rule are filled, on the device.
+class _Places:
+    """Where new tokens go in the memories of the layers of one rule, on the device.
 
-    The decoder writes to ``ends``, int64: the places of the new tokens, of each row (B,) or of all (1,).
+    The decoder writes to ``ends``, int64: the places, of each row (B,) or of all (1,).
     """
 
     def __init__(self, ends: Tensor) -> None:
         self.ends = ends
         self.rows = torch.arange(len(ends), device=ends.device)
-        self.length = torch.zeros_like(ends, dtype=torch.int32)
-
-    def include_new(self) -> None:
-        """Count the new tokens among the filled: they see themselves."""
-        self.length.copy_(self.ends + 1)
 
     def put(self, memory: Tensor, new: Tensor) -> None:
         """Write the new tokens (B, H, 1, D) to their places in the memory (B, H, capacity, D)."""
@@ -250,22 +247,43 @@ class _FilledLengths:
             memory[self.rows, :, self.ends] = new[:, :, 0]
 
 
+class _FilledLengths(_Places):
+    """The places of new keys and values, and how far those memories are filled."""
+
+    def __init__(self, ends: Tensor) -> None:
+        super().__init__(ends)
+        self.length = torch.zeros_like(ends, dtype=torch.int32)
+
+    def include_new(self) -> None:
+        """Count the new tokens among the filled: they see themselves."""
+        self.length.copy_(self.ends + 1)
+
+
 class _LayerMemory:
     """The memory of one layer, as the attention sees it: in the place of a cache's layer.
 
-    Its rows go on in it; it has room for ``places`` tokens of each.
+    Its rows go on in it; it has room for ``places`` tokens of each. Where a compressor asks for queries, there is
+    memory for those, whose last row takes the ones that are not needed: so one graph serves all tokens.
     """
 
-    def __init__(self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths) -> None:
-        self.filled, self.impl = filled, streams[0].impl
-        rows, (_, heads, _, channels) = _rows(streams), streams[0].buffer.whole[0].shape
-        self.key, self.value = (part.new_empty(rows, heads, places, channels) for part in streams[0].buffer.whole)
+    def __init__(
+        self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths, query_places: _Places
+    ) -> None:
+        self.filled, self.query_places, self.impl = filled, query_places, streams[0].impl
+        rows = _rows(streams)
+        self.memories = [
+            [part.new_empty(rows, part.shape[1], count, part.shape[3]) for part in buffer.whole]
+            for buffer, count in zip(streams[0].buffers, (places, most_window_rows(streams[0].rule) + 1), strict=False)
+        ]
+        self.key, self.value = self.memories[0]
         self.take(streams)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
         self.filled.put(self.key, key)
         self.filled.put(self.value, value)
+        for (memory,) in self.memories[1:]:
+            self.query_places.put(memory, query)
         run = implementation(self.impl, query)
         output: Tensor = run.attend_one(query, self.key, self.value, self.filled.length, scale)
         return output
@@ -281,7 +299,8 @@ class _LayerMemory:
         """Let other rows go on here."""
         for row, stream in enumerate(streams):
             part = slice(None) if len(streams) == 1 else slice(row, row + 1)
-            stream.buffer.move_to((self.key[part], self.value[part]))
+            for buffer, memory in zip(stream.buffers, self.memories, strict=True):
+                buffer.move_to(tuple(tensor[part] for tensor in memory))
 
 
 def _waits_for_lengths(model: Any) -> bool:

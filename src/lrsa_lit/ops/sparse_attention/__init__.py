@@ -13,6 +13,7 @@ from lrsa_lit.ops.sparse_attention.compressors import (
     Compressor,
     KeyDiff,
     LagRelative,
+    LagRelativeTail,
     MeanPool,
     Partitions,
     RandomTokens,
@@ -27,10 +28,12 @@ from lrsa_lit.ops.sparse_attention.geometry import (
     attended_pairs,
     checked_boundaries,
     compressed_at,
+    most_window_rows,
     raw_start,
     spans,
     stored_size,
 )
+from lrsa_lit.ops.sparse_attention.query_selectors import QueryAttention, QueryRuns
 from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
@@ -38,10 +41,9 @@ from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 __all__ = [
-    "ChunkWise", "Compressor", "Impl", "KeyDiff", "KeyValueStream", "LagRelative", "MeanPool",
-    "Partitions", "RandomTokens", "Ranking", "Recency", "Rotary", "Rule", "Selection", "Selector", "SpreadSelector",
-    "Strided", "ValueRelative", "ValueWeighted",
-    "attended_pairs", "checked_boundaries", "compressed_at", "implementation",
-    "is_traceable", "of_sequence", "raw_start", "select", "spans", "sparse_attention", "stored_size", "tensor_of_rule",
-    "traced_attention",
+    "ChunkWise", "Compressor", "Impl", "KeyDiff", "KeyValueStream", "LagRelative", "LagRelativeTail", "MeanPool",
+    "Partitions", "QueryAttention", "QueryRuns", "RandomTokens", "Ranking", "Recency", "Rotary", "Rule", "Selection",
+    "Selector", "SpreadSelector", "Strided", "ValueRelative", "ValueWeighted", "attended_pairs", "checked_boundaries",
+    "compressed_at", "implementation", "is_traceable", "most_window_rows", "of_sequence", "raw_start", "select",
+    "spans", "sparse_attention", "stored_size", "tensor_of_rule", "traced_attention",
 ]  # fmt: skip

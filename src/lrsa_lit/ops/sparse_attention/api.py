@@ -68,18 +68,26 @@ def sparse_attention(
 
 
 def select(
-    key: Tensor, value: Tensor, rule: Rule | HasRule, *, cu_seqlens: Tensor | None = None, impl: Impl = "auto"
+    key: Tensor,
+    value: Tensor,
+    rule: Rule | HasRule,
+    *,
+    query: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Selection:
     """Positions and scores of what each partition keeps by the time the last token attends.
 
-    Arguments are those of :func:`sparse_attention`, which keeps the same tokens.
+    Arguments are those of :func:`sparse_attention`, which keeps the same tokens. Queries are needed only where the
+    compressor scores by them.
 
     Raises:
-        UserError: arguments that do not fit together, or a compressor that makes new pairs.
+        UserError: arguments that do not fit together, or a compressor that makes new pairs or lacks its queries.
     """
-    _check_tensors(key, key, value)
-    boundaries = _boundaries(cu_seqlens, key, key)
-    selection: Selection = implementation(impl, key).select(key, value, rule_of(rule), boundaries)
+    queries = key if query is None else query
+    _check_tensors(queries, key, value)
+    boundaries = _boundaries(cu_seqlens, key, queries)
+    selection: Selection = implementation(impl, key).select(key, value, rule_of(rule), boundaries, query)
     return selection
 
 

@@ -3,7 +3,7 @@
 A *selector* scores the L tokens and keeps the K highest; a *synthesizer* makes K new pairs. README.md says how to add
 one. They see nothing but :class:`Partitions`.
 
-Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D head_dim.
+Dimensions: B batch, H key-value heads, G query heads of each, P partitions, L lag_size, K top_k, D head_dim, w window.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize, pad
+from torch.nn.functional import cosine_similarity, normalize
 
 from lrsa_lit import plugins
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention.scoring import Ranking, lag_relative_spread, token_hash, weighted_ranking
+from lrsa_lit.ops.sparse_attention.scoring import (
+    Ranking,
+    for_tokens,
+    lag_relative_spread,
+    run_means,
+    runs_of,
+    token_hash,
+    weighted_ranking,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Partitions:
         next_key: (B, H, P, L, D), keys of each partition's reference; ``next_value`` likewise.
         top_k: K, the pairs to make of each.
         first: ordinal of the first of them in its sequence.
+        next_query: (B, H, G, P, w, D), rotated, the last queries of each partition's reference, as many as the
+            compressor's ``window`` says; None where that is 0.
     """
 
     key: Tensor
@@ -41,10 +51,17 @@ class Partitions:
     next_value: Tensor
     top_k: int
     first: int = 0
+    next_query: Tensor | None = None
 
 
 class Compressor(ABC):
-    """Maps each partition to K key-value pairs. Subclasses are frozen dataclasses, so that they compare and hash."""
+    """Maps each partition to K key-value pairs. Subclasses are frozen dataclasses, so that they compare and hash.
+
+    Attributes:
+        window: how many of a reference's last queries it is handed, at most L; an attribute of the class or a field.
+    """
+
+    window: int = 0
 
     @abstractmethod
     def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
@@ -188,24 +205,43 @@ class ChunkWise(ValueWeighted, Selector):
         """The mean over the token's run, and its logarithm up to a constant of the partition."""
         of_tokens = ValueRelative() if self.values_only else LagRelative(value_weight=self.value_weight)
         scores, order = of_tokens.rank(partitions)
-        highest = self._for_tokens(self._runs(order, -math.inf).amax(dim=-1), order)
-        return Ranking(self._means(scores), highest + self._means((order - highest).exp()).log())
+        highest = for_tokens(runs_of(order, self.size, -math.inf).amax(dim=-1), order, self.size)
+        log_means = highest + run_means((order - highest).exp(), self.size).log()
+        return Ranking(run_means(scores, self.size), log_means)
 
-    def _means(self, of_tokens: Tensor) -> Tensor:
-        """(…, L), of each token's run."""
-        runs = self._runs(of_tokens, 0.0)
-        lengths = of_tokens.shape[-1] - self.size * torch.arange(runs.shape[-2], device=runs.device)
-        return self._for_tokens(runs.sum(dim=-1) / lengths.clamp(max=self.size), of_tokens)
 
-    def _runs(self, of_tokens: Tensor, padding: float) -> Tensor:
-        """(…, L) -> (…, runs, size)."""
-        padded = pad(of_tokens, (0, -of_tokens.shape[-1] % self.size), value=padding)
-        runs: Tensor = padded.unflatten(-1, (-1, self.size))
-        return runs
+@dataclass(frozen=True)
+class LagRelativeTail(ValueWeighted, Selector):
+    """Keep the last tokens of each partition, and of the others the best by the score of :class:`LagRelative`.
 
-    def _for_tokens(self, of_runs: Tensor, tokens: Tensor) -> Tensor:
-        """(…, runs) -> (…, L)."""
-        return of_runs.repeat_interleave(self.size, dim=-1)[..., : tokens.shape[-1]]
+    Ours: keys are scored after their rotation, which favours early tokens; this gives the late ones a share.
+
+    Args:
+        tail: share of K that goes to the last tokens, 0 to 1: they are tail K, rounded to the nearest integer, a half
+            up.
+        value_weight: of :class:`LagRelative`.
+    """
+
+    tail: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_setting("tail", self.tail, is_weight(self.tail) and self.tail <= 1, "a number from 0 to 1")
+
+    def last(self, top_k: int) -> int:
+        """How many of K are the last tokens."""
+        return math.floor(self.tail * top_k + 0.5)
+
+    def score(self, partitions: Partitions) -> Tensor:
+        """That of :class:`LagRelative`, also of the last tokens."""
+        return self.rank(partitions).scores
+
+    def rank(self, partitions: Partitions) -> Ranking:
+        """The score, and the order of :class:`LagRelative` with the last tokens in front of all others."""
+        scores, order = LagRelative(value_weight=self.value_weight).rank(partitions)
+        lag = order.shape[-1]
+        always = torch.arange(lag, device=order.device) >= lag - self.last(partitions.top_k)
+        return Ranking(scores, order.masked_fill(always, math.inf))
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ def forward(
     for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         raw = key[:, :, start:stop], value[:, :, start:stop]
         chosen = None if selection is None else of_sequence(selection, rule, boundaries, index)
-        compact = compact_buffer(*raw, rule, chosen)
         queries = query[:, :, start : stop - offset]
+        compact = compact_buffer(*raw, rule, chosen, queries)
         outputs.append(attend(queries, compact, raw, rule, scale=scale, query_offset=offset))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

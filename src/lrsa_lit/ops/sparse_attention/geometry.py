@@ -64,6 +64,21 @@ def stored_size(length: int, rule: Rule) -> int:
     return compact_size(partitions, rule) + length - raw_start(partitions, rule)
 
 
+def window_start(partition: int, rule: Rule) -> int:
+    """First position of the window of a partition: its last w tokens, whose queries the compressor asks for."""
+    return rule.sink_size + (partition + 1) * rule.lag_size - rule.compressor.window
+
+
+def most_window_rows(rule: Rule) -> int:
+    """The most queries that wait, between two calls, for the compression that they are needed for.
+
+    Those of the windows of partitions P(t) + 1 and later: each older partition has served as a reference.
+    """
+    chunks, rest = divmod(rule.chunk, rule.lag_size)
+    straddles = rest > 0 and rule.lag_size % rule.chunk > 0
+    return rule.compressor.window * (chunks + (rest > 0) + straddles)
+
+
 def spans(start: int, stop: int, rule: Rule) -> Iterator[Span]:
     """Cut the queries [start, stop) where P(t) changes."""
     while start < stop:

@@ -43,6 +43,9 @@ class Rule:
         chunk = self.chunk_size is None or (is_integer(self.chunk_size) and self.chunk_size >= 1)
         check_setting("chunk_size", self.chunk_size, chunk, "an integer >= 1, or null for lag_size")
         check_setting("compressor", self.compressor, isinstance(self.compressor, Compressor), "a Compressor")
+        window = self.compressor.window
+        queries = is_integer(window) and 0 <= window <= self.lag_size
+        check_setting("compressor.window", window, queries, f"an integer from 0 to lag_size ({self.lag_size})")
 
     @property
     def chunk(self) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 CONSTANT_CHANNEL = 1e-6
 """A channel is constant if its range is at most this share of its magnitude (README.md, "Selection")."""
@@ -69,6 +70,25 @@ def weighted_ranking(spreads: Sequence[Tensor], weights: Sequence[float]) -> Ran
     # Not torch.logaddexp: on the CPU it rounds the last few numbers of a tensor differently, which would break ties.
     order = torch.maximum(first, second) + (-(first - second).abs()).exp().log1p()
     return Ranking(parts[0] + parts[1], order)
+
+
+def runs_of(of_tokens: Tensor, size: int, padding: float) -> Tensor:
+    """Runs of ``size`` consecutive tokens, the last one padded: (…, L) -> (…, runs, size)."""
+    padded = pad(of_tokens, (0, -of_tokens.shape[-1] % size), value=padding)
+    runs: Tensor = padded.unflatten(-1, (-1, size))
+    return runs
+
+
+def for_tokens(of_runs: Tensor, tokens: Tensor, size: int) -> Tensor:
+    """Of each token (…, L) what its run has: (…, runs) -> (…, L)."""
+    return of_runs.repeat_interleave(size, dim=-1)[..., : tokens.shape[-1]]
+
+
+def run_means(of_tokens: Tensor, size: int) -> Tensor:
+    """The mean over each token's run, (…, L) both; that of a shorter last run is over its own length."""
+    runs = runs_of(of_tokens, size, 0.0)
+    lengths = of_tokens.shape[-1] - size * torch.arange(runs.shape[-2], device=runs.device)
+    return for_tokens(runs.sum(dim=-1) / lengths.clamp(max=size), of_tokens, size)
 
 
 def token_hash(seed: int, *counters: Tensor) -> Tensor:

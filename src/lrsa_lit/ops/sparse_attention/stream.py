@@ -1,16 +1,20 @@
 """The operator chunk by chunk: keys and values that come in over several calls, compressed where the rule says.
 
-Dimensions: B batch, H key-value heads, Hq query heads, D head_dim, S sink_size, L lag_size, K top_k, P partitions.
+Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, D head_dim, S sink_size, L lag_size, K
+top_k, P partitions, w window of the compressor.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import Impl, implementation
-from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, joined
-from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size
+from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, RowBuffer, joined
+from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size, window_start
 from lrsa_lit.ops.sparse_attention.rule import Rule
 
 _KEEP_ALL = Rule(sink_size=0, lag_size=1 << 29, top_k=0)
@@ -22,7 +26,8 @@ class KeyValueStream:
 
     Any split of the tokens over calls gives the outputs of the parallel pass, because partitions are compressed where
     the rule's chunks start and not where calls end. After a call the store holds ``geometry.stored_size`` tokens per
-    head. A rule of None keeps everything (a dense layer).
+    head. A compressor with a window finds its queries in a second one: the last w of each partition that has still to
+    serve as a reference. A rule of None keeps everything (a dense layer).
     """
 
     def __init__(self, rule: Rule | None, impl: Impl = "auto") -> None:
@@ -31,6 +36,17 @@ class KeyValueStream:
         self.seen = 0
         self.partitions = 0
         self._store: PairBuffer | None = None
+        self._queries: RowBuffer[tuple[Tensor]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds, spare rows included."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def buffers(self) -> list[RowBuffer[Any]]:
+        """The :attr:`buffer`, and that of the queries if the compressor asks for some; none before the first token."""
+        return [buffer for buffer in (self._store, self._queries) if buffer is not None]
 
     @property
     def buffer(self) -> PairBuffer:
@@ -52,7 +68,7 @@ class KeyValueStream:
         if self.crosses(count):
             return self._attend_across(query, key, value, scale)
         # All that is stored is visible to all new tokens, up to themselves.
-        visible = self.extend(key, value)
+        visible = self.extend(key, value, query)
         if count == 1:
             grouped = query.unflatten(1, (key.shape[1], -1))
             return eager.causal_attention(grouped, *visible, scale).flatten(1, 2)
@@ -67,6 +83,7 @@ class KeyValueStream:
         buffer, start, offset = self._store_for(key, value), self.seen, raw_start(self.partitions, self.rule)
         past = buffer.cut(compact_size(self.partitions, self.rule))
         raw = joined(past, (key, value)) if past[0].shape[2] else (key, value)
+        self._remember(query)
         self.seen += key.shape[2]
         recent = self._compress(buffer, raw, compressed_at(self.seen - 1, self.rule))
         attend = implementation(self.impl, query).attend
@@ -78,8 +95,10 @@ class KeyValueStream:
         """Whether something must be compressed between the next token and the one ``count`` - 1 later."""
         return compressed_at(self.seen, self.rule) != compressed_at(self.seen + count - 1, self.rule)
 
-    def extend(self, key: Tensor, value: Tensor) -> Pair:
+    def extend(self, key: Tensor, value: Tensor, query: Tensor | None = None) -> Pair:
         """Take in N new tokens, between which nothing is compressed, and leave the attention to the caller.
+
+        Only a compressor with a window needs their queries.
 
         Returns:
             Keys and values (B, H, stored, D): the new tokens see all but their successors. Views of the store.
@@ -88,6 +107,7 @@ class KeyValueStream:
         self.advance()
         buffer = self._store_for(key, value)
         buffer.append((key, value))
+        self._remember(query)
         self.seen += key.shape[2]
         return buffer.filled
 
@@ -106,8 +126,18 @@ class KeyValueStream:
         """The most places that are filled at a time while ``tokens`` more come in one by one."""
         return max((stored_size(self.seen + count, self.rule) for count in range(1, tokens + 1)), default=0)
 
+    @property
+    def query_place(self) -> int:
+        """Where the next token's query goes in the memory of the queries: to the last row if it is not needed."""
+        if self._queries is None:
+            return 0
+        return self._queries.length if self._windows(self.seen, self.seen + 1) else self._queries.capacity - 1
+
     def count(self, tokens: int) -> None:
-        """Take note of tokens that somebody wrote behind the filled rows of the :attr:`buffer`."""
+        """Take note of tokens that somebody wrote behind the filled rows of the :attr:`buffers`."""
+        if self._queries is not None:
+            needed = self._windows(self.seen, self.seen + tokens)
+            self._queries.length += sum(window.stop - window.start for window in needed)
         self.buffer.length += tokens
         self.seen += tokens
 
@@ -116,7 +146,38 @@ class KeyValueStream:
         other = KeyValueStream(self.rule, self.impl)
         other.seen, other.partitions = self.seen, self.partitions
         other._store = None if self._store is None else self._store.rows(indices)
+        other._queries = None if self._queries is None else self._queries.rows(indices)
         return other
+
+    def _windows(self, start: int, stop: int) -> list[slice]:
+        """Those of the positions [start, stop) whose queries a compression to come needs, from ``start``."""
+        lag, window = self.rule.lag_size, self.rule.compressor.window
+        first = window_start(self.partitions + 1, self.rule)
+        # The window that ends behind ``start``, or the first one that is needed.
+        first += max(0, start - first - window + lag) // lag * lag
+        return [slice(max(at - start, 0), min(at + window, stop) - start) for at in range(first, stop, lag)]
+
+    def _remember(self, query: Tensor | None) -> None:
+        """Store what compressions to come need of the queries (B, Hq, N, D) of the next tokens."""
+        if self.rule.compressor.window == 0:
+            return
+        assert query is not None
+        if self._queries is None:
+            self._queries = RowBuffer(query[:, :, :0])
+        windows = self._windows(self.seen, self.seen + query.shape[2])
+        if windows:
+            self._queries.append((torch.cat([query[:, :, window] for window in windows], dim=2),))
+
+    def _take_windows(self, partitions: int, heads: int) -> Tensor | None:
+        """Take the windows (B, H, G, P, w, D) of the references of so many partitions from the stored queries."""
+        if self._queries is None:
+            return None
+        window = self.rule.compressor.window
+        rest = self._queries.cut(partitions * window)
+        (windows,) = self._queries.cut(0)
+        self._queries.append(rest)
+        grouped: Tensor = windows.unflatten(2, (partitions, window)).unflatten(1, (heads, -1))
+        return grouped
 
     def _store_for(self, key: Tensor, value: Tensor) -> PairBuffer:
         """The store, made for pairs like these by the first call."""
@@ -133,7 +194,8 @@ class KeyValueStream:
         if before == 0:
             buffer.append((key[:, :, :sink], value[:, :, :sink]))
             key, value = key[:, :, sink:], value[:, :, sink:]
-        run = implementation(self.impl, key)
-        buffer.append(run.compress(key, value, self.rule, partitions - before, before))
+        count, run = partitions - before, implementation(self.impl, key)
+        windows = self._take_windows(count, key.shape[1])
+        buffer.append(run.compress(key, value, self.rule, count, before, windows))
         self.partitions = partitions
         return recent

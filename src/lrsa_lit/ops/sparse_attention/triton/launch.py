@@ -70,13 +70,19 @@ def _forward(
             if selection is None and isinstance(rule.compressor, SpreadSelector):
                 ranks, _ = select_ranks(key, value, geometry, rule.compressor.weights)
             else:
-                chosen = in_pytorch.select(key, value, rule, boundaries) if selection is None else selection
-                ranks = ranks_of(chosen.indices, geometry)
+                if selection is None:
+                    selection = in_pytorch.select(key, value, rule, boundaries, query)
+                ranks = ranks_of(selection.indices, geometry)
             compact = gather_compact(key, value, ranks, geometry)
     else:
         ranks = None
         rows = itertools.starmap(slice, itertools.pairwise(boundaries))
-        compact = joined(*(in_pytorch.compact_buffer(key[:, :, part], value[:, :, part], rule) for part in rows))
+        compact = joined(
+            *(
+                in_pytorch.compact_buffer(key[:, :, part], value[:, :, part], rule, query=queries)
+                for part, queries in zip(rows, in_pytorch.queries_of(query, key, boundaries), strict=True)
+            )
+        )
     return _attend(Inputs(query, key, value, *compact), ranks, geometry, scale)
 
 
@@ -97,11 +103,11 @@ def attend(
     return _attend(Inputs(query, *raw, *compact), None, geometry, scale)
 
 
-def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> Pair:
+def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int, next_query: Tensor | None = None) -> Pair:
     """What ``count`` partitions of a sequence become; arguments as in ``eager.compress``."""
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     if grads or not isinstance(rule.compressor, SpreadSelector):
-        return in_pytorch.compress(key, value, rule, count, first)
+        return in_pytorch.compress(key, value, rule, count, first, next_query)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     geometry = Geometry(0, rule.lag_size, rule.top_k, rule.lag_size, (0, (count + 1) * rule.lag_size + 1))
     ranks, _ = select_ranks(key, value, geometry, rule.compressor.weights)
@@ -110,10 +116,10 @@ def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int) -> 
 
 @torch.compiler.disable
 @torch.no_grad()
-def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int]) -> Selection:
+def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], query: Tensor | None = None) -> Selection:
     """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
     if not isinstance(rule.compressor, SpreadSelector):
-        return in_pytorch.select(key, value, rule, boundaries)
+        return in_pytorch.select(key, value, rule, boundaries, query)
     geometry = Geometry.of(rule, boundaries)
     ranks, scores = select_ranks(key, value, geometry, rule.compressor.weights)
     # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
