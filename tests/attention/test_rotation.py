@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import refused
 
-from lrsa_lit.attention import enable, observing, rotaries_of
-from lrsa_lit.ops.sparse_attention import Rotary
+from lrsa_lit.attention import LRSACache, cache_argument, enable, observing, rotaries_of
+from lrsa_lit.ops.sparse_attention import FreqPartition, Rotary
 
 KINDS = {
     "default": {"rope_type": "default", "rope_theta": 500.0},
@@ -59,3 +59,26 @@ def test_other_positions_are_refused(family, reason, tiny):
     changes = {"head_dim": 8} if family == "Glm" else {}
     with refused("model", f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}", reason=reason):
         rotaries_of(tiny(family, "LMHeadModel" if family == "GPT2" else "ForCausalLM", **changes))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Qwen2", "GPTNeoX", "SmolLM3"])
+def test_partitions_in_the_frequency_domain_see_keys_without_their_rotation(family, tiny, tokens, rule):
+    """With all frequencies kept it is dense, and with fewer a cache gives what the parallel pass gives."""
+    model, ids, config = tiny(family), tokens(2, 90), rule.replace(compressor=FreqPartition())
+    dense = model(ids, use_cache=False).logits
+    enable(model, config.replace(top_k=config.lag_size))
+    torch.testing.assert_close(model(ids, use_cache=False).logits, dense, rtol=0, atol=1e-5)
+    sparse = enable(model, config)(ids, use_cache=False).logits
+    assert not torch.allclose(sparse, dense, atol=1e-2)
+    cache = LRSACache.of(model)
+    parts = [model(part, **cache_argument(model, cache)).logits for part in ids.split([50, 1, 39], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), sparse, rtol=0, atol=1e-5)
+
+
+def test_a_cache_without_a_model_has_no_rotation_to_take_off(tiny, rule):
+    config = rule.replace(compressor=FreqPartition())
+    with refused("compressor", "FreqPartition", reason="use LRSACache.of(model)"):
+        LRSACache(config, 3)
+    with refused("model", "GPT2LMHeadModel", reason="no rotary positions"):
+        enable(tiny("GPT2", "LMHeadModel"), config)

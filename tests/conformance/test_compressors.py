@@ -13,7 +13,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from lrsa_lit.attention import LRSACache, LRSAConfig, cache_argument, enable
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Partitions, Selector, select, sparse_attention
+from lrsa_lit.ops.sparse_attention import (
+    Compressor,
+    LagRelative,
+    Partitions,
+    Rotary,
+    Selector,
+    select,
+    sparse_attention,
+)
 
 LENGTHS = [1, 60, 0, 19, 41]
 SPLITS = {"at once": [70], "odd": [1, 17, 1, 30, 21], "token by token": [50] + [1] * 20}
@@ -27,7 +35,8 @@ def config(compressor):
 
 @pytest.fixture(scope="module")
 def rule(config):
-    return config.rule
+    """With a rotation of two channels, for those that need one: there are tests of as few."""
+    return config.rule.replace(rotary=Rotary((0.7,)))
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +86,8 @@ def test_padded_rows_get_what_each_gets_alone(model, side):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
-def test_any_split_of_calls_is_the_parallel_pass(model, config, sizes):
-    ids, cache, start, parts = tokens(2, sum(sizes)), LRSACache(config, model.config.num_hidden_layers), 0, []
+def test_any_split_of_calls_is_the_parallel_pass(model, sizes):
+    ids, cache, start, parts = tokens(2, sum(sizes)), LRSACache.of(model), 0, []
     for size in sizes:
         parts.append(model(ids[:, start : start + size], **cache_argument(model, cache)).logits)
         start += size
@@ -90,10 +99,10 @@ def test_partitions_are_compressed_alike_at_once_and_one_by_one(rule):
     query, key, value = (x.unflatten(2, (7, rule.lag_size)) for x in random_qkv(7 * rule.lag_size, batch=2))
     whole = key[:, :, :-1], value[:, :, :-1], key[:, :, 1:], value[:, :, 1:]
     queries = query.unflatten(1, (2, 2))[:, :, :, 1:, rule.lag_size - rule.compressor.window :]
-    together = rule.compressor.compress(Partitions(*whole, rule.top_k, next_query=queries))
+    together = rule.compressor.compress(Partitions(*whole, rule.top_k, next_query=queries, rotary=rule.rotary))
     for p in range(6):
-        given = Partitions(*(x[:, :, p : p + 1] for x in whole), rule.top_k, p, queries[:, :, :, p : p + 1])
-        alone = rule.compressor.compress(given)
+        one = *(x[:, :, p : p + 1] for x in whole), rule.top_k, p, queries[:, :, :, p : p + 1]
+        alone = rule.compressor.compress(Partitions(*one, p * rule.lag_size, rule.rotary))
         for found, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(found[:, :, p : p + 1], expected)
 

@@ -12,9 +12,10 @@ from transformers.cache_utils import Cache
 
 from lrsa_lit.attention.attached import base_of, enabled_state, given_or_stored, warn_if_trained_otherwise
 from lrsa_lit.attention.cache_layer import LRSACacheLayer
-from lrsa_lit.attention.config import LRSAConfig
+from lrsa_lit.attention.config import LayerRules, LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout
+from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.attention.stock import Lease, lease
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl
@@ -33,13 +34,21 @@ class LRSACache(Cache):
     Args:
         config: the rule, the same that the model was enabled with.
         num_layers: layers of the model (``model.config.num_hidden_layers``).
+        layers: the layers' rules, as :meth:`of` reads them from a model; default: those that the config alone makes.
+
+    Raises:
+        UserError: the compressor needs the rotation of a model, and there is none.
     """
 
-    def __init__(self, config: LRSAConfig, num_layers: int) -> None:
+    def __init__(self, config: LRSAConfig, num_layers: int, layers: LayerRules | None = None) -> None:
         self.config = config
+        layers = config.layers if layers is None else layers
+        if config.compressor.needs_rotary and not layers.rotaries:
+            reason = "works on keys without their rotation, which only the model knows: use LRSACache.of(model)"
+            raise UserError("compressor", type(config.compressor).__name__, reason=reason)
         self.lease: Lease | None = None
         self._busy: Literal["call", "change"] | None = None
-        super().__init__(layers=[LRSACacheLayer(config.layers.of(layer)) for layer in range(num_layers)])
+        super().__init__(layers=[LRSACacheLayer(layers.of(layer)) for layer in range(num_layers)])
 
     @classmethod
     def of(cls, model: Any, config: LRSAConfig | None = None) -> LRSACache:
@@ -57,10 +66,9 @@ class LRSACache(Cache):
         if state is not None:
             if config not in (None, state.config):
                 raise UserError("config", config, f"{state.config}, the rule that the model was enabled with")
-            return cls(state.config, len(state.modules))
+            return cls(state.config, len(state.modules), layers_of(inner, state.config))
         config = given_or_stored(config, inner)
-        layers = len(attention_modules(inner))
-        config.layers.check(layers)
+        layers = layers_of(inner, config)
         if config.dense_layers:
             reason = "need enable(model, …); stock layers share one mask"
             raise UserError("config.dense_layers", config.dense_layers, reason=reason)
@@ -68,7 +76,7 @@ class LRSACache(Cache):
             reason = "needs enable(model, …); stock attention hands no queries to a cache"
             raise UserError("config.compressor", type(config.compressor).__name__, reason=reason)
         warn_if_trained_otherwise(inner, config)
-        cache = cls(config, layers)
+        cache = cls(config, len(attention_modules(inner)), layers)
         cache.lease = lease(inner.base_model)
         return cache
 

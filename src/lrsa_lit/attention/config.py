@@ -12,21 +12,26 @@ from typing import Any
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight, replaced
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Rule, ValueWeighted
+from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Rotary, Rule, ValueWeighted
 
 
 @dataclass(frozen=True)
 class LayerRules:
-    """Which rule each layer of a model obeys; those whose index is in ``dense`` keep ordinary causal attention."""
+    """Which rule each layer of a model obeys; those whose index is in ``dense`` keep ordinary causal attention.
+
+    The rotation of each layer's keys is known where the compressor needs it and there is a model to read it from.
+    """
 
     rule: Rule
     dense: tuple[int, ...] = ()
+    rotaries: tuple[Rotary, ...] = ()
 
     def of(self, layer: int) -> Rule | None:
         """The rule of a layer; None where it is dense."""
         if layer in self.dense:
             return None
-        return dataclasses.replace(self.rule, compressor=self.rule.compressor.for_layer(layer))
+        rotary = self.rotaries[layer] if self.rotaries else None
+        return self.rule.replace(compressor=self.rule.compressor.for_layer(layer), rotary=rotary)
 
     def check(self, layers: int) -> None:
         """Raise a UserError if a dense layer is none of a model's ``layers``."""

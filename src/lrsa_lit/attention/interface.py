@@ -32,6 +32,7 @@ from lrsa_lit.attention.cache import LRSACache, compressed_cache
 from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions
+from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, is_traceable, sparse_attention, tensor_of_rule, traced_attention
 
@@ -68,7 +69,7 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     inner = base_of(model)
     config = given_or_stored(config, inner)
     modules = attention_modules(inner)
-    config.layers.check(len(modules))
+    layers = layers_of(inner, config)
     disable(inner)
     # Without a mask function of that name transformers makes no mask, for which there is the layout. With one it would
     # look for packed sequences in the positions, and wait for the GPU.
@@ -77,7 +78,7 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     warn_if_trained_otherwise(inner, config)
     state = Enabled(config, impl, inner.config._attn_implementation, modules, trained_with)
     for layer, module in enumerate(modules):
-        rule = config.layers.of(layer)
+        rule = layers.of(layer)
         setattr(module, RULE, AttachedRule(state, rule, layer, None if rule is None else tensor_of_rule(rule)))
     decoder = inner.base_model
     state.handles = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from typing import Any
@@ -10,12 +11,26 @@ import torch
 from torch import nn
 
 from lrsa_lit.attention.attached import base_of
+from lrsa_lit.attention.config import LayerRules, LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Rotary
 
 KINDS = ("default", "linear", "llama3", "yarn")
 """Those of transformers whose frequencies are the same for all lengths."""
+
+
+def layers_of(model: Any, config: LRSAConfig) -> LayerRules:
+    """The rules of a model's layers, with their rotations if the compressor needs them.
+
+    Raises:
+        UserError: the model has no such dense layer, or no rotation that the compressor could take off.
+    """
+    layers = config.layers
+    layers.check(len(attention_modules(base_of(model))))
+    if not config.compressor.needs_rotary:
+        return layers
+    return dataclasses.replace(layers, rotaries=rotaries_of(model))
 
 
 def rotaries_of(model: Any) -> tuple[Rotary, ...]:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from lrsa_lit import plugins
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.scoring import (
     Ranking,
     for_tokens,
@@ -43,6 +44,8 @@ class Partitions:
         first: ordinal of the first of them in its sequence.
         next_query: (B, H, G, P, w, D), rotated, the last queries of each partition's reference, as many as the
             compressor's ``window`` says; None where that is 0.
+        start: position of the first token of the first of them in its sequence.
+        rotary: the rotation that the keys have; None unless the compressor needs it.
     """
 
     key: Tensor
@@ -52,6 +55,8 @@ class Partitions:
     top_k: int
     first: int = 0
     next_query: Tensor | None = None
+    start: int = 0
+    rotary: Rotary | None = None
 
 
 class Compressor(ABC):
@@ -59,9 +64,11 @@ class Compressor(ABC):
 
     Attributes:
         window: how many of a reference's last queries it is handed, at most L; an attribute of the class or a field.
+        needs_rotary: whether it is handed ``Partitions.rotary``, which a rule has that a model was given.
     """
 
     window: int = 0
+    needs_rotary: ClassVar[bool] = False
 
     @abstractmethod
     def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:

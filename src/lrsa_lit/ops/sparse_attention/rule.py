@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrsa_lit.bounds import check_setting, is_integer, replaced
 from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative, SpreadSelector
+from lrsa_lit.ops.sparse_attention.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Rule:
         top_k: key-value pairs kept of a partition, per KV head (0 <= K <= L).
         chunk_size: tokens between two compressions (C >= 1); None means lag_size.
         compressor: what turns a partition into K pairs.
+        rotary: the rotation of the keys, for compressors that need it; models that LRSA is enabled on set it.
 
     Raises:
         UserError: a value outside its bounds, in one line.
@@ -32,6 +34,7 @@ class Rule:
     top_k: int = 32
     chunk_size: int | None = None
     compressor: Compressor = field(default_factory=LagRelative)
+    rotary: Rotary | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         sinks = is_integer(self.sink_size) and self.sink_size >= 0
@@ -46,6 +49,8 @@ class Rule:
         window = self.compressor.window
         queries = is_integer(window) and 0 <= window <= self.lag_size
         check_setting("compressor.window", window, queries, f"an integer from 0 to lag_size ({self.lag_size})")
+        rotation = self.rotary is None or isinstance(self.rotary, Rotary)
+        check_setting("rotary", self.rotary, rotation, "a Rotary, or none")
 
     @property
     def chunk(self) -> int:

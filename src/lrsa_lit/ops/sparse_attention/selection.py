@@ -67,11 +67,15 @@ def partitions_of(
     key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0, next_query: Tensor | None = None
 ) -> Partitions:
     """Views of ``count`` partitions, with their references; arguments as in :func:`compress`."""
+    if rule.compressor.needs_rotary and rule.rotary is None:
+        reason = "works on keys without their rotation, which only a model's rule knows: give the rule a Rotary"
+        raise UserError("compressor", type(rule.compressor).__name__, reason=reason)
     stop = (count + 1) * rule.lag_size
     keys = key[:, :, :stop].unflatten(2, (count + 1, rule.lag_size))
     values = value[:, :, :stop].unflatten(2, (count + 1, rule.lag_size))
     pairs = keys[:, :, :-1], values[:, :, :-1], keys[:, :, 1:], values[:, :, 1:]
-    return Partitions(*pairs, rule.top_k, first, next_query)
+    start = rule.sink_size + first * rule.lag_size
+    return Partitions(*pairs, rule.top_k, first, next_query, start, rule.rotary)
 
 
 def select_sequence(key: Tensor, value: Tensor, rule: Rule, query: Tensor | None = None) -> Selection:
