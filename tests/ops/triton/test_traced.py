@@ -6,6 +6,7 @@ from helpers import refused
 from ops.triton.oracle import inputs
 
 from lrsa_lit.ops.sparse_attention import (
+    KeyDiff,
     LagRelative,
     RandomTokens,
     Rule,
@@ -39,6 +40,7 @@ def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_a
         pytest.param(SMALL.replace(compressor=LagRelative(value_weight=0.3)), id="w=0.3"),
         pytest.param(SMALL.replace(compressor=LagRelative(value_weight=0)), id="w=0"),
         pytest.param(SMALL.replace(compressor=ValueRelative()), id="values"),
+        pytest.param(SMALL.replace(compressor=KeyDiff()), id="KeyDiff"),
         pytest.param(Rule(0, 14, 3), id="S=0 L=14"),
     ],
 )
@@ -82,6 +84,7 @@ def test_one_graph_serves_all_rules_and_packings():
         SMALL.replace(top_k=9),
         SMALL.replace(compressor=LagRelative(value_weight=0)),
         values,
+        SMALL.replace(compressor=KeyDiff()),
         Rule(2, 12, 3, 20),
     ):
         assert_same(tensors, config, attention=compiled)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.bounds import check_setting, is_integer, replaced
-from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative, SpreadSelector
+from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative
+from lrsa_lit.ops.sparse_attention.kernel_code import kernel_code
 from lrsa_lit.ops.sparse_attention.rotary import Rotary
 
 
@@ -86,10 +87,11 @@ def rule_of(given: Rule | HasRule) -> Rule:
 
 
 def tensor_of_rule(rule: Rule) -> Tensor | None:
-    """S, L, K, C and the weights of the key and the value score as float64 (6,) on the CPU; None without weights."""
-    if not isinstance(rule.compressor, SpreadSelector):
+    """S, L, K, C and the selector's ``kernel_code`` as float64 (6,) on the CPU; None where it has none."""
+    code = kernel_code(rule.compressor)
+    if code is None:
         return None
-    values = *rule.numbers, *rule.compressor.weights
+    values = *rule.numbers, *code
     # An evaluation may switch the rule under inference mode, whose tensors no graph that trains takes.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -16,10 +16,10 @@ from torch import Tensor, library
 
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
+from lrsa_lit.ops.sparse_attention.triton.fused_selection import fused_ranks
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, Saved, positive_scale, with_rows
 from lrsa_lit.ops.sparse_attention.triton.key_gradient_kernel import attend_backward
-from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
 from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS, Geometry, ranks_shape
 
 
@@ -59,9 +59,9 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
-    geometry, weights = _call(key, rule_tensor, cu_seqlens)
+    geometry, code = _call(key, rule_tensor, cu_seqlens)
     buffer = torch.empty(key.shape[:3], dtype=torch.int32, device=key.device)
-    ranks, _ = select_ranks(key, value, geometry, weights, _ranks_in(buffer, geometry))
+    ranks, _ = fused_ranks(code, key, value, geometry, _ranks_in(buffer, geometry))
     compact = gather_compact(key, value, ranks, geometry)
     return *attend_forward(Inputs(query, key, value, *compact), geometry, scale), buffer
 
@@ -106,11 +106,11 @@ _forward_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 def _call(key: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, list[float]]:
-    """The geometry, and the weights of the key and the value score."""
-    sink, lag, keep, chunk, *weights = rule_tensor.tolist()
+    """The geometry, and the selector's ``kernel_code``."""
+    sink, lag, keep, chunk, *code = rule_tensor.tolist()
     length = key.shape[2]
     boundaries = (0, length) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), length)
-    return Geometry(int(sink), int(lag), int(keep), int(chunk), tuple(boundaries)), weights
+    return Geometry(int(sink), int(lag), int(keep), int(chunk), tuple(boundaries)), code
 
 
 def _ranks_in(buffer: Tensor, geometry: Geometry) -> Tensor:

@@ -103,6 +103,13 @@ def query_tile(p_tiles, p_sequences, n_batch_heads, heads, BLOCK_M: tl.constexpr
 
 
 @triton.jit
+def partition_row(i_partition, p_partitions, p_sequences, sink, lag):
+    """Row of the first token of a partition."""
+    i_sequence, i_ordinal = tl.load(p_partitions + i_partition * 2), tl.load(p_partitions + i_partition * 2 + 1)
+    return tl.load(p_sequences + i_sequence * COLUMNS + KEY_ROW) + sink + i_ordinal * lag
+
+
+@triton.jit
 def load_tile(p_base, o_row, stride, m_row, DIM: tl.constexpr, PADDED: tl.constexpr):
     """Rows ``o_row`` of a matrix of DIM columns: [rows, PADDED], zero where not ``m_row`` and from column DIM on."""
     o_dim = tl.arange(0, PADDED)

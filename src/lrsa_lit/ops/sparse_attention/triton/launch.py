@@ -16,14 +16,15 @@ from torch import Tensor
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import selection as in_pytorch
 from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
-from lrsa_lit.ops.sparse_attention.compressors import Selector, SpreadSelector
+from lrsa_lit.ops.sparse_attention.compressors import Selector
+from lrsa_lit.ops.sparse_attention.kernel_code import kernel_code
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.selection import Selection
 from lrsa_lit.ops.sparse_attention.triton.attention_op import Attend, traced_attention
 from lrsa_lit.ops.sparse_attention.triton.decode_kernels import attend_one
+from lrsa_lit.ops.sparse_attention.triton.fused_selection import fused_ranks
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact, ranks_of
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, positive_scale
-from lrsa_lit.ops.sparse_attention.triton.select_kernels import select_ranks
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_starts
 
 __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
@@ -67,8 +68,9 @@ def _forward(
     geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
     if isinstance(rule.compressor, Selector):
         with torch.no_grad():
-            if selection is None and isinstance(rule.compressor, SpreadSelector):
-                ranks, _ = select_ranks(key, value, geometry, rule.compressor.weights)
+            code = kernel_code(rule.compressor)
+            if selection is None and code is not None:
+                ranks, _ = fused_ranks(code, key, value, geometry)
             else:
                 if selection is None:
                     selection = in_pytorch.select(key, value, rule, boundaries, query)
@@ -106,11 +108,12 @@ def attend(
 def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int, next_query: Tensor | None = None) -> Pair:
     """What ``count`` partitions of a sequence become; arguments as in ``eager.compress``."""
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    if grads or not isinstance(rule.compressor, SpreadSelector):
+    code = kernel_code(rule.compressor)
+    if grads or code is None:
         return in_pytorch.compress(key, value, rule, count, first, next_query)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     geometry = Geometry(0, rule.lag_size, rule.top_k, rule.lag_size, (0, (count + 1) * rule.lag_size + 1))
-    ranks, _ = select_ranks(key, value, geometry, rule.compressor.weights)
+    ranks, _ = fused_ranks(code, key, value, geometry)
     return gather_compact(key, value, ranks, geometry)
 
 
@@ -118,10 +121,11 @@ def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int, nex
 @torch.no_grad()
 def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], query: Tensor | None = None) -> Selection:
     """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
-    if not isinstance(rule.compressor, SpreadSelector):
+    code = kernel_code(rule.compressor)
+    if code is None:
         return in_pytorch.select(key, value, rule, boundaries, query)
     geometry = Geometry.of(rule, boundaries)
-    ranks, scores = select_ranks(key, value, geometry, rule.compressor.weights)
+    ranks, scores = fused_ranks(code, key, value, geometry)
     # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
     tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(*ranks.shape[:3], rule.top_k)
     return Selection(tokens + partition_starts(geometry, key.device)[:, None], scores)

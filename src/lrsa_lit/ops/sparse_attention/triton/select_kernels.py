@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL, SHRINK
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
-from lrsa_lit.ops.sparse_attention.triton.device_functions import COLUMNS, KEY_ROW
+from lrsa_lit.ops.sparse_attention.triton.device_functions import partition_row
+from lrsa_lit.ops.sparse_attention.triton.rank_kernel import store_ranks, warps_for
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, ranks_shape, sequence_table
 
 _TOKENS = 32
@@ -49,7 +50,7 @@ def select_ranks(
     _keep_kernel[grid](
         spreads, scores, ranks, count, lag, geometry.keep,
         float(first_weight), float(second_weight), math.log(second_weight) - math.log(first_weight),
-        BOTH=len(sources) == 2, BLOCK=triton.next_power_of_2(lag), num_warps=1 if lag <= 128 else 4,
+        BOTH=len(sources) == 2, BLOCK=triton.next_power_of_2(lag), num_warps=warps_for(lag),
     )  # fmt: skip
     return ranks, scores
 
@@ -69,9 +70,7 @@ def _spread_kernel(
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     i_source = tl.program_id(2)
-    i_sequence = tl.load(p_partitions + i_partition * 2)
-    i_ordinal = tl.load(p_partitions + i_partition * 2 + 1)
-    i_token = tl.load(p_sequences + i_sequence * COLUMNS + KEY_ROW) + sink + i_ordinal * lag
+    i_token = partition_row(i_partition, p_partitions, p_sequences, sink, lag)
     stride = stride_ft
     p_tokens = p_first + i_b * stride_fb + i_h * stride_fh
     if i_source == 1:
@@ -153,15 +152,4 @@ def _keep_kernel(
     # last.
     b_bits = b_log.to(tl.int32, bitcast=True)
     b_order = tl.where(m_token, tl.where(b_log == b_log, b_bits, 2147483647), -1)
-    # The K-th highest, bit by bit: exact for any L without sorting.
-    cut = 0
-    for i_bit in range(31):
-        raised = cut | (1 << (30 - i_bit))
-        count = tl.sum((b_order >= raised).to(tl.int32), axis=0)
-        cut = tl.where(count >= keep, raised, cut)
-    m_above = b_order > cut
-    m_tied = b_order == cut
-    left = keep - tl.sum(m_above.to(tl.int32), axis=0)
-    m_kept = m_above | (m_tied & (tl.cumsum(m_tied.to(tl.int32), axis=0) <= left))
-    b_rank = tl.cumsum(m_kept.to(tl.int32), axis=0) - 1
-    tl.store(p_ranks + o_partition + o_token, tl.where(m_kept, b_rank, -1), mask=m_token)
+    store_ranks(p_ranks, b_order, o_partition, o_token, m_token, keep, False)

@@ -1,0 +1,120 @@
+"""Selectors with kernels of their own, beside the lag-relative ones, against eager PyTorch."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from ops.triton.oracle import DEVICE, inputs
+
+from lrsa_lit.ops.sparse_attention import KeyDiff, Rule, eager, select, sparse_attention
+from lrsa_lit.ops.sparse_attention.triton import launch as kernels
+from lrsa_lit.ops.sparse_attention.triton.rank_kernel import rank_highest
+
+CLOSE = 1e-6
+"""Share of the highest score by which the K-th and the next must differ for two implementations to agree."""
+SMALL = Rule(sink_size=4, lag_size=16, top_k=4, compressor=KeyDiff())
+
+
+def assert_same_selection(key, value, rule, cu_seqlens=None):
+    exact = select(key.double(), value.double(), rule, cu_seqlens=cu_seqlens, impl="eager")
+    got = select(key, value, rule, cu_seqlens=cu_seqlens, impl="triton")
+    torch.testing.assert_close(got.scores.double(), exact.scores, rtol=1e-5, atol=1e-6)
+    differ = (got.indices != exact.indices).any(dim=-1)
+    if 0 < rule.top_k < rule.lag_size:
+        ranked = exact.scores.sort(dim=-1, descending=True).values
+        margin = ranked[..., rule.top_k - 1] - ranked[..., rule.top_k]
+        assert not (differ & (margin > CLOSE * exact.scores.abs().amax(dim=-1))).any()
+    assert differ.sum() <= max(1, 0.002 * differ.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("lag", "keep"), [(16, 5), (7, 3), (100, 33), (130, 0), (32, 32)])
+def test_same_tokens_as_eager_pytorch(lag, keep, dtype):
+    _, key, value, _ = inputs(2, 4, 2, 3 * lag + 11, 24, dtype)
+    assert_same_selection(key, value, SMALL.replace(lag_size=lag, top_k=keep))
+
+
+def test_packed_sequences():
+    _, key, value, _ = inputs(1, 2, 2, 206, 16)
+    assert_same_selection(key, value, SMALL, torch.tensor([0, 1, 6, 106, 206], dtype=torch.int32))
+
+
+def test_keys_in_any_layout():
+    _, key, value, _ = inputs(1, 2, 2, 75, 16)
+    assert_same_selection(key.transpose(-1, -2).contiguous().transpose(-1, -2), value, SMALL)
+
+
+def test_equal_keys_go_to_the_earlier_token():
+    _, key, value, _ = inputs(1, 2, 1, 4 + 3 * 16, 16)
+    key[:, :, 4:20] = key[:, :, 4:8].repeat(1, 1, 4, 1)
+    chosen = [select(key, value, SMALL, impl=impl).indices for impl in ("triton", "eager")]
+    assert torch.equal(*chosen)
+    key[:] = 1.0
+    assert select(key, value, SMALL, impl="triton").indices[0, 0, 0].tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-21, 1e-15, 1e15])
+def test_keys_of_any_length(length):
+    _, key, value, _ = inputs(1, 2, 1, 4 + 3 * 16, 16)
+    key[:, :, 7::5] *= length
+    assert_same_selection(key, value, SMALL)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e38])
+def test_keys_that_are_not_finite_keep_k_tokens(number):
+    _, key, value, _ = inputs(1, 2, 2, 90, 16)
+    key[:, :, 30:40, 3] = number
+    indices = select(key, value, SMALL, impl="triton").indices
+    starts = 4 + 16 * torch.arange(indices.shape[2], device=DEVICE)[:, None]
+    assert ((indices >= starts) & (indices < starts + 16)).all()
+    assert (indices.diff(dim=-1) > 0).all()
+
+
+def test_partitions_of_a_call_keep_the_same_pairs():
+    _, key, value, _ = inputs(2, 2, 2, 75, 24)
+    ours, theirs = (run.compress(key, value, SMALL, 3, first=2) for run in (kernels, eager))
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize(("keep", "boundaries"), [(5, None), (0, None), (16, [0, 46, 50])])
+def test_the_operator_and_its_gradients(keep, boundaries):
+    *tensors, gradient = inputs(1, 4, 2, 50, 16)
+    rule, results = SMALL.replace(top_k=keep), []
+    cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
+    for impl in ("triton", "eager"):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        output = sparse_attention(*leaves, rule, cu_seqlens=cu_seqlens, impl=impl)
+        results.append([output, *torch.autograd.grad(output, leaves, gradient)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class MostLike(KeyDiff):
+    """The opposite, which no kernel knows."""
+
+    def score(self, partitions):
+        return -super().score(partitions)
+
+
+def test_a_subclass_scores_by_itself():
+    _, key, value, _ = inputs(1, 2, 2, 75, 16)
+    rule = SMALL.replace(compressor=MostLike())
+    chosen = [select(key, value, rule, impl=impl) for impl in ("triton", "eager")]
+    assert torch.equal(*(selection.indices for selection in chosen))
+    assert (chosen[0].scores > 0).any()
+
+
+@pytest.mark.parametrize("lag", [5, 128, 200])
+def test_any_order_is_ranked_as_torch_sorts_it(lag):
+    generator = torch.Generator().manual_seed(lag)
+    order = torch.randn(2, 2, 3, lag, generator=generator)
+    order[0] = order[0].round()  # Many ties, and zeros of both signs.
+    infinity = float("inf")
+    order[1, :, :, :4] = torch.tensor([float("nan"), -infinity, infinity, float("nan")])
+    order[1, 1] = order[1, 1, :, torch.randperm(lag, generator=generator)]
+    for keep in (0, 1, lag // 3, lag):
+        kept = order.sort(dim=-1, descending=True, stable=True).indices[..., :keep].sort(dim=-1).values
+        expected = torch.full_like(order, -1, dtype=torch.int32)
+        expected.scatter_(-1, kept, torch.arange(keep, dtype=torch.int32).expand(kept.shape))
+        assert torch.equal(rank_highest(order.to(DEVICE), keep).cpu(), expected)
