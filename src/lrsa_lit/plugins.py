@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 KINDS = {
     "compressors": Kind("compressor", "lrsa_lit.ops.sparse_attention", "Compressor"),
     "data": Kind("data set", "lrsa_lit.data", "QADataModule"),
+    "systems": Kind("system", "lrsa_lit.systems", "System"),
     "objectives": Kind("objective", "lrsa_lit.objectives", "Objective"),
 }
 """By name. An installed package registers a class as the entry point ``NAME = "module:NAME"`` of ``lrsa_lit.KIND``."""

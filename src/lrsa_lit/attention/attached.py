@@ -16,6 +16,7 @@ from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.ops.sparse_attention import Impl, Rule
+from lrsa_lit.systems.system import Place, System
 
 RULE = "_lrsa_rule"
 """The attribute of an attention module that holds its :class:`AttachedRule`."""
@@ -42,11 +43,13 @@ class Enabled:
 
 @dataclass(eq=False)
 class AttachedRule:
-    """What is attached to the attention module of one layer; its rule is None where it stays dense."""
+    """What is attached to the attention module of one layer: a rule, or a system, or neither where it stays dense."""
 
     state: Enabled
     rule: Rule | None
     layer: int
+    system: System | None
+    place: Place
     # As a compiled layer takes it.
     rule_tensor: Tensor | None = None
     has_attended: bool = False

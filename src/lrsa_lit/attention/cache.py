@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -43,12 +44,17 @@ class LRSACache(Cache):
     def __init__(self, config: LRSAConfig, num_layers: int, layers: LayerRules | None = None) -> None:
         self.config = config
         layers = config.layers if layers is None else layers
-        if config.compressor.needs_rotary and not layers.rotaries:
+        if config.needs_rotary and not layers.rotaries:
+            field = "compressor" if config.system is None else "system"
             reason = "works on keys without their rotation, which only the model knows: use LRSACache.of(model)"
-            raise UserError("compressor", type(config.compressor).__name__, reason=reason)
+            raise UserError(field, type(getattr(config, field)).__name__, reason=reason)
         self.lease: Lease | None = None
         self._busy: Literal["call", "change"] | None = None
-        super().__init__(layers=[LRSACacheLayer(layers.of(layer)) for layer in range(num_layers)])
+        super().__init__(
+            layers=[
+                LRSACacheLayer(layers.of(layer), functools.partial(layers.stream, layer)) for layer in range(num_layers)
+            ]
+        )
 
     @classmethod
     def of(cls, model: Any, config: LRSAConfig | None = None) -> LRSACache:
@@ -75,6 +81,8 @@ class LRSACache(Cache):
         if config.rule.compressor.window:
             reason = "needs enable(model, …); stock attention hands no queries to a cache"
             raise UserError("config.compressor", type(config.compressor).__name__, reason=reason)
+        if config.system is not None:
+            raise UserError("config.system", type(config.system).__name__, reason="needs enable(model, …)")
         warn_if_trained_otherwise(inner, config)
         cache = cls(config, len(attention_modules(inner)), layers)
         cache.lease = lease(inner.base_model)
@@ -105,6 +113,26 @@ class LRSACache(Cache):
         if skipped := [index for index, layer in enumerate(self.layers) if not layer.is_done]:
             raise UserError("cache", reason=f"layers {skipped} of the model did not attend through it")
         self._busy = None
+
+    def end_prompt(self) -> None:
+        """Say that the prompt is over, once: systems with one cut make it now. To a rule it means nothing."""
+        rules = self.config.layers
+        if rules.system is None:
+            return
+        layers = [layer for index, layer in enumerate(self.layers) if rules.system_of(index) is not None]
+        with self.changing():
+            for streams in zip(*(layer.streams for layer in layers), strict=True):
+                rules.system.end_prompt(streams)
+
+    @property
+    def graphable(self) -> bool:
+        """Whether :func:`~lrsa_lit.attention.graphed_decoding` can serve it."""
+        return self.config.system is None or self.config.system.graphable
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held of the past in all layers and rows."""
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def is_idle(self) -> bool:

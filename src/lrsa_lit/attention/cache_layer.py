@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -10,23 +11,28 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Rule, stored_size
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Rule, Stream, stored_size
 
 
 class LRSACacheLayer(CacheLayerMixin):
-    """One layer: a stream for all rows while they are equally long, else a stream per row. A rule of None keeps all.
+    """One layer: a stream for all rows while they are equally long, else a stream per row.
 
     In each call the layer first hands over its tokens (:meth:`update`) and then attends to them (:meth:`attend`), each
     once; with stock attention, which attends by itself, the first alone. Anything else is refused.
+
+    Args:
+        rule: of the layer; None where it is dense or obeys a system.
+        new_stream: makes an empty stream of the layer.
     """
 
     is_sliding = False
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, rule: Rule | None) -> None:
+    def __init__(self, rule: Rule | None, new_stream: Callable[[Impl], Stream]) -> None:
         super().__init__()
         self.rule = rule
+        self._new_stream = new_stream
         self.reset()
 
     def reset(self) -> None:
@@ -35,7 +41,7 @@ class LRSACacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self.stock = False
         # One that all rows share, or one for each row; none before the first call.
-        self.streams: list[KeyValueStream] = []
+        self.streams: list[Stream] = []
         self.rows = 0
         self._columns = 0
         self._step: Literal["idle", "begun", "given", "storing"] = "idle"
@@ -46,7 +52,7 @@ class LRSACacheLayer(CacheLayerMixin):
         """Prepare for new columns of ``batch`` rows, of which the layout says which are real."""
         if not self._columns:
             self.rows = batch
-            self.streams = [KeyValueStream(self.rule, impl)]
+            self.streams = [self._new_stream(impl)]
         elif batch != self.rows:
             raise UserError("cache", reason=f"it holds {self.rows} rows and cannot continue {batch}; make a new one")
         self._step, self.stock = "begun", layout is None
@@ -81,7 +87,7 @@ class LRSACacheLayer(CacheLayerMixin):
             self._step, self._given = "given", (key_states.shape, value_states.shape)
             return key_states, value_states
         self._step = "storing"
-        stored = self.streams[0].extend(key_states, value_states)
+        stored = self._stock_stream.extend(key_states, value_states)
         self.count(key_states.shape[2])
         return stored
 
@@ -119,6 +125,13 @@ class LRSACacheLayer(CacheLayerMixin):
         return output
 
     @property
+    def _stock_stream(self) -> KeyValueStream:
+        """What stock attention, which knows rules alone, is served from."""
+        (stream,) = self.streams
+        assert isinstance(stream, KeyValueStream)
+        return stream
+
+    @property
     def is_done(self) -> bool:
         """Whether the layer has taken in the call's tokens."""
         return self._step == "idle"
@@ -140,6 +153,11 @@ class LRSACacheLayer(CacheLayerMixin):
         pairs = [stream.stored for stream in self.streams]
         return sum(pair[0].shape[0] * pair[0].shape[2] for pair in pairs if pair is not None)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held of all rows."""
+        return sum(stream.nbytes for stream in self.streams)
+
     def get_seq_length(self) -> int:
         """Columns seen so far, dropped ones and pads included: what true positions are counted from."""
         return self._columns
@@ -151,7 +169,7 @@ class LRSACacheLayer(CacheLayerMixin):
         """
         if not self.stock or self._step != "begun":
             return self._columns + query_length, 0
-        (stream,) = self.streams
+        stream = self._stock_stream
         if stream.crosses(query_length):
             reason = f"{query_length} tokens behind {self._columns} cross a compression, which stock attention cannot"
             raise UserError("input_ids", reason=reason, hint="feed them with lrsa_lit.attention.prefill first")

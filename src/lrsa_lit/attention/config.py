@@ -12,26 +12,51 @@ from typing import Any
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight, replaced
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Compressor, LagRelative, Rotary, Rule, ValueWeighted
+from lrsa_lit.ops.sparse_attention import (
+    Compressor,
+    Impl,
+    KeyValueStream,
+    LagRelative,
+    Rotary,
+    Rule,
+    Stream,
+    ValueWeighted,
+)
+from lrsa_lit.systems.system import Place, System
 
 
 @dataclass(frozen=True)
 class LayerRules:
-    """Which rule each layer of a model obeys; those whose index is in ``dense`` keep ordinary causal attention.
+    """Which rule or system each layer of a model obeys.
 
-    The rotation of each layer's keys is known where the compressor needs it and there is a model to read it from.
+    Those whose index is in ``dense`` keep ordinary causal attention. A ``system`` takes the place of the rule. The
+    rotation of each layer's keys is known where it is needed and there is a model to read it from.
     """
 
     rule: Rule
     dense: tuple[int, ...] = ()
     rotaries: tuple[Rotary, ...] = ()
+    system: System | None = None
 
     def of(self, layer: int) -> Rule | None:
-        """The rule of a layer; None where it is dense."""
-        if layer in self.dense:
+        """The rule of a layer; None where it is dense or obeys the system."""
+        if layer in self.dense or self.system is not None:
             return None
-        rotary = self.rotaries[layer] if self.rotaries else None
-        return self.rule.replace(compressor=self.rule.compressor.for_layer(layer), rotary=rotary)
+        compressor = self.rule.compressor.for_layer(layer)
+        return self.rule.replace(compressor=compressor, rotary=self.place(layer).rotary)
+
+    def system_of(self, layer: int) -> System | None:
+        """The system of a layer; None where it is dense or obeys the rule."""
+        return None if layer in self.dense else self.system
+
+    def stream(self, layer: int, impl: Impl) -> Stream:
+        """What a layer holds of the past."""
+        system = self.system_of(layer)
+        return KeyValueStream(self.of(layer), impl) if system is None else system.stream(self.place(layer), impl)
+
+    def place(self, layer: int) -> Place:
+        """The layer, as a system is told of it."""
+        return Place(layer, self.rotaries[layer] if self.rotaries else None)
 
     def check(self, layers: int) -> None:
         """Raise a UserError if a dense layer is none of a model's ``layers``."""
@@ -55,6 +80,8 @@ class LRSAConfig:
         dense_layers: indices of the layers left to ordinary causal attention.
         compressor: what turns a partition into K pairs; the default is lag-relative selection. Also as the dict that
             its ``to_dict`` made.
+        system: what takes the place of partitions in all layers that are not dense (``lrsa_lit.systems``), also as the
+            dict that its ``to_dict`` made; null for the rule that the other settings say.
 
     Raises:
         UserError: a value outside its bounds, in one line.
@@ -67,6 +94,7 @@ class LRSAConfig:
     value_weight: float = 1.0
     dense_layers: tuple[int, ...] = ()
     compressor: Compressor = field(default_factory=LagRelative)
+    system: System | None = None
 
     def __post_init__(self) -> None:
         """Make the tuple and the compressor that JSON cannot write, then check each bound once."""
@@ -74,6 +102,8 @@ class LRSAConfig:
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         if not isinstance(self.compressor, Compressor):
             object.__setattr__(self, "compressor", Compressor.from_dict(self.compressor))
+        if self.system is not None and not isinstance(self.system, System):
+            object.__setattr__(self, "system", System.from_dict(self.system))
         check_setting("value_weight", self.value_weight, is_weight(self.value_weight), "a finite number >= 0")
         layers = self.dense_layers
         indices = isinstance(layers, tuple) and all(is_integer(layer) and layer >= 0 for layer in layers)
@@ -103,9 +133,14 @@ class LRSAConfig:
         return Rule(self.sink_size, self.lag_size, self.top_k, self.chunk_size, compressor)
 
     @property
+    def needs_rotary(self) -> bool:
+        """Whether the rotation of keys must be known."""
+        return self.compressor.needs_rotary if self.system is None else self.system.needs_rotary
+
+    @property
     def layers(self) -> LayerRules:
         """What a model is told."""
-        return LayerRules(self.rule, self.dense_layers)
+        return LayerRules(self.rule, self.dense_layers, system=self.system)
 
     def replace(self, **changes: Any) -> LRSAConfig:
         """A copy with other values; unknown names raise a UserError."""
@@ -117,7 +152,10 @@ class LRSAConfig:
         compressor = self.compressor.to_dict()
         if isinstance(self.compressor, ValueWeighted):
             del compressor["init_args"]["value_weight"]
-        return values | {"dense_layers": list(self.dense_layers), "compressor": compressor}
+        values |= {"dense_layers": list(self.dense_layers), "compressor": compressor}
+        # Digests that files name are older than systems.
+        system = values.pop("system")
+        return values if system is None else values | {"system": system.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LRSAConfig:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -79,7 +79,8 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     state = Enabled(config, impl, inner.config._attn_implementation, modules, trained_with)
     for layer, module in enumerate(modules):
         rule = layers.of(layer)
-        setattr(module, RULE, AttachedRule(state, rule, layer, None if rule is None else tensor_of_rule(rule)))
+        tensor = None if rule is None else tensor_of_rule(rule)
+        setattr(module, RULE, AttachedRule(state, rule, layer, layers.system_of(layer), layers.place(layer), tensor))
     decoder = inner.base_model
     state.handles = [
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
@@ -135,14 +136,14 @@ def dense_pass(model: PreTrainedModel) -> Iterator[None]:
     """
     state = enabled_state(base_of(model))
     attached: list[AttachedRule] = [] if state is None else [getattr(module, RULE) for module in state.modules]
-    before = [(each.rule, each.rule_tensor) for each in attached]
+    before = [(each.rule, each.rule_tensor, each.system) for each in attached]
     try:
         for each in attached:
-            each.rule = each.rule_tensor = None
+            each.rule = each.rule_tensor = each.system = None
         yield
     finally:
-        for each, (rule, tensor) in zip(attached, before, strict=True):
-            each.rule, each.rule_tensor = rule, tensor
+        for each, (rule, tensor, system) in zip(attached, before, strict=True):
+            each.rule, each.rule_tensor, each.system = rule, tensor, system
 
 
 @contextlib.contextmanager
@@ -263,7 +264,10 @@ def _attend(
     if cache is not None:
         output: Tensor = cache.layers[attached.layer].attend(query, key, value, scale)
         return output
-    if attached.rule is None:
+    attend: Callable[..., Tensor]
+    if attached.system is not None:
+        attend = functools.partial(attached.system.attend, scale=scale, place=attached.place)
+    elif attached.rule is None:
         attend = functools.partial(_dense, module, scale=scale)
     else:
         attend = functools.partial(sparse_attention, rule=attached.rule, scale=scale, impl=attached.state.impl)
@@ -290,6 +294,8 @@ def _is_traceable(attached: AttachedRule, layout: Layout, query: Tensor, key: Te
     Dense layers stop where sequences are packed, whose number would be the number of calls in the graph.
     """
     if attached.state.observe is not None or layout.real is not None or query.shape[2] != key.shape[2]:
+        return False
+    if attached.system is not None:
         return False
     if attached.rule is None:
         return layout.cu_seqlens is None

@@ -28,7 +28,7 @@ def layers_of(model: Any, config: LRSAConfig) -> LayerRules:
     """
     layers = config.layers
     layers.check(len(attention_modules(base_of(model))))
-    if not config.compressor.needs_rotary:
+    if not config.needs_rotary:
         return layers
     return dataclasses.replace(layers, rotaries=rotaries_of(model))
 

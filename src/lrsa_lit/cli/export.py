@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
     options.out = expanded("--out", options.out)
     _check_out(options.out, force=options.force)
     log_to(PlainConsole(stderr=True))
-    plugins.load(options.plugins, ["compressors"])
+    plugins.load(options.plugins, ["compressors", "systems"])
     trained = load_trained(options.checkpoint, options.dtype, trust_remote_code=options.trust_remote_code)
     if options.adapters:
         if trained.backbone.lora is None:

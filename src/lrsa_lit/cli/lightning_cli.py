@@ -92,7 +92,7 @@ class LRSACLI(OpenCLI):
         first = "Validate before training, so that a fit shows its gain."
         add("--validate_first", type=bool, default=True, help=first)
         add("--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it.")
-        plugins = "Modules of yours, which add data sets, compressors or objectives."
+        plugins = "Modules of yours, which add data sets, compressors, systems or objectives."
         add("--plugins", type=list[str] | str, default=[], help=plugins)
         parser.link_arguments(TOKENIZER, DATA_TOKENIZER, apply_on="instantiate")
 
@@ -149,6 +149,7 @@ class LRSACLI(OpenCLI):
             model.start_from = None
         model.start()
         if self.subcommand == "fit":
+            model.check_training()
             model.check_objective(self.datamodule.max_tokens)
             self._open_teachers()
             self._check_optimizer()

@@ -53,7 +53,7 @@ commands:
                          any other setting of the YAML files
   --ckpt_path FILE       weights to evaluate, or the run to resume; settings stay what you ask for. "last" takes the
                          newest good checkpoint of the same settings, if there is one
-  --plugins MODULE       import a module of yours, which adds data sets, compressors or objectives; may be repeated
+  --plugins MODULE       import a module of yours, which adds data sets, compressors, …; may be repeated
   --estimate             say what memory and time a fit will take, and do not start it
   --print_config         print the resolved settings and exit
   --help                 the settings of a command, with their meaning; --data.help lrsa_lit.data.HotpotQA those of a

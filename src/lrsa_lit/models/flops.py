@@ -120,4 +120,6 @@ def _pairs_of_layers(length: int, layers: int, rule: LRSAConfig | None) -> int:
     if rule is None:
         return layers * attended_pairs(length, None)
     dense = len(rule.dense_layers)
-    return dense * attended_pairs(length, None) + (layers - dense) * attended_pairs(length, rule.rule)
+    system = rule.system
+    each = attended_pairs(length, rule.rule) if system is None else system.attended_pairs(length)
+    return dense * attended_pairs(length, None) + (layers - dense) * each

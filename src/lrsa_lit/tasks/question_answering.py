@@ -34,6 +34,7 @@ from lrsa_lit.objectives.teachers import OwnDense, Teacher
 from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
+from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 from lrsa_lit.tasks.top_k import TopKSchedule
 
 if TYPE_CHECKING:
@@ -125,6 +126,13 @@ class LongContextQA(lightning.LightningModule):
             if rule is not None:
                 with under(field):
                     rule.layers.check(count)
+
+    def check_training(self) -> None:
+        """Refuse a system that no model can be trained under."""
+        system = None if self.train_config is None else self.train_config.system
+        if system is not None and not system.trains:
+            raise UserError("train_attention", type(system).__name__, reason="is a system that cannot train",
+                            hint="model.train_attention: null trains dense")  # fmt: skip
 
     def check_objective(self, max_tokens: int) -> None:
         """Refuse an objective that asks for more than examples of so many tokens or the model have, or for no teacher.
@@ -307,6 +315,9 @@ class LongContextQA(lightning.LightningModule):
     def losses(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Tensor, Tensor]:
         """Summed answer loss and answer tokens of each question (B,) under a rule; None is dense attention."""
         wanted, columns = targets(batch), batch["label_columns"]
+        if rule is not None and rule.system is not None and not rule.system.trains:
+            with using(self.model, rule), uncompiled():
+                return losses_behind_prompts(self.model, batch), (wanted != IGNORE_INDEX).sum(dim=1)
         with using(self.model, rule), uncompiled():
             losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
         return losses, (wanted != IGNORE_INDEX).sum(dim=1)

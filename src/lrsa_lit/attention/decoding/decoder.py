@@ -19,7 +19,7 @@ from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import KeyValueStream, Rule, implementation, most_window_rows
+from lrsa_lit.ops.sparse_attention import KeyValueStream, Rule, Stream, implementation, most_window_rows
 
 _WARM_UP = 3
 """Steps before one is captured: what compiles or allocates on first use may not do so then, and short answers are
@@ -58,7 +58,7 @@ class Decoder:
         # A function of the class: a method of its own would leave a decoder, its graph and memory, to the collector.
         self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._order: list[KeyValueStream] = []
+        self._order: list[Stream] = []
         self._prepared: list[int] = []
 
     def ready(self, rows: int) -> bool:
@@ -66,7 +66,7 @@ class Decoder:
         state, first = enabled_state(self.model), self.cache.layers[0]
         if state is None or state.config != self.cache.config or rows != first.rows or not self.cache.is_idle:
             return False
-        return first.streams == self._order and all(stream.seen for stream in first.streams)
+        return self.cache.graphable and first.streams == self._order and all(stream.seen for stream in first.streams)
 
     def note_order(self) -> None:
         """Take note of the rows as they are now: a search that then reorders them will do so again, token by token."""
@@ -80,7 +80,7 @@ class Decoder:
         Positions, (B, 1) or (1, 1), by default follow those that the rows have seen. The logits (B, 1, V) that it
         returns are overwritten by the next step.
         """
-        streams = [layer.streams for layer in self.cache.layers]
+        streams: Streams = [layer.streams for layer in self.cache.layers]
         with self.cache.changing():
             self._compress(streams)
             if not self._fits(streams) and not self._reuse(streams):

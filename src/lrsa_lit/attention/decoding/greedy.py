@@ -58,6 +58,7 @@ class Greedy:
         # The prompts of other processes may need another number of calls.
         most = prompts.shape[1] if self._synced else TOKENS_PER_CALL
         logits = prefill(self.model, prompts, cache, attention_mask=attention_mask, tokens_per_call=most)
+        cache.end_prompt()
         steps = greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced)
         tokens = list(zip(*steps, strict=True))[:rows]
         return [list(itertools.takewhile(lambda token: token not in self._stops, answer)) for answer in tokens]
@@ -82,7 +83,7 @@ def single_token_steps(model: Any, cache: Any, *, room: int = ROOM, longest: int
     Model and cache may be any of transformers; ``room`` and ``longest`` are as in :class:`Decoder`.
     """
     inner = base_of(model)
-    if inner.device.type == "cuda" and isinstance(cache, LRSACache) and enabled_state(inner) is not None:
+    if inner.device.type == "cuda" and isinstance(cache, LRSACache) and cache.graphable and enabled_state(inner):
         return Decoder(inner, cache, room=room, longest=longest).step
     return _plain_steps(model, cache)
 

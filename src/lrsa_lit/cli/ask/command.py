@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> None:
     notes = PlainConsole(stderr=True, soft_wrap=True)
     log_to(notes)
     device = _device(options.device)
-    plugins.load(options.plugins, ["compressors"])
+    plugins.load(options.plugins, ["compressors", "systems"])
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     trained = _trained(options.model, dtype, trust_remote_code=options.trust_remote_code)
     if options.rope_scaling is not None:

@@ -90,13 +90,15 @@ class Reader:
         import torch
         from transformers import TextStreamer
 
-        from lrsa_lit.attention import greedy_tokens
+        from lrsa_lit.attention import LRSACache, greedy_tokens
 
         started, self._reading = time.perf_counter() - self._reading, 0.0
         self.dialogue.ask(question)
         logits = self._feed(self.dialogue.ids[self.cache.get_seq_length() :])
         streamer = TextStreamer(self.tokenizer, skip_special_tokens=True) if show else None
         new: list[int] = []
+        if isinstance(self.cache, LRSACache):
+            self.cache.end_prompt()
         first = 0.0
         for (token,) in greedy_tokens(logits, self._step, stop_tokens(self.tokenizer), most=self.max_new_tokens):
             first = first or time.perf_counter()

@@ -2,6 +2,7 @@
 
 from lrsa_lit.ops.sparse_attention.api import (
     Impl,
+    dense_attention,
     implementation,
     is_traceable,
     select,
@@ -38,14 +39,47 @@ from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.synthesizers import FreqPartition
 
 __all__ = [
-    "ChunkWise", "Compressor", "FreqPartition", "Impl", "KeyDiff", "KeyValueStream", "LagRelative", "LagRelativeTail",
+    "ChunkWise",
+    "Compressor",
+    "FreqPartition",
+    "Impl",
+    "KeyDiff",
+    "KeyValueStream",
+    "LagRelative",
+    "LagRelativeTail",
     "MeanPool",
-    "Partitions", "QueryAttention", "QueryRuns", "RandomTokens", "Ranking", "Recency", "Rotary", "Rule", "Selection",
-    "Selector", "SpreadSelector", "Strided", "ValueRelative", "ValueWeighted", "attended_pairs", "checked_boundaries",
-    "compressed_at", "implementation", "is_traceable", "most_window_rows", "of_sequence", "raw_start", "select",
-    "spans", "sparse_attention", "stored_size", "tensor_of_rule", "traced_attention",
-]  # fmt: skip
+    "Partitions",
+    "QueryAttention",
+    "QueryRuns",
+    "RandomTokens",
+    "Ranking",
+    "Recency",
+    "Rotary",
+    "Rule",
+    "Selection",
+    "Selector",
+    "SpreadSelector",
+    "Stream",
+    "Strided",
+    "ValueRelative",
+    "ValueWeighted",
+    "attended_pairs",
+    "checked_boundaries",
+    "compressed_at",
+    "dense_attention",
+    "implementation",
+    "is_traceable",
+    "most_window_rows",
+    "of_sequence",
+    "raw_start",
+    "select",
+    "spans",
+    "sparse_attention",
+    "stored_size",
+    "tensor_of_rule",
+    "traced_attention",
+]

@@ -18,7 +18,7 @@ from torch import Tensor
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, partition_counts
-from lrsa_lit.ops.sparse_attention.rule import HasRule, Rule, rule_of
+from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, HasRule, Rule, rule_of
 from lrsa_lit.ops.sparse_attention.selection import Selection
 
 Impl = Literal["auto", "eager", "triton"]
@@ -65,6 +65,14 @@ def sparse_attention(
         query, key, value, rule, boundaries=boundaries, scale=scale, selection=selection
     )
     return output
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None,
+    impl: Impl = "auto"
+) -> Tensor:  # fmt: skip
+    """Causal attention to the whole past; arguments as :func:`sparse_attention` has them."""
+    return sparse_attention(query, key, value, KEEP_ALL, cu_seqlens=cu_seqlens, scale=scale, impl=impl)
 
 
 def select(

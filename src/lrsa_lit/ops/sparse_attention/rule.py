@@ -73,6 +73,10 @@ class Rule:
         return replaced(self, changes)
 
 
+KEEP_ALL = Rule(sink_size=0, lag_size=1 << 29, top_k=0)
+"""Dense attention as a rule: partitions so long that none is ever full."""
+
+
 class HasRule(Protocol):
     """What stands for a rule where users pass one."""
 

@@ -6,6 +6,7 @@ top_k, P partitions, w window of the compressor.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,14 +16,45 @@ from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import Impl, implementation
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, RowBuffer, joined
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size, window_start
-from lrsa_lit.ops.sparse_attention.rule import Rule
-
-_KEEP_ALL = Rule(sink_size=0, lag_size=1 << 29, top_k=0)
-"""Dense attention as a rule: partitions so long that none is ever full."""
+from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, Rule
 
 
-class KeyValueStream:
-    """What a batch of equally long sequences still needs of its past: sinks, kept pairs and the raw window.
+class Stream(ABC):
+    """What a batch of equally long sequences still needs of its past, in one layer.
+
+    Attributes:
+        seen: tokens taken in so far.
+    """
+
+    seen: int = 0
+
+    @property
+    @abstractmethod
+    def stored(self) -> Pair | None:
+        """Keys and values (B, H, stored, D) that are held; None before the first token."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held of the past."""
+        return 0 if self.stored is None else sum(part.numel() * part.element_size() for part in self.stored)
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Take in N new tokens and attend from them.
+
+        Queries and output are (B, Hq, N, D), keys, rotated at their true positions, and values (B, H, N, D).
+        """
+
+    def end_prompt(self) -> None:  # noqa: B027 - most go on as before
+        """The prompt is over; what comes now is the answer."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Stream:
+        """A stream of some of the rows, in the given order and multiplicity (beam search, splitting a batch)."""
+
+
+class KeyValueStream(Stream):
+    """Sinks, kept pairs and the raw window, as a rule has it.
 
     Any split of the tokens over calls gives the outputs of the parallel pass, because partitions are compressed where
     the rule's chunks start and not where calls end. After a call the store holds ``geometry.stored_size`` tokens per
@@ -31,7 +63,7 @@ class KeyValueStream:
     """
 
     def __init__(self, rule: Rule | None, impl: Impl = "auto") -> None:
-        self.rule = _KEEP_ALL if rule is None else rule
+        self.rule = KEEP_ALL if rule is None else rule
         self.impl = impl
         self.seen = 0
         self.partitions = 0
@@ -56,14 +88,11 @@ class KeyValueStream:
 
     @property
     def stored(self) -> Pair | None:
-        """Keys and values (B, H, stored, D), compact ones first; None before the first token."""
+        """Compact pairs first."""
         return None if self._store is None else self._store.filled
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Take in N new tokens and attend from them.
-
-        Queries and output are (B, Hq, N, D), keys, rotated at their true positions, and values (B, H, N, D).
-        """
+        """As :class:`Stream` has it."""
         count = key.shape[2]
         if self.crosses(count):
             return self._attend_across(query, key, value, scale)
@@ -74,7 +103,7 @@ class KeyValueStream:
             return eager.causal_attention(grouped, *visible, scale).flatten(1, 2)
         nothing, past = (key[:, :, :0], value[:, :, :0]), visible[0].shape[2] - count
         attend = implementation(self.impl, query).attend
-        output: Tensor = attend(query, nothing, visible, _KEEP_ALL, scale=scale, query_offset=past)
+        output: Tensor = attend(query, nothing, visible, KEEP_ALL, scale=scale, query_offset=past)
         return output
 
     def _attend_across(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -142,7 +171,7 @@ class KeyValueStream:
         self.seen += tokens
 
     def rows(self, indices: Tensor) -> KeyValueStream:
-        """A stream of some of the rows, in the given order and multiplicity (beam search, splitting a batch)."""
+        """As :class:`Stream` has it."""
         other = KeyValueStream(self.rule, self.impl)
         other.seen, other.partitions = self.seen, self.partitions
         other._store = None if self._store is None else self._store.rows(indices)

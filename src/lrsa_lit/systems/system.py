@@ -1,0 +1,96 @@
+"""Systems: other ways to keep less of the past than a rule of partitions, such as one cut behind the prompt.
+
+Dimensions: B batch, H key-value heads, Hq query heads, N new tokens, T tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lrsa_lit import plugins
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import Impl, Rotary, Stream, attended_pairs, dense_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layer that a system works in.
+
+    Attributes:
+        layer: its number.
+        rotary: the rotation of its keys; None where the system did not ask for it.
+    """
+
+    layer: int
+    rotary: Rotary | None = None
+
+
+class System(ABC):
+    """What stands in the place of the rule in all layers that are not dense: ``LRSAConfig(system=…)``.
+
+    Subclasses are frozen dataclasses, so that they compare and hash.
+
+    Attributes:
+        trains: whether :meth:`attend` is what its streams make of the same tokens, and has gradients: then a model can
+            be trained under it, and losses need no cache.
+        needs_rotary: whether it takes rotations off keys.
+        graphable: whether its streams are KeyValueStreams, equally full in all layers once the prompt is over, so that
+            a CUDA graph can serve single tokens.
+    """
+
+    trains: ClassVar[bool] = False
+    needs_rotary: ClassVar[bool] = False
+    graphable: ClassVar[bool] = False
+
+    @abstractmethod
+    def stream(self, place: Place, impl: Impl) -> Stream:
+        """What a layer holds of the past of equally long sequences: empty."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None, scale: float, place: Place
+    ) -> Tensor:
+        """The pass of whole sequences without a cache; unless it is overridden, dense causal attention.
+
+        Args:
+            query: (B, Hq, T, D), rotated.
+            key: (B, H, T, D), rotated; ``value`` likewise.
+            value: as key.
+            cu_seqlens: boundaries 0 … T of sequences packed in one row (B = 1); none sees another.
+            scale: factor of the scores.
+            place: the layer.
+
+        Returns:
+            (B, Hq, T, D).
+        """
+        return dense_attention(query, key, value, cu_seqlens=cu_seqlens, scale=scale)
+
+    def end_prompt(self, streams: Sequence[Stream]) -> None:
+        """The prompt is over: what the streams of all layers that are not dense, in their order, do then."""
+        for stream in streams:
+            stream.end_prompt()
+
+    def attended_pairs(self, length: int) -> int:
+        """Query-key pairs of one head over a prompt; unless it is overridden, those of dense causal attention."""
+        return attended_pairs(length, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Class name and arguments, as in YAML."""
+        arguments: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
+
+    @staticmethod
+    def from_dict(values: Any) -> System:
+        """The system that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
+        if not isinstance(values, dict):
+            raise UserError("system", values, "a System, its dict, or null")
+        found = plugins.find("systems", values.get("class_path"), "system")
+        try:
+            made: System = found(**(values.get("init_args") or {}))
+        except TypeError as error:
+            raise UserError("system", found.__name__, reason=f"does not take these init_args ({error})") from None
+        return made

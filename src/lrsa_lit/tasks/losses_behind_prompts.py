@@ -1,0 +1,41 @@
+"""Losses of answers where prompts are compressed in a cache, for systems that have no pass of whole sequences.
+
+Dimensions: B examples, A tokens of the longest answer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from lrsa_lit.attention import LRSACache, cache_argument, prefill
+from lrsa_lit.data.collate import IGNORE_INDEX, Batch
+from lrsa_lit.models.head import losses_of_rows
+
+
+@torch.no_grad()
+def losses_behind_prompts(model: Any, batch: Batch) -> Tensor:
+    """Sums (B,) float64 of the cross-entropies of each answer, which follows its prompt in the cache.
+
+    Args:
+        model: a causal language model, a system enabled.
+        batch: to evaluate on.
+    """
+    labels = batch["labels"]
+    answers = pad_sequence([row[row != IGNORE_INDEX] for row in labels], True, padding_value=IGNORE_INDEX)
+    cache = LRSACache.of(model)
+    logits = prefill(model, batch["prompt_ids"], cache, attention_mask=batch["prompt_mask"])
+    cache.end_prompt()
+    losses = cross_entropy(logits[:, -1].float(), answers[:, 0], reduction="none").double()
+    given, wanted = answers[:, :-1], answers[:, 1:]
+    if not wanted.numel():
+        return losses
+    # The last token of a shorter answer predicts nothing, and stands in the place of a pad.
+    mask = torch.cat([batch["prompt_mask"], (wanted != IGNORE_INDEX).to(batch["prompt_mask"])], dim=1)
+    columns = torch.arange(given.shape[1], device=given.device)
+    inputs = {"input_ids": given.clamp(min=0), "attention_mask": mask, "use_cache": True}
+    return losses + losses_of_rows(model, wanted, columns, **inputs, **cache_argument(model, cache))

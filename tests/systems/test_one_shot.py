@@ -1,0 +1,80 @@
+"""One cut behind the prompt: prefill in any chunks, padding, batches, the answer behind it."""
+
+import pytest
+import torch
+from helpers import refused
+
+from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, prefill, using
+from lrsa_lit.systems import KeyNorm, StreamingLLM
+
+PROMPT, ANSWER = 23, 5
+
+
+def answered(model, system, prompt, answer, *, dense=(), mask=None, calls=8192):
+    """Logits (B, A, V) behind a prompt that a system has cut, and the cache."""
+    with using(model, LRSAConfig(system=system, dense_layers=dense)), torch.no_grad():
+        cache = LRSACache.of(model)
+        prefill(model, prompt, cache, attention_mask=mask, tokens_per_call=calls)
+        cache.end_prompt()
+        more = None if mask is None else torch.cat([mask, torch.ones_like(answer)], dim=1)
+        output = model(answer, attention_mask=more, use_cache=True, **cache_argument(model, cache))
+        return output.logits, cache
+
+
+@pytest.mark.parametrize("calls", [1, 4, 22])
+def test_prefill_in_any_calls_is_prefill_at_once(calls, model, ids):
+    prompt, answer = ids(2, PROMPT), ids(2, ANSWER)
+    whole, _ = answered(model, KeyNorm(0.4), prompt, answer)
+    split, _ = answered(model, KeyNorm(0.4), prompt, answer, calls=calls)
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
+
+
+def test_what_is_kept_is_what_the_answer_sees(model, ids):
+    prompt, answer = ids(2, PROMPT), ids(2, ANSWER)
+    kept, cache = answered(model, StreamingLLM(pairs=9, sink_size=2), prompt, answer, dense=(1,))
+    assert cache.layers[0].streams[0].kept[1, 1].tolist() == [0, 1, *range(16, 23)]
+    assert cache.stored_tokens() == [2 * (9 + ANSWER), 2 * (PROMPT + ANSWER), 2 * (9 + ANSWER)]
+    all_kept, _ = answered(model, StreamingLLM(1.0), prompt, answer)
+    with torch.no_grad():
+        dense = model(torch.cat([prompt, answer], dim=1)).logits[:, PROMPT:]
+    torch.testing.assert_close(all_kept, dense, rtol=0, atol=1e-6)
+    assert (kept - dense).abs().max() > 1e-3
+
+
+def test_padded_rows_get_what_each_gets_alone(model, ids):
+    prompt, answer = ids(3, PROMPT), ids(3, ANSWER)
+    pads = [0, 6, 14]
+    mask = (torch.arange(PROMPT) >= torch.tensor(pads)[:, None]).long()
+    together, _ = answered(model, KeyNorm(0.5), prompt * mask, answer, mask=mask)
+    for row, start in enumerate(pads):
+        alone, _ = answered(model, KeyNorm(0.5), prompt[row : row + 1, start:], answer[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-6)
+
+
+def test_greedy_answers_follow_the_cut(model, ids):
+    prompt = ids(2, PROMPT)
+    with using(model, LRSAConfig(system=KeyNorm(0.3))):
+        (first, second) = Greedy(model, stops=(), max_new_tokens=4)(prompt)
+    tokens = torch.tensor([first, second])
+    logits, _ = answered(model, KeyNorm(0.3), prompt, tokens)
+    assert logits[:, :-1].argmax(dim=-1).tolist() == tokens[:, 1:].tolist()
+
+
+def test_a_system_is_kept_by_configs_and_changes_no_older_digest():
+    config = LRSAConfig(system=StreamingLLM(0.25, sink_size=8))
+    assert LRSAConfig.from_dict(config.to_dict()) == config
+    assert "system" not in LRSAConfig().to_dict()
+    assert config.digest() != LRSAConfig().digest()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"), [({"kept": 0}, "kept"), ({"kept": 1.5}, "kept"), ({"pairs": 0}, "pairs")]
+)
+def test_shares_beyond_a_prompt_are_refused(arguments, field):
+    with refused(field):
+        KeyNorm(**arguments)
+
+
+def test_an_unknown_system_is_refused():
+    with refused("system"):
+        LRSAConfig(system={"class_path": "lrsa_lit.systems.Nothing"})
