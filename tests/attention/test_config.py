@@ -10,6 +10,7 @@ from helpers import refused
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.ops import sparse_attention
 from lrsa_lit.ops.sparse_attention import ChunkWise, LagRelative, RandomTokens, Recency, Rule
+from lrsa_lit.systems import KeyNorm
 
 BAD = [
     ("sink_size", -1, "an integer >= 0"),
@@ -87,6 +88,8 @@ CHANGES = [
     {"compressor": Recency()},
     {"compressor": RandomTokens()},
     {"compressor": RandomTokens(seed=1)},
+    {"system": KeyNorm()},
+    {"system": KeyNorm(0.25)},
 ]
 
 
