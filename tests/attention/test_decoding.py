@@ -12,9 +12,17 @@ from helpers import refused
 from lrsa_lit.attention import LRSACache, LRSAConfig, enable, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder, serving
 from lrsa_lit.attention.decoding.decoder import _waits_for_lengths
-from lrsa_lit.ops.sparse_attention import stored_size
+from lrsa_lit.ops.sparse_attention import QueryAttention, QueryRuns, stored_size
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHANGES = {
+    "rule": {},
+    "chunk": {"chunk_size": 5},
+    "dense": {"dense_layers": (1,)},
+    "queries": {"compressor": QueryAttention(window=3), "dense_layers": (1,)},
+    "queries-chunk": {"compressor": QueryRuns(window=2, size=3, shared_heads=True), "chunk_size": 5},
+}
+"""Of the rule; with dense_layers the middle one of three is dense."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +45,7 @@ def counting(decoder):
 
 
 @pytest.mark.parametrize("room", [1, 256])
-@pytest.mark.parametrize("change", [{}, {"chunk_size": 5}, {"dense_layers": (1,)}], ids=["rule", "chunk", "dense"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_steps_give_the_parallel_pass(change, room, tiny, tokens, rule):
     config, ids = rule.replace(**change), tokens(2, 110)
     model = enable(tiny("Llama"), config)
@@ -183,7 +191,7 @@ def test_memory_for_the_room_is_there_at_once(lengths, change, tiny, tokens, rul
 
 
 @pytest.mark.parametrize("room", [5, 256])
-@pytest.mark.parametrize("change", [{}, {"chunk_size": 5}, {"dense_layers": (1,)}], ids=["rule", "chunk", "dense"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_unequal_rows_get_what_each_gets_alone(change, room, tiny, tokens, rule):
     config, (ids, mask), more = rule.replace(**change), left_padded(tokens), tokens(4, 110, seed=1)
     model = enable(tiny("Llama"), config)

@@ -8,7 +8,15 @@ from helpers import random_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrsa_lit.ops.sparse_attention import MeanPool, RandomTokens, Recency, Rule, sparse_attention
+from lrsa_lit.ops.sparse_attention import (
+    MeanPool,
+    QueryAttention,
+    RandomTokens,
+    Recency,
+    Rule,
+    most_window_rows,
+    sparse_attention,
+)
 from lrsa_lit.ops.sparse_attention.buffer import PairBuffer
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start, stored_size
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
@@ -37,7 +45,9 @@ def splits(draw):
         lag_size=lag,
         top_k=draw(st.integers(0, lag)),
         chunk_size=draw(st.one_of(st.none(), st.integers(1, 2 * lag + 1))),
-        compressor=draw(st.sampled_from([RULE.compressor, RandomTokens(2), Recency(), MeanPool()])),
+        compressor=draw(
+            st.sampled_from([RULE.compressor, RandomTokens(2), Recency(), MeanPool(), QueryAttention(window=2)])
+        ),
     )
     return config, draw(st.lists(st.integers(1, 25), min_size=1, max_size=12))
 
@@ -57,6 +67,24 @@ def test_splits_that_end_on_and_around_the_chunks(chunk, sizes):
     config, tensors = RULE.replace(chunk_size=chunk), random_qkv(100)
     output, _ = run(config, tensors, sizes)
     torch.testing.assert_close(output, sparse_attention(*tensors, config, scale=SCALE))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 100, [7] * 14, [19, 1, 80]], ids=["ones", "sevens", "several"])
+@pytest.mark.parametrize("chunk", [None, 4, 5, 12, 16])
+def test_of_queries_the_windows_of_references_to_come_are_held(chunk, sizes):
+    rule = RULE.replace(chunk_size=chunk, compressor=QueryAttention(window=3))
+    tensors, stream, most = random_qkv(100, batch=2), KeyValueStream(rule), 0
+    for size in sizes:
+        stream.attend(*(x[:, :, stream.seen : stream.seen + size] for x in tensors), SCALE)
+        reference = 3 + 8 * (stream.partitions + 1)
+        needed = [t for t in range(reference, stream.seen) if (t - 3) % 8 >= 5]
+        for held in (stream, stream.rows(torch.tensor([0, 1]))):
+            pairs, queries = held.buffers
+            assert queries.filled[0].equal(tensors[0][:, :, needed])
+            assert held.nbytes == pairs.nbytes + queries.nbytes
+        most = max(most, len(needed))
+    assert most <= most_window_rows(rule)
+    assert most_window_rows(rule) == {None: 3, 4: 3, 5: 6, 12: 9, 16: 6}[chunk]
 
 
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [0, 1, 2]], ids=["query", "key", "value", "all"])

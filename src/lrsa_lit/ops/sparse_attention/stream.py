@@ -112,9 +112,9 @@ class KeyValueStream(Stream):
         buffer, start, offset = self._store_for(key, value), self.seen, raw_start(self.partitions, self.rule)
         past = buffer.cut(compact_size(self.partitions, self.rule))
         raw = joined(past, (key, value)) if past[0].shape[2] else (key, value)
-        self._remember(query)
+        queries = self._queries_with(query)
         self.seen += key.shape[2]
-        recent = self._compress(buffer, raw, compressed_at(self.seen - 1, self.rule))
+        recent = self._compress(buffer, raw, compressed_at(self.seen - 1, self.rule), queries)
         attend = implementation(self.impl, query).attend
         output: Tensor = attend(query, buffer.whole, raw, self.rule, scale=scale, query_offset=start, raw_offset=offset)
         buffer.append(recent)
@@ -149,7 +149,8 @@ class KeyValueStream(Stream):
         """Compress what the rule says must be compressed when the next token attends."""
         if self.due:
             raw = self.buffer.cut(compact_size(self.partitions, self.rule))
-            self.buffer.append(self._compress(self.buffer, raw, compressed_at(self.seen, self.rule)))
+            queries = None if self._queries is None else self._queries.filled[0].clone()
+            self.buffer.append(self._compress(self.buffer, raw, compressed_at(self.seen, self.rule), queries))
 
     def most_stored(self, tokens: int) -> int:
         """The most places that are filled at a time while ``tokens`` more come in one by one."""
@@ -188,25 +189,24 @@ class KeyValueStream(Stream):
 
     def _remember(self, query: Tensor | None) -> None:
         """Store what compressions to come need of the queries (B, Hq, N, D) of the next tokens."""
+        if self.rule.compressor.window:
+            assert query is not None
+            rows = self._query_rows(query)
+            for window in self._windows(self.seen, self.seen + query.shape[2]):
+                rows.append((query[:, :, window],))
+
+    def _queries_with(self, query: Tensor) -> Tensor | None:
+        """Copies of the stored queries, and behind them of those of the next tokens that compressions need."""
         if self.rule.compressor.window == 0:
-            return
-        assert query is not None
+            return None
+        windows = self._windows(self.seen, self.seen + query.shape[2])
+        return torch.cat([*self._query_rows(query).filled, *(query[:, :, window] for window in windows)], dim=2)
+
+    def _query_rows(self, query: Tensor) -> RowBuffer[tuple[Tensor]]:
+        """Those that are stored, made for queries like these by the first call."""
         if self._queries is None:
             self._queries = RowBuffer(query[:, :, :0])
-        windows = self._windows(self.seen, self.seen + query.shape[2])
-        if windows:
-            self._queries.append((torch.cat([query[:, :, window] for window in windows], dim=2),))
-
-    def _take_windows(self, partitions: int, heads: int) -> Tensor | None:
-        """Take the windows (B, H, G, P, w, D) of the references of so many partitions from the stored queries."""
-        if self._queries is None:
-            return None
-        window = self.rule.compressor.window
-        rest = self._queries.cut(partitions * window)
-        (windows,) = self._queries.cut(0)
-        self._queries.append(rest)
-        grouped: Tensor = windows.unflatten(2, (partitions, window)).unflatten(1, (heads, -1))
-        return grouped
+        return self._queries
 
     def _store_for(self, key: Tensor, value: Tensor) -> PairBuffer:
         """The store, made for pairs like these by the first call."""
@@ -214,8 +214,11 @@ class KeyValueStream(Stream):
             self._store = PairBuffer(key[:, :, :0], value[:, :, :0])
         return self._store
 
-    def _compress(self, buffer: PairBuffer, raw: Pair, partitions: int) -> Pair:
-        """Append all partitions up to P = ``partitions`` to the compact rows; returns the tokens that stay raw."""
+    def _compress(self, buffer: PairBuffer, raw: Pair, partitions: int, queries: Tensor | None) -> Pair:
+        """Append all partitions up to P = ``partitions`` to the compact rows; returns the tokens that stay raw.
+
+        The queries (B, Hq, rows, D) are a compressor's; those that it leaves replace the stored ones.
+        """
         (key, value), sink, before = raw, self.rule.sink_size, self.partitions
         dropped = raw_start(partitions, self.rule) - raw_start(before, self.rule)
         recent = key[:, :, dropped:], value[:, :, dropped:]
@@ -224,7 +227,12 @@ class KeyValueStream(Stream):
             buffer.append((key[:, :, :sink], value[:, :, :sink]))
             key, value = key[:, :, sink:], value[:, :, sink:]
         count, run = partitions - before, implementation(self.impl, key)
-        windows = self._take_windows(count, key.shape[1])
+        windows = None
+        if queries is not None:
+            used = count * self.rule.compressor.window
+            windows = queries[:, :, :used].unflatten(2, (count, -1)).unflatten(1, (key.shape[1], -1))
+            self._query_rows(queries).length = 0
+            self._query_rows(queries).append((queries[:, :, used:],))
         buffer.append(run.compress(key, value, self.rule, count, before, windows))
         self.partitions = partitions
         return recent
