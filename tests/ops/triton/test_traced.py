@@ -8,6 +8,7 @@ from ops.triton.oracle import inputs
 from lrsa_lit.ops.sparse_attention import (
     KeyDiff,
     LagRelative,
+    LagRelativeTail,
     RandomTokens,
     Rule,
     ValueRelative,
@@ -41,6 +42,7 @@ def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_a
         pytest.param(SMALL.replace(compressor=LagRelative(value_weight=0)), id="w=0"),
         pytest.param(SMALL.replace(compressor=ValueRelative()), id="values"),
         pytest.param(SMALL.replace(compressor=KeyDiff()), id="KeyDiff"),
+        pytest.param(SMALL.replace(compressor=LagRelativeTail(tail=0.5)), id="tail"),
         pytest.param(Rule(0, 14, 3), id="S=0 L=14"),
     ],
 )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from lrsa_lit.ops.sparse_attention.compressors import Compressor, KeyDiff, SpreadSelector
+from lrsa_lit.ops.sparse_attention.compressors import Compressor, KeyDiff, LagRelativeTail, SpreadSelector
 
 KEY_DIFF = -1.0
 
 
-def kernel_code(compressor: Compressor) -> tuple[float, float] | None:
-    """Weights of the key and the value score; or a negative family, and 0; None of what selects in PyTorch.
+def kernel_code(compressor: Compressor, top_k: int) -> tuple[float, ...] | None:
+    """What a selector does at a K, in numbers; None if it selects in PyTorch, as a subclass of one of these may.
 
-    A subclass of :class:`KeyDiff` may score otherwise, so it has no code.
+    Weights of the key and the value score, and, if some of K are always the last tokens, how many. Or a family, which
+    is negative, and a 0.
     """
     if isinstance(compressor, SpreadSelector):
         return compressor.weights
+    if type(compressor) is LagRelativeTail:
+        return 1.0, compressor.value_weight, compressor.last(top_k)
     return (KEY_DIFF, 0.0) if type(compressor) is KeyDiff else None

@@ -91,8 +91,8 @@ def rule_of(given: Rule | HasRule) -> Rule:
 
 
 def tensor_of_rule(rule: Rule) -> Tensor | None:
-    """S, L, K, C and the selector's ``kernel_code`` as float64 (6,) on the CPU; None where it has none."""
-    code = kernel_code(rule.compressor)
+    """S, L, K, C and the selector's ``kernel_code`` as float64 on the CPU; None where it has none."""
+    code = kernel_code(rule.compressor, rule.top_k)
     if code is None:
         return None
     values = *rule.numbers, *code

@@ -20,4 +20,5 @@ def fused_ranks(
     if code[0] == KEY_DIFF:
         scores = key_diff_scores(key, geometry)
         return rank_highest(scores, geometry.keep, ranks), scores
-    return select_ranks(key, value, geometry, code, ranks)
+    first, second, *last = code
+    return select_ranks(key, value, geometry, (first, second), ranks, *map(int, last))

@@ -68,7 +68,7 @@ def _forward(
     geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
     if isinstance(rule.compressor, Selector):
         with torch.no_grad():
-            code = kernel_code(rule.compressor)
+            code = kernel_code(rule.compressor, rule.top_k)
             if selection is None and code is not None:
                 ranks, _ = fused_ranks(code, key, value, geometry)
             else:
@@ -108,7 +108,7 @@ def attend(
 def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int, next_query: Tensor | None = None) -> Pair:
     """What ``count`` partitions of a sequence become; arguments as in ``eager.compress``."""
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    code = kernel_code(rule.compressor)
+    code = kernel_code(rule.compressor, rule.top_k)
     if grads or code is None:
         return in_pytorch.compress(key, value, rule, count, first, next_query)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
@@ -121,7 +121,7 @@ def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int, nex
 @torch.no_grad()
 def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], query: Tensor | None = None) -> Selection:
     """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
-    code = kernel_code(rule.compressor)
+    code = kernel_code(rule.compressor, rule.top_k)
     if code is None:
         return in_pytorch.select(key, value, rule, boundaries, query)
     geometry = Geometry.of(rule, boundaries)

@@ -20,12 +20,13 @@ _TOKENS = 32
 
 
 def select_ranks(
-    key: Tensor, value: Tensor, geometry: Geometry, weights: Sequence[float], ranks: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    key: Tensor, value: Tensor, geometry: Geometry, weights: Sequence[float], ranks: Tensor | None = None,
+    last: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Score the tokens of all partitions of keys and values (B, H, T, D), and rank the K highest by position.
 
     The weights of the key and of the value score are not both 0; a score of weight 0 is not computed. Contiguous ranks
-    are written to, if given.
+    are written to, if given. Of the K, ``last`` are the last tokens, whatever their scores.
 
     Returns:
         Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped; and the scores
@@ -48,7 +49,7 @@ def select_ranks(
         PADDED=triton.next_power_of_2(key.shape[3]), CONSTANT=CONSTANT_CHANNEL, SHRINK=SHRINK,
     )  # fmt: skip
     _keep_kernel[grid](
-        spreads, scores, ranks, count, lag, geometry.keep,
+        spreads, scores, ranks, count, lag, geometry.keep, last,
         float(first_weight), float(second_weight), math.log(second_weight) - math.log(first_weight),
         BOTH=len(sources) == 2, BLOCK=triton.next_power_of_2(lag), num_warps=warps_for(lag),
     )  # fmt: skip
@@ -124,7 +125,7 @@ def _exponentials(p_spread, o_token, m_token):
 
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _keep_kernel(
-    p_spreads, p_scores, p_ranks, n_partitions, lag, keep, first_weight, second_weight, log_ratio,
+    p_spreads, p_scores, p_ranks, n_partitions, lag, keep, last, first_weight, second_weight, log_ratio,
     BOTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program per partition and head: one softmax or two, then the K highest, ties to the earlier token.
@@ -148,6 +149,8 @@ def _keep_kernel(
         b_log = tl.maximum(b_log, b_second) + tl.log(1.0 + tl.exp(-tl.abs(b_log - b_second)))
     tl.store(p_scores + o_partition + o_token, b_score, mask=m_token)
 
+    if last is not None:
+        b_log = tl.where(o_token < lag - last, b_log, float("inf"))
     # The logarithms are not negative, so their bits order as integers do. NaN goes first, as torch sorts it; padding
     # last.
     b_bits = b_log.to(tl.int32, bitcast=True)
