@@ -75,6 +75,12 @@ def test_shares_beyond_a_prompt_are_refused(arguments, field):
         KeyNorm(**arguments)
 
 
+@pytest.mark.parametrize("sinks", [-1, 2.0, True])
+def test_sinks_are_counted(sinks):
+    with refused("sink_size"):
+        StreamingLLM(sink_size=sinks)
+
+
 def test_an_unknown_system_is_refused():
     with refused("system"):
         LRSAConfig(system={"class_path": "lrsa_lit.systems.Nothing"})

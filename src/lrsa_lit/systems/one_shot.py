@@ -163,6 +163,12 @@ class StreamingLLM(OneShot):
 
     sink_size: int = 4
 
+    def __post_init__(self) -> None:
+        """Check each bound once."""
+        super().__post_init__()
+        count = is_integer(self.sink_size) and self.sink_size >= 0
+        check_setting("sink_size", self.sink_size, count, "an integer >= 0")
+
     def scores(self, prompt: Prompt) -> Tensor:
         """The position, and the highest for sinks."""
         tokens = prompt.key.shape[2]
