@@ -25,10 +25,11 @@ def tokens():
     return ids, ids[:, columns + 1].index_fill(1, torch.tensor([1]), -100), columns
 
 
-@pytest.mark.parametrize("rows", [1, 3, 1024])
+@pytest.mark.parametrize(("rows", "logits"), [(1, 1 << 25), (3, 1 << 25), (1024, 1 << 25), (1024, 3 * 259), (1024, 1)])
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
-def test_loss_and_gradients_are_those_of_whole_logits(tokens, rows, tied, monkeypatch):
+def test_loss_and_gradients_are_those_of_whole_logits(tokens, rows, logits, tied, monkeypatch):
     monkeypatch.setattr(head, "ROWS", rows)
+    monkeypatch.setattr(head, "LOGITS", logits)
     ids, targets, columns = tokens
     model = tiny_model().double()
     if tied:

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 ROWS = 1024
-"""Positions whose logits exist at a time."""
+"""Most positions whose logits exist at a time."""
+
+LOGITS = 1 << 25
+"""Most logits at a time. A loss holds several tensors of so many float32: of a vocabulary of 128k, half a gigabyte each
+in 1,024 rows."""
 
 RowsLoss = Callable[..., Tensor]
 """Sums a loss over rows: from logits (rows, V) and as many rows of further tensors."""
@@ -63,7 +67,7 @@ class Head:
         return head
 
     def summed(self, loss: RowsLoss, hidden: Tensor, *others: Tensor) -> Tensor:
-        """The sum of a loss over all rows, ``ROWS`` of them at a time, in the forward and in the backward pass.
+        """The sum of a loss over all rows, at most ``ROWS`` at a time, in the forward and in the backward pass.
 
         Args:
             loss: called with logits (R, V) and R rows of each of the others; only the logits get a gradient.
@@ -201,8 +205,10 @@ class _PieceByPiece(torch.autograd.Function):
         by_weight = torch.zeros_like(weight, dtype=_precise_dtype(weight)) if weight is not None and wanted[1] else None
         by_bias = torch.zeros_like(bias, dtype=_precise_dtype(bias)) if bias is not None and wanted[2] else None
         total = hidden.new_zeros((), dtype=_precise_dtype(hidden))
-        for start in range(0, len(hidden), ROWS):
-            piece = slice(start, start + ROWS)
+        width = hidden.shape[1] if weight is None else weight.shape[0]
+        at_once = max(1, min(ROWS, LOGITS // width))
+        for start in range(0, len(hidden), at_once):
+            piece = slice(start, start + at_once)
             rows = hidden[piece]
             raw = rows if weight is None else linear(rows, weight, bias)
             with torch.enable_grad():
