@@ -6,7 +6,14 @@ import torch
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, enable, greedy_tokens, prefill, single_token_steps
 from lrsa_lit.attention.decoding import Decoder, greedy
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import MeanPool, RandomTokens, Recency, Strided, ValueRelative
+from lrsa_lit.ops.sparse_attention import (
+    Centroids,
+    MeanPool,
+    RandomTokens,
+    Recency,
+    Strided,
+    ValueRelative,
+)
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
 LENGTHS = (30, 61, 18, 75, 44)
@@ -17,6 +24,7 @@ CHANGES = {
     "layer": {"dense_layers": (1,)},
     "dense": {"dense_layers": (0, 1)},
     "mean": {"compressor": MeanPool()},
+    "clusters": {"compressor": Centroids(2)},
     "random": {"compressor": RandomTokens(3)},
     "recent": {"compressor": Recency()},
     "strided": {"compressor": Strided()},

@@ -1,13 +1,25 @@
 """Compressors that make new pairs, held to recorded vectors and to their definitions in loops."""
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
-from helpers import VECTORS, oracle_attention, random_qkv, refused
+from helpers import VECTORS, boundaries, oracle_attention, random_qkv, refused
 
-from lrsa_lit.ops.sparse_attention import FreqPartition, KeyValueStream, Partitions, Rotary, Rule, sparse_attention
+from lrsa_lit.ops.sparse_attention import (
+    Centroids,
+    FreqPartition,
+    KeyValueStream,
+    Partitions,
+    Rotary,
+    Rule,
+    implementation,
+    sparse_attention,
+    through_channels,
+)
+from lrsa_lit.ops.sparse_attention.slot_bias import narrow, with_bias
 
 
 def vectors(name):
@@ -99,3 +111,137 @@ def test_a_rule_without_a_rotation_is_refused():
         stream.attend(*tensors, 1.0)
     with refused("rotary", 1.0, "a Rotary, or none"):
         Rule(rotary=1.0)
+
+
+def clusters(key, count, rounds):
+    """Lists of the members of each cluster of keys (L, D): k-means on unit keys, in loops."""
+    unit = [row / max(float(row.norm()), 1e-12) for row in key.detach()]
+    centres = [unit[j * len(unit) // count] for j in range(count)]
+    for _ in range(rounds):
+        nearest = [min(range(count), key=lambda j: float((row - centres[j]).square().sum())) for row in unit]
+        members = [[place for place, j in enumerate(nearest) if j == cluster] for cluster in range(count)]
+        centres = [
+            torch.stack([unit[place] for place in places]).mean(dim=0) if places else centre
+            for places, centre in zip(members, centres, strict=True)
+        ]
+    return members
+
+
+def repeated_means(key, value, next_key, next_value, rule):
+    """For the oracle: a bias of log n is n equal slots, and an empty cluster is none."""
+    found = [places for places in clusters(key, rule.top_k, rule.compressor.iterations) if places]
+    if not rule.compressor.weigh:
+        return tuple(torch.stack([tokens[places].mean(dim=0) for places in found]) for tokens in (key, value))
+    return tuple(torch.stack([tokens[g].mean(dim=0) for g in found for _ in g]) for tokens in (key, value))
+
+
+def test_centroids_are_the_recorded_ones():
+    recorded = vectors("squeezed")
+    case = recorded["partition_adaptation"]
+    key = torch.tensor(recorded["inputs"]["keys"], dtype=torch.float64)[0, :, :12]
+    value = torch.tensor(case["values"], dtype=torch.float64)
+    keys, values, bias = Centroids().compress(one_partition(key, value, 3))
+    for head, expected in enumerate(case["per_head"]):
+        for found, name in ((keys, "compact_key"), (values, "compact_value"), (bias.exp(), "members")):
+            torch.testing.assert_close(found[0, head, 0], torch.tensor(expected[name]).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("weigh", [True, False])
+@pytest.mark.parametrize(("kept", "rounds"), [(1, 1), (3, 2), (7, 1)])
+def test_centroids_attend_as_their_members_did(weigh, kept, rounds):
+    tensors = random_qkv(43, heads=2, group=2, dim=3, grad=True)
+    rule = Rule(3, 7, kept, compressor=Centroids(rounds, weigh))
+    outputs = (
+        sparse_attention(*tensors, rule, scale=0.7),
+        oracle_attention(*tensors, rule, compress=repeated_means, scale=0.7),
+    )
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad(output.square().sum(), tensors) for output in outputs))
+
+
+def test_equal_keys_are_one_cluster_and_empty_ones_weigh_nothing():
+    """However far the logits are apart from those of an empty cluster."""
+    query, key, value = random_qkv(43, heads=1, group=2, dim=3)
+    for size in (1.0, 1e4):
+        same = size * key[:, :, :1].expand_as(key).clone()
+        rule = Rule(0, 7, 3, compressor=Centroids())
+        *_, bias = Centroids().compress(one_partition(same[0, :, :7], value[0, :, :7], 3))
+        assert bias.flatten().tolist() == [pytest.approx(math.log(7)), -1e4, -1e4]
+        output = sparse_attention(query, same, value, rule)
+        means = value.cumsum(dim=2) / torch.arange(1, 44)[:, None]
+        torch.testing.assert_close(output, means.repeat(1, 2, 1, 1))
+    for other in (float("inf"), float("nan")):
+        assert sparse_attention(query, key * other, value, rule).shape == query.shape
+
+
+def test_as_many_clusters_as_tokens_are_dense_and_none_are_the_window():
+    tensors = random_qkv(43, heads=2, group=2, dim=3)
+    dense = sparse_attention(*tensors, Rule(3, 7, 7))
+    torch.testing.assert_close(sparse_attention(*tensors, Rule(3, 7, 7, compressor=Centroids())), dense)
+    window = sparse_attention(*tensors, Rule(3, 7, 0))
+    torch.testing.assert_close(sparse_attention(*tensors, Rule(3, 7, 0, compressor=Centroids())), window)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_a_bias_in_half_precision_is_as_exact_as_the_rest(dtype, most):
+    query, key, value = random_qkv(90, heads=2, group=2, dim=16, dtype=dtype)
+    rule = Rule(3, 16, 2, compressor=Centroids())
+    exact = sparse_attention(*(x.double() for x in (query, key, value)), rule)
+    assert (sparse_attention(query, key, value, rule) - exact).abs().max() < most
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 0.3])
+def test_a_bias_is_added_whatever_the_scale(scale):
+    """By the token-by-token stream, whose store decoding attends to in one step."""
+    tensors = random_qkv(43, batch=2, heads=2, group=2, dim=3)
+    rule = Rule(3, 7, 2, compressor=Centroids())
+    expected = oracle_attention(*tensors, rule, compress=repeated_means, scale=scale)
+    torch.testing.assert_close(sparse_attention(*tensors, rule, scale=scale), expected)
+    stream = KeyValueStream(rule)
+    parts = [stream.attend(*(x[:, :, part] for x in tensors), scale) for part in map(slice, *_ends([20, 1, 22]))]
+    torch.testing.assert_close(torch.cat(parts, dim=2), expected)
+    assert stream.stored[0].shape[-1] == 3
+    key, value = stream.buffer.filled
+    length = torch.tensor([key.shape[2]], dtype=torch.int32)
+
+    def attend(query, *_):
+        return implementation("auto", query).attend_one(query, key, value, length, _[-1])
+
+    last = through_channels(attend, *(x[:, :, -1:] for x in tensors), scale)
+    torch.testing.assert_close(last, expected[:, :, -1:])
+
+
+def _ends(sizes):
+    ends = [0, *itertools.accumulate(sizes)]
+    return ends[:-1], ends[1:]
+
+
+def test_gradients_reach_a_bias_that_has_one():
+    """Through channels in which a float32 is two numbers of half precision."""
+    query, key, value = random_qkv(5, heads=1, group=1, dim=4)
+    bias = torch.randn(1, 1, 5, dtype=torch.float64, requires_grad=True)
+
+    def attend(query, key, value, scale):
+        return sparse_attention(query, *with_bias(narrow(key), narrow(value), bias), Rule(0, 16, 4), scale=scale)
+
+    logits = (query @ key.mT * 0.5 + bias).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -math.inf)
+    expected = logits.softmax(dim=-1) @ value
+    output = through_channels(attend, query, key, value, 0.5)
+    torch.testing.assert_close(output, expected)
+    gradients = [torch.autograd.grad(found.square().sum(), bias) for found in (output, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_packed_rows_with_a_bias_are_alone():
+    tensors, rule = random_qkv(60, heads=2, group=2, dim=3), Rule(2, 5, 2, compressor=Centroids(2))
+    packed = sparse_attention(*tensors, rule, cu_seqlens=boundaries([25, 35]))
+    alone = [sparse_attention(*(x[:, :, part] for x in tensors), rule) for part in (slice(25), slice(25, None))]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=2))
+
+
+@pytest.mark.parametrize("iterations", [0, 1.5, True])
+def test_rounds_are_counted(iterations):
+    with refused("iterations", iterations, "an integer >= 1"):
+        Centroids(iterations)
+    with refused("weigh", "yes", "true or false"):
+        Centroids(weigh="yes")

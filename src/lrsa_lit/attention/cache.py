@@ -78,8 +78,9 @@ class LRSACache(Cache):
         if config.dense_layers:
             reason = "need enable(model, …); stock layers share one mask"
             raise UserError("config.dense_layers", config.dense_layers, reason=reason)
-        if config.rule.compressor.window:
-            reason = "needs enable(model, …); stock attention hands no queries to a cache"
+        if config.rule.compressor.window or config.rule.compressor.has_bias:
+            what = "hands no queries to a cache" if config.rule.compressor.window else "adds no bias to its logits"
+            reason = f"needs enable(model, …); stock attention {what}"
             raise UserError("config.compressor", type(config.compressor).__name__, reason=reason)
         if config.system is not None:
             raise UserError("config.system", type(config.system).__name__, reason="needs enable(model, …)")

@@ -19,7 +19,14 @@ from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import KeyValueStream, Rule, Stream, implementation, most_window_rows
+from lrsa_lit.ops.sparse_attention import (
+    KeyValueStream,
+    Rule,
+    Stream,
+    implementation,
+    most_window_rows,
+    through_channels,
+)
 
 _WARM_UP = 3
 """Steps before one is captured: what compiles or allocates on first use may not do so then, and short answers are
@@ -270,6 +277,7 @@ class _LayerMemory:
         self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths, query_places: _Places
     ) -> None:
         self.filled, self.query_places, self.impl = filled, query_places, streams[0].impl
+        self.has_bias = streams[0].rule.compressor.has_bias
         rows = _rows(streams)
         self.memories = [
             [part.new_empty(rows, part.shape[1], count, part.shape[3]) for part in buffer.whole]
@@ -280,6 +288,11 @@ class _LayerMemory:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
+        if self.has_bias:
+            return through_channels(self._attend, query, key, value, scale)
+        return self._attend(query, key, value, scale)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.filled.put(self.key, key)
         self.filled.put(self.value, value)
         for (memory,) in self.memories[1:]:

@@ -39,10 +39,12 @@ from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
+from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
-from lrsa_lit.ops.sparse_attention.synthesizers import FreqPartition
+from lrsa_lit.ops.sparse_attention.synthesizers import Centroids, FreqPartition
 
 __all__ = [
+    "Centroids",
     "ChunkWise",
     "Compressor",
     "FreqPartition",
@@ -81,5 +83,6 @@ __all__ = [
     "sparse_attention",
     "stored_size",
     "tensor_of_rule",
+    "through_channels",
     "traced_attention",
 ]

@@ -20,6 +20,7 @@ from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, partition_counts
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, HasRule, Rule, rule_of
 from lrsa_lit.ops.sparse_attention.selection import Selection
+from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
 
 Impl = Literal["auto", "eager", "triton"]
 
@@ -61,10 +62,16 @@ def sparse_attention(
     if selection is not None:
         _check_selection(selection, key, rule, boundaries)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output: Tensor = implementation(impl, query).forward(
-        query, key, value, rule, boundaries=boundaries, scale=scale, selection=selection
-    )
-    return output
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        output: Tensor = implementation(impl, query).forward(
+            query, key, value, rule, boundaries=boundaries, scale=scale, selection=selection
+        )
+        return output
+
+    if rule.compressor.has_bias:
+        return through_channels(attend, query, key, value, scale)
+    return attend(query, key, value, scale)
 
 
 def dense_attention(

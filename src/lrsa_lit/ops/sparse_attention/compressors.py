@@ -65,13 +65,16 @@ class Compressor(ABC):
     Attributes:
         window: how many of a reference's last queries it is handed, at most L; an attribute of the class or a field.
         needs_rotary: whether it is handed ``Partitions.rotary``, which a rule has that a model was given.
+        has_bias: whether it returns a third tensor, a bias (B, H, P, K) that is added to the logits of each compact
+            pair, in at least float32; for those that make new pairs. slot_bias.py says what that costs.
     """
 
     window: int = 0
     needs_rotary: ClassVar[bool] = False
+    has_bias: ClassVar[bool] = False
 
     @abstractmethod
-    def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
+    def compress(self, partitions: Partitions) -> tuple[Tensor, ...]:
         """Compact keys and values, both (B, H, P, K, D) in the dtype of the partitions, with gradient to them."""
 
     def for_layer(self, layer: int) -> Compressor:

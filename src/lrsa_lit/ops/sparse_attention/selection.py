@@ -18,6 +18,7 @@ from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 from lrsa_lit.ops.sparse_attention.compressors import Partitions, Selector, gather_kept
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, partition_counts, window_start
 from lrsa_lit.ops.sparse_attention.rule import Rule
+from lrsa_lit.ops.sparse_attention.slot_bias import narrow, with_bias
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,14 @@ def compress(
 
     Returns:
         Keys and values (B, H, count K, D).
+
+    With a compressor that has a bias, everything has the channels for it.
     """
-    parts = partitions_of(key, value, rule, count, first, next_query)
-    compact_key, compact_value = rule.compressor.compress(parts)
+    if not rule.compressor.has_bias:
+        compact = rule.compressor.compress(partitions_of(key, value, rule, count, first, next_query))
+    else:
+        next_query = None if next_query is None else narrow(next_query)
+        parts = partitions_of(narrow(key), narrow(value), rule, count, first, next_query)
+        compact = with_bias(*rule.compressor.compress(parts))
+    compact_key, compact_value = compact
     return compact_key.flatten(2, 3), compact_value.flatten(2, 3)

@@ -17,6 +17,7 @@ from lrsa_lit.ops.sparse_attention.api import Impl, implementation
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, RowBuffer, joined
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size, window_start
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, Rule
+from lrsa_lit.ops.sparse_attention.slot_bias import narrow, through_channels
 
 
 class Stream(ABC):
@@ -89,10 +90,18 @@ class KeyValueStream(Stream):
     @property
     def stored(self) -> Pair | None:
         """Compact pairs first."""
-        return None if self._store is None else self._store.filled
+        if self._store is None or not self.rule.compressor.has_bias:
+            return None if self._store is None else self._store.filled
+        key, value = self._store.filled
+        return narrow(key), narrow(value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it."""
+        if self.rule.compressor.has_bias:
+            return through_channels(self._attend, query, key, value, scale)
+        return self._attend(query, key, value, scale)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         count = key.shape[2]
         if self.crosses(count):
             return self._attend_across(query, key, value, scale)

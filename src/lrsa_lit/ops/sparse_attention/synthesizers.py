@@ -11,7 +11,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.ops.sparse_attention.compressors import Compressor, Partitions
 
 
@@ -55,3 +57,58 @@ def low_pass(lag: int, kept: int, device: torch.device) -> Tensor:
 def places(lag: int, kept: int, device: torch.device) -> Tensor:
     """(K,) float64: where in a partition of L tokens the middles of K equal stretches are."""
     return (2 * torch.arange(kept, dtype=torch.float64, device=device) + 1) * lag / (2 * max(kept, 1)) - 0.5
+
+
+@dataclass(frozen=True)
+class Centroids(Compressor):
+    """Cluster the keys of a partition; a cluster's pair is the mean of its keys and the mean of its values.
+
+    Ours: it takes over the clustering of Squeezed Attention (arXiv 2411.09688), k-means on keys of length 1, which
+    itself keeps all pairs and looks clusters up. Labels are constants for the gradient. An empty cluster has no weight.
+
+    Args:
+        iterations: rounds of k-means from every (L/K)-th key on (>= 1); labels that rest stay.
+        weigh: add log n to the logits of a cluster of n tokens, so that it weighs as much as they did.
+    """
+
+    has_bias: ClassVar[bool] = True
+
+    iterations: int = 10
+    weigh: bool = True
+
+    def __post_init__(self) -> None:
+        rounds = is_integer(self.iterations) and self.iterations >= 1
+        check_setting("iterations", self.iterations, rounds, "an integer >= 1")
+        check_setting("weigh", self.weigh, isinstance(self.weigh, bool), "true or false")
+
+    def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor, Tensor]:
+        """Means (B, H, P, K, D) of keys and of values, and the bias (B, H, P, K)."""
+        key, value = partitions.key, partitions.value
+        members = self._members(key, partitions.top_k)
+        count = members.sum(dim=-1)
+        empty = count == 0
+        bias = (count.log() if self.weigh else torch.zeros_like(count)).masked_fill(empty, _NO_WEIGHT)
+        # An empty one gets the mean of all keys, which no query can score above each of the other clusters.
+        weights = members.masked_fill(empty[..., None], 1.0)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        compact_key, compact_value = (weights @ tokens.to(weights.dtype) for tokens in (key, value))
+        return compact_key.to(key.dtype), compact_value.to(value.dtype), bias
+
+    @torch.no_grad()
+    def _members(self, key: Tensor, clusters: int) -> Tensor:
+        """(…, L, D) -> (…, K, L), one for the members of each cluster and else zero; ties go to the earlier cluster."""
+        unit = normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1)
+        ordinal = torch.arange(clusters, device=key.device)
+        centre = unit[..., ordinal * key.shape[-2] // max(clusters, 1), :]
+        members = unit.new_zeros((*centre.shape[:-1], key.shape[-2]))
+        for _ in range(self.iterations if clusters else 0):
+            # The squared distance, but for the length of the key.
+            distance = centre.square().sum(dim=-1, keepdim=True) - 2 * centre @ unit.mT
+            members = (distance.argmin(dim=-2, keepdim=True) == ordinal[:, None]).to(unit.dtype)
+            count = members.sum(dim=-1, keepdim=True)
+            centre = torch.where(count > 0, members @ unit / count.clamp(min=1), centre)
+        return members
+
+
+_NO_WEIGHT = -1e4
+"""A bias beside which the exponential of every other is infinite, and which half precision can hold."""
