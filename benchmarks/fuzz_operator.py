@@ -40,7 +40,10 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.ops.sparse_attention import (
     ChunkWise,
     LagRelative,
+    LagRelativeTail,
     MeanPool,
+    QueryAttention,
+    QueryRuns,
     RandomTokens,
     Recency,
     Rule,
@@ -66,8 +69,11 @@ COMPRESSORS = (
     *[LagRelative()] * 6,
     *[ValueRelative()] * 2,
     *(ChunkWise(size, values) for size in (1, 2, 3) for values in (False, True)),
-    *(RandomTokens(3), Recency(), Strided(), MeanPool()),
+    *(RandomTokens(3), Recency(), Strided(), MeanPool(), LagRelativeTail(0.4)),
+    *(QueryAttention(2), QueryAttention(1, kernel=3), QueryRuns(2, size=3)),
 )
+LOWEST = -80.0
+"""Logarithm of the score under which tokens may be kept in any order, as float32 has no such probabilities."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +161,8 @@ def drawn(seed: int, impl: str) -> Case:
         lengths,
         packed,
         (1 if packed else draw.randint(1, 2), heads * group, heads, dim),
-        length if packed or draw.random() < 0.7 else draw.randint(1, length),
+        # The queries that a compressor scores by must be there.
+        length if packed or draw.random() < 0.7 or rule.compressor.window else draw.randint(1, length),
         draw.choice(dtypes),
         draw.choice([None, None, None, 0.0, 0.05, 1.0]),
         draw.choice(INPUTS),
@@ -221,7 +228,7 @@ def problem_of(case: Case, impl: str, counts: collections.Counter[str]) -> str |
     moved = [tensor.to(device) for tensor in tensors]
     selection = None
     if isinstance(case.rule.compressor, Selector):
-        selection = select(moved[1], moved[2], case.rule, cu_seqlens=cuts, impl=impl)
+        selection = select(*moved[1:3], case.rule, query=moved[0], cu_seqlens=cuts, impl=impl)
         problem = _wrong_selection(case, tensors, selection.indices.cpu(), counts)
         if problem is not None:
             return problem
@@ -276,7 +283,11 @@ def _wrong_selection(
         if case.kind == "bad" or isinstance(case.rule.compressor, RandomTokens) or not 0 < keep < lag:
             continue
         parts = [x[row, head, at : at + lag].double() for at in (start, start + lag) for x in tensors[1:3]]
-        logs, rounding = _logs(parts, case.rule)
+        if window := case.rule.compressor.window:
+            queries = tensors[0][row].unflatten(0, (heads, -1))[head, :, start + 2 * lag - window : start + 2 * lag]
+            logs, rounding = _query_logs(parts[0], queries.flatten(0, 1).double(), case.rule)
+        else:
+            logs, rounding = _logs(parts, case.rule)
         counts["partitions ranked"] += 1
         best = np.sort(np.argsort(-logs, kind="stable")[:keep]).tolist()
         if kept == best:
@@ -287,6 +298,22 @@ def _wrong_selection(
             return f"selection: row {row}, head {head}, partition {p} keeps {kept}, not {best}; {gap:.2e} apart"
         counts["partitions with another tie"] += 1
     return None
+
+
+def _query_logs(key: Tensor, queries: Tensor, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`_logs` of a compressor that scores keys (L, D) by queries (N, D): the products bound the rounding."""
+    compressor, scale = rule.compressor, key.shape[-1] ** -0.5
+    logits = (queries @ key.T).numpy().astype(np.longdouble) * scale
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    scores = (weights / weights.sum(axis=-1, keepdims=True)).mean(axis=0)
+    side = compressor.kernel // 2
+    padded = np.pad(scores, side)
+    scores = sum(padded[place : place + rule.lag_size] for place in range(compressor.kernel)) / compressor.kernel
+    if isinstance(compressor, QueryRuns):
+        runs = np.arange(rule.lag_size) // compressor.size
+        scores = np.array([scores[runs == run].mean() for run in runs])
+    size = (queries.abs() @ key.abs().T).max().item() * scale
+    return np.maximum(np.log(np.maximum(scores, 1e-300)), LOWEST), np.full(rule.lag_size, size)
 
 
 def _logs(parts: list[Tensor], rule: Rule) -> tuple[np.ndarray, np.ndarray]:
@@ -301,6 +328,8 @@ def _logs(parts: list[Tensor], rule: Rule) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(compressor, ValueRelative) or getattr(compressor, "values_only", False):
         key, next_key, rule = value, next_value, rule.replace(compressor=LagRelative(value_weight=0.0))
     logs = lag_relative_logs(key, value, next_key, next_value, rule)
+    if isinstance(compressor, LagRelativeTail):
+        logs[rule.lag_size - compressor.last(rule.top_k) :] = np.inf
     sources = [(key, next_key), (value, next_value)] if rule.compressor.value_weight else [(key, next_key)]
     spreads = np.max([lag_spread(*(x.numpy() for x in source)) for source in sources], axis=0)
     if isinstance(compressor, ChunkWise):

@@ -81,7 +81,8 @@ def test_of_queries_the_windows_of_references_to_come_are_held(chunk, sizes):
         for held in (stream, stream.rows(torch.tensor([0, 1]))):
             pairs, queries = held.buffers
             assert queries.filled[0].equal(tensors[0][:, :, needed])
-            assert held.nbytes == pairs.nbytes + queries.nbytes
+            stored = stored_size(stream.seen, rule) if not stream.due else pairs.length
+            assert held.nbytes == 8 * 5 * 2 * (2 * 2 * stored + 4 * len(needed))
         most = max(most, len(needed))
     assert most <= most_window_rows(rule)
     assert most_window_rows(rule) == {None: 3, 4: 3, 5: 6, 12: 9, 16: 6}[chunk]

@@ -62,8 +62,8 @@ class RowBuffer(Generic[Rows]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of that memory."""
-        return sum(part.nbytes for part in self._parts)
+        """Bytes of the filled rows."""
+        return sum(part.nbytes for part in self.filled)
 
     def append(self, rows: Rows) -> None:
         """Put rows behind the filled ones."""

@@ -73,7 +73,7 @@ class KeyValueStream(Stream):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it holds, spare rows included."""
+        """Those of the queries included."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     @property
