@@ -8,7 +8,7 @@ from helpers import refused
 from transformers import DynamicCache
 
 from lrsa_lit.attention import LRSACache, disable, enable, enabled_config, prefill
-from lrsa_lit.ops.sparse_attention import stored_size
+from lrsa_lit.ops.sparse_attention import QueryAttention, stored_size
 
 
 @torch.no_grad()
@@ -136,6 +136,8 @@ def test_rules_that_do_not_fit_are_refused(tiny, tokens, rule):
         LRSACache.of(model)
     with refused("config.dense_layers", (0,)):
         LRSACache.of(model, rule.replace(dense_layers=(0,)))
+    with refused("config.compressor", "QueryAttention", reason="no queries"):
+        LRSACache.of(model, rule.replace(compressor=QueryAttention(window=3)))
     enable(model, rule)
     assert LRSACache.of(model, rule).config == rule
     with refused("config", rule.replace(top_k=1)):

@@ -39,6 +39,12 @@ def bad_inputs():
         {"x.yaml": "model: {lrsa: {compressor: {class_path: ChunkWise, init_args: {siz: 4}}}}"},
         ["model.lrsa.compressor: siz: no such setting", "size"],
     )
+    yield (
+        "window of queries longer than a partition",
+        ["--model.lrsa.compressor", "QueryRuns", "--model.lrsa.lag_size", "8", "--model.lrsa.top_k", "2"],
+        {},
+        ["model.lrsa.compressor.window: 16", "8"],
+    )
     yield "broken YAML", ["--config", "x.yaml"], {"x.yaml": "model: ["}, ["--config", "x.yaml", "line 1"]
     yield "config that is a folder", ["--config", "."], {}, ["--config: . is no file"]
     yield "config that is a list", ["--config", "x.yaml"], {"x.yaml": "- a"}, ["--config: x.yaml", "list", "mapping"]
