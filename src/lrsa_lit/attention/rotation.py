@@ -24,10 +24,14 @@ def layers_of(model: Any, config: LRSAConfig) -> LayerRules:
     """The rules of a model's layers, with their rotations if the compressor needs them.
 
     Raises:
-        UserError: the model has no such dense layer, or no rotation that the compressor could take off.
+        UserError: the model has no such dense layer, does not suit the system, or has no rotation that could be taken
+            off.
     """
-    layers = config.layers
-    layers.check(len(attention_modules(base_of(model))))
+    inner, layers = base_of(model), config.layers
+    count, numbers = len(attention_modules(inner)), inner.config.get_text_config()
+    layers.check(count)
+    if config.system is not None:
+        config.system.check(count, getattr(numbers, "num_key_value_heads", None) or numbers.num_attention_heads)
     if not config.needs_rotary:
         return layers
     return dataclasses.replace(layers, rotaries=rotaries_of(model))

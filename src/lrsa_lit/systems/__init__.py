@@ -1,6 +1,7 @@
 """Published ways to keep less of the past that are no rule of partitions, by class path in settings."""
 
+from lrsa_lit.systems.freqkv import FreqKV
 from lrsa_lit.systems.one_shot import KeyNorm, OneShot, Prompt, StreamingLLM
 from lrsa_lit.systems.system import Place, System
 
-__all__ = ["KeyNorm", "OneShot", "Place", "Prompt", "StreamingLLM", "System"]
+__all__ = ["FreqKV", "KeyNorm", "OneShot", "Place", "Prompt", "StreamingLLM", "System"]

@@ -6,15 +6,23 @@ Dimensions: B batch, H key-value heads, Hq query heads, N new tokens, T tokens, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lrsa_lit import plugins
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, Rotary, Stream, attended_pairs, dense_attention
+from lrsa_lit.ops.sparse_attention import (
+    Impl,
+    Rotary,
+    Stream,
+    attended_pairs,
+    checked_boundaries,
+    dense_attention,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +77,9 @@ class System(ABC):
         """
         return dense_attention(query, key, value, cu_seqlens=cu_seqlens, scale=scale)
 
+    def check(self, layers: int, heads: int) -> None:  # noqa: B027 - most suit all models
+        """Raise a UserError unless it suits a model of so many layers and key-value heads."""
+
     def end_prompt(self, streams: Sequence[Stream]) -> None:
         """The prompt is over: what the streams of all layers that are not dense, in their order, do then."""
         for stream in streams:
@@ -94,3 +105,12 @@ class System(ABC):
         except TypeError as error:
             raise UserError("system", found.__name__, reason=f"does not take these init_args ({error})") from None
         return made
+
+
+def sequences(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Those (B, heads, T, D) of each packed sequence; empty ones are left out."""
+    boundaries = (0, key.shape[2]) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), key.shape[2])
+    for start, stop in itertools.pairwise(boundaries):
+        yield query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
