@@ -7,7 +7,7 @@ partitions, L lag_size, K top_k, D head_dim, w window of the compressor.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,12 +128,14 @@ def of_sequence(selection: Selection, rule: Rule, boundaries: Sequence[int], ind
 
 
 def compact_buffer(
-    key: Tensor, value: Tensor, rule: Rule, selection: Selection | None = None, query: Tensor | None = None
-) -> Pair:
+    key: Tensor, value: Tensor, rule: Rule, selection: Selection | None = None, query: Tensor | None = None,
+    compress_by: Callable[..., Pair] | None = None,
+) -> Pair:  # fmt: skip
     """Sinks and compressed partitions of one sequence: keys and values (B, H, S + K P, D), empty where P = 0.
 
     A ready selection replaces the compressor's own; its positions count from the sequence's start. Without one, a
-    compressor with a window needs the sequence's last queries (B, Hq, Tq, D).
+    compressor with a window needs the sequence's last queries (B, Hq, Tq, D). ``compress_by`` stands in for
+    :func:`compress`.
     """
     count = compressed_at(key.shape[2] - 1, rule)
     if count == 0:
@@ -141,7 +143,7 @@ def compact_buffer(
     sink = rule.sink_size
     if selection is None:
         windows = windows_of(query, key, rule, count)
-        kept = compress(key[:, :, sink:], value[:, :, sink:], rule, count, next_query=windows)
+        kept = (compress_by or compress)(key[:, :, sink:], value[:, :, sink:], rule, count, next_query=windows)
     else:
         indices = selection.indices.flatten(2, 3)
         kept = gather_kept(key, indices), gather_kept(value, indices)

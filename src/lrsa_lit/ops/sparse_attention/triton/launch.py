@@ -20,11 +20,13 @@ from lrsa_lit.ops.sparse_attention.compressors import Selector
 from lrsa_lit.ops.sparse_attention.kernel_code import kernel_code
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.selection import Selection
+from lrsa_lit.ops.sparse_attention.synthesizers import FreqPartition
 from lrsa_lit.ops.sparse_attention.triton.attention_op import Attend, traced_attention
 from lrsa_lit.ops.sparse_attention.triton.decode_kernels import attend_one
 from lrsa_lit.ops.sparse_attention.triton.fused_selection import fused_ranks
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact, ranks_of
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, positive_scale
+from lrsa_lit.ops.sparse_attention.triton.resample_kernel import compress_frequencies
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_starts
 
 __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
@@ -81,7 +83,7 @@ def _forward(
         rows = itertools.starmap(slice, itertools.pairwise(boundaries))
         compact = joined(
             *(
-                in_pytorch.compact_buffer(key[:, :, part], value[:, :, part], rule, query=queries)
+                in_pytorch.compact_buffer(key[:, :, part], value[:, :, part], rule, query=queries, compress_by=compress)
                 for part, queries in zip(rows, in_pytorch.queries_of(query, key, boundaries), strict=True)
             )
         )
@@ -105,8 +107,13 @@ def attend(
     return _attend(Inputs(query, *raw, *compact), None, geometry, scale)
 
 
-def compress(key: Tensor, value: Tensor, rule: Rule, count: int, first: int, next_query: Tensor | None = None) -> Pair:
+def compress(
+    key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0, next_query: Tensor | None = None
+) -> Pair:
     """What ``count`` partitions of a sequence become; arguments as in ``eager.compress``."""
+    if type(rule.compressor) is FreqPartition:
+        compact = compress_frequencies(in_pytorch.partitions_of(key, value, rule, count, first))
+        return compact[0].flatten(2, 3), compact[1].flatten(2, 3)
     grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     code = kernel_code(rule.compressor, rule.top_k)
     if grads or code is None:
