@@ -2,6 +2,18 @@
 
 from lrsa_lit.systems.freqkv import FreqKV
 from lrsa_lit.systems.one_shot import KeyNorm, OneShot, Prompt, StreamingLLM
+from lrsa_lit.systems.sparse_accelerate import SparseAccelerate
+from lrsa_lit.systems.squeezed import SqueezedAttention
 from lrsa_lit.systems.system import Place, System
 
-__all__ = ["FreqKV", "KeyNorm", "OneShot", "Place", "Prompt", "StreamingLLM", "System"]
+__all__ = [
+    "FreqKV",
+    "KeyNorm",
+    "OneShot",
+    "Place",
+    "Prompt",
+    "SparseAccelerate",
+    "SqueezedAttention",
+    "StreamingLLM",
+    "System",
+]

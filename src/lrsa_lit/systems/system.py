@@ -47,12 +47,14 @@ class System(ABC):
         trains: whether :meth:`attend` is what its streams make of the same tokens, and has gradients: then a model can
             be trained under it, and losses need no cache.
         needs_rotary: whether it takes rotations off keys.
+        needs_whole_prompt: whether a prompt must come in one call.
         graphable: whether its streams are KeyValueStreams, equally full in all layers once the prompt is over, so that
             a CUDA graph can serve single tokens.
     """
 
     trains: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
+    needs_whole_prompt: ClassVar[bool] = False
     graphable: ClassVar[bool] = False
 
     @abstractmethod

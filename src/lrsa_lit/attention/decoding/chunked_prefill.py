@@ -36,7 +36,7 @@ def prefill(
         input_ids: (B, T) new tokens, behind those that the cache has seen.
         cache: any of transformers, compressed or not.
         attention_mask: (B, seen + T), 1 for real tokens, as ``generate`` takes it; None: all are real.
-        tokens_per_call: most tokens of a call.
+        tokens_per_call: most tokens of a call; a system that needs whole prompts gets them.
         progress: called after each call with the tokens taken in so far.
 
     Returns:
@@ -62,6 +62,8 @@ def prefill(
 def _calls(model: Any, cache: Any, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
     """[start, stop) in pieces of at most ``most``; where attention is the model's own, none over a compression."""
     pieces = [(start, stop)]
+    if isinstance(cache, LRSACache) and cache.config.system is not None and cache.config.system.needs_whole_prompt:
+        most = stop - start
     if isinstance(cache, LRSACache) and enabled_state(base_of(model)) is None:
         pieces = [(span.start, span.stop) for span in spans(start, stop, cache.config.rule)]
     for first, last in pieces:

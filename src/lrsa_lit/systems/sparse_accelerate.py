@@ -1,0 +1,235 @@
+"""SparseAccelerate (arXiv 2412.06198): prompts are read through a sparse mask of each head, answers densely.
+
+Of that paper only the abstract is public: three patterns, chosen for each head while it runs. The definitions here are
+those of the patterns of MInference (arXiv 2407.02490) which the names resemble; that they are meant is our reading.
+
+Dimensions: B batch, H key-value heads, G query heads of each, T tokens of a prompt, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from lrsa_lit.bounds import check_setting, is_integer
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
+from lrsa_lit.systems.system import Place, System
+
+PATTERNS = ("triangular", "interval_slash", "block_cluster")
+
+_QUERIES = 512
+"""Queries whose masks exist at a time."""
+
+Mask = Callable[[Tensor], Tensor]
+"""From the numbers (N,) of queries to what they see, (B, H, G, N, T) bool or what broadcasts to it."""
+
+
+@dataclass(frozen=True)
+class SparseAccelerate(System):
+    """The pattern that holds most of a head's dense attention masks its prompt; the cache keeps everything.
+
+    A prompt comes in one call. Each query head is masked by the pattern of the highest recall: the dense probability
+    inside of it, a mean over the queries from ``recall_from`` on (of the second half, where a prompt is shorter). Masks
+    are applied densely, so this measures quality and the pairs attended to, and is no faster than dense attention.
+
+    The default sizes are ours: at 4,096 tokens and more each pattern has some 900 keys a query.
+
+    Args:
+        initial: triangular: the first tokens, which all see,
+        local: and the last ones behind each.
+        columns: interval-slash: keys by the attention of the last queries,
+        diagonals: distances by it,
+        last_queries: of so many queries,
+        first_columns: of the keys so many first ones in any case,
+        near_diagonals: and of the distances the nearest.
+        block: block-cluster: tokens of a block,
+        blocks: blocks that each block of queries sees by the product of their means; its own is added.
+        recall_from: the first query that counts.
+    """
+
+    needs_whole_prompt: ClassVar[bool] = True
+    graphable: ClassVar[bool] = True
+
+    initial: int = 100
+    local: int = 800
+    columns: int = 100
+    diagonals: int = 750
+    last_queries: int = 64
+    first_columns: int = 30
+    near_diagonals: int = 30
+    block: int = 64
+    blocks: int = 14
+    recall_from: int = 2500
+
+    def __post_init__(self) -> None:
+        """Check each bound once."""
+        for name in ("local", "last_queries", "block", "blocks", "near_diagonals"):
+            value = getattr(self, name)
+            check_setting(name, value, is_integer(value) and value >= 1, "an integer >= 1")
+        for name in ("initial", "columns", "diagonals", "first_columns", "recall_from"):
+            value = getattr(self, name)
+            check_setting(name, value, is_integer(value) and value >= 0, "an integer >= 0")
+
+    def stream(self, place: Place, impl: Impl) -> Stream:
+        """As :class:`System` has it."""
+        return MaskedPromptStream(self, impl)
+
+
+class MaskedPromptStream(KeyValueStream):
+    """All of the past of a layer; the first call, which is the prompt, sees it through masks.
+
+    Attributes:
+        patterns: (B, H, G) int64, the number in :data:`PATTERNS` of each query head; None before the prompt.
+        attended: (B, H, G) query-key pairs of the prompt.
+    """
+
+    def __init__(self, system: SparseAccelerate, impl: Impl) -> None:
+        super().__init__(None, impl)
+        self.system = system
+        self.patterns: Tensor | None = None
+        self.attended: Tensor | None = None
+        self._ended = False
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :class:`Stream` has it; a UserError for a prompt in several calls."""
+        if self._ended:
+            return super().attend(query, key, value, scale)
+        if self.seen:
+            reason = "a prompt must come in one call, as its last queries choose what all of it sees"
+            raise UserError("input_ids", reason=reason)
+        self.extend(key, value)
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        masks = Masks(self.system, grouped, key, scale)
+        self.patterns = masks.best()
+        output, self.attended = masks.attend(self.patterns, value)
+        return output.flatten(1, 2)
+
+    def end_prompt(self) -> None:
+        """From now on attention is dense."""
+        self._ended = True
+
+    def rows(self, indices: Tensor) -> MaskedPromptStream:
+        """As :class:`Stream` has it."""
+        other = MaskedPromptStream(self.system, self.impl)
+        other.seen, other._ended = self.seen, self._ended
+        other._store = None if self._store is None else self._store.rows(indices)
+        other.patterns = None if self.patterns is None else self.patterns[indices]
+        other.attended = None if self.attended is None else self.attended[indices]
+        return other
+
+
+class Masks:
+    """The three patterns of each head of a prompt.
+
+    Args:
+        system: says how large they are.
+        query: (B, H, G, T, D), rotated.
+        key: (B, H, T, D), rotated.
+        scale: factor of the scores.
+    """
+
+    def __init__(self, system: SparseAccelerate, query: Tensor, key: Tensor, scale: float) -> None:
+        self.system, self.scale = system, scale
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        self.query, self.key = query.to(dtype), key.to(dtype)
+        self.tokens = key.shape[2]
+        self.places = torch.arange(self.tokens, device=key.device)
+        self.masks: list[Mask] = [self._triangular, self._interval_slash(), self._block_cluster()]
+
+    def best(self) -> Tensor:
+        """(B, H, G) int64: which pattern has the highest recall; the earlier of equal ones."""
+        return self.recalls().argmax(dim=0)
+
+    def recalls(self) -> Tensor:
+        """(3, B, H, G) dense probability within each pattern, a mean over queries."""
+        first = self.system.recall_from if self.system.recall_from < self.tokens else self.tokens // 2
+        total = self.query.new_zeros(len(PATTERNS), *self.query.shape[:3])
+        for numbers in self.places[first:].split(_QUERIES):
+            probabilities = self._probabilities(numbers)
+            for pattern, mask in enumerate(self.masks):
+                total[pattern] += (probabilities * mask(numbers)).sum(dim=(-2, -1))
+        return total / (self.tokens - first)
+
+    def attend(self, patterns: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention (B, H, G, T, D) through the pattern of each head, and the pairs (B, H, G) that it attends to."""
+        outputs, pairs = [], torch.zeros_like(patterns)
+        chosen = patterns[..., None, None]
+        for numbers in self.places.split(_QUERIES):
+            seen = torch.stack([mask(numbers).expand(*patterns.shape, -1, -1) for mask in self.masks])
+            mask = torch.where(chosen == 0, seen[0], torch.where(chosen == 1, seen[1], seen[2]))
+            queries = self.query[:, :, :, numbers[0] : numbers[-1] + 1]
+            keys, values = (rows[:, :, None].expand(-1, -1, patterns.shape[2], -1, -1) for rows in (self.key, value))
+            outputs.append(
+                scaled_dot_product_attention(queries, keys, values.to(keys.dtype), attn_mask=mask, scale=self.scale)
+            )
+            pairs += mask.sum(dim=(-2, -1))
+        return torch.cat(outputs, dim=3).to(value.dtype), pairs
+
+    def _causal(self, numbers: Tensor) -> Tensor:
+        return self.places <= numbers[:, None]
+
+    def _probabilities(self, numbers: Tensor) -> Tensor:
+        """(B, H, G, N, T) of dense causal attention."""
+        scores = self.query[:, :, :, numbers] @ self.key[:, :, None].mT * self.scale
+        return scores.masked_fill(~self._causal(numbers), -torch.inf).softmax(dim=-1)
+
+    def _triangular(self, numbers: Tensor) -> Tensor:
+        near = numbers[:, None] - self.places <= self.system.local
+        return self._causal(numbers) & (near | (self.places < self.system.initial))
+
+    def _interval_slash(self) -> Mask:
+        last = self.places[-self.system.last_queries :]
+        probabilities = self._probabilities(last)
+        away = last[:, None] - self.places
+        columns = probabilities.sum(dim=-2)
+        # What lies ahead has no probability.
+        flat = away.clamp(min=0).flatten().expand(*probabilities.shape[:3], -1)
+        diagonals = torch.zeros_like(columns).scatter_add(-1, flat, probabilities.flatten(-2))
+        columns[..., : self.system.first_columns] = torch.inf
+        diagonals[..., : self.system.near_diagonals] = torch.inf
+        column, diagonal = (
+            _marked(scores, count)
+            for scores, count in ((columns, self.system.columns), (diagonals, self.system.diagonals))
+        )
+
+        def mask(numbers: Tensor) -> Tensor:
+            distance = (numbers[:, None] - self.places).clamp(min=0)
+            of_diagonals = diagonal[..., distance]
+            # Whatever the counts, a query sees itself.
+            own = self.places == numbers[:, None]
+            return self._causal(numbers) & (column[..., None, :] | of_diagonals | own)
+
+        return mask
+
+    def _block_cluster(self) -> Mask:
+        size = self.system.block
+        blocks = -(-self.tokens // size)
+        spare = blocks * size - self.tokens
+
+        def pooled(rows: Tensor) -> Tensor:
+            means: Tensor = pad(rows, (0, 0, 0, spare)).unflatten(-2, (blocks, size)).mean(dim=-2)
+            return means
+
+        scores = pooled(self.query) @ pooled(self.key)[:, :, None].mT
+        before = torch.ones(blocks, blocks, dtype=torch.bool, device=scores.device).tril()
+        # A pooled score may leave a block of queries without its own block, and its first queries without any key.
+        own = torch.eye(blocks, dtype=torch.bool, device=scores.device)
+        kept = _marked(scores.masked_fill(~before, -torch.inf), self.system.blocks) & before | own
+
+        def mask(numbers: Tensor) -> Tensor:
+            of_blocks = kept[..., numbers // size, :]
+            return self._causal(numbers) & of_blocks.repeat_interleave(size, dim=-1)[..., : self.tokens]
+
+        return mask
+
+
+def _marked(scores: Tensor, count: int) -> Tensor:
+    """Bool, true at the ``count`` highest of each row of scores (…, M), of equal ones the earlier."""
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

@@ -1,0 +1,258 @@
+"""Squeezed Attention (arXiv 2411.09688): all of a long prompt stays, and later tokens read the clusters that matter.
+
+Dimensions: B batch, H key-value heads, G query heads of each, N new tokens, n clustered keys, K clusters, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from lrsa_lit.bounds import check_setting, is_integer
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention.compressors import gather_kept
+from lrsa_lit.systems.system import Place, System
+
+
+class Level(NamedTuple):
+    """A clustering of keys.
+
+    Attributes:
+        labels: (B, H, n) int64, each key's cluster.
+        centroids: (B, H, K, D), means of the raw keys; zeros where a cluster is empty.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+
+    def member_probabilities(self, query: Tensor, scale: float, alive: Tensor | None = None) -> Tensor:
+        """(B, H, n): the estimated attention of each single key, a mean over queries and group.
+
+        Args:
+            query: (B, H, G, N, D).
+            scale: factor of the scores.
+            alive: (B, H, n) bool, the keys that count; None counts all.
+        """
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        logits = query.to(dtype) @ self.centroids.to(dtype)[:, :, None].mT * scale
+        weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()  # (B, H, G, N, K)
+        present = torch.ones_like(self.labels, dtype=dtype) if alive is None else alive.to(dtype)
+        counts = torch.zeros_like(self.centroids[..., 0], dtype=dtype).scatter_add(2, self.labels, present)
+        total = (weights * counts[:, :, None, None]).sum(dim=-1, keepdim=True)
+        # Where no key is left nothing is read, whatever the threshold.
+        of_clusters = torch.where(total > 0, weights / total.clamp(min=torch.finfo(dtype).tiny), -1.0)
+        return of_clusters.mean(dim=(2, 3)).gather(2, self.labels)
+
+
+@torch.no_grad()
+def clustered(keys: Tensor, tokens: Tensor | None, count: int, iterations: int) -> Level:
+    """k-means of keys (B, H, n, D) at length 1, from each (n / count)-th of them on.
+
+    The paper begins with k-means++; this start is the same on all devices.
+
+    Args:
+        keys: to cluster.
+        tokens: (B, H, N) int64, the one of ``keys`` that each token belongs to, whose label it inherits; None where
+            keys are tokens.
+        count: K.
+        iterations: at most; labels that rest stay.
+    """
+    unit = normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+    ordinal = torch.arange(count, device=keys.device)
+    centre, labels = unit[:, :, ordinal * keys.shape[2] // count], None
+    for _ in range(iterations):
+        nearest = (centre.square().sum(dim=-1)[:, :, None] - 2 * unit @ centre.mT).argmin(dim=-1)
+        if labels is not None and torch.equal(nearest, labels):
+            break
+        labels = nearest
+        members = (labels[:, :, None] == ordinal[:, None]).to(unit.dtype)  # (B, H, K, n)
+        size = members.sum(dim=-1, keepdim=True)
+        centre = torch.where(size > 0, members @ unit / size.clamp(min=1), centre)
+    assert labels is not None
+    return Level(labels if tokens is None else labels.gather(2, tokens), centre)
+
+
+def centroids(keys: Tensor, labels: Tensor, count: int) -> Tensor:
+    """(B, H, K, D) means of the raw keys (B, H, n, D) of each cluster, in the keys' dtype; zeros where it is empty."""
+    members = labels[:, :, None] == torch.arange(count, device=keys.device)[:, None]
+    weights = members.to(torch.promote_types(keys.dtype, torch.float32))
+    sums = weights @ keys.to(weights.dtype)
+    return (sums / weights.sum(dim=-1, keepdim=True).clamp(min=1)).to(keys.dtype)
+
+
+@dataclass(frozen=True)
+class SqueezedAttention(System):
+    """Read the keys of those clusters whose estimated attention passes one threshold for all layers and heads.
+
+    The cache holds everything: what is saved is reading. Clusters are made when the prompt ends; queries of its last
+    tokens set the threshold. What comes behind (a question, the answer) is compared with centroids first: tokens that
+    are fed in one call by the mean over them, single tokens each for itself. Those last tokens of the prompt and all
+    behind it are always read. The paper has no grouped heads: we take the mean over a group.
+
+    Args:
+        sparsity: p, the quantile of the scores at which the threshold lies: about the share of keys that is not read.
+        observed: the last tokens of a prompt, which are not clustered.
+        clusters: number of clusters by the clustered tokens.
+        coarse: of a first level as well, whose clusters are of centroids; null for one level. The paper has 0.01.
+        coarse_sparsity: p of the first level.
+        iterations: of k-means, at most.
+    """
+
+    sparsity: float = 0.7
+    observed: int = 100
+    clusters: float = 0.05
+    coarse: float | None = None
+    coarse_sparsity: float = 0.5
+    iterations: int = 300
+
+    def __post_init__(self) -> None:
+        """Check each bound once."""
+        for name in ("sparsity", "coarse_sparsity"):
+            check_setting(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
+        for name in ("observed", "iterations"):
+            value = getattr(self, name)
+            check_setting(name, value, is_integer(value) and value >= 1, "an integer >= 1")
+        check_setting("clusters", self.clusters, 0 < self.clusters <= 1, "a number above 0 and at most 1")
+        coarse = self.coarse is None or 0 < self.coarse <= self.clusters
+        check_setting(
+            "coarse", self.coarse, coarse, f"a number above 0 and at most clusters ({self.clusters}), or null"
+        )
+
+    def stream(self, place: Place, impl: Impl) -> Stream:
+        """As :class:`System` has it."""
+        return SqueezedStream(self, impl)
+
+    @torch.no_grad()
+    def end_prompt(self, streams: Sequence[Stream]) -> None:
+        """Cluster each layer's keys, and find the thresholds of all layers together."""
+        fresh = [stream for stream in streams if isinstance(stream, SqueezedStream) and stream.levels is None]
+        for stream in fresh:
+            stream.cluster()
+        if not any(stream.levels for stream in fresh):
+            return
+        shares = (self.sparsity,) if self.coarse is None else (self.coarse_sparsity, self.sparsity)
+        for number, share in enumerate(shares):
+            scores = [stream.observed_scores(number).flatten(1) for stream in fresh]
+            threshold = quantile(torch.cat(scores, dim=1), share)
+            for stream in fresh:
+                stream.thresholds.append(threshold)
+
+
+def quantile(scores: Tensor, share: float) -> Tensor:
+    """(B,) quantiles of (B, M) by linear interpolation; torch.quantile takes no more than 16 million."""
+    place = share * (scores.shape[1] - 1)
+    below = int(place)
+    ordered = scores.sort(dim=1).values
+    return torch.lerp(ordered[:, below], ordered[:, min(below + 1, scores.shape[1] - 1)], place - below)
+
+
+class SqueezedStream(KeyValueStream):
+    """The whole past of a layer, with an index of the prompt's clusters.
+
+    Attributes:
+        levels: the clusterings, coarse first; none where the prompt has no more tokens than are observed; None before
+            the prompt ends.
+        thresholds: (B,) of each level.
+        reads: for each call of a single token behind the prompt the pairs that each head read (B, H); a centroid is
+            half a pair.
+    """
+
+    def __init__(self, system: SqueezedAttention, impl: Impl) -> None:
+        super().__init__(None, impl)
+        self.system = system
+        self.levels: list[Level] | None = None
+        self.thresholds: list[Tensor] = []
+        self.reads: list[Tensor] = []
+        self._waiting: Tensor | None = None
+        self._scale = 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Those of the index and of waiting queries as well."""
+        parts = [part for level in self.levels or () for part in level]
+        parts += [] if self._waiting is None else [self._waiting]
+        return super().nbytes + sum(part.numel() * part.element_size() for part in parts)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :class:`Stream` has it."""
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        if self.levels is None:
+            self._scale = scale
+            parts = [grouped] if self._waiting is None else [self._waiting, grouped]
+            self._waiting = torch.cat(parts, dim=3)[:, :, :, -self.system.observed :].clone()
+        if not self.levels:
+            return super().attend(query, key, value, scale)
+        return self._attend_squeezed(grouped, *self.extend(key, value), scale).flatten(1, 2)
+
+    def cluster(self) -> None:
+        """Make the index of all tokens but the last ``observed``."""
+        self.levels, system = [], self.system
+        key, _ = self.buffer.filled
+        keys = key[:, :, : max(key.shape[2] - system.observed, 0)]
+        count = keys.shape[2]
+        if count == 0:
+            self._waiting = None
+            return
+        fine = max(1, int(system.clusters * count))
+        labels = clustered(keys, None, fine, system.iterations).labels
+        self.levels = [Level(labels, centroids(keys, labels, fine))]
+        if system.coarse is not None:
+            coarse = max(1, int(system.coarse * count))
+            of_tokens = clustered(self.levels[0].centroids, labels, coarse, system.iterations).labels
+            self.levels.insert(0, Level(of_tokens, centroids(keys, of_tokens, coarse)))
+
+    def observed_scores(self, level: int) -> Tensor:
+        """(B, H, n) what the waiting queries give each key at a level by itself."""
+        assert self.levels is not None
+        assert self._waiting is not None
+        scores = self.levels[level].member_probabilities(self._waiting, self._scale)
+        if level == len(self.levels) - 1:
+            self._waiting = None
+        return scores
+
+    def lookup(self, query: Tensor, scale: float) -> Tensor:
+        """(B, H, n) bool: the clustered keys that queries (B, H, G, N, D) read together."""
+        assert self.levels is not None
+        alive: Tensor | None = None
+        for level, threshold in zip(self.levels, self.thresholds, strict=True):
+            passed = level.member_probabilities(query, scale, alive) > threshold[:, None, None]
+            alive = passed if alive is None else alive & passed
+        assert alive is not None
+        return alive
+
+    def rows(self, indices: Tensor) -> SqueezedStream:
+        """As :class:`Stream` has it."""
+        other = SqueezedStream(self.system, self.impl)
+        other.seen, other._scale = self.seen, self._scale
+        other._store = None if self._store is None else self._store.rows(indices)
+        other._waiting = None if self._waiting is None else self._waiting[indices]
+        if self.levels is not None:
+            other.levels = [Level(*(part[indices] for part in level)) for level in self.levels]
+        other.thresholds = [threshold[indices] for threshold in self.thresholds]
+        other.reads = [read[indices] for read in self.reads]
+        return other
+
+    def _attend_squeezed(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Exact attention (B, H, G, N, D) over a list of the keys that are read, those left alone, and new ones."""
+        chosen, count = self.lookup(query, scale), query.shape[3]
+        most = int(chosen.sum(dim=-1).max())
+        listed = chosen.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        split = chosen.shape[2]
+        keys, values = (
+            torch.cat([gather_kept(rows[:, :, :split], listed), rows[:, :, split:]], dim=2) for rows in (key, value)
+        )
+        always = chosen.new_ones(*chosen.shape[:2], key.shape[2] - split)
+        read = torch.cat([chosen.gather(2, listed), always], dim=2)
+        causal = torch.ones(count, read.shape[2], dtype=torch.bool, device=key.device).tril(read.shape[2] - count)
+        if count == 1:
+            looked_up = sum(level.centroids.shape[2] for level in self.levels or ()) / 2
+            self.reads.append(read.sum(dim=-1) + looked_up)
+        visible = (read[:, :, None] & causal).repeat(1, 1, query.shape[2], 1)
+        rows = query.flatten(2, 3)
+        output: Tensor = scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=scale)
+        return output.reshape(query.shape)
