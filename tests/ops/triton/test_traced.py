@@ -9,6 +9,7 @@ from lrsa_lit.ops.sparse_attention import (
     KeyDiff,
     LagRelative,
     LagRelativeTail,
+    QueryRuns,
     RandomTokens,
     Rule,
     ValueRelative,
@@ -43,6 +44,7 @@ def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_a
         pytest.param(SMALL.replace(compressor=ValueRelative()), id="values"),
         pytest.param(SMALL.replace(compressor=KeyDiff()), id="KeyDiff"),
         pytest.param(SMALL.replace(compressor=LagRelativeTail(tail=0.5)), id="tail"),
+        pytest.param(SMALL.replace(compressor=QueryRuns(3, kernel=3, shared_heads=True, size=2)), id="queries"),
         pytest.param(Rule(0, 14, 3), id="S=0 L=14"),
     ],
 )
@@ -59,9 +61,10 @@ def test_packed():
     assert_same(inputs(1, 4, 2, 90, 16), SMALL, torch.tensor([0, 1, 6, 6, 50, 90], dtype=torch.int32))
 
 
+@pytest.mark.parametrize("compressor", [LagRelative(), QueryRuns(3)], ids=["keys", "queries"])
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_any_scale(scale):
-    assert_same(inputs(1, 2, 1, 60, 16), SMALL, scale=scale)
+def test_any_scale(scale, compressor):
+    assert_same(inputs(1, 2, 1, 60, 16), SMALL.replace(compressor=compressor), scale=scale)
 
 
 def test_any_strides():

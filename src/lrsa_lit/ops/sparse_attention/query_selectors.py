@@ -61,11 +61,14 @@ class QueryAttention(Selector):
     def score(self, partitions: Partitions) -> Tensor:
         """Mean probability; a sum of means where heads share."""
         assert partitions.next_query is not None
-        scores = attention_received(partitions.key, partitions.next_query)
+        return self.pooled(attention_received(partitions.key, partitions.next_query))
+
+    def pooled(self, received: Tensor) -> Tensor:
+        """The scores (B, H, P, L) of tokens that have received so much attention."""
         if self.kernel > 1:
             side = self.kernel // 2
-            scores = pad(scores, (side, side)).unfold(-1, self.kernel, 1).mean(dim=-1)
-        return scores.sum(dim=1, keepdim=True).expand_as(scores) if self.shared_heads else scores
+            received = pad(received, (side, side)).unfold(-1, self.kernel, 1).mean(dim=-1)
+        return received.sum(dim=1, keepdim=True).expand_as(received) if self.shared_heads else received
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,6 @@ class QueryRuns(QueryAttention):
         super().__post_init__()
         check_setting("size", self.size, is_integer(self.size) and self.size >= 1, "an integer >= 1")
 
-    def score(self, partitions: Partitions) -> Tensor:
+    def pooled(self, received: Tensor) -> Tensor:
         """The mean over the token's run; of equal scores the earlier is kept, so that runs are kept whole."""
-        return run_means(super().score(partitions), self.size)
+        return run_means(super().pooled(received), self.size)

@@ -50,7 +50,6 @@ def traced_attention(
     query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
     """Output (B, Hq, T, D); arguments as in ``api.traced_attention``."""
-    query, scale = positive_scale(query, scale)
     output: Tensor = _forward_op(query, key, value, rule_tensor, cu_seqlens, scale)[0]
     return output
 
@@ -61,8 +60,9 @@ def _forward(
     """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
     geometry, code = _call(key, rule_tensor, cu_seqlens)
     buffer = torch.empty(key.shape[:3], dtype=torch.int32, device=key.device)
-    ranks, _ = fused_ranks(code, key, value, geometry, _ranks_in(buffer, geometry))
+    ranks, _ = fused_ranks(code, query, key, value, geometry, _ranks_in(buffer, geometry))
     compact = gather_compact(key, value, ranks, geometry)
+    query, scale = positive_scale(query, scale)
     return *attend_forward(Inputs(query, key, value, *compact), geometry, scale), buffer
 
 
@@ -72,8 +72,11 @@ def _backward(
     query, key, value, output, lse, buffer = saved
     geometry, _ = _call(key, rule_tensor, cu_seqlens)
     ranks = _ranks_in(buffer, geometry)
-    inputs = Inputs(query, key, value, *gather_compact(key, value, ranks, geometry))
-    return attend_backward(Saved(inputs, output, lse), output_grad, ranks, geometry, scale)[:3]
+    positive, size = positive_scale(query, scale)
+    inputs = Inputs(positive, key, value, *gather_compact(key, value, ranks, geometry))
+    left = Saved(inputs, output, lse)
+    query_grad, key_grad, value_grad = attend_backward(left, output_grad, ranks, geometry, size)[:3]
+    return -query_grad if scale < 0 else query_grad, key_grad, value_grad
 
 
 _forward_op = library.custom_op("lrsa_lit::attention", _forward, mutates_args=(), tags=TAGS)

@@ -17,7 +17,7 @@ LOG2_E = 1.4426950408889634
 
 INTEGERS = [
     "n_work", "n_batch_heads", "heads", "group", "n_splits", "n_queries", "n_rows", "n_partitions", "stride_lb",
-    "sink", "lag", "keep", "chunk", "last",
+    "sink", "lag", "keep", "chunk", "last", "window",
 ]  # fmt: skip
 """Arguments for whose values no kernel is compiled anew."""
 

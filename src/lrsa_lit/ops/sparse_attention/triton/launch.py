@@ -27,7 +27,7 @@ from lrsa_lit.ops.sparse_attention.triton.fused_selection import fused_ranks
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact, ranks_of
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, positive_scale
 from lrsa_lit.ops.sparse_attention.triton.resample_kernel import compress_frequencies
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_starts
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_starts, partitions
 
 __all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
 
@@ -72,7 +72,8 @@ def _forward(
         with torch.no_grad():
             code = kernel_code(rule.compressor, rule.top_k)
             if selection is None and code is not None:
-                ranks, _ = fused_ranks(code, key, value, geometry)
+                _check_windows(query, key, rule, geometry)
+                ranks, _ = fused_ranks(code, query, key, value, geometry)
             else:
                 if selection is None:
                     selection = in_pytorch.select(key, value, rule, boundaries, query)
@@ -120,7 +121,7 @@ def compress(
         return in_pytorch.compress(key, value, rule, count, first, next_query)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     geometry = Geometry(0, rule.lag_size, rule.top_k, rule.lag_size, (0, (count + 1) * rule.lag_size + 1))
-    ranks, _ = fused_ranks(code, key, value, geometry)
+    ranks, _ = fused_ranks(code, next_query, key, value, geometry)
     return gather_compact(key, value, ranks, geometry)
 
 
@@ -131,8 +132,15 @@ def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], qu
     code = kernel_code(rule.compressor, rule.top_k)
     if code is None:
         return in_pytorch.select(key, value, rule, boundaries, query)
-    geometry = Geometry.of(rule, boundaries)
-    ranks, scores = fused_ranks(code, key, value, geometry)
+    geometry = Geometry.of(rule, boundaries, queries_from=0 if query is None else key.shape[2] - query.shape[2])
+    _check_windows(query, key, rule, geometry)
+    ranks, scores = fused_ranks(code, query, key, value, geometry)
     # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
     tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(*ranks.shape[:3], rule.top_k)
     return Selection(tokens + partition_starts(geometry, key.device)[:, None], scores)
+
+
+def _check_windows(query: Tensor | None, key: Tensor, rule: Rule, geometry: Geometry) -> None:
+    """Raise a UserError if the compressor scores by queries that are not given."""
+    if any(partitions(geometry)):
+        in_pytorch.windows_of(query, key, rule, 1)

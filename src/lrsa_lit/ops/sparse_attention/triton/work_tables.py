@@ -131,9 +131,19 @@ def partition_table(geometry: Geometry) -> Tensor:
 @_table
 def partition_starts(geometry: Geometry) -> Tensor:
     """(P,): where in the row each partition starts."""
+    return _starts(geometry)
+
+
+def _starts(geometry: Geometry) -> Tensor:
     first = [start + geometry.sink for start in geometry.boundaries[:-1]]
     counts = enumerate(partitions(geometry))
     return torch.tensor([first[index] + geometry.lag * ordinal for index, count in counts for ordinal in range(count)])
+
+
+@_table
+def window_rows(geometry: Geometry, window: int) -> Tensor:
+    """(P,): where, in the queries at hand, the windows of the partitions' references start."""
+    return _starts(geometry) + 2 * geometry.lag - window - geometry.queries_from
 
 
 @_table
