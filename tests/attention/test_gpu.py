@@ -10,7 +10,7 @@ from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, enable, graphed_de
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_config, tiny_model
-from lrsa_lit.ops.sparse_attention import KeyValueStream, RandomTokens, stored_size
+from lrsa_lit.ops.sparse_attention import KeyValueStream, QueryAttention, RandomTokens, stored_size
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -136,9 +136,10 @@ def test_a_graph_generates_what_launches_do(model, rows):
     assert (texts[0] == texts[1]).float().mean() > 0.9
 
 
-def test_steps_of_a_graph_give_the_parallel_pass(model):
+@pytest.mark.parametrize("change", [{}, {"compressor": QueryAttention(window=8)}], ids=["rule", "queries"])
+def test_steps_of_a_graph_give_the_parallel_pass(model, change):
     ids = tokens(2, 330)
-    enable(model, RULE)
+    enable(model, RULE.replace(**change))
     cache = LRSACache.of(model)
     parts = [prefill(model, ids[:, :200], cache)]
     decoder = Decoder(model, cache, room=40)
@@ -242,7 +243,11 @@ def test_allocated_memory_is_what_the_rule_says():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("change", [{}, {"compressor": RandomTokens()}, {"dense_layers": (0, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"compressor": RandomTokens()}, {"compressor": QueryAttention(window=8)}, {"dense_layers": (0, 1)}],
+    ids=str,
+)
 def test_one_graph_answers_all_prompts(change, rows, monkeypatch):
     model = tiny_model().eval().cuda()
     enable(model, LRSAConfig(sink_size=2, lag_size=16, top_k=4).replace(**change))
