@@ -1,0 +1,283 @@
+"""Cascading KV cache: sub-caches, each half as dense as the one before, so that a small cache reaches far back.
+
+Dimensions: B batch, H key-value heads, G query heads of each, N new tokens, n pairs that are held, M = n and the tokens
+of a stride, D head_dim, S sinks, W slots of each of C sub-caches.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lrsa_lit.bounds import check_setting, is_integer
+from lrsa_lit.ops.sparse_attention import Impl, Stream, attended_pairs
+from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
+from lrsa_lit.ops.sparse_attention.compressors import gather_kept
+from lrsa_lit.systems.system import Place, System
+
+_PROBABILITIES = 1 << 26
+"""Most of them that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Cascade(System):
+    """Cascading KV cache (arXiv 2406.17808), for serving alone: what it keeps depends on the attention itself.
+
+    Sinks stay. A pair that falls out of a sub-cache is accepted by the next one every second time. If not, it competes
+    with the newest pair there, and the one with the higher score stays: a moving average of the attention it received.
+    Keys are rotated by their slot. A prompt is taken in by strides, whose tokens see what is held and each other; an
+    answer is taken in token by token. The two are different rules: what is kept depends on the stride.
+
+    Args:
+        window: W, slots of a sub-cache (>= 1).
+        caches: C, sub-caches (>= 1). With 1 it is StreamingLLM with positions by slot.
+        sink_size: S, first tokens that are never dropped (>= 0).
+        stride: tokens of a prompt that are taken in at a time (>= 1). The last ones may be fewer.
+        beta: how much of a score is left after a token (0 to 1).
+        reduce: score of a key-value head from those of its query heads, max (the paper's scripts) or mean.
+        eager: whether all sub-caches accept everything until they are full.
+    """
+
+    window: int = 1024
+    caches: int = 4
+    sink_size: int = 64
+    stride: int = 512
+    beta: float = 0.9999999
+    reduce: Literal["max", "mean"] = "max"
+    eager: bool = True
+    needs_rotary: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check each bound once."""
+        for name, least in (("window", 1), ("caches", 1), ("sink_size", 0), ("stride", 1)):
+            value = getattr(self, name)
+            check_setting(name, value, is_integer(value) and value >= least, f"an integer >= {least}")
+        check_setting("beta", self.beta, isinstance(self.beta, int | float) and 0 <= self.beta <= 1, "from 0 to 1")
+        check_setting("reduce", self.reduce, self.reduce in ("max", "mean"), "max or mean")
+
+    @property
+    def capacity(self) -> int:
+        """Most pairs that are held between two strides, S + W C."""
+        return self.sink_size + self.window * self.caches
+
+    def stream(self, place: Place, impl: Impl) -> Stream:
+        """As :class:`System` has it."""
+        return CascadeStream(self, place)
+
+    def attended_pairs(self, length: int) -> int:
+        """As :class:`System` has it, of a prompt by strides."""
+        counts, pairs = self.empty, 0
+        for start in range(0, length, self.stride):
+            tokens = min(self.stride, length - start)
+            pairs += tokens * sum(counts) + attended_pairs(tokens, None)
+            counts = self.plan(counts, start, tokens)[1]
+        return pairs
+
+    @property
+    def empty(self) -> tuple[int, ...]:
+        """Pairs that are held as sinks and in each sub-cache, before the first token."""
+        return (0,) * (self.caches + 1)
+
+    def accepts(self, cache: int, token: int) -> bool:
+        """Whether a sub-cache takes what comes to it when a token arrives, instead of letting it compete."""
+        return (self.eager and token <= self.capacity) or (token - self.sink_size) % 2**cache == 0
+
+    def plan(self, counts: tuple[int, ...], seen: int, tokens: int) -> tuple[list[list[list[int]]], tuple[int, ...]]:
+        """What happens in each sub-cache when tokens arrive: the same in all heads, whatever their scores.
+
+        Args:
+            counts: pairs that are held as sinks and in each sub-cache.
+            seen: tokens that arrived before.
+            tokens: those that arrive.
+
+        Returns:
+            For each sub-cache that something comes to, its slots from the newest one on, each as the candidates that
+            compete for it in their order: 0 the newest pair if there is one, then what arrives. And the new counts.
+        """
+        new_sinks = min(self.sink_size - counts[0], tokens)
+        arrivals, levels, after = list(range(seen + new_sinks, seen + tokens)), [], [counts[0] + new_sinks]
+        for cache, held in enumerate(counts[1:]):
+            slots, passed = ([[0]] if held else []), []
+            for candidate, token in enumerate(arrivals, start=len(slots)):
+                if slots and not self.accepts(cache, token):
+                    slots[-1].append(candidate)
+                    continue
+                slots.append([candidate])
+                if held + len(slots) - (held > 0) > self.window:
+                    passed.append(token)
+            after.append(min(held + len(slots) - (held > 0), self.window))
+            levels.append(slots if arrivals else [])
+            arrivals = passed
+        return levels, tuple(after)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    system: Cascade, counts: tuple[int, ...], seen: int, tokens: int, device: torch.device
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """:meth:`Cascade.plan`, made once for all layers: (most candidates of a slot, slots) for each sub-cache."""
+    levels, after = system.plan(counts, seen, tokens)
+    tables = []
+    with torch.inference_mode(False):
+        for slots in levels:
+            most = max(map(len, slots), default=1)
+            # The last candidate competes again with who beat it, or itself.
+            filled = [slot + slot[-1:] * (most - len(slot)) for slot in slots]
+            tables.append(torch.tensor(filled, dtype=torch.int64, device=device).view(-1, most).T)
+    return tables, after
+
+
+def keep(system: Cascade, counts: tuple[int, ...], seen: int, score: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Which pairs are held when tokens have come to a cache.
+
+    Args:
+        system: whose cache it is.
+        counts: pairs that were held as sinks and in each sub-cache.
+        seen: tokens that came before.
+        score: (B, H, M) of what was held and of the new tokens behind it.
+
+    Returns:
+        (B, H, n) where they are, sinks first, then from the oldest sub-cache to the newest; and the new counts.
+    """
+    tokens = score.shape[-1] - sum(counts)
+    tables, after = _plan(system, counts, seen, tokens, score.device)
+    columns = torch.arange(score.shape[-1], device=score.device).expand(score.shape)
+    *held, arrived = columns.split([counts[0], *reversed(counts[1:]), tokens], dim=-1)
+    new_sinks = after[0] - counts[0]
+    sinks, arrived = torch.cat([held[0], arrived[..., :new_sinks]], dim=-1), arrived[..., new_sinks:]
+    kept = []
+    for table, cache in zip(tables, reversed(held[1:]), strict=True):
+        if table.shape[1]:
+            rivals = torch.cat([cache[..., -1:], arrived], dim=-1)
+            cache = torch.cat([cache[..., :-1], _winners(rivals, score, table)], dim=-1)
+        passed = max(cache.shape[-1] - system.window, 0)
+        arrived, cache = cache[..., :passed], cache[..., passed:]
+        kept.append(cache)
+    return torch.cat([sinks, *reversed(kept)], dim=-1), after
+
+
+def _winners(rivals: Tensor, score: Tensor, table: Tensor) -> Tensor:
+    """Of candidates (B, H, R) the one for each slot, (B, H, slots): a later one of an equal score wins."""
+    best = rivals[..., table[0]]
+    for row in table[1:]:
+        other = rivals[..., row]
+        best = torch.where(score.gather(-1, other) >= score.gather(-1, best), other, best)
+    return best
+
+
+class CascadeStream(Stream):
+    """What is held, keys without their rotation, and the tokens of a stride that has not ended."""
+
+    def __init__(self, system: Cascade, place: Place) -> None:
+        assert place.rotary is not None
+        self.system, self.place, self.rotary = system, place, place.rotary
+        self.seen, self.stride = 0, system.stride
+        self.counts = system.empty
+        self._pair: Pair | None = None
+        # (B, H, n), and (B, H, G, M) what the queries of the stride have given so far.
+        self._score: Tensor | None = None
+        self._gain: Tensor | None = None
+
+    @property
+    def stored(self) -> Pair | None:
+        """The tokens of the stride last."""
+        return self._pair
+
+    @property
+    def waiting(self) -> int:
+        """Tokens of a stride that has not ended."""
+        return 0 if self._pair is None else self._pair[0].shape[2] - sum(self.counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Those of scores as well."""
+        return super().nbytes + sum(x.nbytes for x in (self._score, self._gain) if x is not None)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :class:`Stream` has it; calls are cut where a stride ends."""
+        outputs, start = [], 0
+        while start < key.shape[2]:
+            part = slice(start, start + self.stride - self.waiting)
+            outputs.append(self._attend_stride(query[:, :, part], key[:, :, part], value[:, :, part], scale))
+            start = min(part.stop, key.shape[2])
+            if self.waiting == self.stride:
+                self._insert()
+        return torch.cat(outputs, dim=2)
+
+    def end_prompt(self) -> None:
+        """Take in what is left of a stride; from now on each token is one."""
+        if self.waiting:
+            self._insert()
+        self.stride = 1
+
+    def _attend_stride(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """:meth:`attend` of tokens of one stride."""
+        count, beta = key.shape[2], self.system.beta
+        places = torch.arange(count, device=key.device)
+        new = self.rotary.unrotate(key, self.seen + places).to(key.dtype), value
+        self._pair = new if self._pair is None else joined(self._pair, new)
+        slots = torch.arange(self._pair[0].shape[2], device=key.device)
+        rotated = self.rotary.rotate(self._pair[0], slots).to(key.dtype)
+        turned = self.rotary.rotate(self.rotary.unrotate(query, self.seen + places), slots[-count:]).to(query.dtype)
+        weights = (1 - beta) * beta ** torch.arange(count - 1, -1, -1, dtype=torch.float64, device=key.device)
+        grouped = turned.unflatten(1, (key.shape[1], -1))
+        output, gain = attention_and_sums(grouped, rotated, self._pair[1], scale, weights)
+        self._gain = gain if self._gain is None else pad(self._gain, (0, count)) * beta**count + gain
+        self.seen += count
+        return output.flatten(1, 2)
+
+    def _insert(self) -> None:
+        """The stride is over: its tokens enter the sub-caches, one after the other."""
+        assert self._gain is not None
+        assert self._pair is not None
+        tokens, held = self.waiting, sum(self.counts)
+        score = self._gain.amax(dim=2) if self.system.reduce == "max" else self._gain.mean(dim=2)
+        if self._score is not None:
+            score = score + pad(self._score * self.system.beta**tokens, (0, score.shape[-1] - held))
+        kept, self.counts = keep(self.system, self.counts, self.seen - tokens, score)
+        self._pair = gather_kept(self._pair[0], kept), gather_kept(self._pair[1], kept)
+        self._score, self._gain = score.gather(-1, kept), None
+
+    def rows(self, indices: Tensor) -> CascadeStream:
+        """As :class:`Stream` has it."""
+        other = CascadeStream(self.system, self.place)
+        other.seen, other.stride, other.counts = self.seen, self.stride, self.counts
+        other._pair = None if self._pair is None else (self._pair[0][indices], self._pair[1][indices])
+        other._score = None if self._score is None else self._score[indices]
+        other._gain = None if self._gain is None else self._gain[indices]
+        return other
+
+
+def attention_and_sums(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last N of M positions, bottom-right causal, and how much of it each key got.
+
+    Args:
+        query: (B, H, G, N, D).
+        key: (B, H, M, D).
+        value: (B, H, M, D).
+        scale: factor of the scores.
+        weights: (N,) of the queries in the sums.
+
+    Returns:
+        (B, H, G, N, D), and (B, H, G, M) sums of probabilities over queries, at least float32, without gradient.
+    """
+    count, keys = query.shape[3], key.shape[2]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    rows = max(1, _PROBABILITIES // (query.shape[:3].numel() * keys))
+    places = torch.arange(keys, device=key.device)
+    outputs, sums = [], torch.zeros(*query.shape[:3], keys, dtype=exact, device=key.device)
+    for start in range(0, count, rows):
+        some = query[:, :, :, start : start + rows]
+        logits = (some.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, (some.shape[2], -1)).to(exact) * scale
+        hidden = places > places[keys - count + start : keys - count + start + rows, None]
+        shares = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        sums += torch.einsum("n,bhgnm->bhgm", weights[start : start + rows].to(exact), shares.detach())
+        outputs.append((shares.to(value.dtype).flatten(2, 3) @ value).unflatten(2, some.shape[2:4]))
+    return torch.cat(outputs, dim=3), sums
