@@ -133,7 +133,7 @@ def test_any_split_is_the_parallel_pass_and_what_is_held_never_exceeds_the_capac
     assert stream.stored[0].shape[2] == SYSTEM.slot(39) + 1
     with torch.no_grad():
         _, stream = streamed(SYSTEM, qkv, calls, where)
-    assert stream.nbytes == 2 * 3 * 2 * 11 * 6 * 8
+    assert stream.nbytes == 2 * 3 * 2 * (SYSTEM.slot(39) + 1) * 6 * 8
     assert stream.stored[0].untyped_storage().nbytes() == 3 * 2 * 11 * 6 * 8
     (query, key, value), picked = random_qkv(9, batch=2, dim=6, seed=1), torch.tensor([2, 0])
     some, more = stream.rows(picked), [x.repeat(2, 1, 1, 1)[:3] for x in (query, key, value)]
