@@ -31,6 +31,8 @@ from lrsa_lit.attention.cache_layer import LRSACacheLayer
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
+    Centroids,
+    FreqPartition,
     KeyValueStream,
     LagRelative,
     MeanPool,
@@ -61,8 +63,8 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
     "pad_token_id": 0,
 }
-OTHERS = [RandomTokens(3), Recency(), MeanPool()]
-QUERIES = [QueryAttention(window=2, kernel=3), QueryRuns(window=1, size=2, shared_heads=True)]
+OTHERS = [RandomTokens(3), Recency(), MeanPool(), FreqPartition()]
+NOT_STOCK = [QueryAttention(window=2, kernel=3), QueryRuns(window=1, size=2, shared_heads=True), Centroids(2)]
 TOLERANCE = 1e-5
 """Norms and rotations are float32 inside of transformers, whatever the dtype of the weights."""
 THROWN_AT: list[tuple[type, str]] = [
@@ -238,8 +240,8 @@ def _rule(draw: random.Random, stock: bool) -> LRSAConfig:
         chunk_size=draw.choice([None, 1, 3, lag, 12]),
         value_weight=draw.choice([0.0, 0.5, 1.0]),
         dense_layers=() if stock else draw.choice([(), (), (1,), (0, 2)]),
-        # Stock attention hands no queries to a cache.
-        compressor=draw.choice([LagRelative(), LagRelative(), *OTHERS, *([] if stock else QUERIES)]),
+        # Stock attention hands no queries to a cache, and adds no bias.
+        compressor=draw.choice([LagRelative(), LagRelative(), *OTHERS, *([] if stock else NOT_STOCK)]),
     )
 
 
