@@ -29,6 +29,13 @@ def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
         raise UserError(name, value, allowed)
 
 
+def check_integers(settings: object, least: int, *names: str) -> None:
+    """Raise a UserError unless each of these attributes is an integer >= ``least``."""
+    for name in names:
+        value = getattr(settings, name)
+        check_setting(name, value, is_integer(value) and value >= least, f"an integer >= {least}")
+
+
 def replaced(settings: Settings, changes: dict[str, Any]) -> Settings:
     """A copy of a dataclass with other values; unknown names raise a UserError."""
     known = [item.name for item in dataclasses.fields(settings)]

@@ -30,6 +30,13 @@ INIT_ARGS: dict[str, dict[str, Any]] = {
     "LanguageModelLoss": {"share": 0.5},
     "Distillation": {"positions": 30},
     "HiddenAlignment": {"positions": 9},
+    "ChunkKV": {"size": 4, "window": 3, "reuse": 2},
+    "ChunkKVPress": {"size": 4, "scorer": {"class_path": "lrsa_lit.systems.KeyDiff"}},
+    "ExpectedAttention": {"sink_size": 2, "future": 8},
+    "KeyDiffBlocks": {"pairs": 8, "block": 3},
+    "LagKVPress": {"sink_size": 2, "lag_size": 4},
+    "SnapKV": {"window": 3},
+    "StreamingLLM": {"sink_size": 2},
 }
 _WEIGHTS = {"AnswerLoss": 1.0, "Distillation": 0.7, "HiddenAlignment": 2.0, "LanguageModelLoss": 0.3}
 INIT_ARGS["Sum"] = {
@@ -38,7 +45,7 @@ INIT_ARGS["Sum"] = {
         for name, weight in _WEIGHTS.items()
     ]
 }
-FIXTURES = {"compressors": "compressor", "data": "make", "objectives": "objective_settings"}
+FIXTURES = {"compressors": "compressor", "data": "make", "objectives": "objective_settings", "systems": "system"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,6 +97,12 @@ def data_sets(request, tmp_path):
 
 @pytest.fixture(scope="module")
 def compressor(request):
+    cls, init_args = request.param
+    return cls(**init_args)
+
+
+@pytest.fixture(scope="module")
+def system(request):
     cls, init_args = request.param
     return cls(**init_args)
 

@@ -122,6 +122,10 @@ class LRSACache(Cache):
             return
         layers = [layer for index, layer in enumerate(self.layers) if rules.system_of(index) is not None]
         with self.changing():
+            if rules.system.rows_differ:
+                # Dense layers too: all must hold equally many rows a stream.
+                for layer in self.layers:
+                    layer.split()
             for streams in zip(*(layer.streams for layer in layers), strict=True):
                 rules.system.end_prompt(streams)
 

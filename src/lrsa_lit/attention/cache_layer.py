@@ -59,9 +59,14 @@ class LRSACacheLayer(CacheLayerMixin):
         self._spans = None if layout is None else layout.row_spans
         if self.stock and len(self.streams) > 1:
             raise UserError("cache", reason="its rows are of unequal lengths, which stock attention cannot continue")
-        if self._spans is not None and len(set(self._spans)) > 1 and len(self.streams) < batch:
+        if self._spans is not None and len(set(self._spans)) > 1:
+            self.split()
+
+    def split(self) -> None:
+        """Give each row a stream for itself."""
+        if self.streams and len(self.streams) < self.rows:
             (shared,) = self.streams
-            self.streams = [shared.rows(torch.tensor([row])) for row in range(batch)]
+            self.streams = [shared.rows(torch.tensor([row])) for row in range(self.rows)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new keys and values (B, H, N, D).

@@ -43,6 +43,7 @@ from lrsa_lit.lightning_internals import OpenCLI, counts_before_shares
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable, expanded
+from lrsa_lit.systems import System
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking import MLflowRun, RecordConfig
@@ -53,9 +54,10 @@ _log = logging.getLogger("lrsa_lit")
 _OF_TRAINER = (kind for name in signature(Trainer).parameters for kind in argument_kinds(Trainer, name))
 _KINDS = (
     *{kind for kind in _OF_TRAINER if kind.__module__.startswith("lightning.")},
-    *(QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor, Objective),
+    *(QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor, System, Objective),
 )
-_SLOTS = {"model.evaluate": (Compressor,), "model.train_attention": (Compressor,), "model.lr_scheduler": (LRScheduler,)}
+_OF_RULES = (Compressor, System)
+_SLOTS = {"model.evaluate": _OF_RULES, "model.train_attention": _OF_RULES, "model.lr_scheduler": (LRScheduler,)}
 _SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
 
 

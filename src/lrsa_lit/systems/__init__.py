@@ -1,19 +1,34 @@
 """Published ways to keep less of the past that are no rule of partitions, by class path in settings."""
 
 from lrsa_lit.systems.cascade import Cascade
+from lrsa_lit.systems.chunkkv import ChunkKV, ChunkKVPress
+from lrsa_lit.systems.expected_attention import ExpectedAttention
 from lrsa_lit.systems.freqkv import FreqKV
-from lrsa_lit.systems.one_shot import KeyNorm, OneShot, Prompt, StreamingLLM
+from lrsa_lit.systems.key_scores import KeyDiff, KeyNorm, Random, StreamingLLM
+from lrsa_lit.systems.keydiff_blocks import KeyDiffBlocks
+from lrsa_lit.systems.lagkv_press import LagKVPress
+from lrsa_lit.systems.one_shot import OneShot, Prompt
+from lrsa_lit.systems.query_scores import TOVA, SnapKV
 from lrsa_lit.systems.sparse_accelerate import SparseAccelerate
 from lrsa_lit.systems.squeezed import SqueezedAttention
 from lrsa_lit.systems.system import Place, System
 
 __all__ = [
+    "TOVA",
     "Cascade",
+    "ChunkKV",
+    "ChunkKVPress",
+    "ExpectedAttention",
     "FreqKV",
+    "KeyDiff",
+    "KeyDiffBlocks",
     "KeyNorm",
+    "LagKVPress",
     "OneShot",
     "Place",
     "Prompt",
+    "Random",
+    "SnapKV",
     "SparseAccelerate",
     "SqueezedAttention",
     "StreamingLLM",

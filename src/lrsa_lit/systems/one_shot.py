@@ -11,12 +11,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.buffer import PairBuffer
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
+from lrsa_lit.systems.moments import Moments
 from lrsa_lit.systems.system import Place, System
 
 
@@ -30,6 +30,7 @@ class Prompt:
         query: (B, H, G, w, D), rotated: those of its last w tokens, as many as the system asks for and there are.
         scale: factor of the scores.
         place: the layer.
+        moments: of its queries without their rotation; None unless the system asks for them.
     """
 
     key: Tensor
@@ -37,23 +38,37 @@ class Prompt:
     query: Tensor
     scale: float
     place: Place
+    moments: Moments | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.key.shape[2]
+
+
+class Wants:
+    """What scores are made of beside keys and values; attributes of a class or fields.
+
+    Attributes:
+        window: how many of a prompt's last queries.
+        moments_from: the mean and covariance of queries without their rotation, from this token on; None for none.
+    """
+
+    window: int = 0
+    moments_from: int | None = None
 
 
 @dataclass(frozen=True)
-class OneShot(System):
+class OneShot(Wants, System):
     """Keep the pairs of the highest scores when the prompt ends; those of the answer are all kept.
 
     Args:
         kept: the share of a prompt's pairs that stay, sinks and windows among them: int(kept T) of each head.
         pairs: so many instead of a share; all where a prompt has fewer.
-
-    Attributes:
-        window: how many of the last queries the scores are made of.
     """
 
     kept: float = 0.5
     pairs: int | None = None
-    window: ClassVar[int] = 0
     graphable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -69,25 +84,46 @@ class OneShot(System):
 
     def count(self, tokens: int) -> int:
         """N of a prompt of so many tokens, at least 1."""
+        return self.share(tokens, self.pairs)
+
+    def share(self, of: int, wanted: int | None) -> int:
+        """So many of a number, by default the share kept, but at least 1."""
         # A product such as .29 * 100 is 28.999….
-        wanted = int(self.kept * tokens + 1e-9) if self.pairs is None else self.pairs
-        return max(1, min(wanted, tokens))
+        return max(1, min(int(self.kept * of + 1e-9) if wanted is None else wanted, of))
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """(B, H, n) int64 positions, ascending."""
-        order = self.scores(prompt).sort(dim=-1, descending=True, stable=True).indices
-        return order[..., : self.count(prompt.key.shape[2])].sort(dim=-1).values
+        """(B, H, n) int64 positions, ascending. Where all stay there are no scores, whatever they would need."""
+        count = self.count(prompt.tokens)
+        if count == prompt.tokens:
+            return torch.arange(count, device=prompt.key.device).expand(*prompt.key.shape[:2], -1)
+        return highest(self.scores(prompt), count)
 
     def stream(self, place: Place, impl: Impl) -> Stream:
         """As :class:`System` has it."""
         return OneShotStream(self, place, impl)
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """The places of the highest scores (…, T), of equal ones the earlier: (…, count) int64, ascending."""
+    # A stable sort, because torch.topk promises nothing about ties.
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+
+
+def forced(scores: Tensor, before: int, behind: int) -> Tensor:
+    """Scores (B, H, …) with sinks ``before`` them and a window ``behind``, which get the highest of the row plus 1."""
+    batch, heads, _ = scores.shape
+    most = scores.amax(dim=(1, 2)) if scores.shape[2] else scores.new_zeros(batch)
+    ends = ((most + 1).view(-1, 1, 1).expand(batch, heads, count) for count in (before, behind))
+    first, last = ends
+    return torch.cat([first, scores, last], dim=2)
+
+
 class OneShotStream(KeyValueStream):
     """All of a prompt until it ends, then what its system keeps of it, and all of the answer.
 
     Attributes:
-        kept: (B, H, n) the positions that stayed; None before the cut.
+        kept: (B, H, n) the positions that stayed, for those who look: on the CPU, because the cache needs them no more;
+            None before the cut.
     """
 
     def __init__(self, system: OneShot, place: Place, impl: Impl) -> None:
@@ -95,39 +131,61 @@ class OneShotStream(KeyValueStream):
         self.system, self.place = system, place
         self.kept: Tensor | None = None
         self._waiting: Tensor | None = None
+        self._moments: Moments | None = None
         self._scale = 1.0
 
     @property
     def nbytes(self) -> int:
-        """Those of queries that wait for the cut as well."""
-        queries = 0 if self._waiting is None else self._waiting.numel() * self._waiting.element_size()
-        return super().nbytes + queries
+        """Those of what is known of the queries until the cut as well."""
+        queries = 0 if self._waiting is None else self._waiting.nbytes
+        return super().nbytes + queries + (0 if self._moments is None else self._moments.nbytes)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is a prompt that has not been cut. A second one behind an answer is kept whole."""
+        return self.kept is None and self._store is not None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it."""
-        if self.kept is None and self.system.window:
-            grouped, self._scale = query.unflatten(1, (key.shape[1], -1)), scale
-            parts = [grouped] if self._waiting is None else [self._waiting, grouped]
-            self._waiting = torch.cat(parts, dim=3)[:, :, :, -self.system.window :].clone()
+        if self.kept is None:
+            self._scale = scale
+            self._take(query.unflatten(1, (key.shape[1], -1)))
         return super().attend(query, key, value, scale)
+
+    @torch.no_grad()
+    def _take(self, query: Tensor) -> None:
+        """Note what the system wants of the queries (B, H, G, N, D) of the next tokens."""
+        wants, count = self.system, query.shape[3]
+        if wants.window:
+            parts = [query] if self._waiting is None else [self._waiting, query]
+            self._waiting = torch.cat(parts, dim=3)[:, :, :, -wants.window :].clone()
+        if wants.moments_from is not None and (start := max(wants.moments_from - self.seen, 0)) < count:
+            assert self.place.rotary is not None
+            positions = torch.arange(self.seen + start, self.seen + count, device=query.device)
+            new = Moments.of(self.place.rotary.unrotate(query[:, :, :, start:], positions))
+            self._moments = new if self._moments is None else self._moments.with_those_of(new)
 
     def prompt(self) -> Prompt:
         """What the scores are made of, before the cut."""
         key, value = self.buffer.filled
-        nothing = key[:, :, None, :0]
-        return Prompt(key, value, nothing if self._waiting is None else self._waiting, self._scale, self.place)
+        query = key[:, :, None, :0] if self._waiting is None else self._waiting
+        return Prompt(key, value, query, self._scale, self.place, self._moments)
 
     @torch.no_grad()
     def end_prompt(self) -> None:
-        """Cut; a second prompt behind an answer is kept whole."""
-        if self.kept is None and self._store is not None:
+        """Cut, once."""
+        if self.is_due:
             self.cut(self.system.keep(self.prompt()))
 
     def cut(self, kept: Tensor) -> None:
         """Let the pairs (B, H, n) at some positions stay, in memory of their own."""
         key, value = self.buffer.filled
         self._store = PairBuffer(gather_kept(key, kept), gather_kept(value, kept))
-        self.kept, self._waiting = kept, None
+        self.forget_queries(kept)
+
+    def forget_queries(self, kept: Tensor) -> None:
+        """Behind the cut, which let these positions stay."""
+        self.kept, self._waiting, self._moments = kept.cpu(), None, None
 
     def most_stored(self, tokens: int) -> int:
         """As :class:`KeyValueStream` has it."""
@@ -135,43 +193,10 @@ class OneShotStream(KeyValueStream):
 
     def rows(self, indices: Tensor) -> OneShotStream:
         """As :class:`Stream` has it."""
-        other = OneShotStream(self.system, self.place, self.impl)
+        other = type(self)(self.system, self.place, self.impl)
         other.seen, other._scale = self.seen, self._scale
         other._store = None if self._store is None else self._store.rows(indices)
-        other.kept = None if self.kept is None else self.kept[indices]
+        other.kept = None if self.kept is None else self.kept[indices.cpu()]
         other._waiting = None if self._waiting is None else self._waiting[indices]
+        other._moments = None if self._moments is None else self._moments.rows(indices)
         return other
-
-
-@dataclass(frozen=True)
-class KeyNorm(OneShot):
-    """Keep the keys of the smallest norms (Devoto et al., arXiv 2406.11430)."""
-
-    def scores(self, prompt: Prompt) -> Tensor:
-        """Minus the norm."""
-        norms: Tensor = prompt.key.to(torch.promote_types(prompt.key.dtype, torch.float32)).norm(dim=-1)
-        return -norms
-
-
-@dataclass(frozen=True)
-class StreamingLLM(OneShot):
-    """Keep the first tokens and the last ones (arXiv 2309.17453), at their original positions.
-
-    Args:
-        sink_size: how many of the first.
-    """
-
-    sink_size: int = 4
-
-    def __post_init__(self) -> None:
-        """Check each bound once."""
-        super().__post_init__()
-        count = is_integer(self.sink_size) and self.sink_size >= 0
-        check_setting("sink_size", self.sink_size, count, "an integer >= 0")
-
-    def scores(self, prompt: Prompt) -> Tensor:
-        """The position, and the highest for sinks."""
-        tokens = prompt.key.shape[2]
-        places = torch.arange(tokens, dtype=torch.float32, device=prompt.key.device)
-        forced = pad(places[self.sink_size :], (min(self.sink_size, tokens), 0), value=tokens)
-        return forced.expand(prompt.key.shape[:3])

@@ -50,12 +50,15 @@ class System(ABC):
         needs_whole_prompt: whether a prompt must come in one call.
         graphable: whether its streams are KeyValueStreams, equally full in all layers once the prompt is over, so that
             a CUDA graph can serve single tokens.
+        rows_differ: whether rows of a batch may hold different numbers of pairs behind the prompt, so that each then
+            has a stream for itself.
     """
 
     trains: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     needs_whole_prompt: ClassVar[bool] = False
     graphable: ClassVar[bool] = False
+    rows_differ: ClassVar[bool] = False
 
     @abstractmethod
     def stream(self, place: Place, impl: Impl) -> Stream:
@@ -94,6 +97,9 @@ class System(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Class name and arguments, as in YAML."""
         arguments: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        # Of systems within it, the classes as well.
+        own = ((name, getattr(self, name)) for name in arguments)
+        arguments |= {name: value.to_dict() for name, value in own if isinstance(value, System)}
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
 
     @staticmethod

@@ -52,6 +52,11 @@ class Rotary:
         cos, sin = self.tables(positions, x)
         return self._turned(x, cos / self.scaling, -sin / self.scaling)
 
+    def rotate_to_mean(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The mean over positions (N,) of what x (…, D) is rotated to at each of them: (…, D)."""
+        cos, sin = (table.mean(dim=0) * self.scaling for table in self.tables(positions, x))
+        return self._turned(x, cos, sin)
+
     def tables(self, positions: Tensor | Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (…, T, n) of the angles, without the scaling, in the dtype of the results for ``like``."""
         dtype = torch.promote_types(like.dtype, torch.float32)

@@ -1,0 +1,60 @@
+"""LagKV as kvpress has it: one cut, by ranks.
+
+Dimensions: B batch, H key-value heads, T tokens of the prompt, P scored partitions, S sink_size, L lag_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lrsa_lit.bounds import check_integers
+from lrsa_lit.ops.sparse_attention.scoring import Ranking, lag_relative_spread, weighted_ranking
+from lrsa_lit.systems.one_shot import OneShot, Prompt
+
+
+@dataclass(frozen=True)
+class LagKVPress(OneShot):
+    """Keep the tokens of the highest ranks in their partitions, and sinks and the tail (kvpress's LagKVPress).
+
+    The published cache (arXiv 2504.04704), which is this project's rule, keeps K of each partition beside sinks and
+    tail. Here these count among the n pairs that stay, and one list of ranks decides. Where n does not divide evenly,
+    the earlier partitions keep one more. Unlike there, a constant channel counts as 0, where kvpress has NaN.
+
+    Args:
+        sink_size: first tokens, which have the highest score.
+        lag_size: tokens of a partition; with fewer than sink_size + 2 lag_size in all, the last ones stay.
+        cross_scoring: compare the scores themselves, and no ranks, across partitions.
+    """
+
+    sink_size: int = 4
+    lag_size: int = 128
+    cross_scoring: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integers(self, 0, "sink_size")
+        check_integers(self, 2, "lag_size")
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        """Below 1 in partitions that have a successor, 1 before and behind them."""
+        sink, lag, behind = self.sink_size, self.lag_size, prompt.tokens - self.sink_size
+        if behind < 2 * lag:
+            scores = torch.arange(max(behind, 0), dtype=torch.float64, device=prompt.key.device) / max(behind, 1)
+            return pad(scores, (prompt.tokens - len(scores), 0), value=1.0).expand(prompt.key.shape[:3])
+        whole = slice(sink, sink + behind // lag * lag)
+        parts = [x[:, :, whole].unflatten(2, (-1, lag)) for x in (prompt.key, prompt.value)]
+        spreads = [lag_relative_spread(part[:, :, :-1], part[:, :, 1:]) for part in parts]
+        scores = self._of_partitions(weighted_ranking(spreads, (1.0, 1.0))).flatten(2, 3)
+        return pad(scores, (sink, behind - scores.shape[2]), value=1.0)
+
+    def _of_partitions(self, ranking: Ranking) -> Tensor:
+        """(B, H, P, L): the mean of the scores of key and value, or its rank / L."""
+        if self.cross_scoring:
+            return ranking.scores / 2
+        order = ranking.order.argsort(dim=-1, stable=True)
+        ranks = torch.arange(self.lag_size, dtype=ranking.scores.dtype, device=order.device) / self.lag_size
+        return torch.zeros_like(ranking.scores).scatter(-1, order, ranks.expand_as(order))

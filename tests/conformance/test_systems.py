@@ -1,0 +1,192 @@
+"""A system holds of each row what it holds of it alone, however the prompt and the answer come in."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, enabled_config, prefill, using
+from lrsa_lit.data.collate import IGNORE_INDEX
+from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.systems import System
+from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
+
+PROMPT, ANSWER = 29, 5
+LENGTHS = [29, 12, 21]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """In float64, but for what transformers computes in float32."""
+    return tiny_model(hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2).double().eval()
+
+
+@pytest.fixture
+def model(plain, system):
+    with using(plain, LRSAConfig(system=system)), torch.no_grad():
+        yield plain
+
+
+def tokens(rows, length, seed=0):
+    return torch.randint(3, 259, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def behind(model, prompt, *, mask=None, calls=8192):
+    """The cache where the prompt has ended, and the logits (B, 1, V) of its last tokens."""
+    cache = LRSACache.of(model)
+    logits = prefill(model, prompt, cache, attention_mask=mask, tokens_per_call=calls)
+    cache.end_prompt()
+    return cache, logits
+
+
+def answered(model, cache, answer, *, calls=8192):
+    """Logits (B, A, V)."""
+    parts = [model(part, **cache_argument(model, cache)).logits for part in answer.split(calls, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def alike(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("calls", [1, 5, 16])
+def test_prompts_and_answers_come_in_by_any_calls(model, calls):
+    prompt, answer = tokens(2, PROMPT), tokens(2, ANSWER, seed=1)
+    whole, last = behind(model, prompt)
+    split, last_of_split = behind(model, prompt, calls=calls)
+    alike(last_of_split, last)
+    alike(answered(model, split, answer, calls=calls), answered(model, whole, answer))
+    assert split.nbytes == whole.nbytes
+
+
+def test_padded_rows_get_what_each_gets_alone(model):
+    starts = [PROMPT - length for length in LENGTHS]
+    mask = (torch.arange(PROMPT) >= torch.tensor(starts)[:, None]).long()
+    prompt, answer = tokens(3, PROMPT) * mask, tokens(3, ANSWER, seed=1)
+    together, last = behind(model, prompt, mask=mask)
+    logits = answered(model, together, answer)
+    for row, start in enumerate(starts):
+        one = slice(row, row + 1)
+        alone, last_alone = behind(model, prompt[one, start:])
+        alike(last[one], last_alone)
+        alike(logits[one], answered(model, alone, answer[one]))
+
+
+def test_rows_of_a_batch_get_what_each_gets_alone(model):
+    prompt, answer = tokens(3, PROMPT), tokens(3, ANSWER, seed=1)
+    logits = answered(model, behind(model, prompt)[0], answer)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alike(logits[one], answered(model, behind(model, prompt[one])[0], answer[one]))
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["in the prompt", "in the answer"])
+def test_reordered_rows_go_on_as_they_were(model, ended):
+    prompt, answer, order = tokens(2, PROMPT), tokens(2, ANSWER, seed=1), torch.tensor([1, 0, 1])
+    expected = answered(model, behind(model, prompt)[0], answer)[order]
+    cache = LRSACache.of(model)
+    prefill(model, prompt[:, :17], cache)
+    if not ended:
+        cache.reorder_cache(order)
+    prefill(model, prompt[:, 17:] if ended else prompt[order, 17:], cache)
+    cache.end_prompt()
+    first = answer[:, :2] if ended else answer[order, :2]
+    logits = answered(model, cache, first)
+    if ended:
+        cache.reorder_cache(order)
+        logits = logits[order]
+    alike(torch.cat([logits, answered(model, cache, answer[order, 2:])], dim=1), expected)
+
+
+def test_a_copy_goes_on_like_the_original(model):
+    prompt, answer = tokens(2, PROMPT), tokens(2, ANSWER, seed=1)
+    cache, _ = behind(model, prompt)
+    copied = copy.deepcopy(cache)
+    alike(answered(model, cache, answer), answered(model, copied, answer))
+
+
+def test_dense_layers_hold_all_and_do_as_in_a_dense_model(model):
+    prompt, answer = tokens(2, PROMPT), tokens(2, ANSWER, seed=1)
+    config = enabled_config(model)
+    with using(model, config.replace(dense_layers=(1,))):
+        cache, _ = behind(model, prompt)
+        answered(model, cache, answer)
+        assert cache.stored_tokens()[1] == 2 * (PROMPT + ANSWER)
+    with using(model, config.replace(dense_layers=(0, 1, 2))):
+        dense = answered(model, behind(model, prompt)[0], answer)
+    with using(model, None):
+        alike(dense, model(torch.cat([prompt, answer], dim=1)).logits[:, PROMPT:])
+
+
+def test_losses_and_answers_are_those_of_the_cache(model):
+    """Of padded prompts and answers of unequal lengths."""
+    mask = (torch.arange(PROMPT) >= PROMPT - torch.tensor(LENGTHS)[:, None]).long()
+    prompt, answer = tokens(3, PROMPT) * mask, tokens(3, ANSWER, seed=1)
+    sizes = [ANSWER, 1, 3]
+    labels = torch.full((3, ANSWER + 2), IGNORE_INDEX)
+    for row, size in enumerate(sizes):
+        labels[row, row : row + size] = answer[row, :size]
+    losses = losses_behind_prompts(model, {"prompt_ids": prompt, "prompt_mask": mask, "labels": labels})
+    cache, last = behind(model, prompt, mask=mask)
+    logits = torch.cat([last, answered(model, cache, answer, calls=1)], dim=1).float().log_softmax(dim=-1)
+    for row, size in enumerate(sizes):
+        expected = -sum(logits[row, place, answer[row, place]] for place in range(size))
+        torch.testing.assert_close(losses[row].float(), expected, rtol=0, atol=1e-3)
+    likely, tokens_of = Greedy(model, stops=(), max_new_tokens=3)(prompt, mask), []
+    cache, last = behind(model, prompt, mask=mask)
+    for _ in range(3):
+        tokens_of.append(last[:, -1].argmax(dim=-1))
+        last = answered(model, cache, tokens_of[-1][:, None])
+    assert likely == torch.stack(tokens_of, dim=1).tolist()
+
+
+def test_one_that_trains_has_a_parallel_pass(model, system):
+    if not system.trains:
+        pytest.skip("its losses come from the cache")
+    ids = tokens(2, PROMPT)
+    cache = LRSACache.of(model)
+    alike(answered(model, cache, ids, calls=5), model(ids, use_cache=False).logits)
+
+
+def test_its_bytes_are_those_of_the_memory_that_it_holds(model):
+    cache = LRSACache.of(model)
+    for ids in tokens(1, PROMPT).split(11, dim=1):
+        prefill(model, ids, cache)
+        assert cache.nbytes == memory(cache)
+    cache.end_prompt()
+    assert cache.nbytes == memory(cache)
+    answered(model, cache, tokens(1, ANSWER))
+    assert cache.nbytes == memory(cache)
+
+
+def memory(cache):
+    """Bytes that the allocator has given to the streams, but for what is there only to be looked at."""
+    seen, found, sizes = set(), [stream for layer in cache.layers for stream in layer.streams], {}
+    while found:
+        item = found.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, list | tuple):
+            found += item
+        elif isinstance(item, dict):
+            found += item.values()
+        elif type(item).__module__.startswith("lrsa_lit") and hasattr(item, "__dict__"):
+            found += [value for name, value in vars(item).items() if name != "kept"]
+    return sum(sizes.values())
+
+
+def test_pairs_are_counted(system):
+    assert 0 < system.attended_pairs(50) <= 50 * 51 // 2
+
+
+def test_it_survives_being_written_as_json(system):
+    config = LRSAConfig(system=system)
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert LRSAConfig.from_dict(stored) == config
+    assert LRSAConfig.from_dict(stored).digest() == config.digest()
+    assert hash(System.from_dict(system.to_dict())) == hash(system)
