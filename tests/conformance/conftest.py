@@ -33,9 +33,12 @@ INIT_ARGS: dict[str, dict[str, Any]] = {
     "ChunkKV": {"size": 4, "window": 3, "reuse": 2},
     "ChunkKVPress": {"size": 4, "scorer": {"class_path": "lrsa_lit.systems.KeyDiff"}},
     "ExpectedAttention": {"sink_size": 2, "future": 8},
+    "FreqKV": {"capacity": 12, "sink_size": 2},
     "KeyDiffBlocks": {"pairs": 8, "block": 3},
     "LagKVPress": {"sink_size": 2, "lag_size": 4},
     "SnapKV": {"window": 3},
+    "SparseAccelerate": {"initial": 2, "local": 4, "columns": 3, "diagonals": 5, "last_queries": 4, "blocks": 1},
+    "SqueezedAttention": {"observed": 4, "clusters": 0.3},
     "StreamingLLM": {"sink_size": 2},
 }
 _WEIGHTS = {"AnswerLoss": 1.0, "Distillation": 0.7, "HiddenAlignment": 2.0, "LanguageModelLoss": 0.3}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +109,7 @@ class SqueezedAttention(System):
     coarse: float | None = None
     coarse_sparsity: float = 0.5
     iterations: int = 300
+    answers_by_token: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check each bound once."""

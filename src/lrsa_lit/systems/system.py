@@ -50,6 +50,7 @@ class System(ABC):
         needs_whole_prompt: whether a prompt must come in one call.
         graphable: whether its streams are KeyValueStreams, equally full in all layers once the prompt is over, so that
             a CUDA graph can serve single tokens.
+        answers_by_token: whether what a token of an answer attends to depends on those that come in the same call.
         rows_differ: whether rows of a batch may hold different numbers of pairs behind the prompt, so that each then
             has a stream for itself.
     """
@@ -57,6 +58,7 @@ class System(ABC):
     trains: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     needs_whole_prompt: ClassVar[bool] = False
+    answers_by_token: ClassVar[bool] = False
     graphable: ClassVar[bool] = False
     rows_differ: ClassVar[bool] = False
 

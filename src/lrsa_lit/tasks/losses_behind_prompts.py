@@ -36,6 +36,10 @@ def losses_behind_prompts(model: Any, batch: Batch) -> Tensor:
         return losses
     # The last token of a shorter answer predicts nothing, and stands in the place of a pad.
     mask = torch.cat([batch["prompt_mask"], (wanted != IGNORE_INDEX).to(batch["prompt_mask"])], dim=1)
-    columns = torch.arange(given.shape[1], device=given.device)
-    inputs = {"input_ids": given.clamp(min=0), "attention_mask": mask, "use_cache": True}
-    return losses + losses_of_rows(model, wanted, columns, **inputs, **cache_argument(model, cache))
+    system, count, start = cache.config.system, given.shape[1], batch["prompt_mask"].shape[1]
+    for call in torch.arange(count, device=given.device).split(1 if system and system.answers_by_token else count):
+        first, stop = int(call[0]), int(call[-1]) + 1
+        inputs = {"input_ids": given[:, first:stop].clamp(min=0), "attention_mask": mask[:, : start + stop]}
+        inputs |= {"use_cache": True, **cache_argument(model, cache)}
+        losses = losses + losses_of_rows(model, wanted[:, first:stop], call - first, **inputs)
+    return losses
