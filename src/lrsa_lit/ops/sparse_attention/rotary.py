@@ -60,10 +60,11 @@ class Rotary:
     def tables(self, positions: Tensor | Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (…, T, n) of the angles, without the scaling, in the dtype of the results for ``like``."""
         dtype = torch.promote_types(like.dtype, torch.float32)
+        # From pinned memory, so that the host does not wait for the GPU.
+        host = torch.tensor(self.frequencies, dtype=dtype, device="cpu", pin_memory=like.is_cuda)
+        frequencies = host.to(like.device, non_blocking=True)
         # Angles are rounded as transformers rounds them: what it rotated is taken off exactly, however far it stands.
-        angles = torch.as_tensor(positions, device=like.device).to(dtype)[..., None] * torch.tensor(
-            self.frequencies, dtype=dtype, device=like.device
-        )
+        angles = torch.as_tensor(positions, device=like.device).to(dtype)[..., None] * frequencies
         return angles.cos(), angles.sin()
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
