@@ -142,5 +142,5 @@ def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], qu
 
 def _check_windows(query: Tensor | None, key: Tensor, rule: Rule, geometry: Geometry) -> None:
     """Raise a UserError if the compressor scores by queries that are not given."""
-    if any(partitions(geometry)):
+    if rule.compressor.window and any(partitions(geometry)):
         in_pytorch.windows_of(query, key, rule, 1)
