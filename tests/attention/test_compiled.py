@@ -168,3 +168,12 @@ def test_a_copy_runs_its_own_layers(models):
         torch.nn.init.zeros_(weight)
     assert model(ids, use_cache=False).logits.equal(before)
     assert not copied(ids, use_cache=False).logits.equal(before)
+
+
+def test_one_more_graph_serves_all_layers_whose_heads_differ_in_k(build, monkeypatch):
+    monkeypatch.setattr(Small, "_load", lambda self: tiny_model(hidden_size=32, num_heads=2, num_kv_heads=2))
+    rule = LRSAConfig(sink_size=2, lag_size=8, top_k=3, head_top_k=[[3, 8], [0, 5]])
+    with torch.no_grad():
+        eager, compiled = (enable(model, rule, impl="triton")(tokens(1, 20), use_cache=False) for model in build())
+    torch.testing.assert_close(compiled.logits, eager.logits, rtol=1e-4, atol=1e-6)
+    assert (graphs(), breaks()) == (1, 0)

@@ -90,6 +90,8 @@ CHANGES = [
     {"compressor": RandomTokens(seed=1)},
     {"system": KeyNorm()},
     {"system": KeyNorm(0.25)},
+    {"head_top_k": (32, (0, 1))},
+    {"head_top_k": (32, (0, 2))},
 ]
 
 

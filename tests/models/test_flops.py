@@ -49,6 +49,19 @@ def test_kv_ratio_by_hand():
     assert kv_ratio(LRSAConfig(lag_size=128, top_k=32), 1_000_000, 30) == pytest.approx(32 / 128, abs=1e-3)
 
 
+def test_heads_of_different_k_count_their_own_pairs():
+    # K = 1 gives PAIRS, K = L = 2 gives 36.
+    none = kv_ratio(RULE.replace(top_k=0), 8, 1) * 36
+    ragged = RULE.replace(head_top_k=[[0, 2], 1, [0, 1]])
+    assert kv_ratio(ragged, 8, 3) == pytest.approx(((none + 36) / 2 + PAIRS + (none + PAIRS) / 2) / (3 * 36))
+    model = SMALL._replace(layers=3, query_heads=4, linear=0, trained=0)
+    head = model._replace(layers=1, query_heads=2)
+    of_each = sum(training_flops(head, [8, 3], 0, RULE.replace(top_k=top_k)) for top_k in (0, 2, 1, 1, 0, 1))
+    assert training_flops(model, [8, 3], 0, ragged) == of_each
+    dense = ragged.replace(dense_layers=(0, 2))
+    assert kv_ratio(dense, 8, 3) == pytest.approx((2 * 36 + PAIRS) / (3 * 36))
+
+
 def test_the_forward_pass_agrees_with_a_counter():
     """PyTorch's counter sees every product of the dense model; it counts masked pairs as well, so T^2."""
     model, length = tiny_model().eval(), 24

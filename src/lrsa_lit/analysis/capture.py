@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrsa_lit.analysis.record import Sample, SelectionRecord
-from lrsa_lit.attention import AttachedRule, Layout, base_of, enabled_config, observing
+from lrsa_lit.attention import AttachedRule, Layout, LRSAConfig, base_of, enabled_config, observing
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Selector, of_sequence, select
+from lrsa_lit.ops.sparse_attention import HeadRules, Selector, of_sequence, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,17 +82,30 @@ def capture(model: Any) -> Iterator[Capture]:
         model: a causal language model that LRSA is enabled on. The block must not switch its rule.
 
     Raises:
-        UserError: LRSA is not enabled, its compressor makes new pairs and selects none, or every layer is dense.
+        UserError: LRSA is not enabled, or :func:`unrecordable` says why not.
     """
-    config = enabled_config(base_of(model))
-    if config is not None and not isinstance(config.compressor, Selector):
-        name = type(config.compressor).__name__
-        raise UserError("compressor", name, reason="makes new pairs and selects none, so there is nothing to record")
-    if config is not None and len(config.dense_layers) == base_of(model).config.get_text_config().num_hidden_layers:
-        raise UserError("dense_layers", reason="every layer is dense, so there is nothing to record")
+    inner = base_of(model)
+    config = enabled_config(inner)
+    reason = None if config is None else unrecordable(config, inner.config.get_text_config().num_hidden_layers)
+    if reason is not None:
+        raise reason
     found = Capture()
     with observing(model, found.observe):
         yield found
+
+
+def unrecordable(config: LRSAConfig, layers: int) -> UserError | None:
+    """Why there is nothing to record of a rule in a model of so many layers; None where there is."""
+    name = type(config.compressor).__name__
+    if config.system is not None:
+        return UserError("system", type(config.system).__name__, reason="is no rule of partitions to record")
+    if not isinstance(config.compressor, Selector):
+        return UserError("compressor", name, reason="makes new pairs and selects none, so there is nothing to record")
+    if config.head_top_k is not None:
+        return UserError("head_top_k", reason="is set, and a record is of one K: set top_k instead")
+    if len(config.dense_layers) == layers:
+        return UserError("dense_layers", reason="every layer is dense, so there is nothing to record")
+    return None
 
 
 @torch.no_grad()
@@ -157,6 +170,7 @@ def _sequences(
     boundaries = [0, key.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(boundaries)]
     rule = attached.rule
+    assert not isinstance(rule, HeadRules)
     if rule is None:
         yield from [(length, None) for length in lengths] * key.shape[0]
         return

@@ -232,6 +232,8 @@ def _runs(store: MlflowClient, experiment: str) -> list[Run]:
 def _row(run: Run) -> dict[str, Any]:
     params, metrics = run.data.params, run.data.metrics
     lag_size, top_k = (int(params[f"model.lrsa.{name}"]) for name in ("lag_size", "top_k"))
+    # K of each head is no number to lay beside others: kv_ratio is.
+    one_k = params.get("model.lrsa.head_top_k", "None") == "None"
     model = params["model.backbone.source"].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
     if params.get("model.train_attention") == "None":
         model += "-dense"
@@ -239,8 +241,8 @@ def _row(run: Run) -> dict[str, Any]:
         "name": run.info.run_name,
         "model": model,
         "lag_size": lag_size,
-        "top_k": top_k,
-        "kept_share": top_k / lag_size,
+        "top_k": top_k if one_k else np.nan,
+        "kept_share": top_k / lag_size if one_k else np.nan,
         "seed": run.data.tags.get("seed"),
         **{column: metrics.get(metric, np.nan) for column, metric in MEASURES.items()},
     }

@@ -10,11 +10,10 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis import metrics
-from lrsa_lit.analysis.capture import record
+from lrsa_lit.analysis.capture import record, unrecordable
 from lrsa_lit.attention import using
 from lrsa_lit.callbacks import AnswerWriter
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Selector
 from lrsa_lit.run_labels import OWN
 from lrsa_lit.strategies import gathered, shards_weights
 
@@ -105,7 +104,7 @@ class EvidenceSurvival(Callback):
     def _found(self, task: LongContextQA, rule: LRSAConfig | None, source: str, chosen: list[int]) -> Any:
         """What the questions of all processes show of a rule; None where it selects nothing."""
         layers = task.model.config.get_text_config().num_hidden_layers
-        if rule is None or not isinstance(rule.compressor, Selector) or len(rule.dense_layers) == layers:
+        if rule is None or unrecordable(rule, layers) is not None:
             return None
         own = [question for position, question in self._first.get(source, {}).items() if position in chosen]
         found: SelectionRecord | None = None

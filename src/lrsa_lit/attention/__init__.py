@@ -8,6 +8,7 @@ from lrsa_lit.lazy import lazily
 
 if TYPE_CHECKING:
     from lrsa_lit.attention.attached import AttachedRule, base_of, cache_argument
+    from lrsa_lit.attention.budgets import mean_top_k
     from lrsa_lit.attention.cache import LRSACache
     from lrsa_lit.attention.config import LayerRules, LRSAConfig
     from lrsa_lit.attention.decoding import Greedy, graphed_decoding, greedy_tokens, prefill, single_token_steps
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "base_of", "cache_argument",
-    "dense_pass", "disable", "enable", "enabled_config", "graphed_decoding", "greedy_tokens", "observing",
+    "dense_pass", "disable", "enable", "enabled_config", "graphed_decoding", "greedy_tokens", "mean_top_k", "observing",
     "packed_layout", "prefill", "rotaries_of", "single_token_steps", "using",
 ]  # fmt: skip
 
 _NAMES = {
     "attached": ("AttachedRule", "base_of", "cache_argument"),
+    "budgets": ("mean_top_k",),
     "cache": ("LRSACache",),
     "config": ("LRSAConfig", "LayerRules"),
     "decoding": ("Greedy", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError, under
-from lrsa_lit.ops.sparse_attention import Impl, Rule
+from lrsa_lit.ops.sparse_attention import HeadRules, Impl, Rule
 from lrsa_lit.systems.system import Place, System
 
 RULE = "_lrsa_rule"
@@ -43,10 +43,10 @@ class Enabled:
 
 @dataclass(eq=False)
 class AttachedRule:
-    """What is attached to the attention module of one layer: a rule, or a system, or neither where it stays dense."""
+    """What is attached to the attention of one layer: a rule (of each head), or a system, or neither if it is dense."""
 
     state: Enabled
-    rule: Rule | None
+    rule: Rule | HeadRules | None
     layer: int
     system: System | None
     place: Place

@@ -44,6 +44,7 @@ class LRSACache(Cache):
     def __init__(self, config: LRSAConfig, num_layers: int, layers: LayerRules | None = None) -> None:
         self.config = config
         layers = config.layers if layers is None else layers
+        layers.check(num_layers)
         if config.needs_rotary and not layers.rotaries:
             field = "compressor" if config.system is None else "system"
             reason = "works on keys without their rotation, which only the model knows: use LRSACache.of(model)"
@@ -78,6 +79,8 @@ class LRSACache(Cache):
         if config.dense_layers:
             reason = "need enable(model, …); stock layers share one mask"
             raise UserError("config.dense_layers", config.dense_layers, reason=reason)
+        if config.head_top_k is not None:
+            raise UserError("config.head_top_k", reason="needs enable(model, …); stock layers share one mask")
         if config.rule.compressor.window or config.rule.compressor.has_bias:
             what = "hands no queries to a cache" if config.rule.compressor.window else "adds no bias to its logits"
             reason = f"needs enable(model, …); stock attention {what}"
@@ -178,8 +181,8 @@ class LRSACache(Cache):
             return None
         return (torch.tensor(seen, device="cpu")[:, None] + torch.arange(length, device="cpu")).to(device)
 
-    def stored_tokens(self) -> list[int]:
-        """Tokens stored per head and layer, summed over the rows."""
+    def stored_tokens(self) -> list[float]:
+        """Tokens stored per head in each layer, a mean where heads differ, summed over the rows."""
         return [layer.stored_tokens() for layer in self.layers]
 
 

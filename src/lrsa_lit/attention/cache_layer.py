@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Rule, Stream, stored_size
+from lrsa_lit.ops.sparse_attention import HeadRules, Impl, KeyValueStream, Rule, Stream, stored_size
 
 
 class LRSACacheLayer(CacheLayerMixin):
@@ -21,7 +21,7 @@ class LRSACacheLayer(CacheLayerMixin):
     once; with stock attention, which attends by itself, the first alone. Anything else is refused.
 
     Args:
-        rule: of the layer; None where it is dense or obeys a system.
+        rule: of the layer, or the rules of its heads; None where it is dense or obeys a system.
         new_stream: makes an empty stream of the layer.
     """
 
@@ -29,7 +29,7 @@ class LRSACacheLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, rule: Rule | None, new_stream: Callable[[Impl], Stream]) -> None:
+    def __init__(self, rule: Rule | HeadRules | None, new_stream: Callable[[Impl], Stream]) -> None:
         super().__init__()
         self.rule = rule
         self._new_stream = new_stream
@@ -83,18 +83,20 @@ class LRSACacheLayer(CacheLayerMixin):
                 "LRSACache.of(model, config) for its stock attention; each layer stores once per call, so gradient "
                 "checkpointing, which runs layers again, excludes it",
             )
-        has, given = self.streams[0].stored, key_states
-        if has is not None and (has[0].shape[1], has[0].shape[3]) != (given.shape[1], given.shape[3]):
-            held, new = (f"{keys.shape[1]} heads of {keys.shape[3]} channels" for keys in (has[0], given))
+        has, given = [part.stored for part in self.streams[0].parts], (key_states.shape[1], key_states.shape[3])
+        stored = [pair[0] for pair in has if pair is not None]
+        if stored and (sum(keys.shape[1] for keys in stored), stored[0].shape[3]) != given:
+            shapes = (sum(keys.shape[1] for keys in stored), stored[0].shape[3]), given
+            held, new = (f"{heads} heads of {channels} channels" for heads, channels in shapes)
             raise UserError("cache", reason=f"it holds {held} of another model and cannot continue {new}")
         self.is_initialized = True
         if not self.stock:
             self._step, self._given = "given", (key_states.shape, value_states.shape)
             return key_states, value_states
         self._step = "storing"
-        stored = self._stock_stream.extend(key_states, value_states)
+        pair = self._stock_stream.extend(key_states, value_states)
         self.count(key_states.shape[2])
-        return stored
+        return pair
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of new tokens, whose keys and values :meth:`update` was given; outputs of pads are 0.
@@ -153,10 +155,14 @@ class LRSACacheLayer(CacheLayerMixin):
         self._columns += columns
         self._step = "idle"
 
-    def stored_tokens(self) -> int:
-        """Tokens stored per head, summed over the rows."""
-        pairs = [stream.stored for stream in self.streams]
-        return sum(pair[0].shape[0] * pair[0].shape[2] for pair in pairs if pair is not None)
+    def stored_tokens(self) -> float:
+        """Tokens stored per head, summed over the rows; their mean where heads store differently many."""
+        total = 0.0
+        for stream in self.streams:
+            keys = [pair[0] for pair in (part.stored for part in stream.parts) if pair is not None]
+            heads = sum(part.shape[1] for part in keys)
+            total += sum(part.shape[:3].numel() for part in keys) / max(heads, 1)
+        return total
 
     @property
     def nbytes(self) -> int:

@@ -10,10 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lrsa_lit.attention import budgets
+from lrsa_lit.attention.budgets import HeadTopK
 from lrsa_lit.bounds import check_setting, is_integer, is_weight, replaced
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
     Compressor,
+    GroupedStream,
+    HeadRules,
     Impl,
     KeyValueStream,
     LagRelative,
@@ -29,21 +33,24 @@ from lrsa_lit.systems.system import Place, System
 class LayerRules:
     """Which rule or system each layer of a model obeys.
 
-    Those whose index is in ``dense`` keep ordinary causal attention. A ``system`` takes the place of the rule. The
-    rotation of each layer's keys is known where it is needed and there is a model to read it from.
+    Those whose index is in ``dense`` keep ordinary causal attention. A ``system`` takes the place of the rule, and
+    ``budgets`` that of its K. The rotation of each layer's keys is known where it is needed and there is a model to
+    read it from.
     """
 
     rule: Rule
     dense: tuple[int, ...] = ()
     rotaries: tuple[Rotary, ...] = ()
     system: System | None = None
+    budgets: HeadTopK | None = None
 
-    def of(self, layer: int) -> Rule | None:
-        """The rule of a layer; None where it is dense or obeys the system."""
+    def of(self, layer: int) -> Rule | HeadRules | None:
+        """The rule of a layer, or the rules of its heads; None where it is dense or obeys the system."""
         if layer in self.dense or self.system is not None:
             return None
         compressor = self.rule.compressor.for_layer(layer)
-        return self.rule.replace(compressor=compressor, rotary=self.place(layer).rotary)
+        rule = self.rule.replace(compressor=compressor, rotary=self.place(layer).rotary)
+        return rule if self.budgets is None else budgets.with_budget(rule, self.budgets[layer])
 
     def system_of(self, layer: int) -> System | None:
         """The system of a layer; None where it is dense or obeys the rule."""
@@ -52,16 +59,24 @@ class LayerRules:
     def stream(self, layer: int, impl: Impl) -> Stream:
         """What a layer holds of the past."""
         system = self.system_of(layer)
-        return KeyValueStream(self.of(layer), impl) if system is None else system.stream(self.place(layer), impl)
+        if system is not None:
+            return system.stream(self.place(layer), impl)
+        rule = self.of(layer)
+        return GroupedStream.of(rule, impl) if isinstance(rule, HeadRules) else KeyValueStream(rule, impl)
 
     def place(self, layer: int) -> Place:
         """The layer, as a system is told of it."""
         return Place(layer, self.rotaries[layer] if self.rotaries else None)
 
-    def check(self, layers: int) -> None:
-        """Raise a UserError if a dense layer is none of a model's ``layers``."""
+    def check(self, layers: int, heads: int | None = None) -> None:
+        """Raise a UserError if a dense layer is none of a model's ``layers``, or budgets are of other layers or heads.
+
+        Without ``heads``, the key-value heads of each layer, these are not looked at.
+        """
         if unknown := [layer for layer in self.dense if layer >= layers]:
             raise UserError("dense_layers", unknown, f"a list of some of the model's layers, 0 to {layers - 1}")
+        if self.budgets is not None:
+            budgets.check_shape(self.budgets, layers, heads)
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,9 @@ class LRSAConfig:
             its ``to_dict`` made.
         system: what takes the place of partitions in all layers that are not dense (``lrsa_lit.systems``), also as the
             dict that its ``to_dict`` made; null for the rule that the other settings say.
+        head_top_k: K of each layer, or for each layer a list with K of each of its KV heads, in the place of ``top_k``,
+            which null stands for in them: K = L is a dense layer or head, K = 0 one of sinks and raw window alone. Or
+            the path of a JSON file with such a list.
 
     Raises:
         UserError: a value outside its bounds, in one line.
@@ -95,6 +113,7 @@ class LRSAConfig:
     dense_layers: tuple[int, ...] = ()
     compressor: Compressor = field(default_factory=LagRelative)
     system: System | None = None
+    head_top_k: HeadTopK | str | None = None
 
     def __post_init__(self) -> None:
         """Make the tuple and the compressor that JSON cannot write, then check each bound once."""
@@ -112,6 +131,10 @@ class LRSAConfig:
         self._take_weight()
         # Making the rule checks the rest.
         assert self.rule
+        if self.head_top_k is not None:
+            if self.system is not None:
+                raise UserError("head_top_k", reason="is not allowed beside a system, which has no K")
+            object.__setattr__(self, "head_top_k", budgets.checked(self.head_top_k, self.rule))
 
     def _take_weight(self) -> None:
         """Let the weight stand here and not in the compressor: files that name digests have always had it here."""
@@ -140,11 +163,12 @@ class LRSAConfig:
     @property
     def layers(self) -> LayerRules:
         """What a model is told."""
-        return LayerRules(self.rule, self.dense_layers, system=self.system)
+        assert not isinstance(self.head_top_k, str)
+        return LayerRules(self.rule, self.dense_layers, system=self.system, budgets=self.head_top_k)
 
     def replace(self, **changes: Any) -> LRSAConfig:
-        """A copy with other values; unknown names raise a UserError."""
-        return replaced(self, changes)
+        """A copy with other values; unknown names raise a UserError. Another K is one for all heads."""
+        return replaced(self, {"head_top_k": None} | changes if "top_k" in changes else changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML can hold; :meth:`from_dict` is the way back."""
@@ -153,9 +177,13 @@ class LRSAConfig:
         if isinstance(self.compressor, ValueWeighted):
             del compressor["init_args"]["value_weight"]
         values |= {"dense_layers": list(self.dense_layers), "compressor": compressor}
-        # Digests that files name are older than systems.
-        system = values.pop("system")
-        return values if system is None else values | {"system": system.to_dict()}
+        # Digests that files name are older than systems and budgets.
+        system, of_heads = values.pop("system"), values.pop("head_top_k")
+        if system is not None:
+            values["system"] = system.to_dict()
+        if of_heads is not None:
+            values["head_top_k"] = [list(layer) if isinstance(layer, tuple) else layer for layer in of_heads]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LRSAConfig:

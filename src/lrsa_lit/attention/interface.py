@@ -34,7 +34,16 @@ from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions
 from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, is_traceable, sparse_attention, tensor_of_rule, traced_attention
+from lrsa_lit.ops.sparse_attention import (
+    HeadRules,
+    Impl,
+    Rule,
+    is_traceable,
+    sparse_attention,
+    tensor_of_heads,
+    tensor_of_rule,
+    traced_attention,
+)
 
 NAME = "lrsa"
 """Under this name the attention is registered with transformers."""
@@ -79,8 +88,8 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     state = Enabled(config, impl, inner.config._attn_implementation, modules, trained_with)
     for layer, module in enumerate(modules):
         rule = layers.of(layer)
-        tensor = None if rule is None else tensor_of_rule(rule)
-        setattr(module, RULE, AttachedRule(state, rule, layer, layers.system_of(layer), layers.place(layer), tensor))
+        place = layers.system_of(layer), layers.place(layer)
+        setattr(module, RULE, AttachedRule(state, rule, layer, *place, _tensor_of(rule)))
     decoder = inner.base_model
     state.handles = [
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
@@ -89,6 +98,13 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     inner.set_attn_implementation(NAME)
     inner.config.lrsa = config.to_dict()
     return model
+
+
+def _tensor_of(rule: Rule | HeadRules | None) -> Tensor | None:
+    """What a compiled layer takes in the place of a rule; None where it is dense, or must stop for the rule."""
+    if rule is None:
+        return None
+    return tensor_of_heads(rule) if isinstance(rule, HeadRules) else tensor_of_rule(rule)
 
 
 def disable(model: PreTrainedModel) -> None:

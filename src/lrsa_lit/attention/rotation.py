@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lrsa_lit.attention.attached import base_of
+from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.attention.config import LayerRules, LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.errors import UserError
@@ -24,14 +25,14 @@ def layers_of(model: Any, config: LRSAConfig) -> LayerRules:
     """The rules of a model's layers, with their rotations if the compressor needs them.
 
     Raises:
-        UserError: the model has no such dense layer, does not suit the system, or has no rotation that could be taken
-            off.
+        UserError: the model has no such dense layer, other layers or heads than budgets are for, does not suit the
+            system, or has no rotation that could be taken off.
     """
     inner, layers = base_of(model), config.layers
-    count, numbers = len(attention_modules(inner)), inner.config.get_text_config()
-    layers.check(count)
+    count, heads = len(attention_modules(inner)), heads_of(inner.config)
+    layers.check(count, heads)
     if config.system is not None:
-        config.system.check(count, getattr(numbers, "num_key_value_heads", None) or numbers.num_attention_heads)
+        config.system.check(count, heads)
     if not config.needs_rotary:
         return layers
     return dataclasses.replace(layers, rotaries=rotaries_of(model))

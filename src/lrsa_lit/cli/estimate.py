@@ -20,6 +20,7 @@ import lightning
 import torch
 from rich.table import Table
 
+from lrsa_lit.attention import mean_top_k
 from lrsa_lit.cli.step_cost import Batches, Cost, measure, release
 from lrsa_lit.data import token_cache
 from lrsa_lit.data.collate import collate
@@ -169,7 +170,13 @@ def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
     fields = {field.name: getattr(task.backbone, field.name) for field in dataclasses.fields(Backbone)}
     short.backbone = _Short(**fields | {"random_weights": True}, layers=sum(layers))
     if task.train_config is not None:
-        short.train_config = short.lrsa = task.train_config.replace(dense_layers=list(range(layers.dense)))
+        rule = task.train_config
+        if rule.head_top_k is not None:
+            # What a sparse layer costs is linear in K, but for the launches of several groups of heads.
+            dense, sparse = _layers(task)
+            total = (dense + sparse) * mean_top_k(rule, dense + sparse) - dense * rule.lag_size
+            rule = rule.replace(top_k=round(total / max(sparse, 1)))
+        short.train_config = short.lrsa = rule.replace(dense_layers=list(range(layers.dense)))
     short.make_scheduler = None
     for term in short.objective.terms:
         if isinstance(term.teacher, Cached):

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_answers, show_evaluation
 from lrsa_lit.checkpoints import AtomicCheckpointIO, CheckedForm, ExactState, FiniteLoss, GracefulStop, resume
 from lrsa_lit.checkpoints.checkpoint_io import claim
@@ -136,7 +137,7 @@ class LRSACLI(OpenCLI):
     def after_instantiate_classes(self) -> None:
         """Check what two parts must agree on, and prepare the data, before the run is recorded."""
         config, model = self.model.backbone.config, self.model
-        model.check_layers(config.num_hidden_layers)
+        model.check_layers(config.num_hidden_layers, heads_of(config))
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         needed = self.datamodule.max_tokens + model.max_new_tokens
         if needed > positions:

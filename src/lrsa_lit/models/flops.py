@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
-from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.attention import LRSAConfig, mean_top_k
 from lrsa_lit.ops.sparse_attention import attended_pairs
 
 _PEAK_TFLOPS = {
@@ -81,13 +82,13 @@ def training_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSA
     linear = sum(lengths) * (4 * shape.linear + 2 * shape.trained)
     head = logits * (4 * shape.head + 2 * shape.head_trained)
     pairs = sum(_pairs_of_layers(length, shape.layers, rule) for length in lengths)
-    return linear + head + 3 * 4 * shape.query_heads * shape.head_dim * pairs
+    return int(linear + head + 3 * 4 * shape.query_heads * shape.head_dim * pairs)
 
 
 def forward_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSAConfig | None) -> int:
     """As :func:`training_flops`, of a forward pass alone."""
     pairs = sum(_pairs_of_layers(length, shape.layers, rule) for length in lengths)
-    return 2 * (sum(lengths) * shape.linear + logits * shape.head) + 4 * shape.query_heads * shape.head_dim * pairs
+    return int(2 * (sum(lengths) * shape.linear + logits * shape.head) + 4 * shape.query_heads * shape.head_dim * pairs)
 
 
 def kv_ratio(rule: LRSAConfig, tokens: int, layers: int) -> float:
@@ -96,7 +97,7 @@ def kv_ratio(rule: LRSAConfig, tokens: int, layers: int) -> float:
     It is that of a sequence of T >= 1 tokens. Dense layers count with all their pairs, sinks and raw windows with those
     that they are. 1.0 is dense; for long texts and no dense layer it comes near K/L.
     """
-    return _pairs_of_layers(tokens, layers, rule) / _pairs_of_layers(tokens, layers, None)
+    return float(_pairs_of_layers(tokens, layers, rule) / _pairs_of_layers(tokens, layers, None))
 
 
 def peak_flops(device: str) -> float | None:
@@ -116,10 +117,15 @@ def _numel(weight: Any) -> int:
     return int(weight.numel() if state is None else state.shape.numel())
 
 
-def _pairs_of_layers(length: int, layers: int, rule: LRSAConfig | None) -> int:
+def _pairs_of_layers(length: int, layers: int, rule: LRSAConfig | None) -> int | Fraction:
+    """Of one head in each layer; where heads differ, of their mean."""
     if rule is None:
         return layers * attended_pairs(length, None)
     dense = len(rule.dense_layers)
     system = rule.system
+    if rule.head_top_k is not None:
+        # Pairs are linear in K, and as many as dense attention has at K = L.
+        none, one = (attended_pairs(length, rule.rule.replace(top_k=top_k)) for top_k in (0, 1))
+        return layers * none + layers * mean_top_k(rule, layers) * (one - none)
     each = attended_pairs(length, rule.rule) if system is None else system.attended_pairs(length)
     return dense * attended_pairs(length, None) + (layers - dense) * each

@@ -97,6 +97,8 @@ class LongContextQA(lightning.LightningModule):
         if train_top_k is not None:
             if self.train_config is None:
                 raise UserError("train_top_k", reason="it is not allowed where train_attention is null (dense)")
+            if self.train_config.head_top_k is not None:
+                raise UserError("train_top_k", reason="it is not allowed beside head_top_k, which has K of each layer")
             train_top_k.check(self.train_config)
         self.objective = AnswerLoss() if objective is None else objective
         if self.train_config is None and any(isinstance(term.teacher, OwnDense) for term in self.objective.terms):
@@ -118,14 +120,14 @@ class LongContextQA(lightning.LightningModule):
         """The backbone's tokenizer, with the template arguments."""
         return with_arguments(self.backbone.tokenizer, self.template_arguments)
 
-    def check_layers(self, count: int) -> None:
-        """Raise a UserError if a rule names a layer beyond the model's ``count`` layers."""
+    def check_layers(self, count: int, heads: int | None = None) -> None:
+        """Raise a UserError if a rule names layers beyond the model's ``count``, or other key-value heads."""
         rules = {f"evaluate.{name}" if name else "lrsa": rule for name, rule in self.attentions.items()}
         rules["train_attention"] = self.train_config
         for field, rule in rules.items():
             if rule is not None:
                 with under(field):
-                    rule.layers.check(count)
+                    rule.layers.check(count, heads)
 
     def check_training(self) -> None:
         """Refuse a system that no model can be trained under."""

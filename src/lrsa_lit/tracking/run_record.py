@@ -174,7 +174,8 @@ def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
     model = values["model"]
     source = model["backbone"].get("init_args", model["backbone"])["source"]
     trained = "" if model.get("train_attention") is not None else "-dense"
-    rule = f"L{model['lrsa']['lag_size']}-K{model['lrsa']['top_k']}"
+    of_heads = model["lrsa"].get("head_top_k") is not None
+    rule = f"L{model['lrsa']['lag_size']}-K{'heads' if of_heads else model['lrsa']['top_k']}"
     name = f"{family(source)}{trained}-{rule}-s{values['seed_everything']}"
     if command == "fit":
         return name

@@ -6,6 +6,7 @@ from helpers import refused
 from ops.triton.oracle import inputs
 
 from lrsa_lit.ops.sparse_attention import (
+    HeadRules,
     KeyDiff,
     LagRelative,
     LagRelativeTail,
@@ -14,6 +15,7 @@ from lrsa_lit.ops.sparse_attention import (
     Rule,
     ValueRelative,
     sparse_attention,
+    tensor_of_heads,
     tensor_of_rule,
     traced_attention,
 )
@@ -24,7 +26,10 @@ SMALL = Rule(sink_size=4, lag_size=16, top_k=4)
 def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_attention):
     """Outputs and gradients are equal bit by bit."""
     results = []
-    for run, rule in ((attention, tensor_of_rule(config)), (sparse_attention, config)):
+    for run, rule in (
+        (attention, tensor_of_heads(config) if isinstance(config, HeadRules) else tensor_of_rule(config)),
+        (sparse_attention, config),
+    ):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
         options = {"impl": "triton"} if run is sparse_attention else {}
         output = run(*leaves, rule, cu_seqlens=cu_seqlens, scale=scale, **options)
@@ -50,6 +55,10 @@ def assert_same(tensors, config, cu_seqlens=None, scale=0.25, attention=traced_a
 )
 def test_rule(config):
     assert_same(inputs(1, 2, 1, 75, 16), config)
+
+
+def test_heads_that_differ_in_k():
+    assert_same(inputs(2, 3, 3, 19, 16), HeadRules(Rule(2, 8, 3, compressor=LagRelativeTail()), (3, 8, 3)))
 
 
 @pytest.mark.parametrize("length", [1, 35, 36, 37])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
+    HeadGroups,
+    HeadRules,
     KeyValueStream,
     Rule,
     Stream,
@@ -27,6 +30,7 @@ from lrsa_lit.ops.sparse_attention import (
     most_window_rows,
     through_channels,
 )
+from lrsa_lit.systems.system import System
 
 _WARM_UP = 3
 """Steps before one is captured: what compiles or allocates on first use may not do so then, and short answers are
@@ -38,7 +42,7 @@ _UNGRAPHED_ROPE = ("dynamic", "longrope")
 _PLAIN = Layout()
 
 Streams = list[list[KeyValueStream]]
-"""Of each layer: the one that its rows share, or one for each row."""
+"""Of each part of each layer, all heads or a group of them: the one that its rows share, or one for each row."""
 
 
 class Decoder:
@@ -54,13 +58,15 @@ class Decoder:
 
     def __init__(self, model: Any, cache: LRSACache, *, room: int = ROOM, longest: int = 0, fuse: bool = False) -> None:
         self.model, self.cache, self.room = model, cache, room
-        self.layers: list[_LayerMemory] = []
-        # The layers of one rule hold equally many tokens at any time.
-        by_rule: dict[Rule | None, list[int]] = {}
-        for index, layer in enumerate(cache.layers):
-            by_rule.setdefault(layer.rule, []).append(index)
-        self._layers_of_rules = list(by_rule.values())
-        self._places_at_once = [KeyValueStream(rule).most_stored(longest) for rule in by_rule]
+        # In the places of the cache's layers, and of the parts of each.
+        self.layers: list[_LayerMemory | _GroupedMemory] = []
+        self._memories: list[_LayerMemory] = []
+        # The parts of one rule, or system, hold equally many tokens at any time.
+        by_rule: dict[tuple[Rule | None, System | None], list[int]] = {}
+        for index, kind in enumerate(_kinds_of_parts(cache)):
+            by_rule.setdefault(kind, []).append(index)
+        self._parts_of_rules = list(by_rule.values())
+        self._places_at_once = [KeyValueStream(rule).most_stored(longest) for rule, _ in by_rule]
         self._graphable = model.device.type == "cuda" and not _waits_for_lengths(model)
         # A function of the class: a method of its own would leave a decoder, its graph and memory, to the collector.
         self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
@@ -87,7 +93,11 @@ class Decoder:
         Positions, (B, 1) or (1, 1), by default follow those that the rows have seen. The logits (B, 1, V) that it
         returns are overwritten by the next step.
         """
-        streams: Streams = [layer.streams for layer in self.cache.layers]
+        streams: Streams = [
+            list(rows)
+            for layer in self.cache.layers
+            for rows in zip(*(stream.parts for stream in layer.streams), strict=True)
+        ]
         with self.cache.changing():
             self._compress(streams)
             if not self._fits(streams) and not self._reuse(streams):
@@ -101,11 +111,11 @@ class Decoder:
         return logits
 
     def _compress(self, streams: Streams) -> None:
-        for layers in self._layers_of_rules:
-            for row, stream in enumerate(streams[layers[0]]):
+        for parts in self._parts_of_rules:
+            for row, stream in enumerate(streams[parts[0]]):
                 if stream.due:
-                    for layer in layers:
-                        streams[layer][row].advance()
+                    for part in parts:
+                        streams[part][row].advance()
 
     def _fits(self, streams: Streams) -> bool:
         """Whether all stand in the prepared memory, with a place for the next token."""
@@ -114,17 +124,17 @@ class Decoder:
         return roomy and [buffer.address for buffer in buffers] == self._prepared
 
     def _places(self, streams: Streams) -> list[int]:
-        """For each layer, the places that its rows need for the tokens to come."""
+        """For each part, the places that its rows need for the tokens to come."""
         places = [0] * len(streams)
-        for layers, at_once in zip(self._layers_of_rules, self._places_at_once, strict=True):
-            needed = max(at_once, *(stream.most_stored(self.room) for stream in streams[layers[0]]))
-            for layer in layers:
-                places[layer] = needed
+        for parts, at_once in zip(self._parts_of_rules, self._places_at_once, strict=True):
+            needed = max(at_once, *(stream.most_stored(self.room) for stream in streams[parts[0]]))
+            for part in parts:
+                places[part] = needed
         return places
 
     def _reuse(self, streams: Streams) -> bool:
         """Move rows that stand elsewhere into the prepared memory; False if it is too small or made for others."""
-        together = list(zip(self.layers, streams, self._places(streams), strict=False))
+        together = list(zip(self._memories, streams, self._places(streams), strict=False))
         if not together or not all(memory.can_hold(rows, places) for memory, rows, places in together):
             return False
         for memory, rows, _ in together:
@@ -136,17 +146,21 @@ class Decoder:
 
     def _prepare(self, ids: Tensor, streams: Streams) -> None:
         # What the old memory holds would not be free for what rows move into.
-        self.layers, self._graph, self._launched = [], None, 0
-        rules = len(self._layers_of_rules)
+        self.layers, self._memories, self._graph, self._launched = [], [], None, 0
+        rules = len(self._parts_of_rules)
         self._state = torch.zeros(1 + 2 * rules, len(streams[0]), dtype=torch.int64, device=ids.device)
         self._ids, self._position = ids.clone(), self._state.new_zeros(ids.shape)
         self._filled = [_FilledLengths(ends) for ends in self._state[1 : 1 + rules]]
         places = zip(self._filled, map(_Places, self._state[1 + rules :]), strict=True)
-        of_layer = {layer: pair for pair, layers in zip(places, self._layers_of_rules, strict=True) for layer in layers}
-        self.layers = [
-            _LayerMemory(rows, count, *of_layer[layer])
-            for layer, (rows, count) in enumerate(zip(streams, self._places(streams), strict=True))
+        of_part = {part: pair for pair, parts in zip(places, self._parts_of_rules, strict=True) for part in parts}
+        self._memories = [
+            _LayerMemory(rows, count, *of_part[part])
+            for part, (rows, count) in enumerate(zip(streams, self._places(streams), strict=True))
         ]
+        memories = iter(self._memories)
+        for layer in self.cache.layers:
+            grouped = isinstance(layer.rule, HeadRules)
+            self.layers.append(_GroupedMemory(layer.rule.groups, memories) if grouped else next(memories))
         self._prepared = [buffer.address for rows in streams for stream in rows for buffer in stream.buffers]
 
     def _launch(self) -> Tensor:
@@ -167,8 +181,8 @@ class Decoder:
     def _write(self, ids: Tensor, position_ids: Tensor | None, streams: Streams) -> None:
         """Hand the token, its positions and the lengths over, these in one copy, for which nobody waits."""
         state = [[stream.seen for stream in streams[0]]]
-        state += [[stream.buffer.length for stream in streams[layers[0]]] for layers in self._layers_of_rules]
-        state += [[stream.query_place for stream in streams[layers[0]]] for layers in self._layers_of_rules]
+        state += [[stream.buffer.length for stream in streams[parts[0]]] for parts in self._parts_of_rules]
+        state += [[stream.query_place for stream in streams[parts[0]]] for parts in self._parts_of_rules]
         # Pinned memory that is new each time: the copy of the step before may still be under way.
         host = torch.tensor(state, device="cpu", pin_memory=ids.device.type == "cuda")
         self._state.copy_(host, non_blocking=True)
@@ -237,7 +251,7 @@ def serving(model: Any, decoder: Decoder) -> Iterator[None]:
 
 
 class _Places:
-    """Where new tokens go in the memories of the layers of one rule, on the device.
+    """Where new tokens go in the memories of the parts of one rule, on the device.
 
     The decoder writes to ``ends``, int64: the places, of each row (B,) or of all (1,).
     """
@@ -267,7 +281,7 @@ class _FilledLengths(_Places):
 
 
 class _LayerMemory:
-    """The memory of one layer, as the attention sees it: in the place of a cache's layer.
+    """The memory of one layer, as the attention sees it: in the place of a cache's layer. Or of some of its heads.
 
     Its rows go on in it; it has room for ``places`` tokens of each. Where a compressor asks for queries, there is
     memory for those, whose last row takes the ones that are not needed: so one graph serves all tokens.
@@ -314,6 +328,27 @@ class _LayerMemory:
             part = slice(None) if len(streams) == 1 else slice(row, row + 1)
             for buffer, memory in zip(stream.buffers, self.memories, strict=True):
                 buffer.move_to(tuple(tensor[part] for tensor in memory))
+
+
+class _GroupedMemory:
+    """The memory of a layer whose heads have rules of their own: that of each group, of which it takes the next."""
+
+    def __init__(self, groups: HeadGroups, memories: Iterator[_LayerMemory]) -> None:
+        self.groups = groups
+        self.parts = list(itertools.islice(memories, len(groups.heads)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :class:`_LayerMemory` has it."""
+        split = (self.groups.split(tensor) for tensor in (query, key, value))
+        return self.groups.join([part.attend(*new, scale) for part, *new in zip(self.parts, *split, strict=True)])
+
+
+def _kinds_of_parts(cache: LRSACache) -> Iterator[tuple[Rule | None, System | None]]:
+    """The rule and the system of each part of each layer."""
+    for index, layer in enumerate(cache.layers):
+        rules = layer.rule.rules if isinstance(layer.rule, HeadRules) else (layer.rule,)
+        for rule in rules:
+            yield rule, cache.config.layers.system_of(index)
 
 
 def _waits_for_lengths(model: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lrsa_lit.attention import mean_top_k
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate, Groups, Scores
 from lrsa_lit.experiments.results import Line, current
@@ -44,12 +45,11 @@ class Cell:
 
     @property
     def kept(self) -> float:
-        """Share of pairs kept: K/L in a sparse layer, 1 in a dense one; windows and sinks come on top."""
+        """Share of pairs kept: K/L in a sparse layer or head, 1 in a dense one; windows and sinks come on top."""
         rule, layers = self.line["rule"], self.line["layers"]
         if rule is None:
             return 1.0
-        dense = len(rule["dense_layers"])
-        return float((dense + (layers - dense) * rule["top_k"] / rule["lag_size"]) / layers)
+        return float(mean_top_k(rule, layers) / rule["lag_size"])
 
     @property
     def pairs(self) -> float:

@@ -34,6 +34,8 @@ from lrsa_lit.ops.sparse_attention.geometry import (
     spans,
     stored_size,
 )
+from lrsa_lit.ops.sparse_attention.grouped_stream import GroupedStream
+from lrsa_lit.ops.sparse_attention.head_rules import HeadGroups, HeadRules, tensor_of_heads
 from lrsa_lit.ops.sparse_attention.query_selectors import QueryAttention, QueryRuns
 from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
@@ -48,6 +50,9 @@ __all__ = [
     "ChunkWise",
     "Compressor",
     "FreqPartition",
+    "GroupedStream",
+    "HeadGroups",
+    "HeadRules",
     "Impl",
     "KeyDiff",
     "KeyValueStream",
@@ -82,6 +87,7 @@ __all__ = [
     "spans",
     "sparse_attention",
     "stored_size",
+    "tensor_of_heads",
     "tensor_of_rule",
     "through_channels",
     "traced_attention",

@@ -18,6 +18,7 @@ from torch import Tensor
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, partition_counts
+from lrsa_lit.ops.sparse_attention.head_rules import HeadRules
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, HasRule, Rule, rule_of
 from lrsa_lit.ops.sparse_attention.selection import Selection
 from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
@@ -31,7 +32,7 @@ def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rule: Rule | HasRule,
+    rule: Rule | HeadRules | HasRule,
     *,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -44,7 +45,8 @@ def sparse_attention(
         query: (B, Hq, Tq, D). Usually Tq = T; with Tq < T the queries are the last Tq of the T tokens.
         key: (B, H, T, D), rotated, H dividing Hq.
         value: (B, H, T, D).
-        rule: the rule, or what has one, such as an ``LRSAConfig``; it may change from call to call at no cost.
+        rule: the rule, or what has one, such as an ``LRSAConfig``; it may change from call to call at no cost. Or a
+            rule of each head.
         cu_seqlens: int32 (N + 1,), boundaries 0 … T of N sequences packed in one row (B = 1); none sees another.
         scale: factor of the scores; default D ** -0.5.
         selection: what the partitions keep, as :func:`select` returned it; default: the rule's compressor decides.
@@ -56,6 +58,8 @@ def sparse_attention(
     Raises:
         UserError: arguments that do not fit together, or an implementation that cannot run here.
     """
+    if isinstance(rule, HeadRules):
+        return _attend_by_groups(query, key, value, rule, cu_seqlens, scale, selection, impl)
     rule = rule_of(rule)
     _check_tensors(query, key, value)
     boundaries = _boundaries(cu_seqlens, key, query)
@@ -72,6 +76,20 @@ def sparse_attention(
     if rule.compressor.has_bias:
         return through_channels(attend, query, key, value, scale)
     return attend(query, key, value, scale)
+
+
+def _attend_by_groups(
+    query: Tensor, key: Tensor, value: Tensor, rules: HeadRules, cu_seqlens: Tensor | None, scale: float | None,
+    selection: Selection | None, impl: Impl
+) -> Tensor:  # fmt: skip
+    if selection is not None:
+        raise UserError("selection", reason="is not allowed where heads differ in K")
+    _check_tensors(query, key, value)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        return sparse_attention(query, key, value, rule, cu_seqlens=cu_seqlens, scale=scale, impl=impl)
+
+    return rules.attend(attend, query, key, value)
 
 
 def dense_attention(
@@ -166,8 +184,9 @@ def traced_attention(
     """What ``sparse_attention(…, impl="triton")`` computes, as one opaque operator forward and one backward.
 
     A graph of torch.compile takes integers as constants or as sizes to reason about, and what a tensor holds as it
-    comes: with the rule in a tensor (:func:`tensor_of_rule`), one graph serves all layers and rules. ``cu_seqlens`` lie
-    on the CPU, and there are as many queries as keys.
+    comes: with the rule in a tensor (:func:`tensor_of_rule`), one graph serves all layers and rules, and another
+    one all layers whose heads have rules of their own (:func:`tensor_of_heads`). ``cu_seqlens`` lie on the CPU, and
+    there are as many queries as keys.
 
     Raises:
         UserError: arguments that do not fit together.

@@ -81,6 +81,10 @@ class Compressor(ABC):
         """The compressor of one layer; differs from self only where layers must not choose alike."""
         return self
 
+    def for_heads(self, heads: tuple[int, ...]) -> Compressor:
+        """The compressor of some of a layer's key-value heads; differs from self only where it counts the heads."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Class name and arguments, as in YAML."""
         arguments: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
@@ -271,7 +275,7 @@ class RandomTokens(Selector):
     def score(self, partitions: Partitions) -> Tensor:
         """Uniform in [0, 1), the same for every row of the batch."""
         batch, heads, count, lag, _ = partitions.key.shape
-        head = torch.arange(heads, device=partitions.key.device).view(1, heads, 1, 1)
+        head = self.ordinals(heads, partitions.key.device).view(1, heads, 1, 1)
         ordinal = torch.arange(count, device=partitions.key.device).view(1, 1, count, 1) + partitions.first
         token = torch.arange(lag, device=partitions.key.device).view(1, 1, 1, lag)
         return token_hash(self.seed, head, ordinal, token).expand(batch, -1, -1, -1)
@@ -279,6 +283,24 @@ class RandomTokens(Selector):
     def for_layer(self, layer: int) -> RandomTokens:
         """Another seed for each layer: otherwise all layers would lose the same tokens."""
         return dataclasses.replace(self, seed=self.seed * 1_000_003 + layer)
+
+    def for_heads(self, heads: tuple[int, ...]) -> RandomTokens:
+        """What each head chooses is the same, whichever others are beside it."""
+        return _RandomOfHeads(self.seed, heads)
+
+    def ordinals(self, heads: int, device: torch.device) -> Tensor:
+        """The places (H,) of the heads in the layer."""
+        return torch.arange(heads, device=device)
+
+
+@dataclass(frozen=True)
+class _RandomOfHeads(RandomTokens):
+    """That of some heads of a layer."""
+
+    heads: tuple[int, ...] = ()
+
+    def ordinals(self, heads: int, device: torch.device) -> Tensor:
+        return torch.tensor(self.heads, device=device)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ top_k, P partitions, w window of the compressor.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,12 @@ class Stream(ABC):
     @property
     @abstractmethod
     def stored(self) -> Pair | None:
-        """Keys and values (B, H, stored, D) that are held; None before the first token."""
+        """Keys and values (B, H, stored, D) that are held; None before the first token, and of several parts."""
+
+    @property
+    def parts(self) -> Sequence[Stream]:
+        """The streams that it is made of, one for each group of heads that hold equally many pairs; else itself."""
+        return (self,)
 
     @property
     def nbytes(self) -> int:

@@ -8,13 +8,14 @@ gathers the compact buffer again, which is cheaper than to keep it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries
+from lrsa_lit.ops.sparse_attention.head_rules import HeadGroups, groups_of_tensor
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_forward
 from lrsa_lit.ops.sparse_attention.triton.fused_selection import fused_ranks
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact
@@ -57,21 +58,54 @@ def traced_attention(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks in front."""
-    geometry, code = _call(key, rule_tensor, cu_seqlens)
+    """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks of each group in front."""
+    groups, calls = _calls(key, rule_tensor, cu_seqlens)
     buffer = torch.empty(key.shape[:3], dtype=torch.int32, device=key.device)
-    ranks, _ = fused_ranks(code, query, key, value, geometry, _ranks_in(buffer, geometry))
+    outputs = []
+    for tensors, room, call in zip(_of_groups(groups, query, key, value), _rooms(groups, buffer), calls, strict=True):
+        outputs.append(_forward_group(tensors, room, *call, scale))
+    if len(calls) == 1:
+        return *outputs[0], buffer
+    attended, sums = zip(*outputs, strict=True)
+    whole, lse = torch.empty_like(with_rows(query)), sums[0].new_empty(query.shape[:3])
+    return groups.join_into(whole, attended), groups.join_into(lse, sums), buffer
+
+
+def _forward_group(
+    tensors: Sequence[Tensor], room: Tensor, geometry: Geometry, code: Sequence[float], scale: float
+) -> tuple[Tensor, Tensor]:
+    query, key, value = tensors
+    ranks, _ = fused_ranks(code, query, key, value, geometry, _ranks_in(room, geometry))
     compact = gather_compact(key, value, ranks, geometry)
     query, scale = positive_scale(query, scale)
-    return *attend_forward(Inputs(query, key, value, *compact), geometry, scale), buffer
+    return attend_forward(Inputs(query, key, value, *compact), geometry, scale)
 
 
 def _backward(
     saved: Sequence[Tensor], output_grad: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, output, lse, buffer = saved
-    geometry, _ = _call(key, rule_tensor, cu_seqlens)
-    ranks = _ranks_in(buffer, geometry)
+    *tensors, output, lse, buffer = saved
+    groups, calls = _calls(tensors[1], rule_tensor, cu_seqlens)
+    sums = [torch.cat(runs, dim=1) for runs in groups.views(lse)] if len(calls) > 1 else [lse]
+    split = _of_groups(groups, *tensors, output, output_grad)
+    grads = [
+        _backward_group(parts, total, room, geometry, scale)
+        for parts, total, room, (geometry, _) in zip(split, sums, _rooms(groups, buffer), calls, strict=True)
+    ]
+    if len(calls) == 1:
+        return grads[0]
+    of_each = zip(tensors, zip(*grads, strict=True), strict=True)
+    query_grad, key_grad, value_grad = (
+        groups.join_into(torch.empty_like(with_rows(tensor)), parts) for tensor, parts in of_each
+    )
+    return query_grad, key_grad, value_grad
+
+
+def _backward_group(
+    tensors: Sequence[Tensor], lse: Tensor, room: Tensor, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, output, output_grad = tensors
+    ranks = _ranks_in(room, geometry)
     positive, size = positive_scale(query, scale)
     inputs = Inputs(positive, key, value, *gather_compact(key, value, ranks, geometry))
     left = Saved(inputs, output, lse)
@@ -108,12 +142,29 @@ def _differentiate(ctx: Any, output_grad: Tensor, *_: None) -> tuple[Tensor | No
 _forward_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
-def _call(key: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None) -> tuple[Geometry, list[float]]:
-    """The geometry, and the selector's ``kernel_code``."""
-    sink, lag, keep, chunk, *code = rule_tensor.tolist()
+def _calls(
+    key: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None
+) -> tuple[HeadGroups, list[tuple[Geometry, list[float]]]]:
+    """The groups of heads that have one rule; of each the geometry, and the selector's ``kernel_code``."""
+    groups, rules = groups_of_tensor(rule_tensor, key.shape[1])
     length = key.shape[2]
     boundaries = (0, length) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), length)
-    return Geometry(int(sink), int(lag), int(keep), int(chunk), tuple(boundaries)), code
+    calls = []
+    for sink, lag, keep, chunk, *code in rules:
+        calls.append((Geometry(int(sink), int(lag), int(keep), int(chunk), tuple(boundaries)), code))
+    return groups, calls
+
+
+def _of_groups(groups: HeadGroups, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each group's heads of some tensors (B, H or Hq, T, D)."""
+    return zip(*map(groups.split, tensors), strict=True)
+
+
+def _rooms(groups: HeadGroups, buffer: Tensor) -> list[Tensor]:
+    """The part (B, heads, T) of a buffer (B, H, T) that each group has, one behind the other."""
+    batch, _, length = buffer.shape
+    sizes = [batch * len(heads) * length for heads in groups.heads]
+    return [part.view(batch, -1, length) for part in buffer.flatten().split(sizes)]
 
 
 def _ranks_in(buffer: Tensor, geometry: Geometry) -> Tensor:

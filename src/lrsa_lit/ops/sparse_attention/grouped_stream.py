@@ -1,0 +1,71 @@
+"""The past of a layer whose heads hold differently many pairs: a stream for each group of them.
+
+Dimensions: B batch, H key-value heads, Hq query heads, N new tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.api import Impl
+from lrsa_lit.ops.sparse_attention.head_rules import HeadGroups, HeadRules
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
+
+
+class GroupedStream(Stream):
+    """One stream for each group of heads; all take in the same tokens.
+
+    Args:
+        groups: the heads of each stream.
+        parts: the streams.
+    """
+
+    def __init__(self, groups: HeadGroups, parts: Sequence[KeyValueStream]) -> None:
+        self.groups = groups
+        self._parts = parts
+        self.seen = parts[0].seen
+
+    @classmethod
+    def of(cls, rules: HeadRules, impl: Impl) -> GroupedStream:
+        """That of heads with rules of their own, empty."""
+        return cls(rules.groups, [KeyValueStream(rule, impl) for rule in rules.rules])
+
+    @property
+    def parts(self) -> Sequence[KeyValueStream]:
+        """As :class:`Stream` has it."""
+        return self._parts
+
+    @property
+    def stored(self) -> None:
+        """Nothing of all heads: see :attr:`parts`."""
+        return
+
+    @property
+    def nbytes(self) -> int:
+        """Those of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :class:`Stream` has it."""
+        self.groups.check(key.shape[1])
+        split = (self.groups.split(tensor) for tensor in (query, key, value))
+        outputs = [part.attend(*tensors, scale) for part, *tensors in zip(self.parts, *split, strict=True)]
+        self.seen += key.shape[2]
+        return self.groups.join(outputs)
+
+    def end_prompt(self) -> None:
+        """As :class:`Stream` has it."""
+        for part in self.parts:
+            part.end_prompt()
+
+    def count(self, tokens: int) -> None:
+        """Take note of tokens that somebody wrote into the memories of all parts."""
+        for part in self.parts:
+            part.count(tokens)
+        self.seen += tokens
+
+    def rows(self, indices: Tensor) -> GroupedStream:
+        """As :class:`Stream` has it."""
+        return GroupedStream(self.groups, [part.rows(indices) for part in self.parts])

@@ -1,0 +1,164 @@
+"""Key-value heads of one layer that keep differently many pairs: those of equal K are a group, which attends by itself.
+
+Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, T tokens, D head_dim, K top_k.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.kernel_code import kernel_code
+from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, Rule
+
+Attend = Callable[[Tensor, Tensor, Tensor, Rule], Tensor]
+"""query, key and value of a group and its rule -> output, all (B, heads, T, D)."""
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """How the heads of a layer are split into groups.
+
+    Neighbours that are in one group are a run. A group of one run is a view of the tensor that it is cut from; the
+    others, and what is put together, are copies, in memory that lies as a model's: (B, T, heads, D).
+
+    Args:
+        heads: the key-value heads of each group, ascending; each of 0 … H - 1 is in one of them.
+    """
+
+    heads: tuple[tuple[int, ...], ...]
+
+    @functools.cached_property
+    def count(self) -> int:
+        """H."""
+        return sum(map(len, self.heads))
+
+    @functools.cached_property
+    def _runs(self) -> list[tuple[int, int]]:
+        """The group and the number of heads of each run, from head 0 on."""
+        owners = {head: group for group, heads in enumerate(self.heads) for head in heads}
+        runs = itertools.groupby(owners[head] for head in range(self.count))
+        return [(group, len(list(run))) for group, run in runs]
+
+    def views(self, tensor: Tensor) -> list[list[Tensor]]:
+        """The runs of each group in a tensor (B, H or Hq, …)."""
+        each = tensor.shape[1] // self.count
+        groups: list[list[Tensor]] = [[] for _ in self.heads]
+        runs = tensor.split([size * each for _, size in self._runs], dim=1)
+        for (group, _), run in zip(self._runs, runs, strict=True):
+            groups[group].append(run)
+        return groups
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """The heads of each group of a tensor (B, H or Hq, T, D), with gradient."""
+        return [_beside(runs) for runs in self.views(tensor)]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What :meth:`split` came from: (B, H or Hq, T, D), with gradient."""
+        if len(tensors) == 1:
+            return tensors[0]
+        each = tensors[0].shape[1] // len(self.heads[0])
+        runs = [iter(tensor.split(self._sizes(group, each), 1)) for group, tensor in enumerate(tensors)]
+        return _beside([next(runs[group]) for group, _ in self._runs])
+
+    def join_into(self, whole: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """Write what :meth:`join` makes to a tensor (B, H or Hq, …), which is returned; without gradient."""
+        for views, tensor in zip(self.views(whole), tensors, strict=True):
+            for view, run in zip(views, tensor.split([view.shape[1] for view in views], 1), strict=True):
+                view.copy_(run)
+        return whole
+
+    def check(self, heads: int) -> None:
+        """Raise a UserError unless these are the groups of so many key-value heads."""
+        if heads != self.count:
+            raise UserError("head_top_k", reason=f"has K of {self.count} heads; the layer has {heads}")
+
+    def _sizes(self, group: int, each: int) -> list[int]:
+        return [size * each for owner, size in self._runs if owner == group]
+
+
+def _beside(runs: Sequence[Tensor]) -> Tensor:
+    """Heads (B, heads, T, D) beside each other; a single run is left where it is."""
+    return runs[0] if len(runs) == 1 else torch.cat([run.transpose(1, 2) for run in runs], dim=2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class HeadRules:
+    """The rule of a layer whose key-value heads differ in K.
+
+    Args:
+        common: the rule of all of them, but for its K.
+        top_k: K of each head, 0 (sinks and raw window only) to L (dense).
+
+    Raises:
+        UserError: a K outside these bounds, or a compressor by which all heads keep the same.
+    """
+
+    common: Rule
+    top_k: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check each bound once: each group's rule checks its K."""
+        if getattr(self.common.compressor, "shared_heads", False):
+            raise UserError("compressor.shared_heads", True, "false where heads differ in K")
+        assert self.rules
+
+    @functools.cached_property
+    def groups(self) -> HeadGroups:
+        """Heads of equal K, in the order of their first heads."""
+        return HeadGroups(
+            tuple(
+                tuple(head for head, other in enumerate(self.top_k) if other == top_k)
+                for top_k in dict.fromkeys(self.top_k)
+            )
+        )
+
+    @functools.cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rule of each group; that of heads with K = L is dense attention."""
+        return tuple(self._rule(heads) for heads in self.groups.heads)
+
+    def _rule(self, heads: tuple[int, ...]) -> Rule:
+        compressor = self.common.compressor.for_heads(heads)
+        rule = self.common.replace(top_k=self.top_k[heads[0]], compressor=compressor)
+        return KEEP_ALL if rule.top_k == rule.lag_size else rule
+
+    def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Let each group attend by itself: queries (B, Hq, Tq, D), keys and values (B, H, T, D) -> (B, Hq, Tq, D)."""
+        self.groups.check(key.shape[1])
+        split = (self.groups.split(tensor) for tensor in (query, key, value))
+        return self.groups.join([attend(*parts) for parts in zip(*split, self.rules, strict=True)])
+
+
+def tensor_of_heads(rules: HeadRules) -> Tensor | None:
+    """``tensor_of_rule`` of each head, (H, numbers); None where the compressor has no ``kernel_code``."""
+    by_group = []
+    for rule in rules.rules:
+        code = kernel_code(rules.common.compressor, rule.top_k)
+        if code is None:
+            return None
+        by_group.append((*rule.numbers, *code))
+    rows = {head: row for heads, row in zip(rules.groups.heads, by_group, strict=True) for head in heads}
+    with torch.inference_mode(False):
+        return torch.tensor([rows[head] for head in range(len(rows))], dtype=torch.float64, device="cpu")
+
+
+def groups_of_tensor(tensor: Tensor, heads: int) -> tuple[HeadGroups, list[list[float]]]:
+    """The groups of so many heads, and the numbers of each, in a tensor of one rule or of one for each head.
+
+    Raises:
+        UserError: there is a rule for each of another number of heads.
+    """
+    rows: list[list[float]] = [tensor.tolist()] * heads if tensor.ndim == 1 else tensor.tolist()
+    if len(rows) != heads:
+        raise UserError("rule_tensor", tuple(tensor.shape), f"a rule, or one for each of {heads} heads")
+    found: dict[tuple[float, ...], list[int]] = {}
+    for head, row in enumerate(rows):
+        found.setdefault(tuple(row), []).append(head)
+    return HeadGroups(tuple(map(tuple, found.values()))), list(map(list, found))
