@@ -2,6 +2,7 @@
 
 from lrsa_lit.systems.cascade import Cascade
 from lrsa_lit.systems.chunkkv import ChunkKV, ChunkKVPress
+from lrsa_lit.systems.duo_attention import DuoAttention, gated_attention
 from lrsa_lit.systems.expected_attention import ExpectedAttention
 from lrsa_lit.systems.freqkv import FreqKV
 from lrsa_lit.systems.key_scores import KeyDiff, KeyNorm, Random, StreamingLLM
@@ -18,6 +19,7 @@ __all__ = [
     "Cascade",
     "ChunkKV",
     "ChunkKVPress",
+    "DuoAttention",
     "ExpectedAttention",
     "FreqKV",
     "KeyDiff",
@@ -33,4 +35,5 @@ __all__ = [
     "SqueezedAttention",
     "StreamingLLM",
     "System",
+    "gated_attention",
 ]

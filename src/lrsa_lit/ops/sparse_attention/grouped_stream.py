@@ -22,7 +22,7 @@ class GroupedStream(Stream):
         parts: the streams.
     """
 
-    def __init__(self, groups: HeadGroups, parts: Sequence[KeyValueStream]) -> None:
+    def __init__(self, groups: HeadGroups, parts: Sequence[Stream]) -> None:
         self.groups = groups
         self._parts = parts
         self.seen = parts[0].seen
@@ -33,7 +33,7 @@ class GroupedStream(Stream):
         return cls(rules.groups, [KeyValueStream(rule, impl) for rule in rules.rules])
 
     @property
-    def parts(self) -> Sequence[KeyValueStream]:
+    def parts(self) -> Sequence[Stream]:
         """As :class:`Stream` has it."""
         return self._parts
 
@@ -63,6 +63,7 @@ class GroupedStream(Stream):
     def count(self, tokens: int) -> None:
         """Take note of tokens that somebody wrote into the memories of all parts."""
         for part in self.parts:
+            assert isinstance(part, KeyValueStream)
             part.count(tokens)
         self.seen += tokens
 

@@ -1,0 +1,174 @@
+"""DuoAttention: heads that retrieve keep everything, the others sinks and recent tokens.
+
+Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.bounds import check_setting, is_integer, is_weight
+from lrsa_lit.errors import UserError, message_of
+from lrsa_lit.ops.sparse_attention import (
+    GroupedStream,
+    HeadGroups,
+    Impl,
+    KeyValueStream,
+    Stream,
+    attended_pairs,
+    dense_attention,
+)
+from lrsa_lit.paths import expanded
+from lrsa_lit.systems.streaming import StreamingHeads, streaming_attention
+from lrsa_lit.systems.system import Place, System, sequences
+
+
+@dataclass(frozen=True)
+class DuoAttention(System):
+    """DuoAttention (arXiv 2410.10819) with gates that are given: those of a trained model, or a ranking of heads.
+
+    The heads of the highest gates see everything. The others see sinks and recent tokens and hold no more, at their
+    positions. How many are which is said by the sparsity, over all heads of the model: a head stays full where its gate
+    is at least that quantile of the gates. Of equal gates, those of earlier layers and heads count as higher; the
+    paper's code breaks ties at random.
+
+    Args:
+        gates: for each layer (dense ones included) a list of the gates of its KV heads, or the path of a file with
+            them: a JSON list of lists, or a line for each layer with numbers between tabs or spaces (the paper's
+            ``full_attention_heads.tsv``). They are clipped to [0, 1].
+        sparsity: share of the heads that do not stay full (0 to 1; the paper has 0.5 for GQA and 0.75 for MHA).
+        sink_size: first tokens that the others see (>= 0).
+        recent: last tokens that the others see, the query's own among them (>= 1).
+
+    Raises:
+        UserError: a file that cannot be read, gates that are no table of numbers, a size out of bounds, and, where it
+            meets a model, gates of other layers or heads.
+    """
+
+    gates: Any
+    sparsity: float = 0.5
+    sink_size: int = 64
+    recent: int = 256
+    trains: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Read the gates, then check each bound once."""
+        gates = _read(self.gates) if isinstance(self.gates, str) else self.gates
+        object.__setattr__(self, "gates", _checked(gates))
+        check_setting("sparsity", self.sparsity, is_weight(self.sparsity) and self.sparsity <= 1, "from 0 to 1")
+        for name, least in (("sink_size", 0), ("recent", 1)):
+            value = getattr(self, name)
+            check_setting(name, value, is_integer(value) and value >= least, f"an integer >= {least}")
+
+    @functools.cached_property
+    def full(self) -> tuple[tuple[bool, ...], ...]:
+        """Whether each head of each layer stays full."""
+        places = [(layer, head) for layer, row in enumerate(self.gates) for head in range(len(row))]
+        # Where a quantile falls between two gates, the higher one is the first that reaches it.
+        below = len(places) if self.sparsity == 1 else math.ceil(self.sparsity * (len(places) - 1) - 1e-9)
+        order = sorted(places, key=lambda place: -self.gates[place[0]][place[1]])
+        kept = set(order[: len(places) - below])
+        return tuple(tuple((layer, head) in kept for head in range(len(row))) for layer, row in enumerate(self.gates))
+
+    def check(self, layers: int, heads: int) -> None:
+        """As :class:`System` has it."""
+        given = len(self.gates), len(self.gates[0])
+        if given != (layers, heads):
+            reason = "has gates of {} layers x {} heads; the model has {} x {}".format(*given, layers, heads)
+            raise UserError("gates", reason=reason)
+
+    def stream(self, place: Place, impl: Impl) -> Stream:
+        """As :class:`System` has it: a stream for the heads of each kind."""
+        groups, kinds = self._groups(place.layer)
+        made = {True: lambda: KeyValueStream(None, impl), False: lambda: StreamingHeads(self.sink_size, self.recent)}
+        parts = [made[full]() for full in kinds]
+        return parts[0] if len(parts) == 1 else GroupedStream(groups, parts)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None, scale: float, place: Place
+    ) -> Tensor:
+        """As :class:`System` has it. With fewer queries than keys, they are the last ones."""
+        groups, kinds = self._groups(place.layer)
+        outputs = []
+        for full, q, k, v in zip(kinds, *map(groups.split, (query, key, value)), strict=True):
+            if full:
+                outputs.append(dense_attention(q, k, v, cu_seqlens=cu_seqlens, scale=scale))
+                continue
+            parts = sequences(q, k, v, cu_seqlens)
+            each = [streaming_attention(*part, self.sink_size, self.recent, scale) for part in parts]
+            outputs.append(torch.cat(each, dim=2))
+        return groups.join(outputs)
+
+    def attended_pairs(self, length: int) -> int:
+        """As :class:`System` has it: the mean over all heads, rounded down."""
+        full = sum(map(sum, self.full))
+        streaming = len(self.gates) * len(self.gates[0]) - full
+        seen = min(length, self.sink_size + self.recent)
+        of_streaming = attended_pairs(seen, None) + (length - seen) * (self.sink_size + self.recent)
+        return (full * attended_pairs(length, None) + streaming * of_streaming) // (full + streaming)
+
+    def _groups(self, layer: int) -> tuple[HeadGroups, list[bool]]:
+        """The heads of a layer that are full, and those that are not; without a group of none."""
+        row = self.full[layer]
+        kinds = [full for full in (True, False) if full in row]
+        return HeadGroups(tuple(tuple(h for h, own in enumerate(row) if own == full) for full in kinds)), kinds
+
+
+def gated_attention(
+    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, *, sink: int, recent: int, scale: float
+) -> Tensor:
+    """What DuoAttention trains its gates by: gate x full + (1 - gate) x streaming attention, of each head.
+
+    Args:
+        query: (B, Hq, N, D), the last N of T tokens.
+        key: (B, H, T, D).
+        value: (B, H, T, D).
+        gates: (H,), clipped to [0, 1]; they have gradient, as all inputs have.
+        sink: first tokens that streaming attention sees.
+        recent: last ones, the query's own among them.
+        scale: factor of the scores.
+
+    Returns:
+        (B, Hq, N, D) in the query's dtype.
+    """
+    full = dense_attention(query, key, value, scale=scale)
+    streaming = streaming_attention(query, key, value, sink, recent, scale)
+    shares = gates.clamp(0, 1).repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
+    return (shares * full + (1 - shares) * streaming).to(query.dtype)
+
+
+def _checked(gates: Any) -> tuple[tuple[float, ...], ...]:
+    """Gates as a table, clipped; a UserError if they are none."""
+    rows = list(gates) if isinstance(gates, Sequence) else []
+    table = bool(rows) and all(isinstance(row, Sequence) and len(row) == len(rows[0]) > 0 for row in rows)
+    numbers = table and all(
+        isinstance(gate, int | float) and not isinstance(gate, bool) and math.isfinite(gate)
+        for row in rows
+        for gate in row
+    )
+    allowed = "a list for each layer, all of as many finite numbers as there are KV heads, or the path of a file"
+    check_setting("gates", gates, numbers, allowed)
+    return tuple(tuple(min(max(float(gate), 0.0), 1.0) for gate in row) for row in rows)
+
+
+def _read(path: str) -> Any:
+    """What stands in a file of gates."""
+    try:
+        text = expanded("gates", path).read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [[float(word) for word in line.split()] for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError("gates", path, reason=f"cannot be read ({error.strerror})") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError("gates", path, reason=f"is neither JSON nor a table of numbers ({message_of(error)})") from None
