@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lrsa_lit.errors import UserError
@@ -39,7 +39,7 @@ def named_class(key: str, path: object, kinds: Kinds, owner: type | None = None)
 
     Args:
         key: the setting, for errors.
-        path: what it names; its module is imported.
+        path: what it names; its module is imported. A subclass of ``kinds`` also by its name alone.
         kinds: the class must be a subclass of one of these.
         owner: the class of the object that takes this one as an argument: others of its package are admitted as well,
             unless it is of Lightning or PyTorch.
@@ -48,6 +48,9 @@ def named_class(key: str, path: object, kinds: Kinds, owner: type | None = None)
         UserError: it is not a class, or not one that is allowed there.
     """
     path = check_class_path(key, path)
+    for known in _subclasses(kinds) if "." not in path else ():
+        if known.__name__ == path:
+            return known
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
@@ -113,6 +116,14 @@ def _classes(hint: Any) -> Iterator[type]:
     # Any class is an object, and many can be called.
     elif inspect.isclass(hint) and hint not in (object, Callable):
         yield hint
+
+
+def _subclasses(kinds: Iterable[type]) -> Iterator[type]:
+    """All of them that are imported."""
+    for kind in kinds:
+        for child in type.__subclasses__(kind):
+            yield child
+            yield from _subclasses([child])
 
 
 def _is_any_of(found: type, kinds: Kinds) -> bool:

@@ -75,7 +75,9 @@ def registered(kind: str) -> dict[str, type]:
 
 
 def find(kind: str, path: object, key: str) -> type:
-    """The class that a file names by module and name, if it is imported or registered by an installed package.
+    """The class that a file names, if it is imported or registered by an installed package.
+
+    By module and name, or by the name alone: then it is shipped, of a module that was loaded, or registered.
 
     Raises:
         UserError: it is neither; the message names the ``key`` in the file and says what would make it known.
@@ -87,6 +89,8 @@ def find(kind: str, path: object, key: str) -> type:
         # Wherever the package defines it by now.
         return shipped[name]
     for look_again in (True, False):
+        if path in (by_name := registered(kind)):
+            return by_name[str(path)]
         for known in _subclasses(base):
             if path == f"{known.__module__}.{known.__qualname__}" and not inspect.isabstract(known):
                 return known

@@ -23,6 +23,7 @@ from lrsa_lit.models.backbone import Backbone, LoRA
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
+from lrsa_lit.systems import System
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
 
 TOKENIZER = "model.tokenizer"
@@ -35,6 +36,7 @@ _KEYS: dict[type, str] = {
     RopeScaling: "model.backbone.rope_scaling",
     LRSAConfig: "model.lrsa",
     Compressor: "model.lrsa.compressor.init_args",
+    System: "model.lrsa.system.init_args",
     TopKSchedule: "model.train_top_k.init_args",
     Objective: "model.objective",
     QADataModule: "data.init_args",

@@ -106,7 +106,8 @@ class System(ABC):
 
     @staticmethod
     def from_dict(values: Any) -> System:
-        """The system that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
+        """The one that :meth:`to_dict` wrote, or of a name. Only imported classes are found: a file runs no code."""
+        values = {"class_path": values} if isinstance(values, str) else values
         if not isinstance(values, dict):
             raise UserError("system", values, "a System, its dict, or null")
         found = plugins.find("systems", values.get("class_path"), "system")

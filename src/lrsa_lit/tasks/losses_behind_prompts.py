@@ -40,7 +40,6 @@ def losses_behind_prompts(model: Any, batch: Batch) -> Tensor:
     for call in torch.arange(count, device=given.device).split(1 if system and system.answers_by_token else count):
         first, stop = int(call[0]), int(call[-1]) + 1
         inputs = {"input_ids": given[:, first:stop].clamp(min=0), "attention_mask": mask[:, : start + stop]}
-        losses = losses + losses_of_rows(
-            model, wanted[:, first:stop], call - first, **inputs, use_cache=True, **cache_argument(model, cache)
-        )
+        inputs |= cache_argument(model, cache)
+        losses = losses + losses_of_rows(model, wanted[:, first:stop], call - first, **inputs, use_cache=True)
     return losses

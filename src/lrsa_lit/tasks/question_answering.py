@@ -5,6 +5,7 @@ Dimensions: B examples, T tokens of the longest example, Tp tokens of the longes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -284,8 +285,9 @@ class LongContextQA(lightning.LightningModule):
         """Answer losses and generated answers under each attention, by its name, "" being the run's own rule."""
         found = {}
         for name, rule in self.attentions.items():
-            losses, tokens = self.losses(batch, rule)
-            texts = self.generate(batch, rule)[0] if self.generate_answers else None
+            with under(f"evaluate.{name}") if name else contextlib.nullcontext():
+                losses, tokens = self.losses(batch, rule)
+                texts = self.generate(batch, rule)[0] if self.generate_answers else None
             found[name] = Answers(losses.tolist(), tokens.tolist(), texts)
             self.meters[name].update(found[name], batch)
         return found

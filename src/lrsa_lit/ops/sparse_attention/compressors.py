@@ -92,7 +92,8 @@ class Compressor(ABC):
 
     @staticmethod
     def from_dict(values: Any) -> Compressor:
-        """The compressor that :meth:`to_dict` wrote. Only imported classes are found: a file cannot run code."""
+        """The one that :meth:`to_dict` wrote, or of a name. Only imported classes are found: a file runs no code."""
+        values = {"class_path": values} if isinstance(values, str) else values
         if not isinstance(values, dict):
             raise UserError("compressor", values, "a Compressor, or its dict")
         found = plugins.find("compressors", values.get("class_path"), "compressor")
