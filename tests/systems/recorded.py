@@ -9,7 +9,7 @@ from lrsa_lit.ops.sparse_attention import Rotary
 from lrsa_lit.systems import Place
 
 ROTARY = Rotary.plain(4)
-CALLS = {"at once": [99], "split": [3, 1, 5, 99], "one by one": [1] * 99}
+CALLS = {"at once": [9999], "split": [3, 1, 5, 9999], "one by one": [1] * 99}
 
 
 def vectors(name):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from systems.recorded import CALLS, cut, fed, inputs, rotated, vectors
+from systems.recorded import CALLS, ROTARY, cut, fed, inputs, rotated, vectors
 
 from lrsa_lit.systems import (
     TOVA,
+    AdaKV,
     ChunkKV,
     ChunkKVPress,
     ExpectedAttention,
@@ -124,3 +125,34 @@ def test_layers_reuse_the_choice_of_the_first_of_their_group(calls):
     alone = [cut(system, *given, calls=calls) for given in of_layers]
     assert alone[0] != alone[1]
     assert [stream.kept[0].tolist() for stream in streams] == [alone[source] for source in sources]
+
+
+ADAKV_SCORERS = {
+    "snapkv": SnapKV(**SNAP),
+    "expected_attention": ExpectedAttention(sink_size=2, future=8, epsilon=0.02),
+    "lagkv_cross": LagKVPress(sink_size=1, lag_size=3, cross_scoring=True),
+    "knorm": KeyNorm(),
+}
+
+
+@pytest.mark.parametrize("name", ADAKV_SCORERS)
+def test_adakv(calls, name):
+    expected, tensors = vectors("adakv")["expected"], attended("adakv")
+    assert_scores(ADAKV_SCORERS[name], tensors, expected[name]["scores"], calls)
+    for case in expected[name]["cases"]:
+        system = AdaKV(pairs=case["n_kept"], scorer=ADAKV_SCORERS[name], alpha=case["alpha"])
+        kept = cut(system, *tensors, calls=calls)
+        assert [[place for place in head if place >= 0] for head in kept] == case["kept"]
+
+
+def test_the_next_token_sees_what_adakv_keeps(calls):
+    tokens, expected = attended("adakv"), vectors("adakv")["decode"]
+    query, key, value = (torch.tensor(expected[x], dtype=torch.float64)[None] for x in "qkv")
+    stream = fed(AdaKV(0.5, scorer=SnapKV(**SNAP)), *tokens, calls=calls)
+    stream.end_prompt()
+    query, key = (ROTARY.rotate(x[..., None, :], [14]) for x in (query, key))
+    output = stream.attend(query.flatten(1, 2), key, value[:, :, None], 0.5)
+    torch.testing.assert_close(
+        output.view(2, 2, 4), torch.tensor(expected["out"], dtype=torch.float64), rtol=0, atol=1e-7
+    )
+    assert sum(part.stored[0].shape[1:3].numel() for part in stream.parts) == 2 * (7 + 1)

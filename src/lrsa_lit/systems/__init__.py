@@ -1,5 +1,6 @@
 """Published ways to keep less of the past that are no rule of partitions, by class path in settings."""
 
+from lrsa_lit.systems.adakv import AdaKV
 from lrsa_lit.systems.cascade import Cascade
 from lrsa_lit.systems.chunkkv import ChunkKV, ChunkKVPress
 from lrsa_lit.systems.duo_attention import DuoAttention, gated_attention
@@ -16,6 +17,7 @@ from lrsa_lit.systems.system import Place, System
 
 __all__ = [
     "TOVA",
+    "AdaKV",
     "Cascade",
     "ChunkKV",
     "ChunkKVPress",

@@ -6,43 +6,18 @@ Dimensions: B batch, H key-value heads, T tokens of the prompt, c tokens of a ch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lrsa_lit.bounds import check_integers
-from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Stream
 from lrsa_lit.ops.sparse_attention.scoring import runs_of
 from lrsa_lit.systems.one_shot import OneShot, OneShotStream, Prompt, highest
-from lrsa_lit.systems.query_scores import SnapKV, window_attention
-from lrsa_lit.systems.system import System
-
-
-@dataclass(frozen=True)
-class Rescored(OneShot):
-    """Chooses by the scores of another system, whose own ``kept`` and ``pairs`` do not count.
-
-    Args:
-        scorer: a system of one cut, also as the dict that its ``to_dict`` made.
-    """
-
-    scorer: OneShot = field(default_factory=SnapKV)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        scorer = self.scorer if isinstance(self.scorer, System) else System.from_dict(self.scorer)
-        if not isinstance(scorer, OneShot) or type(scorer).keep is not OneShot.keep:
-            raise UserError("scorer", type(scorer).__name__, "a system that scores tokens, such as SnapKV")
-        object.__setattr__(self, "scorer", scorer)
-        for name in ("window", "moments_from", "needs_rotary"):
-            object.__setattr__(self, name, getattr(scorer, name))
-
-    def scores(self, prompt: Prompt) -> Tensor:
-        """Those of the scorer."""
-        return self.scorer.scores(prompt)
+from lrsa_lit.systems.query_scores import window_attention
+from lrsa_lit.systems.rescored import Rescored
 
 
 @dataclass(frozen=True)

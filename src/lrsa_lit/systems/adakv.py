@@ -1,0 +1,112 @@
+"""One cut whose pairs the heads of a layer share as their scores have it: AdaKV (arXiv 2407.11550).
+
+Dimensions: B batch, H key-value heads, T tokens of the prompt, n pairs of a head on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.bounds import check_setting, is_weight
+from lrsa_lit.ops.sparse_attention import GroupedStream, HeadGroups, Impl, KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
+from lrsa_lit.ops.sparse_attention.compressors import gather_kept
+from lrsa_lit.systems.one_shot import OneShotStream, Prompt, highest
+from lrsa_lit.systems.rescored import Rescored
+from lrsa_lit.systems.system import Place
+
+
+@dataclass(frozen=True)
+class AdaKV(Rescored):
+    """Keep the H n pairs of the highest scores of all heads of a layer together, as kvpress's AdaKVPress.
+
+    Each head is sure of a share of its n. The others go to whichever head has the higher scores, so heads hold
+    differently many pairs, and each row of a batch has a stream for itself. kvpress hides the others from attention and
+    holds them; here they are gone.
+
+    Args:
+        alpha: the share that each head is sure of, 0 to 1; with 1 all hold n.
+    """
+
+    alpha: float = 0.2
+    rows_differ: ClassVar[bool] = True
+    graphable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_setting("alpha", self.alpha, is_weight(self.alpha) and self.alpha <= 1, "a number from 0 to 1")
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        """Those of the scorer; what a head is sure of has the highest number that there is."""
+        scores, count = super().scores(prompt), self.count(prompt.tokens)
+        sure = max(int(count * self.alpha), 1) if self.alpha else 0
+        return scores.scatter(-1, highest(scores, sure), torch.finfo(scores.dtype).max)
+
+    def keep(self, prompt: Prompt) -> Tensor:
+        """(B, H, most of a head): where others keep fewer, -1 stands behind their positions."""
+        count, tokens = self.count(prompt.tokens), prompt.tokens
+        if count == tokens:
+            return super().keep(prompt)
+        scores = self.scores(prompt)
+        best = highest(scores.flatten(1), scores.shape[1] * count)
+        kept = torch.zeros_like(scores, dtype=torch.bool).flatten(1).scatter(1, best, True).view_as(scores)
+        places = torch.arange(tokens, device=kept.device)
+        ascending = places.where(kept, tokens).sort(dim=-1).values[..., : int(kept.sum(dim=-1).max())]
+        return ascending.masked_fill(ascending == tokens, -1)
+
+    def stream(self, place: Place, impl: Impl) -> Stream:
+        """As :class:`System` has it."""
+        return UnequalStream(self, place, impl)
+
+
+class UnequalStream(OneShotStream):
+    """Behind the cut a stream for each group of heads that hold equally many pairs, of one row."""
+
+    _grouped: GroupedStream | None = None
+
+    @property
+    def parts(self) -> Sequence[KeyValueStream]:
+        """As :class:`Stream` has it."""
+        return (self,) if self._grouped is None else self._grouped.parts
+
+    @property
+    def stored(self) -> Pair | None:
+        """As :class:`Stream` has it."""
+        return super().stored if self._grouped is None else None
+
+    @property
+    def nbytes(self) -> int:
+        """Those of all parts."""
+        return super().nbytes if self._grouped is None else self._grouped.nbytes
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :class:`Stream` has it."""
+        if self._grouped is None:
+            return super().attend(query, key, value, scale)
+        self.seen += key.shape[2]
+        return self._grouped.attend(query, key, value, scale)
+
+    def cut(self, kept: Tensor) -> None:
+        """Let the pairs (1, H, most of a head) at some positions stay; -1 is none."""
+        (counts,) = (kept >= 0).sum(dim=-1).tolist()
+        heads_of = {count: tuple(head for head, own in enumerate(counts) if own == count) for count in counts}
+        parts = []
+        for count, heads in heads_of.items():
+            part, group = KeyValueStream(None, self.impl), list(heads)
+            pairs = (gather_kept(held[:, group], kept[:, group, :count]) for held in self.buffer.filled)
+            part._store, part.seen = PairBuffer(*pairs), self.seen
+            parts.append(part)
+        self._grouped, self._store = GroupedStream(HeadGroups(tuple(heads_of.values())), parts), None
+        self.forget_queries(kept)
+
+    def rows(self, indices: Tensor) -> UnequalStream:
+        """As :class:`Stream` has it."""
+        other = super().rows(indices)
+        assert isinstance(other, UnequalStream)
+        other._grouped = None if self._grouped is None else self._grouped.rows(indices)
+        return other
