@@ -105,13 +105,22 @@ def _cases(lengths: list[int]) -> Iterator[Case]:
             top_k = (int(tokens * (1 - removed)) - raw) // partitions
             share = (raw + top_k * partitions + 0.5) / tokens
             press = _press("LagKVPress", 1 - share, **LAG)
+            yield Case("LagKV", tokens, 1 - share, press, systems.LagKVPress(share, sink_size=sink, lag_size=lag))
             yield Case("LagKV, LRSA's rule", tokens, 1 - share, press, Rule(sink, lag, top_k))
 
 
 def _pairs(removed: float) -> Iterator[tuple[str, dict[str, Any], System]]:
     kept = 1 - removed
+    snap, expected = _press("SnapKVPress", removed), _press("ExpectedAttentionPress", removed, epsilon=0.01)
+    cross = {"sink_size": LAG["n_sink"], "lag_size": LAG["lag_size"], "cross_scoring": True}
+    yield "SnapKV", snap, systems.SnapKV(kept)
+    yield "TOVA", _press("TOVAPress", removed), systems.TOVA(kept)
+    yield "KeyDiff", _press("KeyDiffPress", removed), systems.KeyDiff(kept)
     yield "key norm", _press("KnormPress", removed), systems.KeyNorm(kept)
     yield "StreamingLLM", _press("StreamingLLMPress", removed), systems.StreamingLLM(kept)
+    yield "Expected Attention", expected, systems.ExpectedAttention(kept, epsilon=0.01)
+    yield "ChunkKV", {"class": "ChunkKVPress", "init": {"press": snap}}, systems.ChunkKVPress(kept)
+    yield "LagKV across", _press("LagKVPress", removed, **LAG, cross_scoring=True), systems.LagKVPress(kept, **cross)
 
 
 def _press(name: str, removed: float, **init: Any) -> dict[str, Any]:
