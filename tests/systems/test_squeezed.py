@@ -9,6 +9,7 @@ from helpers import refused
 
 from lrsa_lit.attention import LRSACache, LRSAConfig, cache_argument, prefill, using
 from lrsa_lit.systems import Place, SqueezedAttention
+from lrsa_lit.systems.squeezed import Level
 
 RECORDED = json.loads((Path(__file__).parents[1] / "vectors/systems/squeezed.json").read_text())
 KEYS, OBSERVED, USER = (torch.tensor(RECORDED["inputs"][name]).double() for name in ("keys", "q_obs", "q_user"))
@@ -43,6 +44,15 @@ def test_clusters_thresholds_and_lookups_are_the_recorded_ones(share):
             wanted = [head[number] for head in EXPECTED["kept_single_query"][share][layer]]
             assert kept(stream, layer, slice(number, number + 1)) == wanted
         assert kept(stream, layer, slice(None)) == EXPECTED["kept_both_queries_averaged"][share][layer]
+
+
+def test_clusters_without_keys_take_nothing_from_the_others():
+    """Keys as large as some models have: beside the first cluster the others' exponentials are 0 in float32."""
+    level = Level(torch.tensor([[[0, 0, 1, 2]]]), torch.tensor([[[[400.0, 0.0], [0.0, 1.0], [0.0, 2.0]]]]))
+    query, alive = torch.tensor([[[[[1.0, 1.0]]]]]), torch.tensor([[[False, False, True, True]]])
+    found = level.member_probabilities(query, 1.0, alive)[0, 0, 2:]
+    torch.testing.assert_close(found, torch.tensor([1.0, 2.0]).softmax(dim=0))
+    assert (level.member_probabilities(query, 1.0, torch.zeros_like(alive)) < 0).all()
 
 
 def test_two_levels_are_the_recorded_ones():

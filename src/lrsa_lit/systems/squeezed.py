@@ -39,10 +39,13 @@ class Level(NamedTuple):
             alive: (B, H, n) bool, the keys that count; None counts all.
         """
         dtype = torch.promote_types(query.dtype, torch.float32)
-        logits = query.to(dtype) @ self.centroids.to(dtype)[:, :, None].mT * scale
-        weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()  # (B, H, G, N, K)
         present = torch.ones_like(self.labels, dtype=dtype) if alive is None else alive.to(dtype)
         counts = torch.zeros_like(self.centroids[..., 0], dtype=dtype).scatter_add(2, self.labels, present)
+        logits = query.to(dtype) @ self.centroids.to(dtype)[:, :, None].mT * scale
+        # Beside a cluster without keys, whose logit may be the highest, those of all others could round to 0.
+        logits = logits.masked_fill((counts == 0)[:, :, None, None], -torch.inf)
+        most = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+        weights = (logits - most).exp()  # (B, H, G, N, K)
         total = (weights * counts[:, :, None, None]).sum(dim=-1, keepdim=True)
         # Where no key is left nothing is read, whatever the threshold.
         of_clusters = torch.where(total > 0, weights / total.clamp(min=torch.finfo(dtype).tiny), -1.0)
