@@ -112,15 +112,18 @@ def _cases(lengths: list[int]) -> Iterator[Case]:
 def _pairs(removed: float) -> Iterator[tuple[str, dict[str, Any], System]]:
     kept = 1 - removed
     snap, expected = _press("SnapKVPress", removed), _press("ExpectedAttentionPress", removed, epsilon=0.01)
+    expecting = systems.ExpectedAttention(kept, epsilon=0.01)
     cross = {"sink_size": LAG["n_sink"], "lag_size": LAG["lag_size"], "cross_scoring": True}
     yield "SnapKV", snap, systems.SnapKV(kept)
     yield "TOVA", _press("TOVAPress", removed), systems.TOVA(kept)
     yield "KeyDiff", _press("KeyDiffPress", removed), systems.KeyDiff(kept)
     yield "key norm", _press("KnormPress", removed), systems.KeyNorm(kept)
     yield "StreamingLLM", _press("StreamingLLMPress", removed), systems.StreamingLLM(kept)
-    yield "Expected Attention", expected, systems.ExpectedAttention(kept, epsilon=0.01)
+    yield "Expected Attention", expected, expecting
     yield "ChunkKV", {"class": "ChunkKVPress", "init": {"press": snap}}, systems.ChunkKVPress(kept)
     yield "LagKV across", _press("LagKVPress", removed, **LAG, cross_scoring=True), systems.LagKVPress(kept, **cross)
+    for name, press, scorer in (("SnapKV", snap, systems.SnapKV()), ("Expected Attention", expected, expecting)):
+        yield f"AdaKV, {name}", {"class": "AdaKVPress", "init": {"press": press}}, systems.AdaKV(kept, scorer=scorer)
 
 
 def _press(name: str, removed: float, **init: Any) -> dict[str, Any]:
@@ -159,7 +162,10 @@ def _compared(model: Any, ids: list[int], case: Case, theirs: Any) -> dict[str, 
     rule = case.ours if isinstance(case.ours, Rule) else None
     kept, logits = (_kept_by_rule(model, ids[: case.tokens], rule), None) if rule else _run(model, ids, case)
     other = kept != expected
-    swapped = [scores[tuple(at)][other[tuple(at)]] for at in other.any(-1).nonzero().tolist()]
+    # The heads of a layer compete in AdaKV alone.
+    rivals = 1 if isinstance(case.ours, systems.AdaKV) else 2
+    groups = zip(scores.flatten(0, rivals - 1), other.flatten(0, rivals - 1), strict=True)
+    swapped = [of_group[at] for of_group, at in groups if at.any()]
     gap = max((float((each.max() - each.min()) / each.abs().max()) for each in swapped), default=0.0)
     row = {"pairs": expected.sum() / expected[..., 0].numel(), "heads": expected[..., 0].numel()}
     row |= {"different_heads": other.any(-1).sum(), "gap": gap}
@@ -180,7 +186,7 @@ def _run(model: Any, ids: list[int], case: Case, cut: Tensor | None = None) -> t
         prefill(model, tokens[:, : case.tokens], cache)
         if isinstance(cache, LRSACache):
             for layer, positions in zip(cache.layers, [] if cut is None else cut, strict=cut is not None):
-                layer.streams[0].cut(positions.nonzero()[:, 1].view(1, len(positions), -1))
+                layer.streams[0].cut(_positions(positions)[None])
             cache.end_prompt()
             kept = torch.stack([_mask(layer.streams[0].kept, case.tokens) for layer in cache.layers])
         answer = range(case.tokens, case.tokens + ANSWER)
@@ -189,8 +195,16 @@ def _run(model: Any, ids: list[int], case: Case, cut: Tensor | None = None) -> t
 
 
 def _mask(kept: Tensor, tokens: int) -> Tensor:
-    """(H, T) bool of positions (1, H, n)."""
-    return torch.zeros(kept.shape[1], tokens, dtype=torch.bool).scatter(1, kept[0], True)
+    """(H, T) bool of positions (1, H, n), of which -1 is none."""
+    places = kept[0].where(kept[0] >= 0, tokens)
+    return torch.zeros(len(places), tokens + 1, dtype=torch.bool).scatter(1, places, True)[:, :tokens]
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """The way back: (H, most of a head)."""
+    tokens = mask.shape[1]
+    places = torch.arange(tokens).where(mask, tokens).sort(dim=1).values[:, : int(mask.sum(dim=1).max())]
+    return places.masked_fill(places == tokens, -1)
 
 
 def _kept_by_rule(model: Any, ids: list[int], rule: Rule) -> Tensor:

@@ -79,7 +79,8 @@ def _run(model: Any, ids: list[int], answer: int, case: dict[str, Any], dense: l
     for place in range(tokens, tokens + answer):
         at = {"position_ids": torch.tensor([[place]]), "past_key_values": cache}
         logits.append(model(torch.tensor([ids[place : place + 1]]), **at).logits[0, -1])
-    return {"kept": np.stack(kept), "scores": np.array(scores), "logits": torch.stack(logits).numpy()}
+    scored = np.array(scores) if scores else np.zeros((len(kept), *kept[0].shape))
+    return {"kept": np.stack(kept), "scores": scored, "logits": torch.stack(logits).numpy()}
 
 
 def _kept(held: Tensor, dense: Tensor, masked: tuple[Tensor, ...] | None) -> Any:
