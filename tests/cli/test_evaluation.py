@@ -16,6 +16,7 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.callbacks.line_file import LineFile
 from lrsa_lit.cli.main import main
 from lrsa_lit.data.ruler import RULER_TASKS
+from lrsa_lit.tasks.measures import MEASURES
 
 TINY = ["--config", "configs/model/tiny.yaml", *NO_LOGGER]
 RULER = [*TINY, "--config", "configs/data/ruler.yaml", "--data.init_args.max_tokens", "2560"]
@@ -42,8 +43,12 @@ def test_ruler_gives_each_task_a_line(tmp_path, capfd):
     table = rows(shown)
     assert [row[:3] for row in table[:9]] == [[task, "2", "recall"] for task in RULER_TASKS]
     assert [row[:3] for row in table[9:]] == [
-        ["all", "18", score] for score in ("answer loss", "F1", "exact match", "recall")
+        *(["all", "18", score] for score in ("answer loss", "F1", "exact match", "recall")),
+        *(["all", "", MEASURES[name]] for name in MEASURES if name != "read"),
     ]
+    took = {label: values for _, _, label, *values in table[-6:]}
+    assert took[MEASURES["cache"]][1] == took[MEASURES["pairs"]][1] == "1.000"
+    assert 0 < float(took[MEASURES["cache"]][0]) < float(took[MEASURES["pairs"]][0]) < 1
     for task, _, _, *values in table[:9]:
         lines = [line for line in found if line["task"] == task]
         means = [sum(line[name]["recall"] for line in lines) / len(lines) for name in ("LRSA", "dense")]

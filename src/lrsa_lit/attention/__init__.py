@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lrsa_lit.attention.attached import AttachedRule, base_of, cache_argument
     from lrsa_lit.attention.budgets import mean_top_k
     from lrsa_lit.attention.cache import LRSACache
+    from lrsa_lit.attention.cache_budget import at_budget, head_of
     from lrsa_lit.attention.config import LayerRules, LRSAConfig
     from lrsa_lit.attention.decoding import Greedy, graphed_decoding, greedy_tokens, prefill, single_token_steps
     from lrsa_lit.attention.interface import (
@@ -22,22 +23,26 @@ if TYPE_CHECKING:
         using,
     )
     from lrsa_lit.attention.layout import Layout, packed_layout
+    from lrsa_lit.attention.measured import Measured, Usage, shares
     from lrsa_lit.attention.rotation import rotaries_of
 
 __all__ = [
-    "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "base_of", "cache_argument",
-    "dense_pass", "disable", "enable", "enabled_config", "graphed_decoding", "greedy_tokens", "mean_top_k", "observing",
-    "packed_layout", "prefill", "rotaries_of", "single_token_steps", "using",
+    "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "Measured", "Usage",
+    "at_budget", "base_of", "cache_argument", "dense_pass", "disable", "enable", "enabled_config", "graphed_decoding",
+    "greedy_tokens", "head_of", "mean_top_k", "observing", "packed_layout", "prefill", "rotaries_of", "shares",
+    "single_token_steps", "using",
 ]  # fmt: skip
 
 _NAMES = {
     "attached": ("AttachedRule", "base_of", "cache_argument"),
     "budgets": ("mean_top_k",),
+    "cache_budget": ("at_budget", "head_of"),
     "cache": ("LRSACache",),
     "config": ("LRSAConfig", "LayerRules"),
     "decoding": ("Greedy", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),
     "interface": ("LAYOUT", "dense_pass", "disable", "enable", "enabled_config", "observing", "using"),
     "layout": ("Layout", "packed_layout"),
+    "measured": ("Measured", "Usage", "shares"),
     "rotation": ("rotaries_of",),
 }
 # A config is checked where nobody needs transformers yet, which take seconds to import.

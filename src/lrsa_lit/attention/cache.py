@@ -16,6 +16,7 @@ from lrsa_lit.attention.cache_layer import LRSACacheLayer
 from lrsa_lit.attention.config import LayerRules, LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout
+from lrsa_lit.attention.measured import Measured, total
 from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.attention.stock import Lease, lease
 from lrsa_lit.errors import UserError
@@ -141,6 +142,10 @@ class LRSACache(Cache):
     def nbytes(self) -> int:
         """Bytes that are held of the past in all layers and rows."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def measured(self, rows: int) -> Measured:
+        """What the past of the first rows takes in all layers, and what it would take densely."""
+        return total([layer.measured(rows) for layer in self.layers])
 
     @property
     def is_idle(self) -> bool:

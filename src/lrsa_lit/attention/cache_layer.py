@@ -10,8 +10,17 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from lrsa_lit.attention.layout import Layout
+from lrsa_lit.attention.measured import Measured, total
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import HeadRules, Impl, KeyValueStream, Rule, Stream, stored_size
+from lrsa_lit.ops.sparse_attention import (
+    HeadRules,
+    Impl,
+    KeyValueStream,
+    Rule,
+    Stream,
+    attended_pairs,
+    stored_size,
+)
 
 
 class LRSACacheLayer(CacheLayerMixin):
@@ -43,7 +52,7 @@ class LRSACacheLayer(CacheLayerMixin):
         # One that all rows share, or one for each row; none before the first call.
         self.streams: list[Stream] = []
         self.rows = 0
-        self._columns = 0
+        self._columns = self._token_bytes = 0
         self._step: Literal["idle", "begun", "given", "storing"] = "idle"
         self._given: tuple[torch.Size, torch.Size] | None = None
         self._spans: tuple[tuple[int, int], ...] | None = None
@@ -90,6 +99,8 @@ class LRSACacheLayer(CacheLayerMixin):
             held, new = (f"{heads} heads of {channels} channels" for heads, channels in shapes)
             raise UserError("cache", reason=f"it holds {held} of another model and cannot continue {new}")
         self.is_initialized = True
+        # A dense cache would hold so much of each token.
+        self._token_bytes = sum(states[0, :, 0].nbytes for states in (key_states, value_states))
         if not self.stock:
             self._step, self._given = "given", (key_states.shape, value_states.shape)
             return key_states, value_states
@@ -168,6 +179,19 @@ class LRSACacheLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes that are held of all rows."""
         return sum(stream.nbytes for stream in self.streams)
+
+    def measured(self, rows: int) -> Measured:
+        """What the first rows take."""
+        of_each = self.rows if len(self.streams) == 1 else 1
+        found = []
+        for stream in self.streams[:rows]:
+            counted = min(rows, of_each)
+            held, peak = (size * counted / of_each for size in (stream.nbytes, stream.peak_nbytes))
+            dense = stream.seen * self._token_bytes * counted
+            read = held if stream.read_share is None else dense * stream.read_share
+            pairs = counted * stream.attended_pairs, counted * attended_pairs(stream.seen, None)
+            found.append(Measured(held, peak, read, dense, *pairs))
+        return total(found)
 
     def get_seq_length(self) -> int:
         """Columns seen so far, dropped ones and pads included: what true positions are counted from."""

@@ -16,6 +16,7 @@ from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.run_labels import OWN, SCORES, TOO_LONG_OF
 from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks.measures import MEASURES
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.logger import MLflowRun
 
@@ -165,20 +166,21 @@ def _evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: 
     """What an evaluation found, with a column for each attention, or a line for each where they are many.
 
     There is a line for each part of the evaluation with the score that it is published with (the loss, if nothing else
-    was asked for), then all scores of all questions, that score in bold.
+    was asked for), then all scores of all questions, that score in bold, then what each attention took.
     """
     scores = {name: label for name, label in _EVALUATED.items() if f"{split}/{name}" in metrics}
     title = f"{_STAGES[split]} on {_questions(metrics[f'{split}/count'])}"
+    stems = [f"{split}/{name}/" if name else f"{split}/" for name in names]
 
     def values(group: str, score: str) -> list[str]:
-        stems = [f"{split}/{name}/" if name else f"{split}/" for name in names]
-        found = [metrics[f"{stem}{group}{score}"] for stem in stems]
+        found = [metrics.get(f"{stem}{group}{score}", math.nan) for stem in stems]
         # Fewer than all batches may leave a part without a question.
         return ["-" if math.isnan(value) else f"{value:.3f}" for value in found]
 
+    taken = {name: label for name, label in MEASURES.items() if any(f"{stem}{name}" in metrics for stem in stems)}
     if len(names) > _COLUMNS:
-        table = _table(title, scores.values())
-        for row in zip(names, *(values("", score) for score in scores), strict=True):
+        table = _table(title, [*scores.values(), *taken.values()])
+        for row in zip(names, *(values("", score) for score in [*scores, *taken]), strict=True):
             table.add_row(row[0] or OWN, *row[1:])
         return table
     table = Table(title=title)
@@ -195,6 +197,9 @@ def _evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: 
     table.add_section()
     for score in scores:
         add("all", "", score)
+    table.add_section()
+    for name, label in taken.items():
+        table.add_row("all", "", label, *values("", name))
     return table
 
 

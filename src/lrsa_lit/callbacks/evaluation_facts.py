@@ -12,6 +12,7 @@ from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.run_labels import OWN
 from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks.measures import MEASURES
 from lrsa_lit.tracking.machine import describe
 
 
@@ -25,6 +26,8 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
         - ``generated``: whether there are answers, and not losses alone; ``max_new_tokens``;
         - ``attentions``: for each name, as in the lines of the answers, ``rule`` (null is dense) and ``rule_digest``
           ("dense" for that);
+        - ``measured``: for each name, where there are answers, what the attention took, by the names of
+          :data:`~lrsa_lit.tasks.measures.MEASURES`;
         - ``data_sets``: for each name, as in those lines ("" without a mixture), ``set_digest``, ``questions``,
           ``length`` (mean tokens), ``contexts`` (for each question the number of its context) and ``kv_share`` (for
           each attention, the key-value pairs that it attends to as a share of all). The lines of a data set are in the
@@ -50,8 +53,15 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
             name: {"rule": rule and rule.to_dict(), "rule_digest": rule.digest() if rule else "dense"}
             for name, rule in rules.items()
         },
+        "measured": {name: _measured(trainer, f"{split}/" if name == OWN else f"{split}/{name}/") for name in rules},
         "data_sets": {name: _about_questions(part, rules, layers) for name, part in data_sets.items()},
     }
+
+
+def _measured(trainer: Trainer, stem: str) -> dict[str, Any]:
+    values = {name: trainer.callback_metrics.get(f"{stem}{name}") for name in MEASURES}
+    # JSON has no NaN, as which a second token stands that no answer had.
+    return {name: float(value) for name, value in values.items() if value is not None and not value.isnan()}
 
 
 def _about_questions(part: SplitFacts, rules: dict[str, LRSAConfig | None], layers: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
+from lrsa_lit.systems import System
 
 Made = TypeVar("Made")
 
@@ -65,7 +66,7 @@ class FitSettings:
         with under(key):
             try:
                 parsed = parser.parse_object({"value": dict(settings)})
-                check_classes("value", parsed.as_dict()["value"], (Compressor, Objective, QADataModule), {})
+                check_classes("value", parsed.as_dict()["value"], (Compressor, Objective, QADataModule, System), {})
                 made: Made = parser.instantiate_classes(parsed).value
             except UserError as error:
                 error.field = error.field.removeprefix("value.")

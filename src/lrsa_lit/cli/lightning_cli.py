@@ -46,6 +46,7 @@ from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.systems import System
 from lrsa_lit.tasks import LongContextQA, TopKSchedule
+from lrsa_lit.tasks.measures import at_budgets
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking import MLflowRun, RecordConfig
 from lrsa_lit.uris import register
@@ -97,6 +98,10 @@ class LRSACLI(OpenCLI):
         add("--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it.")
         plugins = "Modules of yours, which add data sets, compressors, systems or objectives."
         add("--plugins", type=list[str] | str, default=[], help=plugins)
+        if self._asked in ("validate", "test", "predict"):
+            of = "each attention evaluated, dense aside, by the largest K or size of its system whose cache is no more"
+            add("--budget", type=float | None, default=None, help=f"Set {of} than this share of that of max_tokens.")
+            add("--cache_tokens", "--cache-tokens", type=int | None, default=None, help="The same in tokens.")
         parser.link_arguments(TOKENIZER, DATA_TOKENIZER, apply_on="instantiate")
 
     def adapt(self, parser: LightningArgumentParser, subcommand: str) -> None:
@@ -138,6 +143,10 @@ class LRSACLI(OpenCLI):
         """Check what two parts must agree on, and prepare the data, before the run is recorded."""
         config, model = self.model.backbone.config, self.model
         model.check_layers(config.num_hidden_layers, heads_of(config))
+        if self.subcommand != "fit":
+            asked = {"share": self.asked("budget"), "cache_tokens": self.asked("cache_tokens")}
+            model.attentions = at_budgets(model.attentions, model.backbone, self.datamodule.max_tokens, **asked)
+            model.lrsa = model.attentions[""]
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         needed = self.datamodule.max_tokens + model.max_new_tokens
         if needed > positions:

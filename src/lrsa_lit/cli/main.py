@@ -28,6 +28,7 @@ COMMANDS = {
 
 TOOLS = {
     "ask": "answer your questions about a text file of any length",
+    "compare": "hold published systems and the rule against each other, at the same shares of the cache",
     "distil-cache": "keep what a fit's teacher says of the training data, to train on it in any number of epochs",
     "export": "write a checkpoint as a folder that transformers loads",
     "study": "train and evaluate the rows of a study, part by part",

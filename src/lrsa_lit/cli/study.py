@@ -48,11 +48,12 @@ def open_study(name: str) -> Study:
     """The study of a file, or of a shipped one; a UserError if there is none, or it does not fit together."""
     from lrsa_lit.experiments.study import Study
 
-    return Study(name, _fit_settings())
+    return Study(name, fit_settings())
 
 
 @functools.cache
-def _fit_settings() -> FitSettings:
+def fit_settings() -> FitSettings:
+    """The parser of all studies of a process."""
     from lrsa_lit.cli.fit_settings import FitSettings
 
     return FitSettings()

@@ -62,7 +62,7 @@ def check_study(name: str, content: Any) -> None:
     for data_set, given in (content.get("data_sets") or {}).items():
         _check(f"{name}: data_sets.{data_set}", given, _DATA_SET, ("class_path",))
     for row, given in (content.get("rows") or {}).items():
-        _check(f"{name}: rows.{row}", given or {}, _ROW)
+        _check(f"{name}: rows.{row}", given or {}, _ROW | {"checkpoint": _NAME})
     attentions = content.get("inference") or {}
     _check(f"{name}: inference", attentions, dict.fromkeys(attentions, _or_null(_SETTINGS)))
     for part, given in (content.get("parts") or {}).items():

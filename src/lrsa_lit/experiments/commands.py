@@ -71,7 +71,10 @@ def evaluation(
         # What is evaluated is trained: nothing of another row is read.
         "objective": None,
         "start_from": None,
-        "evaluate": {item.name: item.rule and item.rule.to_dict() for item in evaluations if item is not own},
+        # Changes of the first one's rule, which may have a system.
+        "evaluate": {
+            item.name: item.rule and {"system": None, **item.rule.to_dict()} for item in evaluations if item is not own
+        },
         "generate_answers": first.generates,
     }
     if own is not None and own.rule is not None:
@@ -96,7 +99,8 @@ def evaluation(
     for path in (answers, answers.with_name(answers.name + ".partial")):
         # Of a command that was stopped, or of other weights.
         path.unlink(missing_ok=True)
-    weights = ["--ckpt_path", str(folder / CHECKPOINT)] if row.steps else []
+    checkpoint = folder / CHECKPOINT if row.steps else row.checkpoint
+    weights = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
     return [_COMMANDS[first.split], *study.arguments, *_files(answers.parent, layers), *weights]
 
 

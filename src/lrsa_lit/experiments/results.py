@@ -136,6 +136,7 @@ def evaluation_lines(about: Line, weights: str, items: Sequence[Evaluation], pat
                 "recall": _rounded([each["recall"] for each in scored]),
                 "text": [each["prediction"] for each in scored],
                 "survival": (found.get("survival", {}).get(name) or {}).get(""),
+                "measured": found.get("measured", {}).get(name),
                 "seconds": round(found["seconds"] / len(found["attentions"]), 1),
             }
         )

@@ -71,6 +71,7 @@ class Row:
             stands for the checkpoint of another row is that row's digest.
         rule: the rule that training starts from; None for dense training.
         needs: the rows whose checkpoints the settings name, trained before this one.
+        checkpoint: of weights that were trained elsewhere, which are evaluated; then it trains nothing.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Row:
     settings: Settings
     rule: LRSAConfig | None
     needs: tuple[Row, ...] = ()
+    checkpoint: Path | None = None
 
     @property
     def steps(self) -> int:
@@ -105,7 +107,8 @@ class Row:
         model, trainer, data = (self.settings[name] for name in ("model", "trainer", "data"))
         backbone = _without(model["backbone"], _INDIFFERENT["backbone"])
         if self.steps == 0:
-            return {"backbone": backbone, "trainer": {"max_steps": 0}}
+            own = {} if self.checkpoint is None else {"checkpoint": _identity(self.checkpoint)}
+            return {"backbone": backbone, "trainer": {"max_steps": 0}} | own
         further = {name: trainer[name] for name in _MAY_DECIDE if trainer.get(name) is not None}
         return {
             "backbone": backbone,
@@ -284,14 +287,21 @@ class Study:
                 )
             return f"row {found.hash}"
 
-        changes = rows[name] or {}
+        changes = dict(rows[name] or {})
+        checkpoint = changes.pop("checkpoint", None)
         overlays = self.overlay, changes | {"data": self._data(name, changes.get("data") or {})}
         given = self._given(f"rows.{name}: ", *(_filled(overlay, digest_of_row) for overlay in overlays))
         if given["trainer"]["max_steps"] and not given["data"]["init_args"]["weights"]:
             raise UserError(self.name, reason=f"rows.{name}.data.init_args.weights: nothing is left to train on")
+        if checkpoint is not None:
+            if given["trainer"]["max_steps"]:
+                raise UserError(self.name, reason=f"rows.{name}.checkpoint: it is not allowed where max_steps is not 0")
+            checkpoint = Path(checkpoint)
+            if not checkpoint.exists():
+                raise UserError(self.name, reason=f"rows.{name}.checkpoint: {checkpoint} does not exist")
         attention = given["model"].get("train_attention", {})
         rule = None if attention is None else self.rule(f"rows.{name}.model.train_attention", attention)
-        made[name] = Row(name, overlays, given, rule, tuple(needs.values()))
+        made[name] = Row(name, overlays, given, rule, tuple(needs.values()), checkpoint)
         return made[name]
 
     def _data(self, row: str, changes: Settings) -> Settings:
@@ -317,6 +327,12 @@ class Study:
         if given["model"].get("lrsa") is None:
             raise UserError(f"{self.name}: {where}model.lrsa", allowed="settings", reason="null is not allowed")
         return given
+
+
+def _identity(checkpoint: Path) -> list[Any]:
+    """What tells a checkpoint from another one without reading all of it."""
+    about = checkpoint.stat()
+    return [str(checkpoint.resolve()), about.st_size, about.st_mtime_ns]
 
 
 def _filled(settings: Any, checkpoint: Callable[[str], str]) -> Any:

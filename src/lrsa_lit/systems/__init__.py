@@ -13,7 +13,7 @@ from lrsa_lit.systems.one_shot import OneShot, Prompt
 from lrsa_lit.systems.query_scores import TOVA, SnapKV
 from lrsa_lit.systems.sparse_accelerate import SparseAccelerate
 from lrsa_lit.systems.squeezed import SqueezedAttention
-from lrsa_lit.systems.system import Place, System
+from lrsa_lit.systems.system import Head, Place, System
 
 __all__ = [
     "TOVA",
@@ -24,6 +24,7 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "FreqKV",
+    "Head",
     "KeyDiff",
     "KeyDiffBlocks",
     "KeyNorm",

@@ -18,7 +18,7 @@ from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.ops.sparse_attention import Impl, Stream, attended_pairs
 from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
-from lrsa_lit.systems.system import Place, System
+from lrsa_lit.systems.system import Head, Place, System
 
 _PROBABILITIES = 1 << 26
 """Most of them that are in memory at a time."""
@@ -51,6 +51,7 @@ class Cascade(System):
     reduce: Literal["max", "mean"] = "max"
     eager: bool = True
     needs_rotary: ClassVar[bool] = True
+    budget_field: ClassVar[str] = "window"
 
     def __post_init__(self) -> None:
         """Check each bound once."""
@@ -68,6 +69,14 @@ class Cascade(System):
     def stream(self, place: Place, impl: Impl) -> Stream:
         """As :class:`System` has it."""
         return CascadeStream(self, place)
+
+    def held(self, tokens: int) -> float:
+        """The capacity: sub-caches that are not eager may take longer to fill."""
+        return min(tokens, self.capacity)
+
+    def held_bytes(self, tokens: int, head: Head) -> float:
+        """With a score for each pair."""
+        return self.held(tokens) * (head.pair + max(4, head.itemsize))
 
     def attended_pairs(self, length: int) -> int:
         """As :class:`System` has it, of a prompt by strides."""
@@ -176,7 +185,7 @@ class CascadeStream(Stream):
     def __init__(self, system: Cascade, place: Place) -> None:
         assert place.rotary is not None
         self.system, self.place, self.rotary = system, place, place.rotary
-        self.seen, self.stride = 0, system.stride
+        self.seen, self.stride, self._peak = 0, system.stride, 0
         self.counts = system.empty
         self._pair: Pair | None = None
         # (B, H, n), and (B, H, G, M) what the queries of the stride have given so far.
@@ -197,6 +206,16 @@ class CascadeStream(Stream):
     def nbytes(self) -> int:
         """Those of scores as well."""
         return super().nbytes + sum(x.nbytes for x in (self._score, self._gain) if x is not None)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Those with a whole stride."""
+        return max(self._peak, self.nbytes)
+
+    @property
+    def attended_pairs(self) -> float:
+        """As the system has it, of a prompt."""
+        return self.system.attended_pairs(self.seen)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it; calls are cut where a stride ends."""
@@ -235,6 +254,7 @@ class CascadeStream(Stream):
         """The stride is over: its tokens enter the sub-caches, one after the other."""
         assert self._gain is not None
         assert self._pair is not None
+        self._peak = self.peak_nbytes
         tokens, held = self.waiting, sum(self.counts)
         score = self._gain.amax(dim=2) if self.system.reduce == "max" else self._gain.mean(dim=2)
         if self._score is not None:
@@ -250,6 +270,7 @@ class CascadeStream(Stream):
         other._pair = None if self._pair is None else (self._pair[0][indices], self._pair[1][indices])
         other._score = None if self._score is None else self._score[indices]
         other._gain = None if self._gain is None else self._gain[indices]
+        other._peak = 0 if self._pair is None else self._peak // len(self._pair[0]) * len(indices)
         return other
 
 

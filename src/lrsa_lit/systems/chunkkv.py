@@ -40,16 +40,30 @@ class ChunkKVPress(Rescored):
         super().__post_init__()
         check_integers(self, 1, "size")
 
+    @property
+    def floor(self) -> int:
+        """A chunk, and what the scorer keeps in any case."""
+        return max(self.size, super().floor)
+
+    def held(self, tokens: int) -> float:
+        """At most: the last chunk may be shorter."""
+        if tokens < self.size or self.count(tokens) == tokens:
+            return self.count(tokens)
+        return min(tokens, self._chosen(-(-tokens // self.size)) * self.size)
+
     def keep(self, prompt: Prompt) -> Tensor:
         """(B, H, n), of rows that keep equally many."""
         tokens = prompt.tokens
         if tokens < self.size or self.count(tokens) == tokens:
             return super().keep(prompt)
         sums, lengths = chunk_sums(self.scores(prompt).sum(dim=1), self.size)
-        wanted = self.share(len(lengths), None if self.pairs is None else self.pairs // self.size)
-        chosen = highest(sums / lengths, wanted)
+        chosen = highest(sums / lengths, self._chosen(len(lengths)))
         rows = [tokens_of(chunks, self.size, tokens) for chunks in chosen]
         return torch.stack(rows)[:, None].expand(-1, prompt.key.shape[1], -1)
+
+    def _chosen(self, chunks: int) -> int:
+        """How many of so many chunks stay."""
+        return self.share(chunks, None if self.pairs is None else self.pairs // self.size)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -27,7 +28,7 @@ from lrsa_lit.ops.sparse_attention import (
     dense_attention,
 )
 from lrsa_lit.paths import expanded
-from lrsa_lit.systems.streaming import StreamingHeads, streaming_attention
+from lrsa_lit.systems.streaming import StreamingHeads, streaming_attention, streaming_pairs
 from lrsa_lit.systems.system import Place, System, sequences
 
 
@@ -58,6 +59,7 @@ class DuoAttention(System):
     sink_size: int = 64
     recent: int = 256
     trains: ClassVar[bool] = True
+    budget_field: ClassVar[str] = "sparsity"
 
     def __post_init__(self) -> None:
         """Read the gates, then check each bound once."""
@@ -77,6 +79,25 @@ class DuoAttention(System):
         order = sorted(places, key=lambda place: -self.gates[place[0]][place[1]])
         kept = set(order[: len(places) - below])
         return tuple(tuple((layer, head) in kept for head in range(len(row))) for layer, row in enumerate(self.gates))
+
+    @property
+    def floor(self) -> int:
+        """No head is full."""
+        return 0
+
+    def most(self, tokens: int) -> int:
+        """All heads are full."""
+        return sum(map(len, self.gates))
+
+    def sized(self, size: int) -> DuoAttention:
+        """With so many full heads."""
+        heads = self.most(0)
+        return dataclasses.replace(self, sparsity=(heads - size) / max(heads - 1, 1) if size else 1.0)
+
+    def held(self, tokens: int) -> float:
+        """Mean of all heads."""
+        full = sum(map(sum, self.full)) / self.most(0)
+        return full * tokens + (1 - full) * min(tokens, self.sink_size + self.recent)
 
     def check(self, layers: int, heads: int) -> None:
         """As :class:`System` has it."""
@@ -111,8 +132,7 @@ class DuoAttention(System):
         """As :class:`System` has it: the mean over all heads, rounded down."""
         full = sum(map(sum, self.full))
         streaming = len(self.gates) * len(self.gates[0]) - full
-        seen = min(length, self.sink_size + self.recent)
-        of_streaming = attended_pairs(seen, None) + (length - seen) * (self.sink_size + self.recent)
+        of_streaming = streaming_pairs(length, self.sink_size, self.recent)
         return (full * attended_pairs(length, None) + streaming * of_streaming) // (full + streaming)
 
     def _groups(self, layer: int) -> tuple[HeadGroups, list[bool]]:

@@ -45,6 +45,7 @@ class FreqKV(System):
     gamma: float = 0.5
     trains: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
+    budget_field: ClassVar[str] = "capacity"
 
     def __post_init__(self) -> None:
         """Check each bound once."""
@@ -59,6 +60,15 @@ class FreqKV(System):
     def compressed(self) -> int:
         """K."""
         return int(self.gamma * (self.capacity - self.sink_size))
+
+    @property
+    def floor(self) -> int:
+        """The sinks and a slot."""
+        return self.sink_size + 1
+
+    def held(self, tokens: int) -> float:
+        """The capacity, at which each round begins; right behind one fewer are held."""
+        return min(tokens, self.capacity)
 
     @property
     def first(self) -> int:
@@ -160,6 +170,17 @@ class FreqKVStream(KeyValueStream):
         assert place.rotary is not None
         super().__init__(None, impl)
         self.system, self.place, self.rotary = system, place, place.rotary
+        self._peak = 0
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Those of the capacity, once it was full."""
+        return max(self._peak, self.nbytes)
+
+    @property
+    def attended_pairs(self) -> float:
+        """As :class:`Stream` has it."""
+        return self.system.attended_pairs(self.seen)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it."""
@@ -167,6 +188,7 @@ class FreqKVStream(KeyValueStream):
         outputs = []
         for start, stop in self.system.rounds(begin, begin + key.shape[2]):
             if self.system.begins(start):
+                self._peak = max(self._peak, self.nbytes)
                 self._compress_all()
             part = slice(start - begin, stop - begin)
             outputs.append(self._attend_round(query[:, :, part], key[:, :, part], value[:, :, part], scale))
@@ -211,6 +233,7 @@ class FreqKVStream(KeyValueStream):
         """As :class:`Stream` has it."""
         other = FreqKVStream(self.system, self.place, self.impl)
         other.seen = self.seen
+        other._peak = self._peak // len(self.buffer.whole[0]) * len(indices) if self._peak else 0
         other._store = None if self._store is None else self._store.rows(indices)
         return other
 

@@ -35,6 +35,7 @@ class KeyDiffBlocks(System):
     pairs: int = 2048
     block: int = 128
     graphable: ClassVar[bool] = True
+    budget_field: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         check_integers(self, 1, "pairs", "block")
@@ -42,6 +43,10 @@ class KeyDiffBlocks(System):
     def stream(self, place: Place, impl: Impl) -> Stream:
         """As :class:`System` has it."""
         return BlockStream(self, impl)
+
+    def held(self, tokens: int) -> float:
+        """As :class:`System` has it."""
+        return min(tokens, self.pairs)
 
     def attended_pairs(self, length: int) -> int:
         """Each token sees the N and those of its block."""
@@ -56,7 +61,17 @@ class BlockStream(KeyValueStream):
 
     def __init__(self, system: KeyDiffBlocks, impl: Impl) -> None:
         super().__init__(None, impl)
-        self.system, self._answers = system, False
+        self.system, self._answers, self._peak = system, False, 0
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Those with a whole block."""
+        return max(self._peak, self.nbytes)
+
+    @property
+    def attended_pairs(self) -> float:
+        """As the system has it, of a prompt."""
+        return self.system.attended_pairs(self.seen)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it."""
@@ -82,6 +97,7 @@ class BlockStream(KeyValueStream):
     def _evict(self) -> None:
         """Let N pairs stay."""
         if self.buffer.length > self.system.pairs:
+            self._peak = self.peak_nbytes
             key, value = self.buffer.filled
             kept = highest(unlikeness(key), self.system.pairs)
             pairs = gather_kept(key, kept), gather_kept(value, kept)
@@ -105,4 +121,5 @@ class BlockStream(KeyValueStream):
         other = BlockStream(self.system, self.impl)
         other.seen, other._answers = self.seen, self._answers
         other._store = None if self._store is None else self._store.rows(indices)
+        other._peak = self._peak // len(self.buffer.whole[0]) * len(indices) if self._peak else 0
         return other

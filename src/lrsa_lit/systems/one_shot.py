@@ -70,6 +70,7 @@ class OneShot(Wants, System):
     kept: float = 0.5
     pairs: int | None = None
     graphable: ClassVar[bool] = True
+    budget_field: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         """Check each bound once."""
@@ -90,6 +91,15 @@ class OneShot(Wants, System):
         """So many of a number, by default the share kept, but at least 1."""
         # A product such as .29 * 100 is 28.999….
         return max(1, min(int(self.kept * of + 1e-9) if wanted is None else wanted, of))
+
+    @property
+    def floor(self) -> int:
+        """Sinks and the window, which always stay."""
+        return max(1, getattr(self, "sink_size", 0) + self.window)
+
+    def held(self, tokens: int) -> float:
+        """As :class:`System` has it."""
+        return self.count(tokens)
 
     def keep(self, prompt: Prompt) -> Tensor:
         """(B, H, n) int64 positions, ascending. Where all stay there are no scores, whatever they would need."""

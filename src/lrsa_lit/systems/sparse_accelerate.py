@@ -96,6 +96,11 @@ class MaskedPromptStream(KeyValueStream):
         self.attended: Tensor | None = None
         self._ended = False
 
+    @property
+    def attended_pairs(self) -> float:
+        """Those of the prompt."""
+        return super().attended_pairs if self.attended is None else float(self.attended.double().mean())
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it; a UserError for a prompt in several calls."""
         if self._ended:

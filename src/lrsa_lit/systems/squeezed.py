@@ -182,6 +182,14 @@ class SqueezedStream(KeyValueStream):
         parts += [] if self._waiting is None else [self._waiting]
         return super().nbytes + sum(part.numel() * part.element_size() for part in parts)
 
+    @property
+    def read_share(self) -> float | None:
+        """Mean of the heads and of the single tokens behind the prompt."""
+        if not self.reads:
+            return None
+        dense = range(self.seen - len(self.reads) + 1, self.seen + 1)
+        return sum(float(read.double().mean()) for read in self.reads) / sum(dense)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it."""
         grouped = query.unflatten(1, (key.shape[1], -1))

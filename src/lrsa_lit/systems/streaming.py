@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lrsa_lit.ops.sparse_attention import Stream, dense_attention
+from lrsa_lit.ops.sparse_attention import Stream, attended_pairs, dense_attention
 from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 
 
@@ -41,6 +41,12 @@ def streaming_attention(query: Tensor, key: Tensor, value: Tensor, sink: int, re
         raw = key[:, :, start - recent :], value[:, :, start - recent :]
         outputs.append(_in_blocks(query[:, :, start - first :], sinks, raw, recent, scale))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def streaming_pairs(length: int, sink: int, recent: int) -> int:
+    """Query-key pairs of a head over so many tokens."""
+    seen = min(length, sink + recent)
+    return attended_pairs(seen, None) + (length - seen) * (sink + recent)
 
 
 def _in_blocks(query: Tensor, sinks: Pair, raw: Pair, recent: int, scale: float) -> Tensor:
@@ -81,6 +87,11 @@ class StreamingHeads(Stream):
     def stored(self) -> Pair | None:
         """At most S + R pairs."""
         return self._pair
+
+    @property
+    def attended_pairs(self) -> float:
+        """As :class:`Stream` has it."""
+        return streaming_pairs(self.seen, self.sink, self.recent)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it."""

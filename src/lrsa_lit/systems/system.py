@@ -5,6 +5,7 @@ Dimensions: B batch, H key-value heads, Hq query heads, N new tokens, T tokens, 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
@@ -38,12 +39,40 @@ class Place:
     rotary: Rotary | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What of a model decides the bytes of one of its key-value heads.
+
+    Attributes:
+        group: query heads that share it.
+        dim: channels of a key, and of a value.
+        itemsize: bytes of a number.
+    """
+
+    group: int
+    dim: int
+    itemsize: int
+
+    @property
+    def pair(self) -> int:
+        """Bytes of a key and a value."""
+        return 2 * self.dim * self.itemsize
+
+    @property
+    def queries(self) -> int:
+        """Bytes of a token's queries."""
+        return self.group * self.dim * self.itemsize
+
+
 class System(ABC):
     """What stands in the place of the rule in all layers that are not dense: ``LRSAConfig(system=…)``.
 
-    Subclasses are frozen dataclasses, so that they compare and hash.
+    Subclasses are frozen dataclasses, so that they compare and hash. One that can be set to a budget names its
+    ``budget_field``, and says how much it has :meth:`held` then.
 
     Attributes:
+        budget_field: the field that a budget sets; "" where none does. It is an integer, the size, unless :meth:`sized`
+            is overridden.
         trains: whether :meth:`attend` is what its streams make of the same tokens, and has gradients: then a model can
             be trained under it, and losses need no cache.
         needs_rotary: whether it takes rotations off keys.
@@ -61,6 +90,7 @@ class System(ABC):
     answers_by_token: ClassVar[bool] = False
     graphable: ClassVar[bool] = False
     rows_differ: ClassVar[bool] = False
+    budget_field: ClassVar[str] = ""
 
     @abstractmethod
     def stream(self, place: Place, impl: Impl) -> Stream:
@@ -95,6 +125,38 @@ class System(ABC):
     def attended_pairs(self, length: int) -> int:
         """Query-key pairs of one head over a prompt; unless it is overridden, those of dense causal attention."""
         return attended_pairs(length, None)
+
+    @property
+    def floor(self) -> int:
+        """The least that its size can be: override it where sinks or a window always stay."""
+        return 1
+
+    def most(self, tokens: int) -> int:
+        """The largest size that a prompt of so many tokens has a use for."""
+        return tokens
+
+    def held(self, tokens: int) -> float:
+        """Pairs that are held at the end of a prompt of so many tokens, mean of the heads: all, unless overridden.
+
+        It may not fall where the size grows.
+        """
+        return tokens
+
+    def held_bytes(self, tokens: int, head: Head) -> float:
+        """The same in bytes: override it where more than pairs is held."""
+        return self.held(tokens) * head.pair
+
+    def at_most(self, held: float, tokens: int, head: Head) -> System | None:
+        """The largest of its kind that holds no more bytes at the end of so many tokens; None if none does."""
+        sizes = range(self.floor, max(self.most(tokens), self.floor) + 1)
+        count = bisect.bisect_right(sizes, held, key=lambda size: self.sized(size).held_bytes(tokens, head))
+        return self.sized(sizes[count - 1]) if count else None
+
+    def sized(self, size: int) -> System:
+        """The same with another size."""
+        kind: Any = self
+        found: System = dataclasses.replace(kind, **{self.budget_field: size})
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Class name and arguments, as in YAML."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lrsa_lit.attention import Usage
 from lrsa_lit.data.collate import Batch
 from lrsa_lit.evaluation.answers import Answers, means, scores
 
@@ -24,9 +25,12 @@ class AnswerMeter:
     def reset(self, groups: Iterable[str]) -> None:
         """Start anew, with sums for these parts."""
         self.sums: dict[str, Counter[str]] = {name: Counter() for name in ("", *groups)}
+        self.usages: list[Usage] = []
 
-    def update(self, answers: Answers, batch: Batch) -> None:
-        """Add the answers to a batch, except those of rows that count on another device."""
+    def update(self, answers: Answers, batch: Batch, usage: Usage | None = None) -> None:
+        """Add the answers to a batch, except those of rows that count on another device, and what it took."""
+        if usage is not None:
+            self.usages.append(usage)
         for row, (loss, tokens) in enumerate(zip(answers.loss, answers.tokens, strict=True)):
             if batch["repeated"][row]:
                 continue

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enabled_config, packed_layout, using
+from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, Usage, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.data.loaders import TrainerSettings
@@ -36,6 +36,7 @@ from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
+from lrsa_lit.tasks.measures import measured
 from lrsa_lit.tasks.top_k import TopKSchedule
 
 if TYPE_CHECKING:
@@ -287,32 +288,33 @@ class LongContextQA(lightning.LightningModule):
         for name, rule in self.attentions.items():
             with under(f"evaluate.{name}") if name else contextlib.nullcontext():
                 losses, tokens = self.losses(batch, rule)
-                texts = self.generate(batch, rule)[0] if self.generate_answers else None
+                texts, _, usage = self.generate(batch, rule) if self.generate_answers else (None, None, None)
             found[name] = Answers(losses.tolist(), tokens.tolist(), texts)
-            self.meters[name].update(found[name], batch)
+            self.meters[name].update(found[name], batch, usage)
         return found
 
     test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """The run's own answers, ready to be written as JSON lines."""
-        texts, lengths = self.generate(batch, self.lrsa)
+        texts, lengths, _ = self.generate(batch, self.lrsa)
         lines = []
         for row, text in enumerate(texts):
             if batch["repeated"][row]:
                 continue
             found = scores(text, batch["answers"][row], batch["match"][row])
-            line = {
-                "id": batch["id"][row],
-                "prediction": text,
-                "gold": list(batch["answers"][row]),
-                "f1": found["f1"],
-                "exact_match": found["em"],
-                "prompt_tokens": batch["prompt_length"][row],
-                "new_tokens": lengths[row],
-                "config": self.lrsa.digest(),
-            }
-            lines.append(line)
+            lines.append(
+                {
+                    "id": batch["id"][row],
+                    "prediction": text,
+                    "gold": list(batch["answers"][row]),
+                    "f1": found["f1"],
+                    "exact_match": found["em"],
+                    "prompt_tokens": batch["prompt_length"][row],
+                    "new_tokens": lengths[row],
+                    "config": self.lrsa.digest(),
+                }
+            )
         return lines
 
     @torch.no_grad()
@@ -326,22 +328,18 @@ class LongContextQA(lightning.LightningModule):
             losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
         return losses, (wanted != IGNORE_INDEX).sum(dim=1)
 
-    def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
-        """Greedy answers to prompts (B, Tp), each up to its first special token, and their lengths in tokens.
-
-        Decoding compresses by the rule as it goes; None decodes densely.
-        """
+    def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int], Usage | None]:
+        """Greedy answers to prompts (B, Tp) by a rule (None is dense), their lengths in tokens, and what they took."""
         # Dense attention is a rule, too: the same cache and decoder serve it.
         rule = rule or self._dense
         with using(self.model, rule), uncompiled():
-            answers = self._answering(rule)(batch["prompt_ids"], batch["prompt_mask"])
+            answers = (greedy := self._answering(rule))(batch["prompt_ids"], batch["prompt_mask"])
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [text.strip() for text in texts], list(map(len, answers))
+        return [text.strip() for text in texts], list(map(len, answers)), greedy.usage
 
     @property
     def _dense(self) -> LRSAConfig:
-        layers = range(self.model.config.get_text_config().num_hidden_layers)
-        return self.lrsa.replace(dense_layers=tuple(layers))
+        return self.lrsa.replace(dense_layers=tuple(range(self.model.config.get_text_config().num_hidden_layers)))
 
     def _answering(self, rule: LRSAConfig) -> Greedy:
         """What answers under a rule, in the same memory until an evaluation ends."""
@@ -376,6 +374,8 @@ class LongContextQA(lightning.LightningModule):
             prefix = f"{self._split}/{attention}/" if attention else f"{self._split}/"
             for name, value in meter.means([process[attention] for process in processes]).items():
                 self.log(f"{prefix}{name}", value, prog_bar=(attention, name) == ("", shown))
+        if self.trainer.state.fn != "fit":
+            self.log_dict(measured(self.attentions, self.meters, self.backbone.config.num_hidden_layers, self._split))
         self._greedy.clear()
 
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end

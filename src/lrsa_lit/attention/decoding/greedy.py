@@ -6,6 +6,7 @@ Dimensions: B prompts, T tokens, V vocabulary.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Container, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from lrsa_lit.attention.attached import base_of, enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.decoding.chunked_prefill import TOKENS_PER_CALL, prefill
 from lrsa_lit.attention.decoding.decoder import ROOM, Decoder
+from lrsa_lit.attention.measured import Usage
 
 Step = Callable[[Tensor], Tensor]
 """Takes in one token per row, (B, 1), and returns logits (B, 1, V), which the next step may overwrite."""
@@ -31,6 +33,9 @@ class Greedy:
         longest_prompt: its tokens, if known: memory for it is then made at once.
         synced: each forward needs other processes too (sharded weights), which must be called as often as this one; all
             go on until the last one has its answers.
+
+    Attributes:
+        usage: what the last batch took, without the rows that a graph has twice.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class Greedy:
         self._longest = longest_prompt + max_new_tokens if longest_prompt else 0
         self._graphed = base_of(model).device.type == "cuda" and not synced
         self._caches: dict[int, tuple[LRSACache, Step]] = {}
+        self.usage: Usage | None = None
 
     @torch.no_grad()
     def __call__(self, prompts: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
@@ -48,7 +54,7 @@ class Greedy:
 
         Prompts of unequal lengths are padded on the left; the mask (B, T) is 1 for real tokens, one or more a prompt.
         """
-        rows = len(prompts)
+        rows, began = len(prompts), time.perf_counter()
         if self._graphed:
             # A graph is for a number of rows: the next power of two, with rows that are there twice.
             order = torch.arange(1 << (rows - 1).bit_length(), device=prompts.device) % rows
@@ -57,9 +63,24 @@ class Greedy:
         cache, step = self._cache_for(len(prompts))
         # The prompts of other processes may need another number of calls.
         most = prompts.shape[1] if self._synced else TOKENS_PER_CALL
-        logits = prefill(self.model, prompts, cache, attention_mask=attention_mask, tokens_per_call=most)
+        peaks: list[float] = []
+        logits = prefill(
+            self.model,
+            prompts,
+            cache,
+            attention_mask=attention_mask,
+            tokens_per_call=most,
+            progress=lambda _: peaks.append(cache.measured(rows).peak),
+        )
         cache.end_prompt()
-        steps = greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced)
+        prompt, at, steps = cache.measured(rows), [], []
+        for values in greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced):
+            steps.append(values)
+            at.append(time.perf_counter())
+        if (behind := cache.measured(rows)).read != behind.held:
+            prompt = prompt._replace(read=behind.read * prompt.dense / behind.dense)
+        token = (at[-1] - at[0]) / (len(at) - 1) if len(at) > 1 else None
+        self.usage = Usage(prompt, max(peaks), at[0] - began, token)
         tokens = list(zip(*steps, strict=True))[:rows]
         return [list(itertools.takewhile(lambda token: token not in self._stops, answer)) for answer in tokens]
 

@@ -227,7 +227,9 @@ def _rows(bar: Settings) -> list[str]:
 
 def _selects(rule: Settings | None) -> bool:
     """Whether tokens are kept by the lag-relative score; sinks and window alone are a control."""
-    return bool(rule and rule["top_k"] and rule["compressor"]["class_path"].endswith(f".{LagRelative.__name__}"))
+    if not rule or rule.get("system"):
+        return False
+    return bool(rule["top_k"] and rule["compressor"]["class_path"].endswith(f".{LagRelative.__name__}"))
 
 
 def _mean(cell: Cell, measure: str, seeds: int) -> str:

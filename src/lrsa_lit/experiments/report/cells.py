@@ -45,7 +45,12 @@ class Cell:
 
     @property
     def kept(self) -> float:
-        """Share of pairs kept: K/L in a sparse layer or head, 1 in a dense one; windows and sinks come on top."""
+        """Share of pairs kept: K/L in a sparse layer or head, 1 in a dense one; windows and sinks come on top.
+
+        What a system keeps has been measured.
+        """
+        if measured := self.line.get("measured"):
+            return float(measured["kept"])
         rule, layers = self.line["rule"], self.line["layers"]
         if rule is None:
             return 1.0
@@ -54,7 +59,8 @@ class Cell:
     @property
     def pairs(self) -> float:
         """Share of query-key pairs attended to, windows and sinks counted."""
-        return float(self.line["kv_share"])
+        measured = self.line.get("measured")
+        return float(measured["pairs"] if measured else self.line["kv_share"])
 
     def scores(self, name: str) -> Scores:
         """(R, Q) of ``f1``, ``em``, ``recall``, ``loss`` or ``tokens``."""

@@ -35,6 +35,20 @@ def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
     return figure
 
 
+def against_cache(found: Sequence[tuple[str, float, Estimate]], label: str, title: str) -> Figure:
+    """A score with its interval against the bytes of the cache, as a share of a dense one's, a line for each system."""
+    figure, axes = subplots(1, 1, size=(8, 5))
+    _by_share(axes, found, "system")
+    axes.set(
+        xlabel="bytes held at the end of the prompt / those of a dense cache (log scale)",
+        ylabel=f"{label} (bars: 95 %)",
+        xscale="log",
+        title=title,
+    )
+    axes.set_ylim(bottom=0)
+    return figure
+
+
 def perplexity(texts: Sequence[Cell]) -> Figure | None:
     """Perplexity of each row against the share of pairs kept, the texts one below the other; None without results."""
     names = list(dict.fromkeys(cell.line["set"] for cell in texts))
@@ -116,13 +130,13 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
     return figure
 
 
-def _by_share(axes: Axes, found: Sequence[tuple[str, float, Estimate]]) -> None:
-    """A line for each row through its estimates with their intervals, by share."""
+def _by_share(axes: Axes, found: Sequence[tuple[str, float, Estimate]], of: str = "trained") -> None:
+    """A line for each row, or whatever is named, through its estimates with their intervals, by share."""
     for number, row in enumerate(dict.fromkeys(name for name, *_ in found)):
         shares, scores = zip(*sorted((share, score) for name, share, score in found if name == row), strict=True)
         values, form = [score.value for score in scores], f"{_MARKERS[number % len(_MARKERS)]}-"
         axes.errorbar(shares, values, _errors(scores), fmt=form, capsize=3, label=row, alpha=0.85)
-    legend(axes, "trained")
+    legend(axes, of)
 
 
 def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:

@@ -32,6 +32,7 @@ from lrsa_lit.ops.sparse_attention.geometry import (
     most_window_rows,
     raw_start,
     spans,
+    stored_queries,
     stored_size,
 )
 from lrsa_lit.ops.sparse_attention.grouped_stream import GroupedStream
@@ -86,6 +87,7 @@ __all__ = [
     "select",
     "spans",
     "sparse_attention",
+    "stored_queries",
     "stored_size",
     "tensor_of_heads",
     "tensor_of_rule",

@@ -62,7 +62,7 @@ class RowBuffer(Generic[Rows]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the filled rows."""
+        """Bytes of the filled rows; room for later ones does not count."""
         return sum(part.nbytes for part in self.filled)
 
     def append(self, rows: Rows) -> None:

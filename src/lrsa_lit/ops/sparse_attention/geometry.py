@@ -69,6 +69,12 @@ def window_start(partition: int, rule: Rule) -> int:
     return rule.sink_size + (partition + 1) * rule.lag_size - rule.compressor.window
 
 
+def stored_queries(length: int, rule: Rule) -> int:
+    """Queries per head that wait, behind ``length`` tokens, for the compression that they are needed for."""
+    first, window = window_start(compressed_at(length - 1, rule) + 1, rule), rule.compressor.window
+    return sum(min(window, length - at) for at in range(first, length, rule.lag_size))
+
+
 def most_window_rows(rule: Rule) -> int:
     """The most queries that wait, between two calls, for the compression that they are needed for.
 

@@ -47,6 +47,17 @@ class GroupedStream(Stream):
         """Those of all parts."""
         return sum(part.nbytes for part in self.parts)
 
+    @property
+    def peak_nbytes(self) -> int:
+        """Those of all parts."""
+        return sum(part.peak_nbytes for part in self.parts)
+
+    @property
+    def attended_pairs(self) -> float:
+        """Mean of the heads."""
+        parts = zip(self.groups.heads, self.parts, strict=True)
+        return sum(len(heads) * part.attended_pairs for heads, part in parts) / self.groups.count
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it."""
         self.groups.check(key.shape[1])

@@ -16,7 +16,14 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import Impl, implementation
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, RowBuffer, joined
-from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, raw_start, stored_size, window_start
+from lrsa_lit.ops.sparse_attention.geometry import (
+    attended_pairs,
+    compact_size,
+    compressed_at,
+    raw_start,
+    stored_size,
+    window_start,
+)
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, Rule
 from lrsa_lit.ops.sparse_attention.slot_bias import narrow, through_channels
 
@@ -42,8 +49,26 @@ class Stream(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is held of the past."""
+        """Bytes of all that is held of the past; room that is made for later tokens does not count."""
         return 0 if self.stored is None else sum(part.numel() * part.element_size() for part in self.stored)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes that were held at a time: override it where that is more than behind any call."""
+        return self.nbytes
+
+    @property
+    def attended_pairs(self) -> float:
+        """Query-key pairs of a head that its tokens have attended to, mean of the heads; dense unless overridden."""
+        return attended_pairs(self.seen, None)
+
+    @property
+    def read_share(self) -> float | None:
+        """Share of a dense cache that a token of the answer has read, on average; None where it reads all that is held.
+
+        What looks up what to read overrides it: it is known when the answer is over.
+        """
+        return None
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -81,6 +106,11 @@ class KeyValueStream(Stream):
     def nbytes(self) -> int:
         """Those of the queries included."""
         return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def attended_pairs(self) -> float:
+        """As the rule has it."""
+        return attended_pairs(self.seen, self.rule)
 
     @property
     def buffers(self) -> list[RowBuffer[Any]]:

@@ -1,0 +1,80 @@
+"""Attention at a budget: the largest rule or system whose cache is no more than a share of a dense one."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from typing import Any
+
+from lrsa_lit.attention.config import LRSAConfig
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import Rule, stored_queries, stored_size
+from lrsa_lit.ops.sparse_attention.slot_bias import CHANNELS
+from lrsa_lit.systems.system import Head
+
+
+def head_of(config: Any, itemsize: int) -> Head:
+    """The key-value heads of a model.
+
+    Args:
+        config: the model's, of its text.
+        itemsize: bytes of a number in its cache.
+    """
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Head(heads // (getattr(config, "num_key_value_heads", None) or heads), dim, itemsize)
+
+
+def at_budget(config: LRSAConfig, share: float, tokens: int, layers: int, head: Head) -> LRSAConfig:
+    """The attention with the largest K, or size of its system, whose cache does not exceed a share of a dense one.
+
+    The cache is that at the end of a prompt of so many tokens, averaged over layers and heads: sinks, windows, dense
+    layers and queries that wait are in it. S, L and the dense layers stay as they are.
+
+    Raises:
+        UserError: the share is less than what always stays, more than 1 or none, or the system has no size.
+    """
+    if not (isinstance(share, int | float) and 0 < share <= 1):
+        raise UserError("budget", share, "above 0 and at most 1")
+    system, dense = config.system, len(config.dense_layers)
+    if config.head_top_k is not None:
+        raise UserError("budget", share, reason="is not allowed beside head_top_k, whose heads have budgets")
+    if system is not None and not system.budget_field:
+        raise UserError("budget", share, reason=f"is not allowed; {type(system).__name__} has no size to set")
+    if dense >= layers:
+        return config
+    # A share such as .1 of 20 layers is a little more or less than 2.
+    allowed = (share * tokens * layers - dense * tokens) / (layers - dense) * head.pair + 1e-6
+    found = _rule_at_most(config, allowed, tokens, head) if system is None else system.at_most(allowed, tokens, head)
+    if found is None:
+        raise _below_floor(config, share, tokens, layers, head)
+    return config.replace(**({"top_k": found} if isinstance(found, int) else {"system": found}))
+
+
+def _bytes(rule: Rule, tokens: int, head: Head) -> float:
+    stored = dataclasses.replace(head, dim=head.dim + rule.compressor.has_bias * CHANNELS)
+    return stored_size(tokens, rule) * stored.pair + stored_queries(tokens, rule) * stored.queries
+
+
+def _rule_at_most(config: LRSAConfig, allowed: float, tokens: int, head: Head) -> int | None:
+    """The largest K with which no more is held; None if no K does."""
+    choices = range(config.lag_size + 1)
+    count = bisect.bisect_right(choices, allowed, key=lambda k: _bytes(config.rule.replace(top_k=k), tokens, head))
+    return choices[count - 1] if count else None
+
+
+def _below_floor(config: LRSAConfig, share: float, tokens: int, layers: int, head: Head) -> UserError:
+    """What always stays, in the words of a setting."""
+    system, dense = config.system, len(config.dense_layers)
+    if system is None:
+        least = _bytes(config.rule.replace(top_k=0), tokens, head) / head.pair
+        window, sinks = f"{least - config.sink_size:.0f} of the window", f"{config.sink_size} sinks"
+        what = f"{sinks} and {window} stay"
+    else:
+        least = system.sized(system.floor).held_bytes(tokens, head) / head.pair
+        what = f"{least:g} pairs stay, sinks and windows among them"
+    lowest = math.ceil(1e4 * (least * (layers - dense) + dense * tokens) / (layers * tokens) - 1e-6) / 1e4
+    of = f"at {tokens} tokens, where {what}" + (f", and all of {dense} dense layers" if dense else "")
+    name = type(config.compressor if system is None else system).__name__
+    return UserError("budget", share, f"at least {lowest:.4f} for {name} {of}")

@@ -1,0 +1,69 @@
+"""What attention takes, measured: bytes of a cache, query-key pairs, and seconds, beside those of dense attention."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Measured(NamedTuple):
+    """What the past of some rows takes, summed over rows, and over layers where it is of several.
+
+    Attributes:
+        held: bytes that are held: keys and values, sinks and windows among them, and whatever waits for a compression;
+            what is filled, not the room that a decoder makes for later tokens.
+        peak: the most bytes that have been held at a time, as far as the streams say; else those held now.
+        read: bytes that a token of the answer reads; those held, unless a system looks up what to read.
+        dense: bytes that a dense cache holds of the same tokens.
+        pairs: query-key pairs of a head that the tokens have attended to.
+        dense_pairs: those of dense causal attention.
+    """
+
+    held: float
+    peak: float
+    read: float
+    dense: int
+    pairs: float
+    dense_pairs: int
+
+
+class Usage(NamedTuple):
+    """What answering a batch of prompts took.
+
+    Attributes:
+        prompt: at the end of the prompts, when systems have cut; ``read`` is of the tokens behind them.
+        peak: the most bytes that were held behind any call of the prefill, or within it where a system rewrites its
+            memory there; before systems cut.
+        first_token: seconds from the prompts to the first tokens of all answers.
+        token: seconds for each further token; None where there was none.
+    """
+
+    prompt: Measured
+    peak: float
+    first_token: float
+    token: float | None
+
+
+def total(parts: Sequence[Measured]) -> Measured:
+    """The sums of some parts."""
+    return Measured(*map(sum, zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def shares(usages: Sequence[Usage]) -> dict[str, float]:
+    """What batches took in all: bytes and pairs as shares of dense attention's, and medians of the seconds.
+
+    Returns:
+        ``cache``, ``peak`` and ``read`` (only where it is not ``cache``), ``pairs``, ``first_token_seconds`` and
+        ``token_seconds`` (NaN without a second token). Seconds depend on the size of the batches.
+    """
+    prompts = total([usage.prompt for usage in usages])
+    bytes_of = {"cache": prompts.held, "peak": sum(usage.peak for usage in usages), "read": prompts.read}
+    if prompts.read == prompts.held:
+        del bytes_of["read"]
+    tokens = [usage.token for usage in usages if usage.token is not None]
+    return {name: value / prompts.dense for name, value in bytes_of.items()} | {
+        "pairs": prompts.pairs / prompts.dense_pairs,
+        "first_token_seconds": statistics.median(usage.first_token for usage in usages),
+        "token_seconds": statistics.median(tokens) if tokens else float("nan"),
+    }

@@ -1,0 +1,190 @@
+"""A comparison as a study: systems and the rule at budgets, on the same weights and questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lrsa_lit import plugins
+from lrsa_lit.errors import UserError, named
+from lrsa_lit.experiments.study import DENSE, MIXTURE, FitSettings, Settings
+from lrsa_lit.paths import resolve
+from lrsa_lit.yaml_file import read_settings
+
+if TYPE_CHECKING:
+    from lrsa_lit.attention import LRSAConfig
+    from lrsa_lit.data.module import QADataModule
+
+ALL = "all"
+RULE = "rule-"
+"""Before a compressor's name: the rule with it, which a system of the same name is not."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is compared.
+
+    Attributes:
+        model: a file of settings, or a model as a backbone's source.
+        data: files of settings, each with a data set.
+        budgets: shares of a dense cache.
+        systems: names of systems and compressors, as ``NAME={arguments}`` with arguments of their own; or "all".
+        checkpoint: of trained weights.
+        limit: most questions of each data set.
+        lag_size: L of the rule, in the place of the model's.
+        batch_size: questions at a time, on which the seconds depend.
+        plugins: modules with more systems.
+    """
+
+    model: str
+    data: Sequence[str]
+    budgets: Sequence[float]
+    systems: Sequence[str]
+    checkpoint: Path | None = None
+    limit: int | None = None
+    lag_size: int = 128
+    batch_size: int = 1
+    plugins: Sequence[str] = ()
+
+
+def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[str]]:
+    """The content of the study's file, and what had to be left out of all, a line each.
+
+    Raises:
+        UserError: a name or file is unknown, or a budget below what always stays or out of bounds.
+    """
+    from lrsa_lit.attention import LRSAConfig
+    from lrsa_lit.data.module import QADataModule
+
+    sets, new_tokens = _data_sets(asked)
+    is_file = asked.model.endswith((".yaml", ".yml"))
+    # K is up to the budgets; that of the defaults may be more than L.
+    model: Settings = {"lrsa": {"lag_size": asked.lag_size, "top_k": asked.lag_size // 4}}
+    model |= {} if is_file else {"backbone": {"source": asked.model}}
+    model |= {"max_new_tokens": new_tokens} if new_tokens else {}
+    content: Settings = {
+        "plugins": list(asked.plugins),
+        "configs": [asked.model] if is_file else [],
+        "trainer": {"max_steps": 0},
+        "model": model,
+        "data": {"init_args": {"eval_batch_size": asked.batch_size}},
+    }
+    options = {"--plugins": content["plugins"], "--config": content["configs"]}
+    arguments = [part for option, names in options.items() for name in names for part in (option, name)]
+    no_data = {"class_path": MIXTURE, "init_args": {"data_sets": {}, "weights": {}}}
+    given = fit_settings.given(arguments, [{"model": model, "data": no_data}])
+    rule = fit_settings.made("model.lrsa", LRSAConfig, given["model"]["lrsa"]).replace(system=None)
+    chosen, left_out = _chosen(asked.systems, rule)
+    inference: dict[str, Settings | None] = {DENSE: None}
+    parts = {}
+    for name, data in sets.items():
+        module: QADataModule = fit_settings.made(f"data_sets.{name}", QADataModule, data)
+        own, refused = _at_budgets(chosen, asked, module.max_tokens, fit_settings, given)
+        data["measure"] = module.score
+        inference |= {attention: {"system": None, **config.to_dict()} for attention, config in own.items()}
+        row = "base" if asked.checkpoint is None else "checkpoint"
+        parts[name] = {"rows": [row], "inference": [DENSE, *own], "sets": [name]}
+        left_out += refused
+    rows = {"base": None} if asked.checkpoint is None else {"checkpoint": {"checkpoint": str(asked.checkpoint)}}
+    content |= {"data_sets": sets, "inference": inference, "rows": rows, "parts": parts}
+    return content, list(dict.fromkeys(left_out))
+
+
+def system_and_budget(attention: str) -> tuple[str, float | None]:
+    """The system's name, and the share of the cache, of an attention of a comparison; None where it has no budget."""
+    name, _, budget = attention.partition("-at-")
+    pairs, of, tokens = budget.partition("-of-")
+    return name, int(pairs) / int(tokens) if of else None
+
+
+def _data_sets(asked: Asked) -> tuple[dict[str, Settings], int]:
+    """The data set of each file by its name, and the most new tokens that one asks for, or 0."""
+    found, new_tokens = {}, 0
+    for name in asked.data:
+        settings = read_settings(resolve(name, key="--data"))
+        data, stem = settings.get("data"), Path(name).stem
+        if not isinstance(data, dict) or "class_path" not in data:
+            raise UserError("--data", name, reason="holds no data set; data.class_path is missing")
+        if data["class_path"] == MIXTURE:
+            raise UserError("--data", name, reason="is of a mixture", hint="name the files of its data sets")
+        if stem in found:
+            raise UserError("--data", name, reason=f"is a second file of the name {stem}")
+        limit = {} if asked.limit is None else {"limit": {"test": asked.limit}}
+        found[stem] = {"class_path": data["class_path"], "init_args": (data.get("init_args") or {}) | limit}
+        new_tokens = max(new_tokens, (settings.get("model") or {}).get("max_new_tokens", 0))
+    return found, new_tokens
+
+
+def _chosen(names: Sequence[str], rule: LRSAConfig) -> tuple[dict[str, LRSAConfig], list[str]]:
+    """The systems, and the rule with compressors, that are asked for, and what of all cannot be made."""
+    systems, compressors = plugins.registered("systems"), plugins.registered("compressors")
+    known = {**{RULE + name: found for name, found in compressors.items()}, **systems}
+    wanted = list(known) if ALL in names else names
+    chosen: dict[str, LRSAConfig] = {}
+    left_out: list[str] = []
+    for name in wanted:
+        label, _, arguments = name.partition("=")
+        label = RULE + label if label not in known and label in compressors else label
+        if label not in known or label in chosen:
+            reason = "" if label not in known else "stands twice"
+            raise UserError("--systems", label, f"{ALL}, or some of {', '.join(known)}", reason=reason)
+        kind = "system" if label in systems else "compressor"
+        try:
+            settings = _class_of(known[label]) | {"init_args": _arguments(name, arguments)}
+            with named(f"--systems {label}"):
+                chosen[label] = rule.replace(**{kind: settings})
+        except UserError as error:
+            if ALL not in names:
+                raise
+            left_out.append(f"{label} is left out: {error}")
+    return chosen, left_out
+
+
+def _at_budgets(
+    chosen: dict[str, LRSAConfig], asked: Asked, tokens: int, fit_settings: FitSettings, given: Settings
+) -> tuple[dict[str, LRSAConfig], list[str]]:
+    """The attentions at each budget, by their names, and what of all cannot be set to one."""
+    import torch
+
+    from lrsa_lit.attention import at_budget, head_of
+    from lrsa_lit.models import Backbone
+    from lrsa_lit.ops.sparse_attention import LagRelative
+
+    backbone: Backbone = fit_settings.made("model.backbone", Backbone, given["model"]["backbone"])
+    config = backbone.config.get_text_config()
+    head = head_of(config, getattr(torch, backbone.dtype).itemsize)
+    found, left_out = {}, []
+    for label, attention in chosen.items():
+        if attention.system is not None and not attention.system.budget_field:
+            # It holds everything.
+            found[label] = attention
+            continue
+        for share in asked.budgets:
+            name = f"{label}-at-{round(share * tokens)}-of-{tokens}"
+            try:
+                with named("--budgets"):
+                    found[name] = at_budget(attention, share, tokens, config.num_hidden_layers, head)
+            except UserError as error:
+                # What the rule itself cannot have, nobody asked for.
+                if ALL not in asked.systems or label == f"{RULE}{LagRelative.__name__}":
+                    raise
+                left_out.append(f"{label} at {share:g} is left out: {error}")
+    return found, left_out
+
+
+def _class_of(found: type) -> Settings:
+    return {"class_path": f"{found.__module__}.{found.__qualname__}"}
+
+
+def _arguments(name: str, text: str) -> Any:
+    try:
+        arguments = yaml.safe_load(text) if text else {}
+    except yaml.YAMLError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError("--systems", name, "NAME, or NAME={argument: value}")
+    return arguments

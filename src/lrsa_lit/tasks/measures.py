@@ -1,0 +1,78 @@
+"""Attentions at a budget, and what they are measured to take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lrsa_lit.attention import LRSAConfig, at_budget, head_of, mean_top_k, shares
+from lrsa_lit.errors import UserError
+from lrsa_lit.models import Backbone
+from lrsa_lit.strategies import gathered
+from lrsa_lit.tasks.answer_meter import AnswerMeter
+
+MEASURES = {
+    "kept": "kept",
+    "cache": "cache, of dense bytes",
+    "read": "read, of dense bytes",
+    "peak": "peak, of dense bytes",
+    "pairs": "pairs, of dense ones",
+    "first_token_seconds": "first token, s",
+    "token_seconds": "token, s",
+}
+"""What an evaluation says that its attentions took, with a title each. The bytes of the cache are those at the end of
+the prompts, and those of ``peak`` behind any call of the prefill; ``read`` is there for systems that look up what to
+read. Seconds are medians over batches, of the size that was asked for."""
+
+
+def at_budgets(
+    rules: Mapping[str, LRSAConfig | None],
+    backbone: Backbone,
+    max_tokens: int,
+    *,
+    share: float | None = None,
+    cache_tokens: int | None = None,
+) -> dict[str, LRSAConfig | None]:
+    """Attentions by their names, each but dense ones set to a share of the cache of a prompt of ``max_tokens`` tokens.
+
+    The share may be given as the tokens of a dense cache; without either they stay as they are.
+
+    Raises:
+        UserError: both are given, or an attention cannot be set to it.
+    """
+    if share is not None and cache_tokens is not None:
+        raise UserError("budget, cache_tokens", reason="one of them is allowed, not both")
+    if cache_tokens is not None and cache_tokens < 1:
+        raise UserError("cache_tokens", cache_tokens, "an integer >= 1")
+    budget = share if cache_tokens is None else min(1.0, cache_tokens / max_tokens)
+    if budget is None:
+        return dict(rules)
+    config = backbone.config.get_text_config()
+    of_model = config.num_hidden_layers, head_of(config, getattr(torch, backbone.dtype).itemsize)
+    try:
+        return {name: rule and at_budget(rule, budget, max_tokens, *of_model) for name, rule in rules.items()}
+    except UserError as error:
+        error.field = error.field if cache_tokens is None else "cache_tokens"
+        raise
+
+
+def measured(
+    rules: Mapping[str, LRSAConfig | None], meters: Mapping[str, AnswerMeter], layers: int, split: str
+) -> dict[str, float]:
+    """The :data:`MEASURES` of each attention by the names of metrics, over all processes; none without answers."""
+    processes = gathered({name: meter.usages for name, meter in meters.items()})
+    found: dict[str, float] = {}
+    for name, rule in rules.items():
+        if usages := [usage for process in processes for usage in process[name]]:
+            values = shares(usages)
+            values["kept"] = _kept(rule, layers, values["cache"])
+            found |= {f"{split}/{name}/{key}" if name else f"{split}/{key}": value for key, value in values.items()}
+    return found
+
+
+def _kept(rule: LRSAConfig | None, layers: int, cache: float) -> float:
+    """K/L, mean of layers and heads, of which dense ones keep all; of a system what it holds."""
+    if rule is None or rule.system is not None:
+        return 1.0 if rule is None else cache
+    return float(mean_top_k(rule, layers) / rule.lag_size)

@@ -1,0 +1,134 @@
+"""`lrsa compare` and `lrsa test --budget`, with the tiny model."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_helpers import DEBUG, NO_LOGGER, recorded_runs, refusal
+from experiments.executors import InProcess
+
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.cli.main import main
+from lrsa_lit.experiments import on_ray
+from lrsa_lit.experiments.results import read_lines
+from lrsa_lit.systems import KeyNorm
+from lrsa_lit.tasks.measures import MEASURES
+
+TOKENS = 640
+COMPARE = ["compare", "--model", "tiny", "--data", "qa.yaml", "--lag-size", "16", "--to", "out"]
+
+
+@pytest.fixture(autouse=True)
+def questions(elsewhere):
+    """A data set of three questions in contexts of about 550 tokens."""
+    lines = []
+    for number in range(3):
+        text = f"Town {number} lies on a river. {'More words follow here. ' * 15}Its word is w{number}."
+        passages = [{"title": f"Town {number}", "text": text}]
+        lines.append({"id": str(number), "passages": passages, "question": f"Word of {number}?", "answers": ["w"]})
+    Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = {"max_tokens": TOKENS, "train": None, "val": None, "test": "q.jsonl"}
+    data = {"data": {"class_path": "lrsa_lit.data.QAFiles", "init_args": arguments}, "model": {"max_new_tokens": 3}}
+    Path("qa.yaml").write_text(yaml.safe_dump(data))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Evaluations run in this process, in which these commands ran."""
+    runs = InProcess()
+    monkeypatch.setattr(on_ray, "executor", lambda on: contextlib.nullcontext(runs))
+    return runs.ran
+
+
+def test_systems_and_rule_are_compared_at_budgets_and_go_on(in_process, monkeypatch, capfd):
+    # One that holds everything and reads less.
+    monkeypatch.setattr(KeyNorm, "budget_field", "")
+    monkeypatch.setattr("lrsa_lit.systems.one_shot.OneShotStream.read_share", 0.25)
+    arguments = [
+        *COMPARE,
+        "--systems",
+        "KeyNorm={kept: 1.0}",
+        "LagRelative",
+        "--budgets",
+        "0.5",
+        "0.25",
+        "--limit",
+        "2",
+    ]
+    main(arguments)
+    lines = read_lines(Path("out/results.jsonl"))
+    names = ["dense", "KeyNorm", "rule-LagRelative-at-320-of-640", "rule-LagRelative-at-160-of-640"]
+    assert [line["attention"] for line in lines] == names
+    assert all(line["questions"] == 2 and set(MEASURES) >= set(line["measured"]) for line in lines)
+    dense, holding, half, quarter = (line["measured"] for line in lines)
+    assert dense["cache"] == dense["peak"] == dense["pairs"] == dense["kept"] == 1.0
+    assert (holding["cache"], holding["read"]) == (1.0, 0.25)
+    assert 0.2 < quarter["cache"] < half["cache"] < 0.65
+    assert lines[-1]["rule"] | {"top_k": 0, "lag_size": 16} == LRSAConfig(lag_size=16, top_k=0).to_dict()
+    report = Path("out/README.md").read_text()
+    assert "| rule-LagRelative | 25% | 0.000" in report
+    assert report.index("read or attend to less") < report.index("| KeyNorm |  | 0.000")
+    assert Path("out/qa.png").stat().st_size
+    shown = capfd.readouterr().out
+    assert "first token, ms" in shown
+    (run,) = [run for run in recorded_runs(Path("out/mlflow.db"), "lrsa") if "study.row" in run.data.tags]
+    assert run.data.metrics["test/dense/cache"] == 1.0
+    assert len(in_process) == 1
+    main([*arguments, "--no-mlflow"])
+    assert len(in_process) == 1
+
+
+def test_an_evaluation_is_set_to_a_budget(capfd):
+    settings = [
+        "--config",
+        "qa.yaml",
+        "--model.backbone.source",
+        "tiny",
+        *NO_LOGGER,
+        "--model.generate_answers",
+        "false",
+    ]
+    rule = ["--model.lrsa.lag_size", "16", "--model.lrsa.top_k", "4"]
+    main(["test", *settings, *rule, "--cache-tokens", "160"])
+    about = json.loads(next(Path("runs").rglob("answers.json")).read_text())
+    own = LRSAConfig.from_dict(about["attentions"]["LRSA"]["rule"])
+    # 16 sinks, a window of 32 and 37 partitions.
+    assert own.top_k == 3
+    assert about["attentions"]["dense"]["rule"] is None
+    said = refusal(capfd, "test", *settings, *rule, "--budget", "0.05")
+    floor = "at least 0.0750 for LagRelative at 640 tokens, where 16 sinks and 32 of the window stay"
+    assert said == f"budget: 0.05 is not allowed; it must be {floor}"
+    assert refusal(capfd, "test", *settings, "--budget", "0.5", "--cache-tokens", "9").startswith(
+        "budget, cache_tokens:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--budgets", "1.5"], "--budgets: '1.5' is not allowed; it must be a number above 0 and at most 1"),
+        (["--budgets", "0"], "--budgets: '0' is not allowed; it must be a number above 0 and at most 1"),
+        (
+            ["--budgets", "0.05"],
+            "--budgets: 0.05 is not allowed; it must be at least 0.0750 for LagRelative",
+        ),
+        (["--systems", "Nothing"], "--systems: 'Nothing' is not allowed; it must be all, or some of rule-"),
+        (["--systems", "KeyNorm", "KeyNorm"], "--systems: 'KeyNorm' stands twice"),
+        (["--systems", "KeyNorm={size: 1}"], "--systems KeyNorm: 'KeyNorm' does not take these init_args"),
+        (["--systems", "KeyNorm=kept"], "--systems: 'KeyNorm=kept' is not allowed; it must be NAME, or NAME={"),
+        (["--data", "no.yaml"], "--data: "),
+        (["--data", "configs/data/mixture.yaml"], "--data: 'configs/data/mixture.yaml' is of a mixture"),
+        (["--data", "configs/model/tiny.yaml"], "--data: 'configs/model/tiny.yaml' holds no data set"),
+        (["--checkpoint", "no.ckpt"], "--checkpoint: 'no.ckpt' is no file"),
+        (["--limit", "0"], "--limit: '0' is not allowed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(arguments, said, capfd):
+    assert refusal(capfd, *COMPARE, *arguments).startswith(said)
+
+
+def test_a_fit_has_no_budget(capfd):
+    assert "budget" in refusal(capfd, "fit", *DEBUG, *NO_LOGGER, "--budget", "0.5")
