@@ -272,6 +272,10 @@ def _attention(
 def _attend(
     module: nn.Module, layout: Layout, cache: LRSACache | None, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
+    if torch.is_autocast_enabled(query.device.type):
+        # What scores or transforms in float32 means it.
+        with torch.autocast(query.device.type, enabled=False):
+            return _attend(module, layout, cache, query, key, value, scale)
     attached: AttachedRule = getattr(module, RULE)
     if attached.state.observe is not None:
         if cache is not None:

@@ -239,7 +239,8 @@ class CascadeStream(Stream):
         count, beta = key.shape[2], self.system.beta
         places = torch.arange(count, device=key.device)
         new = self.rotary.unrotate(key, self.seen + places).to(key.dtype), value
-        self._pair = new if self._pair is None else joined(self._pair, new)
+        # Always copies: what is handed over may be a part of something larger.
+        self._pair = joined(self._pair or (key[:, :, :0], value[:, :, :0]), new)
         slots = torch.arange(self._pair[0].shape[2], device=key.device)
         rotated = self.rotary.rotate(self._pair[0], slots).to(key.dtype)
         turned = self.rotary.rotate(self.rotary.unrotate(query, self.seen + places), slots[-count:]).to(query.dtype)
@@ -294,9 +295,10 @@ def attention_and_sums(
     rows = max(1, _PROBABILITIES // (query.shape[:3].numel() * keys))
     places = torch.arange(keys, device=key.device)
     outputs, sums = [], torch.zeros(*query.shape[:3], keys, dtype=exact, device=key.device)
+    across = key.to(exact).transpose(2, 3)
     for start in range(0, count, rows):
-        some = query[:, :, :, start : start + rows]
-        logits = (some.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, (some.shape[2], -1)).to(exact) * scale
+        some = query[:, :, :, start : start + rows].to(exact)
+        logits = (some.flatten(2, 3) @ across).unflatten(2, some.shape[2:4]) * scale
         hidden = places > places[keys - count + start : keys - count + start + rows, None]
         shares = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         sums += torch.einsum("n,bhgnm->bhgm", weights[start : start + rows].to(exact), shares.detach())
