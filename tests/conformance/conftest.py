@@ -34,7 +34,7 @@ INIT_ARGS: dict[str, dict[str, Any]] = {
     "Cascade": {"window": 4, "caches": 2, "sink_size": 2, "stride": 5},
     "ChunkKV": {"size": 4, "window": 3, "reuse": 2},
     "ChunkKVPress": {"size": 4, "scorer": {"class_path": "lrsa_lit.systems.KeyDiff"}},
-    "DuoAttention": {"gates": [[0.9, 0.1], [0.2, 0.8], [0.3, 0.4]], "sink_size": 2, "recent": 5},
+    "DuoAttention": {"gates": [[0.9, 0.1], [0.2, 0.8]], "sink_size": 2, "recent": 5},
     "ExpectedAttention": {"sink_size": 2, "future": 8},
     "FreqKV": {"capacity": 12, "sink_size": 2},
     "KeyDiffBlocks": {"pairs": 8, "block": 3},

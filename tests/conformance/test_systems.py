@@ -13,14 +13,14 @@ from lrsa_lit.ops.sparse_attention.buffer import RowBuffer
 from lrsa_lit.systems import System
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 
-PROMPT, ANSWER = 29, 5
-LENGTHS = [29, 12, 21]
+PROMPT, ANSWER = 23, 4
+LENGTHS = [23, 12, 19]
 
 
 @pytest.fixture(scope="module")
 def plain():
     """In float64, but for what transformers computes in float32."""
-    return tiny_model(hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2).double().eval()
+    return tiny_model(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2).double().eval()
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def alike(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("calls", [1, 5, 16])
+@pytest.mark.parametrize("calls", [1, 5])
 def test_prompts_and_answers_come_in_by_any_calls(model, calls):
     prompt, answer = tokens(2, PROMPT), tokens(2, ANSWER, seed=1)
     whole, last = behind(model, prompt)
@@ -118,7 +118,7 @@ def test_dense_layers_hold_all_and_do_as_in_a_dense_model(model):
         cache, _ = behind(model, prompt)
         answered(model, cache, answer)
         assert cache.stored_tokens()[1] == 2 * (PROMPT + ANSWER)
-    with using(model, config.replace(dense_layers=(0, 1, 2))):
+    with using(model, config.replace(dense_layers=(0, 1))):
         dense = answered(model, behind(model, prompt)[0], answer)
     with using(model, None):
         alike(dense, model(torch.cat([prompt, answer], dim=1)).logits[:, PROMPT:])

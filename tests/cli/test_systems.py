@@ -1,0 +1,58 @@
+"""Systems from YAML and on the command line."""
+
+import json
+
+import pytest
+import yaml
+from cli_helpers import DEBUG, NO_LOGGER, refusal
+from plugin_helpers import write_examples
+
+from lrsa_lit import plugins
+from lrsa_lit.cli.main import main
+from lrsa_lit.paths import shipped
+from lrsa_lit.systems import OneShot
+
+SHORT = ["--model.max_new_tokens", "2", "--data.init_args.limit", "{test: 1}", "--trainer.enable_progress_bar", "false"]
+TEST = ["test", *DEBUG, *NO_LOGGER, *SHORT]
+
+
+def test_the_shipped_list_has_every_system_of_one_cut_and_yours_beside_them(tmp_path, monkeypatch):
+    write_examples(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    listed = yaml.safe_load(shipped("configs/systems/one_shot.yaml").read_text())["model"]["evaluate"]
+    names = {attention["system"]["class_path"] for attention in listed.values() if attention}
+    known = plugins.registered("systems").items()
+    assert names == {name for name, system in known if issubclass(system, OneShot) and "lrsa_lit" in system.__module__}
+    scorer = {"scorer": {"class_path": "value_norm.ValueNorm"}}
+    own = {"values": {"system": "ValueNorm"}, "cut": {"system": {"class_path": "AdaKV", "init_args": scorer}}}
+    (tmp_path / "own.yaml").write_text(
+        yaml.safe_dump({"plugins": "value_norm", "model": {"evaluate": listed | own}}, sort_keys=False)
+    )
+    main([*TEST, "--config", "own.yaml"])
+    about = json.loads(next(tmp_path.rglob("answers.json")).read_text())["attentions"]
+    assert list(about) == ["LRSA", *listed, *own]
+    assert about["values"]["rule"]["system"]["class_path"] == "value_norm.ValueNorm"
+    (line,) = next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()
+    losses = {json.loads(line)[name]["loss"] for name in about}
+    assert len(losses) == len(about)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model.lrsa.system", "SnapKV", "--model.lrsa.system.kept", "2"], ["model.lrsa.system.init_args.kept: 2"]),
+        (["--model.lrsa.system", "SnapKV", "--model.lrsa.system.kep", "1"], ["model.lrsa.system", "kep", "kept"]),
+        (["--model.evaluate", "{x: {system: Nope}}"], ["model.evaluate.x.system: 'Nope'"]),
+        (["--model.evaluate", "{x: {system: MeanPool}}"], ["model.evaluate.x.system: 'MeanPool'"]),
+        (["--model.evaluate", "{x: {system: {class_path: SnapKV, init_args: {window: 9999}}}}"],
+         ["model.evaluate.x.window: 9999", "a prompt of 532 tokens"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_line(arguments, parts, capfd):
+    error = refusal(capfd, *TEST, *arguments)
+    assert all(part in error for part in parts), error
+
+
+def test_a_system_that_cannot_train_is_not_trained(capfd):
+    error = refusal(capfd, "fit", *DEBUG, *NO_LOGGER, "--model.lrsa.system", "ExpectedAttention")
+    assert "model.train_attention: 'ExpectedAttention' is a system that cannot train" in error
