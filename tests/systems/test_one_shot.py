@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import refused
+from systems.recorded import vectors
 
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, prefill, using
 from lrsa_lit.systems import KeyNorm, StreamingLLM
@@ -84,3 +85,10 @@ def test_sinks_are_counted(sinks):
 def test_an_unknown_system_is_refused():
     with refused("system"):
         LRSAConfig(system={"class_path": "lrsa_lit.systems.Nothing"})
+
+
+@pytest.mark.parametrize(("tokens", "removed", "kept"), vectors("streaming_llm")["n_kept"])
+def test_a_share_keeps_as_many_as_kvpress(tokens, removed, kept):
+    """But for a product that is a whole number: there 300 * (1 - 0.9) is 29.99…, and one is lost."""
+    wanted = round(tokens * (1 - removed), 9)
+    assert KeyNorm(1 - removed).count(tokens) == (wanted if wanted == int(wanted) else kept)
