@@ -49,7 +49,7 @@ def budgets(heads: int, lag: int, kept: int) -> dict[str, tuple[int, ...]]:
 
 
 def gate(rules: Sequence[HeadRules], shape: Sequence[int]) -> bool:
-    """Outputs and gradients at 2,049 tokens, by recency: a score that rounds would keep other tokens in other dtypes."""
+    """Outputs and gradients at 2,049 tokens, by recency: scores may keep other tokens in other dtypes."""
     *tensors, gradient = _inputs(*shape, 2049)
     for each in rules:
         rule, results = HeadRules(each.common.replace(compressor=Recency()), each.top_k), []

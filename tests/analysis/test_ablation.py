@@ -13,8 +13,9 @@ from helpers import quiet_trainer, refused
 from mlflow.tracking import MlflowClient
 from torch.utils.data import DataLoader
 
-from lrsa_lit.analysis.ablation import LayerAblation
-from lrsa_lit.attention import LRSAConfig, enable, using
+from lrsa_lit.analysis.ablation import HeadAblation, LayerAblation
+from lrsa_lit.analysis.head_worths import budgets_for, write_budgets
+from lrsa_lit.attention import LRSAConfig, enable, mean_top_k, using
 from lrsa_lit.cli.main import main
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone
@@ -232,3 +233,55 @@ def test_two_devices_find_what_one_does(limit, tmp_path):
     for name in ("none", "all"):
         assert one["questions"][name] == pytest.approx(other["questions"][name], rel=1e-5)
     assert one["suggestion"] == other["suggestion"]
+
+
+def test_the_only_head_whose_attention_matters_gets_the_budget(tmp_path, capfd):
+    """The output of all other heads is zero: none of them is worth anything."""
+    model = tiny_model(num_layers=3)
+    for layer, decoder in enumerate(model.model.layers):
+        # Two query heads of each of two key-value heads.
+        silent = slice(None) if layer != 1 else slice(0, decoder.self_attn.o_proj.in_features // 2)
+        torch.nn.init.zeros_(decoder.self_attn.o_proj.weight.data[:, silent])
+        decoder.self_attn.o_proj.weight.data.mul_(30)
+    callback = HeadAblation(top_k=15, share=0.25)
+    trainer(tmp_path, callback).validate(task(model), loader(examples(model)), verbose=False)
+    (path,) = tmp_path.rglob("heads.json")
+    values = json.loads(path.read_text())
+    first, *others = values["ranking"]
+    assert (first["layer"], first["head"]) == (1, 1)
+    assert first["fall"] > 0.1
+    assert [abs(other["fall"]) < 1e-5 for other in others] == [True] * 5
+    # 0.25 x 6 heads x 16: the best one is dense, the next one has the rest.
+    budgets = json.loads((path.parent / "head_top_k.json").read_text())
+    assert budgets == values["head_top_k"]
+    assert (budgets[1][1], sum(map(sum, budgets))) == (16, 24)
+    assert "│ layer 1 head 1 │" in (shown := capfd.readouterr().out)
+    assert f"25 % kept: --model.lrsa.head_top_k {path.parent / 'head_top_k.json'}" in shown
+
+    write_budgets(path, tmp_path / "half.json", 8, least=2)
+    half = LRSAConfig(lag_size=16, top_k=2, head_top_k=str(tmp_path / "half.json"))
+    assert mean_top_k(half, 3) == 8
+    with using(model, half):
+        model(torch.arange(3, 90)[None])
+
+
+def test_budgets_of_layers(tmp_path):
+    ranking = [{"layer": layer, "fall": fall} for layer, fall in ((2, 0.5), (0, 0.1), (1, -0.2))]
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps({"ranking": ranking, "rule": {"lag_size": 16}}))
+    write_budgets(path, tmp_path / "k.json", 7)
+    assert json.loads((tmp_path / "k.json").read_text()) == [5, 0, 16]
+    assert budgets_for([[0.1, 0.1], [0.3, 0.2]], 4, 8, least=1) == [[1, 1], [8, 6]]
+    with refused("mean_top_k", 1.0):
+        budgets_for([1.0, 2.0], 1, 16, least=2)
+
+
+def test_heads_are_ranked_under_one_k(tmp_path):
+    ragged = task(tiny_model(), RULE.replace(head_top_k=[2, [0, 1]]))
+    for callback, made, reason in (
+        (HeadAblation(), ragged, "one number"),
+        (LayerAblation(), ragged, "one number"),
+        (HeadAblation(top_k=0), task(tiny_model()), "anything to lose"),
+    ):
+        with refused("top_k", reason=reason):
+            callback.check_settings(made, "validate")

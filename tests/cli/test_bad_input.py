@@ -19,6 +19,10 @@ def bad_inputs():
     yield "lag size text", [f"--{rule}.lag_size", "abc"], {}, ["model.lrsa.lag_size", "abc", "int"]
     yield "top k negative", [f"--{rule}.top_k", "-1"], {}, ["lrsa.top_k", "-1", "0 to lag_size (32)"]
     yield "top k above lag size", [f"--{rule}.top_k", "33"], {}, ["lrsa.top_k", "33", "0 to lag_size (32)"]
+    wrong = "model.lrsa.head_top_k: has K of 3 layers x 2 heads; the model has 2 layers x 2 heads"
+    yield "budgets of another shape", [f"--{rule}.head_top_k", "[[1,2],[1,2],3]"], {}, [wrong]
+    bound = "model.lrsa.head_top_k.1.0: 33 is not allowed; it must be an integer from 0 to lag_size (32)"
+    yield "budget above lag size", [f"--{rule}.head_top_k", "x.json"], {"x.json": "[[1, 2], [33, 0]]"}, [bound]
     yield "chunk zero", [f"--{rule}.chunk_size", "0"], {}, ["lrsa.chunk_size", "0", ">= 1"]
     yield "unknown key", [f"--{rule}.topk", "3"], {}, ["model.lrsa.topk", "model.lrsa.top_k"]
     yield (

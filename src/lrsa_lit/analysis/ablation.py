@@ -1,10 +1,12 @@
-"""A callback that tells which layers are worth being left dense, for a model and data of one's own."""
+"""Callbacks that tell which layers are worth being left dense, and which heads may keep less, for data of one's own."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +15,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.analysis.capture import first_rows
+from lrsa_lit.analysis.head_worths import HeadWorths
 from lrsa_lit.analysis.layer_gains import LayerGains, Question, exactly
 from lrsa_lit.attention import LRSAConfig, attached
+from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 from lrsa_lit.strategies import gathered
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from lrsa_lit.data.collate import Batch
-    from lrsa_lit.tasks import LongContextQA
 
 
 class LayerAblation(Callback):
@@ -46,6 +49,7 @@ class LayerAblation(Callback):
         limit: look at the first so many questions of the validation; null at all.
     """
 
+    name = "layers"
     only_validates = True
     """The command line leaves it out of a fit, whose validations before and after training are not asked for it."""
 
@@ -97,7 +101,8 @@ class LayerAblation(Callback):
             count = max(within, 1) if first < self.limit else 0
         if count:
             with trainer.precision_plugin.forward_context():
-                self._questions.extend(_ablated(pl_module, first_rows(batch, count), self._rule))
+                attentions = self._attentions(pl_module, self._rule)
+                self._questions.extend(_ablated(pl_module, first_rows(batch, count), attentions))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was found on all devices."""
@@ -106,11 +111,9 @@ class LayerAblation(Callback):
         of_all = (question for share in gathered(self._questions) for question in share if not question.repeated)
         questions = sorted(of_all, key=lambda question: question.position)
         if questions and trainer.is_global_zero:
-            found = LayerGains(self._rule, cast("LongContextQA", pl_module).backbone.name, questions[: self.limit])
-            path = next(path for path in numbered(run_folder(trainer) / "layers.json") if not path.exists())
-            text = json.dumps(found.to_dict(self.share), ensure_ascii=False, indent=1)
-            write_atomically(path, lambda file: file.write(text.encode()))
-            upload(trainer, [path])
+            found = self._gains(pl_module, self._rule, questions[: self.limit])
+            path = next(path for path in numbered(run_folder(trainer) / f"{self.name}.json") if not path.exists())
+            upload(trainer, self._write(found, path))
             self._found = found, path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -120,26 +123,93 @@ class LayerAblation(Callback):
         (found, path), self._found = self._found, None
         console = PlainConsole()
         console.print(found.table())
-        console.say(str(found.suggestion(self.share)))
-        console.say(f"Layers: {path}")
+        console.say(self._suggested(found, path))
+        console.say(f"{self.name.capitalize()}: {path}")
+
+    def _attentions(self, task: Any, rule: LRSAConfig) -> list[LRSAConfig | None]:
+        """The rule, those that are ranked, and dense attention."""
+        layers = range(task.model.config.get_text_config().num_hidden_layers)
+        return [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
+
+    def _gains(self, task: Any, rule: LRSAConfig, questions: list[Question]) -> LayerGains:
+        return LayerGains(rule, task.backbone.name, questions)
+
+    def _write(self, found: LayerGains, path: Path) -> list[Path]:
+        """Write what was found; returns the files."""
+        text = json.dumps(found.to_dict(self.share), ensure_ascii=False, indent=1)
+        write_atomically(path, lambda file: file.write(text.encode()))
+        return [path]
+
+    def _suggested(self, found: LayerGains, path: Path) -> str:
+        return str(found.suggestion(self.share))
 
     def _sparse(self, task: Any) -> LRSAConfig:
         """The run's rule, or the one with another K, with no layer dense."""
         rule: LRSAConfig = task.lrsa
+        if self.top_k is None and rule.head_top_k is not None:
+            raise UserError("top_k", reason="must be set where the run has head_top_k: K of the others is one number")
         key, top_k = ("lrsa.top_k", rule.top_k) if self.top_k is None else ("top_k", self.top_k)
         if top_k >= rule.lag_size:
             below = f"below lag_size ({rule.lag_size}), as layers that drop nothing are dense ones"
-            raise UserError(key, top_k, below, reason="is not allowed for LayerAblation")
+            raise UserError(key, top_k, below, reason=f"is not allowed for {type(self).__name__}")
         if exactly(self.share) * rule.lag_size < 1:
             least = f"1/{rule.lag_size} or more: K = 1 in all layers keeps so much"
             raise UserError("share", self.share, f"{least} with lag_size {rule.lag_size}")
         return rule.replace(top_k=top_k, dense_layers=())
 
 
-def _ablated(task: Any, batch: Batch, rule: LRSAConfig) -> list[Question]:
-    """The questions of a batch under each attention: none, every single one, all layers dense."""
-    layers = range(task.model.config.get_text_config().num_hidden_layers)
-    attentions = [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
+class HeadAblation(LayerAblation):
+    """Rank the key-value heads by the answer loss with each of them alone keeping nothing, and give each its K.
+
+    As :class:`LayerAblation`, with N H + 2 forwards of each question for N layers of H heads: all others have the run's
+    rule, the one of a forward K = 0. It leaves ``heads.json``, with what each head is worth (N, H), and beside it
+    ``head_top_k.json``, which ``model.lrsa.head_top_k`` takes: K = L for the best heads and 0 for the others, with
+    ``share`` of L as their mean. ``write_budgets`` of ``head_worths`` makes such a file for another mean, also from
+    a ``layers.json``.
+
+    Args:
+        top_k: K of the other heads meanwhile, 1 <= K < L; null takes the run's.
+        share: of the key-value pairs that all heads keep together, 1/L <= share < 1.
+        limit: look at the first so many questions of the validation; null at all.
+    """
+
+    name = "heads"
+
+    def _attentions(self, task: Any, rule: LRSAConfig) -> list[LRSAConfig | None]:
+        config = task.model.config
+        layers, heads = range(config.get_text_config().num_hidden_layers), range(heads_of(config))
+        alone = [
+            [[0 if (layer, head) == one else rule.top_k for head in heads] for layer in layers]
+            for one in itertools.product(layers, heads)
+        ]
+        return [rule, *(rule.replace(head_top_k=budgets) for budgets in alone), None]
+
+    def _gains(self, task: Any, rule: LRSAConfig, questions: list[Question]) -> HeadWorths:
+        return HeadWorths(rule, task.backbone.name, questions, heads_of(task.model.config))
+
+    def _write(self, found: LayerGains, path: Path) -> list[Path]:
+        assert isinstance(found, HeadWorths)
+        budgets = json.dumps(found.budgets(self.share))
+        write_atomically(self._budgets(path), lambda file: file.write(budgets.encode()))
+        return [*super()._write(found, path), self._budgets(path)]
+
+    def _suggested(self, found: LayerGains, path: Path) -> str:
+        return f"{100 * self.share:.3g} % kept: --model.lrsa.head_top_k {shlex.quote(str(self._budgets(path)))}"
+
+    def _budgets(self, path: Path) -> Path:
+        """The file beside that of the ranking."""
+        return path.with_name(path.name.replace(self.name, "head_top_k", 1))
+
+    def _sparse(self, task: Any) -> LRSAConfig:
+        rule = super()._sparse(task)
+        if rule.top_k == 0:
+            key = "lrsa.top_k" if self.top_k is None else "top_k"
+            raise UserError(key, 0, "1 or more", reason="leaves no head anything to lose")
+        return rule
+
+
+def _ablated(task: Any, batch: Batch, attentions: list[LRSAConfig | None]) -> list[Question]:
+    """The questions of a batch under each attention."""
     with _unwarned():
         losses, tokens = zip(*(task.losses(batch, attention) for attention in attentions), strict=True)
     by_question = torch.stack(losses, dim=1).tolist()

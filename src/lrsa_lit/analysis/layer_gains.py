@@ -75,9 +75,8 @@ class LayerGains:
 
     def table(self) -> Table:
         """The ranking, to be printed."""
-        questions = f"{len(self._questions)} question{'' if len(self._questions) == 1 else 's'}"
         rule = f"L={self.rule.lag_size} K={self.rule.top_k}"
-        table = Table(title=f"One layer dense, the others {rule}, on {questions}")
+        table = Table(title=f"One layer dense, the others {rule}, on {self._count()}")
         table.add_column("dense")
         for name in ("answer loss", "fall", "95 % interval"):
             table.add_column(name, justify="right")
@@ -108,6 +107,9 @@ class LayerGains:
                 "layers": single,
             },
         }
+
+    def _count(self) -> str:
+        return f"{len(self._questions)} question{'' if len(self._questions) == 1 else 's'}"
 
     def _mean(self, losses: NDArray[np.float64]) -> float:
         return float(losses.sum() / self._tokens.sum())
