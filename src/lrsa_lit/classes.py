@@ -121,7 +121,8 @@ def _classes(hint: Any) -> Iterator[type]:
 def _subclasses(kinds: Iterable[type]) -> Iterator[type]:
     """All of them that are imported."""
     for kind in kinds:
-        for child in type.__subclasses__(kind):
+        children: list[type] = type.__subclasses__(kind)
+        for child in children:
             yield child
             yield from _subclasses([child])
 

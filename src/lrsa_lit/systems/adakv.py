@@ -70,7 +70,7 @@ class UnequalStream(OneShotStream):
     _grouped: GroupedStream | None = None
 
     @property
-    def parts(self) -> Sequence[KeyValueStream]:
+    def parts(self) -> Sequence[Stream]:
         """As :class:`Stream` has it."""
         return (self,) if self._grouped is None else self._grouped.parts
 
