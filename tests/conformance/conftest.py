@@ -37,6 +37,7 @@ INIT_ARGS: dict[str, dict[str, Any]] = {
     "DuoAttention": {"gates": [[0.9, 0.1], [0.2, 0.8]], "sink_size": 2, "recent": 5},
     "ExpectedAttention": {"sink_size": 2, "future": 8},
     "FreqKV": {"capacity": 12, "sink_size": 2},
+    "KVzip": {"sink_size": 2, "chunk": 9},
     "KeyDiffBlocks": {"pairs": 8, "block": 3},
     "LagKVPress": {"sink_size": 2, "lag_size": 4},
     "SnapKV": {"window": 3},

@@ -6,14 +6,15 @@ import json
 import pytest
 import torch
 
-from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, enabled_config, prefill, using
+from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, enabled_config, end_prompt, prefill, using
 from lrsa_lit.data.collate import IGNORE_INDEX
-from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention.buffer import RowBuffer
 from lrsa_lit.systems import System
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 
 PROMPT, ANSWER = 23, 4
+TOKENIZER = tiny_tokenizer()
 LENGTHS = [23, 12, 19]
 
 
@@ -37,7 +38,7 @@ def behind(model, prompt, *, mask=None, calls=8192):
     """The cache where the prompt has ended, and the logits (B, 1, V) of its last tokens."""
     cache = LRSACache.of(model)
     logits = prefill(model, prompt, cache, attention_mask=mask, tokens_per_call=calls)
-    cache.end_prompt()
+    end_prompt(model, cache, prompt, mask, encode=TOKENIZER.encode)
     return cache, logits
 
 
@@ -90,7 +91,7 @@ def test_reordered_rows_go_on_as_they_were(model, ended):
     cache = LRSACache.of(model)
     if ended:
         prefill(model, prompt, cache)
-        cache.end_prompt()
+        end_prompt(model, cache, prompt, encode=TOKENIZER.encode)
         answered(model, cache, answer[:, :2])
         cache.reorder_cache(order)
         alike(answered(model, cache, answer[order, 2:]), expected[:, 2:])
@@ -100,7 +101,7 @@ def test_reordered_rows_go_on_as_they_were(model, ended):
     prefill(model, prompt[:, :17], cache)
     cache.reorder_cache(order)
     prefill(model, prompt[order, 17:], cache)
-    cache.end_prompt()
+    end_prompt(model, cache, prompt[order], encode=TOKENIZER.encode)
     alike(answered(model, cache, answer[order]), expected)
 
 
@@ -132,13 +133,13 @@ def test_losses_and_answers_are_those_of_the_cache(model):
     labels = torch.full((3, ANSWER + 2), IGNORE_INDEX)
     for row, size in enumerate(sizes):
         labels[row, row : row + size] = answer[row, :size]
-    losses = losses_behind_prompts(model, {"prompt_ids": prompt, "prompt_mask": mask, "labels": labels})
+    losses = losses_behind_prompts(model, {"prompt_ids": prompt, "prompt_mask": mask, "labels": labels}, TOKENIZER)
     cache, last = behind(model, prompt, mask=mask)
     logits = torch.cat([last, answered(model, cache, answer, calls=1)], dim=1).float().log_softmax(dim=-1)
     for row, size in enumerate(sizes):
         expected = -sum(logits[row, place, answer[row, place]] for place in range(size))
         torch.testing.assert_close(losses[row].float(), expected, rtol=0, atol=1e-3)
-    likely, tokens_of = Greedy(model, stops=(), max_new_tokens=3)(prompt, mask), []
+    likely, tokens_of = Greedy(model, stops=(), max_new_tokens=3, encode=TOKENIZER.encode)(prompt, mask), []
     cache, last = behind(model, prompt, mask=mask)
     for _ in range(3):
         tokens_of.append(last[:, -1].argmax(dim=-1))
@@ -160,7 +161,7 @@ def test_its_bytes_are_those_of_the_memory_that_it_holds(model):
     for ids in pieces:
         prefill(model, ids, cache)
         assert cache.nbytes == memory(cache)
-    cache.end_prompt()
+    end_prompt(model, cache, torch.cat(pieces, dim=1), encode=TOKENIZER.encode)
     assert cache.nbytes == memory(cache)
     answered(model, cache, tokens(1, ANSWER))
     assert cache.nbytes == memory(cache)

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from lrsa_lit.attention.cache import LRSACache
     from lrsa_lit.attention.cache_budget import at_budget, head_of
     from lrsa_lit.attention.config import LayerRules, LRSAConfig
-    from lrsa_lit.attention.decoding import Greedy, graphed_decoding, greedy_tokens, prefill, single_token_steps
+    from lrsa_lit.attention.decoding import (
+        Greedy,
+        end_prompt,
+        graphed_decoding,
+        greedy_tokens,
+        prefill,
+        single_token_steps,
+    )
     from lrsa_lit.attention.interface import (
         LAYOUT,
         dense_pass,
@@ -28,9 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "Measured", "Usage",
-    "at_budget", "base_of", "cache_argument", "dense_pass", "disable", "enable", "enabled_config", "graphed_decoding",
-    "greedy_tokens", "head_of", "mean_top_k", "observing", "packed_layout", "prefill", "rotaries_of", "shares",
-    "single_token_steps", "using",
+    "at_budget", "base_of", "cache_argument", "dense_pass", "disable", "enable", "enabled_config", "end_prompt",
+    "graphed_decoding", "greedy_tokens", "head_of", "mean_top_k", "observing", "packed_layout", "prefill",
+    "rotaries_of", "shares", "single_token_steps", "using",
 ]  # fmt: skip
 
 _NAMES = {
@@ -39,7 +46,7 @@ _NAMES = {
     "cache_budget": ("at_budget", "head_of"),
     "cache": ("LRSACache",),
     "config": ("LRSAConfig", "LayerRules"),
-    "decoding": ("Greedy", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),
+    "decoding": ("Greedy", "end_prompt", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),
     "interface": ("LAYOUT", "dense_pass", "disable", "enable", "enabled_config", "observing", "using"),
     "layout": ("Layout", "packed_layout"),
     "measured": ("Measured", "Usage", "shares"),

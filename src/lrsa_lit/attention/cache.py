@@ -20,7 +20,7 @@ from lrsa_lit.attention.measured import Measured, total
 from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.attention.stock import Lease, lease
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl
+from lrsa_lit.ops.sparse_attention import Impl, Stream
 
 
 class LRSACache(Cache):
@@ -121,17 +121,22 @@ class LRSACache(Cache):
 
     def end_prompt(self) -> None:
         """Say that the prompt is over, once: systems with one cut make it now. To a rule it means nothing."""
-        rules = self.config.layers
-        if rules.system is None:
+        system = self.config.system
+        if system is None:
             return
-        layers = [layer for index, layer in enumerate(self.layers) if rules.system_of(index) is not None]
         with self.changing():
-            if rules.system.rows_differ:
+            if system.rows_differ:
                 # Dense layers too: all must hold equally many rows a stream.
                 for layer in self.layers:
                     layer.split()
-            for streams in zip(*(layer.streams for layer in layers), strict=True):
-                rules.system.end_prompt(streams)
+            for streams in self.system_streams():
+                system.end_prompt(streams)
+
+    def system_streams(self) -> list[tuple[Stream, ...]]:
+        """For all rows together, or for each: the streams of the layers that obey the system, none if all are dense."""
+        rules = self.config.layers
+        layers = [layer for index, layer in enumerate(self.layers) if rules.system_of(index) is not None]
+        return list(zip(*(layer.streams for layer in layers), strict=True))
 
     @property
     def graphable(self) -> bool:
@@ -158,6 +163,23 @@ class LRSACache(Cache):
         before, self._busy = self._busy, "change"
         yield
         self._busy = before
+
+    @contextlib.contextmanager
+    def probing(self) -> Iterator[None]:
+        """Run a block in which calls attend to the past without being taken in: afterwards all is as before.
+
+        If it is cut short, the cache is refused until it is reset.
+        """
+        try:
+            for layer in self.layers:
+                layer.probing = True
+            yield
+        except BaseException:
+            self._busy = "change"
+            raise
+        finally:
+            for layer in self.layers:
+                layer.probing = False
 
     def reset(self) -> None:
         """Forget everything, also that a call was cut short."""

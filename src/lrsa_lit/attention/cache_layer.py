@@ -52,6 +52,8 @@ class LRSACacheLayer(CacheLayerMixin):
         # One that all rows share, or one for each row; none before the first call.
         self.streams: list[Stream] = []
         self.rows = 0
+        # Calls then attend to the past, and are not taken in: see LRSACache.probing.
+        self.probing = False
         self._columns = self._token_bytes = 0
         self._step: Literal["idle", "begun", "given", "storing"] = "idle"
         self._given: tuple[torch.Size, torch.Size] | None = None
@@ -125,22 +127,28 @@ class LRSACacheLayer(CacheLayerMixin):
             )
         self._step = "storing"
         output = self._attend(query, key, value, scale)
-        self.count(query.shape[2])
+        self.count(0 if self.probing else query.shape[2])
         return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         whole = (0, query.shape[2])
         spans = self._spans or [whole] * self.rows
         if len(self.streams) == 1 and spans[0] == whole:
-            return self.streams[0].attend(query, key, value, scale)
+            return self._attend_of(self.streams[0])(query, key, value, scale)
         output = torch.zeros_like(query)
         for row, stream in enumerate(self.streams):
             rows = slice(None) if len(self.streams) == 1 else slice(row, row + 1)
             start, stop = spans[row]
             real = rows, slice(None), slice(start, stop)
             if start < stop:
-                output[real] = stream.attend(query[real], key[real], value[real], scale)
+                output[real] = self._attend_of(stream)(query[real], key[real], value[real], scale)
         return output
+
+    def _attend_of(self, stream: Stream) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+        if not self.probing:
+            return stream.attend
+        assert isinstance(stream, KeyValueStream)
+        return stream.probe
 
     @property
     def _stock_stream(self) -> KeyValueStream:

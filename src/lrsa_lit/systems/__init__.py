@@ -8,6 +8,7 @@ from lrsa_lit.systems.expected_attention import ExpectedAttention
 from lrsa_lit.systems.freqkv import FreqKV
 from lrsa_lit.systems.key_scores import KeyDiff, KeyNorm, Random, StreamingLLM
 from lrsa_lit.systems.keydiff_blocks import KeyDiffBlocks
+from lrsa_lit.systems.kvzip import KVzip
 from lrsa_lit.systems.lagkv_press import LagKVPress
 from lrsa_lit.systems.one_shot import OneShot, Prompt
 from lrsa_lit.systems.query_scores import TOVA, SnapKV
@@ -25,6 +26,7 @@ __all__ = [
     "ExpectedAttention",
     "FreqKV",
     "Head",
+    "KVzip",
     "KeyDiff",
     "KeyDiffBlocks",
     "KeyNorm",

@@ -53,15 +53,24 @@ class AdaKV(Rescored):
         if count == tokens:
             return super().keep(prompt)
         scores = self.scores(prompt)
-        best = highest(scores.flatten(1), scores.shape[1] * count)
-        kept = torch.zeros_like(scores, dtype=torch.bool).flatten(1).scatter(1, best, True).view_as(scores)
-        places = torch.arange(tokens, device=kept.device)
-        ascending = places.where(kept, tokens).sort(dim=-1).values[..., : int(kept.sum(dim=-1).max())]
-        return ascending.masked_fill(ascending == tokens, -1)
+        return highest_together(scores, scores.shape[1] * count)
 
     def stream(self, place: Place, impl: Impl) -> Stream:
         """As :class:`System` has it."""
         return UnequalStream(self, place, impl)
+
+
+def highest_together(scores: Tensor, count: int) -> Tensor:
+    """Where the highest scores (B, H, T) of all heads of a row are, of equal ones those of the earlier head and token.
+
+    Returns:
+        (B, H, most of a head) int64, ascending: where others have fewer, -1 stands behind their positions.
+    """
+    tokens, best = scores.shape[2], highest(scores.flatten(1), count)
+    kept = torch.zeros_like(scores, dtype=torch.bool).flatten(1).scatter(1, best, True).view_as(scores)
+    places = torch.arange(tokens, device=kept.device)
+    ascending = places.where(kept, tokens).sort(dim=-1).values[..., : int(kept.sum(dim=-1).max())]
+    return ascending.masked_fill(ascending == tokens, -1)
 
 
 class UnequalStream(OneShotStream):

@@ -204,7 +204,7 @@ class OneShotStream(KeyValueStream):
     def rows(self, indices: Tensor) -> OneShotStream:
         """As :class:`Stream` has it."""
         other = type(self)(self.system, self.place, self.impl)
-        other.seen, other._scale = self.seen, self._scale
+        other.seen, other._scale, other._probed = self.seen, self._scale, self._probed
         other._store = None if self._store is None else self._store.rows(indices)
         other.kept = None if self.kept is None else self.kept[indices.cpu()]
         other._waiting = None if self._waiting is None else self._waiting[indices]

@@ -9,8 +9,8 @@ import bisect
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +24,23 @@ from lrsa_lit.ops.sparse_attention import (
     checked_boundaries,
     dense_attention,
 )
+
+Encode = Callable[[str], list[int]]
+"""The token ids of a text, without special ones."""
+
+
+class Repeat(NamedTuple):
+    """Tokens that the model reads behind a prompt, to show what it needs of a part of it.
+
+    Attributes:
+        start: of the part, counted in the prompt's tokens.
+        stop: its end.
+        ids: the tokens.
+    """
+
+    start: int
+    stop: int
+    ids: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +99,7 @@ class System(ABC):
         answers_by_token: whether what a token of an answer attends to depends on those that come in the same call.
         rows_differ: whether rows of a batch may hold different numbers of pairs behind the prompt, so that each then
             has a stream for itself.
+        repeats_prompt: whether the model must read :meth:`repeats` before the prompt is over.
     """
 
     trains: ClassVar[bool] = False
@@ -91,6 +109,7 @@ class System(ABC):
     graphable: ClassVar[bool] = False
     rows_differ: ClassVar[bool] = False
     budget_field: ClassVar[str] = ""
+    repeats_prompt: ClassVar[bool] = False
 
     @abstractmethod
     def stream(self, place: Place, impl: Impl) -> Stream:
@@ -116,6 +135,19 @@ class System(ABC):
 
     def check(self, layers: int, heads: int) -> None:  # noqa: B027 - most suit all models
         """Raise a UserError unless it suits a model of so many layers and key-value heads."""
+
+    def repeats(self, streams: Sequence[Stream], prompt: Sequence[int], encode: Encode | None) -> list[Repeat]:
+        """What the model is to read behind a prompt, one after the other, each as if the others were not there.
+
+        Args:
+            streams: those of :meth:`end_prompt`, which note what they see.
+            prompt: its token ids.
+            encode: of the model's tokenizer; None if nobody has it.
+        """
+        return []
+
+    def begin_repeat(self, streams: Sequence[Stream], repeat: Repeat) -> None:  # noqa: B027 - most need none
+        """Tell the streams what is read next."""
 
     def end_prompt(self, streams: Sequence[Stream]) -> None:
         """The prompt is over: what the streams of all layers that are not dense, in their order, do then."""

@@ -5,31 +5,38 @@ Dimensions: B examples, A tokens of the longest answer, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from lrsa_lit.attention import LRSACache, cache_argument, prefill
+from lrsa_lit.attention import LRSACache, cache_argument, end_prompt, prefill
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch
 from lrsa_lit.models.head import losses_of_rows
+from lrsa_lit.strategies import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @torch.no_grad()
-def losses_behind_prompts(model: Any, batch: Batch) -> Tensor:
+def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Sums (B,) float64 of the cross-entropies of each answer, which follows its prompt in the cache.
 
     Args:
         model: a causal language model, a system enabled.
         batch: to evaluate on.
+        tokenizer: the model's, for systems that have it repeat the prompt.
     """
     labels = batch["labels"]
     answers = pad_sequence([row[row != IGNORE_INDEX] for row in labels], True, padding_value=IGNORE_INDEX)
     cache = LRSACache.of(model)
     logits = prefill(model, batch["prompt_ids"], cache, attention_mask=batch["prompt_mask"])
-    cache.end_prompt()
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    end_prompt(model, cache, batch["prompt_ids"], batch["prompt_mask"], encode=encode, synced=is_sharded(model))
     losses = cross_entropy(logits[:, -1].float(), answers[:, 0], reduction="none").double()
     given, wanted = answers[:, :-1], answers[:, 1:]
     if not wanted.numel():

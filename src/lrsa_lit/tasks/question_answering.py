@@ -42,7 +42,6 @@ from lrsa_lit.tasks.top_k import TopKSchedule
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 Built = TypeVar("Built")
 
 
@@ -321,11 +320,11 @@ class LongContextQA(lightning.LightningModule):
     def losses(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Tensor, Tensor]:
         """Summed answer loss and answer tokens of each question (B,) under a rule; None is dense attention."""
         wanted, columns = targets(batch), batch["label_columns"]
-        if rule is not None and rule.system is not None and not rule.system.trains:
-            with using(self.model, rule), uncompiled():
-                return losses_behind_prompts(self.model, batch), (wanted != IGNORE_INDEX).sum(dim=1)
         with using(self.model, rule), uncompiled():
-            losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
+            if rule is not None and rule.system is not None and not rule.system.trains:
+                losses = losses_behind_prompts(self.model, batch, self.tokenizer)
+            else:
+                losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
         return losses, (wanted != IGNORE_INDEX).sum(dim=1)
 
     def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int], Usage | None]:
@@ -352,6 +351,7 @@ class LongContextQA(lightning.LightningModule):
                 longest_prompt=0 if data is None else data.max_tokens,
                 # All devices of a sharded model go on until the last one has its answers: each step takes them all.
                 synced=is_sharded(self.model),
+                encode=functools.partial(self.tokenizer.encode, add_special_tokens=False),
             )
         return self._greedy[rule]
 

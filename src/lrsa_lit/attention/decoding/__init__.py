@@ -2,6 +2,16 @@
 
 from lrsa_lit.attention.decoding.chunked_prefill import prefill
 from lrsa_lit.attention.decoding.decoder import Decoder, graphed_decoding, serving
+from lrsa_lit.attention.decoding.end_of_prompt import end_prompt
 from lrsa_lit.attention.decoding.greedy import Greedy, greedy_tokens, single_token_steps
 
-__all__ = ["Decoder", "Greedy", "graphed_decoding", "greedy_tokens", "prefill", "serving", "single_token_steps"]
+__all__ = [
+    "Decoder",
+    "Greedy",
+    "end_prompt",
+    "graphed_decoding",
+    "greedy_tokens",
+    "prefill",
+    "serving",
+    "single_token_steps",
+]

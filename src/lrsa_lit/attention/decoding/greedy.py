@@ -17,7 +17,9 @@ from lrsa_lit.attention.attached import base_of, enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.decoding.chunked_prefill import TOKENS_PER_CALL, prefill
 from lrsa_lit.attention.decoding.decoder import ROOM, Decoder
+from lrsa_lit.attention.decoding.end_of_prompt import end_prompt
 from lrsa_lit.attention.measured import Usage
+from lrsa_lit.systems.system import Encode
 
 Step = Callable[[Tensor], Tensor]
 """Takes in one token per row, (B, 1), and returns logits (B, 1, V), which the next step may overwrite."""
@@ -33,15 +35,23 @@ class Greedy:
         longest_prompt: its tokens, if known: memory for it is then made at once.
         synced: each forward needs other processes too (sharded weights), which must be called as often as this one; all
             go on until the last one has its answers.
+        encode: as :func:`end_prompt` has it.
 
     Attributes:
         usage: what the last batch took, without the rows that a graph has twice.
     """
 
     def __init__(
-        self, model: Any, stops: Container[int], *, max_new_tokens: int, longest_prompt: int = 0, synced: bool = False
+        self,
+        model: Any,
+        stops: Container[int],
+        *,
+        max_new_tokens: int,
+        longest_prompt: int = 0,
+        synced: bool = False,
+        encode: Encode | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._encode = model, encode
         self._stops, self._most, self._synced = stops, max_new_tokens, synced
         self._longest = longest_prompt + max_new_tokens if longest_prompt else 0
         self._graphed = base_of(model).device.type == "cuda" and not synced
@@ -72,7 +82,7 @@ class Greedy:
             tokens_per_call=most,
             progress=lambda _: peaks.append(cache.measured(rows).peak),
         )
-        cache.end_prompt()
+        end_prompt(self.model, cache, prompts, attention_mask, encode=self._encode, synced=self._synced)
         prompt, at, steps = cache.measured(rows), [], []
         for values in greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced):
             steps.append(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class Reader:
         import torch
         from transformers import TextStreamer
 
-        from lrsa_lit.attention import LRSACache, greedy_tokens
+        from lrsa_lit.attention import LRSACache, end_prompt, greedy_tokens
 
         started, self._reading = time.perf_counter() - self._reading, 0.0
         self.dialogue.ask(question)
@@ -98,7 +99,9 @@ class Reader:
         streamer = TextStreamer(self.tokenizer, skip_special_tokens=True) if show else None
         new: list[int] = []
         if isinstance(self.cache, LRSACache):
-            self.cache.end_prompt()
+            prompt = torch.tensor([self.dialogue.ids], device=self.model.device)
+            encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+            end_prompt(self.model, self.cache, prompt, encode=encode)
         first = 0.0
         for (token,) in greedy_tokens(logits, self._step, stop_tokens(self.tokenizer), most=self.max_new_tokens):
             first = first or time.perf_counter()

@@ -101,6 +101,7 @@ class KeyValueStream(Stream):
         self.partitions = 0
         self._store: PairBuffer | None = None
         self._queries: RowBuffer[tuple[Tensor]] | None = None
+        self._probed = 0
 
     @property
     def nbytes(self) -> int:
@@ -109,8 +110,8 @@ class KeyValueStream(Stream):
 
     @property
     def attended_pairs(self) -> float:
-        """As the rule has it."""
-        return attended_pairs(self.seen, self.rule)
+        """As the rule has it; those of :meth:`probe` as well."""
+        return attended_pairs(self.seen, self.rule) + self._probed
 
     @property
     def buffers(self) -> list[RowBuffer[Any]]:
@@ -142,11 +143,20 @@ class KeyValueStream(Stream):
         if self.crosses(count):
             return self._attend_across(query, key, value, scale)
         # All that is stored is visible to all new tokens, up to themselves.
-        visible = self.extend(key, value, query)
-        if count == 1:
+        return self._attend_to(self.extend(key, value, query), query, scale)
+
+    def probe(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """:meth:`attend` of tokens that are not taken in, where everything is kept."""
+        self._probed += attended_pairs(self.seen + key.shape[2], None) - attended_pairs(self.seen, None)
+        return self._attend_to(joined(self.buffer.filled, (key, value)), query, scale)
+
+    def _attend_to(self, visible: Pair, query: Tensor, scale: float) -> Tensor:
+        """Causal attention of the queries (B, Hq, N, D) of the last N of some pairs (B, H, …, D)."""
+        key, value = visible
+        if (count := query.shape[2]) == 1:
             grouped = query.unflatten(1, (key.shape[1], -1))
             return eager.causal_attention(grouped, *visible, scale).flatten(1, 2)
-        nothing, past = (key[:, :, :0], value[:, :, :0]), visible[0].shape[2] - count
+        nothing, past = (key[:, :, :0], value[:, :, :0]), key.shape[2] - count
         attend = implementation(self.impl, query).attend
         output: Tensor = attend(query, nothing, visible, KEEP_ALL, scale=scale, query_offset=past)
         return output
@@ -219,7 +229,7 @@ class KeyValueStream(Stream):
     def rows(self, indices: Tensor) -> KeyValueStream:
         """As :class:`Stream` has it."""
         other = KeyValueStream(self.rule, self.impl)
-        other.seen, other.partitions = self.seen, self.partitions
+        other.seen, other.partitions, other._probed = self.seen, self.partitions, self._probed
         other._store = None if self._store is None else self._store.rows(indices)
         other._queries = None if self._queries is None else self._queries.rows(indices)
         return other

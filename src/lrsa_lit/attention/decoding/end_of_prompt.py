@@ -1,0 +1,81 @@
+"""The end of a prompt, where systems cut: some of them only once the model has repeated the prompt.
+
+Dimensions: B prompts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lrsa_lit.attention.attached import base_of, cache_argument
+from lrsa_lit.attention.cache import LRSACache
+from lrsa_lit.errors import UserError
+from lrsa_lit.systems.system import Encode, Repeat
+
+
+@torch.no_grad()
+def end_prompt(
+    model: Any,
+    cache: LRSACache,
+    prompts: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    encode: Encode | None = None,
+    synced: bool = False,
+) -> None:
+    """Say that prompts are over, once: :meth:`LRSACache.end_prompt`, behind what its system has the model repeat.
+
+    Args:
+        model: with LRSA enabled.
+        cache: it holds the prompts and nothing else.
+        prompts: (B, T) token ids.
+        attention_mask: (B, T), 1 for real tokens; None: all are real.
+        encode: token ids of a text, without special ones. Only systems that have prompts repeated need it.
+        synced: other processes must be called as often as this one.
+
+    Raises:
+        UserError: the system refuses the prompt, or has the model read beyond its positions.
+    """
+    system, streams = cache.config.system, cache.system_streams()
+    if system is not None and system.repeats_prompt and streams:
+        mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
+        of_rows = streams if len(streams) == len(prompts) else streams * len(prompts)
+        real = [row[kept == 1].tolist() for row, kept in zip(prompts, mask, strict=True)]
+        repeats = [system.repeats(own, row, encode) for own, row in zip(of_rows, real, strict=True)]
+        _check_positions(model, real, repeats)
+        calls = max(map(len, repeats))
+        if synced:
+            most = torch.tensor(calls, device=prompts.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            calls = int(most)
+        with cache.probing():
+            for call in range(calls):
+                now = [row[call] if call < len(row) else None for row in repeats]
+                for own, repeat in zip(of_rows, now, strict=True):
+                    if repeat is not None:
+                        system.begin_repeat(own, repeat)
+                _read(model, cache, mask, [[] if repeat is None else repeat.ids for repeat in now])
+    cache.end_prompt()
+
+
+def _read(model: Any, cache: LRSACache, mask: Tensor, rows: Sequence[list[int]]) -> None:
+    """One call of tokens behind the prompts, padded on the right; a row without any, or none at all, is pads alone."""
+    tokens = [torch.tensor(row or [0], device=mask.device) for row in rows]
+    real = [torch.full((len(row) or 1,), int(bool(row)), dtype=mask.dtype, device=mask.device) for row in rows]
+    mask = torch.cat([mask, pad_sequence(real, batch_first=True)], dim=1)
+    ids = pad_sequence(tokens, batch_first=True)
+    model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+
+
+def _check_positions(model: Any, prompts: Sequence[list[int]], repeats: Sequence[Sequence[Repeat]]) -> None:
+    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    for prompt, repeat in zip(prompts, repeats, strict=True):
+        needed = len(prompt) + max((len(part.ids) for part in repeat), default=0)
+        if limit is not None and needed > limit:
+            reason = f"has the model read up to position {needed} to repeat a prompt of {len(prompt)}; it has {limit}"
+            raise UserError("system", reason=reason, hint="shorten the prompt, or what is repeated at a time")
