@@ -108,6 +108,12 @@ def test_heads_at_or_above_the_quantile_stay_full(sparsity, full):
         assert system.full == tuple(map(tuple, at_or_above.tolist()))
 
 
+def test_any_number_of_heads_may_be_full():
+    for system in (SYSTEM, DuoAttention([[0.5]])):
+        heads = system.most(0)
+        assert [sum(map(sum, system.sized(size).full)) for size in range(heads + 1)] == list(range(heads + 1))
+
+
 def test_of_equal_gates_the_share_is_kept_all_the_same():
     assert DuoAttention([[0, 0], [1, 0]], 0.5).full == ((True, False), (True, False))
 

@@ -92,7 +92,9 @@ class DuoAttention(System):
     def sized(self, size: int) -> DuoAttention:
         """With so many full heads."""
         heads = self.most(0)
-        return dataclasses.replace(self, sparsity=(heads - size) / max(heads - 1, 1) if size else 1.0)
+        # Between the gates of the last that is not full and the first that is.
+        below = max(heads - size - 0.5, 0.0) / max(heads - 1, 1)
+        return dataclasses.replace(self, sparsity=below if size else 1.0)
 
     def held(self, tokens: int) -> float:
         """Mean of all heads."""
