@@ -25,9 +25,8 @@ def test_the_shipped_list_has_every_system_of_one_cut_and_yours_beside_them(tmp_
     assert names == {name for name, system in known if issubclass(system, OneShot) and "lrsa_lit" in system.__module__}
     scorer = {"scorer": {"class_path": "value_norm.ValueNorm"}}
     own = {"values": {"system": "ValueNorm"}, "cut": {"system": {"class_path": "AdaKV", "init_args": scorer}}}
-    (tmp_path / "own.yaml").write_text(
-        yaml.safe_dump({"plugins": "value_norm", "model": {"evaluate": listed | own}}, sort_keys=False)
-    )
+    settings = {"plugins": "value_norm", "model": {"evaluate": listed | own, "generate_answers": False}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     main([*TEST, "--config", "own.yaml"])
     about = json.loads(next(tmp_path.rglob("answers.json")).read_text())["attentions"]
     assert list(about) == ["LRSA", *listed, *own]
