@@ -6,6 +6,7 @@ from helpers import refused
 from systems.recorded import vectors
 
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, prefill, using
+from lrsa_lit.attention.decoding.decoder import Decoder
 from lrsa_lit.systems import KeyNorm, StreamingLLM
 
 PROMPT, ANSWER = 23, 5
@@ -59,6 +60,19 @@ def test_greedy_answers_follow_the_cut(model, ids):
     tokens = torch.tensor([first, second])
     logits, _ = answered(model, KeyNorm(0.3), prompt, tokens)
     assert logits[:, :-1].argmax(dim=-1).tolist() == tokens[:, 1:].tolist()
+
+
+def test_a_decoder_serves_the_answer_in_memory_for_what_stays(model, ids):
+    prompt, answer = ids(2, PROMPT), ids(2, ANSWER)
+    expected, _ = answered(model, KeyNorm(0.4), prompt, answer)
+    with using(model, LRSAConfig(system=KeyNorm(0.4))), torch.no_grad():
+        cache = LRSACache.of(model)
+        prefill(model, prompt, cache)
+        cache.end_prompt()
+        decoder = Decoder(model, cache, room=ANSWER, longest=30)
+        logits = [decoder.step(token).clone() for token in answer.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-6)
+    assert cache.layers[0].streams[0].buffer.capacity == 12 + ANSWER
 
 
 def test_a_system_is_kept_by_configs_and_changes_no_older_digest():

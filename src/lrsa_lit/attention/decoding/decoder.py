@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class Decoder:
         for index, kind in enumerate(_kinds_of_parts(cache)):
             by_rule.setdefault(kind, []).append(index)
         self._parts_of_rules = list(by_rule.values())
-        self._places_at_once = [KeyValueStream(rule).most_stored(longest) for rule, _ in by_rule]
+        self._places_at_once = [_at_once(*kind, room, longest) for kind in by_rule]
         self._graphable = model.device.type == "cuda" and not _waits_for_lengths(model)
         # A function of the class: a method of its own would leave a decoder, its graph and memory, to the collector.
         self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
@@ -349,6 +350,13 @@ def _kinds_of_parts(cache: LRSACache) -> Iterator[tuple[Rule | None, System | No
         rules = layer.rule.rules if isinstance(layer.rule, HeadRules) else (layer.rule,)
         for rule in rules:
             yield rule, cache.config.layers.system_of(index)
+
+
+def _at_once(rule: Rule | None, system: System | None, room: int, longest: int) -> int:
+    """Places for rows of ``longest`` tokens, and for ``room`` more where a system has cut them."""
+    if system is None or not longest:
+        return KeyValueStream(rule).most_stored(longest)
+    return math.ceil(system.held(longest)) + room
 
 
 def _waits_for_lengths(model: Any) -> bool:
