@@ -25,7 +25,7 @@ from lrsa_lit.systems import ChunkKVPress, KVzip, kvzip
 from lrsa_lit.systems.kvzip import repeat_scores
 
 PROMPT, ANSWER, LAYERS, HEADS, DIM = 23, 5, 3, 2, 8
-SMALL = {"sink_size": 2, "chunk": 9, "first": "a", "later": "bc"}
+SMALL = {"sink_size": 2, "chunk": 9, "first": "a", "later": "bc", "suffix": "d"}
 
 
 def encode(text):
@@ -79,7 +79,7 @@ def expected_scores(model, prompt):
     model.set_attn_implementation("eager")
     for start, stop, asked in parts:
         named = prompt[start - 8 : start] if start > 2 else prompt[:0]
-        ids = torch.cat([prompt, torch.tensor(encode(asked)), named, prompt[start:stop]])
+        ids = torch.cat([prompt, torch.tensor(encode(asked)), named, torch.tensor(encode("d")), prompt[start:stop]])
         given = torch.stack(model(ids[None], output_attentions=True).attentions)[:, 0, :, PROMPT:].double()
         among = [0, 1, *range(start, stop), *range(PROMPT, len(ids))]
         given = given[..., among] / given[..., among].sum(dim=-1, keepdim=True)
@@ -146,7 +146,7 @@ def test_what_it_takes_is_measured_with_the_pass(model, ids):
     with using(model, config):
         greedy = Greedy(model, stops=(), max_new_tokens=1, encode=encode)
         greedy(ids(2, PROMPT))
-    found, repeats = shares([greedy.usage]), [1 + 9, 2 + 8 + 9, 2 + 8 + 3]
+    found, repeats = shares([greedy.usage]), [2 + 9, 3 + 8 + 9, 3 + 8 + 3]
     assert found["cache"] == pytest.approx((2 * config.system.pairs + PROMPT) / (LAYERS * PROMPT))
     dense = PROMPT * (PROMPT + 1) / 2
     assert found["pairs"] == 1 + sum(count * PROMPT + count * (count + 1) / 2 for count in repeats) / dense
@@ -206,12 +206,12 @@ def test_prompts_that_cannot_be_repeated_are_refused(model, ids, enabled, monkey
     with refused("system", reason="end_prompt"):
         filled(model, prompt).end_prompt()
     cache = filled(model, prompt)
-    # 2 tokens that ask, 8 that name the part, 9 of the part.
-    monkeypatch.setattr(model.config, "max_position_embeddings", PROMPT + 18)
-    with refused("system", reason=str(PROMPT + 19)) as caught:
-        end_prompt(model, cache, prompt, encode=encode)
-    assert str(PROMPT + 18) in caught.value.reason
+    # 3 tokens that ask, 8 that name the part, 9 of the part.
     monkeypatch.setattr(model.config, "max_position_embeddings", PROMPT + 19)
+    with refused("system", reason=str(PROMPT + 20)) as caught:
+        end_prompt(model, cache, prompt, encode=encode)
+    assert str(PROMPT + 19) in caught.value.reason
+    monkeypatch.setattr(model.config, "max_position_embeddings", PROMPT + 20)
     end_prompt(model, cache, prompt, encode=encode)
 
 

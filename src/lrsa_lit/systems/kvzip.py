@@ -34,7 +34,9 @@ class KVzip(OneShot):
     Behind a prompt the model reads, for each part of it, an instruction and that part, which takes about one more
     prefill. A pair's score is the highest probability that one of these queries gives it, among the sinks, its part and
     what is read. So it needs no question. ``kept`` and ``pairs`` are means over heads and layers, each row chooses for
-    itself, and what is dropped is gone. Unlike the original, chat templates leave the instruction alone.
+    itself, and what is dropped is gone. kvpress's KVzipPress keeps the same pairs where four tokens precede the text:
+    its parts begin behind what a chat template puts there, and ours behind the sinks. It reads the suffix from the
+    template as well.
 
     Args:
         sink_size: first tokens that always stay, and are not scored.
@@ -42,6 +44,7 @@ class KVzip(OneShot):
         per_layer: share the budget over the heads of each layer alone.
         first: the instruction in front of the first part.
         later: that in front of the others, followed by the 8 tokens before the part.
+        suffix: between the instruction and the part, such as the end of a turn and the beginning of the answer's.
     """
 
     sink_size: int = 4
@@ -49,6 +52,7 @@ class KVzip(OneShot):
     per_layer: bool = False
     first: str = "\n\nRepeat the previous context exactly."
     later: str = "\n\nRepeat the part of the previous context exactly, starting with"
+    suffix: str = "\n"
     graphable: ClassVar[bool] = False
     rows_differ: ClassVar[bool] = True
     repeats_prompt: ClassVar[bool] = True
@@ -87,12 +91,12 @@ class KVzip(OneShot):
         if encode is None:
             reason = "has the model repeat its prompt, which takes its tokenizer: pass encode"
             raise UserError("system", type(self).__name__, reason=reason)
-        found = []
+        found, suffix = [], encode(self.suffix)
         for start in range(self.sink_size, tokens, self.chunk):
             stop, is_first = min(start + self.chunk, tokens), start == self.sink_size
             asked = encode(self.first if is_first else self.later)
             named = [] if is_first else prompt[max(start - _NAMED, 0) : start]
-            found.append(Repeat(start, stop, [*asked, *named, *prompt[start:stop]]))
+            found.append(Repeat(start, stop, [*asked, *named, *suffix, *prompt[start:stop]]))
         return found
 
     def begin_repeat(self, streams: Sequence[Stream], repeat: Repeat) -> None:

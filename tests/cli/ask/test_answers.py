@@ -28,13 +28,14 @@ from rich.console import Console
 from scripted import scripted_model
 from transformers import DynamicCache, TextStreamer
 
-from lrsa_lit.attention import enable
+from lrsa_lit.attention import LRSACache, LRSAConfig, enable
 from lrsa_lit.cli.ask.dialogue import Dialogue
 from lrsa_lit.cli.ask.reader import Reader
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import stored_size
+from lrsa_lit.systems import KVzip
 
 
 def test_the_answer_is_printed_and_what_was_kept_of_the_text(ask):
@@ -100,6 +101,18 @@ def test_a_conversation_goes_on_as_the_chat_template_writes_it(end):
         model(torch.tensor([conversation]), past_key_values=expected)
     for layer, fresh in zip(reader.cache.layers, expected.layers, strict=True):
         torch.testing.assert_close(layer.keys, fresh.keys)
+
+
+def test_a_system_that_has_the_prompt_repeated_cuts_once():
+    """The text with its first question; what comes later is kept."""
+    tokenizer, model = tiny_tokenizer(), tiny_model().eval()
+    enable(model, LRSAConfig(system=KVzip(0.5, chunk=64)))
+    reader = Reader(model, LRSACache.of(model), tokenizer, Dialogue(tokenizer, TEXT), max_new_tokens=4)
+    reader.read(Console(file=io.StringIO()))
+    prompt = len(prompt_of(FIRST))
+    for question in (FIRST, SECOND):
+        found = reader.answer(question, show=False)
+        assert found.tokens_kept == prompt // 2 + found.tokens_seen - prompt
 
 
 def test_json_has_one_object_a_question_and_nothing_else_on_stdout(ask):
