@@ -144,7 +144,8 @@ def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, 
         return
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     console = PlainConsole()
-    console.print(_evaluation_table(metrics, list(model.attentions), data, split))
+    for table in _evaluation_tables(metrics, list(model.attentions), data, split):
+        console.print(table)
     for line in _evaluation_notes(data, split, model.max_new_tokens if model.generate_answers else None):
         console.say(line)
     show_answers(trainer)
@@ -162,7 +163,9 @@ def show_answers(trainer: Trainer) -> None:
     _show_run(trainer, console)
 
 
-def _evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: QADataModule, split: Split) -> Table:
+def _evaluation_tables(
+    metrics: Mapping[str, float], names: Sequence[str], data: QADataModule, split: Split
+) -> list[Table]:
     """What an evaluation found, with a column for each attention, or a line for each where they are many.
 
     There is a line for each part of the evaluation with the score that it is published with (the loss, if nothing else
@@ -179,10 +182,13 @@ def _evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: 
 
     taken = {name: label for name, label in MEASURES.items() if any(f"{stem}{name}" in metrics for stem in stems)}
     if len(names) > _COLUMNS:
-        table = _table(title, [*scores.values(), *taken.values()])
-        for row in zip(names, *(values("", score) for score in [*scores, *taken]), strict=True):
-            table.add_row(row[0] or OWN, *row[1:])
-        return table
+        tables = []
+        for about, shown in ((title, scores), ("What it took", taken)):
+            table = _table(about, shown.values())
+            for row in zip(names, *(values("", key) for key in shown), strict=True):
+                table.add_row(row[0] or OWN, *row[1:])
+            tables += [table] if shown else []
+        return tables
     table = Table(title=title)
     for name in ("part", "questions", "score", *(name or OWN for name in names)):
         table.add_column(name, justify="left" if name in ("part", "score") else "right")
@@ -200,7 +206,7 @@ def _evaluation_table(metrics: Mapping[str, float], names: Sequence[str], data: 
     table.add_section()
     for name, label in taken.items():
         table.add_row("all", "", label, *values("", name))
-    return table
+    return [table]
 
 
 def _evaluation_notes(data: QADataModule, split: Split, new_tokens: int | None) -> list[str]:

@@ -37,14 +37,13 @@ def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
 
 def against_cache(found: Sequence[tuple[str, float, Estimate]], label: str, title: str) -> Figure:
     """A score with its interval against the bytes of the cache, as a share of a dense one's, a line for each system."""
-    figure, axes = subplots(1, 1, size=(8, 5))
+    systems = len({name for name, *_ in found})
+    figure, axes = subplots(1, 1, size=(9, max(5, 1 + 0.25 * systems)))
     _by_share(axes, found, "system")
-    axes.set(
-        xlabel="bytes held at the end of the prompt / those of a dense cache (log scale)",
-        ylabel=f"{label} (bars: 95 %)",
-        xscale="log",
-        title=title,
-    )
+    axes.set(xlabel="bytes of the cache at the end of the prompt, as a share of dense ones (log scale)", title=title)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.set_ylabel(f"{label} (bars: 95 %)")
     axes.set_ylim(bottom=0)
     return figure
 
