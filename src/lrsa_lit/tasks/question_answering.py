@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, Usage, disable, enable, enabled_config, packed_layout, using
+from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.data.loaders import TrainerSettings
@@ -287,16 +287,17 @@ class LongContextQA(lightning.LightningModule):
         for name, rule in self.attentions.items():
             with under(f"evaluate.{name}") if name else contextlib.nullcontext():
                 losses, tokens = self.losses(batch, rule)
-                texts, _, usage = self.generate(batch, rule) if self.generate_answers else (None, None, None)
+                texts = self.generate(batch, rule)[0] if self.generate_answers else None
             found[name] = Answers(losses.tolist(), tokens.tolist(), texts)
-            self.meters[name].update(found[name], batch, usage)
+            took = self._answering(rule or self._dense).usage if texts else None
+            self.meters[name].update(found[name], batch, took)
         return found
 
     test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """The run's own answers, ready to be written as JSON lines."""
-        texts, lengths, _ = self.generate(batch, self.lrsa)
+        texts, lengths = self.generate(batch, self.lrsa)
         lines = []
         for row, text in enumerate(texts):
             if batch["repeated"][row]:
@@ -327,14 +328,13 @@ class LongContextQA(lightning.LightningModule):
                 losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
         return losses, (wanted != IGNORE_INDEX).sum(dim=1)
 
-    def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int], Usage | None]:
-        """Greedy answers to prompts (B, Tp) by a rule (None is dense), their lengths in tokens, and what they took."""
-        # Dense attention is a rule, too: the same cache and decoder serve it.
+    def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
+        """Greedy answers to prompts (B, Tp), up to a special token, and their lengths; None is dense, a rule as well."""
         rule = rule or self._dense
         with using(self.model, rule), uncompiled():
-            answers = (greedy := self._answering(rule))(batch["prompt_ids"], batch["prompt_mask"])
+            answers = self._answering(rule)(batch["prompt_ids"], batch["prompt_mask"])
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [text.strip() for text in texts], list(map(len, answers)), greedy.usage
+        return [text.strip() for text in texts], list(map(len, answers))
 
     @property
     def _dense(self) -> LRSAConfig:
