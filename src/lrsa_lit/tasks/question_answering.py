@@ -329,7 +329,7 @@ class LongContextQA(lightning.LightningModule):
         return losses, (wanted != IGNORE_INDEX).sum(dim=1)
 
     def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
-        """Greedy answers to prompts (B, Tp), up to a special token, and their lengths; None is dense, a rule as well."""
+        """Greedy answers to prompts (B, Tp), up to a special token, and their lengths; None is dense, also a rule."""
         rule = rule or self._dense
         with using(self.model, rule), uncompiled():
             answers = self._answering(rule)(batch["prompt_ids"], batch["prompt_mask"])
