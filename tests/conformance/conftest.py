@@ -30,7 +30,7 @@ INIT_ARGS: dict[str, dict[str, Any]] = {
     "LanguageModelLoss": {"share": 0.5},
     "Distillation": {"positions": 30},
     "HiddenAlignment": {"positions": 9},
-    "AdaKV": {"scorer": {"class_path": "lrsa_lit.systems.KeyDiff"}},
+    "AdaKV": {"scorer": {"class_path": "ExpectedAttention", "init_args": {"sink_size": 2, "future": 8}}},
     "Cascade": {"window": 4, "caches": 2, "sink_size": 2, "stride": 5},
     "ChunkKV": {"size": 4, "window": 3, "reuse": 2},
     "ChunkKVPress": {"size": 4, "scorer": {"class_path": "lrsa_lit.systems.KeyDiff"}},
