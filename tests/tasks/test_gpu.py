@@ -107,7 +107,7 @@ def test_a_graph_answers_what_launches_do(dtype, monkeypatch):
         for prompt in prompts:
             autocast = torch.autocast("cuda", torch.bfloat16, enabled=dtype == "float32")
             with torch.inference_mode(), autocast:
-                answers.append(task.generate(prompt, RULE))
+                answers.append(task.generate(prompt, RULE)[:2])
         task._greedy.clear()
     assert answers[:2] == answers[2:]
     assert all(length == 60 for _, lengths in answers for length in lengths)
