@@ -13,7 +13,9 @@ Prints a line per case, writes ``results/kvpress.json`` (``--out``), and exits w
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
+import functools
 import json
 import subprocess
 import sys
@@ -31,12 +33,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lrsa_lit import systems
-from lrsa_lit.attention import LRSACache, LRSAConfig, prefill, using
+from lrsa_lit.attention import LRSACache, LRSAConfig, end_prompt, prefill, using
 from lrsa_lit.models import Backbone
-from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import Rule, select
 from lrsa_lit.paths import shipped
 from lrsa_lit.systems import System
+from lrsa_lit.systems.system import Encode
 
 HERE = Path(__file__).parent
 ANSWER, TOLERANCE, TIE = 8, 1e-4, 1e-6
@@ -67,12 +70,13 @@ def main(args: list[str] | None = None) -> int:
     record: dict[str, Any] = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "device": "cpu"}
     record |= {"transformers": transformers.__version__, "dtype": options.dtype, "answer": ANSWER, "rows": []}
     for name in options.models:
-        model, ids = _model(name, options)
+        model, tokenizer, ids = _model(name, options)
+        encode = functools.partial(_with_line_break, tokenizer)
         cases = list(_cases(options.tokens))
-        theirs = _peer(model, ids, cases, options)
+        theirs = _peer(model, tokenizer, ids, cases, options)
         record["peer"] = theirs["versions"].tolist()
         for case in cases:
-            row = {"model": name, "case": case.label, **_compared(model, ids, case, theirs)}
+            row = {"model": name, "case": case.label, **_compared(model, ids, case, theirs, encode)}
             record["rows"].append(row)
             print(json.dumps(row), flush=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -122,6 +126,8 @@ def _pairs(removed: float) -> Iterator[tuple[str, dict[str, Any], System]]:
     yield "Expected Attention", expected, expecting
     yield "ChunkKV", {"class": "ChunkKVPress", "init": {"press": snap}}, systems.ChunkKVPress(kept)
     yield "LagKV across", _press("LagKVPress", removed, **LAG, cross_scoring=True), systems.LagKVPress(kept, **cross)
+    # There sinks are repeated as well, so there are none here.
+    yield "KVzip", _press("KVzipPress", removed, n_sink=0), systems.KVzip(kept, sink_size=0)
     for name, press, scorer in (("SnapKV", snap, systems.SnapKV()), ("Expected Attention", expected, expecting)):
         yield f"AdaKV, {name}", {"class": "AdaKVPress", "init": {"press": press}}, systems.AdaKV(kept, scorer=scorer)
 
@@ -130,24 +136,31 @@ def _press(name: str, removed: float, **init: Any) -> dict[str, Any]:
     return {"class": name, "init": {"compression_ratio": removed, **init}}
 
 
-def _model(name: str, options: argparse.Namespace) -> tuple[Any, list[int]]:
-    """A model and the tokens that it reads."""
+def _model(name: str, options: argparse.Namespace) -> tuple[Any, Any, list[int]]:
+    """A model, its tokenizer without a chat template, and the tokens that it reads."""
     length = max(options.tokens) + ANSWER
     if name == "tiny":
-        model = tiny_model(num_layers=3)
+        model, tokenizer = tiny_model(num_layers=3), tiny_tokenizer()
         ids = torch.randint(3, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     else:
         backbone = Backbone(**yaml.safe_load(shipped("configs/model/smollm2.yaml").read_text())["model"]["backbone"])
-        model, text = backbone.build(), options.text.read_text(encoding="utf-8")
-        ids = backbone.tokenizer(text, verbose=False)["input_ids"][:length]
-    return model.to(getattr(torch, options.dtype)).eval(), ids
+        model, tokenizer = backbone.build(), copy.copy(backbone.tokenizer)
+        ids = tokenizer(options.text.read_text(encoding="utf-8"), verbose=False)["input_ids"][:length]
+    tokenizer.chat_template = None
+    return model.to(getattr(torch, options.dtype)).eval(), tokenizer, ids
 
 
-def _peer(model: Any, ids: list[int], cases: list[Case], options: argparse.Namespace) -> Any:
+def _with_line_break(tokenizer: Any, text: str) -> list[int]:
+    """KVzip's instruction, behind which kvpress sets a line break where there is no chat template."""
+    return [token for part in (text, "\n") for token in tokenizer.encode(part, add_special_tokens=False)]
+
+
+def _peer(model: Any, tokenizer: Any, ids: list[int], cases: list[Case], options: argparse.Namespace) -> Any:
     """What kvpress makes of the cases, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         job, out = Path(folder, "job.json"), Path(folder, "out.npz")
         model.save_pretrained(Path(folder, "model"))
+        tokenizer.save_pretrained(Path(folder, "model"))
         asked = [{"name": case.label, "tokens": case.tokens, "press": case.press} for case in cases]
         facts = {"model": str(Path(folder, "model")), "dtype": options.dtype, "ids": ids, "answer": ANSWER}
         job.write_text(json.dumps({**facts, "cases": asked}), encoding="utf-8")
@@ -156,28 +169,28 @@ def _peer(model: Any, ids: list[int], cases: list[Case], options: argparse.Names
 
 
 @torch.no_grad()
-def _compared(model: Any, ids: list[int], case: Case, theirs: Any) -> dict[str, Any]:
+def _compared(model: Any, ids: list[int], case: Case, theirs: Any, encode: Encode) -> dict[str, Any]:
     """How many heads keep other pairs, how far apart the scores of these are, and the largest difference of logits."""
     expected, scores = (torch.from_numpy(theirs[f"{case.label}/{name}"]) for name in ("kept", "scores"))
     rule = case.ours if isinstance(case.ours, Rule) else None
-    kept, logits = (_kept_by_rule(model, ids[: case.tokens], rule), None) if rule else _run(model, ids, case)
+    kept, logits = (_kept_by_rule(model, ids[: case.tokens], rule), None) if rule else _run(model, ids, case, encode)
     other = kept != expected
-    # The heads of a layer compete in AdaKV alone.
-    rivals = 1 if isinstance(case.ours, systems.AdaKV) else 2
-    groups = zip(scores.flatten(0, rivals - 1), other.flatten(0, rivals - 1), strict=True)
+    # Each head chooses for itself, but the heads of a layer compete in AdaKV, and all in KVzip.
+    rivals = {systems.KVzip: 1, systems.AdaKV: len(other)}.get(type(case.ours), other[..., 0].numel())
+    groups = zip(scores.reshape(rivals, -1), other.reshape(rivals, -1), strict=True)
     swapped = [of_group[at] for of_group, at in groups if at.any()]
     gap = max((float((each.max() - each.min()) / each.abs().max()) for each in swapped), default=0.0)
     row = {"pairs": expected.sum() / expected[..., 0].numel(), "heads": expected[..., 0].numel()}
     row |= {"different_heads": other.any(-1).sum(), "gap": gap}
     if logits is not None:
         if swapped and gap <= TIE:
-            logits = _run(model, ids, case, expected)[1]
+            logits = _run(model, ids, case, encode, expected)[1]
         there, dense = (torch.from_numpy(theirs[f"{name}/logits"]) for name in (case.label, case.dense.label))
         row |= {"logits": (logits - there).abs().max(), "from_dense": (logits - dense).abs().max()}
     return {name: round(float(value), 8) for name, value in row.items()}
 
 
-def _run(model: Any, ids: list[int], case: Case, cut: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _run(model: Any, ids: list[int], case: Case, encode: Encode, cut: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Kept positions (layers, H, T) bool, and the logits (answer, V) behind them, or behind another ``cut``."""
     tokens, dense = torch.tensor([ids]), case.ours is None
     kept = torch.ones(model.config.num_hidden_layers, model.config.num_key_value_heads, case.tokens, dtype=torch.bool)
@@ -187,7 +200,7 @@ def _run(model: Any, ids: list[int], case: Case, cut: Tensor | None = None) -> t
         if isinstance(cache, LRSACache):
             for layer, positions in zip(cache.layers, [] if cut is None else cut, strict=cut is not None):
                 layer.streams[0].cut(_positions(positions)[None])
-            cache.end_prompt()
+            end_prompt(model, cache, tokens[:, : case.tokens], encode=encode)
             kept = torch.stack([_mask(layer.streams[0].kept, case.tokens) for layer in cache.layers])
         answer = range(case.tokens, case.tokens + ANSWER)
         logits = [model(tokens[:, place : place + 1], past_key_values=cache).logits[0, -1] for place in answer]

@@ -50,6 +50,15 @@ def _dense_keys(model: Any, ids: list[int]) -> list[Tensor]:
 
 def _note_scores(press: Any, noted: list[Any]) -> None:
     """Have the press that scores, which may be within another, leave a copy of each layer's scores."""
+    if isinstance(press, kvpress.KVzipPress):
+        cut = press.compress_post
+
+        def noting_all(model: Any) -> None:
+            cut(model)
+            noted.extend(press.score_val[:, 0].double().numpy())
+
+        press.compress_post = noting_all
+        return
     scorer = getattr(press, "press", press)
     score = scorer.score
 
@@ -70,7 +79,7 @@ def _run(model: Any, ids: list[int], answer: int, case: dict[str, Any], dense: l
         _note_scores(press, scores)
         cutting = press(model)
     with cutting:
-        model.model(torch.tensor([ids[:tokens]]), past_key_values=cache)
+        model.model(input_ids=torch.tensor([ids[:tokens]]), past_key_values=cache)
     attentions = [layer.self_attn for layer in model.model.layers]
     masked = [getattr(attention, "masked_key_indices", None) for attention in attentions]
     kept = [_kept(*layer) for layer in zip((each.keys[0] for each in cache.layers), dense, masked, strict=True)]
