@@ -47,7 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Qwen3": {},
     "Mistral": {"sliding_window": None},
-    "GPTNeoX": {},
+    # A key-value head for each query head, whatever its config says.
+    "GPTNeoX": {"num_key_value_heads": 4},
     "SmolLM3": {"no_rope_layers": [0, 1, 0]},
     "Granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0},
     "Olmo2": {},
@@ -98,7 +99,9 @@ class Sequence:
         self.stock = self.random.random() < 0.25
         self.rule = _rule(self.random, self.stock)
         torch.manual_seed(seed)
-        config = getattr(transformers, f"{self.family}Config")(**SIZES, **FAMILIES[self.family])
+        config = getattr(transformers, f"{self.family}Config")(**SIZES | FAMILIES[self.family])
+        if not self.stock:
+            self.rule = _with_budgets(random.Random(f"budgets {seed}"), self.rule, config.num_key_value_heads)
         self.model = getattr(transformers, f"{self.family}ForCausalLM")(config).double().eval()
         self.oracle = enable(copy.deepcopy(self.model), self.rule)
         if not self.stock:
@@ -242,6 +245,16 @@ def _rule(draw: random.Random, stock: bool) -> LRSAConfig:
         dense_layers=() if stock else draw.choice([(), (), (1,), (0, 2)]),
         # Stock attention hands no queries to a cache, and adds no bias.
         compressor=draw.choice([LagRelative(), LagRelative(), *OTHERS, *([] if stock else NOT_STOCK)]),
+    )
+
+
+def _with_budgets(draw: random.Random, rule: LRSAConfig, heads: int) -> LRSAConfig:
+    """The rule, or one time in three with K of each head."""
+    if draw.random() < 2 / 3 or getattr(rule.compressor, "shared_heads", False):
+        return rule
+    lag, layers = rule.lag_size, range(SIZES["num_hidden_layers"])
+    return rule.replace(
+        head_top_k=[[draw.choice([0, lag, draw.randint(0, lag)]) for _ in range(heads)] for _ in layers]
     )
 
 

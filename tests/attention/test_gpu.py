@@ -75,10 +75,14 @@ def test_gradients_with_and_without_checkpointing(model):
         assert (plain - reference).norm() <= 2e-2 * reference.norm()
 
 
-@pytest.mark.parametrize("layers", [(), (0,), (0, 1)], ids=["sparse", "one dense", "dense"])
-def test_compiled_layers_train_alike(layers):
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"dense_layers": (0,)}, {"dense_layers": (0, 1)}, {"head_top_k": [[0, 32], [8, 3]]}],
+    ids=["sparse", "one dense", "dense", "heads"],
+)
+def test_compiled_layers_train_alike(change):
     """As exactly as launched ones: two bfloat16 passes of this model are far from each other, and from the truth."""
-    ids, rule = tokens(2, 500), RULE.replace(dense_layers=layers)
+    ids, rule = tokens(2, 500), RULE.replace(**change)
 
     def trained(compiled, dtype):
         torch.manual_seed(0)
@@ -136,7 +140,15 @@ def test_a_graph_generates_what_launches_do(model, rows):
     assert (texts[0] == texts[1]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("change", [{}, {"compressor": QueryAttention(window=8)}], ids=["rule", "queries"])
+CHANGES = {
+    "rule": {},
+    "queries": {"compressor": QueryAttention(window=8)},
+    "heads": {"head_top_k": [[0, 32], [8, 3]]},
+    "heads-queries": {"head_top_k": [[0, 8], 32], "compressor": QueryAttention(window=8)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_steps_of_a_graph_give_the_parallel_pass(model, change):
     ids = tokens(2, 330)
     enable(model, RULE.replace(**change))
