@@ -83,7 +83,8 @@ def test_a_system_is_kept_by_configs_and_changes_no_older_digest():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "field"), [({"kept": 0}, "kept"), ({"kept": 1.5}, "kept"), ({"pairs": 0}, "pairs")]
+    ("arguments", "field"),
+    [({"kept": 0}, "kept"), ({"kept": 1.5}, "kept"), ({"kept": True}, "kept"), ({"pairs": 0}, "pairs")],
 )
 def test_shares_beyond_a_prompt_are_refused(arguments, field):
     with refused(field):

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrsa_lit.bounds import check_setting, is_integer
+from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.buffer import PairBuffer
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
@@ -74,7 +74,7 @@ class OneShot(Wants, System):
 
     def __post_init__(self) -> None:
         """Check each bound once."""
-        share = isinstance(self.kept, int | float) and 0 < self.kept <= 1
+        share = is_weight(self.kept) and 0 < self.kept <= 1
         check_setting("kept", self.kept, share, "a number above 0 and at most 1")
         count = self.pairs is None or (is_integer(self.pairs) and self.pairs >= 1)
         check_setting("pairs", self.pairs, count, "an integer >= 1, or null for the share kept")
