@@ -306,7 +306,11 @@ class _RandomOfHeads(RandomTokens):
 
 @dataclass(frozen=True)
 class KeyDiff(Selector):
-    """Keep the keys that are least like the others of their partition (KeyDiff, arXiv 2504.15364)."""
+    """Keep the keys that are least like the others of their partition.
+
+    The score is KeyDiff's (arXiv 2504.15364). Ours is that each partition chooses among its own keys, and so trains; the
+    systems KeyDiff and KeyDiffBlocks cut a prompt, as published.
+    """
 
     def score(self, partitions: Partitions) -> Tensor:
         """Minus the cosine between the key and the mean of the partition's keys, each at length 1."""
