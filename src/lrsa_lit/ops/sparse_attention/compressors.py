@@ -308,8 +308,8 @@ class _RandomOfHeads(RandomTokens):
 class KeyDiff(Selector):
     """Keep the keys that are least like the others of their partition.
 
-    The score is KeyDiff's (arXiv 2504.15364). Ours is that each partition chooses among its own keys, and so trains; the
-    systems KeyDiff and KeyDiffBlocks cut a prompt, as published.
+    The score is KeyDiff's (arXiv 2504.15364). Ours is that each partition chooses among its own keys, and so trains.
+    The systems KeyDiff and KeyDiffBlocks cut a prompt, as published.
     """
 
     def score(self, partitions: Partitions) -> Tensor:
