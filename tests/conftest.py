@@ -1,8 +1,10 @@
 """Settings of every test: no network, one thread, reproducible hypothesis examples."""
 
 import contextlib
+import gc
 import os
 import sqlite3
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from interpreter import hasten
 
 # Triton reads this when it is first imported, which any library may do.
 if not torch.cuda.is_available():
@@ -51,6 +54,24 @@ def migrated_store():
 
         patch.setattr(utils, "_initialize_tables", initialize)
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: collecting garbage need not look through it, neither now nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hastened_interpreter():
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET"):
+        hasten()
 
 
 def pytest_collection_modifyitems(items):
