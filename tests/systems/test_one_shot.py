@@ -7,7 +7,7 @@ from systems.recorded import vectors
 
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, prefill, using
 from lrsa_lit.attention.decoding.decoder import Decoder
-from lrsa_lit.systems import KeyNorm, StreamingLLM
+from lrsa_lit.systems import AdaKV, ChunkKVPress, ExpectedAttention, KeyNorm, SnapKV, StreamingLLM
 
 PROMPT, ANSWER = 23, 5
 
@@ -107,3 +107,9 @@ def test_a_share_keeps_as_many_as_kvpress(tokens, removed, kept):
     """But for a product that is a whole number: there 300 * (1 - 0.9) is 29.99…, and one is lost."""
     wanted = round(tokens * (1 - removed), 9)
     assert KeyNorm(1 - removed).count(tokens) == (wanted if wanted == int(wanted) else kept)
+
+
+def test_no_budget_is_below_what_the_scorer_always_keeps():
+    scorer = ExpectedAttention(sink_size=9)
+    assert AdaKV(scorer=scorer).floor == ChunkKVPress(scorer=scorer, size=3).floor == 9
+    assert AdaKV(scorer=SnapKV(window=5)).floor == 5

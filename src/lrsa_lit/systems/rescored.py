@@ -31,6 +31,11 @@ class Rescored(OneShot):
         for name in ("window", "moments_from", "needs_rotary"):
             object.__setattr__(self, name, getattr(scorer, name))
 
+    @property
+    def floor(self) -> int:
+        """What the scorer keeps in any case."""
+        return self.scorer.floor
+
     def scores(self, prompt: Prompt) -> Tensor:
         """Those of the scorer."""
         return self.scorer.scores(prompt)
