@@ -48,7 +48,7 @@ def measured(model, config, tokens):
         cache.end_prompt()
     held = sum(part.numel() * part.element_size() for layer in cache.layers for stream in layer.streams
                for buffer in stream.buffers for part in buffer.filled)  # fmt: skip
-    found = cache.measured(1)
+    (found,) = cache.measured(1)
     assert (found.held, found.dense) == (held, LAYERS * 2 * tokens * 2 * 8 * 4)
     return held / found.dense
 

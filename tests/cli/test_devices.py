@@ -117,11 +117,14 @@ def test_processes_that_share_a_device_find_what_one_does(tmp_path):
         (lines,) = (tmp_path / name).rglob("*.jsonl")
         about = json.loads(lines.with_suffix(".json").read_text())
         about.pop("seconds")
+        for took in about["measured"].values():
+            assert took.pop("first_token_seconds") > 0 < took.pop("token_seconds")
         found.append((lines.read_text(), about))
     assert found[0] == found[1]
     text, about = found[0]
     assert len(text.splitlines()) == 8
     assert about["survival"]["dense"] == {"": None}
+    assert about["measured"]["dense"] == dict.fromkeys(("kept", "cache", "peak", "pairs"), 1.0)
     kept = about["survival"]["LRSA"][""]
     assert 0 < kept["chance"] < 1
     assert sum(kept["quarters"]) / 4 == pytest.approx(kept["chance"], abs=1e-3)

@@ -148,9 +148,11 @@ class LRSACache(Cache):
         """Bytes that are held of the past in all layers and rows."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def measured(self, rows: int) -> Measured:
-        """What the past of the first rows takes in all layers, and what it would take densely."""
-        return total([layer.measured(rows) for layer in self.layers])
+    def measured(self, rows: int) -> list[Measured]:
+        """What the past of each of the first rows takes in all layers, and what it would take densely."""
+        # Rows that share their streams are alike.
+        apart = rows if any(len(layer.streams) > 1 for layer in self.layers) else 1
+        return [total([layer.measured(row) for layer in self.layers]) for row in range(apart)] * (rows // apart)
 
     @property
     def is_idle(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from lrsa_lit.attention.layout import Layout
-from lrsa_lit.attention.measured import Measured, total
+from lrsa_lit.attention.measured import Measured
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
     HeadRules,
@@ -188,18 +188,14 @@ class LRSACacheLayer(CacheLayerMixin):
         """Bytes that are held of all rows."""
         return sum(stream.nbytes for stream in self.streams)
 
-    def measured(self, rows: int) -> Measured:
-        """What the first rows take."""
-        of_each = self.rows if len(self.streams) == 1 else 1
-        found = []
-        for stream in self.streams[:rows]:
-            counted = min(rows, of_each)
-            held, peak = (size * counted / of_each for size in (stream.nbytes, stream.peak_nbytes))
-            dense = stream.seen * self._token_bytes * counted
-            read = held if stream.read_share is None else dense * stream.read_share
-            pairs = counted * stream.attended_pairs, counted * attended_pairs(stream.seen, None)
-            found.append(Measured(held, peak, read, dense, *pairs))
-        return total(found)
+    def measured(self, row: int) -> Measured:
+        """What the past of a row takes."""
+        shared = len(self.streams) == 1
+        stream, rows = self.streams[0 if shared else row], self.rows if shared else 1
+        held, peak = stream.nbytes / rows, stream.peak_nbytes / rows
+        dense = stream.seen * self._token_bytes
+        read = held if stream.read_share is None else dense * stream.read_share
+        return Measured(held, peak, read, dense, stream.attended_pairs, attended_pairs(stream.seen, None))
 
     def get_seq_length(self) -> int:
         """Columns seen so far, dropped ones and pads included: what true positions are counted from."""

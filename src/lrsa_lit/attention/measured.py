@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Measured(NamedTuple):
-    """What the past of some rows takes, summed over rows, and over layers where it is of several.
+    """What the past of a row takes, or that of several in sum, in a layer or in all.
 
     Attributes:
         held: bytes that are held: keys and values, sinks and windows among them, and whatever waits for a compression;
@@ -32,15 +32,13 @@ class Usage(NamedTuple):
     """What answering a batch of prompts took.
 
     Attributes:
-        prompt: at the end of the prompts, when systems have cut; ``read`` is of the tokens behind them.
-        peak: the most bytes that were held behind any call of the prefill, or within it where a system rewrites its
-            memory there; before systems cut.
+        rows: of each row at the end of its prompt, when systems have cut. But ``read`` is of the tokens behind it, and
+            ``peak`` the most behind any call of the prefill, or within one where a system rewrites its memory there.
         first_token: seconds from the prompts to the first tokens of all answers.
         token: seconds for each further token; None where there was none.
     """
 
-    prompt: Measured
-    peak: float
+    rows: list[Measured]
     first_token: float
     token: float | None
 
@@ -57,8 +55,8 @@ def shares(usages: Sequence[Usage]) -> dict[str, float]:
         ``cache``, ``peak`` and ``read`` (only where it is not ``cache``), ``pairs``, ``first_token_seconds`` and
         ``token_seconds`` (NaN without a second token). Seconds depend on the size of the batches.
     """
-    prompts = total([usage.prompt for usage in usages])
-    bytes_of = {"cache": prompts.held, "peak": sum(usage.peak for usage in usages), "read": prompts.read}
+    prompts = total([row for usage in usages for row in usage.rows])
+    bytes_of = {"cache": prompts.held, "peak": prompts.peak, "read": prompts.read}
     if prompts.read == prompts.held:
         del bytes_of["read"]
     tokens = [usage.token for usage in usages if usage.token is not None]

@@ -30,7 +30,8 @@ class AnswerMeter:
     def update(self, answers: Answers, batch: Batch, usage: Usage | None = None) -> None:
         """Add the answers to a batch, except those of rows that count on another device, and what it took."""
         if usage is not None:
-            self.usages.append(usage)
+            rows = [row for row, repeated in zip(usage.rows, batch["repeated"], strict=True) if not repeated]
+            self.usages.append(usage._replace(rows=rows))
         for row, (loss, tokens) in enumerate(zip(answers.loss, answers.tokens, strict=True)):
             if batch["repeated"][row]:
                 continue

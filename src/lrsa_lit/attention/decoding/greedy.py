@@ -18,7 +18,7 @@ from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.decoding.chunked_prefill import TOKENS_PER_CALL, prefill
 from lrsa_lit.attention.decoding.decoder import ROOM, Decoder
 from lrsa_lit.attention.decoding.end_of_prompt import end_prompt
-from lrsa_lit.attention.measured import Usage
+from lrsa_lit.attention.measured import Measured, Usage
 from lrsa_lit.systems.system import Encode
 
 Step = Callable[[Tensor], Tensor]
@@ -73,24 +73,24 @@ class Greedy:
         cache, step = self._cache_for(len(prompts))
         # The prompts of other processes may need another number of calls.
         most = prompts.shape[1] if self._synced else TOKENS_PER_CALL
-        peaks: list[float] = []
+        peaks: list[list[float]] = []
         logits = prefill(
             self.model,
             prompts,
             cache,
             attention_mask=attention_mask,
             tokens_per_call=most,
-            progress=lambda _: peaks.append(cache.measured(rows).peak),
+            progress=lambda _: peaks.append([row.peak for row in cache.measured(rows)]),
         )
         end_prompt(self.model, cache, prompts, attention_mask, encode=self._encode, synced=self._synced)
-        prompt, at, steps = cache.measured(rows), [], []
+        behind, at, steps = cache.measured(rows), [], []
         for values in greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced):
             steps.append(values)
             at.append(time.perf_counter())
-        if (behind := cache.measured(rows)).read != behind.held:
-            prompt = prompt._replace(read=behind.read * prompt.dense / behind.dense)
+        found = zip(behind, cache.measured(rows), zip(*peaks, strict=True), strict=True)
+        measured = [_of_answer(prompt, answer)._replace(peak=max(peak)) for prompt, answer, peak in found]
         token = (at[-1] - at[0]) / (len(at) - 1) if len(at) > 1 else None
-        self.usage = Usage(prompt, max(peaks), at[0] - began, token)
+        self.usage = Usage(measured, at[0] - began, token)
         tokens = list(zip(*steps, strict=True))[:rows]
         return [list(itertools.takewhile(lambda token: token not in self._stops, answer)) for answer in tokens]
 
@@ -106,6 +106,12 @@ class Greedy:
         cache, step = self._caches[rows]
         cache.reset()
         return cache, step
+
+
+def _of_answer(prompt: Measured, answer: Measured) -> Measured:
+    """What a row took at the end of its prompt, with the share of it that the answer's tokens read."""
+    looked_up = answer.read != answer.held
+    return prompt._replace(read=answer.read * prompt.dense / answer.dense) if looked_up else prompt
 
 
 def single_token_steps(model: Any, cache: Any, *, room: int = ROOM, longest: int = 0) -> Step:
