@@ -89,13 +89,15 @@ def find(kind: str, path: object, key: str) -> type:
         # Wherever the package defines it by now.
         return shipped[name]
     for look_again in (True, False):
-        if path in (by_name := registered(kind)):
-            return by_name[str(path)]
+        if isinstance(path, str) and path in (by_name := registered(kind)):
+            return by_name[path]
         for known in _subclasses(base):
             if path == f"{known.__module__}.{known.__qualname__}" and not inspect.isabstract(known):
                 return known
         if look_again:
             load(kinds=[kind])
+    if isinstance(path, str) and not module:
+        raise UserError(key, path, f"a {KINDS[kind].base}: {', '.join(sorted(registered(kind)))}")
     hint = f"; --plugins {module} (in YAML, plugins: [{module}]) would make it known" if _is_module_name(module) else ""
     raise UserError(key, path, reason=f"is no {KINDS[kind].title} that is known here{hint}")
 

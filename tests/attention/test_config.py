@@ -135,7 +135,7 @@ def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
         ({"compressor": None}, "compressor", None),
         ({3: 4}, "values", {3: 4}),
         ([["top_k", 3]], "values", [["top_k", 3]]),
-        ({"compressor": "Recency"}, "compressor", "Recency"),
+        ({"compressor": "recency"}, "compressor", "recency"),
     ],
     ids=[
         "unknown-setting",
@@ -147,7 +147,7 @@ def test_a_dict_with_few_settings_takes_the_defaults_and_is_left_alone():
         "null",
         "number-as-setting",
         "list",
-        "name-alone",
+        "unknown-name",
     ],
 )
 def test_a_dict_that_names_something_unknown_is_refused(values, field, value):

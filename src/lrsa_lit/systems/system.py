@@ -14,8 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from lrsa_lit import plugins
-from lrsa_lit.errors import UserError
+from lrsa_lit.from_settings import FromSettings
 from lrsa_lit.ops.sparse_attention import (
     Impl,
     Rotary,
@@ -81,7 +80,7 @@ class Head:
         return self.group * self.dim * self.itemsize
 
 
-class System(ABC):
+class System(FromSettings, ABC):
     """What stands in the place of the rule in all layers that are not dense: ``LRSAConfig(system=…)``.
 
     Subclasses are frozen dataclasses, so that they compare and hash. One that can be set to a budget names its
@@ -102,6 +101,7 @@ class System(ABC):
         repeats_prompt: whether the model must read :meth:`repeats` before the prompt is over.
     """
 
+    kind: ClassVar[str] = "systems"
     trains: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     needs_whole_prompt: ClassVar[bool] = False
@@ -133,7 +133,7 @@ class System(ABC):
         """
         return dense_attention(query, key, value, cu_seqlens=cu_seqlens, scale=scale)
 
-    def check(self, layers: int, heads: int) -> None:  # noqa: B027 - most suit all models
+    def check(self, layers: int, heads: int) -> None:
         """Raise a UserError unless it suits a model of so many layers and key-value heads."""
 
     def repeats(self, streams: Sequence[Stream], prompt: Sequence[int], encode: Encode | None) -> list[Repeat]:
@@ -146,7 +146,7 @@ class System(ABC):
         """
         return []
 
-    def begin_repeat(self, streams: Sequence[Stream], repeat: Repeat) -> None:  # noqa: B027 - most need none
+    def begin_repeat(self, streams: Sequence[Stream], repeat: Repeat) -> None:
         """Tell the streams what is read next."""
 
     def end_prompt(self, streams: Sequence[Stream]) -> None:
@@ -189,27 +189,6 @@ class System(ABC):
         kind: Any = self
         found: System = dataclasses.replace(kind, **{self.budget_field: size})
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Class name and arguments, as in YAML."""
-        arguments: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
-        # Of systems within it, the classes as well.
-        own = ((name, getattr(self, name)) for name in arguments)
-        arguments |= {name: value.to_dict() for name, value in own if isinstance(value, System)}
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
-
-    @staticmethod
-    def from_dict(values: Any) -> System:
-        """The one that :meth:`to_dict` wrote, or of a name. Only imported classes are found: a file runs no code."""
-        values = {"class_path": values} if isinstance(values, str) else values
-        if not isinstance(values, dict):
-            raise UserError("system", values, "a System, its dict, or null")
-        found = plugins.find("systems", values.get("class_path"), "system")
-        try:
-            made: System = found(**(values.get("init_args") or {}))
-        except TypeError as error:
-            raise UserError("system", found.__name__, reason=f"does not take these init_args ({error})") from None
-        return made
 
 
 def sequences(

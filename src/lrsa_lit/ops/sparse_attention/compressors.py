@@ -12,15 +12,14 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from lrsa_lit import plugins
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
-from lrsa_lit.errors import UserError
+from lrsa_lit.from_settings import FromSettings
 from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.scoring import (
     Ranking,
@@ -59,7 +58,7 @@ class Partitions:
     rotary: Rotary | None = None
 
 
-class Compressor(ABC):
+class Compressor(FromSettings, ABC):
     """Maps each partition to K key-value pairs. Subclasses are frozen dataclasses, so that they compare and hash.
 
     Attributes:
@@ -69,6 +68,7 @@ class Compressor(ABC):
             pair, in at least float32; for those that make new pairs. slot_bias.py says what that costs.
     """
 
+    kind: ClassVar[str] = "compressors"
     window: int = 0
     needs_rotary: ClassVar[bool] = False
     has_bias: ClassVar[bool] = False
@@ -84,25 +84,6 @@ class Compressor(ABC):
     def for_heads(self, heads: tuple[int, ...]) -> Compressor:
         """The compressor of some of a layer's key-value heads; differs from self only where it counts the heads."""
         return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """Class name and arguments, as in YAML."""
-        arguments: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
-
-    @staticmethod
-    def from_dict(values: Any) -> Compressor:
-        """The one that :meth:`to_dict` wrote, or of a name. Only imported classes are found: a file runs no code."""
-        values = {"class_path": values} if isinstance(values, str) else values
-        if not isinstance(values, dict):
-            raise UserError("compressor", values, "a Compressor, or its dict")
-        found = plugins.find("compressors", values.get("class_path"), "compressor")
-        try:
-            made: Compressor = found(**(values.get("init_args") or {}))
-        except TypeError as error:
-            what = f"does not take these init_args ({error})"
-            raise UserError("compressor", found.__name__, reason=what) from None
-        return made
 
 
 class Selector(Compressor):
