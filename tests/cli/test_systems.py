@@ -45,6 +45,8 @@ def test_the_shipped_list_has_every_system_of_one_cut_and_yours_beside_them(tmp_
         (["--model.evaluate", "{x: {system: MeanPool}}"], ["model.evaluate.x.system: 'MeanPool'"]),
         (["--model.evaluate", "{x: {system: {class_path: SnapKV, init_args: {window: 9999}}}}"],
          ["model.evaluate.x.window: 9999", "a prompt of 532 tokens"]),
+        (["--model.evaluate", "{x: {system: {class_path: KVzip, init_args: {kept: 0.005}}}}"],
+         ["model.evaluate.x.kept: 0.005", "2 of 532 tokens", "4 sinks"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(arguments, parts, capfd):
