@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing
-from torch.multiprocessing.spawn import ProcessException
+from torch.multiprocessing.spawn import ProcessContext, ProcessException
 
 COUNT = 2
 
@@ -27,10 +27,18 @@ def start(function: Callable[..., None], *arguments: Any) -> None:
     Raises:
         ProcessException: one of them failed.
     """
+    context = _started(function, *arguments)
+    while not context.join():
+        pass
+
+
+def _started(function: Callable[..., None], *arguments: Any) -> ProcessContext:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(function, (port, *arguments), nprocs=COUNT, start_method="forkserver")
+    return torch.multiprocessing.start_processes(
+        function, (port, *arguments), nprocs=COUNT, join=False, start_method="forkserver"
+    )
 
 
 def run(arguments: list[str], folder: Path) -> str:
@@ -45,6 +53,17 @@ def run(arguments: list[str], folder: Path) -> str:
     except ProcessException as error:
         raise AssertionError("".join(output.read_text() for output in outputs)) from error
     return "".join(output.read_text() for output in outputs)
+
+
+def refused(arguments: list[str], folder: Path) -> list[str]:
+    """Run a command that each process ends with exit code 2; returns what each has written."""
+    outputs = [folder / f"output-{rank}" for rank in range(COUNT)]
+    ended = _started(_run, dict(os.environ), arguments, folder, outputs).processes
+    for process in ended:
+        process.join()
+    written = [output.read_text() for output in outputs]
+    assert [process.exitcode for process in ended] == [2] * COUNT, written
+    return written
 
 
 def _run(rank: int, port: int, environment: dict[str, str], arguments: list[str], folder: Path, outputs: list[Path]):
