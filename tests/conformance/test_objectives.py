@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -165,7 +166,8 @@ def longer(objective):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("longer")
-def test_compiled_layers_do_the_same(objective):
+def test_compiled_layers_do_the_same(objective, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     step = [collate_packed(EXAMPLES)]
     compiled, _ = fit(step, objective, compile_layers=True, gradient_checkpointing=True)
