@@ -11,6 +11,9 @@ from cli_helpers import DEBUG, NO_LOGGER, before_step, ctrl_c, recorded_runs
 
 from lrsa_lit.cli.main import main
 
+# Validations are there, but of one question.
+BRIEF = [*DEBUG, *NO_LOGGER, "--data.init_args.limit", "{val: 1}"]
+
 
 def test_fit_then_test_then_predict_then_validate(tmp_path, capfd):
     main(["fit", *DEBUG])
@@ -59,7 +62,7 @@ def test_recorded_config_repeats_the_run(tmp_path):
 
 
 def test_checkpoint_keeps_what_the_user_asks_for(tmp_path, capfd):
-    main(["fit", *DEBUG, *NO_LOGGER])
+    main(["fit", *BRIEF])
     checkpoint = str(next((tmp_path / "runs").rglob("last.ckpt")))
     capfd.readouterr()
     losses = []
@@ -73,8 +76,7 @@ def test_lora_with_gradient_checkpointing_saves_adapters_only(tmp_path):
     main(
         [
             "fit",
-            *DEBUG,
-            *NO_LOGGER,
+            *BRIEF,
             "--model.backbone.lora",
             "{rank: 4}",
             "--model.backbone.gradient_checkpointing",
@@ -87,8 +89,7 @@ def test_lora_with_gradient_checkpointing_saves_adapters_only(tmp_path):
     main(
         [
             "test",
-            *DEBUG,
-            *NO_LOGGER,
+            *BRIEF,
             "--model.backbone.lora",
             "{rank: 4}",
             "--ckpt_path",
@@ -104,8 +105,7 @@ def test_each_compressor_is_a_yaml_line(compressor):
     main(
         [
             "fit",
-            *DEBUG,
-            *NO_LOGGER,
+            *BRIEF,
             "--model.lrsa.compressor",
             compressor,
             "--trainer.max_steps",
@@ -124,7 +124,7 @@ def test_each_compressor_is_a_yaml_line(compressor):
     ],
 )
 def test_k_may_change_from_step_to_step_by_yaml(schedule):
-    main(["fit", *DEBUG, *NO_LOGGER, "--model.train_top_k", schedule, "--trainer.max_steps", "3"])
+    main(["fit", *BRIEF, "--model.train_top_k", schedule, "--trainer.max_steps", "3"])
 
 
 def test_dense_training_and_several_budgets_in_one_evaluation(tmp_path):
@@ -137,11 +137,11 @@ def test_dense_training_and_several_budgets_in_one_evaluation(tmp_path):
 
 def test_fit_without_mlflow_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    main(["fit", *DEBUG, *NO_LOGGER])
+    main(["fit", *BRIEF])
 
 
 def test_after_is_measured_after_the_last_step(capfd):
-    main(["fit", *DEBUG, *NO_LOGGER, "--trainer.max_steps", "3"])
+    main(["fit", *BRIEF, "--trainer.max_steps", "3"])
     assert "step 0 → step 3" in capfd.readouterr().out
 
 
@@ -158,9 +158,9 @@ def test_seed_changes_the_order_but_not_the_examples(tmp_path):
 
 def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, capfd):
     with before_step(2, ctrl_c), pytest.raises(SystemExit, match="130"):
-        main(["fit", *DEBUG, *NO_LOGGER])
+        main(["fit", *BRIEF])
     said = re.search(r"interrupted at step 2; go on with --ckpt_path (\S+)", capfd.readouterr().err)
-    main(["fit", *DEBUG, *NO_LOGGER, "--ckpt_path", said[1]])
+    main(["fit", *BRIEF, "--ckpt_path", said[1]])
     assert "step 4" in capfd.readouterr().out
 
 
@@ -180,7 +180,7 @@ def test_an_interrupted_evaluation_names_no_step(capfd, monkeypatch):
 
 
 def test_mixed_precision_runs(capfd):
-    main(["fit", *DEBUG, *NO_LOGGER, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "2"])
+    main(["fit", *BRIEF, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "2"])
     assert "step 0 → step 2" in capfd.readouterr().out
 
 
