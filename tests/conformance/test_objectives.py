@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -166,8 +165,7 @@ def longer(objective):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("longer")
-def test_compiled_layers_do_the_same(objective, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+def test_compiled_layers_do_the_same(objective):
     torch._dynamo.reset()
     step = [collate_packed(EXAMPLES)]
     compiled, _ = fit(step, objective, compile_layers=True, gradient_checkpointing=True)
