@@ -100,6 +100,8 @@ def test_an_evaluation_is_set_to_a_budget(capfd):
     said = refusal(capfd, "test", *settings, *rule, "--budget", "0.05")
     floor = "at least 0.0750 for LagRelative at 640 tokens, where 16 sinks and 32 of the window stay"
     assert said == f"budget: 0.05 is not allowed; it must be {floor}"
+    said = refusal(capfd, "test", *settings, *rule, "--cache-tokens", "32")
+    assert said == f"cache_tokens: 32 is not allowed; it must be a share of 640 tokens that is {floor}"
     assert refusal(capfd, "test", *settings, "--budget", "0.5", "--cache-tokens", "9").startswith(
         "budget, cache_tokens:"
     )

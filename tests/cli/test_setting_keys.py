@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cli_helpers import refusal
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.settings_parser import first_user_error
@@ -55,3 +56,18 @@ def test_an_argument_is_named_by_its_key(call, key):
         wrapped.__cause__ = error
     assert first_user_error(wrapped).field == key
     assert first_user_error(wrapped).field == key, "twice is once"
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "named"),
+    [
+        ("model.lrsa.system", "{class_path: SnapKV, init_args: {kept: abc}}", "kept: abc is not allowed"),
+        ("model.lrsa.compressor", "{class_path: LagRelativeTail, init_args: {tail: abc}}", "tail: abc is not allowed"),
+        ("model.lrsa.compressor", "{class_path: LagRelativeTail, init_args: {shade: 1}}", "shade: no such setting"),
+        ("model.objective", "{class_path: Distillation, init_args: {positions: abc}}", "positions: abc is not"),
+    ],
+)
+def test_an_argument_of_a_class_of_the_wrong_type_is_named_by_its_key(capfd, key, given, named):
+    assert refusal(capfd, "test", "--config", "configs/debug/tiny.yaml", f"--{key}", given).startswith(
+        f"{key}.init_args.{named}"
+    )

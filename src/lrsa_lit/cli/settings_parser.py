@@ -48,9 +48,10 @@ _KEYS: dict[type, str] = {
 _UNKNOWN_OPTION = re.compile(
     r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'|^Option '(\S+)' is not accepted$"
 )
-_NO_CLASS = re.compile(
-    r"(?:Expected a path but \S+ either not accessible or invalid [- ]*)?Expected a dot import path string: ([^\s,)]+)"
-)
+# What stands for a class may be a file as well, which is said before what is wrong.
+_NO_FILE = re.compile(r"(?:\\n|- )*Expected a path but (.*?) either not accessible or invalid(?:\\n|[- ])*(?=[^\s(])")
+_OF_CLASS = re.compile(r'^Parser key "(.+?)": (?:- )*(\w+: .*?)(?: \(given: \{.*\}\))?$')
+_NO_CLASS = re.compile(r"Expected a dot import path string: ([^\s,)]+)")
 _UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
 _UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\(key='(.*?)', val=(.*)\)|(.*))$")
 
@@ -90,6 +91,9 @@ def one_line(message: str) -> str:
     text = _UNION_PREAMBLE.sub("", " ".join(message.split()))
     text = re.sub(r"(?:^|(?<= ))- Expected a <class 'NoneType'>\s*", "", text)
     text = _UNION_EPILOGUE.sub(lambda match: f" (given: {match[2] or match[3]})", text)
+    of_class = "init_args" in text
+    text = _NO_FILE.sub("", text)
+    text = _OF_CLASS.sub(r"\1.init_args.\2", text) if of_class else text
     known = (
         "is no class that is known here; --plugins MODULE (in YAML, plugins: [MODULE]) would make those of yours known"
     )

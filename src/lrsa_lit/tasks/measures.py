@@ -53,7 +53,9 @@ def at_budgets(
     try:
         return {name: rule and at_budget(rule, budget, max_tokens, *of_model) for name, rule in rules.items()}
     except UserError as error:
-        error.field = error.field if cache_tokens is None else "cache_tokens"
+        if cache_tokens is not None:
+            error.field, error.value = "cache_tokens", cache_tokens
+            error.allowed = error.allowed and f"a share of {max_tokens} tokens that is {error.allowed}"
         raise
 
 
