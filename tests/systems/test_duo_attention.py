@@ -181,3 +181,7 @@ def test_files_that_are_no_tables_and_gates_of_another_model_are_refused(model, 
     wrong = LRSAConfig(system=DuoAttention([[0.1, 0.2]]))
     with refused("gates", reason="1 layers x 2 heads; the model has 3 x 2"), using(model, wrong):
         pass
+
+
+def test_gates_that_no_float_holds_are_clipped_as_others():
+    assert DuoAttention(gates=[[10**400, -(10**400)]]).gates == ((1.0, 0.0),)

@@ -172,13 +172,13 @@ def _checked(gates: Any) -> tuple[tuple[float, ...], ...]:
     rows = list(gates) if isinstance(gates, Sequence) else []
     table = bool(rows) and all(isinstance(row, Sequence) and len(row) == len(rows[0]) > 0 for row in rows)
     numbers = table and all(
-        isinstance(gate, int | float) and not isinstance(gate, bool) and math.isfinite(gate)
+        isinstance(gate, int | float) and not isinstance(gate, bool) and abs(gate) < math.inf
         for row in rows
         for gate in row
     )
     allowed = "a list for each layer, all of as many finite numbers as there are KV heads, or the path of a file"
     check_setting("gates", gates, numbers, allowed)
-    return tuple(tuple(min(max(float(gate), 0.0), 1.0) for gate in row) for row in rows)
+    return tuple(tuple(float(min(max(gate, 0), 1)) for gate in row) for row in rows)
 
 
 def _read(path: str) -> Any:
