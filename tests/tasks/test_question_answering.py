@@ -66,7 +66,7 @@ def test_batched_answers_equal_single_ones():
     made = task(max_new_tokens=12)
     made.eval()
     for rule in (RULE, None):
-        together, *_ = made.generate(batch(150, 40, 90), rule)
+        together, _ = made.generate(batch(150, 40, 90), rule)
         rows = batch(150, 40, 90)
         for row, length in enumerate((150, 40, 90)):
             one = {
@@ -101,7 +101,7 @@ def test_an_answer_ends_at_its_first_special_token(rule):
     made.model = scripted_model("?Paris<|im_start|>junk", "!Metz<|im_end|>by", "#Gold<|endoftext|>y")
     rows = batch(60, 90, 75)
     rows["prompt_ids"][:, -1] = torch.tensor(tiny_tokenizer()("?!#")["input_ids"])
-    texts, lengths, _ = made.generate(rows, rule)
+    texts, lengths = made.generate(rows, rule)
     assert texts == ["Paris", "Metz", "Gold"]
     assert lengths == [5, 4, 4]
 
