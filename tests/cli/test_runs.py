@@ -32,6 +32,8 @@ def test_fit_then_test_then_predict_then_validate(tmp_path, capfd):
     expected = {f"val/{name}" for name in ("loss", "f1", "em", "recall", "dense/loss", "dense/f1")}
     assert expected | {"train/loss", "train/lr"} <= set(run.data.metrics)
     assert run.data.metrics["val/loss"] != run.data.metrics["val/dense/loss"]
+    # What attentions take is the same in all validations of a fit.
+    assert not {"val/cache", "val/dense/pairs", "val/token_seconds"} & set(run.data.metrics)
 
     checkpoint = next((tmp_path / "runs").rglob("last.ckpt"))
     main(["test", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])

@@ -294,6 +294,7 @@ class LRSACLI(OpenCLI):
 
     def before_fit(self) -> None:
         """Validate at step 0; a resumed run has done so."""
+        self.model.logs_measures = False
         if self.asked("validate_first") and self.asked("ckpt_path") is None:
             self._validate()
             self._reopen()

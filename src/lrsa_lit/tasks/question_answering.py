@@ -89,8 +89,7 @@ class LongContextQA(lightning.LightningModule):
         super().__init__()
         if max_new_tokens < 1:
             raise UserError("max_new_tokens", max_new_tokens, "an integer >= 1")
-        self.backbone = backbone
-        self.lrsa = lrsa
+        self.backbone, self.lrsa = backbone, lrsa
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
         self.train_config = derived("train_attention", lrsa, train_attention)
@@ -114,6 +113,7 @@ class LongContextQA(lightning.LightningModule):
         self._greedy: dict[LRSAConfig, Greedy] = {}
         # Checkpoints of adapters leave the frozen base out; it is loaded from its source.
         self.strict_loading = backbone.lora is None
+        self.logs_measures = True  # but not in a fit, whose validations would log the same again and again
         self.model: Any = None
 
     @functools.cached_property
@@ -374,7 +374,7 @@ class LongContextQA(lightning.LightningModule):
             prefix = f"{self._split}/{attention}/" if attention else f"{self._split}/"
             for name, value in meter.means([process[attention] for process in processes]).items():
                 self.log(f"{prefix}{name}", value, prog_bar=(attention, name) == ("", shown))
-        if self.trainer.state.fn != "fit":
+        if self.logs_measures and self.trainer.state.fn != "fit":
             self.log_dict(measured(self.attentions, self.meters, self.backbone.config.num_hidden_layers, self._split))
         self._greedy.clear()
 
