@@ -196,7 +196,7 @@ def test_what_several_parts_ask_for_is_put_together(tmp_path):
         ({"rows": {"lrsa": {"model": {"max_new_tokens": 1.5}}}}, "rows.lrsa: model.max_new_tokens: 1.5"),
         ({"rows": {"lrsa": {"model": {"backbone": {"source": None}}}}}, "model.backbone.source"),
         ({"rows": {"lrsa": {"model": {"train_attention": "dense"}}}}, "rows.lrsa: model.train_attention"),
-        ({"rows": {"lrsa": {"data": {"init_args": {"batchsize": 4}}}}}, "rows.lrsa: data: batchsize"),
+        ({"rows": {"lrsa": {"data": {"init_args": {"batchsize": 4}}}}}, "rows.lrsa: data.init_args.batchsize"),
         ({"rows": {"lrsa": {"data": {"init_args": {"weights": {"plain": 0}}}}}}, "nothing is left to train on"),
         ({"trainer": {"stepss": 4}}, "trainer.stepss"),
         ({"model": None}, "model: null"),
