@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Rule, stored_queries, stored_size
@@ -23,7 +24,7 @@ def head_of(config: Any, itemsize: int) -> Head:
     """
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Head(heads // (getattr(config, "num_key_value_heads", None) or heads), dim, itemsize)
+    return Head(heads // heads_of(config), dim, itemsize)
 
 
 def at_budget(config: LRSAConfig, share: float, tokens: int, layers: int, head: Head) -> LRSAConfig:

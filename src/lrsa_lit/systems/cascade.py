@@ -185,7 +185,7 @@ class CascadeStream(Stream):
     def __init__(self, system: Cascade, place: Place) -> None:
         assert place.rotary is not None
         self.system, self.place, self.rotary = system, place, place.rotary
-        self.seen, self.stride, self._peak = 0, system.stride, 0
+        self.seen, self.stride = 0, system.stride
         self.counts = system.empty
         self._pair: Pair | None = None
         # (B, H, n), and (B, H, G, M) what the queries of the stride have given so far.
@@ -206,11 +206,6 @@ class CascadeStream(Stream):
     def nbytes(self) -> int:
         """Those of scores as well."""
         return super().nbytes + sum(x.nbytes for x in (self._score, self._gain) if x is not None)
-
-    @property
-    def peak_nbytes(self) -> int:
-        """Those with a whole stride."""
-        return max(self._peak, self.nbytes)
 
     @property
     def attended_pairs(self) -> float:

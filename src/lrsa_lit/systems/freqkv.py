@@ -170,12 +170,6 @@ class FreqKVStream(KeyValueStream):
         assert place.rotary is not None
         super().__init__(None, impl)
         self.system, self.place, self.rotary = system, place, place.rotary
-        self._peak = 0
-
-    @property
-    def peak_nbytes(self) -> int:
-        """Those of the capacity, once it was full."""
-        return max(self._peak, self.nbytes)
 
     @property
     def attended_pairs(self) -> float:

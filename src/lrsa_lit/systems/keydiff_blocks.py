@@ -61,12 +61,7 @@ class BlockStream(KeyValueStream):
 
     def __init__(self, system: KeyDiffBlocks, impl: Impl) -> None:
         super().__init__(None, impl)
-        self.system, self._answers, self._peak = system, False, 0
-
-    @property
-    def peak_nbytes(self) -> int:
-        """Those with a whole block."""
-        return max(self._peak, self.nbytes)
+        self.system, self._answers = system, False
 
     @property
     def attended_pairs(self) -> float:

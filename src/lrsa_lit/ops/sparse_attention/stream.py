@@ -36,6 +36,8 @@ class Stream(ABC):
     """
 
     seen: int = 0
+    # The most bytes within a call, noted by those that hold more there than behind it.
+    _peak: int = 0
 
     @property
     @abstractmethod
@@ -54,8 +56,8 @@ class Stream(ABC):
 
     @property
     def peak_nbytes(self) -> int:
-        """The most bytes that were held at a time: override it where that is more than behind any call."""
-        return self.nbytes
+        """The most bytes that were held at a time, within calls as well."""
+        return max(self._peak, self.nbytes)
 
     @property
     def attended_pairs(self) -> float:
