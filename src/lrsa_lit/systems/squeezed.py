@@ -11,10 +11,11 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention.clustering import cluster_members
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
 from lrsa_lit.systems.system import Place, System
 
@@ -52,32 +53,9 @@ class Level(NamedTuple):
         return of_clusters.mean(dim=(2, 3)).gather(2, self.labels)
 
 
-@torch.no_grad()
-def clustered(keys: Tensor, tokens: Tensor | None, count: int, iterations: int) -> Level:
-    """k-means of keys (B, H, n, D) at length 1, from each (n / count)-th of them on.
-
-    The paper begins with k-means++; this start is the same on all devices.
-
-    Args:
-        keys: to cluster.
-        tokens: (B, H, N) int64, the one of ``keys`` that each token belongs to, whose label it inherits; None where
-            keys are tokens.
-        count: K.
-        iterations: at most; labels that rest stay.
-    """
-    unit = normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
-    ordinal = torch.arange(count, device=keys.device)
-    centre, labels = unit[:, :, ordinal * keys.shape[2] // count], None
-    for _ in range(iterations):
-        nearest = (centre.square().sum(dim=-1)[:, :, None] - 2 * unit @ centre.mT).argmin(dim=-1)
-        if labels is not None and torch.equal(nearest, labels):
-            break
-        labels = nearest
-        members = (labels[:, :, None] == ordinal[:, None]).to(unit.dtype)  # (B, H, K, n)
-        size = members.sum(dim=-1, keepdim=True)
-        centre = torch.where(size > 0, members @ unit / size.clamp(min=1), centre)
-    assert labels is not None
-    return Level(labels if tokens is None else labels.gather(2, tokens), centre)
+def labels_of(keys: Tensor, count: int, iterations: int) -> Tensor:
+    """(B, H, n) int64, the cluster of each key (B, H, n, D); the paper's k-means begins with k-means++."""
+    return cluster_members(keys, count, iterations, until_settled=True).argmax(dim=-2)
 
 
 def centroids(keys: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -211,11 +189,11 @@ class SqueezedStream(KeyValueStream):
             self._waiting = None
             return
         fine = max(1, int(system.clusters * count))
-        labels = clustered(keys, None, fine, system.iterations).labels
+        labels = labels_of(keys, fine, system.iterations)
         self.levels = [Level(labels, centroids(keys, labels, fine))]
         if system.coarse is not None:
             coarse = max(1, int(system.coarse * count))
-            of_tokens = clustered(self.levels[0].centroids, labels, coarse, system.iterations).labels
+            of_tokens = labels_of(self.levels[0].centroids, coarse, system.iterations).gather(2, labels)
             self.levels.insert(0, Level(of_tokens, centroids(keys, of_tokens, coarse)))
 
     def observed_scores(self, level: int) -> Tensor:

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from lrsa_lit.bounds import check_setting, is_integer
+from lrsa_lit.ops.sparse_attention.clustering import cluster_members
 from lrsa_lit.ops.sparse_attention.compressors import Compressor, Partitions
 
 
@@ -84,7 +84,7 @@ class Centroids(Compressor):
     def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor, Tensor]:
         """Means (B, H, P, K, D) of keys and of values, and the bias (B, H, P, K)."""
         key, value = partitions.key, partitions.value
-        members = self._members(key, partitions.top_k)
+        members = cluster_members(key, partitions.top_k, self.iterations)
         count = members.sum(dim=-1)
         empty = count == 0
         bias = (count.log() if self.weigh else torch.zeros_like(count)).masked_fill(empty, _NO_WEIGHT)
@@ -93,21 +93,6 @@ class Centroids(Compressor):
         weights = weights / weights.sum(dim=-1, keepdim=True)
         compact_key, compact_value = (weights @ tokens.to(weights.dtype) for tokens in (key, value))
         return compact_key.to(key.dtype), compact_value.to(value.dtype), bias
-
-    @torch.no_grad()
-    def _members(self, key: Tensor, clusters: int) -> Tensor:
-        """(…, L, D) -> (…, K, L), one for the members of each cluster and else zero; ties go to the earlier cluster."""
-        unit = normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1)
-        ordinal = torch.arange(clusters, device=key.device)
-        centre = unit[..., ordinal * key.shape[-2] // max(clusters, 1), :]
-        members = unit.new_zeros((*centre.shape[:-1], key.shape[-2]))
-        for _ in range(self.iterations if clusters else 0):
-            # The squared distance, but for the length of the key.
-            distance = centre.square().sum(dim=-1, keepdim=True) - 2 * centre @ unit.mT
-            members = (distance.argmin(dim=-2, keepdim=True) == ordinal[:, None]).to(unit.dtype)
-            count = members.sum(dim=-1, keepdim=True)
-            centre = torch.where(count > 0, members @ unit / count.clamp(min=1), centre)
-        return members
 
 
 _NO_WEIGHT = -1e4
