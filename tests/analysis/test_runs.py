@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 from helpers import refused
 
-from lrsa_lit.analysis import runs
+from lrsa_lit.analysis import plots, runs
 from lrsa_lit.tracking.store import find_experiment
 
 
-def add_run(store, experiment, name, *, top_k=8, seed=0, train="{}", answers=None, **metrics):
+def add_run(store, experiment, name, *, top_k=8, seed=0, train="{}", answers=None, rule=(), **metrics):
     run = store.create_run(experiment, run_name=name, tags={"seed": str(seed)})
     params = {"lrsa.lag_size": 32, "lrsa.top_k": top_k, "train_attention": train}
+    params |= {f"lrsa.{key}": value for key, value in dict(rule).items()}
     params["backbone.source"] = "package://d/SmolLM2-135M-Instruct.Q4_1.gguf"
     for key, value in params.items():
         store.log_param(run.info.run_id, f"model.{key}", value)
@@ -148,6 +149,34 @@ def test_answers_become_scores_of_the_shared_questions(recorded):
     with refused("run", reason="'k4'"):
         runs.questions(store, [ids["k16"]], attention="k4")
     assert runs.answered_by_one(answers, ids["k16"], ids["k16"]).empty
+
+
+def test_runs_of_systems_and_of_budgets_are_no_runs_of_the_rule(recorded):
+    store, _, folder = recorded
+    experiment = store.create_experiment("systems", (folder / "artifacts").as_uri())
+    systems = (
+        {"system": "lrsa_lit.systems.KeyNorm", "system.kept": kept, "system.pairs": None} for kept in (0.5, 0.25)
+    )
+    of = [{}, {}, {"head_top_k": "heads.json"}, *systems]
+    ids = [
+        add_run(store, experiment, f"r{n}", answers={"1": n / 4}, val_f1=n / 4, rule=rule) for n, rule in enumerate(of)
+    ]
+    table, scores = runs.table(store, "systems"), runs.shared_scores(runs.questions(store, ids))
+    assert table.loc[ids[3], ["lag_size", "top_k", "kept_share"]].isna().all()
+    rules = runs.by_rule(table, scores)
+    name = "SmolLM2-135M-Instruct"
+    names = [f"{name}", f"{name} KeyNorm kept=0.25", f"{name} KeyNorm kept=0.5", f"{name} head_top_k=heads.json"]
+    assert rules["model"].tolist() == names
+    assert rules["runs"].tolist() == [2, 1, 1, 1]
+    titles = set(runs.differences(table, scores)[["first", "second"]].to_numpy().flat)
+    assert titles == {f"{name} L32 K8", names[1], names[2], f"{names[3]} L32"}
+    (axes,) = plots.f1_against(rules, "f1", "F1").axes
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        f"{name} L32",
+        *names[1:3],
+        f"{names[3]} L32",
+    }
+    assert [text.get_text() for text in axes.texts] == ["K8"]
 
 
 def test_all_answers_come_before_the_table(recorded):

@@ -8,9 +8,12 @@ from cli_helpers import DEBUG, NO_LOGGER, refusal
 from plugin_helpers import write_examples
 
 from lrsa_lit import plugins
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
 from lrsa_lit.paths import shipped
-from lrsa_lit.systems import OneShot
+from lrsa_lit.run_labels import title_of_own
+from lrsa_lit.systems import KeyNorm, OneShot
+from lrsa_lit.tracking.run_record import run_name
 
 SHORT = ["--model.max_new_tokens", "2", "--data.init_args.limit", "{test: 1}", "--trainer.enable_progress_bar", "false"]
 TEST = ["test", *DEBUG, *NO_LOGGER, *SHORT]
@@ -34,6 +37,29 @@ def test_the_shipped_list_has_every_system_of_one_cut_and_yours_beside_them(tmp_
     (line,) = next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()
     losses = {json.loads(line)[name]["loss"] for name in about}
     assert len(losses) == len(about)
+
+
+def test_the_runs_own_row_is_headed_by_its_system(tmp_path, capfd):
+    main(
+        [
+            *TEST,
+            "--model.lrsa.system",
+            "KeyNorm",
+            "--model.evaluate",
+            "{wide: {system: {class_path: KeyNorm, init_args: {kept: 0.9}}}}",
+        ]
+    )
+    shown = capfd.readouterr().out
+    assert "KeyNorm" in shown
+    assert "LRSA" not in shown
+    # In files the run's own attention has the same name in all runs.
+    assert {"LRSA", "wide"} <= json.loads(next(tmp_path.rglob("answers.jsonl")).read_text()).keys()
+    own = LRSAConfig(system=KeyNorm())
+    assert title_of_own(own, ["", "KeyNorm"]) == "KeyNorm (the run's)"
+    assert (title_of_own(own, [""]), title_of_own(LRSAConfig())) == ("KeyNorm", "LRSA")
+    lrsa = {"lag_size": 32, "top_k": 8, "system": {"class_path": "lrsa_lit.systems.KeyNorm"}}
+    settings = {"model": {"backbone": {"source": "tiny"}, "lrsa": lrsa, "train_attention": {}}, "seed_everything": 0}
+    assert run_name(settings) == "tiny-KeyNorm-s0"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lrsa_lit.analysis import metrics
 from lrsa_lit.analysis.record import SelectionRecord
+from lrsa_lit.run_labels import title_of_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,12 +156,12 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
 def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
     """F1 with its interval against a column of :func:`~lrsa_lit.analysis.runs.by_rule`, labelled with name and unit."""
     figure, axes = subplots(1, 1, size=(6, 3.6))
-    lines = rules.dropna(subset=[column]).sort_values(column).groupby(["model", "lag_size"])
+    lines = rules.dropna(subset=[column]).sort_values(column).groupby(["model", "lag_size"], dropna=False)
     for (model, lag_size), line in lines:
         errors = np.stack([line["f1"] - line["f1_low"], line["f1_high"] - line["f1"]])
-        axes.errorbar(line[column], line["f1"], errors, fmt="o-", capsize=3, label=f"{model} L{lag_size}")
-        for _, row in line.iterrows():
-            axes.annotate(f"K{row['top_k']}", (row[column], row["f1"]), xytext=(5, 4), textcoords="offset points")
+        axes.errorbar(line[column], line["f1"], errors, fmt="o-", capsize=3, label=title_of_run(model, lag_size))
+        for _, row in line.dropna(subset=["top_k"]).iterrows():
+            axes.annotate(f"K{row['top_k']:g}", (row[column], row["f1"]), xytext=(5, 4), textcoords="offset points")
     axes.set(xlabel=label, ylabel="F1 (bars: 95 % over seeds and questions)")
     if lines.ngroups:
         legend(axes)

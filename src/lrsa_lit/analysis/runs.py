@@ -23,7 +23,7 @@ from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.errors import UserError, printable
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.paths import nearest
-from lrsa_lit.run_labels import ANSWERS, OWN, QUESTIONS
+from lrsa_lit.run_labels import ANSWERS, OWN, QUESTIONS, title_of_run
 from lrsa_lit.tracking.store import connect, existing_uri, find_experiment
 from lrsa_lit.uris import sqlite_uri
 
@@ -115,8 +115,9 @@ def selections(store: MlflowClient, run: Run) -> list[SelectionRecord]:
 def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
     """The validated runs of an experiment, latest first: a row each, by run id.
 
-    Columns: ``name``, ``model`` (``-dense`` where it was trained so), ``lag_size``, ``top_k``, ``kept_share`` (K/L),
-    ``seed`` and those of :data:`MEASURES`, NaN where a run did not record one.
+    Columns: ``name``, ``model`` (``-dense`` where it was trained so; with its system and the arguments of that, or its
+    ``head_top_k``), ``lag_size``, ``top_k``, ``kept_share`` (K/L), ``seed`` and those of :data:`MEASURES`, NaN where a
+    run did not record one or its attention has none.
 
     Raises:
         UserError: no such experiment, or no run in it has a validation.
@@ -160,7 +161,7 @@ def by_rule(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     It has F1 over seeds and questions with its interval, and the means of the other measures.
     """
     rows = []
-    for key, group in runs.loc[scores.index].groupby(RULE, sort=True):
+    for key, group in runs.loc[scores.index].groupby(RULE, sort=True, dropna=False):
         f1 = statistics.mean(scores.loc[group.index].to_numpy())
         means = group[[name for name in MEASURES if name != "f1"]].mean()
         about = {**dict(zip(RULE, key, strict=True)), "kept_share": group["kept_share"].iloc[0], "runs": len(group)}
@@ -171,8 +172,8 @@ def by_rule(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 def differences(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """A row for each two rules: the first's F1 less the second's, on the same questions, with its interval."""
     groups = {
-        "{} L{} K{}".format(*key): scores.loc[group.index].to_numpy()
-        for key, group in runs.loc[scores.index].groupby(RULE, sort=True)
+        title_of_run(*key): scores.loc[group.index].to_numpy()
+        for key, group in runs.loc[scores.index].groupby(RULE, sort=True, dropna=False)
     }
     rows = [
         (one, other, *statistics.compare(groups[one], groups[other]).difference)
@@ -232,15 +233,22 @@ def _runs(store: MlflowClient, experiment: str) -> list[Run]:
 def _row(run: Run) -> dict[str, Any]:
     params, metrics = run.data.params, run.data.metrics
     lag_size, top_k = (int(params[f"model.lrsa.{name}"]) for name in ("lag_size", "top_k"))
-    # K of each head is no number to lay beside others: kv_ratio is.
-    one_k = params.get("model.lrsa.head_top_k", "None") == "None"
+    # K of each head is no number to lay beside others, and a system has none: kv_ratio is one.
+    of_heads, system = (params.get(f"model.lrsa.{name}", "None") for name in ("head_top_k", "system"))
+    one_k = of_heads == system == "None"
     model = params["model.backbone.source"].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
     if params.get("model.train_attention") == "None":
         model += "-dense"
+    if of_heads != "None":
+        model += f" head_top_k={of_heads}"
+    if system != "None":
+        key = "model.lrsa.system."
+        given = [f"{name.removeprefix(key)}={params[name]}" for name in sorted(params) if name.startswith(key)]
+        model = " ".join([model, system.rpartition(".")[2], *(text for text in given if not text.endswith("=None"))])
     return {
         "name": run.info.run_name,
         "model": model,
-        "lag_size": lag_size,
+        "lag_size": lag_size if system == "None" else np.nan,
         "top_k": top_k if one_k else np.nan,
         "kept_share": top_k / lag_size if one_k else np.nan,
         "seed": run.data.tags.get("seed"),

@@ -14,7 +14,7 @@ from rich.table import Table
 from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.data.module import QADataModule, Split
-from lrsa_lit.run_labels import OWN, SCORES, TOO_LONG_OF
+from lrsa_lit.run_labels import OWN, SCORES, TOO_LONG_OF, title_of_own
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tasks.measures import MEASURES
 from lrsa_lit.terminal import PlainConsole
@@ -80,7 +80,9 @@ class FitSummary(Callback):
             return
         console = PlainConsole()
         if self.history:
-            console.print(_summary_table(self.history))
+            task = trainer.lightning_module
+            own = title_of_own(task.lrsa, task.attentions) if isinstance(task, LongContextQA) else OWN
+            console.print(_summary_table(self.history, own))
         if self.losses:
             console.print(_losses_table(self.losses))
         # Without a validation in training there is no best one.
@@ -91,7 +93,7 @@ class FitSummary(Callback):
         _show_run(trainer, console)
 
 
-def _summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
+def _summary_table(history: Sequence[tuple[int, dict[str, float]]], own: str) -> Table:
     """First and last entry side by side, with a row for each attention; a single entry stands alone."""
     ends, last = [*history[:1], *history[1:][-1:]], history[-1][1]
     steps = " → ".join(f"step {step}" for step, _ in ends)
@@ -101,7 +103,7 @@ def _summary_table(history: Sequence[tuple[int, dict[str, float]]]) -> Table:
         found = [[values.get(stem + name, math.nan) for _, values in ends] for name in SCORES]
         # The parts of an evaluation have no loss of their own.
         shown = ("" if math.isnan(scores[-1]) else " → ".join(f"{score:.3f}" for score in scores) for scores in found)
-        table.add_row(prefix or OWN, *shown)
+        table.add_row(prefix or own, *shown)
     return table
 
 
@@ -144,7 +146,7 @@ def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, 
         return
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     console = PlainConsole()
-    for table in _evaluation_tables(metrics, list(model.attentions), data, split):
+    for table in _evaluation_tables(metrics, model, data, split):
         console.print(table)
     for line in _evaluation_notes(data, split, model.max_new_tokens if model.generate_answers else None):
         console.say(line)
@@ -164,13 +166,14 @@ def show_answers(trainer: Trainer) -> None:
 
 
 def _evaluation_tables(
-    metrics: Mapping[str, float], names: Sequence[str], data: QADataModule, split: Split
+    metrics: Mapping[str, float], model: LongContextQA, data: QADataModule, split: Split
 ) -> list[Table]:
     """What an evaluation found, with a column for each attention, or a line for each where they are many.
 
     There is a line for each part of the evaluation with the score that it is published with (the loss, if nothing else
     was asked for), then all scores of all questions, that score in bold, then what each attention took.
     """
+    names, own = list(model.attentions), title_of_own(model.lrsa, model.attentions)
     scores = {name: label for name, label in _EVALUATED.items() if f"{split}/{name}" in metrics}
     title = f"{_STAGES[split]} on {_questions(metrics[f'{split}/count'])}"
     stems = [f"{split}/{name}/" if name else f"{split}/" for name in names]
@@ -186,11 +189,11 @@ def _evaluation_tables(
         for about, shown in ((title, scores), ("What it took", taken)):
             table = _table(about, shown.values())
             for row in zip(names, *(values("", key) for key in shown), strict=True):
-                table.add_row(row[0] or OWN, *row[1:])
+                table.add_row(row[0] or own, *row[1:])
             tables += [table] if shown else []
         return tables
     table = Table(title=title)
-    for name in ("part", "questions", "score", *(name or OWN for name in names)):
+    for name in ("part", "questions", "score", *(name or own for name in names)):
         table.add_column(name, justify="left" if name in ("part", "score") else "right")
 
     def add(part: str, group: str, score: str) -> None:

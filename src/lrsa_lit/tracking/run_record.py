@@ -174,8 +174,10 @@ def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
     model = values["model"]
     source = model["backbone"].get("init_args", model["backbone"])["source"]
     trained = "" if model.get("train_attention") is not None else "-dense"
-    of_heads = model["lrsa"].get("head_top_k") is not None
-    rule = f"L{model['lrsa']['lag_size']}-K{'heads' if of_heads else model['lrsa']['top_k']}"
+    of_heads, system = (model["lrsa"].get(name) for name in ("head_top_k", "system"))
+    rule = f"L{model['lrsa']['lag_size']}-K{model['lrsa']['top_k'] if of_heads is None else 'heads'}"
+    if system is not None:
+        rule = system["class_path"].rpartition(".")[2]
     name = f"{family(source)}{trained}-{rule}-s{values['seed_everything']}"
     if command == "fit":
         return name
