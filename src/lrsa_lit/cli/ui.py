@@ -46,7 +46,7 @@ _MOST_COMPARED = 50
 
 _COLUMNS = [
     *(f"tags.`{name}`" for name in ("command", "checkpoint")),
-    *(f"params.`{name}`" for name in ("model.lrsa.lag_size", "model.lrsa.top_k", "kv_ratio")),
+    *(f"params.`{name}`" for name in ("model.lrsa.system", "model.lrsa.lag_size", "model.lrsa.top_k", "kv_ratio")),
     *(f"metrics.`{name}`" for name in ("val/f1", "val/loss", "test/f1", "perf/step_seconds")),
 ]
 """What the table of runs shows; more can be chosen in the UI."""

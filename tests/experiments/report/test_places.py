@@ -19,6 +19,7 @@ from lrsa_lit.experiments.report import places
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.places import ALWAYS, ELSEWHERE, LAST, NOWHERE, PLACES, place_of
 from lrsa_lit.ops.sparse_attention import Recency
+from lrsa_lit.systems import KeyNorm
 
 RULE = {"lag_size": 4, "top_k": 1}
 SPANS = st.lists(st.tuples(st.integers(0, 59), st.integers(1, 8)), max_size=3)
@@ -92,6 +93,24 @@ def test_rules_of_other_partitions_have_no_places_in_common(against, data):
     table = Table(Cells(against, lines), "places", "plain")
     with refused("parts.places", reason="lag_size 32"):
         places.by_place(table, data)
+
+
+def test_places_are_those_of_one_k_and_of_no_system(against, data, monkeypatch):
+    lines, rule = lines_of(against, data), against.inference["short"]
+    table = Table(Cells(against, lines), "places", "plain")
+    lines[1] |= {"rule": rule.replace(system=KeyNorm()).to_dict()}
+    with refused("parts.places", reason="dense under dense has a system, KeyNorm"):
+        places.by_place(table, data)
+    # Heads of other K see the same sinks and window.
+    lines[1] |= {"rule": rule.replace(head_top_k=[0, [4, 1]]).to_dict()}
+    assert places.by_place(table, data).frame(intervals=False)["inference"].tolist() == ["short", "dense"]
+    for other, reason in (
+        (rule.replace(system=KeyNorm()), "no partitions"),
+        (rule.replace(head_top_k=[0, 1]), "not one"),
+    ):
+        monkeypatch.setitem(against.inference, "short", other)
+        with refused("parts.places.against", reason=reason):
+            places.by_place(table, data)
 
 
 @pytest.mark.parametrize("case", ["no-rule", "other-questions"])

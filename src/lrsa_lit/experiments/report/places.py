@@ -53,14 +53,17 @@ def by_place(table: Table, data: Path | None) -> Grid:
     The heads of the columns say of how many questions each is; these are in the folder ``data`` of the study.
 
     Raises:
-        UserError: the part names no rule or has one of other sinks, partitions or chunks, no folder is given, or it has
-            other questions.
+        UserError: the part names no rule of one K, or has one of other sinks, partitions or chunks or a system, no
+            folder is given, or it has other questions.
     """
     study, rule = table.study, None
     if table.against is not None:
         rule = study.rule_of(study.row(table.against[0]), table.against[1])
     if rule is None:
         raise UserError(f"parts.{table.part}.against", reason="it must name a rule, for places are those of a rule")
+    for name, has in (("system", "a system, which has no partitions"), ("head_top_k", "K of each head, and not one")):
+        if getattr(rule, name) is not None:
+            raise UserError(f"parts.{table.part}.against", reason=f"the rule that it names has {has}")
     _check_alike(table, rule)
     places = np.array([place_of(example, rule) for example in questions_of(table, data)])
     shown = columns.about(table.cells)
@@ -111,10 +114,14 @@ def _seen(length: int, kept: int, rule: LRSAConfig) -> NDArray[np.bool_]:
 
 
 def _check_alike(table: Table, rule: LRSAConfig) -> None:
-    """The tokens that all see must be the same under every rule; how many others are kept may differ."""
+    """The tokens that all see must be the same under every rule; how many others are kept, by a head, may differ."""
     named = rule.to_dict()
     for cell in table.cells:
         own = cell.line["rule"]
+        if own is not None and own.get("system"):
+            system = own["system"]["class_path"].rpartition(".")[2]
+            reason = f"{cell.row} under {cell.attention} has a system, {system}, whose places are not those of a rule"
+            raise UserError(f"parts.{table.part}", reason=reason, hint="leave it to a part of its own")
         for key in ("sink_size", "lag_size", "chunk_size"):
             if own is not None and own[key] != named[key]:
                 has = f"{cell.row} under {cell.attention} has {key} {own[key]}"
