@@ -140,3 +140,17 @@ def test_the_package_exports_its_public_api():
     for name in lrsa_lit.__all__:
         home = next(each for each in (attention, operator, errors) if hasattr(each, name))
         assert getattr(lrsa_lit, name) is getattr(home, name)
+
+
+def test_no_script_hides_a_folder_of_tests():
+    """Both are on the path of the tests, where a module wins over a folder of its name, which is then not found."""
+    tests, benchmarks = Path(__file__).parent, Path(__file__).parents[1] / "benchmarks"
+    imported = {
+        node.module.partition(".")[0]
+        for path in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    folders = {name for name in imported if (tests / name).is_dir()}
+    assert folders
+    assert not folders & {path.stem for path in benchmarks.glob("*.py")}

@@ -1,6 +1,6 @@
 """How long each published system takes to read a prompt and to answer, and what it holds, beside the rule and dense.
 
-    python benchmarks/systems.py [--tokens 32768] [--budget 0.25] [--systems Cascade SqueezedAttention]
+    python benchmarks/system_costs.py [--tokens 32768] [--budget 0.25] [--systems Cascade SqueezedAttention]
 
 A model of Llama-3.2-1B's shape with random weights in bfloat16, batch 1, read and answered as an evaluation does. Each
 system that has a size is set to the budget at that length. Prints a table, writes ``results/systems_DATE_DEVICE.json``.
