@@ -32,6 +32,7 @@ from lrsa_lit.systems import (
 )
 
 LAYERS = 3
+HEAD = Head(2, 8, 4)
 PROMPTS = torch.randint(3, 259, (1, 100), generator=torch.Generator().manual_seed(0))
 
 
@@ -112,6 +113,9 @@ def test_each_system_holds_what_its_budget_says(system, looser, share, model):
     # Of a pair at most; fewer where chunks are whole, the sub-caches equal or a round has just ended.
     assert share - (1 + looser) / 96 * 1.1 < found["cache"] <= share
     assert found["cache"] <= found["peak"] <= 1.2
+    # Pairs of 8 channels; a cascade has a score for each.
+    pair = config.system.held_bytes(96, HEAD) / config.system.held(96)
+    assert found["kept"] == pytest.approx(found["cache"] * HEAD.pair / pair)
     assert 0 < found["pairs"] <= 1
 
 
@@ -124,6 +128,7 @@ def test_systems_that_hold_everything_read_or_attend_to_less(model):
         found[type(system).__name__] = shares([greedy.usage])
     squeezed, sparse = found["SqueezedAttention"], found["SparseAccelerate"]
     assert (squeezed["cache"] > 1, 0.2 < squeezed["read"] < 0.6, squeezed["pairs"]) == (True, True, 1.0)
+    assert squeezed["kept"] == sparse["kept"] == 1.0
     assert (sparse["cache"], "read" in sparse, 0.1 < sparse["pairs"] < 0.9) == (1.0, False, True)
 
 

@@ -176,12 +176,7 @@ class LRSACacheLayer(CacheLayerMixin):
 
     def stored_tokens(self) -> float:
         """Tokens stored per head, summed over the rows; their mean where heads store differently many."""
-        total = 0.0
-        for stream in self.streams:
-            keys = [pair[0] for pair in (part.stored for part in stream.parts) if pair is not None]
-            heads = sum(part.shape[1] for part in keys)
-            total += sum(part.shape[:3].numel() for part in keys) / max(heads, 1)
-        return total
+        return sum(map(_stored_tokens, self.streams))
 
     @property
     def nbytes(self) -> int:
@@ -195,7 +190,8 @@ class LRSACacheLayer(CacheLayerMixin):
         held, peak = stream.nbytes / rows, stream.peak_nbytes / rows
         dense = stream.seen * self._token_bytes
         read = held if stream.read_share is None else dense * stream.read_share
-        return Measured(held, peak, read, dense, stream.attended_pairs, attended_pairs(stream.seen, None))
+        pairs, stored = attended_pairs(stream.seen, None), _stored_tokens(stream) / rows
+        return Measured(held, peak, read, dense, stream.attended_pairs, pairs, stored, stream.seen)
 
     def get_seq_length(self) -> int:
         """Columns seen so far, dropped ones and pads included: what true positions are counted from."""
@@ -239,3 +235,9 @@ class LRSACacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: dropped tokens cannot come back."""
         raise UserError("cache", reason="LRSACache cannot be cropped, as assisted decoding needs; use a dense cache")
+
+
+def _stored_tokens(stream: Stream) -> float:
+    """Of all rows together, mean of the heads."""
+    keys = [pair[0] for pair in (part.stored for part in stream.parts) if pair is not None]
+    return sum(part.shape[:3].numel() for part in keys) / max(sum(part.shape[1] for part in keys), 1)

@@ -18,6 +18,8 @@ class Measured(NamedTuple):
         dense: bytes that a dense cache holds of the same tokens.
         pairs: query-key pairs of a head that the tokens have attended to.
         dense_pairs: those of dense causal attention.
+        stored: key-value pairs that a head holds, a mean where heads hold differently many.
+        tokens: those that were seen, of which a dense cache holds all.
     """
 
     held: float
@@ -26,6 +28,8 @@ class Measured(NamedTuple):
     dense: int
     pairs: float
     dense_pairs: int
+    stored: float
+    tokens: int
 
 
 class Usage(NamedTuple):
@@ -53,7 +57,8 @@ def shares(usages: Sequence[Usage]) -> dict[str, float]:
 
     Returns:
         ``cache``, ``peak`` and ``read`` (only where it is not ``cache``), ``pairs``, ``first_token_seconds`` and
-        ``token_seconds`` (NaN without a second token). Seconds depend on the size of the batches.
+        ``token_seconds`` (NaN without a second token). Seconds depend on the size of the batches. ``kept`` is the share
+        of the key-value pairs that are held, whatever is held beside them.
     """
     prompts = total([row for usage in usages for row in usage.rows])
     bytes_of = {"cache": prompts.held, "peak": prompts.peak, "read": prompts.read}
@@ -61,6 +66,7 @@ def shares(usages: Sequence[Usage]) -> dict[str, float]:
         del bytes_of["read"]
     tokens = [usage.token for usage in usages if usage.token is not None]
     return {name: value / prompts.dense for name, value in bytes_of.items()} | {
+        "kept": prompts.stored / prompts.tokens,
         "pairs": prompts.pairs / prompts.dense_pairs,
         "first_token_seconds": statistics.median(usage.first_token for usage in usages),
         "token_seconds": statistics.median(tokens) if tokens else float("nan"),

@@ -68,13 +68,8 @@ def measured(
     for name, rule in rules.items():
         if usages := [usage for process in processes for usage in process[name]]:
             values = shares(usages)
-            values["kept"] = _kept(rule, layers, values["cache"])
+            if rule is not None and rule.system is None:
+                # K/L, mean of layers and heads, of which dense ones keep all. Sinks and windows come on top.
+                values["kept"] = float(mean_top_k(rule, layers) / rule.lag_size)
             found |= {f"{split}/{name}/{key}" if name else f"{split}/{key}": value for key, value in values.items()}
     return found
-
-
-def _kept(rule: LRSAConfig | None, layers: int, cache: float) -> float:
-    """K/L, mean of layers and heads, of which dense ones keep all; of a system what it holds."""
-    if rule is None or rule.system is not None:
-        return 1.0 if rule is None else cache
-    return float(mean_top_k(rule, layers) / rule.lag_size)

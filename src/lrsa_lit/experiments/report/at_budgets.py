@@ -16,11 +16,11 @@ from lrsa_lit.experiments.study import DENSE, Study
 from lrsa_lit.io import write_atomically
 
 LEGEND = """\
-All numbers are measured. *kept*: K/L of the rule, with dense layers whole; of a system what it holds. *cache*: bytes
-held at the end of the prompt as a share of what a dense cache holds of it, sinks, windows, dense layers and waiting
-queries among them; memory that is made for later tokens does not count. *peak*: the most that was held in prefill.
-*pairs*: attended query-key pairs of the prompt. *read*: bytes that a token of the answer reads. Seconds are medians
-over batches, and depend on their size and on the machine. A budget is met for a prompt of max_tokens tokens."""
+All numbers are measured. *kept*: K/L of the rule, with dense layers whole; of a system the pairs that it holds.
+*cache*: bytes held at the end of the prompt as a share of what a dense cache holds of it, sinks, windows, dense layers
+and waiting queries among them; memory that is made for later tokens does not count. *peak*: the most that was held in
+prefill. *pairs*: attended query-key pairs of the prompt. *read*: bytes that a token of the answer reads. Seconds are
+medians over batches, and depend on their size and on the machine. A budget is met for a prompt of max_tokens tokens."""
 
 
 class Section(NamedTuple):
