@@ -80,6 +80,10 @@ def article(name: str, length: int) -> dict[str, Any]:
     }
 
 
+def _facts(folder: Path) -> dict[str, Any]:
+    return {**hotpotqa(folder), **dict.fromkeys(SPLITS, 7)}
+
+
 def _needles(folder: Path) -> dict[str, Any]:
     return {**hotpotqa(folder), "train": 5, "val": 5, "test": 5}
 
@@ -110,6 +114,7 @@ def _table(folder: Path) -> dict[str, Any]:
 
 FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Articles": _articles,
+    "FactsInText": _facts,
     "HotpotQA": hotpotqa,
     "LongBench": longbench,
     "Mixture": _mixture,

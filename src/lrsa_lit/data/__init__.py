@@ -8,6 +8,7 @@ from lrsa_lit.lazy import lazily
 
 if TYPE_CHECKING:
     from lrsa_lit.data.articles import Articles as Articles
+    from lrsa_lit.data.facts_in_text import FactsInText as FactsInText
     from lrsa_lit.data.hotpotqa import HotpotQA as HotpotQA
     from lrsa_lit.data.longbench import LongBench as LongBench
     from lrsa_lit.data.mixture import Mixture as Mixture
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Articles": "articles",
+    "FactsInText": "facts_in_text",
     "HotpotQA": "hotpotqa",
     "LongBench": "longbench",
     "Mixture": "mixture",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +31,12 @@ class ParagraphPool:
         self.prompt = prompt
         self._tokens: dict[int, int] = {}
         self._words: dict[int, str] = {}
+
+    def under(self, prompt: Prompt) -> ParagraphPool:
+        """The same paragraphs for another prompt that shows them alike; what is learnt about them is shared."""
+        other = copy.copy(self)
+        other.prompt = prompt
+        return other
 
     def draw(self, rng: random.Random) -> Iterator[int]:
         """All positions of the pool in random order, without building the order up front."""

@@ -39,7 +39,7 @@ from lrsa_lit.run_labels import TOO_LONG_OF
 from lrsa_lit.terminal import PlainConsole
 
 Split: TypeAlias = Literal["train", "val", "test"]
-Score: TypeAlias = Literal["f1", "recall"]
+Score: TypeAlias = Literal["f1", "recall", "em"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _log = logging.getLogger("lrsa_lit.data")
@@ -67,7 +67,8 @@ class QADataModule(lightning.LightningDataModule):
             model.backbone.compile_layers one compilation then serves them all; each new length would be compiled anew.
 
     Attributes:
-        score: the one that the data set is published with: ``f1`` (LongBench's ``qa_f1``) or ``recall`` (RULER's).
+        score: the one that the data set is published with: ``f1`` (LongBench's ``qa_f1``), ``recall`` (RULER's) or
+            ``em`` (exact match).
         padding: of the training batches in the first epoch, the share of tokens that is padding or, packed, the share
             of the budget that is unused; None before there is a training loader.
         report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from lrsa_lit.data.haystack import ParagraphPool
 from lrsa_lit.data.hotpotqa import SHA256, SOURCE, load_questions, paragraph_pool
-from lrsa_lit.data.module import QADataModule, Split, at_least
+from lrsa_lit.data.module import QADataModule, Score, Split, at_least
 from lrsa_lit.data.needle_tasks import TASKS
 from lrsa_lit.data.prompts import Example, TooLong
 from lrsa_lit.data.records import QARecord
@@ -36,7 +36,7 @@ class Needles(QADataModule):
     """
 
     known: ClassVar[tuple[str, ...]] = tuple(TASKS)
-    score = "recall"
+    score: ClassVar[Score] = "recall"
 
     def __init__(
         self,

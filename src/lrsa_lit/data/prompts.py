@@ -38,16 +38,18 @@ class Prompt:
         message: the user's message; {context} stands for the passages, {input} for the question.
         answer: the beginning of the assistant's message, which the model is given; a blank follows it.
         heading: what stands above a passage in place of its title; {number} counts from 1. "" shows the titles.
+        titles: whether titles are shown where there is no heading.
     """
 
     message: str
     answer: str = ""
     heading: str = ""
+    titles: bool = True
 
     def passage(self, passage: Passage, number: int) -> str:
         """A passage, the ``number``-th of the context, as the prompt shows it."""
         if not self.heading:
-            return render_passage(passage)
+            return render_passage(passage if self.titles else replace(passage, title=""))
         return f"{self.heading.replace('{number}', str(number))}\n{passage.text}".strip()
 
     def around(self, question: str) -> tuple[str, str]:
