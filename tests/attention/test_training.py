@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from lrsa_lit.attention import disable, enable, enabled_config, interface
+from lrsa_lit.ops.sparse_attention import StraightThrough
+
+KEYS = "model.layers.1.self_attn.k_proj.weight"
 
 
 def gradients(model, ids):
@@ -48,6 +51,22 @@ def test_gradient_checkpointing_recomputes_the_same_bits(tiny, tokens, rule, cal
     assert len(calls) == 6, "each layer runs once more in the backward pass"
     assert all(recomputed[name].equal(plain[name]) for name in plain)
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
+
+
+def test_a_choice_that_trains_does_so_packed_and_checkpointed(tiny, tokens, rule):
+    rule, ids = rule.replace(compressor=StraightThrough()), [tokens(1, length, seed=length) for length in (45, 70)]
+    model = enable(tiny("Llama"), rule).train()
+    plain = gradients(enable(tiny("Llama"), rule.replace(compressor="LagRelative")).train(), ids[1])
+    alone = [gradients(model, one) for one in ids]
+    assert not torch.allclose(alone[1][KEYS], plain[KEYS], rtol=1e-3)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    packed, places = torch.cat(ids, dim=1), torch.cat([torch.arange(one.shape[1]) for one in ids])[None]
+    labels = packed.masked_fill(places == 0, -100)
+    model.zero_grad()
+    (model(packed, position_ids=places, labels=labels, use_cache=False).loss * (44 + 69)).backward()
+    for name, weight in model.named_parameters():
+        expected = 44 * alone[0][name] + 69 * alone[1][name]
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_rule_and_not_of_dense_attention(tiny, tokens, rule):

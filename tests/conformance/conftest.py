@@ -27,6 +27,7 @@ INIT_ARGS: dict[str, dict[str, Any]] = {
     "ChunkWise": {"size": 3},
     "QueryAttention": {"window": 3, "kernel": 3},
     "QueryRuns": {"window": 2, "size": 3, "shared_heads": True},
+    "StraightThrough": {"of": {"class_path": "RandomTokens"}, "by": "LagRelative", "temperature": 0.5},
     "LanguageModelLoss": {"share": 0.5},
     "Distillation": {"positions": 30},
     "HiddenAlignment": {"positions": 9},

@@ -43,6 +43,7 @@ from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
 from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
+from lrsa_lit.ops.sparse_attention.straight_through import StraightThrough
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.synthesizers import Centroids, FreqPartition
 
@@ -71,6 +72,7 @@ __all__ = [
     "Selection",
     "Selector",
     "SpreadSelector",
+    "StraightThrough",
     "Stream",
     "Strided",
     "ValueRelative",

@@ -77,6 +77,11 @@ class Compressor(FromSettings, ABC):
     def compress(self, partitions: Partitions) -> tuple[Tensor, ...]:
         """Compact keys and values, both (B, H, P, K, D) in the dtype of the partitions, with gradient to them."""
 
+    @property
+    def plain(self) -> Compressor:
+        """What keeps the same pairs; differs from self only where the gradient is more than that of these pairs."""
+        return self
+
     def for_layer(self, layer: int) -> Compressor:
         """The compressor of one layer; differs from self only where layers must not choose alike."""
         return self
@@ -87,7 +92,26 @@ class Compressor(FromSettings, ABC):
 
 
 class Selector(Compressor):
-    """A compressor that keeps K of the L original pairs."""
+    """A compressor that keeps K of the L original pairs.
+
+    Attributes:
+        constant: whether the score depends on neither keys, values nor queries, and so has no gradient.
+    """
+
+    constant: ClassVar[bool] = False
+
+    @property
+    def plain(self) -> Selector:
+        """As :class:`Compressor` has it."""
+        return self
+
+    def for_layer(self, layer: int) -> Selector:
+        """As :class:`Compressor` has it."""
+        return self
+
+    def for_heads(self, heads: tuple[int, ...]) -> Selector:
+        """As :class:`Compressor` has it."""
+        return self
 
     @abstractmethod
     def score(self, partitions: Partitions) -> Tensor:
@@ -248,6 +272,7 @@ class RandomTokens(Selector):
         seed: an integer; each layer of a model derives its own.
     """
 
+    constant: ClassVar[bool] = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -303,6 +328,8 @@ class KeyDiff(Selector):
 class Recency(Selector):
     """Keep the last K tokens of each partition."""
 
+    constant: ClassVar[bool] = True
+
     def score(self, partitions: Partitions) -> Tensor:
         """The token's place in the partition."""
         places = torch.arange(partitions.key.shape[-2], device=partitions.key.device)
@@ -312,6 +339,8 @@ class Recency(Selector):
 @dataclass(frozen=True)
 class Strided(Selector):
     """Keep every L/K-th token: the places floor(i L / K)."""
+
+    constant: ClassVar[bool] = True
 
     def score(self, partitions: Partitions) -> Tensor:
         """One at the K places, zero elsewhere."""

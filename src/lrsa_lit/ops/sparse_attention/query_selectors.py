@@ -18,7 +18,6 @@ from lrsa_lit.ops.sparse_attention.compressors import Partitions, Selector
 from lrsa_lit.ops.sparse_attention.scoring import run_means
 
 
-@torch.no_grad()
 def attention_received(key: Tensor, query: Tensor) -> Tensor:
     """The attention (…, L) that tokens get among themselves, a mean over queries and the heads of a group.
 

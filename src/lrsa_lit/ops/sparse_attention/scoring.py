@@ -31,7 +31,6 @@ class Ranking(NamedTuple):
     order: Tensor
 
 
-@torch.no_grad()
 def lag_relative_spread(tokens: Tensor, reference: Tensor) -> Tensor:
     """Unbiased standard deviation over channels, each normalised by the reference's range: (…, L, D) both -> (…, L).
 
@@ -50,7 +49,6 @@ def lag_relative_spread(tokens: Tensor, reference: Tensor) -> Tensor:
     return normalised.masked_fill_(constant, 0.0).mul_(SHRINK).std(dim=-1) / SHRINK
 
 
-@torch.no_grad()
 def weighted_ranking(spreads: Sequence[Tensor], weights: Sequence[float]) -> Ranking:
     """Score by the weighted sum of the softmaxes of one or two spreads (LagKV, eq. 7-8), order by its logarithm.
 

@@ -68,9 +68,9 @@ def _forward(
     selection: Selection | None
 ) -> Tensor:  # fmt: skip
     geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
-    if isinstance(rule.compressor, Selector):
+    if isinstance(rule.compressor, Selector) and (selection or not _trains_choice(rule, query, key, value)):
         with torch.no_grad():
-            code = kernel_code(rule.compressor, rule.top_k)
+            code = kernel_code(rule.compressor.plain, rule.top_k)
             if selection is None and code is not None:
                 _check_windows(query, key, rule, geometry)
                 ranks, _ = fused_ranks(code, query, key, value, geometry)
@@ -89,6 +89,15 @@ def _forward(
             )
         )
     return _attend(Inputs(query, key, value, *compact), ranks, geometry, scale)
+
+
+def _trains_choice(rule: Rule, *tensors: Tensor) -> bool:
+    """Whether the compact pairs have a gradient beside that of the tokens that they are copies of."""
+    return rule.compressor.plain is not rule.compressor and _want_gradient(*tensors)
+
+
+def _want_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 _untraced_forward = torch.compiler.disable(_forward)
@@ -115,9 +124,8 @@ def compress(
     if type(rule.compressor) is FreqPartition:
         compact = compress_frequencies(in_pytorch.partitions_of(key, value, rule, count, first))
         return compact[0].flatten(2, 3), compact[1].flatten(2, 3)
-    grads = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    code = kernel_code(rule.compressor, rule.top_k)
-    if grads or code is None:
+    code = kernel_code(rule.compressor.plain, rule.top_k)
+    if code is None or _want_gradient(key, value, next_query):
         return in_pytorch.compress(key, value, rule, count, first, next_query)
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     geometry = Geometry(0, rule.lag_size, rule.top_k, rule.lag_size, (0, (count + 1) * rule.lag_size + 1))
@@ -129,7 +137,7 @@ def compress(
 @torch.no_grad()
 def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], query: Tensor | None = None) -> Selection:
     """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
-    code = kernel_code(rule.compressor, rule.top_k)
+    code = kernel_code(rule.compressor.plain, rule.top_k)
     if code is None:
         return in_pytorch.select(key, value, rule, boundaries, query)
     geometry = Geometry.of(rule, boundaries, queries_from=0 if query is None else key.shape[2] - query.shape[2])

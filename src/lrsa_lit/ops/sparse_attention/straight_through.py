@@ -1,0 +1,125 @@
+"""Selection with a gradient: what is kept is weighed by its own score, as far as the gradient goes.
+
+Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.bounds import check_setting, is_weight
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative, Partitions, Selector, gather_kept
+
+_LEAST_SPREAD = 1e-6
+"""Scores of a partition that differ by less are taken as equal, so that rounding errors get no large gradient."""
+
+
+@dataclass(frozen=True)
+class StraightThrough(Selector):
+    """Keep what another selector keeps, with a gradient to the scores (straight-through, arXiv 1308.3432).
+
+    The values of kept pairs are multiplied by 1 + s - sg(s), where sg stops the gradient: the output is that of the
+    other selector, bit by bit, and a score rises where a larger weight of its pair would lower the loss. Only training
+    differs: it scores and gathers in PyTorch, and compiled layers stop for it.
+
+    Ours is s = sigmoid((score - mean) / (temperature x standard deviation)), both over the partition. A softmax over it
+    would have one winner where K are kept, and gradients that shrink as 1 / L. Standardised, scores of any scale give
+    the same s.
+
+    Args:
+        of: the selector whose pairs are kept, also as the dict that its ``to_dict`` made.
+        by: the selector whose score gets the gradient, likewise; null for ``of``. So a random choice with the gradient
+            of a real score is ``of: RandomTokens``, ``by: LagRelative``.
+        temperature: a number > 0; small ones leave a gradient only to scores near the mean.
+
+    Raises:
+        UserError: a setting out of bounds, or a score that depends on no key, value or query.
+    """
+
+    of: Selector = field(default_factory=LagRelative)
+    by: Selector | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("of", "by"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, _selector(name, given))
+        positive = is_weight(self.temperature) and self.temperature > 0
+        check_setting("temperature", self.temperature, positive, "a finite number > 0")
+        if self._scorer.constant:
+            needed = "a selector whose score depends on keys, values or queries"
+            raise UserError("by", type(self._scorer).__name__, needed, hint="such as by=LagRelative")
+        object.__setattr__(self, "window", max(self.of.window, self._scorer.window))
+        object.__setattr__(self, "needs_rotary", self.of.needs_rotary or self._scorer.needs_rotary)
+
+    @property
+    def _scorer(self) -> Selector:
+        return self.of if self.by is None else self.by
+
+    @property
+    def plain(self) -> Selector:
+        """The selector whose pairs are kept."""
+        return self.of
+
+    @property
+    def shared_heads(self) -> bool:
+        """Whether all heads keep the same tokens."""
+        return any(getattr(one, "shared_heads", False) for one in (self.of, self._scorer))
+
+    def score(self, partitions: Partitions) -> Tensor:
+        """Those by which pairs are kept."""
+        return self.of.score(_for(self.of, partitions))
+
+    def keep(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
+        """As the other selector has it."""
+        return self.of.keep(_for(self.of, partitions))
+
+    def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
+        """The kept pairs (B, H, P, K, D), with gradient to the scores as well."""
+        indices, _ = self.keep(partitions)
+        key, value = gather_kept(partitions.key, indices), gather_kept(partitions.value, indices)
+        if not torch.is_grad_enabled():
+            return key, value
+        soft = self.softened(partitions).gather(-1, indices)
+        # Exactly 1, also where a score is not finite.
+        scale = 1 + (soft - soft.detach()).nan_to_num()
+        return key, (value.to(scale.dtype) * scale[..., None]).to(value.dtype)
+
+    def softened(self, partitions: Partitions) -> Tensor:
+        """The s of all tokens (B, H, P, L), 0 to 1, at least float32, with gradient to what the score is made of."""
+        scores = self._scorer.score(_for(self._scorer, partitions))
+        spread = scores.std(dim=-1, correction=0, keepdim=True).clamp(min=_LEAST_SPREAD)
+        return ((scores - scores.mean(dim=-1, keepdim=True)) / (self.temperature * spread)).sigmoid()
+
+    def for_layer(self, layer: int) -> StraightThrough:
+        """With the selectors of that layer."""
+        by = None if self.by is None else self.by.for_layer(layer)
+        return dataclasses.replace(self, of=self.of.for_layer(layer), by=by)
+
+    def for_heads(self, heads: tuple[int, ...]) -> StraightThrough:
+        """With the selectors of those heads."""
+        by = None if self.by is None else self.by.for_heads(heads)
+        return dataclasses.replace(self, of=self.of.for_heads(heads), by=by)
+
+
+def _selector(name: str, given: Selector | dict[str, object] | str) -> Selector:
+    made = given if isinstance(given, Compressor) else Compressor.from_dict(given)
+    plain = isinstance(made, Selector) and made.plain is made
+    check_setting(name, type(made).__name__, plain, "a Selector other than StraightThrough")
+    assert isinstance(made, Selector)
+    return made
+
+
+def _for(selector: Selector, partitions: Partitions) -> Partitions:
+    """With as many queries as it asks for: there are those of the other one, too."""
+    query = partitions.next_query
+    if query is None or query.shape[-2] == selector.window:
+        return partitions
+    window = selector.window
+    return dataclasses.replace(partitions, next_query=query[..., -window:, :] if window else None)
