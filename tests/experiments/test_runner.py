@@ -11,11 +11,13 @@ from cli_helpers import before_step, refusal
 from experiments import tiny_study
 from experiments.executors import Fabricated, InProcess
 from experiments.tiny_study import STUDY, merged
+from helpers import one_line
 from mlflow.tracking import MlflowClient
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments import commands
 from lrsa_lit.experiments.questions import Questions
 from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.experiments.results import Results, read_lines
@@ -310,6 +312,47 @@ def test_a_last_result_without_its_end_is_none_that_was_cut_off(study_file, data
     assert len(lines) == 2 * len(before.splitlines())
     out.write_text(before + before.splitlines()[0][:-40])
     assert len(read_lines(out)) == len(before.splitlines())
+
+
+LONG = {"class_path": "lrsa_lit.data.QAFiles", "init_args": {"max_tokens": 8190, "test": "none.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data_sets": STUDY["data_sets"] | {"long": LONG}, "parts": {"far": FEW | {"sets": ["long"]}}},
+         "data_sets.long.init_args.max_tokens: 8190 is not allowed; it must be at most 8188"),
+        ({"rows": STUDY["rows"] | {"long": {"data": {"init_args": {"max_tokens": 8189}}}},
+          "parts": {"far": FEW | {"rows": ["long"]}}}, "rows.long.data.init_args.max_tokens: 8189"),
+        # Two sinks, 8 of each of 30 partitions and a window of 62: 304 of 1,024 tokens.
+        ({"bars": {"b": {"set": "plain", "row": "lrsa", "inference": "own", "of": ["dense", "dense"], "at_least": 0.9,
+                         "cache": 0.25}}}, "bars.b.cache: 0.25 is not allowed; it must be at least 0.297, which"),
+        ({"bars": {"b": {"set": "plain", "row": "dense", "inference": "own", "of": ["lrsa", "dense"], "at_least": 0.9,
+                         "cache": 0.5}}}, "bars.b.cache: 0.5 is not allowed; it must be at least 1.0"),
+    ],
+    ids=["a task longer than the model", "training longer than the model", "a budget", "a budget of dense attention"],
+)  # fmt: skip
+def test_a_mistake_anywhere_in_a_study_costs_no_training(changes, field, study_file, data, tmp_path):
+    parts = STUDY["parts"] | changes.get("parts", {})
+    tiny_study.write(study_file, **{"bars": {}} | changes | {"parts": parts})
+    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    executor = Fabricated(run.questions)
+    with pytest.raises(UserError) as error:
+        run.run(run.chosen(["main"]), executor)
+    assert one_line(error.value).startswith(field)
+    assert not executor.ran
+
+
+def test_a_data_set_may_have_longer_answers(study_file, data, tmp_path):
+    long = STUDY["data_sets"]["plain"] | {"max_new_tokens": 9}
+    tiny_study.write(study_file, data_sets=STUDY["data_sets"] | {"plain": long})
+    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    (work,) = run.chosen(["main"], rows=["lrsa"])
+    for item, wanted in zip(work.evaluations[::2], (9, 4), strict=True):
+        files = commands.evaluation(run.study, work.row, [item], tmp_path / item.data_set, NO_LOGGER)[2::2]
+        given = [json.loads(Path(path).read_text()) for path in files if path.endswith(".yaml")]
+        found = [layer["model"]["max_new_tokens"] for layer in given if "max_new_tokens" in layer.get("model", {})]
+        assert found[-1] == wanted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lrsa_lit.attention.attached import AttachedRule, base_of, cache_argument
     from lrsa_lit.attention.budgets import mean_top_k
     from lrsa_lit.attention.cache import LRSACache
-    from lrsa_lit.attention.cache_budget import at_budget, head_of
+    from lrsa_lit.attention.cache_budget import at_budget, cache_share, head_of
     from lrsa_lit.attention.config import LayerRules, LRSAConfig
     from lrsa_lit.attention.decoding import (
         Greedy,
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "Measured", "Usage",
-    "at_budget", "base_of", "cache_argument", "dense_pass", "disable", "enable", "enabled_config", "end_prompt",
-    "graphed_decoding", "greedy_tokens", "head_of", "mean_top_k", "observing", "packed_layout", "prefill",
+    "at_budget", "base_of", "cache_argument", "cache_share", "dense_pass", "disable", "enable", "enabled_config",
+    "end_prompt", "graphed_decoding", "greedy_tokens", "head_of", "mean_top_k", "observing", "packed_layout", "prefill",
     "rotaries_of", "shares", "single_token_steps", "using",
 ]  # fmt: skip
 
 _NAMES = {
     "attached": ("AttachedRule", "base_of", "cache_argument"),
     "budgets": ("mean_top_k",),
-    "cache_budget": ("at_budget", "head_of"),
+    "cache_budget": ("at_budget", "cache_share", "head_of"),
     "cache": ("LRSACache",),
     "config": ("LRSAConfig", "LayerRules"),
     "decoding": ("Greedy", "end_prompt", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
-from lrsa_lit.attention.budgets import heads_of
+from lrsa_lit.attention.budgets import heads_of, mean_top_k
 from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Rule, stored_queries, stored_size
@@ -51,6 +51,17 @@ def at_budget(config: LRSAConfig, share: float, tokens: int, layers: int, head: 
     if found is None:
         raise _below_floor(config, share, tokens, layers, head)
     return config.replace(**({"top_k": found} if isinstance(found, int) else {"system": found}))
+
+
+def cache_share(config: LRSAConfig, tokens: int, layers: int, head: Head) -> float:
+    """The bytes at the end of a prompt of so many tokens as a share of a dense cache's, mean of layers and heads."""
+    system, rule, dense = config.system, config.rule, len(config.dense_layers)
+    if config.head_top_k is not None:
+        # Bytes are linear in K, and as many as a dense cache has at K = L.
+        none, one = (_bytes(rule.replace(top_k=top_k), tokens, head) for top_k in (0, 1))
+        return (none + float(mean_top_k(config, layers)) * (one - none)) / (tokens * head.pair)
+    held = _bytes(rule, tokens, head) if system is None else system.held_bytes(tokens, head)
+    return (dense + (layers - dense) * held / (tokens * head.pair)) / layers
 
 
 def _bytes(rule: Rule, tokens: int, head: Head) -> float:

@@ -9,6 +9,11 @@ from typing import Any
 from lrsa_lit.bounds import is_integer
 from lrsa_lit.errors import UserError
 
+Settings = dict[str, Any]
+
+OWN = "own"
+"""The inference attention that a row was trained with."""
+
 Kind = tuple[str, Callable[[Any], bool]]
 """What a setting must be, in words, and whether a value is that."""
 
@@ -36,23 +41,39 @@ _ROWS: Kind = "the name of a row, or a list of them", lambda value: _NAME[1](val
 _SEEDS = _or_null(_list_of("integers from 0 to 4294967295", lambda seed: is_integer(seed) and 0 <= seed < 1 << 32))
 _CELL_NAMES: Kind = "[row, inference]", lambda value: _NAMES[1](value) and len(value) == 2
 _CELLS = _list_of(*_CELL_NAMES)
+_BEST: Kind = (f"{_CELL_NAMES[0]}, or a list of them", lambda value: _CELL_NAMES[1](value) or _CELLS[1](value))
+_AXIS: Kind = (
+    "cache, pairs, length, or a list of names",
+    lambda value: value in ("cache", "pairs", "length") or _NAMES[1](value),
+)
+_POINT: Kind = "[row, inference], or [row, inference, set]", lambda value: _NAMES[1](value) and len(value) in (2, 3)
+_POINTS = _list_of(*_or_null(_POINT))
+_LINES: Kind = (
+    f"names, each with {_POINTS[0]}",
+    lambda value: _SETTINGS[1](value) and bool(value) and all(map(_POINTS[1], value.values())),
+)
 
 _CELL = {"row": _NAME, "inference": _NAME}
 _ROW = dict.fromkeys(("trainer", "model", "data"), _SETTINGS)
+_KINDS = ("data_sets", "inference", "rows", "parts", "bars", "plots")
 _STUDY = {"configs": _or_null(_NAMES), "plugins": _or_null(_NAMES), "seeds": _SEEDS, **_ROW,
-          **dict.fromkeys(("data_sets", "inference", "rows", "parts", "bars"), _or_null(_SETTINGS))}  # fmt: skip
-_DATA_SET = {"class_path": _NAME, "init_args": _or_null(_SETTINGS), "generate": _SWITCH, "measure": _MEASURE}
+          **dict.fromkeys(_KINDS, _or_null(_SETTINGS))}  # fmt: skip
+_DATA_SET = {"class_path": _NAME, "init_args": _or_null(_SETTINGS), "generate": _SWITCH, "measure": _MEASURE,
+             "max_new_tokens": ("an integer >= 1", lambda value: is_integer(value) and value >= 1)}  # fmt: skip
 _PART = {"rows": _NAMES, "seeds": _SEEDS, "inference": _NAMES, "sets": _NAMES, "split": _SPLIT,
          "generate": _SWITCH, "against": _or_null(_SETTINGS)}  # fmt: skip
+_PLOT = {"title": _NAME, "set": _NAME, "x": _AXIS, "lines": _LINES}
 _SET = {"set": _NAME, "measure": _MEASURE}
+_AIM = {"aim": _NUMBER}
 _OF_DENSE = {**_SET, "of_dense": _NUMBER, "reference": _NAMES, "reference_at_least": _LEAST}
 _BARS = {
     ("set", "kept", "of_dense"): {**_OF_DENSE, "kept": _NUMBER},
     ("set", "pairs", "of_dense"): {**_OF_DENSE, "pairs": _NUMBER},
-    ("set", "row", "inference", "of", "at_least"): {**_SET, **_CELL, "of": _CELL_NAMES, "at_least": _NUMBER},
-    ("set", "row", "inference", "at_least"): {**_SET, **_CELL, "row": _ROWS, "at_least": _NUMBER},
+    ("set", "row", "inference", "of", "at_least"):
+        {**_SET, **_CELL, **_AIM, "row": _ROWS, "of": _BEST, "at_least": _NUMBER, "cache": _NUMBER},
+    ("set", "row", "inference", "at_least"): {**_SET, **_CELL, **_AIM, "row": _ROWS, "at_least": _NUMBER},
     ("set", "row", "inference", "above", "p"): {**_SET, **_CELL, "above": _CELLS, "p": _NUMBER, "draw_seeds": _SWITCH},
-}
+}  # fmt: skip
 """What a bar may have, by what it must have."""
 
 
@@ -75,6 +96,27 @@ def check_study(name: str, content: Any) -> None:
         if needed is None:
             raise UserError(f"{name}: bars.{bar}", allowed=f"settings with {'; or '.join(map(', '.join, _BARS))}")
         _check(f"{name}: bars.{bar}", given, _BARS[needed])
+    for plot, given in (content.get("plots") or {}).items():
+        _check(f"{name}: plots.{plot}", given, _PLOT, tuple(_PLOT))
+
+
+def bar_rows(bar: Settings) -> list[str]:
+    """The rows whose best a bar is about."""
+    rows = bar.get("row", [])
+    return [rows] if isinstance(rows, str) else rows
+
+
+def bar_of(bar: Settings) -> list[list[str]]:
+    """The cells [row, inference] of whose best a bar asks a share."""
+    cells = bar.get("of", [])
+    return [cells] if cells and isinstance(cells[0], str) else cells
+
+
+def bar_cells(bar: Settings) -> list[list[str]]:
+    """Each [row, inference] that a bar names."""
+    own = [[row, bar["inference"]] for row in bar_rows(bar)]
+    references = [[row, OWN] for row in bar.get("reference", [])]
+    return [*own, *bar_of(bar), *bar.get("above", []), *references]
 
 
 def _check(where: str, given: Any, kinds: Mapping[str, Kind], needed: Collection[str] = ()) -> None:

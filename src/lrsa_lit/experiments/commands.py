@@ -63,8 +63,8 @@ def evaluation(
     first, answers = evaluations[0], answers_of(evaluations, folder)
     data = study.data_set(first.data_set)
     # A text of which most is scored needs a logit for each word at most positions.
-    most = study.overlay.get("data", {}).get("init_args", {}).get("eval_batch_size", 8)
-    batch = most if study.generates(first.data_set) else 1
+    several = study.overlay.get("data", {}).get("init_args", {}).get("eval_batch_size", 8)
+    batch = several if study.generates(first.data_set) else 1
     model: dict[str, Any] = {
         "train_attention": {},
         "train_top_k": None,
@@ -77,6 +77,8 @@ def evaluation(
         },
         "generate_answers": first.generates,
     }
+    if most := study.data_sets[first.data_set].get("max_new_tokens"):
+        model["max_new_tokens"] = most
     if own is not None and own.rule is not None:
         model["lrsa"] = own.rule.to_dict()
     precision = row.settings["trainer"].get("precision")

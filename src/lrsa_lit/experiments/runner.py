@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from lrsa_lit.errors import UserError, under
-from lrsa_lit.experiments import commands
+from lrsa_lit.errors import UserError
+from lrsa_lit.experiments import before_training, commands
 from lrsa_lit.experiments.commands import CHECKPOINT, RECORD, answers_of
 from lrsa_lit.experiments.jobs import Executor, Job, OutOfTimeError, Unit
 from lrsa_lit.experiments.parent_run import PARENT, STUDY, Record
@@ -78,9 +78,7 @@ class Runner:
         self.results.check_writable()
         check_writable("--work", self.folder, self.folder)
         stages = self._stages(todo)
-        for stage in stages:
-            for work in stage:
-                self._check(work)
+        before_training.check(self.study, [work for stage in stages for work in stage], self._settings)
         record, trainer = None, self._settings(todo[0].row)["trainer"]
         with contextlib.ExitStack() as ends:
             if trainer.get("logger"):
@@ -162,26 +160,6 @@ class Runner:
             line["machine"] |= {"shared": "yes"} if self.shared else {}
             self.results.append(line)
             _say(work, told)
-
-    def _check(self, work: Work) -> None:
-        """Refuse what the classes of a row refuse, and an attention that its model cannot have, before any training."""
-        from lrsa_lit.data.module import QADataModule
-        from lrsa_lit.models import Backbone
-        from lrsa_lit.objectives import Objective
-
-        made, settings = self.study.fit_settings.made, self._settings(work.row)
-        if work.row.steps:
-            made(f"rows.{work.row.name}.data", QADataModule, settings["data"])
-        backbone = made(f"rows.{work.row.name}.model.backbone", Backbone, settings["model"]["backbone"])
-        layers = backbone.config.num_hidden_layers
-        if work.row.steps and (objective := settings["model"].get("objective")) is not None:
-            where = f"rows.{work.row.name}.model.objective"
-            with under(where):
-                made("", Objective, objective).check(settings["data"]["init_args"]["max_tokens"], layers)  # type: ignore[type-abstract]
-        for item in work.evaluations:
-            if item.rule is not None:
-                with under(f"inference.{item.name}"):
-                    item.rule.layers.check(layers)
 
     def _settings(self, row: Row) -> Settings:
         """What is given to the row's commands on this machine."""

@@ -18,15 +18,13 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.classes import check_class_paths
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.each_layer import each_layer
-from lrsa_lit.experiments.checks import check_study
+from lrsa_lit.experiments.checks import OWN as OWN
+from lrsa_lit.experiments.checks import Settings as Settings
+from lrsa_lit.experiments.checks import bar_cells, check_study
 from lrsa_lit.paths import resolve
 from lrsa_lit.yaml_file import read_settings
 
-Settings = dict[str, Any]
 Made = TypeVar("Made")
-
-OWN = "own"
-"""The inference attention that a row was trained with."""
 
 DENSE = "dense"
 """The digest of dense attention, which has no rule."""
@@ -166,7 +164,8 @@ class Study:
         check_study(name, content)
         check_class_paths("", content)
         self.seeds: list[int] = content.get("seeds") or [0]
-        self.data_sets, self.parts, self.bars = (content.get(key) or {} for key in ("data_sets", "parts", "bars"))
+        kinds = "data_sets", "parts", "bars", "plots"
+        self.data_sets, self.parts, self.bars, self.plots = (content.get(key) or {} for key in kinds)
         named = {"--plugins": content.get("plugins") or (), "--config": content.get("configs") or ()}
         self.arguments = [part for option, names in named.items() for name in names for part in (option, name)]
         self.overlay: Settings = {key: content[key] for key in ("trainer", "model", "data") if key in content}
@@ -182,7 +181,19 @@ class Study:
             for attention, changes in each_layer("inference", content.get("inference") or {})
         }
         # What a part names and the study does not have is told now, not when its turn has come.
-        self.work(*self.parts)
+        in_parts = {work.row.name for work in self.work(*self.parts)}
+        for name, bar in self.bars.items():
+            self._check_set(f"bars.{name}", bar["set"])
+            for cell in bar_cells(bar):
+                self._check_cell(f"bars.{name}", *cell)
+                if cell[0] not in in_parts:
+                    raise UserError(
+                        self.name, reason=f"bars.{name}: no part trains row {cell[0]!r}, so none can reach it"
+                    )
+        for name, plot in self.plots.items():
+            for row, attention, *data_set in (cell for line in plot["lines"].values() for cell in line if cell):
+                self._check_set(f"plots.{name}", *data_set or [plot["set"]])
+                self._check_cell(f"plots.{name}", row, attention)
 
     def row(self, name: str) -> Row:
         """A row by its name."""
@@ -222,6 +233,10 @@ class Study:
         """Whether the questions of a data set are answered, in a part or at all; else there are losses alone."""
         asked = [self.data_sets[data_set], *([self.parts[part]] if part else [])]
         return all(settings.get("generate", True) for settings in asked)
+
+    def new_tokens(self, data_set: str, settings: Settings) -> int:
+        """The most tokens of an answer on a data set, by a row's settings unless the data set has its own."""
+        return int(self.data_sets[data_set].get("max_new_tokens") or settings["model"].get("max_new_tokens") or 0)
 
     def named(self, patterns: Sequence[str]) -> list[str]:
         """The inference attentions of some names, in which ``*`` stands for anything."""
@@ -267,6 +282,13 @@ class Study:
                 rule = self.rule_of(row, name, f"parts.{part}.inference")
                 found.append(Evaluation(name, rule, data_set, asked.get("split", "test"), generates))
         return _once(found)
+
+    def _check_set(self, where: str, data_set: str) -> None:
+        if data_set not in self.data_sets:
+            raise UserError(f"{self.name}: {where}.set", data_set, "one of data_sets")
+
+    def _check_cell(self, where: str, row: str, attention: str) -> None:
+        self.rule_of(self.row(row), attention, f"{self.name}: {where}")
 
     def _add(self, name: str, rows: Mapping[str, Settings | None], made: dict[str, Row], *above: str) -> Row:
         """Make a row unless it is made, those that it needs first; ``above`` need it."""

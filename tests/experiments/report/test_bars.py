@@ -1,13 +1,15 @@
 """Bars on results whose answer is known."""
 
 import pytest
+from cli_helpers import refusal
+from experiments import tiny_study
 from experiments.report.lines import evaluation, evaluations, study_of
 from experiments.tiny_study import STUDY
 from helpers import one_line
 
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report.bars import Bars
+from lrsa_lit.experiments.report.bars import Bars, claim_of
 from lrsa_lit.experiments.report.cells import Cells
 
 SHIPPED = "configs/experiment/robustness.yaml"
@@ -123,6 +125,51 @@ def test_a_score_is_held_against_that_of_another_cell(cells, wanted, reached, tm
     assert found.required == "96% of plain F1 of dense under dense"
     assert found.verdict.startswith(wanted)
     assert found.reached.startswith(reached)
+
+
+def test_the_best_of_several_rows_is_held_against_the_best_of_several_cells(tmp_path):
+    bar = OF | {"row": ["lrsa", "mixed"], "of": [["dense", "dense"], ["base", "dense"]], "aim": 1.0}
+    cells = ("dense", "dense", 0.4), ("base", "dense", 0.8), ("lrsa", "dense", 0.2), ("mixed", "dense", 0.6)
+    found = verdict(study_of(tmp_path, bars={"b": bar}), *cells)
+    assert found.required == "96% of plain F1 of the best of dense under dense or base under dense"
+    assert found.reached.startswith("75.0% [")
+    assert (found.by, found.aim) == ("mixed under dense, 1 seed; best of 2", "100%")
+
+
+def test_what_holds_more_than_a_bar_allows_does_not_count(tmp_path):
+    bar = OF | {"row": ["lrsa", "mixed"], "inference": "own", "cache": 0.3}
+    study = study_of(tmp_path, bars={"b": bar})
+    lines = [evaluation(study, "dense", "dense", [1.0] * 10)]
+    for row, score, cache in (("lrsa", 1.0, 0.31), ("mixed", 0.0, 0.304)):
+        taken = {"cache": cache, "pairs": 0.4, "kept": 0.2}
+        lines.append(evaluation(study, row, "own", [score] * 10, measured=taken))
+    (found,) = Bars(Cells(study, lines)).verdicts()
+    assert found.by == "mixed under own, 1 seed"
+    assert found.required.endswith(", 0.3 of dense bytes")
+    row = claim_of([found]).markdown().splitlines()[2]
+    assert "| 40% | 30.4% | **missed** |" in row
+
+
+def test_the_table_of_the_claim_says_which_bars_were_not_run(tmp_path):
+    study = study_of(tmp_path)
+    text = claim_of(Bars(Cells(study, evaluations(study, ("dense", "dense", 0.95)))).verdicts()).markdown()
+    assert [line.split(" | ")[-2] for line in text.splitlines()[2:]] == [
+        "not run yet", "met", "not run yet"]  # fmt: skip
+
+
+def test_what_a_rule_holds_is_known_without_a_measurement(tmp_path):
+    study = study_of(tmp_path)
+    cells = Cells(study, evaluations(study, ("lrsa", "4x", 0.5), ("lrsa", "dense", 0.5))).on("plain").cells()
+    # Of 256 tokens 2 sinks, a window of 62 and 8 of each of the six partitions between.
+    assert [cell.cache for cell in cells] == [pytest.approx((2 + 62 + 6 * 8) / 256), 1.0]
+
+
+def test_a_bar_names_a_row_that_no_part_trains(tmp_path, capfd):
+    bars = {"b": {"set": "plain", "row": "spare", "inference": "4x", "at_least": 0.5}}
+    rows = STUDY["rows"] | {"spare": {"trainer": {"max_steps": 4}}}
+    path = tiny_study.write(tmp_path / "study.yaml", rows=rows, bars=bars)
+    told = refusal(capfd, "study", "run", str(path), "--part", "main")
+    assert "bars.b: no part trains row 'spare'" in told
 
 
 ABOVE = {"set": "plain", "row": "lrsa", "inference": "4x", "above": [["dense", "4x"], ["lrsa", "random-4x"]], "p": 0.01}

@@ -7,11 +7,14 @@ A bar asks for one of four things on a data set's test split:
   given, only of the dense rows in ``reference`` with the scores of ``reference_at_least``, since a share of a weak
   model is easily reached; rows with fewer seeds than the study's do not count where others have them;
 - ``row``, ``inference`` and ``at_least``: a score of one cell, or of the best of several rows;
-- ``row``, ``inference``, ``of`` and ``at_least``: so much of the score of another cell, ``[row, inference]``, by seeds
-  and questions that both have;
+- ``row``, ``inference``, ``of`` and ``at_least``: so much of the score of another cell, ``[row, inference]``, or of the
+  best of several, by seeds and questions that both have; of several rows the best one counts, and with ``cache`` only
+  those that hold no more than this share of a dense cache's bytes;
 - ``row``, ``inference``, ``above`` and ``p``: a score above those of other cells, each ``[row, inference]``, by paired
   tests adjusted by Holm's method; with ``draw_seeds: true`` seeds are drawn as questions are, of which there must be
   two or more.
+
+``aim`` is what a score or share is hoped to reach beyond what is required.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ import numpy as np
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate
+from lrsa_lit.experiments.checks import bar_of, bar_rows
 from lrsa_lit.experiments.report import columns
-from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of, reference_of
+from lrsa_lit.experiments.report.cells import Cell, Cells, reference_of
 from lrsa_lit.experiments.report.columns import Column, Grid
 from lrsa_lit.experiments.report.tables import LABELS
-from lrsa_lit.experiments.study import DENSE, Settings, Study
+from lrsa_lit.experiments.study import DENSE, Settings
 from lrsa_lit.ops.sparse_attention import LagRelative
 
 _HALF_A_PERCENT = 0.005
@@ -54,13 +58,20 @@ class Best(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A bar, what it requires, what was reached (nothing without results), the verdict, and which cells reached it."""
+    """A bar, what it requires, what was reached (nothing without results), the verdict, and which cells reached it.
+
+    Attributes:
+        best: the cell that was held against the bar.
+        aim: what is hoped for.
+    """
 
     bar: str
     required: str
     reached: str = ""
     verdict: str = "open"
     by: str = ""
+    best: Cell | None = None
+    aim: str = ""
 
 
 class Bars:
@@ -69,13 +80,16 @@ class Bars:
     def __init__(self, cells: Cells) -> None:
         self.cells, self.study = cells, cells.study
         for name, bar in self.study.bars.items():
-            _check_names(self.study, f"{self.study.name}: bars.{name}", bar)
+            if (measure := self._scope(bar).measure) == "loss":
+                where = f"{self.study.name}: bars.{name}.measure"
+                raise UserError(where, measure, "a score of answers, which this data set does not have")
 
     def verdicts(self) -> list[Verdict]:
         """One for each bar."""
         kinds = {"of_dense": self._of_dense, "of": self._of, "at_least": self._at_least, "above": self._above}
         bars = self.study.bars.items()
-        return [next(of for key, of in kinds.items() if key in bar)(name, bar) for name, bar in bars]
+        found = [next(of for key, of in kinds.items() if key in bar)(name, bar) for name, bar in bars]
+        return [item._replace(aim=_aim(bar)) for item, (_, bar) in zip(found, bars, strict=True)]
 
     def best(self, bar: Settings) -> Best | None:
         """The cell with the largest share of dense training's score among those that the bar allows.
@@ -158,30 +172,36 @@ class Bars:
         by += f", against {best.reference.row}, {columns.seeds(len(cell.lines))}"
         if best.ratio_apart is not None:
             by += f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
-        return Verdict(name, required, columns.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by)
+        return Verdict(name, required, columns.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by, cell)
 
     def _at_least(self, name: str, bar: Settings) -> Verdict:
         required, scope = f"{self._label(bar)} at least {bar['at_least']:g}", self._scope(bar)
-        found = [cell for row in _rows(bar) if (cell := scope.cell(row, bar["inference"])) is not None]
+        found = [cell for row in bar_rows(bar) if (cell := scope.cell(row, bar["inference"])) is not None]
         if not found:
             return Verdict(name, required)
         cell = max(found, key=lambda cell: cell.mean(scope.measure))
         score = cell.estimate(scope.measure)
         by = f"{cell.row} under {cell.attention}, {columns.seeds(len(cell.lines))}"
         by += f"; best of {len(found)}" if len(found) > 1 else ""
-        return Verdict(name, required, columns.interval(score), _judged(score, bar["at_least"]), by)
+        return Verdict(name, required, columns.interval(score), _judged(score, bar["at_least"]), by, cell)
 
     def _of(self, name: str, bar: Settings) -> Verdict:
-        scope, (row, attention) = self._scope(bar), bar["of"]
-        required = f"{bar['at_least']:.0%} of {self._label(bar)} of {row} under {attention}"
-        cell = scope.cell(bar["row"], bar["inference"])
-        other = scope.cell(row, attention)
-        found = cell and cell.compared(other, scope.measure)
-        if not (cell and other and found):
+        scope, asked, inference = self._scope(bar), bar_of(bar), bar["inference"]
+        of = " or ".join(f"{row} under {attention}" for row, attention in asked)
+        required = f"{bar['at_least']:.0%} of {self._label(bar)} of {'the best of ' * (len(asked) > 1)}{of}"
+        required += f", {bar['cache']:.3g} of dense bytes" if "cache" in bar else ""
+        own = [cell for row in bar_rows(bar) if (cell := scope.cell(row, inference)) is not None]
+        own = [cell for cell in own if (cell.cache or 0.0) <= bar.get("cache", 1.0) + _HALF_A_PERCENT]
+        others = [cell for row, attention in asked if (cell := scope.cell(row, attention)) is not None]
+        if not own or not others:
+            return Verdict(name, required)
+        cell, other = (max(cells, key=lambda cell: cell.mean(scope.measure)) for cells in (own, others))
+        if (found := cell.compared(other, scope.measure)) is None:
             return Verdict(name, required)
         seeds = min(len(cell.lines), len(other.lines))
-        by = f"{bar['row']} under {bar['inference']}, {columns.seeds(seeds)}"
-        return Verdict(name, required, columns.percent(found.ratio), _judged(found.ratio, bar["at_least"]), by)
+        by = f"{cell.row} under {inference}, {columns.seeds(seeds)}"
+        by += f"; best of {len(own)}" if len(own) > 1 else ""
+        return Verdict(name, required, columns.percent(found.ratio), _judged(found.ratio, bar["at_least"]), by, cell)
 
     def _above(self, name: str, bar: Settings) -> Verdict:
         scope, asked = self._scope(bar), bar["above"]
@@ -201,7 +221,7 @@ class Bars:
         by = f"{bar['row']} under {bar['inference']}, {columns.seeds(seeds)}; the smallest difference and the largest p"
         by += f" ({len(found)} of {len(asked)} measured)" if len(found) < len(asked) else ""
         verdict = "open" if draw_seeds and seeds < 2 else _significant(items, p_values, bar["p"], len(asked))
-        return Verdict(name, required, f"{columns.signed(smallest)}, p = {max(p_values):.4f}", verdict, by)
+        return Verdict(name, required, f"{columns.signed(smallest)}, p = {max(p_values):.4f}", verdict, by, cell)
 
     def _scope(self, bar: Settings) -> Cells:
         return self.cells.on(bar["set"], measure=bar.get("measure"))
@@ -212,7 +232,25 @@ class Bars:
 
 def table_of(verdicts: Sequence[Verdict]) -> Grid:
     """A row for each bar."""
-    return Grid([Column(name, [getattr(item, name) for item in verdicts]) for name in Verdict._fields], names=5)
+    return Grid([Column(name, [getattr(item, name) for item in verdicts]) for name in Verdict._fields[:5]], names=5)
+
+
+def claim_of(verdicts: Sequence[Verdict]) -> Grid:
+    """A row for each bar, with what its best cell attends to and holds; one without results was not run."""
+    cells = [item.best for item in verdicts]
+    return Grid(
+        [
+            Column("bar", [item.bar for item in verdicts]),
+            Column("required", [item.required for item in verdicts]),
+            Column("aim", [item.aim for item in verdicts]),
+            Column("reached", [item.reached for item in verdicts]),
+            Column("pairs", [cell and cell.pairs for cell in cells], columns.share),
+            Column("cache bytes", [cell and cell.cache for cell in cells], columns.share),
+            Column("verdict", [item.verdict if item.reached else "not run yet" for item in verdicts]),
+            Column("by", [item.by for item in verdicts]),
+        ],
+        names=2,
+    )
 
 
 def _kind(bar: Settings) -> str:
@@ -220,9 +258,10 @@ def _kind(bar: Settings) -> str:
     return "kept" if "kept" in bar else "pairs"
 
 
-def _rows(bar: Settings) -> list[str]:
-    rows = bar.get("row", [])
-    return [rows] if isinstance(rows, str) else rows
+def _aim(bar: Settings) -> str:
+    if (aim := bar.get("aim")) is None:
+        return ""
+    return f"{aim:.0%}" if "of" in bar else f"{aim:g}"
 
 
 def _selects(rule: Settings | None) -> bool:
@@ -272,15 +311,3 @@ def _apart(pairs: Sequence[tuple[Cell, Cell]], measure: str) -> float | None:
     chosen = (sums[:, 0] / sums[:, 1]).argmax(axis=0)[::-1]
     reached, dense = sums[chosen, :, [0, 1]].sum(axis=0)
     return float(reached / dense)
-
-
-def _check_names(study: Study, where: str, bar: Settings) -> None:
-    if bar["set"] not in study.data_sets:
-        raise UserError(f"{where}.set", bar["set"], "one of data_sets")
-    if (measure := bar.get("measure") or measure_of(study, bar["set"])) == "loss":
-        raise UserError(f"{where}.measure", measure, "a score of answers, which this data set does not have")
-    for row in bar.get("reference", []):
-        study.row(row)
-    for row, attention in [*((row, bar["inference"]) for row in _rows(bar)), *bar.get("above", []),
-                           *([bar["of"]] if "of" in bar else [])]:  # fmt: skip
-        study.rule_of(study.row(row), attention, where)

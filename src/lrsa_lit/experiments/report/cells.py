@@ -9,14 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lrsa_lit.attention import mean_top_k
+from lrsa_lit.attention import LRSAConfig, cache_share, mean_top_k
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.evaluation.statistics import Comparison, Estimate, Groups, Scores
 from lrsa_lit.experiments.results import Line, current
 from lrsa_lit.experiments.study import DENSE, OWN, Row, Study, digest_of
+from lrsa_lit.systems.system import Head
 
 _SAME = ("backbone", "trainer", "data")
 """What dense training shares with a row that is held against it."""
+
+
+_ANY = Head(1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ class Cell:
         """Share of query-key pairs attended to, windows and sinks counted."""
         measured = self.line.get("measured")
         return float(measured["pairs"] if measured else self.line["kv_share"])
+
+    @property
+    def cache(self) -> float | None:
+        """Bytes held at the end of the prompt, as a share of a dense cache's; of the rule where it was not measured.
+
+        None where neither says.
+        """
+        if (measured := self.line.get("measured")) or self.line["rule"] is None:
+            return float(measured["cache"]) if measured else 1.0
+        rule = LRSAConfig.from_dict(self.line["rule"])
+        # Old results name no model; the bytes of a pair are the same on both sides, unless more than pairs is held.
+        if rule.system or rule.compressor.has_bias or rule.compressor.window or not self.line.get("length"):
+            return None
+        return cache_share(rule, self.line["length"], self.line["layers"], _ANY)
 
     def scores(self, name: str) -> Scores:
         """(R, Q) of ``f1``, ``em``, ``recall``, ``loss`` or ``tokens``."""

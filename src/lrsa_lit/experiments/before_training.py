@@ -1,0 +1,114 @@
+"""What would fail in the middle of a study, looked for before its first training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from lrsa_lit.attention import cache_share, head_of
+from lrsa_lit.errors import UserError, under
+from lrsa_lit.experiments.checks import bar_rows
+from lrsa_lit.experiments.study import Row, Settings, Study, Work, digest
+
+if TYPE_CHECKING:
+    from lrsa_lit.models import Backbone
+
+_HALF_A_PERCENT = 0.005
+"""As bars allow it."""
+
+
+def check(study: Study, works: Iterable[Work], settings_of: Callable[[Row], Settings]) -> None:
+    """Refuse what the classes of a row refuse, and what the model of a row of the whole study cannot have.
+
+    Args:
+        study: the study, of which all data sets are held against the positions of the models that read them, and all
+            bars against what their rows hold.
+        works: what is about to be done.
+        settings_of: what is given to a row's commands on this machine.
+
+    Raises:
+        UserError: of the first mistake.
+    """
+    from lrsa_lit.data.module import QADataModule
+
+    models = _Models(study, settings_of)
+    lengths = {name: study.fit_settings.made(f"data_sets.{name}", QADataModule, study.data_set(name)).max_tokens
+               for name in study.data_sets}  # fmt: skip
+    for work in works:
+        _check_work(study, work, settings_of(work.row), models.of(work.row).num_hidden_layers)
+    for work in study.work(*study.parts):
+        for row in (work.row, *work.row.needs):
+            models.check_training(row)
+        for name in dict.fromkeys(item.data_set for item in work.evaluations):
+            models.check_data_set(work.row, name, lengths[name])
+    for name, bar in study.bars.items():
+        for row in map(study.row, bar_rows(bar) if "cache" in bar else []):
+            models.check_cache(f"bars.{name}.cache", bar, row, lengths[bar["set"]])
+
+
+class _Models:
+    """The configs of the rows' models, each read once."""
+
+    def __init__(self, study: Study, settings_of: Callable[[Row], Settings]) -> None:
+        self.study, self.settings_of = study, settings_of
+        self._backbones: dict[str, Backbone] = {}
+
+    def of(self, row: Row) -> Any:
+        return self._backbone(row).config
+
+    def check_training(self, row: Row) -> None:
+        """The examples that a row trains on must not be longer than its model has positions."""
+        if row.steps:
+            settings = self.settings_of(row)
+            tokens, new = settings["data"]["init_args"]["max_tokens"], settings["model"].get("max_new_tokens") or 0
+            self._check_positions(f"rows.{row.name}.data.init_args.max_tokens", row, tokens, new)
+
+    def check_data_set(self, row: Row, data_set: str, tokens: int) -> None:
+        """Nor must those, with their answers, that it is evaluated on."""
+        new = self.study.new_tokens(data_set, self.settings_of(row))
+        self._check_positions(f"data_sets.{data_set}.init_args.max_tokens", row, tokens, new)
+
+    def _check_positions(self, where: str, row: Row, tokens: int, new: int) -> None:
+        positions = getattr(self.of(row), "max_position_embeddings", None) or sys.maxsize
+        if tokens + new > positions:
+            reason = f"the model of row {row.name} has {positions} positions, and an answer takes {new} of them"
+            raise UserError(where, tokens, f"at most {positions - new}", hint=reason)
+
+    def check_cache(self, where: str, bar: Settings, row: Row, tokens: int) -> None:
+        """A row that a bar names must be able to hold as little as the bar allows."""
+        import torch
+
+        rule, backbone = self.study.rule_of(row, bar["inference"]), self._backbone(row)
+        itemsize = getattr(torch, backbone.dtype).itemsize
+        layers = backbone.config.num_hidden_layers
+        share = 1.0 if rule is None else cache_share(rule, tokens, layers, head_of(backbone.config, itemsize))
+        if share > bar["cache"] + _HALF_A_PERCENT:
+            holds = f"which row {row.name} holds under {bar['inference']} of {tokens} tokens"
+            raise UserError(where, bar["cache"], f"at least {share:.3f}, {holds}")
+
+    def _backbone(self, row: Row) -> Backbone:
+        from lrsa_lit.models import Backbone
+
+        settings = self.settings_of(row)["model"]["backbone"]
+        key = digest(settings)
+        if key not in self._backbones:
+            made = self.study.fit_settings.made
+            self._backbones[key] = made(f"rows.{row.name}.model.backbone", Backbone, settings)
+        return self._backbones[key]
+
+
+def _check_work(study: Study, work: Work, settings: Settings, layers: int) -> None:
+    from lrsa_lit.data.module import QADataModule
+    from lrsa_lit.objectives import Objective
+
+    made, row = study.fit_settings.made, work.row
+    if row.steps:
+        made(f"rows.{row.name}.data", QADataModule, settings["data"])
+        if (objective := settings["model"].get("objective")) is not None:
+            with under(f"rows.{row.name}.model.objective"):
+                made("", Objective, objective).check(settings["data"]["init_args"]["max_tokens"], layers)  # type: ignore[type-abstract]
+    for item in work.evaluations:
+        if item.rule is not None:
+            with under(f"inference.{item.name}"):
+                item.rule.layers.check(layers)
