@@ -208,6 +208,7 @@ def test_a_fit_by_the_command_line_does_not_ask_for_it(tmp_path):
         ("trainer.callbacks.top_k", "32", "LayerAblation.top_k: 32 is not allowed"),
         ("trainer.callbacks.limit", "some", "limit"),
         ("model.lrsa.top_k", "32", "model.lrsa.top_k: 32 is not allowed"),
+        ("model.lrsa.system", "KeyNorm", "model.lrsa.system: 'KeyNorm' has no K; LayerAblation is for rules"),
     ],
 )
 def test_mistakes_are_one_line_before_a_run_is_recorded(option, value, says, tmp_path, capfd):

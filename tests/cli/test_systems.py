@@ -1,6 +1,7 @@
 """Systems from YAML and on the command line."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -67,6 +68,14 @@ def test_the_runs_own_row_is_headed_by_its_system(tmp_path, capfd):
     [
         (["--model.lrsa.system", "SnapKV", "--model.lrsa.system.kept", "2"], ["model.lrsa.system.init_args.kept: 2"]),
         (["--model.lrsa.system", "SnapKV", "--model.lrsa.system.kep", "1"], ["model.lrsa.system", "kep", "kept"]),
+        (["--model.lrsa.compressor", "KeyDiff", "--model.lrsa.system", "SnapKV"],
+         ["model.lrsa.compressor: 'KeyDiff' is not read by the system SnapKV; leave one of them out"]),
+        (["--config", "sys.yaml", "--model.lrsa.top_k=4"], ["model.lrsa.top_k: 4 is not read by the system KeyNorm"]),
+        (["--model.evaluate", "{x: {system: SnapKV, lag_size: 8}}"], ["model.evaluate.x.lag_size: 8", "SnapKV"]),
+        (["--config", "sys.yaml", "--model.evaluate", "{x: {top_k: 4}}"], ["model.evaluate.x.top_k: 4", "KeyNorm"]),
+        (["--config", "sys.yaml", "--model.train_attention", "{top_k: 4}"], ["model.train_attention.top_k: 4"]),
+        (["--model.lrsa.system", "FreqKV", "--model.train_top_k", "SampledTopK", "--model.train_top_k.choices", "[4]"],
+         ["model.train_top_k: it is not allowed beside system, which has no K"]),
         (["--model.evaluate", "{x: {system: Nope}}"], ["model.evaluate.x.system: 'Nope'"]),
         (["--model.evaluate", "{x: {system: MeanPool}}"], ["model.evaluate.x.system: 'MeanPool'"]),
         (["--model.evaluate", "{x: {system: {class_path: SnapKV, init_args: {window: 9999}}}}"],
@@ -76,6 +85,7 @@ def test_the_runs_own_row_is_headed_by_its_system(tmp_path, capfd):
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(arguments, parts, capfd):
+    Path("sys.yaml").write_text("model: {lrsa: {system: KeyNorm}}")
     error = refusal(capfd, *TEST, *arguments)
     assert all(part in error for part in parts), error
 

@@ -14,9 +14,11 @@ from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
+from lrsa_lit.experiments.commands import evaluation
 from lrsa_lit.experiments.report.bars import Bars
 from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.experiments.results import read_lines
+from lrsa_lit.experiments.study import Evaluation
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.ops.sparse_attention import RandomTokens
 from lrsa_lit.yaml_file import read_settings
@@ -257,6 +259,32 @@ def test_a_number_is_one_however_it_is_written(written, tmp_path):
     assert read_settings(path)["x"] == 2e-4
     path.write_text("x: [2e, e4, 1e4x, v1e4, 2024-11-22]")
     assert all(not isinstance(name, float) for name in read_settings(path)["x"])
+
+
+def test_an_attention_has_no_settings_that_its_system_does_not_read(tmp_path):
+    named = refused(f"{tmp_path / 'changed.yaml'}: inference.x.top_k", 4, reason="not read by the system KeyNorm")
+    with named:
+        study_of(tmp_path, inference={"x": {"system": "KeyNorm", "top_k": 4}})
+    with refused(str(tmp_path / "changed.yaml"), reason="model.lrsa.sink_size: 2 is not read by the system KeyNorm"):
+        study_of(tmp_path, model={"lrsa": {"system": "KeyNorm"}})
+
+
+def test_another_k_is_one_for_all_heads(tmp_path):
+    study = study_of(tmp_path, model={"lrsa": {"head_top_k": [[8, 2], 4]}})
+    assert study.inference["8x"].head_top_k is None
+    assert study.inference["random-4x"].head_top_k == ((8, 2), 4)
+
+
+def test_an_evaluation_sets_all_of_its_first_attention(tmp_path):
+    """Whatever the study's own has: a system or budgets would stay in the place of a rule."""
+    study = study_of(tmp_path, model={"lrsa": {"head_top_k": [2, 4]}})
+    row = study.row("base")
+    items = [Evaluation(name, study.inference[name], "plain", "test", True) for name in ("8x", "4x")]
+    evaluation(study, row, items, tmp_path / "out", {})
+    layers = [yaml.safe_load(path.read_text()) for path in tmp_path.rglob("settings-*.yaml")]
+    (model,) = [layer["model"] for layer in layers if "evaluate" in layer.get("model", {})]
+    assert model["lrsa"] == {"system": None, "head_top_k": None, **study.inference["8x"].to_dict()}
+    assert model["evaluate"]["4x"]["head_top_k"] == [2, 4]
 
 
 def test_an_attention_for_each_layer(tmp_path):

@@ -146,6 +146,9 @@ class LayerAblation(Callback):
     def _sparse(self, task: Any) -> LRSAConfig:
         """The run's rule, or the one with another K, with no layer dense."""
         rule: LRSAConfig = task.lrsa
+        if rule.system is not None:
+            system = type(rule.system).__name__
+            raise UserError("lrsa.system", system, reason=f"has no K; {type(self).__name__} is for rules")
         if self.top_k is None and rule.head_top_k is not None:
             raise UserError("top_k", reason="must be set where the run has head_top_k: K of the others is one number")
         key, top_k = ("lrsa.top_k", rule.top_k) if self.top_k is None else ("top_k", self.top_k)

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from omegaconf.errors import OmegaConfBaseException
 
+from lrsa_lit.attention.unread import check_layers
 from lrsa_lit.classes import check_classes
 from lrsa_lit.cli.lightning_cli import parser_of
-from lrsa_lit.cli.main import lightning_arguments
+from lrsa_lit.cli.main import layers_of, lightning_arguments
 from lrsa_lit.cli.settings_parser import OneLineParser, first_user_error, one_line
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError, under
@@ -44,6 +45,7 @@ class FitSettings:
         """
         key = json.dumps([arguments, overlays, defaults])
         if key not in self._known:
+            check_layers([*layers_of(arguments), *overlays])
             # As files are, overlays are values of --config.
             layers = [part for overlay in overlays for part in ("--config", json.dumps(overlay))]
             try:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 import lrsa_lit
 from lrsa_lit import plugins
+from lrsa_lit.attention.unread import check_layers
 from lrsa_lit.classes import check_class_paths
 from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.paths import check_path, shipped
@@ -149,6 +151,7 @@ def _main(arguments: list[str]) -> None:
             importlib.import_module(f"lrsa_lit.cli.{arguments[0].replace('-', '_')}").run(arguments[1:])
             return
         told = lightning_arguments(arguments[0], arguments[1:])
+        check_layers(layers_of(arguments[1:]))
         # Lightning and transformers take seconds to import: not before there is something to run.
         with _importing("lrsa_lit.cli.lightning_cli"):
             from lrsa_lit.cli.lightning_cli import run
@@ -229,6 +232,39 @@ def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
     plugins.load(modules)
     # All of them together; the parser would keep the last list alone.
     return [*found, f"--plugins={json.dumps(modules)}"] if modules else found
+
+
+def layers_of(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The settings of each config file that arguments name, in their order, and last what other flags say of a model.
+
+    What the parser will refuse may be missing.
+    """
+    import yaml
+
+    files: list[dict[str, Any]] = []
+    flags: dict[str, Any] = {}
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, assigned, value = argument.partition("=")
+        value = value if assigned else following
+        if flag in ("--config", "-c"):
+            files.append(_config(value)[1])
+        elif flag == "--model" or flag.startswith("--model."):
+            with contextlib.suppress(yaml.YAMLError):
+                _set(flags, flag.removeprefix("--").split("."), yaml.safe_load(value))
+    return [*files, flags]
+
+
+def _set(settings: dict[str, Any], names: Sequence[str], value: Any) -> None:
+    """Set what is below some names; settings that are there stay, beside those of the value."""
+    first, *rest = names
+    below = settings.get(first)
+    if rest or (isinstance(value, dict) and isinstance(below, dict)):
+        # A class by its name may be followed by its arguments.
+        inner = settings[first] = below if isinstance(below, dict) else {} if below is None else {"class_path": below}
+        for name, item in [(rest[0], value)] if rest else value.items():
+            _set(inner, [name, *rest[1:]], item)
+    else:
+        settings[first] = value
 
 
 def _modules(value: str) -> list[str]:

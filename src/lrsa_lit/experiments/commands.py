@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.experiments.study import Evaluation, Row, Settings, Study, digest
 
 _CHECKPOINT_EVERY = 100
@@ -72,15 +73,13 @@ def evaluation(
         "objective": None,
         "start_from": None,
         # Changes of the first one's rule, which may have a system.
-        "evaluate": {
-            item.name: item.rule and {"system": None, **item.rule.to_dict()} for item in evaluations if item is not own
-        },
+        "evaluate": {item.name: item.rule and _whole(item.rule) for item in evaluations if item is not own},
         "generate_answers": first.generates,
     }
     if most := study.data_sets[first.data_set].get("max_new_tokens"):
         model["max_new_tokens"] = most
     if own is not None and own.rule is not None:
-        model["lrsa"] = own.rule.to_dict()
+        model["lrsa"] = _whole(own.rule)
     precision = row.settings["trainer"].get("precision")
     if str(precision).startswith("bf16"):
         # The weights alone: there is nothing to add up in float32.
@@ -104,6 +103,11 @@ def evaluation(
     checkpoint = folder / CHECKPOINT if row.steps else row.checkpoint
     weights = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
     return [_COMMANDS[first.split], *study.arguments, *_files(answers.parent, layers), *weights]
+
+
+def _whole(rule: LRSAConfig) -> Settings:
+    """All settings of a rule, over whatever has others."""
+    return {"system": None, "head_top_k": None, **rule.to_dict()}
 
 
 def _part(name: str, **arguments: Any) -> Settings:

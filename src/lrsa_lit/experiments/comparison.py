@@ -62,8 +62,9 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
 
     sets, new_tokens = _data_sets(asked)
     is_file = asked.model.endswith((".yaml", ".yml"))
-    # K is up to the budgets; that of the defaults may be more than L.
-    model: Settings = {"lrsa": {"lag_size": asked.lag_size, "top_k": asked.lag_size // 4}}
+    # K is up to the budgets; that of the defaults may be more than L. Whatever the model's file has is not compared.
+    sizes = {"lag_size": asked.lag_size, "top_k": asked.lag_size // 4}
+    model: Settings = {"lrsa": {"system": None, "head_top_k": None, **sizes}}
     model |= {} if is_file else {"backbone": {"source": asked.model}}
     model |= {"max_new_tokens": new_tokens} if new_tokens else {}
     content: Settings = {
@@ -77,7 +78,7 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
     arguments = [part for option, names in options.items() for name in names for part in (option, name)]
     no_data = {"class_path": MIXTURE, "init_args": {"data_sets": {}, "weights": {}}}
     given = fit_settings.given(arguments, [{"model": model, "data": no_data}])
-    rule = fit_settings.made("model.lrsa", LRSAConfig, given["model"]["lrsa"]).replace(system=None)
+    rule = fit_settings.made("model.lrsa", LRSAConfig, given["model"]["lrsa"])
     chosen, left_out = _chosen(asked.systems, rule)
     inference: dict[str, Settings | None] = {DENSE: None}
     parts = {}

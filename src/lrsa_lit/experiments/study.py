@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.attention.unread import check_read
 from lrsa_lit.classes import check_class_paths
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, under
 from lrsa_lit.evaluation.each_layer import each_layer
 from lrsa_lit.experiments.checks import OWN as OWN
 from lrsa_lit.experiments.checks import Settings as Settings
@@ -244,7 +245,11 @@ class Study:
 
     def rule(self, key: str, changes: Mapping[str, Any]) -> LRSAConfig:
         """The rule of ``model.lrsa`` with changes, which errors call ``key``."""
-        settings = {**self.common["model"]["lrsa"], **changes}
+        common = self.common["model"]["lrsa"]
+        with under(f"{self.name}: {key}"):
+            check_read(changes, common.get("system"))
+        # Another K is one for all heads.
+        settings = {**common, **({"head_top_k": None} if "top_k" in changes else {}), **changes}
         name = digest(settings)
         if name not in self._rules:
             self._rules[name] = self.fit_settings.made(f"{self.name}: {key}", LRSAConfig, settings)

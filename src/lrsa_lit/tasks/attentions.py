@@ -6,15 +6,17 @@ import re
 from collections.abc import Mapping
 
 from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.attention.unread import check_read
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.evaluation.each_layer import Attention, each_layer
 
 
 def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
-    """The rule with some values changed; None is dense. A UserError names the argument ``field``."""
+    """The rule with some values changed, each of which must be read; None is dense. Errors name ``field``."""
     if changes is None:
         return None
     with under(field):
+        check_read(changes, own.system)
         return own.replace(**changes)
 
 

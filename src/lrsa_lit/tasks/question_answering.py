@@ -37,7 +37,7 @@ from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 from lrsa_lit.tasks.measures import measured
-from lrsa_lit.tasks.top_k import TopKSchedule
+from lrsa_lit.tasks.top_k import TopKSchedule, check_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,12 +94,7 @@ class LongContextQA(lightning.LightningModule):
         self.make_scheduler = lr_scheduler
         self.train_config = derived("train_attention", lrsa, train_attention)
         self.train_top_k = train_top_k
-        if train_top_k is not None:
-            if self.train_config is None:
-                raise UserError("train_top_k", reason="it is not allowed where train_attention is null (dense)")
-            if self.train_config.head_top_k is not None:
-                raise UserError("train_top_k", reason="it is not allowed beside head_top_k, which has K of each layer")
-            train_top_k.check(self.train_config)
+        check_schedule(train_top_k, self.train_config)
         self.objective = AnswerLoss() if objective is None else objective
         if self.train_config is None and any(isinstance(term.teacher, OwnDense) for term in self.objective.terms):
             raise UserError("objective", reason="a model that trains with dense attention teaches itself nothing",

@@ -75,6 +75,18 @@ class AnnealedTopK(TopKSchedule):
         _check_top_k("start", rule, self(0, 0, rule))
 
 
+def check_schedule(schedule: TopKSchedule | None, rule: LRSAConfig | None) -> None:
+    """Refuse a schedule that a run which trains with a rule (None is dense) does not read, or cannot follow."""
+    if schedule is None:
+        return
+    if rule is None:
+        raise UserError("train_top_k", reason="it is not allowed where train_attention is null (dense)")
+    for name, has in (("head_top_k", "K of each layer"), ("system", "no K")):
+        if getattr(rule, name) is not None:
+            raise UserError("train_top_k", reason=f"it is not allowed beside {name}, which has {has}")
+    schedule.check(rule)
+
+
 def _check_top_k(name: str, rule: LRSAConfig, top_k: int) -> None:
     try:
         rule.replace(top_k=top_k)

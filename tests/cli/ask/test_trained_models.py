@@ -19,6 +19,7 @@ from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.folder import save_folder
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import stored_size
+from lrsa_lit.systems import FreqKV
 
 TRIMMING = (
     "{{ mood }}{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
@@ -43,6 +44,15 @@ def test_the_models_own_rule_is_the_default(ask, tmp_path):
     assert "never trained" not in shown.err
     ((seen, kept, _),) = counts(ask("--model", model, "--top-k", "16", "text.txt", FIRST).out)
     assert kept == stored_size(seen, RULE.replace(top_k=16).rule)
+
+
+def test_a_model_of_a_system_has_no_k(ask, tmp_path, capfd):
+    model = saved(tmp_path / "model", LRSAConfig(system=FreqKV(capacity=40, sink_size=2)))
+    ((_, kept, _),) = counts(ask("--model", model, "text.txt", FIRST).out)
+    assert kept <= 40
+    with pytest.raises(SystemExit):
+        ask("--model", model, "--top-k", "16", "text.txt", FIRST)
+    assert "--top-k: 16 is not read by the system FreqKV" in capfd.readouterr().err
 
 
 def test_an_untrained_model_keeps_a_quarter(ask):

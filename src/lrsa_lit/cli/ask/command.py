@@ -241,6 +241,7 @@ def _device(name: str | None) -> torch.device:
 def _rule(model: Trained, options: argparse.Namespace, notes: PlainConsole) -> LRSAConfig:
     """The rule that the model was trained with, else the defaults with K = L/4, with what the options change of it."""
     from lrsa_lit.attention import LRSAConfig
+    from lrsa_lit.attention.unread import check_read
 
     changes = {name: value for name in _RULE_FLAGS if (value := getattr(options, name)) is not None}
     if model.rule is None:
@@ -251,6 +252,7 @@ def _rule(model: Trained, options: argparse.Namespace, notes: PlainConsole) -> L
         rule = LRSAConfig.from_dict(model.rule)
     except (TypeError, ValueError) as error:
         raise UserError("--model", model.backbone.source, reason=f"has no valid rule ({error})") from None
+    check_read(changes, rule.system)
     return rule.replace(**changes)
 
 

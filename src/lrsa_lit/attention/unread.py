@@ -1,0 +1,59 @@
+"""Settings that nothing reads, because a system stands in the place of the rule that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lrsa_lit.errors import UserError, under
+
+OF_RULE = ("sink_size", "lag_size", "top_k", "chunk_size", "value_weight", "compressor")
+"""What an ``LRSAConfig`` has that no system reads; ``head_top_k`` it refuses by itself."""
+
+
+def check_read(changes: Mapping[str, Any], system: Any) -> None:
+    """Refuse settings of an attention that its system does not read.
+
+    A whole rule with its system, as a resolved config has it, is let pass: it says what is set, not what is asked for.
+
+    Args:
+        changes: settings of an ``LRSAConfig``, as somebody gives them.
+        system: of the attention that they change, in any form; None for a rule.
+
+    Raises:
+        UserError: they set something of the rule, and there is a system.
+    """
+    system = changes.get("system", system)
+    given = [name for name in OF_RULE if changes.get(name) is not None]
+    if system is not None and given and not ("system" in changes and changes.keys() >= set(OF_RULE)):
+        value = changes[given[0]]
+        path = value.get("class_path") if isinstance(value, Mapping) else value
+        reason = f"is not read by the system {_name(system)}"
+        raise UserError(given[0], path, reason=reason, hint="leave one of them out")
+
+
+def check_layers(layers: Sequence[Mapping[str, Any]]) -> None:
+    """The same of a run's settings over settings, the last ones on top: what stands below a system it overrides.
+
+    Where another attention of the run sets ``system`` to null, it reads them.
+    """
+    models = [model for layer in layers if isinstance(model := layer.get("model"), Mapping)]
+    if any(map(_has_rule, models)):
+        return
+    system = None
+    for model in models:
+        if isinstance(lrsa := model.get("lrsa"), Mapping):
+            with under("model.lrsa"):
+                check_read(lrsa, system)
+            system = lrsa.get("system", system)
+
+
+def _has_rule(model: Mapping[str, Any]) -> bool:
+    evaluated = model.get("evaluate")
+    attentions = [model.get("train_attention"), *(evaluated.values() if isinstance(evaluated, Mapping) else ())]
+    return any(isinstance(item, Mapping) and "system" in item and item["system"] is None for item in attentions)
+
+
+def _name(system: Any) -> str:
+    path = system.get("class_path") if isinstance(system, Mapping) else system
+    return str(path).rpartition(".")[2] if isinstance(path, str) else type(system).__name__
