@@ -202,3 +202,13 @@ def test_runs_of_different_data_share_nothing():
     answers = pd.concat({run: pd.DataFrame({"f1": [1.0]}, index=[run]) for run in "ab"}, names=["run", "id"])
     with refused("runs"):
         runs.shared_scores(answers)
+
+
+@pytest.mark.parametrize("key", ["head_top_k", "head_top_k.budget"])
+def test_a_run_whose_heads_differ_has_no_single_k(key, recorded):
+    store, _, folder = recorded
+    experiment = store.create_experiment(key, (folder / "artifacts").as_uri())
+    store.log_param(add_run(store, experiment, "ranked", val_f1=0.5), f"model.lrsa.{key}", "0.25")
+    (row,) = runs.table(store, key).to_dict("records")
+    assert math.isnan(row["top_k"])
+    assert math.isnan(row["kept_share"])

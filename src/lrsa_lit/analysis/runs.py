@@ -234,8 +234,8 @@ def _row(run: Run) -> dict[str, Any]:
     params, metrics = run.data.params, run.data.metrics
     lag_size, top_k = (int(params[f"model.lrsa.{name}"]) for name in ("lag_size", "top_k"))
     # K of each head is no number to lay beside others, and a system has none: kv_ratio is one.
-    of_heads, system = (params.get(f"model.lrsa.{name}", "None") for name in ("head_top_k", "system"))
-    one_k = of_heads == system == "None"
+    of_heads = any(value != "None" for name, value in params.items() if name.startswith("model.lrsa.head_top_k"))
+    one_k = not of_heads and params.get("model.lrsa.system", "None") == "None"
     model = params["model.backbone.source"].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
     if params.get("model.train_attention") == "None":
         model += "-dense"

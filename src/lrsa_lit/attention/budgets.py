@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from lrsa_lit.attention.ranked_budgets import budgets_of
 from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.ops.sparse_attention import HeadRules, Rule
@@ -17,15 +18,20 @@ HeadTopK = tuple[int | tuple[int, ...], ...]
 FIELD = "head_top_k"
 
 
-def checked(given: Any, rule: Rule) -> HeadTopK:
-    """The budgets in a list, or in the JSON file of some path; null in them is the rule's K.
+def checked(given: Any, rule: Rule, dense_layers: Collection[int] = ()) -> HeadTopK:
+    """The budgets in a list, in the JSON file of some path, or by a ranking; null in them is the rule's K.
 
     Raises:
-        UserError: a file that cannot be read, lists of another form, a K outside 0 … L, or a compressor by which all
-            heads keep the same.
+        UserError: a file that cannot be read, lists of another form, a K outside 0 … L, a compressor by which all heads
+            keep the same, or a share of the cache below what always stays.
     """
     values = _read(given) if isinstance(given, str) else given
-    allowed = "a list with K of each layer, or with a list of K of its heads; or the path of a JSON file with one"
+    if isinstance(given, Mapping):
+        values = budgets_of(FIELD, given, rule, dense_layers)
+    allowed = (
+        "a list with K of each layer, or with a list of K of its heads; the path of a JSON file with one; "
+        "or {ranking: FILE, budget: SHARE, tokens: T}"
+    )
     check_setting(FIELD, values, isinstance(values, list | tuple) and bool(values), allowed)
     heads = {len(layer) for layer in values if isinstance(layer, list | tuple)}
     if len(heads) > 1 or 0 in heads:

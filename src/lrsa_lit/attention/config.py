@@ -99,7 +99,9 @@ class LRSAConfig:
             dict that its ``to_dict`` made; null for the rule that the other settings say.
         head_top_k: K of each layer, or for each layer a list with K of each of its KV heads, in the place of ``top_k``,
             which null stands for in them: K = L is a dense layer or head, K = 0 one of sinks and raw window alone. Or
-            the path of a JSON file with such a list.
+            the path of a JSON file with such a list. Or ``{ranking: FILE, budget: 0.25, tokens: 4096}``: of the heads
+            or layers in a file of gates or of an ablation, as many of the best are dense as this share of a dense
+            cache allows at the end of so many tokens, beside ``top_k`` in all others.
 
     Raises:
         UserError: a value outside its bounds, in one line.
@@ -113,7 +115,7 @@ class LRSAConfig:
     dense_layers: tuple[int, ...] = ()
     compressor: Compressor = field(default_factory=LagRelative)
     system: System | None = None
-    head_top_k: HeadTopK | str | None = None
+    head_top_k: HeadTopK | dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         """Make the tuple and the compressor that JSON cannot write, then check each bound once."""
@@ -134,7 +136,7 @@ class LRSAConfig:
         if self.head_top_k is not None:
             if self.system is not None:
                 raise UserError("head_top_k", reason="is not allowed beside a system, which has no K")
-            object.__setattr__(self, "head_top_k", budgets.checked(self.head_top_k, self.rule))
+            object.__setattr__(self, "head_top_k", budgets.checked(self.head_top_k, self.rule, self.dense_layers))
 
     def _take_weight(self) -> None:
         """Let the weight stand here and not in the compressor: files that name digests have always had it here."""
@@ -163,7 +165,7 @@ class LRSAConfig:
     @property
     def layers(self) -> LayerRules:
         """What a model is told."""
-        assert not isinstance(self.head_top_k, str)
+        assert not isinstance(self.head_top_k, dict | str)
         return LayerRules(self.rule, self.dense_layers, system=self.system, budgets=self.head_top_k)
 
     def replace(self, **changes: Any) -> LRSAConfig:

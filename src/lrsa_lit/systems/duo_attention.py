@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
-from lrsa_lit.errors import UserError, message_of
+from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
     GroupedStream,
     HeadGroups,
@@ -27,9 +26,9 @@ from lrsa_lit.ops.sparse_attention import (
     attended_pairs,
     dense_attention,
 )
-from lrsa_lit.paths import expanded
+from lrsa_lit.systems.ranking import CacheShare, is_table, read_ranking
 from lrsa_lit.systems.streaming import StreamingHeads, streaming_attention, streaming_pairs
-from lrsa_lit.systems.system import Place, System, sequences
+from lrsa_lit.systems.system import Head, Place, System, sequences
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,20 @@ class DuoAttention(System):
 
     Args:
         gates: for each layer (dense ones included) a list of the gates of its KV heads, or the path of a file with
-            them: a JSON list of lists, or a line for each layer with numbers between tabs or spaces (the paper's
-            ``full_attention_heads.tsv``). They are clipped to [0, 1].
-        sparsity: share of the heads that do not stay full (0 to 1; the paper has 0.5 for GQA and 0.75 for MHA).
+            them: a JSON list of lists, a line for each layer with numbers between tabs or spaces (the paper's
+            ``full_attention_heads.tsv``), or the ``heads.json`` of an ablation. They are clipped to [0, 1].
+        sparsity: share of the heads that do not stay full (0 to 1; the paper has 0.5 for GQA and 0.75 for MHA), or
+            ``{budget: 0.25, tokens: 4096}``: as many stay full as this share of a dense cache allows there.
         sink_size: first tokens that the others see (>= 0).
         recent: last tokens that the others see, the query's own among them (>= 1).
 
     Raises:
-        UserError: a file that cannot be read, gates that are no table of numbers, a size out of bounds, and, where it
-            meets a model, gates of other layers or heads.
+        UserError: a file that cannot be read, gates that are no table of numbers, a size out of bounds, a budget below
+            what all heads always hold, and, where it meets a model, gates of other layers or heads.
     """
 
     gates: Any
-    sparsity: float = 0.5
+    sparsity: float | dict[str, Any] = 0.5
     sink_size: int = 64
     recent: int = 256
     trains: ClassVar[bool] = True
@@ -63,17 +63,33 @@ class DuoAttention(System):
 
     def __post_init__(self) -> None:
         """Read the gates, then check each bound once."""
-        gates = _read(self.gates) if isinstance(self.gates, str) else self.gates
+        gates = read_ranking("gates", self.gates) if isinstance(self.gates, str) else self.gates
         object.__setattr__(self, "gates", _checked(gates))
-        check_setting("sparsity", self.sparsity, is_weight(self.sparsity) and self.sparsity <= 1, "from 0 to 1")
         for name, least in (("sink_size", 0), ("recent", 1)):
             value = getattr(self, name)
             check_setting(name, value, is_integer(value) and value >= least, f"an integer >= {least}")
+        if isinstance(self.sparsity, Mapping):
+            object.__setattr__(self, "sparsity", self._sparsity(CacheShare.of("sparsity", self.sparsity)))
+        check_setting("sparsity", self.sparsity, is_weight(self.sparsity) and self.sparsity <= 1, "from 0 to 1")
+
+    def _sparsity(self, share: CacheShare) -> float:
+        """The least with which heads hold no more on average."""
+        none = dataclasses.replace(self, sparsity=1.0)
+        one = Head(1, 1, 1)
+        found = none.at_most(float(share.pairs) * one.pair + 1e-6, share.tokens, one)
+        if found is None:
+            lowest = math.ceil(1e4 * none.held(share.tokens) / share.tokens - 1e-6) / 1e4
+            least = f"at least {lowest:.4f} at {share.tokens} tokens, of which all heads hold sinks and recent ones"
+            raise UserError("sparsity.budget", share.budget, least)
+        assert isinstance(found, DuoAttention)
+        assert not isinstance(found.sparsity, dict)
+        return found.sparsity
 
     @functools.cached_property
     def full(self) -> tuple[tuple[bool, ...], ...]:
         """Whether each head of each layer stays full."""
         places = [(layer, head) for layer, row in enumerate(self.gates) for head in range(len(row))]
+        assert not isinstance(self.sparsity, dict)
         # Where a quantile falls between two gates, the higher one is the first that reaches it.
         below = len(places) if self.sparsity == 1 else math.ceil(self.sparsity * (len(places) - 1) - 1e-9)
         order = sorted(places, key=lambda place: -self.gates[place[0]][place[1]])
@@ -169,28 +185,6 @@ def gated_attention(
 
 def _checked(gates: Any) -> tuple[tuple[float, ...], ...]:
     """Gates as a table, clipped; a UserError if they are none."""
-    rows = list(gates) if isinstance(gates, Sequence) else []
-    table = bool(rows) and all(isinstance(row, Sequence) and len(row) == len(rows[0]) > 0 for row in rows)
-    numbers = table and all(
-        isinstance(gate, int | float) and not isinstance(gate, bool) and abs(gate) < math.inf
-        for row in rows
-        for gate in row
-    )
     allowed = "a list for each layer, all of as many finite numbers as there are KV heads, or the path of a file"
-    check_setting("gates", gates, numbers, allowed)
-    return tuple(tuple(float(min(max(gate, 0), 1)) for gate in row) for row in rows)
-
-
-def _read(path: str) -> Any:
-    """What stands in a file of gates."""
-    try:
-        text = expanded("gates", path).read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [[float(word) for word in line.split()] for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError("gates", path, reason=f"cannot be read ({error.strerror})") from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError("gates", path, reason=f"is neither JSON nor a table of numbers ({message_of(error)})") from None
+    check_setting("gates", gates, is_table(gates), allowed)
+    return tuple(tuple(float(min(max(gate, 0), 1)) for gate in row) for row in gates)
