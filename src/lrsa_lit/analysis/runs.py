@@ -235,7 +235,8 @@ def _row(run: Run) -> dict[str, Any]:
     lag_size, top_k = (int(params[f"model.lrsa.{name}"]) for name in ("lag_size", "top_k"))
     # K of each head is no number to lay beside others, and a system has none: kv_ratio is one.
     of_heads = any(value != "None" for name, value in params.items() if name.startswith("model.lrsa.head_top_k"))
-    one_k = not of_heads and params.get("model.lrsa.system", "None") == "None"
+    system = params.get("model.lrsa.system", "None")
+    one_k = not of_heads and system == "None"
     model = params["model.backbone.source"].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
     if params.get("model.train_attention") == "None":
         model += "-dense"
