@@ -210,5 +210,6 @@ def test_a_run_whose_heads_differ_has_no_single_k(key, recorded):
     experiment = store.create_experiment(key, (folder / "artifacts").as_uri())
     store.log_param(add_run(store, experiment, "ranked", val_f1=0.5), f"model.lrsa.{key}", "0.25")
     (row,) = runs.table(store, key).to_dict("records")
+    assert row["model"].endswith(f" head_top_k={'budget=' if '.' in key else ''}0.25")
     assert math.isnan(row["top_k"])
     assert math.isnan(row["kept_share"])

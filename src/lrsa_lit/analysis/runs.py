@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,18 +234,18 @@ def _row(run: Run) -> dict[str, Any]:
     params, metrics = run.data.params, run.data.metrics
     lag_size, top_k = (int(params[f"model.lrsa.{name}"]) for name in ("lag_size", "top_k"))
     # K of each head is no number to lay beside others, and a system has none: kv_ratio is one.
-    of_heads = any(value != "None" for name, value in params.items() if name.startswith("model.lrsa.head_top_k"))
-    system = params.get("model.lrsa.system", "None")
-    one_k = not of_heads and system == "None"
+    of_heads, system = (params.get(f"model.lrsa.{name}", "None") for name in ("head_top_k", "system"))
+    if ranked := _arguments(params, "model.lrsa.head_top_k."):
+        of_heads = ",".join(ranked)
+    one_k = of_heads == system == "None"
     model = params["model.backbone.source"].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
     if params.get("model.train_attention") == "None":
         model += "-dense"
     if of_heads != "None":
         model += f" head_top_k={of_heads}"
     if system != "None":
-        key = "model.lrsa.system."
-        given = [f"{name.removeprefix(key)}={params[name]}" for name in sorted(params) if name.startswith(key)]
-        model = " ".join([model, system.rpartition(".")[2], *(text for text in given if not text.endswith("=None"))])
+        given = [text for text in _arguments(params, "model.lrsa.system.") if not text.endswith("=None")]
+        model = " ".join([model, system.rpartition(".")[2], *given])
     return {
         "name": run.info.run_name,
         "model": model,
@@ -255,3 +255,8 @@ def _row(run: Run) -> dict[str, Any]:
         "seed": run.data.tags.get("seed"),
         **{column: metrics.get(metric, np.nan) for column, metric in MEASURES.items()},
     }
+
+
+def _arguments(params: Mapping[str, str], key: str) -> list[str]:
+    """What was given below a setting, by name."""
+    return [f"{name.removeprefix(key)}={params[name]}" for name in sorted(params) if name.startswith(key)]
