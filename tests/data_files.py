@@ -97,6 +97,18 @@ def _ruler(folder: Path) -> dict[str, Any]:
     return {**hotpotqa(folder), "tasks": tasks, **dict.fromkeys(SPLITS, len(tasks))}
 
 
+def _ruler13(folder: Path) -> dict[str, Any]:
+    from lrsa_lit.data.ruler_tasks import SIZED_NAMES
+
+    (folder / "essays.json").write_text(json.dumps({"text": "It is late. Is it? The fiord, it seems, is long! " * 9}))
+    tasks = {"tasks": list(SIZED_NAMES), **dict.fromkeys(SPLITS, len(SIZED_NAMES))}
+    return {"source": str(folder / "essays.json"), "sha256": None, **tasks}
+
+
+def _passkey(folder: Path) -> dict[str, Any]:
+    return {"train": 5, "val": 5, "test": 10}
+
+
 def _mixture(folder: Path) -> dict[str, Any]:
     from lrsa_lit.data import HotpotQA, QAFiles
 
@@ -119,8 +131,10 @@ FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "LongBench": longbench,
     "Mixture": _mixture,
     "Needles": _needles,
+    "Passkey": _passkey,
     "QAFiles": records,
     "Ruler": _ruler,
+    "Ruler13": _ruler13,
     "SquadArticles": squad,
     "TableCells": _table,
 }

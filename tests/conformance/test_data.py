@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from lrsa_lit.data import Articles, FactsInText, QADataModule
+from lrsa_lit.data import Articles, FactsInText, Passkey, QADataModule, Ruler13
 from lrsa_lit.data.fingerprint import source_files
 from lrsa_lit.data.prompts import TooLong, render_passage
 from lrsa_lit.data.records import QARecord, check_record
@@ -16,8 +16,9 @@ from lrsa_lit.data.word_tasks import WORD_TASKS
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-UNTITLED = (FactsInText,)
+UNTITLED = (FactsInText, Passkey, Ruler13)
 """Their prompts show no titles."""
+GROWN = {*WORD_TASKS, "cwe", "fwe"}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_evidence_is_where_the_spans_say(data, pairs):
     untitled = isinstance(data, UNTITLED)
     for record, example in pairs:
         supporting = [passage for passage in record.passages if passage.title in record.supporting_titles]
-        gold = [passage.text if untitled else render_passage(passage) for passage in supporting]
+        gold = [passage.text.strip() if untitled else render_passage(passage) for passage in supporting]
         spans = example["gold_spans"]
         assert sorted(shown(example["input_ids"][slice(*span)]).strip() for span in spans) == sorted(gold)
         assert all(0 <= start < end <= example["prompt_length"] for start, end in spans)
@@ -92,7 +93,7 @@ def test_evidence_is_where_the_spans_say(data, pairs):
 
 
 def test_nothing_is_cut(data, pairs):
-    """RULER's lists of words replace that of their record by as long a one as fits; tests/data has more about them."""
+    """What grows with the budget replaces that of the record by as much as fits; tests/data has more about it."""
     if isinstance(data, Articles):
         pytest.skip("its examples are the beginnings of texts")
     assert pairs
@@ -100,7 +101,7 @@ def test_nothing_is_cut(data, pairs):
         ids, length = example["input_ids"], example["prompt_length"]
         prompt = shown(ids[:length])
         assert len(ids) <= data.max_tokens
-        if record.task not in WORD_TASKS:
+        if record.task not in GROWN:
             assert all(passage.text.strip() in prompt for passage in record.passages)
         assert record.question.strip() in prompt
         assert shown(ids[length:]).strip() == record.target + TOKENIZER.eos_token

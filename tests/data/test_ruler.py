@@ -13,8 +13,10 @@ from lrsa_lit.data.prompts import TooLong, encode
 from lrsa_lit.data.qa_tasks import QA_TASKS
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.ruler import RULER_TASKS, Ruler
+from lrsa_lit.data.sized import largest
+from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.data.squad import SquadArticles, article_of
-from lrsa_lit.data.word_tasks import WORD_TASKS, common_words, frequent_words, largest
+from lrsa_lit.data.word_tasks import WORD_TASKS, common_words, frequent_words
 from lrsa_lit.evaluation.answer_scores import recall
 
 BUDGET = 3000
@@ -230,6 +232,23 @@ def test_examples_fill_the_budget_and_hold_the_answers(data, tokenizer):
         learnt = tokenizer.decode(example["input_ids"][example["prompt_length"] :])
         blank = " " if record.task in {*WORD_TASKS, *QA_TASKS} else ""
         assert learnt == f"{blank}{record.target}<|im_end|>"
+
+
+def test_examples_are_those_that_published_results_name(data):
+    found = {name: [] for name in RULER_TASKS}
+    for record in data.records("test"):
+        found[record.task].append(data.to_example(record))
+    assert {name: SplitFacts.of(examples).digest for name, examples in found.items()} == {
+        "niah_single": "2d70ea8458fa",
+        "niah_multikey": "e415f8a63415",
+        "niah_multivalue": "eab33431a0df",
+        "niah_multiquery": "c4efff64343f",
+        "variable_tracking": "f1ccfd180722",
+        "common_words": "dd5582d47449",
+        "frequent_words": "dcc768949668",
+        "qa_squad": "ed585260fd89",
+        "qa_hotpotqa": "c11f70b0b7de",
+    }
 
 
 def test_tasks_take_turns_and_the_seed_decides(data, tokenizer):

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from lrsa_lit.data.mixture import Mixture as Mixture
     from lrsa_lit.data.module import QADataModule as QADataModule
     from lrsa_lit.data.needle import Needles as Needles
+    from lrsa_lit.data.passkey import Passkey as Passkey
     from lrsa_lit.data.qa_files import QAFiles as QAFiles
     from lrsa_lit.data.ruler import Ruler as Ruler
+    from lrsa_lit.data.ruler13 import Ruler13 as Ruler13
     from lrsa_lit.data.squad import SquadArticles as SquadArticles
 
 _HOMES = {
@@ -25,9 +27,11 @@ _HOMES = {
     "LongBench": "longbench",
     "Mixture": "mixture",
     "Needles": "needle",
+    "Passkey": "passkey",
     "QADataModule": "module",
     "QAFiles": "qa_files",
     "Ruler": "ruler",
+    "Ruler13": "ruler13",
     "SquadArticles": "squad",
 }
 __all__ = list(_HOMES)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from lrsa_lit.data.prompts import PROMPT, SEPARATOR, YES_NO, Example, Prompt, TooLong, encode, render_passage
+from lrsa_lit.data.prompts import PROMPT, YES_NO, Example, Prompt, TooLong, encode, render_passage
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.data.tokenization import token_counts
 from lrsa_lit.evaluation.answer_scores import normalize_answer
@@ -58,7 +58,7 @@ class ParagraphPool:
         """What each paragraph adds to a prompt; exact but for merges across its borders."""
         new = [position for position in positions if position not in self._tokens]
         if new:
-            texts = [SEPARATOR + self.prompt.passage(self.passages[position], _NUMBER) for position in new]
+            texts = [self.prompt.between + self.prompt.passage(self.passages[position], _NUMBER) for position in new]
             self._tokens.update(zip(new, token_counts(tokenizer, texts), strict=True))
         return [self._tokens[position] for position in positions]
 

@@ -36,18 +36,26 @@ class Prompt:
 
     Attributes:
         message: the user's message; {context} stands for the passages, {input} for the question.
-        answer: the beginning of the assistant's message, which the model is given; a blank follows it.
-        heading: what stands above a passage in place of its title; {number} counts from 1. "" shows the titles.
+        answer: the beginning of the assistant's message, which the model is given, with {input}; a blank follows it.
+        heading: what stands above a passage in place of its title; {number} counts from 1. "" shows the titles. None:
+            passages are pieces of one text, shown exactly and without anything between them.
         titles: whether titles are shown where there is no heading.
     """
 
     message: str
     answer: str = ""
-    heading: str = ""
+    heading: str | None = ""
     titles: bool = True
+
+    @property
+    def between(self) -> str:
+        """What stands between two passages."""
+        return "" if self.heading is None else SEPARATOR
 
     def passage(self, passage: Passage, number: int) -> str:
         """A passage, the ``number``-th of the context, as the prompt shows it."""
+        if self.heading is None:
+            return passage.text
         if not self.heading:
             return render_passage(passage if self.titles else replace(passage, title=""))
         return f"{self.heading.replace('{number}', str(number))}\n{passage.text}".strip()
@@ -157,15 +165,15 @@ def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: 
     """The prompt's text up to where the answer starts; errors as for :func:`render_messages`."""
     texts = [prompt.passage(passage, number) for number, passage in enumerate(record.passages, start=1)]
     before, after = prompt.around(record.question.strip())
-    content = before + SEPARATOR.join(texts) + after if texts else (before + after).lstrip()
+    content = before + prompt.between.join(texts) + after if texts else (before + after).lstrip()
     text, [(start, end)], _ = render_messages([{"role": "user", "content": content}], tokenizer)
     # The template may have left out white space at the beginning.
     place = start - content.index(text[start:end]) + len(before)
     spans = []
     for passage in texts:
         spans.append((max(place, start), min(place + len(passage), end)))
-        place += len(passage) + len(SEPARATOR)
-    return Rendered(text + prompt.answer, [(start, end)], spans)
+        place += len(passage) + len(prompt.between)
+    return Rendered(text + prompt.answer.replace("{input}", record.question.strip()), [(start, end)], spans)
 
 
 def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> Rendered:

@@ -7,7 +7,7 @@ is the share of the references that an answer holds, ignoring case (``recall``).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -19,8 +19,9 @@ from lrsa_lit.data.needle_tasks import TASKS
 from lrsa_lit.data.prompts import Example, TooLong
 from lrsa_lit.data.qa_tasks import QA_TASKS, Documents
 from lrsa_lit.data.records import QARecord
+from lrsa_lit.data.sized import SizedTask, largest
 from lrsa_lit.data.splits import check_fractions
-from lrsa_lit.data.word_tasks import WORD_TASKS, WORDS, largest
+from lrsa_lit.data.word_tasks import WORD_TASKS, WORDS
 from lrsa_lit.errors import UserError
 
 RULER_TASKS = (*TASKS, *WORD_TASKS, *QA_TASKS)
@@ -39,6 +40,7 @@ class Ruler(Needles):
     """
 
     known: ClassVar[tuple[str, ...]] = RULER_TASKS
+    qa_tasks: ClassVar[Mapping[str, Callable[[int, float, float], Documents]]] = QA_TASKS
 
     def __init__(
         self,
@@ -56,28 +58,33 @@ class Ruler(Needles):
         """The digests of the haystack, of SQuAD and of the lists of words."""
         return super().sources() | fingerprint.of_files([squad.SOURCE, *WORDS])
 
+    @property
+    def sized_tasks(self) -> Mapping[str, SizedTask]:
+        """The tasks that grow with the budget."""
+        return WORD_TASKS
+
     def make(self, split: Split, task: str, number: int) -> QARecord:
         """The record of a task; where it grows with the budget, of the smallest size."""
-        if task in WORD_TASKS:
-            return self._words(task, f"{split}-{task}-{number}", WORD_TASKS[task].smallest)
-        if task in QA_TASKS:
+        if task in self.sized_tasks:
+            return self._of_size(task, f"{split}-{task}-{number}", self.sized_tasks[task].smallest)
+        if task in self.qa_tasks:
             return self._question(split, task, number)
         return super().make(split, task, number)
 
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The record grown, or put among other texts, to fill the budget; decided by ``seed`` and the id."""
-        if record.task in WORD_TASKS:
-            _, smallest, prompt = WORD_TASKS[record.task]
-            grown = partial(self._words, record.task, record.id)
+        if record.task in self.sized_tasks:
+            _, smallest, prompt = self.sized_tasks[record.task]
+            grown = partial(self._of_size, record.task, record.id)
             return largest(grown, smallest, prompt, self.checked_tokenizer, self.max_tokens)
-        if record.task in QA_TASKS:
+        if record.task in self.qa_tasks:
             rng = random.Random(f"{self.seed}:{record.id}")
             return self._of(record.task).example(record, rng, self.checked_tokenizer, self.max_tokens)
         return super().to_example(record)
 
-    def _words(self, task: str, name: str, size: int) -> QARecord:
+    def _of_size(self, task: str, name: str, size: int) -> QARecord:
         rng = random.Random(f"{self.seed}:{name}")
-        return replace(WORD_TASKS[task].make(name, rng, size, self.max_tokens), task=task)
+        return replace(self.sized_tasks[task].make(name, rng, size, self.max_tokens), task=task)
 
     def _question(self, split: Split, task: str, number: int) -> QARecord:
         questions = self._of(task).questions[split]
@@ -89,5 +96,5 @@ class Ruler(Needles):
 
     def _of(self, task: str) -> Documents:
         if task not in self._documents:
-            self._documents[task] = QA_TASKS[task](self.seed, self.val_fraction, self.test_fraction)
+            self._documents[task] = self.qa_tasks[task](self.seed, self.val_fraction, self.test_fraction)
         return self._documents[task]

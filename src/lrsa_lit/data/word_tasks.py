@@ -1,7 +1,7 @@
 """RULER's aggregation tasks: which words of a list, or of a coded text, are the most frequent?
 
 The recipes, sizes and prompts are RULER's (``common_words_extraction``, ``freq_words_extraction``). Each task makes a
-record of a given size, and :func:`largest` finds the size that fills a budget; the answers do not depend on the size.
+record of a given size, of which the answers do not depend on the size.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import string
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
 
-from lrsa_lit.data.prompts import Example, Prompt, TooLong, encode
+from lrsa_lit.data.prompts import Prompt
 from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.data.sized import SizedTask
 from lrsa_lit.paths import resolve
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-WORDS = tuple(f"package://wonderwords/assets/{kind}list.txt" for kind in ("noun", "adjective", "verb", "profanity"))
+_WORDS = "package://wonderwords/assets/{}list.txt"
+_KINDS = ("noun", "adjective", "verb", "profanity")
+WORDS = tuple(map(_WORDS.format, _KINDS))
 """RULER's source of words, the last file being of those to leave out."""
 
 COMMON = 10
@@ -37,7 +36,7 @@ _COMMON_INTRODUCTION = (
 )
 _COMMON_QUESTION = f"What are the {COMMON} most common words in the above list?"
 _COMMON_ANSWER = f"Answer: The top {COMMON} words that appear most often in the list are:"
-_COMMON_PROMPT = Prompt("{context}\nQuestion: {input}", answer=_COMMON_ANSWER)
+COMMON_PROMPT = Prompt("{context}\nQuestion: {input}", answer=_COMMON_ANSWER)
 
 _FREQUENT_QUESTION = (
     "Do not provide any explanation. Please ignore the dots '....'. "
@@ -50,16 +49,17 @@ _FREQUENT_PROMPT = Prompt(
 )
 
 
-def common_words(name: str, rng: random.Random, size: int, max_tokens: int) -> QARecord:
+def common_words(name: str, rng: random.Random, size: int, max_tokens: int, *, blank: str = " ") -> QARecord:
     """RULER's common words extraction: a solved example, then a list in which 10 words appear more often than others.
 
     There are ``size`` others; those beyond the vocabulary are pairs of its words. For 4,096 ``max_tokens`` or more the
-    common words appear 30 times and others 3 times, for fewer 6 times and once.
+    common words appear 30 times and others 3 times, for fewer 6 times and once. ``blank`` stands before the answer of
+    the solved example.
     """
     # A context of fewer tokens has less of everything.
     long = max_tokens >= 4096
     others_shown, *shown = (30, 10, 3) if long else (10, 3, 1)
-    vocabulary = _vocabulary()
+    vocabulary = words_of("noun", "adjective", "verb")
     words = iter(rng.sample(vocabulary, len(vocabulary)))
     example = list(islice(words, COMMON + others_shown))
     common = list(islice(words, COMMON))
@@ -67,7 +67,7 @@ def common_words(name: str, rng: random.Random, size: int, max_tokens: int) -> Q
     uncommon += _different(lambda: "-".join(rng.sample(vocabulary, 2)), size - len(uncommon))
     solved = _listed(_repeated(rng, example[:COMMON], example[COMMON:], *shown))
     listed = _listed(_repeated(rng, common, uncommon, *((30, 3) if long else (6, 1))))
-    question = f"Question: {_COMMON_QUESTION} {_COMMON_ANSWER} {_listed(example[:COMMON])}"
+    question = f"Question: {_COMMON_QUESTION} {_COMMON_ANSWER}{blank}{_listed(example[:COMMON])}"
     text = "\n".join([_COMMON_INTRODUCTION, solved, question, _COMMON_INTRODUCTION, listed])
     return QARecord(name, (Passage("", text),), _COMMON_QUESTION, tuple(common), match="all")
 
@@ -86,56 +86,17 @@ def frequent_words(name: str, rng: random.Random, size: int, max_tokens: int) ->
     return QARecord(name, (Passage("", " ".join(words)),), _FREQUENT_QUESTION, answers, match="all")
 
 
-class WordTask(NamedTuple):
-    """How a record is made of its id, what draws it, its size and the budget; its smallest size; and its prompt."""
-
-    make: Callable[[str, random.Random, int, int], QARecord]
-    smallest: int
-    prompt: Prompt
-
-
 WORD_TASKS = {
-    "common_words": WordTask(common_words, COMMON, _COMMON_PROMPT),
-    "frequent_words": WordTask(frequent_words, 80, _FREQUENT_PROMPT),
+    "common_words": SizedTask(common_words, COMMON, COMMON_PROMPT),
+    "frequent_words": SizedTask(frequent_words, 80, _FREQUENT_PROMPT),
 }
 
 
-def largest(
-    make: Callable[[int], QARecord],
-    smallest: int,
-    prompt: Prompt,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-) -> Example | TooLong:
-    """The example of the largest record that fits the budget; :class:`TooLong` if even the smallest does not.
-
-    ``make`` gives a record of a size, and a larger one has no fewer tokens; the rest is as for
-    :func:`~lrsa_lit.data.prompts.encode`.
-    """
-    size, found = smallest, encode(make(smallest), tokenizer, max_tokens, prompt)
-    if isinstance(found, TooLong):
-        return found
-    limit = math.inf
-    per_step = len(found["input_ids"]) / size
-    while True:
-        length = len(found["input_ids"])
-        trial = int(min(size + max((max_tokens - length) // per_step, 1), limit - 1))
-        if trial <= size:
-            return found
-        larger = encode(make(trial), tokenizer, max_tokens, prompt)
-        # Records grow evenly but for the last tokens, so a few trials suffice.
-        tokens = larger.tokens if isinstance(larger, TooLong) else len(larger["input_ids"])
-        per_step = max((tokens - length) / (trial - size), 0.1)
-        if isinstance(larger, TooLong):
-            limit = trial
-        else:
-            size, found = trial, larger
-
-
 @cache
-def _vocabulary() -> tuple[str, ...]:
-    nouns, adjectives, verbs, profane = (resolve(source).read_text(encoding="utf-8").split("\n") for source in WORDS)
-    words = {*nouns, *adjectives, *verbs} - set(profane)
+def words_of(*kinds: str) -> tuple[str, ...]:
+    """The words of kinds ("noun", "adjective", "verb"): letters alone, none of them profane, in alphabetical order."""
+    listed = {kind: set(resolve(_WORDS.format(kind)).read_text(encoding="utf-8").split("\n")) for kind in _KINDS}
+    words = set().union(*(listed[kind] for kind in kinds)) - listed["profanity"]
     return tuple(sorted(word for word in words if re.fullmatch("[a-z]+", word)))
 
 
