@@ -95,10 +95,10 @@ def _parser() -> Parser:
     add("row", help="name of the row")
     add("--seed", type=int, default=0)
     add = action("report", "tables, statistics and plots of the results", _report).add_argument
-    add("results", help="file of the results, or URI of the MLflow store that the study recorded to")
-    add("--study", required=True, help="file of the study, for its parts and their order")
+    add("results", nargs="+", help="file of the results, or URI of the MLflow store that the study recorded to")
+    add("--study", nargs="+", required=True, metavar="FILE", help="file of the study, one for each file of results")
     add("--to", type=Path, help=f"folder for the report; default: {_REPORT}, unless --into")
-    blocks = "fill the blocks <!-- study:NAME --> ... <!-- /study --> of these Markdown files"
+    blocks = "fill the blocks <!-- study:NAME --> ... <!-- /study --> of these Markdown files, or of those in folders"
     add("--into", type=Path, nargs="+", default=[], metavar="FILE", help=blocks)
     add("--plots", type=Path, default=Path("docs/study"), help="folder for the plots of these blocks")
     add("--data", type=Path, help="folder of the data, for blocks that look at the questions")
@@ -164,14 +164,29 @@ def _config(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from lrsa_lit.experiments.parent_run import results_in
-    from lrsa_lit.experiments.report.document import fill, results_of, write_report
+    from lrsa_lit.experiments.report.document import Blocks, fill_all, results_of, write_report
 
-    study = open_study(options.study)
-    with tempfile.TemporaryDirectory() as folder:
-        stored = "://" in options.results
-        path = results_in(options.results, study.title, Path(folder)) if stored else Path(options.results)
-        lines = results_of(study, path)
+    several = len(options.study) > 1
+    if len(options.results) != len(options.study):
+        raise UserError("--study", " ".join(options.study), "one for each file of results, in their order")
+    if several and (options.to or not options.into):
+        raise UserError("--to", options.to or _REPORT, reason="is for one study; several fill documents, with --into")
+    blocks = []
+    for results, study in zip(options.results, map(open_study, options.study), strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            path = results_in(results, study.title, Path(folder)) if "://" in results else Path(results)
+            lines = results_of(study, path, may_be_empty=several)
+        blocks.append(Blocks(study, lines, options.data))
     if options.into:
-        fill(study, lines, options.into, options.plots, options.data)
+        fill_all(blocks, [file for path in options.into for file in _documents(path)], options.plots)
     if options.to or not options.into:
         write_report(study, lines, options.to or _REPORT)
+
+
+def _documents(path: Path) -> list[Path]:
+    """A file, or the Markdown files of a folder."""
+    if not path.is_dir():
+        return [path]
+    if not (found := sorted(path.glob("*.md"))):
+        raise UserError("--into", path, reason="has no Markdown file")
+    return found

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from experiments.tiny_study import STUDY
+from experiments import tiny_study
 
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.experiments.study import DENSE, OWN, Study
@@ -15,9 +14,7 @@ QUESTIONS = 200
 
 def study_of(folder: Path, **changes: Any) -> Study:
     """The tiny study with other settings."""
-    path = folder / "tiny-study.yaml"
-    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
-    return open_study(str(path))
+    return open_study(str(tiny_study.write(folder / "tiny-study.yaml", **changes)))
 
 
 def evaluations(study: Study, *cells: Sequence[Any]) -> list[dict[str, Any]]:

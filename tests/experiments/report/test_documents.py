@@ -5,7 +5,10 @@ import stat
 from pathlib import Path
 
 import pytest
+from cli_helpers import refusal
+from experiments import tiny_study
 from experiments.report.lines import evaluation, evaluations, scores, study_of, training
+from experiments.report.test_named_plots import PLOT
 from experiments.tiny_study import STUDY
 from helpers import one_line, refused
 from matplotlib.container import BarContainer
@@ -85,6 +88,61 @@ def test_mistakes_are_named_and_nothing_is_written(names, after, named, study_fi
     assert "bad.md" in str(error.value)
     assert good.read_bytes() == before
     assert not (tmp_path / "plots").exists()
+
+
+def test_documents_of_several_studies_name_theirs(study_file, results, tmp_path, capsys):
+    other = tiny_study.write(tmp_path / "other.yaml", plots={"p": PLOT})
+    (tmp_path / "none.jsonl").touch()
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    path = document(pages, "tiny-study:main", "other:claim", "tiny-study:main/plain/plot", "other:p/plot")
+    command = ["study", "report", str(results), "none.jsonl", "--study", str(study_file), str(other)]
+    main([*command, "--into", "pages", "--plots", "plots"])
+    assert "| lrsa |" in block(path, "tiny-study:main")
+    # Nothing of it has run, which its table says and its plot does not hide.
+    assert block(path, "other:claim").count("| not run yet |") == len(STUDY["bars"])
+    assert block(path, "other:p/plot") == ""
+    assert [image.name for image in (tmp_path / "plots").iterdir()] == ["tiny-study-main-plain.png"]
+    for mark, said in (("main", "tiny-study:NAME or other:NAME"), ("third:main", "'third:main'"),
+                       ("other:mian", "'mian'")):  # fmt: skip
+        document(pages, mark)
+        assert said in refusal(capsys, *command, "--into", "pages")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["a.jsonl", "--study", "S", "S"], "--study"),
+        (["a.jsonl", "a.jsonl", "--study", "S"], "--study"),
+        (["a.jsonl", "a.jsonl", "--study", "S", "S"], "--to"),
+        (["a.jsonl", "none.jsonl", "--study", "S", "S", "--into", "doc.md"], "none.jsonl: no such file"),
+        (["a.jsonl", "--study", "S", "--into", "empty"], "--into: empty has no Markdown file"),
+    ],
+)
+def test_several_studies_need_results_each_and_documents(arguments, named, study_file, results, tmp_path, capsys):
+    results.rename("a.jsonl")
+    (tmp_path / "empty").mkdir()
+    given = [str(study_file) if argument == "S" else argument for argument in arguments]
+    assert named in refusal(capsys, "study", "report", *given)
+
+
+def test_all_parts_stand_in_one_block(study_file, results):
+    study = open_study(str(study_file))
+    text = Blocks(study, results_of(study, results)).texts["parts"]()
+    assert re.findall(r"^### (.*)$", text, re.MULTILINE) == [
+        "main: plain (test)", "main: text (test)", "all: plain (test)"]  # fmt: skip
+    assert Blocks(study, []).texts["parts"]() == ""
+
+
+def test_tables_have_the_bytes_of_the_cache_where_any_were_measured(study_file):
+    study = open_study(str(study_file))
+    lines = evaluations(study, ("dense", "dense", 0.8), ("lrsa", "4x", 0.6))
+    assert "| cache |" not in Blocks(study, lines).texts["main/plain"]()
+    lines[1]["measured"] = {"cache": 0.3, "pairs": 0.4, "kept": 0.2}
+    head, _, dense, lrsa = Blocks(study, lines).texts["main/plain"]().splitlines()[2:]
+    assert "| kept | pairs | cache |" in head
+    assert "| 100% | 100% | 100% |" in dense
+    assert "| 20% | 40% | 30% |" in lrsa
 
 
 def test_an_unknown_block_says_which_there_are(study_file, tmp_path):

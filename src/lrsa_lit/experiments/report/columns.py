@@ -60,8 +60,9 @@ def about(cells: Sequence[Cell]) -> list[Column]:
 
 
 def shares(cells: Sequence[Cell]) -> list[Column]:
-    """How much of the pairs each cell keeps, and attends to."""
-    return [Column(name, [getattr(cell, name) for cell in cells], share) for name in ("kept", "pairs")]
+    """How much of the pairs each cell keeps, and attends to; and of the bytes it holds, where any was measured."""
+    names = ["kept", "pairs"] + ["cache"] * any(cell.line.get("measured") for cell in cells)
+    return [Column(name, [getattr(cell, name) for cell in cells], share) for name in names]
 
 
 def plain(text: str) -> str:

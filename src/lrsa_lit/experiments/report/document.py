@@ -1,7 +1,8 @@
 """A report of a study's results, and the generated blocks of documents.
 
 A block stands between two lines of their own, ``<!-- study:NAME -->`` and ``<!-- /study -->``, within Markdown that is
-written by hand. All else is kept byte for byte.
+written by hand. All else is kept byte for byte. A document of several studies says whose block each is, as in
+``<!-- study:STUDY:NAME -->``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from PIL import Image
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import evidence, result_plots, tables
-from lrsa_lit.experiments.report.bars import Bars, table_of
+from lrsa_lit.experiments.report.bars import Bars, claim_of, table_of
 from lrsa_lit.experiments.report.cells import Cells, Table
+from lrsa_lit.experiments.report.named_plots import named_plot
 from lrsa_lit.experiments.report.places import by_place
 from lrsa_lit.experiments.results import Line, read_lines
 from lrsa_lit.experiments.study import Study
@@ -52,6 +54,8 @@ class Blocks:
             "summary": self._summary,
             "legend": lambda: tables.LEGEND,
             "bars": self._verdicts,
+            "claim": lambda: claim_of(self._bars.verdicts()).markdown(),
+            "parts": self._parts,
             "perplexity": lambda: evidence.perplexity(cells).markdown(),
             "survival": lambda: evidence.survival(cells).markdown(),
             "training": lambda: tables.training(cells.lines).markdown(),
@@ -63,6 +67,8 @@ class Blocks:
             "survival/plot": ("supporting tokens kept, before and after training",
                               lambda: result_plots.survival(evidence.pairs(cells))),
         }  # fmt: skip
+        for name, plot in study.plots.items():
+            self.plots[f"{name}/plot"] = plot["title"], partial(named_plot, cells, name)
         self._whole = [*self.texts, *self.plots]
         self.tables = {f"{part}/{name}": Table(cells, part, name) for part in study.parts
                        for name in study.parts[part]["sets"]}  # fmt: skip
@@ -77,8 +83,11 @@ class Blocks:
             allowed, parts = ", ".join([*self._whole, _FORMS]), ", ".join(self.study.parts)
             raise UserError(f"there is no block {name!r}", reason=f"there are {allowed} with PART one of {parts}")
 
-    def markdown(self, name: str, document: Path, folder: Path) -> str:
-        """A block as a document has it; empty where there are no results yet. Plots are to be in a folder."""
+    def markdown(self, name: str, document: Path, folder: Path, prefix: str = "") -> str:
+        """A block as a document has it; empty where there are no results yet. Plots are to be in a folder.
+
+        Their files are named after the block, behind a prefix.
+        """
         if name in self.texts:
             return self.texts[name]()
         caption, draw = self.plots[name]
@@ -88,16 +97,14 @@ class Blocks:
         drawn, packed = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=120)
         Image.open(drawn).convert("RGB").quantize(64).save(packed, format="png", optimize=True)
-        path = folder / f"{name.removesuffix('/plot').replace('/', '-')}.png"
+        path = folder / f"{prefix}{name.removesuffix('/plot').replace('/', '-')}.png"
         self._images[path] = packed.getvalue()
         return f"![{caption}]({Path(os.path.relpath(path, document.parent)).as_posix()})"
 
-    def write(self, contents: dict[Path, bytes]) -> None:
-        """Write documents, and the plots that they show, where that changes anything."""
-        for path, content in (self._images | contents).items():
-            if not path.exists() or path.read_bytes() != content:
-                replace(path, content)
-        print(", ".join(map(str, contents)), flush=True)
+    @property
+    def images(self) -> dict[Path, bytes]:
+        """The plots of the blocks that were asked for."""
+        return self._images
 
     def _verdicts(self) -> str:
         verdicts = self._bars.verdicts()
@@ -115,6 +122,11 @@ class Blocks:
             if table.part == part and table.cells
         )
 
+    def _parts(self) -> str:
+        """All tables, part by part, each below its name."""
+        titles = [(f"{table.part}: {table.data_set} ({table.split})", table) for table in self.tables.values()]
+        return "\n\n".join(f"### {title}\n\n{_full(table)}" for title, table in titles if table.cells)
+
     def _about(self, table: Table) -> str:
         if table.measure != "loss":
             return "the score against the share of pairs attended to"
@@ -128,16 +140,16 @@ class Blocks:
         return result_plots.layers(evidence.layers(table), title) if self.study.generates(table.data_set) else None
 
 
-def results_of(study: Study, path: Path) -> list[Line]:
+def results_of(study: Study, path: Path, *, may_be_empty: bool = False) -> list[Line]:
     """The results of a file, by the names that the study's rows have now; those of rows that it has no more stay out.
 
-    A UserError if nothing is left.
+    A UserError if nothing is left, unless the file is empty and may be: of a study that was not run yet.
     """
     if not path.exists():
         raise UserError(str(path), reason="no such file; `lrsa study run` writes it")
     names = {row.hash: row.name for row in reversed(study.rows.values())}
     lines = [{**line, "row": names[line["config"]]} for line in read_lines(path) if line["config"] in names]
-    if not lines:
+    if not lines and not (may_be_empty and path.stat().st_size == 0):
         raise UserError(str(path), reason=f"it holds no results of the rows of {study.name}")
     return lines
 
@@ -153,18 +165,43 @@ def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
             plot = f"{name}/plot"
             if plot in blocks.plots and (shown := blocks.markdown(plot, report, folder)):
                 texts += ["", shown]
-    blocks.write({report: ("\n".join(texts) + "\n").encode()})
+    _write(blocks.images | {report: ("\n".join(texts) + "\n").encode()})
+    print(report, flush=True)
 
 
 def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Path, data: Path | None = None) -> None:
+    """As :func:`fill_all`, of one study."""
+    fill_all([Blocks(study, lines, data)], files, folder)
+
+
+def fill_all(studies: Sequence[Blocks], files: Sequence[Path], folder: Path) -> None:
     """Write the blocks of Markdown files anew, and the plots that they show into a folder, or raise a UserError."""
-    blocks = Blocks(study, lines, data)
 
     def text_of(name: str, document: Path) -> str:
-        blocks.check(name)
-        return blocks.markdown(name, document, folder)
+        blocks, own, prefix = block_of(studies, name)
+        return blocks.markdown(own, document, folder, prefix)
 
-    blocks.write({path: filled(path, partial(text_of, document=path)) for path in files})
+    documents = {path: filled(path, partial(text_of, document=path)) for path in files}
+    _write({path: image for blocks in studies for path, image in blocks.images.items()} | documents)
+    print(", ".join(map(str, documents)), flush=True)
+
+
+def block_of(studies: Sequence[Blocks], name: str) -> tuple[Blocks, str, str]:
+    """The blocks of the study that a mark names, its name among them, and what the files of its plots begin with.
+
+    A UserError where there is none.
+    """
+    title, _, own = name.rpartition(":")
+    titles = {blocks.study.title: blocks for blocks in studies}
+    if len(studies) == 1 and title in ("", *titles):
+        blocks = studies[0]
+    elif title in titles:
+        blocks = titles[title]
+    else:
+        named = " or ".join(f"{title}:NAME" for title in titles)
+        raise UserError(f"there is no block {name!r}", reason=f"of these studies it is called {named}")
+    blocks.check(own)
+    return blocks, own, f"{title}-" if title else ""
 
 
 def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
@@ -213,6 +250,13 @@ def replace(path: Path, content: bytes) -> None:
         write_atomically(path, write)
     except OSError as error:
         raise UserError(str(path), reason=f"it cannot be written ({error.strerror})") from None
+
+
+def _write(contents: dict[Path, bytes]) -> None:
+    """Write files where that changes anything."""
+    for path, content in contents.items():
+        if not path.exists() or path.read_bytes() != content:
+            replace(path, content)
 
 
 def _full(table: Table) -> str:

@@ -25,7 +25,7 @@ _MARKERS = "osD^vP*X"
 def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
     """The score of each row, with its interval, against the share of query-key pairs that are attended to."""
     figure, axes = subplots(1, 1, size=(7, 4))
-    _by_share(axes, [(entry.cell.row, entry.cell.pairs, entry.score) for entry in entries])
+    lines_of(axes, [(entry.cell.row, entry.cell.pairs, entry.score) for entry in entries])
     axes.set(
         xlabel="share of the query-key pairs attended to (sinks, windows and dense layers counted)",
         ylabel=f"{LABELS[measure]} (bars: 95 %)",
@@ -39,7 +39,7 @@ def against_cache(found: Sequence[tuple[str, float, Estimate]], label: str, titl
     """A score with its interval against the bytes of the cache, as a share of a dense one's, a line for each system."""
     systems = len({name for name, *_ in found})
     figure, axes = subplots(1, 1, size=(9, max(5, 1 + 0.25 * systems)))
-    _by_share(axes, found, "system")
+    lines_of(axes, found, "system")
     axes.set(xlabel="bytes of the cache at the end of the prompt, as a share of dense ones (log scale)", title=title)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
@@ -56,7 +56,7 @@ def perplexity(texts: Sequence[Cell]) -> Figure | None:
     figure, panels = subplots(len(names), 1, size=(7, 3.6 * len(names)), squeeze=False)
     for axes, name in zip(panels[:, 0], names, strict=True):
         shown = [cell for cell in texts if cell.line["set"] == name]
-        _by_share(axes, [(cell.row, cell.kept, cell.estimate("loss").exp()) for cell in shown])
+        lines_of(axes, [(cell.row, cell.kept, cell.estimate("loss").exp()) for cell in shown])
         axes.set(xlabel="share of pairs kept (K/L, 1 in dense layers)", ylabel="perplexity (bars: 95 %)", title=name)
     return figure
 
@@ -129,12 +129,19 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
     return figure
 
 
-def _by_share(axes: Axes, found: Sequence[tuple[str, float, Estimate]], of: str = "trained") -> None:
-    """A line for each row, or whatever is named, through its estimates with their intervals, by share."""
-    for number, row in enumerate(dict.fromkeys(name for name, *_ in found)):
-        shares, scores = zip(*sorted((share, score) for name, share, score in found if name == row), strict=True)
-        values, form = [score.value for score in scores], f"{_MARKERS[number % len(_MARKERS)]}-"
-        axes.errorbar(shares, values, _errors(scores), fmt=form, capsize=3, label=row, alpha=0.85)
+def lines_of(
+    axes: Axes, found: Sequence[tuple[str, float, Estimate]], of: str = "trained", *, joined: bool = True
+) -> None:
+    """A line for each row, or whatever is named, through its estimates with their intervals, by their places.
+
+    Those that are not ``joined`` stand side by side.
+    """
+    names = list(dict.fromkeys(name for name, *_ in found))
+    for number, row in enumerate(names):
+        apart = 0.0 if joined else 0.4 * ((number + 0.5) / len(names) - 0.5)
+        places, scores = zip(*sorted((x + apart, score) for name, x, score in found if name == row), strict=True)
+        values, form = [score.value for score in scores], f"{_MARKERS[number % len(_MARKERS)]}{'-' * joined}"
+        axes.errorbar(places, values, _errors(scores), fmt=form, capsize=3, label=row, alpha=0.85)
     legend(axes, of)
 
 

@@ -1,0 +1,62 @@
+"""The plots that a study names itself: cells of any rows, attentions and data sets in one picture."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lrsa_lit.analysis.plots import subplots
+from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of
+from lrsa_lit.experiments.report.result_plots import lines_of
+from lrsa_lit.experiments.report.tables import LABELS
+
+_AXES = {
+    "cache": "bytes of the cache at the end of the prompt, as a share of dense ones",
+    "pairs": "share of the query-key pairs attended to (sinks, windows and dense layers counted)",
+    "length": "tokens of the context (log scale)",
+}
+
+
+def named_plot(cells: Cells, name: str) -> Figure | None:
+    """The plot of a name in the study's ``plots``, a line for each of its ``lines``; None without results.
+
+    Points without results are left out. With names as ``x`` a line has a point at each of them, or null.
+    """
+    plot: dict[str, Any] = cells.study.plots[name]
+    ticks = plot["x"] if isinstance(plot["x"], list) else []
+    measure = measure_of(cells.study, plot["set"])
+    found = []
+    for label, asked in plot["lines"].items():
+        for place, names in enumerate(asked):
+            if names and (cell := _cell(cells, plot, names)) is not None:
+                x = place if ticks else _x(cell, plot["x"])
+                if x is not None:
+                    found.append((label, float(x), cell.estimate(measure)))
+    if not found:
+        return None
+    figure, axes = subplots(1, 1, size=(10, 4.5))
+    lines_of(axes, found, "", joined=not ticks)
+    axes.set(title=plot["title"], ylabel=f"{LABELS[measure]} (bars: 95 %)")
+    axes.set_ylim(bottom=0)
+    if ticks:
+        axes.set_xticks(range(len(ticks)), [textwrap.fill(tick, 14) for tick in ticks])
+    else:
+        axes.set_xlabel(_AXES[plot["x"]])
+    if plot["x"] == "length":
+        lengths = sorted({round(x) for _, x, _ in found})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    return figure
+
+
+def _cell(cells: Cells, plot: dict[str, Any], names: list[str]) -> Cell | None:
+    row, attention, *data_set = names
+    return cells.on(*(data_set or [plot["set"]])).cell(row, attention)
+
+
+def _x(cell: Cell, axis: str) -> float | None:
+    if axis == "length":
+        return float(cell.line["length"])
+    return cell.cache if axis == "cache" else cell.pairs
