@@ -11,7 +11,7 @@ from lrsa_lit.analysis.capture import capture
 from lrsa_lit.attention import LRSACache, LRSAConfig, enable, observing, prefill
 from lrsa_lit.attention.budgets import mean_top_k
 from lrsa_lit.attention.decoding import Decoder
-from lrsa_lit.ops.sparse_attention import MeanPool, QueryAttention, RandomTokens, stored_size
+from lrsa_lit.ops.sparse_attention import MeanPool, QueryAttention, RandomTokens, TokenGate, stored_size
 from lrsa_lit.systems import KeyNorm
 
 BUDGETS = [[0, 8], [3, 5], [8, 3]]
@@ -64,8 +64,14 @@ def test_any_split_gives_the_parallel_pass(sizes, dense, tiny, tokens, ragged):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"chunk_size": 5}, {"compressor": QueryAttention(window=3)}, {"compressor": RandomTokens()}],
-    ids=["rule", "chunk", "queries", "random"],
+    [
+        {},
+        {"chunk_size": 5},
+        {"compressor": QueryAttention(window=3)},
+        {"compressor": RandomTokens()},
+        {"compressor": TokenGate()},
+    ],
+    ids=["rule", "chunk", "queries", "random", "gates"],
 )
 def test_padded_rows_are_decoded_as_each_alone(change, tiny, tokens, ragged):
     model = enable(tiny("Llama"), ragged.replace(**change))

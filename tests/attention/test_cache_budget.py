@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, at_budget, head_of, prefill, shares, using
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import Centroids, LagRelative, QueryAttention
+from lrsa_lit.ops.sparse_attention import Centroids, LagRelative, QueryAttention, TokenGate
 from lrsa_lit.systems import (
     TOVA,
     AdaKV,
@@ -59,7 +59,7 @@ def measured(model, config, tokens):
 def test_a_rule_is_the_largest_whose_measured_cache_is_within_the_budget(data, model):
     lag, sink = data.draw(st.integers(2, 12)), data.draw(st.integers(0, 5))
     tokens, share = data.draw(st.integers(40, 100)), data.draw(st.integers(50, 1000).map(lambda share: share / 1000))
-    compressor = data.draw(st.sampled_from([LagRelative(), QueryAttention(window=2), Centroids()]))
+    compressor = data.draw(st.sampled_from([LagRelative(), QueryAttention(window=2), Centroids(), TokenGate()]))
     dense = data.draw(st.sampled_from([(), (1,)]))
     config = LRSAConfig(sink, lag, 0, dense_layers=dense, compressor=compressor)
     try:

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from lrsa_lit.attention import LAYOUT, LRSACache, LRSAConfig, enable, observing, packed_layout, using
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.ops.sparse_attention import RandomTokens, StraightThrough
+from lrsa_lit.ops.sparse_attention import RandomTokens, StraightThrough, TokenGate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
@@ -133,9 +133,10 @@ def test_pads_in_a_mask_interrupt_the_graph(models):
     [
         (RULE.replace(compressor=RandomTokens()), "triton"),
         (RULE.replace(compressor=StraightThrough()), "triton"),
+        (RULE.replace(compressor=TokenGate()), "triton"),
         (RULE, "eager"),
     ],
-    ids=["other compressor", "gradient to the choice", "eager"],
+    ids=["other compressor", "gradient to the choice", "gates", "eager"],
 )
 def test_what_cannot_be_traced_interrupts_the_graph(rule, impl, models):
     assert_same(models, tokens(1, 40), rule, impl=impl)

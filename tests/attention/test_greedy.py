@@ -12,6 +12,7 @@ from lrsa_lit.ops.sparse_attention import (
     RandomTokens,
     Recency,
     Strided,
+    TokenGate,
     ValueRelative,
 )
 
@@ -26,6 +27,7 @@ CHANGES = {
     "mean": {"compressor": MeanPool()},
     "clusters": {"compressor": Centroids(2)},
     "random": {"compressor": RandomTokens(3)},
+    "gates": {"compressor": TokenGate()},
     "recent": {"compressor": Recency()},
     "strided": {"compressor": Strided()},
     "values": {"compressor": ValueRelative()},

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lrsa_lit.attention import disable, enable, enabled_config, interface
-from lrsa_lit.ops.sparse_attention import StraightThrough
+from lrsa_lit.ops.sparse_attention import StraightThrough, TokenGate
 
 KEYS = "model.layers.1.self_attn.k_proj.weight"
 
@@ -53,8 +53,9 @@ def test_gradient_checkpointing_recomputes_the_same_bits(tiny, tokens, rule, cal
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
 
 
-def test_a_choice_that_trains_does_so_packed_and_checkpointed(tiny, tokens, rule):
-    rule, ids = rule.replace(compressor=StraightThrough()), [tokens(1, length, seed=length) for length in (45, 70)]
+@pytest.mark.parametrize("compressor", [StraightThrough(), TokenGate()], ids=lambda one: type(one).__name__)
+def test_it_trains_packed_and_checkpointed(tiny, tokens, rule, compressor):
+    rule, ids = rule.replace(compressor=compressor), [tokens(1, length, seed=length) for length in (45, 70)]
     model = enable(tiny("Llama"), rule).train()
     plain = gradients(enable(tiny("Llama"), rule.replace(compressor="LagRelative")).train(), ids[1])
     alone = [gradients(model, one) for one in ids]

@@ -6,13 +6,14 @@ from cli_helpers import DEBUG, NO_LOGGER, refusal
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
-from lrsa_lit.ops.sparse_attention import LagRelative, RandomTokens, StraightThrough
+from lrsa_lit.ops.sparse_attention import LagRelative, RandomTokens, StraightThrough, TokenGate
 
 SHORT = [*DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.max_steps", "1", "--data.init_args.val", "null",
          "--model.lr_scheduler", "null", "--trainer.enable_progress_bar", "false"]  # fmt: skip
 SHIPPED = {
     "straight_through": StraightThrough(LagRelative()),
     "straight_through_random": StraightThrough(RandomTokens(), by=LagRelative()),
+    "token_gate_random": TokenGate(seed=0),
 }
 
 

@@ -21,6 +21,7 @@ from lrsa_lit.ops.sparse_attention import (
     Selector,
     select,
     sparse_attention,
+    with_scores,
 )
 
 LENGTHS = [1, 60, 0, 19, 41]
@@ -45,6 +46,15 @@ def model(config):
     return enable(tiny_model(hidden_size=32, num_heads=4, num_kv_heads=2).double().eval(), config)
 
 
+def drawn(rule, length, **options):
+    """Queries, keys and values, and scores with the keys for a compressor that takes some."""
+    query, key, value = random_qkv(length, **options)
+    if rule.compressor.takes_scores:
+        scores = torch.randn(key.shape[:3], generator=torch.Generator().manual_seed(1), dtype=key.dtype)
+        key = with_scores(key.detach(), scores).requires_grad_(key.requires_grad)
+    return query, key, value
+
+
 def tokens(rows, length, seed=0):
     return torch.randint(3, 259, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -54,7 +64,7 @@ def blocks():
 
 
 def test_packed_sequences_get_what_each_gets_alone(rule):
-    tensors = random_qkv(sum(LENGTHS), grad=True)
+    tensors = drawn(rule, sum(LENGTHS), grad=True)
     packed = sparse_attention(*tensors, rule, cu_seqlens=boundaries(LENGTHS))
     alone = torch.cat([sparse_attention(*(x[:, :, block] for x in tensors), rule) for block in blocks()], dim=2)
     torch.testing.assert_close(packed, alone)
@@ -63,7 +73,7 @@ def test_packed_sequences_get_what_each_gets_alone(rule):
 
 
 def test_rows_of_a_batch_get_what_each_gets_alone(rule):
-    tensors = random_qkv(60, batch=3)
+    tensors = drawn(rule, 60, batch=3)
     together = sparse_attention(*tensors, rule)
     alone = [sparse_attention(*(x[row : row + 1] for x in tensors), rule) for row in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
@@ -97,18 +107,22 @@ def test_any_split_of_calls_is_the_parallel_pass(model, sizes):
 
 def test_partitions_are_compressed_alike_at_once_and_one_by_one(rule):
     query, key, value = (x.unflatten(2, (7, rule.lag_size)) for x in random_qkv(7 * rule.lag_size, batch=2))
+    scores = torch.randn(*key.shape[:2], 6, rule.lag_size) if rule.compressor.takes_scores else None
     whole = key[:, :, :-1], value[:, :, :-1], key[:, :, 1:], value[:, :, 1:]
     queries = query.unflatten(1, (2, 2))[:, :, :, 1:, rule.lag_size - rule.compressor.window :]
-    together = rule.compressor.compress(Partitions(*whole, rule.top_k, next_query=queries, rotary=rule.rotary))
+    together = rule.compressor.compress(
+        Partitions(*whole, rule.top_k, next_query=queries, rotary=rule.rotary, token_scores=scores)
+    )
     for p in range(6):
         one = *(x[:, :, p : p + 1] for x in whole), rule.top_k, p, queries[:, :, :, p : p + 1]
-        alone = rule.compressor.compress(Partitions(*one, p * rule.lag_size, rule.rotary))
+        of_one = None if scores is None else scores[:, :, p : p + 1]
+        alone = rule.compressor.compress(Partitions(*one, p * rule.lag_size, rule.rotary, of_one))
         for found, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(found[:, :, p : p + 1], expected)
 
 
 def test_query_heads_share_what_their_key_head_keeps(rule):
-    query, key, value = random_qkv(60, heads=2, group=3)
+    query, key, value = drawn(rule, 60, heads=2, group=3)
     grouped = sparse_attention(query, key, value, rule).unflatten(1, (2, 3))
     # Where queries choose, those of the whole group do.
     kept = select(key, value, rule, query=query) if rule.compressor.window else None
@@ -118,7 +132,7 @@ def test_query_heads_share_what_their_key_head_keeps(rule):
 
 
 def test_gradients_are_those_of_the_output(rule):
-    tensors = random_qkv(30, heads=1, group=1, dim=3, grad=True)
+    tensors = drawn(rule, 30, heads=1, group=1, dim=3, grad=True)
     if rule.compressor.plain is not rule.compressor:
         # Beyond that of the pairs that are kept, a gradient is the compressor's own invention.
         chosen = select(*tensors[1:], rule, query=tensors[0])
@@ -128,17 +142,17 @@ def test_gradients_are_those_of_the_output(rule):
 
 
 def test_without_kept_tokens_sinks_and_window_remain(rule):
-    tensors, bare = random_qkv(60), rule.replace(top_k=0)
-    expected = sparse_attention(*tensors, bare.replace(compressor=LagRelative()))
+    tensors, bare = drawn(rule, 60), rule.replace(top_k=0)
+    expected = sparse_attention(*random_qkv(60), bare.replace(compressor=LagRelative()))
     torch.testing.assert_close(sparse_attention(*tensors, bare), expected)
 
 
 def test_a_whole_partition_is_as_many_pairs_and_a_selector_drops_none(rule):
-    tensors, whole = random_qkv(60), rule.replace(top_k=rule.lag_size)
+    tensors, whole = drawn(rule, 60), rule.replace(top_k=rule.lag_size)
     output = sparse_attention(*tensors, whole)
     assert output.isfinite().all()
     if isinstance(rule.compressor, Selector):
-        dense = scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
+        dense = scaled_dot_product_attention(*random_qkv(60), is_causal=True, enable_gqa=True)
         torch.testing.assert_close(output, dense)
 
 
@@ -152,7 +166,7 @@ def test_it_survives_being_written_as_json(compressor, config):
 
 def test_compiled_it_is_the_same(rule):
     torch._dynamo.reset()
-    tensors = random_qkv(60, grad=True)
+    tensors = drawn(rule, 60, grad=True)
     compiled = torch.compile(lambda *given: sparse_attention(*given, rule), backend="eager")
     outputs = compiled(*tensors), sparse_attention(*tensors, rule)
     torch.testing.assert_close(*outputs)
@@ -163,7 +177,10 @@ def test_the_kernels_give_what_eager_pytorch_gives(rule):
     pytest.importorskip("triton")
     from ops.triton.oracle import assert_as_exact_as_eager, inputs
 
-    assert_as_exact_as_eager(inputs(1, 2, 1, 45, 16), rule)
+    query, key, *others = inputs(1, 2, 1, 45, 16)
+    if rule.compressor.takes_scores:
+        key = with_scores(key, torch.randn(key.shape[:3], device=key.device))
+    assert_as_exact_as_eager([query, key, *others], rule)
 
 
 def test_trained_exported_and_asked(compressor, tmp_path, monkeypatch, capfd):

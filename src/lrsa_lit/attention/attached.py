@@ -52,6 +52,8 @@ class AttachedRule:
     place: Place
     # As a compiled layer takes it.
     rule_tensor: Tensor | None = None
+    # The weights (H, width) by which a TokenGate's tokens are scored.
+    gate: Tensor | None = None
     has_attended: bool = False
     # Of the last call, until a first call has shown that each layer attends once.
     layout: Layout | None = None

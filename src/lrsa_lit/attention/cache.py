@@ -82,10 +82,12 @@ class LRSACache(Cache):
             raise UserError("config.dense_layers", config.dense_layers, reason=reason)
         if config.head_top_k is not None:
             raise UserError("config.head_top_k", reason="needs enable(model, …); stock layers share one mask")
-        if config.rule.compressor.window or config.rule.compressor.has_bias:
-            what = "hands no queries to a cache" if config.rule.compressor.window else "adds no bias to its logits"
+        compressor = config.rule.compressor
+        if compressor.window or compressor.has_bias or compressor.takes_scores:
+            lacks = "hands no queries to a cache" if compressor.window else "adds no bias to its logits"
+            what = "scores no tokens" if compressor.takes_scores else lacks
             reason = f"needs enable(model, …); stock attention {what}"
-            raise UserError("config.compressor", type(config.compressor).__name__, reason=reason)
+            raise UserError("config.compressor", type(compressor).__name__, reason=reason)
         if config.system is not None:
             raise UserError("config.system", type(config.system).__name__, reason="needs enable(model, …)")
         warn_if_trained_otherwise(inner, config)

@@ -66,7 +66,8 @@ def cache_share(config: LRSAConfig, tokens: int, layers: int, head: Head) -> flo
 
 def _bytes(rule: Rule, tokens: int, head: Head) -> float:
     stored = dataclasses.replace(head, dim=head.dim + rule.compressor.has_bias * CHANNELS)
-    return stored_size(tokens, rule) * stored.pair + stored_queries(tokens, rule) * stored.queries
+    pair = stored.pair + rule.compressor.takes_scores * CHANNELS * head.itemsize
+    return stored_size(tokens, rule) * pair + stored_queries(tokens, rule) * stored.queries
 
 
 def _rule_at_most(config: LRSAConfig, allowed: float, tokens: int, head: Head) -> int | None:

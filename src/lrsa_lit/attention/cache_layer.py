@@ -104,7 +104,7 @@ class LRSACacheLayer(CacheLayerMixin):
         # A dense cache would hold so much of each token.
         self._token_bytes = sum(states[0, :, 0].nbytes for states in (key_states, value_states))
         if not self.stock:
-            self._step, self._given = "given", (key_states.shape, value_states.shape)
+            self._step, self._given = "given", (key_states.shape[:3], value_states.shape)
             return key_states, value_states
         self._step = "storing"
         pair = self._stock_stream.extend(key_states, value_states)
@@ -114,12 +114,12 @@ class LRSACacheLayer(CacheLayerMixin):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of new tokens, whose keys and values :meth:`update` was given; outputs of pads are 0.
 
-        Queries and output are (B, Hq, N, D), keys and values (B, H, N, D).
+        Queries and output are (B, Hq, N, D), keys and values (B, H, N, D); the keys may have got scores in between.
 
         Raises:
             UserError: the layer did not hand these tokens to :meth:`update`, or attends to them again.
         """
-        if self._step != "given" or self._given != (key.shape, value.shape):
+        if self._step != "given" or self._given != (key.shape[:3], value.shape):
             raise UserError(
                 "cache",
                 reason="a layer must attend once to what it stored; this model's attend more often, to other keys, "

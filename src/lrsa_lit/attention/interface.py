@@ -33,6 +33,7 @@ from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions
 from lrsa_lit.attention.rotation import layers_of
+from lrsa_lit.attention.token_gates import SCORES, attach_gate, scored
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
     HeadRules,
@@ -89,9 +90,11 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
     for layer, module in enumerate(modules):
         rule = layers.of(layer)
         place = layers.system_of(layer), layers.place(layer)
-        setattr(module, RULE, AttachedRule(state, rule, layer, *place, _tensor_of(rule)))
+        attached = AttachedRule(state, rule, layer, *place, _tensor_of(rule))
+        state.handles += attach_gate(module, attached, inner.config)
+        setattr(module, RULE, attached)
     decoder = inner.base_model
-    state.handles = [
+    state.handles += [
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
         decoder.register_forward_hook(functools.partial(_finish, state, type(inner).__name__), with_kwargs=True),
     ]
@@ -260,6 +263,7 @@ def _attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     cache: LRSACache | None = kwargs.get(CACHE)
+    key = scored(key, query, attached, kwargs.get(SCORES), cached=cache is not None)
     if not torch.compiler.is_compiling():
         output = _attend(module, layout, cache, query, key, value, scale)
     elif cache is None and _is_traceable(attached, layout, query, key):

@@ -27,6 +27,7 @@ from lrsa_lit.ops.sparse_attention import (
     KeyValueStream,
     Rule,
     Stream,
+    bare_keys,
     implementation,
     most_window_rows,
     through_channels,
@@ -292,7 +293,7 @@ class _LayerMemory:
         self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths, query_places: _Places
     ) -> None:
         self.filled, self.query_places, self.impl = filled, query_places, streams[0].impl
-        self.has_bias = streams[0].rule.compressor.has_bias
+        self.compressor = streams[0].rule.compressor
         rows = _rows(streams)
         self.memories = [
             [part.new_empty(rows, part.shape[1], count, part.shape[3]) for part in buffer.whole]
@@ -303,7 +304,7 @@ class _LayerMemory:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
-        if self.has_bias:
+        if self.compressor.has_bias:
             return through_channels(self._attend, query, key, value, scale)
         return self._attend(query, key, value, scale)
 
@@ -313,7 +314,8 @@ class _LayerMemory:
         for (memory,) in self.memories[1:]:
             self.query_places.put(memory, query)
         run = implementation(self.impl, query)
-        output: Tensor = run.attend_one(query, self.key, self.value, self.filled.length, scale)
+        keys = bare_keys(self.key, self.value, self.compressor)
+        output: Tensor = run.attend_one(query, keys, self.value, self.filled.length, scale)
         return output
 
     def can_hold(self, streams: Sequence[KeyValueStream], places: int) -> bool:

@@ -46,6 +46,8 @@ from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
 from lrsa_lit.ops.sparse_attention.straight_through import StraightThrough
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.synthesizers import Centroids, FreqPartition
+from lrsa_lit.ops.sparse_attention.token_gate import TokenGate
+from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, with_scores
 
 __all__ = [
     "Centroids",
@@ -75,9 +77,11 @@ __all__ = [
     "StraightThrough",
     "Stream",
     "Strided",
+    "TokenGate",
     "ValueRelative",
     "ValueWeighted",
     "attended_pairs",
+    "bare_keys",
     "checked_boundaries",
     "compressed_at",
     "dense_attention",
@@ -95,4 +99,5 @@ __all__ = [
     "tensor_of_rule",
     "through_channels",
     "traced_attention",
+    "with_scores",
 ]

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import eager
+from lrsa_lit.ops.sparse_attention import selection as in_pytorch
 from lrsa_lit.ops.sparse_attention.geometry import checked_boundaries, partition_counts
 from lrsa_lit.ops.sparse_attention.head_rules import HeadRules
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, HasRule, Rule, rule_of
 from lrsa_lit.ops.sparse_attention.selection import Selection
 from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
+from lrsa_lit.ops.sparse_attention.token_scores import bare_keys
 
 Impl = Literal["auto", "eager", "triton"]
 
@@ -43,7 +45,7 @@ def sparse_attention(
 
     Args:
         query: (B, Hq, Tq, D). Usually Tq = T; with Tq < T the queries are the last Tq of the T tokens.
-        key: (B, H, T, D), rotated, H dividing Hq.
+        key: (B, H, T, D), rotated, H dividing Hq; with ``with_scores`` if the compressor takes scores.
         value: (B, H, T, D).
         rule: the rule, or what has one, such as an ``LRSAConfig``; it may change from call to call at no cost. Or a
             rule of each head.
@@ -61,10 +63,13 @@ def sparse_attention(
     if isinstance(rule, HeadRules):
         return _attend_by_groups(query, key, value, rule, cu_seqlens, scale, selection, impl)
     rule = rule_of(rule)
+    scored, key = key, bare_keys(key, value, rule.compressor)
     _check_tensors(query, key, value)
     boundaries = _boundaries(cu_seqlens, key, query)
     if selection is not None:
         _check_selection(selection, key, rule, boundaries)
+    elif rule.compressor.takes_scores:
+        selection = in_pytorch.select(scored, value, rule, boundaries)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -84,7 +89,7 @@ def _attend_by_groups(
 ) -> Tensor:  # fmt: skip
     if selection is not None:
         raise UserError("selection", reason="is not allowed where heads differ in K")
-    _check_tensors(query, key, value)
+    _check_tensors(query, bare_keys(key, value, rules.common.compressor), value)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         return sparse_attention(query, key, value, rule, cu_seqlens=cu_seqlens, scale=scale, impl=impl)
@@ -117,10 +122,12 @@ def select(
     Raises:
         UserError: arguments that do not fit together, or a compressor that makes new pairs or lacks its queries.
     """
-    queries = key if query is None else query
-    _check_tensors(queries, key, value)
-    boundaries = _boundaries(cu_seqlens, key, queries)
-    selection: Selection = implementation(impl, key).select(key, value, rule_of(rule), boundaries, query)
+    rule = rule_of(rule)
+    bare = bare_keys(key, value, rule.compressor)
+    queries = bare if query is None else query
+    _check_tensors(queries, bare, value)
+    boundaries = _boundaries(cu_seqlens, bare, queries)
+    selection: Selection = implementation(impl, bare).select(key, value, rule, boundaries, query)
     return selection
 
 

@@ -45,6 +45,7 @@ class Partitions:
             compressor's ``window`` says; None where that is 0.
         start: position of the first token of the first of them in its sequence.
         rotary: the rotation that the keys have; None unless the compressor needs it.
+        token_scores: (B, H, P, L), scores that came with the keys; None unless the compressor takes some.
     """
 
     key: Tensor
@@ -56,6 +57,7 @@ class Partitions:
     next_query: Tensor | None = None
     start: int = 0
     rotary: Rotary | None = None
+    token_scores: Tensor | None = None
 
 
 class Compressor(FromSettings, ABC):
@@ -66,12 +68,14 @@ class Compressor(FromSettings, ABC):
         needs_rotary: whether it is handed ``Partitions.rotary``, which a rule has that a model was given.
         has_bias: whether it returns a third tensor, a bias (B, H, P, K) that is added to the logits of each compact
             pair, in at least float32; for those that make new pairs. slot_bias.py says what that costs.
+        takes_scores: whether it chooses by scores that come with the keys, as channels (token_scores.py).
     """
 
     kind: ClassVar[str] = "compressors"
     window: int = 0
     needs_rotary: ClassVar[bool] = False
     has_bias: ClassVar[bool] = False
+    takes_scores: ClassVar[bool] = False
 
     @abstractmethod
     def compress(self, partitions: Partitions) -> tuple[Tensor, ...]:

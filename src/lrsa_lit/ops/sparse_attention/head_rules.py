@@ -127,7 +127,9 @@ class HeadRules:
     def _rule(self, heads: tuple[int, ...]) -> Rule:
         compressor = self.common.compressor.for_heads(heads)
         rule = self.common.replace(top_k=self.top_k[heads[0]], compressor=compressor)
-        return KEEP_ALL if rule.top_k == rule.lag_size else rule
+        if rule.top_k < rule.lag_size:
+            return rule
+        return KEEP_ALL.replace(compressor=compressor) if compressor.takes_scores else KEEP_ALL
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Let each group attend by itself: queries (B, Hq, Tq, D), keys and values (B, H, T, D) -> (B, Hq, Tq, D)."""

@@ -19,6 +19,7 @@ from lrsa_lit.ops.sparse_attention.compressors import Partitions, Selector, gath
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, partition_counts, window_start
 from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.slot_bias import narrow, with_bias
+from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, scores_of
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,15 @@ def partitions_of(
     if rule.compressor.needs_rotary and rule.rotary is None:
         reason = "works on keys without their rotation, which only a model's rule knows: give the rule a Rotary"
         raise UserError("compressor", type(rule.compressor).__name__, reason=reason)
-    stop = (count + 1) * rule.lag_size
-    keys = key[:, :, :stop].unflatten(2, (count + 1, rule.lag_size))
-    values = value[:, :, :stop].unflatten(2, (count + 1, rule.lag_size))
+    stop, lag = (count + 1) * rule.lag_size, rule.lag_size
+    keys, scores = bare_keys(key, value, rule.compressor), None
+    if rule.compressor.takes_scores:
+        scores = scores_of(key[:, :, : stop - lag]).unflatten(2, (count, lag))
+    keys = keys[:, :, :stop].unflatten(2, (count + 1, lag))
+    values = value[:, :, :stop].unflatten(2, (count + 1, lag))
     pairs = keys[:, :, :-1], values[:, :, :-1], keys[:, :, 1:], values[:, :, 1:]
     start = rule.sink_size + first * rule.lag_size
-    return Partitions(*pairs, rule.top_k, first, next_query, start, rule.rotary)
+    return Partitions(*pairs, rule.top_k, first, next_query, start, rule.rotary, scores)
 
 
 def select_sequence(key: Tensor, value: Tensor, rule: Rule, query: Tensor | None = None) -> Selection:
@@ -166,7 +170,8 @@ def compress(
     Returns:
         Keys and values (B, H, count K, D).
 
-    With a compressor that has a bias, everything has the channels for it.
+    With a compressor that has a bias, everything has the channels for it; with one that takes scores, the given keys
+    alone have those for them.
     """
     if not rule.compressor.has_bias:
         compact = rule.compressor.compress(partitions_of(key, value, rule, count, first, next_query))

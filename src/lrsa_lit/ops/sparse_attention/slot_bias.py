@@ -34,7 +34,7 @@ def through_channels(attend: Attend, query: Tensor, key: Tensor, value: Tensor, 
     if scale == 0:
         query, scale = torch.zeros_like(query), 1.0
     unit = torch.full((), 1 / scale, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    first, second = (part.expand(*query.shape[:-1], 2) for part in _parts(unit, query.dtype))
+    first, second = (part.expand(*query.shape[:-1], 2) for part in parts(unit, query.dtype))
     query = pad(torch.cat([query, first, second], dim=-1), (0, CHANNELS - 4))
     key, value = (pad(tokens, (0, CHANNELS)) for tokens in (key, value))
     return narrow(attend(query, key, value, scale))
@@ -47,12 +47,12 @@ def narrow(tokens: Tensor) -> Tensor:
 
 def with_bias(key: Tensor, value: Tensor, bias: Tensor) -> Pair:
     """Compact keys and values (…, K, D) with a bias (…, K) on their logits -> (…, K, D + 8), with gradient to all."""
-    both = torch.stack(_parts(bias, key.dtype), dim=-1)
+    both = torch.stack(parts(bias, key.dtype), dim=-1)
     key = pad(torch.cat([key, both, both], dim=-1), (0, CHANNELS - 4))
     return key, pad(value, (0, CHANNELS))
 
 
-def _parts(number: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers of a dtype that add up to a more exact one."""
+def parts(number: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two numbers of a dtype that add up to a more exact one than it holds."""
     first = number.to(dtype)
     return first, (number - first).to(dtype)

@@ -26,6 +26,7 @@ from lrsa_lit.ops.sparse_attention.geometry import (
 )
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, Rule
 from lrsa_lit.ops.sparse_attention.slot_bias import narrow, through_channels
+from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, without_scores
 
 
 class Stream(ABC):
@@ -129,10 +130,10 @@ class KeyValueStream(Stream):
     @property
     def stored(self) -> Pair | None:
         """Compact pairs first."""
-        if self._store is None or not self.rule.compressor.has_bias:
-            return None if self._store is None else self._store.filled
-        key, value = self._store.filled
-        return narrow(key), narrow(value)
+        if self._store is None:
+            return None
+        key, value = self._bare(self._store.filled)
+        return (narrow(key), narrow(value)) if self.rule.compressor.has_bias else (key, value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it."""
@@ -153,8 +154,8 @@ class KeyValueStream(Stream):
         return self._attend_to(joined(self.buffer.filled, (key, value)), query, scale)
 
     def _attend_to(self, visible: Pair, query: Tensor, scale: float) -> Tensor:
-        """Causal attention of the queries (B, Hq, N, D) of the last N of some pairs (B, H, …, D)."""
-        key, value = visible
+        """Causal attention of the queries (B, Hq, N, D) of the last N of some stored pairs (B, H, …, D)."""
+        visible = key, value = self._bare(visible)
         if (count := query.shape[2]) == 1:
             grouped = query.unflatten(1, (key.shape[1], -1))
             return eager.causal_attention(grouped, *visible, scale).flatten(1, 2)
@@ -173,9 +174,14 @@ class KeyValueStream(Stream):
         self.seen += key.shape[2]
         recent = self._compress(buffer, raw, compressed_at(self.seen - 1, self.rule), queries)
         attend = implementation(self.impl, query).attend
-        output: Tensor = attend(query, buffer.whole, raw, self.rule, scale=scale, query_offset=start, raw_offset=offset)
+        pairs = self._bare(buffer.whole), self._bare(raw)
+        output: Tensor = attend(query, *pairs, self.rule, scale=scale, query_offset=start, raw_offset=offset)
         buffer.append(recent)
         return output
+
+    def _bare(self, pair: Pair) -> Pair:
+        """Keys and values without what travels with the keys."""
+        return bare_keys(*pair, self.rule.compressor), pair[1]
 
     def crosses(self, count: int) -> bool:
         """Whether something must be compressed between the next token and the one ``count`` - 1 later."""
@@ -290,6 +296,9 @@ class KeyValueStream(Stream):
             windows = queries[:, :, :used].unflatten(2, (count, -1)).unflatten(1, (key.shape[1], -1))
             self._query_rows(queries).length = 0
             self._query_rows(queries).append((queries[:, :, used:],))
-        buffer.append(run.compress(key, value, self.rule, count, before, windows))
+        compact = run.compress(key, value, self.rule, count, before, windows)
+        if self.rule.compressor.takes_scores:
+            compact = without_scores(compact[0]), compact[1]
+        buffer.append(compact)
         self.partitions = partitions
         return recent
