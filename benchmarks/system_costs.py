@@ -3,7 +3,7 @@
     python benchmarks/system_costs.py [--tokens 32768] [--budget 0.25] [--systems Cascade SqueezedAttention]
 
 A model of Llama-3.2-1B's shape with random weights in bfloat16, batch 1, read and answered as an evaluation does. Each
-system that has a size is set to the budget at that length. Prints a table, writes ``results/systems_DATE_DEVICE.json``.
+system that has a size is set to the budget at that length. Prints a table, writes ``results/system_costs_DATE_DEVICE.json``.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ def main() -> None:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids = torch.randint(config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    about = {"date": datetime.date.today().isoformat(), "device": device_name, "dtype": "bfloat16"}
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
+    asked = {"shape": options.shape, "tokens": options.tokens, "budget": options.budget, "rule": str(RULE)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"system_costs_{about['date']}_{about['device'].split()[-1].lower()}.json"
     rows = []
     for name, rule in attentions(options.systems, options.budget, options.tokens, config).items():
         if device == "cuda":
@@ -99,12 +104,8 @@ def main() -> None:
             f"  {'graph' if graphed else ''}",
             flush=True,
         )
-    about = {"date": datetime.date.today().isoformat(), "device": device_name, "dtype": "bfloat16"}
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
-    asked = {"shape": options.shape, "tokens": options.tokens, "budget": options.budget, "rule": str(RULE)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"systems_{about['date']}_{about['device'].split()[-1].lower()}.json"
-    path.write_text(json.dumps({**about, **versions, **asked, "rows": rows}, indent=1) + "\n")
+        # A run that is stopped has what it has measured.
+        path.write_text(json.dumps({**about, **versions, **asked, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
