@@ -3,7 +3,7 @@
     python benchmarks/system_costs.py [--tokens 32768] [--budget 0.25] [--systems Cascade SqueezedAttention]
 
 A model of Llama-3.2-1B's shape with random weights in bfloat16, batch 1, read and answered as an evaluation does. Each
-system that has a size is set to the budget at that length. Prints a table, writes ``results/system_costs_DATE_DEVICE.json``.
+system that has a size is set to the budget there. Prints a table and writes ``results/system_costs_DATE_DEVICE.json``.
 """
 
 from __future__ import annotations
