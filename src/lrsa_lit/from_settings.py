@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, ClassVar, Self
 
 from lrsa_lit import plugins
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, under
 
 
 class FromSettings:
@@ -27,15 +27,22 @@ class FromSettings:
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
 
     @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """The one that :meth:`to_dict` wrote, or of a name. Only imported classes are found: a file runs no code."""
-        title, base = plugins.KINDS[cls.kind].title, plugins.KINDS[cls.kind].base
+    def from_dict(cls, values: Any, key: str = "") -> Self:
+        """The one that :meth:`to_dict` wrote, or of a name. Only imported classes are found: a file runs no code.
+
+        Errors call it ``key``, by default what it is.
+        """
+        title, base = key or plugins.KINDS[cls.kind].title, plugins.KINDS[cls.kind].base
         values = {"class_path": values} if isinstance(values, str) else values
         if not isinstance(values, dict):
             raise UserError(title, values, f"a {base}, its name, or its dict")
         found = plugins.find(cls.kind, values.get("class_path"), title)
+        arguments = values.get("init_args") or {}
+        if unnamed := [name for name in arguments if not isinstance(name, str)]:
+            raise UserError(f"{title}.init_args", unnamed[0], "a name; YAML reads no, on … as one only in quotes")
         try:
-            made: Self = found(**(values.get("init_args") or {}))
+            with under(f"{title}.init_args"):
+                made: Self = found(**arguments)
         except TypeError as error:
             raise UserError(title, found.__name__, reason=f"does not take these init_args ({error})") from None
         return made

@@ -11,12 +11,13 @@ import yaml
 from lrsa_lit.errors import UserError, message_of
 
 _MERGE = "tag:yaml.org,2002:merge"
+_NO_NAMES = {"tag:yaml.org,2002:bool": "true or false", "tag:yaml.org,2002:null": "nothing"}
 _MOST_BYTES = 1 << 22
 _MOST_VALUES = 100_000
 
 
-class _Boundless(yaml.MarkedYAMLError):
-    """What it describes has no end, or is too large."""
+class _Refused(yaml.MarkedYAMLError):
+    """What a parser would not be done with, or not tell: values too large or without end, keys that are no names."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,6 +36,9 @@ class _Loader(yaml.SafeLoader):
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
+            if key.tag in _NO_NAMES:
+                problem = f"the key {key.value!r} is read as {_NO_NAMES[key.tag]}; write it in quotes"
+                raise _Refused(problem=problem, problem_mark=key.start_mark)
             name = key.tag, str(key.value)
             if name in seen and key.tag != _MERGE:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
@@ -48,11 +52,11 @@ _Loader.add_implicit_resolver(
 
 
 def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """How many values a node would have with its aliases written out; _Boundless if too many, or without end."""
+    """How many values a node would have with its aliases written out; _Refused if too many, or without end."""
     if counts.get(node):
         return counts[node]
     if node in counts:
-        raise _Boundless(problem="a value contains itself", problem_mark=node.start_mark)
+        raise _Refused(problem="a value contains itself", problem_mark=node.start_mark)
     counts[node] = 0
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
@@ -60,7 +64,7 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
     total = 1 + sum(_count(part, counts) for part in parts)
     if total > _MOST_VALUES:
         problem = f"it holds more than {_MOST_VALUES} values, counting repeated ones"
-        raise _Boundless(problem=problem, problem_mark=node.start_mark)
+        raise _Refused(problem=problem, problem_mark=node.start_mark)
     counts[node] = total
     return total
 
@@ -101,7 +105,7 @@ def check_bounds(key: str, text: str | Path) -> None:
             _check_size(text)
             text = text.read_text(encoding="utf-8")
         yaml.load(text, _Loader)
-    except _Boundless as error:
+    except _Refused as error:
         raise UserError(key, reason=str(error.problem)) from None
     except RecursionError:
         raise UserError(key, reason="it is nested too deeply") from None

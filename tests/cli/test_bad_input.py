@@ -23,6 +23,23 @@ def bad_inputs():
     yield "budgets of another shape", [f"--{rule}.head_top_k", "[[1,2],[1,2],3]"], {}, [wrong]
     bound = "model.lrsa.head_top_k.1.0: 33 is not allowed; it must be an integer from 0 to lag_size (32)"
     yield "budget above lag size", [f"--{rule}.head_top_k", "x.json"], {"x.json": "[[1, 2], [33, 0]]"}, [bound]
+    bound = "model.lrsa.head_top_k.1: 'abc' is not allowed; it must be an integer from 0 to lag_size (32)"
+    yield "budget that is no number", [f"--{rule}.head_top_k", "[8,abc]"], {}, [bound]
+    yield (
+        "budget that is no number in YAML",
+        ["--config", "x.yaml"],
+        {"x.yaml": "model: {lrsa: {head_top_k: [8, abc]}}"},
+        [bound],
+    )
+    system = "{class_path: StreamingLLM, init_args: {no: 1}}"
+    key = "the key 'no' is read as true or false; write it in quotes"
+    yield "key that is no name", [f"--{rule}.system", system], {}, [f"model.lrsa.system: {key}"]
+    yield (
+        "key that is no name in YAML",
+        ["--config", "x.yaml"],
+        {"x.yaml": f"\nno: {system}"},
+        [f"x.yaml, line 2: {key}"],
+    )
     yield "chunk zero", [f"--{rule}.chunk_size", "0"], {}, ["lrsa.chunk_size", "0", ">= 1"]
     yield "unknown key", [f"--{rule}.topk", "3"], {}, ["model.lrsa.topk", "model.lrsa.top_k"]
     yield (
@@ -47,7 +64,18 @@ def bad_inputs():
         "window of queries longer than a partition",
         ["--model.lrsa.compressor", "QueryRuns", "--model.lrsa.lag_size", "8", "--model.lrsa.top_k", "2"],
         {},
-        ["model.lrsa.compressor.window: 16", "8"],
+        ["model.lrsa.compressor.init_args.window: 16", "8"],
+    )
+    window = "{q: {compressor: {class_path: QueryAttention, init_args: {window: 99}}}}"
+    wrong = (
+        "model.evaluate.q.compressor.init_args.window: 99 is not allowed; it must be an integer from 0 to lag_size (32)"
+    )
+    yield "the same in an evaluation", ["--model.evaluate", window], {}, [wrong]
+    yield (
+        "number of a wrong type",
+        [f"--{rule}.chunk_size", "true"],
+        {},
+        ["model.lrsa.chunk_size: True is not allowed; it must be of type int"],
     )
     yield "broken YAML", ["--config", "x.yaml"], {"x.yaml": "model: ["}, ["--config", "x.yaml", "line 1"]
     yield "config that is a folder", ["--config", "."], {}, ["--config: . is no file"]

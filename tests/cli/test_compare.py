@@ -119,6 +119,10 @@ def test_an_evaluation_is_set_to_a_budget(capfd):
         (["--systems", "Nothing"], "--systems: 'Nothing' is not allowed; it must be all, or some of rule-"),
         (["--systems", "KeyNorm", "KeyNorm"], "--systems: 'KeyNorm' stands twice"),
         (["--systems", "KeyNorm={size: 1}"], "--systems KeyNorm: 'KeyNorm' does not take these init_args"),
+        (
+            ["--systems", "KeyNorm={no: 1}"],
+            "--systems KeyNorm: False is not allowed; it must be a name; YAML reads no,",
+        ),
         (["--systems", "KeyNorm=kept"], "--systems: 'KeyNorm=kept' is not allowed; it must be NAME, or NAME={"),
         (["--data", "no.yaml"], "--data: "),
         (["--data", "configs/data/mixture.yaml"], "--data: 'configs/data/mixture.yaml' is of a mixture"),
@@ -130,6 +134,12 @@ def test_an_evaluation_is_set_to_a_budget(capfd):
 )
 def test_bad_input_is_one_line(arguments, said, capfd):
     assert refusal(capfd, *COMPARE, *arguments).startswith(said)
+
+
+def test_a_budget_is_a_number(capfd):
+    for flag, kind in (("budget", "float"), ("cache_tokens", "int")):
+        said = refusal(capfd, "test", *DEBUG, *NO_LOGGER, f"--{flag}", "true")
+        assert said == f"{flag}: True is not allowed; it must be of type {kind}"
 
 
 def test_a_fit_has_no_budget(capfd):

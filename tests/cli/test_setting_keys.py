@@ -5,6 +5,7 @@ import torch
 from cli_helpers import refusal
 
 from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.settings_parser import first_user_error
 from lrsa_lit.data import HotpotQA
 from lrsa_lit.errors import UserError
@@ -71,3 +72,10 @@ def test_an_argument_of_a_class_of_the_wrong_type_is_named_by_its_key(capfd, key
     assert refusal(capfd, "test", "--config", "configs/debug/tiny.yaml", f"--{key}", given).startswith(
         f"{key}.init_args.{named}"
     )
+
+
+def test_nothing_in_a_list_of_budgets_is_the_rules_k():
+    """The shell's list is one, and no path."""
+    settings = FitSettings()
+    given = settings.given(["--config", "configs/debug/tiny.yaml", "--model.lrsa.head_top_k", "[3,[null,2]]"])
+    assert settings.made("model.lrsa", LRSAConfig, given["model"]["lrsa"]).head_top_k == (3, (8, 2))

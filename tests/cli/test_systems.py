@@ -76,6 +76,9 @@ def test_the_runs_own_row_is_headed_by_its_system(tmp_path, capfd):
         (["--config", "sys.yaml", "--model.train_attention", "{top_k: 4}"], ["model.train_attention.top_k: 4"]),
         (["--model.lrsa.system", "FreqKV", "--model.train_top_k", "SampledTopK", "--model.train_top_k.choices", "[4]"],
          ["model.train_top_k: it is not allowed beside system, which has no K"]),
+        (["--model.evaluate", "{x: {system: {class_path: AdaKV, init_args: {scorer: {class_path: SnapKV,"
+          " init_args: {window: 0}}}}}}"], ["model.evaluate.x.system.init_args.scorer.init_args.window: 0 is not"]),
+        (["--model.evaluate", "{4: {top_k: 4}}"], ["model.evaluate: 4 is not allowed", "a name of letters"]),
         (["--model.evaluate", "{x: {system: Nope}}"], ["model.evaluate.x.system: 'Nope'"]),
         (["--model.evaluate", "{x: {system: MeanPool}}"], ["model.evaluate.x.system: 'MeanPool'"]),
         (["--model.evaluate", "{x: {system: {class_path: SnapKV, init_args: {window: 9999}}}}"],

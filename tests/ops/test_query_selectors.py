@@ -155,7 +155,7 @@ def test_nothing_is_needed_before_the_first_compression():
         (lambda: QueryRuns(size=0), "size"),
         (lambda: LagRelativeTail(tail=1.5), "tail"),
         (lambda: LagRelativeTail(tail=-0.1), "tail"),
-        (lambda: RULE.replace(compressor=QueryAttention(window=9)), "compressor.window"),
+        (lambda: RULE.replace(compressor=QueryAttention(window=9)), "compressor.init_args.window"),
     ],
 )
 def test_settings_outside_their_bounds_are_refused(made, field):

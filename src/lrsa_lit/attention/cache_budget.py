@@ -9,6 +9,7 @@ from typing import Any
 
 from lrsa_lit.attention.budgets import heads_of, mean_top_k
 from lrsa_lit.attention.config import LRSAConfig
+from lrsa_lit.bounds import is_weight
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Rule, stored_queries, stored_size
 from lrsa_lit.ops.sparse_attention.slot_bias import CHANNELS
@@ -36,7 +37,7 @@ def at_budget(config: LRSAConfig, share: float, tokens: int, layers: int, head: 
     Raises:
         UserError: the share is less than what always stays, more than 1 or none, or the system has no size.
     """
-    if not (isinstance(share, int | float) and 0 < share <= 1):
+    if not (is_weight(share) and 0 < share <= 1):
         raise UserError("budget", share, "above 0 and at most 1")
     system, dense = config.system, len(config.dense_layers)
     if config.head_top_k is not None:

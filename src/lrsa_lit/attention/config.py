@@ -115,7 +115,8 @@ class LRSAConfig:
     dense_layers: tuple[int, ...] = ()
     compressor: Compressor = field(default_factory=LagRelative)
     system: System | None = None
-    head_top_k: HeadTopK | dict[str, Any] | str | None = None
+    # Of no narrower type: a parser would take a list with a mistake for a path.
+    head_top_k: Any = None
 
     def __post_init__(self) -> None:
         """Make the tuple and the compressor that JSON cannot write, then check each bound once."""
@@ -165,7 +166,6 @@ class LRSAConfig:
     @property
     def layers(self) -> LayerRules:
         """What a model is told."""
-        assert not isinstance(self.head_top_k, dict | str)
         return LayerRules(self.rule, self.dense_layers, system=self.system, budgets=self.head_top_k)
 
     def replace(self, **changes: Any) -> LRSAConfig:

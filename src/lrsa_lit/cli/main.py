@@ -278,7 +278,7 @@ def _modules(value: str) -> list[str]:
 
 
 def _check_argument(previous: str, argument: str) -> None:
-    """Refuse a NUL, and what the parser would never be done with: it takes any value for YAML, or for a file of it."""
+    """Refuse a NUL, and what the parser would not be done with or not tell: it takes any value for YAML, or a file."""
     from lrsa_lit.yaml_file import check_bounds
 
     flag, _, value = argument.partition("=") if argument.startswith("--") else (previous, "", argument)
@@ -286,7 +286,7 @@ def _check_argument(previous: str, argument: str) -> None:
     if "\0" in argument:
         raise UserError(key, argument, reason="is not allowed (it holds a NUL character)")
     # Most values are short words and numbers.
-    if "&" in value or value.count("[") + value.count("{") > 50:
+    if "&" in value or "{" in value or value.count("[") > 50:
         check_bounds(key, value)
     if os.path.exists(value):
         path = Path(value)

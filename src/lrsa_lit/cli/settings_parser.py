@@ -89,7 +89,7 @@ class OneLineParser(LightningArgumentParser):
 def one_line(message: str) -> str:
     """What a nested message of jsonargparse says to a user: the key, what is allowed, what was given."""
     text = _UNION_PREAMBLE.sub("", " ".join(message.split()))
-    text = re.sub(r"(?:^|(?<= ))- Expected a <class 'NoneType'>\s*", "", text)
+    text = re.sub(r"(?:^|(?<= ))- Expected a <class 'NoneType'>(?:\. Got value: \S+)?\s*", "", text)
     text = _UNION_EPILOGUE.sub(lambda match: f" (given: {match[2] or match[3]})", text)
     of_class = "init_args" in text
     text = _NO_FILE.sub("", text)
@@ -99,7 +99,8 @@ def one_line(message: str) -> str:
     )
     text = _NO_CLASS.sub(rf"\1 {known}", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    text = re.sub(r"Expected a (\w+)\. Got value: (.*)", r"\2 is not allowed; it must be of type \1", text)
+    text = re.sub(r"(?:- )?Expected a (\w+)\. Got value: (\S+)(?: \(given: \S+\))?$",
+                  r"\2 is not allowed; it must be of type \1", text)  # fmt: skip
     return re.sub(r"^Parser key \"(.+?)\": (?:- )?", r"\1: ", text)
 
 

@@ -24,7 +24,7 @@ class Rescored(OneShot):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scorer = self.scorer if isinstance(self.scorer, System) else System.from_dict(self.scorer)
+        scorer = self.scorer if isinstance(self.scorer, System) else System.from_dict(self.scorer, "scorer")
         if not isinstance(scorer, OneShot) or type(scorer).keep is not OneShot.keep:
             raise UserError("scorer", type(scorer).__name__, "a system that scores tokens, such as SnapKV")
         object.__setattr__(self, "scorer", scorer)

@@ -24,7 +24,7 @@ def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LR
     """The rules to evaluate under, by name: the run's own as "", then the further ones."""
     rules: dict[str, LRSAConfig | None] = {"": own}
     for name, changes in each_layer("evaluate", further):
-        if not re.fullmatch(r"[\w-]+", name):
+        if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
             raise UserError("evaluate", name, "a name of letters, digits, - and _")
         if name in rules:
             raise UserError("evaluate", name, f"another name: {name.rpartition('-')[0]} stands for it as well")

@@ -49,7 +49,9 @@ class Rule:
         check_setting("compressor", self.compressor, isinstance(self.compressor, Compressor), "a Compressor")
         window = self.compressor.window
         queries = is_integer(window) and 0 <= window <= self.lag_size
-        check_setting("compressor.window", window, queries, f"an integer from 0 to lag_size ({self.lag_size})")
+        check_setting(
+            "compressor.init_args.window", window, queries, f"an integer from 0 to lag_size ({self.lag_size})"
+        )
         rotation = self.rotary is None or isinstance(self.rotary, Rotary)
         check_setting("rotary", self.rotary, rotation, "a Rotary, or none")
 
