@@ -322,6 +322,10 @@ LONG = {"class_path": "lrsa_lit.data.QAFiles", "init_args": {"max_tokens": 8190,
     [
         ({"data_sets": STUDY["data_sets"] | {"long": LONG}, "parts": {"far": FEW | {"sets": ["long"]}}},
          "data_sets.long.init_args.max_tokens: 8190 is not allowed; it must be at most 8188"),
+        ({"data_sets": STUDY["data_sets"] | {"long": merged(LONG, {"init_args": {"max_tokens": 8161}})},
+          "model": {name: value for name, value in STUDY["model"].items() if name != "max_new_tokens"},
+          "parts": {"far": FEW | {"sets": ["long"]}}},
+         "data_sets.long.init_args.max_tokens: 8161 is not allowed; it must be at most 8160"),
         ({"rows": STUDY["rows"] | {"long": {"data": {"init_args": {"max_tokens": 8189}}}},
           "parts": {"far": FEW | {"rows": ["long"]}}}, "rows.long.data.init_args.max_tokens: 8189"),
         # Two sinks, 8 of each of 30 partitions and a window of 62: 304 of 1,024 tokens.
@@ -330,7 +334,8 @@ LONG = {"class_path": "lrsa_lit.data.QAFiles", "init_args": {"max_tokens": 8190,
         ({"bars": {"b": {"set": "plain", "row": "dense", "inference": "own", "of": ["lrsa", "dense"], "at_least": 0.9,
                          "cache": 0.5}}}, "bars.b.cache: 0.5 is not allowed; it must be at least 1.0"),
     ],
-    ids=["a task longer than the model", "training longer than the model", "a budget", "a budget of dense attention"],
+    ids=["a task longer than the model", "with the answers of the default",
+         "training longer than the model", "a budget", "a budget of dense attention"],
 )  # fmt: skip
 def test_a_mistake_anywhere_in_a_study_costs_no_training(changes, field, study_file, data, tmp_path):
     parts = STUDY["parts"] | changes.get("parts", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,11 @@ class _Models:
     """The configs of the rows' models, each read once."""
 
     def __init__(self, study: Study, settings_of: Callable[[Row], Settings]) -> None:
+        from lrsa_lit.tasks import LongContextQA
+
         self.study, self.settings_of = study, settings_of
+        # What a fit takes where no setting says it.
+        self._new_tokens: int = inspect.signature(LongContextQA).parameters["max_new_tokens"].default
         self._backbones: dict[str, Backbone] = {}
 
     def of(self, row: Row) -> Any:
@@ -61,12 +66,13 @@ class _Models:
         """The examples that a row trains on must not be longer than its model has positions."""
         if row.steps:
             settings = self.settings_of(row)
-            tokens, new = settings["data"]["init_args"]["max_tokens"], settings["model"].get("max_new_tokens") or 0
+            tokens = settings["data"]["init_args"]["max_tokens"]
+            new = settings["model"].get("max_new_tokens", self._new_tokens)
             self._check_positions(f"rows.{row.name}.data.init_args.max_tokens", row, tokens, new)
 
     def check_data_set(self, row: Row, data_set: str, tokens: int) -> None:
         """Nor must those, with their answers, that it is evaluated on."""
-        new = self.study.new_tokens(data_set, self.settings_of(row))
+        new = self.study.new_tokens(data_set, self.settings_of(row)) or self._new_tokens
         self._check_positions(f"data_sets.{data_set}.init_args.max_tokens", row, tokens, new)
 
     def _check_positions(self, where: str, row: Row, tokens: int, new: int) -> None:
