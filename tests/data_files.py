@@ -88,6 +88,10 @@ def _needles(folder: Path) -> dict[str, Any]:
     return {**hotpotqa(folder), "train": 5, "val": 5, "test": 5}
 
 
+def _needles_in_turn(folder: Path) -> dict[str, Any]:
+    return {**hotpotqa(folder), **dict.fromkeys(SPLITS, 7), "turns": 3}
+
+
 def _ruler(folder: Path) -> dict[str, Any]:
     """The tasks whose texts are not those of other data sets."""
     from lrsa_lit.data.needle_tasks import TASKS
@@ -131,6 +135,7 @@ FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "LongBench": longbench,
     "Mixture": _mixture,
     "Needles": _needles,
+    "NeedlesInTurn": _needles_in_turn,
     "Passkey": _passkey,
     "QAFiles": records,
     "Ruler": _ruler,

@@ -6,7 +6,17 @@ import json
 import pytest
 import torch
 
-from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, enabled_config, end_prompt, prefill, using
+from lrsa_lit.attention import (
+    Greedy,
+    LRSACache,
+    LRSAConfig,
+    cache_argument,
+    enabled_config,
+    end_prompt,
+    prefill,
+    read_prompts,
+    using,
+)
 from lrsa_lit.data.collate import IGNORE_INDEX
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention.buffer import RowBuffer
@@ -72,6 +82,26 @@ def test_padded_rows_get_what_each_gets_alone(model):
     for row, start in enumerate(starts):
         one = slice(row, row + 1)
         alone, last_alone = behind(model, prompt[one, start:])
+        alike(last[one], last_alone)
+        alike(logits[one], answered(model, alone, answer[one]))
+
+
+def test_later_turns_find_what_the_first_one_left(model):
+    """Whatever is asked later, the cut is that of the first turn; rows of one turn are among conversations."""
+    firsts, lengths = [17, 12, 19], [23, 12, 21]
+    rows = [tokens(1, length, seed=row) for row, length in enumerate(lengths)]
+    mask = (torch.arange(PROMPT) >= PROMPT - torch.tensor(lengths)[:, None]).long()
+    prompt = torch.cat([torch.nn.functional.pad(row, (PROMPT - row.shape[1], 0)) for row in rows])
+    cache = LRSACache.of(model)
+    last, seen = read_prompts(model, cache, prompt, mask, first_turns=firsts, encode=TOKENIZER.encode)
+    assert seen.sum(dim=1).tolist() == lengths
+    answer = tokens(3, ANSWER, seed=9)
+    logits = answered(model, cache, answer)
+    for place, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+        one = slice(place, place + 1)
+        alone, last_alone = behind(model, row[:, :first])
+        if first < row.shape[1]:
+            last_alone = answered(model, alone, row[:, first:])[:, -1:]
         alike(last[one], last_alone)
         alike(logits[one], answered(model, alone, answer[one]))
 

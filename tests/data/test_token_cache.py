@@ -23,6 +23,7 @@ EXAMPLE = Example(
     match="all",
     task="t",
     subject="s",
+    first_turn=1,
 )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         graphed_decoding,
         greedy_tokens,
         prefill,
+        read_prompts,
         single_token_steps,
     )
     from lrsa_lit.attention.interface import (
@@ -37,7 +38,7 @@ __all__ = [
     "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "Measured", "Usage",
     "at_budget", "base_of", "cache_argument", "cache_share", "dense_pass", "disable", "enable", "enabled_config",
     "end_prompt", "graphed_decoding", "greedy_tokens", "head_of", "mean_top_k", "observing", "packed_layout", "prefill",
-    "rotaries_of", "shares", "single_token_steps", "using",
+    "read_prompts", "rotaries_of", "shares", "single_token_steps", "using",
 ]  # fmt: skip
 
 _NAMES = {
@@ -46,7 +47,15 @@ _NAMES = {
     "cache_budget": ("at_budget", "cache_share", "head_of"),
     "cache": ("LRSACache",),
     "config": ("LRSAConfig", "LayerRules"),
-    "decoding": ("Greedy", "end_prompt", "graphed_decoding", "greedy_tokens", "prefill", "single_token_steps"),
+    "decoding": (
+        "Greedy",
+        "end_prompt",
+        "graphed_decoding",
+        "greedy_tokens",
+        "prefill",
+        "read_prompts",
+        "single_token_steps",
+    ),
     "interface": ("LAYOUT", "dense_pass", "disable", "enable", "enabled_config", "observing", "using"),
     "layout": ("Layout", "packed_layout"),
     "measured": ("Measured", "Usage", "shares"),

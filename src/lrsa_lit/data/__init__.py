@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lrsa_lit.data.mixture import Mixture as Mixture
     from lrsa_lit.data.module import QADataModule as QADataModule
     from lrsa_lit.data.needle import Needles as Needles
+    from lrsa_lit.data.needles_in_turn import NeedlesInTurn as NeedlesInTurn
     from lrsa_lit.data.passkey import Passkey as Passkey
     from lrsa_lit.data.qa_files import QAFiles as QAFiles
     from lrsa_lit.data.ruler import Ruler as Ruler
@@ -27,6 +28,7 @@ _HOMES = {
     "LongBench": "longbench",
     "Mixture": "mixture",
     "Needles": "needle",
+    "NeedlesInTurn": "needles_in_turn",
     "Passkey": "passkey",
     "QADataModule": "module",
     "QAFiles": "qa_files",

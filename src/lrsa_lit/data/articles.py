@@ -27,6 +27,8 @@ class Articles(SquadArticles):
         super().__init__(**kwargs)
         if not 1 <= scored_from < self.max_tokens:
             raise UserError("scored_from", scored_from, f"an integer from 1 to max_tokens - 1 ({self.max_tokens - 1})")
+        if self.turns > 1:
+            raise UserError("turns", self.turns, "1: nothing is asked")
         self.scored_from = scored_from
 
     def records(self, split: Split) -> list[QARecord]:

@@ -74,6 +74,7 @@ class Batch(TrainBatch):
         prompt_ids: (B, Tp) int64, the prompt alone, padded on the left for generation.
         prompt_mask: (B, Tp) int64, 1 on tokens and 0 on padding.
         prompt_length: prompt tokens of each example.
+        first_turn: how many of them come before the first of several answers; all, where there is one.
         gold_spans: positions [start, end) in ``input_ids`` of each example's supporting passages.
         answer_spans: positions [start, end) in ``input_ids`` of the answers within those passages.
         answers: the records' reference answers.
@@ -87,6 +88,7 @@ class Batch(TrainBatch):
     prompt_ids: Tensor
     prompt_mask: Tensor
     prompt_length: list[int]
+    first_turn: list[int]
     gold_spans: list[list[Span]]
     answer_spans: list[list[Span]]
     answers: list[tuple[str, ...]]
@@ -151,6 +153,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         prompt_ids=_pad(prompts, pad_token_id, side="left"),
         prompt_mask=_pad(list(map(torch.ones_like, prompts)), 0, side="left"),
         prompt_length=[example["prompt_length"] for example in examples],
+        first_turn=[example.get("first_turn", example["prompt_length"]) for example in examples],
         gold_spans=[_spans(example["gold_spans"]) for example in examples],
         answer_spans=[_spans(example["answer_spans"]) for example in examples],
         answers=[tuple(example["answers"]) for example in examples],

@@ -77,19 +77,31 @@ class ParagraphPool:
         final prompt is counted, and paragraphs leave it until it fits. The positions ``first`` are taken before any
         other; all paragraphs are then shuffled. :class:`TooLong` if the record's own passages exceed the budget.
         """
+        return self.filled(record, allowed, rng, tokenizer, max_tokens, first)[1]
+
+    def filled(
+        self,
+        record: QARecord,
+        allowed: Callable[[int], bool],
+        rng: random.Random,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        first: Sequence[int] = (),
+    ) -> tuple[QARecord, Example | TooLong]:
+        """The record with all passages, and its example, as :meth:`fill` makes it."""
         example = encode(record, tokenizer, max_tokens, self.prompt)
         if isinstance(example, TooLong):
-            return example
+            return record, example
         room = max_tokens - len(example["input_ids"])
         chosen = self._choose(chain(first, filter(allowed, self.draw(rng))), room, tokenizer)
         while chosen:
             fillers = [self.passages[position] for position in (rng.sample(chosen, len(chosen)) if first else chosen)]
-            passages = interleave(record.passages, fillers, rng)
-            filled = encode(replace(record, passages=passages), tokenizer, max_tokens, self.prompt)
-            if not isinstance(filled, TooLong):
-                return filled
+            full = replace(record, passages=interleave(record.passages, fillers, rng))
+            found = encode(full, tokenizer, max_tokens, self.prompt)
+            if not isinstance(found, TooLong):
+                return full, found
             chosen.pop()
-        return example
+        return record, example
 
     def _choose(self, positions: Iterator[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         chosen: list[int] = []

@@ -10,13 +10,12 @@ generation starts from.
 from __future__ import annotations
 
 import re
-import secrets
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-from lrsa_lit.chat_template import render
+from lrsa_lit.data.messages import Rendered, check_turns, later_turn, render_messages
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.data.tokenization import Span, encode_text
 from lrsa_lit.errors import UserError
@@ -65,6 +64,10 @@ class Prompt:
         before, after = self.message.split("{context}")
         return before.replace("{input}", question), after.replace("{input}", question)
 
+    def later(self, question: str) -> str:
+        """The message of a later turn, which asks about the passages of the first one."""
+        return "".join(self.around(question.strip())).strip()
+
 
 def prompt_of(key: str, message: str) -> Prompt:
     """A prompt with a message of the user's own, which may put the question before the passages, behind them, or both.
@@ -88,6 +91,8 @@ class Example(TypedDict):
     Attributes:
         input_ids: prompt tokens, then answer tokens with the end-of-message token; not padded.
         prompt_length: how many of ``input_ids`` are the prompt.
+        first_turn: how many of these come before the first of several answers: all of them unless there were earlier
+            turns.
         gold_spans: token positions [start, end) of the supporting passages, in the order of the context.
         answer_spans: token positions [start, end) of the answers' occurrences within those passages.
         subject: what the context is about, where those of other questions are about it too without being the same.
@@ -105,6 +110,7 @@ class Example(TypedDict):
     match: Match
     task: NotRequired[str]
     subject: NotRequired[str]
+    first_turn: NotRequired[int]
     source: NotRequired[str]
     repeated: NotRequired[bool]
     position: NotRequired[int]
@@ -122,18 +128,22 @@ def encode(
 ) -> Example | TooLong:
     """Tokenise a record; prompt and answer may have ``max_tokens`` together, and nothing is cut to meet that.
 
+    Earlier turns follow the context as a cache would hold them: the tokens of their answers are those that are learnt
+    where that turn is the last, and what the chat template writes between turns is tokenised apart.
+
     Raises:
         UserError: even without any passage the record needs more than ``max_tokens``, or the chat template does not
-            keep the text of a message.
+            keep the text of a message, or of an earlier turn.
     """
     rendered = render_prompt(record, tokenizer, prompt)
     question = encode_text(tokenizer, rendered.text, rendered.user)
+    later = _later_turns(record, tokenizer, prompt)
     target = f" {record.target}" if prompt.answer else record.target
     answer = encode_text(tokenizer, target + str(tokenizer.eos_token), [(0, len(target))])
-    length = len(question.ids) + len(answer.ids)
+    length = len(question.ids) + len(later) + len(answer.ids)
     if length > max_tokens:
         bare = render_prompt(replace(record, passages=()), tokenizer, prompt)
-        needed = len(encode_text(tokenizer, bare.text, bare.user).ids) + len(answer.ids)
+        needed = len(encode_text(tokenizer, bare.text, bare.user).ids) + len(later) + len(answer.ids)
         if needed > max_tokens:
             allowed = f"{needed} or more, which question {record.id} needs even without any context"
             raise UserError("max_tokens", max_tokens, allowed)
@@ -143,8 +153,9 @@ def encode(
     answers = [found for span in gold for found in find_answers(rendered.text, record.answers, span)]
     return Example(
         id=record.id,
-        input_ids=question.ids + answer.ids,
-        prompt_length=len(question.ids),
+        input_ids=question.ids + later + answer.ids,
+        prompt_length=len(question.ids) + len(later),
+        first_turn=len(question.ids),
         gold_spans=[token_span(question.offsets, span) for span in gold],
         answer_spans=[token_span(question.offsets, span) for span in answers],
         answers=list(record.answers),
@@ -153,18 +164,11 @@ def encode(
     )
 
 
-class Rendered(NamedTuple):
-    """What a chat template makes of messages, and where in it the messages' contents and a prompt's passages are."""
-
-    text: str
-    user: list[Span]
-    passages: Sequence[Span] = ()
-
-
 def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT) -> Rendered:
-    """The prompt's text up to where the answer starts; errors as for :func:`render_messages`."""
+    """The prompt's text up to where the first answer starts; errors as for :func:`render_messages`."""
+    asked = record.questions[0].strip()
     texts = [prompt.passage(passage, number) for number, passage in enumerate(record.passages, start=1)]
-    before, after = prompt.around(record.question.strip())
+    before, after = prompt.around(asked)
     content = before + prompt.between.join(texts) + after if texts else (before + after).lstrip()
     text, [(start, end)], _ = render_messages([{"role": "user", "content": content}], tokenizer)
     # The template may have left out white space at the beginning.
@@ -173,34 +177,22 @@ def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: 
     for passage in texts:
         spans.append((max(place, start), min(place + len(passage), end)))
         place += len(passage) + len(prompt.between)
-    return Rendered(text + prompt.answer.replace("{input}", record.question.strip()), [(start, end)], spans)
+    return Rendered(text + prompt.answer.replace("{input}", asked), [(start, end)], spans)
 
 
-def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """A conversation up to where the next answer starts, with the place of each message's content.
-
-    Raises:
-        UserError: the chat template changes the text of a message, white space around it aside.
-    """
-    # Whatever the messages hold, their places are those of contents that can stand nowhere else.
-    stand_ins = [f"[{secrets.token_hex(16)}]" for _ in messages]
-    marked = [{**message, "content": name} for message, name in zip(messages, stand_ins, strict=True)]
-    between = re.split("|".join(map(re.escape, stand_ins)), render(marked, tokenizer))
-    text = render(messages, tokenizer)
-    spans: list[Span] = []
-    end = len(between[0])
-    if len(between) == len(messages) + 1 and text.startswith(between[0]):
-        for message, behind in zip(messages, between[1:], strict=True):
-            content = message["content"]
-            forms = (content, content.strip(), content.lstrip(), content.rstrip())
-            shown = next((form for form in forms if text.startswith(form + behind, end)), None)
-            if shown is None:
-                break
-            spans.append((end, end + len(shown)))
-            end += len(shown) + len(behind)
-    if end != len(text) or len(spans) != len(messages):
-        raise UserError("tokenizer", reason="its chat template changes the text of a message, which is not supported")
-    return Rendered(text, spans)
+def _later_turns(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """The tokens from the first answer of a conversation up to where its last one starts."""
+    if not record.turns:
+        return []
+    check_turns(tokenizer)
+    ids = []
+    for turn, question in zip(record.turns, record.questions[1:], strict=True):
+        given = f" {turn.answer}" if prompt.answer else turn.answer
+        begun = prompt.answer.replace("{input}", question.strip())
+        following = later_turn(tokenizer, prompt.later(question), turn.answer)
+        ids += encode_text(tokenizer, given).ids
+        ids += encode_text(tokenizer, following.text + begun, following.user).ids
+    return ids
 
 
 def render_passage(passage: Passage) -> str:

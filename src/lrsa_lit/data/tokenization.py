@@ -33,7 +33,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Sp
 
     A text whose user spans hold no special token's string has the ids that ``tokenizer(text,
     add_special_tokens=False)`` gives. ``user`` are the character spans [start, end) of the user's text, such as
-    :func:`~lrsa_lit.data.prompts.render_messages` returns; None where it is all of the text.
+    :func:`~lrsa_lit.data.messages.render_messages` returns; None where it is all of the text.
 
     Raises:
         UserError: the tokenizer's vocabulary has no other way to write a special token's string.

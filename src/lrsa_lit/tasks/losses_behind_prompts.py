@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from lrsa_lit.attention import LRSACache, cache_argument, end_prompt, prefill
+from lrsa_lit.attention import LRSACache, cache_argument, read_prompts
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch
 from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.strategies import is_sharded
@@ -34,16 +34,17 @@ def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokeniz
     labels = batch["labels"]
     answers = pad_sequence([row[row != IGNORE_INDEX] for row in labels], True, padding_value=IGNORE_INDEX)
     cache = LRSACache.of(model)
-    logits = prefill(model, batch["prompt_ids"], cache, attention_mask=batch["prompt_mask"])
+    turns, synced = batch.get("first_turn"), is_sharded(model)
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    end_prompt(model, cache, batch["prompt_ids"], batch["prompt_mask"], encode=encode, synced=is_sharded(model))
+    prompts = batch["prompt_ids"], batch["prompt_mask"]
+    logits, seen = read_prompts(model, cache, *prompts, first_turns=turns, encode=encode, synced=synced)
     losses = cross_entropy(logits[:, -1].float(), answers[:, 0], reduction="none").double()
     given, wanted = answers[:, :-1], answers[:, 1:]
     if not wanted.numel():
         return losses
     # The last token of a shorter answer predicts nothing, and stands in the place of a pad.
-    mask = torch.cat([batch["prompt_mask"], (wanted != IGNORE_INDEX).to(batch["prompt_mask"])], dim=1)
-    system, count, start = cache.config.system, given.shape[1], batch["prompt_mask"].shape[1]
+    mask = torch.cat([seen, (wanted != IGNORE_INDEX).to(seen)], dim=1)
+    system, count, start = cache.config.system, given.shape[1], seen.shape[1]
     for call in torch.arange(count, device=given.device).split(1 if system and system.answers_by_token else count):
         first, stop = int(call[0]), int(call[-1]) + 1
         inputs = {"input_ids": given[:, first:stop].clamp(min=0), "attention_mask": mask[:, : start + stop]}

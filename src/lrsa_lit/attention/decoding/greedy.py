@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lrsa_lit.attention.attached import base_of, enabled_state
 from lrsa_lit.attention.cache import LRSACache
-from lrsa_lit.attention.decoding.chunked_prefill import TOKENS_PER_CALL, prefill
+from lrsa_lit.attention.decoding.chunked_prefill import prefill
 from lrsa_lit.attention.decoding.decoder import ROOM, Decoder
-from lrsa_lit.attention.decoding.end_of_prompt import end_prompt
+from lrsa_lit.attention.decoding.turns import read_prompts
 from lrsa_lit.attention.measured import Measured, Usage
 from lrsa_lit.systems.system import Encode
 
@@ -35,7 +35,7 @@ class Greedy:
         longest_prompt: its tokens, if known: memory for it is then made at once.
         synced: each forward needs other processes too (sharded weights), which must be called as often as this one; all
             go on until the last one has its answers.
-        encode: as :func:`end_prompt` has it.
+        encode: as :func:`~lrsa_lit.attention.end_prompt` has it.
 
     Attributes:
         usage: what the last batch took, without the rows that a graph has twice.
@@ -59,30 +59,33 @@ class Greedy:
         self.usage: Usage | None = None
 
     @torch.no_grad()
-    def __call__(self, prompts: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
+    def __call__(
+        self, prompts: Tensor, attention_mask: Tensor | None = None, first_turns: Sequence[int] | None = None
+    ) -> list[list[int]]:
         """The tokens that follow each prompt (B, T), without the one that ends the answer.
 
         Prompts of unequal lengths are padded on the left; the mask (B, T) is 1 for real tokens, one or more a prompt.
+        In conversations ``first_turns`` says how many tokens each one's first turn has: systems cut there.
         """
         rows, began = len(prompts), time.perf_counter()
         if self._graphed:
             # A graph is for a number of rows: the next power of two, with rows that are there twice.
-            order = torch.arange(1 << (rows - 1).bit_length(), device=prompts.device) % rows
+            order = [row % rows for row in range(1 << (rows - 1).bit_length())]
             prompts = prompts[order]
             attention_mask = None if attention_mask is None else attention_mask[order]
+            first_turns = None if first_turns is None else [first_turns[row] for row in order]
         cache, step = self._cache_for(len(prompts))
-        # The prompts of other processes may need another number of calls.
-        most = prompts.shape[1] if self._synced else TOKENS_PER_CALL
         peaks: list[list[float]] = []
-        logits = prefill(
+        logits, _ = read_prompts(
             self.model,
-            prompts,
             cache,
-            attention_mask=attention_mask,
-            tokens_per_call=most,
+            prompts,
+            attention_mask,
+            first_turns=first_turns,
+            encode=self._encode,
+            synced=self._synced,
             progress=lambda _: peaks.append([row.peak for row in cache.measured(rows)]),
         )
-        end_prompt(self.model, cache, prompts, attention_mask, encode=self._encode, synced=self._synced)
         behind, at, steps = cache.measured(rows), [], []
         for values in greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced):
             steps.append(values)

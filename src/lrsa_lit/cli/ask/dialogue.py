@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lrsa_lit.chat_template import render
-from lrsa_lit.data.prompts import PROMPT, Rendered, render_messages, render_prompt
+from lrsa_lit.data.messages import ANSWERED, ASKED, Rendered, check_turns, later_turn
+from lrsa_lit.data.prompts import PROMPT, render_prompt
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.data.tokenization import encode_text
 from lrsa_lit.errors import UserError
@@ -15,11 +15,6 @@ from lrsa_lit.models.generation import before_stop, stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_QUESTION = "(question)"
-_ANSWER = "(answer)"
-"""Stand for messages where only what the chat template writes around them is wanted."""
-_REWRITES = "its chat template rewrites earlier turns, which a cache cannot; ask one question only"
 
 
 class Dialogue:
@@ -42,9 +37,8 @@ class Dialogue:
         # Tokenising a long text takes seconds, and the first question's prompt is needed twice.
         self._prompt: tuple[str, list[int]] | None = None
         self._answer: str | None = None
-        self._turns_checked = False
         # Some question: a template may trim the message, whose end would be the blank before an empty one.
-        rendered = self._render_prompt(_QUESTION)
+        rendered = self._render_prompt(ASKED)
         tokens = encode_text(tokenizer, rendered.text, rendered.user)
         ((_, stop),) = rendered.passages
         # A token that reaches beyond the text may be another one once the question is known.
@@ -62,7 +56,7 @@ class Dialogue:
 
     def tokens_with(self, questions: Sequence[str], answer_tokens: int) -> int:
         """Tokens there would be after further questions with answers of so many tokens."""
-        answers = [self._answer, *[_ANSWER] * len(questions)]
+        answers = [self._answer, *[ANSWERED] * len(questions)]
         added = [len(self._added(question, answer)) for question, answer in zip(questions, answers, strict=False)]
         return len(self.ids) + sum(added) + len(questions) * answer_tokens
 
@@ -70,10 +64,8 @@ class Dialogue:
         """The tokens of a question and of what the template writes before and behind it; None: no answer precedes."""
         if answer is None:
             return self._first(question)
-        if not self._turns_checked:
-            _check_turns(self._tokenizer)
-            self._turns_checked = True
-        turn = _turn(self._tokenizer, question, answer or _ANSWER)
+        check_turns(self._tokenizer)
+        turn = later_turn(self._tokenizer, PROMPT.later(question), answer or ANSWERED)
         return encode_text(self._tokenizer, turn.text, turn.user).ids
 
     def _first(self, question: str) -> list[int]:
@@ -90,39 +82,3 @@ class Dialogue:
     def _render_prompt(self, question: str) -> Rendered:
         record = QARecord(id="ask", passages=(Passage("", self._text),), question=question, answers=())
         return render_prompt(record, self._tokenizer)
-
-
-def _conversation(questions: Sequence[str], answer: str = _ANSWER) -> list[dict[str, str]]:
-    """Messages of questions as the training puts them, without a text, with the same answer between them."""
-    messages = []
-    for question in questions:
-        content = "".join(PROMPT.around(question.strip())).strip()
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    return messages[:-1]
-
-
-def _turn(tokenizer: PreTrainedTokenizerBase, question: str, answer: str = _ANSWER) -> Rendered:
-    """What the chat template writes between an answer and the next one.
-
-    It must not rewrite what it wrote before the answer, nor the answer: leave out what a model has thought, say. The
-    text is left out of the first message here: it does not change what follows an answer.
-    """
-    before = render(_conversation([_QUESTION]), tokenizer).rstrip()
-    messages = _conversation([_QUESTION, question], answer)
-    # White space around an answer is the model's to write.
-    if not render(messages, tokenizer).removeprefix(before).lstrip().startswith(answer.strip()):
-        raise UserError("tokenizer", reason=_REWRITES)
-    text, [_, (start, end), (first, last)], _ = render_messages(messages, tokenizer)
-    if text[:start].rstrip() != before:
-        raise UserError("tokenizer", reason=_REWRITES)
-    return Rendered(text[end:], [(first - end, last - end)])
-
-
-def _check_turns(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a turn does not depend on those before it, so that it can be rendered alone."""
-    questions = [f"{_QUESTION} {number}" for number in range(4)]
-    text, spans, _ = render_messages(_conversation(questions), tokenizer)
-    ends = [start for start, _ in spans[3::2]] + [len(text)]
-    for question, (_, start), end in zip(questions[1:], spans[1::2], ends, strict=True):
-        if text[start:end].rstrip() != _turn(tokenizer, question).text.rstrip():
-            raise UserError("tokenizer", reason=_REWRITES)

@@ -1,0 +1,67 @@
+"""Needles asked for one after the other: several keys in one haystack, each in a turn of its own.
+
+After RULER's ``niah_multikey`` (see :mod:`~lrsa_lit.data.needle`), as a conversation: which key matters is not known
+when the haystack is compressed, and all of them are asked for. The conversation is this project's own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lrsa_lit.data.module import Split, at_least
+from lrsa_lit.data.needle import Needles
+from lrsa_lit.data.needle_tasks import magic_numbers
+from lrsa_lit.data.prompts import Example, TooLong, encode
+from lrsa_lit.data.records import Passage, QARecord, asked_in_turn
+
+
+class NeedlesInTurn(Needles):
+    """Conversations about haystacks, each turn an example with a score of its own.
+
+    Earlier answers are the right ones (:func:`~lrsa_lit.data.records.asked_in_turn`). All turns of a conversation have
+    the same context, which fills ``max_tokens`` in the last of them.
+
+    Args:
+        turns: keys in a haystack, all of which are asked for; at least 2.
+        train: examples to train on, so ``train / turns`` conversations; ``val`` and ``test`` likewise.
+        val: examples to validate on.
+        test: examples to test on.
+        kwargs: source, sha256 (of the haystack), and see QADataModule.
+    """
+
+    def __init__(self, turns: int = 4, train: int = 1000, val: int = 100, test: int = 400, **kwargs: Any) -> None:
+        super().__init__(tasks=["niah_multikey"], train=train, val=val, test=test, **kwargs)
+        self.turns = at_least("turns", turns, 2)
+        self._last: tuple[str, tuple[Passage, ...]] = "", ()
+
+    def records(self, split: Split) -> Sequence[QARecord]:
+        """The turns of one conversation after the other, with their needles alone; ids such as "test-0-turn-1"."""
+        count = getattr(self, split)
+        numbers = range(-(-count // self.turns))
+        return [record for number in numbers for record in self._conversation(f"{split}-{number}")][:count]
+
+    def to_example(self, record: QARecord) -> Example | TooLong:
+        """The needles at random depths of a haystack, the same for all turns; decided by ``seed`` and the id."""
+        name = record.id.partition("-turn-")[0]
+        if self._last[0] != name:
+            rng = random.Random(f"{self.seed}:{name}:haystack")
+            longest = self._conversation(name)[-1]
+            full, _ = self._pool.filled(longest, lambda _: True, rng, self.checked_tokenizer, self.max_tokens)
+            self._last = name, full.passages
+        return encode(replace(record, passages=self._last[1]), self.checked_tokenizer, self.max_tokens)
+
+    def _conversation(self, name: str) -> list[QARecord]:
+        rng = random.Random(f"{self.seed}:{name}")
+        found: dict[str, QARecord] = {}
+        while len(found) < self.turns:
+            single = magic_numbers(name, rng)
+            found.setdefault(single.question, single)
+        keys = list(found.values())
+        order = rng.sample(keys, len(keys))
+        passages = tuple(Passage(f"Note {place}", one.passages[0].text) for place, one in enumerate(order, start=1))
+        titles = {one.question: (note.title,) for one, note in zip(order, passages, strict=True)}
+        asked = [replace(one, passages=passages, supporting_titles=titles[one.question]) for one in keys]
+        return [replace(turn, id=f"{name}-{turn.task}") for turn in asked_in_turn(asked)]
