@@ -76,6 +76,8 @@ def test_systems_and_rule_are_compared_at_budgets_and_go_on(in_process, monkeypa
     (run,) = [run for run in recorded_runs(Path("out/mlflow.db"), "lrsa") if "study.row" in run.data.tags]
     assert run.data.metrics["test/dense/cache"] == 1.0
     assert len(in_process) == 1
+    # What another file asks for does not lengthen the answers of this one.
+    assert yaml.safe_load(Path("out/out.yaml").read_text())["data_sets"]["qa"]["max_new_tokens"] == 3
     main([*arguments, "--no-mlflow"])
     assert len(in_process) == 1
 

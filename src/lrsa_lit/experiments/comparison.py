@@ -60,13 +60,12 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
     from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.data.module import QADataModule
 
-    sets, new_tokens = _data_sets(asked)
+    sets = _data_sets(asked)
     is_file = asked.model.endswith((".yaml", ".yml"))
     # K is up to the budgets; that of the defaults may be more than L. Whatever the model's file has is not compared.
     sizes = {"lag_size": asked.lag_size, "top_k": asked.lag_size // 4}
     model: Settings = {"lrsa": {"system": None, "head_top_k": None, **sizes}}
     model |= {} if is_file else {"backbone": {"source": asked.model}}
-    model |= {"max_new_tokens": new_tokens} if new_tokens else {}
     content: Settings = {
         "plugins": list(asked.plugins),
         "configs": [asked.model] if is_file else [],
@@ -83,7 +82,8 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
     inference: dict[str, Settings | None] = {DENSE: None}
     parts = {}
     for name, data in sets.items():
-        module: QADataModule = fit_settings.made(f"data_sets.{name}", QADataModule, data)
+        made = {key: data[key] for key in ("class_path", "init_args")}
+        module: QADataModule = fit_settings.made(f"data_sets.{name}", QADataModule, made)
         own, refused = _at_budgets(chosen, asked, module.max_tokens, fit_settings, given)
         data["measure"] = module.score
         inference |= {attention: {"system": None, **config.to_dict()} for attention, config in own.items()}
@@ -102,9 +102,9 @@ def system_and_budget(attention: str) -> tuple[str, float | None]:
     return name, int(pairs) / int(tokens) if of else None
 
 
-def _data_sets(asked: Asked) -> tuple[dict[str, Settings], int]:
-    """The data set of each file by its name, and the most new tokens that one asks for, or 0."""
-    found, new_tokens = {}, 0
+def _data_sets(asked: Asked) -> dict[str, Settings]:
+    """The data set of each file by its name, with the most tokens of an answer that the file asks for."""
+    found: dict[str, Settings] = {}
     for name in asked.data:
         settings = read_settings(resolve(name, key="--data"))
         data, stem = settings.get("data"), Path(name).stem
@@ -116,8 +116,9 @@ def _data_sets(asked: Asked) -> tuple[dict[str, Settings], int]:
             raise UserError("--data", name, reason=f"is a second file of the name {stem}")
         limit = {} if asked.limit is None else {"limit": {"test": asked.limit}}
         found[stem] = {"class_path": data["class_path"], "init_args": (data.get("init_args") or {}) | limit}
-        new_tokens = max(new_tokens, (settings.get("model") or {}).get("max_new_tokens", 0))
-    return found, new_tokens
+        if most := (settings.get("model") or {}).get("max_new_tokens"):
+            found[stem]["max_new_tokens"] = most
+    return found
 
 
 def _chosen(names: Sequence[str], rule: LRSAConfig) -> tuple[dict[str, LRSAConfig], list[str]]:
