@@ -1,5 +1,6 @@
 """What a study file means: rows, hashes, the order of the work, and configs for the command line."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from cli_helpers import refusal
 from experiments.tiny_study import STUDY, merged
 from helpers import one_line, refused
 
-from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.attention import LRSAConfig, cache_share
 from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
@@ -21,10 +22,14 @@ from lrsa_lit.experiments.results import read_lines
 from lrsa_lit.experiments.study import Evaluation
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.ops.sparse_attention import RandomTokens
+from lrsa_lit.systems.system import Head
 from lrsa_lit.yaml_file import read_settings
 
 SHIPPED = "configs/experiment/robustness.yaml"
 OBJECTIVES = "configs/experiment/objectives.yaml"
+CLAIM = "configs/experiment/claim.yaml"
+opened = functools.cache(open_study)
+"""Shipped studies, which take a while to check."""
 
 
 def taught(by: str, **init_args) -> dict:
@@ -331,28 +336,28 @@ def test_mistakes_of_an_attention_for_each_layer_are_named(wrong, named, tmp_pat
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("shipped", [SHIPPED, OBJECTIVES])
-def test_the_shipped_studies_are_complete(shipped):
-    study = open_study(shipped)
+@pytest.mark.parametrize(("shipped", "first"), [(SHIPPED, "main"), (OBJECTIVES, "main"), (CLAIM, "selectors")])
+def test_the_shipped_studies_are_complete(shipped, first):
+    study = opened(shipped)
     used = {name for part in study.parts.values() for name in part["rows"]}
     assert used == set(study.rows)
     for part in study.parts:
         assert list(study.work(part))
     assert len({row.hash for row in study.rows.values()}) == len(study.rows)
     first_line = (Path(__file__).parents[2] / shipped).read_text().splitlines()[0]
-    assert first_line.startswith(f"# lrsa study run {shipped} --part main ")
+    assert first_line.startswith(f"# lrsa study run {shipped} --part {first} ")
     Bars(Cells(study, []))
 
 
 def test_the_results_that_are_kept_are_those_of_the_shipped_rows():
-    study = open_study(SHIPPED)
+    study = opened(SHIPPED)
     found = {line["config"] for line in read_lines(Path(__file__).parents[2] / "study" / "results.jsonl")}
     # One was never run.
     assert [row.name for row in study.rows.values() if row.hash not in found] == ["pairs13-chosen2"]
 
 
 def test_the_shipped_objectives_differ_in_nothing_else():
-    study = open_study(OBJECTIVES)
+    study = opened(OBJECTIVES)
     by_name = {name: row.trained_by() for name, row in study.rows.items()}
     for name in study.parts["main"]["rows"][1:]:
         assert {**by_name[name], "objective": None} == {**by_name["answers"], "objective": None}
@@ -366,9 +371,42 @@ def test_the_shipped_objectives_differ_in_nothing_else():
     assert by_name["kl-self"]["objective"] == shipped["model"]["objective"]
 
 
+def test_the_claim_is_held_to_the_settings_of_the_studies_before_it():
+    study, before = opened(CLAIM), opened(OBJECTIVES)
+    rows, older = ({name: row.trained_by() for name, row in each.rows.items()} for each in (study, before))
+    # Passkeys and the dense row's other digest as a teacher aside, these are the rows of the other study.
+    data = rows["dense-hotpotqa"]["data"]
+    assert rows["dense-hotpotqa"] == older["dense"]
+    for mine, theirs in (("dense", "dense"), ("answers", "answers")):
+        assert {**rows[mine], "data": data} == older[theirs]
+    # What is compared differs in the rule and the objective alone.
+    compared = [name for name in study.rows if name.startswith(("answers", "distilled")) and not name.endswith("16k")]
+    told = {"attention": None, "objective": None}
+    assert {str(rows[name] | told) for name in compared} == {str(rows["answers"] | told)}
+    for name in compared:
+        assert (study.row(name).needs == (study.row("dense"),)) == name.startswith("distilled")
+    for name in ("hotpotqa", "hotpotqa_all"):
+        assert study.data_set(name) == before.data_set(name)
+    squad = opened(SHIPPED).data_set("qa_squad_all")
+    assert study.data_set("squad") == squad
+
+
+def test_what_the_claim_compares_holds_what_its_names_say():
+    study, head = opened(CLAIM), Head(3, 64, 2)
+    shares = {name: rule and cache_share(rule, 4096, 30, head) for name, rule in study.inference.items()}
+    alike = [shares[name] for name in ("lag", "keydiff", "tail", "recency", "random", "strided")]
+    assert alike == [pytest.approx(0.297, abs=0.001)] * 6
+    assert shares["8x"] == shares["8x-keydiff"] == shares["8x-random"] == pytest.approx(0.18, abs=0.001)
+    assert 0.24 < shares["cache25-layers"] <= 0.25
+    assert 0.12 < shares["cache13-layers"] <= 0.125
+    for name, data_set in study.data_sets.items():
+        positions = 4 * 8192 if name in ("hotpotqa_16k", "hotpotqa_32k") else 8192
+        assert data_set["init_args"]["max_tokens"] + data_set.get("max_new_tokens", 24) <= positions
+
+
 def test_the_shares_of_the_shipped_study_are_what_their_names_say():
     shares = {"pairs50": 0.5, "pairs25": 0.25, "pairs13": 0.125, "2x": 0.5, "4x": 0.25, "8x": 0.125}
-    study = open_study(SHIPPED)
+    study = opened(SHIPPED)
     for name, rule in study.inference.items():
         if rule is None or name == "layers2" or name.startswith(("none", "only-layer-", "also-layer-")):
             continue
@@ -380,7 +418,7 @@ def test_the_shares_of_the_shipped_study_are_what_their_names_say():
 
 
 def test_the_shipped_recipe_is_the_row_that_it_names():
-    row = open_study(SHIPPED).row("chosen7-4x").trained_by()
+    row = opened(SHIPPED).row("chosen7-4x").trained_by()
     files = ("model/smollm2", "data/hotpotqa", "experiment/smollm2_hotpotqa")
     recipe = FitSettings().given([part for file in files for part in ("--config", f"configs/{file}.yaml")])
     assert LRSAConfig().replace(**recipe["model"]["lrsa"]).to_dict() == row["attention"]
@@ -391,7 +429,7 @@ def test_the_shipped_recipe_is_the_row_that_it_names():
         row["backbone"]
     )
     assert row["data"]["weights"] == {"hotpotqa_all": 1.0}
-    data, given = open_study(SHIPPED).data_sets["hotpotqa_all"], recipe["data"]["init_args"]
+    data, given = opened(SHIPPED).data_sets["hotpotqa_all"], recipe["data"]["init_args"]
     assert recipe["data"]["class_path"] == data["class_path"]
     assert given["batch_size"] == row["data"]["batch_size"]
     # The same examples, and all of them: the study's own limit is beyond the last one.
