@@ -23,6 +23,7 @@ from lrsa_lit.attention import (
 from lrsa_lit.attention.attached import RULE, enabled_state
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import RandomTokens, Recency
+from lrsa_lit.systems import FreqKV
 
 
 @torch.no_grad()
@@ -233,6 +234,23 @@ def test_a_reloaded_model_keeps_the_rule_it_was_trained_with_in_its_config(tiny,
     assert "trained with" in caplog.text
     disable(again)
     assert again.config.lrsa == rule.to_dict()
+
+
+def test_weights_trained_with_a_system_name_it(tiny, rule, caplog):
+    model, system = tiny("Llama"), LRSAConfig(lag_size=64, system=FreqKV(capacity=20))
+    model.config.lrsa = system.to_dict()
+    with using(model, system.replace(lag_size=32)):
+        pass
+    assert not caplog.records, "no system reads it"
+    with using(model, rule):
+        pass
+    (line,) = caplog.messages
+    assert line.startswith("the weights were trained with the system FreqKV {'capacity': 20, ")
+    assert line.endswith(f" and now run with {rule.to_dict()}")
+    caplog.clear()
+    with using(model, system.replace(dense_layers=(1,))):
+        pass
+    assert caplog.messages[0].endswith("'gamma': 0.5, 'dense_layers': [1]}")
 
 
 def test_random_layers_lose_different_tokens(tiny, rule):

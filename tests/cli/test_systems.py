@@ -93,6 +93,22 @@ def test_mistakes_are_told_in_one_line(arguments, parts, capfd):
     assert all(part in error for part in parts), error
 
 
+def test_a_checkpoint_of_a_system_says_so_where_it_runs_without(tmp_path, caplog):
+    brief = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"]
+    system = ["--model.lrsa.system", "FreqKV", "--model.lrsa.system.capacity", "200"]
+    main(["fit", *DEBUG, *NO_LOGGER, *brief, *system])
+    weights = [*TEST, "--model.generate_answers", "false", "--ckpt_path", str(next(tmp_path.rglob("last.ckpt")))]
+    main(weights)
+    assert (
+        "the weights were trained with the system FreqKV {'capacity': 200, 'sink_size': 4, 'gamma': 0.5}" in caplog.text
+    )
+    assert "and now run with {'sink_size': 4, 'lag_size': 32," in caplog.text
+    for others in (system, ["--model.evaluate", "{own: {system: {class_path: FreqKV, init_args: {capacity: 200}}}}"]):
+        caplog.clear()
+        main([*weights, *others])
+        assert "trained with" not in caplog.text
+
+
 def test_a_system_that_cannot_train_is_not_trained(capfd):
     error = refusal(capfd, "fit", *DEBUG, *NO_LOGGER, "--model.lrsa.system", "ExpectedAttention")
     assert "model.train_attention: 'ExpectedAttention' is a system that cannot train" in error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,10 +107,29 @@ def given_or_stored(config: LRSAConfig | None, model: PreTrainedModel) -> LRSACo
 
 
 def warn_if_trained_otherwise(model: PreTrainedModel, config: LRSAConfig) -> None:
-    """One line if the weights say that they were trained with another rule."""
-    trained_with = getattr(model.config, "lrsa", None)
-    if trained_with not in (None, config.to_dict()):
-        _warn_once(f"the weights were trained with {trained_with} and now run with {config.to_dict()}")
+    """One line if the weights say that they were trained with another rule or system."""
+    warn_of_others(getattr(model.config, "lrsa", None), [config])
+
+
+def warn_of_others(trained_with: dict[str, Any] | None, configs: Sequence[LRSAConfig]) -> None:
+    """The same if none of the configs, of which the first is named, is what weights were trained with; None: dense."""
+    now = [_read_of(config.to_dict()) for config in configs]
+    if trained_with is not None and (before := _read_of(trained_with)) not in now:
+        _warn_once(f"the weights were trained with {_described(before)} and now run with {_described(now[0])}")
+
+
+def _read_of(rule: Any) -> Any:
+    """A rule's dict without what its system does not read; of a config.json, which may hold anything."""
+    named = isinstance(rule, dict) and isinstance(rule.get("system"), dict)
+    return {name: rule.get(name) for name in ("system", "dense_layers")} if named else rule
+
+
+def _described(rule: Any) -> str:
+    """What :func:`_read_of` has left; a system by its name."""
+    if not isinstance(rule, dict) or not isinstance(system := rule.get("system"), dict):
+        return str(rule)
+    dense = {"dense_layers": rule["dense_layers"]} if rule["dense_layers"] else {}
+    return f"the system {str(system.get('class_path')).rpartition('.')[2]} {system.get('init_args', {}) | dense}"
 
 
 @functools.lru_cache

@@ -92,6 +92,12 @@ def describe(
     checkpoint[_KEY] = {"backbone": settings, "rule": rule, "template_arguments": template_arguments}
 
 
+def rule_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The rule in what :func:`describe` has written; None where it is none, or nothing was written."""
+    rule = (checkpoint.get(_KEY) or {}).get("rule")
+    return rule if isinstance(rule, dict) else None
+
+
 def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:
     """Read a checkpoint that a fit has written. Every byte of it is checked, and no code in it runs.
 

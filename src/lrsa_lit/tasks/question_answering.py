@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enabled_config, packed_layout, using
+from lrsa_lit.attention.attached import warn_of_others
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.data.loaders import TrainerSettings
@@ -25,7 +26,7 @@ from lrsa_lit.errors import UserError, message_of, named, under
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.lightning_internals import trainer_of
 from lrsa_lit.models import Backbone, uncompiled
-from lrsa_lit.models.checkpoint import Trained, describe, trained_weights
+from lrsa_lit.models.checkpoint import Trained, describe, rule_of, trained_weights
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.models.sources import trained_model
@@ -227,6 +228,8 @@ class LongContextQA(lightning.LightningModule):
             differing = sorted(name for name in saved.keys() | needed.keys() if saved.get(name) != needed.get(name))
             differences = f"they differ in {len(differing)} tensors, such as {differing[0]}"
             raise UserError("ckpt_path", reason=f"{kinds}; {differences}")
+        if not self.trainer.training:
+            warn_of_others(rule_of(checkpoint), [rule for rule in self.attentions.values() if rule is not None])
         steps = [state.get("total_steps") for state in checkpoint.get("lr_schedulers", [])]
         planned = self.trainer.max_steps
         if self.trainer.training and steps and steps[0] not in (None, planned):
