@@ -129,6 +129,7 @@ def test_systems_that_hold_everything_read_or_attend_to_less(model):
     squeezed, sparse = found["SqueezedAttention"], found["SparseAccelerate"]
     assert (squeezed["cache"] > 1, 0.2 < squeezed["read"] < 0.6, squeezed["pairs"]) == (True, True, 1.0)
     assert squeezed["kept"] == sparse["kept"] == 1.0
+    assert all(each["peak"] >= each["cache"] for each in found.values())
     assert (sparse["cache"], "read" in sparse, 0.1 < sparse["pairs"] < 0.9) == (1.0, False, True)
 
 

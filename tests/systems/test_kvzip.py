@@ -148,6 +148,10 @@ def test_what_it_takes_is_measured_with_the_pass(model, ids):
         greedy(ids(2, PROMPT))
     found, repeats = shares([greedy.usage]), [2 + 9, 3 + 8 + 9, 3 + 8 + 3]
     assert found["cache"] == pytest.approx((2 * config.system.pairs + PROMPT) / (LAYERS * PROMPT))
+    # Scores of all but the sinks wait in two layers; in one at a time the longest repeat stands behind a copy.
+    pair, scores = 2 * DIM * 8, 2 * (PROMPT - SMALL["sink_size"]) * 8
+    beside = (scores + (PROMPT + max(repeats)) * pair) / (LAYERS * PROMPT * pair)
+    assert found["peak"] == pytest.approx(1 + beside)
     dense = PROMPT * (PROMPT + 1) / 2
     assert found["pairs"] == 1 + sum(count * PROMPT + count * (count + 1) / 2 for count in repeats) / dense
 

@@ -7,7 +7,18 @@ from systems.recorded import vectors
 
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, prefill, using
 from lrsa_lit.attention.decoding.decoder import Decoder
-from lrsa_lit.systems import AdaKV, ChunkKVPress, ExpectedAttention, KeyNorm, SnapKV, StreamingLLM
+from lrsa_lit.systems import (
+    AdaKV,
+    ChunkKVPress,
+    ExpectedAttention,
+    Head,
+    KeyNorm,
+    LagKVPress,
+    Place,
+    Prompt,
+    SnapKV,
+    StreamingLLM,
+)
 
 PROMPT, ANSWER = 23, 5
 
@@ -111,5 +122,18 @@ def test_a_share_keeps_as_many_as_kvpress(tokens, removed, kept):
 
 def test_no_budget_is_below_what_the_scorer_always_keeps():
     scorer = ExpectedAttention(sink_size=9)
-    assert AdaKV(scorer=scorer).floor == ChunkKVPress(scorer=scorer, size=3).floor == 9
-    assert AdaKV(scorer=SnapKV(window=5)).floor == 5
+    assert AdaKV(scorer=scorer).floor(40) == ChunkKVPress(scorer=scorer, size=3).floor(40) == 9
+    assert AdaKV(scorer=SnapKV(window=5)).floor(40) == 5
+
+
+@pytest.mark.parametrize("tokens", [5, 9, 10, 11, 13, 14, 23])
+def test_sinks_and_tail_are_what_lagkv_press_always_keeps(tokens):
+    """A budget never cuts into what has the highest score."""
+    system = LagKVPress(sink_size=2, lag_size=4)
+    key, value = torch.randn(2, 1, 3, tokens, 6, generator=torch.Generator().manual_seed(tokens)).unbind()
+    scores = system.scores(Prompt(key, value, key[:, :, None, :0], 1.0, Place(0)))
+    assert ((scores == 1).sum(dim=-1) == min(system.floor(tokens), tokens)).all()
+    floor, head = system.floor(tokens), Head(1, 1, 4)
+    assert system.at_most(floor * head.pair, tokens, head).pairs == floor
+    # A prompt that has no more holds all.
+    assert tokens <= floor or system.at_most(floor * head.pair - 1, tokens, head) is None

@@ -154,7 +154,12 @@ class LRSACache(Cache):
         """What the past of each of the first rows takes in all layers, and what it would take densely."""
         # Rows that share their streams are alike.
         apart = rows if any(len(layer.streams) > 1 for layer in self.layers) else 1
-        return [total([layer.measured(row) for layer in self.layers]) for row in range(apart)] * (rows // apart)
+        return [self._measured(row) for row in range(apart)] * (rows // apart)
+
+    def _measured(self, row: int) -> Measured:
+        found = total([layer.measured(row) for layer in self.layers])
+        # Layer by layer: what one attends to is gone before the next one does.
+        return found._replace(peak=found.peak + max(layer.probing_nbytes(row) for layer in self.layers))
 
     @property
     def is_idle(self) -> bool:

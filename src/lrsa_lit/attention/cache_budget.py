@@ -86,7 +86,7 @@ def _below_floor(config: LRSAConfig, share: float, tokens: int, layers: int, hea
         window, sinks = f"{least - config.sink_size:.0f} of the window", f"{config.sink_size} sinks"
         what = f"{sinks} and {window} stay"
     else:
-        least = system.sized(system.floor).held_bytes(tokens, head) / head.pair
+        least = system.sized(system.floor(tokens)).held_bytes(tokens, head) / head.pair
         what = f"{least:g} pairs stay, sinks and windows among them"
     lowest = math.ceil(1e4 * (least * (layers - dense) + dense * tokens) / (layers * tokens) - 1e-6) / 1e4
     of = f"at {tokens} tokens, where {what}" + (f", and all of {dense} dense layers" if dense else "")

@@ -193,6 +193,11 @@ class LRSACacheLayer(CacheLayerMixin):
         pairs, stored = attended_pairs(stream.seen, None), _stored_tokens(stream) / rows
         return Measured(held, peak, read, dense, stream.attended_pairs, pairs, stored, stream.seen)
 
+    def probing_nbytes(self, row: int) -> float:
+        """The most bytes that probes of a row had beside what is held."""
+        shared = len(self.streams) == 1
+        return self.streams[0 if shared else row].probing_nbytes / (self.rows if shared else 1)
+
     def get_seq_length(self) -> int:
         """Columns seen so far, dropped ones and pads included: what true positions are counted from."""
         return self._columns

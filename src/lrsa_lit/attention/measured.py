@@ -37,7 +37,8 @@ class Usage(NamedTuple):
 
     Attributes:
         rows: of each row at the end of its prompt, when systems have cut. But ``read`` is of the tokens behind it, and
-            ``peak`` the most behind any call of the prefill, or within one where a system rewrites its memory there.
+            ``peak`` the most behind any call of the prefill and where it ends, or within one where a system rewrites
+            its memory or has the prompt repeated.
         first_token: seconds from the prompts to the first tokens of all answers.
         token: seconds for each further token; None where there was none.
     """

@@ -40,10 +40,9 @@ class ChunkKVPress(Rescored):
         super().__post_init__()
         check_integers(self, 1, "size")
 
-    @property
-    def floor(self) -> int:
+    def floor(self, tokens: int) -> int:
         """A chunk, and what the scorer keeps in any case."""
-        return max(self.size, super().floor)
+        return max(self.size, super().floor(tokens))
 
     def held(self, tokens: int) -> float:
         """At most: the last chunk may be shorter."""

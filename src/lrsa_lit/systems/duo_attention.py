@@ -96,8 +96,7 @@ class DuoAttention(System):
         kept = set(order[: len(places) - below])
         return tuple(tuple((layer, head) in kept for head in range(len(row))) for layer, row in enumerate(self.gates))
 
-    @property
-    def floor(self) -> int:
+    def floor(self, tokens: int) -> int:
         """No head is full."""
         return 0
 

@@ -61,8 +61,7 @@ class FreqKV(System):
         """K."""
         return int(self.gamma * (self.capacity - self.sink_size))
 
-    @property
-    def floor(self) -> int:
+    def floor(self, tokens: int) -> int:
         """The sinks and a slot."""
         return self.sink_size + 1
 

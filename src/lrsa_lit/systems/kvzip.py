@@ -170,6 +170,7 @@ class RepeatStream(UnequalStream):
 
     def cut(self, kept: Tensor) -> None:
         """As :class:`UnequalStream` has it; the scores are gone then."""
+        self._peak = self.peak_nbytes
         super().cut(kept.to(self.buffer.filled[0].device))
         self._noted = []
 

@@ -39,6 +39,11 @@ class LagKVPress(OneShot):
         check_integers(self, 0, "sink_size")
         check_integers(self, 2, "lag_size")
 
+    def floor(self, tokens: int) -> int:
+        """Sinks and the tail, which is the last whole partition and what stands behind it."""
+        behind = tokens - self.sink_size
+        return super().floor(tokens) + (self.lag_size + behind % self.lag_size if behind >= 2 * self.lag_size else 0)
+
     def scores(self, prompt: Prompt) -> Tensor:
         """Below 1 in partitions that have a successor, 1 before and behind them."""
         sink, lag, behind = self.sink_size, self.lag_size, prompt.tokens - self.sink_size

@@ -92,8 +92,7 @@ class OneShot(Wants, System):
         # A product such as .29 * 100 is 28.999….
         return max(1, min(int(self.kept * of + 1e-9) if wanted is None else wanted, of))
 
-    @property
-    def floor(self) -> int:
+    def floor(self, tokens: int) -> int:
         """Sinks and the window, which always stay."""
         return max(1, getattr(self, "sink_size", 0) + self.window)
 
@@ -205,6 +204,9 @@ class OneShotStream(KeyValueStream):
         """As :class:`Stream` has it."""
         other = type(self)(self.system, self.place, self.impl)
         other.seen, other._scale, other._probed = self.seen, self._scale, self._probed
+        if self._store is not None:
+            share = len(indices) / len(self._store.whole[0])
+            other._peak, other._probing = int(self._peak * share), int(self._probing * share)
         other._store = None if self._store is None else self._store.rows(indices)
         other.kept = None if self.kept is None else self.kept[indices.cpu()]
         other._waiting = None if self._waiting is None else self._waiting[indices]

@@ -31,10 +31,9 @@ class Rescored(OneShot):
         for name in ("window", "moments_from", "needs_rotary"):
             object.__setattr__(self, name, getattr(scorer, name))
 
-    @property
-    def floor(self) -> int:
+    def floor(self, tokens: int) -> int:
         """What the scorer keeps in any case."""
-        return self.scorer.floor
+        return self.scorer.floor(tokens)
 
     def scores(self, prompt: Prompt) -> Tensor:
         """Those of the scorer."""

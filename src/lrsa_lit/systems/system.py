@@ -158,9 +158,8 @@ class System(FromSettings, ABC):
         """Query-key pairs of one head over a prompt; unless it is overridden, those of dense causal attention."""
         return attended_pairs(length, None)
 
-    @property
-    def floor(self) -> int:
-        """The least that its size can be: override it where sinks or a window always stay."""
+    def floor(self, tokens: int) -> int:
+        """The least that its size can be for a prompt of so many: override it where sinks or a window always stay."""
         return 1
 
     def most(self, tokens: int) -> int:
@@ -180,7 +179,8 @@ class System(FromSettings, ABC):
 
     def at_most(self, held: float, tokens: int, head: Head) -> System | None:
         """The largest of its kind that holds no more bytes at the end of so many tokens; None if none does."""
-        sizes = range(self.floor, max(self.most(tokens), self.floor) + 1)
+        floor = self.floor(tokens)
+        sizes = range(floor, max(self.most(tokens), floor) + 1)
         count = bisect.bisect_right(sizes, held, key=lambda size: self.sized(size).held_bytes(tokens, head))
         return self.sized(sizes[count - 1]) if count else None
 

@@ -91,7 +91,7 @@ class Greedy:
             steps.append(values)
             at.append(time.perf_counter())
         found = zip(behind, cache.measured(rows), zip(*peaks, strict=True), strict=True)
-        measured = [_of_answer(prompt, answer)._replace(peak=max(peak)) for prompt, answer, peak in found]
+        measured = [_of_answer(row, answer)._replace(peak=max(row.peak, *peak)) for row, answer, peak in found]
         token = (at[-1] - at[0]) / (len(at) - 1) if len(at) > 1 else None
         self.usage = Usage(measured, at[0] - began, token)
         tokens = list(zip(*steps, strict=True))[:rows]

@@ -39,6 +39,8 @@ class Stream(ABC):
     seen: int = 0
     # The most bytes within a call, noted by those that hold more there than behind it.
     _peak: int = 0
+    # The most beside these while :meth:`KeyValueStream.probe` attends: in no two layers at a time.
+    _probing: int = 0
 
     @property
     @abstractmethod
@@ -59,6 +61,11 @@ class Stream(ABC):
     def peak_nbytes(self) -> int:
         """The most bytes that were held at a time, within calls as well."""
         return max(self._peak, self.nbytes)
+
+    @property
+    def probing_nbytes(self) -> int:
+        """The most bytes beside these, of pairs that calls attended to without taking them in."""
+        return self._probing
 
     @property
     def attended_pairs(self) -> float:
@@ -151,7 +158,9 @@ class KeyValueStream(Stream):
     def probe(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """:meth:`attend` of tokens that are not taken in, where everything is kept."""
         self._probed += attended_pairs(self.seen + key.shape[2], None) - attended_pairs(self.seen, None)
-        return self._attend_to(joined(self.buffer.filled, (key, value)), query, scale)
+        pairs = joined(self.buffer.filled, (key, value))
+        self._probing = max(self._probing, sum(part.nbytes for part in pairs))
+        return self._attend_to(pairs, query, scale)
 
     def _attend_to(self, visible: Pair, query: Tensor, scale: float) -> Tensor:
         """Causal attention of the queries (B, Hq, N, D) of the last N of some stored pairs (B, H, …, D)."""
