@@ -153,6 +153,18 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
     return figure
 
 
+def gates(values: Sequence[Sequence[float]], title: str) -> Figure:
+    """Layer by head: the gates (N, H) of DuoAttention, from 0 (sinks and recent tokens) to 1 (everything)."""
+    layers, heads = len(values), len(values[0])
+    figure, axes = subplots(1, 1, size=(2.5 + 0.25 * heads, 1.5 + 0.16 * layers))
+    image = axes.imshow(values, cmap=_SHADES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="gate")
+    _name_layers(axes.yaxis, range(layers))
+    _name_layers(axes.xaxis, range(heads))
+    axes.set(xlabel="key-value head", ylabel="layer", title=title)
+    return figure
+
+
 def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
     """F1 with its interval against a column of :func:`~lrsa_lit.analysis.runs.by_rule`, labelled with name and unit."""
     figure, axes = subplots(1, 1, size=(6, 3.6))

@@ -235,6 +235,8 @@ def _row(run: Run) -> dict[str, Any]:
     lag_size, top_k = (int(params[f"model.lrsa.{name}"]) for name in ("lag_size", "top_k"))
     # K of each head is no number to lay beside others, and a system has none: kv_ratio is one.
     of_heads, system = (params.get(f"model.lrsa.{name}", "None") for name in ("head_top_k", "system"))
+    if (gated := params.get("model.head_gates", "None")) != "None":
+        system = gated
     if ranked := _arguments(params, "model.lrsa.head_top_k."):
         of_heads = ",".join(ranked)
     one_k = of_heads == system == "None"

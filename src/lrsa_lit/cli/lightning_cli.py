@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lrsa_lit.analysis.gates import GatesRecord
 from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_answers, show_evaluation
 from lrsa_lit.checkpoints import AtomicCheckpointIO, CheckedForm, ExactState, FiniteLoss, GracefulStop, resume
@@ -44,8 +45,9 @@ from lrsa_lit.lightning_internals import OpenCLI, counts_before_shares
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import check_writable, expanded
+from lrsa_lit.strategies import shards_weights
 from lrsa_lit.systems import System
-from lrsa_lit.tasks import LongContextQA, TopKSchedule
+from lrsa_lit.tasks import HeadGates, LongContextQA, TopKSchedule
 from lrsa_lit.tasks.measures import at_budgets
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking import MLflowRun, RecordConfig
@@ -56,7 +58,7 @@ _log = logging.getLogger("lrsa_lit")
 _OF_TRAINER = (kind for name in signature(Trainer).parameters for kind in argument_kinds(Trainer, name))
 _KINDS = (
     *{kind for kind in _OF_TRAINER if kind.__module__.startswith("lightning.")},
-    *(QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor, System, Objective),
+    *(QADataModule, Optimizer, LRScheduler, TopKSchedule, Compressor, System, Objective, HeadGates),
 )
 _OF_RULES = (Compressor, System)
 _SLOTS = {"model.evaluate": _OF_RULES, "model.train_attention": _OF_RULES, "model.lr_scheduler": (LRScheduler,)}
@@ -156,8 +158,8 @@ class LRSACLI(OpenCLI):
             raise UserError("data.init_args.max_tokens", self.datamodule.max_tokens, hint=hint)
         if self.instead():
             return
-        if self.asked("ckpt_path") is not None:
-            # It has all that was trained.
+        if self.asked("ckpt_path") is not None and model.head_gates is None:
+            # It has all weights that were trained; beside gates there are none in it.
             model.start_from = None
         model.start()
         if self.subcommand == "fit":
@@ -256,11 +258,15 @@ class LRSACLI(OpenCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             config["plugins"] = [*plugins, AtomicCheckpointIO()]
         always = [CheckedForm(), ExactState(self.settings), FiniteLoss(), self.graceful_stop]
+        if self.asked("model.head_gates") is not None:
+            always.append(GatesRecord())
         try:
             trainer = super().build_trainer(config, [*callbacks, *always])
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             # ImportError: the library of an accelerator, a strategy or a profiler is not installed.
             raise first_user_error(error) or UserError("trainer", reason=one_line(str(error))) from error
+        if self.asked("model.head_gates") is not None and shards_weights(trainer.strategy):
+            raise UserError("trainer.strategy", reason="cannot train model.head_gates where the model is sharded")
         if self.subcommand == "fit":
             kept = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
             trainer.callbacks = [MonitoredMetrics(), *kept]  # type: ignore[attr-defined]

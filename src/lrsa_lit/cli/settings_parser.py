@@ -24,7 +24,7 @@ from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.systems import System
-from lrsa_lit.tasks import LongContextQA, TopKSchedule
+from lrsa_lit.tasks import HeadGates, LongContextQA, TopKSchedule
 
 TOKENIZER = "model.tokenizer"
 """The model's, which is linked to the data's."""
@@ -38,6 +38,7 @@ _KEYS: dict[type, str] = {
     Compressor: "model.lrsa.compressor.init_args",
     System: "model.lrsa.system.init_args",
     TopKSchedule: "model.train_top_k.init_args",
+    HeadGates: "model.head_gates.init_args",
     Objective: "model.objective",
     QADataModule: "data.init_args",
     Packed: "data.init_args.packing",

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _KEY = "lrsa_lit"
 _PREFIX = "model."
 """Where LongContextQA keeps the LLM among its weights."""
+GATES = "head_gates.gates"
+"""The gates of heads, where a fit has trained these and no weights."""
 _TRUST = "trust_remote_code"
 
 
@@ -71,12 +73,34 @@ class Trained(NamedTuple):
 def trained_weights(
     backbone: Backbone, model: nn.Module, weights: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The weights that a fit changes, of a state dict of the model or a module around it: the adapters, or all."""
+    """What a fit changes, of a state dict of the model or a module around it: gates of heads, the adapters, or all."""
     weights = model.state_dict() if weights is None else weights
+    if GATES in weights:
+        return {GATES: weights[GATES]}
     if backbone.lora is None:
         return weights
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: weight for name, weight in weights.items() if name in trained}
+
+
+def check_weights(saved: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Refuse to go on with a checkpoint's weights where others are trained.
+
+    Parts of one of another kind of training would be left out without a word.
+    """
+    shapes, wanted = ({name: tuple(weight.shape) for name, weight in weights.items()} for weights in (saved, needed))
+    if shapes == wanted:
+        return
+    held, trained = map(_kind_of, (saved, needed))
+    differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    kinds = f"it holds {held} of another shape than this configuration, which trains {trained}"
+    raise UserError("ckpt_path", reason=f"{kinds}; they differ in {len(differing)} tensors, such as {differing[0]}")
+
+
+def _kind_of(weights: Mapping[str, Tensor]) -> str:
+    if GATES in weights:
+        return "gates of heads"
+    return "adapters" if any("lora_" in name for name in weights) else "all weights"
 
 
 def describe(
@@ -124,6 +148,9 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         settings = typed(dict[str, Any], about.get("backbone"), f"{_KEY}.backbone")
         backbone = typed(Backbone, settings | changes | ({} if dtype is None else {"dtype": dtype}), f"{_KEY}.backbone")
         weights = _weights(path, content)
+        if GATES in weights:
+            hint = "name the model itself, and the file of gates as system DuoAttention's"
+            raise UserError("model", path, reason="holds gates of heads and no weights", hint=hint)
     except Unreadable as error:
         reason = f"is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
         raise UserError("model", path, reason=reason) from error

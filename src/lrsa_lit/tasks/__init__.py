@@ -1,6 +1,7 @@
 """Tasks: LightningModules that receive built parts."""
 
+from lrsa_lit.tasks.head_gates import HeadGates
 from lrsa_lit.tasks.question_answering import LongContextQA
 from lrsa_lit.tasks.top_k import AnnealedTopK, SampledTopK, TopKSchedule
 
-__all__ = ["AnnealedTopK", "LongContextQA", "SampledTopK", "TopKSchedule"]
+__all__ = ["AnnealedTopK", "HeadGates", "LongContextQA", "SampledTopK", "TopKSchedule"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enabled_config, packed_layout, using
 from lrsa_lit.attention.attached import warn_of_others
@@ -22,11 +22,11 @@ from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.data.loaders import TrainerSettings
 from lrsa_lit.data.module import QADataModule
-from lrsa_lit.errors import UserError, message_of, named, under
+from lrsa_lit.errors import UserError, named, under
 from lrsa_lit.evaluation.answers import Answers, scores
 from lrsa_lit.lightning_internals import trainer_of
 from lrsa_lit.models import Backbone, uncompiled
-from lrsa_lit.models.checkpoint import Trained, describe, rule_of, trained_weights
+from lrsa_lit.models.checkpoint import Trained, check_weights, describe, rule_of, trained_weights
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.models.sources import trained_model
@@ -36,14 +36,14 @@ from lrsa_lit.objectives.teachers import OwnDense, Teacher
 from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
+from lrsa_lit.tasks.head_gates import HeadGates
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 from lrsa_lit.tasks.measures import measured
+from lrsa_lit.tasks.optimizers import optimizer_of
 from lrsa_lit.tasks.top_k import TopKSchedule, check_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Built = TypeVar("Built")
 
 
 class LongContextQA(lightning.LightningModule):
@@ -58,12 +58,13 @@ class LongContextQA(lightning.LightningModule):
         lrsa: the rule that the run trains and evaluates with.
         objective: what training minimises: Distillation, LanguageModelLoss … or a Sum of several; null is AnswerLoss.
         start_from: a fit's checkpoint (.ckpt) or a folder of adapters: training begins with its weights, at step 0 with
-            a new optimizer; null begins with the backbone's. With ``--ckpt_path`` it is not read.
+            a new optimizer; null begins with the backbone's. With ``--ckpt_path`` it is not read, but for head_gates.
         optimizer: made from the trainable parameters.
         lr_scheduler: made from the optimizer and stepped after each optimizer step; null keeps the rate.
         train_attention: what training changes of the rule ({} nothing, {top_k: 64} another K); null trains dense.
         train_top_k: another K in each training step: falling (AnnealedTopK) or drawn from several (SampledTopK); null
             keeps the one of the training attention.
+        head_gates: train gates of heads and no weights, and evaluate DuoAttention with them; null trains weights.
         evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}. One
             with ``dense_layers: {only: 30}`` stands for 30, named NAME-0 to NAME-29, each with that layer alone dense;
             {only: 30, beside: [18]} leaves layer 18 dense as well, {all_but: 30} all layers but one.
@@ -82,6 +83,7 @@ class LongContextQA(lightning.LightningModule):
         train_top_k: TopKSchedule | None = None,
         objective: Objective | None = None,
         start_from: str | None = None,
+        head_gates: HeadGates | None = None,
         evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
         max_new_tokens: int = 32,
         generate_answers: bool = True,
@@ -102,13 +104,18 @@ class LongContextQA(lightning.LightningModule):
                             hint="set train_attention, or name another teacher")  # fmt: skip
         self.start_from = start_from
         self.attentions = evaluated(lrsa, evaluate)
+        self.head_gates = head_gates
+        if head_gates is not None:
+            others = {"objective": objective, "train_attention": train_attention, "train_top_k": train_top_k}
+            self.lrsa = self.attentions[""] = head_gates.begin(backbone, lrsa, others)
+            self.train_config, self.objective = head_gates.attention, head_gates.objective
         self.generate_answers = generate_answers
         self.meters = {name: AnswerMeter(generated=generate_answers) for name in self.attentions}
         self.max_new_tokens = max_new_tokens
         self.template_arguments = template_arguments
         self._greedy: dict[LRSAConfig, Greedy] = {}
-        # Checkpoints of adapters leave the frozen base out; it is loaded from its source.
-        self.strict_loading = backbone.lora is None
+        # Checkpoints of adapters or gates leave the frozen base out; it is loaded from its source.
+        self.strict_loading = backbone.lora is None and head_gates is None
         self.logs_measures = True  # but not in a fit, whose validations would log the same again and again
         self.model: Any = None
 
@@ -139,6 +146,8 @@ class LongContextQA(lightning.LightningModule):
         Raises:
             UserError: it does.
         """
+        if self.head_gates is not None:
+            self.head_gates.check(max_tokens)
         with under("objective"):
             self.objective.check(max_tokens, self.backbone.config.num_hidden_layers)
             for teacher in self._teachers:
@@ -187,6 +196,8 @@ class LongContextQA(lightning.LightningModule):
         if self.model is not None:
             return
         self.model = self.start().build()
+        if self.head_gates is not None:
+            self.model.requires_grad_(False)
         enable(self.model, self.train_config or self.lrsa)
         if self.train_config is None:
             disable(self.model)
@@ -197,6 +208,8 @@ class LongContextQA(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule in steps."""
         optimizer, scheduler = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.head_gates is not None:
+            optimizer.register_step_post_hook(self.head_gates.clip)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -206,28 +219,11 @@ class LongContextQA(lightning.LightningModule):
         self._optimizer([nn.Parameter(torch.zeros(1, 1))])
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> tuple[Any, Any]:
-        optimizer = _built("optimizer", self.make_optimizer, parameters)
-        if self.make_scheduler is None:
-            return optimizer, None
-        scheduler = _built("lr_scheduler", self.make_scheduler, optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            allowed = "one without a metric, as it is stepped after each optimizer step"
-            raise UserError("lr_scheduler", type(scheduler).__name__, allowed)
-        return optimizer, scheduler
+        return optimizer_of(self.make_optimizer, self.make_scheduler, parameters)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other weights or of a schedule of another length.
-
-        Parts of one of another kind of training would be left out without a word.
-        """
-        saved = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
-        needed = {name: tuple(weight.shape) for name, weight in trained_weights(self.backbone, self).items()}
-        if saved != needed:
-            held, trained = ("adapters" if "lora_" in str(names) else "all weights" for names in (saved, needed))
-            kinds = f"it holds {held} of another shape than this configuration, which trains {trained}"
-            differing = sorted(name for name in saved.keys() | needed.keys() if saved.get(name) != needed.get(name))
-            differences = f"they differ in {len(differing)} tensors, such as {differing[0]}"
-            raise UserError("ckpt_path", reason=f"{kinds}; {differences}")
+        """Refuse a checkpoint of other weights or of a schedule of another length."""
+        check_weights(checkpoint["state_dict"], trained_weights(self.backbone, self))
         if not self.trainer.training:
             warn_of_others(rule_of(checkpoint), [rule for rule in self.attentions.values() if rule is not None])
         steps = [state.get("total_steps") for state in checkpoint.get("lr_schedulers", [])]
@@ -237,9 +233,10 @@ class LongContextQA(lightning.LightningModule):
             raise UserError("ckpt_path", reason=f"{reason}; resume with max_steps={steps[0]}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained, if that is adapters, and say what it is."""
+        """Keep only what was trained, if that is adapters or gates, and say what it is."""
         checkpoint["state_dict"] = trained_weights(self.backbone, self, checkpoint["state_dict"])
-        rule = None if self.train_config is None else self.train_config.to_dict()
+        # Beside gates, no weights were trained under any rule.
+        rule = None if self.train_config is None or self.head_gates is not None else self.train_config.to_dict()
         describe(checkpoint, self.backbone, rule, self.template_arguments)
 
     def summed_losses(self, batch: TrainBatch, step: int) -> Tensor:
@@ -274,6 +271,9 @@ class LongContextQA(lightning.LightningModule):
                 self.log(f"train/loss/{term.name}", mean, batch_size=len(batch["id"]))
             shown += term.weight * mean
             loss = loss + term.weight / of_step * total
+        if self.head_gates is not None:
+            loss, shown, of_gates = self.head_gates.penalised(loss, shown, batch)
+            self.log_dict(of_gates, batch_size=len(batch["id"]))
         self.log("train/loss", shown, prog_bar=True, batch_size=len(batch["id"]))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         # Lightning divides by the batches of a step, and the strategy by the devices that share the data.
@@ -357,6 +357,7 @@ class LongContextQA(lightning.LightningModule):
         """Start the metrics of an evaluation."""
         # Of an evaluation that an error ended: weights may have changed, and what inference mode made cannot be used.
         self._greedy.clear()
+        self.on_predict_epoch_start()
         data = getattr(self.trainer, "datamodule", None)
         groups = [] if data is None else data.groups(self._split)
         if both := {group.partition("/")[0] for group in groups} & set(self.attentions):
@@ -378,6 +379,11 @@ class LongContextQA(lightning.LightningModule):
 
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
 
+    def on_predict_epoch_start(self) -> None:
+        """Evaluate under the gates as they are now, if there are any."""
+        if self.head_gates is not None:
+            self.lrsa = self.attentions[""] = self.head_gates.served(self.lrsa)
+
     @property
     def _split(self) -> Literal["val", "test"]:
         return "test" if self.trainer.testing else "val"
@@ -388,11 +394,3 @@ def _packed(batch: TrainBatch) -> dict[str, Any]:
     if batch["boundaries"] is None:
         return {}
     return {"position_ids": batch["position_ids"], LAYOUT: packed_layout(batch["boundaries"])}
-
-
-def _built(field: str, build: Callable[[Any], Built], argument: Any) -> Built:
-    """What an argument of the task builds; its complaint becomes one line that names the argument."""
-    try:
-        return build(argument)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(field, reason=message_of(error)) from error

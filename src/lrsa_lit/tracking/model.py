@@ -47,6 +47,9 @@ class LogModel(Callback):
         logger = run_of(trainer)
         if logger is None or not isinstance(pl_module, LongContextQA) or shards_weights(trainer.strategy):
             return
+        if pl_module.head_gates is not None:
+            # The model is the one that it was.
+            return
         adapted = pl_module.backbone.lora is not None
         if self.what == "none" or (self.what == "adapters" and not adapted):
             return

@@ -178,6 +178,8 @@ def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
     rule = f"L{model['lrsa']['lag_size']}-K{model['lrsa']['top_k'] if of_heads is None else 'heads'}"
     if system is not None:
         rule = system["class_path"].rpartition(".")[2]
+    if model.get("head_gates") is not None:
+        rule = "gates"
     name = f"{family(source)}{trained}-{rule}-s{values['seed_everything']}"
     if command == "fit":
         return name

@@ -1,0 +1,158 @@
+"""Gates of key-value heads that are trained in the place of weights (DuoAttention, arXiv 2410.10819).
+
+Dimensions: N layers, H key-value heads, D width of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.attention.budgets import heads_of
+from lrsa_lit.bounds import check_integers, check_setting, is_weight
+from lrsa_lit.errors import UserError, under
+from lrsa_lit.objectives import Pass, Term
+from lrsa_lit.objectives.teachers import OwnDense
+from lrsa_lit.systems import DuoAttention
+from lrsa_lit.systems.gated_heads import GatedHeads
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.collate import ExampleSize, TrainBatch
+    from lrsa_lit.models import Backbone
+
+_FIELD = "head_gates"
+
+
+class HeadGates(nn.Module):
+    """One gate for each head: how much of dense attention it gets, the rest being sinks and recent tokens.
+
+    All weights are frozen. Training minimises the mean squared error of the last hidden states to those under dense
+    attention, where they predict the answer's tokens, and ``penalty`` times the mean gate. Gates begin at 1 and are
+    clipped to [0, 1] after each step. Data should have answers that the context must be searched for, such as passkeys.
+    Validations evaluate DuoAttention with the gates.
+
+    Args:
+        sink_size: first tokens that streaming attention sees in training (>= 0).
+        recent: last ones, the query's own among them (>= 1).
+        penalty: factor of the mean gate (>= 0).
+        served: arguments of the DuoAttention that is evaluated: sparsity, sink_size, recent.
+
+    Raises:
+        UserError: one out of bounds.
+    """
+
+    gates: nn.Parameter
+
+    def __init__(
+        self,
+        sink_size: int = 128,
+        recent: int = 256,
+        penalty: float = 0.05,
+        served: dict[str, Any] = {},  # noqa: B006 - read only
+    ) -> None:
+        super().__init__()
+        self.sink_size, self.recent, self.penalty, self.arguments = sink_size, recent, penalty, served
+        check_integers(self, 0, "sink_size")
+        check_integers(self, 1, "recent")
+        check_setting("penalty", penalty, is_weight(penalty), "a finite number >= 0")
+        known = served.keys() <= {"sparsity", "sink_size", "recent"}
+        check_setting("served", served, known, "settings with some of sparsity, sink_size, recent")
+
+    def begin(self, backbone: Backbone, rule: LRSAConfig, others: dict[str, Any]) -> LRSAConfig:
+        """Make a gate for each head of a model.
+
+        Args:
+            backbone: the model.
+            rule: the run's.
+            others: arguments of the task that say how else it would train.
+
+        Returns:
+            What the run evaluates.
+
+        Raises:
+            UserError: something else is to be trained, or evaluated, as well.
+        """
+        reasons = {name: "gates train alone" for name, value in others.items() if value}
+        reasons |= {"backbone.lora": "all weights are frozen"} if backbone.lora is not None else {}
+        own = {"system": rule.system, "dense_layers": rule.dense_layers, "head_top_k": rule.head_top_k}
+        reasons |= {f"lrsa.{name}": "the heads' gates say what is dense" for name, value in own.items() if value}
+        if reasons:
+            name, reason = next(iter(reasons.items()))
+            raise UserError(name, reason=f"is not allowed beside head_gates: {reason}")
+        self.gates = nn.Parameter(torch.ones(backbone.config.num_hidden_layers, heads_of(backbone.config)))
+        with under(f"{_FIELD}.init_args.served"):
+            return rule.replace(system=DuoAttention(self.table, **self.arguments))
+
+    @property
+    def table(self) -> list[list[float]]:
+        """The gates, (N, H)."""
+        found: list[list[float]] = self.gates.detach().clamp(0, 1).tolist()
+        return found
+
+    @property
+    def attention(self) -> LRSAConfig:
+        """What gates train under."""
+        return LRSAConfig(system=GatedHeads(lambda: self.gates, self.sink_size, self.recent))
+
+    @property
+    def objective(self) -> Term:
+        """What they minimise besides the penalty."""
+        return _LastHidden()
+
+    def served(self, rule: LRSAConfig) -> LRSAConfig:
+        """What :meth:`begin` returned, its size maybe changed since, with the gates as they are now."""
+        assert isinstance(rule.system, DuoAttention)
+        return rule.replace(system=dataclasses.replace(rule.system, gates=self.table))
+
+    def check(self, max_tokens: int) -> None:
+        """Raise a UserError if streaming attention would see all of the longest example."""
+        if self.sink_size + self.recent >= max_tokens:
+            sees = f"leaves nothing of {max_tokens} tokens to tell heads by; sink_size is {self.sink_size}"
+            raise UserError(f"{_FIELD}.init_args.recent", self.recent, reason=sees)
+
+    def penalised(self, loss: Tensor, mean: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Add the penalty.
+
+        Args:
+            loss: the batch's part in that of a step.
+            mean: of the batch's squared errors.
+            batch: all examples of a step share the penalty.
+
+        Returns:
+            The part with the penalty's, the mean with the penalty, and what else is logged.
+        """
+        now = self.gates.detach()
+        part = len(batch["sizes"]) / len(batch["step_sizes"])
+        shown = {"loss/hidden": mean, "gates/mean": now.mean(), "gates/open": (now > 0.5).float().mean()}
+        of_step = loss + part * self.penalty * self.gates.mean()
+        return of_step, mean + self.penalty * now.mean(), {f"train/{name}": value for name, value in shown.items()}
+
+    @torch.no_grad()
+    def clip(self, *_: Any) -> None:
+        """To [0, 1]; a hook behind each step of an optimizer."""
+        self.gates.clamp_(0, 1)
+
+
+class _LastHidden(Term):
+    """Squared distance of the last hidden states to those under dense attention, mean of channels."""
+
+    name = "hidden"
+    uses_logits = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = OwnDense()
+
+    def count(self, size: ExampleSize) -> int:
+        return size.answer
+
+    def loss(self, seen: Pass) -> Tensor:
+        assert self.teacher is not None
+        where = seen.positions.answers()
+        (wanted,) = seen.taught[self.teacher].rows(where)
+        dtype = torch.promote_types(wanted.dtype, torch.float32)
+        return (seen.hidden[where].to(dtype) - wanted.to(dtype)).square().mean(dim=1).sum()
