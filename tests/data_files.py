@@ -92,6 +92,10 @@ def _needles_in_turn(folder: Path) -> dict[str, Any]:
     return {**hotpotqa(folder), **dict.fromkeys(SPLITS, 7), "turns": 3}
 
 
+def _nth(folder: Path) -> dict[str, Any]:
+    return {**dict.fromkeys(SPLITS, 5), "of": [2, 3]}
+
+
 def _ruler(folder: Path) -> dict[str, Any]:
     """The tasks whose texts are not those of other data sets."""
     from lrsa_lit.data.needle_tasks import TASKS
@@ -136,6 +140,7 @@ FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Mixture": _mixture,
     "Needles": _needles,
     "NeedlesInTurn": _needles_in_turn,
+    "NthOfMany": _nth,
     "Passkey": _passkey,
     "QAFiles": records,
     "Ruler": _ruler,

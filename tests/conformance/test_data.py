@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from lrsa_lit.data import Articles, FactsInText, Passkey, QADataModule, Ruler13
+from lrsa_lit.data import Articles, FactsInText, NthOfMany, Passkey, QADataModule, Ruler13
 from lrsa_lit.data.fingerprint import source_files
 from lrsa_lit.data.prompts import TooLong, render_passage
 from lrsa_lit.data.records import QARecord, check_record
@@ -16,7 +16,7 @@ from lrsa_lit.data.word_tasks import WORD_TASKS
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-UNTITLED = (FactsInText, Passkey, Ruler13)
+UNTITLED = (FactsInText, NthOfMany, Passkey, Ruler13)
 """Their prompts show no titles."""
 GROWN = {*WORD_TASKS, "cwe", "fwe"}
 

@@ -43,6 +43,8 @@ def test_optional_fields_may_be_absent_or_null():
         ({"passages": ["x"]}, "passages[0]"),
         ({"passages": [{"title": "T"}]}, "passages[0].text"),
         ({"match": "some"}, "match"),
+        ({"match": "verbatim"}, "answers"),
+        ({"match": "verbatim", "answers": ["word"]}, "answers"),
         ({"task": "a/b"}, "task"),
         ({"supporting_titles": ["U"]}, "supporting_titles"),
         ({"answer": "a"}, "answer"),

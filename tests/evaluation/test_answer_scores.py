@@ -6,7 +6,7 @@ from helpers import modules_after
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrsa_lit.evaluation.answer_scores import exact_match, f1_score, normalize_answer, recall
+from lrsa_lit.evaluation.answer_scores import exact_match, f1_score, normalize_answer, recall, verbatim_score
 from lrsa_lit.evaluation.answers import means, scores
 
 
@@ -134,3 +134,35 @@ def test_losses_alone_and_parts_without_a_question():
 
 def test_the_functions_do_without_torch():
     assert "torch" not in modules_after("import lrsa_lit.evaluation.answer_scores, lrsa_lit.data.prompts")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "score"),
+    [
+        ("aB3 abcd", 1.0),
+        ("  aB3abcd\n", 1.0),
+        ("aB3 abxx", 0.5),
+        ("aB3 dcba", 0.25),
+        ("aB3 abcdefgh", 2 / 3),
+        ("aB3", 0.0),
+        ("ab3 abcd", 0.0),
+        ("Here it is: aB3 abcd", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_text_to_repeat_is_scored_behind_its_first_word(prediction, score):
+    assert verbatim_score(prediction, "aB3 abcd") == pytest.approx(score)
+    assert f1_score(prediction, ["aB3 abcd"], "verbatim") == pytest.approx(score)
+
+
+@given(st.text("ab c\n", min_size=1).filter(str.strip), st.text("ab c\n"))
+def test_only_the_whole_text_is_verbatim(text, other):
+    score = verbatim_score(f"x {other}", f"x {text}")
+    assert 0 <= score <= 1
+    assert (score == 1) == (other.strip() == text.strip())
+
+
+def test_a_long_text_is_compared_as_a_short_one_is():
+    """difflib would take frequent characters of 200 or more for junk."""
+    text = "the quick brown fox " * 12
+    assert verbatim_score(f"x ?{text[1:]}", f"x {text}") > 0.99

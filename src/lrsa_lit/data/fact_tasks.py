@@ -130,7 +130,7 @@ def _record(name: str, facts: Sequence[str], asked: Asked) -> QARecord:
     titles = [f"Fact {number}" for number in range(1, len(facts) + 1)]
     return QARecord(
         id=name,
-        passages=tuple(map(Passage, titles, facts)),
+        passages=tuple(Passage(title, f"{fact} ") for title, fact in zip(titles, facts, strict=True)),
         question=asked.question,
         answers=(asked.answer,),
         supporting_titles=tuple(titles[place] for place in sorted(set(asked.support))),
@@ -150,7 +150,7 @@ def _prompt(about: str, rule: str, answer: str, *examples: str) -> Prompt:
     solved = "\n\n".join(f"<example>\n{example}\n</example>" for example in examples)
     form = f"Your answer should contain only one word: {answer}. Do not write anything else after that."
     parts = f"{instruction} Answer it from these facts alone. {rule}".strip(), solved, form
-    return Prompt("\n\n".join([*parts, "<context>\n{context}\n</context>", "Question: {input}"]), titles=False)
+    return Prompt("\n\n".join([*parts, "<context>\n{context}\n</context>", "Question: {input}"]), heading=None)
 
 
 _LATEST = "A person who was in several places is in the latest of them."

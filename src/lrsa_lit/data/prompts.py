@@ -38,13 +38,11 @@ class Prompt:
         answer: the beginning of the assistant's message, which the model is given, with {input}; a blank follows it.
         heading: what stands above a passage in place of its title; {number} counts from 1. "" shows the titles. None:
             passages are pieces of one text, shown exactly and without anything between them.
-        titles: whether titles are shown where there is no heading.
     """
 
     message: str
     answer: str = ""
     heading: str | None = ""
-    titles: bool = True
 
     @property
     def between(self) -> str:
@@ -56,7 +54,7 @@ class Prompt:
         if self.heading is None:
             return passage.text
         if not self.heading:
-            return render_passage(passage if self.titles else replace(passage, title=""))
+            return render_passage(passage)
         return f"{self.heading.replace('{number}', str(number))}\n{passage.text}".strip()
 
     def around(self, question: str) -> tuple[str, str]:

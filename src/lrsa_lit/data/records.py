@@ -43,7 +43,8 @@ class QARecord:
         question: the question.
         answers: the reference answers, at least one.
         supporting_titles: titles of the passages that hold the answer; may be empty.
-        match: ``"any"``: the answers are alternatives, ``"all"``: every one is required.
+        match: ``"any"``: the answers are alternatives, ``"all"``: every one is required, ``"verbatim"``: the one answer
+            is a text to repeat, behind a word that must come first.
         task: what kind of question it is, where a data set has several; each gets scores of its own.
         turns: what was asked before, in order; the context comes with the first question.
     """
@@ -123,6 +124,8 @@ def check_record(record: QARecord) -> None:
     check_name("task", record.task)
     if not all(answer.strip() for answer in record.answers):
         raise UserError("answers", list(record.answers), "of texts that are not empty")
+    if record.match == "verbatim" and (len(record.answers) > 1 or len(record.answers[0].split()) < 2):
+        raise UserError("answers", list(record.answers), 'one of several words, as match is "verbatim"')
     for number, turn in enumerate(record.turns):
         for name in _TURN:
             if not getattr(turn, name).strip():

@@ -12,13 +12,14 @@ prediction, and its exact match as 1 to any prediction of which nothing is left 
 
 from __future__ import annotations
 
+import difflib
 import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
-Match: TypeAlias = Literal["any", "all"]
+Match: TypeAlias = Literal["any", "all", "verbatim"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -33,10 +34,26 @@ def f1_score(prediction: str, answers: Sequence[str], match: Match = "any") -> f
     """F1 in [0, 1] of the normalised words, counted with repetition.
 
     ``match="any"``: the answers, at least one, are alternatives and the best one counts; ``"all"``: they are required
-    together, and the reference is all of them joined by ", ".
+    together, and the reference is all of them joined by ", "; ``"verbatim"``: there is one, and the score is
+    :func:`verbatim_score`.
     """
+    if match == "verbatim":
+        return verbatim_score(prediction, answers[0])
     pairs = _compared(prediction, answers, match)
     return max(_f1(predicted.split(), expected.split()) for predicted, expected in pairs)
+
+
+def verbatim_score(prediction: str, answer: str) -> float:
+    """How much of a text is repeated, in [0, 1]: 0 unless the prediction begins with the answer's first word.
+
+    Behind that word it is 2 M / T of Python's ``difflib``, an F1 of characters: M of them match in their order, of T in
+    both texts. This is how OpenAI's MRCR is scored, but for difflib's shortcut for texts of 200 characters or more.
+    """
+    word, _, text = answer.strip().partition(" ")
+    said = prediction.strip()
+    if not said.startswith(word):
+        return 0.0
+    return difflib.SequenceMatcher(None, said.removeprefix(word).strip(), text.strip(), autojunk=False).ratio()
 
 
 def exact_match(prediction: str, answers: Sequence[str], match: Match = "any") -> float:
@@ -47,8 +64,8 @@ def exact_match(prediction: str, answers: Sequence[str], match: Match = "any") -
 def recall(prediction: str, answers: Sequence[str], match: Match = "any") -> float:
     """Share of the answers that occur in the prediction, ignoring case (RULER's ``string_match``).
 
-    With ``match="any"`` 1 if any answer occurs and 0 otherwise (``string_match_part``), with ``"all"`` the fraction
-    of the answers that occur (``string_match_all``).
+    With ``match="any"`` 1 if any answer occurs and 0 otherwise (``string_match_part``), else the fraction of the
+    answers that occur (``string_match_all``).
     """
     found = [answer.lower() in prediction.lower() for answer in answers]
     return float(any(found)) if match == "any" else sum(found) / len(found)
