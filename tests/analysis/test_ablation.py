@@ -106,6 +106,9 @@ def test_the_only_layer_whose_attention_matters_comes_first(tmp_path, capfd):
     assert first["low"] > 0.01
     assert [abs(other["fall"]) < 1e-5 for other in others] == [True] * 3
     assert "│ layer 2 │" in capfd.readouterr().out
+    ranking = str(next(tmp_path.rglob("layers.json")))
+    ranked = RULE.replace(top_k=0, head_top_k={"ranking": ranking, "budget": 0.5, "tokens": 150})
+    assert ranked.head_top_k == (0, 0, 16, 0)
 
 
 def test_the_first_questions_only(tmp_path):
@@ -252,6 +255,8 @@ def test_the_only_head_whose_attention_matters_gets_the_budget(tmp_path, capfd):
     assert (first["layer"], first["head"]) == (1, 1)
     assert first["fall"] > 0.1
     assert [abs(other["fall"]) < 1e-5 for other in others] == [True] * 5
+    ranked = RULE.replace(top_k=0, head_top_k={"ranking": str(path), "budget": 0.4, "tokens": 150})
+    assert ranked.head_top_k == ((0, 0), (0, 16), (0, 0))
     # 0.25 x 6 heads x 16: the best one is dense, the next one has the rest.
     budgets = json.loads((path.parent / "head_top_k.json").read_text())
     assert budgets == values["head_top_k"]
