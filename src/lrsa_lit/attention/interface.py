@@ -33,7 +33,7 @@ from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions
 from lrsa_lit.attention.rotation import layers_of
-from lrsa_lit.attention.token_gates import SCORES, attach_gate, scored
+from lrsa_lit.attention.scored_tokens import SCORES, attach_gate, scored
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
     HeadRules,

@@ -345,7 +345,7 @@ def run(arguments: Sequence[str]) -> None:
     run_with(LRSACLI, arguments)
 
 
-def run_with(cli: type[LRSACLI], arguments: Sequence[str]) -> None:
+def run_with(cli: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> None:
     """The same, with a command line of one's own."""
     preflight.quiet_libraries()
     preflight.note_environment()

@@ -37,6 +37,7 @@ TOOLS = {
     "export": "write a checkpoint as a folder that transformers loads",
     "study": "train and evaluate the rows of a study, part by part",
     "sweep": "fit once for each point of a grid of settings",
+    "token-gates": "fit gates of tokens, for the compressor TokenGate, to what KVzip scores",
     "ui": "open the MLflow UI on the recorded runs",
 }
 """Commands with options of their own: each is a module of that name with a function ``run``."""
@@ -64,7 +65,7 @@ commands:
   --help                 the settings of a command, with their meaning; --data.help lrsa_lit.data.HotpotQA those of a
                          data set
 
-distil-cache takes the options of fit. {tools} have options of their own, which --help lists.
+distil-cache and token-gates take the options of fit. {tools} have options of their own, which --help lists.
 
 examples:
   lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
@@ -138,7 +139,7 @@ def _main(arguments: list[str]) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | TOOLS).items())
-        tools = [name for name in TOOLS if name != "distil-cache"]
+        tools = [name for name in TOOLS if name not in ("distil-cache", "token-gates")]
         print(HELP.format(commands=commands, runs=_listed(COMMANDS), tools=_listed(tools)), end="")
         return
     if arguments[0] == "--version":

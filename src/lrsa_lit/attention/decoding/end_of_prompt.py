@@ -28,7 +28,22 @@ def end_prompt(
     encode: Encode | None = None,
     synced: bool = False,
 ) -> None:
-    """Say that prompts are over, once: :meth:`LRSACache.end_prompt`, behind what its system has the model repeat.
+    """Say that prompts are over, once: :meth:`LRSACache.end_prompt`, behind :func:`repeat_prompt`; its arguments."""
+    repeat_prompt(model, cache, prompts, attention_mask, encode=encode, synced=synced)
+    cache.end_prompt()
+
+
+@torch.no_grad()
+def repeat_prompt(
+    model: Any,
+    cache: LRSACache,
+    prompts: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    encode: Encode | None = None,
+    synced: bool = False,
+) -> None:
+    """Have a model read what the cache's system needs behind a prompt, if it needs anything; the cache stays as it is.
 
     Args:
         model: with LRSA enabled.
@@ -42,25 +57,25 @@ def end_prompt(
         UserError: the system refuses the prompt, or has the model read beyond its positions.
     """
     system, streams = cache.config.system, cache.system_streams()
-    if system is not None and system.repeats_prompt and streams:
-        mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
-        of_rows = streams if len(streams) == len(prompts) else streams * len(prompts)
-        real = [row[kept == 1].tolist() for row, kept in zip(prompts, mask, strict=True)]
-        repeats = [system.repeats(own, row, encode) for own, row in zip(of_rows, real, strict=True)]
-        _check_positions(model, real, repeats)
-        calls = max(map(len, repeats))
-        if synced:
-            most = torch.tensor(calls, device=prompts.device)
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            calls = int(most)
-        with cache.probing():
-            for call in range(calls):
-                now = [row[call] if call < len(row) else None for row in repeats]
-                for own, repeat in zip(of_rows, now, strict=True):
-                    if repeat is not None:
-                        system.begin_repeat(own, repeat)
-                _read(model, cache, mask, [[] if repeat is None else repeat.ids for repeat in now])
-    cache.end_prompt()
+    if system is None or not system.repeats_prompt or not streams:
+        return
+    mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
+    of_rows = streams if len(streams) == len(prompts) else streams * len(prompts)
+    real = [row[kept == 1].tolist() for row, kept in zip(prompts, mask, strict=True)]
+    repeats = [system.repeats(own, row, encode) for own, row in zip(of_rows, real, strict=True)]
+    _check_positions(model, real, repeats)
+    calls = max(map(len, repeats))
+    if synced:
+        most = torch.tensor(calls, device=prompts.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        calls = int(most)
+    with cache.probing():
+        for call in range(calls):
+            now = [row[call] if call < len(row) else None for row in repeats]
+            for own, repeat in zip(of_rows, now, strict=True):
+                if repeat is not None:
+                    system.begin_repeat(own, repeat)
+            _read(model, cache, mask, [[] if repeat is None else repeat.ids for repeat in now])
 
 
 def _read(model: Any, cache: LRSACache, mask: Tensor, rows: Sequence[list[int]]) -> None:

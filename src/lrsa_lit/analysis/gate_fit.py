@@ -1,0 +1,195 @@
+"""Gates of tokens, fitted to the scores that KVzip's repetition of a context gives.
+
+Dimensions: N layers, H key-value heads, T tokens of a context, P partitions of it, L lag_size, W width of the hidden
+states, K top_k.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.attention import LRSACache, LRSAConfig, base_of, cache_argument, using
+from lrsa_lit.attention.decoding.end_of_prompt import repeat_prompt
+from lrsa_lit.attention.families import attention_modules
+from lrsa_lit.attention.scored_tokens import gate_scores, hidden_states
+from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention import LagRelative, Rule, compressed_at, select
+from lrsa_lit.systems import KVzip
+from lrsa_lit.systems.one_shot import highest
+from lrsa_lit.systems.system import Encode
+
+RIDGE = 1e-3
+"""What is added to the diagonal of the normal equations, as a share of its mean: directions that hardly occur get no
+large weights."""
+LEAST = 1e-6
+"""Scores below it count as it: what is never attended to in the repetition need not be told apart."""
+
+
+@dataclass(frozen=True)
+class FittedGates:
+    """What a fit of gates gives.
+
+    Attributes:
+        gates: (N, H, W) float32, on the CPU, for :class:`~lrsa_lit.ops.sparse_attention.TokenGate`.
+        fitted_on: contexts that the gates were fitted on.
+        held_out: others, which the shares below were found on.
+        found: share of the tokens that KVzip's scores keep of a partition which the gates keep as well.
+        lag_relative: the same of the lag-relative score.
+        chance: the same of tokens at random, K / L.
+    """
+
+    gates: Tensor
+    fitted_on: int
+    held_out: int
+    found: float
+    lag_relative: float
+    chance: float
+
+
+def fit_token_gates(
+    model: Any,
+    contexts: Sequence[Sequence[int]],
+    rule: Rule,
+    *,
+    encode: Encode,
+    track: Callable[[Sequence[Sequence[int]]], Iterable[Sequence[int]]] = iter,
+) -> FittedGates:
+    """Fit a linear gate for each head of a model, whose weights stay as they are.
+
+    The gate of a head is the least-squares fit of the logarithm of KVzip's score by the hidden state in front of the
+    attention, both less their means over the partition: a partition chooses among its own tokens, so what differs
+    between partitions must not be learnt. KVzap (arXiv 2601.07891) fits the same logarithm over whole texts, by steps
+    of an optimizer. Here the fit is exact, from sums over all tokens, and has neither a rate nor a seed. Each tenth
+    context, or at least the last, is held out.
+
+    Args:
+        model: a causal language model; LRSA may be enabled on it.
+        contexts: token ids of each; those too short to be compressed are passed over.
+        rule: whose partitions are to be judged.
+        encode: token ids of a text, without special ones.
+        track: shows how far it is.
+
+    Raises:
+        UserError: fewer than two contexts are long enough, or one does not fit into the model's positions.
+    """
+    usable = [context for context in contexts if compressed_at(len(context) - 1, rule)]
+    if len(usable) < 2:
+        needed = f"at least two of {rule.first_compression + 1} tokens, from which on partitions are compressed"
+        raise UserError("contexts", f"{len(usable)} of {len(contexts)}", needed)
+    every = min(10, len(usable))
+    fitted_on, held_out = [context for n, context in enumerate(usable, 1) if n % every], usable[every - 1 :: every]
+    config = LRSAConfig(system=KVzip(pairs=max(rule.sink_size, 1), sink_size=rule.sink_size))
+    training, sums, shares = model.training, _Sums(), []
+    model.eval()
+    try:
+        with using(model, config):
+            for context in track(fitted_on):
+                sums.add(_judge(model, context, encode), rule)
+            gates = sums.solve()
+            for context in held_out:
+                judged = _judge(model, context, encode)
+                shares += [_shares(layer, gate, rule) for layer, gate in zip(judged, gates, strict=True)]
+    finally:
+        model.train(training)
+    found, lag_relative = torch.tensor(shares, dtype=torch.float64).mean(dim=0).tolist()
+    chance = rule.top_k / rule.lag_size
+    return FittedGates(gates.float().cpu(), len(fitted_on), len(held_out), found, lag_relative, chance)
+
+
+class _Judged(NamedTuple):
+    """A context in one layer: hidden states (T, W), KVzip's scores (H, T), keys and values (1, H, T, D)."""
+
+    hidden: Tensor
+    scores: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@torch.no_grad()
+def _judge(model: Any, context: Sequence[int], encode: Encode) -> list[_Judged]:
+    """Of each layer; the model reads the context, and repeats it over the cache."""
+    ids, cache = torch.tensor([context], device=base_of(model).device), LRSACache.of(model)
+    with _hidden_of_layers(model) as hidden:
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+    repeat_prompt(model, cache, ids, encode=encode)
+    (streams,) = cache.system_streams()
+    pairs = [stream.stored for stream in streams]
+    scores: list[Any] = [getattr(stream, "scores") for stream in streams]  # noqa: B009 - of KVzip's streams
+    return [
+        _Judged(states[0], of_layer[0], *pair)
+        for states, of_layer, pair in zip(hidden, scores, pairs, strict=True)
+        if pair is not None
+    ]
+
+
+@contextlib.contextmanager
+def _hidden_of_layers(model: Any) -> Iterator[list[Tensor]]:
+    """What the attention of each layer is given in the block's one call: (B, T, W)."""
+    found: list[Tensor] = []
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(hidden_states(args, kwargs).detach())
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attention_modules(base_of(model))]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Sums:
+    """Normal equations of each layer's gates: sums (W, W) of products of states, (W, H) of states and targets."""
+
+    def __init__(self) -> None:
+        self.of_layers: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, judged: Sequence[_Judged], rule: Rule) -> None:
+        """Those of all complete partitions of a context."""
+        added = []
+        for layer in judged:
+            states, targets = _centred(layer.hidden, rule), _centred(layer.scores.T.clamp(min=LEAST).log(), rule)
+            with torch.autocast(states.device.type, enabled=False):
+                added.append(((states.T @ states).double(), (states.T @ targets.to(states)).double()))
+        before = self.of_layers or [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in added]
+        self.of_layers = [(a + c, b + d) for (a, b), (c, d) in zip(before, added, strict=True)]
+
+    def solve(self) -> Tensor:
+        """The gates (N, H, W), float64."""
+        gates = []
+        for states, targets in self.of_layers:
+            ridge = RIDGE * states.diagonal().mean().clamp(min=1e-30)
+            gates.append(torch.linalg.solve(states + ridge * torch.eye(len(states)).to(states), targets))
+        found: Tensor = torch.stack(gates).mT
+        return found
+
+
+def _centred(of_tokens: Tensor, rule: Rule) -> Tensor:
+    """Rows (T, C) of all complete partitions (P L, C), less their means over the partition, at least float32."""
+    count = (len(of_tokens) - rule.sink_size) // rule.lag_size
+    rows = of_tokens[rule.sink_size : rule.sink_size + count * rule.lag_size]
+    parts = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(0, (count, rule.lag_size))
+    return (parts - parts.mean(dim=1, keepdim=True)).flatten(0, 1)
+
+
+@torch.no_grad()
+def _shares(layer: _Judged, gate: Tensor, rule: Rule) -> tuple[float, float]:
+    """Of the tokens that KVzip's scores keep in compressed partitions, the share of gate and lag-relative score."""
+    count = compressed_at(len(layer.hidden) - 1, rule)
+
+    def kept(scores: Tensor) -> Tensor:
+        parts = scores[:, rule.sink_size : rule.sink_size + count * rule.lag_size].unflatten(1, (count, rule.lag_size))
+        return highest(parts, rule.top_k)  # (H, P, K)
+
+    wanted, gated = kept(layer.scores), kept(gate_scores(layer.hidden[None], gate)[0])
+    chosen = select(layer.key, layer.value, rule.replace(compressor=LagRelative())).indices[0]
+    found = [(one[..., :, None] == wanted[..., None, :]).any(dim=-1).double().mean().item()
+             for one in (gated, (chosen - rule.sink_size) % rule.lag_size)]  # fmt: skip
+    return found[0], found[1]

@@ -1,0 +1,80 @@
+"""``lrsa token-gates --to FILE …``, with the arguments of ``lrsa fit``: fit gates of tokens to what KVzip scores.
+
+The compressor TokenGate then takes the file as its ``weights``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from lrsa_lit.analysis.gate_fit import fit_token_gates
+from lrsa_lit.attention.unread import check_layers
+from lrsa_lit.cli.arguments import Parser
+from lrsa_lit.cli.lightning_cli import LRSACLI, run_with
+from lrsa_lit.cli.main import layers_of, lightning_arguments
+from lrsa_lit.errors import UserError
+from lrsa_lit.io import write_atomically
+from lrsa_lit.models import uncompiled
+from lrsa_lit.ops.sparse_attention.token_gate import NAME
+from lrsa_lit.paths import check_writable, expanded
+from lrsa_lit.terminal import PlainConsole
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command; a mistake in the arguments or files is a UserError."""
+    parser = Parser("lrsa token-gates", add_help=False)
+    parser.add_argument("--to", metavar="FILE")
+    own, others = parser.parse_known_args(arguments)
+    told = lightning_arguments("fit", others)
+    check_layers(layers_of(others))
+    run_with(functools.partial(_TokenGates, own.to), told)
+
+
+class _TokenGates(LRSACLI):
+    """Parses and checks as a fit does, and fits gates to the training split's prompts, on one device."""
+
+    def __init__(self, to: str | None, arguments: Sequence[str]) -> None:
+        self.to = to
+        super().__init__(arguments)
+
+    def instead(self) -> Callable[[], None] | None:
+        """The fit of the gates."""
+        if self.asked("estimate"):
+            raise UserError("--estimate", reason="it is not allowed for token-gates; only a fit is estimated")
+        if self.to is None:
+            raise UserError("--to", reason="it is needed: the file that the gates are written to")
+        if self.asked("model.lrsa.system") is not None:
+            raise UserError("model.lrsa.system", reason="is not allowed: gates choose in the partitions of the rule")
+        path = expanded("--to", self.to)
+        check_writable("--to", path, path.absolute().parent)
+        return functools.partial(self._write, path)
+
+    def _write(self, path: Path) -> None:
+        from safetensors.torch import save
+
+        task, data, trainer = self.model, self.datamodule, self.trainer
+        if not trainer.is_global_zero:
+            return
+        data.prepare_split("train")
+        examples = data.open_split("train")
+        contexts = [example["input_ids"][: example["prompt_length"]] for example in examples]
+        console = PlainConsole(stderr=True)
+        shown = functools.partial(track, description="Repeating contexts", console=console, transient=True,
+                                  disable=not console.is_terminal)  # fmt: skip
+        model = task.start().build().to(trainer.strategy.root_device)
+        encode = functools.partial(task.tokenizer.encode, add_special_tokens=False)
+        rule = task.lrsa.rule
+        with trainer.precision_plugin.forward_context(), uncompiled():
+            fitted = fit_token_gates(model, contexts, rule, encode=encode, track=shown)
+        content = save({NAME: fitted.gates.contiguous()})
+        write_atomically(path, lambda file: file.write(content))
+        layers, heads, _ = fitted.gates.shape
+        say = PlainConsole().say
+        say(f"Gates of {layers} layers x {heads} heads, fitted on {fitted.fitted_on} contexts, are in {path}")
+        wanted = f"the {rule.top_k} of {rule.lag_size} tokens that KVzip would keep"
+        others = f"the lag-relative score {fitted.lag_relative:.1%}, chance {fitted.chance:.1%}"
+        say(f"Contexts held out: {fitted.held_out}. Of {wanted} there, the gates keep {fitted.found:.1%}, {others}")
