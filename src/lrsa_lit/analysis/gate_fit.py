@@ -167,8 +167,7 @@ class _Sums:
         for states, targets in self.of_layers:
             ridge = RIDGE * states.diagonal().mean().clamp(min=1e-30)
             gates.append(torch.linalg.solve(states + ridge * torch.eye(len(states)).to(states), targets))
-        found: Tensor = torch.stack(gates).mT
-        return found
+        return torch.stack(gates).mT
 
 
 def _centred(of_tokens: Tensor, rule: Rule) -> Tensor:
@@ -176,7 +175,8 @@ def _centred(of_tokens: Tensor, rule: Rule) -> Tensor:
     count = (len(of_tokens) - rule.sink_size) // rule.lag_size
     rows = of_tokens[rule.sink_size : rule.sink_size + count * rule.lag_size]
     parts = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(0, (count, rule.lag_size))
-    return (parts - parts.mean(dim=1, keepdim=True)).flatten(0, 1)
+    centred: Tensor = (parts - parts.mean(dim=1, keepdim=True)).flatten(0, 1)
+    return centred
 
 
 @torch.no_grad()
