@@ -12,12 +12,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lrsa_lit.attention import Greedy, LRSAConfig, enable, using
+from lrsa_lit.data.collate import IGNORE_INDEX
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.strategies import is_sharded, shard
+from lrsa_lit.systems import KeyNorm, KVzip, SqueezedAttention
+from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 CLIP = 0.5
+# One whose answers come token by token, one that has prompts repeated, of unequally many parts, and one of neither.
+SYSTEMS = {type(each).__name__: each for each in (SqueezedAttention(observed=9), KVzip(chunk=32), KeyNorm())}
 
 
 def backbone(**options):
@@ -67,6 +72,16 @@ def answers(model, prompts, stops, *, synced):
     return tokens
 
 
+def losses(model, system, rank):
+    """Of a prompt and an answer of another length in each process."""
+    prompt, size = rows()[rank : rank + 1, : 100 - 30 * rank], (1, 4)[rank]
+    labels = torch.full((1, 6), IGNORE_INDEX)
+    labels[:, :size] = prompt[:, 7 : 7 + size]
+    batch = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "labels": labels}
+    with using(model.eval(), LRSAConfig(system=SYSTEMS[system])):
+        return losses_behind_prompts(model, batch, tiny_tokenizer())
+
+
 def of_one_process(rank, port, found):
     """Train and generate with sharded models; what came out goes to the parent."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(processes.COUNT))
@@ -88,6 +103,7 @@ def of_one_process(rank, port, found):
     prompt = rows()[rank : rank + 1, : 100 - 30 * rank]
     first = answers(model, prompt, [], synced=True)[0]
     results["answers"] = answers(model, prompt, [first] if rank == 0 else [], synced=True)
+    results["losses"] = {system: losses(model, system, rank) for system in SYSTEMS}
     torch.save(results, found / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -119,6 +135,13 @@ def test_answers_are_those_of_the_whole_model_and_nobody_waits(results):
     for rank, result in enumerate(results):
         alone = answers(backbone(), rows()[rank : rank + 1, : 100 - 30 * rank], [], synced=False)
         assert result["answers"] == (alone if rank else [])
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_losses_behind_prompts_are_those_of_the_whole_model_and_nobody_waits(system, results):
+    for rank, result in enumerate(results):
+        alone = losses(backbone(), system, rank)
+        torch.testing.assert_close(result["losses"][system], alone, rtol=0, atol=1e-4)
 
 
 def test_models_that_cannot_be_sharded():

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from lrsa_lit.attention import LRSACache, cache_argument, read_prompts
+from lrsa_lit.attention.decoding.synced import most_of_all
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch
 from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.strategies import is_sharded
@@ -33,8 +34,12 @@ def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokeniz
     """
     labels = batch["labels"]
     answers = pad_sequence([row[row != IGNORE_INDEX] for row in labels], True, padding_value=IGNORE_INDEX)
-    cache = LRSACache.of(model)
-    turns, synced = batch.get("first_turn"), is_sharded(model)
+    cache, synced = LRSACache.of(model), is_sharded(model)
+    if synced:
+        # Calls of the model take all processes: where another one has a longer answer, pads are behind these.
+        missing = most_of_all(answers.shape[1], answers.device) - answers.shape[1]
+        answers = pad(answers, (0, missing), value=IGNORE_INDEX)
+    turns = batch.get("first_turn")
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     prompts = batch["prompt_ids"], batch["prompt_mask"]
     logits, seen = read_prompts(model, cache, *prompts, first_turns=turns, encode=encode, synced=synced)

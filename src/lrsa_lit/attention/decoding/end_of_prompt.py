@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lrsa_lit.attention.attached import base_of, cache_argument
 from lrsa_lit.attention.cache import LRSACache
+from lrsa_lit.attention.decoding.synced import most_of_all
 from lrsa_lit.errors import UserError
 from lrsa_lit.systems.system import Encode, Repeat
 
@@ -66,9 +67,7 @@ def repeat_prompt(
     _check_positions(model, real, repeats)
     calls = max(map(len, repeats))
     if synced:
-        most = torch.tensor(calls, device=prompts.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        calls = int(most)
+        calls = most_of_all(calls, prompts.device)
     with cache.probing():
         for call in range(calls):
             now = [row[call] if call < len(row) else None for row in repeats]

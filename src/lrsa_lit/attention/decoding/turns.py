@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.decoding.chunked_prefill import TOKENS_PER_CALL, prefill
 from lrsa_lit.attention.decoding.end_of_prompt import end_prompt
+from lrsa_lit.attention.decoding.synced import most_of_all
 from lrsa_lit.systems.system import Encode
 
 
@@ -80,8 +81,6 @@ def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _as_long_as_any(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Both padded on the left to the most columns that a process has."""
-    most = torch.tensor(ids.shape[1], device=ids.device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    missing = int(most) - ids.shape[1]
+    missing = most_of_all(ids.shape[1], ids.device) - ids.shape[1]
     ids, mask = (torch.nn.functional.pad(each, (missing, 0)) for each in (ids, mask))
     return ids, mask
