@@ -9,7 +9,7 @@ RANGE_TESTS := tests/test_ranges.py tests/attention tests/models tests/tasks tes
 	$(addprefix tests/data/test_,token_cache.py loaders.py module.py) tests/ops/triton/test_decoding.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format ui clean
+.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format results ui clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -61,6 +61,11 @@ lint: setup ## Check style and types
 format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: setup ## Write the tables and plots of README.md, RESULTS.md and docs/study anew; study/data has the studies' data
+	$(BIN)/lrsa study report study/results.jsonl study/objectives.jsonl study/claim.jsonl \
+	  --study $(addprefix configs/experiment/,robustness.yaml objectives.yaml claim.yaml) \
+	  --data study/data --into README.md RESULTS.md docs/study
 
 ui: setup ## Compare the runs recorded here in the MLflow UI
 	$(BIN)/lrsa ui

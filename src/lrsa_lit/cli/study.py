@@ -26,7 +26,7 @@ examples:
   lrsa study status configs/experiment/robustness.yaml --part main --data study/data --out results.jsonl
   lrsa study report results.jsonl --study configs/experiment/robustness.yaml --to study/report
   lrsa study report results.jsonl --study configs/experiment/robustness.yaml --data study/data \\
-    --into README.md RESULTS.md
+    --into my-results.md
   lrsa study config configs/experiment/robustness.yaml lrsa-4x > row.yaml && lrsa fit --config row.yaml
 
 A run does what the results do not hold yet, by `lrsa fit` and `lrsa test`, and stops in time; the same command goes on.

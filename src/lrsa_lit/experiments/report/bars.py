@@ -62,6 +62,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         best: the cell that was held against the bar.
+        data_set: what it is about.
+        asked: what it requires, without the names of rows.
         aim: what is hoped for.
     """
 
@@ -71,6 +73,8 @@ class Verdict(NamedTuple):
     verdict: str = "open"
     by: str = ""
     best: Cell | None = None
+    data_set: str = ""
+    asked: str = ""
     aim: str = ""
 
 
@@ -89,7 +93,8 @@ class Bars:
         kinds = {"of_dense": self._of_dense, "of": self._of, "at_least": self._at_least, "above": self._above}
         bars = self.study.bars.items()
         found = [next(of for key, of in kinds.items() if key in bar)(name, bar) for name, bar in bars]
-        return [item._replace(aim=_aim(bar)) for item, (_, bar) in zip(found, bars, strict=True)]
+        about = [{"data_set": bar["set"], "asked": self._asked(bar), "aim": _aim(bar)} for _, bar in bars]
+        return [item._replace(**more) for item, more in zip(found, about, strict=True)]
 
     def best(self, bar: Settings) -> Best | None:
         """The cell with the largest share of dense training's score among those that the bar allows.
@@ -223,6 +228,14 @@ class Bars:
         verdict = "open" if draw_seeds and seeds < 2 else _significant(items, p_values, bar["p"], len(asked))
         return Verdict(name, required, f"{columns.signed(smallest)}, p = {max(p_values):.4f}", verdict, by, cell)
 
+    def _asked(self, bar: Settings) -> str:
+        label = LABELS[self._scope(bar).measure]
+        if "above" in bar:
+            others = len(bar["above"])
+            return f"{label} above {f'each of {others}' if others > 1 else 'another'}, p < {bar['p']:g}"
+        share = bar.get("of_dense", bar.get("at_least"))
+        return f"{share:.0%} of {label}" if "of" in bar or "of_dense" in bar else f"{label} of {share:g}"
+
     def _scope(self, bar: Settings) -> Cells:
         return self.cells.on(bar["set"], measure=bar.get("measure"))
 
@@ -236,18 +249,22 @@ def table_of(verdicts: Sequence[Verdict]) -> Grid:
 
 
 def claim_of(verdicts: Sequence[Verdict]) -> Grid:
-    """A row for each bar, with what its best cell attends to and holds; one without results was not run."""
+    """A row for each bar, with what its best cell attends to and holds; one without results was not run.
+
+    Which rows a bar is about is left to :func:`table_of`.
+    """
     cells = [item.best for item in verdicts]
     return Grid(
         [
             Column("bar", [item.bar for item in verdicts]),
-            Column("required", [item.required for item in verdicts]),
+            Column("set", [item.data_set for item in verdicts]),
+            Column("required", [item.asked for item in verdicts]),
             Column("aim", [item.aim for item in verdicts]),
             Column("reached", [item.reached for item in verdicts]),
             Column("pairs", [cell and cell.pairs for cell in cells], columns.share),
             Column("cache bytes", [cell and cell.cache for cell in cells], columns.share),
             Column("verdict", [item.verdict if item.reached else "not run yet" for item in verdicts]),
-            Column("by", [item.by for item in verdicts]),
+            Column("seeds", [cell and len(cell.lines) for cell in cells]),
         ],
         names=2,
     )
