@@ -1,15 +1,18 @@
 """Which checkpoint a command takes, what it says of one that it cannot take, and a disk that is full."""
 
 import errno
+import json
 import os
 import shutil
 
 import pytest
 import torch
+import yaml
 from cli_helpers import DEBUG, NO_LOGGER, before_step, recorded_runs, refusal
 from mlflow.tracking import MlflowClient
 
 from lrsa_lit.checkpoints import checkpoint_io, resume
+from lrsa_lit.checkpoints.resume import differences, settings_of
 from lrsa_lit.cli.main import main
 
 FIT = ["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.limit_val_batches", "1"]
@@ -132,6 +135,38 @@ def test_other_data(fitted, elsewhere, capfd, option, value, said):
 def test_other_settings_are_said(fitted, caplog):
     main([*FIT, "--model.lrsa.top_k", "4", "--ckpt_path", str(best(fitted))])
     assert "not as an uninterrupted run: model.lrsa.top_k 8 (here 4)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ({"lrsa": {"head_top_k": "x.json"}}, "lrsa.head_top_k"),
+        ({"lrsa": {"head_top_k": {"ranking": "x.json", "budget": 0.5}}}, "lrsa.head_top_k.ranking"),
+        ({"lrsa": {"system": {"class_path": "DuoAttention", "init_args": {"gates": "x.json"}}}},
+         "lrsa.system.init_args.gates"),
+        ({"train_attention": {"head_top_k": "x.json"}}, "train_attention.head_top_k"),
+    ],
+)  # fmt: skip
+def test_a_file_of_the_rule_is_known_by_its_content(rule, name, elsewhere):
+    def settings(text, path="x.json"):
+        (elsewhere / path).write_text(text)
+        return settings_of(yaml.safe_load(json.dumps({"model": rule}).replace("x.json", path)))
+
+    before = settings("[[0.5, 1]]")
+    assert (
+        differences(before, settings("[[0.5, 1]]")) == differences(before, settings("[[0.5, 1]]", "moved.json")) == []
+    )
+    (change,) = differences(before, settings("[[0.5, 0]]"))
+    assert change.startswith(f'model.{name} "file ')
+
+
+def test_a_fit_goes_on_with_the_budgets_that_it_began_with(elsewhere, caplog):
+    (elsewhere / "heads.json").write_text("[[8, 4], 2]")
+    budgets = [*FIT, "--model.lrsa.head_top_k", "heads.json", "--trainer.max_steps", "2"]
+    main(budgets)
+    (elsewhere / "heads.json").write_text("[[8, 4], 3]")
+    main([*budgets, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt"])
+    assert 'not as an uninterrupted run: model.lrsa.head_top_k "file ' in caplog.text
 
 
 def test_another_number_of_processes(fitted, capfd):

@@ -185,6 +185,15 @@ def test_one_that_fails_leaves_the_others_alone(end, said, fits, runs, capfd):
     assert heartbeat.DIED not in runs()["sweep-top_k"].data.tags
 
 
+def test_a_point_is_another_one_where_the_budgets_in_a_file_are(elsewhere):
+    def digest(budgets):
+        (elsewhere / "heads.json").write_text(budgets)
+        (point,) = points(parse(["model.lrsa.head_top_k=heads.json"]), DEBUG, FitSettings())
+        return point.digest
+
+    assert digest("[8, 4]") == digest("[8, 4]") != digest("[8, 2]")
+
+
 @pytest.mark.slow
 def test_a_stopped_fit_goes_on_from_its_checkpoint_in_its_run(elsewhere, runs, monkeypatch, capfd):
     (point,) = points(parse(["model.lrsa.top_k=4"]), DEBUG, FitSettings())

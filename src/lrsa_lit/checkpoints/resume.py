@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from lrsa_lit.checkpoints.checkpoint_io import newest_first, tidy
 from lrsa_lit.checkpoints.exact_state import other_processes
 from lrsa_lit.checkpoints.form import KEY
 from lrsa_lit.errors import UserError
+from lrsa_lit.io import sha256_of
 from lrsa_lit.models.checkpoint import typed
 from lrsa_lit.models.checkpoint_file import Unreadable, damage, read, unusable
 from lrsa_lit.paths import check_path
@@ -36,6 +38,7 @@ _PARTS |= {"state_dict": dict[str, Tensor], "optimizer_states": list[_SECTION], 
 _log = logging.getLogger("lrsa_lit.checkpoints")
 # Data that is not trained on, and the workers, which do not change the order.
 _INDIFFERENT = {"val", "test", "evaluate_on", "eval_batch_size", "num_workers"}
+_RULES = ("model.lrsa.", "model.train_attention.")
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
@@ -56,11 +59,25 @@ class About(NamedTuple):
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """What of a resolved config decides the weights, by dotted name, as JSON."""
+    """What of a resolved config decides the weights, by dotted name, as JSON.
+
+    A file that the rule is read from, as budgets and gates are, stands there by its content.
+    """
     kept = {name: config.get(name) for name in ("seed_everything", "model", "data")}
     trainer = config.get("trainer") or {}
     kept["trainer"] = {name: trainer.get(name) for name in _TRAINER}
-    return {name: value for name, value in _leaves("", kept) if not _is_indifferent(name)}
+    settings = {name: value for name, value in _leaves("", kept) if not _is_indifferent(name)}
+    return settings | files_of(config)
+
+
+def files_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """By dotted name, the digests of the files that the rule of a resolved config is read from."""
+    found = {}
+    for name, value in _leaves("", {"model": config.get("model")}):
+        if name.startswith(_RULES) and isinstance(path := json.loads(value), str):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                found[name] = json.dumps(f"file {sha256_of(Path(path).expanduser())[:12]}")
+    return found
 
 
 def about(path: Path) -> About:

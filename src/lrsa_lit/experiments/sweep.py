@@ -156,6 +156,7 @@ def parse(axes: Sequence[str]) -> dict[str, list[str]]:
 def points(grid: Mapping[str, Sequence[str]], arguments: Sequence[str], fit_settings: FitSettings) -> list[Point]:
     """All combinations of the settings' values, each parsed as its fit would be, or refused by a UserError."""
     from lrsa_lit.attention import LRSAConfig
+    from lrsa_lit.checkpoints.resume import files_of
 
     made = []
     for values in itertools.product(*grid.values()):
@@ -170,8 +171,9 @@ def points(grid: Mapping[str, Sequence[str]], arguments: Sequence[str], fit_sett
             raise UserError("--estimate", reason="it is not allowed in a sweep; lrsa fit estimates one point")
         if run_id := logger_of(config["trainer"]).get("run_id"):
             raise UserError(f"{LOGGER}.run_id", run_id, reason="is not allowed in a sweep; each fit has its own")
-        # Not of a password, which may be another one next time.
-        made.append(Point(chosen, own, config, _digest(redacted(json.dumps(config, sort_keys=True)))))
+        # Not of a password, which may be another one next time; but of what a rule is read from.
+        decides = json.dumps(config, sort_keys=True) + "".join(sorted(files_of(config).values()))
+        made.append(Point(chosen, own, config, _digest(redacted(decides))))
     return made
 
 
