@@ -10,6 +10,7 @@ from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_tokenizer
+from lrsa_lit.systems import StreamingLLM
 from lrsa_lit.tasks import LongContextQA
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
@@ -104,6 +105,25 @@ def test_an_answer_ends_at_its_first_special_token(rule):
     texts, lengths = made.generate(rows, rule)
     assert texts == ["Paris", "Metz", "Gold"]
     assert lengths == [5, 4, 4]
+
+
+def test_conversations_are_cut_behind_their_first_turn():
+    made = task(max_new_tokens=4)
+    made.model.double()
+    rule, rows = RULE.replace(system=StreamingLLM(0.5)), batch(60, 40)
+    rows["first_turn"] = [30, 40]
+    made.generate(rows, rule)
+    # In two layers: half of the first turn, and all that came later.
+    assert [row.stored for row in made._answering(rule).usage.rows] == [2 * (15 + 30), 2 * 20]
+    (found, _), _ = made.losses(rows, rule)
+    ids = rows["input_ids"][:1, :65]
+    with using(made.model, rule), torch.no_grad():
+        cache = LRSACache.of(made.model)
+        made.model(ids[:, :30], past_key_values=cache)
+        cache.end_prompt()
+        logits = made.model(ids[:, 30:], past_key_values=cache).logits[0, -6:-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 60:], reduction="sum")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 def test_what_begins_another_message_does_not_cost_the_answer_its_score():
