@@ -167,12 +167,13 @@ def test_facts_lie_in_their_order_in_one_running_text(data, tokenizer):
         assert shown == [passage.text for passage in record.passages if passage.title in record.supporting_titles]
 
 
-def test_the_background_is_that_of_the_seed_and_id(data, tokenizer):
-    (one,) = (record for record in data.records("test") if record.id == "test-qa3-2")
-    same = FactsInText(tokenizer=tokenizer, max_tokens=BUDGET, test=3)
-    assert same.to_example(same.records("test")[2]) == data.to_example(one)
-    other = FactsInText(tokenizer=tokenizer, max_tokens=BUDGET, test=3, seed=1)
-    assert other.records("test")[2] != one
+def test_tasks_take_turns_and_the_seed_decides(data):
+    """tests/conformance has that an example is the same in another process."""
+    same, other = (FactsInText(test=14, seed=seed).records("test") for seed in (0, 1))
+    assert data.records("test") == same
+    assert [record.task for record in same] == [*FACT_TASKS, *FACT_TASKS]
+    assert all(one != another for one, another in zip(same, other, strict=True))
+    assert len({record.passages for record in [*same, *data.records("train")]}) == 21
 
 
 def test_an_unknown_task_is_refused():

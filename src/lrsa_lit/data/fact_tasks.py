@@ -120,10 +120,10 @@ def two_places(name: str, rng: random.Random) -> QARecord:
         rng.choice([f"The {other} is {way} of the {middle}.", f"The {middle} is {_OPPOSITE[way]} of the {other}."])
         for other, way in sides
     ]
-    place = rng.randrange(2)
-    other, way = sides[place]
+    asked = rng.randrange(2)
+    other, way = sides[asked]
     question = rng.choice([f"What is {way} of the {middle}?", f"What is the {middle} {_OPPOSITE[way]} of?"])
-    return _record(name, facts, Asked(question, other, [place]))
+    return _record(name, facts, Asked(question, other, [asked]))
 
 
 def _record(name: str, facts: Sequence[str], asked: Asked) -> QARecord:
