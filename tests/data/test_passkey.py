@@ -1,15 +1,20 @@
 import random
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 from helpers import refused
 
+import lrsa_lit.data
 from lrsa_lit.data.module import SPLITS
 from lrsa_lit.data.passkey import Passkey
 from lrsa_lit.data.split_facts import SplitFacts
+from lrsa_lit.models import Backbone
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 BUDGET = 2000
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +121,19 @@ def test_four_hundred_questions_are_the_default():
 def test_a_bad_parameter_is_refused_at_once(parameters, field, value):
     with refused(field, value):
         Passkey(**parameters)
+
+
+@pytest.mark.slow
+def test_shipped_configs_leave_room_for_the_answers_of_smollm2():
+    model = yaml.safe_load((CONFIGS / "model" / "smollm2.yaml").read_text())["model"]
+    tokenizer = Backbone(**model["backbone"]).tokenizer
+    for name in ("passkey", "several_values", "ruler13"):
+        settings = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text())
+        make = getattr(lrsa_lit.data, settings["data"]["class_path"].rpartition(".")[2])
+        data = make(**settings["data"]["init_args"] | {"tokenizer": tokenizer, "test": 26})
+        data.prepare_data("test")
+        data.setup("test")
+        assert data.unanswerable("test", settings["model"]["max_new_tokens"]) == 0
+        if name == "passkey":
+            # A token for each digit and one for the blank; the end of the message is the 66th.
+            assert [data.unanswerable("test", tokens) for tokens in (65, 64)] == [0, 26]

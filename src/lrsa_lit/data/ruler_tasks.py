@@ -99,7 +99,7 @@ class Niah:
             hay = [self._needle(next(keys), next(values)) if of_needles else NOISE for _ in range(size)]
             places, between = rng.sample(range(size), len(pairs)), "\n"
         needles = [self._needle(key, value) for key, value in pairs]
-        passages = in_pieces(hidden(needles, sorted(places), hay), between)
+        passages = in_pieces(_hidden(needles, sorted(places), hay), between)
         return QARecord(
             id=name,
             passages=passages,
@@ -156,10 +156,10 @@ def _chain(rng: random.Random, letters: int, lines: int) -> tuple[list[str], str
     variables = list(islice(_distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters))), HOPS + 1))
     value = str(rng.randrange(10_000, 100_000))
     needles = [f"VAR {variables[0]} = {value}", *(f"VAR {new} = VAR {old} " for old, new in pairwise(variables))]
-    return variables, value, hidden(needles, sorted(rng.sample(range(lines), len(needles))), [f"{NOISE}\n"] * lines)
+    return variables, value, _hidden(needles, sorted(rng.sample(range(lines), len(needles))), [f"{NOISE}\n"] * lines)
 
 
-def hidden(needles: Sequence[str], places: Sequence[int], hay: Sequence[str]) -> list[Sentence]:
+def _hidden(needles: Sequence[str], places: Sequence[int], hay: Sequence[str]) -> list[Sentence]:
     """The sentences of a haystack with each needle before the one at its place, of which none is less than the last."""
     found: list[Sentence] = []
     start = 0
