@@ -69,7 +69,7 @@ def test_a_stopped_fit_goes_on_to_the_same_gates(elsewhere):
 def losses(found):
     """The closing table's line, under the run's own attention and dense."""
     (line,) = [line for line in found.out.splitlines() if "answer loss" in line]
-    return line.split("│")[3:5]
+    return line.split("│")[-3:-1]
 
 
 def test_a_file_says_what_the_checkpoint_says(elsewhere, capfd):
@@ -93,6 +93,23 @@ def test_a_file_says_what_the_checkpoint_says(elsewhere, capfd):
     assert losses(capfd.readouterr()) == by_checkpoint
     error = refusal(capfd, "ask", str(file), "What?", "--model", str(last("runs")))
     assert "holds gates of heads and no weights; name the model itself" in error
+
+
+def test_gates_of_trained_weights_are_evaluated_on_these(capfd):
+    quick = [*NO_LOGGER, "--validate_first", "false", "--data.init_args.val", "null", "--trainer.max_steps", "1"]
+    plain = {key: value for key, value in SETTINGS["model"].items() if key != "head_gates"}
+    Path("dense.yaml").write_text(yaml.safe_dump(SETTINGS | {"model": plain | {"train_attention": None}}))
+    rate = ["--model.lr_scheduler", "null", "--model.optimizer.init_args.lr", "0.01"]
+    main(["fit", "--config", "dense.yaml", *quick, *rate, "--trainer.default_root_dir", "dense"])
+    started = ["--model.start_from", str(last("dense"))]
+    fit("gates", *quick, *started)
+    capfd.readouterr()
+    main(["test", "--config", "dense.yaml", *NO_LOGGER, "--ckpt_path", str(last("dense"))])
+    wanted = losses(capfd.readouterr())[1]
+    main(["test", *SHIPPED, *NO_LOGGER, *started, "--ckpt_path", str(last("gates"))])
+    assert losses(capfd.readouterr())[1] == wanted
+    main(["test", *SHIPPED, *NO_LOGGER, "--ckpt_path", str(last("gates"))])
+    assert losses(capfd.readouterr())[1] != wanted
 
 
 def test_what_gates_do_not_go_with_is_told_in_one_line(capfd):
