@@ -40,6 +40,7 @@ from lrsa_lit.ops.sparse_attention import (
     QueryRuns,
     RandomTokens,
     Recency,
+    TokenGate,
 )
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -65,7 +66,12 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 OTHERS = [RandomTokens(3), Recency(), MeanPool(), FreqPartition()]
-NOT_STOCK = [QueryAttention(window=2, kernel=3), QueryRuns(window=1, size=2, shared_heads=True), Centroids(2)]
+NOT_STOCK = [
+    QueryAttention(window=2, kernel=3),
+    QueryRuns(window=1, size=2, shared_heads=True),
+    Centroids(2),
+    TokenGate(),
+]
 TOLERANCE = 1e-5
 """Norms and rotations are float32 inside of transformers, whatever the dtype of the weights."""
 THROWN_AT: list[tuple[type, str]] = [

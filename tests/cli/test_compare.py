@@ -11,7 +11,7 @@ from experiments.executors import InProcess
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
-from lrsa_lit.experiments import on_ray
+from lrsa_lit.experiments import comparison, on_ray
 from lrsa_lit.experiments.results import read_lines
 from lrsa_lit.systems import KeyNorm
 from lrsa_lit.tasks.measures import MEASURES
@@ -107,6 +107,15 @@ def test_an_evaluation_is_set_to_a_budget(capfd):
     assert refusal(capfd, "test", *settings, "--budget", "0.5", "--cache-tokens", "9").startswith(
         "budget, cache_tokens:"
     )
+
+
+def test_all_leaves_out_a_compressor_that_answers_as_another_does():
+    chosen, left_out = comparison._chosen(["all"], LRSAConfig())
+    assert "rule-LagRelative" in chosen
+    assert [line for line in left_out if line.startswith("rule-")] == [
+        "rule-StraightThrough is left out: compressor: it answers as rule-LagRelative does"
+    ]
+    assert list(comparison._chosen(["StraightThrough"], LRSAConfig())[0]) == ["rule-StraightThrough"]
 
 
 @pytest.mark.parametrize(

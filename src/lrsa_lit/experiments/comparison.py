@@ -138,7 +138,10 @@ def _chosen(names: Sequence[str], rule: LRSAConfig) -> tuple[dict[str, LRSAConfi
         try:
             settings = _class_of(known[label]) | {"init_args": _arguments(name, arguments)}
             with named(f"--systems {label}"):
-                chosen[label] = rule.replace(**{kind: settings})
+                made = rule.replace(**{kind: settings})
+            if ALL in names and made.compressor.plain is not made.compressor:
+                raise UserError("compressor", reason=f"it answers as rule-{type(made.compressor.plain).__name__} does")
+            chosen[label] = made
         except UserError as error:
             if ALL not in names:
                 raise

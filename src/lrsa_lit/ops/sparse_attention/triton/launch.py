@@ -68,7 +68,7 @@ def _forward(
     selection: Selection | None
 ) -> Tensor:  # fmt: skip
     geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
-    if isinstance(rule.compressor, Selector) and (selection or not _trains_choice(rule, query, key, value)):
+    if isinstance(rule.compressor, Selector) and (selection is not None or not _trains_choice(rule, query, key, value)):
         with torch.no_grad():
             code = kernel_code(rule.compressor.plain, rule.top_k)
             if selection is None and code is not None:
