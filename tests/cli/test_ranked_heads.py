@@ -39,6 +39,30 @@ def test_a_share_that_cannot_be_met_is_told_before_the_fit(key, capfd):
 
 
 @pytest.mark.parametrize(
+    ("attention", "said"),
+    [
+        ({"head_top_k": {"ranking": "runs/other.json", "budget": 0.9, "tokens": 1024}},
+         "head_top_k: has K of 3 layers x 1 heads; the model has 2 layers x 2 heads"),
+        ({"system": {"class_path": "DuoAttention", "init_args": {"gates": "runs/other.json"}}},
+         "gates: has gates of 3 layers x 1 heads; the model has 2 x 2"),
+    ],
+    ids=["budgets", "system"],
+)  # fmt: skip
+def test_a_ranking_of_another_model_is_told_before_anything_is_loaded(attention, said, capfd):
+    Path("runs/other.json").write_text("[[0.1], [0.9], [0.5]]")
+    changes = {
+        "rows": {"ranked": {"model": {"train_attention": attention}}},
+        "parts": {"main": {"rows": ["dense", "lrsa", "ranked"]}},
+    }
+    Path("study.yaml").write_text(yaml.safe_dump(merged(STUDY, changes), sort_keys=False))
+    error = refusal(capfd, "study", "run", "study.yaml", "--part", "main")
+    assert error == f"rows.ranked.model.train_attention.{said}"
+    Path("rule.yaml").write_text(yaml.safe_dump({"model": {"train_attention": attention}}))
+    error = refusal(capfd, "fit", *DEBUG, *NO_LOGGER, "--config", "rule.yaml")
+    assert error == f"model.train_attention.{said}"
+
+
+@pytest.mark.parametrize(
     ("where", "changes"),
     [
         ("rows.ranked.model.train_attention", {"rows": {"ranked": {"model": {"train_attention": {}}}}}),

@@ -69,7 +69,7 @@ class LayerRules:
         return Place(layer, self.rotaries[layer] if self.rotaries else None)
 
     def check(self, layers: int, heads: int | None = None) -> None:
-        """Raise a UserError if a dense layer is none of a model's ``layers``, or budgets are of other layers or heads.
+        """Raise a UserError if a dense layer is none of a model's ``layers``, or budgets or the system are of others.
 
         Without ``heads``, the key-value heads of each layer, these are not looked at.
         """
@@ -77,6 +77,8 @@ class LayerRules:
             raise UserError("dense_layers", unknown, f"a list of some of the model's layers, 0 to {layers - 1}")
         if self.budgets is not None:
             budgets.check_shape(self.budgets, layers, heads)
+        if self.system is not None and heads is not None:
+            self.system.check(layers, heads)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,6 @@ def layers_of(model: Any, config: LRSAConfig) -> LayerRules:
     inner, layers = base_of(model), config.layers
     count, heads = len(attention_modules(inner)), heads_of(inner.config)
     layers.check(count, heads)
-    if config.system is not None:
-        config.system.check(count, heads)
     if not config.needs_rotary:
         return layers
     return dataclasses.replace(layers, rotaries=rotaries_of(model))

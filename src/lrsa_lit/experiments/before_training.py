@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.attention import cache_share, head_of
+from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.experiments.checks import bar_rows
 from lrsa_lit.experiments.study import Row, Settings, Study, Work, digest
@@ -37,7 +38,7 @@ def check(study: Study, works: Iterable[Work], settings_of: Callable[[Row], Sett
     lengths = {name: study.fit_settings.made(f"data_sets.{name}", QADataModule, study.data_set(name)).max_tokens
                for name in study.data_sets}  # fmt: skip
     for work in works:
-        _check_work(study, work, settings_of(work.row), models.of(work.row).num_hidden_layers)
+        _check_work(study, work, settings_of(work.row), models.of(work.row))
     for work in study.work(*study.parts):
         for row in (work.row, *work.row.needs):
             models.check_training(row)
@@ -63,7 +64,10 @@ class _Models:
         return self._backbone(row).config
 
     def check_training(self, row: Row) -> None:
-        """The examples that a row trains on must not be longer than its model has positions."""
+        """A row's rule must suit its model, whose positions hold what it trains on."""
+        if row.rule is not None:
+            with under(f"rows.{row.name}.model.train_attention"):
+                row.rule.layers.check(self.of(row).num_hidden_layers, heads_of(self.of(row)))
         if row.steps:
             settings = self.settings_of(row)
             tokens = settings["data"]["init_args"]["max_tokens"]
@@ -104,11 +108,11 @@ class _Models:
         return self._backbones[key]
 
 
-def _check_work(study: Study, work: Work, settings: Settings, layers: int) -> None:
+def _check_work(study: Study, work: Work, settings: Settings, model: Any) -> None:
     from lrsa_lit.data.module import QADataModule
     from lrsa_lit.objectives import Objective
 
-    made, row = study.fit_settings.made, work.row
+    made, row, layers = study.fit_settings.made, work.row, model.num_hidden_layers
     if row.steps:
         made(f"rows.{row.name}.data", QADataModule, settings["data"])
         if (objective := settings["model"].get("objective")) is not None:
@@ -117,4 +121,4 @@ def _check_work(study: Study, work: Work, settings: Settings, layers: int) -> No
     for item in work.evaluations:
         if item.rule is not None:
             with under(f"inference.{item.name}"):
-                item.rule.layers.check(layers)
+                item.rule.layers.check(layers, heads_of(model))
