@@ -82,6 +82,24 @@ def test_systems_and_rule_are_compared_at_budgets_and_go_on(in_process, monkeypa
     assert len(in_process) == 1
 
 
+def test_a_system_may_be_there_twice_with_the_question_seen_and_not(in_process, capfd):
+    asked = ["--systems", "KeyNorm", "KeyNorm={question: true}", "--budgets", "0.5", "--limit", "1"]
+    main([*COMPARE, *asked, "--no-mlflow"])
+    _, behind_context, behind_question = read_lines(Path("out/results.jsonl"))
+    assert behind_context["attention"] == "KeyNorm-at-320-of-640"
+    assert behind_question["attention"] == "KeyNorm-q-at-320-of-640"
+    assert [line["rule"]["system"]["init_args"]["question"] for line in (behind_context, behind_question)] == [
+        False,
+        True,
+    ]
+    assert behind_context["measured"]["cache"] == behind_question["measured"]["cache"]
+    assert behind_context["loss"] != behind_question["loss"]
+    report = Path("out/README.md").read_text()
+    assert "\n| KeyNorm | 50% |" in report
+    assert "\n| KeyNorm [q] | 50% |" in report
+    assert "KeyNorm [q]" in capfd.readouterr().out
+
+
 def test_an_evaluation_is_set_to_a_budget(capfd):
     settings = [
         "--config",
@@ -129,6 +147,8 @@ def test_all_leaves_out_a_compressor_that_answers_as_another_does():
         ),
         (["--systems", "Nothing"], "--systems: 'Nothing' is not allowed; it must be all, or some of rule-"),
         (["--systems", "KeyNorm", "KeyNorm"], "--systems: 'KeyNorm' stands twice"),
+        (["--systems", *["KeyNorm={question: true}"] * 2], "--systems: 'KeyNorm [q]' stands twice"),
+        (["--systems", "KeyNorm={question: 1}"], "--systems KeyNorm.question: 1 is not allowed; it must be true or"),
         (["--systems", "KeyNorm={size: 1}"], "--systems KeyNorm: 'KeyNorm' does not take these init_args"),
         (
             ["--systems", "KeyNorm={no: 1}"],

@@ -92,6 +92,15 @@ def test_evidence_is_where_the_spans_say(data, pairs):
             assert any(first <= start and end <= last for first, last in spans)
 
 
+def test_contexts_hold_the_evidence_and_end_before_the_question(data, pairs):
+    for record, example in pairs:
+        context, turn = (example.get(name, example["prompt_length"]) for name in ("context_length", "first_turn"))
+        assert 1 <= context <= turn <= example["prompt_length"]
+        assert all(stop <= context for _, stop in example["gold_spans"])
+        if not isinstance(data, Articles):
+            assert record.questions[0].strip() in shown(example["input_ids"][context:turn])
+
+
 def test_nothing_is_cut(data, pairs):
     """What grows with the budget replaces that of the record by as much as fits; tests/data has more about it."""
     if isinstance(data, Articles):

@@ -44,11 +44,11 @@ def tokens(rows, length, seed=0):
     return torch.randint(3, 259, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def behind(model, prompt, *, mask=None, calls=8192):
+def behind(model, prompt, *, mask=None, calls=8192, to_come=None):
     """The cache where the prompt has ended, and the logits (B, 1, V) of its last tokens."""
     cache = LRSACache.of(model)
     logits = prefill(model, prompt, cache, attention_mask=mask, tokens_per_call=calls)
-    end_prompt(model, cache, prompt, mask, encode=TOKENIZER.encode)
+    end_prompt(model, cache, prompt, mask, encode=TOKENIZER.encode, to_come=to_come)
     return cache, logits
 
 
@@ -100,6 +100,28 @@ def test_later_turns_find_what_the_first_one_left(model):
     for place, (row, first) in enumerate(zip(rows, firsts, strict=True)):
         one = slice(place, place + 1)
         alone, last_alone = behind(model, row[:, :first])
+        if first < row.shape[1]:
+            last_alone = answered(model, alone, row[:, first:])[:, -1:]
+        alike(last[one], last_alone)
+        alike(logits[one], answered(model, alone, answer[one]))
+
+
+def test_prompts_end_with_their_contexts_where_a_system_does_not_see_the_question(model, system):
+    """Rows of conversations, of unequal contexts and questions, get what each gets alone, in any calls."""
+    contexts, firsts, lengths = [14, 9, 14], [17, 12, 19], [23, 12, 21]
+    rows = [tokens(1, length, seed=row) for row, length in enumerate(lengths)]
+    mask = (torch.arange(PROMPT) >= PROMPT - torch.tensor(lengths)[:, None]).long()
+    prompt = torch.cat([torch.nn.functional.pad(row, (PROMPT - row.shape[1], 0)) for row in rows])
+    cache, ends = LRSACache.of(model), {"contexts": contexts, "first_turns": firsts}
+    last, _ = read_prompts(model, cache, prompt, mask, **ends, encode=TOKENIZER.encode)
+    answer = tokens(3, ANSWER, seed=9)
+    logits = answered(model, cache, answer)
+    for place, (row, context, first) in enumerate(zip(rows, contexts, firsts, strict=True)):
+        one, end = slice(place, place + 1), first if system.question else context
+        alone, last_alone = behind(model, row[:, :end], calls=5, to_come=[first - end])
+        assert alone.nbytes == memory(alone)
+        if end < first:
+            last_alone = model(row[:, end:first], **cache_argument(model, alone)).logits[:, -1:]
         if first < row.shape[1]:
             last_alone = answered(model, alone, row[:, first:])[:, -1:]
         alike(last[one], last_alone)

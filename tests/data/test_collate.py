@@ -19,7 +19,7 @@ def test_a_batch_by_hand():
     assert batch["position_ids"] is batch["boundaries"] is None
     assert batch["prompt_ids"].tolist() == [[1, 2, 3], [0, 0, 6]]
     assert batch["prompt_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert batch["prompt_length"] == [3, 1]
+    assert batch["prompt_length"] == batch["first_turn"] == batch["context_length"] == [3, 1]
     assert batch["gold_spans"] == [[(0, 1)], [(0, 1)]]
     assert batch["answer_spans"] == [[], []]
     assert batch["id"] == ["x", "y"]

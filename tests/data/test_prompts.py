@@ -5,16 +5,19 @@ from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrsa_lit.data.messages import Rendered
 from lrsa_lit.data.prompts import (
     INSTRUCTION,
     Prompt,
     TooLong,
+    _context_length,
     encode,
     find_answers,
     render_passage,
     render_prompt,
     token_span,
 )
+from lrsa_lit.data.tokenization import Tokens
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 
@@ -46,6 +49,32 @@ def test_a_prompt_may_be_put_otherwise(record, tokenizer):
     (gold,) = [tokenizer.decode(example["input_ids"][start:end]) for start, end in example["gold_spans"]]
     assert gold == "Document 2:\nLe café naît à Tesmar: TESMAR, not Tesmarville."
     assert tokenizer.decode(example["input_ids"][example["prompt_length"] :]) == " Tesmar<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["{context}{input}", "Read:\n{context}\nNow: {input}", "To {input}:\n\n{context}", "{input} {context} {input}"],
+)
+def test_the_context_ends_with_the_last_passage_wherever_the_question_stands(record, tokenizer, message):
+    for question in ("Where?", "Nobody lives in Tesmar. Where is it?"):
+        example = encode(replace(record, question=question), tokenizer, 1024, Prompt(message))
+        text = tokenizer.decode(example["input_ids"][: example["context_length"]])
+        before, _ = Prompt(message).around(question)
+        assert text.removeprefix(f"<|im_start|>user\n{before}").startswith("Isk\n")
+        assert text.endswith("kilometres long.\n\nCafé Grün\nLe café naît à Tesmar: TESMAR, not Tesmarville.\n\n"
+                             "Nobody lives in Tesmar.")  # fmt: skip
+        assert example["first_turn"] == example["prompt_length"]
+
+
+def test_a_token_that_reaches_beyond_the_context_is_of_it():
+    tokens = Tokens([7, 8, 8, 9], [(0, 3), (3, 6), (3, 6), (6, 9)])
+    for end, expected in ((3, 1), (4, 3), (5, 3), (6, 3), (7, 4)):
+        assert _context_length(tokens, Rendered("", [], [(0, 2), (2, end)])) == expected
+
+
+def test_without_passages_all_of_the_prompt_is_context(record, tokenizer):
+    example = encode(replace(record, passages=(), supporting_titles=()), tokenizer, 1024)
+    assert example["context_length"] == example["prompt_length"]
 
 
 @pytest.mark.parametrize("question", ["{context}", "{input}"])

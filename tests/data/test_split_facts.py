@@ -22,6 +22,8 @@ def test_a_digest_is_of_tokens_spans_and_answers_in_their_order():
     examples = [example(0, list(range(40))), example(1, list(range(30, 90)), subject="x")]
     # As in results that were written with 16-bit tokens.
     assert SplitFacts.of(examples).digest == "4853a986ae8e"
+    # Where contexts end changes no question.
+    assert SplitFacts.of([{**each, "context_length": 4} for each in examples]) == SplitFacts.of(examples)
     found = {SplitFacts.of(examples).digest}
     for changed in (
         examples[::-1],

@@ -23,6 +23,7 @@ EXAMPLE = Example(
     match="all",
     task="t",
     subject="s",
+    context_length=1,
     first_turn=1,
 )
 
@@ -32,6 +33,13 @@ def test_examples_and_report_come_back(tmp_path):
     rows, report = token_cache.load(tmp_path / "key" / "train")
     assert rows[1] == {**EXAMPLE, "gold_spans": [[0, 1], [1, 2]]}
     assert (len(rows), report) == (2, Counter(kept=2))
+
+
+def test_all_of_the_first_turn_is_context_unless_an_example_says_less(tmp_path):
+    short = {name: value for name, value in EXAMPLE.items() if name not in ("context_length", "first_turn")}
+    token_cache.build(tmp_path / "train", [short, short | {"first_turn": 1}], Counter())
+    rows, _ = token_cache.load(tmp_path / "train")
+    assert (rows["context_length"][:], rows["first_turn"][:]) == ([2, 1], [2, 1])
 
 
 def test_nothing_is_left_of_a_build_that_failed(tmp_path):

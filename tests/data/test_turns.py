@@ -118,6 +118,7 @@ def test_turns_of_one_context_are_known_to_share_it(needles):
     batch = collate(examples[:2], 0)
     assert batch["first_turn"][0] == batch["prompt_length"][0]
     assert batch["first_turn"][1] < batch["prompt_length"][1]
+    assert batch["context_length"][0] == batch["context_length"][1] < batch["first_turn"][0]
 
 
 def test_needles_are_asked_for_one_after_the_other(needles, tokenizer):

@@ -114,7 +114,7 @@ def test_the_pass_leaves_the_cache_as_it_was(rows, model, ids, enabled, monkeypa
     enabled()
     prompt, answer = ids(rows, PROMPT), ids(rows, ANSWER)
     untouched, cache = filled(model, prompt), filled(model, prompt)
-    monkeypatch.setattr(LRSACache, "end_prompt", lambda self: None)
+    monkeypatch.setattr(LRSACache, "end_prompt", lambda self, to_come: None)
     end_prompt(model, cache, prompt, encode=encode)
     assert cache.is_idle
     assert cache.get_seq_length() == PROMPT

@@ -126,6 +126,19 @@ def test_conversations_are_cut_behind_their_first_turn():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("question", [False, True])
+def test_a_context_is_cut_before_its_question_unless_that_is_to_be_seen(question):
+    made = task(max_new_tokens=4)
+    rule, rows = RULE.replace(system=StreamingLLM(0.5, question=question)), batch(60, 40)
+    rows["context_length"] = [30, 40]
+    made.generate(rows, rule)
+    assert made._answering(rule).usage.rows[0].stored == 2 * (30 if question else 15 + 30)
+    (found, _), _ = made.losses(rows, rule)
+    rows["context_length"] = [60, 40]
+    (behind_question, _), _ = made.losses(rows, rule)
+    assert torch.equal(found, behind_question) is question
+
+
 def test_what_begins_another_message_does_not_cost_the_answer_its_score():
     made = task(max_new_tokens=12)
     made.model = scripted_model("?Paris<|im_start|>junk")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -121,18 +121,22 @@ class LRSACache(Cache):
             raise UserError("cache", reason=f"layers {skipped} of the model did not attend through it")
         self._busy = None
 
-    def end_prompt(self) -> None:
-        """Say that the prompt is over, once: systems with one cut make it now. To a rule it means nothing."""
+    def end_prompt(self, to_come: Sequence[int] | None = None) -> None:
+        """Say that the prompt is over, once: systems with one cut make it now. To a rule it means nothing.
+
+        Where questions follow, ``to_come`` says how many tokens each row's has, which count in the size of a system.
+        """
         system = self.config.system
         if system is None:
             return
+        cutting = [system] if to_come is None else [system.cutting_before(tokens) for tokens in to_come]
         with self.changing():
-            if system.rows_differ:
+            if system.rows_differ or any(each != cutting[0] for each in cutting):
                 # Dense layers too: all must hold equally many rows a stream.
                 for layer in self.layers:
                     layer.split()
-            for streams in self.system_streams():
-                system.end_prompt(streams)
+            for row, streams in enumerate(self.system_streams()):
+                cutting[row % len(cutting)].end_prompt(streams)
 
     def system_streams(self) -> list[tuple[Stream, ...]]:
         """For all rows together, or for each: the streams of the layers that obey the system, none if all are dense."""

@@ -74,6 +74,7 @@ class Batch(TrainBatch):
         prompt_ids: (B, Tp) int64, the prompt alone, padded on the left for generation.
         prompt_mask: (B, Tp) int64, 1 on tokens and 0 on padding.
         prompt_length: prompt tokens of each example.
+        context_length: how many of them come up to the end of the last passage.
         first_turn: how many of them come before the first of several answers; all, where there is one.
         gold_spans: positions [start, end) in ``input_ids`` of each example's supporting passages.
         answer_spans: positions [start, end) in ``input_ids`` of the answers within those passages.
@@ -88,6 +89,7 @@ class Batch(TrainBatch):
     prompt_ids: Tensor
     prompt_mask: Tensor
     prompt_length: list[int]
+    context_length: list[int]
     first_turn: list[int]
     gold_spans: list[list[Span]]
     answer_spans: list[list[Span]]
@@ -147,13 +149,15 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Pad examples, at least one, into a batch to evaluate on."""
     training = collate_training(examples, pad_token_id)
+    turns = [example.get("first_turn", example["prompt_length"]) for example in examples]
     prompts = [ids[: example["prompt_length"]] for ids, example in zip(training["input_ids"], examples, strict=True)]
     return Batch(
         **training,
         prompt_ids=_pad(prompts, pad_token_id, side="left"),
         prompt_mask=_pad(list(map(torch.ones_like, prompts)), 0, side="left"),
         prompt_length=[example["prompt_length"] for example in examples],
-        first_turn=[example.get("first_turn", example["prompt_length"]) for example in examples],
+        context_length=[example.get("context_length", turn) for example, turn in zip(examples, turns, strict=True)],
+        first_turn=turns,
         gold_spans=[_spans(example["gold_spans"]) for example in examples],
         answer_spans=[_spans(example["answer_spans"]) for example in examples],
         answers=[tuple(example["answers"]) for example in examples],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from lrsa_lit.data.messages import Rendered, check_turns, later_turn, render_messages
 from lrsa_lit.data.records import Passage, QARecord
-from lrsa_lit.data.tokenization import Span, encode_text
+from lrsa_lit.data.tokenization import Span, Tokens, encode_text
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.answer_scores import Match
 
@@ -89,6 +89,8 @@ class Example(TypedDict):
     Attributes:
         input_ids: prompt tokens, then answer tokens with the end-of-message token; not padded.
         prompt_length: how many of ``input_ids`` are the prompt.
+        context_length: how many of these come up to the end of the last passage, where what is asked stands behind
+            them; all of the first turn where an example does not say it.
         first_turn: how many of these come before the first of several answers: all of them unless there were earlier
             turns.
         gold_spans: token positions [start, end) of the supporting passages, in the order of the context.
@@ -108,6 +110,7 @@ class Example(TypedDict):
     match: Match
     task: NotRequired[str]
     subject: NotRequired[str]
+    context_length: NotRequired[int]
     first_turn: NotRequired[int]
     source: NotRequired[str]
     repeated: NotRequired[bool]
@@ -153,6 +156,7 @@ def encode(
         id=record.id,
         input_ids=question.ids + later + answer.ids,
         prompt_length=len(question.ids) + len(later),
+        context_length=_context_length(question, rendered),
         first_turn=len(question.ids),
         gold_spans=[token_span(question.offsets, span) for span in gold],
         answer_spans=[token_span(question.offsets, span) for span in answers],
@@ -176,6 +180,11 @@ def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: 
         spans.append((max(place, start), min(place + len(passage), end)))
         place += len(passage) + len(prompt.between)
     return Rendered(text + prompt.answer.replace("{input}", asked), [(start, end)], spans)
+
+
+def _context_length(prompt: Tokens, rendered: Rendered) -> int:
+    """Tokens up to the end of the last passage, the one that reaches beyond it included; all without passages."""
+    return max(1, token_span(prompt.offsets, rendered.passages[-1])[1]) if rendered.passages else len(prompt.ids)
 
 
 def _later_turns(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

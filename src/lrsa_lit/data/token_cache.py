@@ -28,6 +28,7 @@ _FEATURES = datasets.Features(
         "id": _TEXT,
         "input_ids": datasets.List(_INT),
         "prompt_length": _INT,
+        "context_length": _INT,
         "first_turn": _INT,
         "gold_spans": datasets.List(datasets.List(_INT)),
         "answer_spans": datasets.List(datasets.List(_INT)),
@@ -56,7 +57,8 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
     def fill(partial: Path) -> None:
         with ArrowWriter(path=str(partial / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
             for example in _apart(examples):
-                writer.write({"task": "", "subject": "", "first_turn": example["prompt_length"], **example})
+                whole = {"task": "", "subject": "", "first_turn": example["prompt_length"], **example}
+                writer.write({"context_length": whole["first_turn"], **whole})
             writer.finalize()
         (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
 

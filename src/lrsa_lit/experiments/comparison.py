@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,13 @@ from lrsa_lit.yaml_file import read_settings
 if TYPE_CHECKING:
     from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.data.module import QADataModule
+    from lrsa_lit.systems import System
 
 ALL = "all"
 RULE = "rule-"
 """Before a compressor's name: the rule with it, which a system of the same name is not."""
+_QUESTION, _SHOWN = "-q", " [q]"
+"""Behind the name of a system whose prompt ends with the question: in names of metrics, and in tables."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,14 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
 
 
 def system_and_budget(attention: str) -> tuple[str, float | None]:
-    """The system's name, and the share of the cache, of an attention of a comparison; None where it has no budget."""
+    """The system's name, and the share of the cache, of an attention of a comparison; None where it has no budget.
+
+    Behind the name stands [q] where the system sees the question before it cuts.
+    """
     name, _, budget = attention.partition("-at-")
     pairs, of, tokens = budget.partition("-of-")
-    return name, int(pairs) / int(tokens) if of else None
+    shown = name.removesuffix(_QUESTION) + _SHOWN if name.endswith(_QUESTION) else name
+    return shown, int(pairs) / int(tokens) if of else None
 
 
 def _data_sets(asked: Asked) -> dict[str, Settings]:
@@ -131,21 +139,25 @@ def _chosen(names: Sequence[str], rule: LRSAConfig) -> tuple[dict[str, LRSAConfi
     for name in wanted:
         label, _, arguments = name.partition("=")
         label = RULE + label if label not in known and label in compressors else label
-        if label not in known or label in chosen:
-            reason = "" if label not in known else "stands twice"
-            raise UserError("--systems", label, f"{ALL}, or some of {', '.join(known)}", reason=reason)
+        allowed = f"{ALL}, or some of {', '.join(known)}"
+        if label not in known:
+            raise UserError("--systems", label, allowed)
         kind = "system" if label in systems else "compressor"
         try:
             settings = _class_of(known[label]) | {"init_args": _arguments(name, arguments)}
-            with named(f"--systems {label}"):
+            with _of_system(label, kind):
                 made = rule.replace(**{kind: settings})
             if ALL in names and made.compressor.plain is not made.compressor:
                 raise UserError("compressor", reason=f"it answers as rule-{type(made.compressor.plain).__name__} does")
-            chosen[label] = made
         except UserError as error:
             if ALL not in names:
                 raise
             left_out.append(f"{label} is left out: {error}")
+            continue
+        label += _QUESTION if made.system and _cuts_questions(made.system) else ""
+        if label in chosen:
+            raise UserError("--systems", system_and_budget(label)[0], allowed, reason="stands twice")
+        chosen[label] = made
     return chosen, left_out
 
 
@@ -179,6 +191,22 @@ def _at_budgets(
                     raise
                 left_out.append(f"{label} at {share:g} is left out: {error}")
     return found, left_out
+
+
+def _cuts_questions(system: System) -> bool:
+    """Whether it was chosen to: to what has no such setting, the end of a prompt means nothing."""
+    return bool(system.to_dict()["init_args"].get("question"))
+
+
+@contextlib.contextmanager
+def _of_system(label: str, kind: str) -> Iterator[None]:
+    """Name an argument of a system or compressor by the flag: ``--systems SnapKV.window``."""
+    try:
+        yield
+    except UserError as error:
+        argument = error.field.removeprefix(kind).replace(".init_args", "")
+        error.field = f"--systems {label}" + (argument if argument.startswith(".") else "")
+        raise
 
 
 def _class_of(found: type) -> Settings:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lrsa_lit.bounds import check_integers
 from lrsa_lit.ops.sparse_attention import Stream
 from lrsa_lit.ops.sparse_attention.scoring import runs_of
-from lrsa_lit.systems.one_shot import OneShot, OneShotStream, Prompt, highest
+from lrsa_lit.systems.one_shot import OneShot, Prompt, due, highest
 from lrsa_lit.systems.query_scores import window_attention
 from lrsa_lit.systems.rescored import Rescored
 
@@ -45,8 +45,8 @@ class ChunkKVPress(Rescored):
         return max(self.size, super().floor(tokens))
 
     def held(self, tokens: int) -> float:
-        """At most: the last chunk may be shorter."""
-        if tokens < self.size or self.count(tokens) == tokens:
+        """At most: the last chunk may be shorter, and a question behind the cut may fill what chunks leave."""
+        if tokens < self.size or self.count(tokens) == tokens or not (self.question or self.pairs is None):
             return self.count(tokens)
         return min(tokens, self._chosen(-(-tokens // self.size)) * self.size)
 
@@ -113,13 +113,11 @@ class ChunkKV(OneShot):
     def end_prompt(self, streams: Sequence[Stream]) -> None:
         """Cut each layer where the first of its group chooses, of those that are not dense."""
         kept: dict[int, Tensor] = {}
-        for stream in streams:
-            assert isinstance(stream, OneShotStream)
-            if stream.is_due:
-                group = stream.place.layer // self.reuse
-                if group not in kept:
-                    kept[group] = self.keep(stream.prompt())
-                stream.cut(kept[group])
+        for stream in due(streams):
+            group = stream.place.layer // self.reuse
+            if group not in kept:
+                kept[group] = self.keep(stream.prompt())
+            stream.cut(kept[group])
 
 
 def chunk_sums(of_tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,11 @@ class KVzip(OneShot):
         enough = self.pairs is None or self.pairs >= self.sink_size
         check_setting("pairs", self.pairs, enough, f"at least the {self.sink_size} sinks, which always stay")
 
+    @property
+    def least(self) -> int:
+        """The sinks, which always stay."""
+        return max(1, self.sink_size)
+
     def scores(self, prompt: Prompt) -> Tensor:
         """Refused: a prompt alone has none."""
         raise UserError("system", type(self).__name__, reason="scores pairs by calls of the model, not by a prompt")
@@ -112,7 +117,7 @@ class KVzip(OneShot):
         """
         due = _due(streams)
         for shared in [[stream] for stream in due] if self.per_layer else [due] if due else []:
-            kept = self.share_out([stream.scores for stream in shared])
+            kept = self.share_out([stream.scores_for(self) for stream in shared])
             for stream, positions in zip(shared, kept, strict=True):
                 stream.cut(positions[None])
 
@@ -143,9 +148,13 @@ class RepeatStream(UnequalStream):
 
     @property
     def scores(self) -> Tensor:
+        """Those for its own system."""
+        assert isinstance(self.system, KVzip)
+        return self.scores_for(self.system)
+
+    def scores_for(self, system: KVzip) -> Tensor:
         """(B, H, T), at least float32: sinks have the highest; ones where all stay and nothing was repeated."""
-        system, key = self.system, self.buffer.filled[0]
-        assert isinstance(system, KVzip)
+        key = self.buffer.filled[0]
         if system.count(self.seen) == self.seen:
             return key.new_ones(key.shape[:3])
         if sum(part.shape[2] for part in self._noted) != self.seen - system.sink_size:

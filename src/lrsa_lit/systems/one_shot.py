@@ -6,14 +6,15 @@ Dimensions: B batch, H key-value heads, G query heads of each, T tokens of the p
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
-from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream, attended_pairs
 from lrsa_lit.ops.sparse_attention.buffer import PairBuffer
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
 from lrsa_lit.systems.moments import Moments
@@ -60,15 +61,19 @@ class Wants:
 
 @dataclass(frozen=True)
 class OneShot(Wants, System):
-    """Keep the pairs of the highest scores when the prompt ends; those of the answer are all kept.
+    """Keep the pairs of the highest scores when the prompt ends; those of what follows are all kept.
 
     Args:
         kept: the share of a prompt's pairs that stay, sinks and windows among them: int(kept T) of each head.
-        pairs: so many instead of a share; all where a prompt has fewer.
+        pairs: so many instead of a share; all where a prompt has fewer. They are counted behind the first turn's
+            question: where the prompt ends before it, as many fewer stay as it has tokens, but at least 1.
+        question: whether the prompt that is cut has the first turn's question in it, as papers whose last queries know
+            what is asked have it; else it ends with the context, as in kvpress.
     """
 
     kept: float = 0.5
     pairs: int | None = None
+    question: bool = field(default=False, kw_only=True)
     graphable: ClassVar[bool] = True
     budget_field: ClassVar[str] = "pairs"
 
@@ -78,6 +83,7 @@ class OneShot(Wants, System):
         check_setting("kept", self.kept, share, "a number above 0 and at most 1")
         count = self.pairs is None or (is_integer(self.pairs) and self.pairs >= 1)
         check_setting("pairs", self.pairs, count, "an integer >= 1, or null for the share kept")
+        check_setting("question", self.question, isinstance(self.question, bool), "true or false")
 
     @abstractmethod
     def scores(self, prompt: Prompt) -> Tensor:
@@ -100,6 +106,23 @@ class OneShot(Wants, System):
         """As :class:`System` has it."""
         return self.count(tokens)
 
+    @property
+    def least(self) -> int:
+        """Pairs that stay however long the question is."""
+        return 1
+
+    def cutting_before(self, tokens: int) -> System:
+        """As :class:`System` has it."""
+        if self.pairs is None or not tokens:
+            return self
+        return self.sized(max(self.pairs - tokens, self.least))
+
+    @torch.no_grad()
+    def end_prompt(self, streams: Sequence[Stream]) -> None:
+        """Cut each layer."""
+        for stream in due(streams):
+            stream.cut(self.keep(stream.prompt()))
+
     def keep(self, prompt: Prompt) -> Tensor:
         """(B, H, n) int64 positions, ascending. Where all stay there are no scores, whatever they would need."""
         count = self.count(prompt.tokens)
@@ -110,6 +133,11 @@ class OneShot(Wants, System):
     def stream(self, place: Place, impl: Impl) -> Stream:
         """As :class:`System` has it."""
         return OneShotStream(self, place, impl)
+
+
+def due(streams: Sequence[Stream]) -> list[OneShotStream]:
+    """Those whose prompt has not been cut."""
+    return [stream for stream in streams if isinstance(stream, OneShotStream) and stream.is_due]
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
@@ -128,7 +156,7 @@ def forced(scores: Tensor, before: int, behind: int) -> Tensor:
 
 
 class OneShotStream(KeyValueStream):
-    """All of a prompt until it ends, then what its system keeps of it, and all of the answer.
+    """All of a prompt until it ends, then what its system keeps of it, and all that follows.
 
     Attributes:
         kept: (B, H, n) the positions that stayed, for those who look: on the CPU, because the cache needs them no more;
@@ -141,13 +169,21 @@ class OneShotStream(KeyValueStream):
         self.kept: Tensor | None = None
         self._waiting: Tensor | None = None
         self._moments: Moments | None = None
-        self._scale = 1.0
+        self._scale, self._cut_at = 1.0, 0
 
     @property
     def nbytes(self) -> int:
         """Those of what is known of the queries until the cut as well."""
         queries = 0 if self._waiting is None else self._waiting.nbytes
         return super().nbytes + queries + (0 if self._moments is None else self._moments.nbytes)
+
+    @property
+    def attended_pairs(self) -> float:
+        """Dense ones of the prompt; later tokens see what stayed of it, and one another."""
+        if self.kept is None:
+            return super().attended_pairs
+        later, stayed = self.seen - self._cut_at, float((self.kept >= 0).sum()) / self.kept.shape[:2].numel()
+        return attended_pairs(self._cut_at, None) + later * (stayed + (later + 1) / 2) + self._probed
 
     @property
     def is_due(self) -> bool:
@@ -180,11 +216,9 @@ class OneShotStream(KeyValueStream):
         query = key[:, :, None, :0] if self._waiting is None else self._waiting
         return Prompt(key, value, query, self._scale, self.place, self._moments)
 
-    @torch.no_grad()
     def end_prompt(self) -> None:
         """Cut, once."""
-        if self.is_due:
-            self.cut(self.system.keep(self.prompt()))
+        self.system.end_prompt([self])
 
     def cut(self, kept: Tensor) -> None:
         """Let the pairs (B, H, n) at some positions stay, in memory of their own."""
@@ -194,7 +228,7 @@ class OneShotStream(KeyValueStream):
 
     def forget_queries(self, kept: Tensor) -> None:
         """Behind the cut, which let these positions stay."""
-        self.kept, self._waiting, self._moments = kept.cpu(), None, None
+        self.kept, self._waiting, self._moments, self._cut_at = kept.cpu(), None, None, self.seen
 
     def most_stored(self, tokens: int) -> int:
         """As :class:`KeyValueStream` has it."""
@@ -203,7 +237,7 @@ class OneShotStream(KeyValueStream):
     def rows(self, indices: Tensor) -> OneShotStream:
         """As :class:`Stream` has it."""
         other = type(self)(self.system, self.place, self.impl)
-        other.seen, other._scale, other._probed = self.seen, self._scale, self._probed
+        other.seen, other._scale, other._probed, other._cut_at = self.seen, self._scale, self._probed, self._cut_at
         if self._store is not None:
             share = len(indices) / len(self._store.whole[0])
             other._peak, other._probing = int(self._peak * share), int(self._probing * share)

@@ -6,7 +6,7 @@ Dimensions: B batch, H key-value heads, G query heads of each, N new tokens, n c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -82,6 +82,7 @@ class SqueezedAttention(System):
         coarse: of a first level as well, whose clusters are of centroids; null for one level. The paper has 0.01.
         coarse_sparsity: p of the first level.
         iterations: of k-means, at most.
+        question: whether the prompt that is clustered has the first turn's question in it, and not the context alone.
     """
 
     sparsity: float = 0.7
@@ -90,6 +91,7 @@ class SqueezedAttention(System):
     coarse: float | None = None
     coarse_sparsity: float = 0.5
     iterations: int = 300
+    question: bool = field(default=False, kw_only=True)
     answers_by_token: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -100,6 +102,7 @@ class SqueezedAttention(System):
             value = getattr(self, name)
             check_setting(name, value, is_integer(value) and value >= 1, "an integer >= 1")
         check_setting("clusters", self.clusters, 0 < self.clusters <= 1, "a number above 0 and at most 1")
+        check_setting("question", self.question, isinstance(self.question, bool), "true or false")
         coarse = self.coarse is None or 0 < self.coarse <= self.clusters
         check_setting(
             "coarse", self.coarse, coarse, f"a number above 0 and at most clusters ({self.clusters}), or null"

@@ -99,6 +99,8 @@ class System(FromSettings, ABC):
         rows_differ: whether rows of a batch may hold different numbers of pairs behind the prompt, so that each then
             has a stream for itself.
         repeats_prompt: whether the model must read :meth:`repeats` before the prompt is over.
+        question: whether its prompt ends behind the question of the first turn, and not behind the context. One that
+            cuts has it as a field, false by default.
     """
 
     kind: ClassVar[str] = "systems"
@@ -110,6 +112,7 @@ class System(FromSettings, ABC):
     rows_differ: ClassVar[bool] = False
     budget_field: ClassVar[str] = ""
     repeats_prompt: ClassVar[bool] = False
+    question: bool = True
 
     @abstractmethod
     def stream(self, place: Place, impl: Impl) -> Stream:
@@ -148,6 +151,10 @@ class System(FromSettings, ABC):
 
     def begin_repeat(self, streams: Sequence[Stream], repeat: Repeat) -> None:
         """Tell the streams what is read next."""
+
+    def cutting_before(self, tokens: int) -> System:
+        """What ends a prompt in its place where so many tokens of the first turn follow: a size counts them in it."""
+        return self
 
     def end_prompt(self, streams: Sequence[Stream]) -> None:
         """The prompt is over: what the streams of all layers that are not dense, in their order, do then."""

@@ -39,10 +39,10 @@ def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokeniz
         # Calls of the model take all processes: where another one has a longer answer, pads are behind these.
         missing = most_of_all(answers.shape[1], answers.device) - answers.shape[1]
         answers = pad(answers, (0, missing), value=IGNORE_INDEX)
-    turns = batch.get("first_turn")
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     prompts = batch["prompt_ids"], batch["prompt_mask"]
-    logits, seen = read_prompts(model, cache, *prompts, first_turns=turns, encode=encode, synced=synced)
+    ends: Any = {"contexts": batch.get("context_length"), "first_turns": batch.get("first_turn")}
+    logits, seen = read_prompts(model, cache, *prompts, **ends, encode=encode, synced=synced)
     losses = cross_entropy(logits[:, -1].float(), answers[:, 0], reduction="none").double()
     given, wanted = answers[:, :-1], answers[:, 1:]
     if not wanted.numel():

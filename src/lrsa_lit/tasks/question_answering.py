@@ -330,7 +330,8 @@ class LongContextQA(lightning.LightningModule):
         """Greedy answers to prompts (B, Tp), up to a special token, and their lengths; None is dense, also a rule."""
         rule = rule or self._dense
         with using(self.model, rule), uncompiled():
-            answers = self._answering(rule)(batch["prompt_ids"], batch["prompt_mask"], batch.get("first_turn"))
+            ends = batch.get("first_turn"), batch.get("context_length")
+            answers = self._answering(rule)(batch["prompt_ids"], batch["prompt_mask"], *ends)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts], list(map(len, answers))
 

@@ -30,7 +30,7 @@ from transformers import DynamicCache, TextStreamer
 
 from lrsa_lit.attention import LRSACache, LRSAConfig, enable
 from lrsa_lit.cli.ask.dialogue import Dialogue
-from lrsa_lit.cli.ask.reader import Reader
+from lrsa_lit.cli.ask.reader import Reader, kept_tokens
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
@@ -103,13 +103,16 @@ def test_a_conversation_goes_on_as_the_chat_template_writes_it(end):
         torch.testing.assert_close(layer.keys, fresh.keys)
 
 
-def test_a_system_that_has_the_prompt_repeated_cuts_once():
-    """The text with its first question; what comes later is kept."""
+@pytest.mark.parametrize("question", [False, True])
+def test_a_system_that_has_the_prompt_repeated_cuts_once(question):
+    """The text, or that with its first question; what comes later is kept."""
     tokenizer, model = tiny_tokenizer(), tiny_model().eval()
-    enable(model, LRSAConfig(system=KVzip(0.5, chunk=64)))
-    reader = Reader(model, LRSACache.of(model), tokenizer, Dialogue(tokenizer, TEXT), max_new_tokens=4)
+    enable(model, LRSAConfig(system=KVzip(0.5, chunk=64, question=question)))
+    dialogue = Dialogue(tokenizer, TEXT)
+    prompt = len(prompt_of(FIRST)) if question else len(dialogue.ids)
+    reader = Reader(model, LRSACache.of(model), tokenizer, dialogue, max_new_tokens=4)
     reader.read(Console(file=io.StringIO()))
-    prompt = len(prompt_of(FIRST))
+    assert kept_tokens(reader.cache) == (len(dialogue.ids) if question else prompt // 2)
     for question in (FIRST, SECOND):
         found = reader.answer(question, show=False)
         assert found.tokens_kept == prompt // 2 + found.tokens_seen - prompt

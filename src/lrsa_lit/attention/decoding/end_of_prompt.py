@@ -28,10 +28,11 @@ def end_prompt(
     *,
     encode: Encode | None = None,
     synced: bool = False,
+    to_come: Sequence[int] | None = None,
 ) -> None:
     """Say that prompts are over, once: :meth:`LRSACache.end_prompt`, behind :func:`repeat_prompt`; its arguments."""
-    repeat_prompt(model, cache, prompts, attention_mask, encode=encode, synced=synced)
-    cache.end_prompt()
+    repeat_prompt(model, cache, prompts, attention_mask, encode=encode, synced=synced, to_come=to_come)
+    cache.end_prompt(to_come)
 
 
 @torch.no_grad()
@@ -43,6 +44,7 @@ def repeat_prompt(
     *,
     encode: Encode | None = None,
     synced: bool = False,
+    to_come: Sequence[int] | None = None,
 ) -> None:
     """Have a model read what the cache's system needs behind a prompt, if it needs anything; the cache stays as it is.
 
@@ -53,6 +55,7 @@ def repeat_prompt(
         attention_mask: (B, T), 1 for real tokens; None: all are real.
         encode: token ids of a text, without special ones. Only systems that have prompts repeated need it.
         synced: other processes must be called as often as this one.
+        to_come: how many tokens of each row's question follow; None: none.
 
     Raises:
         UserError: the system refuses the prompt, or has the model read beyond its positions.
@@ -63,7 +66,8 @@ def repeat_prompt(
     mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
     of_rows = streams if len(streams) == len(prompts) else streams * len(prompts)
     real = [row[kept == 1].tolist() for row, kept in zip(prompts, mask, strict=True)]
-    repeats = [system.repeats(own, row, encode) for own, row in zip(of_rows, real, strict=True)]
+    cutting = [system.cutting_before(tokens) for tokens in to_come or [0] * len(prompts)]
+    repeats = [each.repeats(own, row, encode) for each, own, row in zip(cutting, of_rows, real, strict=True)]
     _check_positions(model, real, repeats)
     calls = max(map(len, repeats))
     if synced:

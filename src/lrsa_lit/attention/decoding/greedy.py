@@ -60,12 +60,16 @@ class Greedy:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Tensor, attention_mask: Tensor | None = None, first_turns: Sequence[int] | None = None
+        self,
+        prompts: Tensor,
+        attention_mask: Tensor | None = None,
+        first_turns: Sequence[int] | None = None,
+        contexts: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The tokens that follow each prompt (B, T), without the one that ends the answer.
 
         Prompts of unequal lengths are padded on the left; the mask (B, T) is 1 for real tokens, one or more a prompt.
-        In conversations ``first_turns`` says how many tokens each one's first turn has: systems cut there.
+        How many tokens of each are its first turn and its context is as :func:`read_prompts` has it: systems cut there.
         """
         rows, began = len(prompts), time.perf_counter()
         if self._graphed:
@@ -73,7 +77,7 @@ class Greedy:
             order = [row % rows for row in range(1 << (rows - 1).bit_length())]
             prompts = prompts[order]
             attention_mask = None if attention_mask is None else attention_mask[order]
-            first_turns = None if first_turns is None else [first_turns[row] for row in order]
+            first_turns, contexts = (each and [each[row] for row in order] for each in (first_turns, contexts))
         cache, step = self._cache_for(len(prompts))
         peaks: list[list[float]] = []
         logits, _ = read_prompts(
@@ -81,6 +85,7 @@ class Greedy:
             cache,
             prompts,
             attention_mask,
+            contexts=contexts,
             first_turns=first_turns,
             encode=self._encode,
             synced=self._synced,

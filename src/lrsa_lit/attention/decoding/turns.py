@@ -1,10 +1,11 @@
-"""Prompts into a cache, up to where their answers start; in a conversation systems cut behind the first turn.
+"""Prompts into a cache, up to where their answers start; systems cut behind the context, or behind the first question.
 
 Dimensions: B prompts, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,49 +27,73 @@ def read_prompts(
     prompts: Tensor,
     attention_mask: Tensor | None = None,
     *,
+    contexts: Sequence[int] | None = None,
     first_turns: Sequence[int] | None = None,
     encode: Encode | None = None,
     synced: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Take prompts in, and say where they end.
+    """Take prompts in, and say to systems where they end.
 
-    Where a prompt is a conversation, it ends with its first turn: what systems make of the context does not depend on
-    later questions, whose tokens, and those of earlier answers, are then taken in as those of an answer are.
+    To a system that is not to see the question (:attr:`System.question`) a prompt ends with its context, to others with
+    the first turn of a conversation. So what they make of the context does not depend on what is asked, or on what is
+    asked later; that is then taken in as an answer is, a question in one call.
 
     Args:
         model: with LRSA enabled.
         cache: empty.
         prompts: (B, T) token ids, padded on the left.
         attention_mask: (B, T), 1 for real tokens; None: all are real.
+        contexts: how many tokens of each prompt its context has, 1 or more; None: all of the first turn.
         first_turns: how many tokens of each prompt its first turn has; None: all.
         encode: as :func:`end_prompt` has it.
         synced: other processes must be called as often as this one.
-        progress: as :func:`prefill` has it.
+        progress: called after each call, with the tokens that :func:`prefill` says.
 
     Returns:
         Logits (B, 1, V) of the last token of each prompt, and the mask (B, columns) of what the cache has seen.
     """
+    system = cache.config.system
     mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
-    later, of_later = prompts[:, :0], mask[:, :0]
-    lengths = mask.sum(dim=1).tolist() if first_turns is not None else []
-    if first_turns is not None and lengths != list(first_turns):
-        rows = [row[real == 1] for row, real in zip(prompts, mask, strict=True)]
-        prompts, mask = _padded([row[:first] for row, first in zip(rows, first_turns, strict=True)])
-        later, of_later = _padded([row[first:] for row, first in zip(rows, first_turns, strict=True)])
+    by_token = system is not None and system.answers_by_token
+    if system is None or system.question:
+        contexts = None
+    elif contexts is not None and first_turns is not None:
+        contexts = list(map(min, contexts, first_turns))
+    ends = [each for each in (contexts, first_turns) if each is not None]
+    (prompts, seen), *later = _pieces(prompts, mask, ends)
+    to_come = None
+    if contexts is not None:
+        turns = mask.sum(dim=1).tolist() if first_turns is None else first_turns
+        to_come = [turn - context for turn, context in zip(turns, contexts, strict=True)]
     # The prompts of other processes may need another number of calls.
     calls = prompts.shape[1] if synced else TOKENS_PER_CALL
-    logits = prefill(model, prompts, cache, attention_mask=mask, tokens_per_call=calls, progress=progress)
-    end_prompt(model, cache, prompts, mask, encode=encode, synced=synced)
-    if synced and first_turns is not None:
-        later, of_later = _as_long_as_any(later, of_later)
-    if later.shape[1]:
-        by_token = cache.config.system is not None and cache.config.system.answers_by_token
-        seen = torch.cat([mask, of_later], dim=1)
-        calls = 1 if by_token else later.shape[1]
-        behind = prefill(model, later, cache, attention_mask=seen, tokens_per_call=calls, progress=progress)
-        logits, mask = torch.where(of_later.any(dim=1)[:, None, None], behind, logits), seen
-    return logits, mask
+    logits = prefill(model, prompts, cache, attention_mask=seen, tokens_per_call=calls, progress=progress)
+    end_prompt(model, cache, prompts, seen, encode=encode, synced=synced, to_come=to_come)
+    for number, (ids, real) in enumerate(later):
+        ids, real = _as_long_as_any(ids, real) if synced else (ids, real)
+        if ids.shape[1]:
+            seen = torch.cat([seen, real], dim=1)
+            is_question = contexts is not None and number == 0
+            calls = 1 if by_token and not is_question else ids.shape[1]
+            behind = prefill(model, ids, cache, attention_mask=seen, tokens_per_call=calls, progress=progress)
+            logits = torch.where(real.any(dim=1)[:, None, None], behind, logits)
+    return logits, seen
+
+
+def _pieces(ids: Tensor, mask: Tensor, ends: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+    """Rows (B, T) up to where each one ends, from there to the next end, and the rest: each piece with its mask."""
+    if not ends:
+        return [(ids, mask)]
+    lengths = mask.sum(dim=1).tolist()
+    if all(list(each) == lengths for each in ends):
+        return [(ids, mask), *[(ids[:, :0], mask[:, :0]) for _ in ends]]
+    rows = [row[real == 1] for row, real in zip(ids, mask, strict=True)]
+    bounds = [[0] * len(rows), *ends, lengths]
+    return [
+        _padded([row[start:stop] for row, start, stop in zip(rows, starts, stops, strict=True)])
+        for starts, stops in itertools.pairwise(bounds)
+    ]
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

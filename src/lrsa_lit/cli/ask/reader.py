@@ -84,6 +84,7 @@ class Reader:
 
             if self.dialogue.ids:
                 self._feed(self.dialogue.ids, show)
+                self._end_prompt(behind_question=False)
         self._reading = time.perf_counter() - started
 
     def answer(self, question: str, *, show: bool) -> Answer:
@@ -91,17 +92,14 @@ class Reader:
         import torch
         from transformers import TextStreamer
 
-        from lrsa_lit.attention import LRSACache, end_prompt, greedy_tokens
+        from lrsa_lit.attention import greedy_tokens
 
         started, self._reading = time.perf_counter() - self._reading, 0.0
         self.dialogue.ask(question)
         logits = self._feed(self.dialogue.ids[self.cache.get_seq_length() :])
         streamer = TextStreamer(self.tokenizer, skip_special_tokens=True) if show else None
         new: list[int] = []
-        if isinstance(self.cache, LRSACache):
-            prompt = torch.tensor([self.dialogue.ids], device=self.model.device)
-            encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-            end_prompt(self.model, self.cache, prompt, encode=encode)
+        self._end_prompt(behind_question=True)
         first = 0.0
         for (token,) in greedy_tokens(logits, self._step, stop_tokens(self.tokenizer), most=self.max_new_tokens):
             first = first or time.perf_counter()
@@ -120,6 +118,19 @@ class Reader:
             seconds_to_first_token=round(first - started, 3),
             seconds=round(ended - started, 3),
         )
+
+    def _end_prompt(self, *, behind_question: bool) -> None:
+        """Say so to a system for which the prompt is over; one that has cut does not cut again."""
+        import torch
+
+        from lrsa_lit.attention import LRSACache, end_prompt
+
+        if not isinstance(self.cache, LRSACache) or (system := self.cache.config.system) is None:
+            return
+        if behind_question or not system.question:
+            prompt = torch.tensor([self.dialogue.ids], device=self.model.device)
+            encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+            end_prompt(self.model, self.cache, prompt, encode=encode)
 
     def _feed(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits (1, 1, V) of the last of some tokens, one or more, fed in calls of bounded length."""

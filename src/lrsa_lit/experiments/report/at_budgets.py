@@ -20,7 +20,9 @@ All numbers are measured. *kept*: K/L of the rule, with dense layers whole; of a
 *cache*: bytes held at the end of the prompt as a share of what a dense cache holds of it, sinks, windows, dense layers
 and waiting queries among them; memory that is made for later tokens does not count. *peak*: the most that was held in
 prefill. *pairs*: attended query-key pairs of the prompt. *read*: bytes that a token of the answer reads. Seconds are
-medians over batches, and depend on their size and on the machine. A budget is met for a prompt of max_tokens tokens."""
+medians over batches, and depend on their size and on the machine. A budget is met for a prompt of max_tokens tokens.
+Systems that cut a prompt once do so behind the context, before they see the question, which they then hold in full
+within the budget; those marked *[q]* cut behind the question, which can decide what they keep."""
 
 
 class Section(NamedTuple):
