@@ -148,6 +148,8 @@ def test_what_holds_more_than_a_bar_allows_does_not_count(tmp_path):
     assert found.required.endswith(", 0.3 of dense bytes")
     row = claim_of([found]).markdown().splitlines()[2]
     assert "| 40% | 30.4% | **missed** |" in row
+    (found,) = Bars(Cells(study, lines[:2])).verdicts()
+    assert (found.verdict, found.by) == ("**missed**", "lrsa under own holds 31% of dense bytes")
 
 
 def test_the_table_of_the_claim_says_which_bars_were_not_run(tmp_path):

@@ -56,8 +56,8 @@ def test_the_results_fit_on_a_few_pages_and_each_page_begins_with_its_answer():
     assert len((ROOT / "RESULTS.md").read_text(encoding="utf-8").splitlines()) <= 200
     index = (ROOT / "docs" / "study" / "README.md").read_text(encoding="utf-8")
     for path in PAGES:
-        title, empty, answer, *_ = path.read_text(encoding="utf-8").splitlines()
-        assert (title[:2], empty, answer[:2]) == ("# ", "", "**"), path.name
+        title, empty, answer, after, *_ = path.read_text(encoding="utf-8").splitlines()
+        assert (title[:2], empty, answer[:2], answer[-2:], after) == ("# ", "", "**", "**", ""), path.name
         assert path.name == "README.md" or f"]({path.name})" in index
     shown = {Path(name).name for path in DOCUMENTS[1:]
              for name in re.findall(r"\(([\w/-]+\.png)\)", path.read_text(encoding="utf-8"))}  # fmt: skip

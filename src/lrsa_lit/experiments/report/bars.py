@@ -195,8 +195,12 @@ class Bars:
         of = " or ".join(f"{row} under {attention}" for row, attention in asked)
         required = f"{bar['at_least']:.0%} of {self._label(bar)} of {'the best of ' * (len(asked) > 1)}{of}"
         required += f", {bar['cache']:.3g} of dense bytes" if "cache" in bar else ""
-        own = [cell for row in bar_rows(bar) if (cell := scope.cell(row, inference)) is not None]
-        own = [cell for cell in own if (cell.cache or 0.0) <= bar.get("cache", 1.0) + _HALF_A_PERCENT]
+        ran = [cell for row in bar_rows(bar) if (cell := scope.cell(row, inference)) is not None]
+        own = [cell for cell in ran if (cell.cache or 0.0) <= bar.get("cache", 1.0) + _HALF_A_PERCENT]
+        if ran and not own:
+            least = min(ran, key=lambda cell: cell.cache or 0.0)
+            by = f"{least.row} under {inference} holds {columns.share(least.cache or 0.0)} of dense bytes"
+            return Verdict(name, required, "holds too much", "**missed**", by, least)
         others = [cell for row, attention in asked if (cell := scope.cell(row, attention)) is not None]
         if not own or not others:
             return Verdict(name, required)
@@ -231,8 +235,9 @@ class Bars:
     def _asked(self, bar: Settings) -> str:
         label = LABELS[self._scope(bar).measure]
         if "above" in bar:
-            others = len(bar["above"])
-            return f"{label} above {f'each of {others}' if others > 1 else 'another'}, p < {bar['p']:g}"
+            (row, attention), *more = bar["above"]
+            others = f"each of {len(more) + 1}" if more else f"{row} under {attention}"
+            return f"{label} above {others}, p < {bar['p']:g}{' with seeds drawn' * bar.get('draw_seeds', False)}"
         share = bar.get("of_dense", bar.get("at_least"))
         return f"{share:.0%} of {label}" if "of" in bar or "of_dense" in bar else f"{label} of {share:g}"
 
