@@ -85,5 +85,5 @@ def test_what_cannot_carry_scores_is_refused(tiny, tokens, gates):
     model(tokens(1, 30), **cache_argument(model, past))
     with refused("past_key_values", reason="holds no scores of tokens"):
         model(tokens(1, 3), **cache_argument(model, past))
-    with refused("compressor.weights", reason="the model has 3 of 2 and width 16"):
+    with refused("compressor.init_args.weights", reason="the model has 3 of 2 and width 16"):
         enable(tiny("Llama", hidden_size=16, num_attention_heads=2, head_dim=8), config)

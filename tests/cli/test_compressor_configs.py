@@ -16,13 +16,8 @@ SHIPPED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "straight_through_random",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED if "_random" not in name),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_compressor_trains_and_is_stored(name, tmp_path):
     main(["fit", *SHORT, "--config", f"configs/compressor/{name}.yaml"])
     stored = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)["lrsa_lit"]["rule"]

@@ -54,10 +54,8 @@ def test_a_model_trains_under_gates_that_stay_the_same(tmp_path, capfd):
     ("options", "said"),
     [
         ([], "--to: it is needed"),
-        (["--to", "a.safetensors", "--estimate"], "--estimate: it is not allowed for token-gates"),
         (["--to", "a.safetensors", "--model.lrsa.system", "KVzip"], "model.lrsa.system: is not allowed"),
         (["--to", "a.safetensors", "--model.lrsa.lag_size", "2000"], "contexts: '0 of 8' is not allowed"),
-        (["--to", "cli.yaml/gates", "--model.lrsa.top_q", "3"], "model.lrsa.top_q"),
     ],
 )
 def test_mistakes_are_one_line(options, said, capfd):

@@ -158,6 +158,8 @@ def test_settings_that_train_nothing_are_refused():
     for wrong in (MeanPool(), StraightThrough()):
         with refused("of", type(wrong).__name__, "a Selector"):
             StraightThrough(wrong)
+    with refused("by.init_args.seed", 0.5):
+        StraightThrough(by={"class_path": "RandomTokens", "init_args": {"seed": 0.5}})
     with refused("temperature", 0.0, "> 0"):
         StraightThrough(temperature=0.0)
 

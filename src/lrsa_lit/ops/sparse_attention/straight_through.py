@@ -109,7 +109,7 @@ class StraightThrough(Selector):
 
 
 def _selector(name: str, given: Selector | dict[str, object] | str) -> Selector:
-    made = given if isinstance(given, Compressor) else Compressor.from_dict(given)
+    made = given if isinstance(given, Compressor) else Compressor.from_dict(given, name)
     plain = isinstance(made, Selector) and made.plain is made and not made.takes_scores
     check_setting(name, type(made).__name__, plain, "a Selector other than StraightThrough and TokenGate")
     assert isinstance(made, Selector)

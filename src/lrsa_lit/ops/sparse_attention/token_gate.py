@@ -77,7 +77,9 @@ class TokenGate(Selector):
             layers_has, heads_has, width_has = gates.shape
             has = f"{layers_has} layers of {heads_has} heads and width {width_has}"
             needs = f"{layers} of {heads} and width {width}"
-            raise UserError("compressor.weights", self.weights, reason=f"holds gates of {has}; the model has {needs}")
+            raise UserError(
+                "compressor.init_args.weights", self.weights, reason=f"holds gates of {has}; the model has {needs}"
+            )
         return gates[layer]
 
     def score(self, partitions: Partitions) -> Tensor:
