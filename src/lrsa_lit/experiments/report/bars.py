@@ -97,35 +97,36 @@ class Bars:
         return [item._replace(**more) for item, more in zip(found, about, strict=True)]
 
     def best(self, bar: Settings) -> Best | None:
-        """The cell with the largest share of dense training's score among those that the bar allows.
+        """The cell with the largest share of dense training's score, or what else a bar asks a share of.
 
-        Of these only the ones of as many seeds as the study has, or else of the most: of one seed the best is the
-        luckiest.
+        Of those that the bar allows or names only the ones of as many seeds as the study has, or else of the most: of
+        one seed the best is the luckiest.
         """
         scope = self._scope(bar)
-        allowed = [cell for cell in scope.cells() if self._counts(bar, cell)]
-        pairs = [pair for cell in allowed if (pair := self._with_reference(bar, scope, cell)) is not None]
+        pairs = self._of_named(bar, scope) if "of" in bar else self._of_allowed(bar, scope)
         enough = min(len(self.study.seeds), max((len(cell.lines) for cell, _ in pairs), default=0))
         pairs = [pair for pair in pairs if len(pair[0].lines) >= enough]
         if not pairs:
             return None
         cell, reference = max(pairs, key=lambda pair: pair[0].mean(scope.measure) / pair[1].mean(scope.measure))
-        found = cell.compared(reference, scope.measure)
-        assert found is not None  # they are of other weights, and of the same questions and seeds
+        if (found := cell.compared(reference, scope.measure)) is None:
+            return None
         same = scope.cell(reference.row, cell.attention, cell.key[1], {line["seed"] for line in reference.lines})
         return Best(cell, reference, same, found.ratio, len(pairs), _apart(pairs, scope.measure))
 
     def summary(self) -> Grid:
-        """The best of each budget beside dense training, compressed at inference only.
+        """The best of each budget, and of each share that is asked of it, beside dense training.
 
-        What is the best of several budgets stands once: at the smallest one of kept pairs, else of all pairs.
+        What is the best of several budgets stands once: at the smallest one of kept pairs, else of all pairs. Dense
+        inference has no budget.
         """
-        bars = {name: bar for name, bar in self.study.bars.items() if "of_dense" in bar}
-        found = {name: best for name, bar in bars.items() if (best := self.best(bar)) is not None}
+        bars = {name: bar for name, bar in self.study.bars.items() if "of_dense" in bar or "of" in bar}
+        found = {name: best for name, bar in bars.items() if (best := self.best(bar)) and best.cell.line["rule"]}
         smallest: dict[tuple[str, ...], str] = {}
-        for name in sorted(found, key=lambda name: ("pairs" in bars[name], bars[name][_kind(bars[name])])):
+        budgets = [name for name in found if "of_dense" in bars[name]]
+        for name in sorted(budgets, key=lambda name: ("pairs" in bars[name], bars[name][_kind(bars[name])])):
             smallest.setdefault((*found[name].cell.key, bars[name]["set"]), name)
-        shown = {name: best for name, best in found.items() if name in smallest.values()}
+        shown = {name: best for name, best in found.items() if name in smallest.values() or name not in budgets}
         rows, cells = list(shown.values()), [best.cell for best in shown.values()]
         measures = [self._scope(bars[name]).measure for name in shown]
 
@@ -145,6 +146,20 @@ class Bars:
                 *columns.about(cells)[2:],
             ]
         )
+
+    def _of_allowed(self, bar: Settings, scope: Cells) -> list[tuple[Cell, Cell]]:
+        """Each cell that counts, and the dense training that it is held against."""
+        allowed = [cell for cell in scope.cells() if self._counts(bar, cell)]
+        return [pair for cell in allowed if (pair := self._with_reference(bar, scope, cell)) is not None]
+
+    def _of_named(self, bar: Settings, scope: Cells) -> list[tuple[Cell, Cell]]:
+        """Each cell that a bar names, and the best of those that it asks a share of, of as many seeds as any has."""
+        own = [cell for row in bar_rows(bar) if (cell := scope.cell(row, bar["inference"])) and _fits(bar, cell)]
+        others = [cell for row, attention in bar_of(bar) if (cell := scope.cell(row, attention)) is not None]
+        if not others:
+            return []
+        other = max(others, key=lambda cell: (len(cell.lines), cell.mean(scope.measure)))
+        return [pair for cell in own if (pair := cell.paired(other)) is not None and pair[1].mean(scope.measure)]
 
     def _counts(self, bar: Settings, cell: Cell) -> bool:
         """Whether a row was trained to choose tokens, does so here, and keeps no more pairs than the bar says."""
@@ -174,9 +189,7 @@ class Bars:
             return Verdict(name, required)
         cell = best.cell
         by = f"{cell.row} under {cell.attention} (kept {cell.kept:.1%}, pairs {cell.pairs:.1%})"
-        by += f", against {best.reference.row}, {columns.seeds(len(cell.lines))}"
-        if best.ratio_apart is not None:
-            by += f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
+        by += f", against {best.reference.row}, {columns.seeds(len(cell.lines))}{_chosen(best)}"
         return Verdict(name, required, columns.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by, cell)
 
     def _at_least(self, name: str, bar: Settings) -> Verdict:
@@ -195,22 +208,16 @@ class Bars:
         of = " or ".join(f"{row} under {attention}" for row, attention in asked)
         required = f"{bar['at_least']:.0%} of {self._label(bar)} of {'the best of ' * (len(asked) > 1)}{of}"
         required += f", {bar['cache']:.3g} of dense bytes" if "cache" in bar else ""
-        ran = [cell for row in bar_rows(bar) if (cell := scope.cell(row, inference)) is not None]
-        own = [cell for cell in ran if (cell.cache or 0.0) <= bar.get("cache", 1.0) + _HALF_A_PERCENT]
-        if ran and not own:
-            least = min(ran, key=lambda cell: cell.cache or 0.0)
+        if (best := self.best(bar)) is None:
+            held = [cell for row in bar_rows(bar) if (cell := scope.cell(row, inference)) and not _fits(bar, cell)]
+            if not held:
+                return Verdict(name, required)
+            least = min(held, key=lambda cell: cell.cache or 0.0)
             by = f"{least.row} under {inference} holds {columns.share(least.cache or 0.0)} of dense bytes"
             return Verdict(name, required, "holds too much", "**missed**", by, least)
-        others = [cell for row, attention in asked if (cell := scope.cell(row, attention)) is not None]
-        if not own or not others:
-            return Verdict(name, required)
-        cell, other = (max(cells, key=lambda cell: cell.mean(scope.measure)) for cells in (own, others))
-        if (found := cell.compared(other, scope.measure)) is None:
-            return Verdict(name, required)
-        seeds = min(len(cell.lines), len(other.lines))
-        by = f"{cell.row} under {inference}, {columns.seeds(seeds)}"
-        by += f"; best of {len(own)}" if len(own) > 1 else ""
-        return Verdict(name, required, columns.percent(found.ratio), _judged(found.ratio, bar["at_least"]), by, cell)
+        by = f"{best.cell.row} under {inference}, {columns.seeds(len(best.cell.lines))}{_chosen(best)}"
+        verdict = _judged(best.ratio, bar["at_least"])
+        return Verdict(name, required, columns.percent(best.ratio), verdict, by, best.cell)
 
     def _above(self, name: str, bar: Settings) -> Verdict:
         scope, asked = self._scope(bar), bar["above"]
@@ -273,6 +280,18 @@ def claim_of(verdicts: Sequence[Verdict]) -> Grid:
         ],
         names=2,
     )
+
+
+def _fits(bar: Settings, cell: Cell) -> bool:
+    """Whether a cell holds no more of the cache than a bar allows, which may say nothing of it."""
+    return (cell.cache or 0.0) <= bar.get("cache", 1.0) + _HALF_A_PERCENT
+
+
+def _chosen(best: Best) -> str:
+    """What remains of the best of several, if it is chosen on other questions."""
+    if best.ratio_apart is None:
+        return ""
+    return f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
 
 
 def _kind(bar: Settings) -> str:
