@@ -104,6 +104,8 @@ def test_the_model_and_its_rule_stay_as_they_are(model):
     assert not any(module._forward_pre_hooks for module in model.model.layers.modules())
 
 
-def test_contexts_that_are_never_compressed_are_refused(model):
+def test_what_no_gate_can_be_fitted_to_is_refused(model):
+    with refused("top_k", 0, "at least 1"):
+        fit_token_gates(model, contexts(40, 40), RULE.replace(top_k=0), encode=encode)
     with refused("contexts", "1 of 3", "at least two of 20 tokens"):
         fit_token_gates(model, contexts(19, 20, 5), RULE, encode=encode)

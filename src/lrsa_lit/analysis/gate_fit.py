@@ -18,6 +18,7 @@ from lrsa_lit.attention import LRSACache, LRSAConfig, base_of, cache_argument, u
 from lrsa_lit.attention.decoding.end_of_prompt import repeat_prompt
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.scored_tokens import gate_scores, hidden_states
+from lrsa_lit.bounds import check_setting
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LagRelative, Rule, compressed_at, select
 from lrsa_lit.systems import KVzip
@@ -65,8 +66,8 @@ def fit_token_gates(
     The gate of a head is the least-squares fit of the logarithm of KVzip's score by the hidden state in front of the
     attention, both less their means over the partition: a partition chooses among its own tokens, so what differs
     between partitions must not be learnt. KVzap (arXiv 2601.07891) fits the same logarithm over whole texts, by steps
-    of an optimizer. Here the fit is exact, from sums over all tokens, and has neither a rate nor a seed. Each tenth
-    context, or at least the last, is held out.
+    of an optimizer. Here the fit is exact, from sums over all tokens, and has neither a rate nor a seed. The last tenth
+    of the contexts, or at least one, is held out: neighbours may be about one text.
 
     Args:
         model: a causal language model; LRSA may be enabled on it.
@@ -76,14 +77,16 @@ def fit_token_gates(
         track: shows how far it is.
 
     Raises:
-        UserError: fewer than two contexts are long enough, or one does not fit into the model's positions.
+        UserError: nothing is kept, fewer than two contexts are long enough, or one does not fit into the model's
+            positions.
     """
+    check_setting("top_k", rule.top_k, rule.top_k > 0, "at least 1: gates choose what is kept")
     usable = [context for context in contexts if compressed_at(len(context) - 1, rule)]
     if len(usable) < 2:
         needed = f"at least two of {rule.first_compression + 1} tokens, from which on partitions are compressed"
         raise UserError("contexts", f"{len(usable)} of {len(contexts)}", needed)
-    every = min(10, len(usable))
-    fitted_on, held_out = [context for n, context in enumerate(usable, 1) if n % every], usable[every - 1 :: every]
+    last = max(len(usable) // 10, 1)
+    fitted_on, held_out = usable[:-last], usable[-last:]
     config = LRSAConfig(system=KVzip(pairs=max(rule.sink_size, 1), sink_size=rule.sink_size))
     training, sums, shares = model.training, _Sums(), []
     model.eval()
