@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from helpers import refused
+from transformers import DynamicCache, StaticCache
 
 from lrsa_lit.attention import (
     Greedy,
@@ -18,6 +20,7 @@ from lrsa_lit.attention import (
     using,
 )
 from lrsa_lit.data.collate import IGNORE_INDEX
+from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention.buffer import RowBuffer
 from lrsa_lit.systems import System
@@ -197,6 +200,83 @@ def test_losses_and_answers_are_those_of_the_cache(model):
         tokens_of.append(last[:, -1].argmax(dim=-1))
         last = answered(model, cache, tokens_of[-1][:, None])
     assert likely == torch.stack(tokens_of, dim=1).tolist()
+
+
+def beams(model, cache, rows, count=2, new=4):
+    """Of each row, by whole prompts and answers token by token: the best of so many beams, without an end token."""
+    best = []
+    for row in rows:
+        alive = [(0.0, [])]
+        for _ in range(new):
+            found = []
+            for score, tokens in alive:
+                own, logits = cache(model, row[None])
+                for token in tokens:
+                    logits = model(torch.tensor([[token]]), **cache_argument(model, own)).logits
+                shares = logits[0, -1].float().log_softmax(dim=-1)
+                shares[model.config.eos_token_id] = -torch.inf
+                found += [
+                    (score + float(shares[token]), [*tokens, token]) for token in shares.topk(count).indices.tolist()
+                ]
+            alive = sorted(found, reverse=True)[:count]
+        best.append(alive[0][1])
+    return best
+
+
+def test_beams_of_generate_are_those_of_prompts_that_have_ended(model, system):
+    """Also without anybody saying that they have; where the model must repeat them, somebody must."""
+    prompt = tokens(2, PROMPT)
+    options = {"num_beams": 2, "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    if system.repeats_prompt:
+        with refused("system", reason="end_prompt"):
+            model.generate(prompt, **cache_argument(model, LRSACache.of(model)), **options)
+        cache, _ = behind(model, prompt)
+        cache.batch_repeat_interleave(2)
+        more = torch.cat([prompt, tokens(2, 1, seed=2)], dim=1)
+        assert model.generate(more, **cache_argument(model, cache), **options).shape == (2, PROMPT + 5)
+        return
+    found = model.generate(prompt, **cache_argument(model, LRSACache.of(model)), **options)
+    assert found[:, PROMPT:].tolist() == beams(model, behind, prompt)
+
+
+def test_it_answers_from_no_other_cache(model, system):
+    prompt = tokens(2, PROMPT)
+    static = StaticCache(model.config, max_cache_len=PROMPT + ANSWER)
+    with refused("past_key_values", reason="static caches are not allowed"):
+        model(prompt, **cache_argument(model, static))
+    dynamic = cache_argument(model, DynamicCache(config=model.config))
+    if system.trains:
+        whole = model(prompt, use_cache=False).logits
+        alike(torch.cat([model(part, **dynamic).logits for part in prompt.split(9, dim=1)], dim=1), whole)
+        return
+    with refused("past_key_values", "DynamicCache", reason=f"{type(system).__name__} answers from an LRSACache alone"):
+        model(prompt, **dynamic)
+
+
+def test_packed_sequences_are_alone(model):
+    """In a pass without a cache; no cache takes several sequences in one row."""
+    parts = [tokens(1, length, seed=length) for length in LENGTHS]
+    places = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    ids = torch.cat(parts, dim=1)
+    packed = model(ids, position_ids=places, use_cache=False).logits
+    alike(packed, torch.cat([model(part, use_cache=False).logits for part in parts], dim=1))
+    with refused("position_ids", reason="packed sequences cannot be cached"):
+        model(ids, position_ids=places, **cache_argument(model, LRSACache.of(model)))
+
+
+def test_adapters_do_what_they_do_to_the_weights(system):
+    """LoRA beside the weights, and merged into them."""
+    model = Backbone("tiny", lora=LoRA(rank=2)).build().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    prompt, answer, logits = tokens(2, PROMPT), tokens(2, ANSWER, seed=1), []
+    for merged in (False, True):
+        model = model.merge_and_unload() if merged else model
+        with using(model, LRSAConfig(system=system)), torch.no_grad():
+            logits.append(answered(model, behind(model, prompt)[0], answer))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
 
 
 def test_one_that_trains_has_a_parallel_pass(model, system):

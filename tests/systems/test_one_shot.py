@@ -1,5 +1,8 @@
 """One cut behind the prompt: prefill in any chunks, padding, batches, the answer behind it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import refused
@@ -7,6 +10,7 @@ from systems.recorded import vectors
 
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, cache_argument, prefill, using
 from lrsa_lit.attention.decoding.decoder import Decoder
+from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.systems import (
     AdaKV,
     ChunkKVPress,
@@ -137,3 +141,23 @@ def test_sinks_and_tail_are_what_lagkv_press_always_keeps(tokens):
     assert system.at_most(floor * head.pair, tokens, head).pairs == floor
     # A prompt that has no more holds all.
     assert tokens <= floor or system.at_most(floor * head.pair - 1, tokens, head) is None
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_the_model_ends_prompts_as_well_and_the_plain_model_none(copied, ids):
+    # Not the model of other tests, on which transformers may have left hooks that nothing can pickle.
+    model, prompt = tiny_model().eval(), ids(2, PROMPT)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+
+    def generated(model):
+        cache = LRSACache.of(model)
+        return model.generate(prompt, **cache_argument(model, cache), **options), cache.prompt_ended
+
+    with using(model, LRSAConfig(system=KeyNorm(0.3))):
+        expected, ended = generated(model)
+        other, ended_too = generated(copied(model))
+        assert (ended, ended_too) == (True, True)
+        assert torch.equal(other, expected)
+    assert "prepare_inputs_for_generation" not in vars(model)

@@ -38,6 +38,9 @@ class LRSACache(Cache):
         num_layers: layers of the model (``model.config.num_hidden_layers``).
         layers: the layers' rules, as :meth:`of` reads them from a model; default: those that the config alone makes.
 
+    Attributes:
+        prompt_ended: whether :meth:`end_prompt` was called.
+
     Raises:
         UserError: the compressor needs the rotation of a model, and there is none.
     """
@@ -52,6 +55,7 @@ class LRSACache(Cache):
             raise UserError(field, type(getattr(config, field)).__name__, reason=reason)
         self.lease: Lease | None = None
         self._busy: Literal["call", "change"] | None = None
+        self.prompt_ended = False
         super().__init__(
             layers=[
                 LRSACacheLayer(layers.of(layer), functools.partial(layers.stream, layer)) for layer in range(num_layers)
@@ -126,7 +130,7 @@ class LRSACache(Cache):
 
         Where questions follow, ``to_come`` says how many tokens each row's has, which count in the size of a system.
         """
-        system = self.config.system
+        system, self.prompt_ended = self.config.system, True
         if system is None:
             return
         cutting = [system] if to_come is None else [system.cutting_before(tokens) for tokens in to_come]
@@ -197,7 +201,7 @@ class LRSACache(Cache):
     def reset(self) -> None:
         """Forget everything, also that a call was cut short."""
         super().reset()
-        self._busy = None
+        self._busy, self.prompt_ended = None, False
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (or those where a bool tensor is True), in that order."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lrsa_lit.attention import prompt_ends
 from lrsa_lit.attention.attached import (
     RULE,
     AttachedRule,
@@ -98,6 +99,8 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
         decoder.register_forward_pre_hook(functools.partial(_prepare, state), with_kwargs=True),
         decoder.register_forward_hook(functools.partial(_finish, state, type(inner).__name__), with_kwargs=True),
     ]
+    if config.system is not None:
+        prompt_ends.watch(inner)
     inner.set_attn_implementation(NAME)
     inner.config.lrsa = config.to_dict()
     return model
@@ -120,6 +123,7 @@ def disable(model: PreTrainedModel) -> None:
         handle.remove()
     for module in state.modules:
         delattr(module, RULE)
+    prompt_ends.unwatch(model)
     model.set_attn_implementation(state.implementation)
     if state.trained_with is None:
         del model.config.lrsa
@@ -212,6 +216,10 @@ def _prepare(
     batch, length = tokens.shape[:2]
     cache = cache_of_call(*given.values())
     compressed = compressed_cache(cache, state.config, len(state.modules))
+    system = state.config.system
+    if cache is not None and compressed is None and system is not None and not system.trains:
+        reason = f"{type(system).__name__} answers from an LRSACache alone: pass LRSACache.of(model)"
+        raise UserError("past_key_values", type(cache).__name__, reason=reason)
     past = 0 if cache is None else int(cache.get_seq_length())
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     of_tokens = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
