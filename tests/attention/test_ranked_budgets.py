@@ -143,7 +143,9 @@ def test_compressors_that_hold_more_than_pairs_are_refused(compressor, ranking):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [("{}", "neither gates nor"), ('{"worths": [[NaN]]}', "neither gates nor"), ("[]", "ranks neither"),
-     ("[[0.1], [0.2, 0.3]]", "ranks neither"), ("one two", "neither JSON nor a table"), ('{"ranking": 3}', "neither")],
+     ("[[0.1], [0.2, 0.3]]", "ranks neither"), ("one two", "neither JSON nor a table"), ('{"ranking": 3}', "neither"),
+     ('{"worths": [[1], [2, 3]]}', "neither"), ("[" * 100_000, "neither"),
+     ('{"ranking": [{"layer": 1, "fall": 0.5}]}', "neither"), ('{"worths": [["a"]]}', "neither")],
 )  # fmt: skip
 def test_what_ranks_nothing_is_refused(content, reason, ranking):
     path = ranking(content)

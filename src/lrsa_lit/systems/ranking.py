@@ -59,7 +59,7 @@ def read_ranking(field: str, path: str) -> Any:
         raise UserError(field, path, reason=f"cannot be read ({error.strerror})") from None
     except UserError:
         raise
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, RecursionError):
         raise UserError(field, path, reason="holds neither gates nor what an ablation has left") from None
     except ValueError as error:
         raise UserError(field, path, reason=f"is neither JSON nor a table of numbers ({message_of(error)})") from None
@@ -80,11 +80,13 @@ def is_of_layers(numbers: Any) -> bool:
 def _of_ablation(found: Mapping[str, Any]) -> Any:
     """Places in the ranking by what each head is worth, or each layer."""
     if "worths" in found:
-        of_heads: list[list[float]] = found["worths"]
-        width = len(of_heads[0]) if of_heads else 0
-        places = _places([worth for row in of_heads for worth in row])
-        return [places[start : start + width] for start in range(0, len(places), max(width, 1))]
-    return _places([each["fall"] for each in sorted(found["ranking"], key=lambda each: each["layer"])])
+        if not is_table(found["worths"]):
+            raise TypeError
+        places = _places([worth for row in found["worths"] for worth in row])
+        width = len(found["worths"][0])
+        return [places[start : start + width] for start in range(0, len(places), width)]
+    of_layers = {each["layer"]: each["fall"] for each in found["ranking"]}
+    return _places([of_layers[layer] for layer in range(len(of_layers))])
 
 
 def _places(worths: Sequence[float]) -> list[float]:
