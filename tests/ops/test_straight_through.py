@@ -9,6 +9,7 @@ from lrsa_lit.ops.sparse_attention import (
     Compressor,
     HeadRules,
     KeyDiff,
+    KeyValueStream,
     LagRelative,
     LagRelativeTail,
     MeanPool,
@@ -142,6 +143,20 @@ def test_the_kernels_give_the_gradients_of_eager_pytorch():
     assert kept[0].equal(kept[1])
     with torch.no_grad():
         assert sparse_attention(*leaves, rule, impl="triton").equal(sparse_attention(*leaves, plain, impl="triton"))
+
+
+@torch.no_grad()
+def test_kernels_that_stream_choose_by_the_queries_of_the_wrapped_selector():
+    pytest.importorskip("triton")
+    from ops.triton.oracle import inputs
+
+    tensors = inputs(1, 2, 1, 41, 16)[:3]
+    compressor = StraightThrough(QueryAttention(2), by=QueryAttention(5))
+    stream, parts = KeyValueStream(RULE.replace(compressor=compressor), "triton"), []
+    for part in (slice(0, 22), slice(22, 40), slice(40, 41)):
+        parts.append(stream.attend(*(tensor[:, :, part] for tensor in tensors), 0.25))
+    expected = sparse_attention(*tensors, RULE.replace(compressor=QueryAttention(2)), impl="eager")
+    torch.testing.assert_close(torch.cat(parts, dim=2), expected, rtol=0, atol=1e-5)
 
 
 def test_layers_of_a_random_control_lose_different_tokens():

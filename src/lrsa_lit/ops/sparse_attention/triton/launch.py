@@ -127,6 +127,9 @@ def compress(
     code = kernel_code(rule.compressor.plain, rule.top_k)
     if code is None or _want_gradient(key, value, next_query):
         return in_pytorch.compress(key, value, rule, count, first, next_query)
+    if next_query is not None:
+        # There may be more, for the gradient.
+        next_query = next_query[..., next_query.shape[-2] - rule.compressor.plain.window :, :]
     # A sequence of its own, without sinks, that is just long enough to have compressed them.
     geometry = Geometry(0, rule.lag_size, rule.top_k, rule.lag_size, (0, (count + 1) * rule.lag_size + 1))
     ranks, _ = fused_ranks(code, next_query, key, value, geometry)
