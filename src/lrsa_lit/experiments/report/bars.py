@@ -284,7 +284,7 @@ def claim_of(verdicts: Sequence[Verdict]) -> Grid:
 
 def _fits(bar: Settings, cell: Cell) -> bool:
     """Whether a cell holds no more of the cache than a bar allows, which may say nothing of it."""
-    return (cell.cache or 0.0) <= bar.get("cache", 1.0) + _HALF_A_PERCENT
+    return (cell.cache or 0.0) <= float(bar.get("cache", 1.0)) + _HALF_A_PERCENT
 
 
 def _chosen(best: Best) -> str:
