@@ -71,7 +71,7 @@ def main(args: list[str] | None = None) -> int:
     record |= {"transformers": transformers.__version__, "dtype": options.dtype, "answer": ANSWER, "rows": []}
     for name in options.models:
         model, tokenizer, ids = _model(name, options)
-        encode = functools.partial(_with_line_break, tokenizer)
+        encode = functools.partial(tokenizer.encode, add_special_tokens=False)
         cases = list(_cases(options.tokens))
         theirs = _peer(model, tokenizer, ids, cases, options)
         record["peer"] = theirs["versions"].tolist()
@@ -126,7 +126,7 @@ def _pairs(removed: float) -> Iterator[tuple[str, dict[str, Any], System]]:
     yield "Expected Attention", expected, expecting
     yield "ChunkKV", {"class": "ChunkKVPress", "init": {"press": snap}}, systems.ChunkKVPress(kept)
     yield "LagKV across", _press("LagKVPress", removed, **LAG, cross_scoring=True), systems.LagKVPress(kept, **cross)
-    # There sinks are repeated as well, so there are none here.
+    # There sinks are repeated as well, so there are none here. The suffix is kvpress's where it has no chat template.
     yield "KVzip", _press("KVzipPress", removed, n_sink=0), systems.KVzip(kept, sink_size=0)
     for name, press, scorer in (("SnapKV", snap, systems.SnapKV()), ("Expected Attention", expected, expecting)):
         yield f"AdaKV, {name}", {"class": "AdaKVPress", "init": {"press": press}}, systems.AdaKV(kept, scorer=scorer)
@@ -148,11 +148,6 @@ def _model(name: str, options: argparse.Namespace) -> tuple[Any, Any, list[int]]
         ids = tokenizer(options.text.read_text(encoding="utf-8"), verbose=False)["input_ids"][:length]
     tokenizer.chat_template = None
     return model.to(getattr(torch, options.dtype)).eval(), tokenizer, ids
-
-
-def _with_line_break(tokenizer: Any, text: str) -> list[int]:
-    """KVzip's instruction, behind which kvpress sets a line break where there is no chat template."""
-    return [token for part in (text, "\n") for token in tokenizer.encode(part, add_special_tokens=False)]
 
 
 def _peer(model: Any, tokenizer: Any, ids: list[int], cases: list[Case], options: argparse.Namespace) -> Any:

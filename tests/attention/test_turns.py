@@ -6,7 +6,7 @@ import torch
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, enable, prefill, read_prompts
 from lrsa_lit.attention.decoding import Decoder, greedy
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.systems import SnapKV, StreamingLLM
+from lrsa_lit.systems import KeyDiff, SnapKV, SqueezedAttention, StreamingLLM
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
 LENGTHS = (61, 30, 47)
@@ -56,6 +56,24 @@ def test_a_system_cuts_the_first_turn_alone():
     cut_at_the_end = LRSACache.of(model)
     read_prompts(model, cut_at_the_end, ids[:1], first_turns=[61])
     assert cut_at_the_end.stored_tokens() == [30, 30]
+
+
+@pytest.mark.parametrize("system", [KeyDiff(pairs=25), SqueezedAttention(observed=9)])
+def test_processes_are_called_equally_often_for_questions(system, monkeypatch):
+    """One whose prompts have no more than their contexts reads pads where others have a question and later turns."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda most, op=None: most.fill_(3))
+    model = enable(tiny_model().eval(), RULE.replace(system=system))
+    ids, mask = batch()
+    expected = prefill(model, ids, LRSACache.of(model), attention_mask=mask)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    cache, ends = LRSACache.of(model), {"contexts": LENGTHS, "first_turns": LENGTHS}
+    found, seen = read_prompts(model, cache, ids, mask, **ends, synced=True)
+    torch.testing.assert_close(found, expected)
+    # The context, the question, and later turns in one call or by tokens.
+    assert len(calls) == 2 + (3 if system.answers_by_token else 1)
+    assert seen.sum(dim=1).tolist() == list(LENGTHS)
+    assert [stream.seen for stream in cache.layers[0].streams] == list(LENGTHS)
 
 
 def test_processes_are_called_equally_often(monkeypatch):

@@ -128,6 +128,15 @@ def test_pairs_are_those_that_the_question_sees(model, ids):
     assert (found["cache"], found["kept"], found["peak"]) == (0.5, 0.5, 0.75)
 
 
+def test_pairs_of_squeezed_attention_lack_what_the_question_has_not_read(model, ids):
+    cache, _ = read(model, SqueezedAttention(sparsity=0.5, observed=9, clusters=0.5), ids(1, 40), contexts=[30])
+    stream = cache.layers[0].streams[0]
+    skipped = 40 * 41 / 2 - stream.attended_pairs
+    # Of 21 clustered keys each of 10 tokens skips as many, a mean of two heads.
+    assert 0 < skipped / 10 < 21
+    assert skipped / 10 * 2 == round(skipped / 10 * 2)
+
+
 def test_peaks_are_those_of_the_whole_prompt(model, ids):
     with using(model, LRSAConfig(system=KeyDiff(1.0))):
         greedy = Greedy(model, stops=(), max_new_tokens=1)

@@ -154,7 +154,7 @@ class SqueezedStream(KeyValueStream):
         self.thresholds: list[Tensor] = []
         self.reads: list[Tensor] = []
         self._waiting: Tensor | None = None
-        self._scale = 1.0
+        self._scale, self._unread = 1.0, 0.0
 
     @property
     def nbytes(self) -> int:
@@ -162,6 +162,11 @@ class SqueezedStream(KeyValueStream):
         parts = [part for level in self.levels or () for part in level]
         parts += [] if self._waiting is None else [self._waiting]
         return super().nbytes + sum(part.numel() * part.element_size() for part in parts)
+
+    @property
+    def attended_pairs(self) -> float:
+        """Without the clustered keys that tokens behind the prompt, such as a question's, have not read."""
+        return super().attended_pairs - self._unread
 
     @property
     def read_share(self) -> float | None:
@@ -221,7 +226,7 @@ class SqueezedStream(KeyValueStream):
     def rows(self, indices: Tensor) -> SqueezedStream:
         """As :class:`Stream` has it."""
         other = SqueezedStream(self.system, self.impl)
-        other.seen, other._scale = self.seen, self._scale
+        other.seen, other._scale, other._unread = self.seen, self._scale, self._unread
         other._store = None if self._store is None else self._store.rows(indices)
         other._waiting = None if self._waiting is None else self._waiting[indices]
         if self.levels is not None:
@@ -236,6 +241,7 @@ class SqueezedStream(KeyValueStream):
         most = int(chosen.sum(dim=-1).max())
         listed = chosen.sort(dim=-1, descending=True, stable=True).indices[..., :most]
         split = chosen.shape[2]
+        self._unread += count * float((~chosen).sum(dim=-1).double().mean())
         keys, values = (
             torch.cat([gather_kept(rows[:, :, :split], listed), rows[:, :, split:]], dim=2) for rows in (key, value)
         )
