@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from lrsa_lit import plugins
+from lrsa_lit.bounds import check_setting
 from lrsa_lit.errors import UserError, under
+
+_SIMPLE: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a text"),
+}
 
 
 class FromSettings:
@@ -42,7 +51,21 @@ class FromSettings:
             raise UserError(f"{title}.init_args", unnamed[0], "a name; YAML reads no, on … as one only in quotes")
         try:
             with under(f"{title}.init_args"):
+                check_types(found, arguments)
                 made: Self = found(**arguments)
         except TypeError as error:
             raise UserError(title, found.__name__, reason=f"does not take these init_args ({error})") from None
         return made
+
+
+def check_types(found: type, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of a dataclass whose fields are simple and of another type; others are for it to check.
+
+    A parser does this where it knows the class, and a truth value that is a text would be true.
+    """
+    for item in dataclasses.fields(found) if dataclasses.is_dataclass(found) else ():
+        kind, _, nothing = str(getattr(item.type, "__name__", item.type)).partition(" | ")
+        if item.name in arguments and kind in _SIMPLE and nothing in ("", "None"):
+            value, (types, allowed) = arguments[item.name], _SIMPLE[kind]
+            valid = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+            check_setting(item.name, value, valid or (value is None and nothing == "None"), allowed)

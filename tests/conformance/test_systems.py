@@ -1,6 +1,7 @@
 """A system holds of each row what it holds of it alone, however the prompt and the answer come in."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -327,6 +328,17 @@ def memory(cache):
 
 def test_pairs_are_counted(system):
     assert 0 < system.attended_pairs(50) <= 50 * 51 // 2
+
+
+def test_arguments_of_another_type_are_refused_by_their_keys(system):
+    """Also where no parser knows the class: a text would be true."""
+    written = System.to_dict(system)
+    for item in dataclasses.fields(system):
+        if item.type in ("bool", "int", "float", "str", "int | None", "float | None"):
+            for wrong in ([], "no" if item.type != "str" else 1):
+                values = {**written, "init_args": written["init_args"] | {item.name: wrong}}
+                with refused(f"system.init_args.{item.name}", wrong):
+                    System.from_dict(values)
 
 
 def test_it_survives_being_written_as_json(system):

@@ -197,3 +197,9 @@ def test_scorers_are_known_by_name_and_kept_with_their_settings():
 def test_settings_out_of_bounds_are_refused(make, field):
     with refused(field):
         make()
+
+
+@pytest.mark.parametrize(("name", "value"), [("kept", 0.25), ("pairs", 9), ("question", True)])
+def test_a_scorer_has_no_size_of_its_own(name, value):
+    with refused(f"scorer.init_args.{name}", value, reason="is not read; that of ChunkKVPress counts"):
+        ChunkKVPress(scorer=KeyNorm(**{name: value}))

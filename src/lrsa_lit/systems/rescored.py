@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from lrsa_lit.systems.system import System
 
 @dataclass(frozen=True)
 class Rescored(OneShot):
-    """Chooses by the scores of another system, whose own ``kept`` and ``pairs`` do not count.
+    """Chooses by the scores of another system, which has no ``kept`` or ``pairs`` of its own.
 
     Args:
         scorer: a system of one cut, also as the dict that its ``to_dict`` made.
@@ -28,6 +29,10 @@ class Rescored(OneShot):
         if not isinstance(scorer, OneShot) or type(scorer).keep is not OneShot.keep:
             raise UserError("scorer", type(scorer).__name__, "a system that scores tokens, such as SnapKV")
         object.__setattr__(self, "scorer", scorer)
+        for item in dataclasses.fields(OneShot):
+            if (own := getattr(scorer, item.name)) != item.default:
+                reason = f"is not read; that of {type(self).__name__} counts"
+                raise UserError(f"scorer.init_args.{item.name}", own, reason=reason)
         for name in ("window", "moments_from", "needs_rotary"):
             object.__setattr__(self, name, getattr(scorer, name))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lrsa_lit.bounds import check_setting, is_integer
+from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.clustering import cluster_members
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
@@ -97,13 +97,15 @@ class SqueezedAttention(System):
     def __post_init__(self) -> None:
         """Check each bound once."""
         for name in ("sparsity", "coarse_sparsity"):
-            check_setting(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
+            value = getattr(self, name)
+            check_setting(name, value, is_weight(value) and value < 1, "a number from 0 to below 1")
         for name in ("observed", "iterations"):
             value = getattr(self, name)
             check_setting(name, value, is_integer(value) and value >= 1, "an integer >= 1")
-        check_setting("clusters", self.clusters, 0 < self.clusters <= 1, "a number above 0 and at most 1")
+        share = is_weight(self.clusters) and 0 < self.clusters <= 1
+        check_setting("clusters", self.clusters, share, "a number above 0 and at most 1")
         check_setting("question", self.question, isinstance(self.question, bool), "true or false")
-        coarse = self.coarse is None or 0 < self.coarse <= self.clusters
+        coarse = self.coarse is None or (is_weight(self.coarse) and 0 < self.coarse <= self.clusters)
         check_setting(
             "coarse", self.coarse, coarse, f"a number above 0 and at most clusters ({self.clusters}), or null"
         )

@@ -48,7 +48,7 @@ class StraightThrough(Selector):
     def __post_init__(self) -> None:
         for name in ("of", "by"):
             given = getattr(self, name)
-            if given is not None:
+            if given is not None or name == "of":
                 object.__setattr__(self, name, _selector(name, given))
         positive = is_weight(self.temperature) and self.temperature > 0
         check_setting("temperature", self.temperature, positive, "a finite number > 0")

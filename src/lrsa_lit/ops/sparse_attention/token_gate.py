@@ -53,6 +53,7 @@ class TokenGate(Selector):
         if self.weights is None:
             check_setting("sha256", self.sha256, self.sha256 is None, "null without a file of weights")
             return
+        check_setting("weights", self.weights, isinstance(self.weights, str), "the path of a file, or null")
         path = expanded("weights", self.weights).absolute()
         digest = _digest_of(path)
         if self.sha256 not in (None, digest):
