@@ -98,6 +98,11 @@ def check_study(name: str, content: Any) -> None:
         _check(f"{name}: bars.{bar}", given, _BARS[needed])
     for plot, given in (content.get("plots") or {}).items():
         _check(f"{name}: plots.{plot}", given, _PLOT, tuple(_PLOT))
+        names = given["x"]
+        if isinstance(names, list) and any(len(line) > len(names) for line in given["lines"].values()):
+            raise UserError(
+                f"{name}: plots.{plot}.lines", reason=f"a line has more points than x has names ({len(names)})"
+            )
 
 
 def bar_rows(bar: Settings) -> list[str]:

@@ -65,6 +65,7 @@ def test_without_results_there_is_no_plot(tmp_path):
         ({"lines": {"one": [["lrsa", "4x", "none"]]}}, "plots.p.set: 'none'"),
         ({"lines": {}}, "plots.p.lines: {}"),
         ({"lines": {"one": ["lrsa"]}}, "plots.p.lines"),
+        ({"x": ["one name"]}, "plots.p.lines: a line has more points than x has names (1)"),
         ({"colour": "red"}, "'colour'"),
     ],
 )

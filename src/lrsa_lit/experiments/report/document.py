@@ -45,11 +45,12 @@ class Blocks:
         texts: what writes the Markdown of a block, empty where there are no results yet.
         plots: what a plot shows, in words, and what draws it; None where there are no results yet.
         tables: those of each ``PART/SET``.
+        images: the plots that were asked for, by their files.
     """
 
     def __init__(self, study: Study, lines: Sequence[Line], data: Path | None = None) -> None:
         self.study, cells = study, Cells(study, lines)
-        self._bars, self._images = Bars(cells), dict[Path, bytes]()
+        self._bars, self.images = Bars(cells), dict[Path, bytes]()
         self.texts: dict[str, Callable[[], str]] = {
             "summary": self._summary,
             "legend": lambda: tables.LEGEND,
@@ -98,13 +99,8 @@ class Blocks:
         figure.savefig(drawn, format="png", dpi=120)
         Image.open(drawn).convert("RGB").quantize(64).save(packed, format="png", optimize=True)
         path = folder / f"{prefix}{name.removesuffix('/plot').replace('/', '-')}.png"
-        self._images[path] = packed.getvalue()
+        self.images[path] = packed.getvalue()
         return f"![{caption}]({Path(os.path.relpath(path, document.parent)).as_posix()})"
-
-    @property
-    def images(self) -> dict[Path, bytes]:
-        """The plots of the blocks that were asked for."""
-        return self._images
 
     def _verdicts(self) -> str:
         verdicts = self._bars.verdicts()
@@ -178,7 +174,7 @@ def fill_all(studies: Sequence[Blocks], files: Sequence[Path], folder: Path) -> 
     """Write the blocks of Markdown files anew, and the plots that they show into a folder, or raise a UserError."""
 
     def text_of(name: str, document: Path) -> str:
-        blocks, own, prefix = block_of(studies, name)
+        blocks, own, prefix = _block_of(studies, name)
         return blocks.markdown(own, document, folder, prefix)
 
     documents = {path: filled(path, partial(text_of, document=path)) for path in files}
@@ -186,7 +182,7 @@ def fill_all(studies: Sequence[Blocks], files: Sequence[Path], folder: Path) -> 
     print(", ".join(map(str, documents)), flush=True)
 
 
-def block_of(studies: Sequence[Blocks], name: str) -> tuple[Blocks, str, str]:
+def _block_of(studies: Sequence[Blocks], name: str) -> tuple[Blocks, str, str]:
     """The blocks of the study that a mark names, its name among them, and what the files of its plots begin with.
 
     A UserError where there is none.
