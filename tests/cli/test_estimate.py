@@ -17,6 +17,7 @@ from lrsa_lit.cli.step_cost import Batches, Cost, measure
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_config
+from lrsa_lit.systems import DuoAttention
 from lrsa_lit.tasks import LongContextQA
 
 CPU = {"accelerator": "cpu", "gradient_clip_val": 1.0}
@@ -163,3 +164,16 @@ def test_what_is_not_estimated(command, options, named, tmp_path, capfd):
     last = refusal(capfd, command, *DEBUG, *options, "--estimate")
     assert all(part in last for part in named)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gates_of_all_layers_become_those_of_a_few(tmp_path):
+    made = task(tmp_path / "shape")
+    gates = [[0.1 * layer, 0.1 * layer + 0.05] for layer in range(7)]
+    made.train_config = LRSAConfig(system=DuoAttention(gates, sparsity=0.5, recent=16))
+    for layers in (Layers(0, 2), Layers(1, 4)):
+        short = few._shortened(made, layers)
+        system = short.train_config.system
+        assert len(system.gates) == sum(layers)
+        assert set(system.gates) <= {tuple(row) for row in gates}
+        assert sum(map(sum, system.full)) == sum(layers)
+        assert measure(short, batches(40), CPU).pass_seconds > 0

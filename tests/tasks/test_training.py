@@ -5,12 +5,13 @@ import functools
 import lightning
 import pytest
 import torch
-from helpers import quiet_trainer
+from helpers import quiet_trainer, refused
 from torch.utils.data import DataLoader
 
 from lrsa_lit.attention import LRSAConfig, enabled_config
 from lrsa_lit.data.collate import collate, collate_packed
 from lrsa_lit.models import Backbone
+from lrsa_lit.systems import KeyNorm
 from lrsa_lit.tasks import LongContextQA, SampledTopK
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
@@ -61,6 +62,12 @@ def test_every_answer_token_weighs_the_same(train_attention):
     for start, one, *others in zip(before, together, accumulated, in_rows, strict=True):
         for other in others:
             assert (one - other).norm() <= 1e-4 * (one - start).norm()
+
+
+def test_a_system_that_cannot_train_is_refused_by_the_task_itself():
+    """Its pass of whole sequences is dense."""
+    with refused("train_attention", "KeyNorm", reason="cannot train"):
+        fit(task(train_attention={"system": KeyNorm()}), [collate(EXAMPLES, 2)])
 
 
 def test_a_second_step_starts_counting_anew():

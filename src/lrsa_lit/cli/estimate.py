@@ -179,6 +179,8 @@ def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
             dense, sparse = _layers(task)
             total = (dense + sparse) * mean_top_k(rule, dense + sparse) - dense * rule.lag_size
             rule = rule.replace(top_k=round(total / max(sparse, 1)))
+        if rule.system is not None:
+            rule = rule.replace(system=rule.system.of_layers(sum(layers)))
         short.train_config = short.lrsa = rule.replace(dense_layers=list(range(layers.dense)))
     short.make_scheduler = None
     for term in short.objective.terms:

@@ -116,6 +116,11 @@ class DuoAttention(System):
         full = sum(map(sum, self.full)) / self.most(0)
         return full * tokens + (1 - full) * min(tokens, self.sink_size + self.recent)
 
+    def of_layers(self, count: int) -> DuoAttention:
+        """With the gates of layers from all depths; as large a share of their heads is full."""
+        gates = tuple(self.gates[index * len(self.gates) // count] for index in range(count))
+        return dataclasses.replace(self, gates=gates)
+
     def check(self, layers: int, heads: int) -> None:
         """As :class:`System` has it."""
         given = len(self.gates), len(self.gates[0])

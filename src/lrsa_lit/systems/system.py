@@ -139,6 +139,10 @@ class System(FromSettings, ABC):
     def check(self, layers: int, heads: int) -> None:
         """Raise a UserError unless it suits a model of so many layers and key-value heads."""
 
+    def of_layers(self, count: int) -> System:
+        """The same for a model of so many layers, which a cost is worked out from; override it where layers differ."""
+        return self
+
     def repeats(self, streams: Sequence[Stream], prompt: Sequence[int], encode: Encode | None) -> list[Repeat]:
         """What the model is to read behind a prompt, one after the other, each as if the others were not there.
 

@@ -165,10 +165,12 @@ class LongContextQA(lightning.LightningModule):
         return [term.teacher for term in self.objective.terms if term.teacher is not None]
 
     def setup(self, stage: str) -> None:
-        """Open what the training reads, once the data is there."""
+        """Refuse what cannot train, and open what the training reads, once the data is there."""
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and isinstance(data, QADataModule):
-            self.open_teachers(data)
+        if stage == "fit":
+            self.check_training()
+            if isinstance(data, QADataModule):
+                self.open_teachers(data)
 
     def start(self) -> Trained:
         """The model that a run begins with, not loaded yet.
