@@ -74,6 +74,11 @@ def registered(kind: str) -> dict[str, type]:
     return {found.__name__: found for found in _classes_in(home, kind)} | _added[kind]
 
 
+def added(kind: str) -> dict[str, type]:
+    """The classes of a kind that :func:`load` has added, by name."""
+    return dict(_added[kind])
+
+
 def find(kind: str, path: object, key: str) -> type:
     """The class that a file names, if it is imported or registered by an installed package.
 

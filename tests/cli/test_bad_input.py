@@ -52,13 +52,13 @@ def bad_inputs():
         "unknown argument of a class",
         ["--data.init_args.max_token", "100"],
         {},
-        ["data: max_token: no such setting", "max_tokens"],
+        ["data.init_args.max_token: no such setting", "max_tokens"],
     )
     yield (
         "unknown argument of a compressor",
         ["--config", "x.yaml"],
         {"x.yaml": "model: {lrsa: {compressor: {class_path: ChunkWise, init_args: {siz: 4}}}}"},
-        ["model.lrsa.compressor: siz: no such setting", "size"],
+        ["--config: x.yaml: model.lrsa.compressor.init_args.siz: no such setting", "size"],
     )
     yield (
         "window of queries longer than a partition",

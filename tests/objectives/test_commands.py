@@ -50,9 +50,10 @@ def test_help_lists_objectives_and_the_settings_of_each(capfd):
         assert stop.value.code == 0
         return " ".join(capfd.readouterr().out.split())
 
-    listed = shown("--help")
+    every, listed = shown("--help-all"), shown("--help")
     for name in ("AnswerLoss", "LanguageModelLoss", "Distillation", "HiddenAlignment", "Sum"):
-        assert f"lrsa_lit.objectives.{name}" in listed
+        assert f"lrsa_lit.objectives.{name}" in every
+        assert f" {name} " in listed
     said = shown(f"--model.objective.help={KL}")
     assert "--model.objective.direction {forward,reverse}" in said
     assert "--model.objective.weight WEIGHT what the mean is multiplied with. (type: float, default: 1.0)" in said

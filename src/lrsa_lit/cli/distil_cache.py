@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lrsa_lit.attention.unread import check_layers
 from lrsa_lit.cli.lightning_cli import LRSACLI, run_with
-from lrsa_lit.cli.main import layers_of, lightning_arguments
+from lrsa_lit.cli.main import prepared
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.objectives import Distillation
 from lrsa_lit.terminal import PlainConsole
@@ -17,8 +16,7 @@ from lrsa_lit.terminal import PlainConsole
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command; a mistake in the arguments or files is a UserError."""
-    told = lightning_arguments("fit", arguments)
-    check_layers(layers_of(arguments))
+    told = prepared("fit", arguments)
     run_with(_DistilCache, told)
 
 

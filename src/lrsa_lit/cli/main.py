@@ -19,6 +19,7 @@ import lrsa_lit
 from lrsa_lit import plugins
 from lrsa_lit.attention.unread import check_layers
 from lrsa_lit.classes import check_class_paths
+from lrsa_lit.cli import early_checks, short_help
 from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.paths import check_path, shipped
 
@@ -42,6 +43,9 @@ TOOLS = {
 }
 """Commands with options of their own: each is a module of that name with a function ``run``."""
 
+AS_FIT = ("distil-cache", "token-gates")
+"""Tools with the options of a fit."""
+
 HELP = """\
 usage: lrsa [-h] [--version] COMMAND [options]
 
@@ -62,8 +66,8 @@ commands:
   --plugins MODULE       import a module of yours, which adds data sets, compressors, …; may be repeated
   --estimate             say what memory and time a fit will take, and do not start it
   --print_config         print the resolved settings and exit
-  --help                 the settings of a command, with their meaning; --data.help lrsa_lit.data.HotpotQA those of a
-                         data set
+  --help                 the settings, data sets, compressors, systems and objectives, a line each; --data.help QAFiles
+                         has all of a data set's, --help-all every option
 
 distil-cache and token-gates take the options of fit. {tools} have options of their own, which --help lists.
 
@@ -139,7 +143,7 @@ def _main(arguments: list[str]) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | TOOLS).items())
-        tools = [name for name in TOOLS if name not in ("distil-cache", "token-gates")]
+        tools = [name for name in TOOLS if name not in AS_FIT]
         print(HELP.format(commands=commands, runs=_listed(COMMANDS), tools=_listed(tools)), end="")
         return
     if arguments[0] == "--version":
@@ -148,11 +152,13 @@ def _main(arguments: list[str]) -> None:
     if arguments[0] not in COMMANDS | TOOLS:
         _fail(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS | TOOLS)}")
     try:
-        if arguments[0] in TOOLS:
-            importlib.import_module(f"lrsa_lit.cli.{arguments[0].replace('-', '_')}").run(arguments[1:])
+        command, given = arguments[0], arguments[1:]
+        if command in TOOLS:
+            if command in AS_FIT:
+                prepared(command, given)
+            importlib.import_module(f"lrsa_lit.cli.{command.replace('-', '_')}").run(given)
             return
-        told = lightning_arguments(arguments[0], arguments[1:])
-        check_layers(layers_of(arguments[1:]))
+        told = prepared(command, given)
         # Lightning and transformers take seconds to import: not before there is something to run.
         with _importing("lrsa_lit.cli.lightning_cli"):
             from lrsa_lit.cli.lightning_cli import run
@@ -166,6 +172,26 @@ def _main(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         print("\nlrsa: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def prepared(command: str, arguments: Sequence[str]) -> list[str]:
+    """What the LightningCLI is told, once all is checked that can be before Lightning is imported.
+
+    Args:
+        command: the run, or a tool with the options of a fit.
+        arguments: what follows it on the command line.
+
+    Raises:
+        UserError: something in them is wrong.
+        SystemExit: code 0, where help was asked for and is printed.
+    """
+    told = lightning_arguments(command, arguments)
+    if (text := short_help.answered(command, arguments)) is not None:
+        print(text, end="")
+        raise SystemExit(0)
+    early_checks.check(command, arguments, plugins=any(each.startswith("--plugins=") for each in told))
+    check_layers(layers_of(arguments))
+    return ["--help" if argument == short_help.ALL else argument for argument in told]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import pkgutil
 import re
 import traceback
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
 from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.cli.catalogue import named
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.data.policies import Packed
 from lrsa_lit.errors import UserError
@@ -23,8 +25,14 @@ from lrsa_lit.models.backbone import Backbone, LoRA
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
+from lrsa_lit.plugins import KINDS
 from lrsa_lit.systems import System
 from lrsa_lit.tasks import HeadGates, LongContextQA, TopKSchedule
+
+# A parser knows the classes that are imported, and by their names alone: all that --help lists.
+for _kind in (*KINDS, "callbacks"):
+    for _path in named(_kind).values():
+        pkgutil.resolve_name(_path)
 
 TOKENIZER = "model.tokenizer"
 """The model's, which is linked to the data's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lrsa_lit.cli.arguments import Parser, add_on, resumable
+from lrsa_lit.cli.main import prepared
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.sweep import FLAG, Sweep, parse, points, show
 
@@ -33,6 +34,7 @@ def run(arguments: Sequence[str]) -> None:
     if printing := [option for option in rest if option.startswith("--print_")]:
         raise UserError(printing[0], reason="it is not allowed in a sweep; lrsa fit has it")
     grid = parse(options.grid)
+    prepared("fit", [*rest, *(f"--{key}={values[0]}" for key, values in grid.items())])
     from lrsa_lit.cli.fit_settings import FitSettings
     from lrsa_lit.experiments.on_ray import executor
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from rich.progress import track
 
 from lrsa_lit.analysis.gate_fit import fit_token_gates
-from lrsa_lit.attention.unread import check_layers
 from lrsa_lit.cli.arguments import Parser
 from lrsa_lit.cli.lightning_cli import LRSACLI, run_with
-from lrsa_lit.cli.main import layers_of, lightning_arguments
+from lrsa_lit.cli.main import prepared
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models import uncompiled
@@ -29,8 +28,7 @@ def run(arguments: Sequence[str]) -> None:
     parser = Parser("lrsa token-gates", add_help=False)
     parser.add_argument("--to", metavar="FILE")
     own, others = parser.parse_known_args(arguments)
-    told = lightning_arguments("fit", others)
-    check_layers(layers_of(others))
+    told = prepared("fit", others)
     run_with(functools.partial(_TokenGates, own.to), told)
 
 

@@ -1,0 +1,156 @@
+"""What a run's settings may name: the project's classes by short name, shipped files, and keys; nothing is imported."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lrsa_lit import plugins
+from lrsa_lit.cli import source_text
+from lrsa_lit.cli.source_text import Setting
+from lrsa_lit.paths import shipped
+from lrsa_lit.yaml_file import read_settings
+
+TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+DATA, TASK = "lrsa_lit.data.QADataModule", "lrsa_lit.tasks.LongContextQA"
+SLOTS = {
+    "data": "data",
+    "model.lrsa.compressor": "compressors",
+    "model.lrsa.system": "systems",
+    "model.objective": "objectives",
+    "trainer.callbacks": "callbacks",
+}
+"""Settings that take a class, and the kind of it."""
+# A mapping of settings each, of a class that is not chosen.
+_PARTS = {
+    "model": TASK,
+    "model.backbone": "lrsa_lit.models.Backbone",
+    "model.backbone.lora": "lrsa_lit.models.LoRA",
+    "model.backbone.rope_scaling": "lrsa_lit.models.RopeScaling",
+    "model.lrsa": "lrsa_lit.attention.LRSAConfig",
+    "trainer": TRAINER,
+}
+_CALLBACKS = (
+    "lrsa_lit.callbacks",
+    "lrsa_lit.tracking",
+    "lrsa_lit.checkpoints",
+    *(f"lrsa_lit.analysis.{name}" for name in ("callback", "ablation", "survival")),
+)
+EVERY_RUN_HAS = {
+    "CheckedForm",
+    "ExactState",
+    "FiniteLoss",
+    "GatesRecord",
+    "GracefulStop",
+    "MonitoredMetrics",
+    "RecordConfig",
+}
+"""Callbacks that the command line adds, and nobody names."""
+_LIGHTNING = "lightning.pytorch.callbacks"
+_ROOTS = {"Callback", "BasePredictionWriter", "ModelCheckpoint"}
+_OWN = ("config", "c", "help", "help-all", "print_config", "seed_everything", "validate_first", "estimate", "plugins")
+_EVALUATIONS = ("budget", "cache_tokens", "cache-tokens")
+
+
+@functools.cache
+def named(kind: str) -> dict[str, str]:
+    """The shipped classes of a kind: the dotted path of each by its short name."""
+    if kind == "callbacks":
+        found = {name: path for home in _CALLBACKS for name, path in _exports(home) if source_text.bases(path) & _ROOTS}
+        return {name: path for name, path in sorted(found.items()) if name not in EVERY_RUN_HAS}
+    home, base = plugins.KINDS[kind].home, plugins.KINDS[kind].base
+    return {
+        name: path
+        for name, path in _exports(home)
+        if any(each.node.name == base for each in source_text.lineage(path)[1:]) and not source_text.is_abstract(path)
+    }
+
+
+def _exports(home: str) -> Iterator[tuple[str, str]]:
+    for name in source_text.exported(home):
+        if source_text.find(f"{home}.{name}") is not None:
+            yield name, f"{home}.{name}"
+
+
+def added(kind: str) -> dict[str, str]:
+    """Other classes that a kind has: of plugins that are loaded or registered, by name with what is known of them.
+
+    Of callbacks those of Lightning.
+    """
+    if kind == "callbacks":
+        return dict.fromkeys(source_text.exported(_LIGHTNING), _LIGHTNING)
+    points = metadata.entry_points(group=f"lrsa_lit.{kind}")
+    return {point.name: f"of {point.value}" for point in points} | {
+        name: (found.__doc__ or "").strip().partition("\n")[0] for name, found in plugins.added(kind).items()
+    }
+
+
+def class_of(kind: str, name: object) -> str | None:
+    """The dotted path of a shipped class by its short name or by its path; None where it is none of those."""
+    known, text = named(kind), str(name)
+    home, _, last = text.rpartition(".")
+    within = kind != "callbacks" and f"{home}.".startswith(f"{plugins.KINDS[kind].home}.")
+    return known.get(text if not home else last if within or known.get(last) == text else "")
+
+
+def keys(path: str) -> Mapping[str, Setting]:
+    """The settings of a class, without those that the command line sets itself."""
+    return {name: each for name, each in source_text.settings(path).items() if (path, name) != (DATA, "tokenizer")}
+
+
+def part_of(key: str) -> str | None:
+    """The class whose arguments stand below a key; None where it is chosen, or nothing is known of it."""
+    return _PARTS.get(key)
+
+
+def parts() -> tuple[str, ...]:
+    """The keys that :func:`part_of` knows."""
+    return tuple(_PARTS)
+
+
+@functools.cache
+def top_level(command: str) -> frozenset[str]:
+    """The first parts of all keys that a run takes."""
+    evaluates = command in ("validate", "test", "predict")
+    own = source_text.parameters(TRAINER, command if evaluates else "fit").keys()
+    handed_over = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+    others = _EVALUATIONS if evaluates else ("to",) if command == "token-gates" else ()
+    return frozenset({*_OWN, *others, *(own - handed_over), "model", "data", "trainer"})
+
+
+@functools.cache
+def configs() -> dict[str, Path]:
+    """Shipped YAML by its name below ``configs/``, such as ``model/smollm2.yaml``; studies excepted."""
+    root = shipped("configs/model/tiny.yaml").parents[1]
+    found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*.yaml"))}
+    return {name: path for name, path in found.items() if not _first(path).startswith("# lrsa study ")}
+
+
+def about(path: Path) -> str:
+    """The line that says what a shipped file is."""
+    second = path.read_text(encoding="utf-8").splitlines()[1]
+    return second.removeprefix("#").strip() if second.startswith("#") else ""
+
+
+def setting_files(key: str, folder: str) -> list[str]:
+    """Shipped files of a folder that set something under a key."""
+    return [
+        f"configs/{name}"
+        for name, path in configs().items()
+        if name.startswith(f"{folder}/") and value_at(read_settings(path), key) is not None
+    ]
+
+
+def value_at(settings: Any, key: str) -> Any:
+    """The value of a dotted key within settings; None where there is none."""
+    for name in key.split("."):
+        settings = settings.get(name) if isinstance(settings, Mapping) else None
+    return settings
+
+
+def _first(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline()
