@@ -147,8 +147,8 @@ def _settings(line: tuple[Found, ...]) -> dict[str, Setting]:
         about = (_described(made) if made else {}) | _described(found.node) | about
     for position, found in enumerate(line):
         if _is_dataclass(found.node):
-            made = [each for each in reversed(line[position:]) if _is_dataclass(each.node)]
-            return {name: each for found in made for name, each in _fields(found, about)}
+            lines = [each for each in reversed(line[position:]) if _is_dataclass(each.node)]
+            return {name: each for part in lines for name, each in _fields(part, about)}
         if (node := _method(found.node, "__init__")) is not None:
             own = dict(_parameters(found.module, node, about))
             if node.args.kwarg is None:
