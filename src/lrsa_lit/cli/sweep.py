@@ -34,7 +34,10 @@ def run(arguments: Sequence[str]) -> None:
     if printing := [option for option in rest if option.startswith("--print_")]:
         raise UserError(printing[0], reason="it is not allowed in a sweep; lrsa fit has it")
     grid = parse(options.grid)
-    prepared("fit", [*rest, *(f"--{key}={values[0]}" for key, values in grid.items())])
+    first = [f"--{key}={values[0]}" for key, values in grid.items()]
+    # A checkpoint, there or not, is refused with the reason below.
+    if not any(each.startswith("--ckpt_path") for each in (*first, *rest)):
+        prepared("fit", [*rest, *first])
     from lrsa_lit.cli.fit_settings import FitSettings
     from lrsa_lit.experiments.on_ray import executor
 
