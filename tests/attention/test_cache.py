@@ -251,3 +251,18 @@ def test_a_mask_of_the_new_columns_alone_is_refused(model, tokens, rule):
     mask = torch.ones(2, 5, dtype=torch.long)
     with refused("attention_mask"):
         model(tokens(2, 5), attention_mask=mask, past_key_values=cache)
+
+
+def test_what_it_shows_of_itself(model, tokens, rule):
+    cache, ids = LRSACache(rule, 3), tokens(2, 90)
+    assert repr(cache) == "LRSACache(empty, 3 layers, LagRelative)"
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    feed(model, cache, ids, [90])
+    kept = stored_size(90, rule.rule)
+    assert (
+        repr(cache) == f"LRSACache(90 tokens seen, {kept} kept a head ({kept / 90:.0%}), 2 rows, 3 layers, LagRelative)"
+    )
+    cache.reset()
+    feed(model, cache, ids, [90], mask)
+    assert repr(cache).startswith("LRSACache(75 tokens seen, ")

@@ -113,9 +113,10 @@ def test_fewer_layers_are_measured_where_four_do_not_fit():
         few._measure_few(Layers(0, 16), measure)
 
 
-def test_the_command_says_what_a_fit_takes_and_leaves_no_trace(tmp_path, capfd):
+def test_the_command_says_what_a_fit_takes_and_leaves_no_trace(tmp_path, capfd, caplog):
     main(["fit", *DEBUG, "--estimate", "--data.init_args.max_tokens", "400"])
     shown = " ".join(capfd.readouterr().out.split())
+    assert "Measuring a model of 2 layers (1 of 1)" in caplog.messages
     assert "parameters │ 107,200" in shown
     for part in ("trained", "optimizer", "peak", "free on cpu", "fits", "seconds a step", "hours for all steps"):
         assert part in shown

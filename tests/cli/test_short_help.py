@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import shlex
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from helpers import modules_after
 
 from lrsa_lit import plugins
 from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.callbacks import show_next
 from lrsa_lit.cli import catalogue, source_text
 from lrsa_lit.cli.main import main
 from lrsa_lit.models import Backbone, LoRA, RopeScaling
@@ -161,3 +163,27 @@ for arguments in {told!r}:
 def test_python_runs_the_package():
     command = [sys.executable, "-m", "lrsa_lit", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("lrsa-lit ")
+
+
+def test_a_fit_ends_with_the_commands_that_go_on_with_it(capfd):
+    given = [*DEBUG, "--trainer.logger", "false", "--validate_first", "false"]
+    main(["fit", *given])
+    lines = [line.split(": ", 1) for line in capfd.readouterr().out.splitlines()]
+    said = {name: rest for name, *rest in lines if name in ("Best checkpoint", "Test it", "Ask it")}
+    (checkpoint,) = said["Best checkpoint"]
+    assert said["Ask it"] == [f"lrsa ask --model {checkpoint} report.txt"]
+    command = shlex.split(said["Test it"][0])
+    assert command[:2] == ["lrsa", "test"]
+    assert command[-2:] == ["--ckpt_path", checkpoint]
+    main(command[1:])
+    assert "Test on 8 questions" in capfd.readouterr().out
+
+
+def test_the_test_of_a_resumed_fit_takes_its_last_checkpoint(capfd):
+    show_next("new.ckpt", ["--ckpt_path", "old.ckpt", "-c", "a.yaml", "--ckpt_path=older.ckpt"], tests=True)
+    show_next("new.ckpt", [], tests=False)
+    assert capfd.readouterr().out.splitlines() == [
+        "Test it: lrsa test -c a.yaml --ckpt_path new.ckpt",
+        "Ask it: lrsa ask --model new.ckpt report.txt",
+        "Ask it: lrsa ask --model new.ckpt report.txt",
+    ]

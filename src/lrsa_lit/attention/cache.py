@@ -169,6 +169,18 @@ class LRSACache(Cache):
         # Layer by layer: what one attends to is gone before the next one does.
         return found._replace(peak=found.peak + max(layer.probing_nbytes(row) for layer in self.layers))
 
+    def __repr__(self) -> str:
+        """Tokens of a row and how many a head keeps of them, a mean where rows, layers or heads differ."""
+        about = f"{len(self.layers)} layers, {type(self.config.system or self.config.compressor).__name__}"
+        first, rows = self.layers[0], self.layers[0].rows
+        if not (first.streams and rows):
+            return f"LRSACache(empty, {about})"
+        seen = sum(stream.seen for stream in first.streams) / len(first.streams)
+        kept = sum(self.stored_tokens()) / len(self.layers) / rows
+        share = f" ({kept / seen:.0%})" if seen else ""
+        shape = f"{rows} row{'' if rows == 1 else 's'}, {about}"
+        return f"LRSACache({seen:,.0f} tokens seen, {kept:,.0f} kept a head{share}, {shape})"
+
     @property
     def is_idle(self) -> bool:
         """Whether all calls and changes ended well, as far as one can tell before the next :meth:`begin`."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.data.module import QADataModule, Split
+from lrsa_lit.errors import redacted
 from lrsa_lit.run_labels import OWN, SCORES, TOO_LONG_OF, title_of_own
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tasks.measures import MEASURES
@@ -163,6 +164,30 @@ def show_answers(trainer: Trainer) -> None:
             for path in callback.lines.written:
                 console.say(f"Answers: {path}")
     _show_run(trainer, console)
+
+
+def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool) -> None:
+    """Print what goes on with a fit's checkpoint: the test with the fit's arguments, and questions about a text.
+
+    Args:
+        checkpoint: the best one.
+        arguments: what followed ``lrsa fit``.
+        tests: whether the data set has a test split.
+    """
+    console = PlainConsole()
+    if tests:
+        again = [*_without(arguments, "--ckpt_path"), "--ckpt_path", checkpoint]
+        console.say(f"Test it: {redacted(shlex.join(['lrsa', 'test', *again]))}")
+    console.say(f"Ask it: {shlex.join(['lrsa', 'ask', '--model', checkpoint, 'report.txt'])}")
+
+
+def _without(arguments: Sequence[str], flag: str) -> list[str]:
+    """Arguments without a flag and its value."""
+    kept = list(arguments)
+    while flag in kept:
+        position = kept.index(flag)
+        del kept[position : position + 2]
+    return [argument for argument in kept if not argument.startswith(f"{flag}=")]
 
 
 def _evaluation_tables(

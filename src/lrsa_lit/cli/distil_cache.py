@@ -42,4 +42,6 @@ class _DistilCache(LRSACLI):
         data.prepare_split("train")
         device, context = trainer.strategy.root_device, trainer.precision_plugin.forward_context
         folder = teacher.write(data, task.backbone.config.vocab_size, device, context)
-        PlainConsole().say(f"The {teacher.n} likeliest tokens at each position are in {folder}")
+        console = PlainConsole()
+        console.say(f"The {teacher.n} likeliest tokens at each position are in {folder}")
+        console.say("Train with them: the same arguments after lrsa fit, with cached: true in the Distillation")

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from lrsa_lit.objectives.cached_teacher import Cached
 from lrsa_lit.strategies import shards_weights
 from lrsa_lit.tasks import LongContextQA
 
+_log = logging.getLogger("lrsa_lit")
 _GIB = 2**30
 _FEW = ((2, 4), (1, 2))
 """Layers of the models that are measured; the second pair where four do not fit."""
@@ -134,7 +136,11 @@ def _layers(task: LongContextQA) -> Layers:
 def _measure_few(whole: Layers, measure: Callable[[Layers], Cost]) -> dict[Layers, Cost]:
     for few, more in _FEW:
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            return {layers: measure(layers) for layers in _to_measure(whole, few, more)}
+            found, todo = {}, _to_measure(whole, few, more)
+            for number, layers in enumerate(todo, 1):
+                _log.info("Measuring a model of %d layers (%d of %d)", sum(layers), number, len(todo))
+                found[layers] = measure(layers)
+            return found
         # Only now is nobody left who refers to what was allocated.
         release()
     mend = "lower data.init_args.batch_size or max_tokens, or set model.backbone.gradient_checkpointing"

@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are known to be good.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,9 @@ def run(arguments: Sequence[str]) -> None:
         check_holdable(trained.backbone)
     _write(trained, options.out, merge=not options.adapters)
     kind = "Adapters" if options.adapters else "Model"
-    PlainConsole().say(f"{kind} of {options.checkpoint} in {options.out}")
+    console = PlainConsole()
+    console.say(f"{kind} of {options.checkpoint} in {options.out}")
+    console.say(f"Ask it: {shlex.join(['lrsa', 'ask', '--model', str(options.out), 'report.txt'])}")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

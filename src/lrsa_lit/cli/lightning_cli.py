@@ -31,7 +31,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lrsa_lit.analysis.gates import GatesRecord
 from lrsa_lit.attention.budgets import heads_of
-from lrsa_lit.callbacks import FitSummary, MonitoredMetrics, show_answers, show_evaluation
+from lrsa_lit.callbacks import (
+    FitSummary,
+    MonitoredMetrics,
+    ValidationDuration,
+    show_answers,
+    show_evaluation,
+    show_next,
+)
 from lrsa_lit.checkpoints import AtomicCheckpointIO, CheckedForm, ExactState, FiniteLoss, GracefulStop, resume
 from lrsa_lit.checkpoints.checkpoint_io import claim
 from lrsa_lit.checkpoints.safe_model_checkpoint import last_good
@@ -269,7 +276,7 @@ class LRSACLI(OpenCLI):
             raise UserError("trainer.strategy", reason="cannot train model.head_gates where the model is sharded")
         if self.subcommand == "fit":
             kept = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
-            trainer.callbacks = [MonitoredMetrics(), *kept]  # type: ignore[attr-defined]
+            trainer.callbacks = [MonitoredMetrics(), ValidationDuration(), *kept]  # type: ignore[attr-defined]
         return trainer
 
     def run_subcommand(self, subcommand: str) -> None:
@@ -313,6 +320,15 @@ class LRSACLI(OpenCLI):
                 self._reopen()
                 self._validate()
             summary.show(self.trainer)
+            self._show_next()
+
+    def _show_next(self) -> None:
+        """The commands that go on with the checkpoint of a fit."""
+        saved = self.trainer.checkpoint_callback
+        path = getattr(saved, "best_model_path", "") or getattr(saved, "last_model_path", "")
+        if path and self.trainer.is_global_zero:
+            # The first arguments name the command and the shipped defaults.
+            show_next(path, self._arguments[3:], tests="test" in self.datamodule.splits())
 
     def after_validate(self) -> None:
         """Close with the scores, part by part."""

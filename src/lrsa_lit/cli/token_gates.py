@@ -6,6 +6,7 @@ The compressor TokenGate then takes the file as its ``weights``.
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -76,3 +77,5 @@ class _TokenGates(LRSACLI):
         wanted = f"the {rule.top_k} of {rule.lag_size} tokens that KVzip would keep"
         others = f"the lag-relative score {fitted.lag_relative:.1%}, chance {fitted.chance:.1%}"
         say(f"Contexts held out: {fitted.held_out}. Of {wanted} there, the gates keep {fitted.found:.1%}, {others}")
+        use = ["--model.lrsa.compressor", "TokenGate", "--model.lrsa.compressor.weights", str(path)]
+        say(f"Use them: lrsa fit or lrsa test with {shlex.join(use)}")

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -205,6 +206,9 @@ def show(outcomes: Sequence[Outcome], count: int) -> None:
     console = PlainConsole()
     # A file has no width that columns must fit in.
     (console if console.is_terminal else PlainConsole(width=200)).print(table)
+    logger = logger_of(outcomes[0].point.config["trainer"])
+    store = ["--store", str(logger.get("tracking_uri"))]
+    console.say(f"Compare its runs: {redacted(shlex.join(['lrsa', 'ui', *store]))}")
 
 
 def _values(key: str, text: str) -> list[str]:
