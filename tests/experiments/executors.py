@@ -86,6 +86,7 @@ class Fabricated(InProcess):
         about = {
             "machine": {"device": "abacus"},
             "layers": 2,
+            "max_new_tokens": model["max_new_tokens"],
             "dtype": "float32",
             "seconds": 3.0,
             "survival": {name: {"": None} for name in rules},

@@ -382,3 +382,15 @@ def test_a_mistake_in_a_late_row_costs_no_training(row, inference, field, study_
         run.run(run.chosen(["main"]), executor)
     assert error.value.field.startswith(field)
     assert not executor.ran
+
+
+def test_answers_of_another_length_are_asked_for_again(study_file, data, tmp_path):
+    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    works = run.chosen(["main"], rows=["lrsa"])
+    assert run.run(works, Fabricated(run.questions))
+    assert not [item for _, _, missing in run.todo(works) for item in missing]
+    long = STUDY["data_sets"]["plain"] | {"max_new_tokens": 9}
+    tiny_study.write(study_file, data_sets=STUDY["data_sets"] | {"plain": long})
+    again = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
+    missing = [item for _, _, missing in again.todo(again.chosen(["main"], rows=["lrsa"])) for item in missing]
+    assert missing and {item.data_set for item in missing} == {"plain"}

@@ -49,18 +49,25 @@ class Results:
         known = {row.hash for row in study.rows.values()}
         if self.lines and not any(line["study"] == study.title or line["config"] in known for line in self.lines):
             raise UserError("--out", str(path), f"a file of {study.title}", reason=f"is of {self.lines[0]['study']!r}")
-        self._known = {_key_of(line) for line in self.lines}
+        self._known = {_key_of(line): line.get("max_new_tokens") for line in self.lines}
         self._weights = _last_weights(self.lines)
 
     def weights_of(self, trained: Line) -> str | None:
         """Digest of the last weights of a config, seed and training data; None where they were not trained."""
         return self._weights.get(_trained(trained))
 
-    def has(self, trained: Line, item: Evaluation, set_digest: str) -> bool:
-        """Whether an evaluation of the last weights is there; one with answers has the losses too."""
+    def has(self, trained: Line, item: Evaluation, set_digest: str, new_tokens: int) -> bool:
+        """Whether an evaluation of the last weights is there; one with answers has the losses too.
+
+        Answers that could be of another length than ``new_tokens`` are others, unless it is 0, for the default; older
+        lines do not say how long.
+        """
         asked = {"kind": "evaluation", **trained, "weights": self.weights_of(trained) or "", **_asked(item)}
         asked["set_digest"] = set_digest
-        return any(_key_of({**asked, "generated": generated}) in self._known for generated in {item.generates, True})
+        answered = _key_of({**asked, "generated": True})
+        if not item.generates:
+            return answered in self._known or _key_of({**asked, "generated": False}) in self._known
+        return answered in self._known and (not new_tokens or self._known[answered] in (None, new_tokens))
 
     def check_writable(self) -> None:
         """Refuse, before there is a result, a file that cannot be written."""
@@ -82,7 +89,7 @@ class Results:
         except OSError as error:
             raise UserError("--out", self.path, reason=f"cannot be written ({error.strerror})") from error
         self.lines.append(line)
-        self._known.add(_key_of(line))
+        self._known[_key_of(line)] = line.get("max_new_tokens")
         self._weights |= _last_weights([line])
 
 
@@ -129,6 +136,7 @@ def evaluation_lines(about: Line, weights: str, items: Sequence[Evaluation], pat
                 "contexts": part["contexts"],
                 "dtype": found["dtype"],
                 "generated": item.generates,
+                "max_new_tokens": found["max_new_tokens"] if item.generates else None,
                 "loss": _rounded([each["loss"] for each in own]),
                 "tokens": [line["answer_tokens"] for line in answers],
                 "f1": _rounded([each["f1"] for each in scored]),

@@ -176,12 +176,13 @@ class Runner:
         return {"config": work.row.hash, "seed": work.seed, "train_digest": digest(data) if data else ""}
 
     def _missing(self, work: Work) -> list[Evaluation]:
-        trained, facts = self._trained_by(work), self.questions.facts
-        return [
-            item
-            for item in work.evaluations
-            if not self.results.has(trained, item, facts(item.data_set, item.split).digest)
-        ]
+        trained, settings = self._trained_by(work), self._settings(work.row)
+
+        def is_there(item: Evaluation) -> bool:
+            digest = self.questions.facts(item.data_set, item.split).digest
+            return self.results.has(trained, item, digest, self.study.new_tokens(item.data_set, settings))
+
+        return [item for item in work.evaluations if not is_there(item)]
 
     def _folder(self, work: Work) -> Path:
         """Where the checkpoint and the answers of a row and seed lie."""
