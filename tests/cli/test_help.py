@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,3 +109,10 @@ def test_another_broken_pipe_is_told(monkeypatch):
     monkeypatch.setattr("lrsa_lit.cli.main._main", broken)
     with pytest.raises(BrokenPipeError):
         main([])
+
+
+def test_shipped_files_lie_in_the_wheel_where_they_are_looked_for():
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {name: f"lrsa_lit/{name}" for name in included}
+    assert {"cli.yaml", "configs"} <= included.keys()

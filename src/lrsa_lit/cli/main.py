@@ -19,7 +19,7 @@ import lrsa_lit
 from lrsa_lit import plugins
 from lrsa_lit.attention.unread import check_layers
 from lrsa_lit.classes import check_class_paths
-from lrsa_lit.cli import early_checks, short_help
+from lrsa_lit.cli import completion, early_checks, short_help
 from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.paths import check_path, shipped
 
@@ -85,6 +85,8 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: code 2 after a one-line message for a user's mistake, code 130 after Ctrl-C, code 143 after SIGTERM,
             code 141 where nobody reads the output any more (``| head``).
     """
+    if args is None:
+        completion.complete((*COMMANDS, *AS_FIT), [name for name in TOOLS if name not in AS_FIT])
     arguments = list(sys.argv[1:] if args is None else args)
     if sys.stdout is None and arguments[:1] == ["ask"]:
         _fail("stdout: it is closed; it must be open for the answers")
