@@ -132,10 +132,46 @@ def _table(folder: Path) -> dict[str, Any]:
     return {"table": str(folder / "towns.csv"), "rows": 4}
 
 
+def _chats(folder: Path) -> dict[str, Any]:
+    """Files of chats, one, two or three turns long."""
+    for split in SPLITS:
+        lines = []
+        for number in range(3):
+            turns = [
+                message
+                for turn in range(number + 1)
+                for message in (
+                    {"role": "user", "content": f"Say {number} in {split}, {turn}."},
+                    {"role": "assistant", "content": f"{number}, {turn} times."},
+                )
+            ]
+            lines.append(json.dumps({"messages": [{"role": "system", "content": "Be brief."}, *turns]}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return {split: str(folder / f"{split}.jsonl") for split in SPLITS}
+
+
+def _instructions(folder: Path) -> dict[str, Any]:
+    """Files of instructions, every other one with an input."""
+    for split in SPLITS:
+        rows = [{"instruction": f"Repeat {n} of {split}.", "output": f"{n}!"} for n in range(4)]
+        lines = [json.dumps(row | ({"input": f"Here: {n}"} if n % 2 else {})) for n, row in enumerate(rows)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return {split: str(folder / f"{split}.jsonl") for split in SPLITS}
+
+
+def _texts(folder: Path) -> dict[str, Any]:
+    """A text of several pieces for each split."""
+    for split in SPLITS:
+        (folder / f"{split}.txt").write_text(f"The {split} is late. " * 300)
+    return {split: str(folder / f"{split}.txt") for split in SPLITS}
+
+
 FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Articles": _articles,
+    "ChatFiles": _chats,
     "FactsInText": _facts,
     "HotpotQA": hotpotqa,
+    "InstructionFiles": _instructions,
     "LongBench": longbench,
     "Mixture": _mixture,
     "Needles": _needles,
@@ -147,5 +183,6 @@ FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Ruler13": _ruler13,
     "SquadArticles": squad,
     "TableCells": _table,
+    "TextFiles": _texts,
 }
 """They write into the folder that they are given."""

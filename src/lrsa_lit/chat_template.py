@@ -20,14 +20,16 @@ _GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
 """A block that transformers adds to Jinja; it reads nothing."""
 
 
-def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, answering: bool = True) -> str:
     """The text of messages with a ``role`` and a ``content``, up to where the assistant's next message starts.
+
+    Not ``answering``, it is the text of the messages alone.
 
     Raises:
         UserError: the chat template cannot be rendered, or raises an error.
     """
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering))
     # A template is a program that comes with the model, so any error in it is possible.
     except Exception as error:
         reason = message_of(error) or type(error).__name__

@@ -64,7 +64,7 @@ def with_user(uri: str) -> str:
 
 
 def register() -> None:
-    """Let cli.yaml name the store: ``${store_uri:FOLDER}``."""
+    """Let cli.yaml name the store, ``${store_uri:FOLDER}``, and the better values of a score, ``${better:SCORE}``."""
     from omegaconf import OmegaConf
 
     if not OmegaConf.has_resolver("store_uri"):
@@ -72,3 +72,4 @@ def register() -> None:
         add = getattr(OmegaConf, "register_new_resolver", None) or OmegaConf.register_resolver
         with warnings.catch_warnings(action="ignore"):
             add("store_uri", store_uri)
+            add("better", lambda score: "min" if score == "loss" else "max")

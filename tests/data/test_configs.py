@@ -20,10 +20,11 @@ def test_a_shipped_config_builds_its_data_set(path: Path):
     # Answers of some data sets are longer than most, and texts have none.
     parser.add_argument("--model.max_new_tokens", type=int)
     parser.add_argument("--model.generate_answers", type=bool)
-    parsed = parser.parse_args(["--config", str(path), "--data.init_args.batch_size=2"])
+    parser.add_argument("--best_by", type=str)
+    parsed = parser.parse_args(["--config", str(path), "--data.init_args.eval_batch_size=2"])
     data = parser.instantiate_classes(parsed).data
     assert parsed.data.class_path.startswith("lrsa_lit.data.")
-    assert (data.batch_size, data.max_tokens) == (2, parsed.data.init_args.max_tokens)
+    assert (data.eval_batch_size, data.max_tokens) == (2, parsed.data.init_args.max_tokens)
     assert path.read_text().startswith("# lrsa ")
 
 

@@ -21,7 +21,8 @@ from lrsa_lit.tasks.measures import MEASURES
 from lrsa_lit.terminal import PlainConsole
 from lrsa_lit.tracking.logger import MLflowRun
 
-_EVALUATED = {**SCORES, "recall": "recall"}
+_FITTED = {**SCORES, "perplexity": "perplexity"}
+_EVALUATED = {**SCORES, "recall": "recall", "perplexity": "perplexity"}
 _STAGES = {"val": "Validation", "test": "Test"}
 _COLUMNS = 5
 """Attentions that fit into a table side by side."""
@@ -83,7 +84,8 @@ class FitSummary(Callback):
         if self.history:
             task = trainer.lightning_module
             own = title_of_own(task.lrsa, task.attentions) if isinstance(task, LongContextQA) else OWN
-            console.print(_summary_table(self.history, own))
+            data = getattr(trainer, "datamodule", None)
+            console.print(_summary_table(self.history, own, getattr(data, "noun", QADataModule.noun)))
         if self.losses:
             console.print(_losses_table(self.losses))
         # Without a validation in training there is no best one.
@@ -94,14 +96,17 @@ class FitSummary(Callback):
         _show_run(trainer, console)
 
 
-def _summary_table(history: Sequence[tuple[int, dict[str, float]]], own: str) -> Table:
+def _summary_table(history: Sequence[tuple[int, dict[str, float]]], own: str, noun: str) -> Table:
     """First and last entry side by side, with a row for each attention; a single entry stands alone."""
     ends, last = [*history[:1], *history[1:][-1:]], history[-1][1]
     steps = " → ".join(f"step {step}" for step, _ in ends)
-    table = _table(f"Validation on {_questions(last.get('val/count', 0))}, {steps}", SCORES.values())
+    found_of = {name.rpartition("/")[2] for name in last}
+    known = [name for name in _FITTED if name in found_of]
+    title = f"Validation on {_counted(last.get('val/count', 0), noun)}, {steps}"
+    table = _table(title, (_FITTED[name] for name in known))
     for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
         stem = f"val/{prefix}/" if prefix else "val/"
-        found = [[values.get(stem + name, math.nan) for _, values in ends] for name in SCORES]
+        found = [[values.get(stem + name, math.nan) for _, values in ends] for name in known]
         # The parts of an evaluation have no loss of their own.
         shown = ("" if math.isnan(scores[-1]) else " → ".join(f"{score:.3f}" for score in scores) for scores in found)
         table.add_row(prefix or own, *shown)
@@ -127,8 +132,8 @@ def _table(title: str, scores: Iterable[str]) -> Table:
     return table
 
 
-def _questions(count: float) -> str:
-    return f"{int(count)} question{'' if count == 1 else 's'}"
+def _counted(count: float, noun: str) -> str:
+    return f"{int(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def _show_run(trainer: Trainer, console: PlainConsole) -> None:
@@ -200,7 +205,7 @@ def _evaluation_tables(
     """
     names, own = list(model.attentions), title_of_own(model.lrsa, model.attentions)
     scores = {name: label for name, label in _EVALUATED.items() if f"{split}/{name}" in metrics}
-    title = f"{_STAGES[split]} on {_questions(metrics[f'{split}/count'])}"
+    title = f"{_STAGES[split]} on {_counted(metrics[f'{split}/count'], data.noun)}"
     stems = [f"{split}/{name}/" if name else f"{split}/" for name in names]
 
     def values(group: str, score: str) -> list[str]:
@@ -218,7 +223,7 @@ def _evaluation_tables(
             tables += [table] if shown else []
         return tables
     table = Table(title=title)
-    for name in ("part", "questions", "score", *(name or own for name in names)):
+    for name in ("part", f"{data.noun}s", "score", *(name or own for name in names)):
         table.add_column(name, justify="left" if name in ("part", "score") else "right")
 
     def add(part: str, group: str, score: str) -> None:
@@ -247,8 +252,11 @@ def _evaluation_notes(data: QADataModule, split: Split, new_tokens: int | None) 
     tasks = ", ".join(f"{count} of {task}" for task, count in left_out.items())
     budget = f"max_tokens ({data.max_tokens})"
     notes = {
-        f"Left out, as they exceed {budget}: {{}} questions{f' ({tasks})' if tasks else ''}": totals["too_long"],
-        f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} questions": totals["truncated"],
+        f"Left out, as they exceed {budget}: {{}} {data.noun}s{f' ({tasks})' if tasks else ''}": totals["too_long"],
+        f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} {data.noun}s": totals["truncated"],
+        f"With nothing behind the first tokens that are context alone, so left out: {{}} {data.noun}s": totals[
+            "too_short"
+        ],
         f"Longer than max_new_tokens ({new_tokens}), so never given in full: {{}} of {kept} reference answers": (
             0 if new_tokens is None else data.unanswerable(split, new_tokens)
         ),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import set_parsing_settings
@@ -104,6 +104,8 @@ class LRSACLI(OpenCLI):
         add = parser.add_argument
         first = "Validate before training, so that a fit shows its gain."
         add("--validate_first", type=bool, default=True, help=first)
+        best = "The score of validations that decides the best checkpoint and early stopping."
+        add("--best_by", type=Literal["f1", "em", "recall", "loss"], default="f1", help=best)
         add("--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it.")
         plugins = "Modules of yours, which add data sets, compressors, systems or objectives."
         add("--plugins", type=list[str] | str, default=[], help=plugins)
@@ -165,6 +167,8 @@ class LRSACLI(OpenCLI):
             raise UserError("data.init_args.max_tokens", self.datamodule.max_tokens, hint=hint)
         if self.instead():
             return
+        if model.generate_answers or self.subcommand == "predict":
+            self.datamodule.check_answers(str(self.subcommand))
         if self.asked("ckpt_path") is not None and model.head_gates is None:
             # It has all weights that were trained; beside gates there are none in it.
             model.start_from = None

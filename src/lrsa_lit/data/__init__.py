@@ -1,4 +1,4 @@
-"""Data sets for question answering over long contexts; each is loaded when first asked for."""
+"""Data sets of questions over long contexts, chats and texts; each is loaded when first asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from lrsa_lit.lazy import lazily
 
 if TYPE_CHECKING:
     from lrsa_lit.data.articles import Articles as Articles
+    from lrsa_lit.data.chat_files import ChatFiles as ChatFiles
+    from lrsa_lit.data.chat_files import InstructionFiles as InstructionFiles
     from lrsa_lit.data.facts_in_text import FactsInText as FactsInText
     from lrsa_lit.data.hotpotqa import HotpotQA as HotpotQA
     from lrsa_lit.data.longbench import LongBench as LongBench
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
     from lrsa_lit.data.ruler import Ruler as Ruler
     from lrsa_lit.data.ruler13 import Ruler13 as Ruler13
     from lrsa_lit.data.squad import SquadArticles as SquadArticles
+    from lrsa_lit.data.text_files import TextFiles as TextFiles
 
 _HOMES = {
     "Articles": "articles",
+    "ChatFiles": "chat_files",
     "FactsInText": "facts_in_text",
     "HotpotQA": "hotpotqa",
+    "InstructionFiles": "chat_files",
     "LongBench": "longbench",
     "Mixture": "mixture",
     "Needles": "needle",
@@ -37,6 +42,7 @@ _HOMES = {
     "Ruler": "ruler",
     "Ruler13": "ruler13",
     "SquadArticles": "squad",
+    "TextFiles": "text_files",
 }
 __all__ = list(_HOMES)
 __getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for name, module in _HOMES.items()})

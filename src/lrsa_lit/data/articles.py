@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-from lrsa_lit.data.module import Split
+from lrsa_lit.data.module import Score, Split
 from lrsa_lit.data.prompts import SEPARATOR, Example, TooLong, render_passage
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.squad import SquadArticles
@@ -22,6 +22,9 @@ class Articles(SquadArticles):
         scored_from: tokens that are context alone.
         kwargs: see SquadArticles.
     """
+
+    score: ClassVar[Score] = "loss"
+    noun: ClassVar[str] = "article"
 
     def __init__(self, scored_from: int = 2048, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class ExampleSize(NamedTuple):
 
     Attributes:
         tokens: of prompt and answer.
-        answer: tokens of the answer that are learnt: an example's first token has none before it to predict it.
+        answer: tokens of all answers that are learnt: an example's first token has none before it to predict it.
     """
 
     tokens: int
@@ -35,7 +35,12 @@ class ExampleSize(NamedTuple):
     @classmethod
     def of(cls, tokens: int, prompt_length: int) -> ExampleSize:
         """That of an example with so many tokens, of which the first ones are its prompt."""
-        return cls(tokens, min(tokens - prompt_length, tokens - 1))
+        return cls.learning(tokens, [(prompt_length, tokens)])
+
+    @classmethod
+    def learning(cls, tokens: int, spans: Sequence[Span]) -> ExampleSize:
+        """That of an example with so many tokens, of which those at positions [start, end) are learnt."""
+        return cls(tokens, sum(end - max(start, 1) for start, end in spans))
 
 
 class TrainBatch(TypedDict):
@@ -44,13 +49,15 @@ class TrainBatch(TypedDict):
     Attributes:
         input_ids: (B, T) int64, prompt and answer, padded on the right.
         attention_mask: (B, T) int64, 1 on tokens and 0 on padding.
-        labels: (B, T) int64, ``input_ids`` on answer tokens and -100 elsewhere; not shifted, as Hugging Face has it.
+        labels: (B, T) int64, ``input_ids`` on learnt tokens and -100 elsewhere; not shifted, as Hugging Face has it.
         label_columns: (N,) int64, ascending: columns j where some row has a label at j + 1, so where logits are needed.
         position_ids: (1, T) int64, counting from 0 in each example of a packed row; None if nothing is packed.
         boundaries: where the examples of a packed row start, and its length: [0, n1, n1 + n2, …, T]; None if nothing
             is packed. Plain integers, so that no step waits for the device to tell them.
         id: the records' ids, in the order of the rows or, packed, within the row.
         sizes: of the examples, in the same order.
+        learnt: positions [start, end) of each example's tokens that have a label; where it is missing, these are the
+            last ones, as many as the sizes say.
         position: of each example in its split, in the same order.
         step_sizes: of all examples of the optimizer step that the batch belongs to, on all devices.
     """
@@ -63,6 +70,7 @@ class TrainBatch(TypedDict):
     boundaries: list[int] | None
     id: list[str]
     sizes: list[ExampleSize]
+    learnt: NotRequired[list[list[Span]]]
     position: list[int]
     step_sizes: list[ExampleSize]
 
@@ -114,6 +122,7 @@ def collate_training(examples: Sequence[Example], pad_token_id: int, length: int
         boundaries=None,
         id=[example["id"] for example in examples],
         sizes=sizes,
+        learnt=list(map(learnt_spans, examples)),
         position=_positions(examples),
         # Until a loader knows of further batches.
         step_sizes=sizes,
@@ -140,6 +149,7 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
         boundaries=boundaries,
         id=[example["id"] for example in examples],
         sizes=sizes,
+        learnt=list(map(learnt_spans, examples)),
         position=_positions(examples),
         # Until a loader knows of further batches.
         step_sizes=sizes,
@@ -187,8 +197,13 @@ def _predicting_columns(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
 
 
+def learnt_spans(example: Example) -> list[Span]:
+    """Positions [start, end) of an example's tokens that have a loss: what it says, or all behind its prompt."""
+    return _spans(example.get("learnt", [(example["prompt_length"], len(example["input_ids"]))]))
+
+
 def _sizes(examples: Sequence[Example]) -> list[ExampleSize]:
-    return [ExampleSize.of(len(example["input_ids"]), example["prompt_length"]) for example in examples]
+    return [ExampleSize.learning(len(example["input_ids"]), learnt_spans(example)) for example in examples]
 
 
 def _positions(examples: Sequence[Example]) -> list[int]:
@@ -201,8 +216,9 @@ def _token_ids(example: Example) -> Tensor:
 
 
 def _labels(example: Example, ids: Tensor) -> Tensor:
-    labels = ids.clone()
-    labels[: example["prompt_length"]] = IGNORE_INDEX
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for start, end in learnt_spans(example):
+        labels[start:end] = ids[start:end]
     return labels
 
 

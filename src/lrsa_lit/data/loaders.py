@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lrsa_lit.data.collate import Batch, ExampleSize, TrainBatch, collate, collate_packed, collate_training
+from lrsa_lit.data import token_cache
+from lrsa_lit.data.collate import Batch, TrainBatch, collate, collate_packed, collate_training
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import Packed
 from lrsa_lit.data.sampler import EpochSampler, ResumableLoader, StepBatch
@@ -93,7 +94,7 @@ def training_loader(
     made: Callable[[list[Example]], TrainBatch] = collate_packed
     if not isinstance(plan.policy, Packed):
         made = partial(collate_training, pad_token_id=pad_token_id, length=plan.policy.row_length(plan.lengths))
-    batches = _Batches(examples, plan.lengths, made)
+    batches = _Batches(examples, made)
     return ResumableLoader(batches, batch_sampler=sampler, collate_fn=_made, **_options(workers))
 
 
@@ -136,11 +137,9 @@ class _EveryRth(DistributedSampler[Any]):
 class _Batches(Dataset[Any]):
     """Training batches, each with its examples' positions and the sizes of its optimizer step's."""
 
-    def __init__(
-        self, examples: datasets.Dataset, lengths: Sequence[int], made: Callable[[list[Example]], TrainBatch]
-    ) -> None:
+    def __init__(self, examples: datasets.Dataset, made: Callable[[list[Example]], TrainBatch]) -> None:
         self._examples = examples
-        self._sizes = list(map(ExampleSize.of, lengths, examples["prompt_length"]))
+        self._sizes = token_cache.sizes(examples)
         self._made = made
 
     def __len__(self) -> int:

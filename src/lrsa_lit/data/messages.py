@@ -28,17 +28,25 @@ class Rendered(NamedTuple):
     passages: Sequence[Span] = ()
 
 
-def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def render_messages(
+    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, answering: bool = True
+) -> Rendered:
     """A conversation up to where the next answer starts, with the place of each message's content.
 
+    Not ``answering``, it is the conversation alone.
+
     Raises:
-        UserError: the chat template changes the text of a message, white space around it aside.
+        UserError: the chat template leaves a message out, or changes its text, white space around it aside.
     """
     # Whatever the messages hold, their places are those of contents that can stand nowhere else.
     stand_ins = [f"[{secrets.token_hex(16)}]" for _ in messages]
     marked = [{**message, "content": name} for message, name in zip(messages, stand_ins, strict=True)]
-    between = re.split("|".join(map(re.escape, stand_ins)), render(marked, tokenizer))
-    text = render(messages, tokenizer)
+    outline = render(marked, tokenizer, answering=answering)
+    for number, (message, name) in enumerate(zip(messages, stand_ins, strict=True)):
+        if name not in outline:
+            raise UserError("tokenizer", reason=f"its chat template leaves out messages[{number}] ({message['role']})")
+    between = re.split("|".join(map(re.escape, stand_ins)), outline)
+    text = render(messages, tokenizer, answering=answering)
     spans: list[Span] = []
     end = len(between[0])
     if len(between) == len(messages) + 1 and text.startswith(between[0]):

@@ -103,6 +103,11 @@ class Mixture(QADataModule):
                 raise UserError(f"weights.{name}", self.weights[name], allowed, reason=reason)
         return Mixed(tuple(self._counts), quotas)
 
+    def check_answers(self, command: str) -> None:
+        """As the data sets do that it evaluates on."""
+        for name in self.evaluate_on:
+            self.data_sets[name].check_answers(command)
+
     def score_of(self, group: str) -> Score:
         """The score of the data set that the part belongs to; F1 for all together."""
         name = group.partition("/")[0]

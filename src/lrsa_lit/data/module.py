@@ -30,7 +30,7 @@ from lrsa_lit.data.order import Order, Shuffled
 from lrsa_lit.data.plan import EpochPlan, Stage, check_lengths, check_stages
 from lrsa_lit.data.policies import Packed, checked_policy
 from lrsa_lit.data.prompts import Example, TooLong, encode
-from lrsa_lit.data.records import QARecord
+from lrsa_lit.data.records import Record
 from lrsa_lit.data.sampler import ResumableLoader
 from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.errors import UserError
@@ -39,7 +39,7 @@ from lrsa_lit.run_labels import TOO_LONG_OF
 from lrsa_lit.terminal import PlainConsole
 
 Split: TypeAlias = Literal["train", "val", "test"]
-Score: TypeAlias = Literal["f1", "recall", "em"]
+Score: TypeAlias = Literal["f1", "recall", "em", "loss"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _log = logging.getLogger("lrsa_lit.data")
@@ -68,7 +68,8 @@ class QADataModule(lightning.LightningDataModule):
 
     Attributes:
         score: the one that the data set is published with: ``f1`` (LongBench's ``qa_f1``), ``recall`` (RULER's) or
-            ``em`` (exact match).
+            ``em`` (exact match); ``loss``, shown as perplexity too, where nothing is asked and so nothing generated.
+        noun: what an example is, as "question".
         padding: of the training batches in the first epoch, the share of tokens that is padding or, packed, the share
             of the budget that is unused; None before there is a training loader.
         report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens
@@ -80,6 +81,7 @@ class QADataModule(lightning.LightningDataModule):
     """
 
     score: ClassVar[Score] = "f1"
+    noun: ClassVar[str] = "question"
     _definition: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -118,12 +120,15 @@ class QADataModule(lightning.LightningDataModule):
         self.report: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._examples: dict[Split, datasets.Dataset] = {}
 
-    def records(self, split: Split) -> Iterable[QARecord]:
+    def records(self, split: Split) -> Iterable[Record]:
         """The records of a split in their final order; read only as far as ``limit`` asks."""
         raise NotImplementedError(f"{type(self).__name__} must define records(split)")
 
-    def to_example(self, record: QARecord) -> Example | TooLong:
-        """The example of a record. Data sets that fill contexts up to ``max_tokens`` override this."""
+    def to_example(self, record: Any) -> Example | TooLong:
+        """The example of a record, a :class:`QARecord`.
+
+        Data sets that fill contexts up to ``max_tokens``, or have records of their own, override this.
+        """
         return encode(record, self.checked_tokenizer, self.max_tokens)
 
     def sources(self) -> dict[str, str]:
@@ -154,6 +159,14 @@ class QADataModule(lightning.LightningDataModule):
         # The examples of a mixture's data sets come one behind the other.
         parts = itertools.groupby(self._opened(split), key=lambda example: example.get("source", ""))
         return {source: SplitFacts.of(part) for source, part in parts}
+
+    def check_answers(self, command: str) -> None:
+        """Raise a UserError if something that a command evaluates on has no answers for generated ones."""
+        if self.score == "loss":
+            reason = f"is not possible with {type(self).__name__}, where nothing is asked"
+            if command == "predict":
+                raise UserError("predict", reason=reason)
+            raise UserError("generate_answers", True, "false", reason=reason)
 
     def score_of(self, group: str) -> Score:
         """The score that a part of the evaluation is published with; "" is all of it."""
@@ -286,7 +299,7 @@ class QADataModule(lightning.LightningDataModule):
         if not self.report[split]["kept"]:
             raise self._empty(split)
 
-    def _kept(self, split: Split, records: Iterable[QARecord], limit: int | None) -> Iterator[Example]:
+    def _kept(self, split: Split, records: Iterable[Record], limit: int | None) -> Iterator[Example]:
         seen: set[str] = set()
         for number, record in enumerate(records, start=1):
             try:
@@ -310,7 +323,7 @@ class QADataModule(lightning.LightningDataModule):
         report = self.report[split]
         if not report["too_long"]:
             return UserError(*self._origin(split), reason=f"has no records for the split {split!r}; one is needed")
-        reason = f"leaves the split {split!r} empty, as each of its {report['too_long']} questions needs more"
+        reason = f"leaves the split {split!r} empty, as each of its {report['too_long']} {self.noun}s needs more"
         return UserError("max_tokens", self.max_tokens, f"{report['shortest_too_long']} or more", reason=reason)
 
     def _origin(self, split: Split) -> tuple[str, object]:

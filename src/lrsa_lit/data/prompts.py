@@ -95,6 +95,8 @@ class Example(TypedDict):
             turns.
         gold_spans: token positions [start, end) of the supporting passages, in the order of the context.
         answer_spans: token positions [start, end) of the answers' occurrences within those passages.
+        learnt: token positions [start, end) that have a loss, in order. Without it these are all behind the prompt; in
+            a chat earlier turns are learnt as well.
         subject: what the context is about, where those of other questions are about it too without being the same.
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
@@ -112,6 +114,7 @@ class Example(TypedDict):
     subject: NotRequired[str]
     context_length: NotRequired[int]
     first_turn: NotRequired[int]
+    learnt: NotRequired[Sequence[Span]]
     source: NotRequired[str]
     repeated: NotRequired[bool]
     position: NotRequired[int]

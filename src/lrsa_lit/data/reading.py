@@ -48,6 +48,18 @@ def read_rows(path: Path) -> Iterator[Row]:
     return read_lines(path)
 
 
+def read_text(path: Path) -> str:
+    """All of a text file, line breaks as they are."""
+    data = _bytes(path)
+    try:
+        return data.decode("utf-8").removeprefix(_BOM)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line}", reason=f"byte {error.start + 1} of the file is not UTF-8{_hint(data)}"
+        ) from None
+
+
 def read_lines(path: Path) -> Iterator[Row]:
     """The values of a file with one JSON value a line; blank lines are skipped."""
     with _readable(path), path.open("rb") as file:

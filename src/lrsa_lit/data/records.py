@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from lrsa_lit.data.reading import Row, blamed_on, check_row, check_text, kind_of, read_rows
 from lrsa_lit.errors import UserError
@@ -31,6 +31,21 @@ class Turn:
 
     question: str
     answer: str
+
+
+class Record(Protocol):
+    """What a data set yields, one for each example."""
+
+    @property
+    def id(self) -> str:
+        """Unique within a split."""
+
+    @property
+    def task(self) -> str:
+        """What kind of question it is, where a data set has several."""
+
+    def check_texts(self) -> None:
+        """Raise a UserError for what no tokenizer takes."""
 
 
 @dataclass(frozen=True)

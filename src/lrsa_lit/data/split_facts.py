@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lrsa_lit.data.collate import learnt_spans
 from lrsa_lit.data.prompts import Example
 
 _QUESTION = 160
@@ -59,7 +60,9 @@ def _digest(examples: Sequence[Any], flat: Any) -> str:
 def _about(example: Any) -> dict[str, Any]:
     # Not in each: the digest of a split that has none stays what it was.
     names = (*_FIELDS, "subject") if example.get("subject") else _FIELDS
-    return {name: example[name] for name in names}
+    usual = [(example["prompt_length"], len(example["input_ids"]))]
+    learnt = {} if (spans := learnt_spans(example)) == usual else {"learnt": spans}
+    return {name: example[name] for name in names} | learnt
 
 
 def _contexts(examples: Sequence[Any]) -> list[int]:

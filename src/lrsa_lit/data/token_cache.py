@@ -17,6 +17,7 @@ import pyarrow.compute
 from datasets.arrow_writer import ArrowWriter
 
 from lrsa_lit import io, verified
+from lrsa_lit.data.collate import ExampleSize, learnt_spans
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
 
@@ -30,6 +31,7 @@ _FEATURES = datasets.Features(
         "prompt_length": _INT,
         "context_length": _INT,
         "first_turn": _INT,
+        "learnt": datasets.List(datasets.List(_INT)),
         "gold_spans": datasets.List(datasets.List(_INT)),
         "answer_spans": datasets.List(datasets.List(_INT)),
         "answers": datasets.List(_TEXT),
@@ -57,7 +59,8 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
     def fill(partial: Path) -> None:
         with ArrowWriter(path=str(partial / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
             for example in _apart(examples):
-                whole = {"task": "", "subject": "", "first_turn": example["prompt_length"], **example}
+                learnt = {"learnt": learnt_spans(example), "first_turn": example["prompt_length"]}
+                whole = {"task": "", "subject": "", **learnt, **example}
                 writer.write({"context_length": whole["first_turn"], **whole})
             writer.finalize()
         (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -121,6 +124,11 @@ def lengths(examples: datasets.Dataset) -> list[int]:
     """Tokens of each example, without reading the tokens themselves."""
     column = examples.data.column("input_ids")
     return [int(length) for length in pyarrow.compute.list_value_length(column).to_pylist()]
+
+
+def sizes(examples: datasets.Dataset) -> list[ExampleSize]:
+    """The size of each example, without reading the tokens themselves."""
+    return list(map(ExampleSize.learning, lengths(examples), examples.data.column("learnt").to_pylist()))
 
 
 @contextlib.contextmanager

@@ -32,6 +32,11 @@ def scores(prediction: str, answers: Sequence[str], match: Match) -> dict[str, f
     return {name: score(prediction, answers, match) for name, score in _SCORES.items()}
 
 
+def perplexity(loss: float) -> float:
+    """That of a mean loss of a token, in nats; infinite where it is too large for a float."""
+    return math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
+
+
 def means(sums: Iterable[Mapping[str, float]], *, generated: bool) -> dict[str, float]:
     """``loss`` per token, the scores if answers were ``generated``, and ``count``; NaN without questions.
 

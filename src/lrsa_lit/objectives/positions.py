@@ -14,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import ExampleSize, TrainBatch
+    from lrsa_lit.data.tokenization import Span
 
 Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -41,7 +42,7 @@ class Positions:
     @functools.cached_property
     def _answers(self) -> Tensor:
         # Several terms of a step ask for them, and each copy to the device is a launch.
-        return self._of_each(lambda size, _: np.arange(size.tokens - 1 - size.answer, size.tokens - 1))
+        return self._of_each(lambda size, name, answers: answers)
 
     def drawn(self, count: Callable[[ExampleSize], int], name: str, *, besides_answers: bool = False) -> Tensor:
         """(M,) int64: some of those that predict a token, drawn anew in each step.
@@ -55,23 +56,33 @@ class Positions:
             besides_answers: draw among those that predict no token of an answer.
         """
 
-        def draw(size: ExampleSize, record: str) -> Numbers:
-            among = size.tokens - 1 - (size.answer if besides_answers else 0)
+        def draw(size: ExampleSize, record: str, answers: Numbers) -> Numbers:
+            among = np.arange(size.tokens - 1)
+            if besides_answers:
+                among = np.delete(among, answers)
             wanted = count(size)
-            if wanted >= among:
-                return np.arange(among)
+            if wanted >= len(among):
+                return among
             seed = hashlib.sha256(f"{self.seed}:{self.step}:{record}:{name}".encode()).digest()
-            chosen = np.random.default_rng(list(seed)).choice(among, wanted, replace=False, shuffle=False)
-            return np.sort(chosen)
+            chosen = np.random.default_rng(list(seed)).choice(len(among), wanted, replace=False, shuffle=False)
+            return among[np.sort(chosen)]
 
         return self._of_each(draw)
 
-    def _of_each(self, within: Callable[[ExampleSize, str], Numbers]) -> Tensor:
-        named = zip(starts_of(self.batch), self.batch["sizes"], self.batch["id"], strict=False)
-        parts = [start + within(size, name) for start, size, name in named]
+    def _of_each(self, within: Callable[[ExampleSize, str, Numbers], Numbers]) -> Tensor:
+        """Positions of each example, by its size, its id and those that predict its answers."""
+        sizes = self.batch["sizes"]
+        learnt = self.batch.get("learnt") or [[(size.tokens - size.answer, size.tokens)] for size in sizes]
+        named = zip(starts_of(self.batch), sizes, self.batch["id"], map(_before, learnt), strict=False)
+        parts = [start + within(size, name, answers) for start, size, name, answers in named]
         device, found = self.batch["input_ids"].device, torch.from_numpy(np.concatenate(parts))
         # From pageable memory a copy may wait for the device.
         return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+
+
+def _before(spans: Sequence[Span]) -> Numbers:
+    """The positions that predict the tokens at [start, end) of an example, whose first token nothing predicts."""
+    return np.concatenate([np.arange(max(start, 1) - 1, end - 1) for start, end in spans])
 
 
 def starts_of(batch: TrainBatch) -> Sequence[int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from lrsa_lit.attention import Usage
 from lrsa_lit.data.collate import Batch
-from lrsa_lit.evaluation.answers import Answers, means, scores
+from lrsa_lit.evaluation.answers import Answers, means, perplexity, scores
 
 
 class AnswerMeter:
@@ -22,8 +22,9 @@ class AnswerMeter:
         self.generated = generated
         self.reset(())
 
-    def reset(self, groups: Iterable[str]) -> None:
-        """Start anew, with sums for these parts."""
+    def reset(self, groups: Iterable[str], texts: Container[str] = ()) -> None:
+        """Start anew, with sums for these parts; those of plain text (``texts``) have a perplexity."""
+        self._texts = texts
         self.sums: dict[str, Counter[str]] = {name: Counter() for name in ("", *groups)}
         self.usages: list[Usage] = []
 
@@ -43,8 +44,10 @@ class AnswerMeter:
 
     def means(self, of_processes: Sequence[dict[str, Counter[str]]]) -> dict[str, float]:
         """The means over the ``sums`` of all processes by name: ``loss``, ``f1`` …, and of a part ``needle/f1`` …."""
-        return {
-            f"{group}/{name}" if group else name: value
-            for group in self.sums
-            for name, value in means([sums[group] for sums in of_processes], generated=self.generated).items()
-        }
+        found: dict[str, float] = {}
+        for group in self.sums:
+            values = means([sums[group] for sums in of_processes], generated=self.generated)
+            if group in self._texts:
+                values["perplexity"] = perplexity(values["loss"])
+            found |= {f"{group}/{name}" if group else name: value for name, value in values.items()}
+        return found

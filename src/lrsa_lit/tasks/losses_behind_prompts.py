@@ -27,28 +27,28 @@ if TYPE_CHECKING:
 def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Sums (B,) float64 of the cross-entropies of each answer, which follows its prompt in the cache.
 
+    Where several turns of a chat are learnt, the prompt ends with the first of them, and all behind it is the answer.
+
     Args:
         model: a causal language model, a system enabled.
         batch: to evaluate on.
         tokenizer: the model's, for systems that have it repeat the prompt.
     """
-    labels = batch["labels"]
-    answers = pad_sequence([row[row != IGNORE_INDEX] for row in labels], True, padding_value=IGNORE_INDEX)
+    prompts, mask, answers, labels = _in_two(batch)
     cache, synced = LRSACache.of(model), is_sharded(model)
     if synced:
         # Calls of the model take all processes: where another one has a longer answer, pads are behind these.
         missing = most_of_all(answers.shape[1], answers.device) - answers.shape[1]
-        answers = pad(answers, (0, missing), value=IGNORE_INDEX)
+        answers, labels = (pad(each, (0, missing), value=IGNORE_INDEX) for each in (answers, labels))
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    prompts = batch["prompt_ids"], batch["prompt_mask"]
     ends: Any = {"contexts": batch.get("context_length"), "first_turns": batch.get("first_turn")}
-    logits, seen = read_prompts(model, cache, *prompts, **ends, encode=encode, synced=synced)
-    losses = cross_entropy(logits[:, -1].float(), answers[:, 0], reduction="none").double()
-    given, wanted = answers[:, :-1], answers[:, 1:]
+    logits, seen = read_prompts(model, cache, prompts, mask, **ends, encode=encode, synced=synced)
+    losses = cross_entropy(logits[:, -1].float(), labels[:, 0], reduction="none").double()
+    given, wanted = answers[:, :-1], labels[:, 1:]
     if not wanted.numel():
         return losses
     # The last token of a shorter answer predicts nothing, and stands in the place of a pad.
-    mask = torch.cat([seen, (wanted != IGNORE_INDEX).to(seen)], dim=1)
+    mask = torch.cat([seen, (answers[:, 1:] != IGNORE_INDEX).to(seen)], dim=1)
     system, count, start = cache.config.system, given.shape[1], seen.shape[1]
     for call in torch.arange(count, device=given.device).split(1 if system and system.answers_by_token else count):
         first, stop = int(call[0]), int(call[-1]) + 1
@@ -56,3 +56,20 @@ def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokeniz
         inputs |= cache_argument(model, cache)
         losses = losses + losses_of_rows(model, wanted[:, first:stop], call - first, **inputs, use_cache=True)
     return losses
+
+
+def _in_two(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows up to their first label, (B, Tp) padded on the left, and their mask; the rest, (B, A), and its labels."""
+    firsts = (batch["labels"] != IGNORE_INDEX).int().argmax(dim=1).tolist()
+    ends = batch["attention_mask"].sum(dim=1).tolist()
+    prompts = [row[:first] for row, first in zip(batch["input_ids"], firsts, strict=True)]
+    behind = [
+        pad_sequence([row[first:end] for row, first, end in zip(batch[name], firsts, ends, strict=True)],
+                     batch_first=True, padding_value=IGNORE_INDEX)
+        for name in ("input_ids", "labels")
+    ]  # fmt: skip
+    before = [
+        pad_sequence(rows, batch_first=True, padding_side="left")
+        for rows in (prompts, list(map(torch.ones_like, prompts)))
+    ]
+    return before[0], before[1], behind[0], behind[1]

@@ -363,10 +363,11 @@ class LongContextQA(lightning.LightningModule):
         self.on_predict_epoch_start()
         data = getattr(self.trainer, "datamodule", None)
         groups = [] if data is None else data.groups(self._split)
+        texts = {group for group in ("", *groups) if data is not None and data.score_of(group) == "loss"}
         if both := {group.partition("/")[0] for group in groups} & set(self.attentions):
             raise UserError("evaluate", min(both), "another name than those of the data sets and tasks")
         for meter in self.meters.values():
-            meter.reset(groups)
+            meter.reset(groups, texts)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of an evaluation."""

@@ -1,0 +1,157 @@
+"""Chats: messages of a user and an assistant, all of whose answers are learnt.
+
+A chat is rendered by the model's chat template. Learnt is what the model itself would have to write: of each of the
+assistant's messages all from where the prompt for it ends up to the special token that ends it. Each prompt is
+tokenised apart from the answer, as generation has it, so both see the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lrsa_lit.chat_template import render
+from lrsa_lit.data.messages import render_messages
+from lrsa_lit.data.prompts import Example, TooLong
+from lrsa_lit.data.reading import check_row, check_text
+from lrsa_lit.data.tokenization import Span, Tokens, encode_text, special_ids
+from lrsa_lit.errors import UserError, under
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ASSISTANT, ROLES = "assistant", ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of a chat; ``learnt`` says of one of the assistant's whether it has a loss."""
+
+    role: str
+    content: str
+    learnt: bool = True
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat that ends with a message of the assistant.
+
+    Attributes:
+        id: unique within a data set.
+        messages: in order.
+        place: where it stands, for errors.
+        task: "".
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    place: str = field(default="", compare=False)
+    task: str = ""
+
+    def check_texts(self) -> None:
+        """Raise a UserError for half a character, which no tokenizer takes."""
+        check_text([message.content for message in self.messages], "messages")
+
+
+def chat_of(row: Mapping[str, Any], default_id: str, place: str) -> Chat:
+    """The chat of a row in OpenAI's format for fine-tuning.
+
+    Args:
+        row: ``messages``, each with ``role`` and ``content``, and maybe ``id``. A message of the assistant may have
+            ``weight``, 0 for one that is not to be learnt.
+        default_id: for a row without an id.
+        place: of the row.
+
+    Raises:
+        UserError: a field is missing, unknown or wrong, a text is empty, or nothing is to be learnt.
+    """
+    check_row(row, {"messages": [dict]}, {"id": str})
+    messages = []
+    for number, message in enumerate(row["messages"]):
+        with under(f"messages[{number}]"):
+            messages.append(_message(message))
+    if not any(message.role == ASSISTANT for message in messages):
+        raise UserError("messages", reason="has no message of the assistant, so there is nothing to learn")
+    if messages[-1].role != ASSISTANT:
+        reason = f"ends with a message of the {messages[-1].role}"
+        raise UserError("messages", reason=reason, allowed="messages that end with one of the assistant")
+    if not any(message.learnt for message in messages if message.role == ASSISTANT):
+        raise UserError(
+            "messages", reason="has weight 0 in all messages of the assistant, so there is nothing to learn"
+        )
+    return Chat(row.get("id") or default_id, tuple(messages), place)
+
+
+def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Example | TooLong:
+    """Tokenise a chat, which may have ``max_tokens``; nothing is cut to meet that.
+
+    The prompt ends where the last answer starts, the first turn where the first one does.
+
+    Raises:
+        UserError: the chat template leaves out or changes a message, or ends none of the assistant's.
+    """
+    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+    text, spans, _ = render_messages(messages, tokenizer, answering=False)
+    answers = [number for number, message in enumerate(chat.messages) if message.role == ASSISTANT]
+    starts = [_start(messages[:number], text, spans[number][0], tokenizer) for number in answers]
+    ids = list(encode_text(tokenizer, text[: starts[0]], _within(spans, 0, starts[0])).ids)
+    firsts, learnt, end = [], [], 0
+    for number, start, stop in zip(answers, starts, [*starts[1:], len(text)], strict=True):
+        piece = encode_text(tokenizer, text[start:stop], _within(spans, start, stop))
+        end = len(ids) + _count_to_end(piece, spans[number][1] - start, tokenizer)
+        firsts.append(len(ids))
+        if chat.messages[number].learnt:
+            learnt.append((len(ids), end))
+        ids += piece.ids
+    if end > max_tokens:
+        return TooLong(end)
+    return Example(
+        id=chat.id,
+        # What the template writes behind the last answer is nobody's.
+        input_ids=ids[:end],
+        prompt_length=max(firsts[-1], 1),
+        first_turn=max(firsts[0], 1),
+        learnt=learnt,
+        gold_spans=[],
+        answer_spans=[],
+        answers=[chat.messages[-1].content],
+        match="any",
+        task=chat.task,
+    )
+
+
+def _message(row: Mapping[str, Any]) -> Message:
+    check_row(row, {"role": str, "content": str}, {"weight": int})
+    role, weight = row["role"], row.get("weight")
+    if role not in ROLES:
+        raise UserError("role", role, " or ".join(ROLES))
+    if not row["content"].strip():
+        raise UserError("content", reason="is empty", allowed="a text that is not")
+    if weight is not None and (role != ASSISTANT or weight not in (0, 1)):
+        raise UserError("weight", weight, "0 or 1, in messages of the assistant")
+    return Message(role, row["content"], learnt=weight != 0)
+
+
+def _start(before: Sequence[Mapping[str, str]], text: str, content: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the answer to messages starts in the text of a chat: no later than its content does.
+
+    It is where the prompt for it ends, unless the template writes an answer of the past otherwise than it is given.
+    """
+    prompt = render(before, tokenizer) if before else ""
+    return len(prompt) if before and len(prompt) <= content and text.startswith(prompt) else content
+
+
+def _count_to_end(piece: Tokens, content: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens of a piece, whose content ends at a character, there are up to the special token behind it."""
+    special = special_ids(tokenizer)
+    for place, (number, (_, end)) in enumerate(zip(piece.ids, piece.offsets, strict=True)):
+        if number in special and end > content:
+            return place + 1
+    raise UserError("tokenizer", reason="its chat template writes no special token behind an answer, to end it")
+
+
+def _within(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """The parts of spans in [start, stop), counted from there."""
+    cut = ((max(first, start) - start, min(last, stop) - start) for first, last in spans)
+    return [(first, last) for first, last in cut if first < last]
