@@ -56,14 +56,17 @@ def test_chats_and_texts_mix_with_questions_under_every_objective(tmp_path, capf
     sets = {}
     for name in ("chats", "instructions", "texts", "files"):
         data = yaml.safe_load(shipped(f"configs/data/{name}.yaml").read_text())["data"]
-        sets[name] = {"class_path": data["class_path"],
-                      "init_args": {**data["init_args"], "packing": None, "max_tokens": 2048, "limit": {"train": 2, "val": 1}}}  # fmt: skip
+        own = {"packing": None, "max_tokens": 2048, "limit": {"train": 2, "val": 1}}
+        sets[name] = {"class_path": data["class_path"], "init_args": data["init_args"] | own}
     terms = [{"class_path": name, "init_args": init_args} for name, init_args in
              {"AnswerLoss": {}, "Distillation": {"positions": 20}, "LanguageModelLoss": {"share": 0.5},
               "HiddenAlignment": {"positions": 9}}.items()]  # fmt: skip
-    mixed = {"class_path": "Mixture", "init_args": {"max_tokens": 2048, "packing": {"tokens": 2048}, "data_sets": sets,
-                                                   "weights": dict.fromkeys(sets, 1)}}  # fmt: skip
-    settings = {"best_by": "loss", "data": mixed, "model": {"generate_answers": False}}
+    mixed = {"max_tokens": 2048, "packing": {"tokens": 2048}, "data_sets": sets, "weights": dict.fromkeys(sets, 1)}
+    settings = {
+        "best_by": "loss",
+        "data": {"class_path": "lrsa_lit.data.Mixture", "init_args": mixed},
+        "model": {"generate_answers": False},
+    }
     settings["model"]["objective"] = {"class_path": "Sum", "init_args": {"objectives": terms}}
     (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(settings))
     main(["fit", *TINY, "--config", "mixed.yaml", *SHORT])

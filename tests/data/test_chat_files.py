@@ -203,7 +203,7 @@ def test_a_bad_chat_is_refused_with_its_file_and_line(row, said, tmp_path):
 DROPS = {
     "leaves out": ("{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}",
                    "leaves out messages[0] (system)"),
-    "changes": ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "leaves out messages[0]"),
+    "changes": ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "changes the text"),
     "cuts": ("{% for m in messages %}{{ m.content.split('Z')[0] }}<|im_end|>{% endfor %}", "changes the text"),
     "fails": ("{{ raise_exception('No') }}", "the chat template"),
     "never ends": ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token behind an answer"),

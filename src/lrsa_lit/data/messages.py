@@ -43,7 +43,8 @@ def render_messages(
     marked = [{**message, "content": name} for message, name in zip(messages, stand_ins, strict=True)]
     outline = render(marked, tokenizer, answering=answering)
     for number, (message, name) in enumerate(zip(messages, stand_ins, strict=True)):
-        if name not in outline:
+        # One in capitals is there, though changed.
+        if name not in outline.lower():
             raise UserError("tokenizer", reason=f"its chat template leaves out messages[{number}] ({message['role']})")
     between = re.split("|".join(map(re.escape, stand_ins)), outline)
     text = render(messages, tokenizer, answering=answering)

@@ -55,7 +55,7 @@ class SplitFiles(QADataModule):
     def sources(self) -> dict[str, str]:
         """Size and SHA-256 of every file."""
         names = dict.fromkeys(itertools.chain.from_iterable(map(self._names, self.splits())))
-        return fingerprint.of_files([str(path) for name in names for path in self._inside(name) or [name]])
+        return fingerprint.of_files([str(path) for name in names for path in self._inside(name) or (Path(name),)])
 
     def rows(self, split: Split) -> Iterator[Row]:
         """The rows of a split's files, each with its place."""
