@@ -25,6 +25,7 @@ EXAMPLE = Example(
     subject="s",
     context_length=1,
     first_turn=1,
+    learnt=[[2, 3]],
 )
 
 

@@ -51,7 +51,8 @@ EVERY_RUN_HAS = {
 """Callbacks that the command line adds, and nobody names."""
 _LIGHTNING = "lightning.pytorch.callbacks"
 _ROOTS = {"Callback", "BasePredictionWriter", "ModelCheckpoint"}
-_OWN = ("config", "c", "help", "help-all", "print_config", "seed_everything", "validate_first", "estimate", "plugins")
+_OWN = ("config", "c", "help", "help-all", "print_config", "seed_everything", "validate_first", "best_by",
+        "estimate", "plugins")  # fmt: skip
 _EVALUATIONS = ("budget", "cache_tokens", "cache-tokens")
 
 

@@ -29,6 +29,7 @@ _RUN = {
 }
 _OF_FIT = {
     "--validate_first BOOL": "validate before training, so that a fit shows its gain",
+    "--best_by SCORE": "of validations, f1, em, recall or loss: decides the best checkpoint and early stopping",
     "--estimate": "say what memory and time a fit will take, and do not start it",
 }
 _OF_EVALUATION = {

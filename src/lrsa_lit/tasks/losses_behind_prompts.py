@@ -60,6 +60,11 @@ def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokeniz
 
 def _in_two(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows up to their first label, (B, Tp) padded on the left, and their mask; the rest, (B, A), and its labels."""
+    starts = [[start for start, _ in spans] for spans in batch.get("learnt", ())]
+    if not starts or starts == [[length] for length in batch["prompt_length"]]:
+        answers = [row[row != IGNORE_INDEX] for row in batch["labels"]]
+        rest = pad_sequence(answers, batch_first=True, padding_value=IGNORE_INDEX)
+        return batch["prompt_ids"], batch["prompt_mask"], rest, rest
     firsts = (batch["labels"] != IGNORE_INDEX).int().argmax(dim=1).tolist()
     ends = batch["attention_mask"].sum(dim=1).tolist()
     prompts = [row[:first] for row, first in zip(batch["input_ids"], firsts, strict=True)]
