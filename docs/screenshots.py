@@ -23,13 +23,20 @@ def save(page: Page, name: str, height: int = HEIGHT) -> None:
 
 
 def main(store: str, experiment: str) -> None:
-    """Save the comparison and the table."""
-    with chromium() as page, serving(store, "--experiment", experiment) as (comparison, table):
+    """Save the table, a run's picture and the comparison."""
+    with chromium() as page, serving(store, "--experiment", experiment) as (comparison, table, _):
         page.open(table)
         page.find("//*[@role='row']//a[contains(@href, '/runs/')]")
         page.close_assistant()
-        page.find("//*[@role='columnheader'][contains(., 'lrsa.lag_size')]")
+        page.find("//*[@role='columnheader'][contains(., 'kv_ratio')]")
         save(page, "runs-table", height=420)
+        # A run that is no sweep's parent, which has a picture of its own.
+        page.click("//*[@role='row']//a[contains(@href, '/runs/')][not(starts-with(., 'sweep-'))]")
+        page.click("//*[@role='tab'][.='Artifacts']")
+        page.click("//*[@artifact-name='pictures']")
+        page.click("//*[@artifact-name='scores.png']")
+        page.find("//img[starts-with(@src, 'blob:')]")
+        save(page, "run-pictures")
         page.open(comparison)
         # In place of the metric that MLflow chose.
         page.click("//*[normalize-space()='Metrics:']/following::*[contains(@class, 'select-selector')][1]")

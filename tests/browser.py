@@ -80,14 +80,14 @@ def chromium() -> Iterator[Page]:
 
 
 @contextlib.contextmanager
-def serving(store: str, *options: str) -> Iterator[tuple[str, str]]:
-    """Run ``lrsa ui``; the addresses that it prints are those of the comparison and of the table."""
+def serving(store: str, *options: str) -> Iterator[tuple[str, str, str]]:
+    """Run ``lrsa ui``; the addresses that it prints are those of the comparison, the table and the latest run."""
     command = [sys.executable, "-m", "lrsa_lit.cli", "ui", "--port", "0", "--no-browser", "--store", store, *options]
     with interruptible():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        printed = [process.stdout.readline().strip() for _ in range(4)]
-        yield printed[1], printed[3]
+        printed = [process.stdout.readline().strip() for _ in range(6)]
+        yield printed[1], printed[3], printed[5]
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)

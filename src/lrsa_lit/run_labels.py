@@ -18,6 +18,15 @@ QUESTIONS = "predictions.json"
 """A run's artifact with a table of some of its answers: a row for each validation and question with ``step``, ``id``,
 ``question``, ``gold`` and, for each attention, the answer under its name and the scores (``LRSA F1``)."""
 
+PAGE = "predictions.html"
+"""The rows of the last validation in that table, as a page to read."""
+
+PICTURES = "pictures"
+"""Folder of a run's pictures, in its own folder and among its artifacts."""
+
+WORKLOAD = "workload/"
+"""Before the names of metrics that say what the machine does."""
+
 TOO_LONG_OF = "too_long of "
 """Before a task, the name of its count of questions that were left out."""
 

@@ -26,7 +26,7 @@ def test_two_fits_side_by_side(elsewhere, page):
     store = elsewhere / "runs/mlflow.db"
     runs = recorded_runs(store, "debug")
     assert [run.data.params["model.lrsa.lag_size"] for run in runs] == ["64", "32"]
-    with serving(f"sqlite:///{store}") as (comparison, table):
+    with serving(f"sqlite:///{store}") as (comparison, table, latest):
         page.open(comparison)
         page.find("//*[.='Comparing 2 Runs from 1 Experiment']")
         page.find("//tr[th[.='model.lrsa.top_k']]")
@@ -40,10 +40,22 @@ def test_two_fits_side_by_side(elsewhere, page):
         for run in runs:
             page.find(f"//*[@role='row']//a[contains(@href, '{run.info.run_id}')][.='{run.info.run_name}']")
         page.close_assistant()
-        for column in ("lrsa.lag_size", "kv_ratio", "val/f1"):
-            page.find(f"//*[@role='columnheader'][contains(., '{column}')]")
+        for column in ("rule", "kv_ratio", "val/f1"):
+            page.find(f"//*[@role='columnheader'][.='{column}']")
 
         page.click(f"//*[@role='row']//a[.='{runs[0].info.run_name}']")
+        # Its scores stand in its page, and lead to their charts.
+        page.find("//*[@role='tab'][.='Model metrics']")
+        page.click("//a[.='val/loss']")
+        page.find("//*[@role='tab'][@aria-selected='true'][.='Model metrics']")
         page.click("//*[@role='tab'][.='Artifacts']")
+        page.click("//*[@artifact-name='pictures']")
+        page.click("//*[@artifact-name='scores.png']")
+        page.find("//img[starts-with(@src, 'blob:')]")
         page.click("//*[@artifact-name='config.yaml']")
         page.find("//*[contains(., 'lag_size: 64') and not(*[contains(., 'lag_size: 64')])]")
+
+        assert runs[0].info.run_id in latest
+        page.open(latest)
+        page.find("//*[@role='tab'][.='Model metrics']")
+        page.gone("//*[.='Evaluation runs']")

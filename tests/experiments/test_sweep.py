@@ -1,5 +1,6 @@
 """``lrsa sweep``: what it refuses, what it runs, and what it does not run again."""
 
+import csv
 import json
 import os
 import signal
@@ -165,6 +166,24 @@ def test_all_combinations_and_never_twice(fits, runs, capfd):
     assert fits.ran[4:] == ["12", "12"]
     main([*TWO, "--seed_everything", "1"])
     assert fits.ran[6:] == ["4", "8"]
+
+
+def test_its_own_run_has_the_table_its_picture_and_the_best_child(fits, runs, elsewhere):
+    fits.ends["12"] = "fails"
+    with pytest.raises(SystemExit):
+        main([*TWO[:-1], "model.lrsa.top_k=4,8,12"])
+    found = runs()
+    parent, child = found["sweep-top_k"], found["K8"]
+    # The one that failed has a higher F1, of a validation that was not its last.
+    assert (parent.data.tags["sweep.best"], parent.data.tags["sweep.best_run"]) == ("K8", child.info.run_id)
+    note = parent.data.tags["mlflow.note.content"].splitlines()
+    page = f"#/experiments/{child.info.experiment_id}/runs/{child.info.run_id}"
+    assert note[0] == f"Best: [K8]({page}) (model.lrsa.top\\_k=8), val/f1 0.080"
+    assert note[2] == "| top\\_k | kv\\_ratio | val/loss | val/f1 | val/em | state | run |"
+    artifacts = elsewhere / "runs/artifacts" / parent.info.run_id / "artifacts"
+    table = list(csv.DictReader((artifacts / "sweep.csv").open()))
+    assert [(row["top_k"], row["val/f1"]) for row in table] == [("4", "0.040"), ("8", "0.080"), ("12", "0.120")]
+    assert (artifacts / "pictures/f1-against-kept.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(("end", "said"), [("fails", "failed (exit code 1)"), ("dies", "failed (exit code -9)")])

@@ -15,7 +15,9 @@ from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.tracking import MLflowRun, heartbeat, machine, run_record
-from lrsa_lit.tracking.run_record import family, flatten, run_name
+from lrsa_lit.tracking.params import beside_defaults, flatten
+from lrsa_lit.tracking.run_record import family, run_name
+from lrsa_lit.tracking.store import MARKS
 
 VALUES = {
     "seed_everything": 4,
@@ -40,6 +42,79 @@ def test_params_are_flat_and_stand_once():
     assert params["model.backbone.lora"] == "None"
     assert params["trainer.max_steps"] == "3"
     assert not [name for name in params if "class_path" in name or "logger" in name or "callbacks" in name]
+
+
+def test_params_that_equal_a_default_are_left_out():
+    model = {
+        "backbone": {"source": "tiny", "lora": {"r": 8, "alpha": 16.0, "dropout": 0.0}},
+        "lrsa": {"sink_size": 16, "lag_size": 128, "top_k": 32, "chunk_size": None, "dense_layers": []},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1 + 0.2, "betas": [0.9, 0.999]}},
+        "lr_scheduler": {
+            "class_path": "torch.optim.lr_scheduler.OneCycleLR",
+            "init_args": {"max_lr": 0.1 + 0.2, "total_steps": 200, "pct_start": 0.1, "div_factor": 5.0},
+        },
+        "evaluate": {"dense": None, "half": {"top_k": 64}},
+        "max_new_tokens": 32,
+    }
+    data = {"class_path": "lrsa_lit.data.QAFiles", "init_args": {"max_tokens": 1024, "limit": None, "train": "a.jsonl"}}
+    found = beside_defaults(
+        {"model": model, "data": data, "trainer": {"max_steps": 200, "devices": 2, "precision": None}}
+    )
+    assert found == {
+        "model.backbone.source": "tiny",
+        "model.backbone.lora.r": "8",
+        "model.backbone.lora.alpha": "16",
+        "model.lrsa.sink_size": "16",
+        "model.lrsa.lag_size": "128",
+        "model.lrsa.top_k": "32",
+        "model.lrsa.chunk_size": "None",
+        "model.optimizer": "torch.optim.AdamW",
+        # Short, and the schedule's highest rate is by default the optimizer's.
+        "model.optimizer.lr": "0.3",
+        "model.lr_scheduler.div_factor": "5",
+        "model.evaluate.half.top_k": "64",
+        "data": "lrsa_lit.data.QAFiles",
+        "data.max_tokens": "1024",
+        "data.train": "a.jsonl",
+        "trainer.max_steps": "200",
+        "trainer.devices": "2",
+    }
+
+
+def test_the_defaults_of_one_class_say_nothing_of_another():
+    scheduler = {
+        "class_path": "torch.optim.lr_scheduler.LinearLR",
+        "init_args": {"total_iters": 5, "start_factor": 0.1},
+    }
+    # OneCycleLR's pct_start is 0.1 by default; LinearLR has none.
+    scheduler["init_args"]["pct_start"] = 0.1
+    found = beside_defaults({"model": {"lr_scheduler": scheduler}})
+    assert found == {
+        "model.lr_scheduler": "torch.optim.lr_scheduler.LinearLR",
+        "model.lr_scheduler.start_factor": "0.1",
+        "model.lr_scheduler.pct_start": "0.1",
+    }
+
+
+def test_metrics_are_short(tmp_path):
+    logger = MLflowRun(tracking_uri=f"sqlite:///{tmp_path}/store.db")
+    logger.log_metrics({"val/f1": 1 / 3, "val/count": 12345678.0, "val/loss": float("inf")}, step=2)
+    logger.finalize()
+    metrics = logger.experiment.get_run(logger.run_id).data.metrics
+    assert (metrics["val/f1"], metrics["val/count"]) == (0.3333333, 12345678.0)
+
+
+def test_experiments_are_marked_as_training_and_described_unless_somebody_has(tmp_path):
+    uri = f"sqlite:///{tmp_path}/store.db"
+    first = MLflowRun("own", tracking_uri=uri)
+    client, number = first.experiment, first.experiment_id
+    assert client.get_experiment(number).tags.items() >= MARKS.items()
+    client.set_experiment_tag(number, "mlflow.note.content", "mine")
+    client.delete_experiment_tag(number, "mlflow.experimentKind")
+    _ = MLflowRun("own", tracking_uri=uri).run_id
+    tags = client.get_experiment(number).tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert tags["mlflow.note.content"] == "mine"
 
 
 def test_long_values_are_cut_where_mlflow_cuts_them():

@@ -13,7 +13,7 @@ from lrsa_lit.analysis.record import SelectionRecord
 from lrsa_lit.analysis.runs import SELECTIONS
 from lrsa_lit.attention import using
 from lrsa_lit.errors import UserError
-from lrsa_lit.tracking.artifacts import run_folder, upload
+from lrsa_lit.tracking.artifacts import run_folder, show_figure, upload
 
 if TYPE_CHECKING:
     from lrsa_lit.data.collate import Batch
@@ -85,10 +85,11 @@ class CaptureSelections(Callback):
             for name, figure in figures.items():
                 files.append(stem.with_name(f"{stem.name}-{name}.png"))
                 figure.savefig(files[-1])
+                show_figure(trainer, f"{SELECTIONS}/{name}", figure, files[-1])
         _log.info("Selections of %d samples at step %d: %s", len(found.samples), found.step, files[0])
         upload(trainer, files, SELECTIONS)
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(_shares(found), step=found.step)
+        for logger in trainer.loggers:
+            logger.log_metrics(_shares(found), step=found.step)
 
 
 def _shares(found: SelectionRecord) -> dict[str, float]:

@@ -19,7 +19,8 @@ from lrsa_lit.run_labels import OWN, SCORES, TOO_LONG_OF, title_of_own
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tasks.measures import MEASURES
 from lrsa_lit.terminal import PlainConsole
-from lrsa_lit.tracking.logger import MLflowRun
+from lrsa_lit.tracking.artifacts import others_of, run_folder
+from lrsa_lit.tracking.logger import mlflow_run
 
 _FITTED = {**SCORES, "perplexity": "perplexity"}
 _EVALUATED = {**SCORES, "recall": "recall", "perplexity": "perplexity"}
@@ -30,7 +31,36 @@ _BATCHES = 10
 """Over which a term's loss is averaged at either end of a fit."""
 
 
-class FitSummary(Callback):
+class ValidationHistory(Callback):
+    """Keep what each whole validation of a run has found.
+
+    Attributes:
+        history: of each validation the optimizer step and its metrics ``val/…``.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[tuple[int, dict[str, float]]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit goes on from, so that it begins where the run began."""
+        return {"history": [[step, values] for step, values in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the validations of the run so far; a UserError if they are none."""
+        key = f"callbacks.{type(self).__name__}.history"
+        for number, entry in enumerate(state_dict["history"]):
+            check_form(entry, [0, {}], f"{key}.{number}")
+            check_form(list(entry[1].values()), [0.0] * len(entry[1]), f"{key}.{number}.1")
+        self.history = [(step, values) for step, values in state_dict["history"]]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of a whole validation."""
+        if not trainer.sanity_checking:
+            values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            self.history.append((trainer.global_step, values))
+
+
+class FitSummary(ValidationHistory):
     """Keep what each validation found, for a table: every attention's scores before and after training.
 
     "Before" is the validation that ran at step 0, "after" the last one. Where an objective has several terms, a second
@@ -38,22 +68,18 @@ class FitSummary(Callback):
     """
 
     def __init__(self) -> None:
-        self.history: list[tuple[int, dict[str, float]]] = []
+        super().__init__()
         self.losses: dict[str, tuple[list[Any], list[Any]]] = {}
         """Of each term of the objective: in the first batches and in the last ones."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit goes on from, so that its tables begin where the run began."""
         losses = {name: [list(map(float, end)) for end in ends] for name, ends in self.losses.items()}
-        history = [[step, values] for step, values in self.history]
-        return {"history": history} | ({"losses": losses} if losses else {})
+        return super().state_dict() | ({"losses": losses} if losses else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the validations and losses of the run so far; a UserError if they are none."""
-        for number, entry in enumerate(state_dict["history"]):
-            check_form(entry, [0, {}], f"callbacks.FitSummary.history.{number}")
-            check_form(list(entry[1].values()), [0.0] * len(entry[1]), f"callbacks.FitSummary.history.{number}.1")
-        self.history = [(step, values) for step, values in state_dict["history"]]
+        super().load_state_dict(state_dict)
         losses = state_dict.get("losses", {})
         check_form(losses, {}, "callbacks.FitSummary.losses")
         for name, ends in losses.items():
@@ -69,12 +95,6 @@ class FitSummary(Callback):
             first, last = self.losses.setdefault(term.name, ([], []))
             first += [loss][: _BATCHES - len(first)]
             last[:] = [*last, loss][-_BATCHES:]
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of a whole validation."""
-        if not trainer.sanity_checking:
-            values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-            self.history.append((trainer.global_step, values))
 
     def show(self, trainer: Trainer) -> None:
         """Print the summary on the first process, once the progress bar is gone."""
@@ -138,8 +158,9 @@ def _counted(count: float, noun: str) -> str:
 
 def _show_run(trainer: Trainer, console: PlainConsole) -> None:
     """Name the run and the command that compares it with others, where something is recorded."""
-    logger = trainer.logger
-    if isinstance(logger, MLflowRun):
+    for other in others_of(trainer):
+        console.say(f"{type(other).__name__}: {run_folder(trainer) if other is trainer.logger else other.save_dir}")
+    if (logger := mlflow_run(trainer)) is not None:
         experiment = logger.experiment_name
         console.say(f"Run {logger.version} of experiment {experiment!r} in {logger.store}")
         command = ["lrsa", "ui", "--store", logger.store, "--experiment", experiment]

@@ -37,7 +37,7 @@ _CALLBACKS = (
     "lrsa_lit.callbacks",
     "lrsa_lit.tracking",
     "lrsa_lit.checkpoints",
-    *(f"lrsa_lit.analysis.{name}" for name in ("callback", "ablation", "survival")),
+    *(f"lrsa_lit.analysis.{name}" for name in ("callback", "ablation", "run_pictures", "survival")),
 )
 EVERY_RUN_HAS = {
     "CheckedForm",

@@ -57,7 +57,8 @@ from lrsa_lit.systems import System
 from lrsa_lit.tasks import HeadGates, LongContextQA, TopKSchedule
 from lrsa_lit.tasks.measures import at_budgets
 from lrsa_lit.terminal import PlainConsole
-from lrsa_lit.tracking import MLflowRun, RecordConfig
+from lrsa_lit.tracking import RecordConfig
+from lrsa_lit.tracking.logger import mlflow_run
 from lrsa_lit.uris import register
 
 _log = logging.getLogger("lrsa_lit")
@@ -128,6 +129,7 @@ class LRSACLI(OpenCLI):
             raise UserError("model.lrsa", "null", hint="set model.train_attention to null for dense training")
         trainer = self.asked("trainer")
         preflight.check_amounts(str(self.subcommand), trainer)
+        preflight.check_loggers(trainer.get("logger"))
         # What decides the weights, for checkpoints to be compared with.
         self.settings = resume.settings_of(yaml.safe_load(self.dumped()))
         if self.instead():
@@ -204,9 +206,9 @@ class LRSACLI(OpenCLI):
 
     def _take_up(self, checkpoint: Path) -> None:
         """Go on with the run of a checkpoint, if it is the same run and nobody else has gone on with it."""
-        found, logger = resume.about(checkpoint), self.trainer.logger
+        found, logger = resume.about(checkpoint), mlflow_run(self.trainer)
         same = resume.check_continues(checkpoint, found, self.settings, self.trainer.world_size)
-        if isinstance(logger, MLflowRun) and not (found.run and logger.continue_run(found.run, found.step, same)):
+        if logger is not None and not (found.run and logger.continue_run(found.run, found.step, same)):
             return
         if self.trainer.is_global_zero and not claim(checkpoint.parent):
             reason = f"{checkpoint} belongs to a run that another process is writing; wait until it has ended"
@@ -348,8 +350,8 @@ class LRSACLI(OpenCLI):
 
     def _reopen(self) -> None:
         """Lightning closes the run after each stage; another one follows."""
-        if isinstance(self.trainer.logger, MLflowRun):
-            self.trainer.logger.reopen()
+        if (run := mlflow_run(self.trainer)) is not None:
+            run.reopen()
 
     def _validate(self) -> None:
         if "val" in self.datamodule.splits():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import warnings
@@ -35,6 +36,10 @@ _NOISE = (
     "Checkpoint directory .* exists and is not empty.*",
 )
 _INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
+
+
+_OF_LOGGERS = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
+"""Optional packages of Lightning's loggers, of which one is needed."""
 
 
 def check_strategy(subcommand: str, setting: Any, checkpoint: str | None) -> None:
@@ -79,6 +84,16 @@ def check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
     on_cpu = trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
     if on_cpu and devices.isdecimal() and int(devices) > cores:
         raise UserError("trainer.devices", int(devices), f"at most {cores}, the cores of this CPU")
+
+
+def check_loggers(setting: Any) -> None:
+    """Refuse loggers whose package is not installed, which Lightning would say from within a wall of settings."""
+    for logger in setting if isinstance(setting, list) else [setting]:
+        name = str(getattr(logger, "get", lambda _: "")("class_path")).rpartition(".")[2]
+        packages = _OF_LOGGERS.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            reason = f"{name} needs {packages[0]}, which is not installed"
+            raise UserError("trainer.logger", reason=reason, hint="pip install 'lrsa-lit[loggers]'")
 
 
 def note_environment() -> None:

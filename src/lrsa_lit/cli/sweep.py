@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from lrsa_lit.cli.arguments import Parser, add_on, resumable
 from lrsa_lit.cli.main import prepared
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.sweep import FLAG, Sweep, parse, points, show
+from lrsa_lit.experiments.sweep import FLAG, Sweep, parse, points
+from lrsa_lit.experiments.sweep_results import show
 
 EPILOG = f"""\
 All other options are those of `lrsa fit`. Values are YAML, so {FLAG} 'data.init_args.limit={{train: 8}},{{train: 64}}'

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.errors import UserError, redacted, under
+from lrsa_lit.run_labels import PICTURES
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.store import answering, checked_uri, connect, existing_uri, experiment_id
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from mlflow.entities import Run
 
 LOGGER = "trainer.logger.init_args"
@@ -78,6 +80,22 @@ class Record:
         with answering(self.uri):
             return list(self.client.search_runs([self.experiment], " AND ".join(conditions), order_by=_NEWEST))
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run; a store that does not answer misses them."""
+        with contextlib.suppress(UserError), answering(self.uri):
+            for name, value in tags.items():
+                self.client.set_tag(self.run_id, name, value)
+
+    def text(self, name: str, text: str) -> None:
+        """Make a text an artifact of the run, in place of the one before; a store that does not answer misses it."""
+        with contextlib.suppress(UserError), answering(self.uri):
+            self.client.log_text(self.run_id, text, name)
+
+    def picture(self, name: str, figure: Figure) -> None:
+        """The same with a figure, ``pictures/NAME.png``."""
+        with contextlib.suppress(UserError), answering(self.uri):
+            self.client.log_figure(self.run_id, figure, f"{PICTURES}/{name}.png")
+
     def keep(self, path: Path) -> None:
         """Put a file, if there is one, into the run; a store that does not answer misses it."""
         with contextlib.suppress(UserError), answering(self.uri):
@@ -99,9 +117,10 @@ def results_in(uri: str, study: str, folder: Path) -> Path:
 
 
 def logger_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a trainer's logger; a UserError if it is not MLflowRun."""
+    """The settings of a trainer's MLflowRun, alone or among other loggers; a UserError if there is none."""
     logger = trainer.get("logger")
-    settings: dict[str, Any] = (logger.get("init_args") or {}) if isinstance(logger, dict) else {}
-    if "experiment_name" not in settings or "tracking_uri" not in settings:
-        raise UserError("trainer.logger", reason=f"{json.dumps(logger)} is not allowed here", allowed="MLflowRun")
-    return settings
+    for each in logger if isinstance(logger, list) else [logger]:
+        settings: dict[str, Any] = (each.get("init_args") or {}) if isinstance(each, dict) else {}
+        if "experiment_name" in settings and "tracking_uri" in settings:
+            return settings
+    raise UserError("trainer.logger", reason=f"{json.dumps(logger)} is not allowed here", allowed="MLflowRun")

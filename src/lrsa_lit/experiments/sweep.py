@@ -14,14 +14,14 @@ import contextlib
 import hashlib
 import itertools
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.experiments.jobs import Executor, Job, Unit
 from lrsa_lit.experiments.parent_run import LOGGER, PARENT, Record, logger_of
+from lrsa_lit.experiments.sweep_results import Outcome, Point, as_csv, as_note, best, f1_against_kept
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.store import answering
 
@@ -38,24 +38,8 @@ POINT = "sweep.point"
 _SWEEP = "sweep.key"
 """Tag of a parent: the digest of its points."""
 
-_SCORES = ("val/loss", "val/f1", "val/em")
-
-
-class Point(NamedTuple):
-    """One fit: its values of the grid's settings, what follows ``lrsa fit``, and the whole resolved config."""
-
-    values: dict[str, str]
-    arguments: list[str]
-    config: dict[str, Any]
-    digest: str
-
-
-class Outcome(NamedTuple):
-    """What came of a point: a word for it, and its run if there is one."""
-
-    point: Point
-    state: str
-    run: Run | None
+BEST = "sweep.best"
+"""Tag of a parent: the name of its best child; with ``_run`` behind it, that one's id."""
 
 
 class Sweep:
@@ -77,8 +61,23 @@ class Sweep:
     def run(self, executor: Executor) -> bool:
         """Fit at all points that are not finished, until Ctrl-C; returns whether none has failed."""
         with self._record.running(self._failed):
-            executor.drive([self._unit(number) for number in range(len(self._points))], self._record.beat)
+            try:
+                executor.drive([self._unit(number) for number in range(len(self._points))], self._record.beat)
+            finally:
+                self._report()
         return not self._failed
+
+    def _report(self) -> None:
+        """Put the table, its picture and the best child into the sweep's own run."""
+        if not self.outcomes:
+            return
+        self._record.text("sweep.csv", as_csv(self.outcomes))
+        tags = {"mlflow.note.content": as_note(self.outcomes)}
+        if (chosen := best(self.outcomes)) is not None and chosen.run is not None:
+            tags |= {BEST: chosen.run.info.run_name, f"{BEST}_run": chosen.run.info.run_id}
+        self._record.tag(tags)
+        if (figure := f1_against_kept(self.outcomes)) is not None:
+            self._record.picture("f1-against-kept", figure)
 
     def _unit(self, number: int) -> Unit:
         """Fit at one point unless that is done, and keep what came of it."""
@@ -176,39 +175,6 @@ def points(grid: Mapping[str, Sequence[str]], arguments: Sequence[str], fit_sett
         decides = json.dumps(config, sort_keys=True) + "".join(sorted(files_of(config).values()))
         made.append(Point(chosen, own, config, _digest(redacted(decides))))
     return made
-
-
-def show(outcomes: Sequence[Outcome], count: int) -> None:
-    """Print what came of so many points: settings, share of kept pairs, the last validation's scores, and the run."""
-    from rich.table import Table
-
-    from lrsa_lit.terminal import PlainConsole
-
-    if not outcomes:
-        return
-    keys = list(outcomes[0].point.values)
-    last = [key.rpartition(".")[2] for key in keys]
-    found = [outcome.run.data.metrics if outcome.run is not None else {} for outcome in outcomes]
-    others = sorted({name for metrics in found for name in metrics if name.startswith("val/") and name.endswith("/f1")})
-    columns = [*_SCORES, *(name for name in others if name not in _SCORES)]
-    finished = sum(outcome.state.startswith("finished") for outcome in outcomes)
-    table = Table(title=f"Sweep: {finished} of {count} points finished")
-    # The last part of each setting's name, where that tells it from the others.
-    short = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
-    for title in (*short, "kv_ratio", *columns):
-        table.add_column(title, justify="right")
-    table.add_column("state")
-    table.add_column("run", no_wrap=True)
-    for (point, state, run), metrics in zip(outcomes, found, strict=True):
-        shown = [f"{metrics[name]:.3f}" if name in metrics else "-" for name in columns]
-        ratio, name = (run.data.params.get("kv_ratio", "-"), run.info.run_name) if run is not None else ("-", "-")
-        table.add_row(*point.values.values(), ratio, *shown, state, name)
-    console = PlainConsole()
-    # A file has no width that columns must fit in.
-    (console if console.is_terminal else PlainConsole(width=200)).print(table)
-    logger = logger_of(outcomes[0].point.config["trainer"])
-    store = ["--store", str(logger.get("tracking_uri"))]
-    console.say(f"Compare its runs: {redacted(shlex.join(['lrsa', 'ui', *store]))}")
 
 
 def _values(key: str, text: str) -> list[str]:

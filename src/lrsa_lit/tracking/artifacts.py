@@ -4,28 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
+from lrsa_lit.errors import message_of
+from lrsa_lit.io import write_atomically
+from lrsa_lit.run_labels import PICTURES
 from lrsa_lit.tracking.logger import MLflowRun, run_of
-from lrsa_lit.tracking.run_record import RecordConfig
+from lrsa_lit.tracking.markdown import markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_log = logging.getLogger("lrsa_lit.tracking")
 
 _made: weakref.WeakKeyDictionary[Trainer, Path] = weakref.WeakKeyDictionary()
-"""The folders of trainers without an MLflow run."""
+"""The folders of trainers without a logger."""
+
+
+def loggers_of(trainer: Trainer) -> list[Logger]:
+    """All loggers of a trainer but the one that stands for none in a ``fast_dev_run``."""
+    return [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
+
+
+def others_of(trainer: Trainer) -> list[Logger]:
+    """Those on the first process that are not MLflow's."""
+    found = loggers_of(trainer) if trainer.is_global_zero else []
+    return [logger for logger in found if not isinstance(logger, MLflowRun)]
 
 
 def run_folder(trainer: Trainer) -> Path:
     """The folder for files of a trainer's run, on the first process.
 
-    It is where the checkpoints of the MLflow run are. Without one it is a new folder, such as ``test-1``, which the
-    first call makes, or raises an OSError.
+    It is where Lightning puts checkpoints: the folder of the first logger's run. Without one it is a new folder, such
+    as ``test-1``, which the first call makes, or raises an OSError.
     """
-    root, logger = Path(trainer.default_root_dir), trainer.logger
-    if isinstance(logger, MLflowRun):
-        return logger.folder(root)
+    root = Path(trainer.default_root_dir)
+    if loggers := loggers_of(trainer):
+        version = loggers[0].version
+        named = version if isinstance(version, str) else f"version_{version}"
+        return Path(loggers[0].save_dir or root, str(loggers[0].name), named)
     if trainer not in _made:
         _made[trainer] = _new_folder(root / _command(trainer))
     return _made[trainer]
@@ -62,9 +88,52 @@ def upload(trainer: Trainer, files: Sequence[Path], folder: str | None = None) -
         logger.deliver(what, logger.experiment.log_artifact, str(file), folder)
 
 
+def log_figure(trainer: Trainer, name: str, figure: Figure) -> None:
+    """Keep a figure as ``pictures/NAME.png`` of the run's folder, in place of the one before, and log it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = run_folder(trainer) / PICTURES / f"{name}.png"
+    write_atomically(file, lambda handle: figure.savefig(handle, format="png", dpi=120))
+    upload(trainer, [file], PICTURES)
+    show_figure(trainer, f"{PICTURES}/{name}", figure, file)
+
+
+def show_figure(trainer: Trainer, name: str, figure: Figure, file: Path) -> None:
+    """Hand a figure, which is in a file, to the loggers beside MLflow's that show pictures."""
+    for logger in others_of(trainer):
+        with harmless(f"{name} in {type(logger).__name__}"):
+            if isinstance(logger, WandbLogger):
+                logger.log_image(name, [str(file)], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(name, figure, trainer.global_step)
+
+
+def show_table(trainer: Trainer, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Hand rows with the same columns to the loggers beside MLflow's that show tables."""
+    titles, cells = list(rows[0]), [list(row.values()) for row in rows]
+    for logger in others_of(trainer):
+        with harmless(f"{name} in {type(logger).__name__}"):
+            if isinstance(logger, WandbLogger):
+                logger.log_table(name, columns=titles, data=cells, step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(name, markdown(titles, cells), trainer.global_step)
+
+
+@contextlib.contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Make a warning of anything that goes wrong in a block that a run can do without."""
+    try:
+        yield
+    except Exception as error:
+        _log.warning("%s is missing: %s: %s", what, type(error).__name__, message_of(error))
+
+
 def _command(trainer: Trainer) -> str:
     """The command that is run: a fit may begin with a validation, so the trainer's stage does not say it."""
-    of_cli = [callback.command for callback in trainer.callbacks if isinstance(callback, RecordConfig)]  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    of_cli = [str(getattr(each, "command", "")) for each in callbacks if isinstance(each, SaveConfigCallback)]
     return of_cli[0] if of_cli else str(trainer.state.fn and trainer.state.fn.value)
 
 

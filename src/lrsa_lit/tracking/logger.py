@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lrsa_lit.errors import UserError, redacted
 from lrsa_lit.io import write_atomically
+from lrsa_lit.run_labels import WORKLOAD
 from lrsa_lit.tracking import heartbeat
 from lrsa_lit.tracking.delivery import Delivery
 from lrsa_lit.tracking.store import EXPERIMENT, answering, checked_uri, connect, experiment_id, find_run, is_new
@@ -154,7 +155,8 @@ class MLflowRun(Logger):
             if run is None:
                 # Recorded in another store.
                 return False
-            names = [name for name in run.data.metrics if not name.startswith("system/")]
+            # What is logged beside the steps may be logged again; system/ is of runs before that.
+            names = [name for name in run.data.metrics if not name.startswith((WORKLOAD, "system/"))]
             recorded = {name: max(each.step for each in client.get_metric_history(run_id, name)) for name in names}
         # The first step after the checkpoint is logged under the number of those before it.
         went_on = recorded.get("train/loss", -1) >= step
@@ -190,7 +192,7 @@ class MLflowRun(Logger):
         if epoch is not None and any(name.startswith("train/") for name in values):
             values["train/epoch"] = epoch
         # What MLflow allows in names.
-        named = {re.sub(r"[^\w/. -]", "", name): float(value) for name, value in values.items()}
+        named = {re.sub(r"[^\w/. -]", "", name): _short(float(value)) for name, value in values.items()}
         new = {name: value for name, value in named.items() if (step or 0) > self._recorded.get(name, -1)}
         self._delivery.metrics([Metric(name, value, now, step or 0) for name, value in new.items()])
 
@@ -285,7 +287,16 @@ class MLflowRun(Logger):
         self._experiment_name = client.get_experiment(self._experiment_id).name
 
 
+def _short(value: float) -> float:
+    """A number that is no integer to seven digits, those of float32: more are noise."""
+    return value if value.is_integer() else float(f"{value:.7g}")
+
+
+def mlflow_run(trainer: Trainer) -> MLflowRun | None:
+    """The MLflow run of a trainer, which may have other loggers beside it."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, MLflowRun)), None)
+
+
 def run_of(trainer: Trainer) -> MLflowRun | None:
     """The MLflow run of a trainer on its first process; None on others, and where nothing is recorded."""
-    logger = trainer.logger
-    return logger if isinstance(logger, MLflowRun) and trainer.is_global_zero else None
+    return mlflow_run(trainer) if trainer.is_global_zero else None

@@ -15,6 +15,7 @@ from lrsa_lit.data.collate import ExampleSize
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import Shape, peak_flops
 from lrsa_lit.objectives.work import flops
+from lrsa_lit.run_labels import WORKLOAD
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import run_of
 
@@ -107,9 +108,10 @@ def _peak_memory(device: torch.device) -> int | None:
 
 
 class SystemMetrics(Callback):
-    """Sample processor, memory, network and, with nvidia-ml-py, the GPU as ``system/…`` metrics during a fit.
+    """Sample processor, memory, network and, with nvidia-ml-py, the GPU as ``workload/…`` metrics during a fit.
 
-    MLflow's own monitor does it; a fit shorter than a sample has none.
+    MLflow's own monitor takes the samples; a fit shorter than one has none. They are sent with the run's other metrics,
+    and behind them in an alphabetical list: MLflow would show its own ``system/…`` above a run's scores.
 
     Args:
         seconds: between two samples.
@@ -133,9 +135,12 @@ class SystemMetrics(Callback):
 
         # It announces its start, its end and a missing GPU.
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-        self._monitor = SystemMetricsMonitor(
-            logger.run_id, self.seconds, resume_logging=logger.continues, tracking_uri=logger.tracking_uri
-        )
+
+        def publish(metrics: dict[str, float]) -> None:
+            logger.log_metrics({f"{WORKLOAD}{name}": value for name, value in metrics.items()}, trainer.global_step)
+
+        self._monitor = SystemMetricsMonitor(logger.run_id, self.seconds, tracking_uri=logger.tracking_uri)
+        self._monitor.publish_metrics = publish
         self._monitor.start()
 
     def teardown(self, *_: Any, **__: Any) -> None:

@@ -17,14 +17,16 @@ from lrsa_lit.checkpoints.resume import RUN, about
 from lrsa_lit.checkpoints.stop import Terminated
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import redacted
+from lrsa_lit.io import write_atomically
 from lrsa_lit.lightning_internals import number_logged_steps
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.tasks import LongContextQA
-from lrsa_lit.tracking.logger import MLflowRun, run_of
+from lrsa_lit.tracking.artifacts import others_of, run_folder
+from lrsa_lit.tracking.logger import MLflowRun, mlflow_run, run_of
 from lrsa_lit.tracking.machine import git, versions
+from lrsa_lit.tracking.params import beside_defaults, flatten
 
 _PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
-_MAX_PARAM = 250
 _CONTEXTS = {"train": "training", "val": "validation", "test": "testing"}
 _QUANTISATION = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
 _PARAMETER_COUNT = re.compile(r"[-_]\d+(?:\.\d+)?[MB](?=[-_]|$).*", re.IGNORECASE)
@@ -35,7 +37,8 @@ class RecordConfig(SaveConfigCallback):
     """Put the resolved config, its values as params, the data sets and the run's circumstances into the MLflow run.
 
     ``lrsa fit --config config.yaml`` with the recorded file repeats the run. Checkpoints get the run's id, so that a
-    resumed fit goes on in its run. Without a logger it does nothing.
+    resumed fit goes on in its run. Other loggers get the params; without MLflow's the config is a file in the run's
+    folder, and without a logger there is none.
 
     Args:
         args: as of SaveConfigCallback.
@@ -50,8 +53,8 @@ class RecordConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the config once, and the data of each stage as it is opened."""
-        if isinstance(trainer.logger, MLflowRun) and stage == "fit":
-            trainer.logger.keep_under(Path(trainer.default_root_dir))
+        if (run := mlflow_run(trainer)) is not None and stage == "fit":
+            run.keep_under(Path(trainer.default_root_dir))
         super().setup(trainer, pl_module, stage)
         logger, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
         if logger is None or not isinstance(data, QADataModule):
@@ -63,21 +66,28 @@ class RecordConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called once, on the first process, before the run's first stage."""
-        logger = run_of(trainer)
-        if logger is None:
+        logger, others = run_of(trainer), others_of(trainer)
+        if logger is None and not others:
             return
         text = redacted(
             self.parser.dump(_repeatable(self.config), skip_none=False, skip_link_targets=False, format="yaml")
         )
         values = yaml.safe_load(text)
-        params = flatten({key: values[key] for key in ("model", "data", "trainer") if values.get(key)})
+        parts = {key: values[key] for key in ("model", "data", "trainer") if values.get(key)}
+        ratio = _kv_ratio(trainer, pl_module)
+        for other in others:
+            other.log_hyperparams(beside_defaults(parts) | ratio)
+        if logger is None:
+            write_atomically(run_folder(trainer) / "config.yaml", lambda file: file.write(text.encode()))
+            return
         with logger.answering():
             client, run_id = logger.experiment, logger.run_id
             if not logger.named and not logger.continues:
                 client.update_run(run_id, name=run_name(values, self.command))
             client.log_text(run_id, text, "config.resumed.yaml" if logger.continues else "config.yaml")
-            _log_params(logger, params | _kv_ratio(trainer, pl_module))
-            for name, value in (circumstances(values, trainer) | _evaluated(values, self.command)).items():
+            _log_params(logger, beside_defaults(parts) | ratio, flatten(parts) | ratio)
+            tags = {"rule": rule_name(values["model"])} | circumstances(values, trainer)
+            for name, value in (tags | _evaluated(values, self.command)).items():
                 client.set_tag(run_id, name, value)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -86,22 +96,22 @@ class RecordConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Name the run in its checkpoints."""
-        if isinstance(trainer.logger, MLflowRun):
-            checkpoint[RUN] = trainer.logger.run_id
+        if (run := mlflow_run(trainer)) is not None:
+            checkpoint[RUN] = run.run_id
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tell a run that was stopped from one that failed."""
-        if isinstance(trainer.logger, MLflowRun) and isinstance(exception, KeyboardInterrupt | Terminated):
-            trainer.logger.stopped = True
+        if (run := mlflow_run(trainer)) is not None and isinstance(exception, KeyboardInterrupt | Terminated):
+            run.stopped = True
 
 
-def _log_params(logger: MLflowRun, params: Mapping[str, str]) -> None:
+def _log_params(logger: MLflowRun, shown: Mapping[str, str], all_params: Mapping[str, str]) -> None:
     """Log params; MLflow refuses to change those of a continued run, so a changed one becomes a tag."""
     known = logger.experiment.get_run(logger.run_id).data.params if logger.continues else {}
-    logger.log_hyperparams({name: value for name, value in params.items() if name not in known})
-    for name in known.keys() & params.keys():
-        if known[name] != params[name]:
-            logger.experiment.set_tag(logger.run_id, f"override.{name}", params[name])
+    logger.log_hyperparams({name: value for name, value in shown.items() if name not in known})
+    for name in known.keys() & all_params.keys():
+        if known[name] != all_params[name]:
+            logger.experiment.set_tag(logger.run_id, f"override.{name}", all_params[name])
 
 
 def _kv_ratio(trainer: Trainer, module: LightningModule) -> dict[str, str]:
@@ -133,23 +143,6 @@ def _dataset_input(data: QADataModule, split: str) -> Any:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", _CONTEXTS[split])])
 
 
-def flatten(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested config values under dotted keys, without the ``class_path``/``init_args`` wrapping, cut as MLflow does.
-
-    Logger and callbacks are left out: they say how a run is watched, not what it does, and config.yaml has them.
-    """
-    key = prefix.rstrip(".")
-    if key in ("trainer.logger", "trainer.callbacks"):
-        return {}
-    if not isinstance(values, Mapping) or not values:
-        return {key: str(values)[:_MAX_PARAM]}
-    if "class_path" in values:
-        arguments = values.get("init_args")
-        return {key: str(values["class_path"])} | (flatten(arguments, prefix) if arguments else {})
-    parts = [flatten(value, f"{prefix}{name}.") for name, value in values.items()]
-    return {name: value for part in parts for name, value in part.items()}
-
-
 def _repeatable(config: Any) -> Any:
     """A config without the run that it went on in: who repeats it means another one."""
     logger = config.get("trainer.logger")
@@ -174,17 +167,21 @@ def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
     model = values["model"]
     source = model["backbone"].get("init_args", model["backbone"])["source"]
     trained = "" if model.get("train_attention") is not None else "-dense"
-    of_heads, system = (model["lrsa"].get(name) for name in ("head_top_k", "system"))
-    rule = f"L{model['lrsa']['lag_size']}-K{model['lrsa']['top_k'] if of_heads is None else 'heads'}"
-    if system is not None:
-        rule = system["class_path"].rpartition(".")[2]
-    if model.get("head_gates") is not None:
-        rule = "gates"
-    name = f"{family(source)}{trained}-{rule}-s{values['seed_everything']}"
+    name = f"{family(source)}{trained}-{rule_name(model)}-s{values['seed_everything']}"
     if command == "fit":
         return name
     checkpoint = values.get("ckpt_path")
     return f"{command}-{name}" + (f"@{Path(checkpoint).stem}" if checkpoint else "")
+
+
+def rule_name(model: Mapping[str, Any]) -> str:
+    """What a model's settings compress by, in a word: ``L128-K32``, or the name of a system."""
+    if model.get("head_gates") is not None:
+        return "gates"
+    of_heads, system = (model["lrsa"].get(name) for name in ("head_top_k", "system"))
+    if system is not None:
+        return str(system["class_path"].rpartition(".")[2])
+    return f"L{model['lrsa']['lag_size']}-K{model['lrsa']['top_k'] if of_heads is None else 'heads'}"
 
 
 def family(source: str) -> str:

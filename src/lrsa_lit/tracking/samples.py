@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lrsa_lit.evaluation.answers import scores
-from lrsa_lit.run_labels import ANSWERS, OWN, QUESTIONS
+from lrsa_lit.io import write_atomically
+from lrsa_lit.run_labels import ANSWERS, OWN, PAGE, QUESTIONS
 from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tracking.artifacts import harmless, loggers_of, run_folder, show_table
 from lrsa_lit.tracking.logger import run_of
 
 _QUESTION_TOKENS = 64
 """The end of a prompt that is shown: the question stands last."""
 
 
+_STYLE = (
+    "table { border-collapse: collapse; font: 14px sans-serif } "
+    "th, td { border: 1px solid #ccc; padding: 6px; text-align: left; vertical-align: top; white-space: pre-wrap } "
+    "th { background: #eee } td { min-width: 4em; max-width: 36em }"
+)
+
+
 class SamplePredictions(Callback):
     """Log the answers of each validation, under each attention.
 
-    The first ones are added to the table ``predictions.json``; all of them are ``predictions/val.jsonl``, which the
-    next validation replaces. Of several processes the first one logs its own questions.
+    The first ones are added to the table ``predictions.json`` and are a page to read, ``predictions.html``; all of them
+    are ``predictions/val.jsonl``. The next validation replaces the page and the file. Of several processes the first
+    one logs its own questions. Other loggers than MLflow's get the table if they show any; without MLflow's the page
+    and the file stand in the run's folder.
 
     Args:
         count: questions in the table; 0 logs none.
@@ -58,15 +73,47 @@ class SamplePredictions(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add to the table, and replace the file."""
         rows, self._rows, logger = self._rows, [], run_of(trainer)
-        if not rows or logger is None:
+        if not rows or not loggers_of(trainer) or not trainer.is_global_zero:
             return
-        if self.count:
-            shown = [_flat(row) for row in rows[: self.count]]
+        shown = [_flat(row) for row in rows[: self.count]]
+        if shown:
+            show_table(trainer, PAGE.removesuffix(".html"), shown)
+        if logger is None:
+            with harmless(PAGE):
+                self._keep(run_folder(trainer), shown, rows)
+            return
+        if shown:
             table = {name: [row[name] for row in shown] for name in shown[0]}
             logger.deliver(QUESTIONS, logger.experiment.log_table, table, QUESTIONS)
+            logger.deliver(PAGE, logger.experiment.log_text, page(shown), PAGE)
         if self.all_answers:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            logger.deliver(ANSWERS, logger.experiment.log_text, lines, ANSWERS)
+            logger.deliver(ANSWERS, logger.experiment.log_text, _lines(rows), ANSWERS)
+
+    def _keep(self, folder: Path, shown: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
+        """The page and the file in the run's folder."""
+        texts = ({PAGE: page(shown)} if shown else {}) | ({ANSWERS: _lines(rows)} if self.all_answers else {})
+        for name, text in texts.items():
+            write_atomically(folder / name, functools.partial(_write, text))
+
+
+def _write(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode())
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of rows with the same columns as a page of HTML, which no text can break out of."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    lines = ("".join(f"<td>{html.escape(_shown(value))}</td>" for value in row.values()) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<!doctype html><meta charset='utf-8'><style>{_STYLE}</style><table><tr>{head}</tr>{body}</table>"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,17 @@ URI = "tracking_uri"
 EXPERIMENT = "lrsa"
 """The experiment of runs for which none is named."""
 
+MARKS = {
+    # Without a kind MLflow opens an experiment in its pages for GenAI, which list no training runs.
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": (
+        "Runs of lrsa-lit: language models trained or evaluated with Lag-Relative Sparse Attention. `val/` and `test/` "
+        "are scores under the run's own attention, `val/dense/` and so on those of the same weights under others. Each "
+        "run's artifacts hold its config, pictures and answers."
+    ),
+}
+"""Tags of an experiment that has not got them yet: MLflow's names for what kind it is, and its description."""
+
 SERVER = ("http://", "https://")
 _SQLITE_HEADER = b"SQLite format 3\0"
 _TURN = 120
@@ -157,14 +168,15 @@ def reason(error: BaseException) -> str:
 def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str | None = None) -> str:
     """The id of an experiment, which is made if need be.
 
-    It is called by its name (None stands for ``lrsa``), or by the id of one that exists, with its name or None. A
-    UserError if it was deleted, there is none of that id, or it has another name.
+    It is called by its name (None stands for ``lrsa``), or by the id of one that exists, with its name or None. It
+    gets the :data:`MARKS` that it lacks. A UserError if it was deleted, there is none of that id, or it has another
+    name.
     """
     found: Experiment | None
     if named is None:
         key, shown, found = "experiment_name", name or EXPERIMENT, client.get_experiment_by_name(name or EXPERIMENT)
         if found is None:
-            return str(client.create_experiment(shown, artifact_location=artifact_location(uri)))
+            return str(client.create_experiment(shown, artifact_location=artifact_location(uri), tags=MARKS))
     else:
         key, shown, found = "experiment_id", named, _found(client.get_experiment, named)
         if found is None:
@@ -173,7 +185,14 @@ def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str |
         raise UserError(key, reason=f"{shown} was deleted in {redacted(uri)}; restore it or name another")
     if name not in (None, found.name):
         raise UserError(key, reason=f"{shown} is the experiment {found.name!r}, not {name!r}; name one of the two")
+    mark(client, found)
     return str(found.experiment_id)
+
+
+def mark(client: MlflowClient, experiment: Experiment) -> None:
+    """Give an experiment the :data:`MARKS` that it lacks; those that somebody has changed stay."""
+    for name in MARKS.keys() - experiment.tags.keys():
+        client.set_experiment_tag(experiment.experiment_id, name, MARKS[name])
 
 
 def find_run(client: MlflowClient, run_id: str, uri: str, key: str) -> Run | None:

@@ -1,0 +1,20 @@
+"""Tables as Markdown, which MLflow's notes and TensorBoard's texts show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lrsa_lit.errors import printable
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "---") -> str:
+    """A table, whose cells hold no syntax of Markdown."""
+    lines = [titles, [align] * len(titles), *rows]
+    shown = [[cell if cell == align else escaped(str(cell)) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in shown)
+
+
+def escaped(text: str) -> str:
+    """A text for a cell of a Markdown table: one line, with its syntax escaped."""
+    return "".join(f"\\{letter}" if letter in "|[]<>`*_\\" else letter for letter in printable(" ".join(text.split())))
