@@ -10,6 +10,9 @@ Random weights of a real shape, bf16, AdamW, gradients clipped, layers compiled,
         --dense-layers 18 23 --keep-activations --dtype float32 --precision bf16-mixed
     python benchmarks/train_step.py --shape smollm2-135m --tokens 4096 --batch 8 --top-k 32 --attention lrsa \
         --objective answers kl kl_cached hidden next_tokens --keep-activations --dtype float32 --precision bf16-mixed
+    python benchmarks/train_step.py --shape qwen3-1.7b --tokens 8192 32768 --eager \
+        --dtype float32 --precision bf16-mixed    # as configs/trainer/full.yaml
+    python benchmarks/train_step.py --shape mistral-7b-v0.3 --tokens 8192 32768 --eager --lora    # as lora.yaml
     python benchmarks/train_step.py --tokens 262144 393216 --warm-up 1 --steps 1 --attention lrsa    # what still fits
 """
 
@@ -40,7 +43,7 @@ from torch.utils.data import DataLoader
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.data.collate import ExampleSize, TrainBatch
-from lrsa_lit.models import Backbone
+from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.flops import Shape, peak_flops
 from lrsa_lit.objectives import AnswerLoss, Distillation, HiddenAlignment, LanguageModelLoss, Objective, Sum
 from lrsa_lit.objectives.work import flops
@@ -102,6 +105,7 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them, at least 1")
     parser.add_argument("--keep-activations", action="store_true", help="no checkpointing")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
+    parser.add_argument("--lora", action="store_true", help="train adapters alone")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
     parser.add_argument("--precision", default="32-true", help="Lightning's, such as bf16-mixed for float32 weights")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -126,6 +130,7 @@ def measure(attention: str, objective: str, tokens: int, options: argparse.Names
         "dtype": options.dtype,
         "precision": options.precision,
         "compiled": not options.eager,
+        "lora": options.lora,
         "checkpointing": not options.keep_activations,
     }
     try:
@@ -148,6 +153,7 @@ def _train(
         dtype=options.dtype,
         gradient_checkpointing=not options.keep_activations,
         compile_layers=not options.eager,
+        lora=LoRA() if options.lora else None,
     )
     # Under mixed precision Lightning clips no gradients of a fused optimizer. None lets torch take all weights at once.
     fused = True if torch.cuda.is_available() and not options.precision.endswith("mixed") else None
