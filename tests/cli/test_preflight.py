@@ -4,9 +4,12 @@ import sys
 import types
 
 import pytest
+from cli_helpers import DEBUG, refusal
 from helpers import refused
+from transformers import MistralConfig
 
 from lrsa_lit.cli.preflight import check_strategy
+from lrsa_lit.models.tiny import tiny_tokenizer
 from lrsa_lit.strategies import FullySharded
 
 OWN = {"class_path": "own_strategies.Mine"}
@@ -43,3 +46,12 @@ def test_others_predict_and_read_no_shards(setting, shards):
 def test_what_is_no_strategy_is_refused():
     with refused("trainer.strategy.class_path", "collections.OrderedDict"):
         check_strategy("fit", "collections.OrderedDict", None)
+
+
+def test_a_model_with_windows_is_refused_before_its_weights_are_read(tmp_path, capfd):
+    folder = tmp_path / "model"
+    MistralConfig(num_hidden_layers=2, vocab_size=259, sliding_window=16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    line = refusal(capfd, "fit", *DEBUG, "--model.backbone.source", str(folder))
+    assert line.startswith("model: 'mistral' uses sliding-window or linear layers")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != folder]

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrsa_lit.attention import LRSAConfig, enable
+from lrsa_lit.attention.families import check_config
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_tokenizer
@@ -111,6 +112,7 @@ def room():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_shape_has_as_many_weights_as_the_model(name):
+    check_config(shape(name))
     with torch.device("meta"):
         one, two = (AutoModelForCausalLM.from_config(shape(name, layers)).num_parameters() for layers in (1, 2))
     layers = AutoConfig.from_pretrained(str(SHAPES / name)).num_hidden_layers
@@ -187,4 +189,6 @@ def test_a_model_with_sliding_windows_is_refused_as_the_readme_says(name):
         model = AutoModelForCausalLM.from_config(config)
     with refused("model", reason="sliding-window"):
         enable(model, RULE)
+    with refused("model", reason="sliding-window"):
+        check_config(config)
     assert name in (ROOT / "README.md").read_text()

@@ -19,8 +19,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         (m for m in model.modules() if getattr(m, "layer_idx", None) is not None and hasattr(m, "is_causal")),
         key=lambda module: module.layer_idx,
     )
-    if reason := next(_obstacles(config, modules), None):
-        raise UserError("model", name, reason=f"{reason}, which LRSA does not support")
+    _refuse(name, config, modules)
     layers = config.num_hidden_layers
     if not model._can_set_attn_implementation() or [m.layer_idx for m in modules] != list(range(layers)):
         reason = f"does not route all its {layers} layers through transformers' attention interface"
@@ -28,6 +27,16 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     if getattr(config, "attention_dropout", 0.0):
         raise UserError("model", reason=f"attention_dropout={config.attention_dropout}; LRSA supports 0 only")
     return modules
+
+
+def check_config(config: Any) -> None:
+    """Refuse a model that cannot carry the rule by its text model's config alone, before its weights are read."""
+    _refuse((_of(config, "architectures") or [config.model_type])[0], config, [])
+
+
+def _refuse(name: str, config: Any, modules: list[nn.Module]) -> None:
+    if reason := next(_obstacles(config, modules), None):
+        raise UserError("model", name, reason=f"{reason}, which LRSA does not support")
 
 
 def _obstacles(config: Any, modules: list[nn.Module]) -> Iterator[str]:
