@@ -30,8 +30,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lrsa_lit.analysis.gates import GatesRecord
-from lrsa_lit.attention.budgets import heads_of
-from lrsa_lit.attention.families import check_config
 from lrsa_lit.callbacks import (
     FitSummary,
     MonitoredMetrics,
@@ -156,8 +154,7 @@ class LRSACLI(OpenCLI):
     def after_instantiate_classes(self) -> None:
         """Check what two parts must agree on, and prepare the data, before the run is recorded."""
         config, model = self.model.backbone.config, self.model
-        check_config(config)
-        model.check_layers(config.num_hidden_layers, heads_of(config))
+        preflight.check_model(model)
         if self.subcommand != "fit":
             asked = {"share": self.asked("budget"), "cache_tokens": self.asked("cache_tokens")}
             model.attentions = at_budgets(model.attentions, model.backbone, self.datamodule.max_tokens, **asked)

@@ -14,10 +14,13 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.strategies import Strategy
 
+from lrsa_lit.attention.budgets import heads_of
+from lrsa_lit.attention.families import check_config
 from lrsa_lit.classes import named_class
 from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.paths import expanded
+from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.terminal import log_to
 
 _log = logging.getLogger("lrsa_lit")
@@ -57,6 +60,13 @@ def check_strategy(subcommand: str, setting: Any, checkpoint: str | None) -> Non
         reason = "is of a sharded model, which trainer.strategy is not for"
         hint = "add --config configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
         raise UserError("ckpt_path", checkpoint, reason=reason, hint=hint)
+
+
+def check_model(task: LongContextQA) -> None:
+    """Refuse, by its config alone, a model that cannot carry the rule, and rules for other layers than it has."""
+    config = task.backbone.config
+    check_config(config)
+    task.check_layers(config.num_hidden_layers, heads_of(config))
 
 
 def root_folder(trainer: Any) -> Path:
