@@ -21,7 +21,7 @@
 #
 #     lrsa fit … --config configs/experiment/selections.yaml
 #
-# Sinks and the raw window are seen by everybody and never chosen about: they are grey, and no number counts them.
+# All heads see the sinks and the raw window, so no head chooses among them: they are grey, and no number counts them.
 
 # %%
 # %matplotlib inline
@@ -31,12 +31,13 @@ from IPython.display import HTML
 from lrsa_lit.analysis import metrics, plots, runs
 
 # %% [markdown]
-# The store is `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` of the checkout. `runs.find_run(store, experiment, name)` takes
-# another run than the latest.
+# The store is `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` in this folder or one above. The experiment is the latest one
+# with selections: put the name of another in its place. `runs.find_run(store, experiment, name)` takes another run than
+# the latest.
 
 # %%
 store = runs.open_store()
-experiment = "quickstart"
+experiment = runs.latest_experiment(store, with_selections=True)
 run = runs.latest_with_selections(store, experiment)
 records = runs.selections(store, run)
 before, after = records[0], records[-1]
@@ -45,8 +46,8 @@ run.info.run_name, [record.step for record in records]
 # %% [markdown]
 # ## A text as the heads see it
 #
-# Darker means kept by more heads of all layers; point at a token for the number. Gold passages are underlined, answers
-# are bold. Another sample: change the 0.
+# White means kept by no head, darker by more heads of all layers; point at a token for the number. Another sample: change
+# the 0.
 
 # %%
 HTML(plots.context_html(after, 0))

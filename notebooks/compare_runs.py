@@ -24,11 +24,12 @@
 from lrsa_lit.analysis import plots, runs
 
 # %% [markdown]
-# The store is `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` of the checkout.
+# The store is `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` in this folder or one above. The experiment is the latest one
+# with a validated run: put the name of another in its place.
 
 # %%
 store = runs.open_store()
-experiment = "quickstart"
+experiment = runs.latest_experiment(store)
 table = runs.table(store, experiment)
 table
 

@@ -36,6 +36,7 @@ from lrsa_lit.paths import nearest
 results = "study/results.jsonl"
 study = open_study(str(nearest("configs/experiment/robustness.yaml")))
 cells = Cells(study, results_of(study, nearest(results)))
+print(f"Results of {nearest(results).absolute()}")
 list(study.parts)
 
 # %% [markdown]

@@ -82,8 +82,9 @@ def test_notebooks_run_on_recorded_runs(checkout, monkeypatch):
         "robustness": [None, text, page, page, image, page, None, image, page, image, image, page, page, text],
     }
     outputs = [cell.outputs for notebook in done.values() for cell in code_cells(notebook)]
-    said = {output.text for each in outputs for output in each if output.output_type == "stream"}
-    assert said == {f"Runs of {checkout / 'runs/mlflow.db'}\n"}, "noise"
+    said = {"".join(output.text for output in each if output.output_type == "stream") for each in outputs} - {""}
+    store = f"Runs of {checkout / 'runs/mlflow.db'}\nExperiment quickstart, the latest; others: Default\n"
+    assert said == {store, f"Results of {checkout / 'study/results.jsonl'}\n"}, "noise"
     (chosen,) = [output for output in code_cells(done["attention_selections"])[1].outputs if "data" in output]
     assert chosen["data"][text] == "('tiny-L32-K8-s0', [0, 4])"
     (asked,) = code_cells(done["robustness"])[-1].outputs

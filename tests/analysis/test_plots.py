@@ -12,19 +12,25 @@ from lrsa_lit.attention import LRSAConfig
 
 
 class Words(HTMLParser):
-    """Text and attributes of each span."""
+    """Text of each word with the attributes of its span, and the styles of those about it; the legend comes first."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.words = [], []
+        self.tags, self.open, self.parts = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.attrs = dict(attrs)
+        self.open.append(dict(attrs))
+        if tag == "div":
+            self.parts.append([])
+
+    def handle_endtag(self, tag):
+        self.open.pop()
 
     def handle_data(self, data):
-        self.words.append((data, self.attrs))
+        *about, attrs = self.open
+        self.parts[-1].append((data, attrs, "".join(outer.get("style", "") for outer in about)))
 
 
 def brightness(style):
@@ -36,16 +42,33 @@ def test_text_is_darker_where_more_heads_kept_it(drawn):
     record = drawn((70,))
     sample, region = record.samples[0], record.compressed(record.samples[0])
     shares = record.kept(sample).mean(axis=(0, 1))
-    words = Words(plots.context_html(record)).words
-    assert [text for text, _ in words] == record.tokens(sample)
-    shown = [brightness(attrs["style"]) for _, attrs in words[region]]
+    legend, words = Words(plots.context_html(record)).parts
+    assert [text for text, *_ in words] == record.tokens(sample)
+    shown = [brightness(attrs["style"]) for _, attrs, _ in words[region]]
     order = np.argsort(shares, kind="stable")
     assert (np.diff(np.array(shown)[order]) <= 0).all()
     assert len(set(shown)) == len(set(shares)) > 2
-    for t, (_, attrs) in enumerate(words):
+    boxes = {word: attrs["style"].partition(";")[0] for word, attrs, _ in legend if "border: 2px" in str(attrs)}
+    for t, (_, attrs, about) in enumerate(words):
         assert (attrs["title"] == "never compressed") == (not region.start <= t < region.stop)
-        assert ("underline" in attrs["style"]) == any(a <= t < b for a, b in sample.gold_spans)
-        assert ("bold" in attrs["style"]) == any(a <= t < b for a, b in sample.answer_spans)
+        assert (boxes["gold passage"] in about) == any(a <= t < b for a, b in sample.gold_spans)
+        assert (boxes["answer"] in about) == any(a <= t < b for a, b in sample.answer_spans)
+        assert ("bold" in about) == (boxes["answer"] in about)
+
+
+def test_what_no_head_kept_is_white_and_what_all_kept_is_dark(drawn):
+    record = drawn((70,), layers=1, heads=1)
+    words = Words(plots.context_html(record)).parts[1][record.compressed(record.samples[0])]
+    shown = {attrs["title"]: brightness(attrs["style"]) for _, attrs, _ in words}
+    assert shown.keys() == {"kept by 0% of the heads", "kept by 100% of the heads"}
+    assert shown["kept by 0% of the heads"] == 255
+    assert shown["kept by 100% of the heads"] < 60
+
+
+def test_passages_side_by_side_have_a_box_each(drawn):
+    record = drawn((70,), gold=((4, 20), (20, 30)), answer=())
+    _, text = plots.context_html(record).split("</div>", 1)
+    assert text.count("border: 2px") == 2
 
 
 def test_text_cannot_break_out(drawn):
@@ -68,6 +91,11 @@ def test_positions_shows_the_share_of_heads(drawn, length, tmp_path):
     spans = record.samples[0].gold_spans
     shown = [path.vertices[:, 0] for path in marks.collections[0].get_paths()]
     assert [(x.min() + 0.5, x.max() + 0.5) for x in shown] == list(spans)
+    boxes = [(box.get_x() + 0.5, box.get_x() + 0.5 + box.get_width()) for box in axes.patches]
+    assert boxes == [*spans, *record.samples[0].answer_spans]
+    assert axes.images[0].cmap(0.0) == (1, 1, 1, 1)
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named == ["gold passage", "answer", "kept by no head", "never compressed"]
 
 
 def test_a_sample_too_short_to_be_compressed_is_still_drawn(drawn, tmp_path):
@@ -118,6 +146,17 @@ def test_agreement_and_change(drawn):
     kappa = metrics.agreement_between(first, second)
     np.testing.assert_array_equal(axes.get_lines()[2].get_ydata(), kappa.mean(axis=1))
     assert axes.get_title() == "tiny L8 K3, step 0 against tiny L8 K3, step 5"
+
+
+def test_axes_of_scores_go_from_0_to_1(drawn):
+    first, second = drawn(seed=0), drawn(seed=1)
+    figures = [plots.survival_by_layer([first]), plots.by_place([first]), plots.kinds([first])]
+    figures += [plots.f1_against(RULES, "kept_share", "K/L")]
+    for axes in (axes for figure in figures for axes in figure.axes):
+        assert axes.get_ylim() == plots.SCORES
+    low, high = plots.change(first, second).axes[0].get_ylim()
+    assert low <= 0.0
+    assert high == plots.SCORES[1]
 
 
 RULES = pd.DataFrame(

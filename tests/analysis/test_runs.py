@@ -64,7 +64,7 @@ def test_store_is_found_from_a_folder_below_and_by_the_environment(recorded, mon
     assert capsys.readouterr().err == f"Runs of {folder / 'mlflow.db'}\n"
     monkeypatch.chdir(folder.parent)
     runs.open_store()
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"Runs of {folder / 'mlflow.db'}\n"
     monkeypatch.chdir(tmp_path)
     # A name that no folder above has, whatever stands there.
     monkeypatch.setattr(runs, "DEFAULT", Path(f"runs/{tmp_path.name}.db"))
@@ -75,6 +75,26 @@ def test_store_is_found_from_a_folder_below_and_by_the_environment(recorded, mon
     with refused("tracking_uri", reason="does not exist"):
         runs.open_store(f"sqlite:///{tmp_path}/none.db")
     assert not (tmp_path / "none.db").exists()
+
+
+def test_latest_experiment_is_that_of_the_latest_run_with_what_is_asked_for(tmp_path, capsys):
+    from mlflow.tracking import MlflowClient
+
+    store = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    names = ("kept", "validated", "died")
+    ids = {name: store.create_experiment(name, (tmp_path / name).as_uri()) for name in names}
+    for ask in ({}, {"with_selections": True}):
+        with refused("experiment", reason="no run of this store"):
+            runs.latest_experiment(store, **ask)
+    kept = add_run(store, ids["kept"], "a", val_f1=0.5)
+    store.log_text(kept, "", f"{runs.SELECTIONS}/step000000.npz")
+    add_run(store, ids["validated"], "b", val_f1=0.0)
+    add_run(store, ids["died"], "c", train_loss=3.0)
+    assert runs.latest_experiment(store) == "validated"
+    said = capsys.readouterr().err
+    assert said.startswith("Experiment validated, the latest; others: ")
+    assert all(name in said for name in ("kept", "died"))
+    assert runs.latest_experiment(store, with_selections=True) == "kept"
 
 
 def test_runs_are_found_by_name_and_id(recorded):

@@ -1,20 +1,21 @@
 """Figures and coloured text, the same in notebooks and in the runs of MLflow.
 
-Colours are cividis and Okabe-Ito's, which colour-blind readers can tell apart. Figures are made without pyplot, so
-that a training run gathers none.
+Shares run from white (0) to dark (1), so what nothing kept is as pale as the page; lines and boxes have Okabe-Ito's
+colours, which colour-blind readers can tell apart. Figures are made without pyplot, so a training run gathers none.
 Dimensions: N layers with LRSA, H key-value heads, T tokens.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from lrsa_lit.analysis import metrics
@@ -26,28 +27,42 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+SCORES = (-0.02, 1.02)
+"""Limits of an axis of scores or shares: 0 to 1, with room for the points on both ends."""
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_SHADES = colormaps["cividis_r"]
+_WHITE, _DARK = "#ffffff", "#00204c"
+_SHADES = LinearSegmentedColormap.from_list("kept", [_WHITE, _DARK])
 _UNCOMPRESSED = "#e8e8e8"
+_GOLD, _ANSWER = OKABE_ITO[4], OKABE_ITO[1]
 
 
 def context_html(record: SelectionRecord, index: int = 0) -> str:
-    """A sample's text as HTML: the darker a token, the more heads of all layers kept it.
+    """A sample's text as HTML, below a legend: the darker a token, the more heads of all layers kept it.
 
-    Tokens that nobody chose about (sinks and the raw window) are grey and italic; gold passages are underlined, answers
-    are bold.
+    What no head kept is white. Tokens that nobody chose about (sinks and the raw window) are grey and italic. Gold
+    passages and answers are boxed, answers bold as well.
     """
     sample = record.samples[index]
     region = record.compressed(sample)
     share = np.full(len(sample.token_ids), np.nan)
     share[region] = record.kept(sample).mean(axis=(0, 1))
-    gold, answer = metrics.of_evidence(sample, "gold"), metrics.of_evidence(sample, "answer")
-    words = [_word(text, share[t], bool(gold[t]), bool(answer[t])) for t, text in enumerate(record.tokens(sample))]
-    return f'<div style="white-space: pre-wrap; line-height: 1.7">{"".join(words)}</div>'
+    words = [_word(text, share[t]) for t, text in enumerate(record.tokens(sample))]
+    gold, answers = _numbered(sample.gold_spans, len(words)), _numbered(sample.answer_spans, len(words))
+    parts = []
+    for passage, places in itertools.groupby(range(len(words)), gold.__getitem__):
+        inner = []
+        for answer, within in itertools.groupby(places, answers.__getitem__):
+            text = "".join(words[t] for t in within)
+            inner.append(_boxed(text, _ANSWER, "; font-weight: bold") if answer else text)
+        parts.append(_boxed("".join(inner), _GOLD) if passage else "".join(inner))
+    return f'{_LEGEND}<div style="white-space: pre-wrap; line-height: 1.9">{"".join(parts)}</div>'
 
 
 def positions(record: SelectionRecord, index: int = 0) -> Figure:
-    """Layer by position: the share of a layer's heads that kept a token, gold passages and answers marked above."""
+    """Layer by position: the share of a layer's heads that kept a token, gold passages and answers boxed.
+
+    They are marked above as well, where a box is too narrow to be seen.
+    """
     sample = record.samples[index]
     region = record.compressed(sample)
     shares = record.kept(sample).mean(axis=1)
@@ -60,18 +75,29 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
         smooth = "auto" if len(sample.token_ids) > 800 else "nearest"
         scale = {"cmap": _SHADES, "vmin": 0, "vmax": 1}
         image = axes.imshow(shares, aspect="auto", extent=extent, interpolation=smooth, **scale)
-        figure.colorbar(image, ax=[marks, axes], label="kept by share of heads")
-    axes.set_facecolor(_UNCOMPRESSED)
+        figure.colorbar(image, ax=[marks, axes], label="share of the layer's heads that kept it")
+    # Hatched, as a pale share would look the same.
+    axes.patch.set(facecolor=_UNCOMPRESSED, edgecolor="#a0a0a0", hatch="////")
     axes.set(xlim=(-0.5, len(sample.token_ids) - 0.5), ylim=(len(layers) - 0.5, -0.5))
-    axes.set(xlabel="position in the prompt, tokens (grey: never compressed)", ylabel="layer")
+    axes.set(xlabel="position in the prompt, tokens", ylabel="layer")
     _name_layers(axes.yaxis, layers)
-    for row, (spans, colour) in enumerate(((sample.gold_spans, OKABE_ITO[0]), (sample.answer_spans, OKABE_ITO[1]))):
+    boxes = {"gold passage": (sample.gold_spans, _GOLD), "answer": (sample.answer_spans, _ANSWER)}
+    for row, (spans, colour) in enumerate(boxes.values()):
         marks.broken_barh([(start - 0.5, end - start) for start, end in spans], (row - 0.4, 0.8), color=colour)
-    marks.set_yticks([0, 1], ["gold", "answer"])
+        for start, end in spans:
+            # Clipped at the axes, half of its upper and lower line would be lost.
+            box = Rectangle((start - 0.5, -0.5), end - start, len(layers), fill=False, clip_on=False)
+            box.set(edgecolor=colour, linewidth=1 + 0.3 * row)
+            axes.add_patch(box)
+    marks.set_yticks([0, 1], list(boxes))
     marks.set_ylim(1.6, -0.6)
     marks.spines[:].set_visible(False)
     marks.tick_params(length=0, labelbottom=False)
     marks.set_title(f"{_name(record)}, sample {sample.id}", loc="left")
+    shown = [Patch(facecolor="none", edgecolor=colour, label=name) for name, (_, colour) in boxes.items()]
+    shown.append(Patch(facecolor=_WHITE, edgecolor="#a0a0a0", label="kept by no head"))
+    shown.append(Patch(facecolor=_UNCOMPRESSED, edgecolor="#a0a0a0", hatch="////", label="never compressed"))
+    figure.legend(handles=shown, loc="outside lower center", ncols=len(shown), frameon=False, fontsize="small")
     return figure
 
 
@@ -87,7 +113,7 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
         axes.set(xlabel="layer", title=f"{title} ({found[0].tokens} tokens)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("kept share of tokens, mean of heads")
-    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylim(SCORES)
     legend(panels[1])
     return figure
 
@@ -103,7 +129,7 @@ def by_place(records: Sequence[SelectionRecord]) -> Figure:
         axes.fill_between(places, *span, color=line.get_color(), alpha=0.15, linewidth=0)
     _mark_chance(axes, records)
     axes.set(xlabel="place in the partition (0: its first token)", ylabel="kept share of tokens", xlim=(0, 1))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(SCORES)
     legend(axes)
     return figure
 
@@ -118,7 +144,7 @@ def kinds(records: Sequence[SelectionRecord]) -> Figure:
         places = np.arange(len(values)) + (number - (len(columns) - 1) / 2) * width
         axes.bar(places, values, width, color=None if number else OKABE_ITO[-1], label=label)
     axes.set_xticks(range(len(metrics.KINDS)), metrics.KINDS)
-    axes.set(ylabel="share of the tokens")
+    axes.set(ylabel="share of the tokens", ylim=SCORES)
     legend(axes)
     return figure
 
@@ -149,6 +175,7 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
     axes.axhline(0, linestyle=":", color="grey", label="chance")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layer", ylabel="Cohen's kappa", title=f"{_name(first)} against {_name(second)}")
+    axes.set_ylim(min(SCORES[0], axes.get_ylim()[0]), SCORES[1])
     legend(axes)
     return figure
 
@@ -174,7 +201,7 @@ def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
         axes.errorbar(line[column], line["f1"], errors, fmt="o-", capsize=3, label=title_of_run(model, lag_size))
         for _, row in line.dropna(subset=["top_k"]).iterrows():
             axes.annotate(f"K{row['top_k']:g}", (row[column], row["f1"]), xytext=(5, 4), textcoords="offset points")
-    axes.set(xlabel=label, ylabel="F1 (bars: 95 % over seeds and questions)")
+    axes.set(xlabel=label, ylabel="F1 (bars: 95 % over seeds and questions)", ylim=SCORES)
     if lines.ngroups:
         legend(axes)
     else:
@@ -223,13 +250,37 @@ def _name(record: SelectionRecord) -> str:
     return f"{record.model} L{record.rule['lag_size']} K{record.rule['top_k']}, step {record.step}"
 
 
-def _word(text: str, share: float, gold: bool, answer: bool) -> str:
+def _numbered(spans: Sequence[tuple[int, int]], length: int) -> list[int]:
+    """For each token the number of its span, from 1; 0 outside of all."""
+    numbers = [0] * length
+    for number, (start, end) in enumerate(spans, 1):
+        numbers[start:end] = [number] * (min(end, length) - start)
+    return numbers
+
+
+def _word(text: str, share: float) -> str:
     """One token as HTML, which no text can break out of."""
     if np.isnan(share):
-        style = f"background: {_UNCOMPRESSED}; color: #555; font-style: italic"
+        style, kept = f"background: {_UNCOMPRESSED}; color: #555; font-style: italic", "never compressed"
     else:
-        style = f"background: {to_hex(_SHADES(share))}; color: {'#fff' if share > 0.45 else '#000'}"
-    style += "; text-decoration: underline" if gold else ""
-    style += "; font-weight: bold" if answer else ""
-    kept = "never compressed" if np.isnan(share) else f"kept by {share:.0%} of the heads"
+        style = f"background: {to_hex(_SHADES(share))}; color: {'#fff' if share > 0.6 else '#000'}"
+        kept = f"kept by {share:.0%} of the heads"
     return f'<span style="{style}" title="{kept}">{html.escape(text)}</span>'
+
+
+def _boxed(inner: str, colour: str, more: str = "") -> str:
+    """HTML in a box that goes on over ends of lines."""
+    box = f"border: 2px solid {colour}; border-radius: 3px"
+    goes_on = "-webkit-box-decoration-break: clone; box-decoration-break: clone"
+    return f'<span style="{box}; {goes_on}{more}">{inner}</span>'
+
+
+_BAR = f"background: linear-gradient(to right, {_WHITE}, {_DARK}); border: 1px solid #a0a0a0"
+_LEGEND = (
+    '<div style="margin-bottom: 0.5em">heads that kept a token: '
+    f'none <span style="{_BAR}; display: inline-block; width: 8em; height: 0.9em"></span> all'
+    f" &emsp; {_boxed('gold passage', _GOLD)} &emsp; {_boxed('answer', _ANSWER, '; font-weight: bold')}"
+    f' &emsp; <span style="background: {_UNCOMPRESSED}; color: #555; font-style: italic">sinks and raw window</span>'
+    " (all heads see them)</div>"
+)
+"""What the colours and boxes of a text mean."""

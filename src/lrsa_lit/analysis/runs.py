@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 
 from lrsa_lit.analysis.record import SelectionRecord
-from lrsa_lit.errors import UserError, printable
+from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.evaluation import statistics
 from lrsa_lit.paths import nearest
 from lrsa_lit.run_labels import ANSWERS, OWN, QUESTIONS, title_of_run
 from lrsa_lit.tracking.store import connect, existing_uri, find_experiment
-from lrsa_lit.uris import sqlite_uri
+from lrsa_lit.uris import SQLITE, sqlite_path, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -49,9 +49,13 @@ RULE = ["model", "lag_size", "top_k"]
 DEFAULT = Path("runs/mlflow.db")
 """Where a store is looked for, in a folder and those above it."""
 
+_ADVICE = "train with --config configs/experiment/selections.yaml"
+
 
 def open_store(uri: str | None = None) -> MlflowClient:
     """The store of the runs: by default MLFLOW_TRACKING_URI, else ``runs/mlflow.db`` in this folder or one above.
+
+    It says which one that is.
 
     Raises:
         UserError: it does not exist, is empty, or does not answer.
@@ -62,13 +66,32 @@ def open_store(uri: str | None = None) -> MlflowClient:
         if not found.is_file():
             reason = f"no {DEFAULT} in {here} or above; record a run first, or set MLFLOW_TRACKING_URI"
             raise UserError("tracking_uri", reason=reason)
-        if found != here / DEFAULT:
-            print(printable(f"Runs of {found}"), file=sys.stderr)
         uri = sqlite_uri(found, "tracking_uri")
+    uri = existing_uri(uri, "tracking_uri")
+    named = str(sqlite_path(uri, "tracking_uri")) if uri.startswith(SQLITE) else redacted(uri)
+    print(printable(f"Runs of {named}"), file=sys.stderr)
     with warnings.catch_warnings():
         # Of tqdm, which misses ipywidgets in a notebook.
         warnings.filterwarnings("ignore", message="IProgress not found")
-        return connect(existing_uri(uri, "tracking_uri"), "tracking_uri")
+        return connect(uri, "tracking_uri")
+
+
+def latest_experiment(store: MlflowClient, *, with_selections: bool = False) -> str:
+    """The experiment of the latest run that was validated, or that recorded selections; it says which others there are.
+
+    Raises:
+        UserError: no run of the store did.
+    """
+    names: dict[str, str] = {found.experiment_id: found.name for found in store.search_experiments()}
+    validated = f"metrics.`{MEASURES['f1']}` >= 0"
+    for run in _latest_first(store, list(names), "" if with_selections else validated):
+        if not with_selections or store.list_artifacts(run.info.run_id, SELECTIONS):
+            latest = names.pop(run.info.experiment_id)
+            others = f"; others: {', '.join(names.values())}" if names else ""
+            print(printable(f"Experiment {latest}, the latest{others}"), file=sys.stderr)
+            return latest
+    advice = f"recorded selections; {_ADVICE}" if with_selections else f"has recorded {MEASURES['f1']}"
+    raise UserError("experiment", reason=f"no run of this store {advice}")
 
 
 def find_run(store: MlflowClient, experiment: str, name: str) -> Run:
@@ -95,8 +118,7 @@ def latest_with_selections(store: MlflowClient, experiment: str) -> Run:
     for run in _runs(store, experiment):
         if store.list_artifacts(run.info.run_id, SELECTIONS):
             return run
-    advice = "train with --config configs/experiment/selections.yaml"
-    raise UserError("experiment", reason=f"no run of {experiment!r} recorded selections; {advice}")
+    raise UserError("experiment", reason=f"no run of {experiment!r} recorded selections; {_ADVICE}")
 
 
 def selections(store: MlflowClient, run: Run) -> list[SelectionRecord]:
@@ -219,15 +241,20 @@ def _answers(store: MlflowClient, run_id: str, attention: str) -> list[dict[str,
 def _runs(store: MlflowClient, experiment: str) -> list[Run]:
     """The runs of an experiment, latest first, at least one."""
     found = find_experiment(store, experiment, "experiment")
-    search = functools.partial(store.search_runs, [found.experiment_id], order_by=["attributes.start_time DESC"])
-    page = search()
-    runs = list(page)
-    while page.token:
-        page = search(page_token=page.token)
-        runs += page
+    runs = list(_latest_first(store, [found.experiment_id]))
     if not runs:
         raise UserError("experiment", experiment, reason="has no runs yet")
     return runs
+
+
+def _latest_first(store: MlflowClient, experiment_ids: list[str], asked: str = "") -> Iterator[Run]:
+    """The runs of some experiments that MLflow's filter lets pass, fetched page by page."""
+    search = functools.partial(store.search_runs, experiment_ids, asked, order_by=["attributes.start_time DESC"])
+    page = search()
+    yield from page
+    while page.token:
+        page = search(page_token=page.token)
+        yield from page
 
 
 def _row(run: Run) -> dict[str, Any]:
