@@ -42,8 +42,9 @@ def test_the_learnt_tokens_of_the_sample_are_those_that_its_template_marks():
         assert learnt == marks if all(message.learnt for message in chat.messages) else learnt < marks
 
 
-@pytest.mark.parametrize("packing", ["{tokens: 1024}", "null"], ids=["packed", "alone"])
-@pytest.mark.parametrize("data", ["chats", "instructions", "texts"])
+@pytest.mark.parametrize(
+    ("data", "packing"), [("chats", "{tokens: 1024}"), ("instructions", "null"), ("texts", "{tokens: 1024}")]
+)
 def test_a_fit_learns(data, packing, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lrsa"])

@@ -392,7 +392,7 @@ def test_a_device_without_enough_memory(command, remedy, capfd, monkeypatch):
 
     monkeypatch.setattr("lrsa_lit.cli.ask.run" if command == "ask" else "lrsa_lit.cli.lightning_cli.run", full)
     with pytest.raises(SystemExit) as stop:
-        main([command])
+        main([command] if command == "ask" else [command, *DEBUG])
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("lrsa: error: the device is out of memory (it was asked for 2.50 GiB more); ")

@@ -37,7 +37,7 @@ def test_a_fit_without_a_cache_names_the_line_that_makes_it(teacher, tmp_path, c
     refused, _, made_by = line.partition("; it is made by: lrsa ")
     assert refused == f"model.objective.teacher: {str(teacher)!r} is not cached"
     main(shlex.split(made_by))
-    assert str(tmp_path / "cache" / "data") in capfd.readouterr().out.splitlines()[-1]
+    assert str(tmp_path / "cache" / "data") in capfd.readouterr().out.splitlines()[-2]
     assert not [*tmp_path.glob("runs/**/*")], "no run"
     expected = weights(tmp_path / "asked", *objective(teacher=str(teacher), top_n=8, teacher_dtype="float32"))
     monkeypatch.setattr("lrsa_lit.objectives.teachers.Loaded.run", None)

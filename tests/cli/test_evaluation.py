@@ -281,7 +281,7 @@ def test_an_evaluation_is_a_run_with_its_answers(tmp_path, capfd):
 class Alone:
     """A trainer of one process."""
 
-    world_size, num_nodes, global_rank, is_global_zero, logger, callbacks = 1, 1, 0, True, None, ()
+    world_size, num_nodes, global_rank, is_global_zero, loggers, callbacks = 1, 1, 0, True, (), ()
     state = TrainerState(fn=TrainerFn.TESTING)
 
     def __init__(self, root):

@@ -18,8 +18,8 @@ GATED = ["--config", "configs/compressor/token_gate.yaml"]
 def test_gates_are_fitted_to_a_file_that_a_compressor_takes(tmp_path, capfd):
     main(["token-gates", "--to", "gates.safetensors", *SETTINGS])
     told = capfd.readouterr().out.splitlines()
-    assert told[-2] == "Gates of 2 layers x 2 heads, fitted on 7 contexts, are in gates.safetensors"
-    assert told[-1].startswith(
+    assert told[-3] == "Gates of 2 layers x 2 heads, fitted on 7 contexts, are in gates.safetensors"
+    assert told[-2].startswith(
         "Contexts held out: 1. Of the 8 of 32 tokens that KVzip would keep there, the gates keep "
     )
     assert not [*tmp_path.glob("runs/**/*")], "no run"

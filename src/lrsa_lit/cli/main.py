@@ -73,7 +73,7 @@ distil-cache and token-gates take the options of fit. {tools} have options of th
 
 examples:
   lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
-  lrsa ask data/README.md "Which fields does a record have?"
+  lrsa ask docs/extending.md "What is a compressor?"
   lrsa ui
 """
 

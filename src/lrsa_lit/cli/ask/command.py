@@ -47,7 +47,7 @@ The answer is printed as it is generated, then how many tokens were read and how
 stdin further questions can be typed; an empty line or Ctrl-D ends.
 
 examples:
-  lrsa ask data/README.md "Which fields does a record have?"
+  lrsa ask docs/extending.md "What is a compressor?"
   lrsa ask --model last.ckpt --top-k 32 book.txt "Who is Ishmael?" "Where does he sail from?"
   pdftotext paper.pdf - | lrsa ask --json - "What is the main result?"
 """
