@@ -176,11 +176,11 @@ class Runner:
         return {"config": work.row.hash, "seed": work.seed, "train_digest": digest(data) if data else ""}
 
     def _missing(self, work: Work) -> list[Evaluation]:
-        trained, settings = self._trained_by(work), self._settings(work.row)
+        trained, settings = self._trained_by(work), work.row.settings
 
         def is_there(item: Evaluation) -> bool:
-            digest = self.questions.facts(item.data_set, item.split).digest
-            return self.results.has(trained, item, digest, self.study.new_tokens(item.data_set, settings))
+            facts = self.questions.facts(item.data_set, item.split)
+            return self.results.has(trained, item, facts.digest, self.study.new_tokens(item.data_set, settings))
 
         return [item for item in work.evaluations if not is_there(item)]
 

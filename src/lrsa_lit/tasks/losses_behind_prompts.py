@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lrsa_lit.attention import LRSACache, cache_argument, read_prompts
 from lrsa_lit.attention.decoding.synced import most_of_all
+from lrsa_lit.attention.decoding.turns import left_padded
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch
 from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.strategies import is_sharded
@@ -73,8 +74,4 @@ def _in_two(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                      batch_first=True, padding_value=IGNORE_INDEX)
         for name in ("input_ids", "labels")
     ]  # fmt: skip
-    before = [
-        pad_sequence(rows, batch_first=True, padding_side="left")
-        for rows in (prompts, list(map(torch.ones_like, prompts)))
-    ]
-    return before[0], before[1], behind[0], behind[1]
+    return *left_padded(prompts), behind[0], behind[1]

@@ -91,12 +91,12 @@ def _pieces(ids: Tensor, mask: Tensor, ends: Sequence[Sequence[int]]) -> list[tu
     rows = [row[real == 1] for row, real in zip(ids, mask, strict=True)]
     bounds = [[0] * len(rows), *ends, lengths]
     return [
-        _padded([row[start:stop] for row, start, stop in zip(rows, starts, stops, strict=True)])
+        left_padded([row[start:stop] for row, start, stop in zip(rows, starts, stops, strict=True)])
         for starts, stops in itertools.pairwise(bounds)
     ]
 
 
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Rows (B, longest), padded on the left, and their mask."""
     ids, real = (
         pad_sequence(list(parts), batch_first=True, padding_side="left") for parts in (rows, map(torch.ones_like, rows))
