@@ -363,10 +363,9 @@ def test_the_shipped_objectives_differ_in_nothing_else():
         assert {**by_name[name], "objective": None} == {**by_name["answers"], "objective": None}
     assert kv_ratio(study.inference["rule"], 4080, 30) == pytest.approx(0.325, abs=0.001)
     assert [row.name for row in study.rows.values() if row.needs] == [
-        "kl-dense", "kl-hidden", "keydiff-kl", "recency-kl",
-        "answers-from-dense", "kl-self-from-dense", "kl-dense-from-dense"]  # fmt: skip
-    for name in ("kl-dense", "kl-dense-from-dense"):
-        assert study.row(name).needs == (study.row("dense"),)
+        "kl-dense", "kl-hidden", "keydiff-kl", "recency-kl", "answers-from-dense", "kl-self-from-dense"]  # fmt: skip
+    assert study.row("kl-dense").needs == (study.row("dense"),)
+    assert study.row("kl-self-from-dense").needs == (study.row("dense-half"),)
     shipped = read_settings(Path(__file__).parents[2] / "configs" / "objective" / "distillation.yaml")
     assert by_name["kl-self"]["objective"] == shipped["model"]["objective"]
 
