@@ -29,6 +29,7 @@ _PARTS = {
     "model": TASK,
     "model.backbone": "lrsa_lit.models.Backbone",
     "model.backbone.lora": "lrsa_lit.models.LoRA",
+    "model.backbone.low_rank": "lrsa_lit.models.LowRank",
     "model.backbone.rope_scaling": "lrsa_lit.models.RopeScaling",
     "model.lrsa": "lrsa_lit.attention.LRSAConfig",
     "trainer": TRAINER,

@@ -22,6 +22,7 @@ from lrsa_lit.data.policies import Packed
 from lrsa_lit.errors import UserError
 from lrsa_lit.lightning_internals import setting_names
 from lrsa_lit.models.backbone import Backbone, LoRA
+from lrsa_lit.models.low_rank import LowRank
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
@@ -41,6 +42,7 @@ _KEYS: dict[type, str] = {
     LongContextQA: "model",
     Backbone: "model.backbone",
     LoRA: "model.backbone.lora",
+    LowRank: "model.backbone.low_rank",
     RopeScaling: "model.backbone.rope_scaling",
     LRSAConfig: "model.lrsa",
     Compressor: "model.lrsa.compressor.init_args",

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models.loading import from_config, load_model, pretrained
+from lrsa_lit.models.low_rank import LowRank
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = "tiny"
@@ -69,6 +70,7 @@ class Backbone:
             bitsandbytes: the extra qlora); null holds them in ``dtype``.
         trust_remote_code: run code that comes with a hub model.
         rope_scaling: more positions than the model has; null keeps them.
+        low_rank: make keys and values from latents of a lower rank; null keeps the projections that the source has.
         random_weights: take the shape alone from the source's config.json and draw the weights, the same ones each time
             on the same kind of device. For measurements: without tokenizer files the tokenizer is tiny's, of bytes.
     """
@@ -82,6 +84,7 @@ class Backbone:
     quantization: Literal["nf4"] | None = None
     trust_remote_code: bool = False
     rope_scaling: RopeScaling | None = None
+    low_rank: LowRank | None = None
     random_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -167,14 +170,18 @@ class Backbone:
             self.rope_scaling.apply(config.get_text_config())
         return config
 
-    def build(self, *, dequantize: bool = False) -> nn.Module:
+    def build(self, *, dequantize: bool = False, factors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Load a ``PreTrainedModel`` in training mode, or a ``PeftModel`` around it; a UserError if that fails.
 
-        With ``dequantize`` it holds quantised weights in ``dtype`` again, with the values that quantisation left them.
+        Args:
+            dequantize: hold quantised weights in ``dtype`` again, with the values that quantisation left them.
+            factors: those of keys and values that were trained, by their names in the model; the source's weights are
+                then not factored again. None: :meth:`narrow` decides.
         """
         model = self._load()
         if dequantize and self.quantization is not None:
             model = model.dequantize(dtype=model.dtype)
+        self.narrow(model, factors)
         # from_pretrained returns eval mode and Lightning keeps it, which silently turns gradient checkpointing off.
         model.train()
         if self.gradient_checkpointing and not self.compile_layers:
@@ -188,6 +195,22 @@ class Backbone:
         if self.compile_layers:
             _compile_layers(trained, self.gradient_checkpointing)
         return trained
+
+    def narrow(self, model: PreTrainedModel, factors: Mapping[str, Tensor] | None = None) -> None:
+        """Put factors of low rank in the place of a model's keys and values, if it is to have some.
+
+        They are those that are given, those that lie in the source's folder, or made as ``low_rank`` has it.
+        """
+        if not factors and self.low_rank is None:
+            return
+        from lrsa_lit.models.factors import factor, install
+        from lrsa_lit.models.input_moments import read
+
+        if factors:
+            install(model, factors)
+        elif self.low_rank is not None:
+            file = self.low_rank.moments_file()
+            factor(model, self.low_rank, None if file is None else read(file))
 
     def _load(self) -> PreTrainedModel:
         import torch

@@ -53,9 +53,17 @@ class Trained(NamedTuple):
         Raises:
             UserError: the base model cannot be loaded, or the weights are not those of such a model.
         """
-        model = self.backbone.build(dequantize=dequantize)
         if self.weights is None:
-            return model
+            return self.backbone.build(dequantize=dequantize)
+        from lrsa_lit.models.factors import factors_in
+
+        factors = factors_in(self.weights)
+        if not factors and self.backbone.low_rank is not None and self.backbone.lora is None:
+            # What was trained with whole matrices is factored now.
+            whole = self._replace(backbone=dataclasses.replace(self.backbone, low_rank=None)).build()
+            self.backbone.narrow(whole)  # type: ignore[arg-type]
+            return whole
+        model = self.backbone.build(dequantize=dequantize, factors=factors)
         needed = {name: tuple(weight.shape) for name, weight in trained_weights(self.backbone, model).items()}
         held = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         for names, what in (
@@ -73,13 +81,20 @@ class Trained(NamedTuple):
 def trained_weights(
     backbone: Backbone, model: nn.Module, weights: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What a fit changes, of a state dict of the model or a module around it: gates of heads, the adapters, or all."""
+    """What a fit changes, of a state dict of the model or a module around it: gates of heads, the adapters, or all.
+
+    Factors that were made of the source's weights belong to the adapters: made again they might be others.
+    """
     weights = model.state_dict() if weights is None else weights
     if GATES in weights:
         return {GATES: weights[GATES]}
     if backbone.lora is None:
         return weights
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if backbone.low_rank is not None:
+        from lrsa_lit.models.factors import is_factor
+
+        trained |= set(filter(is_factor, weights))
     return {name: weight for name, weight in weights.items() if name in trained}
 
 

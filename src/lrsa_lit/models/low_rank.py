@@ -1,0 +1,118 @@
+"""Narrow caches: keys and values through factors of low rank, whose inner activation is all that a cache need hold.
+
+LoRC (arXiv 2410.03111) replaces the projections of keys and values by truncated singular value decompositions. Which
+interpolation makes its progressive ranks is recalled, not read: results are of "LoRC, schedule as recalled".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lrsa_lit.bounds import check_setting, is_integer
+from lrsa_lit.errors import UserError
+from lrsa_lit.paths import expanded
+
+OTHERS = "leave low_rank out, or take a model with k_proj and v_proj in each layer, such as Llama, Qwen or Mistral"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Make keys and values from latents of a lower rank (LoRC, arXiv 2410.03111), with or without whitening.
+
+    W_k and W_v (d, H D) of each layer become A (d, r) and B (r, H D) when the model is loaded: the best of rank r in
+    the Frobenius norm, or, whitened, for the layer's outputs (SVD-LLM, arXiv 2403.07378; not LoRC). Training then
+    changes the factors, and checkpoints hold them: a model that is loaded from a checkpoint is never factored again,
+    and needs no file of moments. Factors keep the model's dtype where the weights around them are quantised. Where
+    r > d H D / (d + H D), the factors have more weights than W: then only the cache shrinks.
+
+    Args:
+        ratio: the mean rank as a share of the width of what is factored, in (0, 1]; null where ``rank`` is given.
+        rank: the mean rank itself, of each matrix that is factored; null where ``ratio`` is given.
+        schedule: "uniform", the same rank in each layer, or "progressive", falling with depth as errors of early layers
+            are amplified by more of those behind them.
+        min_share: the last layer's rank as a share of the first's, in the progressive schedule.
+        grouping: "joint" factors a layer's whole matrix, "head" that of each key-value head by itself, so that heads
+            that keep different tokens keep different latents.
+        whitening: the file of the layers' input moments, which ``lrsa input-moments`` writes; null is LoRC without.
+        sha256: expected digest of that file; null skips the check.
+        dense_layers: layers whose keys and values stay as they are.
+    """
+
+    ratio: float | None = None
+    rank: int | None = None
+    schedule: Literal["uniform", "progressive"] = "uniform"
+    min_share: float = 0.5
+    grouping: Literal["joint", "head"] = "joint"
+    whitening: str | None = None
+    sha256: str | None = None
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.rank is None):
+            given = "both" if self.rank is not None else "neither"
+            raise UserError("ratio", reason=f"{given} of ratio and rank is given", allowed="one of them, such as 0.5")
+        if self.ratio is not None:
+            check_setting("ratio", self.ratio, 0.0 < self.ratio <= 1.0, "above 0 and at most 1")
+        if self.rank is not None:
+            check_setting("rank", self.rank, is_integer(self.rank) and self.rank >= 1, "an integer >= 1")
+        check_setting("min_share", self.min_share, 0.0 < self.min_share <= 1.0, "above 0 and at most 1")
+        object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
+
+    def check(self, config: Any) -> None:
+        """Refuse a model by its config, before its weights are read, and a file of moments that is not there.
+
+        Args:
+            config: of the text model.
+
+        Raises:
+            UserError: the model shares keys and values between layers or stores them compressed (MLA), has no such
+                dense layer, or not so large a rank.
+        """
+        if getattr(config, "kv_lora_rank", None):
+            raise UserError("low_rank", config.model_type, reason="stores latents already (MLA)", hint=OTHERS)
+        if getattr(config, "num_kv_shared_layers", None):
+            raise UserError("low_rank", config.model_type, reason="shares keys and values between layers", hint=OTHERS)
+        layers = config.num_hidden_layers
+        if outside := [layer for layer in self.dense_layers if not 0 <= layer < layers]:
+            raise UserError("low_rank.dense_layers", outside, f"from 0 to {layers - 1}")
+        if len(self.dense_layers) == layers:
+            raise UserError("low_rank.dense_layers", reason="are all layers", hint="leave low_rank out")
+        self.mean_rank(config)
+        self.moments_file()
+
+    def moments_file(self) -> Path | None:
+        """The file of moments, or None; a UserError if it is not there or another one than expected."""
+        if (name := self.whitening) is None:
+            return None
+        path = expanded("low_rank.whitening", name)
+        if not path.is_file():
+            reason, hint = "is no file", "`lrsa input-moments --to FILE …` writes it, or take whitening: null"
+            raise UserError("low_rank.whitening", name, reason=reason, hint=hint)
+        if self.sha256 is not None:
+            from lrsa_lit.io import sha256_of
+
+            if (found := sha256_of(path)) != self.sha256:
+                raise UserError("low_rank.sha256", self.sha256, f"{found}, the file's, or null")
+        return path
+
+    def mean_rank(self, config: Any) -> int:
+        """The mean rank of each matrix that is factored; a UserError if it is beyond its width."""
+        width = min(self.width(config), config.hidden_size)
+        rank = max(int((self.ratio or 0.0) * width + 0.5), 1) if self.rank is None else self.rank
+        if rank > width:
+            what = "each head's keys" if self.grouping == "head" else "a layer's keys"
+            raise UserError("low_rank.rank", rank, f"at most {width}, the width of {what}")
+        return rank
+
+    def width(self, config: Any) -> int:
+        """Columns of each matrix that is factored: D of a head, or H D of all key-value heads of a layer."""
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim if self.grouping == "head" else heads * head_dim
+
+    def blocks(self, config: Any) -> int:
+        """Matrices that keys, or values, of a layer are factored in."""
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return int(heads) if self.grouping == "head" else 1
