@@ -153,6 +153,7 @@ def test_mistakes_and_help_are_told_without_pytorch(tmp_path):
     (tmp_path / "x.yaml").write_text("model: {lrsa: {lag: 3}}")
     told = [["fit", *arguments] for arguments, _ in MISTAKES.values()]
     told += [["distil-cache", *DEBUG, "--trainer.max_step=3"], ["token-gates", *DEBUG, "--data.tran", "x"]]
+    told += [["input-moments", *DEBUG, "--token", "3"]]
     told += [["sweep", "--grid", "model.lrsa.top_k=1,2", *DEBUG, "--data", "QAFile"], ["test", "--help"]]
     code = f"""
 import contextlib, os

@@ -13,20 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lrsa_lit.attention.low_rank_linear import LowRankLinear
-from lrsa_lit.models import Backbone, LoRA, LowRank, input_moments
-from lrsa_lit.models.factors import (
-    PROJECTIONS,
-    factor,
-    factors_in,
-    factors_of,
-    install,
-    log_condition,
-    progressive,
-    progressive_ranks,
-    projections,
-    rounded,
-)
-from lrsa_lit.models.tiny import tiny_config, tiny_model
+from lrsa_lit.models import Backbone, LoRA, LowRank, whitening
+from lrsa_lit.models.adapters import check_holdable
+from lrsa_lit.models.factors import PROJECTIONS, factor, factors_in, install, projections, whole
+from lrsa_lit.models.folder import difference, save_folder
+from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
+from lrsa_lit.models.truncation import factors_of, log_condition, progressive, progressive_ranks, rounded
 
 IDS = torch.randint(3, 259, (2, 50), generator=torch.Generator().manual_seed(0))
 WIDTH = 32
@@ -209,7 +201,7 @@ def test_the_same_factors_each_time():
 @pytest.fixture
 def moments(tmp_path):
     file = tmp_path / "moments.safetensors"
-    input_moments.write(file, input_moments.measure(Backbone("tiny").build(), IDS.tolist()))
+    whitening.write(file, whitening.measure(Backbone("tiny").build(), IDS.tolist()))
     return str(file)
 
 
@@ -218,7 +210,7 @@ def test_moments_are_those_of_the_inputs(moments):
     projections(model)[1].v_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).double()))
     logits(model)
     expected = seen[0].T @ seen[0] / IDS.numel()
-    found = input_moments.read(moments)
+    found = whitening.read(moments)
     assert found.shape == (2, 64, 64)
     assert torch.allclose(found[1].double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -226,8 +218,8 @@ def test_moments_are_those_of_the_inputs(moments):
 def test_whitened_outputs_err_less(moments):
     """Of the first layer, whose inputs are those that were measured."""
     dense, errors = Backbone("tiny").build(), []
-    for whitening in (None, moments):
-        model = Backbone("tiny", low_rank=LowRank(rank=12, whitening=whitening)).build()
+    for file in (None, moments):
+        model = Backbone("tiny", low_rank=LowRank(rank=12, whitening=file)).build()
         seen = []
         dense.model.layers[0].self_attn.v_proj.register_forward_pre_hook(lambda _, args, to=seen: to.append(args[0]))
         logits(dense)
@@ -297,7 +289,7 @@ def test_models_that_do_not_suit(low_rank, config, field, reason):
 
 def test_moments_of_another_model(tmp_path, moments):
     file = tmp_path / "other"
-    input_moments.write(file, torch.eye(64).expand(3, 64, 64))
+    whitening.write(file, torch.eye(64).expand(3, 64, 64))
     with refused("low_rank.whitening", reason="3 layers"):
         Backbone("tiny", low_rank=LowRank(rank=1, whitening=str(file))).build()
     with refused("low_rank.sha256", "0", "the file's"):
@@ -334,3 +326,53 @@ def test_settings_are_what_a_checkpoint_says_again():
 
     backbone = Backbone("tiny", low_rank=LowRank(ratio=0.5, dense_layers=(1,), whitening="gone"))
     assert typed(Backbone, dataclasses.asdict(backbone), "x").low_rank == backbone.low_rank
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_transformers_loads_the_products_and_a_backbone_the_factors(tmp_path, dtype):
+    from transformers import AutoModelForCausalLM
+
+    model = Backbone("tiny", dtype=dtype, low_rank=LowRank(ratio=0.5, grouping="head")).build()
+    save_folder(model, tiny_tokenizer(), tmp_path / "narrow")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert all(isinstance(each.k_proj, nn.Linear) for each in projections(plain))
+    expected = logits(model)
+    assert difference(logits(plain), expected) < {"float32": 1e-5, "bfloat16": 0.05}[dtype]
+    again = Backbone(str(tmp_path / "narrow"), dtype=dtype).build()
+    assert {each.k_proj.ranks for each in projections(again)} == {(8, 8)}
+    assert torch.equal(logits(again), expected)
+    with refused("low_rank", reason="factors already"):
+        Backbone(str(tmp_path / "narrow"), low_rank=LowRank(ratio=0.5)).check_low_rank()
+
+
+def test_factors_beside_other_weights_are_refused(tmp_path):
+    save_folder(Backbone("tiny", low_rank=LowRank(ratio=0.5)).build(), tiny_tokenizer(), tmp_path / "narrow")
+    model = tiny_model()
+    for each in projections(model):
+        each.v_proj.weight.data *= 1.001
+    model.save_pretrained(tmp_path / "narrow")
+    with refused("source", reason="not the product"):
+        Backbone(str(tmp_path / "narrow")).build()
+
+
+def test_adapters_alone_are_not_written(tmp_path):
+    with refused("low_rank", reason="export the merged model"):
+        check_holdable(Backbone("tiny", lora=LoRA(), low_rank=LowRank(ratio=0.5)))
+    save_folder(Backbone("tiny", low_rank=LowRank(ratio=0.5)).build(), tiny_tokenizer(), tmp_path / "narrow")
+    with refused("low_rank", reason="export the merged model"):
+        check_holdable(Backbone(str(tmp_path / "narrow"), lora=LoRA()))
+
+
+def test_factors_above_a_base_of_four_bits_are_not_quantised(tmp_path):
+    """They are made of the numbers that its weights stand for."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    save_folder(tiny_model(seed=3), tiny_tokenizer(), tmp_path / "whole")
+    options = {"lora": LoRA(rank=2), "quantization": "nf4"}
+    packed = Backbone(str(tmp_path / "whole"), **options).build().get_base_model()
+    narrow = Backbone(str(tmp_path / "whole"), low_rank=LowRank(ratio=1.0), **options).build().get_base_model()
+    weight = packed.model.layers[1].self_attn.k_proj.weight
+    expected = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    factors = factors_in(narrow.state_dict())
+    assert {weight.dtype for weight in factors.values()} == {torch.float32}
+    found = whole(factors)["model.layers.1.self_attn.k_proj.weight"]
+    assert torch.allclose(found, expected.cpu(), atol=1e-5)

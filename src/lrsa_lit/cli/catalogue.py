@@ -54,6 +54,7 @@ _LIGHTNING = "lightning.pytorch.callbacks"
 _ROOTS = {"Callback", "BasePredictionWriter", "ModelCheckpoint"}
 _OWN = ("config", "c", "help", "help-all", "print_config", "seed_everything", "validate_first", "best_by",
         "estimate", "plugins")  # fmt: skip
+_OF_TOOLS = {"input-moments": ("to", "contexts", "tokens"), "token-gates": ("to",)}
 _EVALUATIONS = ("budget", "cache_tokens", "cache-tokens")
 
 
@@ -119,7 +120,7 @@ def top_level(command: str) -> frozenset[str]:
     evaluates = command in ("validate", "test", "predict")
     own = source_text.parameters(TRAINER, command if evaluates else "fit").keys()
     handed_over = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
-    others = _EVALUATIONS if evaluates else ("to",) if command == "token-gates" else ()
+    others = _EVALUATIONS if evaluates else _OF_TOOLS.get(command, ())
     return frozenset({*_OWN, *others, *(own - handed_over), "model", "data", "trainer"})
 
 

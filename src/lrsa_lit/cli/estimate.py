@@ -177,6 +177,9 @@ def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
     """The task over a model of few layers; all else as configured, the learning rate's schedule excepted."""
     short = copy.deepcopy(task)
     fields = {field.name: getattr(task.backbone, field.name) for field in dataclasses.fields(Backbone)}
+    if (low_rank := task.backbone.low_rank) is not None:
+        # Moments are of all layers, and cost nothing once the factors are made.
+        fields["low_rank"] = dataclasses.replace(low_rank, whitening=None, sha256=None, dense_layers=())
     short.backbone = _Short(**fields | {"random_weights": True}, layers=sum(layers))
     if task.train_config is not None:
         rule = task.train_config

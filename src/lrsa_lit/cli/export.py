@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 _MODEL_FILES = ("config.json", "adapter_config.json")
 """One of them stands in every folder that this command writes."""
 
-_FLAGS = {"model": "CKPT", "trust_remote_code": "--trust-remote-code", "rope_scaling": "--adapters"}
+_FLAGS = {
+    "model": "CKPT",
+    "trust_remote_code": "--trust-remote-code",
+    "rope_scaling": "--adapters",
+    "low_rank": "--adapters",
+}
 """What this command calls the arguments of its parts."""
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.15}
 """How far merging may move the logits (:func:`lrsa_lit.models.folder.difference`): more than rounding did, measured

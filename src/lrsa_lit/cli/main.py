@@ -36,6 +36,7 @@ TOOLS = {
     "compare": "hold published systems and the rule against each other, at the same shares of the cache",
     "distil-cache": "keep what a fit's teacher says of the training data, to train on it in any number of epochs",
     "export": "write a checkpoint as a folder that transformers loads",
+    "input-moments": "measure what keys and values are made of, for latents of low rank that err less",
     "study": "train and evaluate the rows of a study, part by part",
     "sweep": "fit once for each point of a grid of settings",
     "token-gates": "fit gates of tokens, for the compressor TokenGate, to what KVzip scores",
@@ -43,7 +44,7 @@ TOOLS = {
 }
 """Commands with options of their own: each is a module of that name with a function ``run``."""
 
-AS_FIT = ("distil-cache", "token-gates")
+AS_FIT = ("distil-cache", "input-moments", "token-gates")
 """Tools with the options of a fit."""
 
 HELP = """\
@@ -69,7 +70,7 @@ commands:
   --help                 the settings, data sets, compressors, systems and objectives, a line each; --data.help QAFiles
                          has all of a data set's, --help-all every option
 
-distil-cache and token-gates take the options of fit. {tools} have options of their own, which --help lists.
+{as_fit} take the options of fit. {tools} have options of their own, which --help lists.
 
 examples:
   lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
@@ -146,7 +147,9 @@ def _main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | TOOLS).items())
         tools = [name for name in TOOLS if name not in AS_FIT]
-        print(HELP.format(commands=commands, runs=_listed(COMMANDS), tools=_listed(tools)), end="")
+        print(
+            HELP.format(commands=commands, runs=_listed(COMMANDS), as_fit=_listed(AS_FIT), tools=_listed(tools)), end=""
+        )
         return
     if arguments[0] == "--version":
         print(f"lrsa-lit {lrsa_lit.__version__}")

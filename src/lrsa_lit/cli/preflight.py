@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.attention.families import check_config
 from lrsa_lit.classes import named_class
-from lrsa_lit.errors import UserError, message_of
+from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.paths import expanded
 from lrsa_lit.tasks import LongContextQA
@@ -65,6 +65,8 @@ def check_strategy(subcommand: str, setting: Any, checkpoint: str | None) -> Non
 def check_model(task: LongContextQA) -> None:
     """Refuse, by its config alone, a model that cannot carry the rule, and rules for other layers than it has."""
     config = task.backbone.config
+    with under("model.backbone"):
+        task.backbone.check_low_rank()
     check_config(config)
     task.check_layers(config.num_hidden_layers, heads_of(config))
 

@@ -105,6 +105,8 @@ class _Models:
         if key not in self._backbones:
             made = self.study.fit_settings.made
             self._backbones[key] = made(f"rows.{row.name}.model.backbone", Backbone, settings)
+            with under(f"rows.{row.name}.model.backbone"):
+                self._backbones[key].check_low_rank()
         return self._backbones[key]
 
 

@@ -39,6 +39,10 @@ def check_holdable(backbone: Backbone) -> None:
         # Whoever loads it takes the base model's own positions.
         reason = "a folder of adapters cannot hold the scaled positions; export the merged model"
         raise UserError("rope_scaling", reason=reason)
+    if backbone.low_rank is not None or backbone.has_factors:
+        # peft would take the whole projections for the layers that were adapted, and leave those out that it lacks.
+        reason = "a folder of adapters cannot hold factors of low rank; export the merged model"
+        raise UserError("low_rank", reason=reason)
 
 
 def load_adapters(folder: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:

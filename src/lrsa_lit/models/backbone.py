@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models.loading import from_config, load_model, pretrained
-from lrsa_lit.models.low_rank import LowRank
+from lrsa_lit.models.low_rank import FACTOR_FILE, LowRank
 from lrsa_lit.models.rope import RopeScaling
 from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve
 
@@ -196,21 +196,38 @@ class Backbone:
             _compile_layers(trained, self.gradient_checkpointing)
         return trained
 
+    def check_low_rank(self) -> None:
+        """Raise a UserError if the model cannot have the factors that are asked for, before its weights are read."""
+        if self.low_rank is None:
+            return
+        if self.has_factors:
+            hint = "leave low_rank out, or take the model that they were made of"
+            raise UserError("low_rank", self.source, reason="has factors already", hint=hint)
+        self.low_rank.check(self.config)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the source is a folder that holds factors of keys and values, as an export writes them."""
+        return not self.is_random and (Path(self.location) / FACTOR_FILE).is_file()
+
     def narrow(self, model: PreTrainedModel, factors: Mapping[str, Tensor] | None = None) -> None:
         """Put factors of low rank in the place of a model's keys and values, if it is to have some.
 
         They are those that are given, those that lie in the source's folder, or made as ``low_rank`` has it.
         """
-        if not factors and self.low_rank is None:
+        if not factors and self.low_rank is None and not self.has_factors:
             return
+        from lrsa_lit.models import factor_file, whitening
         from lrsa_lit.models.factors import factor, install
-        from lrsa_lit.models.input_moments import read
 
         if factors:
             install(model, factors)
         elif self.low_rank is not None:
+            self.check_low_rank()
             file = self.low_rank.moments_file()
-            factor(model, self.low_rank, None if file is None else read(file))
+            factor(model, self.low_rank, None if file is None else whitening.read(file))
+        else:
+            install(model, factor_file.read(Path(self.location)), of_these=True)
 
     def _load(self) -> PreTrainedModel:
         import torch

@@ -1,11 +1,10 @@
 """Factors of low rank in the place of a model's projections of keys and values: made, taken from files, and found.
 
-Dimensions: N layers, d width of the hidden states, w width of a matrix that is factored, r its rank.
+Dimensions: N layers, d width of the hidden states, w width of a layer's keys.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import re
@@ -15,19 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lrsa_lit.attention.low_rank_linear import Factors, LowRankLinear
+from lrsa_lit.attention.low_rank_linear import LowRankLinear
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.low_rank import OTHERS, LowRank
+from lrsa_lit.models.truncation import factors_of, log_condition, progressive_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROJECTIONS = ("k_proj", "v_proj")
 """The layers of an attention that make keys and values."""
-RIDGE = 1e-6
-"""What is added to the diagonal of the moments, as a share of its mean: inputs may not span all directions."""
-_ZERO = 1e-6
-"""Singular values below this share of the largest do not count in a condition number."""
 _OF_PEFT, _ADAPTED = "base_model.model.", ".base_layer."
 _NAME = re.compile(r"^(.+\.(?:k_proj|v_proj))\.(down|up\.\d+)\.(weight|bias)$")
 
@@ -92,96 +88,19 @@ def _ranks(layers: Sequence[nn.Module], low_rank: LowRank, config: Any) -> list[
     return progressive_ranks(logs, total, width, low_rank.min_share)
 
 
-def factors_of(weight: Tensor, rank: int, moments: Tensor | None = None, ridge: float = RIDGE) -> Factors:
-    """The best A (d, r) and B (r, w) for a matrix W (d, w): of the outputs x W where the inputs' moments are given.
-
-    Without moments, U S V^T = W, A = U_r and B = S_r V_r^T. With moments C + ridge tr(C) / d = R R^T it is the
-    decomposition of R^T W, and A = R^-T U_r (arXiv 2403.07378). The largest entry of each column of A is positive.
-
-    Args:
-        weight: (d, w) float64.
-        rank: at most min(d, w).
-        moments: (d, d) float64, the mean of x^T x over inputs x (1, d).
-        ridge: share of the moments' mean diagonal.
-    """
-    root = None
-    if moments is not None:
-        small = ridge * moments.diagonal().mean().clamp(min=1e-30)
-        root = torch.linalg.cholesky(moments + small * torch.eye(len(moments), dtype=moments.dtype, device="cpu"))
-    left, sizes, right = torch.linalg.svd(weight if root is None else root.T @ weight, full_matrices=False)
-    left, right = left[:, :rank], sizes[:rank, None] * right[:rank]
-    if root is not None:
-        left = torch.linalg.solve_triangular(root.T, left, upper=True)
-    signs = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
-    return left * signs, right * signs.T
-
-
-def log_condition(weight: Tensor) -> float:
-    """Logarithm of a matrix's condition number, over the singular values that are not zero."""
-    sizes = torch.linalg.svdvals(weight.double())
-    kept = sizes[sizes > _ZERO * sizes[0]]
-    return float((kept[0] / kept[-1]).log()) if len(kept) else 0.0
-
-
-def progressive(log_conditions: Sequence[float], d_max: float, d_min: float) -> list[float]:
-    """LoRC's rank of each layer, before rounding: from d_max in the first to d_min in the last.
-
-    Each falls with the logarithm of the product of its own and all deeper condition numbers. The product itself would
-    leave float64 in a large model.
-
-    Args:
-        log_conditions: of each layer, that of W_k plus that of W_v.
-        d_max: of the first layer.
-        d_min: of the last layer.
-    """
-    sums = list(itertools.accumulate(reversed(log_conditions)))[::-1]
-    span = max(sums) - min(sums)
-    if span == 0:
-        return [d_max] * len(sums)
-    return [d_max * (1 - (max(sums) - each) / span * (1 - d_min / d_max)) for each in sums]
-
-
-def progressive_ranks(log_conditions: Sequence[float], total: int, width: int, min_share: float) -> list[int]:
-    """Ranks from 1 to ``width`` that fall as :func:`progressive` has it and sum to ``total``.
-
-    The first layer's is found by bisection, the last is ``min_share`` of it, and what rounding leaves over is taken
-    from, or given to, the deepest layers that have room. Where the first would exceed the width, deeper ones get more.
-    """
-
-    def ranks(d_max: float) -> list[int]:
-        return [rounded(each, width) for each in progressive(log_conditions, d_max, min_share * d_max)]
-
-    low, high = 0.0, width / min_share
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(ranks(middle)) < total else (low, middle)
-    found = ranks(high)
-    while (left := total - sum(found)) != 0:
-        step = 1 if left > 0 else -1
-        for layer in reversed(range(len(found))):
-            if left and 1 <= found[layer] + step <= width:
-                found[layer], left = found[layer] + step, left - step
-    return found
-
-
-def rounded(rank: float, width: int) -> int:
-    """The nearest whole rank, halves upwards, from 1 to ``width``."""
-    return min(max(math.floor(rank + 0.5), 1), width)
-
-
-def install(model: PreTrainedModel, factors: Mapping[str, Tensor]) -> None:
+def install(model: PreTrainedModel, factors: Mapping[str, Tensor], *, of_these: bool = False) -> None:
     """Put the factors that :func:`factors_in` has found in the place of a model's projections.
 
+    Args:
+        model: with whole projections.
+        factors: by their names in the model.
+        of_these: whether they must be factors of the weights that the model has.
+
     Raises:
-        UserError: the model has no such projections, or of another width.
+        UserError: the model has no such projections, of another width or, if that must not be, with other weights.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, weight in factors.items():
-        if (found := _NAME.match(name)) is None:
-            raise UserError("low_rank", name, "the name of a factor of k_proj or v_proj")
-        layers.setdefault(found[1], {})[f"{found[2]}.{found[3]}"] = weight
     modules: dict[str, Any] = dict(model.named_modules())
-    for name, weights in layers.items():
+    for name, weights in _of_layers(factors).items():
         owner, _, last = name.rpartition(".")
         down, ups = weights.get("down.weight"), [weight for each, weight in weights.items() if _is_up(each)]
         widths = None if down is None or not ups else (down.shape[1], sum(len(up) for up in ups))
@@ -195,7 +114,48 @@ def install(model: PreTrainedModel, factors: Mapping[str, Tensor]) -> None:
             layer.load_state_dict(weights)
         except RuntimeError:
             raise UserError("low_rank", name, reason="has factors that do not fit each other") from None
+        if of_these and not _are_factors_of(old, weights):
+            hint = "remove low_rank.safetensors from its folder if the others were trained since"
+            raise UserError("source", name, reason="is not the product of the factors beside it", hint=hint)
         setattr(modules[owner], last, layer)
+
+
+def _of_layers(factors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The weights of each factored layer, by the layer's name and then by theirs in it."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, weight in factors.items():
+        if (found := _NAME.match(name)) is None:
+            raise UserError("low_rank", name, "the name of a factor of k_proj or v_proj")
+        layers.setdefault(found[1], {})[f"{found[2]}.{found[3]}"] = weight
+    return layers
+
+
+@torch.no_grad()
+def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model without factors that computes the same: their products in their place, in their dtype."""
+    found = {name: weight for name, weight in weights.items() if not is_factor(name)}
+    for name, parts in _of_layers(factors_in(weights)).items():
+        found[f"{name}.weight"] = _product(parts).to(parts["down.weight"].dtype)
+        if biases := [parts[each] for each in sorted(parts, key=_block) if each.endswith(".bias")]:
+            found[f"{name}.bias"] = torch.cat(biases)
+    return found
+
+
+def _product(parts: Mapping[str, Tensor]) -> Tensor:
+    """The whole weight (w, d) of a layer's factors, float64."""
+    ups = [parts[each].double() for each in sorted(filter(_is_up, parts), key=_block)]
+    downs = parts["down.weight"].double().split([up.shape[1] for up in ups])
+    return torch.cat([up @ down for up, down in zip(ups, downs, strict=True)])
+
+
+def _are_factors_of(whole: nn.Module, parts: Mapping[str, Tensor]) -> bool:
+    """Whether a layer's weight is the product of factors, as far as their dtypes tell it; of 4 bits nobody can tell."""
+    weight: Any = whole.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return True
+    rounding = max(torch.finfo(each.dtype).eps for each in (weight, parts["down.weight"]))
+    expected = _product(parts).to(weight.device)
+    return bool((weight.double() - expected).norm() <= max(1e-5, rounding) * expected.norm())
 
 
 def is_factor(name: str) -> bool:
@@ -217,7 +177,8 @@ def _is_up(name: str) -> bool:
 
 
 def _block(name: str) -> int:
-    return int(name.split(".")[1])
+    """Which block a weight reads, by its name in the layer."""
+    return int(name.split(".")[1]) if name.startswith("up.") else -1
 
 
 def _weight(linear: nn.Module) -> Tensor:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.attention import base_of
 from lrsa_lit.io import bring_to_disk, partial_folder, put_in_place
+from lrsa_lit.models import factor_file
 from lrsa_lit.models.adapters import RULE_FILE, read_adapters
 from lrsa_lit.models.backbone import ADAPTER_CONFIG
+from lrsa_lit.models.factors import factors_in, install, whole
 from lrsa_lit.models.loading import check_complete, system_errors
+from lrsa_lit.models.low_rank import FACTOR_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +41,10 @@ def save_folder(
     """Write a model and its tokenizer as ``AutoModelForCausalLM`` and ``AutoTokenizer`` load them.
 
     A ``PreTrainedModel`` becomes safetensors, config.json, with the rule it runs under as ``lrsa``, and its generation
-    config. A ``PeftModel`` becomes its adapter, adapter_config.json, which names the base model, and, with LRSA
-    enabled, :data:`RULE_FILE`. ``transformers`` loads either, ``peft`` the latter. No code is written, even where the
-    model was loaded from code of its own.
+    config. Factors of low rank are written as their products, which any program loads, and by themselves beside them,
+    for a :class:`~lrsa_lit.models.Backbone`. A ``PeftModel`` becomes its adapter, adapter_config.json, which names the
+    base model, and, with LRSA enabled, :data:`RULE_FILE`. ``transformers`` loads either, ``peft`` the latter. No code
+    is written, even where the model was loaded from code of its own.
 
     The folder is loaded again, on the CPU, and compared before it gets its name. A whole model takes its room in memory
     once more for that, unless ``expected`` is given.
@@ -95,6 +99,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
     base = base_of(model)
+    if base is model and (factors := factors_in(state := model.state_dict() if weights is None else weights)):
+        factor_file.write(folder, factors)
+        weights = whole(state)
     # peft would ask the hub whether the vocabulary has grown, which it never does here.
     options = {} if base is model else {"save_embedding_layers": False}
     with _with_cache(base.config):
@@ -116,6 +123,8 @@ def _check_model(model: Any, folder: Path, weights: Mapping[str, Tensor] | None,
     # By a class that is at hand: so none of the files can name code.
     loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     check_complete(info, str(folder))
+    if (folder / FACTOR_FILE).is_file():
+        install(loaded, factor_file.read(folder), of_these=True)
     if expected is not None:
         if not (distance := difference(logits(loaded), expected)) <= 1e-3:
             raise AnotherModel(f"its logits differ by {distance:.1%} from those of what was trained")

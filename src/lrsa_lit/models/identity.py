@@ -29,6 +29,10 @@ def digest_of(source: str, trained: Trained) -> str:
     settings = dataclasses.asdict(backbone)
     for name in ("source", "sha256", *_OF_TRAINING):
         del settings[name]
+    if backbone.low_rank is not None:
+        # Whose factors are trained were whitened before.
+        file = backbone.low_rank.moments_file() if trained.weights is None else None
+        settings["low_rank"] |= {"whitening": None if file is None else sha256_of(file), "sha256": None}
     parts: list[Any] = [settings]
     if trained.weights is not None or backbone.lora is not None:
         parts.append(_of_path(expanded("model", source)))

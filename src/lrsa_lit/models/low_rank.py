@@ -14,6 +14,8 @@ from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import expanded
 
+FACTOR_FILE = "low_rank.safetensors"
+"""Holds a folder's factors by their names in the model. What knows of none finds whole matrices in the other files."""
 OTHERS = "leave low_rank out, or take a model with k_proj and v_proj in each layer, such as Llama, Qwen or Mistral"
 
 

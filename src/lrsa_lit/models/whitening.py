@@ -65,10 +65,9 @@ def _sums(model: Any) -> Iterator[list[Tensor]]:
     found: list[Tensor] = [torch.zeros((), dtype=torch.float64, device="cpu")] * len(layers)
 
     def add(layer: int, module: Any, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].detach().flatten(0, -2)
+        rows = args[0].detach().flatten(0, -2).double()
         with torch.autocast(rows.device.type, enabled=False):
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            found[layer] = found[layer] + (rows.T @ rows).double().cpu()
+            found[layer] = found[layer] + (rows.T @ rows).cpu()
 
     def hook(layer: int) -> Callable[..., None]:
         return lambda module, args: add(layer, module, args)
