@@ -159,6 +159,21 @@ def _instructions(folder: Path) -> dict[str, Any]:
     return {split: str(folder / f"{split}.jsonl") for split in SPLITS}
 
 
+def _pairs(folder: Path) -> dict[str, Any]:
+    """Files of pairs of rewritings."""
+    for split in SPLITS:
+        rows = [
+            {
+                "passage": f"Town {n} of {split} has {n * 7} wells. Rain fell.",
+                "chosen": f"{n * 7} wells",
+                "rejected": text,
+            }
+            for n, text in enumerate(["Rain fell.", "Rain.", "It is a town, and rain fell there."])
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return {split: str(folder / f"{split}.jsonl") for split in SPLITS}
+
+
 def _texts(folder: Path) -> dict[str, Any]:
     """A text of several pieces for each split."""
     for split in SPLITS:
@@ -178,6 +193,7 @@ FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "NeedlesInTurn": _needles_in_turn,
     "NthOfMany": _nth,
     "Passkey": _passkey,
+    "PreferencePairs": _pairs,
     "QAFiles": records,
     "Ruler": _ruler,
     "Ruler13": _ruler13,

@@ -18,14 +18,15 @@ RULE = LRSAConfig(sink_size=2, lag_size=16, top_k=4)
 SEED, STEP = 7, 3
 
 
-def example(prompt, answer, name):
+def example(prompt, answer, name, rejected=0):
     generator = torch.Generator().manual_seed(prompt * 100 + answer)
-    ids = torch.randint(3, 259, (prompt + answer,), generator=generator).tolist()
-    return {"id": name, "input_ids": ids, "prompt_length": prompt, "gold_spans": [], "answer_spans": [],
-            "answers": ["an answer"], "match": "any"}  # fmt: skip
+    ids = torch.randint(3, 259, (prompt + answer + rejected,), generator=generator).tolist()
+    return {"id": name, "input_ids": ids[: prompt + answer], "prompt_length": prompt, "gold_spans": [],
+            "answer_spans": [], "answers": ["an answer"], "match": "any",
+            "rejected": ids[prompt + answer :]}  # fmt: skip
 
 
-EXAMPLES = [example(70, 3, "a"), example(41, 6, "b"), example(95, 1, "c"), example(60, 4, "d")]
+EXAMPLES = [example(70, 3, "a", 35), example(41, 6, "b", 2), example(95, 1, "c", 5), example(60, 4, "d", 4)]
 
 
 def padded(examples):

@@ -46,7 +46,7 @@ INIT_ARGS: dict[str, dict[str, Any]] = {
     "SqueezedAttention": {"observed": 4, "clusters": 0.3},
     "StreamingLLM": {"sink_size": 2},
 }
-_WEIGHTS = {"AnswerLoss": 1.0, "Distillation": 0.7, "HiddenAlignment": 2.0, "LanguageModelLoss": 0.3}
+_WEIGHTS = {"AnswerLoss": 1.0, "Distillation": 0.7, "HiddenAlignment": 2.0, "LanguageModelLoss": 0.3, "OddsRatio": 0.5}
 INIT_ARGS["Sum"] = {
     "objectives": [
         {"class_path": f"lrsa_lit.objectives.{name}", "init_args": {"weight": weight} | INIT_ARGS.get(name, {})}

@@ -52,6 +52,7 @@ def test_its_terms_have_names_of_their_own(objective):
 def test_a_term_counts_no_more_positions_than_predict_a_token(objective, answer, prompt):
     size = ExampleSize.of(max(prompt + answer, 1), prompt)
     assert all(0 <= term.count(size) <= size.tokens - 1 for term in objective.terms)
+    assert all(0 <= term.logits(size) <= size.tokens - 1 for term in objective.terms)
 
 
 def test_a_loss_is_the_same_packed_padded_and_alone(model, objective):
@@ -121,10 +122,10 @@ def test_only_positions_that_count_get_a_gradient(model, objective, collated):
     for term, loss, inputs in inputs_of(model, objective, batch):
         by_hidden, _, *by_layers = gradients_of(loss, inputs)
         rows = torch.stack([(each != 0).any(dim=1) for each in (by_hidden, *by_layers)]).any(dim=0)
-        for start, size in zip(starts, batch["sizes"], strict=False):
-            predicting = slice(start, start + size.tokens - 1)
-            assert rows[predicting].sum() <= term.count(size)
-            rows[predicting] = False
+        for start, size, (first, end) in zip(starts, batch["sizes"], batch["rejected"], strict=False):
+            predicting, of_rejected = slice(start, start + size.tokens - 1), slice(first - 1, end - 1)
+            assert rows[predicting].sum() + rows[of_rejected].sum() <= term.logits(size)
+            rows[predicting] = rows[of_rejected] = False
         assert not rows.any(), "padding and the last token of an example predict nothing"
 
 
@@ -174,8 +175,9 @@ def test_compiled_layers_do_the_same(objective):
 
 @pytest.fixture
 def settings(objective_settings, tmp_path):
-    """The options of a fit with the objective from a YAML file."""
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(objective_settings))
+    """The options of a fit with the objective from a YAML file, on data with two answers to each prompt."""
+    pairs = {"class_path": "lrsa_lit.data.PreferencePairs", "init_args": {"train": "data/sample-pairs.jsonl"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(objective_settings | {"data": pairs}))
     quiet = ["--validate_first", "false", "--data.init_args.val", "null", "--model.lr_scheduler", "null"]
     return [*DEBUG, *NO_LOGGER, *quiet, "--config", "own.yaml"]
 

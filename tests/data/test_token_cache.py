@@ -32,8 +32,18 @@ EXAMPLE = Example(
 def test_examples_and_report_come_back(tmp_path):
     token_cache.build(tmp_path / "key" / "train", [EXAMPLE, EXAMPLE], Counter(kept=2))
     rows, report = token_cache.load(tmp_path / "key" / "train")
-    assert rows[1] == {**EXAMPLE, "gold_spans": [[0, 1], [1, 2]]}
+    assert rows[1] == {**EXAMPLE, "rejected": [], "gold_spans": [[0, 1], [1, 2]]}
     assert (len(rows), report) == (2, Counter(kept=2))
+
+
+def test_lengths_are_those_of_what_trains(tmp_path):
+    longer = EXAMPLE | {"rejected": [7] * 9}
+    token_cache.build(tmp_path / "train", [EXAMPLE, longer], Counter())
+    rows, _ = token_cache.load(tmp_path / "train")
+    own, prompt = len(EXAMPLE["input_ids"]), EXAMPLE["prompt_length"]
+    assert token_cache.lengths(rows) == [own, own]
+    assert token_cache.longest(rows) == [own, prompt + 9]
+    assert [size.sequences for size in token_cache.sizes(rows)] == [[own], [own, prompt + 9]]
 
 
 def test_all_of_the_first_turn_is_context_unless_an_example_says_less(tmp_path):

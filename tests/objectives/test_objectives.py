@@ -275,5 +275,5 @@ def test_values_that_are_not_allowed(make, field):
 
 
 def test_an_answer_without_a_prompt_has_a_token_less_to_learn():
-    assert ExampleSize.of(5, 0) == (5, 4)
-    assert ExampleSize.of(5, 3) == (5, 2)
+    assert ExampleSize.of(5, 0)[:2] == (5, 4)
+    assert ExampleSize.of(5, 3)[:2] == (5, 2)

@@ -24,7 +24,7 @@ from rich.table import Table
 from lrsa_lit.attention import mean_top_k
 from lrsa_lit.cli.step_cost import Batches, Cost, measure, release
 from lrsa_lit.data import token_cache
-from lrsa_lit.data.collate import collate
+from lrsa_lit.data.collate import collate_training
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.data.prompts import Example
 from lrsa_lit.errors import UserError
@@ -209,8 +209,9 @@ def _batches(data: QADataModule) -> tuple[Batches, str]:
             answer_spans=[],
             answers=[""],
             match="any",
+            rejected=[5] * min(_ANSWER, data.max_tokens - 1) if data.rejects else [],
         )
-        batch = collate([example] * data.batch_size, pad_token_id=0)
+        batch = collate_training([example] * data.batch_size, pad_token_id=0)
         return Batches(batch, [batch]), f"the data is not tokenised yet: {data.max_tokens:,} tokens for each example"
     data.setup("fit")
     found = sorted((batch for _, batch in zip(range(_BATCHES), data.train_dataloader(), strict=False)), key=_area)

@@ -177,6 +177,7 @@ class LRSACLI(OpenCLI):
         if self.subcommand == "fit":
             model.check_training()
             model.check_objective(self.datamodule.max_tokens)
+            preflight.check_pairs(model, self.datamodule)
             self._open_teachers()
             self._check_optimizer()
         self._check_callbacks()

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.attention.families import check_config
 from lrsa_lit.classes import named_class
+from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.paths import expanded
@@ -69,6 +70,14 @@ def check_model(task: LongContextQA) -> None:
         task.backbone.check_low_rank()
     check_config(config)
     task.check_layers(config.num_hidden_layers, heads_of(config))
+
+
+def check_pairs(task: LongContextQA, data: QADataModule) -> None:
+    """Refuse an objective that compares answers where the data has one of each."""
+    for term in task.objective.terms:
+        if term.needs_rejected and not data.rejects:
+            reason = f"{type(term).__name__} needs two answers to each prompt, and {type(data).__name__} has one"
+            raise UserError("model.objective", reason=reason, hint="take data such as lrsa_lit.data.PreferencePairs")
 
 
 def root_folder(trainer: Any) -> Path:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lrsa_lit.data.needle import Needles as Needles
     from lrsa_lit.data.needles_in_turn import NeedlesInTurn as NeedlesInTurn
     from lrsa_lit.data.nth_of_many import NthOfMany as NthOfMany
+    from lrsa_lit.data.pair_files import PreferencePairs as PreferencePairs
     from lrsa_lit.data.passkey import Passkey as Passkey
     from lrsa_lit.data.qa_files import QAFiles as QAFiles
     from lrsa_lit.data.ruler import Ruler as Ruler
@@ -37,6 +38,7 @@ _HOMES = {
     "NeedlesInTurn": "needles_in_turn",
     "NthOfMany": "nth_of_many",
     "Passkey": "passkey",
+    "PreferencePairs": "pair_files",
     "QADataModule": "module",
     "QAFiles": "qa_files",
     "Ruler": "ruler",

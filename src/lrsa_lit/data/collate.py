@@ -27,10 +27,12 @@ class ExampleSize(NamedTuple):
     Attributes:
         tokens: of prompt and answer.
         answer: tokens of all answers that are learnt: an example's first token has none before it to predict it.
+        rejected: tokens of the answer that is rejected; 0 where none is.
     """
 
     tokens: int
     answer: int
+    rejected: int = 0
 
     @classmethod
     def of(cls, tokens: int, prompt_length: int) -> ExampleSize:
@@ -38,13 +40,21 @@ class ExampleSize(NamedTuple):
         return cls.learning(tokens, [(prompt_length, tokens)])
 
     @classmethod
-    def learning(cls, tokens: int, spans: Sequence[Span]) -> ExampleSize:
+    def learning(cls, tokens: int, spans: Sequence[Span], rejected: int = 0) -> ExampleSize:
         """That of an example with so many tokens, of which those at positions [start, end) are learnt."""
-        return cls(tokens, sum(end - max(start, 1) for start, end in spans))
+        return cls(tokens, sum(end - max(start, 1) for start, end in spans), rejected)
+
+    @property
+    def sequences(self) -> list[int]:
+        """Tokens of each sequence that the model reads: the example, and the prompt with the rejected answer."""
+        return [self.tokens, self.tokens - self.answer + self.rejected] if self.rejected else [self.tokens]
 
 
 class TrainBatch(TypedDict):
     """What the training loader yields.
+
+    Behind the rows of the examples come those of the answers that some of them reject, each behind its prompt: further
+    rows without labels, or packed, further sequences. All lists are of the examples alone.
 
     Attributes:
         input_ids: (B, T) int64, prompt and answer, padded on the right.
@@ -58,6 +68,8 @@ class TrainBatch(TypedDict):
         sizes: of the examples, in the same order.
         learnt: positions [start, end) of each example's tokens that have a label; where it is missing, these are the
             last ones, as many as the sizes say.
+        rejected: of each example the positions [start, end) of its rejected answer, counted through all rows (B T);
+            None for one that rejects nothing. It is missing where all do so.
         position: of each example in its split, in the same order.
         step_sizes: of all examples of the optimizer step that the batch belongs to, on all devices.
     """
@@ -71,6 +83,7 @@ class TrainBatch(TypedDict):
     id: list[str]
     sizes: list[ExampleSize]
     learnt: NotRequired[list[list[Span]]]
+    rejected: NotRequired[list[Span | None]]
     position: list[int]
     step_sizes: list[ExampleSize]
 
@@ -111,8 +124,18 @@ class Batch(TrainBatch):
 
 def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
     """Pad examples, at least one, into a batch to train on, of at least ``length`` columns."""
-    sequences, sizes = [_token_ids(example) for example in examples], _sizes(examples)
-    labels = _pad(list(map(_labels, examples, sequences)), IGNORE_INDEX, length=length)
+    rejected = _rejected(examples)
+    sequences, labels = _sequences(examples, rejected)
+    batch = _padded(examples, sequences, labels, pad_token_id, length)
+    width = batch["input_ids"].shape[1]
+    return _rejecting(batch, examples, rejected, range(0, len(sequences) * width, width))
+
+
+def _padded(
+    examples: Sequence[Example], sequences: list[Tensor], of_each: list[Tensor], pad_token_id: int, length: int = 0
+) -> TrainBatch:
+    """A row for each sequence, of which the first ones are the examples'."""
+    labels, sizes = _pad(of_each, IGNORE_INDEX, length=length), _sizes(examples)
     return TrainBatch(
         input_ids=_pad(sequences, pad_token_id, length=length),
         attention_mask=_pad(list(map(torch.ones_like, sequences)), 0, length=length),
@@ -135,12 +158,13 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
     ``boundaries`` tells the attention where each starts, ``position_ids`` count from 0 in each, and no example's first
     token is learnt, as it would be predicted from the example before it.
     """
-    sequences, sizes = [_token_ids(example) for example in examples], _sizes(examples)
+    rejected, sizes = _rejected(examples), _sizes(examples)
+    sequences, of_each = _sequences(examples, rejected)
     boundaries = [0, *accumulate(map(len, sequences))]
     row = torch.cat(sequences)[None]
-    labels = torch.cat(list(map(_labels, examples, sequences)))[None]
+    labels = torch.cat(of_each)[None]
     labels[0, boundaries[:-1]] = IGNORE_INDEX
-    return TrainBatch(
+    batch = TrainBatch(
         input_ids=row,
         attention_mask=torch.ones_like(row),
         labels=labels,
@@ -154,11 +178,12 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
         # Until a loader knows of further batches.
         step_sizes=sizes,
     )
+    return _rejecting(batch, examples, rejected, boundaries)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad examples, at least one, into a batch to evaluate on."""
-    training = collate_training(examples, pad_token_id)
+    """Pad examples, at least one, into a batch to evaluate on; what they reject is left out."""
+    training = _padded(examples, *_sequences(examples), pad_token_id)
     turns = [example.get("first_turn", example["prompt_length"]) for example in examples]
     prompts = [ids[: example["prompt_length"]] for ids, example in zip(training["input_ids"], examples, strict=True)]
     return Batch(
@@ -203,16 +228,52 @@ def learnt_spans(example: Example) -> list[Span]:
 
 
 def _sizes(examples: Sequence[Example]) -> list[ExampleSize]:
-    return [ExampleSize.learning(len(example["input_ids"]), learnt_spans(example)) for example in examples]
+    return [
+        ExampleSize.learning(len(example["input_ids"]), learnt_spans(example), len(example.get("rejected", ())))
+        for example in examples
+    ]
 
 
 def _positions(examples: Sequence[Example]) -> list[int]:
     return [example.get("position", row) for row, example in enumerate(examples)]
 
 
-def _token_ids(example: Example) -> Tensor:
+def _sequences(examples: Sequence[Example], rejected: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor]]:
+    """The tokens and labels of each example, then those of what is rejected."""
+    own = [_token_ids(example["input_ids"]) for example in examples]
+    labels = [*map(_labels, examples, own), *(torch.full_like(ids, IGNORE_INDEX) for ids in rejected)]
+    return [*own, *rejected], labels
+
+
+def _rejected(examples: Sequence[Example]) -> list[Tensor]:
+    """The rejected answers of those examples that have one, each behind its prompt."""
+    return [
+        _token_ids([*example["input_ids"][: example["prompt_length"]], *example["rejected"]])
+        for example in examples
+        if example.get("rejected")
+    ]
+
+
+def _rejecting(
+    batch: TrainBatch, examples: Sequence[Example], rejected: Sequence[Tensor], starts: Sequence[int]
+) -> TrainBatch:
+    """The batch with the places of its rejected answers, given where each of its sequences starts."""
+    if not rejected:
+        return batch
+    places = zip(starts[len(examples) :], rejected, strict=False)
+    spans: list[Span | None] = []
+    for example in examples:
+        if not example.get("rejected"):
+            spans.append(None)
+            continue
+        start, ids = next(places)
+        spans.append((start + example["prompt_length"], start + len(ids)))
+    return {**batch, "rejected": spans}
+
+
+def _token_ids(ids: Sequence[int]) -> Tensor:
     # NumPy reads a list about twice as fast as PyTorch does.
-    return torch.from_numpy(np.asarray(example["input_ids"], dtype=np.int64))
+    return torch.from_numpy(np.asarray(ids, dtype=np.int64))
 
 
 def _labels(example: Example, ids: Tensor) -> Tensor:

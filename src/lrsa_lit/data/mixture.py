@@ -143,6 +143,9 @@ class Mixture(QADataModule):
         if data_set.max_tokens > self.max_tokens:
             allowed = f"{self.max_tokens} (the mixture's max_tokens) or less"
             raise UserError(f"{key}.max_tokens", data_set.max_tokens, allowed)
+        if self.packing is not None and data_set.rejects:
+            reason = f"is not allowed, as {name} has pairs"
+            raise UserError("packing", self.packing.tokens, "null", reason=reason)
         if self.weights[name] and "train" not in data_set.splits():
             raise UserError(f"weights.{name}", self.weights[name], "0, as it has no training split")
         defaults = inspect.signature(QADataModule.__init__).parameters

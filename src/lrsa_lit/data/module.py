@@ -70,6 +70,7 @@ class QADataModule(lightning.LightningDataModule):
         score: the one that the data set is published with: ``f1`` (LongBench's ``qa_f1``), ``recall`` (RULER's) or
             ``em`` (exact match); ``loss``, shown as perplexity too, where nothing is asked and so nothing generated.
         noun: what an example is, as "question".
+        rejects: whether each example has a rejected answer, too.
         padding: of the training batches in the first epoch, the share of tokens that is padding or, packed, the share
             of the budget that is unused; None before there is a training loader.
         report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens
@@ -82,6 +83,7 @@ class QADataModule(lightning.LightningDataModule):
 
     score: ClassVar[Score] = "f1"
     noun: ClassVar[str] = "question"
+    rejects: ClassVar[bool] = False
     _definition: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -355,7 +357,7 @@ class QADataModule(lightning.LightningDataModule):
 
     def _training_lengths(self, examples: datasets.Dataset) -> list[int]:
         """Tokens of each example, known to suit packing and curriculum."""
-        lengths = token_cache.lengths(examples)
+        lengths = token_cache.longest(examples)
         self.policy.check(lengths)
         check_lengths(self.curriculum, lengths)
         return lengths

@@ -97,6 +97,8 @@ class Example(TypedDict):
         answer_spans: token positions [start, end) of the answers' occurrences within those passages.
         learnt: token positions [start, end) that have a loss, in order. Without it these are all behind the prompt; in
             a chat earlier turns are learnt as well.
+        rejected: tokens of an answer to the same prompt that is worse than the one in ``input_ids``, with the
+            end-of-message token; empty, or missing, where there is none.
         subject: what the context is about, where those of other questions are about it too without being the same.
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
@@ -115,6 +117,7 @@ class Example(TypedDict):
     context_length: NotRequired[int]
     first_turn: NotRequired[int]
     learnt: NotRequired[Sequence[Span]]
+    rejected: NotRequired[Sequence[int]]
     source: NotRequired[str]
     repeated: NotRequired[bool]
     position: NotRequired[int]

@@ -32,6 +32,7 @@ _FEATURES = datasets.Features(
         "context_length": _INT,
         "first_turn": _INT,
         "learnt": datasets.List(datasets.List(_INT)),
+        "rejected": datasets.List(_INT),
         "gold_spans": datasets.List(datasets.List(_INT)),
         "answer_spans": datasets.List(datasets.List(_INT)),
         "answers": datasets.List(_TEXT),
@@ -60,7 +61,7 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
         with ArrowWriter(path=str(partial / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
             for example in _apart(examples):
                 learnt = {"learnt": learnt_spans(example), "first_turn": example["prompt_length"]}
-                whole = {"task": "", "subject": "", **learnt, **example}
+                whole = {"task": "", "subject": "", "rejected": [], **learnt, **example}
                 writer.write({"context_length": whole["first_turn"], **whole})
             writer.finalize()
         (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -122,13 +123,23 @@ def forget_at_exit(folder: Path) -> None:
 
 def lengths(examples: datasets.Dataset) -> list[int]:
     """Tokens of each example, without reading the tokens themselves."""
-    column = examples.data.column("input_ids")
-    return [int(length) for length in pyarrow.compute.list_value_length(column).to_pylist()]
+    return _counts(examples, "input_ids")
+
+
+def longest(examples: datasets.Dataset) -> list[int]:
+    """Tokens of the longest sequence that each example trains with: of its own, or its prompt with what it rejects."""
+    columns = lengths(examples), examples["prompt_length"], _counts(examples, "rejected")
+    return [max(own, prompt + rejected) if rejected else own for own, prompt, rejected in zip(*columns, strict=True)]
 
 
 def sizes(examples: datasets.Dataset) -> list[ExampleSize]:
     """The size of each example, without reading the tokens themselves."""
-    return list(map(ExampleSize.learning, lengths(examples), examples.data.column("learnt").to_pylist()))
+    learnt = examples.data.column("learnt").to_pylist()
+    return list(map(ExampleSize.learning, lengths(examples), learnt, _counts(examples, "rejected")))
+
+
+def _counts(examples: datasets.Dataset, name: str) -> list[int]:
+    return [int(count) for count in pyarrow.compute.list_value_length(examples.data.column(name)).to_pylist()]
 
 
 @contextlib.contextmanager

@@ -66,6 +66,18 @@ class Head:
         head.bias = None if self.bias is None else self.bias.to(dtype)
         return head
 
+    @torch.no_grad()
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy (M,) of each row, piece by piece; without a gradient.
+
+        Args:
+            hidden: (M, D).
+            targets: (M,) int64, -100 where there is none.
+        """
+        head = self.as_autocast()
+        parts = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
+        return torch.cat([cross_entropy(head.logits(rows), wanted, reduction="none") for rows, wanted in parts])
+
     def summed(self, loss: RowsLoss, hidden: Tensor, *others: Tensor) -> Tensor:
         """The sum of a loss over all rows, at most ``ROWS`` at a time, in the forward and in the backward pass.
 
@@ -176,8 +188,7 @@ def losses_of_rows(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) 
     """
 
     def losses(hidden: Tensor, head: Head) -> Tensor:
-        parts = zip(hidden.flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True)
-        return torch.cat([cross_entropy(head.logits(rows), wanted, reduction="none") for rows, wanted in parts])
+        return head.losses(hidden.flatten(0, 1), targets.flatten())
 
     found = at_head(model, losses, columns, **inputs)
     return found.reshape(targets.shape).double().sum(dim=1)

@@ -5,6 +5,7 @@ from lrsa_lit.objectives.distillation import Distillation
 from lrsa_lit.objectives.hidden_alignment import HiddenAlignment
 from lrsa_lit.objectives.language_model_loss import LanguageModelLoss
 from lrsa_lit.objectives.objective import Objective, Pass, Term
+from lrsa_lit.objectives.odds_ratio import OddsRatio
 from lrsa_lit.objectives.student import summed_losses
 from lrsa_lit.objectives.sum import Sum
 
@@ -14,6 +15,7 @@ __all__ = [
     "HiddenAlignment",
     "LanguageModelLoss",
     "Objective",
+    "OddsRatio",
     "Pass",
     "Sum",
     "Term",

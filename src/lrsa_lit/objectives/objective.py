@@ -67,11 +67,13 @@ class Term(Objective):
     Attributes:
         name: of the loss in logs: train/loss/NAME.
         uses_logits: whether its positions get logits; else it looks at hidden states alone.
+        needs_rejected: whether it compares an example's answer with one that the example rejects.
         teacher: whose pass over the same tokens it needs, or None.
     """
 
     name: ClassVar[str]
     uses_logits: ClassVar[bool] = True
+    needs_rejected: ClassVar[bool] = False
     teacher: Teacher | None = None
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -86,7 +88,11 @@ class Term(Objective):
 
     @abstractmethod
     def count(self, size: ExampleSize) -> int:
-        """How many positions of an example have a loss."""
+        """How many losses of an example the mean is over: one at each position, if nothing else is said."""
+
+    def logits(self, size: ExampleSize) -> int:
+        """How many positions of an example the losses take: more than there are losses where one is of several."""
+        return self.count(size)
 
     @abstractmethod
     def loss(self, seen: Pass) -> Tensor:

@@ -44,6 +44,19 @@ class Positions:
         # Several terms of a step ask for them, and each copy to the device is a launch.
         return self._of_each(lambda size, name, answers: answers)
 
+    def pairs(self) -> tuple[Tensor, list[int]]:
+        """Of each example that rejects an answer, those that predict its own, then those that predict the rejected one.
+
+        Returns:
+            (M,) int64 positions, and how many each answer has: two numbers a pair.
+        """
+        parts = []
+        learnt, rejected = self._learnt, self.batch.get("rejected", [None] * len(self.batch["id"]))
+        for start, spans, other in zip(starts_of(self.batch), learnt, rejected, strict=False):
+            if other is not None:
+                parts += [start + _before(spans), _before([other])]
+        return self._on_device(parts), list(map(len, parts))
+
     def drawn(self, count: Callable[[ExampleSize], int], name: str, *, besides_answers: bool = False) -> Tensor:
         """(M,) int64: some of those that predict a token, drawn anew in each step.
 
@@ -71,11 +84,18 @@ class Positions:
 
     def _of_each(self, within: Callable[[ExampleSize, str, Numbers], Numbers]) -> Tensor:
         """Positions of each example, by its size, its id and those that predict its answers."""
+        sizes, names = self.batch["sizes"], self.batch["id"]
+        named = zip(starts_of(self.batch), sizes, names, map(_before, self._learnt), strict=False)
+        return self._on_device([start + within(size, name, answers) for start, size, name, answers in named])
+
+    @property
+    def _learnt(self) -> Sequence[Sequence[Span]]:
         sizes = self.batch["sizes"]
-        learnt = self.batch.get("learnt") or [[(size.tokens - size.answer, size.tokens)] for size in sizes]
-        named = zip(starts_of(self.batch), sizes, self.batch["id"], map(_before, learnt), strict=False)
-        parts = [start + within(size, name, answers) for start, size, name, answers in named]
-        device, found = self.batch["input_ids"].device, torch.from_numpy(np.concatenate(parts))
+        return self.batch.get("learnt") or [[(size.tokens - size.answer, size.tokens)] for size in sizes]
+
+    def _on_device(self, parts: Sequence[Numbers]) -> Tensor:
+        joined = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        device, found = self.batch["input_ids"].device, torch.from_numpy(joined)
         # From pageable memory a copy may wait for the device.
         return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 

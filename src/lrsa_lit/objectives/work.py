@@ -19,10 +19,10 @@ def flops(objective: Objective, shape: Shape, sizes: Sequence[ExampleSize], rule
         sizes: of the examples.
         rule: the training attention; None is dense.
     """
-    lengths = [size.tokens for size in sizes]
+    lengths = [tokens for size in sizes for tokens in size.sequences]
 
     def logits(terms: Sequence[Term]) -> int:
-        return sum(term.count(size) for term in terms if term.uses_logits for size in sizes)
+        return sum(term.logits(size) for term in terms if term.uses_logits for size in sizes)
 
     total = training_flops(shape, lengths, logits(objective.terms), rule)
     for teacher in dict.fromkeys(term.teacher for term in objective.terms if term.teacher is not None):

@@ -71,7 +71,7 @@ class Throughput(Callback):
     def _measured(self, module: Any, shape: Shape, steps: int) -> dict[str, float]:
         self._stop(module.device)
         values = {
-            "perf/tokens_per_second": sum(size.tokens for size in self._sizes) / self._seconds,
+            "perf/tokens_per_second": sum(sum(size.sequences) for size in self._sizes) / self._seconds,
             "perf/step_seconds": self._seconds / steps,
         }
         if (memory := _peak_memory(module.device)) is not None:
