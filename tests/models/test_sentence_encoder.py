@@ -34,21 +34,16 @@ def model():
 
 
 def test_recorded_embeddings_and_similarities():
-    hidden = torch.tensor([RECORDED["token_states"]], dtype=torch.float64)
-    segments = torch.tensor([RECORDED["segment_of_token"]])
-    means = segment_means(hidden, segments, 5)[0]
-    torch.testing.assert_close(
-        means, torch.tensor(RECORDED["sentence_embeddings"], dtype=torch.float64), atol=1e-9, rtol=0
+    hidden, asked, expected, question, similarity = (
+        torch.tensor(RECORDED[name], dtype=torch.float64)
+        for name in ("token_states", "question_states", "sentence_embeddings", "question_embedding", "similarity")
     )
-    question = segment_means(
-        torch.tensor([RECORDED["question_states"]], dtype=torch.float64), torch.zeros(1, 4).long(), 1
-    )
-    torch.testing.assert_close(
-        question[0, 0], torch.tensor(RECORDED["question_embedding"], dtype=torch.float64), atol=1e-9, rtol=0
-    )
-    similarity = means @ question[0, 0]
-    torch.testing.assert_close(similarity, torch.tensor(RECORDED["similarity"], dtype=torch.float64), atol=1e-9, rtol=0)
-    assert similarity.argsort(descending=True, stable=True).tolist() == RECORDED["order"]
+    means = segment_means(hidden[None], torch.tensor([RECORDED["segment_of_token"]]), 5)[0]
+    torch.testing.assert_close(means, expected, atol=1e-9, rtol=0)
+    found = segment_means(asked[None], torch.zeros(1, 4).long(), 1)[0, 0]
+    torch.testing.assert_close(found, question, atol=1e-9, rtol=0)
+    torch.testing.assert_close(means @ found, similarity, atol=1e-9, rtol=0)
+    assert (means @ found).argsort(descending=True, stable=True).tolist() == RECORDED["order"]
 
 
 def test_recorded_embeddings_in_float32():

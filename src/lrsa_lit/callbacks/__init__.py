@@ -1,13 +1,21 @@
 """What a run shows and writes at its end, and a check of the metrics that callbacks watch."""
 
 from lrsa_lit.callbacks.duration import ValidationDuration
-from lrsa_lit.callbacks.end_of_run import FitSummary, ValidationHistory, show_answers, show_evaluation, show_next
+from lrsa_lit.callbacks.end_of_run import (
+    ClosingSummary,
+    FitSummary,
+    ValidationHistory,
+    show_answers,
+    show_evaluation,
+    show_next,
+)
 from lrsa_lit.callbacks.monitored import MonitoredMetrics
 from lrsa_lit.callbacks.training_record import TrainingRecord
 from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 
 __all__ = [
     "AnswerWriter",
+    "ClosingSummary",
     "FitSummary",
     "MonitoredMetrics",
     "PredictionWriter",

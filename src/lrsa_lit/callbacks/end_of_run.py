@@ -60,7 +60,15 @@ class ValidationHistory(Callback):
             self.history.append((trainer.global_step, values))
 
 
-class FitSummary(ValidationHistory):
+class ClosingSummary(ValidationHistory):
+    """What a fit closes with."""
+
+    def show(self, trainer: Trainer) -> None:
+        """Print it on the first process, once the progress bar is gone."""
+        raise NotImplementedError
+
+
+class FitSummary(ClosingSummary):
     """Keep what each validation found, for a table: every attention's scores before and after training.
 
     "Before" is the validation that ran at step 0, "after" the last one. Where an objective has several terms, a second

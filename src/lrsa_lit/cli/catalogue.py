@@ -53,7 +53,7 @@ EVERY_RUN_HAS = {
 _LIGHTNING = "lightning.pytorch.callbacks"
 _ROOTS = {"Callback", "BasePredictionWriter", "ModelCheckpoint"}
 _OWN = ("config", "c", "help", "help-all", "print_config", "seed_everything", "validate_first", "best_by",
-        "estimate", "plugins")  # fmt: skip
+        "estimate", "plugins", "task")  # fmt: skip
 _OF_TOOLS = {"input-moments": ("to", "contexts", "tokens"), "token-gates": ("to",)}
 _EVALUATIONS = ("budget", "cache_tokens", "cache-tokens")
 

@@ -11,8 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lrsa_lit.attention.unread import check_layers
 from lrsa_lit.classes import check_classes
 from lrsa_lit.cli.lightning_cli import parser_of
-from lrsa_lit.cli.main import layers_of, lightning_arguments
+from lrsa_lit.cli.main import layers_of, lightning_arguments, task_of
 from lrsa_lit.cli.settings_parser import OneLineParser, first_user_error, one_line
+from lrsa_lit.cli.task_choice import check_is_question_answering, named
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.objectives import Objective
@@ -45,6 +46,7 @@ class FitSettings:
         """
         key = json.dumps([arguments, overlays, defaults])
         if key not in self._known:
+            check_is_question_answering(named([{"task": task_of(arguments)}, *overlays]), "studies and sweeps")
             check_layers([*layers_of(arguments), *overlays])
             # As files are, overlays are values of --config.
             layers = [part for overlay in overlays for part in ("--config", json.dumps(overlay))]

@@ -19,7 +19,7 @@ import lrsa_lit
 from lrsa_lit import plugins
 from lrsa_lit.attention.unread import check_layers
 from lrsa_lit.classes import check_class_paths
-from lrsa_lit.cli import completion, early_checks, short_help
+from lrsa_lit.cli import completion, early_checks, short_help, task_choice
 from lrsa_lit.errors import UserError, printable, redacted
 from lrsa_lit.paths import check_path, shipped
 
@@ -160,14 +160,16 @@ def _main(arguments: list[str]) -> None:
         command, given = arguments[0], arguments[1:]
         if command in TOOLS:
             if command in AS_FIT:
+                task_choice.check_is_question_answering(task_of(given), command)
                 prepared(command, given)
             importlib.import_module(f"lrsa_lit.cli.{command.replace('-', '_')}").run(given)
             return
         told = prepared(command, given)
         # Lightning and transformers take seconds to import: not before there is something to run.
-        with _importing("lrsa_lit.cli.lightning_cli"):
-            from lrsa_lit.cli.lightning_cli import run
-        run(told)
+        home = task_choice.TASKS[task_of(given)].module
+        with _importing(home):
+            module = importlib.import_module(home)
+        module.run(told)
     except UserError as error:
         _fail(str(error))
     except (RuntimeError, MemoryError) as error:
@@ -194,7 +196,8 @@ def prepared(command: str, arguments: Sequence[str]) -> list[str]:
     if (text := short_help.answered(command, arguments)) is not None:
         print(text, end="")
         raise SystemExit(0)
-    early_checks.check(command, arguments, plugins=any(each.startswith("--plugins=") for each in told))
+    if task_of(arguments) == task_choice.QUESTION_ANSWERING:
+        early_checks.check(command, arguments, plugins=any(each.startswith("--plugins=") for each in told))
     check_layers(layers_of(arguments))
     return ["--help" if argument == short_help.ALL else argument for argument in told]
 
@@ -243,7 +246,7 @@ def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: a config file is missing or no YAML, a plugin cannot be loaded, or an argument can have no meaning.
     """
-    found = [command, "--config", str(shipped("cli.yaml"))]
+    found = [command, "--config", str(shipped(task_choice.TASKS[task_of(arguments)].defaults))]
     modules: list[str] = []
     previous, rest = "", iter(arguments)
     for argument in rest:
@@ -264,6 +267,19 @@ def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
     plugins.load(modules)
     # All of them together; the parser would keep the last list alone.
     return [*found, f"--plugins={json.dumps(modules)}"] if modules else found
+
+
+def task_of(arguments: Sequence[str]) -> str:
+    """The name of the task that a run is of; a UserError if there is none of that name."""
+    layers = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, assigned, value = argument.partition("=")
+        value = value if assigned else following
+        if flag in ("--config", "-c") and value:
+            layers.append(_config(value)[1])
+        elif flag == "--task":
+            layers.append({"task": value})
+    return task_choice.named(layers)
 
 
 def layers_of(arguments: Sequence[str]) -> list[dict[str, Any]]:
