@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 KINDS = {
     "compressors": Kind("compressor", "lrsa_lit.ops.sparse_attention", "Compressor"),
     "data": Kind("data set", "lrsa_lit.data", "QADataModule"),
+    "filters": Kind("context filter", "lrsa_lit.data.filters", "ContextFilter"),
     "systems": Kind("system", "lrsa_lit.systems", "System"),
     "objectives": Kind("objective", "lrsa_lit.objectives", "Objective"),
 }

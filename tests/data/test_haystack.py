@@ -14,7 +14,7 @@ POOL = [Passage(f"Filler {number}", "word " * (number % 7)) for number in range(
 @pytest.mark.parametrize("max_tokens", [300, 511, 1000, 2048])
 def test_contexts_fill_the_budget_and_never_exceed_it(record, tokenizer, max_tokens):
     pool = ParagraphPool(POOL)
-    example = pool.fill(record, lambda _: True, random.Random(0), tokenizer, max_tokens)
+    _, example = pool.fill(record, lambda _: True, random.Random(0), tokenizer, max_tokens)
     # The shortest paragraph of the pool takes 10 tokens.
     assert max_tokens - 10 < len(example["input_ids"]) <= max_tokens
     for passage in record.passages:
@@ -26,7 +26,7 @@ def test_a_count_that_is_too_low_is_corrected(record, tokenizer):
         def tokens(self, positions: list[int], _: object) -> list[int]:
             return [1] * len(positions)
 
-    example = Optimist(POOL).fill(record, lambda _: True, random.Random(0), tokenizer, 600)
+    _, example = Optimist(POOL).fill(record, lambda _: True, random.Random(0), tokenizer, 600)
     assert 550 < len(example["input_ids"]) <= 600
 
 
@@ -34,13 +34,13 @@ def test_a_record_without_room_for_more_is_kept_as_it_is(record, tokenizer):
     alone = encode(record, tokenizer, 1024)
     length = len(alone["input_ids"])
     pool = ParagraphPool(POOL)
-    assert pool.fill(record, lambda _: True, random.Random(0), tokenizer, length + 5) == alone
-    assert pool.fill(record, lambda _: True, random.Random(0), tokenizer, length - 1) == TooLong(length)
+    assert pool.fill(record, lambda _: True, random.Random(0), tokenizer, length + 5) == (record, alone)
+    assert pool.fill(record, lambda _: True, random.Random(0), tokenizer, length - 1) == (record, TooLong(length))
 
 
 def test_a_pool_may_run_out(record, tokenizer):
     pool = ParagraphPool(POOL)
-    example = pool.fill(record, lambda position: position in (3, 5), random.Random(0), tokenizer, 4096)
+    _, example = pool.fill(record, lambda position: position in (3, 5), random.Random(0), tokenizer, 4096)
     text = tokenizer.decode(example["input_ids"])
     assert [number for number in range(200) if f"Filler {number}\n" in text] == [3, 5]
 

@@ -122,10 +122,11 @@ def test_no_larger_record_would_fit(name, max_tokens, tokenizer):
         sizes.append(size)
         return draw(name, size, max_tokens)
 
-    example = largest(make, smallest, prompt, tokenizer, max_tokens)
+    largest_record, example = largest(make, smallest, prompt, tokenizer, max_tokens)
     lengths = {size: encode(draw(name, size, max_tokens), tokenizer, 10**6, prompt) for size in set(sizes)}
     fitting = [size for size, found in lengths.items() if len(found["input_ids"]) <= max_tokens]
     assert example == lengths[max(fitting)]
+    assert largest_record == draw(name, max(fitting), max_tokens)
     assert len(lengths[min(set(sizes) - set(fitting))]["input_ids"]) > max_tokens
     assert max(fitting) + 1 in sizes
     assert len(sizes) < 15
@@ -133,7 +134,7 @@ def test_no_larger_record_would_fit(name, max_tokens, tokenizer):
 
 def test_words_that_do_not_fit_at_all_are_said_to(tokenizer):
     _, smallest, prompt = WORD_TASKS["frequent_words"]
-    found = largest(partial(draw, "frequent_words", max_tokens=700), smallest, prompt, tokenizer, 700)
+    _, found = largest(partial(draw, "frequent_words", max_tokens=700), smallest, prompt, tokenizer, 700)
     assert isinstance(found, TooLong)
     assert found.tokens > 700
 
@@ -143,7 +144,7 @@ def test_words_that_do_not_fit_at_all_are_said_to(tokenizer):
 def test_the_documents_of_a_question_are_among_others(name, max_tokens, documents, tokenizer):
     places = []
     for record in documents[name].questions["test"][:8]:
-        example = documents[name].example(record, random.Random(record.id), tokenizer, max_tokens)
+        _, example = documents[name].fill(record, random.Random(record.id), tokenizer, max_tokens)
         text = tokenizer.decode(example["input_ids"][: example["prompt_length"]])
         blocks = re.split(r"\n\nDocument (\d+):\n", text)
         numbers, bodies = blocks[1::2], blocks[2::2]
@@ -162,7 +163,7 @@ def test_the_documents_of_a_question_are_among_others(name, max_tokens, document
 
 def test_documents_of_the_same_article_come_first(documents, tokenizer):
     record = documents["qa_hotpotqa"].questions["test"][0]
-    example = documents["qa_hotpotqa"].example(record, random.Random(0), tokenizer, 30_000)
+    _, example = documents["qa_hotpotqa"].fill(record, random.Random(0), tokenizer, 30_000)
     text = tokenizer.decode(example["input_ids"])
     assert all(passage.text.strip() in text for passage in record.passages)
     assert len(record.passages) == 10

@@ -18,6 +18,7 @@ TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 DATA, TASK = "lrsa_lit.data.QADataModule", "lrsa_lit.tasks.LongContextQA"
 SLOTS = {
     "data": "data",
+    "data.filter": "filters",
     "model.lrsa.compressor": "compressors",
     "model.lrsa.system": "systems",
     "model.objective": "objectives",

@@ -59,7 +59,8 @@ def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
     for path in catalogue.named("data").values():
         settings = {**settings, **catalogue.keys(path)}
     for name in settings:
-        parser.add_argument(f"--data.{name}")
+        if (key := f"data.{name}") not in catalogue.SLOTS:
+            parser.add_argument(f"--{key}")
 
 
 def _files(shipped: Iterable[str], prefix: str) -> list[str]:

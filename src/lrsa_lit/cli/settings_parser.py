@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.catalogue import named
+from lrsa_lit.data.filters import ContextFilter
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.data.policies import Packed
 from lrsa_lit.errors import UserError
@@ -52,6 +53,7 @@ _KEYS: dict[type, str] = {
     Objective: "model.objective",
     QADataModule: "data.init_args",
     Packed: "data.init_args.packing",
+    ContextFilter: "data.init_args.filter.init_args",
     lightning.Trainer: "trainer",
     Logger: "trainer.logger.init_args",
 }

@@ -25,7 +25,7 @@ _RUN = {
     "--seed_everything N": "the seed of all that is drawn",
     "--ckpt_path FILE": 'weights to evaluate, or the run to resume; "last" is the newest good one of the same settings',
     "--task NAME": "what is trained: question_answering",
-    "--plugins MODULE": "a module of yours, which adds data sets, compressors, systems or objectives",
+    "--plugins MODULE": "a module of yours, which adds data sets, filters, compressors, systems or objectives",
     "--print_config": "print the resolved settings and exit",
 }
 _OF_FIT = {
@@ -53,6 +53,7 @@ _TRAINER = {
 """Lightning's settings that are used most, in fewer words than its own."""
 _TITLES = {
     "data": "data sets: --data NAME",
+    "data.filter": "context filters, which shorten contexts before the model sees them: --data.filter NAME",
     "model.lrsa.compressor": "compressors, which make K pairs of a partition: --model.lrsa.compressor NAME",
     "model.lrsa.system": "systems, in the place of the rule: --model.lrsa.system NAME",
     "model.objective": "objectives, which training minimises: --model.objective NAME",
@@ -108,7 +109,7 @@ def _lines(command: str, defaults: Mapping[str, Any]) -> Iterator[str]:
     yield from _table(
         {
             f"lrsa {command} --data.help QAFiles": "all settings of a data set; likewise --model.lrsa.compressor.help, "
-            "--model.lrsa.system.help, --model.objective.help, --trainer.callbacks.help",
+            "--model.lrsa.system.help, --model.objective.help, --data.filter.help, --trainer.callbacks.help",
             f"lrsa {command} {ALL}": "every option, Lightning's among them",
         }.items()
     )

@@ -24,6 +24,7 @@ class Articles(SquadArticles):
     """
 
     score: ClassVar[Score] = "loss"
+    filterable: ClassVar[bool] = False
     noun: ClassVar[str] = "article"
 
     def __init__(self, scored_from: int = 2048, **kwargs: Any) -> None:

@@ -52,7 +52,8 @@ class FactsInText(Needles):
         """The facts, in their order, at random depths of the background; decided by ``seed`` and the id."""
         rng = random.Random(f"{self.seed}:{record.id}:haystack")
         pool = self._text.under(FACT_TASKS[record.task].prompt)
-        return pool.fill(record, lambda _: True, rng, self.checked_tokenizer, self.max_tokens)
+        full, whole = pool.fill(record, lambda _: True, rng, self.checked_tokenizer, self.max_tokens)
+        return self.encode(full, whole, pool.prompt)
 
     @cached_property
     def _text(self) -> ParagraphPool:

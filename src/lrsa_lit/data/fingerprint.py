@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,21 @@ def of_code(defined: type) -> str:
     return _of_contents(files) if files else f"{_NO_FILE}{uuid.uuid4().hex}"
 
 
-def is_of_a_file(name: str) -> bool:
-    """Whether a name of :func:`of_code` comes from files, so that it means the same in another process."""
-    return not name.startswith(_NO_FILE)
+def definitions(defined: type) -> list[str]:
+    """What :func:`of_code` called the code of a class and of its bases, where they keep that as ``_definition``."""
+    return [vars(base)["_definition"] for base in defined.__mro__ if "_definition" in vars(base)]
+
+
+def is_of_files(*classes: type) -> bool:
+    """Whether the code of classes comes from files, so that its names mean the same in another process."""
+    return not any(name.startswith(_NO_FILE) for defined in classes for name in definitions(defined))
+
+
+def parameters(made: object, base: type, but: Set[str]) -> dict[str, object]:
+    """The arguments of an object's constructor, and of its bases' up to ``base``, which it keeps by their names."""
+    classes = [each for each in type(made).__mro__ if issubclass(each, base)]
+    names = {name for each in classes for name in inspect.signature(each.__init__).parameters}  # type: ignore[misc]
+    return {name: getattr(made, name) for name in sorted(names - but - {"self", "kwargs"})}
 
 
 def source_files(module: str) -> list[Path]:

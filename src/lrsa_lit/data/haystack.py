@@ -70,25 +70,13 @@ class ParagraphPool:
         tokenizer: PreTrainedTokenizerBase,
         max_tokens: int,
         first: Sequence[int] = (),
-    ) -> Example | TooLong:
-        """The example of a record whose passages lie, in their order, at random places among paragraphs of the pool.
+    ) -> tuple[QARecord, Example | TooLong]:
+        """A record whose passages lie, in their order, at random places among paragraphs of the pool, and its example.
 
         As many paragraphs are taken as fit into ``max_tokens``, of those at ``allowed`` positions of the pool; the
         final prompt is counted, and paragraphs leave it until it fits. The positions ``first`` are taken before any
         other; all paragraphs are then shuffled. :class:`TooLong` if the record's own passages exceed the budget.
         """
-        return self.filled(record, allowed, rng, tokenizer, max_tokens, first)[1]
-
-    def filled(
-        self,
-        record: QARecord,
-        allowed: Callable[[int], bool],
-        rng: random.Random,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
-        first: Sequence[int] = (),
-    ) -> tuple[QARecord, Example | TooLong]:
-        """The record with all passages, and its example, as :meth:`fill` makes it."""
         example = encode(record, tokenizer, max_tokens, self.prompt)
         if isinstance(example, TooLong):
             return record, example

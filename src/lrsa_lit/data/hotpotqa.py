@@ -61,7 +61,8 @@ class HotpotQA(OneFileDataModule):
             return not foreign and not self._pool.mentions(position, record.answers)
 
         shuffled = replace(record, passages=tuple(rng.sample(record.passages, len(record.passages))))
-        return self._pool.fill(shuffled, allowed, rng, self.checked_tokenizer, self.max_tokens)
+        full, whole = self._pool.fill(shuffled, allowed, rng, self.checked_tokenizer, self.max_tokens)
+        return self.encode(full, whole, self._prompt)
 
     @cached_property
     def raw(self) -> list[dict[str, Any]]:
@@ -103,13 +104,23 @@ def load_questions(source: str = SOURCE, sha256: str | None = SHA256, key: str =
 def gold_record(question: dict[str, Any]) -> QARecord:
     """A question with its supporting paragraphs alone."""
     titles = tuple(dict.fromkeys(title for title, _ in question["supporting_facts"]))
+    paragraphs = [item for item in question["context"] if item[0] in titles]
     return QARecord(
         id=question["_id"],
-        passages=tuple(_passage(item) for item in question["context"] if item[0] in titles),
+        passages=tuple(map(_passage, paragraphs)),
         question=question["question"],
         answers=(question["answer"],),
         supporting_titles=titles,
+        supporting_sentences=_facts(question["supporting_facts"], paragraphs),
     )
+
+
+def _facts(facts: Sequence[tuple[str, int]], paragraphs: Sequence[tuple[str, list[str]]]) -> tuple[Passage, ...]:
+    """The sentences that facts count; a few facts of the published file count sentences that are not there."""
+    texts = dict(paragraphs)
+    there = [(title, number) for title, number in facts if number < len(texts.get(title, ()))]
+    found = dict.fromkeys(Passage(title, texts[title][number].strip()) for title, number in there)
+    return tuple(fact for fact in found if fact.text)
 
 
 def paragraph_pool(questions: Sequence[dict[str, Any]], prompt: Prompt = PROMPT) -> ParagraphPool:

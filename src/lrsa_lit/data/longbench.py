@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lrsa_lit.data.module import SPLITS, QADataModule, Split
-from lrsa_lit.data.prompts import PROMPT, Example, TooLong, encode, prompt_of
+from lrsa_lit.data.prompts import PROMPT, Example, TooLong, prompt_of
 from lrsa_lit.data.reading import check_row, read_lines
 from lrsa_lit.data.records import Passage, QARecord, check_name, check_record, records_of
 from lrsa_lit.data.tokenization import encode_text
@@ -88,7 +88,7 @@ class LongBench(QADataModule):
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The example of a record, under the prompt of its ``dataset``."""
         prompt = self._prompts.get(record.task if isinstance(self.prompt, dict) else "", PROMPT)
-        return encode(record, self.checked_tokenizer, self.max_tokens, prompt)
+        return self.encode(record, prompt=prompt)
 
     def _cut(self, record: QARecord, found: Example | TooLong) -> QARecord:
         """The record without the middle of its context, as few tokens as that takes."""

@@ -40,8 +40,8 @@ class Mixture(QADataModule):
         evaluate_on: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Those two are each data set's own, so they are no parameters of a mixture.
-        super().__init__(seed=0, limit=None, **kwargs)
+        # Those three are each data set's own, so they are no parameters of a mixture.
+        super().__init__(seed=0, limit=None, filter=None, **kwargs)
         self.data_sets = data_sets
         self.weights = weights
         self.examples_per_epoch = examples_per_epoch

@@ -7,7 +7,6 @@ package and this project's code of data sets are the key of its cache.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 from collections import Counter, defaultdict
@@ -25,12 +24,14 @@ from transformers import PreTrainedTokenizerBase
 from lrsa_lit.bounds import is_integer
 from lrsa_lit.data import fingerprint, token_cache
 from lrsa_lit.data.collate import Batch, groups_of
+from lrsa_lit.data.filters.context_filter import ContextFilter
+from lrsa_lit.data.filters.filtered_examples import checked_filter, counted, encode_filtered, sources_of
 from lrsa_lit.data.loaders import TrainerSettings, evaluation_loader, training_loader
 from lrsa_lit.data.order import Order, Shuffled
 from lrsa_lit.data.plan import EpochPlan, Stage, check_lengths, check_stages
 from lrsa_lit.data.policies import Packed, checked_policy
-from lrsa_lit.data.prompts import Example, TooLong, encode
-from lrsa_lit.data.records import Record
+from lrsa_lit.data.prompts import PROMPT, Example, Prompt, TooLong, encode
+from lrsa_lit.data.records import QARecord, Record
 from lrsa_lit.data.sampler import ResumableLoader
 from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.errors import UserError
@@ -65,12 +66,14 @@ class QADataModule(lightning.LightningDataModule):
         curriculum: train on shorter examples first, as in [{max_tokens: 2048, until_step: 200}, {max_tokens: 4096}].
         pad_to_longest: make all training batches as long as the longest example, up to a multiple of 64 tokens. With
             model.backbone.compile_layers one compilation then serves them all; each new length would be compiled anew.
+        filter: shortens contexts before the model sees them; those that are filled up to max_tokens are filled first.
 
     Attributes:
         score: the one that the data set is published with: ``f1`` (LongBench's ``qa_f1``), ``recall`` (RULER's) or
             ``em`` (exact match); ``loss``, shown as perplexity too, where nothing is asked and so nothing generated.
         noun: what an example is, as "question".
         rejects: whether each example has a rejected answer, too.
+        filterable: whether its records are questions about passages.
         padding: of the training batches in the first epoch, the share of tokens that is padding or, packed, the share
             of the budget that is unused; None before there is a training loader.
         report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens
@@ -84,6 +87,7 @@ class QADataModule(lightning.LightningDataModule):
     score: ClassVar[Score] = "f1"
     noun: ClassVar[str] = "question"
     rejects: ClassVar[bool] = False
+    filterable: ClassVar[bool] = True
     _definition: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -103,6 +107,7 @@ class QADataModule(lightning.LightningDataModule):
         group_by_length: bool = False,
         curriculum: list[Stage] | None = None,
         pad_to_longest: bool = False,
+        filter: ContextFilter | None = None,  # noqa: A002 - what settings call it
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -118,6 +123,7 @@ class QADataModule(lightning.LightningDataModule):
         self.pad_to_longest = pad_to_longest
         self.policy = checked_policy(batch_size, packing, group_by_length, pad_to_longest)
         check_stages(self.curriculum)
+        self.filter = checked_filter(filter, type(self).__name__, self.filterable)
         self.padding: float | None = None
         self.report: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._examples: dict[Split, datasets.Dataset] = {}
@@ -129,9 +135,18 @@ class QADataModule(lightning.LightningDataModule):
     def to_example(self, record: Any) -> Example | TooLong:
         """The example of a record, a :class:`QARecord`.
 
-        Data sets that fill contexts up to ``max_tokens``, or have records of their own, override this.
+        Data sets that fill contexts up to ``max_tokens``, or have records of their own, override this; those of
+        questions end with :meth:`encode`.
         """
-        return encode(record, self.checked_tokenizer, self.max_tokens)
+        return self.encode(record)
+
+    def encode(
+        self, record: QARecord, whole: Example | TooLong | None = None, prompt: Prompt = PROMPT
+    ) -> Example | TooLong:
+        """The example of a record under a prompt, its context filtered; ``whole`` is that of all of it, if known."""
+        if self.filter is None or isinstance(whole, TooLong):
+            return encode(record, self.checked_tokenizer, self.max_tokens, prompt) if whole is None else whole
+        return encode_filtered(self.filter, record, whole, self.checked_tokenizer, self.max_tokens, prompt)
 
     def sources(self) -> dict[str, str]:
         """What else decides the records: size and SHA-256 of every file that a parameter names."""
@@ -185,13 +200,14 @@ class QADataModule(lightning.LightningDataModule):
         """Names the examples: the same for the same code, parameters, sources and tokenizer."""
         parts = {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "code": self._definitions(),
+            "code": fingerprint.definitions(type(self)),
             "parameters": self._parameters(),
+            "filter": self.filter and self.filter.key,
             "tokenizer": fingerprint.of_tokenizer(self.checked_tokenizer),
         }
         name = type(self).__name__
         self._sources_file = cache_dir("data", f"{name}-{fingerprint.digest(parts)}.sources.json")
-        sources = token_cache.with_absent(self._sources_file, self.sources())
+        sources = token_cache.with_absent(self._sources_file, self.sources() | sources_of(self.filter))
         return f"{name}-{fingerprint.digest({**parts, 'sources': sources})}"
 
     @property
@@ -233,8 +249,8 @@ class QADataModule(lightning.LightningDataModule):
         self.report[split].clear()
         token_cache.remove_abandoned(cache_dir("data"))
         token_cache.build(folder, self._build(split), self.report[split])
-        if all(map(fingerprint.is_of_a_file, self._definitions())):
-            token_cache.keep_sources(self._sources_file, self.sources())
+        if fingerprint.is_of_files(type(self), type(self.filter)):
+            token_cache.keep_sources(self._sources_file, self.sources() | sources_of(self.filter))
         else:
             token_cache.forget_at_exit(folder)
             unseen = "%s is defined in no file, so a change of its code cannot be seen: each process tokenises it anew"
@@ -297,6 +313,8 @@ class QADataModule(lightning.LightningDataModule):
         records, limit, console = self.records(split), self.limit.get(split), PlainConsole(stderr=True)
         total = min(limit or len(records), len(records)) if isinstance(records, Sized) else limit
         kept, title, hidden = self._kept(split, records, limit), f"Tokenising {split}", not console.is_terminal
+        if self.filter is not None:
+            kept = counted(kept, self.filter, split, self.report[split])
         yield from track(kept, title, total=total, console=console, transient=True, disable=hidden)
         if not self.report[split]["kept"]:
             raise self._empty(split)
@@ -362,19 +380,9 @@ class QADataModule(lightning.LightningDataModule):
         check_lengths(self.curriculum, lengths)
         return lengths
 
-    def _definitions(self) -> list[str]:
-        """Names the code of the class and its bases, which is that of when they were defined."""
-        return [vars(base)["_definition"] for base in type(self).__mro__ if "_definition" in vars(base)]
-
     def _parameters(self) -> dict[str, object]:
-        """Every constructor parameter of the class and its bases that decides the examples."""
-        names = {
-            name
-            for cls in type(self).__mro__
-            if issubclass(cls, QADataModule)
-            for name in inspect.signature(cls.__init__).parameters
-        }
-        return {name: getattr(self, name) for name in sorted(names - BATCHED - {"self", "kwargs", "tokenizer"})}
+        """Every constructor parameter of the class and its bases that decides the records."""
+        return fingerprint.parameters(self, QADataModule, but={*BATCHED, "tokenizer", "filter"})
 
 
 def at_least(name: str, value: int, least: int) -> int:

@@ -66,7 +66,7 @@ class Needles(QADataModule):
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The needles, in their order, at random depths of a haystack; decided by ``seed`` and the id."""
         rng = random.Random(f"{self.seed}:{record.id}:haystack")
-        return self._pool.fill(record, lambda _: True, rng, self.checked_tokenizer, self.max_tokens)
+        return self.encode(*self._pool.fill(record, lambda _: True, rng, self.checked_tokenizer, self.max_tokens))
 
     def make(self, split: Split, task: str, number: int) -> QARecord:
         """The record of a task that is the ``number``-th of its split."""

@@ -14,7 +14,7 @@ from typing import Any
 from lrsa_lit.data.module import Split, at_least
 from lrsa_lit.data.needle import Needles
 from lrsa_lit.data.needle_tasks import magic_numbers
-from lrsa_lit.data.prompts import Example, TooLong, encode
+from lrsa_lit.data.prompts import Example, TooLong
 from lrsa_lit.data.records import Passage, QARecord, asked_in_turn
 
 
@@ -49,9 +49,9 @@ class NeedlesInTurn(Needles):
         if self._last[0] != name:
             rng = random.Random(f"{self.seed}:{name}:haystack")
             longest = self._conversation(name)[-1]
-            full, _ = self._pool.filled(longest, lambda _: True, rng, self.checked_tokenizer, self.max_tokens)
+            full, _ = self._pool.fill(longest, lambda _: True, rng, self.checked_tokenizer, self.max_tokens)
             self._last = name, full.passages
-        return encode(replace(record, passages=self._last[1]), self.checked_tokenizer, self.max_tokens)
+        return self.encode(replace(record, passages=self._last[1]))
 
     def _conversation(self, name: str) -> list[QARecord]:
         rng = random.Random(f"{self.seed}:{name}")

@@ -71,7 +71,7 @@ class NthOfMany(QADataModule):
             places = random.Random(f"{self.seed}:{record.id}:places")
             return replace(record, passages=interleave(record.passages, others, places))
 
-        return largest(grown, 1, PROMPT, self.checked_tokenizer, self.max_tokens)
+        return self.encode(*largest(grown, 1, PROMPT, self.checked_tokenizer, self.max_tokens), PROMPT)
 
     def _record(self, name: str, count: int) -> tuple[QARecord, tuple[str, str]]:
         """The record, and the kind and topic that it asks for."""

@@ -61,7 +61,7 @@ class Passkey(QADataModule):
     def to_example(self, record: QARecord) -> Example | TooLong:
         """The record with as much noise as fits. Each is about something else, however alike two contexts are."""
         grown = partial(self._of_size, record.id)
-        example = largest(grown, 1, PROMPT, self.checked_tokenizer, self.max_tokens)
+        example = self.encode(*largest(grown, 1, PROMPT, self.checked_tokenizer, self.max_tokens), PROMPT)
         if not isinstance(example, TooLong):
             example["subject"] = record.id
         return example

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
@@ -56,6 +56,10 @@ class Prompt:
         if not self.heading:
             return render_passage(passage)
         return f"{self.heading.replace('{number}', str(number))}\n{passage.text}".strip()
+
+    def shown(self, passages: Sequence[Passage]) -> list[str]:
+        """Each passage of a context, as the prompt shows it."""
+        return [self.passage(passage, number) for number, passage in enumerate(passages, start=1)]
 
     def around(self, question: str) -> tuple[str, str]:
         """What stands before the passages and behind them."""
@@ -103,6 +107,7 @@ class Example(TypedDict):
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
         position: in its split.
+        filtered: what a filter has kept of the context, by the names of a data set's report; not stored.
     """
 
     id: str
@@ -121,6 +126,7 @@ class Example(TypedDict):
     source: NotRequired[str]
     repeated: NotRequired[bool]
     position: NotRequired[int]
+    filtered: NotRequired[Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def encode(
 def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT) -> Rendered:
     """The prompt's text up to where the first answer starts; errors as for :func:`render_messages`."""
     asked = record.questions[0].strip()
-    texts = [prompt.passage(passage, number) for number, passage in enumerate(record.passages, start=1)]
+    texts = prompt.shown(record.passages)
     before, after = prompt.around(asked)
     content = before + prompt.between.join(texts) + after if texts else (before + after).lstrip()
     text, [(start, end)], _ = render_messages([{"role": "user", "content": content}], tokenizer)

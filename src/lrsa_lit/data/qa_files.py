@@ -17,7 +17,7 @@ from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.paths import cache_dir, resolve
 
 _FIELDS = tuple(QARecord.__dataclass_fields__)
-_OPTIONAL = ("id", "supporting_titles", "match", "task", "turns")
+_OPTIONAL = ("id", "supporting_titles", "supporting_sentences", "match", "task", "turns")
 
 
 class QAFiles(QADataModule):

@@ -55,14 +55,14 @@ class Documents:
         self._subject_of = subject_of
         self._pool = ParagraphPool(list(by_title.values()), PROMPT)
 
-    def example(
+    def fill(
         self, record: QARecord, rng: random.Random, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-    ) -> Example | TooLong:
-        """A question whose supporting documents lie among as many others as fit; :class:`TooLong` if they do not."""
+    ) -> tuple[QARecord, Example | TooLong]:
+        """A question with its supporting documents among as many others as fit; :class:`TooLong` if they do not."""
         gold = [passage for passage in record.passages if passage.title in record.supporting_titles]
         others = [passage.title for passage in record.passages if passage.title not in record.supporting_titles]
         own = {self._positions[passage.title] for passage in record.passages}
-        example = self._pool.fill(
+        full, example = self._pool.fill(
             replace(record, passages=tuple(rng.sample(gold, len(gold)))),
             lambda position: position not in own,
             rng,
@@ -72,7 +72,7 @@ class Documents:
         )
         if self._subject_of is not None and not isinstance(example, TooLong):
             example["subject"] = self._subject_of(record)
-        return example
+        return full, example
 
 
 def squad(seed: int, val_fraction: float, test_fraction: float) -> Documents:

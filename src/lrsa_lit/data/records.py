@@ -12,9 +12,16 @@ from lrsa_lit.data.reading import Row, blamed_on, check_row, check_text, kind_of
 from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.answer_scores import Match
 
-_REQUIRED = {"id": str, "passages": [{"title": str, "text": str}], "question": str, "answers": [str]}
+_PASSAGE = {"title": str, "text": str}
 _TURN = {"question": str, "answer": str}
-_OPTIONAL = {"supporting_titles": [str], "match": str, "task": str, "turns": [_TURN]}
+_REQUIRED = {"id": str, "passages": [_PASSAGE], "question": str, "answers": [str]}
+_OPTIONAL = {
+    "supporting_titles": [str],
+    "supporting_sentences": [_PASSAGE],
+    "match": str,
+    "task": str,
+    "turns": [_TURN],
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class QARecord:
             is a text to repeat, behind a word that must come first.
         task: what kind of question it is, where a data set has several; each gets scores of its own.
         turns: what was asked before, in order; the context comes with the first question.
+        supporting_sentences: sentences of the passages that the answer follows from, each under its passage's title;
+            may be empty.
     """
 
     id: str
@@ -72,6 +81,7 @@ class QARecord:
     match: Match = "any"
     task: str = ""
     turns: tuple[Turn, ...] = ()
+    supporting_sentences: tuple[Passage, ...] = ()
 
     @property
     def questions(self) -> tuple[str, ...]:
@@ -96,10 +106,13 @@ class QARecord:
         check_row(given, _REQUIRED, _OPTIONAL)
         if (match := given.get("match", "any")) not in get_args(Match):
             raise UserError("match", match, " or ".join(get_args(Match)))
-        passages = tuple(Passage(item["title"], item["text"]) for item in given.pop("passages"))
+        passages, sentences = (
+            tuple(Passage(item["title"], item["text"]) for item in given.pop(name, ()))
+            for name in ("passages", "supporting_sentences")
+        )
         turns = tuple(Turn(item["question"], item["answer"]) for item in given.pop("turns", ()))
         texts = {name: tuple(value) for name, value in given.items() if isinstance(value, list | tuple)}
-        record = cls(passages=passages, turns=turns, **given | texts)
+        record = cls(passages=passages, turns=turns, supporting_sentences=sentences, **given | texts)
         check_record(record)
         return record
 
@@ -148,6 +161,14 @@ def check_record(record: QARecord) -> None:
     titles = {passage.title for passage in record.passages}
     if missing := [title for title in record.supporting_titles if title not in titles]:
         raise UserError("supporting_titles", missing[0], "the title of a passage")
+    for sentence in record.supporting_sentences:
+        if not is_in(sentence, record.passages):
+            raise UserError("supporting_sentences", sentence.text, "a part of a passage with its title")
+
+
+def is_in(sentence: Passage, passages: Iterable[Passage]) -> bool:
+    """Whether a passage of the sentence's title holds its text."""
+    return any(sentence.text in passage.text for passage in passages if passage.title == sentence.title)
 
 
 def check_name(field: str, value: str) -> None:

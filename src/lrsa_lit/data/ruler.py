@@ -17,6 +17,7 @@ from lrsa_lit.data.module import Split
 from lrsa_lit.data.needle import Needles
 from lrsa_lit.data.needle_tasks import TASKS
 from lrsa_lit.data.prompts import Example, TooLong
+from lrsa_lit.data.qa_tasks import PROMPT as DOCUMENTS
 from lrsa_lit.data.qa_tasks import QA_TASKS, Documents
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.sized import SizedTask, largest
@@ -76,10 +77,11 @@ class Ruler(Needles):
         if record.task in self.sized_tasks:
             _, smallest, prompt = self.sized_tasks[record.task]
             grown = partial(self._of_size, record.task, record.id)
-            return largest(grown, smallest, prompt, self.checked_tokenizer, self.max_tokens)
+            return self.encode(*largest(grown, smallest, prompt, self.checked_tokenizer, self.max_tokens), prompt)
         if record.task in self.qa_tasks:
             rng = random.Random(f"{self.seed}:{record.id}")
-            return self._of(record.task).example(record, rng, self.checked_tokenizer, self.max_tokens)
+            among = self._of(record.task).fill(record, rng, self.checked_tokenizer, self.max_tokens)
+            return self.encode(*among, DOCUMENTS)
         return super().to_example(record)
 
     def _of_size(self, task: str, name: str, size: int) -> QARecord:

@@ -28,27 +28,29 @@ def largest(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
-) -> Example | TooLong:
-    """The example of the largest record that fits the budget; :class:`TooLong` if even the smallest does not.
+) -> tuple[QARecord, Example | TooLong]:
+    """The largest record that fits the budget and its example; :class:`TooLong` if even the smallest does not.
 
     ``make`` gives a record of a size, and a larger one has no fewer tokens; the rest is as for
     :func:`~lrsa_lit.data.prompts.encode`.
     """
-    size, found = smallest, encode(make(smallest), tokenizer, max_tokens, prompt)
+    size, record = smallest, make(smallest)
+    found = encode(record, tokenizer, max_tokens, prompt)
     if isinstance(found, TooLong):
-        return found
+        return record, found
     limit = math.inf
     per_step = len(found["input_ids"]) / size
     while True:
         length = len(found["input_ids"])
         trial = int(min(size + max((max_tokens - length) // per_step, 1), limit - 1))
         if trial <= size:
-            return found
-        larger = encode(make(trial), tokenizer, max_tokens, prompt)
+            return record, found
+        tried = make(trial)
+        larger = encode(tried, tokenizer, max_tokens, prompt)
         # Records grow evenly but for the last tokens, so a few trials suffice.
         tokens = larger.tokens if isinstance(larger, TooLong) else len(larger["input_ids"])
         per_step = max((tokens - length) / (trial - size), 0.1)
         if isinstance(larger, TooLong):
             limit = trial
         else:
-            size, found = trial, larger
+            size, record, found = trial, tried, larger

@@ -25,6 +25,7 @@ class SplitFiles(QADataModule):
     """
 
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    filterable: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -1,0 +1,28 @@
+"""Filters that make a context shorter before the model sees it, by class path in a data set's settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lrsa_lit.lazy import lazily
+
+if TYPE_CHECKING:
+    from lrsa_lit.data.filters.context_filter import Budgeted as Budgeted
+    from lrsa_lit.data.filters.context_filter import ContextFilter as ContextFilter
+    from lrsa_lit.data.filters.context_filter import Filtered as Filtered
+    from lrsa_lit.data.filters.random_sentences import RandomSentences as RandomSentences
+    from lrsa_lit.data.filters.sentence_filter import SentenceFilter as SentenceFilter
+    from lrsa_lit.data.filters.sentences import Sentence as Sentence
+    from lrsa_lit.data.filters.truncate import Truncate as Truncate
+
+_HOMES = {
+    "Budgeted": "context_filter",
+    "ContextFilter": "context_filter",
+    "Filtered": "context_filter",
+    "RandomSentences": "random_sentences",
+    "Sentence": "sentences",
+    "SentenceFilter": "sentence_filter",
+    "Truncate": "truncate",
+}
+__all__ = list(_HOMES)
+__getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for name, module in _HOMES.items()})

@@ -1,0 +1,132 @@
+"""Filters that keep whole sentences, those that rank highest within a budget of tokens.
+
+The rules are those of CPC (Liskavets et al., "Prompt Compression with Context-Aware Sentence Encoding for Fast and
+Improved LLM Inference", arXiv 2409.01227): the published one, and a strict one of ours that never exceeds the budget.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+from lrsa_lit.bounds import check_setting
+from lrsa_lit.data.filters.context_filter import Budgeted, with_texts
+from lrsa_lit.data.filters.sentences import Sentence, pieces_of, sentences_of
+from lrsa_lit.data.prompts import Prompt
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.data.tokenization import token_counts
+from lrsa_lit.errors import UserError
+
+SelectionRule: TypeAlias = Literal["strict", "published"]
+
+
+@dataclass(frozen=True)
+class SentenceFilter(Budgeted):
+    """Keep the sentences of the highest scores, in their order, each passage's under its title.
+
+    A sentence that is longer than the budget is cut into pieces, which rank apart.
+
+    Args:
+        rule: "strict" passes over a sentence that does not fit and goes on, and never exceeds the budget; "published"
+            is CPC's, which stops behind the sentence that exceeds it, and counts a token between two sentences.
+        forced: a regular expression; sentences in which it is found come before all others.
+    """
+
+    rule: SelectionRule = field(default="strict", kw_only=True)
+    forced: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check each bound once."""
+        super().__post_init__()
+        check_setting("rule", self.rule, self.rule in ("strict", "published"), "strict or published")
+        try:
+            re.compile(self.forced or "")
+        except (re.error, TypeError) as error:
+            raise UserError("forced", self.forced, "a regular expression", reason=f"is none ({error})") from None
+
+    @abstractmethod
+    def scores(self, record: QARecord, sentences: Sequence[Sentence]) -> Sequence[float]:
+        """One for each sentence of a record's context, in their order; of equal ones the earlier ranks higher."""
+
+    def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
+        """The sentences of each passage that are kept, joined."""
+        return self.parted(record, prompt)[0]
+
+    def parted(self, record: QARecord, prompt: Prompt) -> tuple[Sequence[str], Sequence[Sentence], Sequence[bool]]:
+        """As :class:`ContextFilter` has it, where pieces count as sentences."""
+        total = self.count(record.passages, prompt)
+        if (budget := self.budget(total)) >= total:
+            sentences = sentences_of(record.passages)
+            return [passage.text for passage in record.passages], sentences, [True] * len(sentences)
+        titles = self.title_tokens(record.passages, prompt)
+        sentences, lengths = self._cut(record, budget, titles)
+        forced = [self.forced is not None and bool(re.search(self.forced, each.text)) for each in sentences]
+        order = ranked(self.scores(record, sentences), forced)
+        places = [each.passage for each in sentences]
+        taken = selected(order, lengths, budget, self.rule, places, titles)
+        while True:
+            left = _joined(sentences, taken, len(record.passages))
+            # Where sentences meet, tokens may fall apart.
+            if self.rule == "published" or self.count(with_texts(record.passages, left), prompt) <= budget or not taken:
+                return left, sentences, [place in taken for place in range(len(sentences))]
+            taken.pop()
+
+    def _cut(self, record: QARecord, budget: int, titles: Sequence[int]) -> tuple[list[Sentence], list[int]]:
+        """The sentences of a context, in pieces where they are too long, and the tokens of each."""
+        found: list[Sentence] = []
+        whole = sentences_of(record.passages)
+        for sentence, tokens in zip(whole, token_counts(self.tokenizer, [each.text for each in whole]), strict=True):
+            room = max(budget - titles[sentence.passage], 1)
+            parts = [sentence.text] if tokens <= room else pieces_of(sentence.text, self.tokenizer, room)
+            found += (replace(sentence, text=text, first=sentence.first and not n) for n, text in enumerate(parts))
+        return found, token_counts(self.tokenizer, [each.text for each in found])
+
+
+def ranked(scores: Sequence[float], forced: Sequence[bool]) -> list[int]:
+    """The positions of sentences, the highest score first; those that are forced before the others."""
+    return sorted(range(len(scores)), key=lambda place: (not forced[place], -scores[place], place))
+
+
+def selected(
+    order: Sequence[int],
+    lengths: Sequence[int],
+    budget: int,
+    rule: SelectionRule,
+    places: Sequence[int] | None = None,
+    titles: Sequence[int] = (),
+) -> list[int]:
+    """The sentences that are kept, in the order in which they are taken.
+
+    Args:
+        order: positions of sentences, the best first.
+        lengths: tokens of each sentence.
+        budget: tokens that may be taken; all of them are at most ``budget`` under the strict rule.
+        rule: see :class:`SentenceFilter`.
+        places: the passage of each sentence; None where passages have no titles.
+        titles: tokens that the first sentence taken of a passage takes in addition.
+    """
+    shown: set[int] = set()
+    kept: list[int] = []
+    taken = 0 if rule == "strict" else -1
+    for position in order:
+        place = None if places is None else places[position]
+        cost = lengths[position] + (0 if place is None or place in shown else titles[place])
+        if rule == "strict" and taken + cost > budget:
+            continue
+        kept.append(position)
+        taken += cost if rule == "strict" else cost + 1
+        if place is not None:
+            shown.add(place)
+        if rule == "published" and taken > budget:
+            break
+    return kept
+
+
+def _joined(sentences: Sequence[Sentence], kept: Sequence[int], passages: int) -> list[str]:
+    texts = [""] * passages
+    for position in sorted(kept):
+        texts[sentences[position].passage] += sentences[position].text
+    return texts
