@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from lrsa_lit.callbacks.filter_table import filter_tables
 from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.data.module import QADataModule, Split
@@ -181,7 +182,7 @@ def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, 
         return
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     console = PlainConsole()
-    for table in _evaluation_tables(metrics, model, data, split):
+    for table in [*_evaluation_tables(metrics, model, data, split), *filter_tables(data, split)]:
         console.print(table)
     for line in _evaluation_notes(data, split, model.max_new_tokens if model.generate_answers else None):
         console.say(line)

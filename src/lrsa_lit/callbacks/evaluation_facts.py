@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.data.filters.measures import context_measures, filtered_parts
 from lrsa_lit.data.module import Split
 from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.models.flops import kv_ratio
@@ -28,6 +29,8 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
           ("dense" for that);
         - ``measured``: for each name, where there are answers, what the attention took, by the names of
           :data:`~lrsa_lit.tasks.measures.MEASURES`;
+        - ``filtered``: for each data set whose contexts a filter has shortened, what that has left, by the names of
+          :data:`~lrsa_lit.data.filters.measures.MEASURES`;
         - ``data_sets``: for each name, as in those lines ("" without a mixture), ``set_digest``, ``questions``,
           ``length`` (mean tokens), ``contexts`` (for each question the number of its context) and ``kv_share`` (for
           each attention, the key-value pairs that it attends to as a share of all). The lines of a data set are in the
@@ -38,6 +41,7 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
     config, rules = task.model.config.get_text_config(), {name or OWN: rule for name, rule in task.attentions.items()}
     layers, data = config.num_hidden_layers, getattr(trainer, "datamodule", None)
     data_sets = {} if data is None else data.facts(split)
+    report = {} if data is None else data.report[split]
     return {
         "machine": describe(),
         "command": command,
@@ -54,6 +58,7 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
             for name, rule in rules.items()
         },
         "measured": {name: _measured(trainer, f"{split}/" if name == OWN else f"{split}/{name}/") for name in rules},
+        "filtered": {part: context_measures(report, part) for part in filtered_parts(report)},
         "data_sets": {name: _about_questions(part, rules, layers) for name, part in data_sets.items()},
     }
 

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lrsa_lit.checkpoints.resume import RUN, about
 from lrsa_lit.checkpoints.stop import Terminated
+from lrsa_lit.data.filters.measures import metrics_of
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import redacted
 from lrsa_lit.io import write_atomically
@@ -57,11 +58,18 @@ class RecordConfig(SaveConfigCallback):
             run.keep_under(Path(trainer.default_root_dir))
         super().setup(trainer, pl_module, stage)
         logger, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
-        if logger is None or not isinstance(data, QADataModule):
+        if not isinstance(data, QADataModule):
+            return
+        opened = [split for split in data.report if split not in self._recorded_splits]
+        self._recorded_splits.update(opened)
+        for split in opened:
+            if found := metrics_of(data.report[split], split):
+                for each in trainer.loggers:
+                    each.log_metrics(found, step=trainer.global_step)
+        if logger is None:
             return
         with logger.answering():
-            for split in [split for split in data.report if split not in self._recorded_splits]:
-                self._recorded_splits.add(split)
+            for split in opened:
                 logger.experiment.log_inputs(logger.run_id, [_dataset_input(data, split)])
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
