@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.data.filters.measures import context_measures, filtered_parts
+from lrsa_lit.data.filters.filter_measures import context_measures, filtered_parts
 from lrsa_lit.data.module import Split
 from lrsa_lit.data.split_facts import SplitFacts
 from lrsa_lit.models.flops import kv_ratio
@@ -30,7 +30,7 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
         - ``measured``: for each name, where there are answers, what the attention took, by the names of
           :data:`~lrsa_lit.tasks.measures.MEASURES`;
         - ``filtered``: for each data set whose contexts a filter has shortened, what that has left, by the names of
-          :data:`~lrsa_lit.data.filters.measures.MEASURES`;
+          :data:`~lrsa_lit.data.filters.filter_measures.MEASURES`;
         - ``data_sets``: for each name, as in those lines ("" without a mixture), ``set_digest``, ``questions``,
           ``length`` (mean tokens), ``contexts`` (for each question the number of its context) and ``kv_share`` (for
           each attention, the key-value pairs that it attends to as a share of all). The lines of a data set are in the

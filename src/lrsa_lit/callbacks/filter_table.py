@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from lrsa_lit.data.filters.measures import MEASURES, context_measures, filtered_parts
+from lrsa_lit.data.filters.filter_measures import MEASURES, context_measures, filtered_parts
 from lrsa_lit.data.module import QADataModule, Split
 
 

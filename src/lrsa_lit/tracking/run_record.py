@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lrsa_lit.checkpoints.resume import RUN, about
 from lrsa_lit.checkpoints.stop import Terminated
-from lrsa_lit.data.filters.measures import metrics_of
+from lrsa_lit.data.filters.filter_measures import metrics_of
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import redacted
 from lrsa_lit.io import write_atomically
