@@ -139,7 +139,7 @@ def test_the_loss_is_squared_error_and_penalty(exact):
     made.configure_model()
     (total,) = made.summed_losses(rows, 0)
     mean = total.detach() / sum(map(made.objective.count, rows["sizes"]))
-    part, shown, logged = made.head_gates.penalised(mean, mean, rows)
+    part, shown, logged = made.head_gates.penalised(mean, mean, rows, 0, 1)
     torch.testing.assert_close(part.detach().double(), exact[0], rtol=1e-5, atol=0)
     assert (shown, logged["train/loss/hidden"]) == (part, mean)
     assert (logged["train/gates/open"], float(logged["train/gates/mean"])) == (0.5, pytest.approx(0.525))
@@ -262,9 +262,9 @@ def test_a_size_of_what_is_evaluated_is_named_whole():
 
 def test_texts_that_hide_nothing_are_refused():
     made = task()
-    made.check_objective(12)
+    made.check_objective(12, 1)
     with refused("head_gates.init_args.recent", 9, reason="leaves nothing of 11 tokens"):
-        made.check_objective(11)
+        made.check_objective(11, 1)
 
 
 def test_what_trains_gates_holds_no_past():

@@ -270,6 +270,8 @@ def _row(run: Run) -> dict[str, Any]:
     model = params["model.backbone.source"].rstrip("/").rsplit("/", 1)[-1].split(".")[0]
     if params.get("model.train_attention") == "None":
         model += "-dense"
+    if params.get("model.spectra", "None") != "None":
+        model += f" spectra={params['model.spectra.ratio']}"
     if of_heads != "None":
         model += f" head_top_k={of_heads}"
     if system != "None":

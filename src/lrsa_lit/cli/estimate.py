@@ -70,8 +70,8 @@ def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer
     if task.backbone.quantization is not None:
         reason = "model.backbone.quantization is not estimated; it needs the weights themselves"
         raise UserError("--estimate", reason=reason)
-    if task.head_gates is not None:
-        reason = "model.head_gates is not estimated"
+    if task.part is not None:
+        reason = f"model.{'spectra' if task.head_gates is None else 'head_gates'} is not estimated"
         raise UserError("--estimate", reason=reason)
     batches, lengths = _batches(data)
     options = {name: settings[name] for name in _TRAINER if settings.get(name) is not None}

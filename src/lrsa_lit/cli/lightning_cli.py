@@ -6,6 +6,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,10 +23,11 @@ from lrsa_lit.cli.run_cli import RunCLI
 from lrsa_lit.cli.settings_parser import OneLineParser, first_user_error, one_line
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError
+from lrsa_lit.models.checkpoint import holds_factors
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.systems import System
-from lrsa_lit.tasks import HeadGates, LongContextQA, TopKSchedule
+from lrsa_lit.tasks import HeadGates, LongContextQA, SoCo, TopKSchedule
 from lrsa_lit.tasks.measures import at_budgets
 from lrsa_lit.terminal import PlainConsole
 
@@ -37,7 +39,7 @@ class LRSACLI(RunCLI):
 
     task = LongContextQA
     data = QADataModule
-    kinds: ClassVar[Kinds] = (TopKSchedule, Compressor, System, Objective, HeadGates)
+    kinds: ClassVar[Kinds] = (TopKSchedule, Compressor, System, Objective, HeadGates, SoCo)
     slots: ClassVar[dict[str, Kinds]] = {
         "model.evaluate": _OF_RULES,
         "model.train_attention": _OF_RULES,
@@ -80,13 +82,16 @@ class LRSACLI(RunCLI):
         model = self.model
         if model.generate_answers or self.subcommand == "predict":
             self.datamodule.check_answers(str(self.subcommand))
-        if self.asked("ckpt_path") is not None and model.head_gates is None:
-            # It has all weights that were trained; beside gates there are none in it.
-            model.start_from = None
+        checkpoint = self.asked("ckpt_path")
+        if checkpoint is not None and model.head_gates is None:
+            # It has all weights that were trained, and it alone says which ranks factors have; beside gates there are
+            # none in it.
+            narrow = model.spectra is None and holds_factors(Path(checkpoint))
+            model.start_from = checkpoint if narrow else None
         model.start()
         if self.subcommand == "fit":
             model.check_training()
-            model.check_objective(self.datamodule.max_tokens)
+            model.check_objective(self.datamodule.max_tokens, self.trainer.max_steps)
             preflight.check_pairs(model, self.datamodule)
             self._open_teachers()
 
@@ -117,8 +122,9 @@ class LRSACLI(RunCLI):
         return [] if self.asked("model.head_gates") is None else [GatesRecord()]
 
     def needs_whole_weights(self) -> str:
-        """Gates of heads do."""
-        return "" if self.asked("model.head_gates") is None else "model.head_gates"
+        """Gates of heads do, and spectra."""
+        parts = ("model.head_gates", "model.spectra")
+        return next((part for part in parts if self.asked(part) is not None), "")
 
     def before_fit(self) -> None:
         """Validate at step 0, without what is the same in each validation."""

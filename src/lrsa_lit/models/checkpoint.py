@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.backbone import Backbone
-from lrsa_lit.models.checkpoint_file import Unreadable, read
+from lrsa_lit.models.checkpoint_file import Unreadable, read, reason_of
 from lrsa_lit.paths import expanded
 
 if TYPE_CHECKING:
@@ -123,12 +123,23 @@ def describe(
     backbone: Backbone,
     rule: dict[str, Any] | None,
     template_arguments: dict[str, Any] = {},  # noqa: B006 - read only
+    spectra: dict[str, Any] | None = None,
 ) -> None:
-    """Write into a checkpoint what :func:`load_trained` needs beside the weights."""
+    """Write into a checkpoint what :func:`load_trained` needs beside the weights.
+
+    Args:
+        checkpoint: that is written.
+        backbone: what it is trained from.
+        rule: that it is trained with.
+        template_arguments: of the chat template.
+        spectra: which components of spectra are kept, where these are trained.
+    """
     settings = dataclasses.asdict(backbone)
     # Whose code may run is for the one to say who loads it.
     del settings[_TRUST]
     checkpoint[_KEY] = {"backbone": settings, "rule": rule, "template_arguments": template_arguments}
+    if spectra is not None:
+        checkpoint[_KEY]["spectra"] = spectra
 
 
 def rule_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -137,8 +148,25 @@ def rule_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return rule if isinstance(rule, dict) else None
 
 
+def spectra_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What :func:`describe` has written of spectra; None where none are trained."""
+    spectra = (checkpoint.get(_KEY) or {}).get("spectra")
+    return spectra if isinstance(spectra, dict) else None
+
+
+def holds_factors(path: Path) -> bool:
+    """Whether some weights of a checkpoint, which can be read, are factors of low rank."""
+    from lrsa_lit.models.factors import is_factor
+    from lrsa_lit.models.shards import WEIGHTS, empty_weights
+
+    names = empty_weights(path) if path.is_dir() else read(path, tensors=False).get(WEIGHTS, {})
+    return any(is_factor(name.removeprefix(_PREFIX)) for name in names)
+
+
 def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:
     """Read a checkpoint that a fit has written. Every byte of it is checked, and no code in it runs.
+
+    Spectra are cut to what they may keep, and become factors of low rank.
 
     Args:
         path: the file, or the folder of a sharded checkpoint.
@@ -166,6 +194,8 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         if GATES in weights:
             hint = "name the model itself, and the file of gates as system DuoAttention's"
             raise UserError("model", path, reason="holds gates of heads and no weights", hint=hint)
+        if (spectra := spectra_in(content)) is not None:
+            backbone, weights = _folded(backbone, weights, spectra)
     except Unreadable as error:
         reason = f"is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
         raise UserError("model", path, reason=reason) from error
@@ -175,6 +205,20 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
     except (TypeError, ValueError) as error:
         raise UserError("model", path, reason=f"has no valid rule: {error}") from error
     return Trained(backbone, rule, weights, arguments)
+
+
+def _folded(
+    backbone: Backbone, weights: dict[str, Tensor], spectra: dict[str, Any]
+) -> tuple[Backbone, dict[str, Tensor]]:
+    """The model of low rank that is left of one with spectra; Unreadable if these are no such weights."""
+    from lrsa_lit.models.spectral_budget import SpectralBudget
+
+    settings = {name: value for name, value in spectra.items() if name != "total_steps"}
+    try:
+        budget = typed(SpectralBudget, settings, f"{_KEY}.spectra")
+        return dataclasses.replace(backbone, low_rank=budget.low_rank), budget.folded(weights)
+    except (LookupError, RuntimeError, ValueError) as error:
+        raise Unreadable(f"{_KEY}.spectra: {reason_of(error)}") from error
 
 
 def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.attention import base_of
+from lrsa_lit.errors import message_of
 from lrsa_lit.io import bring_to_disk, partial_folder, put_in_place
 from lrsa_lit.models import factor_file
 from lrsa_lit.models.adapters import RULE_FILE, read_adapters
+from lrsa_lit.models.added_biases import with_place_for_biases
 from lrsa_lit.models.backbone import ADAPTER_CONFIG
 from lrsa_lit.models.factors import factors_in, install, whole
 from lrsa_lit.models.loading import check_complete, system_errors
@@ -101,7 +103,10 @@ def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tenso
     base = base_of(model)
     if base is model and (factors := factors_in(state := model.state_dict() if weights is None else weights)):
         factor_file.write(folder, factors)
-        weights = whole(state)
+        try:
+            weights = with_place_for_biases(model, whole(state))
+        except ValueError as error:
+            raise AnotherModel(message_of(error)) from error
     # peft would ask the hub whether the vocabulary has grown, which it never does here.
     options = {} if base is model else {"save_embedding_layers": False}
     with _with_cache(base.config):

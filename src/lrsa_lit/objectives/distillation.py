@@ -33,7 +33,8 @@ class Distillation(Term):
         temperature: of both distributions; the loss is multiplied by its square, so that gradients stay as large.
         direction: forward is KL(teacher || model), reverse KL(model || teacher).
         top_n: compare the teacher's n most likely tokens and all others as one; null compares the whole vocabulary.
-        adapters: of a run that trains adapters and is its own teacher: whether the teacher has them, too.
+        adapters: of a run that trains adapters, or spectra, and is its own teacher: whether the teacher has them, too;
+            without them it is the model that training began with.
         teacher_dtype: of the weights of a teacher that is loaded.
         cached: read what ``lrsa distil-cache`` has kept of the teacher's ``top_n`` tokens, and load no teacher.
         weight: what the mean is multiplied with.

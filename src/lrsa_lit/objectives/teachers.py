@@ -23,6 +23,7 @@ from lrsa_lit.models.flops import Shape
 from lrsa_lit.models.head import Head, at_head
 from lrsa_lit.models.identity import digest_of
 from lrsa_lit.models.sources import trained_model
+from lrsa_lit.models.spectrum import without_scores
 from lrsa_lit.objectives.distribution import Distribution
 from lrsa_lit.strategies import is_sharded, shard
 
@@ -117,7 +118,7 @@ class OwnDense(Teacher):
     """The trained model's current weights under dense attention: no second copy of them, and dropout off.
 
     Args:
-        adapters: whether adapters are on; without them it is the base model.
+        adapters: whether adapters, or scores of spectra, are on; without them it is the base model.
     """
 
     adapters: bool = True
@@ -125,7 +126,7 @@ class OwnDense(Teacher):
     @torch.no_grad()
     def run(self, model: Any, batch: TrainBatch, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
         """As :class:`Teacher` has it."""
-        off = contextlib.nullcontext() if self.adapters else _without_adapters(model)
+        off = contextlib.nullcontext() if self.adapters else _without_additions(model)
         with off, dense_pass(model), _evaluating(model), outputs_of_layers(model, layers) as found:
             hidden = at_head(model, lambda rows, _: rows.flatten(0, 1), **inputs)
         return ModelPass(hidden, None, found)
@@ -224,11 +225,30 @@ def outputs_of_layers(model: Any, layers: Sequence[int]) -> Iterator[dict[int, T
             handle.remove()
 
 
+def check_own_teachers(teachers: Sequence[Teacher], *, beside: bool) -> None:
+    """Refuse that a model which trains with dense attention teaches itself what it says anyway.
+
+    Args:
+        teachers: of its objective.
+        beside: whether there are adapters, or scores of spectra, that a teacher may do without.
+
+    Raises:
+        UserError: one would.
+    """
+    if any(isinstance(each, OwnDense) and (each.adapters or not beside) for each in teachers):
+        hint = "set train_attention, or name another teacher"
+        if beside:
+            hint += ", or the model without what is trained: adapters: false"
+        reason = "a model that trains with dense attention teaches itself nothing"
+        raise UserError("objective", reason=reason, hint=hint)
+
+
 @contextlib.contextmanager
-def _without_adapters(model: Any) -> Iterator[None]:
-    """The base model alone, if there are adapters."""
+def _without_additions(model: Any) -> Iterator[None]:
+    """The base model alone, without adapters and scores of spectra, if there are any."""
     if not hasattr(model, "disable_adapter"):
-        yield
+        with without_scores(model):
+            yield
         return
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     with model.disable_adapter():

@@ -2,6 +2,7 @@
 
 from lrsa_lit.tasks.head_gates import HeadGates
 from lrsa_lit.tasks.question_answering import LongContextQA
+from lrsa_lit.tasks.soco import SoCo
 from lrsa_lit.tasks.top_k import AnnealedTopK, SampledTopK, TopKSchedule
 
-__all__ = ["AnnealedTopK", "HeadGates", "LongContextQA", "SampledTopK", "TopKSchedule"]
+__all__ = ["AnnealedTopK", "HeadGates", "LongContextQA", "SampledTopK", "SoCo", "TopKSchedule"]

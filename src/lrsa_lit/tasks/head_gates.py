@@ -19,15 +19,18 @@ from lrsa_lit.objectives import Pass, Term
 from lrsa_lit.objectives.teachers import OwnDense
 from lrsa_lit.systems import DuoAttention
 from lrsa_lit.systems.gated_heads import GatedHeads
+from lrsa_lit.tasks.trained_part import TrainedPart, check_alone, share_of_step
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from lrsa_lit.data.collate import ExampleSize, TrainBatch
     from lrsa_lit.models import Backbone
 
 _FIELD = "head_gates"
 
 
-class HeadGates(nn.Module):
+class HeadGates(TrainedPart, nn.Module):
     """One gate for each head: how much of dense attention it gets, the rest being sinks and recent tokens.
 
     All weights are frozen. Training minimises the mean squared error of the last hidden states to those under dense
@@ -76,13 +79,10 @@ class HeadGates(nn.Module):
         Raises:
             UserError: something else is to be trained, or evaluated, as well.
         """
-        reasons = {name: "gates train alone" for name, value in others.items() if value}
-        reasons |= {"backbone.lora": "all weights are frozen"} if backbone.lora is not None else {}
+        check_alone(_FIELD, others, "gates train alone")
+        check_alone(_FIELD, {"backbone.lora": backbone.lora}, "all weights are frozen")
         own = {"system": rule.system, "dense_layers": rule.dense_layers, "head_top_k": rule.head_top_k}
-        reasons |= {f"lrsa.{name}": "the heads' gates say what is dense" for name, value in own.items() if value}
-        if reasons:
-            name, reason = next(iter(reasons.items()))
-            raise UserError(name, reason=f"is not allowed beside head_gates: {reason}")
+        check_alone(_FIELD, {f"lrsa.{name}": of for name, of in own.items()}, "the heads' gates say what is dense")
         self.gates = nn.Parameter(torch.ones(backbone.config.num_hidden_layers, heads_of(backbone.config)))
         with under(f"{_FIELD}.init_args.served"):
             return rule.replace(system=DuoAttention(self.table, **self.arguments))
@@ -103,32 +103,32 @@ class HeadGates(nn.Module):
         """What they minimise besides the penalty."""
         return _LastHidden()
 
+    def install(self, model: Any) -> None:
+        """Freeze the weights; the training attention reads the gates from here."""
+        model.requires_grad_(False)
+
+    def prepare(self, optimizer: Optimizer) -> None:
+        """Clip behind each step."""
+        optimizer.register_step_post_hook(self.clip)
+
     def served(self, rule: LRSAConfig) -> LRSAConfig:
         """What :meth:`begin` returned, its size maybe changed since, with the gates as they are now."""
         assert isinstance(rule.system, DuoAttention)
         return rule.replace(system=dataclasses.replace(rule.system, gates=self.table))
 
-    def check(self, max_tokens: int) -> None:
+    def check(self, max_tokens: int, steps: int) -> None:
         """Raise a UserError if streaming attention would see all of the longest example."""
         if self.sink_size + self.recent >= max_tokens:
             sees = f"leaves nothing of {max_tokens} tokens to tell heads by; sink_size is {self.sink_size}"
             raise UserError(f"{_FIELD}.init_args.recent", self.recent, reason=sees)
 
-    def penalised(self, loss: Tensor, mean: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Add the penalty.
-
-        Args:
-            loss: the batch's part in that of a step.
-            mean: of the batch's squared errors.
-            batch: all examples of a step share the penalty.
-
-        Returns:
-            The part with the penalty's, the mean with the penalty, and what else is logged.
-        """
+    def penalised(
+        self, loss: Tensor, mean: Tensor, batch: TrainBatch, step: int, steps: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Add the penalty to squared errors."""
         now = self.gates.detach()
-        part = len(batch["sizes"]) / len(batch["step_sizes"])
         shown = {"loss/hidden": mean, "gates/mean": now.mean(), "gates/open": (now > 0.5).float().mean()}
-        of_step = loss + part * self.penalty * self.gates.mean()
+        of_step = loss + share_of_step(batch) * self.penalty * self.gates.mean()
         return of_step, mean + self.penalty * now.mean(), {f"train/{name}": value for name, value in shown.items()}
 
     @torch.no_grad()

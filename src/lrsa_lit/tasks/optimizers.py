@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lrsa_lit.errors import UserError, message_of
+from lrsa_lit.models.checkpoint import spectra_in
+from lrsa_lit.tasks.trained_part import TrainedPart
 
 Built = TypeVar("Built")
 
 
 def optimizer_of(
-    make_optimizer: Callable[[Any], Any], make_scheduler: Callable[[Any], Any] | None, parameters: list[nn.Parameter]
+    make_optimizer: Callable[[Any], Any],
+    make_scheduler: Callable[[Any], Any] | None,
+    parameters: list[nn.Parameter],
+    part: TrainedPart | None = None,
 ) -> tuple[Any, Any]:
-    """An optimizer over parameters and its schedule, or None; a UserError if one of them cannot be made."""
-    optimizer = _built("optimizer", make_optimizer, parameters)
+    """An optimizer over parameters and its schedule, or None; a UserError if one of them cannot be made.
+
+    A part that is trained in the place of weights may group the parameters and change the optimizer.
+    """
+    optimizer = _built("optimizer", make_optimizer, parameters if part is None else part.groups(parameters))
+    if part is not None:
+        part.prepare(optimizer)
     if make_scheduler is None:
         return optimizer, None
+    asked = [group["lr"] for group in optimizer.param_groups]
     scheduler = _built("lr_scheduler", make_scheduler, optimizer)
     if isinstance(scheduler, ReduceLROnPlateau):
         allowed = "one without a metric, as it is stepped after each optimizer step"
         raise UserError("lr_scheduler", type(scheduler).__name__, allowed)
+    first = optimizer.param_groups[0]["lr"]
+    for group, rate in zip(optimizer.param_groups, asked, strict=True):
+        if not math.isclose(group["lr"] * asked[0], first * rate, rel_tol=1e-6, abs_tol=1e-12):
+            allowed = "one that multiplies the rate of each group, such as CosineAnnealingLR, or null"
+            raise UserError("lr_scheduler", type(scheduler).__name__, allowed)
     return optimizer, scheduler
+
+
+def check_length(checkpoint: Mapping[str, Any], steps: int) -> None:
+    """Refuse to go on to another last step than the one that a checkpoint's schedule was made for."""
+    schedules = [("its learning-rate schedule is", state) for state in checkpoint.get("lr_schedulers", [])[:1]]
+    for what, state in (*schedules, ("its run of phases is", spectra_in(checkpoint) or {})):
+        if (planned := state.get("total_steps")) not in (None, steps):
+            reason = f"{what} {planned} steps long and cannot go on to max_steps={steps}"
+            raise UserError("ckpt_path", reason=f"{reason}; resume with max_steps={planned}")
 
 
 def _built(field: str, build: Callable[[Any], Built], argument: Any) -> Built:

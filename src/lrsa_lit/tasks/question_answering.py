@@ -23,7 +23,7 @@ from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.data.loaders import TrainerSettings
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.errors import UserError, named, under
-from lrsa_lit.evaluation.answers import Answers, scores
+from lrsa_lit.evaluation.answers import Answers
 from lrsa_lit.lightning_internals import trainer_of
 from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import Trained, check_weights, describe, rule_of, trained_weights
@@ -32,15 +32,18 @@ from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.models.sources import trained_model
 from lrsa_lit.objectives import AnswerLoss, Objective, summed_losses
 from lrsa_lit.objectives.positions import Positions
-from lrsa_lit.objectives.teachers import OwnDense, Teacher
+from lrsa_lit.objectives.teachers import Teacher, check_own_teachers
 from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import derived, evaluated
 from lrsa_lit.tasks.head_gates import HeadGates
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 from lrsa_lit.tasks.measures import measured
-from lrsa_lit.tasks.optimizers import optimizer_of
+from lrsa_lit.tasks.optimizers import check_length, optimizer_of
+from lrsa_lit.tasks.prediction_lines import prediction_lines
+from lrsa_lit.tasks.soco import SoCo
 from lrsa_lit.tasks.top_k import TopKSchedule, check_schedule
+from lrsa_lit.tasks.trained_part import TrainedPart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +68,8 @@ class LongContextQA(lightning.LightningModule):
         train_top_k: another K in each training step: falling (AnnealedTopK) or drawn from several (SampledTopK); null
             keeps the one of the training attention.
         head_gates: train gates of heads and no weights, and evaluate DuoAttention with them; null trains weights.
+        spectra: train scores of the singular values of keys and values and no weights (SoCo), and evaluate with the
+            components that are kept; null trains weights.
         evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}. One
             with ``dense_layers: {only: 30}`` stands for 30, named NAME-0 to NAME-29, each with that layer alone dense;
             {only: 30, beside: [18]} leaves layer 18 dense as well, {all_but: 30} all layers but one.
@@ -84,6 +89,7 @@ class LongContextQA(lightning.LightningModule):
         objective: Objective | None = None,
         start_from: str | None = None,
         head_gates: HeadGates | None = None,
+        spectra: SoCo | None = None,
         evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
         max_new_tokens: int = 32,
         generate_answers: bool = True,
@@ -99,12 +105,13 @@ class LongContextQA(lightning.LightningModule):
         self.train_top_k = train_top_k
         check_schedule(train_top_k, self.train_config)
         self.objective = AnswerLoss() if objective is None else objective
-        if self.train_config is None and any(isinstance(term.teacher, OwnDense) for term in self.objective.terms):
-            raise UserError("objective", reason="a model that trains with dense attention teaches itself nothing",
-                            hint="set train_attention, or name another teacher")  # fmt: skip
+        if self.train_config is None:
+            check_own_teachers(self._teachers, beside=spectra is not None or backbone.lora is not None)
         self.start_from = start_from
         self.attentions = evaluated(lrsa, evaluate)
-        self.head_gates = head_gates
+        self.head_gates, self.spectra = head_gates, spectra
+        if spectra is not None:
+            spectra.begin(backbone, {"head_gates": head_gates})
         if head_gates is not None:
             others = {"objective": objective, "train_attention": train_attention, "train_top_k": train_top_k}
             self.lrsa = self.attentions[""] = head_gates.begin(backbone, lrsa, others)
@@ -140,14 +147,19 @@ class LongContextQA(lightning.LightningModule):
             raise UserError("train_attention", type(system).__name__, reason="is a system that cannot train",
                             hint="model.train_attention: null trains dense")  # fmt: skip
 
-    def check_objective(self, max_tokens: int) -> None:
+    @property
+    def part(self) -> TrainedPart | None:
+        """What is trained in the place of weights, if it is not these."""
+        return self.head_gates or self.spectra
+
+    def check_objective(self, max_tokens: int, steps: int) -> None:
         """Refuse an objective that asks for more than examples of so many tokens or the model have, or for no teacher.
 
         Raises:
-            UserError: it does.
+            UserError: it does, or a part that is trained in the place of weights cannot be in so many steps.
         """
-        if self.head_gates is not None:
-            self.head_gates.check(max_tokens)
+        if self.part is not None:
+            self.part.check(max_tokens, steps)
         with under("objective"):
             self.objective.check(max_tokens, self.backbone.config.num_hidden_layers)
             for teacher in self._teachers:
@@ -198,8 +210,8 @@ class LongContextQA(lightning.LightningModule):
         if self.model is not None:
             return
         self.model = self.start().build()
-        if self.head_gates is not None:
-            self.model.requires_grad_(False)
+        if self.part is not None:
+            self.part.install(self.model)
         enable(self.model, self.train_config or self.lrsa)
         if self.train_config is None:
             disable(self.model)
@@ -210,8 +222,6 @@ class LongContextQA(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule in steps."""
         optimizer, scheduler = self._optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.head_gates is not None:
-            optimizer.register_step_post_hook(self.head_gates.clip)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -221,25 +231,23 @@ class LongContextQA(lightning.LightningModule):
         self._optimizer([nn.Parameter(torch.zeros(1, 1))])
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> tuple[Any, Any]:
-        return optimizer_of(self.make_optimizer, self.make_scheduler, parameters)
+        return optimizer_of(self.make_optimizer, self.make_scheduler, parameters, self.part)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other weights or of a schedule of another length."""
         check_weights(checkpoint["state_dict"], trained_weights(self.backbone, self))
         if not self.trainer.training:
             warn_of_others(rule_of(checkpoint), [rule for rule in self.attentions.values() if rule is not None])
-        steps = [state.get("total_steps") for state in checkpoint.get("lr_schedulers", [])]
-        planned = self.trainer.max_steps
-        if self.trainer.training and steps and steps[0] not in (None, planned):
-            reason = f"its learning-rate schedule is {steps[0]} steps long and cannot go on to max_steps={planned}"
-            raise UserError("ckpt_path", reason=f"{reason}; resume with max_steps={steps[0]}")
+        if self.trainer.training:
+            check_length(checkpoint, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, if that is adapters or gates, and say what it is."""
         checkpoint["state_dict"] = trained_weights(self.backbone, self, checkpoint["state_dict"])
         # Beside gates, no weights were trained under any rule.
         rule = None if self.train_config is None or self.head_gates is not None else self.train_config.to_dict()
-        describe(checkpoint, self.backbone, rule, self.template_arguments)
+        spectra = None if self.spectra is None else self.spectra.described(self.trainer.max_steps)
+        describe(checkpoint, self.backbone, rule, self.template_arguments, spectra)
 
     def summed_losses(self, batch: TrainBatch, step: int) -> Tensor:
         """Each of the objective's terms, summed over the batch: at least float32; it does not wait for a GPU.
@@ -273,9 +281,10 @@ class LongContextQA(lightning.LightningModule):
                 self.log(f"train/loss/{term.name}", mean, batch_size=len(batch["id"]))
             shown += term.weight * mean
             loss = loss + term.weight / of_step * total
-        if self.head_gates is not None:
-            loss, shown, of_gates = self.head_gates.penalised(loss, shown, batch)
-            self.log_dict(of_gates, batch_size=len(batch["id"]))
+        if self.part is not None:
+            steps = self.trainer.global_step, self.trainer.max_steps
+            loss, shown, of_part = self.part.penalised(loss, shown, batch, *steps)
+            self.log_dict(of_part, batch_size=len(batch["id"]))
         self.log("train/loss", shown, prog_bar=True, batch_size=len(batch["id"]))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         # Lightning divides by the batches of a step, and the strategy by the devices that share the data.
@@ -298,24 +307,7 @@ class LongContextQA(lightning.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """The run's own answers, ready to be written as JSON lines."""
         texts, lengths = self.generate(batch, self.lrsa)
-        lines = []
-        for row, text in enumerate(texts):
-            if batch["repeated"][row]:
-                continue
-            found = scores(text, batch["answers"][row], batch["match"][row])
-            lines.append(
-                {
-                    "id": batch["id"][row],
-                    "prediction": text,
-                    "gold": list(batch["answers"][row]),
-                    "f1": found["f1"],
-                    "exact_match": found["em"],
-                    "prompt_tokens": batch["prompt_length"][row],
-                    "new_tokens": lengths[row],
-                    "config": self.lrsa.digest(),
-                }
-            )
-        return lines
+        return prediction_lines(batch, texts, lengths, self.lrsa)
 
     @torch.no_grad()
     def losses(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Tensor, Tensor]:
@@ -380,13 +372,19 @@ class LongContextQA(lightning.LightningModule):
         if self.logs_measures and self.trainer.state.fn != "fit":
             self.log_dict(measured(self.attentions, self.meters, self.backbone.config.num_hidden_layers, self._split))
         self._greedy.clear()
+        self.on_predict_epoch_end()
 
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
 
     def on_predict_epoch_start(self) -> None:
-        """Evaluate under the gates as they are now, if there are any."""
-        if self.head_gates is not None:
-            self.lrsa = self.attentions[""] = self.head_gates.served(self.lrsa)
+        """Evaluate with gates or spectra as they are now, if there are any."""
+        if self.part is not None:
+            self.lrsa = self.attentions[""] = self.part.served(self.lrsa)
+
+    def on_predict_epoch_end(self) -> None:
+        """Let them be trained again."""
+        if self.part is not None:
+            self.part.released()
 
     @property
     def _split(self) -> Literal["val", "test"]:

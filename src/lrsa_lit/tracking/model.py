@@ -32,7 +32,7 @@ class LogModel(Callback):
     adapters where those were trained. Without a best checkpoint it is the model as the training left it. A store on
     this machine has the folder written in its place; to any other it is uploaded. A fit that was stopped logs none, nor
     does one of adapters with scaled positions, which a folder of adapters cannot hold. Weights that a strategy has
-    sharded are left to their checkpoint.
+    sharded are left to their checkpoint. Of spectra it is the model of low rank that the best checkpoint makes.
 
     Args:
         what: ``all`` trained weights, which take as much room as the model; ``adapters`` leaves out models whose
@@ -47,8 +47,9 @@ class LogModel(Callback):
         logger = run_of(trainer)
         if logger is None or not isinstance(pl_module, LongContextQA) or shards_weights(trainer.strategy):
             return
-        if pl_module.head_gates is not None:
-            # The model is the one that it was.
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if pl_module.head_gates is not None or (pl_module.spectra is not None and not best):
+            # The model is the one that it was, or one that no checkpoint has made anything of.
             return
         adapted = pl_module.backbone.lora is not None
         if self.what == "none" or (self.what == "adapters" and not adapted):
@@ -60,10 +61,12 @@ class LogModel(Callback):
             with logger.answering():
                 local = _local_artifacts(logger)
                 target = scratch if local is None else local / FOLDER
-                best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-                weights = load_trained(Path(best)).weights if best else None
+                trained = load_trained(Path(best)) if best else None
+                model, weights = pl_module.model, None if trained is None else trained.weights
+                if pl_module.spectra is not None and trained is not None:
+                    model, weights = trained.build(), None
                 # A run that was taken up again may have logged one before.
-                save_folder(pl_module.model, pl_module.tokenizer, target, weights=weights, replace=True)
+                save_folder(model, pl_module.tokenizer, target, weights=weights, replace=True)
                 if local is None:
                     logger.experiment.log_artifacts(logger.run_id, str(scratch), FOLDER)
                     shutil.rmtree(scratch)

@@ -186,6 +186,8 @@ def rule_name(model: Mapping[str, Any]) -> str:
     """What a model's settings compress by, in a word: ``L128-K32``, or the name of a system."""
     if model.get("head_gates") is not None:
         return "gates"
+    if (spectra := model.get("spectra")) is not None:
+        return f"soco{spectra['init_args']['ratio']:g}-{rule_name({**model, 'spectra': None})}"
     of_heads, system = (model["lrsa"].get(name) for name in ("head_top_k", "system"))
     if system is not None:
         return str(system["class_path"].rpartition(".")[2])

@@ -1,0 +1,44 @@
+"""Biases of keys and values that a model did not have, in a folder that transformers loads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def with_place_for_biases(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model whose config has a place for each bias, which may change that config.
+
+    Families have biases in all of an attention's projections or, by ``attention_bias: false``, in none. Deviations of
+    spectra are biases of keys and values alone: the other projections then get biases of zero.
+
+    Args:
+        model: a ``PreTrainedModel`` whose config is about to be written.
+        weights: about to be written, by their names.
+
+    Raises:
+        ValueError: its family has no such setting, in one line.
+    """
+    names = _names(model, model.config)
+    homeless = [name for name in weights if name.endswith("_proj.bias") and name not in names]
+    if not homeless:
+        return dict(weights)
+    changed = copy.deepcopy(model.config)
+    changed.get_text_config().attention_bias = True
+    wider = _names(model, changed)
+    if missing := [name for name in homeless if name not in wider]:
+        raise ValueError(f"{type(model).__name__} has no place for {missing[0]}; train with deviation_rate: 0")
+    model.config.get_text_config().attention_bias = True
+    like = weights[homeless[0]]
+    zeros = {name: like.new_zeros(shape) for name, shape in wider.items() if name not in {*names, *homeless}}
+    return {**weights, **zeros}
+
+
+def _names(model: Any, config: Any) -> dict[str, torch.Size]:
+    """The weights of a model of the same class, by name, with their shapes."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in type(model)(copy.deepcopy(config)).state_dict().items()}

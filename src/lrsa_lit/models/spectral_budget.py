@@ -1,0 +1,125 @@
+"""How much of keys and values spectra may keep, and the factors of low rank that a training leaves of them.
+
+Dimensions: G blocks of a layer that are decomposed by themselves, R components of a block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from lrsa_lit.attention.low_rank_linear import LowRankLinear
+from lrsa_lit.bounds import check_setting
+from lrsa_lit.errors import UserError
+from lrsa_lit.models.factors import PROJECTIONS, projections
+from lrsa_lit.models.low_rank import LowRank
+from lrsa_lit.models.spectrum import SpectrumLinear, pruned, scores_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LAYER = re.compile(r"\.(\d+)\.")
+_LOGITS = ".logits"
+_PARTS = ("left", "sigma", "right", "logits", "deviation")
+
+
+@dataclass(frozen=True)
+class SpectralBudget:
+    """What may be kept of the spectra of key and value projections.
+
+    Args:
+        ratio: components of all layers together, as a share of the width of their keys and values, in (0, 1].
+        threshold: the scores of what is kept are above it.
+        grouping: "joint" decomposes a layer's whole matrix, "head" that of each key-value head by itself.
+        dense_layers: layers that have no spectrum.
+    """
+
+    ratio: float
+    threshold: float = 0.05
+    grouping: Literal["joint", "head"] = "joint"
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_setting("ratio", self.ratio, 0.0 < self.ratio <= 1.0, "above 0 and at most 1")
+        check_setting("threshold", self.threshold, 0.0 <= self.threshold < 1.0, "from 0 to below 1, where scores begin")
+        check_setting("grouping", self.grouping, self.grouping in ("joint", "head"), "joint or head")
+        object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
+
+    @property
+    def low_rank(self) -> LowRank:
+        """What the model is in the end."""
+        return LowRank(self.ratio, grouping=self.grouping, dense_layers=self.dense_layers)
+
+    def check(self, config: Any) -> None:
+        """Refuse a model by the config of its text model.
+
+        Raises:
+            UserError: it shares keys and values between layers or stores them compressed, which is said of "spectra";
+                it has no such dense layer, or a ratio leaves blocks without a component.
+        """
+        try:
+            self.low_rank.check(config)
+        except UserError as error:
+            field = error.field.removeprefix("low_rank.").replace("low_rank", "spectra")
+            raise UserError(field, error.value, error.allowed, reason=error.reason) from error
+        width = self.low_rank.width(config)
+        if self.ratio * width < 1:
+            allowed = f"at least {1 / width:.3g}: each of {width} components, or more, keeps one"
+            raise UserError("ratio", self.ratio, allowed)
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Put spectra in the place of a model's key and value projections.
+
+        Raises:
+            UserError: as of :meth:`check`; the model has no such linear layers.
+        """
+        config = model.config.get_text_config()
+        self.check(config)
+        for index, attention in enumerate(projections(model)):
+            for name in PROJECTIONS if index not in self.dense_layers else ():
+                linear = getattr(attention, name)
+                if type(linear) is not nn.Linear:
+                    raise UserError("spectra", type(linear).__name__, reason="is no plain linear layer")
+                setattr(attention, name, SpectrumLinear(linear, self.low_rank.blocks(config)))
+
+    def kept(self, scores: Mapping[str, Tensor], whole: int) -> list[Tensor]:
+        """The components to keep, (G, R) bool on the CPU for each layer.
+
+        Args:
+            scores: (G, R) of each layer, by its name in the model.
+            whole: the floats of a token's keys and values in these layers.
+        """
+        layers = [int(found[1]) if (found := _LAYER.search(name)) else 0 for name in scores]
+        return pruned(list(scores.values()), layers, self.threshold, int(self.ratio * whole + 0.5))
+
+    def folded(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a model of low rank that computes what one with spectra computes of its kept components.
+
+        Scores go into the right factors, B; deviations that are not zero are biases.
+
+        Args:
+            weights: of a model with spectra, by their names.
+        """
+        names = [name.removesuffix(_LOGITS) for name in weights if name.endswith(_LOGITS)]
+        parts = {name: {part: weights[f"{name}.{part}"] for part in _PARTS} for name in names}
+        scores = {name: scores_of(part["logits"]) for name, part in parts.items()}
+        kept = self.kept(scores, sum(len(part["deviation"]) for part in parts.values()))
+        own = {f"{name}.{part}" for name in names for part in (*_PARTS, "bias")}
+        found = {name: weight for name, weight in weights.items() if name not in own}
+        for (name, part), of_layer in zip(parts.items(), kept, strict=True):
+            own_bias, deviation = weights.get(f"{name}.bias"), part["deviation"]
+            bias = (
+                None if own_bias is None and not deviation.any() else deviation + (0 if own_bias is None else own_bias)
+            )
+            scale = part["sigma"] * scores[name]
+            factors = [
+                (right[of_block].T, (left[:, of_block] * of_scale[of_block]).T)
+                for left, of_scale, right, of_block in zip(part["left"], scale, part["right"], of_layer, strict=True)
+            ]
+            layer = LowRankLinear.of(factors, bias)
+            found |= {f"{name}.{each}": weight for each, weight in layer.state_dict().items()}
+        return found
