@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from helpers import narrowed
 from interpreter import hasten
 
 # Triton reads this when it is first imported, which any library may do.
@@ -28,6 +29,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 # The tensors of the tests are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    about = "make keys and values of the small random models from latents of half the rank: of a layer, or of each head"
+    parser.addoption("--low-rank", choices=["joint", "head"], help=about)
+
+
+def pytest_configure(config):
+    """Before tests are collected, which take functions by their names."""
+    if config.getoption("low_rank"):
+        from lrsa_lit.models import tiny
+
+        whole = tiny.tiny_model
+        tiny.tiny_model = lambda **options: narrowed(whole(**options), config.getoption("low_rank"))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,16 @@ Compress = Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]
 """(L, D) keys, values, next keys and next values of one head and partition -> (K, D) keys and values."""
 
 
+def narrowed(model: Any, grouping: str, ratio: float = 0.5) -> Any:
+    """A model whose keys and values come from latents of low rank, in place; one without k_proj stays as it is."""
+    from lrsa_lit.models import LowRank
+    from lrsa_lit.models.factors import factor
+
+    with contextlib.suppress(ValueError):
+        factor(model, LowRank(ratio=ratio, grouping=grouping))
+    return model
+
+
 class Recorded(NamedTuple):
     """A run of the published cache: keys, values (1, H, T, D), visible (H, T, T), kept (H, stored) and its numbers."""
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import narrowed
 from torch import Tensor
 
 from lrsa_lit.attention import LRSAConfig
@@ -49,8 +50,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    return build
+def tiny(request):
+    grouping = request.config.getoption("--low-rank")
+    if grouping is None:
+        return build
+    return lambda *args, **options: narrowed(build(*args, **options), grouping)
 
 
 @pytest.fixture(scope="session")
