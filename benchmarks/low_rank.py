@@ -2,9 +2,10 @@
 
     python benchmarks/low_rank.py [--ranks 160 128 96 64] [--fitted 8 --fitted-tokens 512] [--contexts 2 --tokens 384]
 
-SmolLM2-135M on HotpotQA's contexts. Whitening is by the moments of the first contexts of the training split; the loss is
-that of the first contexts of the validation split, which share no question with them. Ranks are those of a layer's keys,
-and of its values; a head of ``head`` has the rank / H. Prints a table, and writes ``results/low_rank_DATE_cpu.json``.
+SmolLM2-135M on HotpotQA's contexts. Whitening is by the moments of the first contexts of the training split; the loss
+is that of the first contexts of the validation split, which share no question with them. Ranks are those of a layer's
+keys, and of its values; a head of ``head`` has the rank / H. Prints each loss, and writes
+``results/low_rank_DATE_cpu.json``.
 """
 
 from __future__ import annotations

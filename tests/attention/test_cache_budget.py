@@ -6,9 +6,23 @@ from helpers import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, at_budget, head_of, prefill, shares, using
+from lrsa_lit.attention import (
+    Greedy,
+    LRSACache,
+    LRSAConfig,
+    at_budget,
+    cache_share,
+    enable,
+    head_of,
+    prefill,
+    shares,
+    using,
+)
 from lrsa_lit.errors import UserError
-from lrsa_lit.models.tiny import tiny_model
+from lrsa_lit.models import Backbone, LowRank
+from lrsa_lit.models.factors import factor
+from lrsa_lit.models.folder import save_folder
+from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import Centroids, LagRelative, QueryAttention, TokenGate
 from lrsa_lit.systems import (
     TOVA,
@@ -197,3 +211,35 @@ def test_a_system_without_a_size_is_refused(monkeypatch):
     monkeypatch.setattr(KeyNorm, "budget_field", "")
     with refused("budget", 0.5, reason="KeyNorm has no size"):
         at_budget(LRSAConfig(system=KeyNorm()), 0.5, 100, LAYERS, Head(2, 16, 2))
+
+
+@pytest.mark.parametrize(("dense", "whole"), [((), (2,)), ((1,), ())])
+def test_a_cache_of_latents_holds_what_its_budget_says(dense, whole):
+    low_rank = LowRank(ratio=0.5, grouping="head", dense_layers=whole)
+    backbone = Backbone("tiny", low_rank=low_rank)
+    model = tiny_model(num_layers=LAYERS).eval()
+    factor(model, low_rank)
+    backbone.config.num_hidden_layers = LAYERS
+    config = LRSAConfig(sink_size=4, lag_size=8, top_k=2, latents=True, dense_layers=dense)
+    for share in (0.4, 0.5):
+        found = at_budget(config, share, 96, LAYERS, backbone.head)
+        cache = LRSACache.of(enable(model, found))
+        with torch.no_grad():
+            model(torch.arange(3, 99)[None], past_key_values=cache)
+        (measured,) = cache.measured(1)
+        assert measured.held / measured.dense <= share
+        more = found.replace(top_k=found.top_k + 1)
+        assert cache_share(more, 96, LAYERS, backbone.head) > share
+        expected = cache_share(found, 96, LAYERS, backbone.head)
+        assert measured.held / measured.dense == pytest.approx(expected, rel=1e-6)
+    with refused("budget", reason="", allowed="at least"):
+        at_budget(config, 0.1, 96, LAYERS, backbone.head)
+    with refused("latents", reason="are not there"):
+        at_budget(config, 0.5, 96, LAYERS, HEAD)
+
+
+def test_factors_in_a_folder_are_counted_as_those_that_are_made(tmp_path):
+    for grouping in ("joint", "head"):
+        made = Backbone("tiny", low_rank=LowRank(ratio=0.25, grouping=grouping, dense_layers=(1,)))
+        save_folder(made.build(), tiny_tokenizer(), tmp_path / grouping)
+        assert Backbone(str(tmp_path / grouping)).head == made.head

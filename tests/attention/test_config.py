@@ -92,6 +92,7 @@ CHANGES = [
     {"system": KeyNorm(0.25)},
     {"head_top_k": (32, (0, 1))},
     {"head_top_k": (32, (0, 2))},
+    {"latents": True},
 ]
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from lrsa_lit.attention import LRSACache, LRSAConfig, base_of, cache_argument, using
 from lrsa_lit.attention.decoding.end_of_prompt import repeat_prompt
 from lrsa_lit.attention.families import attention_modules
-from lrsa_lit.attention.scored_tokens import gate_scores, hidden_states
+from lrsa_lit.attention.module_calls import hidden_states
+from lrsa_lit.attention.scored_tokens import gate_scores
 from lrsa_lit.bounds import check_setting
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import LagRelative, Rule, compressed_at, select

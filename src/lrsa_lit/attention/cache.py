@@ -53,6 +53,8 @@ class LRSACache(Cache):
             field = "compressor" if config.system is None else "system"
             reason = "works on keys without their rotation, which only the model knows: use LRSACache.of(model)"
             raise UserError(field, type(getattr(config, field)).__name__, reason=reason)
+        if config.latents and not layers.latents:
+            raise UserError("latents", reason="are read by a model alone: use LRSACache.of(model)")
         self.lease: Lease | None = None
         self._busy: Literal["call", "change"] | None = None
         self.prompt_ended = False
@@ -94,6 +96,8 @@ class LRSACache(Cache):
             raise UserError("config.compressor", type(compressor).__name__, reason=reason)
         if config.system is not None:
             raise UserError("config.system", type(config.system).__name__, reason="needs enable(model, …)")
+        if config.latents:
+            raise UserError("config.latents", reason="need enable(model, …); stock attention is handed keys and values")
         warn_if_trained_otherwise(inner, config)
         cache = cls(config, len(attention_modules(inner)), layers)
         cache.lease = lease(inner.base_model)
@@ -151,7 +155,7 @@ class LRSACache(Cache):
     @property
     def graphable(self) -> bool:
         """Whether :func:`~lrsa_lit.attention.graphed_decoding` can serve it."""
-        return self.config.system is None or self.config.system.graphable
+        return not self.config.latents and (self.config.system is None or self.config.system.graphable)
 
     @property
     def nbytes(self) -> int:

@@ -94,17 +94,17 @@ class LRSACacheLayer(CacheLayerMixin):
                 "LRSACache.of(model, config) for its stock attention; each layer stores once per call, so gradient "
                 "checkpointing, which runs layers again, excludes it",
             )
-        has, given = [part.stored for part in self.streams[0].parts], (key_states.shape[1], key_states.shape[3])
-        stored = [pair[0] for pair in has if pair is not None]
-        if stored and (sum(keys.shape[1] for keys in stored), stored[0].shape[3]) != given:
-            shapes = (sum(keys.shape[1] for keys in stored), stored[0].shape[3]), given
+        has, given = [part.stored_shape for part in self.streams[0].parts], (key_states.shape[1], key_states.shape[3])
+        stored = [shape for shape in has if shape is not None]
+        if stored and (sum(shape[1] for shape in stored), stored[0][3]) != given:
+            shapes = (sum(shape[1] for shape in stored), stored[0][3]), given
             held, new = (f"{heads} heads of {channels} channels" for heads, channels in shapes)
             raise UserError("cache", reason=f"it holds {held} of another model and cannot continue {new}")
         self.is_initialized = True
         # A dense cache would hold so much of each token.
         self._token_bytes = sum(states[0, :, 0].nbytes for states in (key_states, value_states))
         if not self.stock:
-            self._step, self._given = "given", (key_states.shape[:3], value_states.shape)
+            self._step, self._given = "given", (key_states.shape[:3], value_states.shape[:3])
             return key_states, value_states
         self._step = "storing"
         pair = self._stock_stream.extend(key_states, value_states)
@@ -114,12 +114,13 @@ class LRSACacheLayer(CacheLayerMixin):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of new tokens, whose keys and values :meth:`update` was given; outputs of pads are 0.
 
-        Queries and output are (B, Hq, N, D), keys and values (B, H, N, D); the keys may have got scores in between.
+        Queries and output are (B, Hq, N, D), keys and values (B, H, N, D). Keys may have got scores since, and both
+        latents.
 
         Raises:
             UserError: the layer did not hand these tokens to :meth:`update`, or attends to them again.
         """
-        if self._step != "given" or self._given != (key.shape[:3], value.shape):
+        if self._step != "given" or self._given != (key.shape[:3], value.shape[:3]):
             raise UserError(
                 "cache",
                 reason="a layer must attend once to what it stored; this model's attend more often, to other keys, "
@@ -244,5 +245,5 @@ class LRSACacheLayer(CacheLayerMixin):
 
 def _stored_tokens(stream: Stream) -> float:
     """Of all rows together, mean of the heads."""
-    keys = [pair[0] for pair in (part.stored for part in stream.parts) if pair is not None]
-    return sum(part.shape[:3].numel() for part in keys) / max(sum(part.shape[1] for part in keys), 1)
+    shapes = [shape for shape in (part.stored_shape for part in stream.parts) if shape is not None]
+    return sum(shape[:3].numel() for shape in shapes) / max(sum(shape[1] for shape in shapes), 1)

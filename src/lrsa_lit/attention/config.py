@@ -12,6 +12,8 @@ from typing import Any
 
 from lrsa_lit.attention import budgets
 from lrsa_lit.attention.budgets import HeadTopK
+from lrsa_lit.attention.latent_stream import LatentStream
+from lrsa_lit.attention.latents import LatentReader
 from lrsa_lit.bounds import check_setting, is_integer, is_weight, replaced
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
@@ -23,6 +25,7 @@ from lrsa_lit.ops.sparse_attention import (
     LagRelative,
     Rotary,
     Rule,
+    Selector,
     Stream,
     ValueWeighted,
 )
@@ -34,8 +37,8 @@ class LayerRules:
     """Which rule or system each layer of a model obeys.
 
     Those whose index is in ``dense`` keep ordinary causal attention. A ``system`` takes the place of the rule, and
-    ``budgets`` that of its K. The rotation of each layer's keys is known where it is needed and there is a model to
-    read it from.
+    ``budgets`` that of its K. The rotation of each layer's keys, and what reads keys and values from ``latents``, is
+    known where it is needed and there is a model to read it from.
     """
 
     rule: Rule
@@ -43,6 +46,7 @@ class LayerRules:
     rotaries: tuple[Rotary, ...] = ()
     system: System | None = None
     budgets: HeadTopK | None = None
+    latents: tuple[LatentReader | None, ...] = ()
 
     def of(self, layer: int) -> Rule | HeadRules | None:
         """The rule of a layer, or the rules of its heads; None where it is dense or obeys the system."""
@@ -62,6 +66,9 @@ class LayerRules:
         if system is not None:
             return system.stream(self.place(layer), impl)
         rule = self.of(layer)
+        if self.latents and (reader := self.latents[layer]) is not None:
+            assert not isinstance(rule, HeadRules)
+            return LatentStream(rule, reader, impl)
         return GroupedStream.of(rule, impl) if isinstance(rule, HeadRules) else KeyValueStream(rule, impl)
 
     def place(self, layer: int) -> Place:
@@ -104,6 +111,8 @@ class LRSAConfig:
             the path of a JSON file with such a list. Or ``{ranking: FILE, budget: 0.25, tokens: 4096}``: of the heads
             or layers in a file of gates or of an ablation, as many of the best are dense as this share of a dense
             cache allows at the end of so many tokens, beside ``top_k`` in all others.
+        latents: let caches hold the latents of kept tokens in the place of their keys and values, in the layers that
+            make these from latents (``model.backbone.low_rank``). It changes what is held, not what is attended to.
 
     Raises:
         UserError: a value outside its bounds, in one line.
@@ -119,6 +128,7 @@ class LRSAConfig:
     system: System | None = None
     # Of no narrower type: a parser would take a list with a mistake for a path.
     head_top_k: Any = None
+    latents: bool = False
 
     def __post_init__(self) -> None:
         """Make the tuple and the compressor that JSON cannot write, then check each bound once."""
@@ -140,6 +150,21 @@ class LRSAConfig:
             if self.system is not None:
                 raise UserError("head_top_k", reason="is not allowed beside a system, which has no K")
             object.__setattr__(self, "head_top_k", budgets.checked(self.head_top_k, self.rule, self.dense_layers))
+        check_setting("latents", self.latents, isinstance(self.latents, bool), "true or false")
+        if self.latents:
+            self._check_latents()
+
+    def _check_latents(self) -> None:
+        """Latents are there of original tokens alone, and one reading serves all heads."""
+        compressor, reason = self.compressor, ""
+        if self.system is not None:
+            reason = "is not allowed beside a system, which holds keys and values"
+        elif self.head_top_k is not None:
+            reason = "is not allowed beside head_top_k, by which heads hold differently many"
+        elif not isinstance(compressor, Selector) or compressor.has_bias or compressor.takes_scores:
+            reason = f"is not allowed beside {type(compressor).__name__}, which keeps more or other than tokens"
+        if reason:
+            raise UserError("latents", reason=reason, hint="set latents: false")
 
     def _take_weight(self) -> None:
         """Let the weight stand here and not in the compressor: files that name digests have always had it here."""
@@ -181,8 +206,10 @@ class LRSAConfig:
         if isinstance(self.compressor, ValueWeighted):
             del compressor["init_args"]["value_weight"]
         values |= {"dense_layers": list(self.dense_layers), "compressor": compressor}
-        # Digests that files name are older than systems and budgets.
+        # Digests that files name are older than systems, budgets and latents.
         system, of_heads = values.pop("system"), values.pop("head_top_k")
+        if not self.latents:
+            del values["latents"]
         if system is not None:
             values["system"] = system.to_dict()
         if of_heads is not None:

@@ -32,6 +32,7 @@ from lrsa_lit.attention.attached import (
 from lrsa_lit.attention.cache import LRSACache, compressed_cache
 from lrsa_lit.attention.config import LRSAConfig
 from lrsa_lit.attention.families import attention_modules
+from lrsa_lit.attention.latents import LATENTS, attach_latents, with_latents
 from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions
 from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.attention.scored_tokens import SCORES, attach_gate, scored
@@ -93,6 +94,7 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
         place = layers.system_of(layer), layers.place(layer)
         attached = AttachedRule(state, rule, layer, *place, _tensor_of(rule))
         state.handles += attach_gate(module, attached, inner.config)
+        state.handles += attach_latents(module, layers.latents[layer] if layers.latents else None, CACHE)
         setattr(module, RULE, attached)
     decoder = inner.base_model
     state.handles += [
@@ -272,6 +274,7 @@ def _attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     cache: LRSACache | None = kwargs.get(CACHE)
     key = scored(key, query, attached, kwargs.get(SCORES), cached=cache is not None)
+    key, value = with_latents(key, value, kwargs.get(LATENTS))
     if not torch.compiler.is_compiling():
         output = _attend(module, layout, cache, query, key, value, scale)
     elif cache is None and _is_traceable(attached, layout, query, key):

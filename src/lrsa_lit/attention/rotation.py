@@ -14,6 +14,7 @@ from lrsa_lit.attention.attached import base_of
 from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.attention.config import LayerRules, LRSAConfig
 from lrsa_lit.attention.families import attention_modules
+from lrsa_lit.attention.latents import readers_of
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Rotary
 
@@ -22,18 +23,22 @@ KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def layers_of(model: Any, config: LRSAConfig) -> LayerRules:
-    """The rules of a model's layers, with their rotations if the compressor needs them.
+    """The rules of a model's layers, with their rotations if the compressor needs them, and readers of latents.
 
     Raises:
         UserError: the model has no such dense layer, other layers or heads than budgets are for, does not suit the
-            system, or has no rotation that could be taken off.
+            system, has no rotation that could be taken off, or no latents.
     """
     inner, layers = base_of(model), config.layers
     count, heads = len(attention_modules(inner)), heads_of(inner.config)
     layers.check(count, heads)
-    if not config.needs_rotary:
-        return layers
-    return dataclasses.replace(layers, rotaries=rotaries_of(model))
+    if config.needs_rotary:
+        layers = dataclasses.replace(layers, rotaries=rotaries_of(model))
+    if config.latents:
+        shared = getattr(config.compressor, "shared_heads", False) or config.top_k in (0, config.lag_size)
+        readers = readers_of(attention_modules(inner), rotaries_of(model), heads, shared=shared)
+        layers = dataclasses.replace(layers, latents=readers)
+    return layers
 
 
 def rotaries_of(model: Any) -> tuple[Rotary, ...]:

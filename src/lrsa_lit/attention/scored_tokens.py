@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrsa_lit.attention.attached import RULE, AttachedRule
 from lrsa_lit.attention.budgets import heads_of
+from lrsa_lit.attention.module_calls import hidden_states
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import HeadRules, TokenGate, with_scores
 
@@ -59,14 +60,6 @@ def gate_scores(hidden: Tensor, gate: Tensor) -> Tensor:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         return (hidden.to(dtype) @ gate.to(dtype).mT).transpose(1, 2)
-
-
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states (B, T, width) among the arguments of an attention module."""
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise UserError("model", reason="hands its attention no hidden states, which gates of tokens need")
-    return found
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.attention import cache_share, head_of
+from lrsa_lit.attention import cache_share
 from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.experiments.checks import bar_rows
@@ -87,12 +87,9 @@ class _Models:
 
     def check_cache(self, where: str, bar: Settings, row: Row, tokens: int) -> None:
         """A row that a bar names must be able to hold as little as the bar allows."""
-        import torch
-
         rule, backbone = self.study.rule_of(row, bar["inference"]), self._backbone(row)
-        itemsize = getattr(torch, backbone.dtype).itemsize
         layers = backbone.config.num_hidden_layers
-        share = 1.0 if rule is None else cache_share(rule, tokens, layers, head_of(backbone.config, itemsize))
+        share = 1.0 if rule is None else cache_share(rule, tokens, layers, backbone.head)
         if share > bar["cache"] + _HALF_A_PERCENT:
             holds = f"which row {row.name} holds under {bar['inference']} of {tokens} tokens"
             raise UserError(where, bar["cache"], f"at least {share:.3f}, {holds}")

@@ -165,15 +165,13 @@ def _at_budgets(
     chosen: dict[str, LRSAConfig], asked: Asked, tokens: int, fit_settings: FitSettings, given: Settings
 ) -> tuple[dict[str, LRSAConfig], list[str]]:
     """The attentions at each budget, by their names, and what of all cannot be set to one."""
-    import torch
-
-    from lrsa_lit.attention import at_budget, head_of
+    from lrsa_lit.attention import at_budget
     from lrsa_lit.models import Backbone
     from lrsa_lit.ops.sparse_attention import LagRelative
 
     backbone: Backbone = fit_settings.made("model.backbone", Backbone, given["model"]["backbone"])
     config = backbone.config.get_text_config()
-    head = head_of(config, getattr(torch, backbone.dtype).itemsize)
+    head = backbone.head
     found, left_out = {}, []
     for label, attention in chosen.items():
         if attention.system is not None and not attention.system.budget_field:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -22,6 +23,8 @@ from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lrsa_lit.systems.system import Head
 
 TINY = "tiny"
 """This source is a tiny random Llama, for tests and dry runs."""
@@ -169,6 +172,24 @@ class Backbone:
         if self.rope_scaling is not None:
             self.rope_scaling.apply(config.get_text_config())
         return config
+
+    @property
+    def head(self) -> Head:
+        """The key-value heads of a layer, as budgets count their bytes."""
+        import torch
+
+        from lrsa_lit.attention import head_of
+        from lrsa_lit.attention.budgets import heads_of
+        from lrsa_lit.models import factor_file
+
+        config, itemsize = self.config, getattr(torch, self.dtype).itemsize
+        head = head_of(config, itemsize)
+        if self.low_rank is not None:
+            return dataclasses.replace(head, latent=self.low_rank.latent_bytes(config, itemsize))
+        if not self.has_factors:
+            return head
+        sizes = heads_of(config), config.num_hidden_layers, head.pair, itemsize
+        return dataclasses.replace(head, latent=factor_file.latent_bytes(Path(self.location), *sizes))
 
     def build(self, *, dequantize: bool = False, factors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Load a ``PreTrainedModel`` in training mode, or a ``PeftModel`` around it; a UserError if that fails.

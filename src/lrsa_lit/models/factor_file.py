@@ -20,6 +20,26 @@ def write(folder: Path, factors: Mapping[str, Tensor]) -> None:
     save_file({name: weight.detach().cpu().contiguous() for name, weight in factors.items()}, folder / FACTOR_FILE)
 
 
+def latent_bytes(folder: Path, heads: int, layers: int, pair: int, itemsize: int) -> float:
+    """As :meth:`~lrsa_lit.models.LowRank.latent_bytes`, of the factors in a folder, whose weights are not read.
+
+    Args:
+        folder: that of the model.
+        heads: key-value heads of a layer.
+        layers: of the model.
+        pair: bytes of a key and a value of a head, which layers without factors hold.
+        itemsize: bytes of a number.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / FACTOR_FILE, "pt") as file:
+        shapes: dict[str, list[int]] = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
+    numbers = sum(shape[0] for name, shape in shapes.items() if name.endswith(".down.weight"))
+    places = sum(".k_proj.up." in name and name.endswith(".weight") for name in shapes)
+    factored = sum(name.endswith(".k_proj.down.weight") for name in shapes)
+    return ((numbers * itemsize + 4 * places) / heads + (layers - factored) * pair) / layers
+
+
 def read(folder: Path) -> dict[str, Tensor]:
     """The factors in a model's folder; a UserError if the file cannot be read."""
     from safetensors import SafetensorError

@@ -6,7 +6,6 @@ Dimensions: N layers, d width of the hidden states, w width of a layer's keys.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -77,15 +76,11 @@ def factor(model: PreTrainedModel, low_rank: LowRank, moments: Tensor | None = N
 
 
 def _ranks(layers: Sequence[nn.Module], low_rank: LowRank, config: Any) -> list[int]:
-    mean = low_rank.mean_rank(config)
     if low_rank.schedule == "uniform":
-        return [mean] * len(layers)
+        return [low_rank.mean_rank(config)] * len(layers)
     width = min(low_rank.width(config), config.hidden_size)
-    total = mean * len(layers)
-    if low_rank.ratio is not None:
-        total = max(math.floor(low_rank.ratio * len(layers) * width + 0.5), len(layers))
     logs = [sum(log_condition(_weight(getattr(layer, name))) for name in PROJECTIONS) for layer in layers]
-    return progressive_ranks(logs, total, width, low_rank.min_share)
+    return progressive_ranks(logs, low_rank.total_rank(config), width, low_rank.min_share)
 
 
 def install(model: PreTrainedModel, factors: Mapping[str, Tensor], *, of_these: bool = False) -> None:

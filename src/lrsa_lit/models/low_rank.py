@@ -108,13 +108,39 @@ class LowRank:
             raise UserError("low_rank.rank", rank, f"at most {width}, the width of {what}")
         return rank
 
+    def latent_bytes(self, config: Any, itemsize: int) -> float:
+        """Bytes that a cache of latents holds of a token for one key-value head, mean of the layers.
+
+        Each position is 4 bytes, and a latent of a layer serves all its heads.
+        """
+        layers, heads, blocks = int(config.num_hidden_layers), self.heads(config), self.blocks(config)
+        whole = len(self.dense_layers)
+        latent = blocks / heads * (2 * self.total_rank(config) / (layers - whole) * itemsize + 4)
+        return float((layers - whole) * latent + whole * 2 * self.head_dim(config) * itemsize) / layers
+
+    def total_rank(self, config: Any) -> int:
+        """The ranks of all layers together, of each matrix that is factored."""
+        layers = int(config.num_hidden_layers) - len(self.dense_layers)
+        mean = self.mean_rank(config)
+        if self.ratio is None or self.schedule == "uniform":
+            return mean * layers
+        width = min(self.width(config), int(config.hidden_size))
+        return max(int(self.ratio * layers * width + 0.5), layers)
+
+    @staticmethod
+    def heads(config: Any) -> int:
+        """Key-value heads of a layer."""
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+    @staticmethod
+    def head_dim(config: Any) -> int:
+        """Channels of a head."""
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
     def width(self, config: Any) -> int:
         """Columns of each matrix that is factored: D of a head, or H D of all key-value heads of a layer."""
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return head_dim if self.grouping == "head" else heads * head_dim
+        return self.head_dim(config) * (1 if self.grouping == "head" else self.heads(config))
 
     def blocks(self, config: Any) -> int:
         """Matrices that keys, or values, of a layer are factored in."""
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return int(heads) if self.grouping == "head" else 1
+        return self.heads(config) if self.grouping == "head" else 1

@@ -63,11 +63,14 @@ class Head:
         group: query heads that share it.
         dim: channels of a key, and of a value.
         itemsize: bytes of a number.
+        latent: bytes that a cache of latents holds of a token for it, a mean where layers differ; None where the model
+            has none.
     """
 
     group: int
     dim: int
     itemsize: int
+    latent: float | None = None
 
     @property
     def pair(self) -> int:

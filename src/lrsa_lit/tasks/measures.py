@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from lrsa_lit.attention import LRSAConfig, at_budget, head_of, mean_top_k, shares
+from lrsa_lit.attention import LRSAConfig, at_budget, mean_top_k, shares
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone
 from lrsa_lit.strategies import gathered
@@ -49,7 +47,7 @@ def at_budgets(
     if budget is None:
         return dict(rules)
     config = backbone.config.get_text_config()
-    of_model = config.num_hidden_layers, head_of(config, getattr(torch, backbone.dtype).itemsize)
+    of_model = config.num_hidden_layers, backbone.head
     try:
         return {name: rule and at_budget(rule, budget, max_tokens, *of_model) for name, rule in rules.items()}
     except UserError as error:

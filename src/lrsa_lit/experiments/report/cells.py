@@ -76,7 +76,8 @@ class Cell:
             return float(measured["cache"]) if measured else 1.0
         rule = LRSAConfig.from_dict(self.line["rule"])
         # Old results name no model; the bytes of a pair are the same on both sides, unless more than pairs is held.
-        if rule.system or rule.compressor.has_bias or rule.compressor.window or not self.line.get("length"):
+        further = rule.system or rule.latents or rule.compressor.has_bias or rule.compressor.window
+        if further or not self.line.get("length"):
             return None
         return cache_share(rule, self.line["length"], self.line["layers"], _ANY)
 

@@ -42,6 +42,7 @@ from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
+from lrsa_lit.ops.sparse_attention.shared_heads import SharedHeads
 from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
 from lrsa_lit.ops.sparse_attention.straight_through import StraightThrough
 from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
@@ -73,6 +74,7 @@ __all__ = [
     "Rule",
     "Selection",
     "Selector",
+    "SharedHeads",
     "SpreadSelector",
     "StraightThrough",
     "Stream",

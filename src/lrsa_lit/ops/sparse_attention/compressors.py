@@ -333,6 +333,7 @@ class Recency(Selector):
     """Keep the last K tokens of each partition."""
 
     constant: ClassVar[bool] = True
+    shared_heads: ClassVar[bool] = True
 
     def score(self, partitions: Partitions) -> Tensor:
         """The token's place in the partition."""
@@ -345,6 +346,7 @@ class Strided(Selector):
     """Keep every L/K-th token: the places floor(i L / K)."""
 
     constant: ClassVar[bool] = True
+    shared_heads: ClassVar[bool] = True
 
     def score(self, partitions: Partitions) -> Tensor:
         """One at the K places, zero elsewhere."""

@@ -53,6 +53,11 @@ class Stream(ABC):
         return (self,)
 
     @property
+    def stored_shape(self) -> torch.Size | None:
+        """The shape of the :attr:`stored` keys."""
+        return None if self.stored is None else self.stored[0].shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all that is held of the past; room that is made for later tokens does not count."""
         return 0 if self.stored is None else sum(part.numel() * part.element_size() for part in self.stored)
@@ -298,16 +303,21 @@ class KeyValueStream(Stream):
         if before == 0:
             buffer.append((key[:, :, :sink], value[:, :, :sink]))
             key, value = key[:, :, sink:], value[:, :, sink:]
-        count, run = partitions - before, implementation(self.impl, key)
-        windows = None
+        count, windows = partitions - before, None
         if queries is not None:
             used = count * self.rule.compressor.window
             windows = queries[:, :, :used].unflatten(2, (count, -1)).unflatten(1, (key.shape[1], -1))
             self._query_rows(queries).length = 0
             self._query_rows(queries).append((queries[:, :, used:],))
-        compact = run.compress(key, value, self.rule, count, before, windows)
+        compact = self._compact(key, value, count, windows)
         if self.rule.compressor.takes_scores:
             compact = without_scores(compact[0]), compact[1]
         buffer.append(compact)
         self.partitions = partitions
         return recent
+
+    def _compact(self, key: Tensor, value: Tensor, count: int, windows: Tensor | None) -> Pair:
+        """What the next ``count`` partitions become: keys and values (B, H, count K, D)."""
+        run = implementation(self.impl, key)
+        compact: Pair = run.compress(key, value, self.rule, count, self.partitions, windows)
+        return compact
