@@ -50,6 +50,12 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="session")
+def whole():
+    """Makes models with whole projections, whatever the options."""
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny(request):
     grouping = request.config.getoption("--low-rank")
     if grouping is None:

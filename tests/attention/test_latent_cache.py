@@ -29,8 +29,8 @@ def config(grouping, rule):
 
 
 @pytest.fixture(scope="module")
-def model(tiny, grouping, config):
-    return enable(narrowed(tiny("Llama"), grouping), config)
+def model(whole, grouping, config):
+    return enable(narrowed(whole("Llama"), grouping), config)
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def close(found, expected):
 
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "SmolLM3"])
-def test_logits_are_those_of_the_parallel_pass(family, sizes, grouping, config, tiny, tokens):
-    model, ids = enable(narrowed(tiny(family), grouping), config), tokens(2, 90)
+def test_logits_are_those_of_the_parallel_pass(family, sizes, grouping, config, whole, tokens):
+    model, ids = enable(narrowed(whole(family), grouping), config), tokens(2, 90)
     cache = LRSACache.of(model)
     close(feed(model, cache, ids, sizes), model(ids, use_cache=False).logits)
     assert cache.stored_tokens() == [2 * stored_size(90, config.rule)] * 3
@@ -70,8 +70,8 @@ def test_tokens_that_are_kept_are_those_of_a_cache_of_keys_and_values(model, con
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
-def test_bytes_are_those_of_latents_and_positions(ratio, grouping, config, tiny, tokens):
-    model, ids = enable(narrowed(tiny("Llama"), grouping, ratio), config), tokens(1, 90)
+def test_bytes_are_those_of_latents_and_positions(ratio, grouping, config, whole, tokens):
+    model, ids = enable(narrowed(whole("Llama"), grouping, ratio), config), tokens(1, 90)
     cache = LRSACache.of(model)
     feed(model, cache, ids, [90])
     (measured,) = cache.measured(1)
@@ -114,13 +114,13 @@ def test_generation_is_that_of_keys_and_values(model, config, tokens):
     assert torch.equal(found, expected)
 
 
-def test_whole_layers_and_dense_ones(tiny, tokens, rule):
+def test_whole_layers_and_dense_ones(whole, tokens, rule):
     """Layers without latents hold keys and values; those without a rule hold the latents of all tokens."""
-    whole = tiny("Llama")
-    factor(whole, LowRank(ratio=0.5, grouping="head", dense_layers=(1,)))
+    model = whole("Llama")
+    factor(model, LowRank(ratio=0.5, grouping="head", dense_layers=(1,)))
     config = rule.replace(latents=True, dense_layers=(0,))
-    model, ids = enable(whole, config), tokens(1, 90)
-    cache = LRSACache.of(model)
+    ids = tokens(1, 90)
+    cache = LRSACache.of(enable(model, config))
     close(feed(model, cache, ids, [50, 1, 39]), model(ids, use_cache=False).logits)
     stored = stored_size(90, rule.rule)
     assert cache.stored_tokens() == [90, stored, stored]
@@ -128,12 +128,12 @@ def test_whole_layers_and_dense_ones(tiny, tokens, rule):
     assert [layer.nbytes for layer in cache.layers] == [90 * latent, stored * pair, stored * latent]
 
 
-def test_adapters_on_the_factors(tiny, tokens, rule):
+def test_adapters_on_the_factors(whole, tokens, rule):
     import peft
 
     config = rule.replace(latents=True)
     adapted = peft.get_peft_model(
-        narrowed(tiny("Llama"), "head"),
+        narrowed(whole("Llama"), "head"),
         peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
     )
     model, ids = enable(adapted.double().eval(), config), tokens(1, 90)
@@ -141,16 +141,19 @@ def test_adapters_on_the_factors(tiny, tokens, rule):
 
 
 @pytest.mark.parametrize("compressor", ["QueryAttention", "KeyDiff", "RandomTokens", "LagRelativeTail"])
-def test_other_selectors(compressor, tiny, tokens, rule):
+def test_other_selectors(compressor, whole, tokens, rule):
     init_args = {"QueryAttention": {"window": 3, "kernel": 3}}.get(compressor, {})
     config = rule.replace(latents=True, compressor={"class_path": compressor, "init_args": init_args})
-    model, ids = enable(narrowed(tiny("Llama"), "head"), config), tokens(2, 90)
+    model, ids = enable(narrowed(whole("Llama"), "head"), config), tokens(2, 90)
     for sizes in SPLITS.values():
         close(feed(model, LRSACache.of(model), ids, sizes), model(ids, use_cache=False).logits)
 
 
-def test_bfloat16_under_autocast(tokens, rule, tiny):
-    model, ids = enable(narrowed(tiny("Llama", dtype=torch.float32), "head"), rule.replace(latents=True)), tokens(1, 60)
+def test_bfloat16_under_autocast(tokens, rule, whole):
+    model, ids = (
+        enable(narrowed(whole("Llama", dtype=torch.float32), "head"), rule.replace(latents=True)),
+        tokens(1, 60),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         found = feed(model, LRSACache.of(model), ids, [40] + [1] * 20)
         expected = model(ids, use_cache=False).logits
@@ -171,22 +174,22 @@ def test_rules_that_hold_no_latents(changes, reason):
         LRSAConfig(latents=True, **changes)
 
 
-def test_models_that_have_none(tiny, rule):
+def test_models_that_have_none(whole, rule):
     config = rule.replace(latents=True)
     with refused("latents", reason="are not there"):
-        enable(tiny("Llama"), config)
+        enable(whole("Llama"), config)
     with refused("latents", reason="LRSACache.of"):
         LRSACache(config, 3)
     with refused("latents", reason="over all heads together"):
-        enable(narrowed(tiny("Olmo2"), "head"), config)
+        enable(narrowed(whole("Olmo2"), "head"), config)
     with refused("latents", reason="its heads keep different tokens"):
-        enable(narrowed(tiny("Llama"), "joint"), config)
+        enable(narrowed(whole("Llama"), "joint"), config)
     # Each head keeps the same places.
-    enable(narrowed(tiny("Llama"), "joint"), config.replace(compressor=Strided()))
+    enable(narrowed(whole("Llama"), "joint"), config.replace(compressor=Strided()))
 
 
-def test_a_layer_that_makes_its_keys_otherwise(tiny, tokens, rule):
-    model = enable(narrowed(tiny("Llama"), "head"), rule.replace(latents=True))
+def test_a_layer_that_makes_its_keys_otherwise(whole, tokens, rule):
+    model = enable(narrowed(whole("Llama"), "head"), rule.replace(latents=True))
     ids = tokens(1, 20)
     with refused("latents", reason="another way, or at other positions"):
         model(ids, position_ids=torch.arange(5, 25)[None], **cache_argument(model, LRSACache.of(model)))

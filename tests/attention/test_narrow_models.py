@@ -26,8 +26,8 @@ def feed(model, cache, ids, sizes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_split_gives_the_parallel_pass(family, grouping, tiny, tokens, rule):
-    model, ids = enable(narrowed(tiny(family), grouping), rule), tokens(2, 90)
+def test_any_split_gives_the_parallel_pass(family, grouping, whole, tokens, rule):
+    model, ids = enable(narrowed(whole(family), grouping), rule), tokens(2, 90)
     assert any(isinstance(module, LowRankLinear) for module in model.modules())
     expected = model(ids, use_cache=False).logits
     for sizes in ([90], [1, 17, 1, 40, 31], [60] + [1] * 30):
@@ -36,26 +36,26 @@ def test_any_split_gives_the_parallel_pass(family, grouping, tiny, tokens, rule)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_rank_keeps_what_the_whole_model_keeps_and_half_does_not(family, grouping, tiny, tokens, rule):
+def test_full_rank_keeps_what_the_whole_model_keeps_and_half_does_not(family, grouping, whole, tokens, rule):
     ids = tokens(2, 90)
-    whole, full, half = (
+    expected, full, half = (
         enable(model, rule)(ids, use_cache=False).logits
-        for model in (tiny(family), narrowed(tiny(family), grouping, 1.0), narrowed(tiny(family), grouping, 0.5))
+        for model in (whole(family), narrowed(whole(family), grouping, 1.0), narrowed(whole(family), grouping, 0.5))
     )
-    torch.testing.assert_close(full, whole, rtol=0, atol=1e-4)
-    assert (half - whole).abs().max() > 1e-2
+    torch.testing.assert_close(full, expected, rtol=0, atol=1e-4)
+    assert (half - expected).abs().max() > 1e-2
 
 
-def test_dense_layers_and_other_rules_are_those_of_the_model(grouping, tiny, tokens, rule):
-    model, ids = enable(narrowed(tiny("Llama"), grouping), rule), tokens(1, 90)
+def test_dense_layers_and_other_rules_are_those_of_the_model(grouping, whole, tokens, rule):
+    model, ids = enable(narrowed(whole("Llama"), grouping), rule), tokens(1, 90)
     for other in (rule.replace(dense_layers=(0, 2)), rule.replace(top_k=8), rule.replace(top_k=0)):
         with using(model, other):
             found = feed(model, LRSACache(other, 3), ids, [50, 1, 39])
             torch.testing.assert_close(found, model(ids, use_cache=False).logits, rtol=0, atol=1e-5)
 
 
-def test_factors_get_the_gradient_of_finite_differences(grouping, tiny, tokens, rule):
-    model, ids = enable(narrowed(tiny("Llama"), grouping), rule), tokens(1, 60)
+def test_factors_get_the_gradient_of_finite_differences(grouping, whole, tokens, rule):
+    model, ids = enable(narrowed(whole("Llama"), grouping), rule), tokens(1, 60)
     layer = model.model.layers[1].self_attn
 
     def loss():

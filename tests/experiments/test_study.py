@@ -3,6 +3,7 @@
 import functools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from lrsa_lit.experiments.report.bars import Bars
 from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.experiments.results import read_lines
 from lrsa_lit.experiments.study import Evaluation
+from lrsa_lit.models import LowRank
 from lrsa_lit.models.flops import kv_ratio
 from lrsa_lit.ops.sparse_attention import RandomTokens
 from lrsa_lit.systems.system import Head
@@ -28,6 +30,7 @@ from lrsa_lit.yaml_file import read_settings
 SHIPPED = "configs/experiment/robustness.yaml"
 OBJECTIVES = "configs/experiment/objectives.yaml"
 CLAIM = "configs/experiment/claim.yaml"
+NARROW = "configs/experiment/narrow.yaml"
 opened = functools.cache(open_study)
 """Shipped studies, which take a while to check."""
 
@@ -336,7 +339,9 @@ def test_mistakes_of_an_attention_for_each_layer_are_named(wrong, named, tmp_pat
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize(("shipped", "first"), [(SHIPPED, "main"), (OBJECTIVES, "main"), (CLAIM, "selectors")])
+@pytest.mark.parametrize(
+    ("shipped", "first"), [(SHIPPED, "main"), (OBJECTIVES, "main"), (CLAIM, "selectors"), (NARROW, "untrained")]
+)
 def test_the_shipped_studies_are_complete(shipped, first):
     study = opened(shipped)
     used = {name for part in study.parts.values() for name in part["rows"]}
@@ -401,6 +406,22 @@ def test_what_the_claim_compares_holds_what_its_names_say():
     for name, data_set in study.data_sets.items():
         positions = 4 * 8192 if name in ("hotpotqa_16k", "hotpotqa_32k") else 8192
         assert data_set["init_args"]["max_tokens"] + data_set.get("max_new_tokens", 24) <= positions
+
+
+def test_narrow_caches_hold_what_the_names_of_their_rows_say():
+    study = opened(NARROW)
+
+    def held(row, attention):
+        """Of the bytes of a dense cache of 4,096 tokens, in bfloat16 and SmolLM2's shape; a position takes 4."""
+        config = SimpleNamespace(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30)
+        low_rank = study.row(row).settings["model"]["backbone"].get("low_rank")
+        latent = low_rank and LowRank(**low_rank).latent_bytes(config, 2)
+        return cache_share(study.inference[attention], 4096, 30, Head(3, 64, 2, latent))
+
+    for row, share in {"narrow67": 0.67, "narrow50": 0.5, "narrow33": 0.33, "narrow50-head": 0.5}.items():
+        assert held(row, "latents") == pytest.approx(share, abs=0.02)
+    assert held("4x-narrow50-shared", "4x-shared-latents") < held("4x-narrow50-head", "4x-latents") < 0.16
+    assert 0.17 < held("8x", "8x") < 0.19
 
 
 def test_the_shares_of_the_shipped_study_are_what_their_names_say():

@@ -307,6 +307,11 @@ def test_a_model_without_such_layers():
         factor(model, LowRank(rank=1))
 
 
+def test_factors_are_not_factored_again():
+    with refused("low_rank", "LowRankLinear", reason="no layer that can be factored"):
+        factor(Backbone("tiny", low_rank=LowRank(ratio=0.5)).build(), LowRank(rank=1))
+
+
 def test_biases_are_added_behind_the_factors():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -178,13 +178,13 @@ def _block(name: str) -> int:
 
 def _weight(linear: nn.Module) -> Tensor:
     """The weight (w, d) of a linear layer, whole, float64 on the CPU."""
-    weight: Any = linear.weight
+    weight: Any = getattr(linear, "weight", torch.empty(0, dtype=torch.uint8))
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(weight.data, state)
     if not isinstance(linear, nn.Linear) or not weight.is_floating_point():
-        hint = "take its weights in float32, float16, bfloat16 or nf4"
+        hint = "take a model with whole projections, in float32, float16, bfloat16 or nf4"
         raise UserError("low_rank", type(linear).__name__, reason="is no layer that can be factored", hint=hint)
     whole: Tensor = weight.detach().double().cpu()
     return whole
