@@ -67,11 +67,12 @@ def forwards(*arguments):
 
 
 @contextlib.contextmanager
-def before_step(number, action):
+def before_step(number, action, task=None):
     """Fits do something before an optimizer step. In the end signals are handled again, which a stopped fit ignores."""
     from lrsa_lit.tasks import LongContextQA
 
-    step, handlers = LongContextQA.training_step, [(each, signal.getsignal(each)) for each in STOPS]
+    task = task or LongContextQA
+    step, handlers = task.training_step, [(each, signal.getsignal(each)) for each in STOPS]
 
     def acting(self, batch, batch_idx):
         if self.global_step == number:
@@ -79,7 +80,7 @@ def before_step(number, action):
         return step(self, batch, batch_idx)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LongContextQA, "training_step", acting)
+        patch.setattr(task, "training_step", acting)
         try:
             yield
         finally:

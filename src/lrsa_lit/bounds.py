@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from lrsa_lit.errors import UserError
@@ -34,6 +35,13 @@ def check_integers(settings: object, least: int, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         check_setting(name, value, is_integer(value) and value >= least, f"an integer >= {least}")
+
+
+def check_counts(name: str, counts: Mapping[str, int], known: Sequence[str]) -> None:
+    """Raise a UserError unless each key is known, and its value an integer >= 1."""
+    for key, value in counts.items():
+        check_setting(name, key, key in known, f"one of {', '.join(known)}")
+        check_setting(f"{name}.{key}", value, is_integer(value) and value >= 1, "1 or more")
 
 
 def replaced(settings: Settings, changes: dict[str, Any]) -> Settings:

@@ -10,6 +10,7 @@ from lrsa_lit.callbacks.end_of_run import (
     show_next,
 )
 from lrsa_lit.callbacks.monitored import MonitoredMetrics
+from lrsa_lit.callbacks.recalls import RecallSummary, RecallWriter, show_recalls
 from lrsa_lit.callbacks.training_record import TrainingRecord
 from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
 
@@ -19,10 +20,13 @@ __all__ = [
     "FitSummary",
     "MonitoredMetrics",
     "PredictionWriter",
+    "RecallSummary",
+    "RecallWriter",
     "TrainingRecord",
     "ValidationDuration",
     "ValidationHistory",
     "show_answers",
     "show_evaluation",
     "show_next",
+    "show_recalls",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from lrsa_lit.callbacks.filter_table import filter_tables
-from lrsa_lit.callbacks.writers import AnswerWriter, PredictionWriter
+from lrsa_lit.callbacks.writers import LineWriter
 from lrsa_lit.checkpoints.form import check_form
 from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.errors import redacted
@@ -61,15 +62,21 @@ class ValidationHistory(Callback):
             self.history.append((trainer.global_step, values))
 
 
-class ClosingSummary(ValidationHistory):
-    """What a fit closes with."""
+class ClosingSummary(ABC):
+    """What a fit closes with.
 
+    Attributes:
+        history: as :class:`ValidationHistory` has it.
+    """
+
+    history: list[tuple[int, dict[str, float]]]
+
+    @abstractmethod
     def show(self, trainer: Trainer) -> None:
         """Print it on the first process, once the progress bar is gone."""
-        raise NotImplementedError
 
 
-class FitSummary(ClosingSummary):
+class FitSummary(ValidationHistory, ClosingSummary):
     """Keep what each validation found, for a table: every attention's scores before and after training.
 
     "Before" is the validation that ran at step 0, "after" the last one. Where an objective has several terms, a second
@@ -195,9 +202,9 @@ def show_answers(trainer: Trainer) -> None:
         return
     console = PlainConsole()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, AnswerWriter | PredictionWriter):
+        if isinstance(callback, LineWriter):
             for path in callback.lines.written:
-                console.say(f"Answers: {path}")
+                console.say(f"{callback.title}: {path}")
     _show_run(trainer, console)
 
 

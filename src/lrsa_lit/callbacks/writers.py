@@ -24,7 +24,10 @@ _ABOUT = ("id", "data_set", "task", "gold", "prompt_tokens", "answer_tokens")
 """What a line of the answers says of the question."""
 
 
-class _LineWriter(Callback):
+class LineWriter:
+    """What callbacks have in common that write a line for each example of some stages."""
+
+    title = "Answers"
     stages: tuple[str, ...]
     lines: LineFile
 
@@ -44,7 +47,7 @@ class _LineWriter(Callback):
         self.lines.stop()
 
 
-class PredictionWriter(_LineWriter, BasePredictionWriter):
+class PredictionWriter(LineWriter, BasePredictionWriter):
     """Write predictions as JSON lines: id, prediction, gold, f1, exact_match, token counts, config hash.
 
     The file is an artifact of the run too.
@@ -72,7 +75,7 @@ class PredictionWriter(_LineWriter, BasePredictionWriter):
         self.lines.finish(trainer)
 
 
-class AnswerWriter(_LineWriter):
+class AnswerWriter(LineWriter, Callback):
     """Write what a test, or a validation by itself, finds for each question, as JSON lines in the order of the split.
 
     A line has ``id``, ``data_set``, ``task``, ``gold``, ``prompt_tokens``, ``answer_tokens`` (of the reference answer)

@@ -100,7 +100,7 @@ class RunCLI(OpenCLI):
         add("--validate_first", type=bool, default=True, help=first)
         best = "The score of validations that decides the best checkpoint and early stopping."
         add("--best_by", type=Literal["f1", "em", "recall", "loss"], default="f1", help=best)
-        plugins = "Modules of yours, which add data sets, compressors, systems or objectives."
+        plugins = "Modules of yours, which add data sets, filters, compressors, systems or objectives."
         add("--plugins", type=list[str] | str, default=[], help=plugins)
         parser.link_arguments(TOKENIZER, DATA_TOKENIZER, apply_on="instantiate")
 

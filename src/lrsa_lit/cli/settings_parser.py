@@ -20,6 +20,7 @@ from lrsa_lit.cli.catalogue import named
 from lrsa_lit.data.filters import ContextFilter
 from lrsa_lit.data.module import QADataModule
 from lrsa_lit.data.policies import Packed
+from lrsa_lit.data.supporting_facts import SentenceData
 from lrsa_lit.errors import UserError
 from lrsa_lit.lightning_internals import setting_names
 from lrsa_lit.models.backbone import Backbone, LoRA
@@ -29,7 +30,7 @@ from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.plugins import KINDS
 from lrsa_lit.systems import System
-from lrsa_lit.tasks import HeadGates, LongContextQA, SoCo, TopKSchedule
+from lrsa_lit.tasks import HeadGates, LongContextQA, SentenceRetrieval, SoCo, TopKSchedule
 
 # A parser knows the classes that are imported, and by their names alone: all that --help lists.
 for _kind in (*KINDS, "callbacks"):
@@ -41,6 +42,7 @@ TOKENIZER = "model.tokenizer"
 DATA_TOKENIZER = "data.init_args.tokenizer"
 _KEYS: dict[type, str] = {
     LongContextQA: "model",
+    SentenceRetrieval: "model",
     Backbone: "model.backbone",
     LoRA: "model.backbone.lora",
     LowRank: "model.backbone.low_rank",
@@ -53,6 +55,7 @@ _KEYS: dict[type, str] = {
     SoCo: "model.spectra.init_args",
     Objective: "model.objective",
     QADataModule: "data.init_args",
+    SentenceData: "data.init_args",
     Packed: "data.init_args.packing",
     ContextFilter: "data.init_args.filter.init_args",
     lightning.Trainer: "trainer",

@@ -24,7 +24,7 @@ _RUN = {
     "--config FILE, -c FILE": "YAML, may be given several times; later ones win. Shipped ones are found from anywhere",
     "--seed_everything N": "the seed of all that is drawn",
     "--ckpt_path FILE": 'weights to evaluate, or the run to resume; "last" is the newest good one of the same settings',
-    "--task NAME": "what is trained: question_answering",
+    "--task NAME": "what is trained: question_answering or, with settings of its own, sentence_retrieval",
     "--plugins MODULE": "a module of yours, which adds data sets, filters, compressors, systems or objectives",
     "--print_config": "print the resolved settings and exit",
 }

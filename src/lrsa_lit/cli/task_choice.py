@@ -25,6 +25,7 @@ class Task(NamedTuple):
 
 TASKS = {
     QUESTION_ANSWERING: Task("lrsa_lit.cli.lightning_cli", "cli.yaml"),
+    "sentence_retrieval": Task("lrsa_lit.cli.sentence_cli", "configs/task/sentence_retrieval.yaml"),
 }
 
 

@@ -86,30 +86,42 @@ def training_loader(
     examples: datasets.Dataset, plan: EpochPlan, settings: TrainerSettings, pad_token_id: int, workers: int
 ) -> ResumableLoader:
     """This rank's training batches; a UserError if a curriculum counts steps that the trainer does not make."""
+    made: Callable[[list[Example]], TrainBatch] = collate_packed
+    if not isinstance(plan.policy, Packed):
+        made = partial(collate_training, pad_token_id=pad_token_id, length=plan.policy.row_length(plan.lengths))
+    return in_plan(_Batches(examples, made), plan, settings, workers)
+
+
+def in_plan(batches: Dataset[Any], plan: EpochPlan, settings: TrainerSettings, workers: int) -> ResumableLoader:
+    """This rank's part of what a plan decides; ``__getitems__`` of the batches makes one of examples' positions."""
     cut_at = settings.batches_of(len(plan) // settings.ranks)
     sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, cut_at, settings.same_order)
     if plan.curriculum and cut_at < len(sampler):
         hint = "only limit_train_batches=1.0 and overfit_batches=0 are allowed with it"
         raise UserError("curriculum", reason="it counts steps by whole epochs", hint=hint)
-    made: Callable[[list[Example]], TrainBatch] = collate_packed
-    if not isinstance(plan.policy, Packed):
-        made = partial(collate_training, pad_token_id=pad_token_id, length=plan.policy.row_length(plan.lengths))
-    batches = _Batches(examples, made)
     return ResumableLoader(batches, batch_sampler=sampler, collate_fn=_made, **_options(workers))
 
 
 def evaluation_loader(
     examples: datasets.Dataset, batch_size: int, settings: TrainerSettings, pad_token_id: int, workers: int
 ) -> DataLoader[Batch]:
+    """Batches in a fixed order, as :func:`in_order` has them."""
+    return in_order(examples, batch_size, settings, partial(collate, pad_token_id=pad_token_id), workers)
+
+
+def in_order(
+    examples: Any, batch_size: int, settings: TrainerSettings, collate_fn: Callable[[Any], Any], workers: int
+) -> DataLoader[Any]:
     """Batches in a fixed order, the same ones for any number of ranks; of R ranks, each gets every R-th.
 
     Every rank gets as many, which sharded models need: rows that come again for it are marked as ``repeated``.
+    Examples are mappings, and get their ``position`` as well.
     """
     return DataLoader(
         _Repeating(examples),
         batch_size=batch_size,
         sampler=_EveryRth(len(examples), batch_size, settings.rank, settings.ranks),
-        collate_fn=partial(collate, pad_token_id=pad_token_id),
+        collate_fn=collate_fn,
         **_options(workers),
     )
 
@@ -154,7 +166,7 @@ class _Batches(Dataset[Any]):
 class _Repeating(Dataset[Any]):
     """Examples by position, from the first on again after the last."""
 
-    def __init__(self, examples: datasets.Dataset) -> None:
+    def __init__(self, examples: Any) -> None:
         self._examples = examples
 
     def __len__(self) -> int:

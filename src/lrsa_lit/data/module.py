@@ -21,7 +21,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lrsa_lit.bounds import is_integer
+from lrsa_lit.bounds import check_counts, is_integer
 from lrsa_lit.data import fingerprint, token_cache
 from lrsa_lit.data.collate import Batch, groups_of
 from lrsa_lit.data.filters.context_filter import ContextFilter
@@ -116,7 +116,8 @@ class QADataModule(lightning.LightningDataModule):
         self.eval_batch_size = at_least("eval_batch_size", eval_batch_size, 1)
         self.num_workers = at_least("num_workers", num_workers, 0)
         self.seed = seed
-        self.limit = _checked_limit(limit or {})
+        self.limit = limit or {}
+        check_counts("limit", self.limit, SPLITS)
         self.packing = packing
         self.group_by_length = group_by_length
         self.curriculum = curriculum or []
@@ -390,11 +391,3 @@ def at_least(name: str, value: int, least: int) -> int:
     if not is_integer(value) or value < least:
         raise UserError(name, value, f"{least} or more")
     return value
-
-
-def _checked_limit(limit: dict[str, int]) -> dict[str, int]:
-    for split, count in limit.items():
-        if split not in SPLITS:
-            raise UserError("limit", split, f"one of {', '.join(SPLITS)}")
-        at_least(f"limit.{split}", count, 1)
-    return limit

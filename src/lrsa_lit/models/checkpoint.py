@@ -35,12 +35,14 @@ class Trained(NamedTuple):
         rule: the LRSAConfig that it was trained with, as a dict; None where it was trained densely.
         weights: all weights, or those of the adapters; None for the base LLM's own.
         template_arguments: arguments of the chat template.
+        encoder: of one that encodes sentences and answers nothing, ``max_tokens`` of a pass; else None.
     """
 
     backbone: Backbone
     rule: dict[str, Any] | None
     weights: dict[str, Tensor] | None
     template_arguments: dict[str, Any] = {}  # noqa: RUF012 - read only
+    encoder: dict[str, Any] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -124,6 +126,7 @@ def describe(
     rule: dict[str, Any] | None,
     template_arguments: dict[str, Any] = {},  # noqa: B006 - read only
     spectra: dict[str, Any] | None = None,
+    encoder: dict[str, Any] | None = None,
 ) -> None:
     """Write into a checkpoint what :func:`load_trained` needs beside the weights.
 
@@ -133,13 +136,15 @@ def describe(
         rule: that it is trained with.
         template_arguments: of the chat template.
         spectra: which components of spectra are kept, where these are trained.
+        encoder: of one that encodes sentences, see :class:`Trained`.
     """
     settings = dataclasses.asdict(backbone)
     # Whose code may run is for the one to say who loads it.
     del settings[_TRUST]
     checkpoint[_KEY] = {"backbone": settings, "rule": rule, "template_arguments": template_arguments}
-    if spectra is not None:
-        checkpoint[_KEY]["spectra"] = spectra
+    for name, value in (("spectra", spectra), ("encoder", encoder)):
+        if value is not None:
+            checkpoint[_KEY][name] = value
 
 
 def rule_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -163,7 +168,7 @@ def holds_factors(path: Path) -> bool:
     return any(is_factor(name.removeprefix(_PREFIX)) for name in names)
 
 
-def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = False) -> Trained:
+def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = False, encodes: bool = False) -> Trained:
     """Read a checkpoint that a fit has written. Every byte of it is checked, and no code in it runs.
 
     Spectra are cut to what they may keep, and become factors of low rank.
@@ -172,9 +177,11 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         path: the file, or the folder of a sharded checkpoint.
         dtype: dtype to load the weights in; None: that of the training.
         trust_remote_code: run the code that comes with the base model, whatever the checkpoint says.
+        encodes: whether it is to be an encoder of sentences, which answers nothing, or a model that answers.
 
     Raises:
-        UserError: it is none, is truncated or damaged, or is of an earlier version that described nothing.
+        UserError: it is none, is truncated or damaged, is of an earlier version that described nothing, or of the other
+            kind.
     """
     from lrsa_lit.attention import LRSAConfig
 
@@ -186,6 +193,7 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         about = typed(dict[str, Any], content.get(_KEY), _KEY)
         rule = typed(dict[str, Any] | None, about.get("rule"), f"{_KEY}.rule")
         arguments = typed(dict[str, Any], about.get("template_arguments", {}), f"{_KEY}.template_arguments")
+        encoder = typed(dict[str, Any] | None, about.get("encoder"), f"{_KEY}.encoder")
         # What only training has a use for.
         changes = {"gradient_checkpointing": False, "compile_layers": False, _TRUST: trust_remote_code}
         settings = typed(dict[str, Any], about.get("backbone"), f"{_KEY}.backbone")
@@ -204,7 +212,13 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
             LRSAConfig.from_dict(rule)
     except (TypeError, ValueError) as error:
         raise UserError("model", path, reason=f"has no valid rule: {error}") from error
-    return Trained(backbone, rule, weights, arguments)
+    if encodes and encoder is None:
+        hint = "lrsa fit --task sentence_retrieval trains one"
+        raise UserError("model", path, reason="is a model that answers, no encoder of sentences", hint=hint)
+    if encoder is not None and not encodes:
+        hint = "it is what the filter CPC takes as its checkpoint"
+        raise UserError("model", path, reason="encodes sentences, and answers nothing", hint=hint)
+    return Trained(backbone, rule, weights, arguments, encoder)
 
 
 def _folded(

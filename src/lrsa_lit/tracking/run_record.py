@@ -174,7 +174,7 @@ def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
     """A readable name such as ``smollm2-L128-K32-s0``, of an evaluation ``test-smollm2-L128-K32-s0@last``."""
     model = values["model"]
     source = model["backbone"].get("init_args", model["backbone"])["source"]
-    trained = "" if model.get("train_attention") is not None else "-dense"
+    trained = "-dense" if model.get("train_attention", {}) is None else ""
     name = f"{family(source)}{trained}-{rule_name(model)}-s{values['seed_everything']}"
     if command == "fit":
         return name
@@ -183,7 +183,9 @@ def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
 
 
 def rule_name(model: Mapping[str, Any]) -> str:
-    """What a model's settings compress by, in a word: ``L128-K32``, or the name of a system."""
+    """What a model's settings compress by, in a word: ``L128-K32``, or the name of a system; else that it encodes."""
+    if model.get("lrsa") is None:
+        return "encoder"
     if model.get("head_gates") is not None:
         return "gates"
     if (spectra := model.get("spectra")) is not None:

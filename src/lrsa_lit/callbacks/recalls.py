@@ -1,0 +1,98 @@
+"""What an evaluation of a sentence encoder shows and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.table import Table
+
+from lrsa_lit.callbacks.end_of_run import ClosingSummary, ValidationHistory, show_answers
+from lrsa_lit.callbacks.line_file import LineFile
+from lrsa_lit.callbacks.writers import LineWriter
+from lrsa_lit.tasks.sentence_recall import CONTROLS
+from lrsa_lit.terminal import PlainConsole
+
+_TITLES = {"": "encoder", "bm25": "BM25", "random": "random"}
+
+
+class RecallSummary(ValidationHistory, ClosingSummary):
+    """Keep what each validation found, for a table: recalls of supporting sentences before and after training."""
+
+    def show(self, trainer: Trainer) -> None:
+        """Print the summary on the first process, once the progress bar is gone."""
+        if not trainer.is_global_zero:
+            return
+        if self.history:
+            ends = [*self.history[:1], *self.history[1:][-1:]]
+            steps = " → ".join(f"step {step}" for step, _ in ends)
+            found = [values for _, values in ends]
+            PlainConsole().print(_table(f"Validation on {found[-1]['val/count']:.0f} questions, {steps}", "val", found))
+        show_answers(trainer)
+
+
+class RecallWriter(LineWriter, Callback):
+    """Write what a test, or a validation by itself, finds for each question, as JSON lines in the order of the split.
+
+    A line has ``id``, ``tokens`` of the context, the number of ``supporting`` sentences and, of ``encoder``, ``bm25``
+    and ``random``, how many of these are kept at each budget in percent. The file is an artifact of the run too.
+
+    Args:
+        path: the file, which must not exist; null is ``recalls.jsonl`` in the run's folder.
+    """
+
+    title = "Recalls"
+    stages = ("validate", "test")
+    only_validates = True
+
+    def __init__(self, path: str | None = None) -> None:
+        self.lines = LineFile("path", path, "recalls.jsonl")
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Write the lines of a batch."""
+        rows = zip(batch["position"], batch["repeated"], strict=True)
+        self.lines.write(outputs["lines"], [position for position, repeated in rows if not repeated])
+
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        """The same for a validation, unless it is one of a fit."""
+        if trainer.state.fn == "validate":
+            self.on_test_batch_end(trainer, *arguments)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the file its name."""
+        self.lines.finish(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for a validation, unless it is one of a fit."""
+        if trainer.state.fn == "validate":
+            self.on_test_end(trainer, pl_module)
+
+
+def show_recalls(trainer: Trainer, split: str) -> None:
+    """Print what an evaluation found, and where its lines are, on the first process."""
+    if not trainer.is_global_zero:
+        return
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    title = f"{'Test' if split == 'test' else 'Validation'} on {values[f'{split}/count']:.0f} questions"
+    PlainConsole().print(_table(title, split, [values]))
+    show_answers(trainer)
+
+
+def _table(title: str, split: str, found: Sequence[Mapping[str, float]]) -> Table:
+    """Recalls by budget, with a row for the encoder and for each control; those of several evaluations side by side."""
+    stem = f"{split}/recall_"
+    budgets = sorted((name.removeprefix(stem) for name in found[-1] if name.startswith(stem)), key=float)
+    table = Table(title=title)
+    table.add_column("sentences ranked by")
+    for budget in budgets:
+        table.add_column(f"recall at {budget} %", justify="right")
+    for name in ("", *CONTROLS):
+        of_name = f"{split}/{name}/recall_" if name else stem
+        # Controls find the same each time.
+        shown = found[-1:] if name else found
+        cells = [" → ".join(f"{values[of_name + budget]:.3f}" for values in shown) for budget in budgets]
+        table.add_row(_TITLES[name], *cells)
+    return table
