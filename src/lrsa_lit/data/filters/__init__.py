@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lrsa_lit.data.filters.context_filter import Budgeted as Budgeted
     from lrsa_lit.data.filters.context_filter import ContextFilter as ContextFilter
     from lrsa_lit.data.filters.context_filter import Filtered as Filtered
+    from lrsa_lit.data.filters.cpc import CPC as CPC
     from lrsa_lit.data.filters.pos_priority import POSPriorityChunks as POSPriorityChunks
     from lrsa_lit.data.filters.random_sentences import RandomSentences as RandomSentences
     from lrsa_lit.data.filters.sentence_filter import SentenceFilter as SentenceFilter
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BM25": "bm25_sentences",
+    "CPC": "cpc",
     "Budgeted": "context_filter",
     "ContextFilter": "context_filter",
     "Filtered": "context_filter",

@@ -1,0 +1,138 @@
+"""Sentences near the question by the vectors of a trained encoder.
+
+Source: CPC, Liskavets et al., "Prompt Compression with Context-Aware Sentence Encoding for Fast and Improved LLM
+Inference", arXiv 2409.01227.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from lrsa_lit.bounds import check_setting, is_integer
+from lrsa_lit.data.filters.sentence_filter import SentenceFilter
+from lrsa_lit.data.filters.sentences import Sentence
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.data.tokenization import encode_text
+from lrsa_lit.errors import UserError, named
+from lrsa_lit.io import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NOWHERE = -2.0
+"""Below any cosine."""
+
+
+@dataclass(frozen=True)
+class CPC(SentenceFilter):
+    """Keep the sentences nearest to the question, by an encoder that reads each in its context.
+
+    The encoder is a base LLM without its causal mask, which a fit of the task sentence_retrieval has trained. It is
+    loaded when the first context is asked for. The same checkpoint, wherever it lies, leaves the same.
+
+    Args:
+        checkpoint: of such a fit (.ckpt).
+        max_tokens: of the encoder's passes, longer contexts being read in chunks; null for those that it was trained
+            with. A sentence that is longer is read in pieces, of which the nearest one counts.
+        dtype: of the encoder's weights.
+        device: that it runs on, as cuda:1; null for a GPU if there is one.
+    """
+
+    checkpoint: str = field(kw_only=True)
+    max_tokens: int | None = field(default=None, kw_only=True)
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", kw_only=True)
+    device: str | None = field(default=None, kw_only=True)
+
+    asks = True
+
+    def __post_init__(self) -> None:
+        """Check each bound once; the checkpoint is read when it is needed."""
+        super().__post_init__()
+        valid = self.max_tokens is None or (is_integer(self.max_tokens) and self.max_tokens >= 1)
+        check_setting("max_tokens", self.max_tokens, valid, "an integer >= 1, or null for those of the training")
+
+    def scores(self, record: QARecord, sentences: Sequence[Sentence]) -> list[float]:
+        """The cosine of each sentence and the question; the first ones of passages are read behind their titles.
+
+        Raises:
+            UserError: the checkpoint is not that of an encoder.
+        """
+        from lrsa_lit.models.sentence_encoder import embeddings
+
+        with named("checkpoint"):
+            encoder = _encoder(self.checkpoint, self.dtype, self.device)
+        most = self.max_tokens or encoder.max_tokens
+        pieces: list[list[int]] = []
+        owners: list[int] = []
+        for number, sentence in enumerate(sentences):
+            text = sentence.titled if sentence.first else sentence.text
+            ids = encode_text(encoder.tokenizer, text.strip()).ids
+            cut = [ids[start : start + most] for start in range(0, len(ids), most)]
+            pieces += cut
+            owners += [number] * len(cut)
+        question = encode_text(encoder.tokenizer, record.question.strip()).ids[:most]
+        asked, found = embeddings(encoder.model, [[question], pieces], most)
+        best = [_NOWHERE] * len(sentences)
+        for owner, cosine in zip(owners, (found @ asked[0]).tolist(), strict=True):
+            best[owner] = max(best[owner], cosine)
+        return best
+
+    def sources(self) -> dict[str, str]:
+        """None by its path: the checkpoint is in the key by what it holds."""
+        return {}
+
+    @property
+    def key(self) -> dict[str, object]:
+        """What decides what is left: what the checkpoint holds, wherever it lies, and not the device.
+
+        Raises:
+            UserError: the checkpoint is not that of an encoder.
+        """
+        from lrsa_lit.models import sentence_encoder
+
+        key, settings = super().key, self.to_dict()["init_args"]
+        del settings["checkpoint"], settings["device"]
+        with named("checkpoint"):
+            digest = _digest(self.checkpoint)
+        code = sha256_of(Path(sentence_encoder.__file__))
+        return {**key, "init_args": settings, "checkpoint": digest, "encoder": code}
+
+
+class _Encoder(NamedTuple):
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(checkpoint: str, dtype: str, device: str | None) -> _Encoder:
+    """The encoder of a checkpoint, which stays loaded until another one is asked for."""
+    import torch
+
+    from lrsa_lit.models.checkpoint import load_trained, typed
+    from lrsa_lit.models.sentence_encoder import remove_causal_mask
+
+    trained = load_trained(Path(checkpoint), dtype, encodes=True)
+    max_tokens: int = typed(int, (trained.encoder or {}).get("max_tokens"), "encoder.max_tokens")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = trained.build().to(place).eval()
+    except (RuntimeError, AssertionError) as error:
+        if device is None:
+            raise
+        raise UserError("device", device, reason=f"cannot be used ({error})") from error
+    remove_causal_mask(model)
+    return _Encoder(model, trained.tokenizer, max_tokens)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(checkpoint: str) -> str:
+    """Of what the checkpoint and its base model hold, wherever they lie."""
+    from lrsa_lit.models.checkpoint import load_trained
+    from lrsa_lit.models.identity import digest_of
+
+    return digest_of(checkpoint, load_trained(Path(checkpoint), encodes=True))
