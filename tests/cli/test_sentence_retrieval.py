@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_helpers import NO_LOGGER, before_step, ctrl_c, recorded_runs, refusal
+from cli_helpers import DEBUG, NO_LOGGER, before_step, ctrl_c, recorded_runs, refusal
 from sentence_questions import written
 
 from lrsa_lit.cli.main import main
@@ -95,6 +95,16 @@ def test_refusals(capfd):
 
 def test_an_encoder_answers_nothing(capfd):
     fit("runs", *NO_LOGGER, "--trainer.max_steps", "1")
+    lora = [
+        "--model.backbone.lora.rank",
+        "16",
+        "--model.backbone.lora.alpha",
+        "32",
+        "--model.backbone.lora.dropout",
+        "0.05",
+    ]
+    qa = ["test", *DEBUG, *NO_LOGGER, *lora, "--ckpt_path", str(last("runs"))]
+    assert "an encoder that a fit with task sentence_retrieval has trained" in refusal(capfd, *qa)
     Path("text.txt").write_text("A text.")
     told = refusal(capfd, "ask", "--model", str(last("runs")), "text.txt", "What?")
     assert "encodes sentences, and answers nothing" in told

@@ -100,11 +100,15 @@ def trained_weights(
     return {name: weight for name, weight in weights.items() if name in trained}
 
 
-def check_weights(saved: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
-    """Refuse to go on with a checkpoint's weights where others are trained.
+def check_weights(checkpoint: Mapping[str, Any], needed: Mapping[str, Tensor], *, encodes: bool = False) -> None:
+    """Refuse to go on with a checkpoint's weights where others are trained, or an encoder where answers are wanted.
 
     Parts of one of another kind of training would be left out without a word.
     """
+    about, saved = checkpoint.get(_KEY) or {}, checkpoint["state_dict"]
+    if about and ("encoder" in about) != encodes:
+        held, task = ("an encoder", "sentence_retrieval") if "encoder" in about else ("a model", "question_answering")
+        raise UserError("ckpt_path", reason=f"it holds {held} that a fit with task {task} has trained")
     shapes, wanted = ({name: tuple(weight.shape) for name, weight in weights.items()} for weights in (saved, needed))
     if shapes == wanted:
         return

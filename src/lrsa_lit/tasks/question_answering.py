@@ -235,7 +235,7 @@ class LongContextQA(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other weights or of a schedule of another length."""
-        check_weights(checkpoint["state_dict"], trained_weights(self.backbone, self))
+        check_weights(checkpoint, trained_weights(self.backbone, self))
         if not self.trainer.training:
             warn_of_others(rule_of(checkpoint), [rule for rule in self.attentions.values() if rule is not None])
         if self.trainer.training:

@@ -28,7 +28,7 @@ from lrsa_lit.models.head import Head
 from lrsa_lit.models.sentence_encoder import embeddings, remove_causal_mask, segment_means, states
 from lrsa_lit.objectives.sentence_losses import contrastive_loss, masked, predicting
 from lrsa_lit.strategies import gathered
-from lrsa_lit.tasks.optimizers import optimizer_of
+from lrsa_lit.tasks.optimizers import check_length, optimizer_of
 from lrsa_lit.tasks.sentence_recall import RecallMeter
 
 if TYPE_CHECKING:
@@ -117,8 +117,10 @@ class SentenceRetrieval(lightning.LightningModule):
         optimizer_of(self.make_optimizer, self.make_scheduler, [nn.Parameter(torch.zeros(1, 1))])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other weights."""
-        check_weights(checkpoint["state_dict"], trained_weights(self.backbone, self))
+        """Refuse a checkpoint of other weights, of a model that answers, or of a schedule of another length."""
+        check_weights(checkpoint, trained_weights(self.backbone, self), encodes=True)
+        if self.trainer.training:
+            check_length(checkpoint, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, and say what it is."""
