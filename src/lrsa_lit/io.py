@@ -125,9 +125,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock(file: IO[bytes]) -> bool:
-    """Lock a file, if nobody else has; file systems without locks let everybody who has created it."""
-    return _lock(file.fileno(), created="x" in file.mode)
+def lock(file: IO[bytes], *, otherwise: bool | None = None) -> bool:
+    """Lock a file, if nobody else has; file systems without locks say ``otherwise``, None being whether it is new."""
+    return _lock(file.fileno(), created="x" in file.mode if otherwise is None else otherwise)
 
 
 def _lock(descriptor: int, *, created: bool) -> bool:

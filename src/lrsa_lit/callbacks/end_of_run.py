@@ -208,18 +208,26 @@ def show_answers(trainer: Trainer) -> None:
     _show_run(trainer, console)
 
 
-def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool) -> None:
+def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrites: str = "") -> None:
     """Print what goes on with a fit's checkpoint: the test with the fit's arguments, and questions about a text.
+
+    With the checkpoint of a fit on pairs of rewritings, summaries go on in the place of questions.
 
     Args:
         checkpoint: the best one.
         arguments: what followed ``lrsa fit``.
         tests: whether the data set has a test split.
+        rewrites: the source of the model, where it was trained on pairs of rewritings.
     """
     console = PlainConsole()
     if tests:
         again = [*_without(arguments, "--ckpt_path"), "--ckpt_path", checkpoint]
         console.say(f"Test it: {redacted(shlex.join(['lrsa', 'test', *again]))}")
+    if rewrites:
+        of_data = ["--model.backbone.source", rewrites, "--config", "configs/data/hotpotqa.yaml"]
+        summarise = ["lrsa", "summarise", "--writer", checkpoint, "--to", "summaries.jsonl", *of_data]
+        console.say(f"Summarise passages with it: {shlex.join(summarise)}")
+        return
     console.say(f"Ask it: {shlex.join(['lrsa', 'ask', '--model', checkpoint, 'report.txt'])}")
 
 

@@ -20,6 +20,8 @@ def filter_tables(data: QADataModule, split: Split) -> list[Table]:
         table.add_column(part or type(data.filter).__name__, justify="right")
     for name, label in MEASURES.items():
         values = [measures.get(name) for measures in parts.values()]
+        if all(value is None for value in values):
+            continue
         shown = ("-" if value is None else f"{value:.0f}" if "tokens" in name else f"{value:.3f}" for value in values)
         table.add_row(label, *shown)
     return [table]

@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, printable
 
 LARGEST = 2**31 - 1
 """Bound of integers: more than any number of tokens that fits into memory."""
@@ -57,6 +58,25 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugins", action="append", default=[], metavar="MODULE", help=about)
 
 
+def add_length(parser: argparse.ArgumentParser) -> None:
+    """The option ``--max-new-tokens`` of commands that write summaries."""
+    parser.add_argument("--max-new-tokens", metavar="N", type=integer(1), default=256)
+
+
+def without_data(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a run without flags of the data, for a command with other data; files of settings stay."""
+    kept, skipped = [], False
+    for argument in arguments:
+        flag, assigned, _ = argument.partition("=")
+        if flag == "--data" or flag.startswith("--data."):
+            skipped = not assigned
+        elif skipped:
+            skipped = False
+        else:
+            kept.append(argument)
+    return kept
+
+
 def add_on(parser: argparse.ArgumentParser) -> None:
     """The option ``--on``, of commands that run others."""
     where = "run on a Ray cluster, whose machines share the folders: ray (of this machine) or ray://HOST:PORT"
@@ -86,6 +106,16 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def kept_if_stopped(path: Path) -> Iterator[None]:
+    """Say where a block that Ctrl-C or SIGTERM ends has left what it did, from which the same command goes on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\nlrsa: what is done is kept in {printable(str(path))}; the same command goes on", file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager

@@ -55,8 +55,30 @@ _LIGHTNING = "lightning.pytorch.callbacks"
 _ROOTS = {"Callback", "BasePredictionWriter", "ModelCheckpoint"}
 _OWN = ("config", "c", "help", "help-all", "print_config", "seed_everything", "validate_first", "best_by",
         "estimate", "plugins", "task")  # fmt: skip
-_OF_TOOLS = {"input-moments": ("to", "contexts", "tokens"), "token-gates": ("to",)}
 _EVALUATIONS = ("budget", "cache_tokens", "cache-tokens")
+_LENGTH = {"--max-new-tokens N": "most tokens of a summary; 256"}
+OF_TOOLS = {
+    "input-moments": {
+        "--to FILE": "where the moments are written",
+        "--contexts N": "how many prompts of the training split the model reads; 8",
+        "--tokens N": "of each, the first so many; 512",
+    },
+    "preference-pairs": {
+        "--judge MODEL": "answers the questions with each rewriting: a fit's checkpoint, a folder or a hub name",
+        "--to FOLDER": "where candidates.jsonl, train.jsonl and val.jsonl are written; what is there is not made again",
+        "--pairs N": "how many are made, as far as the training split goes; 300",
+        "--weak": "take passages, too, whose rewritings all fail",
+    }
+    | _LENGTH,
+    "summarise": {
+        "--writer MODEL": "summarises: a fit's checkpoint, a folder or a hub name",
+        "--to FILE": "where the summaries are written; those that are there are not made again",
+        "--splits NAME …": "whose passages are summarised: train, val, test; all that the data set has",
+    }
+    | _LENGTH,
+    "token-gates": {"--to FILE": "where the gates are written"},
+}
+"""Options of the tools that take those of a fit besides."""
 
 
 @functools.cache
@@ -121,7 +143,8 @@ def top_level(command: str) -> frozenset[str]:
     evaluates = command in ("validate", "test", "predict")
     own = source_text.parameters(TRAINER, command if evaluates else "fit").keys()
     handed_over = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
-    others = _EVALUATIONS if evaluates else _OF_TOOLS.get(command, ())
+    of_tool = (option.split()[0].removeprefix("--") for option in OF_TOOLS.get(command, ()))
+    others = _EVALUATIONS if evaluates else tuple(of_tool)
     return frozenset({*_OWN, *others, *(own - handed_over), "model", "data", "trainer"})
 
 

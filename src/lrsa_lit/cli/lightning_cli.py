@@ -133,7 +133,8 @@ class LRSACLI(RunCLI):
 
     def show_next(self, checkpoint: str, arguments: Sequence[str]) -> None:
         """The test, and questions about a text."""
-        show_next(checkpoint, arguments, tests="test" in self.datamodule.splits())
+        rewrites = self.model.backbone.source if self.datamodule.rejects else ""
+        show_next(checkpoint, arguments, tests="test" in self.datamodule.splits(), rewrites=rewrites)
 
     def after_validate(self) -> None:
         """Close with the scores, part by part."""

@@ -37,14 +37,16 @@ TOOLS = {
     "distil-cache": "keep what a fit's teacher says of the training data, to train on it in any number of epochs",
     "export": "write a checkpoint as a folder that transformers loads",
     "input-moments": "measure what keys and values are made of, for latents of low rank that err less",
+    "preference-pairs": "rewrite passages, and tell by a model's answers which rewritings a summariser should prefer",
     "study": "train and evaluate the rows of a study, part by part",
+    "summarise": "write the summaries that the filter Summaries shows in the place of passages",
     "sweep": "fit once for each point of a grid of settings",
     "token-gates": "fit gates of tokens, for the compressor TokenGate, to what KVzip scores",
     "ui": "open the MLflow UI on the recorded runs",
 }
 """Commands with options of their own: each is a module of that name with a function ``run``."""
 
-AS_FIT = ("distil-cache", "input-moments", "token-gates")
+AS_FIT = ("distil-cache", "input-moments", "preference-pairs", "summarise", "token-gates")
 """Tools with the options of a fit."""
 
 HELP = """\
@@ -145,7 +147,7 @@ def _main(arguments: list[str]) -> None:
         # What transformers and the hub library load and write would fill a log with half a line for each step.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not arguments or arguments[0] in ("-h", "--help"):
-        commands = "\n".join(f"  {name:<12} {text}" for name, text in (COMMANDS | TOOLS).items())
+        commands = "\n".join(f"  {name:<16} {text}" for name, text in (COMMANDS | TOOLS).items())
         tools = [name for name in TOOLS if name not in AS_FIT]
         print(
             HELP.format(commands=commands, runs=_listed(COMMANDS), as_fit=_listed(AS_FIT), tools=_listed(tools)), end=""

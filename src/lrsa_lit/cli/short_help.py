@@ -83,6 +83,7 @@ def _of_command(command: str) -> str:
 
 def _lines(command: str, defaults: Mapping[str, Any]) -> Iterator[str]:
     own = _OF_EVALUATION if command in ("validate", "test", "predict") else _OF_FIT
+    own = catalogue.OF_TOOLS.get(command, own)
     yield f"usage: lrsa {command} --config FILE … [--KEY VALUE …]"
     yield ""
     yield "A run needs a model and a data set. Shipped files name some; later files and flags override what they say:"

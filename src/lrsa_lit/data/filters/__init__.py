@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lrsa_lit.data.filters.random_sentences import RandomSentences as RandomSentences
     from lrsa_lit.data.filters.sentence_filter import SentenceFilter as SentenceFilter
     from lrsa_lit.data.filters.sentences import Sentence as Sentence
+    from lrsa_lit.data.filters.summaries import Summaries as Summaries
     from lrsa_lit.data.filters.truncate import Truncate as Truncate
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "RandomSentences": "random_sentences",
     "Sentence": "sentences",
     "SentenceFilter": "sentence_filter",
+    "Summaries": "summaries",
     "Truncate": "truncate",
 }
 __all__ = list(_HOMES)

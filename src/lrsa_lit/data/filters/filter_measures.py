@@ -11,6 +11,7 @@ MEASURES = {
     "answers_left": "answers still in their context, share",
     "sentences_left": "sentences left whole, share",
     "without_context": "questions left without context, share",
+    "without_summary": "passages that have no summary, share",
 }
 """Labels of the measures, by the names that metrics have behind ``SPLIT/context/``."""
 _RATIOS = {
@@ -20,6 +21,7 @@ _RATIOS = {
     "answers_left": ("answers left", "answers"),
     "sentences_left": ("sentences left", "sentences"),
     "without_context": ("filtered without context", "filtered"),
+    "without_summary": ("passages without a summary", "passages"),
 }
 
 

@@ -1,0 +1,54 @@
+"""The questions of a data set with all that their contexts show: what a filter is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from lrsa_lit.data.filters.context_filter import ContextFilter, Filtered
+from lrsa_lit.data.module import QADataModule, Split
+from lrsa_lit.data.prompts import PROMPT, Prompt, TooLong
+from lrsa_lit.data.records import QARecord
+from lrsa_lit.errors import UserError
+
+
+def contexts(data: QADataModule, split: Split) -> Iterator[tuple[QARecord, Prompt]]:
+    """The questions of a split that fit, as far as ``limit`` asks, each as the prompt will show it.
+
+    A filter that the data set has is left out. Those of a mixture come one data set behind the other.
+
+    Raises:
+        UserError: the data set has no questions about passages.
+    """
+    parts: Sequence[QADataModule] = list(getattr(data, "data_sets", {"": data}).values())
+    for part in parts:
+        if not part.filterable:
+            raise UserError("data", type(part).__name__, "a data set of questions about passages")
+        if split in part.splits():
+            yield from islice(_of_one(part, split), part.limit.get(split))
+
+
+def _of_one(data: QADataModule, split: Split) -> Iterator[tuple[QARecord, Prompt]]:
+    before, data.filter = data.filter, (seen := _Seen())
+    try:
+        for record in data.records(split):
+            example = data.to_example(record)
+            if not isinstance(example, TooLong):
+                yield seen.handed.pop()
+    finally:
+        data.filter = before
+
+
+@dataclass(frozen=True)
+class _Seen(ContextFilter):
+    """Leaves all as it is, and keeps what it was handed last."""
+
+    handed: list[tuple[QARecord, Prompt]] = field(default_factory=list)
+
+    def filtered(self, record: QARecord, prompt: Prompt = PROMPT) -> Filtered:
+        self.handed[:] = [(record, prompt)]
+        return Filtered(record, record, kept=(), dropped=(), tokens=0, tokens_left=0)
+
+    def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
+        return [passage.text for passage in record.passages]

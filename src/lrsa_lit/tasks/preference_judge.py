@@ -1,0 +1,116 @@
+"""Whether a question is still answered with a passage rewritten: what tells good rewritings from bad ones.
+
+Dimensions: B records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.data.collate import IGNORE_INDEX, Batch, collate, targets
+from lrsa_lit.data.preferences import Candidate
+from lrsa_lit.data.prompts import Prompt, TooLong, encode
+from lrsa_lit.data.records import Passage, QARecord
+from lrsa_lit.evaluation.answer_scores import f1_score
+from lrsa_lit.models import uncompiled
+from lrsa_lit.models.checkpoint import Trained
+from lrsa_lit.models.head import losses_of_rows
+from lrsa_lit.tasks.dense_model import DenseModel
+
+ANSWERED = 0.5
+"""F1 from which on a question is answered."""
+HARMLESS = 0.1
+"""Nats that the loss of a token of the answer may rise by, where the question is not answered with the passage."""
+
+
+class Verdict(NamedTuple):
+    """What a judge makes of a question: F1 of its answer, and the reference answer's mean loss of a token (nats)."""
+
+    f1: float
+    loss: float
+
+    def succeeds(self, whole: Verdict) -> bool:
+        """Whether a rewriting does, given the verdict with the passage itself."""
+        answered = self.f1 >= ANSWERED
+        return answered or (whole.f1 < ANSWERED and self.loss - whole.loss < HARMLESS)
+
+
+class PreferenceJudge:
+    """A model that answers questions, with dense attention.
+
+    Args:
+        trained: the model, which is loaded here.
+        device: where it runs.
+        max_tokens: most tokens of a question with its context and answer.
+        batch_size: questions at once.
+        max_new_tokens: most tokens of an answer.
+    """
+
+    def __init__(
+        self, trained: Trained, device: torch.device, max_tokens: int, batch_size: int = 1, max_new_tokens: int = 32
+    ) -> None:
+        self._asked = DenseModel(trained, device)
+        self._most, self._at_once, self._longest = max_tokens, batch_size, max_new_tokens
+
+    def verdicts(self, records: Sequence[QARecord], prompt: Prompt) -> list[Verdict] | None:
+        """One for each record; None if one of them does not fit into ``max_tokens``."""
+        tokenizer = self._asked.tokenizer
+        examples = [encode(record, tokenizer, self._most, prompt) for record in records]
+        whole = [example for example in examples if not isinstance(example, TooLong)]
+        if len(whole) < len(examples):
+            return None
+        found: list[Verdict] = []
+        for first in range(0, len(whole), self._at_once):
+            batch = collate(whole[first : first + self._at_once], int(tokenizer.pad_token_id))
+            losses, tokens = self._losses(batch)
+            answers = self._asked.answers(batch["prompt_ids"], batch["prompt_mask"], self._longest)
+            rows = zip(answers, batch["answers"], batch["match"], (losses / tokens).tolist(), strict=True)
+            found += [Verdict(f1_score(text, wanted, match), loss) for text, wanted, match, loss in rows]
+        return found
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed loss and number of the tokens of each reference answer, (B,)."""
+        device, wanted = self._asked.device, targets(batch)
+        ids, columns = batch["input_ids"].to(device), batch["label_columns"].to(device)
+        with uncompiled():
+            losses = losses_of_rows(self._asked.model, wanted.to(device), columns, input_ids=ids, use_cache=False)
+        return losses.cpu(), (wanted != IGNORE_INDEX).sum(dim=1)
+
+    def judged(
+        self, record: QARecord, prompt: Prompt, place: int, texts: Mapping[str, str]
+    ) -> list[tuple[Candidate, Verdict]] | None:
+        """Rewritings of one of a record's passages, each judged with it in the passage's place.
+
+        Args:
+            record: a question with its context.
+            prompt: how it is put.
+            place: of the passage.
+            texts: the rewritings, by what has made them; equal ones are judged once, as the first.
+
+        Returns:
+            None if the question does not fit into ``max_tokens`` with one of them.
+        """
+        passage = record.passages[place]
+        made = {text: by for by, text in reversed(list(texts.items()))}
+        others = [text for text in made if text != passage.text]
+        verdicts = self.verdicts([_with_text(record, place, text) for text in (passage.text, *others)], prompt)
+        if verdicts is None:
+            return None
+        of_text = dict(zip((passage.text, *others), verdicts, strict=True))
+        whole = of_text[passage.text]
+        return [
+            (Candidate(by, text, of_text[text].succeeds(whole)), of_text[text])
+            for by, text in texts.items()
+            if made[text] == by
+        ]
+
+
+def _with_text(record: QARecord, place: int, text: str) -> QARecord:
+    passages = list(record.passages)
+    passages[place] = Passage(passages[place].title, text)
+    return replace(record, passages=tuple(passages))
