@@ -32,7 +32,7 @@ def test_each_command_ends_with_the_next_one(tmp_path, capfd):
     train, held = lines(tmp_path / "pairs/train.jsonl"), lines(tmp_path / "pairs/val.jsonl")
     assert len(train) + len(held) == 4
     assert not {row["passage"] for row in train} & {row["passage"] for row in held}
-    assert found["Pairs"].startswith("4; chosen are ")
+    assert found["Pairs"].startswith("4; chosen: ")
     fit = shlex.split(found["Train a summariser"])
     steps = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1"]
     found = said(capfd, *fit[1:], *steps, *NO_LOGGER)

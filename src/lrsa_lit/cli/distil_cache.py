@@ -5,10 +5,10 @@ A fit with ``cached: true`` then reads that in each of its epochs, and so do oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from lrsa_lit.cli.lightning_cli import LRSACLI, run_with
-from lrsa_lit.cli.main import prepared
+from lrsa_lit.cli.arguments import Parser
+from lrsa_lit.cli.fit_tool import FitTool, run_tool
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.objectives import Distillation
 from lrsa_lit.terminal import PlainConsole
@@ -16,20 +16,16 @@ from lrsa_lit.terminal import PlainConsole
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command; a mistake in the arguments or files is a UserError."""
-    told = prepared("fit", arguments)
-    run_with(_DistilCache, told)
+    run_tool(_DistilCache, Parser("lrsa distil-cache", add_help=False), arguments)
 
 
-class _DistilCache(LRSACLI):
-    """Parses and checks as a fit does, and runs the teacher alone, on one device."""
+class _DistilCache(FitTool):
+    """Runs the teacher alone."""
 
-    def instead(self) -> Callable[[], None] | None:
+    command = "distil-cache"
+
+    def work(self) -> None:
         """The teacher's pass."""
-        if self.asked("estimate"):
-            raise UserError("--estimate", reason="it is not allowed for distil-cache; only a fit is estimated")
-        return self._write
-
-    def _write(self) -> None:
         task, data, trainer = self.model, self.datamodule, self.trainer
         distilled = [term for term in task.objective.terms if isinstance(term, Distillation)]
         if not distilled:
@@ -37,8 +33,6 @@ class _DistilCache(LRSACLI):
         with under("objective"):
             teacher = distilled[0].as_cached()
             teacher.check(task.tokenizer)
-        if not trainer.is_global_zero:
-            return
         data.prepare_split("train")
         device, context = trainer.strategy.root_device, trainer.precision_plugin.forward_context
         folder = teacher.write(data, task.backbone.config.vocab_size, device, context)

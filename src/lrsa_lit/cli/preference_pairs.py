@@ -6,21 +6,17 @@ questions with each rewriting, and a fit on the pairs makes a summariser of the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
-
-from rich.progress import track
+from typing import IO, Any, ClassVar
 
 from lrsa_lit.cli.arguments import Parser, add_length, integer, kept_if_stopped, without_data
-from lrsa_lit.cli.lightning_cli import LRSACLI, run_with
-from lrsa_lit.cli.main import prepared
+from lrsa_lit.cli.fit_tool import FitTool, run_tool
 from lrsa_lit.data.filters import POSPriorityChunks
 from lrsa_lit.data.filters.contexts import contexts
 from lrsa_lit.data.growing_file import GrowingFile, growing_file
@@ -48,32 +44,28 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--pairs", metavar="N", type=integer(2), default=300)
     add_length(parser)
     parser.add_argument("--weak", action="store_true")
-    own, others = parser.parse_known_args(arguments)
-    run_with(functools.partial(_PreferencePairs, own), prepared("fit", others))
+    run_tool(_PreferencePairs, parser, arguments)
 
 
-class _PreferencePairs(LRSACLI):
-    """Parses and checks as a fit does, and makes pairs on one device."""
+class _PreferencePairs(FitTool):
+    """Has passages rewritten and judged, and makes pairs of the rewritings."""
 
-    def __init__(self, own: argparse.Namespace, arguments: Sequence[str]) -> None:
-        self.own = own
-        super().__init__(arguments)
+    command = "preference-pairs"
+    needed: ClassVar[dict[str, str]] = {
+        "judge": "a model that answers the data's questions",
+        "to": "the folder that the pairs are written to",
+    }
 
-    def instead(self) -> Callable[[], None] | None:
-        """The making of the pairs."""
-        if self.asked("estimate"):
-            raise UserError("--estimate", reason="it is not allowed for preference-pairs; only a fit is estimated")
-        if self.own.judge is None:
-            raise UserError("--judge", reason="it is needed: a model that answers the data's questions")
-        if self.own.to is None:
-            raise UserError("--to", reason="it is needed: the folder that the pairs are written to")
+    def check(self) -> None:
+        """The folder can be written, and there is the tagger that one kind of rewriting needs."""
+        with named(self.command):
+            POSPriorityChunks()
         folder = expanded("--to", self.own.to)
         check_writable("--to", folder, folder)
-        return functools.partial(self._write, folder)
 
-    def _write(self, folder: Path) -> None:
-        if not self.trainer.is_global_zero:
-            return
+    def work(self) -> None:
+        """The making of the pairs."""
+        folder = expanded("--to", self.own.to)
         with growing_file("--to", folder / CANDIDATES) as file, kept_if_stopped(file.path):
             rewritings = self._rewritings(file)
             lines, pairs = self._made(rewritings)
@@ -88,9 +80,6 @@ class _PreferencePairs(LRSACLI):
 
     def _rewritings(self, file: GrowingFile) -> Rewritings:
         task, data, device = self.model, self.datamodule, self.trainer.strategy.root_device
-        with named("preference-pairs"):
-            # One rewriting is half of a passage's words, by the tagger that it needs.
-            POSPriorityChunks()
         with named("--judge"):
             found = trained_model(self.own.judge, task.backbone.dtype)
             judged_by = digest_of(self.own.judge, found)
@@ -105,9 +94,7 @@ class _PreferencePairs(LRSACLI):
         """The lines of as many passages as it takes to have the pairs that are asked for, and these."""
         lines: list[Mapping[str, Any]] = []
         pairs: dict[PreferencePair, None] = {}
-        console = PlainConsole(stderr=True)
-        shown = functools.partial(track, description="Judging rewritings", console=console, transient=True,
-                                  disable=not console.is_terminal)  # fmt: skip
+        shown = self.shown("Judging rewritings")
         with self.trainer.precision_plugin.forward_context():
             for line in shown(rewritings.of(contexts(self.datamodule, "train"))):
                 lines.append(line)
@@ -125,11 +112,11 @@ class _PreferencePairs(LRSACLI):
         made, good = (Counter(_kind(each["by"]) for each in of)
                       for of in (candidates, [each for each in candidates if each["success"]]))  # fmt: skip
         shares = ", ".join(f"{kind} {good[kind] / count:.0%}" for kind, count in made.items())
-        say(f"Rewritings of {len(lines)} passages that the questions are answered with: {shares}")
+        say(f"Passages judged: {len(lines)}; rewritings that succeed: {shares}")
         chosen, rejected = (_listed(getattr(pair, name) for pair in pairs) for name in ("chosen_by", "rejected_by"))
-        say(f"Pairs: {len(pairs)}; chosen are {chosen}; rejected are {rejected}")
+        say(f"Pairs: {len(pairs)}; chosen: {chosen}; rejected: {rejected}")
         length = sum(len(pair.chosen) for pair in pairs) / sum(len(pair.passage) for pair in pairs)
-        say(f"The chosen ones have {length:.1%} of their passages' characters")
+        say(f"Chosen rewritings have {length:.1%} of the characters of their passages")
         files = {name: folder / f"{name}.jsonl" for name in parts}
         say(f"To train on: {len(parts['train'])} in {files['train']}; held out: {len(parts['val'])} in {files['val']}")
         of_data = [part for name, path in files.items() for part in (f"--data.init_args.{name}", str(path))]

@@ -5,18 +5,14 @@ The filter Summaries then shows them in the place of the passages.
 
 from __future__ import annotations
 
-import argparse
-import functools
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from rich.progress import track
+from typing import ClassVar
 
 from lrsa_lit.cli.arguments import Parser, add_length, kept_if_stopped
-from lrsa_lit.cli.lightning_cli import LRSACLI, run_with
-from lrsa_lit.cli.main import prepared
+from lrsa_lit.cli.fit_tool import FitTool, run_tool
 from lrsa_lit.data.filters.contexts import contexts
 from lrsa_lit.data.growing_file import growing_file
 from lrsa_lit.data.module import SPLITS
@@ -25,7 +21,6 @@ from lrsa_lit.data.tokenization import token_counts
 from lrsa_lit.errors import UserError, named, redacted
 from lrsa_lit.models.identity import digest_of
 from lrsa_lit.models.sources import trained_model
-from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.tasks.summariser import Summariser, digest_of_summaries
 from lrsa_lit.terminal import PlainConsole
 
@@ -37,35 +32,25 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--to", metavar="FILE")
     add_length(parser)
     parser.add_argument("--splits", nargs="+", choices=SPLITS)
-    own, others = parser.parse_known_args(arguments)
-    run_with(functools.partial(_Summarise, own), prepared("fit", others))
+    run_tool(_Summarise, parser, arguments)
 
 
-class _Summarise(LRSACLI):
-    """Parses and checks as a fit does, and writes summaries on one device."""
+class _Summarise(FitTool):
+    """Writes the summaries of the passages that contexts show."""
 
-    def __init__(self, own: argparse.Namespace, arguments: Sequence[str]) -> None:
-        self.own = own
-        super().__init__(arguments)
+    command = "summarise"
+    needed: ClassVar[dict[str, str]] = {
+        "writer": "the model that summarises, such as a fit's checkpoint",
+        "to": "the file that the summaries are written to",
+    }
 
-    def instead(self) -> Callable[[], None] | None:
-        """The writing of the summaries."""
-        if self.asked("estimate"):
-            raise UserError("--estimate", reason="it is not allowed for summarise; only a fit is estimated")
-        if self.own.writer is None:
-            raise UserError("--writer", reason="it is needed: the model that summarises, such as a fit's checkpoint")
-        if self.own.to is None:
-            raise UserError("--to", reason="it is needed: the file that the summaries are written to")
-        path = expanded("--to", self.own.to)
-        if path.is_dir():
-            raise UserError("--to", path, "a file", reason="is a folder")
-        check_writable("--to", path, path.absolute().parent)
-        return functools.partial(self._write, path)
+    def check(self) -> None:
+        """The file can be written."""
+        self.file()
 
-    def _write(self, path: Path) -> None:
-        task, data, trainer = self.model, self.datamodule, self.trainer
-        if not trainer.is_global_zero:
-            return
+    def work(self) -> None:
+        """The writing of those that are missing."""
+        task, data, trainer, path = self.model, self.datamodule, self.trainer, self.file()
         with named("--writer"):
             trained = trained_model(self.own.writer, task.backbone.dtype)
             by = digest_of_summaries(digest_of(self.own.writer, trained), trained, self.own.max_new_tokens)
@@ -75,11 +60,10 @@ class _Summarise(LRSACLI):
             todo = [text for key, text in passages.items() if key not in known]
             if todo:
                 writer = Summariser(trained, trainer.strategy.root_device, self.own.max_new_tokens)
-                console, size = PlainConsole(stderr=True), data.eval_batch_size
+                size = data.eval_batch_size
                 parts = [todo[start : start + size] for start in range(0, len(todo), size)]
-                shown = track(parts, "Summarising", console=console, transient=True, disable=not console.is_terminal)
                 with trainer.precision_plugin.forward_context():
-                    for part in shown:
+                    for part in self.shown("Summarising")(parts):
                         for text, summary in zip(part, writer.summaries(part), strict=True):
                             file.add(line_of(text, by, summary))
                             known[digest_of_text(text)] = summary

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-from rich.progress import track
+from collections.abc import Sequence
+from typing import ClassVar
 
 from lrsa_lit.analysis.gate_fit import fit_token_gates
 from lrsa_lit.cli.arguments import Parser
-from lrsa_lit.cli.lightning_cli import LRSACLI, run_with
-from lrsa_lit.cli.main import prepared
+from lrsa_lit.cli.fit_tool import FitTool, run_tool
 from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models import uncompiled
 from lrsa_lit.ops.sparse_attention.token_gate import NAME
-from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.terminal import PlainConsole
 
 
@@ -28,47 +24,34 @@ def run(arguments: Sequence[str]) -> None:
     """Run the command; a mistake in the arguments or files is a UserError."""
     parser = Parser("lrsa token-gates", add_help=False)
     parser.add_argument("--to", metavar="FILE")
-    own, others = parser.parse_known_args(arguments)
-    told = prepared("fit", others)
-    run_with(functools.partial(_TokenGates, own.to), told)
+    run_tool(_TokenGates, parser, arguments)
 
 
-class _TokenGates(LRSACLI):
-    """Parses and checks as a fit does, and fits gates to the training split's prompts, on one device."""
+class _TokenGates(FitTool):
+    """Fits gates to the training split's prompts."""
 
-    def __init__(self, to: str | None, arguments: Sequence[str]) -> None:
-        self.to = to
-        super().__init__(arguments)
+    command = "token-gates"
+    needed: ClassVar[dict[str, str]] = {"to": "the file that the gates are written to"}
 
-    def instead(self) -> Callable[[], None] | None:
-        """The fit of the gates."""
-        if self.asked("estimate"):
-            raise UserError("--estimate", reason="it is not allowed for token-gates; only a fit is estimated")
-        if self.to is None:
-            raise UserError("--to", reason="it is needed: the file that the gates are written to")
+    def check(self) -> None:
+        """Gates choose for the rule."""
         if self.asked("model.lrsa.system") is not None:
             raise UserError("model.lrsa.system", reason="is not allowed: gates choose in the partitions of the rule")
-        path = expanded("--to", self.to)
-        check_writable("--to", path, path.absolute().parent)
-        return functools.partial(self._write, path)
+        self.file()
 
-    def _write(self, path: Path) -> None:
+    def work(self) -> None:
+        """The fit of the gates."""
         from safetensors.torch import save
 
-        task, data, trainer = self.model, self.datamodule, self.trainer
-        if not trainer.is_global_zero:
-            return
+        task, data, trainer, path = self.model, self.datamodule, self.trainer, self.file()
         data.prepare_split("train")
         examples = data.open_split("train")
         contexts = [example["input_ids"][: example["prompt_length"]] for example in examples]
-        console = PlainConsole(stderr=True)
-        shown = functools.partial(track, description="Repeating contexts", console=console, transient=True,
-                                  disable=not console.is_terminal)  # fmt: skip
         model = task.start().build().to(trainer.strategy.root_device)
         encode = functools.partial(task.tokenizer.encode, add_special_tokens=False)
         rule = task.lrsa.rule
         with trainer.precision_plugin.forward_context(), uncompiled():
-            fitted = fit_token_gates(model, contexts, rule, encode=encode, track=shown)
+            fitted = fit_token_gates(model, contexts, rule, encode=encode, track=self.shown("Repeating contexts"))
         content = save({NAME: fitted.gates.contiguous()})
         write_atomically(path, lambda file: file.write(content))
         layers, heads, _ = fitted.gates.shape
