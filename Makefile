@@ -5,7 +5,7 @@ QUICKSTART := --config configs/model/smollm2.yaml --config configs/data/hotpotqa
 
 # What depends most on the versions of other packages: models and caches, settings, runs, checkpoints, the data cache.
 RANGE_TESTS := tests/test_ranges.py tests/attention tests/models tests/tasks tests/checkpoints tests/tracking \
-	$(addprefix tests/cli/,ask test_bad_input.py test_evaluation.py test_export.py test_runs.py) \
+	$(addprefix tests/cli/,ask test_bad_files.py test_bad_input.py test_evaluation.py test_export.py test_runs.py) \
 	$(addprefix tests/data/test_,token_cache.py loaders.py module.py) tests/ops/triton/test_decoding.py
 
 .DEFAULT_GOAL := help

@@ -38,6 +38,22 @@ def refusal(captured, *arguments: str) -> str:
     return line.removeprefix("lrsa: error: ")
 
 
+def refused_before_anything_is_written(captured, folder: Path, options, files, named) -> None:
+    """A fit of the debug config beside some files is refused; the line has all that is ``named``, and no run is there.
+
+    It records to a store, which is not even made.
+    """
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    error = refusal(captured, "fit", *DEBUG, "--validate_first", "false", *options)
+    for part in named:
+        assert part in error
+    assert "Traceback" not in error
+    assert not (folder / "runs").exists()
+    assert not list(folder.rglob("*.ckpt"))
+    assert not [path for path in folder.rglob("*.arrow") if "broken" in str(path)]
+
+
 def recorded_runs(store: Path, experiment: str) -> list:
     """The runs of an experiment in an SQLite store, latest first."""
     from mlflow.tracking import MlflowClient

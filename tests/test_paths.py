@@ -1,12 +1,13 @@
 """Files of packages, of the project and of the user."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 from helpers import refused
 
 from lrsa_lit.io import sha256_of
-from lrsa_lit.paths import cache_dir, resolve, shipped
+from lrsa_lit.paths import cache_dir, check_writable, resolve, shipped
 
 
 def test_file_inside_a_package():
@@ -53,3 +54,17 @@ def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
 def test_what_is_no_path_is_one_line(source):
     with refused("train"):
         resolve(source, key="train")
+
+
+@pytest.mark.parametrize(("folder", "why"), [("file", "Not a directory"), ("file/in", "Not a directory"),
+                                             ("/proc/in", "No such file"), ("gone/in", "No such file")])  # fmt: skip
+def test_a_folder_is_tried_without_a_trace(folder, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "there").mkdir()
+    for name in ("there", "there/deep/er", "new"):
+        check_writable("to", name, Path(name))
+    with refused("to", folder, reason=f"cannot be written ({why}"):
+        check_writable("to", folder, Path(folder))
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "gone", "there"}

@@ -61,11 +61,17 @@ def expanded(key: str, path: str | Path) -> Path:
 
 
 def check_writable(key: str, value: object, folder: Path) -> None:
-    """Make a folder if need be and try a file in it; a UserError names ``key`` and the ``value`` that led to it."""
+    """Try a file in a folder, or a folder in the nearest one above that there is; nothing of it stays.
+
+    Raises:
+        UserError: it fails; the error names ``key`` and the ``value`` that led to the folder.
+    """
     check_path(key, folder)
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    trial = tempfile.TemporaryFile if there == folder else tempfile.TemporaryDirectory
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with trial(dir=there):
             pass
     except OSError as error:
         raise UserError(key, value, reason=f"cannot be written ({error.strerror})") from None

@@ -128,7 +128,7 @@ def test_losses_alone_for_each_layer(tmp_path, capfd):
 def test_layers_that_are_not_there_are_refused_before_anything_is_run(settings, said, tmp_path, capfd):
     error = refusal(capfd, "test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", settings)
     assert said in error
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_fit_that_watches_a_score_needs_answers(tmp_path, capfd):
@@ -211,14 +211,14 @@ def test_a_broken_line_ends_in_one_that_names_it(tmp_path, capfd):
         file.write('{"input": "Q?", "context": "x", "answers": ["a"], "language": "zh"}\n')
     line = refusal(capfd, "test", *TINY, *options)
     assert f"{tmp_path}/mine.jsonl, line 4: language: 'zh' is not allowed" in line
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", ["gold", "LRSA"])
 def test_an_attention_does_not_take_the_place_of_something_else_in_the_answers(name, tmp_path, capfd):
     error = refusal(capfd, "test", *TINY, *longbench(tmp_path), "--model.evaluate", f"{{{name}: null}}")
     assert f"model.evaluate: '{name}' is not allowed" in error
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "cache/data").exists()
 
 
@@ -227,7 +227,7 @@ def test_an_attention_and_a_task_need_different_names(tmp_path, capfd):
         capfd, "test", *TINY, "--config", "configs/data/longbench.yaml", "--model.evaluate", "{ferry: null}"
     )
     assert "model.evaluate: 'ferry' is not allowed" in error
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_path_that_is_taken_is_refused_before_anything_is_generated(taken, why
     error = refusal(capfd, "test", *TINY, *longbench(tmp_path), "--trainer.callbacks", writer)
     assert f"AnswerWriter.path: {taken.removesuffix('/x')} {why}" in error
     assert (tmp_path / taken).read_text() == "answers of last week"
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_each_evaluation_keeps_its_answers(tmp_path, capfd):

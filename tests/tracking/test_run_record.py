@@ -96,6 +96,12 @@ def test_the_defaults_of_one_class_say_nothing_of_another():
     }
 
 
+def test_the_defaults_of_a_class_that_stands_by_its_name_alone():
+    system = {"class_path": "SnapKV", "init_args": {"window": 9, "kernel": 5}}
+    found = beside_defaults({"model": {"evaluate": {"x": {"system": system}}}})
+    assert found == {"model.evaluate.x.system": "SnapKV", "model.evaluate.x.system.window": "9"}
+
+
 def test_metrics_are_short(tmp_path):
     logger = MLflowRun(tracking_uri=f"sqlite:///{tmp_path}/store.db")
     logger.log_metrics({"val/f1": 1 / 3, "val/count": 12345678.0, "val/loss": float("inf")}, step=2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.attention.unread import check_read
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.evaluation.each_layer import Attention, each_layer
+from lrsa_lit.ops.sparse_attention import ValueWeighted
 
 
 def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
@@ -17,11 +20,27 @@ def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | Non
         return None
     with under(field):
         check_read(changes, own.system)
-        return own.replace(**changes)
+        made = own.replace(**changes)
+        if "value_weight" in changes:
+            check_weight(made)
+        return made
+
+
+def check_weight(rule: LRSAConfig) -> None:
+    """Refuse a value weight that somebody has set and the compressor does not read; files may hold one.
+
+    Raises:
+        UserError: it is not 1, and the compressor has none.
+    """
+    if rule.value_weight != 1 and rule.system is None and not isinstance(rule.compressor, ValueWeighted):
+        reason = f"is not read by the compressor {type(rule.compressor).__name__}"
+        raise UserError("value_weight", rule.value_weight, reason=reason, hint="leave one of them out")
 
 
 def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LRSAConfig | None]:
     """The rules to evaluate under, by name: the run's own as "", then the further ones."""
+    with under("lrsa"):
+        check_weight(own)
     rules: dict[str, LRSAConfig | None] = {"": own}
     for name, changes in each_layer("evaluate", further):
         if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
@@ -30,3 +49,15 @@ def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LR
             raise UserError("evaluate", name, f"another name: {name.rpartition('-')[0]} stands for it as well")
         rules[name] = derived(f"evaluate.{name}", own, changes)
     return rules
+
+
+@contextlib.contextmanager
+def of_system(rule: LRSAConfig | None) -> Iterator[None]:
+    """Name the arguments of a rule's system, about which it complains in the block, as the rule's own arguments do."""
+    try:
+        yield
+    except UserError as error:
+        system = None if rule is None else rule.system
+        if system is not None and error.field.partition(".")[0] in inspect.signature(type(system)).parameters:
+            error.field = f"system.init_args.{error.field}"
+        raise

@@ -35,7 +35,7 @@ from lrsa_lit.objectives.positions import Positions
 from lrsa_lit.objectives.teachers import Teacher, check_own_teachers
 from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
-from lrsa_lit.tasks.attentions import derived, evaluated
+from lrsa_lit.tasks.attentions import derived, evaluated, of_system
 from lrsa_lit.tasks.head_gates import HeadGates
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 from lrsa_lit.tasks.measures import measured
@@ -137,7 +137,7 @@ class LongContextQA(lightning.LightningModule):
         rules["train_attention"] = self.train_config
         for field, rule in rules.items():
             if rule is not None:
-                with under(field):
+                with under(field), of_system(rule):
                     rule.layers.check(count, heads)
 
     def check_training(self) -> None:
@@ -294,7 +294,7 @@ class LongContextQA(lightning.LightningModule):
         """Answer losses and generated answers under each attention, by its name, "" being the run's own rule."""
         found = {}
         for name, rule in self.attentions.items():
-            with under(f"evaluate.{name}") if name else contextlib.nullcontext():
+            with under(f"evaluate.{name}") if name else contextlib.nullcontext(), of_system(rule):
                 losses, tokens = self.losses(batch, rule)
                 texts = self.generate(batch, rule)[0] if self.generate_answers else None
             found[name] = Answers(losses.tolist(), tokens.tolist(), texts)

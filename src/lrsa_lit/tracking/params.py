@@ -11,11 +11,15 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
+from torch.optim.lr_scheduler import LRScheduler
 
 from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.classes import named_class
 from lrsa_lit.models.backbone import Backbone, LoRA
 from lrsa_lit.models.rope import RopeScaling
+from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.paths import shipped
+from lrsa_lit.systems import System
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.uris import register
 
@@ -35,6 +39,7 @@ _KINDS: dict[str, Any] = {
     "model.lrsa": LRSAConfig,
     "trainer": Trainer,
 }
+_BY_NAME = (Compressor, System, LRScheduler)
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -96,7 +101,8 @@ def _is_nested(value: Any) -> bool:
 
 def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    # A name alone stays one where a parser knows no type: in further attentions and in schedules.
+    return getattr(importlib.import_module(module), name) if module else named_class("", name, _BY_NAME)
 
 
 def _arguments(kind: Any) -> dict[str, Any]:

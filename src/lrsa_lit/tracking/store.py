@@ -63,7 +63,7 @@ def default_uri() -> str:
 
 
 def checked_uri(uri: str, key: str = URI) -> str:
-    """The URI of a store to write to, with an absolute SQLite path whose folder is made, or with the user's name.
+    """The URI of a store to write to, with an absolute SQLite path, or with the user's name.
 
     A UserError if it names no store, or a file that is no SQLite file or cannot be written.
     """
@@ -121,12 +121,16 @@ def connect(uri: str, key: str = URI) -> MlflowClient:
 
 
 def _one_at_a_time(uri: str, key: str) -> contextlib.AbstractContextManager[Any]:
-    """MLflow makes the tables of a new SQLite file without asking whether another process is about to."""
+    """MLflow makes the tables of a new SQLite file without asking whether another process is about to.
+
+    The folder of the file is made.
+    """
     if not uri.startswith(SQLITE):
         return contextlib.nullcontext()
     import filelock
 
     path = sqlite_path(uri, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Beside the file: so others who write there wait as well, whatever their caches are.
     return filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_TURN)
 
