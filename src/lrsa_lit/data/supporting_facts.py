@@ -26,7 +26,7 @@ from lrsa_lit.data.order import Shuffled
 from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import FixedSize
 from lrsa_lit.data.sentence_facts import Facts, FactsBatch, collate_facts, cut
-from lrsa_lit.data.splits import check_fractions, disjoint_splits
+from lrsa_lit.data.splits import check_fractions, disjoint_splits, split_of_keys
 from lrsa_lit.data.tokenization import encode_text, token_counts
 from lrsa_lit.errors import UserError
 
@@ -212,7 +212,7 @@ class SupportingFacts(SentenceData):
 
     def _fits(self, question: dict[str, Any], paragraphs: Sequence[Paragraph]) -> bool:
         """Whether the paragraphs that matter and one more sentence have at most ``max_tokens``."""
-        gold = _titles(question)
+        gold = {title for title, _ in question["supporting_facts"]}
         texts = [text for title, sentences in paragraphs if title in gold for text in (title, *sentences)]
         supports = _supports(question, [item for item in paragraphs if item[0] in gold])
         # A token is at least a byte, but for a blank that a tokenizer may put before a text.
@@ -248,21 +248,17 @@ class SupportingFacts(SentenceData):
         return load_questions(self.source, self.sha256, "source")
 
     @cached_property
+    def _gold(self) -> list[tuple[str, ...]]:
+        # In their order, as HotpotQA has them: it decides the groups that are dealt out.
+        return [tuple(dict.fromkeys(title for title, _ in each["supporting_facts"])) for each in self._questions]
+
+    @cached_property
     def _splits(self) -> dict[str, list[int]]:
-        # In the order in which HotpotQA has them: a group's questions are connected by their titles.
-        keys = [
-            tuple(dict.fromkeys(title for title, _ in question["supporting_facts"])) for question in self._questions
-        ]
-        return disjoint_splits(keys, self.val_fraction, self.test_fraction, self.seed)
+        return disjoint_splits(self._gold, self.val_fraction, self.test_fraction, self.seed)
 
     @cached_property
     def _gold_split(self) -> dict[str, str]:
-        return {
-            title: split
-            for split, positions in self._splits.items()
-            for position in positions
-            for title in _titles(self._questions[position])
-        }
+        return split_of_keys(self._gold, self._splits)
 
 
 def _sentences(paragraphs: Sequence[Paragraph]) -> Iterator[tuple[int, str, str, bool]]:
@@ -284,10 +280,6 @@ def _supports(question: dict[str, Any], paragraphs: Sequence[Paragraph]) -> list
         for number, text in enumerate(sentences)
         if text.strip()
     ]
-
-
-def _titles(question: dict[str, Any]) -> set[str]:
-    return {title for title, _ in question["supporting_facts"]}
 
 
 class _Batches(Dataset[Any]):

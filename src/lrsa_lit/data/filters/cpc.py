@@ -64,7 +64,7 @@ class CPC(SentenceFilter):
         from lrsa_lit.models.sentence_encoder import embeddings
 
         with named("checkpoint"):
-            encoder = _encoder(self.checkpoint, self.dtype, self.device)
+            encoder = _encoder(self.checkpoint, _stamp(self.checkpoint), self.dtype, self.device)
         most = self.max_tokens or encoder.max_tokens
         pieces: list[list[int]] = []
         owners: list[int] = []
@@ -97,7 +97,7 @@ class CPC(SentenceFilter):
         key, settings = super().key, self.to_dict()["init_args"]
         del settings["checkpoint"], settings["device"]
         with named("checkpoint"):
-            digest = _digest(self.checkpoint)
+            digest = _digest(self.checkpoint, _stamp(self.checkpoint))
         code = sha256_of(Path(sentence_encoder.__file__))
         return {**key, "init_args": settings, "checkpoint": digest, "encoder": code}
 
@@ -108,8 +108,17 @@ class _Encoder(NamedTuple):
     max_tokens: int
 
 
+def _stamp(checkpoint: str) -> object:
+    """Another one where the file is replaced; None where there is none."""
+    try:
+        about = Path(checkpoint).expanduser().stat()
+    except OSError:
+        return None
+    return about.st_size, about.st_mtime_ns, about.st_ino
+
+
 @functools.lru_cache(maxsize=1)
-def _encoder(checkpoint: str, dtype: str, device: str | None) -> _Encoder:
+def _encoder(checkpoint: str, stamp: object, dtype: str, device: str | None) -> _Encoder:
     """The encoder of a checkpoint, which stays loaded until another one is asked for."""
     import torch
 
@@ -130,7 +139,7 @@ def _encoder(checkpoint: str, dtype: str, device: str | None) -> _Encoder:
 
 
 @functools.lru_cache(maxsize=8)
-def _digest(checkpoint: str) -> str:
+def _digest(checkpoint: str, stamp: object) -> str:
     """Of what the checkpoint and its base model hold, wherever they lie."""
     from lrsa_lit.models.checkpoint import load_trained
     from lrsa_lit.models.identity import digest_of
