@@ -131,6 +131,7 @@ MISTAKES = [
     ([*SUMMARISE, "--estimate"], "--estimate: it is not allowed for summarise"),
     ([*SUMMARISE, "--splits", "dev"], "--splits: invalid choice: 'dev'"),
     ([*SUMMARISE, "--data.init_args.val", "null"], "--splits: 'val' is not allowed; it must be one of train, test"),
+    ([*SUMMARISE, "--splits", "train", "--data.init_args.max_tokens", "330"], "--splits: no question fits into"),
     ([*SUMMARISE, "--data", "ChatFiles", "--data.train", "data/sample-chats.jsonl", "--splits", "train"],
      "data: 'ChatFiles' is not allowed; it must be a data set of questions about passages"),
 ]  # fmt: skip

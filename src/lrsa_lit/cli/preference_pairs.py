@@ -28,7 +28,7 @@ from lrsa_lit.models.sources import trained_model
 from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.tasks.preference_judge import PreferenceJudge
 from lrsa_lit.tasks.rewritings import Rewritings, digest_of_rewritings, pair_of
-from lrsa_lit.tasks.summariser import Summariser
+from lrsa_lit.tasks.summariser import Summariser, digest_of_summaries
 from lrsa_lit.terminal import PlainConsole
 
 CANDIDATES = "candidates.jsonl"
@@ -84,10 +84,11 @@ class _PreferencePairs(FitTool):
             found = trained_model(self.own.judge, task.backbone.dtype)
             judged_by = digest_of(self.own.judge, found)
             judge = PreferenceJudge(found, device, data.max_tokens, data.eval_batch_size)
-        start = task.start()
+        start = task.start()._replace(template_arguments=task.template_arguments)
         source = task.start_from or task.backbone.source
         writer = Summariser(start, device, self.own.max_new_tokens)
-        by = digest_of_rewritings(judged_by, digest_of(source, start), self.own.max_new_tokens, data.max_tokens)
+        written_by = digest_of_summaries(digest_of(source, start), start, self.own.max_new_tokens)
+        by = digest_of_rewritings(judged_by, found.template_arguments, written_by, data.max_tokens)
         return Rewritings(writer, judge, by, file)
 
     def _made(self, rewritings: Rewritings) -> tuple[list[Mapping[str, Any]], list[PreferencePair]]:

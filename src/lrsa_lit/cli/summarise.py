@@ -53,10 +53,14 @@ class _Summarise(FitTool):
         task, data, trainer, path = self.model, self.datamodule, self.trainer, self.file()
         with named("--writer"):
             trained = trained_model(self.own.writer, task.backbone.dtype)
+            trained = trained._replace(template_arguments=trained.template_arguments | task.template_arguments)
             by = digest_of_summaries(digest_of(self.own.writer, trained), trained, self.own.max_new_tokens)
         with growing_file("--to", path) as file, kept_if_stopped(path):
             known = summaries_of(file.rows, by)
-            passages = self._passages()
+            if not (passages := self._passages()):
+                raise UserError(
+                    "--splits", reason="no question fits into data.init_args.max_tokens, so none has passages"
+                )
             todo = [text for key, text in passages.items() if key not in known]
             if todo:
                 writer = Summariser(trained, trainer.strategy.root_device, self.own.max_new_tokens)
