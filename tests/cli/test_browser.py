@@ -46,6 +46,9 @@ def test_two_fits_side_by_side(elsewhere, page):
         page.click(f"//*[@role='row']//a[.='{runs[0].info.run_name}']")
         # Its scores stand in its page, and lead to their charts.
         page.find("//*[@role='tab'][.='Model metrics']")
+        # Though the link does not say so, it is among the pages for training.
+        assert "workflowType" not in page.driver.current_url
+        page.gone("//*[.='Evaluation runs']")
         page.click("//a[.='val/loss']")
         page.find("//*[@role='tab'][@aria-selected='true'][.='Model metrics']")
         page.click("//*[@role='tab'][.='Artifacts']")

@@ -51,11 +51,11 @@ def test_the_server_answers_and_leaves_nothing_behind(store, number):
         assert process.stdout.readline() == "Runs of 'old', side by side:\n"
         address = process.stdout.readline().strip()
         assert compared(MlflowClient(store), address) == (["old"], {"child0", "child1"})
-        base = address.partition("/#")[0]
+        base = address.partition("/training#")[0]
         assert process.stdout.readline() == "In a table:\n"
         table = process.stdout.readline()
         experiment = MlflowClient(store).get_experiment_by_name("old")
-        assert table.startswith(f"{base}/#/experiments/{experiment.experiment_id}/runs?")
+        assert table.startswith(f"{base}/training#/experiments/{experiment.experiment_id}/runs?")
         (shared,) = [name for name in experiment.tags if name.startswith("mlflow.sharedViewState.")]
         assert f"viewStateShareKey={shared.rpartition('.')[2]}" in table
         assert base.startswith("http://127.0.0.1:")

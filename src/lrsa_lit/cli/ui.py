@@ -17,6 +17,7 @@ import urllib.parse
 import urllib.request
 import webbrowser
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import IO, TYPE_CHECKING
 
 from lrsa_lit.cli.arguments import Parser, integer, terminable
@@ -54,13 +55,19 @@ _COLUMNS = [
 
 _VIEW = "lrsa"
 _TRAINING = "workflowType=machine_learning"
-"""Part of an address: a fresh browser would open MLflow's pages for GenAI, which show no runs."""
+"""Part of an address: a fresh browser would open MLflow's pages for GenAI, which show no runs. Links lose it."""
+
+_APP = "lrsa"
+_TRAINING_PATH = "/training"
+"""The page of our own server that has a fresh browser remember it (``lrsa_lit.tracking.training_view``)."""
 
 EPILOG = """\
 examples:
   lrsa ui
   lrsa ui --experiment quickstart --port 5001
   lrsa ui --store http://tracking.example:5000     prints the addresses on a server that runs already
+
+There, links in the pages lead a fresh browser to MLflow's pages for GenAI; its switch to model training is remembered.
 """
 
 
@@ -76,7 +83,8 @@ def run(arguments: Sequence[str]) -> None:
         mark(client, experiment)
         pages = [page(client, experiment) for page in (compare_page, table_page, run_page)]
     base = redacted(uri).rstrip("/") if runs_already else f"http://{HOST}:{port}"
-    addresses = [f"{base}/{page}" for page in pages]
+    path = "/" if runs_already or not _has_training_view() else _TRAINING_PATH
+    addresses = [f"{base}{path}{page}" for page in pages]
     if runs_already:
         _show(experiment.name, addresses, options.browser)
         return
@@ -112,10 +120,7 @@ def table_page(client: MlflowClient, experiment: Experiment) -> str:
 
 
 def run_page(client: MlflowClient, experiment: Experiment) -> str:
-    """The UI's page of an experiment's latest run, as the end of an address.
-
-    From a click in the table a fresh browser opens it among the pages for GenAI, whose tabs are the same.
-    """
+    """The UI's page of an experiment's latest run, as the end of an address."""
     (latest,) = client.search_runs([experiment.experiment_id], max_results=1)
     return f"#/experiments/{experiment.experiment_id}/runs/{latest.info.run_id}?{_TRAINING}"
 
@@ -177,8 +182,15 @@ def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[b
 
 def _command(uri: str, port: int) -> list[str]:
     command = [sys.executable, *f"-m mlflow server --host {HOST} --port {port} --workers 1".split()]
+    if _has_training_view():
+        command += ["--app-name", _APP]
     location = artifact_location(uri)
     return command if location is None else [*command, "--default-artifact-root", location]
+
+
+def _has_training_view() -> bool:
+    """Whether this installation has registered it: one of before has not."""
+    return bool(metadata.entry_points(group="mlflow.app", name=_APP))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
