@@ -145,16 +145,25 @@ def test_questions_that_cannot_be_judged_are_counted(tmp_path):
     told = Told(["Rain."] * 4)
     found, counts = lines(tmp_path, told, record=replace(RECORD, supporting_titles=()))
     assert (found, counts.without, counts.too_long) == ([], 1, 0)
-    told.verdicts = lambda records, prompt: None
+    told.verdicts = lambda records, prompt: [None] * len(records)
     found, counts = lines(tmp_path, told)
     assert (found, counts.without, counts.too_long) == ([], 0, 2)
 
 
-def test_a_question_that_is_too_long_with_a_rewriting_has_no_verdict():
+def test_what_a_question_is_too_long_with_is_no_candidate():
     judge = PreferenceJudge(TINY, CPU, 400, max_new_tokens=1)
     short = replace(RECORD, passages=RECORD.passages[:1], supporting_titles=("Ferry",))
-    assert judge.judged(short, PROMPT, 0, {"lead": "It rains."})
-    assert judge.judged(short, PROMPT, 0, {"long": "It rains." * 40}) is None
+    found = judge.judged(short, PROMPT, 0, {"long": "It rains." * 40, "lead": "It rains.", "whole": TEXTS[1]})
+    assert [candidate.by for candidate, _ in found] == ["lead", "whole"]
+    long = replace(short, passages=(Passage("Ferry", TEXTS[1] * 9),))
+    assert judge.judged(long, PROMPT, 0, {"lead": "It rains."}) is None
+
+
+def test_a_judge_keeps_to_its_positions():
+    positions = TINY.backbone.config.max_position_embeddings
+    judge = PreferenceJudge(TINY, CPU, 2 * positions, max_new_tokens=1)
+    long = replace(RECORD, passages=(Passage("Ferry", "x" * positions),), supporting_titles=())
+    assert judge.verdicts([long], PROMPT) == [None]
 
 
 def test_a_line_of_another_form_is_refused(tmp_path):

@@ -83,7 +83,9 @@ class _PreferencePairs(FitTool):
         with named("--judge"):
             found = trained_model(self.own.judge, task.backbone.dtype)
             judged_by = digest_of(self.own.judge, found)
-            judge = PreferenceJudge(found, device, data.max_tokens, data.eval_batch_size)
+            # Contexts are full, and a rewriting may be longer than its passage.
+            most = data.max_tokens + self.own.max_new_tokens
+            judge = PreferenceJudge(found, device, most, data.eval_batch_size)
         start = task.start()._replace(template_arguments=task.template_arguments)
         source = task.start_from or task.backbone.source
         writer = Summariser(start, device, self.own.max_new_tokens)
@@ -145,5 +147,5 @@ def _why_none(rewritings: Rewritings, lines: Sequence[object]) -> str:
     if lines:
         return f"no pair among the rewritings of {len(lines)} passages; --weak takes passages that none succeeds for"
     if rewritings.too_long:
-        return f"the questions about all {rewritings.too_long} passages exceed data.init_args.max_tokens"
+        return f"the judge has positions for none of the questions about {rewritings.too_long} passages"
     return f"none of {rewritings.without} questions names supporting_titles, whose passages are rewritten"

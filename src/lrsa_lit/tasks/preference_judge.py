@@ -46,7 +46,7 @@ class PreferenceJudge:
     Args:
         trained: the model, which is loaded here.
         device: where it runs.
-        max_tokens: most tokens of a question with its context and answer.
+        max_tokens: most tokens of a question with its context and answer; no more than the model has positions for.
         batch_size: questions at once.
         max_new_tokens: most tokens of an answer.
     """
@@ -55,23 +55,24 @@ class PreferenceJudge:
         self, trained: Trained, device: torch.device, max_tokens: int, batch_size: int = 1, max_new_tokens: int = 32
     ) -> None:
         self._asked = DenseModel(trained, device)
-        self._most, self._at_once, self._longest = max_tokens, batch_size, max_new_tokens
+        positions = getattr(trained.backbone.config, "max_position_embeddings", None)
+        self._most = max_tokens if positions is None else min(max_tokens, positions - max_new_tokens)
+        self._at_once, self._longest = batch_size, max_new_tokens
 
-    def verdicts(self, records: Sequence[QARecord], prompt: Prompt) -> list[Verdict] | None:
-        """One for each record; None if one of them does not fit into ``max_tokens``."""
+    def verdicts(self, records: Sequence[QARecord], prompt: Prompt) -> list[Verdict | None]:
+        """One for each record; None for one that does not fit into ``max_tokens``."""
         tokenizer = self._asked.tokenizer
         examples = [encode(record, tokenizer, self._most, prompt) for record in records]
-        whole = [example for example in examples if not isinstance(example, TooLong)]
-        if len(whole) < len(examples):
-            return None
+        fitting = [example for example in examples if not isinstance(example, TooLong)]
         found: list[Verdict] = []
-        for first in range(0, len(whole), self._at_once):
-            batch = collate(whole[first : first + self._at_once], int(tokenizer.pad_token_id))
+        for first in range(0, len(fitting), self._at_once):
+            batch = collate(fitting[first : first + self._at_once], int(tokenizer.pad_token_id))
             losses, tokens = self._losses(batch)
             answers = self._asked.answers(batch["prompt_ids"], batch["prompt_mask"], self._longest)
             rows = zip(answers, batch["answers"], batch["match"], (losses / tokens).tolist(), strict=True)
             found += [Verdict(f1_score(text, wanted, match), loss) for text, wanted, match, loss in rows]
-        return found
+        of_fitting = iter(found)
+        return [None if isinstance(example, TooLong) else next(of_fitting) for example in examples]
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss and number of the tokens of each reference answer, (B,)."""
@@ -93,21 +94,18 @@ class PreferenceJudge:
             texts: the rewritings, by what has made them; equal ones are judged once, as the first.
 
         Returns:
-            None if the question does not fit into ``max_tokens`` with one of them.
+            Those with which the question fits into ``max_tokens``; None if it does not with the passage itself.
         """
         passage = record.passages[place]
         made = {text: by for by, text in reversed(list(texts.items()))}
         others = [text for text in made if text != passage.text]
         verdicts = self.verdicts([_with_text(record, place, text) for text in (passage.text, *others)], prompt)
-        if verdicts is None:
-            return None
         of_text = dict(zip((passage.text, *others), verdicts, strict=True))
-        whole = of_text[passage.text]
-        return [
-            (Candidate(by, text, of_text[text].succeeds(whole)), of_text[text])
-            for by, text in texts.items()
-            if made[text] == by
-        ]
+        if (whole := of_text[passage.text]) is None:
+            return None
+        own = ((by, text, of_text[text]) for by, text in texts.items() if made[text] == by)
+        judged = ((by, text, verdict) for by, text, verdict in own if verdict is not None)
+        return [(Candidate(by, text, verdict.succeeds(whole)), verdict) for by, text, verdict in judged]
 
 
 def _with_text(record: QARecord, place: int, text: str) -> QARecord:

@@ -39,7 +39,7 @@ class Rewritings:
 
     Attributes:
         without: how many questions name no supporting passage.
-        too_long: how many passages are left out because a question with a rewriting does not fit.
+        too_long: how many passages are left out because the judge has no room for the question.
     """
 
     def __init__(self, writer: Summariser, judge: PreferenceJudge, by: str, kept: GrowingFile) -> None:
