@@ -62,7 +62,9 @@ def test_a_fit_is_recorded_and_its_checkpoint_tested(capsys):
         "train/loss/masked",
     } <= run.data.metrics.keys()
     main(["test", *SHIPPED, "--ckpt_path", str(last("runs")), "--config", "configs/logger/csv.yaml"])
-    assert "Test on 4 questions" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Test on 4 questions" in shown
+    assert "Encoder over BM25 at 10 %" in shown
     lines = [json.loads(line) for line in next(Path("runs").rglob("recalls.jsonl")).read_text().splitlines()]
     assert [line["supporting"] for line in lines] == [2] * 4
     assert lines[0]["encoder"].keys() == {"10", "25"}

@@ -114,6 +114,15 @@ def test_recalls():
     assert (found["bm25/recall_30"], found["bm25/recall_60"]) == (0, 0.25)
 
 
+def test_recalls_over_bm25():
+    kept = [(2, 1), (1, 1), (2, 0), (2, 1), (1, 0), (2, 2)]
+    lines = [{"supporting": 2, "encoder": {"30": own}, "bm25": {"30": other}} for own, other in kept]
+    found = RecallMeter([0.3], "strict").over_bm25(lines)["30"]
+    assert found.difference.value == pytest.approx((0.5 + 0 + 1 + 0.5 + 0.5 + 0) / 6)
+    assert 0 < found.difference.low < found.difference.value < found.difference.high
+    assert 0 < found.p_value < 0.3
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_tokens", 0), ("negatives", -1), ("scale", -1.0), ("masked_share", 1.0), ("budgets", [0.0]), ("budgets", [])],

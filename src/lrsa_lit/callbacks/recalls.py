@@ -77,7 +77,13 @@ def show_recalls(trainer: Trainer, split: str) -> None:
         return
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     title = f"{'Test' if split == 'test' else 'Validation'} on {values[f'{split}/count']:.0f} questions"
-    PlainConsole().print(_table(title, split, [values]))
+    console = PlainConsole()
+    console.print(_table(title, split, [values]))
+    for name in values:
+        if name.startswith(f"{split}/over_bm25/") and f"{name}_p" in values:
+            low, high, p_value = (values[f"{name}_{end}"] for end in ("low", "high", "p"))
+            told = f"{values[name]:+.3f} a question (95 % CI {low:+.3f} to {high:+.3f}, p = {p_value:.4f})"
+            console.say(f"Encoder over BM25 at {name.rpartition('/')[2]} %: {told}")
     show_answers(trainer)
 
 

@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lrsa_lit.bounds import is_weight
 from lrsa_lit.data.filters.sentence_filter import SelectionRule, ranked, selected
 from lrsa_lit.data.sentence_facts import Facts
 from lrsa_lit.errors import UserError
+from lrsa_lit.evaluation.statistics import Comparison, compare
 
 CONTROLS = ("bm25", "random")
 """What ranks the same sentences without a model."""
@@ -75,6 +79,18 @@ class RecallMeter:
             found |= {f"{stem}recall_{key}": share for key, share in shares.items()}
             found[f"{stem}recall"] = sum(shares.values()) / len(shares)
         return found
+
+    def over_bm25(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Comparison]:
+        """The encoder's recalls less BM25's of the same questions, whose lines :meth:`update` returned, by budget.
+
+        Recalls are of each question's sentences, so that all questions weigh the same.
+        """
+
+        def recalls(name: str, key: str) -> NDArray[np.float64]:
+            return np.array([[line[name][key] / line["supporting"] for line in lines]])
+
+        keys = map(label, self.budgets)
+        return {key: compare(recalls("encoder", key), recalls("bm25", key)) for key in keys}
 
 
 def label(budget: float) -> str:

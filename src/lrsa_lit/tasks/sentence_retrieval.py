@@ -41,7 +41,9 @@ class SentenceRetrieval(lightning.LightningModule):
     Training minimises the contrastive loss of each question's sentence among all sentences of the batch that were
     drawn, and the loss of masked tokens, each predicted from the position before it. Validation and test log
     ``val/recall_10`` …: of the sentences that support answers the share kept at a budget of tokens, ``val/recall``,
-    their mean, and the same for BM25 and for sentences at random under ``val/bm25/`` and ``val/random/``.
+    their mean, and the same for BM25 and for sentences at random under ``val/bm25/`` and ``val/random/``. Outside of a
+    fit they also log what the encoder's mean recall of a question is over BM25's, with its 95 % interval and p-value:
+    ``test/over_bm25/10``, ``10_low``, ``10_high`` and ``10_p``.
 
     Args:
         backbone: the base LLM; with ``lora`` adapters are trained, without all weights.
@@ -81,6 +83,7 @@ class SentenceRetrieval(lightning.LightningModule):
             check_setting(name, getattr(self, name), is_weight(getattr(self, name)), "a finite number >= 0")
         check_setting("masked_share", masked_share, is_weight(masked_share) and 0 < masked_share < 1, "in (0, 1)")
         self.meter = RecallMeter(budgets, rule)
+        self.lines: list[dict[str, Any]] = []
         # Checkpoints of adapters leave the frozen base out; it is loaded from its source.
         self.strict_loading = backbone.lora is None
         self.model: Any = None
@@ -170,6 +173,7 @@ class SentenceRetrieval(lightning.LightningModule):
         for facts, scores, repeated in zip(batch["facts"], self.similarities(batch), batch["repeated"], strict=True):
             if not repeated:
                 lines.append(self.meter.update(facts, scores))
+        self.lines += lines
         return {"lines": lines}
 
     test_step = validation_step
@@ -184,12 +188,19 @@ class SentenceRetrieval(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the sums of an evaluation."""
         self.meter.sums.clear()
+        self.lines.clear()
 
     def on_validation_epoch_end(self) -> None:
         """Log the recalls of an evaluation."""
         found = self.meter.recalls(gathered(dict(self.meter.sums)))
         for name, value in found.items():
             self.log(f"{self._split}/{name}", float(value), prog_bar=name == "recall")
+        if self.trainer.state.fn != "fit":
+            lines = [line for of_process in gathered(self.lines) for line in of_process]
+            for key, found_more in self.meter.over_bm25(lines).items():
+                estimate = found_more.difference
+                values = {"": estimate.value, "_low": estimate.low, "_high": estimate.high, "_p": found_more.p_value}
+                self.log_dict({f"{self._split}/over_bm25/{key}{end}": value for end, value in values.items()})
 
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
 
