@@ -53,7 +53,13 @@ INIT_ARGS["Sum"] = {
         for name, weight in _WEIGHTS.items()
     ]
 }
-FIXTURES = {"compressors": "compressor", "data": "make", "objectives": "objective_settings", "systems": "system"}
+FIXTURES = {
+    "compressors": "compressor",
+    "data": "make",
+    "filters": "context_filter",
+    "objectives": "objective_settings",
+    "systems": "system",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -111,6 +117,12 @@ def compressor(request):
 
 @pytest.fixture(scope="module")
 def system(request):
+    cls, init_args = request.param
+    return cls(**init_args)
+
+
+@pytest.fixture(scope="module")
+def context_filter(request):
     cls, init_args = request.param
     return cls(**init_args)
 

@@ -63,7 +63,7 @@ def counted(
 def checked_filter(shortens: ContextFilter | None, data_set: str, filterable: bool) -> ContextFilter | None:
     """The filter of a data set; a UserError where there is one and nothing to filter."""
     if shortens is not None and not filterable:
-        reason = f"{data_set} has no questions about passages, which a filter shortens"
+        reason = f"cannot be used: {data_set} has no questions about passages, which a filter shortens"
         raise UserError("filter", type(shortens).__name__, reason=reason, hint="leave it out, or set it to null")
     return shortens
 
