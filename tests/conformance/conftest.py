@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from data_files import FILES
+from filter_files import FILTER_FILES
 from jsonargparse import ArgumentParser
 from plugin_helpers import write_examples
 
@@ -122,9 +123,10 @@ def system(request):
 
 
 @pytest.fixture(scope="module")
-def context_filter(request):
+def context_filter(request, tmp_path_factory):
     cls, init_args = request.param
-    return cls(**init_args)
+    files = FILTER_FILES[cls.__name__](tmp_path_factory.mktemp("files")) if cls.__name__ in FILTER_FILES else {}
+    return cls(**files | init_args)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from data_files import FILES
+from filter_files import SUMMARISED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
@@ -28,7 +29,9 @@ CONTEXTS = st.lists(PASSAGE, min_size=1, max_size=5)
 @st.composite
 def records(draw):
     drawn = draw(CONTEXTS)
-    passages = tuple(Passage(title, draw(st.sampled_from(["", "\n", " "])) + "".join(text)) for title, text in drawn)
+    before = draw(st.sampled_from(["", "\n", " "]))
+    passages = tuple(Passage(title, before + "".join(text)) for title, text in drawn)
+    passages += draw(st.sampled_from([(), (Passage("Isk", SUMMARISED),)]))
     gold = draw(st.lists(st.sampled_from(range(len(drawn))), max_size=2, unique=True))
     record = QARecord(
         id=draw(st.sampled_from(["a", "b"])),
@@ -59,7 +62,7 @@ prompts = pytest.mark.parametrize("prompt", [PROMPT, NUMBERED, PIECES], ids=["ti
 @prompts
 def test_only_the_context_changes_and_titles_follow(shortens, prompt):
     @given(records())
-    @settings(max_examples=30)
+    @settings(max_examples=20)
     def holds(record):
         shorter = shortens.apply(record, prompt)
         emptied = {"passages": (), "supporting_titles": (), "supporting_sentences": ()}
@@ -80,7 +83,7 @@ def test_only_the_context_changes_and_titles_follow(shortens, prompt):
 @prompts
 def test_each_sentence_is_accounted_for(shortens, prompt):
     @given(records())
-    @settings(max_examples=30)
+    @settings(max_examples=20)
     def holds(record):
         found = shortens.filtered(record, prompt)
         assert found.source == record
@@ -107,7 +110,7 @@ def test_no_more_stays_than_the_budget_allows(shortens, prompt):
         pytest.skip("it has no budget")
 
     @given(records(), st.integers(1, 300))
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     def holds(record, tokens):
         narrow = replace(shortens, tokens=tokens)
         narrow.use(TOKENIZER)
