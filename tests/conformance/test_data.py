@@ -105,6 +105,8 @@ def test_contexts_hold_the_evidence_and_end_before_the_question(data, pairs):
         context = example.get("context_length", turn)
         assert 1 <= context <= turn <= example["prompt_length"]
         assert all(stop <= context for _, stop in example["gold_spans"])
+        if span := example.get("context_span"):
+            assert all(span[0] <= start and stop <= span[1] for start, stop in example["gold_spans"])
         if isinstance(record, QARecord) and not isinstance(data, Articles):
             assert record.questions[0].strip() in shown(example["input_ids"][context:turn])
 

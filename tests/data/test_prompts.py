@@ -63,6 +63,9 @@ def test_the_context_ends_with_the_last_passage_wherever_the_question_stands(rec
         assert text.removeprefix(f"<|im_start|>user\n{before}").startswith("Isk\n")
         assert text.endswith("kilometres long.\n\nCafé Grün\nLe café naît à Tesmar: TESMAR, not Tesmarville.\n\n"
                              "Nobody lives in Tesmar.")  # fmt: skip
+        start, end = example["context_span"]
+        assert end == example["context_length"]
+        assert tokenizer.decode(example["input_ids"][start:end]) == text.removeprefix(f"<|im_start|>user\n{before}")
         assert example["first_turn"] == example["prompt_length"]
 
 
@@ -75,6 +78,9 @@ def test_a_token_that_reaches_beyond_the_context_is_of_it():
 def test_without_passages_all_of_the_prompt_is_context(record, tokenizer):
     example = encode(replace(record, passages=(), supporting_titles=()), tokenizer, 1024)
     assert example["context_length"] == example["prompt_length"]
+    start, end = example["context_span"]
+    assert tokenizer.decode(example["input_ids"][:start]) == "<|im_start|>user\n"
+    assert start == end
 
 
 @pytest.mark.parametrize("question", ["{context}", "{input}"])

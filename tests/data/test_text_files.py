@@ -99,7 +99,8 @@ def test_labels_are_all_tokens_but_the_first(tmp_path):
     batch = collate_training([example], 0)
     assert batch["labels"][0, 1:].tolist() == example["input_ids"][1:]
     assert batch["labels"][0, 0] == -100
-    assert batch["sizes"] == [(4, 3)]
+    assert batch["sizes"] == [(4, 3, 0, 4)]
+    assert batch["contexts"] == [(0, 4)]
 
 
 BAD = {

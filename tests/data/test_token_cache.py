@@ -25,6 +25,7 @@ EXAMPLE = Example(
     subject="s",
     context_length=1,
     first_turn=1,
+    context_span=(0, 1),
     learnt=[[2, 3]],
 )
 
@@ -32,7 +33,8 @@ EXAMPLE = Example(
 def test_examples_and_report_come_back(tmp_path):
     token_cache.build(tmp_path / "key" / "train", [EXAMPLE, EXAMPLE], Counter(kept=2))
     rows, report = token_cache.load(tmp_path / "key" / "train")
-    assert rows[1] == {**EXAMPLE, "rejected": [], "gold_spans": [[0, 1], [1, 2]]}
+    assert rows[1] == {**EXAMPLE, "rejected": [], "gold_spans": [[0, 1], [1, 2]], "context_span": [0, 1]}
+    assert token_cache.sizes(rows) == [(3, 1, 0, 1)] * 2
     assert (len(rows), report) == (2, Counter(kept=2))
 
 
@@ -47,10 +49,12 @@ def test_lengths_are_those_of_what_trains(tmp_path):
 
 
 def test_all_of_the_first_turn_is_context_unless_an_example_says_less(tmp_path):
-    short = {name: value for name, value in EXAMPLE.items() if name not in ("context_length", "first_turn")}
+    missing = ("context_length", "first_turn", "context_span")
+    short = {name: value for name, value in EXAMPLE.items() if name not in missing}
     token_cache.build(tmp_path / "train", [short, short | {"first_turn": 1}], Counter())
     rows, _ = token_cache.load(tmp_path / "train")
     assert (rows["context_length"][:], rows["first_turn"][:]) == ([2, 1], [2, 1])
+    assert (rows["context_span"][:], token_cache.sizes(rows)) == ([[], []], [(3, 1, 0, None)] * 2)
 
 
 def test_nothing_is_left_of_a_build_that_failed(tmp_path):

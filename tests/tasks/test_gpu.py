@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.attention.decoding import decoder
-from lrsa_lit.data.collate import ExampleSize, TrainBatch
+from lrsa_lit.data.collate import ExampleSize, TrainBatch, collate
 from lrsa_lit.models import Backbone, head
-from lrsa_lit.tasks import LongContextQA, question_answering
+from lrsa_lit.tasks import Digests, LongContextQA, question_answering
 
 pytestmark = pytest.mark.gpu
 
@@ -58,15 +59,56 @@ def test_a_step_never_waits_for_the_device(boundaries, compiled, checkpointing):
     task.configure_model()
     task.cuda()
     rows = batch(boundaries)
+    never_waits(lambda: task.summed_losses(rows, 0))
+
+
+def never_waits(step):
     for _ in range(2):
-        (loss,) = task.summed_losses(rows, 0)
-        loss.backward()
+        step().sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        (loss,) = task.summed_losses(rows, 0)
-        loss.backward()
+        step().sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def asked(context, answer):
+    ids = torch.randint(3, 259, (context + 40 + answer,), device="cpu").tolist()
+    empty = {"gold_spans": [], "answer_spans": [], "answers": ["x"], "match": "any"}
+    return {"id": str(context), "input_ids": ids, "prompt_length": context + 40, "context_span": (20, 20 + context),
+            **empty}  # fmt: skip
+
+
+def digesting(stage, dtype):
+    task = LongContextQA(Backbone("tiny", dtype=dtype), digests=Digests(stage, 8, 32, init="normal"),
+                         generate_answers=stage == "answer", max_new_tokens=60)  # fmt: skip
+    task.configure_model()
+    return task.cuda(), move_data_to_device(collate([asked(300, 5), asked(70, 9), asked(0, 2)], 2), "cuda")
+
+
+@pytest.mark.parametrize("stage", ["repeat", "answer"])
+def test_a_step_with_digests_never_waits_for_the_device(stage):
+    task, rows = digesting(stage, "bfloat16")
+
+    def step():
+        model, read = task.digests.read(task.model, rows, step=0)
+        return task.summed_losses(read, 0, model)
+
+    never_waits(step)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_graph_answers_from_digests_what_launches_do(dtype, monkeypatch):
+    task, rows = digesting("answer", dtype)
+    monkeypatch.setattr(question_answering, "stop_tokens", lambda tokenizer: [])
+    answers = []
+    for warm_up in (3, 1000):
+        monkeypatch.setattr(decoder, "_WARM_UP", warm_up)
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=dtype == "float32"):
+            answers.append([task.generate(rows, rule) for rule in (task.lrsa, None)])
+        task._greedy.clear()
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1]
 
 
 def test_the_fused_loss_is_as_exact_as_float32_logits(monkeypatch):

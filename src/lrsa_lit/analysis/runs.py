@@ -264,6 +264,8 @@ def _row(run: Run) -> dict[str, Any]:
     of_heads, system = (params.get(f"model.lrsa.{name}", "None") for name in ("head_top_k", "system"))
     if (gated := params.get("model.head_gates", "None")) != "None":
         system = gated
+    if params.get("model.digests", "None") != "None":
+        system = "ICFormer"
     if ranked := _arguments(params, "model.lrsa.head_top_k."):
         of_heads = ",".join(ranked)
     one_k = of_heads == system == "None"

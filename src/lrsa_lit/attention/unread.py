@@ -40,7 +40,9 @@ def check_layers(layers: Sequence[Mapping[str, Any]]) -> None:
     models = [model for layer in layers if isinstance(model := layer.get("model"), Mapping)]
     if any(map(_has_rule, models)):
         return
-    system = None
+    # Digests are the run's own attention, whatever the defaults say of a rule.
+    digests = [model["digests"] for model in models if "digests" in model]
+    system = "ICFormer" if digests and digests[-1] is not None else None
     for model in models:
         if isinstance(lrsa := model.get("lrsa"), Mapping):
             with under("model.lrsa"):

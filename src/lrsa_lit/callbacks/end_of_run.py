@@ -208,7 +208,7 @@ def show_answers(trainer: Trainer) -> None:
     _show_run(trainer, console)
 
 
-def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrites: str = "") -> None:
+def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrites: str = "", asks: bool = True) -> None:
     """Print what goes on with a fit's checkpoint: the test with the fit's arguments, and questions about a text.
 
     With the checkpoint of a fit on pairs of rewritings, summaries go on in the place of questions.
@@ -218,6 +218,7 @@ def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrite
         arguments: what followed ``lrsa fit``.
         tests: whether the data set has a test split.
         rewrites: the source of the model, where it was trained on pairs of rewritings.
+        asks: whether the checkpoint is one that ``lrsa ask`` takes.
     """
     console = PlainConsole()
     if tests:
@@ -227,8 +228,8 @@ def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrite
         of_data = ["--model.backbone.source", rewrites, "--config", "configs/data/hotpotqa.yaml"]
         summarise = ["lrsa", "summarise", "--writer", checkpoint, "--to", "summaries.jsonl", *of_data]
         console.say(f"Summarise passages with it: {shlex.join(summarise)}")
-        return
-    console.say(f"Ask it: {shlex.join(['lrsa', 'ask', '--model', checkpoint, 'report.txt'])}")
+    elif asks:
+        console.say(f"Ask it: {shlex.join(['lrsa', 'ask', '--model', checkpoint, 'report.txt'])}")
 
 
 def _without(arguments: Sequence[str], flag: str) -> list[str]:

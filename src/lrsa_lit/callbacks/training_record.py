@@ -71,7 +71,8 @@ class TrainingRecord(Callback):
         """Write the file, on the first process."""
         if trainer.global_step < trainer.max_steps or not isinstance(pl_module, LongContextQA):
             return
-        weights = digest_of(trained_weights(pl_module.backbone, pl_module.model))
+        trained = pl_module.model if pl_module.digests is None else pl_module
+        weights = digest_of(trained_weights(pl_module.backbone, trained))
         cuda = pl_module.device.type == "cuda"
         about = {
             "steps": trainer.global_step,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +25,7 @@ from lrsa_lit.models.checkpoint import holds_factors
 from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.systems import System
-from lrsa_lit.tasks import HeadGates, LongContextQA, SoCo, TopKSchedule
+from lrsa_lit.tasks import Digests, HeadGates, LongContextQA, SoCo, TopKSchedule
 from lrsa_lit.tasks.measures import at_budgets
 from lrsa_lit.terminal import PlainConsole
 
@@ -39,7 +37,7 @@ class LRSACLI(RunCLI):
 
     task = LongContextQA
     data = QADataModule
-    kinds: ClassVar[Kinds] = (TopKSchedule, Compressor, System, Objective, HeadGates, SoCo)
+    kinds: ClassVar[Kinds] = (TopKSchedule, Compressor, System, Objective, HeadGates, SoCo, Digests)
     slots: ClassVar[dict[str, Kinds]] = {
         "model.evaluate": _OF_RULES,
         "model.train_attention": _OF_RULES,
@@ -63,19 +61,17 @@ class LRSACLI(RunCLI):
 
     def check_parts(self) -> None:
         """The model can carry its rules, and has positions for the longest example."""
-        config, model = self.model.backbone.config, self.model
+        model = self.model
         preflight.check_model(model)
         if self.subcommand != "fit":
             asked = {"share": self.asked("budget"), "cache_tokens": self.asked("cache_tokens")}
             model.attentions = at_budgets(model.attentions, model.backbone, self.datamodule.max_tokens, **asked)
             model.lrsa = model.attentions[""]
-        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        needed = self.datamodule.max_tokens + model.max_new_tokens
-        if needed > positions:
-            has = f"{model.backbone.name} has {positions} positions and model.max_new_tokens takes"
-            more = f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
-            hint = f"{has} {model.max_new_tokens} of them; more are had by {more}"
-            raise UserError("data.init_args.max_tokens", self.datamodule.max_tokens, hint=hint)
+        preflight.check_positions(model, self.datamodule)
+        if model.digests is not None:
+            if self.instead():
+                raise UserError("model.digests", reason="is for lrsa fit, validate, test and predict alone")
+            preflight.check_digests(str(self.subcommand), model.digests, self.datamodule)
 
     def check_beginning(self) -> None:
         """There are answers to generate, weights to begin with and, for a fit, something to train."""
@@ -94,6 +90,10 @@ class LRSACLI(RunCLI):
             model.check_objective(self.datamodule.max_tokens, self.trainer.max_steps)
             preflight.check_pairs(model, self.datamodule)
             self._open_teachers()
+
+    def check_examples(self) -> None:
+        """Their contexts can be digested, where they are."""
+        preflight.check_contexts(str(self.subcommand), self.model, self.datamodule)
 
     def instead(self) -> Callable[[], None] | None:
         """The estimate of a fit."""
@@ -122,8 +122,8 @@ class LRSACLI(RunCLI):
         return [] if self.asked("model.head_gates") is None else [GatesRecord()]
 
     def needs_whole_weights(self) -> str:
-        """Gates of heads do, and spectra."""
-        parts = ("model.head_gates", "model.spectra")
+        """Gates of heads do, spectra and digests."""
+        parts = ("model.head_gates", "model.spectra", "model.digests")
         return next((part for part in parts if self.asked(part) is not None), "")
 
     def before_fit(self) -> None:
@@ -134,7 +134,8 @@ class LRSACLI(RunCLI):
     def show_next(self, checkpoint: str, arguments: Sequence[str]) -> None:
         """The test, and questions about a text."""
         rewrites = self.model.backbone.source if self.datamodule.rejects else ""
-        show_next(checkpoint, arguments, tests="test" in self.datamodule.splits(), rewrites=rewrites)
+        further = {"tests": "test" in self.datamodule.splits(), "asks": self.model.digests is None}
+        show_next(checkpoint, arguments, rewrites=rewrites, **further)
 
     def after_validate(self) -> None:
         """Close with the scores, part by part."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +19,12 @@ from lightning.pytorch.strategies import Strategy
 from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.attention.families import check_config
 from lrsa_lit.classes import named_class
-from lrsa_lit.data.module import QADataModule
+from lrsa_lit.data import token_cache
+from lrsa_lit.data.module import SPLITS, QADataModule
 from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.paths import expanded
-from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks import Digests, LongContextQA
 from lrsa_lit.terminal import log_to
 
 _log = logging.getLogger("lrsa_lit")
@@ -78,6 +81,35 @@ def check_pairs(task: LongContextQA, data: QADataModule) -> None:
         if term.needs_rejected and not data.rejects:
             reason = f"{type(term).__name__} needs two answers to each prompt, and {type(data).__name__} has one"
             raise UserError("model.objective", reason=reason, hint="take data such as lrsa_lit.data.PreferencePairs")
+
+
+def check_positions(task: LongContextQA, data: QADataModule) -> None:
+    """Refuse examples that are longer than the model has positions, answers included; digests take fewer."""
+    backbone, new = task.backbone, task.max_new_tokens
+    positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
+    needed = new + (data.max_tokens if task.digests is None else task.digests.longest(data.max_tokens))
+    if needed > positions:
+        has = f"{backbone.name} has {positions} positions and model.max_new_tokens takes {new} of them"
+        more = f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
+        raise UserError("data.init_args.max_tokens", data.max_tokens, hint=f"{has}; more are had by {more}")
+
+
+def check_digests(subcommand: str, digests: Digests, data: QADataModule) -> None:
+    """Refuse digests for what gives no answers from them, and packed examples."""
+    if subcommand == "predict" and digests.stage == "repeat":
+        raise UserError("model.digests.init_args.stage", "repeat", "answer for predict")
+    if data.packing is not None:
+        raise UserError("data.init_args.packing", reason="is not allowed beside model.digests", allowed="null")
+
+
+def check_contexts(subcommand: str, task: LongContextQA, data: QADataModule) -> None:
+    """Refuse prepared data some of whose examples cannot be digested, or are too long with digests."""
+    if task.digests is None:
+        return
+    data.setup(subcommand)
+    for split in SPLITS:
+        for size in token_cache.sizes(data.open_split(split)) if split in data.report else ():
+            task.digests.check_size(size, task.max_new_tokens)
 
 
 def root_folder(trainer: Any) -> Path:

@@ -149,6 +149,9 @@ class RunCLI(OpenCLI):
     def check_beginning(self) -> None:
         """Check what a run that is to be begins with."""
 
+    def check_examples(self) -> None:
+        """Check what only the prepared examples say, on the first process."""
+
     def after_instantiate_classes(self) -> None:
         """Check what two parts must agree on, and prepare the data, before the run is recorded."""
         self.check_parts()
@@ -160,6 +163,7 @@ class RunCLI(OpenCLI):
         self._check_callbacks()
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data(self.subcommand)
+            self.check_examples()
         checkpoint = self.asked("ckpt_path")
         if self.subcommand == "fit" and checkpoint is not None:
             self._take_up(Path(checkpoint))

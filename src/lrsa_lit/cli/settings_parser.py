@@ -30,7 +30,7 @@ from lrsa_lit.objectives import Objective
 from lrsa_lit.ops.sparse_attention import Compressor
 from lrsa_lit.plugins import KINDS
 from lrsa_lit.systems import System
-from lrsa_lit.tasks import HeadGates, LongContextQA, SentenceRetrieval, SoCo, TopKSchedule
+from lrsa_lit.tasks import Digests, HeadGates, LongContextQA, SentenceRetrieval, SoCo, TopKSchedule
 
 # A parser knows the classes that are imported, and by their names alone: all that --help lists.
 for _kind in (*KINDS, "callbacks"):
@@ -53,6 +53,7 @@ _KEYS: dict[type, str] = {
     TopKSchedule: "model.train_top_k.init_args",
     HeadGates: "model.head_gates.init_args",
     SoCo: "model.spectra.init_args",
+    Digests: "model.digests.init_args",
     Objective: "model.objective",
     QADataModule: "data.init_args",
     SentenceData: "data.init_args",

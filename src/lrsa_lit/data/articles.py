@@ -49,6 +49,7 @@ class Articles(SquadArticles):
             id=record.id,
             input_ids=ids[: self.max_tokens],
             prompt_length=self.scored_from,
+            context_span=(0, self.max_tokens),
             gold_spans=[],
             answer_spans=[],
             answers=list(record.answers),

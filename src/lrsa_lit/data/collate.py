@@ -28,11 +28,13 @@ class ExampleSize(NamedTuple):
         tokens: of prompt and answer.
         answer: tokens of all answers that are learnt: an example's first token has none before it to predict it.
         rejected: tokens of the answer that is rejected; 0 where none is.
+        context: tokens of the context; None where the example does not say which these are.
     """
 
     tokens: int
     answer: int
     rejected: int = 0
+    context: int | None = None
 
     @classmethod
     def of(cls, tokens: int, prompt_length: int) -> ExampleSize:
@@ -40,9 +42,15 @@ class ExampleSize(NamedTuple):
         return cls.learning(tokens, [(prompt_length, tokens)])
 
     @classmethod
-    def learning(cls, tokens: int, spans: Sequence[Span], rejected: int = 0) -> ExampleSize:
-        """That of an example with so many tokens, of which those at positions [start, end) are learnt."""
-        return cls(tokens, sum(end - max(start, 1) for start, end in spans), rejected)
+    def learning(
+        cls, tokens: int, spans: Sequence[Span], rejected: int = 0, context: Sequence[int] = ()
+    ) -> ExampleSize:
+        """That of an example with so many tokens, of which those at positions [start, end) are learnt.
+
+        Its context is at other positions [start, end), or () where the example does not say.
+        """
+        known = context[1] - context[0] if context else None
+        return cls(tokens, sum(end - max(start, 1) for start, end in spans), rejected, known)
 
     @property
     def sequences(self) -> list[int]:
@@ -70,6 +78,7 @@ class TrainBatch(TypedDict):
             last ones, as many as the sizes say.
         rejected: of each example the positions [start, end) of its rejected answer, counted through all rows (B T);
             None for one that rejects nothing. It is missing where all do so.
+        contexts: positions [start, end) of each example's context; () where it does not say.
         position: of each example in its split, in the same order.
         step_sizes: of all examples of the optimizer step that the batch belongs to, on all devices.
     """
@@ -84,6 +93,7 @@ class TrainBatch(TypedDict):
     sizes: list[ExampleSize]
     learnt: NotRequired[list[list[Span]]]
     rejected: NotRequired[list[Span | None]]
+    contexts: NotRequired[list[Span | tuple[()]]]
     position: list[int]
     step_sizes: list[ExampleSize]
 
@@ -146,6 +156,7 @@ def _padded(
         id=[example["id"] for example in examples],
         sizes=sizes,
         learnt=list(map(learnt_spans, examples)),
+        contexts=list(map(context_of, examples)),
         position=_positions(examples),
         # Until a loader knows of further batches.
         step_sizes=sizes,
@@ -227,9 +238,17 @@ def learnt_spans(example: Example) -> list[Span]:
     return _spans(example.get("learnt", [(example["prompt_length"], len(example["input_ids"]))]))
 
 
+def context_of(example: Example) -> Span | tuple[()]:
+    """Positions [start, end) of an example's context; () where it does not say."""
+    span = example.get("context_span")
+    return (span[0], span[1]) if span else ()
+
+
 def _sizes(examples: Sequence[Example]) -> list[ExampleSize]:
     return [
-        ExampleSize.learning(len(example["input_ids"]), learnt_spans(example), len(example.get("rejected", ())))
+        ExampleSize.learning(
+            len(example["input_ids"]), learnt_spans(example), len(example.get("rejected", ())), context_of(example)
+        )
         for example in examples
     ]
 

@@ -97,6 +97,8 @@ class Example(TypedDict):
             them; all of the first turn where an example does not say it.
         first_turn: how many of these come before the first of several answers: all of them unless there were earlier
             turns.
+        context_span: token positions [start, end) of the passages, empty where there are none; of a plain text all of
+            its tokens. Missing where an example does not tell its context from what is asked, as in chats.
         gold_spans: token positions [start, end) of the supporting passages, in the order of the context.
         answer_spans: token positions [start, end) of the answers' occurrences within those passages.
         learnt: token positions [start, end) that have a loss, in order. Without it these are all behind the prompt; in
@@ -121,6 +123,7 @@ class Example(TypedDict):
     subject: NotRequired[str]
     context_length: NotRequired[int]
     first_turn: NotRequired[int]
+    context_span: NotRequired[Span]
     learnt: NotRequired[Sequence[Span]]
     rejected: NotRequired[Sequence[int]]
     source: NotRequired[str]
@@ -170,6 +173,7 @@ def encode(
         prompt_length=len(question.ids) + len(later),
         context_length=_context_length(question, rendered),
         first_turn=len(question.ids),
+        context_span=_context_span(question, rendered),
         gold_spans=[token_span(question.offsets, span) for span in gold],
         answer_spans=[token_span(question.offsets, span) for span in answers],
         answers=list(record.answers),
@@ -197,6 +201,14 @@ def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: 
 def _context_length(prompt: Tokens, rendered: Rendered) -> int:
     """Tokens up to the end of the last passage, the one that reaches beyond it included; all without passages."""
     return max(1, token_span(prompt.offsets, rendered.passages[-1])[1]) if rendered.passages else len(prompt.ids)
+
+
+def _context_span(prompt: Tokens, rendered: Rendered) -> Span:
+    """Tokens of the passages, those that reach beyond them included; without any none, where the message starts."""
+    if not rendered.passages:
+        start, _ = token_span(prompt.offsets, rendered.user[0])
+        return start, start
+    return token_span(prompt.offsets, (rendered.passages[0][0], rendered.passages[-1][1]))
 
 
 def _later_turns(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

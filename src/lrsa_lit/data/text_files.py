@@ -85,6 +85,7 @@ class TextFiles(SplitFiles):
             id=record.id,
             input_ids=list(record.ids),
             prompt_length=record.context,
+            context_span=(0, len(record.ids)),
             gold_spans=[],
             answer_spans=[],
             answers=[],

@@ -31,6 +31,7 @@ _FEATURES = datasets.Features(
         "prompt_length": _INT,
         "context_length": _INT,
         "first_turn": _INT,
+        "context_span": datasets.List(_INT),
         "learnt": datasets.List(datasets.List(_INT)),
         "rejected": datasets.List(_INT),
         "gold_spans": datasets.List(datasets.List(_INT)),
@@ -61,7 +62,7 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
         with ArrowWriter(path=str(partial / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
             for example in _apart(examples):
                 learnt = {"learnt": learnt_spans(example), "first_turn": example["prompt_length"]}
-                whole = {"task": "", "subject": "", "rejected": [], **learnt, **example}
+                whole = {"task": "", "subject": "", "rejected": [], "context_span": [], **learnt, **example}
                 writer.write({"context_length": whole["first_turn"], **whole})
             writer.finalize()
         (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -134,8 +135,8 @@ def longest(examples: datasets.Dataset) -> list[int]:
 
 def sizes(examples: datasets.Dataset) -> list[ExampleSize]:
     """The size of each example, without reading the tokens themselves."""
-    learnt = examples.data.column("learnt").to_pylist()
-    return list(map(ExampleSize.learning, lengths(examples), learnt, _counts(examples, "rejected")))
+    learnt, contexts = (examples.data.column(name).to_pylist() for name in ("learnt", "context_span"))
+    return list(map(ExampleSize.learning, lengths(examples), learnt, _counts(examples, "rejected"), contexts))
 
 
 def _counts(examples: datasets.Dataset, name: str) -> list[int]:

@@ -318,9 +318,10 @@ class Study:
         checkpoint = changes.pop("checkpoint", None)
         overlays = self.overlay, changes | {"data": self._data(name, changes.get("data") or {})}
         given = self._given(f"rows.{name}: ", *(_filled(overlay, digest_of_row) for overlay in overlays))
-        if given["model"].get("head_gates") is not None:
-            reason = "rows train weights; `lrsa fit` trains gates, and rows take the file that it writes"
-            raise UserError(self.name, reason=f"rows.{name}.model.head_gates: {reason}")
+        for part, read in (("head_gates", "rows take the file that it writes"), ("digests", "`lrsa test` reads them")):
+            if given["model"].get(part) is not None:
+                reason = f"rows train weights; `lrsa fit` trains {part}, and {read}"
+                raise UserError(self.name, reason=f"rows.{name}.model.{part}: {reason}")
         if given["trainer"]["max_steps"] and not given["data"]["init_args"]["weights"]:
             raise UserError(self.name, reason=f"rows.{name}.data.init_args.weights: nothing is left to train on")
         if checkpoint is not None:

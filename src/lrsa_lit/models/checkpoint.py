@@ -24,6 +24,8 @@ _PREFIX = "model."
 """Where LongContextQA keeps the LLM among its weights."""
 GATES = "head_gates.gates"
 """The gates of heads, where a fit has trained these and no weights."""
+DIGESTS = "digests."
+"""Before the names of the weights that make digests, where a fit has trained these and not the LLM."""
 _TRUST = "trust_remote_code"
 
 
@@ -83,11 +85,13 @@ class Trained(NamedTuple):
 def trained_weights(
     backbone: Backbone, model: nn.Module, weights: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What a fit changes, of a state dict of the model or a module around it: gates of heads, the adapters, or all.
+    """What a fit changes, of a state dict of the model or a module around it: gates, digests, the adapters, or all.
 
     Factors that were made of the source's weights belong to the adapters: made again they might be others.
     """
     weights = model.state_dict() if weights is None else weights
+    if digests := {name: weight for name, weight in weights.items() if name.startswith(DIGESTS)}:
+        return digests
     if GATES in weights:
         return {GATES: weights[GATES]}
     if backbone.lora is None:
@@ -121,6 +125,8 @@ def check_weights(checkpoint: Mapping[str, Any], needed: Mapping[str, Tensor], *
 def _kind_of(weights: Mapping[str, Tensor]) -> str:
     if GATES in weights:
         return "gates of heads"
+    if any(name.startswith(DIGESTS) for name in weights):
+        return "digests"
     return "adapters" if any("lora_" in name for name in weights) else "all weights"
 
 
@@ -131,6 +137,7 @@ def describe(
     template_arguments: dict[str, Any] = {},  # noqa: B006 - read only
     spectra: dict[str, Any] | None = None,
     encoder: dict[str, Any] | None = None,
+    digests: dict[str, Any] | None = None,
 ) -> None:
     """Write into a checkpoint what :func:`load_trained` needs beside the weights.
 
@@ -141,19 +148,26 @@ def describe(
         template_arguments: of the chat template.
         spectra: which components of spectra are kept, where these are trained.
         encoder: of one that encodes sentences, see :class:`Trained`.
+        digests: of which LLM they are, where these are trained.
     """
     settings = dataclasses.asdict(backbone)
     # Whose code may run is for the one to say who loads it.
     del settings[_TRUST]
     checkpoint[_KEY] = {"backbone": settings, "rule": rule, "template_arguments": template_arguments}
-    for name, value in (("spectra", spectra), ("encoder", encoder)):
+    for name, value in (("spectra", spectra), ("encoder", encoder), ("digests", digests)):
         if value is not None:
             checkpoint[_KEY][name] = value
 
 
+def described(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`describe` has written; empty where nothing was."""
+    about = checkpoint.get(_KEY)
+    return about if isinstance(about, dict) else {}
+
+
 def rule_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """The rule in what :func:`describe` has written; None where it is none, or nothing was written."""
-    rule = (checkpoint.get(_KEY) or {}).get("rule")
+    rule = described(checkpoint).get("rule")
     return rule if isinstance(rule, dict) else None
 
 
@@ -206,6 +220,9 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         if GATES in weights:
             hint = "name the model itself, and the file of gates as system DuoAttention's"
             raise UserError("model", path, reason="holds gates of heads and no weights", hint=hint)
+        if any(name.startswith(DIGESTS) for name in weights):
+            hint = "name the model itself; lrsa validate, test and predict take them by --ckpt_path"
+            raise UserError("model", path, reason="holds digests and no weights of a model", hint=hint)
         if (spectra := spectra_in(content)) is not None:
             backbone, weights = _folded(backbone, weights, spectra)
     except Unreadable as error:

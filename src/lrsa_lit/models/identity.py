@@ -41,6 +41,12 @@ def digest_of(source: str, trained: Trained) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def base_digest(backbone: Backbone) -> str:
+    """SHA-256 of the contents of the base LLM's files, whatever dtype it is loaded in."""
+    parts = ["random", backbone.source] if backbone.random_weights else _of_base(backbone)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def _of_base(backbone: Backbone) -> Any:
     if backbone.source == TINY:
         return TINY

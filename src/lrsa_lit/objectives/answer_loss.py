@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from lrsa_lit.bounds import check_setting
 from lrsa_lit.objectives.objective import Pass, Term
 
 if TYPE_CHECKING:
@@ -17,15 +21,33 @@ class AnswerLoss(Term):
 
     Args:
         weight: what the mean is multiplied with.
+        per: what counts the same: each ``token`` of a step, or each ``answer``, whose loss is the mean of its tokens.
+
+    Raises:
+        UserError: a weight below 0, or another ``per``.
     """
 
     name = "answers"
 
+    def __init__(self, weight: float = 1.0, per: Literal["token", "answer"] = "token") -> None:
+        super().__init__(weight)
+        check_setting("per", per, per in ("token", "answer"), "token or answer")
+        self.per = per
+
     def count(self, size: ExampleSize) -> int:
-        """All tokens of the answer."""
-        return size.answer
+        """All tokens of the answer, or one."""
+        return size.answer if self.per == "token" else min(size.answer, 1)
 
     def loss(self, seen: Pass) -> Tensor:
-        """Summed over the answers' tokens."""
+        """Summed over the answers' tokens, or over the answers' means."""
         where = seen.positions.answers()
-        return seen.head.cross_entropy(seen.hidden[where], seen.tokens[where + 1])
+        hidden, wanted = seen.hidden[where], seen.tokens[where + 1]
+        if self.per == "token":
+            return seen.head.cross_entropy(hidden, wanted)
+        counts = np.array([size.answer for size in seen.positions.batch["sizes"]])
+        shares = torch.from_numpy(np.repeat(1 / np.maximum(counts, 1), counts)).to(hidden.device)
+
+        def weighted(logits: Tensor, tokens: Tensor, share: Tensor) -> Tensor:
+            return (cross_entropy(logits, tokens, reduction="none") * share).sum()
+
+        return seen.head.summed(weighted, hidden, wanted, shares.to(torch.promote_types(hidden.dtype, torch.float32)))

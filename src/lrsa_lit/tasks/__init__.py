@@ -1,5 +1,6 @@
 """Tasks: LightningModules that receive built parts."""
 
+from lrsa_lit.tasks.digests import Digests
 from lrsa_lit.tasks.head_gates import HeadGates
 from lrsa_lit.tasks.question_answering import LongContextQA
 from lrsa_lit.tasks.sentence_retrieval import SentenceRetrieval
@@ -8,6 +9,7 @@ from lrsa_lit.tasks.top_k import AnnealedTopK, SampledTopK, TopKSchedule
 
 __all__ = [
     "AnnealedTopK",
+    "Digests",
     "HeadGates",
     "LongContextQA",
     "SampledTopK",

@@ -12,6 +12,7 @@ from lrsa_lit.attention.unread import check_read
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.evaluation.each_layer import Attention, each_layer
 from lrsa_lit.ops.sparse_attention import ValueWeighted
+from lrsa_lit.systems.icformer import ICFormer
 
 
 def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
@@ -23,7 +24,7 @@ def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | Non
         made = own.replace(**changes)
         if "value_weight" in changes:
             check_weight(made)
-        return made
+        return _without_digests(made)
 
 
 def check_weight(rule: LRSAConfig) -> None:
@@ -37,11 +38,19 @@ def check_weight(rule: LRSAConfig) -> None:
         raise UserError("value_weight", rule.value_weight, reason=reason, hint="leave one of them out")
 
 
+def check_layers(rules: Mapping[str, LRSAConfig | None], count: int, heads: int | None) -> None:
+    """Raise a UserError if a rule, by its setting, names layers beyond ``count``, or other key-value heads."""
+    for field, rule in rules.items():
+        if rule is not None:
+            with under(field), of_system(rule):
+                rule.layers.check(count, heads)
+
+
 def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LRSAConfig | None]:
     """The rules to evaluate under, by name: the run's own as "", then the further ones."""
     with under("lrsa"):
         check_weight(own)
-    rules: dict[str, LRSAConfig | None] = {"": own}
+        rules: dict[str, LRSAConfig | None] = {"": _without_digests(own)}
     for name, changes in each_layer("evaluate", further):
         if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
             raise UserError("evaluate", name, "a name of letters, digits, - and _")
@@ -61,3 +70,10 @@ def of_system(rule: LRSAConfig | None) -> Iterator[None]:
         if system is not None and error.field.partition(".")[0] in inspect.signature(type(system)).parameters:
             error.field = f"system.init_args.{error.field}"
         raise
+
+
+def _without_digests(rule: LRSAConfig) -> LRSAConfig:
+    """The rule; a UserError if it is what digests alone make, without which it would be dense attention."""
+    if isinstance(rule.system, ICFormer):
+        raise UserError("system", "ICFormer", reason="is what digests train and evaluate", hint="set model.digests")
+    return rule

@@ -22,26 +22,27 @@ from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
 from lrsa_lit.data.loaders import TrainerSettings
 from lrsa_lit.data.module import QADataModule
-from lrsa_lit.errors import UserError, named, under
+from lrsa_lit.errors import UserError, under
 from lrsa_lit.evaluation.answers import Answers
 from lrsa_lit.lightning_internals import trainer_of
 from lrsa_lit.models import Backbone, uncompiled
 from lrsa_lit.models.checkpoint import Trained, check_weights, describe, rule_of, trained_weights
 from lrsa_lit.models.generation import stop_tokens
 from lrsa_lit.models.head import losses_of_rows
-from lrsa_lit.models.sources import trained_model
 from lrsa_lit.objectives import AnswerLoss, Objective, summed_losses
 from lrsa_lit.objectives.positions import Positions
 from lrsa_lit.objectives.teachers import Teacher, check_own_teachers
 from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
-from lrsa_lit.tasks.attentions import derived, evaluated, of_system
+from lrsa_lit.tasks.attentions import check_layers, derived, evaluated, of_system
+from lrsa_lit.tasks.digests import Digests
 from lrsa_lit.tasks.head_gates import HeadGates
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 from lrsa_lit.tasks.measures import measured
 from lrsa_lit.tasks.optimizers import check_length, optimizer_of
 from lrsa_lit.tasks.prediction_lines import prediction_lines
 from lrsa_lit.tasks.soco import SoCo
+from lrsa_lit.tasks.start import begun
 from lrsa_lit.tasks.top_k import TopKSchedule, check_schedule
 from lrsa_lit.tasks.trained_part import TrainedPart
 
@@ -70,6 +71,7 @@ class LongContextQA(lightning.LightningModule):
         head_gates: train gates of heads and no weights, and evaluate DuoAttention with them; null trains weights.
         spectra: train scores of the singular values of keys and values and no weights (SoCo), and evaluate with the
             components that are kept; null trains weights.
+        digests: train vectors that stand in the place of the context, the LLM being frozen (IC-Former); null does not.
         evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}. One
             with ``dense_layers: {only: 30}`` stands for 30, named NAME-0 to NAME-29, each with that layer alone dense;
             {only: 30, beside: [18]} leaves layer 18 dense as well, {all_but: 30} all layers but one.
@@ -90,6 +92,7 @@ class LongContextQA(lightning.LightningModule):
         start_from: str | None = None,
         head_gates: HeadGates | None = None,
         spectra: SoCo | None = None,
+        digests: Digests | None = None,
         evaluate: dict[str, dict[str, Any] | None] = {},  # noqa: B006 - read only
         max_new_tokens: int = 32,
         generate_answers: bool = True,
@@ -101,6 +104,7 @@ class LongContextQA(lightning.LightningModule):
         self.backbone, self.lrsa = backbone, lrsa
         self.make_optimizer = optimizer
         self.make_scheduler = lr_scheduler
+        self.attentions = evaluated(lrsa, evaluate)
         self.train_config = derived("train_attention", lrsa, train_attention)
         self.train_top_k = train_top_k
         check_schedule(train_top_k, self.train_config)
@@ -108,21 +112,24 @@ class LongContextQA(lightning.LightningModule):
         if self.train_config is None:
             check_own_teachers(self._teachers, beside=spectra is not None or backbone.lora is not None)
         self.start_from = start_from
-        self.attentions = evaluated(lrsa, evaluate)
-        self.head_gates, self.spectra = head_gates, spectra
+        self.head_gates, self.spectra, self.digests = head_gates, spectra, digests
         if spectra is not None:
-            spectra.begin(backbone, {"head_gates": head_gates})
+            spectra.begin(backbone, {"head_gates": head_gates, "digests": digests})
+        others = {"objective": objective, "train_attention": train_attention, "train_top_k": train_top_k}
         if head_gates is not None:
-            others = {"objective": objective, "train_attention": train_attention, "train_top_k": train_top_k}
             self.lrsa = self.attentions[""] = head_gates.begin(backbone, lrsa, others)
             self.train_config, self.objective = head_gates.attention, head_gates.objective
+        if digests is not None:
+            told = {**others, "head_gates": head_gates, "generate_answers": generate_answers}
+            self.lrsa = self.attentions[""] = digests.begin(backbone, lrsa, told)
+            self.train_config = None
         self.generate_answers = generate_answers
         self.meters = {name: AnswerMeter(generated=generate_answers) for name in self.attentions}
         self.max_new_tokens = max_new_tokens
         self.template_arguments = template_arguments
         self._greedy: dict[LRSAConfig, Greedy] = {}
         # Checkpoints of adapters or gates leave the frozen base out; it is loaded from its source.
-        self.strict_loading = backbone.lora is None and head_gates is None
+        self.strict_loading = backbone.lora is None and head_gates is None and digests is None
         self.logs_measures = True  # but not in a fit, whose validations would log the same again and again
         self.model: Any = None
 
@@ -134,11 +141,7 @@ class LongContextQA(lightning.LightningModule):
     def check_layers(self, count: int, heads: int | None = None) -> None:
         """Raise a UserError if a rule names layers beyond the model's ``count``, or other key-value heads."""
         rules = {f"evaluate.{name}" if name else "lrsa": rule for name, rule in self.attentions.items()}
-        rules["train_attention"] = self.train_config
-        for field, rule in rules.items():
-            if rule is not None:
-                with under(field), of_system(rule):
-                    rule.layers.check(count, heads)
+        check_layers(rules | {"train_attention": self.train_config}, count, heads)
 
     def check_training(self) -> None:
         """Refuse a system that no model can be trained under."""
@@ -150,7 +153,7 @@ class LongContextQA(lightning.LightningModule):
     @property
     def part(self) -> TrainedPart | None:
         """What is trained in the place of weights, if it is not these."""
-        return self.head_gates or self.spectra
+        return self.head_gates or self.spectra or self.digests
 
     def check_objective(self, max_tokens: int, steps: int) -> None:
         """Refuse an objective that asks for more than examples of so many tokens or the model have, or for no teacher.
@@ -185,25 +188,8 @@ class LongContextQA(lightning.LightningModule):
                 self.open_teachers(data)
 
     def start(self) -> Trained:
-        """The model that a run begins with, not loaded yet.
-
-        Raises:
-            UserError: ``start_from`` cannot be read, or holds adapters where all weights are trained, or the reverse.
-        """
-        if self.start_from is None:
-            return Trained(self.backbone, None, None)
-        with named("start_from"):
-            found = trained_model(self.start_from, self.backbone.dtype)
-        if found.weights is None:
-            raise UserError("start_from", self.start_from, "a fit's checkpoint (.ckpt), or a folder of adapters",
-                            hint="a whole model is a model.backbone.source")  # fmt: skip
-        held, trained = ("all weights" if each.lora is None else "adapters" for each in (found.backbone, self.backbone))
-        if held != trained:
-            reason = f"holds {held}, and this run trains {trained}"
-            raise UserError(
-                "start_from", self.start_from, reason=reason, hint="lrsa export makes it a model.backbone.source"
-            )
-        return Trained(self.backbone, None, found.weights)
+        """The model that a run begins with, not loaded yet; errors are those of :func:`begun`."""
+        return begun(self.start_from, self.backbone, self.digests)
 
     def configure_model(self) -> None:
         """Load the base LLM and give it the training attention; runs once, on the trainer's first use."""
@@ -236,28 +222,31 @@ class LongContextQA(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other weights or of a schedule of another length."""
         check_weights(checkpoint, trained_weights(self.backbone, self))
+        if self.digests is not None:
+            self.digests.check_base(checkpoint)
         if not self.trainer.training:
             warn_of_others(rule_of(checkpoint), [rule for rule in self.attentions.values() if rule is not None])
         if self.trainer.training:
             check_length(checkpoint, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained, if that is adapters or gates, and say what it is."""
+        """Keep only what was trained, if that is adapters, gates or digests, and say what it is."""
         checkpoint["state_dict"] = trained_weights(self.backbone, self, checkpoint["state_dict"])
         # Beside gates, no weights were trained under any rule.
         rule = None if self.train_config is None or self.head_gates is not None else self.train_config.to_dict()
         spectra = None if self.spectra is None else self.spectra.described(self.trainer.max_steps)
-        describe(checkpoint, self.backbone, rule, self.template_arguments, spectra)
+        digests = None if self.digests is None else self.digests.described
+        describe(checkpoint, self.backbone, rule, self.template_arguments, spectra, digests=digests)
 
-    def summed_losses(self, batch: TrainBatch, step: int) -> Tensor:
+    def summed_losses(self, batch: TrainBatch, step: int, model: Any = None) -> Tensor:
         """Each of the objective's terms, summed over the batch: at least float32; it does not wait for a GPU.
 
-        Only the positions that have a loss get logits, not the whole context.
+        Only the positions that have a loss get logits, not the whole context. Another ``model`` may take the batch.
         """
         positions = Positions(batch, torch.initial_seed(), step)
         # No mask: pads stand behind the tokens, and neither attention looks ahead.
         inputs = {"input_ids": batch["input_ids"], "use_cache": False, **_packed(batch)}
-        return summed_losses(self.model, self.objective.terms, positions, inputs)
+        return summed_losses(model or self.model, self.objective.terms, positions, inputs)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The part that the batch has in the step's objective, under the training attention.
@@ -272,7 +261,10 @@ class LongContextQA(lightning.LightningModule):
             top_k = self.train_top_k(torch.initial_seed(), self.trainer.global_step, self.train_config)
             enable(self.model, self.train_config.replace(top_k=top_k))
             self.log("train/top_k", float(top_k))
-        terms, sums = self.objective.terms, self.summed_losses(batch, self.trainer.global_step)
+        model, step = self.model, self.trainer.global_step
+        if self.digests is not None:
+            model, batch = self.digests.read(model, batch, torch.initial_seed(), step)
+        terms, sums = self.objective.terms, self.summed_losses(batch, step, model)
         shown, loss = torch.zeros_like(sums[0]), torch.zeros_like(sums[0])
         for term, total in zip(terms, sums, strict=True):
             here, of_step = (sum(map(term.count, batch[name])) for name in ("sizes", "step_sizes"))
@@ -282,8 +274,7 @@ class LongContextQA(lightning.LightningModule):
             shown += term.weight * mean
             loss = loss + term.weight / of_step * total
         if self.part is not None:
-            steps = self.trainer.global_step, self.trainer.max_steps
-            loss, shown, of_part = self.part.penalised(loss, shown, batch, *steps)
+            loss, shown, of_part = self.part.penalised(loss, shown, batch, step, self.trainer.max_steps)
             self.log_dict(of_part, batch_size=len(batch["id"]))
         self.log("train/loss", shown, prog_bar=True, batch_size=len(batch["id"]))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -312,22 +303,33 @@ class LongContextQA(lightning.LightningModule):
     @torch.no_grad()
     def losses(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Tensor, Tensor]:
         """Summed answer loss and answer tokens of each question (B,) under a rule; None is dense attention."""
-        wanted, columns = targets(batch), batch["label_columns"]
         with using(self.model, rule), uncompiled():
+            model, batch = self._given(batch, rule)
+            wanted, columns = targets(batch), batch["label_columns"]
             if rule is not None and rule.system is not None and not rule.system.trains:
-                losses = losses_behind_prompts(self.model, batch, self.tokenizer)
+                losses = losses_behind_prompts(model, batch, self.tokenizer)
             else:
-                losses = losses_of_rows(self.model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
+                losses = losses_of_rows(model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
         return losses, (wanted != IGNORE_INDEX).sum(dim=1)
 
     def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
         """Greedy answers to prompts (B, Tp), up to a special token, and their lengths; None is dense, also a rule."""
         rule = rule or self._dense
-        with using(self.model, rule), uncompiled():
-            ends = batch.get("first_turn"), batch.get("context_length")
-            answers = self._answering(rule)(batch["prompt_ids"], batch["prompt_mask"], *ends)
+        with using(self.model, rule), uncompiled(), torch.no_grad():
+            answering = self._answering(rule)
+            answering.model, given = self._given(batch, rule)
+            ends = given.get("first_turn"), given.get("context_length")
+            answers = answering(given["prompt_ids"], given["prompt_mask"], *ends)
+            if self.digests is not None and given is not batch and answering.usage:
+                answering.usage = self.digests.usage(answering.usage, batch)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts], list(map(len, answers))
+
+    def _given(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Any, Batch]:
+        """The model and a batch as it gets it under a rule: with digests, where these are the run's own attention."""
+        if self.digests is None:
+            return self.model, batch
+        return self.digests.evaluated(self.model, batch, own=rule == self.lrsa)
 
     @property
     def _dense(self) -> LRSAConfig:

@@ -48,7 +48,8 @@ class LogModel(Callback):
         if logger is None or not isinstance(pl_module, LongContextQA) or shards_weights(trainer.strategy):
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if pl_module.head_gates is not None or (pl_module.spectra is not None and not best):
+        same = pl_module.head_gates is not None or pl_module.digests is not None
+        if same or (pl_module.spectra is not None and not best):
             # The model is the one that it was, or one that no checkpoint has made anything of.
             return
         adapted = pl_module.backbone.lora is not None

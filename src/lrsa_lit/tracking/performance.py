@@ -77,7 +77,8 @@ class Throughput(Callback):
         if (memory := _peak_memory(module.device)) is not None:
             values["perf/peak_memory_gib"] = memory / _GIB
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
-        if (peak := peak_flops(device)) is not None:
+        # The arithmetic of digests is not counted.
+        if (peak := peak_flops(device)) is not None and module.digests is None:
             done = flops(module.objective, shape, self._sizes, module.train_config)
             values["perf/mfu"] = done / self._seconds / peak
         return values

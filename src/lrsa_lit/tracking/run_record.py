@@ -190,6 +190,8 @@ def rule_name(model: Mapping[str, Any]) -> str:
         return "gates"
     if (spectra := model.get("spectra")) is not None:
         return f"soco{spectra['init_args']['ratio']:g}-{rule_name({**model, 'spectra': None})}"
+    if (digests := model.get("digests")) is not None:
+        return f"digests-{digests['init_args']['count']}-of-{digests['init_args']['chunk']}"
     of_heads, system = (model["lrsa"].get(name) for name in ("head_top_k", "system"))
     if system is not None:
         return str(system["class_path"].rpartition(".")[2])
