@@ -104,3 +104,30 @@ def test_an_estimate_counts_the_factors(capfd):
     narrow = capfd.readouterr().out
     main([*FIT, "--estimate"])
     assert narrow != capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_evaluation_measures_what_a_cache_of_latents_holds(tmp_path):
+    given = "{latents: {latents: true}, everything: {top_k: 32, latents: true}, dense: null}"
+    narrow = "{ratio: 0.25, grouping: head}"
+    short = ["--data.init_args.limit", "{test: 2}", "--model.max_new_tokens", "3"]
+    test = ["test", *SETTINGS, *short, "--model.evaluate", given, "--model.backbone.low_rank", narrow]
+    main(test)
+    cache = {name: each["cache"] for name, each in facts(tmp_path, 1)["measured"].items()}
+    # Of a head a pair is 2 x 16 numbers, and a latent 2 x 4 and a position.
+    assert cache["latents"] == pytest.approx(cache["LRSA"] * 36 / 128)
+    assert cache["everything"] == pytest.approx(36 / 128)
+    assert cache["dense"] == 1.0
+    lines = (tmp_path / "runs/test-1/answers.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert line["LRSA"]["loss"] == pytest.approx(line["latents"]["loss"], abs=1e-4)
+        assert line["dense"]["loss"] == pytest.approx(line["everything"]["loss"], abs=1e-4)
+        assert line["LRSA"]["prediction"] == line["latents"]["prediction"]
+    main([*test, "--budget", "0.1"])
+    kept = {name: each["kept"] for name, each in facts(tmp_path, 2)["measured"].items()}
+    # A tenth of 4,096 tokens is 410 pairs, or 1,456 latents: K of each of 126 partitions, sinks, and a window of 60.
+    assert kept == {"LRSA": 2 / 32, "latents": 11 / 32, "everything": 11 / 32, "dense": 1.0}
+
+
+def facts(folder, number):
+    return json.loads((folder / f"runs/test-{number}/answers.json").read_text())
