@@ -82,6 +82,15 @@ def test_weights_are_those_that_were_trained(capsys):
     assert recall("--ckpt_path", str(last("runs"))) != recall()
 
 
+def test_help(capfd):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--task", "sentence_retrieval", "--help"])
+    shown = capfd.readouterr().out
+    for key in ("--model.backbone.source", "--model.masked_share", "--data.batch_size", "--data.val_fraction"):
+        assert key in shown
+    assert "lag_size" not in shown
+
+
 def test_refusals(capfd):
     options = ["fit", *SHIPPED, *NO_LOGGER]
     assert refusal(capfd, *options, "--model.mask", "__").startswith("model.mask: '__' is not allowed")

@@ -195,10 +195,11 @@ def prepared(command: str, arguments: Sequence[str]) -> list[str]:
         SystemExit: code 0, where help was asked for and is printed.
     """
     told = lightning_arguments(command, arguments)
-    if (text := short_help.answered(command, arguments)) is not None:
+    task = task_of(arguments)
+    if (text := short_help.answered(command, arguments, task)) is not None:
         print(text, end="")
         raise SystemExit(0)
-    if task_of(arguments) == task_choice.QUESTION_ANSWERING:
+    if task == task_choice.QUESTION_ANSWERING:
         early_checks.check(command, arguments, plugins=any(each.startswith("--plugins=") for each in told))
     check_layers(layers_of(arguments))
     return ["--help" if argument == short_help.ALL else argument for argument in told]

@@ -15,6 +15,7 @@ from typing import Any
 
 from lrsa_lit.cli import catalogue, source_text
 from lrsa_lit.cli.source_text import Setting
+from lrsa_lit.cli.task_choice import QUESTION_ANSWERING, TASKS
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import shipped
 from lrsa_lit.yaml_file import read_settings
@@ -63,12 +64,12 @@ _LONGEST = 40
 _ABBREVIATED = r"(?<!eq)(?<!et al)"
 
 
-def answered(command: str, arguments: Sequence[str]) -> str | None:
+def answered(command: str, arguments: Sequence[str], task: str = QUESTION_ANSWERING) -> str | None:
     """The help that arguments ask for; None where they ask for none, or for what only the whole parser knows."""
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         flag, assigned, value = argument.partition("=")
         if flag in ("-h", "--help"):
-            return _of_command(command)
+            return _of_command(command) if task == QUESTION_ANSWERING else "\n".join(_of_task(command, task)) + "\n"
         slot = flag.removeprefix("--").removesuffix(".help")
         if flag.endswith(".help") and slot in catalogue.SLOTS:
             name = value if assigned else "" if following.startswith("-") else following
@@ -114,6 +115,23 @@ def _lines(command: str, defaults: Mapping[str, Any]) -> Iterator[str]:
             f"lrsa {command} {ALL}": "every option, Lightning's among them",
         }.items()
     )
+
+
+def _of_task(command: str, task: str) -> Iterator[str]:
+    """What runs of another task than question answering take."""
+    about = TASKS[task]
+    defaults = read_settings(shipped(about.defaults))
+    yield f"usage: lrsa {command} --task {task} --config configs/model/smollm2.yaml [--KEY VALUE …]"
+    yield f"\nthe defaults: {about.defaults}"
+    yield "\nmodel"
+    yield from _keys("model.backbone", defaults)
+    for part, path in (("model", about.model), ("data", about.data)):
+        yield f"\n{path}"
+        given = catalogue.value_at(defaults, "data.init_args" if part == "data" else part) or {}
+        described = {name: each for name, each in catalogue.keys(path).items() if name not in ("backbone", "tokenizer")}
+        yield from _table((f"--{part}.{name}", _line_of(each, given.get(name))) for name, each in described.items())
+    yield "\nmore"
+    yield from _table({f"lrsa {command} --task {task} {ALL}": "every option, Lightning's among them"}.items())
 
 
 def _listing(slot: str) -> Iterator[str]:

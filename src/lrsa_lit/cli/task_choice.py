@@ -17,15 +17,26 @@ class Task(NamedTuple):
     Attributes:
         module: of its command line, with a function ``run``.
         defaults: the shipped file of its defaults.
+        model: what it trains, as a dotted path.
+        data: what it is trained on by default.
     """
 
     module: str
     defaults: str
+    model: str
+    data: str
 
 
 TASKS = {
-    QUESTION_ANSWERING: Task("lrsa_lit.cli.lightning_cli", "cli.yaml"),
-    "sentence_retrieval": Task("lrsa_lit.cli.sentence_cli", "configs/task/sentence_retrieval.yaml"),
+    QUESTION_ANSWERING: Task(
+        "lrsa_lit.cli.lightning_cli", "cli.yaml", "lrsa_lit.tasks.LongContextQA", "lrsa_lit.data.QADataModule"
+    ),
+    "sentence_retrieval": Task(
+        "lrsa_lit.cli.sentence_cli",
+        "configs/task/sentence_retrieval.yaml",
+        "lrsa_lit.tasks.SentenceRetrieval",
+        "lrsa_lit.data.supporting_facts.SupportingFacts",
+    ),
 }
 
 
