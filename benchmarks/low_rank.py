@@ -1,11 +1,12 @@
 """Next-token loss of a model whose keys and values have a low rank, on the CPU in float32: plain, whitened, by head.
 
     python benchmarks/low_rank.py [--ranks 160 128 96 64] [--fitted 8 --fitted-tokens 512] [--contexts 2 --tokens 384]
+    python benchmarks/low_rank.py --checkpoints CKPT ... [--contexts 2 --tokens 384]
 
 SmolLM2-135M on HotpotQA's contexts. Whitening is by the moments of the first contexts of the training split; the loss
 is that of the first contexts of the validation split, which share no question with them. Ranks are those of a layer's
 keys, and of its values; a head of ``head`` has the rank / H. Prints each loss, and writes
-``results/low_rank_DATE_cpu.json``.
+``results/low_rank_DATE_cpu.json``. Of checkpoints it prints the loss alone, and the mean rank of those with factors.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from lrsa_lit.attention.low_rank_linear import LowRankLinear
 from lrsa_lit.data import HotpotQA
 from lrsa_lit.data.module import Split
 from lrsa_lit.models import Backbone, LowRank, whitening
+from lrsa_lit.models.checkpoint import load_trained
 from lrsa_lit.models.factors import factor
 from lrsa_lit.paths import shipped
 from lrsa_lit.yaml_file import read_settings
@@ -63,12 +66,20 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[160, 128, 96, 64])
     for name, default in (("fitted", 8), ("fitted-tokens", 512), ("contexts", 2), ("tokens", 384)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--checkpoints", nargs="+", type=Path, default=[])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     options = parser.parse_args()
     backbone = Backbone(**read_settings(shipped("configs/model/smollm2.yaml"))["model"]["backbone"])
     data = HotpotQA(tokenizer=backbone.tokenizer, max_tokens=4096)
-    read = contexts(data, "train", options.fitted, options.fitted_tokens)
     judged = contexts(data, "val", options.contexts, options.tokens)
+    for path in options.checkpoints:
+        trained: Any = load_trained(path, "float32").build().eval()
+        ranks = [sum(each.ranks) for each in trained.modules() if isinstance(each, LowRankLinear)]
+        of = f", mean rank {sum(ranks) / len(ranks):.1f}" if ranks else ""
+        print(f"{path}: {loss(trained, judged):.3f}{of}", flush=True)
+    if options.checkpoints:
+        return
+    read = contexts(data, "train", options.fitted, options.fitted_tokens)
     dense = backbone.build()
     heads, found = dense.config.num_key_value_heads, {"dense": {"": loss(dense.eval(), judged)}}
     print(f"dense {found['dense']['']:.3f}", flush=True)

@@ -101,7 +101,7 @@ def test_a_checkpoint_is_evaluated_exported_asked_and_gone_on_from(elsewhere, ca
     main(["fit", *plain, *steps, "--model.start_from", checkpoint, "--trainer.default_root_dir", "tuned"])
     found = torch.load(last("tuned"), weights_only=True)["state_dict"]
     ranks = [len(weight) for name, weight in found.items() if name.endswith("down.weight")]
-    assert sum(ranks) == 64
+    assert sum(ranks) <= 64
     assert len(set(ranks)) > 1
     # Nothing else says which ranks these are.
     for again in ("test", "fit"):

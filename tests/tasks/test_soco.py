@@ -22,6 +22,8 @@ from lrsa_lit.tasks import HeadGates, LongContextQA, SoCo
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors/systems/soco.json").read_text(encoding="utf-8"))
 RATE, STEPS = 0.3, 100
 RATIO = 0.4
+CONSTANTS = {"threshold": 0.05, "temperature": 0.1, "ratio_weight": 1.0, "decision_weight": 0.1}
+"""Under which the losses are recorded."""
 
 
 def example(prompt, answer):
@@ -90,7 +92,7 @@ def test_losses_of_the_phases_are_the_recorded_ones():
 
 
 def test_phases_are_shares_of_the_steps():
-    made = SoCo(0.5)
+    made = SoCo(0.5, **CONSTANTS)
     assert [made.phase(step, 10) for step in range(10)] == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
     assert [SoCo(0.5, phases=(0.5, 0.25, 0.25)).phase(step, 4) for step in range(4)] == [1, 1, 2, 3]
     low = [torch.full((1, 8), -0.5)]
@@ -173,7 +175,7 @@ BATCHES = {
     ],
 )
 def test_a_step_is_that_of_the_plain_loss_in_float64(batches, options, step, exact):
-    made = task(SoCo(RATIO, deviation_rate=1.0), **options)
+    made = task(SoCo(RATIO, deviation_rate=1.0, **CONSTANTS), **options)
     before = parts(made)
     after = parts(fit(made, BATCHES[batches](), step))
     for old, new, wanted in zip(before, after, exact[step], strict=True):

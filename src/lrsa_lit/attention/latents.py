@@ -32,7 +32,8 @@ class LatentReader:
         heads: H.
 
     Raises:
-        UserError: its keys are normalised over all heads together, which heads with latents of their own cannot be.
+        UserError: its keys are normalised over all heads together, which heads with latents of their own cannot be, or
+            the latents of its heads have different ranks.
     """
 
     def __init__(self, module: Any, rotary: Rotary, heads: int) -> None:
@@ -41,6 +42,9 @@ class LatentReader:
         self.norm: nn.Module | None = getattr(module, "k_norm", None)
         self.rotary, self.heads, self.head_dim = rotary, heads, self.keys_from.out_features // heads
         self.groups = len(self.keys_from.ranks)
+        if any(len(set(layer.ranks)) > 1 for layer in (self.keys_from, self.values_from)):
+            reason = "has heads with latents of different ranks, as spectra of each head leave them"
+            raise UserError("latents", type(module).__name__, reason=reason, hint=f"{_REMEDY}, or decompose jointly")
         weight = getattr(self.norm, "weight", None)
         self._norm_of_all = weight is not None and weight.numel() == heads * self.head_dim and heads > 1
         if self._norm_of_all and self.groups > 1:

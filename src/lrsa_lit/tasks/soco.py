@@ -2,6 +2,10 @@
 
 Known are the factorisation, the deviation, three phases by step, one threshold for all layers, and an objective of
 compression, divergence and sparsity. The formulas are this project's: results are of "after SoCo".
+
+So are the constants. Where scores begin, at 1, a component should feel the ratio about as much as the divergence. A
+threshold of 0.05 and a temperature of 0.1 make the sigmoid flat there, so that at a weight of 1 no score falls, and one
+that has fallen to 0 counts for 0.38 of a component.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ class SoCo(TrainedPart):
         decision_weight: of what is undecided (>= 0).
         deviation_rate: the deviation's learning rate as a share of that of the scores, the optimizer's (>= 0).
         grouping: "joint" decomposes a layer's keys, or values, of all heads together, "head" those of each
-            key-value head by itself.
+            key-value head by itself; heads then keep different numbers of components, which no cache of latents holds.
         dense_layers: layers whose keys and values stay as they are; the ratio is of the others.
 
     Raises:
@@ -64,11 +68,11 @@ class SoCo(TrainedPart):
     def __init__(
         self,
         ratio: float,
-        threshold: float = 0.05,
-        temperature: float = 0.1,
+        threshold: float = 0.5,
+        temperature: float = 0.15,
         phases: Sequence[float] = (0.3, 0.4, 0.3),
-        ratio_weight: float = 1.0,
-        decision_weight: float = 0.1,
+        ratio_weight: float = 10.0,
+        decision_weight: float = 1.0,
         deviation_rate: float = 0.01,
         grouping: Literal["joint", "head"] = "joint",
         dense_layers: Sequence[int] = (),
