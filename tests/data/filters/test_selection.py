@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lrsa_lit.data.filters import BM25, RandomSentences, SentenceFilter
@@ -119,3 +119,16 @@ def test_bm25_reads_titles_and_the_last_question():
 def test_bounds(name, wrong):
     with pytest.raises(UserError, match=f"^{name}: {wrong} is not allowed"):
         BM25(**{name: wrong})
+
+
+texts = st.lists(st.sampled_from(["Cde. ", "Cde Cde. ", "Ab. "]), min_size=1, max_size=16).map("".join)
+
+
+@given(st.lists(texts, min_size=1, max_size=3), st.integers(4, 40))
+@example(["Cde. " * 12], 30)
+def test_the_budget_holds_where_tokens_merge(merging, texts, budget):
+    shortens = RandomSentences(tokens=budget)
+    shortens.use(merging)
+    found = shortens.filtered(record(*texts, title=""))
+    assert found.tokens_left <= budget
+    assert found.tokens <= budget or found.dropped
