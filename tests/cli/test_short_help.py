@@ -1,5 +1,7 @@
 """Help that shows the project's own first, and mistakes told before PyTorch is imported: all of it from source text."""
 
+import ast
+import dataclasses
 import importlib
 import pkgutil
 import shlex
@@ -54,6 +56,13 @@ def test_settings_read_from_the_source_are_those_that_the_parser_finds(path):
     expected = {key.removeprefix("x.").partition(".")[0] for key, _ in parser.get_defaults().items()}
     assert source_text.settings(path).keys() == expected
     assert all(setting.about for setting in source_text.settings(path).values() if path.startswith("lrsa_lit.data"))
+
+
+@pytest.mark.parametrize("path", catalogue.named("filters").values(), ids=lambda path: path.rpartition(".")[2])
+def test_defaults_read_from_fields_are_those_of_the_class(path):
+    items = [item for item in dataclasses.fields(pkgutil.resolve_name(path)) if item.default is not dataclasses.MISSING]
+    found = source_text.settings(path)
+    assert [ast.literal_eval(found[item.name].default) for item in items] == [item.default for item in items]
 
 
 @pytest.mark.parametrize("found", [LongContextQA, Backbone, LoRA, RopeScaling, LRSAConfig, lightning.Trainer])

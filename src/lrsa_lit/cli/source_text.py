@@ -180,7 +180,7 @@ def _fields(found: Found, about: Mapping[str, str]) -> Iterator[tuple[str, Setti
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             kind, default = _written(found.module, item.annotation), _written(found.module, item.value)
             if kind and "ClassVar" not in kind and "init=False" not in str(default):
-                made = re.search(r"default(?:_factory)?=(\w+)", default or "")
+                made = re.search(r"\bdefault(?:_factory)?=([^,()]+)", default or "")
                 yield item.target.id, Setting(kind, made[1] if made else default, about.get(item.target.id, ""))
 
 

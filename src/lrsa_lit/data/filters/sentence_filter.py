@@ -35,7 +35,7 @@ class SentenceFilter(Budgeted):
         forced: a regular expression; sentences in which it is found come before all others.
     """
 
-    rule: SelectionRule = field(default="strict", kw_only=True)
+    rule: Literal["strict", "published"] = field(default="strict", kw_only=True)
     forced: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from lrsa_lit.bounds import check_setting
 from lrsa_lit.data.filters.context_filter import Budgeted, with_texts
 from lrsa_lit.data.prompts import Prompt
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.tokenization import Span, encode_text
-
-Cut: TypeAlias = Literal["middle", "end", "beginning"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Truncate(Budgeted):
         cut: what goes: the middle, the end or the beginning. A passage of which a part stays keeps its title.
     """
 
-    cut: Cut = field(default="middle", kw_only=True)
+    cut: Literal["middle", "end", "beginning"] = field(default="middle", kw_only=True)
 
     def __post_init__(self) -> None:
         """Check each bound once."""
