@@ -5,8 +5,9 @@ Dimensions: G blocks of a layer that are decomposed by themselves, R components 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +40,7 @@ class SpectralBudget:
     """
 
     ratio: float
-    threshold: float = 0.05
+    threshold: float = 0.5
     grouping: Literal["joint", "head"] = "joint"
     dense_layers: tuple[int, ...] = ()
 
@@ -61,11 +62,8 @@ class SpectralBudget:
             UserError: it shares keys and values between layers or stores them compressed, which is said of "spectra";
                 it has no such dense layer, or a ratio leaves blocks without a component.
         """
-        try:
+        with _said_of_spectra():
             self.low_rank.check(config)
-        except UserError as error:
-            field = error.field.removeprefix("low_rank.").replace("low_rank", "spectra")
-            raise UserError(field, error.value, error.allowed, reason=error.reason) from error
         width = self.low_rank.width(config)
         if self.ratio * width < 1:
             allowed = f"at least {1 / width:.3g}: each of {width} components, or more, keeps one"
@@ -79,7 +77,9 @@ class SpectralBudget:
         """
         config = model.config.get_text_config()
         self.check(config)
-        for index, attention in enumerate(projections(model)):
+        with _said_of_spectra():
+            layers = projections(model)
+        for index, attention in enumerate(layers):
             for name in PROJECTIONS if index not in self.dense_layers else ():
                 linear = getattr(attention, name)
                 if type(linear) is not nn.Linear:
@@ -112,9 +112,9 @@ class SpectralBudget:
         found = {name: weight for name, weight in weights.items() if name not in own}
         for (name, part), of_layer in zip(parts.items(), kept, strict=True):
             own_bias, deviation = weights.get(f"{name}.bias"), part["deviation"]
-            bias = (
-                None if own_bias is None and not deviation.any() else deviation + (0 if own_bias is None else own_bias)
-            )
+            bias: Tensor | None = deviation if own_bias is None else deviation + own_bias
+            if own_bias is None and not deviation.any():
+                bias = None
             scale = part["sigma"] * scores[name]
             factors = [
                 (right[of_block].T, (left[:, of_block] * of_scale[of_block]).T)
@@ -123,3 +123,13 @@ class SpectralBudget:
             layer = LowRankLinear.of(factors, bias)
             found |= {f"{name}.{each}": weight for each, weight in layer.state_dict().items()}
         return found
+
+
+@contextlib.contextmanager
+def _said_of_spectra() -> Iterator[None]:
+    """Name the argument of spectra that one of low rank stands for, and "spectra" where it is the model."""
+    try:
+        yield
+    except UserError as error:
+        field = error.field.removeprefix("low_rank.").replace("low_rank", "spectra")
+        raise UserError(field, error.value, error.allowed, reason=error.reason) from error

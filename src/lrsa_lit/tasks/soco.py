@@ -112,6 +112,8 @@ class SoCo(TrainedPart):
         """Refuse phases without a step, and a model whose keys and values cannot be decomposed."""
         self._ends(steps)
         if self._backbone is not None:
+            if self._backbone.has_factors:
+                raise UserError(_FIELD, self._backbone.source, reason="has factors of low rank already")
             try:
                 self.budget.check(self._backbone.config)
             except UserError as error:
