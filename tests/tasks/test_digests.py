@@ -323,6 +323,7 @@ def test_digests_of_another_model_or_shape_are_refused(tmp_path):
         ({"lrsa": LRSAConfig(head_top_k=[3, 4])}, "lrsa.head_top_k"),
         ({"lrsa": LRSAConfig(system=SnapKV(kept=0.5))}, "lrsa.system"),
         ({"lrsa": LRSAConfig(compressor=MeanPool())}, "lrsa.compressor"),
+        ({"lrsa": LRSAConfig(latents=True)}, "lrsa.latents"),
         ({"digests": digests("repeat"), "generate_answers": True}, "generate_answers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -96,7 +96,7 @@ class Digests(TrainedPart, nn.Module):
         repeats = self.stage == "repeat"
         check_alone(_FIELD, {"generate_answers": repeats and generates}, "what is repeated is judged by its loss")
         own = {"system": rule.system, "dense_layers": rule.dense_layers, "head_top_k": rule.head_top_k}
-        own |= {"compressor": rule.compressor != LRSAConfig().compressor}
+        own |= {"compressor": rule.compressor != LRSAConfig().compressor, "latents": rule.latents}
         check_alone(_FIELD, {f"lrsa.{name}": of for name, of in own.items()}, "the LLM attends to all digests")
         self.reader = DigestReader(backbone.config, self.count, self.depth, self.init)
         width = backbone.config.hidden_size
