@@ -153,6 +153,18 @@ def test_other_checkpoints(tmp_path, content, reason):
             ask()
 
 
+def test_a_device_that_is_not_there(checkpoint):
+    with pytest.raises(UserError, match=r"^device: 'nowhere' cannot be used"):
+        used(CPC(checkpoint=checkpoint, device="nowhere")).apply(RECORD)
+
+
+def test_random_numbers_are_left_alone(tmp_path):
+    filter_ = CPC(checkpoint=saved(tmp_path / "encoder.ckpt", seed=5))
+    state = torch.get_rng_state()
+    filter_.scores(RECORD, sentences_of(PASSAGES))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1.5, True])
 def test_arguments_out_of_range(max_tokens):
     with pytest.raises(UserError, match="max_tokens"):

@@ -17,10 +17,11 @@ from lrsa_lit.data.filters.sentence_filter import SentenceFilter
 from lrsa_lit.data.filters.sentences import Sentence
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.data.tokenization import encode_text
-from lrsa_lit.errors import UserError, named
+from lrsa_lit.errors import UserError, message_of, named
 from lrsa_lit.io import sha256_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 _NOWHERE = -2.0
@@ -59,12 +60,13 @@ class CPC(SentenceFilter):
         """The cosine of each sentence and the question; the first ones of passages are read behind their titles.
 
         Raises:
-            UserError: the checkpoint is not that of an encoder.
+            UserError: the checkpoint is not that of an encoder, or there is no such device.
         """
         from lrsa_lit.models.sentence_encoder import embeddings
 
+        place = _place(self.device)
         with named("checkpoint"):
-            encoder = _encoder(self.checkpoint, _stamp(self.checkpoint), self.dtype, self.device)
+            encoder = _encoder(self.checkpoint, _stamp(self.checkpoint), self.dtype, place)
         most = self.max_tokens or encoder.max_tokens
         pieces: list[list[int]] = []
         owners: list[int] = []
@@ -117,8 +119,19 @@ def _stamp(checkpoint: str) -> object:
     return about.st_size, about.st_mtime_ns, about.st_ino
 
 
+def _place(device: str | None) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError("device", device, reason=f"cannot be used ({message_of(error)[:100]})") from error
+
+
 @functools.lru_cache(maxsize=1)
-def _encoder(checkpoint: str, stamp: object, dtype: str, device: str | None) -> _Encoder:
+def _encoder(checkpoint: str, stamp: object, dtype: str, place: torch.device) -> _Encoder:
     """The encoder of a checkpoint, which stays loaded until another one is asked for."""
     import torch
 
@@ -127,13 +140,9 @@ def _encoder(checkpoint: str, stamp: object, dtype: str, device: str | None) -> 
 
     trained = load_trained(Path(checkpoint), dtype, encodes=True)
     max_tokens: int = typed(int, (trained.encoder or {}).get("max_tokens"), "encoder.max_tokens")
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Adapters are drawn before they are loaded: a run must have the same random numbers where contexts are cached.
+    with torch.random.fork_rng(devices=[]):
         model = trained.build().to(place).eval()
-    except (RuntimeError, AssertionError) as error:
-        if device is None:
-            raise
-        raise UserError("device", device, reason=f"cannot be used ({error})") from error
     remove_causal_mask(model)
     return _Encoder(model, trained.tokenizer, max_tokens)
 
