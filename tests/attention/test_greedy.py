@@ -1,5 +1,7 @@
 """Greedy answers of one batch of prompts after another: the same as with a cache of their own."""
 
+import functools
+
 import pytest
 import torch
 
@@ -66,12 +68,18 @@ def prepared(request, monkeypatch):
     return made
 
 
+@functools.cache
+def changed(change):
+    """A model with another rule, and what it says to each prompt, with and without that memory."""
+    model = enable(tiny_model().eval(), RULE.replace(**CHANGES[change]))
+    return model, [generated(model, prompt, 2) for prompt in prompts()]
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_answers_are_those_of_generate_in_one_memory(change, prepared):
-    model = enable(tiny_model().eval(), RULE.replace(**CHANGES[change]))
+    model, expected = changed(change)
     answers = Greedy(model, [2], max_new_tokens=20, longest_prompt=max(LENGTHS))
-    for prompt in prompts():
-        assert answers(prompt) == generated(model, prompt, 2)
+    assert [answers(prompt) for prompt in prompts()] == expected
     assert len(prepared) <= 1
 
 

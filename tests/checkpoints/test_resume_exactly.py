@@ -1,12 +1,11 @@
 """A fit that is stopped anywhere goes on as if it had not been."""
 
+import contextlib
 import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -256,9 +255,9 @@ def test_random_states_survive_a_safe_load(tmp_path):
 
 @pytest.mark.slow
 def test_killed_fits_go_on(tmp_path):
-    """In short: python benchmarks/kill.py --trials 30."""
-    options = ["--trials", "3", "--steps", "12", "--json", str(tmp_path / "found")]
-    subprocess.run([sys.executable, kill.__file__, *options], check=False, capture_output=True)
+    """In short: python benchmarks/kill.py --trials 30, whose fits are children of this process."""
+    with contextlib.suppress(SystemExit):
+        kill.main(["--trials", "3", "--steps", "12", "--json", str(tmp_path / "found")])
     found = json.loads((tmp_path / "found").read_text())
     assert [result["differences"] for result in found["results"]] == [[]] * 3
     assert found["inside_a_write"]

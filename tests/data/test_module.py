@@ -159,8 +159,13 @@ def test_a_class_of_no_file_is_never_taken_for_another(tokenizer, caplog):
     assert "Riddles is defined in no file" in caplog.text
 
 
-def test_examples_of_a_class_of_no_file_do_not_outlive_the_process(cache):
-    code = RIDDLES + (
+def test_a_process_imports_what_is_asked_for_and_keeps_no_examples_of_a_class_of_no_file(cache):
+    """In one process, as it takes seconds to import it all."""
+    code = (
+        "import sys, lrsa_lit.data as d; assert not {'torch', 'datasets', 'lightning'} & set(sys.modules);"
+        "assert d.HotpotQA.__name__ == 'HotpotQA' and 'lightning' in sys.modules;"
+        "assert not [m for m in sys.modules if m.startswith(('lrsa_lit.models', 'lrsa_lit.tasks'))]\n"
+        f"{RIDDLES}"
         "from lrsa_lit.models.tiny import tiny_tokenizer\n"
         "data = Riddles(tokenizer=tiny_tokenizer()); data.prepare_data(); print(data.folder('train').is_dir())"
     )
@@ -264,15 +269,6 @@ def test_a_trainer_builds_only_what_its_stage_needs(tokenizer, cache):
     Trainer(accelerator="cpu", **quiet).test(model, data, verbose=False)
     assert model.seen == [f"test{n}" for n in LENGTHS["test"]]
     assert [path.name for path in (cache / "data" / data.fingerprint).iterdir()] == ["test"]
-
-
-def test_the_package_is_light_until_a_data_set_is_asked_for():
-    code = (
-        "import sys, lrsa_lit.data as d; assert not {'torch', 'datasets', 'lightning'} & set(sys.modules);"
-        "assert d.HotpotQA.__name__ == 'HotpotQA' and 'lightning' in sys.modules;"
-        "assert not [m for m in sys.modules if m.startswith(('lrsa_lit.models', 'lrsa_lit.tasks'))]"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_export_is_there_and_others_are_not():

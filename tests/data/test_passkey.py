@@ -123,14 +123,19 @@ def test_a_bad_parameter_is_refused_at_once(parameters, field, value):
         Passkey(**parameters)
 
 
-@pytest.mark.slow
-def test_shipped_configs_leave_room_for_the_answers_of_smollm2():
+@pytest.fixture(scope="module")
+def smollm2():
+    """The shipped model's tokenizer, before each test has a cache of its own: converting the model takes 20 s."""
     model = yaml.safe_load((CONFIGS / "model" / "smollm2.yaml").read_text())["model"]
-    tokenizer = Backbone(**model["backbone"]).tokenizer
+    return Backbone(**model["backbone"]).tokenizer
+
+
+@pytest.mark.slow
+def test_shipped_configs_leave_room_for_the_answers_of_smollm2(smollm2):
     for name, count in (("passkey", 10), ("several_values", 4), ("ruler13", 13)):
         settings = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text())
         make = getattr(lrsa_lit.data, settings["data"]["class_path"].rpartition(".")[2])
-        data = make(**settings["data"]["init_args"] | {"tokenizer": tokenizer, "test": count})
+        data = make(**settings["data"]["init_args"] | {"tokenizer": smollm2, "test": count})
         data.prepare_data("test")
         data.setup("test")
         assert data.unanswerable("test", settings["model"]["max_new_tokens"]) == 0

@@ -28,6 +28,12 @@ def data(tokenizer):
 
 
 @pytest.fixture(scope="module")
+def examples(data):
+    """Those of the test split, in order."""
+    return [data.to_example(record) for record in data.records("test")]
+
+
+@pytest.fixture(scope="module")
 def texts(data, tokenizer):
     """A prompt of each task."""
     found = {}
@@ -176,13 +182,13 @@ def test_questions_are_in_one_split_only(name, documents):
     assert all(seen)
 
 
-def test_a_question_of_squad_has_its_article_as_subject(data):
-    examples = {record.id: data.to_example(record) for record in data.records("test")}
-    subjects = {example.get("subject") for name, example in examples.items() if "qa_squad" in name}
+def test_a_question_of_squad_has_its_article_as_subject(data, examples):
+    named = [(record.id, example) for record, example in zip(data.records("test"), examples, strict=True)]
+    subjects = {example.get("subject") for name, example in named if "qa_squad" in name}
     articles = SquadArticles().articles("test")
     assert subjects <= {article[0].passages[0].title.removesuffix(" (1)") for article in articles}
     assert all(subjects)
-    assert all("subject" not in example for name, example in examples.items() if "qa_squad" not in name)
+    assert all("subject" not in example for name, example in named if "qa_squad" not in name)
 
 
 def test_shares_decide_how_many_articles_are_asked_about(tokenizer):
@@ -221,9 +227,8 @@ def test_prompts_read_as_rulers_do(texts):
         assert re.search(rf"\n\n{re.escape(asked)}\n\nQuestion: [^\n]+{re.escape(turn)}Answer:$", texts[name])
 
 
-def test_examples_fill_the_budget_and_hold_the_answers(data, tokenizer):
-    for record in data.records("test"):
-        example = data.to_example(record)
+def test_examples_fill_the_budget_and_hold_the_answers(data, examples, tokenizer):
+    for record, example in zip(data.records("test"), examples, strict=True):
         context = tokenizer.decode(example["input_ids"][: example["prompt_length"]])
         assert example["task"] == record.task
         assert example["answers"] == list(record.answers)
@@ -235,10 +240,10 @@ def test_examples_fill_the_budget_and_hold_the_answers(data, tokenizer):
         assert learnt == f"{blank}{record.target}<|im_end|>"
 
 
-def test_examples_are_those_that_published_results_name(data):
+def test_examples_are_those_that_published_results_name(examples):
     found = {name: [] for name in RULER_TASKS}
-    for record in data.records("test"):
-        found[record.task].append(data.to_example(record))
+    for example in examples:
+        found[example["task"]].append(example)
     assert {name: SplitFacts.of(examples).digest for name, examples in found.items()} == {
         "niah_single": "2d70ea8458fa",
         "niah_multikey": "e415f8a63415",
@@ -252,13 +257,13 @@ def test_examples_are_those_that_published_results_name(data):
     }
 
 
-def test_tasks_take_turns_and_the_seed_decides(data, tokenizer):
+def test_tasks_take_turns_and_the_seed_decides(data, examples, tokenizer):
     assert [record.task for record in data.records("test")] == [*RULER_TASKS, *RULER_TASKS]
     assert len({record.id for record in data.records("test")}) == 18
     same = Ruler(tokenizer=tokenizer, max_tokens=BUDGET, test=18)
     other = Ruler(tokenizer=tokenizer, max_tokens=BUDGET, test=18, seed=1)
     assert same.records("test") == data.records("test")
-    assert [same.to_example(r) for r in same.records("test")] == [data.to_example(r) for r in data.records("test")]
+    assert [same.to_example(record) for record in same.records("test")] == examples
     answers = [[record.answers for record in module.records("test")] for module in (same, other)]
     assert sum(a == b for a, b in zip(*answers, strict=True)) <= 2  # both may ask for "yes"
 

@@ -110,7 +110,8 @@ def test_checkpointed_layers_run_again_in_the_backward_pass():
 def test_compiled_layers_train_to_the_same_weights(checkpointing):
     from torch._dynamo.utils import counters
 
-    batches = [collate(EXAMPLES[:1], 2), collate_packed(EXAMPLES[1:]), collate(EXAMPLES[2:], 2)]
+    # Of one row and of two, packed and not: each form more takes a compiler of C++ 20 s.
+    batches = [collate(EXAMPLES[2:], 2), collate_packed(EXAMPLES[:2])]
     eager = fit(task(rate=0.01), batches)
     torch._dynamo.reset()
     counters.clear()

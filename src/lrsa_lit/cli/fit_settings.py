@@ -33,6 +33,7 @@ class FitSettings:
     def __init__(self) -> None:
         self._parser = parser_of("fit")
         self._known: dict[str, str] = {}
+        self._parsers: dict[tuple[type, bool], OneLineParser] = {}
 
     def given(
         self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = (), *, defaults: bool = False
@@ -64,9 +65,7 @@ class FitSettings:
 
     def made(self, key: str, kind: type[Made], settings: Mapping[str, Any]) -> Made:
         """What settings describe, which errors call ``key``: arguments of a class, or a ``class_path`` below it."""
-        parser = OneLineParser(exit_on_error=False)
-        add = parser.add_subclass_arguments if "class_path" in settings else parser.add_class_arguments
-        add(kind, "value")
+        parser = self._parser_of(kind, named="class_path" in settings)
         with under(key):
             try:
                 parsed = parser.parse_object({"value": dict(settings)})
@@ -78,3 +77,11 @@ class FitSettings:
             except (TypeError, ValueError) as error:
                 raise UserError(one_line(str(error)).removeprefix("value.")) from error
         return made
+
+    def _parser_of(self, kind: type, *, named: bool) -> OneLineParser:
+        """The parser of a class's arguments, or of a subclass that is named: to build one takes as long as to parse."""
+        if (kind, named) not in self._parsers:
+            parser = OneLineParser(exit_on_error=False)
+            (parser.add_subclass_arguments if named else parser.add_class_arguments)(kind, "value")
+            self._parsers[kind, named] = parser
+        return self._parsers[kind, named]

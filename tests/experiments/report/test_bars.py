@@ -4,15 +4,13 @@ import pytest
 from cli_helpers import refusal
 from experiments import tiny_study
 from experiments.report.lines import evaluation, evaluations, study_of
+from experiments.shipped_studies import SHIPPED, opened
 from experiments.tiny_study import STUDY
 from helpers import one_line
 
-from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report.bars import Bars, claim_of
 from lrsa_lit.experiments.report.cells import Cells
-
-SHIPPED = "configs/experiment/robustness.yaml"
 
 
 def verdict(study, *cells):
@@ -272,6 +270,6 @@ def test_mistakes_are_named(bar, named, tmp_path):
 
 
 def test_the_shipped_bars_are_complete():
-    study = open_study(SHIPPED)
+    study = opened(SHIPPED)
     assert study.bars
     assert {item.verdict for item in Bars(Cells(study, [])).verdicts()} == {"open"}

@@ -4,10 +4,10 @@ import functools
 import re
 from pathlib import Path
 
-from lrsa_lit.cli.study import open_study
+from experiments.shipped_studies import ROOT, opened
+
 from lrsa_lit.experiments.report.document import Blocks, results_of
 
-ROOT = Path(__file__).parents[3]
 STUDIES = {"robustness": "results", "objectives": "objectives", "claim": "claim"}
 PAGES = sorted((ROOT / "docs" / "study").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "RESULTS.md", *PAGES]
@@ -16,8 +16,8 @@ BLOCK = re.compile(r"<!-- study:(\S+) -->\n(.*?)<!-- /study -->", re.DOTALL)
 
 @functools.cache
 def blocks_of(study):
-    opened = open_study(f"configs/experiment/{study}.yaml")
-    return Blocks(opened, results_of(opened, ROOT / "study" / f"{STUDIES[study]}.jsonl", may_be_empty=True))
+    shipped = opened(f"configs/experiment/{study}.yaml")
+    return Blocks(shipped, results_of(shipped, ROOT / "study" / f"{STUDIES[study]}.jsonl", may_be_empty=True))
 
 
 # One test, so that one process opens the studies.
