@@ -15,6 +15,7 @@ from torch import nn
 from lrsa_lit.attention.low_rank_linear import LowRankLinear
 from lrsa_lit.models import Backbone, LoRA, LowRank, whitening
 from lrsa_lit.models.adapters import check_holdable
+from lrsa_lit.models.checkpoint import Trained
 from lrsa_lit.models.factors import PROJECTIONS, factor, factors_in, install, projections, whole
 from lrsa_lit.models.folder import difference, save_folder
 from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -381,3 +382,10 @@ def test_factors_above_a_base_of_four_bits_are_not_quantised(tmp_path):
     assert {weight.dtype for weight in factors.values()} == {torch.float32}
     found = whole(factors)["model.layers.1.self_attn.k_proj.weight"]
     assert torch.allclose(found, expected.cpu(), atol=1e-5)
+
+
+def test_weights_that_were_trained_whole_are_factored():
+    low_rank, trained = LowRank(ratio=0.5), tiny_model(seed=5)
+    found = Trained(Backbone("tiny", low_rank=low_rank), None, trained.state_dict()).build()
+    factor(trained, low_rank)
+    assert torch.equal(logits(found.eval()), logits(trained.eval()))
