@@ -96,6 +96,13 @@ def test_forced_sentences_come_first():
         Longest(rule="loose")
 
 
+def test_what_fits_is_left_as_it_is_and_a_passage_without_text_is_not_worth_its_title():
+    texts = record("One. Two.", " ", "Three.")
+    assert Longest(tokens=99).budget(50) == 50
+    assert applied(Longest(tokens=99), texts) == [("T0", "One. Two."), ("T1", " "), ("T2", "Three.")]
+    assert applied(Longest(tokens=26), texts) == [("T0", "One. Two."), ("T2", "Three.")]
+
+
 def test_a_budget_below_a_title_leaves_nothing():
     assert applied(Longest(tokens=4), record("One. Two.")) == []
 

@@ -190,7 +190,9 @@ class Budgeted(ContextFilter):
 
 
 def with_texts(passages: Sequence[Passage], texts: Sequence[str]) -> list[Passage]:
-    """Passages with other texts, without those of which nothing is left."""
+    """Passages with other texts, without those of which nothing is left; all of them where no text is another."""
+    if list(texts) == [each.text for each in passages]:
+        return list(passages)
     return [Passage(each.title, text) for each, text in zip(passages, texts, strict=True) if text.strip()]
 
 
