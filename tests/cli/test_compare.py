@@ -11,7 +11,8 @@ from experiments.executors import InProcess
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
-from lrsa_lit.experiments import comparison, on_ray
+from lrsa_lit.experiments import on_ray
+from lrsa_lit.experiments.product_names import products_of
 from lrsa_lit.experiments.results import read_lines
 from lrsa_lit.systems import KeyNorm
 from lrsa_lit.tasks.measures import MEASURES
@@ -128,17 +129,88 @@ def test_an_evaluation_is_set_to_a_budget(capfd):
 
 
 def test_all_leaves_out_a_compressor_that_answers_as_another_does():
-    chosen, left_out = comparison._chosen(["all"], LRSAConfig())
-    assert "rule-LagRelative" in chosen
+    products, left_out = products_of(["all"], LRSAConfig())
+    assert "rule-LagRelative" in [product.words for product in products]
     assert [line for line in left_out if line.startswith("rule-")] == [
         "rule-StraightThrough is left out: compressor: it answers as rule-LagRelative does"
     ]
-    assert list(comparison._chosen(["StraightThrough"], LRSAConfig())[0]) == ["rule-StraightThrough"]
+    (product,), _ = products_of(["StraightThrough"], LRSAConfig())
+    assert product.words == "rule-StraightThrough"
+
+
+def test_filters_low_rank_and_products_are_compared_at_equal_bytes(in_process, capfd):
+    systems = ["BM25", "LoRC", "BM25@0.6*LagRelative", "LoRC@0.6*LagRelative"]
+    asked = [*COMPARE, "--systems", *systems, "--budgets", "0.4", "--limit", "2", "--no-mlflow"]
+    main(asked)
+    lines = read_lines(Path("out/results.jsonl"))
+    names = {(line["set"], line["attention"]): line for line in lines}
+    at = "-at-256-of-640"
+    products = {
+        "BM25": names["qa-BM25-0.4", "dense"],
+        "LoRC": names["qa", f"LoRC{at}"],
+        "BM25 to 60%, then rule-LagRelative": names["qa-BM25-0.6", f"BM25_to_60_then_rule-LagRelative{at}"],
+        "LoRC-head to 60%, then rule-LagRelative": names["qa", f"LoRC-head_to_60_then_rule-LagRelative{at}"],
+        "Truncate": names["qa-Truncate-0.4", "dense"],
+        "RandomSentences": names["qa-RandomSentences-0.4", "dense"],
+    }
+    assert len(lines) == 1 + len(products)
+    dense = names["qa", "dense"]
+    assert all(line["ids_digest"] == dense["ids_digest"] and line["questions"] == 2 for line in lines)
+    # Prompts are of 476 tokens, fewer than the 640 of the budget, of which the rule's sinks and window are fixed.
+    assert products["BM25"]["measured"]["cache"] <= 0.4
+    assert products["Truncate"]["measured"]["cache"] == pytest.approx(0.4, abs=0.005)
+    assert products["LoRC"]["measured"]["cache"] == pytest.approx(0.4, abs=0.02)
+    assert products["LoRC"]["measured"]["cache"] <= 0.4
+    assert all(line["measured"]["cache"] < 0.55 for line in products.values())
+    half = products["BM25 to 60%, then rule-LagRelative"]["measured"]
+    assert half["cache"] < 0.6 < 1.0 == dense["measured"]["cache"]
+    report = Path("out/README.md").read_text()
+    assert all(f"\n| {name} | 40% |" in report for name in products)
+    assert "are the controls" in report
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in report.splitlines() if line.startswith("| ")}
+    assert " no |" in rows["BM25"]
+    assert " yes |" in rows["LoRC"]
+    # The difference to dense attention is paired over the same questions, whose prompts differ.
+    assert rows["BM25"].split(" | ")[3]
+    assert "Truncate" in capfd.readouterr().out
+    ran = len(in_process)
+    main(asked)
+    assert len(in_process) == ran
+
+
+def test_a_filter_that_leaves_no_sentence_is_refused(in_process, capfd):
+    said = refusal(capfd, *COMPARE, "--systems", "BM25", "--budgets", "0.05", "--limit", "1", "--no-mlflow")
+    assert said.startswith("data_sets.qa-BM25-0.05.")
+    assert "leaves no context" in said
+    assert not in_process
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--systems", "Nothing*BM25"], "--systems: 'Nothing' is not allowed; it must be all, or some of rule-"),
+        (["--systems", "BM25*LoRC"], "--systems: 'BM25*LoRC' BM25 and LoRC have no share; give all but one of them"),
+        (["--systems", "BM25@0.5*LoRC@0.5"], "--systems: 'BM25@0.5*LoRC@0.5' each factor has a share; give all but"),
+        (["--systems", "BM25@0.5"], "--systems: 'BM25@0.5' has a share, which is for products"),
+        (["--systems", "BM25@2*LoRC"], "--systems: 'BM25@2*LoRC' is not allowed; it must be NAME@SHARE with a share"),
+        (["--systems", "BM25@0.5*Truncate"], "--systems: 'BM25@0.5*Truncate' has two factors of a kind, BM25 and Tr"),
+        (
+            ["--systems", "BM25@0.5*LoRC", "--budgets", "0.5"],
+            "--systems: 'BM25@0.5*LoRC' holds no more than 0.5 without LoRC, to which the budget 0.5 leaves nothing",
+        ),
+        (
+            ["--systems", "BM25@0.6*LagRelative", "--budgets", "0.05"],
+            "--systems BM25@0.6*LagRelative at 0.05: 0.0833 is not allowed; it must be at least 0.1250 for LagRelative",
+        ),
+        (["--systems", "LoRC@0.6*KeyNorm"], "--systems: 'LoRC@0.6*KeyNorm' saves nothing by its low rank: a cache of"),
+        (["--systems", "LoRC={grouping: joint}@0.6*LagRelative"], "--systems: 'LoRC={grouping: joint}@0.6*LagRelati"),
+        (["--systems", "LoRC={ratio: 0.5}"], "--systems LoRC.ratio: 0.5 is what a budget sets"),
+        (["--systems", "LoRC={rang: 5}"], "--systems LoRC.rang: is unknown; it must be one of dense_layers"),
+        (["--systems", "LoRC={min_share: 5}"], "--systems LoRC"),
+        (["--systems", "LoRC", "--budgets", "0.01"], "--budgets: 0.01 is not allowed; it must be at least 0.0469 for"),
+        (["--systems", "BM25={kept: 0.5}"], "--systems BM25: kept, tokens and of are what a budget sets"),
+        (["--systems", "BM25={k1: -1}"], "--systems BM25.k1: -1 is not allowed; it must be a number >= 0"),
+        (["--systems", "CPC"], "--systems CPC: 'CPC' does not take these init_args"),
         (["--budgets", "1.5"], "--budgets: '1.5' is not allowed; it must be a number above 0 and at most 1"),
         (["--budgets", "0"], "--budgets: '0' is not allowed; it must be a number above 0 and at most 1"),
         (

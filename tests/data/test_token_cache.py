@@ -25,6 +25,7 @@ EXAMPLE = Example(
     subject="s",
     context_length=1,
     first_turn=1,
+    source_length=4,
     context_span=(0, 1),
     learnt=[[2, 3]],
 )

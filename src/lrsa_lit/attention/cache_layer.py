@@ -192,7 +192,7 @@ class LRSACacheLayer(CacheLayerMixin):
         dense = stream.seen * self._token_bytes
         read = held if stream.read_share is None else dense * stream.read_share
         pairs, stored = attended_pairs(stream.seen, None), _stored_tokens(stream) / rows
-        return Measured(held, peak, read, dense, stream.attended_pairs, pairs, stored, stream.seen)
+        return Measured(held, peak, read, dense, stream.attended_pairs, pairs, stored, stream.seen, stream.seen)
 
     def probing_nbytes(self, row: int) -> float:
         """The most bytes that probes of a row had beside what is held."""

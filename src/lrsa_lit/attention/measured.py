@@ -19,7 +19,8 @@ class Measured(NamedTuple):
         pairs: query-key pairs of a head that the tokens have attended to.
         dense_pairs: those of dense causal attention.
         stored: key-value pairs that a head holds, a mean where heads hold differently many.
-        tokens: those that were seen, of which a dense cache holds all.
+        tokens: those that were seen.
+        source: those that a dense cache holds: as many, or of a prompt that was shortened as many as it had before.
     """
 
     held: float
@@ -30,6 +31,12 @@ class Measured(NamedTuple):
     dense_pairs: int
     stored: float
     tokens: int
+    source: int
+
+    def shortened(self, source: int, own: int) -> Measured:
+        """The same beside a dense cache of a longer prompt: of ``source`` tokens, ``own`` of which were left."""
+        pairs = self.dense_pairs * (source * (source + 1)) // (own * (own + 1))
+        return self._replace(dense=self.dense * source // own, dense_pairs=pairs, source=self.source * source // own)
 
 
 class Usage(NamedTuple):
@@ -59,7 +66,8 @@ def shares(usages: Sequence[Usage]) -> dict[str, float]:
     Returns:
         ``cache``, ``peak`` and ``read`` (only where it is not ``cache``), ``pairs``, ``first_token_seconds`` and
         ``token_seconds`` (NaN without a second token). Seconds depend on the size of the batches. ``kept`` is the share
-        of the key-value pairs that are held, whatever is held beside them.
+        of the key-value pairs that are held, whatever is held beside them, and ``left`` that of the tokens which a
+        filter left. All shares are of the prompts before a filter shortened them.
     """
     prompts = total([row for usage in usages for row in usage.rows])
     bytes_of = {"cache": prompts.held, "peak": prompts.peak, "read": prompts.read}
@@ -67,7 +75,8 @@ def shares(usages: Sequence[Usage]) -> dict[str, float]:
         del bytes_of["read"]
     tokens = [usage.token for usage in usages if usage.token is not None]
     return {name: value / prompts.dense for name, value in bytes_of.items()} | {
-        "kept": prompts.stored / prompts.tokens,
+        "kept": prompts.stored / prompts.source,
+        "left": prompts.tokens / prompts.source,
         "pairs": prompts.pairs / prompts.dense_pairs,
         "first_token_seconds": statistics.median(usage.first_token for usage in usages),
         "token_seconds": statistics.median(tokens) if tokens else float("nan"),

@@ -1,4 +1,4 @@
-"""``lrsa compare``: published systems and the rule, at the same shares of the cache, on the same questions."""
+"""``lrsa compare``: systems, the rule, filters, low ranks and their products at equal cache bytes, same questions."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ EPILOG = """\
 example:
   lrsa compare --model configs/model/smollm2.yaml --data configs/data/ruler.yaml configs/data/hotpotqa.yaml \\
     --budgets 0.5 0.25 0.125 --systems all --limit 200
+  lrsa compare --model configs/model/smollm2.yaml --data configs/data/hotpotqa.yaml --budgets 0.25 0.125 \\
+    --systems BM25 LoRC LagRelative 'LoRC@0.5*LagRelative' 'BM25@0.5*LagRelative' --limit 200
+
+A product joins factors by *: at most one filter of contexts, LoRC, and one system or compressor. @SHARE fixes what a
+factor leaves of the bytes; the one without it takes what is left of each budget. The two controls of filters, Truncate
+and RandomSentences, come by themselves.
 
 Evaluated is what is found nowhere in the folder yet: a comparison that was stopped goes on by the same command. Behind
 it is a study, whose file is written into the folder and may be changed and run by `lrsa study`.
@@ -90,7 +96,8 @@ def _parser() -> Parser:
     add("--data", nargs="+", required=True, metavar="FILE", help="files of settings, each with a data set")
     share = checked(_share, "a number above 0 and at most 1")
     add("--budgets", nargs="+", type=share, default=[0.5, 0.25, 0.125], metavar="SHARE", help="of a dense cache")
-    systems = "systems and compressors, NAME or NAME={argument: value}, or all that are registered (default: all)"
+    systems = "systems, compressors, filters and LoRC, NAME or NAME={argument: value}, products as NAME@SHARE*NAME, "
+    systems += "or all that are registered (default: all)"
     add("--systems", nargs="+", default=["all"], metavar="NAME", help=systems)
     add("--checkpoint", type=Path, help="weights of a fit of the model, in the place of its own")
     add("--limit", type=integer(1), help="most questions of each data set")

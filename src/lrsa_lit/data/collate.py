@@ -107,6 +107,7 @@ class Batch(TrainBatch):
         prompt_length: prompt tokens of each example.
         context_length: how many of them come up to the end of the last passage.
         first_turn: how many of them come before the first of several answers; all, where there is one.
+        source_length: how many tokens each prompt has without a filter.
         gold_spans: positions [start, end) in ``input_ids`` of each example's supporting passages.
         answer_spans: positions [start, end) in ``input_ids`` of the answers within those passages.
         answers: the records' reference answers.
@@ -122,6 +123,7 @@ class Batch(TrainBatch):
     prompt_length: list[int]
     context_length: list[int]
     first_turn: list[int]
+    source_length: list[int]
     gold_spans: list[list[Span]]
     answer_spans: list[list[Span]]
     answers: list[tuple[str, ...]]
@@ -204,6 +206,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         prompt_length=[example["prompt_length"] for example in examples],
         context_length=[example.get("context_length", turn) for example, turn in zip(examples, turns, strict=True)],
         first_turn=turns,
+        source_length=[example.get("source_length", example["prompt_length"]) for example in examples],
         gold_spans=[_spans(example["gold_spans"]) for example in examples],
         answer_spans=[_spans(example["answer_spans"]) for example in examples],
         answers=[tuple(example["answers"]) for example in examples],

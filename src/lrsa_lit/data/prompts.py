@@ -109,6 +109,7 @@ class Example(TypedDict):
         source: the name, within a mixture, of the data set that it comes from.
         repeated: whether it only fills up the share of one of several devices, and must not be counted.
         position: in its split.
+        source_length: how many tokens the prompt has without a filter; ``prompt_length`` where it is missing.
         filtered: what a filter has kept of the context, by the names of a data set's report; not stored.
     """
 
@@ -129,6 +130,7 @@ class Example(TypedDict):
     source: NotRequired[str]
     repeated: NotRequired[bool]
     position: NotRequired[int]
+    source_length: NotRequired[int]
     filtered: NotRequired[Mapping[str, int]]
 
 
@@ -180,6 +182,12 @@ def encode(
         match=record.match,
         task=record.task,
     )
+
+
+def prompt_tokens(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT) -> int:
+    """Tokens of a record's prompt; errors as for :func:`render_prompt`."""
+    rendered = render_prompt(record, tokenizer, prompt)
+    return len(encode_text(tokenizer, rendered.text, rendered.user).ids) + len(_later_turns(record, tokenizer, prompt))
 
 
 def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT) -> Rendered:

@@ -32,6 +32,7 @@ _FEATURES = datasets.Features(
         "context_length": _INT,
         "first_turn": _INT,
         "context_span": datasets.List(_INT),
+        "source_length": _INT,
         "learnt": datasets.List(datasets.List(_INT)),
         "rejected": datasets.List(_INT),
         "gold_spans": datasets.List(datasets.List(_INT)),
@@ -61,7 +62,8 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
     def fill(partial: Path) -> None:
         with ArrowWriter(path=str(partial / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
             for example in _apart(examples):
-                learnt = {"learnt": learnt_spans(example), "first_turn": example["prompt_length"]}
+                prompt = example["prompt_length"]
+                learnt = {"learnt": learnt_spans(example), "first_turn": prompt, "source_length": prompt}
                 whole = {"task": "", "subject": "", "rejected": [], "context_span": [], **learnt, **example}
                 writer.write({"context_length": whole["first_turn"], **whole})
             writer.finalize()

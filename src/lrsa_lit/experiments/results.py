@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.study import Evaluation, Settings, Study
+from lrsa_lit.experiments.study import Evaluation, Settings, Study, digest
 from lrsa_lit.paths import check_writable
 
 Line = dict[str, Any]
@@ -134,6 +134,7 @@ def evaluation_lines(about: Line, weights: str, items: Sequence[Evaluation], pat
                 "set_digest": part["set_digest"],
                 "questions": part["questions"],
                 "contexts": part["contexts"],
+                "ids_digest": digest([line.get("id") for line in answers]),
                 "dtype": found["dtype"],
                 "generated": item.generates,
                 "max_new_tokens": found["max_new_tokens"] if item.generates else None,

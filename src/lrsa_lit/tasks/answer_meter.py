@@ -31,7 +31,8 @@ class AnswerMeter:
     def update(self, answers: Answers, batch: Batch, usage: Usage | None = None) -> None:
         """Add the answers to a batch, except those of rows that count on another device, and what it took."""
         if usage is not None:
-            rows = [row for row, repeated in zip(usage.rows, batch["repeated"], strict=True) if not repeated]
+            prompts = zip(usage.rows, batch["source_length"], batch["prompt_length"], batch["repeated"], strict=True)
+            rows = [row.shortened(source, own) for row, source, own, repeated in prompts if not repeated]
             self.usages.append(usage._replace(rows=rows))
         for row, (loss, tokens) in enumerate(zip(answers.loss, answers.tokens, strict=True)):
             if batch["repeated"][row]:

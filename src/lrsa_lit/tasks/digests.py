@@ -229,6 +229,7 @@ class Digests(TrainedPart, nn.Module):
                     pairs=row.pairs + read,
                     dense_pairs=layers * length * (length + 1) // 2,
                     tokens=layers * length,
+                    source=layers * length,
                 )
             )
         return usage._replace(rows=rows, first_token=usage.first_token + self._seconds)

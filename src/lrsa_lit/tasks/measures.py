@@ -19,9 +19,10 @@ MEASURES = {
     "first_token_seconds": "first token, s",
     "token_seconds": "token, s",
 }
-"""What an evaluation says that its attentions took, with a title each. The bytes of the cache are those at the end of
-the prompts, and those of ``peak`` behind any call of the prefill; ``read`` is there for systems that look up what to
-read. Seconds are medians over batches, of the size that was asked for."""
+"""What an evaluation says that its attentions took, with a title each, all as shares of what dense attention takes of
+prompts that no filter has shortened. The bytes of the cache are those at the end of the prompts, and those of ``peak``
+behind any call of the prefill; ``read`` is there for systems that look up what to read. Seconds are medians over
+batches, of the size that was asked for."""
 
 
 def at_budgets(
@@ -66,8 +67,9 @@ def measured(
     for name, rule in rules.items():
         if usages := [usage for process in processes for usage in process[name]]:
             values = shares(usages)
+            left = values.pop("left")
             if rule is not None and rule.system is None:
                 # K/L, mean of layers and heads, of which dense ones keep all. Sinks and windows come on top.
-                values["kept"] = float(mean_top_k(rule, layers) / rule.lag_size)
+                values["kept"] = left * float(mean_top_k(rule, layers) / rule.lag_size)
             found |= {f"{split}/{name}/{key}" if name else f"{split}/{key}": value for key, value in values.items()}
     return found

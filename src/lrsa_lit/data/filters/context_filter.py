@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.data import fingerprint
 from lrsa_lit.data.filters.sentences import Sentence, sentences_of
-from lrsa_lit.data.prompts import PROMPT, Prompt, find_answers
+from lrsa_lit.data.prompts import PROMPT, Prompt, find_answers, prompt_tokens
 from lrsa_lit.data.records import Passage, QARecord, is_in
 from lrsa_lit.data.tokenization import token_counts
 from lrsa_lit.errors import UserError
@@ -82,10 +82,12 @@ class ContextFilter(FromSettings, ABC):
 
     Attributes:
         asks: whether what is left depends on the question, so that no other question can be asked about it.
+        needs_whole: whether questions whose prompts do not fit without the filter are left out with it, too.
     """
 
     kind: ClassVar[str] = "filters"
     asks: ClassVar[bool] = False
+    needs_whole: ClassVar[bool] = False
     _definition: ClassVar[str]
     _tokenizer: ClassVar[PreTrainedTokenizerBase | None] = None
 
@@ -166,10 +168,13 @@ class Budgeted(ContextFilter):
     Args:
         kept: the share of the context's tokens that may stay, rounded down.
         tokens: so many instead of a share; a context that has no more is left as it is.
+        of: what they are a share of, and count: the context, or the prompt with all that stands around the context.
+            Then the prompt must fit without the filter, too, so that the questions are those of the unfiltered data.
     """
 
     kept: float = 0.25
     tokens: int | None = None
+    of: Literal["context", "prompt"] = field(default="context", kw_only=True)
 
     def __post_init__(self) -> None:
         """Check each bound once."""
@@ -177,11 +182,23 @@ class Budgeted(ContextFilter):
         check_setting("kept", self.kept, share, "a number above 0 and at most 1")
         count = self.tokens is None or (is_integer(self.tokens) and self.tokens >= 1)
         check_setting("tokens", self.tokens, count, "an integer >= 1, or null for the share kept")
+        check_setting("of", self.of, self.of in ("context", "prompt"), "context or prompt")
 
-    def budget(self, tokens: int) -> int:
-        """How many may stay of a context of so many tokens."""
+    @property
+    def needs_whole(self) -> bool:  # type: ignore[override]
+        """Whether it is measured by prompts, which must be there to be measured."""
+        return self.of == "prompt"
+
+    def budget(self, tokens: int, record: QARecord, prompt: Prompt) -> int:
+        """How many may stay of a record's context, which has so many tokens."""
+        around = self._around(record, prompt) if self.of == "prompt" else 0
         # A product such as .29 * 100 is 28.999….
-        return min(int(self.kept * tokens + 1e-9) if self.tokens is None else self.tokens, tokens)
+        most = int(self.kept * (tokens + around) + 1e-9) if self.tokens is None else self.tokens
+        return max(min(most - around, tokens), 0)
+
+    def _around(self, record: QARecord, prompt: Prompt) -> int:
+        """Tokens of a record's prompt beside those of its context."""
+        return prompt_tokens(record, self.tokenizer, prompt) - self.count(record.passages, prompt)
 
     def title_tokens(self, passages: Sequence[Passage], prompt: Prompt) -> list[int]:
         """The tokens that each passage takes beside its text, what stands before it included."""

@@ -26,12 +26,21 @@ def encode_filtered(
     """The example of a record whose context a filter shortens, with its counts as ``filtered``.
 
     Questions about one context keep that in common. ``whole`` is the example of all of the context, where it is known.
+    Contexts that do not fit as a whole may fit then, unless the filter measures them by the whole prompt.
     """
     shortens.use(tokenizer)
+    unfiltered = encode(record, tokenizer, max_tokens, prompt) if whole is None else whole
+    if isinstance(unfiltered, TooLong) and shortens.needs_whole:
+        return unfiltered
     filtered = shortens.filtered(record, prompt)
     example = encode(filtered.record, tokenizer, max_tokens, prompt)
     if not isinstance(example, TooLong):
         example["filtered"] = filtered.counts()
+        if isinstance(unfiltered, TooLong):
+            answer = len(example["input_ids"]) - example["prompt_length"]
+            example["source_length"] = unfiltered.tokens - answer
+        else:
+            example["source_length"] = unfiltered["prompt_length"]
         example["subject"] = (whole.get("subject") if whole else "") or filtered.context
     return example
 

@@ -63,7 +63,7 @@ class POSPriorityChunks(Budgeted):
     def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
         """The words that stay of each passage; as many as fit, found by bisection."""
         total = self.count(record.passages, prompt)
-        if (budget := self.budget(total)) >= total:
+        if (budget := self.budget(total, record, prompt)) >= total:
             return [passage.text for passage in record.passages]
         check_english(record)
         chunks = self._chunks(record)

@@ -58,7 +58,7 @@ class SentenceFilter(Budgeted):
     def parted(self, record: QARecord, prompt: Prompt) -> tuple[Sequence[str], Sequence[Sentence], Sequence[bool]]:
         """As :class:`ContextFilter` has it, where pieces count as sentences."""
         total = self.count(record.passages, prompt)
-        if (budget := self.budget(total)) >= total:
+        if (budget := self.budget(total, record, prompt)) >= total:
             sentences = sentences_of(record.passages)
             return [passage.text for passage in record.passages], sentences, [True] * len(sentences)
         titles = self.title_tokens(record.passages, prompt)

@@ -31,7 +31,7 @@ class Truncate(Budgeted):
     def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
         """The beginnings and ends of passages on either side of the cut, and those passages that are whole."""
         total = self.count(record.passages, prompt)
-        if (budget := self.budget(total)) >= total:
+        if (budget := self.budget(total, record, prompt)) >= total:
             return [passage.text for passage in record.passages]
         titles = self.title_tokens(record.passages, prompt)
         spans = [encode_text(self.tokenizer, passage.text).offsets for passage in record.passages]
