@@ -162,7 +162,8 @@ class _Content:
         """
         attention = DENSE
         if sized.attention is not None:
-            attention = self._named(product.name + budget, {"system": None, **sized.attention.to_dict()})
+            settings = {"system": None, **sized.attention.to_dict()}
+            attention = _added(self._inference, product.name, settings, budget)
         if product.attends_alone:
             self._parts[data_set]["inference"].append(attention)
             return
@@ -186,15 +187,12 @@ class _Content:
         """What the study's file has of it."""
         return {"data_sets": self._sets, "inference": self._inference, "rows": self._rows, "parts": self._parts}
 
-    def _named(self, name: str, settings: Settings) -> str:
-        return _added(self._inference, name, settings)
 
-
-def _added(among: dict[str, Any], name: str, settings: Settings) -> str:
-    """Add settings by a name, or by a further one if others have it; returns the name."""
-    while among.setdefault(name, settings) != settings:
+def _added(among: dict[str, Any], name: str, settings: Settings, end: str = "") -> str:
+    """Add settings by a name with an end, or by a further one if others have it; returns that."""
+    while among.setdefault(name + end, settings) != settings:
         name += "-other"
-    return name
+    return name + end
 
 
 def _plain(low_rank: LowRank) -> Settings:
