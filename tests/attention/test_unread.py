@@ -18,7 +18,7 @@ def run(lrsa=None, **others):
 
 def test_each_setting_is_read_by_a_rule_or_by_both():
     fields = {field.name for field in dataclasses.fields(LRSAConfig)}
-    assert fields == {*OF_RULE, "system", "dense_layers", "head_top_k"}
+    assert fields == {*OF_RULE, "system", "dense_layers", "head_top_k", "latents"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 from lrsa_lit.errors import UserError, under
 
 OF_RULE = ("sink_size", "lag_size", "top_k", "chunk_size", "value_weight", "compressor")
-"""What an ``LRSAConfig`` has that no system reads; ``head_top_k`` it refuses by itself."""
+"""What an ``LRSAConfig`` has that no system reads; ``head_top_k`` and ``latents`` it refuses by itself."""
 
 
 def check_read(changes: Mapping[str, Any], system: Any) -> None:
