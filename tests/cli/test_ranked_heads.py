@@ -44,7 +44,7 @@ def test_a_share_that_cannot_be_met_is_told_before_the_fit(key, capfd):
         ({"head_top_k": {"ranking": "runs/other.json", "budget": 0.9, "tokens": 1024}},
          "head_top_k: has K of 3 layers x 1 heads; the model has 2 layers x 2 heads"),
         ({"system": {"class_path": "DuoAttention", "init_args": {"gates": "runs/other.json"}}},
-         "gates: has gates of 3 layers x 1 heads; the model has 2 x 2"),
+         "system.init_args.gates: has gates of 3 layers x 1 heads; the model has 2 x 2"),
     ],
     ids=["budgets", "system"],
 )  # fmt: skip

@@ -92,7 +92,8 @@ class LRSACLI(RunCLI):
             self._open_teachers()
 
     def check_examples(self) -> None:
-        """Their contexts can be digested, where they are."""
+        """Their parts have other names than attentions, and their contexts can be digested, where they are."""
+        preflight.check_parts_of_data(str(self.subcommand), self.model, self.datamodule)
         preflight.check_contexts(str(self.subcommand), self.model, self.datamodule)
 
     def instead(self) -> Callable[[], None] | None:

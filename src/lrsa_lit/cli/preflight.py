@@ -25,6 +25,7 @@ from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.paths import expanded
 from lrsa_lit.tasks import Digests, LongContextQA
+from lrsa_lit.tasks.attentions import check_names
 from lrsa_lit.terminal import log_to
 
 _log = logging.getLogger("lrsa_lit")
@@ -110,6 +111,15 @@ def check_contexts(subcommand: str, task: LongContextQA, data: QADataModule) -> 
     for split in SPLITS:
         for size in token_cache.sizes(data.open_split(split)) if split in data.report else ():
             task.digests.check_size(size, task.max_new_tokens)
+
+
+def check_parts_of_data(subcommand: str, task: LongContextQA, data: QADataModule) -> None:
+    """Refuse attentions that are named as a data set or task of the prepared data."""
+    split = {"fit": "val", "validate": "val", "test": "test"}.get(subcommand)
+    if split in data.splits():
+        data.setup(subcommand)
+        with under("model"):
+            check_names(task.attentions, data.groups(split))
 
 
 def root_folder(trainer: Any) -> Path:

@@ -65,8 +65,10 @@ class _Models:
 
     def check_training(self, row: Row) -> None:
         """A row's rule must suit its model, whose positions hold what it trains on."""
+        from lrsa_lit.tasks.attentions import of_system
+
         if row.rule is not None:
-            with under(f"rows.{row.name}.model.train_attention"):
+            with under(f"rows.{row.name}.model.train_attention"), of_system(row.rule):
                 row.rule.layers.check(self.of(row).num_hidden_layers, heads_of(self.of(row)))
         if row.steps:
             settings = self.settings_of(row)

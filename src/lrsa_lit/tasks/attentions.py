@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.attention.unread import check_read
@@ -36,6 +36,12 @@ def check_weight(rule: LRSAConfig) -> None:
     if rule.value_weight != 1 and rule.system is None and not isinstance(rule.compressor, ValueWeighted):
         reason = f"is not read by the compressor {type(rule.compressor).__name__}"
         raise UserError("value_weight", rule.value_weight, reason=reason, hint="leave one of them out")
+
+
+def check_names(attentions: Collection[str], groups: Iterable[str]) -> None:
+    """Raise a UserError if an attention is named as a part of the data, so that scores of both would be one."""
+    if both := {group.partition("/")[0] for group in groups} & set(attentions):
+        raise UserError("evaluate", min(both), "another name than those of the data sets and tasks")
 
 
 def check_layers(rules: Mapping[str, LRSAConfig | None], count: int, heads: int | None) -> None:

@@ -34,7 +34,7 @@ from lrsa_lit.objectives.positions import Positions
 from lrsa_lit.objectives.teachers import Teacher, check_own_teachers
 from lrsa_lit.strategies import gathered, is_sharded, shard
 from lrsa_lit.tasks.answer_meter import AnswerMeter
-from lrsa_lit.tasks.attentions import check_layers, derived, evaluated, of_system
+from lrsa_lit.tasks.attentions import check_layers, check_names, derived, evaluated, of_system
 from lrsa_lit.tasks.digests import Digests
 from lrsa_lit.tasks.head_gates import HeadGates
 from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
@@ -358,8 +358,7 @@ class LongContextQA(lightning.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         groups = [] if data is None else data.groups(self._split)
         texts = {group for group in ("", *groups) if data is not None and data.score_of(group) == "loss"}
-        if both := {group.partition("/")[0] for group in groups} & set(self.attentions):
-            raise UserError("evaluate", min(both), "another name than those of the data sets and tasks")
+        check_names(self.attentions, groups)
         for meter in self.meters.values():
             meter.reset(groups, texts)
 

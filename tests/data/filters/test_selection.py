@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lrsa_lit.data.filters import BM25, RandomSentences, SentenceFilter
 from lrsa_lit.data.filters.sentence_filter import ranked, selected
+from lrsa_lit.data.prompts import PROMPT
 from lrsa_lit.data.records import Passage, QARecord
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.tiny import tiny_tokenizer
@@ -98,7 +99,7 @@ def test_forced_sentences_come_first():
 
 def test_what_fits_is_left_as_it_is_and_a_passage_without_text_is_not_worth_its_title():
     texts = record("One. Two.", " ", "Three.")
-    assert Longest(tokens=99).budget(50) == 50
+    assert Longest(tokens=99).budget(50, texts, PROMPT) == 50
     assert applied(Longest(tokens=99), texts) == [("T0", "One. Two."), ("T1", " "), ("T2", "Three.")]
     assert applied(Longest(tokens=26), texts) == [("T0", "One. Two."), ("T2", "Three.")]
 
