@@ -137,8 +137,8 @@ def test_what_spectra_do_not_go_with_is_told_in_one_line(capfd):
 
 @pytest.mark.slow
 def test_two_devices_train_the_spectra_that_one_trains(elsewhere):
-    # At first the teacher says the very same. AdamW would make steps of the rounding of a gradient of zero, and so would
-    # a high rate; the ratio moves the scores.
+    # At first the teacher says the very same. AdamW would make steps of the rounding of a gradient of zero, and so
+    # would a high rate; the ratio moves the scores.
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
     Path("sgd.yaml").write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
     options = [*ONCE, "--config", "sgd.yaml", "--trainer.gradient_clip_val", "0", "--trainer.max_steps", "4",
