@@ -20,6 +20,8 @@ from nbclient import NotebookClient
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
+from lrsa_lit.uris import SQLITE, sqlite_path
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 STYLE = """
 body {font: 14px sans-serif; margin: 1.5em}
@@ -71,7 +73,10 @@ def main(store: str, experiment: str) -> None:
         page.driver.switch_to.active_element.send_keys(Keys.BACKSPACE, "val/f1", Keys.ENTER, Keys.ESCAPE)
         page.find("//*[contains(@class, 'axis-title')][.='val/f1']")
         save(page, "compare-runs")
-        os.environ["MLFLOW_TRACKING_URI"] = store
+        # Notebooks run in their own folder.
+        os.environ["MLFLOW_TRACKING_URI"] = (
+            SQLITE + str(sqlite_path(store, "STORE")) if store.startswith(SQLITE) else store
+        )
         for name in ("attention_selections", "compare_runs"):
             with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:
                 file.write(shown(NOTEBOOKS / f"{name}.ipynb"))
