@@ -34,6 +34,18 @@ def config(name):
     return ["--config", f"configs/data/{name}.yaml"]
 
 
+def test_a_folder_stands_for_the_texts_in_it(tmp_path, capfd):
+    (tmp_path / "mine").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "mine" / name).write_text("The Isk is 212 km long.")
+    of = [*TINY, *config("texts"), *RULE, "--data.init_args.test"]
+    main(["test", *of, "mine", "--data.init_args.max_tokens", "300"])
+    assert "2 pieces" in capfd.readouterr().out
+    (tmp_path / "none").mkdir()
+    error = refusal(capfd, "test", *of, "none")
+    assert "data.init_args.test: 'none' is a folder without any file that ends in" in error
+
+
 def test_texts_have_a_perplexity(tmp_path, capfd):
     main(["fit", *TINY, *config("texts"), *SHORT, "--data.init_args.max_tokens", "300"])
     shown = capfd.readouterr().out

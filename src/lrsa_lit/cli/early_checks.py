@@ -123,7 +123,10 @@ class _State:
             _exists("model.backbone.source", source, "a model folder, a hub name or a GGUF file")
         for name in (*_SPLITS, "source"):
             path, key = self._values.get(f"data.init_args.{name}"), f"data.init_args.{name}"
-            if isinstance(path, str) and "${" not in path and self._classes.get("data"):
+            if not isinstance(path, str) or "${" in path or not self._classes.get("data"):
+                continue
+            # Whether a folder will do is for the data set to say.
+            if path.startswith(PACKAGE_SCHEME) or not expanded(key, path).is_dir():
                 resolve(path, key=key)
         checkpoint = self._values.get("ckpt_path")
         if isinstance(checkpoint, str) and checkpoint != LAST and "${" not in checkpoint:
