@@ -93,7 +93,7 @@ def test_libraries_that_a_package_does_without(package, library):
     assert not [name for name, path in FILES.items() if f".{package}." in name and own.search(path.read_text())]
 
 
-COMMANDS = {"study.py", "sweep.py"}
+COMMANDS = {"cache.py", "study.py", "sweep.py"}
 """The command line finds a command's module by the command's name."""
 
 

@@ -82,6 +82,25 @@ def put_in_place(complete: Path, target: Path) -> None:
     _remove(old)
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a path has the hidden name of what is being written or replaced, or was when its writer died."""
+    return bool(_OURS.fullmatch(path.name)) or (path.name.startswith(".") and path.name.endswith(REPLACED))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, which loses its name first: nobody sees a part of it under that name.
+
+    Raises:
+        OSError: it is not there, or may not be removed.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    hidden = _hidden(path)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
 def remove_abandoned(parent: Path) -> None:
     """Remove the files and folders that dead processes have left half-written in a folder."""
     if fcntl is None:

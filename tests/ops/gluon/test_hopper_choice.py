@@ -14,7 +14,7 @@ FITTING = torch.zeros(1, 2, 32, hopper.DIM, dtype=torch.float16)
 def small_calls_on_hopper(monkeypatch):
     monkeypatch.setattr(hopper, "ENOUGH", 64)
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
-    hopper._say_what_is_missing.cache_clear()
+    hopper._let_in.cache_clear()
 
 
 def choice(tensor, caplog, calls=1):
@@ -51,6 +51,18 @@ def test_nothing_is_said_of_calls_that_run_the_plain_kernels_anyway(tensor, chec
     assert choice(tensor, caplog) == (False, [])
 
 
+@pytest.mark.parametrize(
+    ("tensor", "named"), [(FITTING[..., :64].clone(), "head size of 128; this one is 64"), (FITTING.float(), "float32")]
+)
+def test_what_no_other_triton_would_mend_is_told_without_a_warning(tensor, named, monkeypatch, caplog):
+    monkeypatch.setattr(hopper, "CHECKED", False)
+    with caplog.at_level(logging.INFO):
+        assert not any(hopper.suits(tensor, tensor) for _ in range(3))
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert named in record.getMessage()
+
+
 def test_nothing_is_said_on_another_device(monkeypatch, caplog):
     monkeypatch.setattr(hopper, "CHECKED", False)
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: False)
@@ -60,3 +72,4 @@ def test_nothing_is_said_on_another_device(monkeypatch, caplog):
 def test_the_cpu_is_no_hopper_gpu(monkeypatch):
     monkeypatch.undo()
     assert not hopper._is_hopper(torch.device("cpu"))
+    assert "compute capability 9.0" in hopper.refusal(torch.device("cpu"), torch.float16, hopper.DIM)

@@ -1,7 +1,9 @@
 """Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
 
 from lrsa_lit.ops.sparse_attention.api import (
+    Choice,
     Impl,
+    choice,
     dense_attention,
     implementation,
     is_traceable,
@@ -52,6 +54,7 @@ from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, with_scores
 
 __all__ = [
     "Centroids",
+    "Choice",
     "ChunkWise",
     "Compressor",
     "FreqPartition",
@@ -85,6 +88,7 @@ __all__ = [
     "attended_pairs",
     "bare_keys",
     "checked_boundaries",
+    "choice",
     "compressed_at",
     "dense_attention",
     "implementation",

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -153,24 +153,51 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.lru_cache
 def _decide(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
     """Cached, so that the choice of ``auto`` and its reason are logged once."""
+    found = choice(impl, device, dtype, dim)
+    if impl == "triton" and found.refusal is not None:
+        raise found.refusal
+    if impl == "auto" and found.refusal is not None and device == "cuda":
+        _log.warning("sparse_attention on %s runs impl=eager, which is slow: %s", device, found.refusal)
+    elif impl != "eager":
+        _log.info("sparse_attention on %s runs impl=%s", device, found.name)
+    return found.name
+
+
+class Choice(NamedTuple):
+    """Which implementation runs.
+
+    Attributes:
+        name: "eager" or "triton".
+        refusal: why it is not "triton"; None where it is, or where nobody asked for it.
+    """
+
+    name: str
+    refusal: UserError | None = None
+
+
+def choice(impl: str, device: str, dtype: torch.dtype, dim: int) -> Choice:
+    """What runs the operator on tensors of such a kind; nothing is logged.
+
+    Args:
+        impl: as :func:`sparse_attention` has it.
+        device: the type of the device: "cpu", "cuda".
+        dtype: of queries, keys and values.
+        dim: the head size.
+
+    Raises:
+        UserError: there is no such implementation.
+    """
     if impl not in get_args(Impl):
         raise UserError("impl", impl, f"one of {', '.join(get_args(Impl))}")
     if impl == "eager":
-        return impl
+        return Choice("eager")
     if impl == "auto" and device != "cuda":
-        _log.info("sparse_attention on %s runs impl=eager", device)
-        return "eager"
+        return Choice("eager", UserError("device", device, reason="has no Triton kernels; CUDA devices have"))
     if importlib.util.find_spec("triton") is None:
         refusal = UserError("impl", "triton", reason="needs the package triton, which is not installed; use eager")
     else:
         refusal = _triton().unsupported(device, dtype, dim)
-    if refusal is None:
-        _log.info("sparse_attention on %s runs impl=triton", device)
-        return "triton"
-    if impl == "triton":
-        raise refusal
-    _log.warning("sparse_attention on %s runs impl=eager, which is slow: %s", device, refusal)
-    return "eager"
+    return Choice("triton" if refusal is None else "eager", refusal)
 
 
 def _triton() -> Any:

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.triton.host_functions import expressible
 
-__all__ = ["CHECKED", "DIM", "ENOUGH", "forward_pipeline", "key_gradient_pipeline", "query_gradient_pipeline", "suits"]
+__all__ = [
+    "CHECKED", "DIM", "ENOUGH", "forward_pipeline", "key_gradient_pipeline", "query_gradient_pipeline", "refusal",
+    "suits",
+]  # fmt: skip
 
 CHECKED: bool = triton.__version__.startswith("3.6.")
 """Whether the kernels were run with this version of Triton."""
 
+_DTYPES = (torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
 
 if CHECKED:
@@ -35,18 +39,32 @@ ENOUGH = 1 << 18
 def suits(query: Tensor, *sources: Tensor) -> bool:
     """Whether a call goes to these kernels; ``sources`` are all tensors beside the query that are loaded in blocks.
 
-    That takes a Hopper device, a Triton that they were run with, 16 bits, a head size and a number of rows that they
-    are faster for, and tensors that the copy engine can express; compact buffers may be empty. If only Triton is in the
-    way, the log says so once.
+    That takes what :func:`refusal` looks at, a number of rows that they are faster for, and tensors that the copy
+    engine can express; compact buffers may be empty. Where enough rows of a Hopper GPU run the plain kernels, the log
+    says once why.
     """
-    if query.shape[3] != DIM or query.numel() < ENOUGH * DIM or not _is_hopper(query.device):
+    rows = query.numel() // query.shape[3]
+    if rows < ENOUGH or not _is_hopper(query.device):
         return False
-    fits = query.dtype in (torch.bfloat16, torch.float16)
-    if not fits or not all(expressible(tensor) or not tensor.numel() for tensor in (query, *sources)):
+    if not all(expressible(tensor) or not tensor.numel() for tensor in (query, *sources)):
         return False
+    return _let_in(query.device, query.dtype, query.shape[3], CHECKED)
+
+
+def refusal(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    """Why calls of such tensors run the plain kernels, however many rows they have; None if these kernels run."""
+    if not _is_hopper(device):
+        return "the faster kernels are for Hopper GPUs (compute capability 9.0)"
+    if dim != DIM:
+        return f"the faster kernels for Hopper GPUs are for a head size of {DIM}; this one is {dim}"
+    if dtype not in _DTYPES:
+        return (
+            f"the faster kernels for Hopper GPUs are for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        )
     if not CHECKED:
-        _say_what_is_missing()
-    return CHECKED
+        needed = "the faster kernels for Hopper GPUs need triton 3.6, which comes with torch 2.11"
+        return f"{needed}; triton {triton.__version__} is installed"
+    return None
 
 
 @functools.lru_cache
@@ -55,10 +73,14 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @functools.lru_cache
-def _say_what_is_missing() -> None:
-    """Cached, so that it is logged once."""
-    _log.warning(
-        "sparse_attention runs its plain Triton kernels: the faster ones for Hopper GPUs need triton 3.6, which comes "
-        "with torch 2.11; triton %s is installed",
-        triton.__version__,
-    )
+def _let_in(device: torch.device, dtype: torch.dtype, dim: int, checked: bool) -> bool:
+    """Cached, so that a refusal is logged once; what another Triton would mend is a warning."""
+    reason = refusal(device, dtype, dim)
+    if reason is not None:
+        mendable = dim == DIM and dtype in _DTYPES
+        _log.log(
+            logging.WARNING if mendable else logging.INFO,
+            "sparse_attention runs its plain Triton kernels: %s",
+            reason,
+        )
+    return reason is None
