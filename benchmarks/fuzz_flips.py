@@ -64,13 +64,13 @@ def converted_model(gguf: Path) -> Path:
 def readers() -> dict[str, tuple[str, Reader]]:
     """By name: what is read, and how a command does it."""
     from lrsa_lit.checkpoints import AtomicCheckpointIO, resume
-    from lrsa_lit.cli.ask.command import _trained
     from lrsa_lit.models.checkpoint import load_trained
     from lrsa_lit.models.shards import read_weights
+    from lrsa_lit.models.sources import trained_model
     from lrsa_lit.strategies import FullySharded
 
     def ask(path: Path) -> Any:
-        trained = _trained(str(path), "float32", trust_remote_code=False)
+        trained = trained_model(str(path), "float32")
         return trained.rule, trained.build().state_dict()
 
     def export(path: Path) -> Any:
