@@ -9,7 +9,7 @@ RANGE_TESTS := tests/test_ranges.py tests/attention tests/models tests/tasks tes
 	$(addprefix tests/data/test_,token_cache.py loaders.py module.py) tests/ops/triton/test_decoding.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format results ui clean
+.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format docs docs-serve figures results ui clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -62,6 +62,17 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup ## Build the documentation into site/; fails on a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: setup ## Show the documentation on http://127.0.0.1:8000 while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+figures: setup ## Draw the picture of the rule, and record what `make fit` prints (minutes)
+	$(BIN)/python docs/draw_method.py
+	COLUMNS=100 $(BIN)/lrsa fit $(QUICKSTART) | sed -n '/Validation on/,/^Compare/p' \
+	  | sed 's#$(CURDIR)#/home/you/lrsa-lit#; s/ *$$//' > docs/figures/quickstart.txt
+
 results: setup ## Write the tables and plots of README.md, RESULTS.md and docs/study anew; study/data has the studies' data
 	$(BIN)/lrsa study report study/results.jsonl study/objectives.jsonl study/claim.jsonl \
 	  --study $(addprefix configs/experiment/,robustness.yaml objectives.yaml claim.yaml) \
@@ -71,4 +82,4 @@ ui: setup ## Compare the runs recorded here in the MLflow UI
 	$(BIN)/lrsa ui
 
 clean: ## Remove the environment and the recorded runs
-	rm -rf .venv .venv-oldest .venv-newest runs
+	rm -rf .venv .venv-oldest .venv-newest runs site

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lrsa_lit.errors import UserError
     from lrsa_lit.ops.sparse_attention import Rule, sparse_attention
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LRSACache", "LRSAConfig", "Rule", "UserError", "enable", "graphed_decoding", "prefill", "sparse_attention"]
 
 _OPERATOR = "lrsa_lit.ops.sparse_attention"

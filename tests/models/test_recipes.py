@@ -1,4 +1,4 @@
-"""The shipped models and ways to train them: true shapes with random weights, and the README's table of what fits."""
+"""The shipped models and ways to train them: true shapes with random weights, and the table of what fits."""
 
 import functools
 import gc
@@ -37,8 +37,9 @@ PARAMETERS = {
     "olmo-2-7b": 7_298_617_344,
     "phi-4": 14_659_507_200,
 }
+MODELS = ROOT / "docs" / "how-to" / "models.md"
 GPUS = [24e9, 80e9, 141e9, 2 * 141e9]
-"""The columns of the README's table, in bytes."""
+"""The columns of the table, in bytes."""
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 FAMILIES = ["llama-3.2-1b", "qwen3-0.6b", "smollm3-3b", "mistral-7b-v0.3", "olmo-2-1b", "phi-4"]
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
@@ -119,17 +120,15 @@ def test_a_shape_has_as_many_weights_as_the_model(name):
     assert one + (layers - 1) * (two - one) == PARAMETERS[name]
 
 
-def test_each_model_has_a_shape_and_a_line_of_the_readme():
+def test_each_model_has_a_shape_and_a_line_of_the_documentation():
     assert {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")} - {"smollm2", "tiny"} == set(PARAMETERS)
     assert {path.name for path in SHAPES.iterdir()} - {"smollm2-135m"} == set(PARAMETERS)
     assert set(table()) == set(PARAMETERS)
 
 
 def table():
-    """Of each model in the README its source and what it says for each size of GPU."""
-    rows = re.findall(
-        r"^\| \[([\w.-]+)\]\(configs/model/\1\.yaml\) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
-    )
+    """Of each model in the documentation its source and what it says for each size of GPU."""
+    rows = re.findall(r"^\| \[([\w.-]+)\]\(../../configs/model/\1\.yaml\) \| (.*) \|$", MODELS.read_text(), re.M)
     return {name: cells.split(" | ") for name, cells in rows}
 
 
@@ -182,7 +181,7 @@ WINDOWED = {
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_a_model_with_sliding_windows_is_refused_as_the_readme_says(name):
+def test_a_model_with_sliding_windows_is_refused_as_the_documentation_says(name):
     family, changes = WINDOWED[name]
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "num_hidden_layers": 2, "vocab_size": 64}
     config = getattr(transformers, family)(**SMALL | special | changes)
@@ -192,4 +191,4 @@ def test_a_model_with_sliding_windows_is_refused_as_the_readme_says(name):
         enable(model, RULE)
     with refused("model", reason="sliding-window"):
         check_config(config)
-    assert name in (ROOT / "README.md").read_text()
+    assert name in MODELS.read_text()

@@ -1,0 +1,60 @@
+"""The site builds without a warning, and the README stays short."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = (ROOT / "docs" / "figures" / "quickstart.txt").read_text(encoding="utf-8")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Links are looked at here as well: a page, a heading or a file of the repository that is not there is a warning.
+def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path, caplog, monkeypatch):
+    config = pytest.importorskip("mkdocs.config")
+    from mkdocs.commands.build import build
+
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    loaded = config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
+    with caplog.at_level(logging.WARNING):
+        build(loaded)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    for path in (ROOT / "docs").rglob("*.md"):
+        page = path.relative_to(ROOT / "docs").with_suffix(".html")
+        assert (tmp_path / page).is_file() or path.name == "README.md", page
+    text = (tmp_path / "reference" / "settings.html").read_text(encoding="utf-8")
+    assert "model.lrsa.top_k" in text
+    assert "data.init_args.max_tokens" in text
+    commands = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert "usage: lrsa export" in commands
+    assert "sparse_attention" in (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
+
+
+def test_each_page_has_a_place_in_the_navigation():
+    named = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert f": {path.relative_to(ROOT / 'docs')}\n" in named, path
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start/cpu.md"])
+def test_what_the_quickstart_prints_is_what_was_recorded(page):
+    assert f"```text\n{QUICKSTART}```\n" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_picture_of_the_rule_is_what_the_operator_does():
+    drawing = script("draw_method")
+    assert drawing.PICTURE.read_text(encoding="utf-8") == drawing.drawn()
+    kinds = drawing.kinds()
+    assert kinds.count("kept") == 4 * drawing.RULE.top_k
