@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lrsa_lit.attention.attached import base_of, enabled_state, given_or_stored, warn_if_trained_otherwise
-from lrsa_lit.attention.cache_layer import LRSACacheLayer
+from lrsa_lit.attention.cache_file import Saved, read, refused, write
+from lrsa_lit.attention.cache_layer import LRSACacheLayer, Past
 from lrsa_lit.attention.config import LayerRules, LRSAConfig
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.attention.measured import Measured, total
 from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.attention.stock import Lease, lease
+from lrsa_lit.attention.weights_digest import weights_digest
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, Stream
 
@@ -225,6 +228,69 @@ class LRSACache(Cache):
             indices = indices.nonzero()[:, 0]
         with self.changing():
             super().batch_select_indices(indices)
+
+    def pasts(self) -> list[Past]:
+        """What each layer holds, as views, which the next call changes.
+
+        Raises:
+            UserError: a system, which holds more than keys and values, or a call that was cut short.
+        """
+        if self.config.system is not None:
+            reason = "holds more than keys and values, which can be neither saved nor shared"
+            raise UserError("system", type(self.config.system).__name__, reason=reason)
+        if not self.is_idle:
+            raise UserError("cache", reason="an exception ended an earlier call inside the layers", hint="reset() it")
+        return [layer.past for layer in self.layers]
+
+    def restore(self, pasts: Sequence[Past], impl: Impl = "auto") -> None:
+        """Go on from copies of what :meth:`pasts` gave of a cache of the same model and rule."""
+        for layer, past in zip(self.layers, pasts, strict=True):
+            layer.restore(past, impl)
+
+    def save(
+        self, path: str | Path, model: Any, tokens: Sequence[Sequence[int]], notes: Mapping[str, str] | None = None
+    ) -> None:
+        """Write all that is held to a file, which :meth:`load` reads for the same model and rule alone.
+
+        Args:
+            path: the file, in the format of safetensors.
+            model: the model whose keys and values they are.
+            tokens: the ids that each row has taken in.
+            notes: texts to keep beside them.
+
+        Raises:
+            UserError: the cache is empty or a system's, or the tokens are not as many as were taken in.
+            OSError: the disk is full, for example.
+        """
+        pasts = self.pasts()
+        rows, seen = pasts[0].rows, pasts[0].seen
+        if not rows or [len(row) for row in tokens] != [seen[row % len(seen)] for row in range(rows)]:
+            reason = f"are of lengths {[len(row) for row in tokens]}; the cache has taken in {seen} of {rows} rows"
+            raise UserError("tokens", reason=reason)
+        header = {"model": weights_digest(model), "rule": self.config.to_dict(), "notes": dict(notes or {})}
+        write(Path(path), header, tokens, pasts)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> LRSACache:
+        """What :meth:`save` has written, on the model's device: it goes on as the saved one would have.
+
+        Raises:
+            UserError: the file is damaged, of another version, or was made with another model or rule.
+        """
+        return cls.taken_from(read(Path(path)), model)
+
+    @classmethod
+    def taken_from(cls, saved: Saved, model: Any) -> LRSACache:
+        """:meth:`load` of a file that is read already."""
+        cache, inner = cls.of(model), base_of(model)
+        if saved.header["model"] != weights_digest(inner):
+            raise refused(saved.path, "was made with another model, or its weights in another dtype")
+        if (rule := saved.header["rule"]) != (own := cache.config.to_dict()):
+            differ = {name: rule.get(name) for name in sorted({*rule, *own}) if rule.get(name) != own.get(name)}
+            raise refused(saved.path, f"was made with another rule: {differ}")
+        state = enabled_state(inner)
+        cache.restore(saved.pasts(inner.device), "auto" if state is None else state.impl)
+        return cache
 
     # The name that beam search calls.
     reorder_cache = batch_select_indices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lrsa_lit.attention.measured import Measured
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
     HeadRules,
+    Held,
     Impl,
     KeyValueStream,
     Rule,
@@ -21,6 +22,24 @@ from lrsa_lit.ops.sparse_attention import (
     attended_pairs,
     stored_size,
 )
+
+
+class Past(NamedTuple):
+    """What a layer holds between two calls.
+
+    Attributes:
+        rows: of the batch.
+        columns: seen, pads included.
+        token_bytes: of a token in a dense cache.
+        seen: tokens of the stream that all rows share, or of each row's.
+        held: of each stream what each of its parts holds.
+    """
+
+    rows: int
+    columns: int
+    token_bytes: int
+    seen: list[int]
+    held: list[list[Held]]
 
 
 class LRSACacheLayer(CacheLayerMixin):
@@ -237,6 +256,28 @@ class LRSACacheLayer(CacheLayerMixin):
         """Repeat each row ``repeats`` times."""
         if self.streams:
             self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
+
+    @property
+    def past(self) -> Past:
+        """What is held between two calls, as views; of a rule or a dense layer, as systems hold more."""
+        held = []
+        for stream in self.streams:
+            parts = stream.parts
+            assert all(isinstance(part, KeyValueStream) for part in parts)
+            held.append([part.held for part in parts if isinstance(part, KeyValueStream)])
+        return Past(self.rows, self._columns, self._token_bytes, [stream.seen for stream in self.streams], held)
+
+    def restore(self, past: Past, impl: Impl) -> None:
+        """Go on, empty so far, from copies of the :attr:`past` of a layer of the same rule."""
+        self.streams = []
+        for seen, parts in zip(past.seen, past.held, strict=True):
+            stream = self._new_stream(impl)
+            for part, held in zip(stream.parts, parts, strict=True):
+                assert isinstance(part, KeyValueStream)
+                part.restore(seen, held)
+            stream.seen = seen
+            self.streams.append(stream)
+        self.rows, self._columns, self._token_bytes, self.is_initialized = *past[:3], True
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: dropped tokens cannot come back."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrsa_lit.attention.latents import LatentReader
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Rule, Selector
+from lrsa_lit.ops.sparse_attention import Held, Impl, KeyValueStream, Rule, Selector
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, RowBuffer
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
 from lrsa_lit.ops.sparse_attention.geometry import compact_size
@@ -22,7 +22,7 @@ from lrsa_lit.ops.sparse_attention.selection import partitions_of
 _CLOSE = 1e-2
 """How far read keys may be from a layer's own, as a share of their size: bfloat16 rounds both."""
 
-Held = tuple[Tensor, Tensor, Tensor]
+Latents = tuple[Tensor, Tensor, Tensor]
 """Latents of keys and of values (B, G, rows, r), and positions (B, G, rows, 1) int32."""
 
 
@@ -40,7 +40,7 @@ class LatentStream(KeyValueStream):
     def __init__(self, rule: Rule | None, reader: LatentReader | None, impl: Impl = "auto") -> None:
         super().__init__(rule, impl)
         self.reader = reader
-        self._held: RowBuffer[Held] | None = None
+        self._held: RowBuffer[Latents] | None = None
         self._kept: Tensor | None = None
 
     @property
@@ -62,6 +62,17 @@ class LatentStream(KeyValueStream):
     def buffers(self) -> list[RowBuffer[Any]]:
         """What is held: latents, positions, and queries if the compressor asks for some."""
         return [buffer for buffer in (self._held, self._queries) if buffer is not None]
+
+    @property
+    def held(self) -> Held:
+        """Latents and positions in the place of pairs."""
+        named: dict[str, RowBuffer[Any] | None] = {"latents": self._held, "queries": self._queries}
+        return {name: buffer.filled for name, buffer in named.items() if buffer is not None}
+
+    def _restore(self, held: Held) -> None:
+        of_keys, of_values, positions = held["latents"]
+        self._held = RowBuffer(of_keys, of_values, positions)
+        self._restore_queries(held)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :class:`Stream` has it, keys and values (B, H, N, D + r)."""
@@ -158,7 +169,7 @@ class LatentStream(KeyValueStream):
         return self.reader
 
     @property
-    def _filled(self) -> Held:
+    def _filled(self) -> Latents:
         assert self._held is not None
         return self._held.filled
 

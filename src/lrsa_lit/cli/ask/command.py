@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrsa_lit.cli.arguments import Parser, called, integer
 from lrsa_lit.cli.ask.dialogue import Dialogue
+from lrsa_lit.cli.ask.kept_cache import TEXT, keep, read_saved, taken
 from lrsa_lit.cli.ask.reader import Answer, Reader
 from lrsa_lit.cli.model_options import (
     FLAGS,
@@ -49,6 +50,8 @@ stdin further questions can be typed; an empty line or Ctrl-D ends.
 examples:
   lrsa ask docs/extending.md "What is a compressor?"
   lrsa ask --model last.ckpt --top-k 32 book.txt "Who is Ishmael?" "Where does he sail from?"
+  lrsa ask --cache book.lrsa book.txt "Who is Ishmael?"
+  lrsa ask --cache book.lrsa "Where does he sail from?"
   pdftotext paper.pdf - | lrsa ask --json - "What is the main result?"
 """
 
@@ -57,7 +60,8 @@ examples:
 def run(arguments: Sequence[str]) -> None:
     """Run the command; a mistake in the arguments, the text or the model is a UserError."""
     options = _parse(arguments)
-    text = read_text(options.file)
+    saved = read_saved(options.cache)
+    text = saved.header["notes"][TEXT] if saved is not None and options.file is None else read_text(options.file)
     notes = PlainConsole(stderr=True, soft_wrap=True)
     log_to(notes)
     device = device_of(options)
@@ -67,10 +71,15 @@ def run(arguments: Sequence[str]) -> None:
     # Without a question yet, a short one.
     _check_length(trained.backbone, dialogue, options.questions or ["?"], options)
     rule = rule_of(trained, options, notes)
+    if options.cache is not None and rule is not None and rule.system is not None:
+        reason = f"is not allowed: {type(rule.system).__name__} holds more than keys and values, which cannot be saved"
+        raise UserError("--cache", reason=reason)
     model = loaded(trained, rule, device)
-    cache = _empty_cache(model, rule)
+    cache = taken(saved, model, dialogue) if saved is not None else _empty_cache(model, rule)
     reader = Reader(model, cache, tokenizer, dialogue, options.max_new_tokens)
-    reader.read(notes)
+    if saved is None:
+        reader.read(notes)
+        keep(options.cache, model, cache, dialogue, text)
     for question in _questions(options, notes):
         try:
             _check_length(trained.backbone, dialogue, [question], options)
@@ -128,14 +137,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     about = "Answer questions about a text of any length from a compressed cache."
     parser = Parser("lrsa ask", description=about, epilog=EPILOG)
     add = parser.add_argument
-    add("file", metavar="FILE", help="the text, UTF-8; - reads it from stdin")
+    add("file", metavar="FILE", nargs="?", help="the text, UTF-8; - reads it from stdin")
     add("questions", metavar="QUESTION", nargs="*", help="answered in order, each knowing the ones before it")
     add("--model", metavar="SOURCE", help=f"{SOURCES} (default: {default_backbone()['source']})")
+    kept = "keep what is read in this file; if it is there, go on from it, and FILE may be left out"
+    add("--cache", metavar="PATH", help=kept)
     add_rule(parser)
     add_loading(parser)
     add("--max-new-tokens", type=integer(1), default=128, metavar="N", help="most tokens of an answer (default: 128)")
     add("--json", action="store_true", help="one JSON object for each question, progress on stderr, no further asking")
     options = parser.parse_intermixed_args(arguments)
+    _check_cache(options)
     for number, question in enumerate(options.questions, start=1):
         if not question.strip():
             raise UserError("QUESTION", reason=f"number {number} is empty", allowed="some text")
@@ -146,6 +158,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not options.questions and not _asks(options):
         raise UserError("QUESTION", reason="none is given; at least one is needed where none can be typed")
     return options
+
+
+def _check_cache(options: argparse.Namespace) -> None:
+    """Tell a first question from the text's file, which a saved cache stands for."""
+    if options.cache is not None:
+        check_path("--cache", options.cache)
+        if options.dense:
+            raise UserError("--cache", reason="it is not allowed with --dense, whose cache is not compressed")
+        there = Path(options.cache).exists()
+        # A name without a blank is a name that was mistyped.
+        if there and options.file not in (None, STDIN) and " " in options.file and not Path(options.file).exists():
+            options.file, options.questions = None, [options.file, *options.questions]
+        if there:
+            return
+    if options.file is None:
+        raise UserError("FILE", reason="is required; see lrsa ask --help")
 
 
 def _asks(options: argparse.Namespace) -> bool:
@@ -183,7 +211,7 @@ def _check_length(
             f"{backbone.name} has {positions:,} positions; shorten the text, lower --max-new-tokens, choose another "
             f"--model or scale this one: --rope-scaling yarn:{-(-needed // positions)}"
         )
-        raise UserError("FILE", _shown(options.file), reason=reason)
+        raise UserError("FILE", _shown(options.file or options.cache), reason=reason)
 
 
 def _empty_cache(model: Any, rule: LRSAConfig | None) -> Any:

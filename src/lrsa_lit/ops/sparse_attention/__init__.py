@@ -47,7 +47,7 @@ from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
 from lrsa_lit.ops.sparse_attention.shared_heads import SharedHeads
 from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
 from lrsa_lit.ops.sparse_attention.straight_through import StraightThrough
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention.stream import Held, KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.synthesizers import Centroids, FreqPartition
 from lrsa_lit.ops.sparse_attention.token_gate import TokenGate
 from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, with_scores
@@ -61,6 +61,7 @@ __all__ = [
     "GroupedStream",
     "HeadGroups",
     "HeadRules",
+    "Held",
     "Impl",
     "KeyDiff",
     "KeyValueStream",

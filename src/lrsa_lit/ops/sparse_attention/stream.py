@@ -7,7 +7,7 @@ top_k, P partitions, w window of the compressor.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ from lrsa_lit.ops.sparse_attention.geometry import (
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, Rule
 from lrsa_lit.ops.sparse_attention.slot_bias import narrow, through_channels
 from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, without_scores
+
+Held = Mapping[str, tuple[Tensor, ...]]
+"""What a stream holds, by name: tensors (B, heads, rows, channels), pairs (or latents and positions) and queries."""
 
 
 class Stream(ABC):
@@ -132,6 +135,32 @@ class KeyValueStream(Stream):
     def buffers(self) -> list[RowBuffer[Any]]:
         """The :attr:`buffer`, and that of the queries if the compressor asks for some; none before the first token."""
         return [buffer for buffer in (self._store, self._queries) if buffer is not None]
+
+    @property
+    def held(self) -> Held:
+        """All that is held of the past by name: views of the filled rows, compact ones first."""
+        named = {"pairs": self._store, "queries": self._queries}
+        return {name: buffer.filled for name, buffer in named.items() if buffer is not None}
+
+    def restore(self, seen: int, held: Held) -> None:
+        """Go on, empty so far, from copies of what a stream of the same rule :attr:`held` between two calls.
+
+        Args:
+            seen: tokens that it had taken in.
+            held: each part (B, heads, rows, channels).
+        """
+        self.seen, self.partitions = seen, compressed_at(seen - 1, self.rule)
+        self._restore(held)
+
+    def _restore(self, held: Held) -> None:
+        key, value = held["pairs"]
+        self._store = PairBuffer(key, value)
+        self._restore_queries(held)
+
+    def _restore_queries(self, held: Held) -> None:
+        if "queries" in held:
+            (queries,) = held["queries"]
+            self._queries = RowBuffer(queries)
 
     @property
     def buffer(self) -> PairBuffer:
