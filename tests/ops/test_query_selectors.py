@@ -129,9 +129,11 @@ def test_the_queries_from_the_first_window_on_are_enough(given):
 def test_fewer_queries_are_refused_without_a_selection_and_right_with_one():
     query, key, value = random_qkv(60)
     few = query[:, :, 16:]
-    with refused("query", reason="QueryAttention needs those of tokens 15 to 59, and the last 44 are given"):
+    with refused(
+        "query", reason="QueryAttention needs the queries of tokens 15 to 59, but only the last 44 were given"
+    ):
         sparse_attention(few, key, value, RULE)
-    with refused("query", reason="the last 0 are given"):
+    with refused("query", reason="the last 0 were given"):
         select(key, value, RULE)
     kept = select(key, value, RULE, query=query)
     whole = sparse_attention(query, key, value, RULE)

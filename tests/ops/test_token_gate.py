@@ -105,7 +105,7 @@ def test_heads_of_their_own_k_may_be_dense():
 def test_keys_without_scores_are_refused():
     query, key, value, _ = drawn(60)
     for call in (lambda: sparse_attention(query, key, value, RULE), lambda: select(key, value, RULE)):
-        with refused("key", reason="have no scores of their tokens, which TokenGate needs"):
+        with refused("key", reason="has no token scores, which TokenGate needs"):
             call()
     with refused("of", "TokenGate", "other than StraightThrough and TokenGate"):
         StraightThrough(TokenGate())
@@ -129,7 +129,7 @@ def test_gates_come_from_a_file_that_stays_the_same(file, monkeypatch):
     ):
         gates.gate(0, 2, 1, 4)
     save_file({"token_gates": torch.ones(2, 3, 4)}, file)
-    with refused("compressor.init_args.weights", reason="holds other gates than those that were used"):
+    with refused("compressor.init_args.weights", reason="has changed since it was used"):
         Compressor.from_dict(stored)
     file.unlink()
     with refused("compressor.init_args.weights", reason="cannot be read (No such file"):
@@ -138,11 +138,11 @@ def test_gates_come_from_a_file_that_stays_the_same(file, monkeypatch):
 
 def test_a_file_without_gates_is_refused(tmp_path):
     (tmp_path / "text").write_text("gates")
-    with refused("weights", reason="is no safetensors file"):
+    with refused("weights", reason="is not a safetensors file"):
         TokenGate(str(tmp_path / "text"))
     for number, wrong in enumerate([torch.ones(3, 4), torch.full((1, 1, 1), torch.nan), torch.ones(1, 1, 1).int()]):
         save_file({"token_gates": wrong}, path := tmp_path / f"{number}")
-        with refused("weights", reason="has no finite numbers token_gates"):
+        with refused("weights", reason="has no tensor token_gates (layers, heads, width) of finite numbers"):
             TokenGate(str(path))
     with refused("seed", 0.5):
         TokenGate(seed=0.5)

@@ -125,7 +125,7 @@ class OwnDense(Teacher):
 
     @torch.no_grad()
     def run(self, model: Any, batch: TrainBatch, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
-        """As :class:`Teacher` has it."""
+        """See :class:`Teacher`."""
         off = contextlib.nullcontext() if self.adapters else _without_additions(model)
         with off, dense_pass(model), _evaluating(model), outputs_of_layers(model, layers) as found:
             hidden = at_head(model, lambda rows, _: rows.flatten(0, 1), **inputs)
@@ -151,7 +151,7 @@ class Loaded(Teacher):
 
     @torch.no_grad()
     def run(self, model: Any, batch: TrainBatch, inputs: Mapping[str, Any], layers: Sequence[int]) -> ModelPass:
-        """As :class:`Teacher` has it."""
+        """See :class:`Teacher`."""
         teacher = self._model(model, inputs["input_ids"].device)
         if LAYOUT in inputs and enabled_config(teacher) is None:
             # Packed sequences must not see each other.

@@ -56,7 +56,7 @@ class AdaKV(Rescored):
         return highest_together(scores, scores.shape[1] * count)
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return UnequalStream(self, place, impl)
 
 
@@ -80,12 +80,12 @@ class UnequalStream(OneShotStream):
 
     @property
     def parts(self) -> Sequence[Stream]:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         return (self,) if self._grouped is None else self._grouped.parts
 
     @property
     def stored(self) -> Pair | None:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         return super().stored if self._grouped is None else None
 
     @property
@@ -94,7 +94,7 @@ class UnequalStream(OneShotStream):
         return super().nbytes if self._grouped is None else self._grouped.nbytes
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         if self._grouped is None:
             return super().attend(query, key, value, scale)
         self.seen += key.shape[2]
@@ -114,7 +114,7 @@ class UnequalStream(OneShotStream):
         self.forget_queries(kept)
 
     def rows(self, indices: Tensor) -> UnequalStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = super().rows(indices)
         assert isinstance(other, UnequalStream)
         other._grouped = None if self._grouped is None else self._grouped.rows(indices)

@@ -67,7 +67,7 @@ class Cascade(System):
         return self.sink_size + self.window * self.caches
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return CascadeStream(self, place)
 
     def held(self, tokens: int) -> float:
@@ -260,7 +260,7 @@ class CascadeStream(Stream):
         self._score, self._gain = score.gather(-1, kept), None
 
     def rows(self, indices: Tensor) -> CascadeStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = CascadeStream(self.system, self.place)
         other.seen, other.stride, other.counts = self.seen, self.stride, self.counts
         other._pair = None if self._pair is None else (self._pair[0][indices], self._pair[1][indices])

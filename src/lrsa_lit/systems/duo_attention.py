@@ -122,7 +122,7 @@ class DuoAttention(System):
         return dataclasses.replace(self, gates=gates)
 
     def check(self, layers: int, heads: int) -> None:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         given = len(self.gates), len(self.gates[0])
         if given != (layers, heads):
             reason = "has gates of {} layers x {} heads; the model has {} x {}".format(*given, layers, heads)

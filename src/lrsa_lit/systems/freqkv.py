@@ -80,7 +80,7 @@ class FreqKV(System):
         return self.capacity - self.first
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return FreqKVStream(self, place, impl)
 
     def attend(
@@ -172,11 +172,11 @@ class FreqKVStream(KeyValueStream):
 
     @property
     def attended_pairs(self) -> float:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         return self.system.attended_pairs(self.seen)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         begin = self.seen
         outputs = []
         for start, stop in self.system.rounds(begin, begin + key.shape[2]):
@@ -219,11 +219,11 @@ class FreqKVStream(KeyValueStream):
         self.buffer.append(pairs)
 
     def most_stored(self, tokens: int) -> int:
-        """As :class:`KeyValueStream` has it."""
+        """See :class:`KeyValueStream`."""
         return min(self.seen + tokens, self.system.capacity)
 
     def rows(self, indices: Tensor) -> FreqKVStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = FreqKVStream(self.system, self.place, self.impl)
         other.seen = self.seen
         other._peak = self._peak // len(self.buffer.whole[0]) * len(indices) if self._peak else 0

@@ -44,7 +44,7 @@ class GatedHeads(System):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None, scale: float, place: Place
     ) -> Tensor:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         sizes: dict[str, Any] = {"sink": self.sink_size, "recent": self.recent, "scale": scale}
         of_layer = self.gates()[place.layer]
         parts = sequences(query, key, value, cu_seqlens)

@@ -77,7 +77,7 @@ class KeyDiff(OneShot):
     """
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """As :func:`unlikeness` has it."""
+        """See :func:`unlikeness`."""
         return unlikeness(prompt.key)
 
 

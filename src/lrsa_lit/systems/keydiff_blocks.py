@@ -41,11 +41,11 @@ class KeyDiffBlocks(System):
         check_integers(self, 1, "pairs", "block")
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return BlockStream(self, impl)
 
     def held(self, tokens: int) -> float:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return min(tokens, self.pairs)
 
     def attended_pairs(self, length: int) -> int:
@@ -69,7 +69,7 @@ class BlockStream(KeyValueStream):
         return self.system.attended_pairs(self.seen)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         if self._answers:
             return super().attend(query, key, value, scale)
         outputs, start = [], 0
@@ -108,11 +108,11 @@ class BlockStream(KeyValueStream):
             self._answers = True
 
     def most_stored(self, tokens: int) -> int:
-        """As :class:`KeyValueStream` has it."""
+        """See :class:`KeyValueStream`."""
         return self.buffer.length + tokens
 
     def rows(self, indices: Tensor) -> BlockStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = BlockStream(self.system, self.impl)
         other.seen, other._answers = self.seen, self._answers
         other._store = None if self._store is None else self._store.rows(indices)

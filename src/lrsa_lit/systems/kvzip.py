@@ -78,7 +78,7 @@ class KVzip(OneShot):
         return self.scores(prompt)
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return RepeatStream(self, place, impl)
 
     def repeats(self, streams: Sequence[Stream], prompt: Sequence[int], encode: Encode | None) -> list[Repeat]:
@@ -105,7 +105,7 @@ class KVzip(OneShot):
         return found
 
     def begin_repeat(self, streams: Sequence[Stream], repeat: Repeat) -> None:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         for stream in _due(streams):
             stream.part = slice(repeat.start, repeat.stop)
 
@@ -184,7 +184,7 @@ class RepeatStream(UnequalStream):
         self._noted = []
 
     def rows(self, indices: Tensor) -> RepeatStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = super().rows(indices)
         assert isinstance(other, RepeatStream)
         other.part, other._noted = self.part, [part[indices] for part in self._noted]

@@ -103,7 +103,7 @@ class OneShot(Wants, System):
         return max(1, getattr(self, "sink_size", 0) + self.window)
 
     def held(self, tokens: int) -> float:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return self.count(tokens)
 
     @property
@@ -112,7 +112,7 @@ class OneShot(Wants, System):
         return 1
 
     def cutting_before(self, tokens: int) -> System:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         if self.pairs is None or not tokens:
             return self
         return self.sized(max(self.pairs - tokens, self.least))
@@ -131,7 +131,7 @@ class OneShot(Wants, System):
         return highest(self.scores(prompt), count)
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return OneShotStream(self, place, impl)
 
 
@@ -191,7 +191,7 @@ class OneShotStream(KeyValueStream):
         return self.kept is None and self._store is not None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         if self.kept is None:
             self._scale = scale
             self._take(query.unflatten(1, (key.shape[1], -1)))
@@ -231,11 +231,11 @@ class OneShotStream(KeyValueStream):
         self.kept, self._waiting, self._moments, self._cut_at = kept.cpu(), None, None, self.seen
 
     def most_stored(self, tokens: int) -> int:
-        """As :class:`KeyValueStream` has it."""
+        """See :class:`KeyValueStream`."""
         return self.buffer.length + tokens
 
     def rows(self, indices: Tensor) -> OneShotStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = type(self)(self.system, self.place, self.impl)
         other.seen, other._scale, other._probed, other._cut_at = self.seen, self._scale, self._probed, self._cut_at
         if self._store is not None:

@@ -77,7 +77,7 @@ class SparseAccelerate(System):
             check_setting(name, value, is_integer(value) and value >= 0, "an integer >= 0")
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return MaskedPromptStream(self, impl)
 
 
@@ -120,7 +120,7 @@ class MaskedPromptStream(KeyValueStream):
         self._ended = True
 
     def rows(self, indices: Tensor) -> MaskedPromptStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = MaskedPromptStream(self.system, self.impl)
         other.seen, other._ended = self.seen, self._ended
         other._store = None if self._store is None else self._store.rows(indices)

@@ -111,7 +111,7 @@ class SqueezedAttention(System):
         )
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it."""
+        """See :class:`System`."""
         return SqueezedStream(self, impl)
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ class SqueezedStream(KeyValueStream):
         return sum(float(read.double().mean()) for read in self.reads) / sum(dense)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         grouped = query.unflatten(1, (key.shape[1], -1))
         if self.levels is None:
             self._scale = scale
@@ -226,7 +226,7 @@ class SqueezedStream(KeyValueStream):
         return alive
 
     def rows(self, indices: Tensor) -> SqueezedStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = SqueezedStream(self.system, self.impl)
         other.seen, other._scale, other._unread = self.seen, self._scale, self._unread
         other._store = None if self._store is None else self._store.rows(indices)

@@ -90,11 +90,11 @@ class StreamingHeads(Stream):
 
     @property
     def attended_pairs(self) -> float:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         return streaming_pairs(self.seen, self.sink, self.recent)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         pair = (key, value) if self._pair is None else joined(self._pair, (key, value))
         sinks, raw = ((pair[0][:, :, part], pair[1][:, :, part]) for part in self._parts)
         if self.seen < self.sink + self.recent:
@@ -112,7 +112,7 @@ class StreamingHeads(Stream):
         return slice(0, self.sink), slice(self.sink, None)
 
     def rows(self, indices: Tensor) -> StreamingHeads:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = StreamingHeads(self.sink, self.recent)
         other.seen = self.seen
         other._pair = None if self._pair is None else (self._pair[0][indices], self._pair[1][indices])

@@ -45,20 +45,22 @@ def sparse_attention(
 
     Args:
         query: (B, Hq, Tq, D). Usually Tq = T; with Tq < T the queries are the last Tq of the T tokens.
-        key: (B, H, T, D), rotated, H dividing Hq; with ``with_scores`` if the compressor takes scores.
+        key: (B, H, T, D), rotated; H divides Hq. If the compressor takes scores, as :func:`with_scores` returns it.
         value: (B, H, T, D).
-        rule: the rule, or what has one, such as an ``LRSAConfig``; it may change from call to call at no cost. Or a
-            rule of each head.
-        cu_seqlens: int32 (N + 1,), boundaries 0 … T of N sequences packed in one row (B = 1); none sees another.
-        scale: factor of the scores; default D ** -0.5.
-        selection: what the partitions keep, as :func:`select` returned it; default: the rule's compressor decides.
-        impl: ``"eager"``, ``"triton"``, or ``"auto"`` for the fastest that the device has.
+        rule: a rule, an object with a ``rule`` such as an ``LRSAConfig``, or :class:`HeadRules` with one K per head.
+            It may change between calls at no cost.
+        cu_seqlens: int32 (N + 1,), boundaries 0 … T of N sequences packed in one row (B = 1). Sequences do not see
+            each other.
+        scale: factor of the attention logits; default D ** -0.5.
+        selection: the tokens that partitions keep, as :func:`select` returns them. By default the rule's compressor
+            chooses.
+        impl: ``"eager"``, ``"triton"``, or ``"auto"`` for the fastest on this device.
 
     Returns:
         (B, Hq, Tq, D) in the query's dtype.
 
     Raises:
-        UserError: arguments that do not fit together, or an implementation that cannot run here.
+        UserError: the arguments do not fit together, or the implementation cannot run here.
     """
     if isinstance(rule, HeadRules):
         return _attend_by_groups(query, key, value, rule, cu_seqlens, scale, selection, impl)
@@ -101,7 +103,7 @@ def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None,
     impl: Impl = "auto"
 ) -> Tensor:  # fmt: skip
-    """Causal attention to the whole past; arguments as :func:`sparse_attention` has them."""
+    """Causal attention to the whole past; the arguments are those of :func:`sparse_attention`."""
     return sparse_attention(query, key, value, KEEP_ALL, cu_seqlens=cu_seqlens, scale=scale, impl=impl)
 
 
@@ -114,13 +116,14 @@ def select(
     cu_seqlens: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Selection:
-    """Positions and scores of what each partition keeps by the time the last token attends.
+    """Positions and scores of the tokens that each partition has kept when the last token attends.
 
-    Arguments are those of :func:`sparse_attention`, which keeps the same tokens. Queries are needed only where the
+    The arguments are those of :func:`sparse_attention`, which keeps the same tokens. The queries are needed only if the
     compressor scores by them.
 
     Raises:
-        UserError: arguments that do not fit together, or a compressor that makes new pairs or lacks its queries.
+        UserError: the arguments do not fit together, the compressor makes new pairs, or it needs queries that are
+            missing.
     """
     rule = rule_of(rule)
     bare = bare_keys(key, value, rule.compressor)
@@ -132,17 +135,19 @@ def select(
 
 
 def implementation(impl: str, query: Tensor) -> ModuleType:
-    """The module that runs the operator on such tensors, with ``forward``, ``attend``, ``attend_one``, ``compress``.
+    """The module that runs the operator on tensors like ``query``.
+
+    It has the functions ``forward``, ``attend``, ``attend_one``, ``compress`` and ``select``.
 
     Raises:
-        UserError: no such implementation, or one that cannot run here.
+        UserError: there is no implementation of this name, or it cannot run here.
     """
     chosen = _choose(impl, query.device.type, query.dtype, query.shape[-1])
     return eager if chosen == "eager" else _triton()
 
 
 def _choose(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
-    """The implementation's name; a constant for torch.compile, which traces neither the cache nor the checks."""
+    """The implementation's name; torch.compile takes it as a constant and does not trace the checks."""
     return _decide(impl, device, dtype, dim)
 
 
@@ -152,7 +157,7 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.lru_cache
 def _decide(impl: str, device: str, dtype: torch.dtype, dim: int) -> str:
-    """Cached, so that the choice of ``auto`` and its reason are logged once."""
+    """The implementation's name. Cached, so that the choice of ``auto`` and its reason are logged once."""
     found = choice(impl, device, dtype, dim)
     if impl == "triton" and found.refusal is not None:
         raise found.refusal
@@ -168,7 +173,7 @@ class Choice(NamedTuple):
 
     Attributes:
         name: "eager" or "triton".
-        refusal: why it is not "triton"; None where it is, or where nobody asked for it.
+        refusal: why "triton" does not run; None if it does, or if "eager" was asked for.
     """
 
     name: str
@@ -176,16 +181,16 @@ class Choice(NamedTuple):
 
 
 def choice(impl: str, device: str, dtype: torch.dtype, dim: int) -> Choice:
-    """What runs the operator on tensors of such a kind; nothing is logged.
+    """Choose the implementation for a device, a dtype and a head size, without logging the choice.
 
     Args:
-        impl: as :func:`sparse_attention` has it.
-        device: the type of the device: "cpu", "cuda".
+        impl: as in :func:`sparse_attention`.
+        device: the device type: "cpu", "cuda".
         dtype: of queries, keys and values.
         dim: the head size.
 
     Raises:
-        UserError: there is no such implementation.
+        UserError: there is no implementation of this name.
     """
     if impl not in get_args(Impl):
         raise UserError("impl", impl, f"one of {', '.join(get_args(Impl))}")
@@ -201,33 +206,33 @@ def choice(impl: str, device: str, dtype: torch.dtype, dim: int) -> Choice:
 
 
 def _triton() -> Any:
-    """The Triton implementation, imported where one is asked for: there is no triton wheel for every platform."""
+    """The Triton implementation. It is imported on demand, because some platforms have no triton wheel."""
     from lrsa_lit.ops.sparse_attention.triton import launch
 
     return launch
 
 
 def is_traceable(impl: str, query: Tensor) -> bool:
-    """Whether :func:`traced_attention` runs on such queries: where ``impl`` means the Triton kernels."""
+    """Whether :func:`traced_attention` can run on these queries, that is, whether ``impl`` picks the Triton kernels."""
     return implementation(impl, query) is not eager
 
 
 def traced_attention(
     query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, *, cu_seqlens: Tensor | None = None, scale: float
 ) -> Tensor:
-    """What ``sparse_attention(…, impl="triton")`` computes, as one opaque operator forward and one backward.
+    """Compute ``sparse_attention(…, impl="triton")`` as one opaque operator in each direction, for torch.compile.
 
-    A graph of torch.compile takes integers as constants or as sizes to reason about, and what a tensor holds as it
-    comes: with the rule in a tensor (:func:`tensor_of_rule`), one graph serves all layers and rules, and another
-    one all layers whose heads have rules of their own (:func:`tensor_of_heads`). ``cu_seqlens`` lie on the CPU, and
-    there are as many queries as keys.
+    A compiled graph specialises on integers but not on the contents of tensors. With the rule in a tensor
+    (:func:`tensor_of_rule`), one graph serves all layers and rules; a second one serves layers whose heads have
+    different rules (:func:`tensor_of_heads`). ``cu_seqlens`` is on the CPU, and Tq = T.
 
     Raises:
-        UserError: arguments that do not fit together.
+        UserError: the arguments do not fit together.
     """
     _check_tensors(query, key, value)
     if query.shape[2] != key.shape[2]:
-        raise UserError("query", reason=f"{query.shape[2]} tokens over {key.shape[2]} keys; here they are as many")
+        counts = f"has {query.shape[2]} tokens and key has {key.shape[2]}"
+        raise UserError("query", reason=f"{counts}; the numbers must be equal here")
     if cu_seqlens is not None:
         _check_packing(cu_seqlens, key, query)
     from lrsa_lit.ops.sparse_attention.triton import attention_op
@@ -248,7 +253,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         allowed = f"of a multiple of the {key.shape[1]} key-value heads"
         raise UserError("query", _shape(query), allowed, reason=f"has {query_heads} heads")
     if not 1 <= queries <= key.shape[2]:
-        allowed = f"of 1 to {key.shape[2]} tokens, as there are so many keys"
+        allowed = f"of 1 to {key.shape[2]} tokens, the number of keys"
         raise UserError("query", _shape(query), allowed, reason=f"has {queries} tokens")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise UserError("dtype", (query.dtype, key.dtype, value.dtype), "one floating dtype for all three")
@@ -278,7 +283,7 @@ def _check_packing(cu_seqlens: Tensor, key: Tensor, query: Tensor) -> None:
 
 
 def _check_selection(selection: Selection, key: Tensor, rule: Rule, boundaries: Sequence[int]) -> None:
-    """Too few indices would shorten the compact buffer without a word."""
+    """Check the shape of a given selection: too few indices would silently shorten the compact buffer."""
     needed = (*key.shape[:2], sum(partition_counts(boundaries, rule)), rule.top_k)
     if _shape(selection.indices) != needed:
         raise UserError("selection", _shape(selection.indices), f"indices {needed} for this rule and these keys")

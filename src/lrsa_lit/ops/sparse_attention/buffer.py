@@ -1,4 +1,4 @@
-"""Rows of keys and values that grow at the end, in memory that is allocated now and then instead of at every token.
+"""Growing buffers of keys and values, which allocate memory now and then instead of at every token.
 
 Dimensions: B batch, H key-value heads, D head_dim.
 """
@@ -16,11 +16,11 @@ Rows = TypeVar("Rows", bound=tuple[Tensor, ...])
 """Tensors (B, heads, rows, D) that grow together: keys and values, or queries alone."""
 
 _SPARE = 32
-"""A buffer that must grow takes 1/32 more than it needs: growing costs each row about 32 copies in all."""
+"""A buffer that must grow takes 1/32 more than it needs, so that growing copies each row about 32 times in all."""
 
 
 def joined(*parts: Rows) -> Rows:
-    """Rows (B, H, rows, D) behind each other."""
+    """Concatenate rows (B, H, rows, D)."""
     return cast(Rows, tuple(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)))
 
 
@@ -29,10 +29,10 @@ def _each(change: Callable[[Tensor], Tensor], rows: Rows) -> Rows:
 
 
 class RowBuffer(Generic[Rows]):
-    """One or more tensors (B, heads, rows, D), copied, with spare rows behind the filled ones.
+    """One or more tensors (B, heads, rows, D) with spare rows after the filled ones; the given rows are copied.
 
-    Rows are written in place where gradients are off. Where they are on, whatever wants one, every change makes new
-    tensors: autograd holds what a query has attended to.
+    Without gradients, rows are written in place. With gradients enabled, every append makes new tensors, because
+    autograd keeps the tensors that a query has attended to.
     """
 
     def __init__(self, *rows: Tensor) -> None:
@@ -47,26 +47,26 @@ class RowBuffer(Generic[Rows]):
 
     @property
     def whole(self) -> Rows:
-        """All rows, (B, heads, capacity, D), the spare ones included: contiguous, whatever the length."""
+        """All rows, (B, heads, capacity, D), spare ones included; unlike :attr:`filled`, always contiguous."""
         return self._parts
 
     @property
     def address(self) -> int:
-        """Where the memory is: it moves when the buffer grows."""
+        """The memory address, which changes when the buffer grows."""
         return self._parts[0].data_ptr()
 
     @property
     def capacity(self) -> int:
-        """Rows that there is memory for."""
+        """The number of rows that fit into the memory."""
         return self._parts[0].shape[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the filled rows; room for later ones does not count."""
+        """Bytes of the filled rows; spare rows do not count."""
         return sum(part.nbytes for part in self.filled)
 
     def append(self, rows: Rows) -> None:
-        """Put rows behind the filled ones."""
+        """Append rows to the filled ones."""
         stop = self.length + rows[0].shape[2]
         if torch.is_grad_enabled():
             self._parts = joined(self.filled, rows)
@@ -83,24 +83,24 @@ class RowBuffer(Generic[Rows]):
         return rest
 
     def reserve(self, rows: int) -> None:
-        """Make room for ``rows`` rows in all, and some more, if there is less or it may not be written to."""
-        # Outside of inference mode torch refuses to write to what was made in it.
+        """Allocate memory for ``rows`` rows in all and a few more, if there is less or it cannot be written to."""
+        # Outside inference mode, torch refuses to write to tensors that were made in it.
         if rows <= self.capacity and (torch.is_inference_mode_enabled() or not self._parts[0].is_inference()):
             return
         capacity = rows + rows // _SPARE
         self.move_to(_each(lambda part: part.new_empty(*part.shape[:2], capacity, part.shape[3]), self._parts))
 
     def move_to(self, memory: Rows) -> None:
-        """Go on in other memory (B, heads, rows, D), with room for the filled rows.
+        """Copy the filled rows to other memory (B, heads, rows, D) and continue there.
 
-        It may be a part of a larger one, which the buffer leaves for memory of its own when it outgrows its part.
+        The memory may be part of a larger tensor. If the buffer outgrows it, it allocates its own.
         """
         for new, old in zip(memory, self.filled, strict=True):
             new[:, :, : self.length] = old
         self._parts = memory
 
     def rows(self, indices: Tensor) -> RowBuffer[Rows]:
-        """A buffer of some rows of the batch, in the given order and multiplicity."""
+        """A buffer of the batch rows ``indices``, which may repeat."""
         return RowBuffer(*_each(lambda part: part[indices], self.filled))
 
 

@@ -1,7 +1,7 @@
 """Compressors: how the L key-value pairs of a partition become K pairs of the compact buffer.
 
-A *selector* scores the L tokens and keeps the K highest; a *synthesizer* makes K new pairs. README.md says how to add
-one. They see nothing but :class:`Partitions`.
+A *selector* scores the L tokens and keeps the K highest; a *synthesizer* makes K new pairs. Both see only
+:class:`Partitions`. README.md describes how to add one.
 
 Dimensions: B batch, H key-value heads, G query heads of each, P partitions, L lag_size, K top_k, D head_dim, w window.
 """
@@ -34,18 +34,18 @@ from lrsa_lit.ops.sparse_attention.scoring import (
 
 @dataclass(frozen=True)
 class Partitions:
-    """Consecutive partitions of one sequence, each with its reference (the partition after it) at hand.
+    """Consecutive partitions of one sequence, each with its reference (the next partition).
 
     Attributes:
         key: (B, H, P, L, D), rotated; ``value`` likewise.
         next_key: (B, H, P, L, D), keys of each partition's reference; ``next_value`` likewise.
-        top_k: K, the pairs to make of each.
-        first: ordinal of the first of them in its sequence.
-        next_query: (B, H, G, P, w, D), rotated, the last queries of each partition's reference, as many as the
-            compressor's ``window`` says; None where that is 0.
-        start: position of the first token of the first of them in its sequence.
-        rotary: the rotation that the keys have; None unless the compressor needs it.
-        token_scores: (B, H, P, L), scores that came with the keys; None unless the compressor takes some.
+        top_k: K, the number of pairs to make of each partition.
+        first: index of the first of these partitions in its sequence.
+        next_query: (B, H, G, P, w, D), rotated, the last w queries of each partition's reference, w being the
+            compressor's ``window``; None if w = 0.
+        start: position in its sequence of the first token of these partitions.
+        rotary: the rotation of the keys; None unless the compressor needs it.
+        token_scores: (B, H, P, L), scores that came with the keys; None unless the compressor takes them.
     """
 
     key: Tensor
@@ -64,11 +64,11 @@ class Compressor(FromSettings, ABC):
     """Maps each partition to K key-value pairs. Subclasses are frozen dataclasses, so that they compare and hash.
 
     Attributes:
-        window: how many of a reference's last queries it is handed, at most L; an attribute of the class or a field.
-        needs_rotary: whether it is handed ``Partitions.rotary``, which a rule has that a model was given.
-        has_bias: whether it returns a third tensor, a bias (B, H, P, K) that is added to the logits of each compact
-            pair, in at least float32; for those that make new pairs. slot_bias.py says what that costs.
-        takes_scores: whether it chooses by scores that come with the keys, as channels (token_scores.py).
+        window: how many of a reference's last queries it needs, at most L. A class attribute or a field.
+        needs_rotary: whether it needs ``Partitions.rotary``; the rule of a model has it.
+        has_bias: whether it returns a third tensor: a bias (B, H, P, K), at least float32, that is added to the logits
+            of each compact pair. Only for compressors that make new pairs; slot_bias.py states the cost.
+        takes_scores: whether it chooses by scores that come with the keys, as extra channels (token_scores.py).
     """
 
     kind: ClassVar[str] = "compressors"
@@ -79,19 +79,19 @@ class Compressor(FromSettings, ABC):
 
     @abstractmethod
     def compress(self, partitions: Partitions) -> tuple[Tensor, ...]:
-        """Compact keys and values, both (B, H, P, K, D) in the dtype of the partitions, with gradient to them."""
+        """Compact keys and values, both (B, H, P, K, D) in the dtype of the partitions, differentiable in them."""
 
     @property
     def plain(self) -> Compressor:
-        """What keeps the same pairs; differs from self only where the gradient is more than that of these pairs."""
+        """A compressor that keeps the same pairs without an extra gradient; self unless this one adds a gradient."""
         return self
 
     def for_layer(self, layer: int) -> Compressor:
-        """The compressor of one layer; differs from self only where layers must not choose alike."""
+        """The compressor of one layer; self unless layers must choose differently."""
         return self
 
     def for_heads(self, heads: tuple[int, ...]) -> Compressor:
-        """The compressor of some of a layer's key-value heads; differs from self only where it counts the heads."""
+        """The compressor of some of a layer's key-value heads; self unless the choice depends on the head's index."""
         return self
 
 
@@ -99,22 +99,22 @@ class Selector(Compressor):
     """A compressor that keeps K of the L original pairs.
 
     Attributes:
-        constant: whether the score depends on neither keys, values nor queries, and so has no gradient.
+        constant: whether the score ignores keys, values and queries, and so has no gradient.
     """
 
     constant: ClassVar[bool] = False
 
     @property
     def plain(self) -> Selector:
-        """As :class:`Compressor` has it."""
+        """See :class:`Compressor`."""
         return self
 
     def for_layer(self, layer: int) -> Selector:
-        """As :class:`Compressor` has it."""
+        """See :class:`Compressor`."""
         return self
 
     def for_heads(self, heads: tuple[int, ...]) -> Selector:
-        """As :class:`Compressor` has it."""
+        """See :class:`Compressor`."""
         return self
 
     @abstractmethod
@@ -122,15 +122,15 @@ class Selector(Compressor):
         """Scores (B, H, P, L), at least float32; the K highest are kept, ties go to the earlier token."""
 
     def rank(self, partitions: Partitions) -> Ranking:
-        """The scores, and what orders the tokens: override it where scores that differ can round to the same number."""
+        """The scores and the order of the tokens. Override it if different scores can round to the same number."""
         scores = self.score(partitions)
         return Ranking(scores, scores)
 
     @torch.no_grad()
     def keep(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
-        """Indices within the partition (B, H, P, K), ascending, and the scores (B, H, P, L)."""
+        """The kept indices within each partition (B, H, P, K), ascending, and the scores (B, H, P, L)."""
         scores, order = self.rank(partitions)
-        # A stable sort, because torch.topk promises nothing about ties.
+        # A stable sort, because torch.topk does not define the order of ties.
         ranked = order.sort(dim=-1, descending=True, stable=True).indices
         return ranked[..., : partitions.top_k].sort(dim=-1).values, scores
 
@@ -141,22 +141,22 @@ class Selector(Compressor):
 
 
 class SpreadSelector(Selector):
-    """Score a token by its spread over channels, normalised with the range of the next partition (LagKV, eq. 3-7).
+    """Score a token by its spread over channels, normalised by the range of the next partition (LagKV, eq. 3-7).
 
-    The score of its key and that of its value are added with weights; the fused kernels know this family.
+    The score is a weighted sum of the key's and the value's. The fused kernels support this family.
     """
 
     @property
     @abstractmethod
     def weights(self) -> tuple[float, float]:
-        """Of the key score and of the value score, >= 0 and not both 0."""
+        """The weights of the key score and of the value score, >= 0 and not both 0."""
 
     def score(self, partitions: Partitions) -> Tensor:
         """The weighted sum."""
         return self.rank(partitions).scores
 
     def rank(self, partitions: Partitions) -> Ranking:
-        """The weighted sum, and its logarithm up to a constant; a score of weight 0 is not computed."""
+        """The weighted sum, and its logarithm up to a constant. A score with weight 0 is not computed."""
         pairs = (partitions.key, partitions.next_key), (partitions.value, partitions.next_value)
         used = [(pair, weight) for pair, weight in zip(pairs, self.weights, strict=True) if weight]
         return weighted_ranking([lag_relative_spread(*pair) for pair, _ in used], [weight for _, weight in used])
@@ -164,7 +164,7 @@ class SpreadSelector(Selector):
 
 @dataclass(frozen=True)
 class ValueWeighted(Compressor):
-    """A compressor by the lag-relative score. Also ``model.lrsa.value_weight`` sets its weight.
+    """A compressor that uses the lag-relative score. ``model.lrsa.value_weight`` sets its weight, too.
 
     Args:
         value_weight: weight of the value score beside the key score, a finite number >= 0.
@@ -190,7 +190,7 @@ class LagRelative(ValueWeighted, SpreadSelector):
 class ValueRelative(SpreadSelector):
     """The value score alone; the key score alone is :class:`LagRelative` at weight 0.
 
-    Values are not rotated, so this score, unlike that of keys, does not fall along a partition.
+    Values are not rotated, so this score does not decrease along a partition, as the key score does.
     """
 
     @property
@@ -201,17 +201,17 @@ class ValueRelative(SpreadSelector):
 
 @dataclass(frozen=True)
 class ChunkWise(ValueWeighted, Selector):
-    """Keep runs of consecutive tokens, by the mean of their scores, so that words and names stay whole.
+    """Keep the runs of consecutive tokens with the highest mean scores, so that words and names stay whole.
 
-    A partition is cut into runs of ``size`` tokens, the last of which may be shorter. The best runs are kept as long as
-    K tokens hold them whole, and of the next one its first tokens, so that there are K.
+    A partition is cut into runs of ``size`` tokens; the last may be shorter. The best runs are kept whole as long as
+    they fit into K tokens. The first tokens of the next run fill up the rest.
 
     Args:
-        size: tokens of a run (>= 1); 1 keeps what the scores alone keep.
+        size: tokens in a run (>= 1); 1 keeps the same tokens as the scores alone.
         values_only: score as :class:`ValueRelative` instead of :class:`LagRelative`.
-        value_weight: of :class:`LagRelative`.
+        value_weight: as in :class:`LagRelative`.
 
-    Source: ChunkKV (arXiv 2502.00299), with the lag-relative score in the place of its own.
+    Source: ChunkKV (arXiv 2502.00299), with the lag-relative score instead of its own.
     """
 
     size: int = 16
@@ -222,11 +222,11 @@ class ChunkWise(ValueWeighted, Selector):
         check_setting("size", self.size, is_integer(self.size) and self.size >= 1, "an integer >= 1")
 
     def score(self, partitions: Partitions) -> Tensor:
-        """The mean over the token's run; of equal scores the earlier is kept, so that runs are kept whole."""
+        """The mean over the token's run. Of equal scores the earlier is kept, so runs stay whole."""
         return self.rank(partitions).scores
 
     def rank(self, partitions: Partitions) -> Ranking:
-        """The mean over the token's run, and its logarithm up to a constant of the partition."""
+        """The mean over the token's run, and its logarithm up to a constant per partition."""
         of_tokens = ValueRelative() if self.values_only else LagRelative(value_weight=self.value_weight)
         scores, order = of_tokens.rank(partitions)
         highest = for_tokens(runs_of(order, self.size, -math.inf).amax(dim=-1), order, self.size)
@@ -236,14 +236,14 @@ class ChunkWise(ValueWeighted, Selector):
 
 @dataclass(frozen=True)
 class LagRelativeTail(ValueWeighted, Selector):
-    """Keep the last tokens of each partition, and of the others the best by the score of :class:`LagRelative`.
+    """Keep the last tokens of each partition, and fill up K with the best others by the :class:`LagRelative` score.
 
-    Ours: keys are scored after their rotation, which favours early tokens; this gives the late ones a share.
+    Our own variant: keys are scored after their rotation, which favours early tokens. This reserves a share for the
+    late ones.
 
     Args:
-        tail: share of K that goes to the last tokens, 0 to 1: they are tail K, rounded to the nearest integer, a half
-            up.
-        value_weight: of :class:`LagRelative`.
+        tail: share of K that goes to the last tokens, 0 to 1. ``tail * K`` is rounded to the nearest integer, half up.
+        value_weight: as in :class:`LagRelative`.
     """
 
     tail: float = 0.25
@@ -253,15 +253,15 @@ class LagRelativeTail(ValueWeighted, Selector):
         check_setting("tail", self.tail, is_weight(self.tail) and self.tail <= 1, "a number from 0 to 1")
 
     def last(self, top_k: int) -> int:
-        """How many of K are the last tokens."""
+        """How many of the K kept tokens are the last ones."""
         return math.floor(self.tail * top_k + 0.5)
 
     def score(self, partitions: Partitions) -> Tensor:
-        """That of :class:`LagRelative`, also of the last tokens."""
+        """The score of :class:`LagRelative`, also for the last tokens."""
         return self.rank(partitions).scores
 
     def rank(self, partitions: Partitions) -> Ranking:
-        """The score, and the order of :class:`LagRelative` with the last tokens in front of all others."""
+        """The scores of :class:`LagRelative`, and its order with the last tokens before all others."""
         scores, order = LagRelative(value_weight=self.value_weight).rank(partitions)
         lag = order.shape[-1]
         always = torch.arange(lag, device=order.device) >= lag - self.last(partitions.top_k)
@@ -270,17 +270,19 @@ class LagRelativeTail(ValueWeighted, Selector):
 
 @dataclass(frozen=True)
 class RandomTokens(Selector):
-    """Keep K tokens at random: a hash of seed, head, partition and token, so each device and split agrees.
+    """Keep K random tokens of each partition, the same on every device and for any split into calls.
+
+    The choice is a hash of the seed, head, partition and token.
 
     Args:
-        seed: an integer; each layer of a model derives its own.
+        seed: an integer; each layer of a model derives its own seed from it.
     """
 
     constant: ClassVar[bool] = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the seed: the hash would only show when tokens are kept."""
+        """Check the seed now; otherwise a bad one would fail only when tokens are selected."""
         check_setting("seed", self.seed, is_integer(self.seed), "an integer")
 
     def score(self, partitions: Partitions) -> Tensor:
@@ -292,21 +294,21 @@ class RandomTokens(Selector):
         return token_hash(self.seed, head, ordinal, token).expand(batch, -1, -1, -1)
 
     def for_layer(self, layer: int) -> RandomTokens:
-        """Another seed for each layer: otherwise all layers would lose the same tokens."""
+        """A compressor with another seed, so that layers do not all drop the same tokens."""
         return dataclasses.replace(self, seed=self.seed * 1_000_003 + layer)
 
     def for_heads(self, heads: tuple[int, ...]) -> RandomTokens:
-        """What each head chooses is the same, whichever others are beside it."""
+        """A compressor by which each head chooses the same tokens as among all heads."""
         return _RandomOfHeads(self.seed, heads)
 
     def ordinals(self, heads: int, device: torch.device) -> Tensor:
-        """The places (H,) of the heads in the layer."""
+        """The indices (H,) of the heads in the layer."""
         return torch.arange(heads, device=device)
 
 
 @dataclass(frozen=True)
 class _RandomOfHeads(RandomTokens):
-    """That of some heads of a layer."""
+    """:class:`RandomTokens` for some heads of a layer."""
 
     heads: tuple[int, ...] = ()
 
@@ -316,14 +318,14 @@ class _RandomOfHeads(RandomTokens):
 
 @dataclass(frozen=True)
 class KeyDiff(Selector):
-    """Keep the keys that are least like the others of their partition.
+    """Keep the keys that are least similar to the others of their partition.
 
-    The score is KeyDiff's (arXiv 2504.15364). Ours is that each partition chooses among its own keys, and so trains.
-    The systems KeyDiff and KeyDiffBlocks cut a prompt, as published.
+    The score is KeyDiff's (arXiv 2504.15364). Here each partition chooses among its own keys, so models can be trained
+    with it. The systems KeyDiff and KeyDiffBlocks select from the whole prompt, as published.
     """
 
     def score(self, partitions: Partitions) -> Tensor:
-        """Minus the cosine between the key and the mean of the partition's keys, each at length 1."""
+        """Minus the cosine between the key and the mean of the partition's keys, each scaled to length 1."""
         keys = normalize(partitions.key.to(torch.promote_types(partitions.key.dtype, torch.float32)), dim=-1)
         return -cosine_similarity(keys, keys.mean(dim=-2, keepdim=True), dim=-1)
 
@@ -336,20 +338,20 @@ class Recency(Selector):
     shared_heads: ClassVar[bool] = True
 
     def score(self, partitions: Partitions) -> Tensor:
-        """The token's place in the partition."""
+        """The token's index in the partition."""
         places = torch.arange(partitions.key.shape[-2], device=partitions.key.device)
         return places.float().expand(partitions.key.shape[:-1])
 
 
 @dataclass(frozen=True)
 class Strided(Selector):
-    """Keep every L/K-th token: the places floor(i L / K)."""
+    """Keep every L/K-th token, at the indices floor(i L / K)."""
 
     constant: ClassVar[bool] = True
     shared_heads: ClassVar[bool] = True
 
     def score(self, partitions: Partitions) -> Tensor:
-        """One at the K places, zero elsewhere."""
+        """1 at these K indices, 0 elsewhere."""
         lag, kept = partitions.key.shape[-2], partitions.top_k
         scores = torch.zeros(lag, device=partitions.key.device)
         scores[torch.arange(kept, device=scores.device) * lag // max(kept, 1)] = 1.0
@@ -358,10 +360,10 @@ class Strided(Selector):
 
 @dataclass(frozen=True)
 class MeanPool(Compressor):
-    """Average groups of L/K consecutive keys and values: K new pairs, each with gradient to its whole group."""
+    """Average groups of L/K consecutive keys and values into K new pairs; the gradient reaches the whole group."""
 
     def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
-        """Token l belongs to group floor(l K / L); where K does not divide L, group sizes differ by at most one."""
+        """Average the groups; token l belongs to group floor(l K / L), and group sizes differ by at most one."""
         lag, kept = partitions.key.shape[-2], partitions.top_k
         group = torch.arange(lag, device=partitions.key.device) * kept // lag
         member = group == torch.arange(kept, device=group.device)[:, None]  # (K, L)

@@ -1,4 +1,4 @@
-"""The readable definition in PyTorch: any device, float64-exact, differentiable.
+"""The reference implementation in PyTorch: readable, for any device, exact in float64, differentiable.
 
 All queries between two compressions share a prefix of the compact buffer and a contiguous raw range, so the work is
 one small dense attention per span: memory O(T x visible keys). Dimensions are those of README.md.
@@ -25,7 +25,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, rule: Rule, *,
     boundaries: Sequence[int], scale: float, selection: Selection | None
 ) -> Tensor:  # fmt: skip
-    """The operator, one packed sequence after the other; arguments as in ``api.sparse_attention``, already checked."""
+    """Run the operator on one packed sequence after another; the arguments of ``api.sparse_attention``, checked."""
     offset = key.shape[2] - query.shape[2]
     outputs = []
     for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
@@ -43,9 +43,9 @@ def attend(
     """Attention of one sequence's queries over its compact buffer and its raw tokens.
 
     Args:
-        query: (B, Hq, Tq, D), the tokens at positions ``query_offset`` … of their sequence.
-        compact: keys and values (B, H, >= S + K P, D): sinks, then the pairs kept of each partition.
-        raw: keys and values (B, H, Tr, D) of the tokens at positions ``raw_offset`` ….
+        query: (B, Hq, Tq, D), of the tokens from position ``query_offset`` on.
+        compact: keys and values (B, H, >= S + K P, D): sinks, then the kept pairs of each partition.
+        raw: keys and values (B, H, Tr, D) of the tokens from position ``raw_offset`` on.
         rule: the rule.
         scale: factor of the scores before the softmax.
         query_offset: position of the first query.
@@ -68,17 +68,17 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
 
     Args:
         query: (B, Hq, 1, D).
-        key: (B, H, capacity, D), read up to its row's ``length`` - 1: what lies behind may be anything.
+        key: (B, H, capacity, D). Only the first ``length`` keys of a row are read; the others may hold anything.
         value: (B, H, capacity, D), likewise.
-        length: int32, filled keys of each row (B,) or of all (1,), 1 … capacity; on the device and read there, so that
-            its values may change under a CUDA graph.
+        length: int32, 1 … capacity: the filled keys of each row (B,) or of all rows (1,). It is read on the device, so
+            a CUDA graph can be replayed with other values.
         scale: factor of the scores before the softmax.
 
     Returns:
         (B, Hq, 1, D) in the query's dtype.
     """
     filled = torch.arange(key.shape[2], device=key.device) < length[:, None]  # (B or 1, capacity)
-    # NaN behind it is taken out neither by a mask nor by a weight of zero.
+    # Zero the unfilled rows: neither a mask nor a weight of zero removes a NaN.
     key, value = (rows.masked_fill(~filled[:, None, :, None], 0.0) for rows in (key, value))
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     visible = filled[:, None, None]
@@ -87,7 +87,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
 
 
 def _visible(compact: Tensor, raw: Tensor, span: Span, rule: Rule, raw_offset: int) -> Tensor:
-    """Keys (or values) that some query of the span sees, in order: (B, H, S + K P + raw, D)."""
+    """Keys (or values) that the queries of the span see, in order: (B, H, S + K P + raw, D)."""
     recent = raw[:, :, raw_start(span.partitions, rule) - raw_offset : span.stop - raw_offset]
     if span.partitions == 0:
         return recent
@@ -95,7 +95,7 @@ def _visible(compact: Tensor, raw: Tensor, span: Span, rule: Rule, raw_offset: i
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Dense attention of the last N of M positions, bottom-right causal.
+    """Dense causal attention of the last N of M positions (a bottom-right aligned mask).
 
     Queries and output are (B, H, G, N, D), with the G query heads of each key-value head; keys and values (B, H, M, D).
     """

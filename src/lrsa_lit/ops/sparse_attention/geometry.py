@@ -28,7 +28,7 @@ class Span(NamedTuple):
 
 
 def checked_boundaries(values: Sequence[int], length: int, name: str = "cu_seqlens") -> Sequence[int]:
-    """Boundaries 0 … ``length`` of packed sequences without the empty ones; a UserError if they are none."""
+    """Boundaries 0 … ``length`` of packed sequences, without empty sequences; a UserError if they are invalid."""
     ends = itertools.pairwise(values)
     if len(values) < 2 or values[0] != 0 or values[-1] != length or any(stop < start for start, stop in ends):
         raise UserError(name, values, f"integers from 0 to T = {length} that never decrease")
@@ -36,49 +36,49 @@ def checked_boundaries(values: Sequence[int], length: int, name: str = "cu_seqle
 
 
 def compressed_at(position: Integers, rule: Rule) -> Integers:
-    """P(t), the partitions that are compressed when the token at ``position`` attends; 0 for a negative position."""
+    """P(t), the number of compressed partitions when the token at ``position`` attends; 0 for a negative position."""
     result: Integers = partitions_at(position, rule.sink_size, rule.lag_size, rule.chunk)
     return result
 
 
 def partition_counts(boundaries: Sequence[int], rule: Rule) -> list[int]:
-    """Partitions that each sequence [boundaries[n], boundaries[n+1]) has compressed by its end."""
+    """The number of compressed partitions at the end of each sequence [boundaries[n], boundaries[n+1])."""
     return [compressed_at(stop - start - 1, rule) for start, stop in itertools.pairwise(boundaries)]
 
 
 def raw_start(partitions: Integers, rule: Rule) -> Integers:
-    """First position that is visible uncompressed: 0, or S + P L behind the compressed partitions."""
+    """The first position that is visible uncompressed: S + P L, after the compressed partitions, or 0 if P = 0."""
     result: Integers = sinks_and(partitions, rule.sink_size, rule.lag_size)
     return result
 
 
 def compact_size(partitions: int, rule: Rule) -> int:
-    """Keys in front of the raw range: 0, or S + K P."""
+    """The number of keys before the raw range: S + K P, or 0 if P = 0."""
     result: int = sinks_and(partitions, rule.sink_size, rule.top_k)
     return result
 
 
 def stored_size(length: int, rule: Rule) -> int:
-    """Keys per head that a query at the end of ``length`` tokens needs: compact ones and the raw range."""
+    """Keys per head, compact and raw, that the last of ``length`` tokens attends to."""
     partitions = compressed_at(length - 1, rule)
     return compact_size(partitions, rule) + length - raw_start(partitions, rule)
 
 
 def window_start(partition: int, rule: Rule) -> int:
-    """First position of the window of a partition: its last w tokens, whose queries the compressor asks for."""
+    """First position of a partition's window: its last w tokens, whose queries the compressor needs."""
     return rule.sink_size + (partition + 1) * rule.lag_size - rule.compressor.window
 
 
 def stored_queries(length: int, rule: Rule) -> int:
-    """Queries per head that wait, behind ``length`` tokens, for the compression that they are needed for."""
+    """Queries per head that must be stored after ``length`` tokens, because a later compression needs them."""
     first, window = window_start(compressed_at(length - 1, rule) + 1, rule), rule.compressor.window
     return sum(min(window, length - at) for at in range(first, length, rule.lag_size))
 
 
 def most_window_rows(rule: Rule) -> int:
-    """The most queries that wait, between two calls, for the compression that they are needed for.
+    """The most queries per head that are stored between two calls for later compressions.
 
-    Those of the windows of partitions P(t) + 1 and later: each older partition has served as a reference.
+    They belong to the windows of partitions P(t) + 1 and later: older partitions have already served as references.
     """
     chunks, rest = divmod(rule.chunk, rule.lag_size)
     straddles = rest > 0 and rule.lag_size % rule.chunk > 0
@@ -86,7 +86,7 @@ def most_window_rows(rule: Rule) -> int:
 
 
 def spans(start: int, stop: int, rule: Rule) -> Iterator[Span]:
-    """Cut the queries [start, stop) where P(t) changes."""
+    """Split the queries [start, stop) into spans with the same P(t)."""
     while start < stop:
         partitions = compressed_at(start, rule)
         end = min(stop, first_position(partitions + 1, rule.sink_size, rule.lag_size, rule.chunk))

@@ -1,4 +1,4 @@
-"""The past of a layer whose heads hold differently many pairs: a stream for each group of them.
+"""The past of a layer whose heads hold different numbers of pairs: one stream per group of heads.
 
 Dimensions: B batch, H key-value heads, Hq query heads, N new tokens, D head_dim.
 """
@@ -15,7 +15,7 @@ from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
 
 
 class GroupedStream(Stream):
-    """One stream for each group of heads; all take in the same tokens.
+    """One stream per group of heads; all of them receive the same tokens.
 
     Args:
         groups: the heads of each stream.
@@ -29,37 +29,37 @@ class GroupedStream(Stream):
 
     @classmethod
     def of(cls, rules: HeadRules, impl: Impl) -> GroupedStream:
-        """That of heads with rules of their own, empty."""
+        """An empty stream for heads with different rules."""
         return cls(rules.groups, [KeyValueStream(rule, impl) for rule in rules.rules])
 
     @property
     def parts(self) -> Sequence[Stream]:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         return self._parts
 
     @property
     def stored(self) -> None:
-        """Nothing of all heads: see :attr:`parts`."""
+        """None, because the heads hold different numbers of pairs; see :attr:`parts`."""
         return
 
     @property
     def nbytes(self) -> int:
-        """Those of all parts."""
+        """The sum over the parts."""
         return sum(part.nbytes for part in self.parts)
 
     @property
     def peak_nbytes(self) -> int:
-        """Those of all parts."""
+        """The sum over the parts."""
         return sum(part.peak_nbytes for part in self.parts)
 
     @property
     def attended_pairs(self) -> float:
-        """Mean of the heads."""
+        """The mean over the heads."""
         parts = zip(self.groups.heads, self.parts, strict=True)
         return sum(len(heads) * part.attended_pairs for heads, part in parts) / self.groups.count
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         self.groups.check(key.shape[1])
         split = (self.groups.split(tensor) for tensor in (query, key, value))
         outputs = [part.attend(*tensors, scale) for part, *tensors in zip(self.parts, *split, strict=True)]
@@ -67,17 +67,17 @@ class GroupedStream(Stream):
         return self.groups.join(outputs)
 
     def end_prompt(self) -> None:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         for part in self.parts:
             part.end_prompt()
 
     def count(self, tokens: int) -> None:
-        """Take note of tokens that somebody wrote into the memories of all parts."""
+        """Count ``tokens`` new tokens whose pairs the caller has already written into the buffers of all parts."""
         for part in self.parts:
             assert isinstance(part, KeyValueStream)
             part.count(tokens)
         self.seen += tokens
 
     def rows(self, indices: Tensor) -> GroupedStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         return GroupedStream(self.groups, [part.rows(indices) for part in self.parts])

@@ -1,4 +1,4 @@
-"""Key-value heads of one layer that keep differently many pairs: those of equal K are a group, which attends by itself.
+"""Rules for a layer whose key-value heads keep different numbers of pairs. Heads with equal K attend as a group.
 
 Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, T tokens, D head_dim, K top_k.
 """
@@ -25,29 +25,29 @@ Attend = Callable[[Tensor, Tensor, Tensor, Rule], Tensor]
 class HeadGroups:
     """How the heads of a layer are split into groups.
 
-    Neighbours that are in one group are a run. A group of one run is a view of the tensor that it is cut from; the
-    others, and what is put together, are copies, in memory that lies as a model's: (B, T, heads, D).
+    Adjacent heads of the same group form a run. Splitting returns a view for a group with a single run and copies for
+    other groups; joining copies. Copies have the memory layout of a model, (B, T, heads, D).
 
     Args:
-        heads: the key-value heads of each group, ascending; each of 0 … H - 1 is in one of them.
+        heads: the key-value heads of each group, ascending. Each of 0 … H - 1 is in exactly one group.
     """
 
     heads: tuple[tuple[int, ...], ...]
 
     @functools.cached_property
     def count(self) -> int:
-        """H."""
+        """The number of key-value heads, H."""
         return sum(map(len, self.heads))
 
     @functools.cached_property
     def _runs(self) -> list[tuple[int, int]]:
-        """The group and the number of heads of each run, from head 0 on."""
+        """The group and the number of heads of each run, starting with head 0."""
         owners = {head: group for group, heads in enumerate(self.heads) for head in heads}
         runs = itertools.groupby(owners[head] for head in range(self.count))
         return [(group, len(list(run))) for group, run in runs]
 
     def views(self, tensor: Tensor) -> list[list[Tensor]]:
-        """The runs of each group in a tensor (B, H or Hq, …)."""
+        """Views of the runs of each group in a tensor (B, H or Hq, …)."""
         each = tensor.shape[1] // self.count
         groups: list[list[Tensor]] = [[] for _ in self.heads]
         runs = tensor.split([size * each for _, size in self._runs], dim=1)
@@ -56,11 +56,11 @@ class HeadGroups:
         return groups
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """The heads of each group of a tensor (B, H or Hq, T, D), with gradient."""
+        """The heads of each group in a tensor (B, H or Hq, T, D), differentiable."""
         return [_beside(runs) for runs in self.views(tensor)]
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What :meth:`split` came from: (B, H or Hq, T, D), with gradient."""
+        """Undo :meth:`split`: one tensor (B, H or Hq, T, D), differentiable."""
         if len(tensors) == 1:
             return tensors[0]
         each = tensors[0].shape[1] // len(self.heads[0])
@@ -68,14 +68,14 @@ class HeadGroups:
         return _beside([next(runs[group]) for group, _ in self._runs])
 
     def join_into(self, whole: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """Write what :meth:`join` makes to a tensor (B, H or Hq, …), which is returned; without gradient."""
+        """Like :meth:`join`, but into a given tensor (B, H or Hq, …), which is returned; not differentiable."""
         for views, tensor in zip(self.views(whole), tensors, strict=True):
             for view, run in zip(views, tensor.split([view.shape[1] for view in views], 1), strict=True):
                 view.copy_(run)
         return whole
 
     def check(self, heads: int) -> None:
-        """Raise a UserError unless these are the groups of so many key-value heads."""
+        """Raise a UserError unless these groups have ``heads`` key-value heads in all."""
         if heads != self.count:
             raise UserError("head_top_k", reason=f"has K of {self.count} heads; the layer has {heads}")
 
@@ -84,7 +84,7 @@ class HeadGroups:
 
 
 def _beside(runs: Sequence[Tensor]) -> Tensor:
-    """Heads (B, heads, T, D) beside each other; a single run is left where it is."""
+    """Concatenate heads (B, heads, T, D); a single run is returned without a copy."""
     return runs[0] if len(runs) == 1 else torch.cat([run.transpose(1, 2) for run in runs], dim=2).transpose(1, 2)
 
 
@@ -93,25 +93,25 @@ class HeadRules:
     """The rule of a layer whose key-value heads differ in K.
 
     Args:
-        common: the rule of all of them, but for its K.
-        top_k: K of each head, 0 (sinks and raw window only) to L (dense).
+        common: the rule of all heads, except for its K.
+        top_k: K of each head, from 0 (sinks and raw window only) to L (dense).
 
     Raises:
-        UserError: a K outside these bounds, or a compressor by which all heads keep the same.
+        UserError: a K is out of bounds, or all heads must keep the same tokens by the compressor.
     """
 
     common: Rule
     top_k: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Check each bound once: each group's rule checks its K."""
+        """Check the compressor; making the rule of each group checks its K."""
         if getattr(self.common.compressor, "shared_heads", False):
             raise UserError("compressor.shared_heads", True, "false where heads differ in K")
         assert self.rules
 
     @functools.cached_property
     def groups(self) -> HeadGroups:
-        """Heads of equal K, in the order of their first heads."""
+        """Groups of heads with equal K, ordered by their first heads."""
         return HeadGroups(
             tuple(
                 tuple(head for head, other in enumerate(self.top_k) if other == top_k)
@@ -121,7 +121,7 @@ class HeadRules:
 
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
-        """The rule of each group; that of heads with K = L is dense attention."""
+        """The rule of each group; for K = L it is dense attention."""
         return tuple(self._rule(heads) for heads in self.groups.heads)
 
     def _rule(self, heads: tuple[int, ...]) -> Rule:
@@ -132,14 +132,14 @@ class HeadRules:
         return KEEP_ALL.replace(compressor=compressor) if compressor.takes_scores else KEEP_ALL
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Let each group attend by itself: queries (B, Hq, Tq, D), keys and values (B, H, T, D) -> (B, Hq, Tq, D)."""
+        """Attend in each group: queries (B, Hq, Tq, D), keys and values (B, H, T, D) -> (B, Hq, Tq, D)."""
         self.groups.check(key.shape[1])
         split = (self.groups.split(tensor) for tensor in (query, key, value))
         return self.groups.join([attend(*parts) for parts in zip(*split, self.rules, strict=True)])
 
 
 def tensor_of_heads(rules: HeadRules) -> Tensor | None:
-    """``tensor_of_rule`` of each head, (H, numbers); None where the compressor has no ``kernel_code``."""
+    """``tensor_of_rule`` of each head, (H, numbers); None if the compressor has no ``kernel_code``."""
     by_group = []
     for rule in rules.rules:
         code = kernel_code(rules.common.compressor, rule.top_k)
@@ -152,10 +152,14 @@ def tensor_of_heads(rules: HeadRules) -> Tensor | None:
 
 
 def groups_of_tensor(tensor: Tensor, heads: int) -> tuple[HeadGroups, list[list[float]]]:
-    """The groups of so many heads, and the numbers of each, in a tensor of one rule or of one for each head.
+    """The groups of ``heads`` key-value heads, and the numbers of each group's rule.
+
+    Args:
+        tensor: one rule for all heads (numbers,), or one per head (H, numbers).
+        heads: H.
 
     Raises:
-        UserError: there is a rule for each of another number of heads.
+        UserError: the tensor has rules for another number of heads.
     """
     rows: list[list[float]] = [tensor.tolist()] * heads if tensor.ndim == 1 else tensor.tolist()
     if len(rows) != heads:

@@ -1,4 +1,4 @@
-"""The selectors that the fused kernels know, as numbers: compiled layers hand over a tensor, not an object."""
+"""The selectors that the fused kernels support, as numbers: compiled layers can pass a tensor but not an object."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ QUERIES = -2.0
 
 
 def kernel_code(compressor: Compressor, top_k: int) -> tuple[float, ...] | None:
-    """What a selector does at a K, in numbers; None if it selects in PyTorch, as a subclass of one of these may.
+    """A selector with its K as numbers; None if it has no fused kernel and selects in PyTorch, as subclasses may.
 
-    Weights of the key and the value score, and, if some of K are always the last tokens, how many. Or a family, which
-    is negative, and a 0, or the arguments of :class:`QueryRuns`.
+    Selectors with the lag-relative score: the weights of the key and the value score, and for
+    :class:`LagRelativeTail` the number of last tokens. Others: a negative number for the family, then 0 or the
+    arguments of :class:`QueryRuns`.
     """
     if isinstance(compressor, SpreadSelector):
         return compressor.weights

@@ -1,6 +1,6 @@
-"""Selectors that score a partition by the attention which the last queries of its reference pay to it.
+"""Selectors that score a partition's tokens by the attention from the last queries of its reference.
 
-All these queries stand before every query that sees the result, so what trains with them is causal.
+These queries come before every query that sees the kept tokens, so training with these selectors is causal.
 
 Dimensions: B batch, H key-value heads, G query heads of each, P partitions, L lag_size, D head_dim, w window.
 """
@@ -19,12 +19,12 @@ from lrsa_lit.ops.sparse_attention.scoring import run_means
 
 
 def attention_received(key: Tensor, query: Tensor) -> Tensor:
-    """The attention (…, L) that tokens get among themselves, a mean over queries and the heads of a group.
+    """The attention probability (B, H, P, L) that each token receives, mean over queries and the heads of a group.
 
     Args:
         key: (B, H, P, L, D).
-        query: (B, H, G, P, w, D); each sees all keys of its partition and nothing else. Products are scaled by
-            D ** -0.5, also in models that scale their own otherwise.
+        query: (B, H, G, P, w, D). Each query attends to all keys of its partition and to no others. Logits are scaled
+            by D ** -0.5, even if the model's own attention uses another scale.
     """
     dtype = torch.promote_types(key.dtype, torch.float32)
     rows = query.transpose(2, 3).flatten(3, 4).to(dtype)  # (B, H, P, G w, D)
@@ -37,14 +37,14 @@ def attention_received(key: Tensor, query: Tensor) -> Tensor:
 class QueryAttention(Selector):
     """Keep the tokens that the last queries of the next partition attend to most.
 
-    The score is SnapKV's (arXiv 2404.14469), with the mean over queries and group that kvpress takes. Ours is that it
-    chooses in each partition, among its L tokens alone, and so trains; SnapKV cuts a whole prompt once.
+    The score is SnapKV's (arXiv 2404.14469), with kvpress's mean over queries and group. SnapKV selects once from the
+    whole prompt; this selects among the L tokens of each partition, so models can be trained with it.
 
     Args:
-        window: queries of the reference that score (w, 1 to L).
-        kernel: scores are averaged over so many neighbouring tokens of the partition, beyond which they count as 0;
-            an odd number, 1 for none. SnapKV takes 5.
-        shared_heads: all key-value heads keep the same tokens, those of the highest sums over heads.
+        window: how many of the reference's last queries score (w, 1 to L).
+        kernel: tokens to average scores over, within the partition, padded with 0; an odd number. 1 does not average;
+            SnapKV uses 5.
+        shared_heads: keep the same tokens in all key-value heads, those with the highest sums over heads.
     """
 
     window: int = 16
@@ -58,12 +58,12 @@ class QueryAttention(Selector):
         check_setting("shared_heads", self.shared_heads, isinstance(self.shared_heads, bool), "true or false")
 
     def score(self, partitions: Partitions) -> Tensor:
-        """Mean probability; a sum of means where heads share."""
+        """The mean probability, or its sum over the heads if they share their tokens."""
         assert partitions.next_query is not None
         return self.pooled(attention_received(partitions.key, partitions.next_query))
 
     def pooled(self, received: Tensor) -> Tensor:
-        """The scores (B, H, P, L) of tokens that have received so much attention."""
+        """The scores (B, H, P, L), from the attention ``received`` by each token."""
         if self.kernel > 1:
             side = self.kernel // 2
             received = pad(received, (side, side)).unfold(-1, self.kernel, 1).mean(dim=-1)
@@ -72,17 +72,17 @@ class QueryAttention(Selector):
 
 @dataclass(frozen=True)
 class QueryRuns(QueryAttention):
-    """Keep runs of consecutive tokens by the mean of what :class:`QueryAttention` gives them.
+    """Keep the runs of consecutive tokens with the highest mean :class:`QueryAttention` score.
 
-    Runs and their scores are ChunkKV's (arXiv 2502.00299). Ours is that a partition chooses among its own runs, as
-    :class:`ChunkWise` does: the best are kept whole as long as K tokens hold them, and of the next one its first
-    tokens, so that there are K. ChunkKV cuts a whole prompt once, to whole chunks.
+    Runs and their scores are ChunkKV's (arXiv 2502.00299). ChunkKV selects whole chunks once from the whole prompt.
+    Here each partition chooses among its own runs, as in :class:`ChunkWise`: the best runs are kept whole as long as
+    they fit into K tokens, and the first tokens of the next run fill up the rest.
 
     Args:
-        size: tokens of a run (>= 1); the last of a partition may be shorter. ChunkKV takes 10 to 20.
-        window: of :class:`QueryAttention`; ChunkKV takes 4 to 32.
-        kernel: of :class:`QueryAttention`.
-        shared_heads: all key-value heads keep the same runs, as kvpress has it.
+        size: tokens in a run (>= 1); the last run of a partition may be shorter. ChunkKV uses 10 to 20.
+        window: as in :class:`QueryAttention`; ChunkKV uses 4 to 32.
+        kernel: as in :class:`QueryAttention`.
+        shared_heads: keep the same runs in all key-value heads, as kvpress does.
     """
 
     size: int = 16
@@ -92,5 +92,5 @@ class QueryRuns(QueryAttention):
         check_setting("size", self.size, is_integer(self.size) and self.size >= 1, "an integer >= 1")
 
     def pooled(self, received: Tensor) -> Tensor:
-        """The mean over the token's run; of equal scores the earlier is kept, so that runs are kept whole."""
+        """The mean over the token's run. Of equal scores the earlier is kept, so runs stay whole."""
         return run_means(super().pooled(received), self.size)

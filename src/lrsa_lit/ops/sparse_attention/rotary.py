@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE, arXiv 2104.09864), so that what works on keys can take their rotation off and put one on.
+"""Rotary positions (RoPE, arXiv 2104.09864): remove the rotation of keys and apply another.
 
 Dimensions: T tokens, D head_dim.
 """
@@ -16,10 +16,10 @@ from lrsa_lit.errors import UserError
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotation of a model's keys and queries: channels i and i + n form a pair that turns by position times f_i.
+    """The rotation of a model's keys and queries: channels i and i + n form a pair, rotated by position times f_i.
 
     Args:
-        frequencies: f_0 … f_(n-1), radians per position. Channels from 2n on are not rotated; with n = 0 none is.
+        frequencies: f_0 … f_(n-1), radians per position. Channels from 2n on are not rotated.
         scaling: factor of the rotated channels (the ``attention_scaling`` of YaRN).
     """
 
@@ -28,18 +28,18 @@ class Rotary:
 
     @classmethod
     def plain(cls, dim: int, theta: float = 10000.0) -> Rotary:
-        """The usual frequencies theta ** (-2i / D) of all D channels."""
+        """The usual frequencies theta ** (-2i / D), for all D channels."""
         return cls(tuple(theta ** (-2 * i / dim) for i in range(dim // 2)))
 
     def rotate(self, x: Tensor, positions: Tensor | Sequence[float]) -> Tensor:
-        """Put the rotation on.
+        """Apply the rotation.
 
         Args:
             x: (…, T, D), not rotated.
-            positions: (T,), or what broadcasts to (…, T), whole or fractional.
+            positions: (T,), or broadcastable to (…, T); integers or fractions.
 
         Returns:
-            (…, T, D) in float32, or float64 where x is; differentiable in x.
+            (…, T, D) in float32, or float64 if x is float64; differentiable in x.
 
         Raises:
             UserError: x has fewer channels than are rotated.
@@ -48,22 +48,22 @@ class Rotary:
         return self._turned(x, cos * self.scaling, sin * self.scaling)
 
     def unrotate(self, x: Tensor, positions: Tensor | Sequence[float]) -> Tensor:
-        """Take the rotation off again: the inverse of :meth:`rotate`, arguments alike."""
+        """Remove the rotation: the inverse of :meth:`rotate`, with the same arguments."""
         cos, sin = self.tables(positions, x)
         return self._turned(x, cos / self.scaling, -sin / self.scaling)
 
     def rotate_to_mean(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The mean over positions (N,) of what x (…, D) is rotated to at each of them: (…, D)."""
+        """Rotate x (…, D) to each of the positions (N,) and return the mean, (…, D)."""
         cos, sin = (table.mean(dim=0) * self.scaling for table in self.tables(positions, x))
         return self._turned(x, cos, sin)
 
     def tables(self, positions: Tensor | Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (…, T, n) of the angles, without the scaling, in the dtype of the results for ``like``."""
+        """Cosines and sines (…, T, n) of the angles, without the scaling, in the dtype that ``like`` is rotated in."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         # From pinned memory, so that the host does not wait for the GPU.
         host = torch.tensor(self.frequencies, dtype=dtype, device="cpu", pin_memory=like.is_cuda)
         frequencies = host.to(like.device, non_blocking=True)
-        # Angles are rounded as transformers rounds them: what it rotated is taken off exactly, however far it stands.
+        # Angles are rounded as in transformers, so that its rotation is removed exactly, even at far positions.
         angles = torch.as_tensor(positions, device=like.device).to(dtype)[..., None] * frequencies
         return angles.cos(), angles.sin()
 

@@ -1,4 +1,4 @@
-"""What the operator is told: which keys a query sees, and who chooses among the old ones."""
+"""The rule of the operator: which keys a query sees, and which compressor reduces the old ones."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Rule:
     """The rule of lag-relative sparse attention (arXiv 2506.11498, arXiv 2504.04704) for one layer.
 
     Args:
-        sink_size: first tokens of a sequence that are never dropped (S >= 0).
-        lag_size: tokens of a lag partition (L >= 2).
-        top_k: key-value pairs kept of a partition, per KV head (0 <= K <= L).
+        sink_size: number of first tokens of a sequence that are never dropped (S >= 0).
+        lag_size: tokens in a lag partition (L >= 2).
+        top_k: key-value pairs kept of each partition, per KV head (0 <= K <= L).
         chunk_size: tokens between two compressions (C >= 1); None means lag_size.
-        compressor: what turns a partition into K pairs.
-        rotary: the rotation of the keys, for compressors that need it; models that LRSA is enabled on set it.
+        compressor: the compressor, which turns a partition into K pairs.
+        rotary: the rotation of the keys, for compressors that need it. Enabling LRSA on a model sets it.
 
     Raises:
-        UserError: a value outside its bounds, in one line.
+        UserError: a value is out of bounds.
     """
 
     sink_size: int = 16
@@ -62,7 +62,7 @@ class Rule:
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:
-        """S, L, K, C: all of the rule but what its compressor does."""
+        """S, L, K, C: the whole rule except its compressor and rotation."""
         return self.sink_size, self.lag_size, self.top_k, self.chunk
 
     @property
@@ -80,7 +80,7 @@ KEEP_ALL = Rule(sink_size=0, lag_size=1 << 29, top_k=0)
 
 
 class HasRule(Protocol):
-    """What stands for a rule where users pass one."""
+    """An object that can be passed instead of a rule, because it has one."""
 
     @property
     def rule(self) -> Rule:
@@ -88,16 +88,16 @@ class HasRule(Protocol):
 
 
 def rule_of(given: Rule | HasRule) -> Rule:
-    """The rule that was given, by itself or by what has it."""
+    """The rule itself, whether a rule or an object that has one is given."""
     return given if isinstance(given, Rule) else given.rule
 
 
 def tensor_of_rule(rule: Rule) -> Tensor | None:
-    """S, L, K, C and the selector's ``kernel_code`` as float64 on the CPU; None where it has none."""
+    """S, L, K, C and the selector's ``kernel_code`` as float64 on the CPU; None if the selector has no code."""
     code = kernel_code(rule.compressor, rule.top_k)
     if code is None:
         return None
     values = *rule.numbers, *code
-    # An evaluation may switch the rule under inference mode, whose tensors no graph that trains takes.
+    # An evaluation may change the rule in inference mode, but a training graph refuses tensors that were made there.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -1,6 +1,6 @@
-"""The rule's arithmetic, once for everybody: integers, tensors of integers, and Triton, which compiles these functions.
+"""The rule's arithmetic in one place, for integers, for tensors of integers, and for Triton, which compiles it.
 
-Python's division rounds down and Triton's to zero: what is divided here is never negative.
+Python's division rounds down and Triton's towards zero, so no dividend here is ever negative.
 
 Symbols as in README.md: S sink, L lag, C chunk.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 def partitions_at(position, sink, lag, chunk):
-    """P(t), the partitions that are compressed when the token at ``position`` attends; 0 for a negative position."""
+    """P(t), the number of compressed partitions when the token at ``position`` attends; 0 for a negative position."""
     first = sink + 2 * lag
     past = position - first
     # b(t), the start of the chunk in which the token is processed.
@@ -23,5 +23,5 @@ def first_position(partitions, sink, lag, chunk):
 
 
 def sinks_and(partitions, sink, size):
-    """Tokens of the sinks and of partitions of ``size`` tokens each; 0 where no partition is compressed."""
+    """Tokens in the sinks and in ``partitions`` of ``size`` tokens each; 0 if no partition is compressed."""
     return (partitions > 0) * (sink + partitions * size)

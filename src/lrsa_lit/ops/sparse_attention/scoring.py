@@ -17,14 +17,14 @@ CONSTANT_CHANNEL = 1e-6
 """A channel is constant if its range is at most this share of its magnitude (README.md, "Selection")."""
 
 SHRINK = 2.0**-40
-"""Normalised values are squared at this scale: float32 then holds the squares of values up to 1e31. The factor is
-exact, and squares that underflow belong to spreads below 1e-7, which change no score by 1e-7 of its size."""
+"""Normalised values are scaled by this before they are squared, so that float32 holds squares of values up to 1e31.
+The factor is exact. Squares underflow only for spreads below 1e-7, which change scores by less than 1e-7 relative."""
 
 
 class Ranking(NamedTuple):
-    """The scores (B, H, P, L) that a selector reports, and the order (B, H, P, L) that it sorts by.
+    """The scores (B, H, P, L) that a selector reports, and the numbers (B, H, P, L) that it sorts by.
 
-    That is the scores, or numbers that order the tokens where scores underflow.
+    These are the scores themselves, or numbers that still order the tokens where scores underflow.
     """
 
     scores: Tensor
@@ -34,11 +34,11 @@ class Ranking(NamedTuple):
 def lag_relative_spread(tokens: Tensor, reference: Tensor) -> Tensor:
     """Unbiased standard deviation over channels, each normalised by the reference's range: (…, L, D) both -> (…, L).
 
-    These are the logarithms of the scores up to a constant of the partition, in float32, or float64 for float64 inputs:
-    bf16 scoring would change 11-15 % of the selection.
+    The results are the logarithms of the scores up to a constant per partition. They are in float32, or float64 for
+    float64 inputs: bf16 scoring would change 11-15 % of the selection.
 
-    Source: LagKV (arXiv 2504.04704), eq. 3-6. Constant channels are 0 and still count, where the published code
-    yields NaN for the whole partition.
+    Source: LagKV (arXiv 2504.04704), eq. 3-6. Constant channels are 0 and still count; the published code yields NaN
+    for the whole partition instead.
     """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     tokens, reference = tokens.to(dtype), reference.to(dtype)
@@ -50,11 +50,11 @@ def lag_relative_spread(tokens: Tensor, reference: Tensor) -> Tensor:
 
 
 def weighted_ranking(spreads: Sequence[Tensor], weights: Sequence[float]) -> Ranking:
-    """Score by the weighted sum of the softmaxes of one or two spreads (LagKV, eq. 7-8), order by its logarithm.
+    """Score by the weighted sum of the softmaxes of one or two spreads (LagKV, eq. 7-8) and order by its logarithm.
 
-    The order is log(exp(first) + exp(second + shift)), with the shift that the weights and the softmaxes' denominators
-    give. A positive shift is taken from the first spread instead, so no number is rounded at a magnitude that exceeds
-    its token's own spread (README.md, "Rounding"). All are (…, L), and the weights > 0.
+    The order is log(exp(first) + exp(second + shift)); the shift follows from the weights and the softmaxes'
+    denominators. A positive shift is subtracted from the first spread instead, so that no number is rounded at a
+    magnitude above its token's own spread (README.md, "Rounding"). All tensors are (…, L), and weights are > 0.
     """
     parts = [weight * spread.softmax(dim=-1) for weight, spread in zip(weights, spreads, strict=True)]
     if len(spreads) == 1:
@@ -78,19 +78,19 @@ def runs_of(of_tokens: Tensor, size: int, padding: float) -> Tensor:
 
 
 def for_tokens(of_runs: Tensor, tokens: Tensor, size: int) -> Tensor:
-    """Of each token (…, L) what its run has: (…, runs) -> (…, L)."""
+    """Repeat a number per run for each token of the run: (…, runs) -> (…, L)."""
     return of_runs.repeat_interleave(size, dim=-1)[..., : tokens.shape[-1]]
 
 
 def run_means(of_tokens: Tensor, size: int) -> Tensor:
-    """The mean over each token's run, (…, L) both; that of a shorter last run is over its own length."""
+    """The mean over each token's run, (…, L) -> (…, L). A shorter last run is averaged over its own length."""
     runs = runs_of(of_tokens, size, 0.0)
     lengths = of_tokens.shape[-1] - size * torch.arange(runs.shape[-2], device=runs.device)
     return for_tokens(runs.sum(dim=-1) / lengths.clamp(max=size), of_tokens, size)
 
 
 def token_hash(seed: int, *counters: Tensor) -> Tensor:
-    """Uniform float64 in [0, 1) from a seed and broadcastable integer counters, the same on every device."""
+    """Uniform float64 in [0, 1), hashed from a seed and broadcastable integer counters; equal on every device."""
     state = torch.full((), seed & _MASK, dtype=torch.int64, device=counters[0].device)
     for counter in counters:
         state = _mix(state * 31 + counter + 1)

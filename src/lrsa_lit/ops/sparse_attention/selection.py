@@ -1,7 +1,7 @@
 """Which tokens each partition keeps, for whole sequences and packed ones.
 
-Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, T tokens, Tq of them with a query, P
-partitions, L lag_size, K top_k, D head_dim, w window of the compressor.
+Dimensions: B batch, H key-value heads, Hq query heads, G query heads per key-value head, T tokens, Tq tokens with a
+query, P partitions, L lag_size, K top_k, D head_dim, w window of the compressor.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, scores_of
 
 @dataclass(frozen=True)
 class Selection:
-    """What was kept, of packed sequences one after the other.
+    """The kept tokens of each partition; the partitions of packed sequences follow one another.
 
     Attributes:
-        indices: (B, H, P, K) int64, positions from the row's start, ascending within a partition.
-        scores: (B, H, P, L), of the tokens. Where one token dominates, the others' can round to 0; the kept are still
-            those that exact scores rank highest.
+        indices: (B, H, P, K) int64, positions in the row, ascending within a partition.
+        scores: (B, H, P, L), of all tokens. If one token dominates, the scores of others can round to 0, but the tokens
+            with the highest exact scores are kept even then.
     """
 
     indices: Tensor
@@ -37,28 +37,28 @@ class Selection:
 
 
 def windows_of(query: Tensor | None, key: Tensor, rule: Rule, count: int) -> Tensor | None:
-    """The queries by which the first ``count`` partitions of a sequence are judged.
+    """The queries by which the first ``count`` partitions of a sequence are scored.
 
     Args:
-        query: (B, Hq, Tq, D), of the last Tq of the sequence's tokens.
+        query: (B, Hq, Tq, D), of the sequence's last Tq tokens.
         key: (B, H, T, D).
         rule: the rule.
-        count: partitions.
+        count: the number of partitions.
 
     Returns:
-        (B, H, G, P, w, D), views; None where the compressor asks for none.
+        (B, H, G, P, w, D), a view; None if the compressor needs no queries.
 
     Raises:
-        UserError: it asks for some that are not among the given ones.
+        UserError: the compressor needs queries that were not given.
     """
     window = rule.compressor.window
     if window == 0:
         return None
     first, given = window_start(1, rule), 0 if query is None else query.shape[2]
     if query is None or first < key.shape[2] - given:
-        needs = f"{type(rule.compressor).__name__} needs those of tokens {first} to {key.shape[2] - 1}"
-        hint = "pass them, or decode with an LRSACache, which remembers them"
-        raise UserError("query", reason=f"{needs}, and the last {given} are given", hint=hint)
+        needs = f"{type(rule.compressor).__name__} needs the queries of tokens {first} to {key.shape[2] - 1}"
+        hint = "pass them, or decode with an LRSACache, which stores them"
+        raise UserError("query", reason=f"{needs}, but only the last {given} were given", hint=hint)
     # (B, Hq, P, D, w)
     windows = query[:, :, first - (key.shape[2] - given) :].unfold(2, window, rule.lag_size)[:, :, :count]
     grouped: Tensor = windows.transpose(-1, -2).unflatten(1, (key.shape[1], -1))
@@ -68,9 +68,9 @@ def windows_of(query: Tensor | None, key: Tensor, rule: Rule, count: int) -> Ten
 def partitions_of(
     key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0, next_query: Tensor | None = None
 ) -> Partitions:
-    """Views of ``count`` partitions, with their references; arguments as in :func:`compress`."""
+    """Views of ``count`` partitions and their references; the arguments are those of :func:`compress`."""
     if rule.compressor.needs_rotary and rule.rotary is None:
-        reason = "works on keys without their rotation, which only a model's rule knows: give the rule a Rotary"
+        reason = "works on keys without their rotation, so the rule needs a Rotary; enabling LRSA on a model sets it"
         raise UserError("compressor", type(rule.compressor).__name__, reason=reason)
     stop, lag = (count + 1) * rule.lag_size, rule.lag_size
     keys, scores = bare_keys(key, value, rule.compressor), None
@@ -84,13 +84,13 @@ def partitions_of(
 
 
 def select_sequence(key: Tensor, value: Tensor, rule: Rule, query: Tensor | None = None) -> Selection:
-    """What the partitions of one sequence (B, H, T, D) keep by the time of its last query; (B, Hq, Tq, D) are its last.
+    """The tokens that the partitions of one sequence (B, H, T, D) have kept when its last query attends.
 
-    Only compressors with a window need the queries.
+    Only compressors with a window need ``query``, the sequence's last queries (B, Hq, Tq, D).
     """
     if not isinstance(rule.compressor, Selector):
         name = type(rule.compressor).__name__
-        raise UserError("compressor", name, "a Selector", reason="makes new pairs and selects none")
+        raise UserError("compressor", name, "a Selector", reason="makes new pairs instead of selecting tokens")
     count, sink = compressed_at(key.shape[2] - 1, rule), rule.sink_size
     if count == 0:
         empty = key.new_empty((*key.shape[:2], 0, rule.lag_size), dtype=torch.float32)
@@ -103,7 +103,7 @@ def select_sequence(key: Tensor, value: Tensor, rule: Rule, query: Tensor | None
 
 
 def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], query: Tensor | None = None) -> Selection:
-    """:func:`select_sequence` of each sequence [boundaries[n], boundaries[n+1]) of a packed row."""
+    """:func:`select_sequence` for each sequence [boundaries[n], boundaries[n+1]) of a packed row."""
     parts = [
         (start, select_sequence(key[:, :, start:stop], value[:, :, start:stop], rule, queries))
         for (start, stop), queries in zip(
@@ -117,7 +117,7 @@ def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], qu
 
 
 def queries_of(query: Tensor | None, key: Tensor, boundaries: Sequence[int]) -> list[Tensor | None]:
-    """The queries (B, Hq, Tq, D) of each sequence; only a single one may have fewer of them than keys (B, H, T, D)."""
+    """The queries (B, Hq, Tq, D) of each sequence. Only a single sequence may have fewer queries than keys."""
     if query is None:
         return [None] * (len(boundaries) - 1)
     offset = key.shape[2] - query.shape[2]
@@ -125,7 +125,7 @@ def queries_of(query: Tensor | None, key: Tensor, boundaries: Sequence[int]) -> 
 
 
 def of_sequence(selection: Selection, rule: Rule, boundaries: Sequence[int], index: int) -> Selection:
-    """The part of a packed row's selection that belongs to one sequence, counted from that sequence's start."""
+    """One sequence's part of a packed row's selection, with positions counted from the sequence's start."""
     counts = partition_counts(boundaries[: index + 2], rule)
     part = slice(sum(counts[:-1]), sum(counts))
     return Selection(selection.indices[:, :, part] - boundaries[index], selection.scores[:, :, part])
@@ -135,10 +135,10 @@ def compact_buffer(
     key: Tensor, value: Tensor, rule: Rule, selection: Selection | None = None, query: Tensor | None = None,
     compress_by: Callable[..., Pair] | None = None,
 ) -> Pair:  # fmt: skip
-    """Sinks and compressed partitions of one sequence: keys and values (B, H, S + K P, D), empty where P = 0.
+    """Sinks and compressed partitions of one sequence: keys and values (B, H, S + K P, D), empty if P = 0.
 
-    A ready selection replaces the compressor's own; its positions count from the sequence's start. Without one, a
-    compressor with a window needs the sequence's last queries (B, Hq, Tq, D). ``compress_by`` stands in for
+    A given selection replaces the compressor's; its positions count from the sequence's start. Without a selection, a
+    compressor with a window needs the sequence's last queries (B, Hq, Tq, D). ``compress_by`` replaces
     :func:`compress`.
     """
     count = compressed_at(key.shape[2] - 1, rule)
@@ -157,21 +157,21 @@ def compact_buffer(
 def compress(
     key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0, next_query: Tensor | None = None
 ) -> Pair:
-    """What ``count`` partitions of a sequence become, one after the other.
+    """Compress ``count`` consecutive partitions of a sequence.
 
     Args:
-        key: (B, H, >= (count + 1) L, D), from the start of the first of them on.
-        value: the same of the values.
+        key: (B, H, >= (count + 1) L, D), starting with the first of these partitions.
+        value: the values, likewise.
         rule: the rule.
-        count: partitions to compress; each is judged against the one after it.
-        first: ordinal of the first of them in its sequence.
-        next_query: (B, H, G, count, w, D), of each partition's reference, if the compressor asks for them.
+        count: partitions to compress; each is scored against the one after it.
+        first: index of the first of these partitions in its sequence.
+        next_query: (B, H, G, count, w, D), the window of each partition's reference, if the compressor needs it.
 
     Returns:
         Keys and values (B, H, count K, D).
 
-    With a compressor that has a bias, everything has the channels for it; with one that takes scores, the given keys
-    alone have those for them.
+    If the compressor has a bias, all keys, values and queries have its extra channels (slot_bias.py). If it takes
+    scores, only the given keys have the extra channels (token_scores.py).
     """
     if not rule.compressor.has_bias:
         compact = rule.compressor.compress(partitions_of(key, value, rule, count, first, next_query))

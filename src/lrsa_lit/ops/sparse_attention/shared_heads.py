@@ -1,4 +1,4 @@
-"""Selection of the same tokens by all heads of a layer, by the sums of their scores.
+"""Selection of the same tokens in all heads of a layer, by the sum of the heads' scores.
 
 Dimensions: B batch, H key-value heads, P partitions, L lag_size.
 """
@@ -17,13 +17,13 @@ from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative, P
 
 @dataclass(frozen=True)
 class SharedHeads(Selector):
-    """Keep in all heads of a layer the tokens whose scores by another selector, summed over the heads, are the highest.
+    """Keep the same tokens in all heads of a layer: those with the highest sum of another selector's scores.
 
-    A latent of a whole layer serves all its heads, so a cache of latents then holds one of each kept token. Heads with
-    budgets of their own share within the heads of equal K.
+    With a cache of latents, one latent per kept token then serves all heads of the layer. If heads have different
+    budgets, the heads with equal K share their tokens.
 
     Args:
-        of: the selector whose scores are summed, also as the dict that its ``to_dict`` made.
+        of: the selector whose scores are summed, or its dict from ``to_dict``.
     """
 
     of: Selector = field(default_factory=LagRelative)
@@ -38,14 +38,14 @@ class SharedHeads(Selector):
         object.__setattr__(self, "needs_rotary", made.needs_rotary)
 
     def score(self, partitions: Partitions) -> Tensor:
-        """The sums (B, H, P, L), the same in each head."""
+        """The sums (B, H, P, L), equal for all heads."""
         scores = self.of.score(partitions)
         return scores.sum(dim=1, keepdim=True).expand_as(scores)
 
     def for_layer(self, layer: int) -> SharedHeads:
-        """With the selector of that layer."""
+        """The same, with the selector of that layer."""
         return dataclasses.replace(self, of=self.of.for_layer(layer))
 
     def for_heads(self, heads: tuple[int, ...]) -> SharedHeads:
-        """With the selector of those heads."""
+        """The same, with the selector of those heads."""
         return dataclasses.replace(self, of=self.of.for_heads(heads))

@@ -1,10 +1,12 @@
-"""A number that is added to the logits of a compact slot, as channels: no attention or kernel has to know of it.
+"""A bias on the logits of compact pairs, stored in extra channels, so that attention and kernels need no change.
 
-Queries get channels whose product with those of a slot is the bias over the scale; those of other keys are 0. A number
-is two of them, the second being what the first rounds off, so that 16 bits lose nothing that counts.
+Queries and keys get extra channels whose product is the bias divided by the scale; it is 0 for keys without a bias.
+Each number takes two channels, the second of which holds the rounding error of the first, so that 16-bit dtypes
+lose next to nothing.
 
-The price is memory of (D + 8) / D in keys and values, and the next larger block of channels in the kernels: up to twice
-the products from D = 64 or 128 on, without the kernels for Hopper GPUs; 256 channels are more than the kernels take.
+The cost: keys and values take (D + 8) / D of the memory, and the kernels use the next larger block of channels, which
+for D = 64 or 128 means up to twice the multiplications. The kernels for Hopper GPUs do not run, and D = 256 is too
+large for the kernels.
 
 Dimensions: D head_dim, K top_k.
 """
@@ -20,16 +22,16 @@ from torch.nn.functional import pad
 from lrsa_lit.ops.sparse_attention.buffer import Pair
 
 CHANNELS = 8
-"""Appended channels, of which four are used: the kernels take multiples of eight."""
+"""Extra channels. Four are used, but the kernels need multiples of eight."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """query, key, value and scale -> output."""
 
 
 def through_channels(attend: Attend, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Run ``attend`` on queries, keys and values (…, D + 8), whose compact keys may have biases; its output is (…, D).
+    """Run ``attend`` on queries, keys and values with extra channels (…, D + 8), and return its output as (…, D).
 
-    It finds biases in the channels of keys that :func:`with_bias` made; the ones given here have none.
+    Keys from :func:`with_bias` carry their biases in these channels. The keys that are given here get zeros.
     """
     if scale == 0:
         query, scale = torch.zeros_like(query), 1.0
@@ -41,18 +43,18 @@ def through_channels(attend: Attend, query: Tensor, key: Tensor, value: Tensor, 
 
 
 def narrow(tokens: Tensor) -> Tensor:
-    """(…, D + 8) -> (…, D), a view."""
+    """Remove the extra channels: (…, D + 8) -> (…, D), a view."""
     return tokens[..., :-CHANNELS]
 
 
 def with_bias(key: Tensor, value: Tensor, bias: Tensor) -> Pair:
-    """Compact keys and values (…, K, D) with a bias (…, K) on their logits -> (…, K, D + 8), with gradient to all."""
+    """Add a bias (…, K) to compact keys and values (…, K, D) -> (…, K, D + 8), differentiable in all."""
     both = torch.stack(parts(bias, key.dtype), dim=-1)
     key = pad(torch.cat([key, both, both], dim=-1), (0, CHANNELS - 4))
     return key, pad(value, (0, CHANNELS))
 
 
 def parts(number: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two numbers of a dtype that add up to a more exact one than it holds."""
+    """A number as the sum of two of a lower precision."""
     first = number.to(dtype)
     return first, (number - first).to(dtype)

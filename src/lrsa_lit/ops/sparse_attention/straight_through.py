@@ -1,4 +1,4 @@
-"""Selection with a gradient: what is kept is weighed by its own score, as far as the gradient goes.
+"""Selection with a gradient to the scores: in the backward pass, kept values are weighted by their scores.
 
 Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D head_dim.
 """
@@ -16,29 +16,29 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.compressors import Compressor, LagRelative, Partitions, Selector, gather_kept
 
 _LEAST_SPREAD = 1e-6
-"""Scores of a partition that differ by less are taken as equal, so that rounding errors get no large gradient."""
+"""The least standard deviation of a partition's scores to divide by, so that rounding errors get no large gradient."""
 
 
 @dataclass(frozen=True)
 class StraightThrough(Selector):
-    """Keep what another selector keeps, with a gradient to the scores (straight-through, arXiv 1308.3432).
+    """Keep the pairs of another selector, with a gradient to the scores (straight-through, arXiv 1308.3432).
 
-    The values of kept pairs are multiplied by 1 + s - sg(s), where sg stops the gradient: the output is that of the
-    other selector, bit by bit, and a score rises where a larger weight of its pair would lower the loss. Only training
-    differs: it scores and gathers in PyTorch, and compiled layers stop for it.
+    The values of kept pairs are multiplied by 1 + s - sg(s), where sg stops the gradient. The output equals the other
+    selector's bit for bit, and a score rises if a larger weight of its pair would lower the loss. Only training
+    differs: it scores and gathers in PyTorch, which breaks the graph of compiled layers.
 
-    Ours is s = sigmoid((score - mean) / (temperature x standard deviation)), both over the partition. A softmax over it
-    would have one winner where K are kept, and gradients that shrink as 1 / L. Standardised, scores of any scale give
-    the same s.
+    Our choice of s is sigmoid((score - mean) / (temperature x standard deviation)), with mean and standard deviation
+    over the partition, so s does not depend on the scale of the scores. A softmax over the partition would have one
+    winner instead of K, and gradients that shrink as 1 / L.
 
     Args:
-        of: the selector whose pairs are kept, also as the dict that its ``to_dict`` made.
-        by: the selector whose score gets the gradient, likewise; null for ``of``. So a random choice with the gradient
-            of a real score is ``of: RandomTokens``, ``by: LagRelative``.
-        temperature: a number > 0; small ones leave a gradient only to scores near the mean.
+        of: the selector whose pairs are kept, or its dict from ``to_dict``.
+        by: the selector whose score gets the gradient, likewise; null means ``of``. For example, ``of: RandomTokens``
+            and ``by: LagRelative`` train a real score while random tokens are kept.
+        temperature: a number > 0. With a small one only scores near the mean get a gradient.
 
     Raises:
-        UserError: a setting out of bounds, or a score that depends on no key, value or query.
+        UserError: a setting is out of bounds, or the score ignores keys, values and queries.
     """
 
     of: Selector = field(default_factory=LagRelative)
@@ -73,37 +73,37 @@ class StraightThrough(Selector):
         return any(getattr(one, "shared_heads", False) for one in (self.of, self._scorer))
 
     def score(self, partitions: Partitions) -> Tensor:
-        """Those by which pairs are kept."""
+        """The scores by which pairs are kept."""
         return self.of.score(_for(self.of, partitions))
 
     def keep(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
-        """As the other selector has it."""
+        """The choice of ``of``."""
         return self.of.keep(_for(self.of, partitions))
 
     def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
-        """The kept pairs (B, H, P, K, D), with gradient to the scores as well."""
+        """The kept pairs (B, H, P, K, D), with a gradient to the scores, too."""
         indices, _ = self.keep(partitions)
         key, value = gather_kept(partitions.key, indices), gather_kept(partitions.value, indices)
         if not torch.is_grad_enabled():
             return key, value
         soft = self.softened(partitions).gather(-1, indices)
-        # Exactly 1, also where a score is not finite.
+        # Exactly 1, even if a score is not finite.
         scale = 1 + (soft - soft.detach()).nan_to_num()
         return key, (value.to(scale.dtype) * scale[..., None]).to(value.dtype)
 
     def softened(self, partitions: Partitions) -> Tensor:
-        """The s of all tokens (B, H, P, L), 0 to 1, at least float32, with gradient to what the score is made of."""
+        """The s of all tokens (B, H, P, L), from 0 to 1, at least float32, differentiable in the score's inputs."""
         scores = self._scorer.score(_for(self._scorer, partitions))
         spread = scores.std(dim=-1, correction=0, keepdim=True).clamp(min=_LEAST_SPREAD)
         return ((scores - scores.mean(dim=-1, keepdim=True)) / (self.temperature * spread)).sigmoid()
 
     def for_layer(self, layer: int) -> StraightThrough:
-        """With the selectors of that layer."""
+        """The same, with the selectors of that layer."""
         by = None if self.by is None else self.by.for_layer(layer)
         return dataclasses.replace(self, of=self.of.for_layer(layer), by=by)
 
     def for_heads(self, heads: tuple[int, ...]) -> StraightThrough:
-        """With the selectors of those heads."""
+        """The same, with the selectors of those heads."""
         by = None if self.by is None else self.by.for_heads(heads)
         return dataclasses.replace(self, of=self.of.for_heads(heads), by=by)
 
@@ -117,7 +117,7 @@ def _selector(name: str, given: Selector | dict[str, object] | str) -> Selector:
 
 
 def _for(selector: Selector, partitions: Partitions) -> Partitions:
-    """With as many queries as it asks for: there are those of the other one, too."""
+    """The partitions with only the queries of this selector's window; the other selector's may be larger."""
     query = partitions.next_query
     if query is None or query.shape[-2] == selector.window:
         return partitions

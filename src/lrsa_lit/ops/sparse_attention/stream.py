@@ -1,7 +1,7 @@
-"""The operator chunk by chunk: keys and values that come in over several calls, compressed where the rule says.
+"""The operator chunk by chunk: keys and values arrive over several calls and are compressed where the rule says.
 
-Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, D head_dim, S sink_size, L lag_size, K
-top_k, P partitions, w window of the compressor.
+Dimensions: B batch, H key-value heads, Hq query heads, G query heads per key-value head, D head_dim, S sink_size, L
+lag_size, K top_k, P partitions, w window of the compressor.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ Held = Mapping[str, tuple[Tensor, ...]]
 
 
 class Stream(ABC):
-    """What a batch of equally long sequences still needs of its past, in one layer.
+    """The cached past of a batch of equally long sequences, in one layer.
 
     Attributes:
-        seen: tokens taken in so far.
+        seen: tokens received so far.
     """
 
     seen: int = 0
-    # The most bytes within a call, noted by those that hold more there than behind it.
+    # The most bytes held within a call; set by streams that hold more during a call than after it.
     _peak: int = 0
-    # The most beside these while :meth:`KeyValueStream.probe` attends: in no two layers at a time.
+    # The most additional bytes while :meth:`KeyValueStream.probe` attends, which one layer does at a time.
     _probing: int = 0
 
     @property
     @abstractmethod
     def stored(self) -> Pair | None:
-        """Keys and values (B, H, stored, D) that are held; None before the first token, and of several parts."""
+        """The stored keys and values (B, H, stored, D); None before the first token, or if there are several parts."""
 
     @property
     def parts(self) -> Sequence[Stream]:
-        """The streams that it is made of, one for each group of heads that hold equally many pairs; else itself."""
+        """The streams that this one consists of: one per group of heads with equally many pairs, or only itself."""
         return (self,)
 
     @property
@@ -62,54 +62,54 @@ class Stream(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is held of the past; room that is made for later tokens does not count."""
+        """Bytes stored of the past; memory that is reserved for later tokens does not count."""
         return 0 if self.stored is None else sum(part.numel() * part.element_size() for part in self.stored)
 
     @property
     def peak_nbytes(self) -> int:
-        """The most bytes that were held at a time, within calls as well."""
+        """The most bytes that were stored at any time, including within calls."""
         return max(self._peak, self.nbytes)
 
     @property
     def probing_nbytes(self) -> int:
-        """The most bytes beside these, of pairs that calls attended to without taking them in."""
+        """The most additional bytes of pairs that :meth:`KeyValueStream.probe` attended to without storing them."""
         return self._probing
 
     @property
     def attended_pairs(self) -> float:
-        """Query-key pairs of a head that its tokens have attended to, mean of the heads; dense unless overridden."""
+        """Query-key pairs that a head has computed so far, mean over the heads; dense attention unless overridden."""
         return attended_pairs(self.seen, None)
 
     @property
     def read_share(self) -> float | None:
-        """Share of a dense cache that a token of the answer has read, on average; None where it reads all that is held.
+        """Mean share of a dense cache that an answer token has read; None if tokens read everything that is stored.
 
-        What looks up what to read overrides it: it is known when the answer is over.
+        Streams that look up which pairs to read override it. It is known after the answer.
         """
         return None
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Take in N new tokens and attend from them.
+        """Store N new tokens and return the attention of their queries.
 
-        Queries and output are (B, Hq, N, D), keys, rotated at their true positions, and values (B, H, N, D).
+        Queries and output are (B, Hq, N, D). Keys, rotated at their true positions, and values are (B, H, N, D).
         """
 
-    def end_prompt(self) -> None:  # noqa: B027 - most go on as before
-        """The prompt is over; what comes now is the answer."""
+    def end_prompt(self) -> None:  # noqa: B027 - most streams need not do anything
+        """Called when the prompt is complete; the next tokens are the answer's."""
 
     @abstractmethod
     def rows(self, indices: Tensor) -> Stream:
-        """A stream of some of the rows, in the given order and multiplicity (beam search, splitting a batch)."""
+        """A stream of the batch rows ``indices``, which may repeat (beam search, splitting a batch)."""
 
 
 class KeyValueStream(Stream):
-    """Sinks, kept pairs and the raw window, as a rule has it.
+    """The sinks, kept pairs and raw window of a rule.
 
-    Any split of the tokens over calls gives the outputs of the parallel pass, because partitions are compressed where
-    the rule's chunks start and not where calls end. After a call the store holds ``geometry.stored_size`` tokens per
-    head. A compressor with a window finds its queries in a second one: the last w of each partition that has still to
-    serve as a reference. A rule of None keeps everything (a dense layer).
+    Any split of the tokens into calls gives the outputs of the parallel pass, because partitions are compressed where
+    the rule's chunks start and not where calls end. After a call, ``geometry.stored_size`` tokens per head are stored.
+    A compressor with a window has a second buffer of queries: the last w of each partition that will still be a
+    reference. If the rule is None, everything is kept (a dense layer).
     """
 
     def __init__(self, rule: Rule | None, impl: Impl = "auto") -> None:
@@ -123,17 +123,17 @@ class KeyValueStream(Stream):
 
     @property
     def nbytes(self) -> int:
-        """Those of the queries included."""
+        """Bytes stored, including queries."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     @property
     def attended_pairs(self) -> float:
-        """As the rule has it; those of :meth:`probe` as well."""
+        """The pairs that the rule lets queries see, and those of :meth:`probe`."""
         return attended_pairs(self.seen, self.rule) + self._probed
 
     @property
     def buffers(self) -> list[RowBuffer[Any]]:
-        """The :attr:`buffer`, and that of the queries if the compressor asks for some; none before the first token."""
+        """The :attr:`buffer`, and the buffer of queries if the compressor needs one; empty before the first token."""
         return [buffer for buffer in (self._store, self._queries) if buffer is not None]
 
     @property
@@ -164,20 +164,20 @@ class KeyValueStream(Stream):
 
     @property
     def buffer(self) -> PairBuffer:
-        """Where all is stored; there is nothing before the first token."""
+        """The buffer of keys and values; it exists from the first token on."""
         assert self._store is not None
         return self._store
 
     @property
     def stored(self) -> Pair | None:
-        """Compact pairs first."""
+        """The stored keys and values, compact pairs first."""
         if self._store is None:
             return None
         key, value = self._bare(self._store.filled)
         return (narrow(key), narrow(value)) if self.rule.compressor.has_bias else (key, value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         if self.rule.compressor.has_bias:
             return through_channels(self._attend, query, key, value, scale)
         return self._attend(query, key, value, scale)
@@ -186,18 +186,18 @@ class KeyValueStream(Stream):
         count = key.shape[2]
         if self.crosses(count):
             return self._attend_across(query, key, value, scale)
-        # All that is stored is visible to all new tokens, up to themselves.
+        # All new tokens see everything that is stored, up to themselves.
         return self._attend_to(self.extend(key, value, query), query, scale)
 
     def probe(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """:meth:`attend` of tokens that are not taken in, where everything is kept."""
+        """:meth:`attend` for tokens that are not stored; only for streams that keep everything."""
         self._probed += attended_pairs(self.seen + key.shape[2], None) - attended_pairs(self.seen, None)
         pairs = joined(self.buffer.filled, (key, value))
         self._probing = max(self._probing, sum(part.nbytes for part in pairs))
         return self._attend_to(pairs, query, scale)
 
     def _attend_to(self, visible: Pair, query: Tensor, scale: float) -> Tensor:
-        """Causal attention of the queries (B, Hq, N, D) of the last N of some stored pairs (B, H, …, D)."""
+        """Causal attention of the queries (B, Hq, N, D) of the last N tokens to the pairs (B, H, …, D)."""
         visible = key, value = self._bare(visible)
         if (count := query.shape[2]) == 1:
             grouped = query.unflatten(1, (key.shape[1], -1))
@@ -208,7 +208,7 @@ class KeyValueStream(Stream):
         return output
 
     def _attend_across(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """:meth:`attend` of tokens that see different numbers of compressed partitions."""
+        """:meth:`attend` for tokens that see different numbers of compressed partitions."""
         self.advance()
         buffer, start, offset = self._store_for(key, value), self.seen, raw_start(self.partitions, self.rule)
         past = buffer.cut(compact_size(self.partitions, self.rule))
@@ -223,20 +223,20 @@ class KeyValueStream(Stream):
         return output
 
     def _bare(self, pair: Pair) -> Pair:
-        """Keys and values without what travels with the keys."""
+        """Keys and values without the scores that travel with the keys."""
         return bare_keys(*pair, self.rule.compressor), pair[1]
 
     def crosses(self, count: int) -> bool:
-        """Whether something must be compressed between the next token and the one ``count`` - 1 later."""
+        """Whether a compression falls between the first and the last of the next ``count`` tokens."""
         return compressed_at(self.seen, self.rule) != compressed_at(self.seen + count - 1, self.rule)
 
     def extend(self, key: Tensor, value: Tensor, query: Tensor | None = None) -> Pair:
-        """Take in N new tokens, between which nothing is compressed, and leave the attention to the caller.
+        """Store N new tokens, between which nothing is compressed, and leave the attention to the caller.
 
         Only a compressor with a window needs their queries.
 
         Returns:
-            Keys and values (B, H, stored, D): the new tokens see all but their successors. Views of the store.
+            Keys and values (B, H, stored, D), views of the buffer. The new tokens see all but their successors.
         """
         assert not self.crosses(key.shape[2])
         self.advance()
@@ -252,25 +252,25 @@ class KeyValueStream(Stream):
         return compressed_at(self.seen, self.rule) > self.partitions
 
     def advance(self) -> None:
-        """Compress what the rule says must be compressed when the next token attends."""
+        """Compress the partitions that the rule requires to be compressed before the next token attends."""
         if self.due:
             raw = self.buffer.cut(compact_size(self.partitions, self.rule))
             queries = None if self._queries is None else self._queries.filled[0].clone()
             self.buffer.append(self._compress(self.buffer, raw, compressed_at(self.seen, self.rule), queries))
 
     def most_stored(self, tokens: int) -> int:
-        """The most places that are filled at a time while ``tokens`` more come in one by one."""
+        """The most rows that are filled at any time while ``tokens`` more arrive one by one."""
         return max((stored_size(self.seen + count, self.rule) for count in range(1, tokens + 1)), default=0)
 
     @property
     def query_place(self) -> int:
-        """Where the next token's query goes in the memory of the queries: to the last row if it is not needed."""
+        """The row of the query buffer for the next token's query: the last row if the query is not needed."""
         if self._queries is None:
             return 0
         return self._queries.length if self._windows(self.seen, self.seen + 1) else self._queries.capacity - 1
 
     def count(self, tokens: int) -> None:
-        """Take note of tokens that somebody wrote behind the filled rows of the :attr:`buffers`."""
+        """Count ``tokens`` new tokens that the caller has already written after the filled rows of the buffers."""
         if self._queries is not None:
             needed = self._windows(self.seen, self.seen + tokens)
             self._queries.length += sum(window.stop - window.start for window in needed)
@@ -278,7 +278,7 @@ class KeyValueStream(Stream):
         self.seen += tokens
 
     def rows(self, indices: Tensor) -> KeyValueStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = KeyValueStream(self.rule, self.impl)
         other.seen, other.partitions, other._probed = self.seen, self.partitions, self._probed
         other._store = None if self._store is None else self._store.rows(indices)
@@ -286,7 +286,7 @@ class KeyValueStream(Stream):
         return other
 
     def _windows(self, start: int, stop: int) -> list[slice]:
-        """Those of the positions [start, stop) whose queries a compression to come needs, from ``start``."""
+        """Slices of [start, stop), relative to ``start``, with the queries that later compressions need."""
         lag, window = self.rule.lag_size, self.rule.compressor.window
         first = window_start(self.partitions + 1, self.rule)
         # The window that ends behind ``start``, or the first one that is needed.
@@ -294,7 +294,7 @@ class KeyValueStream(Stream):
         return [slice(max(at - start, 0), min(at + window, stop) - start) for at in range(first, stop, lag)]
 
     def _remember(self, query: Tensor | None) -> None:
-        """Store what compressions to come need of the queries (B, Hq, N, D) of the next tokens."""
+        """Store the queries that later compressions need, out of those (B, Hq, N, D) of the next tokens."""
         if self.rule.compressor.window:
             assert query is not None
             rows = self._query_rows(query)
@@ -302,20 +302,20 @@ class KeyValueStream(Stream):
                 rows.append((query[:, :, window],))
 
     def _queries_with(self, query: Tensor) -> Tensor | None:
-        """Copies of the stored queries, and behind them of those of the next tokens that compressions need."""
+        """Copies of the stored queries, followed by the next tokens' queries that compressions need."""
         if self.rule.compressor.window == 0:
             return None
         windows = self._windows(self.seen, self.seen + query.shape[2])
         return torch.cat([*self._query_rows(query).filled, *(query[:, :, window] for window in windows)], dim=2)
 
     def _query_rows(self, query: Tensor) -> RowBuffer[tuple[Tensor]]:
-        """Those that are stored, made for queries like these by the first call."""
+        """The buffer of queries; the first call makes it for queries like these."""
         if self._queries is None:
             self._queries = RowBuffer(query[:, :, :0])
         return self._queries
 
     def _store_for(self, key: Tensor, value: Tensor) -> PairBuffer:
-        """The store, made for pairs like these by the first call."""
+        """The buffer of pairs; the first call makes it for pairs like these."""
         if self._store is None:
             self._store = PairBuffer(key[:, :, :0], value[:, :, :0])
         return self._store
@@ -323,7 +323,7 @@ class KeyValueStream(Stream):
     def _compress(self, buffer: PairBuffer, raw: Pair, partitions: int, queries: Tensor | None) -> Pair:
         """Append all partitions up to P = ``partitions`` to the compact rows; returns the tokens that stay raw.
 
-        The queries (B, Hq, rows, D) are a compressor's; those that it leaves replace the stored ones.
+        The compressor takes its windows from the queries (B, Hq, rows, D). The unused rest replaces the stored ones.
         """
         (key, value), sink, before = raw, self.rule.sink_size, self.partitions
         dropped = raw_start(partitions, self.rule) - raw_start(before, self.rule)
@@ -346,7 +346,7 @@ class KeyValueStream(Stream):
         return recent
 
     def _compact(self, key: Tensor, value: Tensor, count: int, windows: Tensor | None) -> Pair:
-        """What the next ``count`` partitions become: keys and values (B, H, count K, D)."""
+        """Compress the next ``count`` partitions to keys and values (B, H, count K, D)."""
         run = implementation(self.impl, key)
         compact: Pair = run.compress(key, value, self.rule, count, self.partitions, windows)
         return compact

@@ -1,4 +1,4 @@
-"""Compressors that make new pairs of a partition with what more than :class:`MeanPool` needs.
+"""Compressors that make new pairs and need more than :class:`MeanPool`: a rotation, or a bias.
 
 Dimensions: B batch, H key-value heads, P partitions, L lag_size, K top_k, D head_dim.
 """
@@ -21,10 +21,10 @@ from lrsa_lit.ops.sparse_attention.compressors import Compressor, Partitions
 class FreqPartition(Compressor):
     """Keep the K lowest frequencies of each channel along the partition, on keys without their rotation.
 
-    Our partition form of FreqKV (arXiv 2505.00570): its transform, but each partition is compressed once and by itself,
-    and positions stay those of the sequence: compact key j is rotated at the place (2j + 1) L / 2K - 1/2 of its
-    partition, the middle of the stretch that it stands for. FreqKV compresses its whole cache again and again, and
-    rotates by slots. Linear, so that each pair has gradient to all L.
+    This is FreqKV (arXiv 2505.00570) per partition. The transform is the same, but each partition is compressed once
+    and separately, whereas FreqKV compresses its whole cache repeatedly. Positions stay those of the sequence, whereas
+    FreqKV rotates by cache slots: compact key j is rotated to (2j + 1) L / 2K - 1/2 in its partition, the middle of the
+    tokens that it represents. The transform is linear, so each pair's gradient reaches all L tokens.
     """
 
     needs_rotary: ClassVar[bool] = True
@@ -35,7 +35,7 @@ class FreqPartition(Compressor):
         assert rotary is not None
         lag, kept = key.shape[-2], partitions.top_k
         weights = low_pass(lag, kept, key.device).to(torch.promote_types(key.dtype, torch.float32))
-        # W mixes tokens and the rotation mixes channels: where the partition starts makes no difference.
+        # W mixes tokens and the rotation mixes channels, so the partition's start makes no difference.
         raw = rotary.unrotate(key, torch.arange(lag, device=key.device))
         compact_key = rotary.rotate(weights @ raw, places(lag, kept, key.device))
         return compact_key.to(key.dtype), (weights @ value.to(weights.dtype)).to(value.dtype)
@@ -55,7 +55,7 @@ def low_pass(lag: int, kept: int, device: torch.device) -> Tensor:
 
 
 def places(lag: int, kept: int, device: torch.device) -> Tensor:
-    """(K,) float64: where in a partition of L tokens the middles of K equal stretches are."""
+    """(K,) float64: the middles of K equal parts of a partition of L tokens."""
     return (2 * torch.arange(kept, dtype=torch.float64, device=device) + 1) * lag / (2 * max(kept, 1)) - 0.5
 
 
@@ -63,12 +63,13 @@ def places(lag: int, kept: int, device: torch.device) -> Tensor:
 class Centroids(Compressor):
     """Cluster the keys of a partition; a cluster's pair is the mean of its keys and the mean of its values.
 
-    Ours: it takes over the clustering of Squeezed Attention (arXiv 2411.09688), k-means on keys of length 1, which
-    itself keeps all pairs and looks clusters up. Labels are constants for the gradient. An empty cluster has no weight.
+    Our own variant with the clustering of Squeezed Attention (arXiv 2411.09688): k-means on keys of unit length.
+    Squeezed Attention itself keeps all pairs and uses the clusters for lookup. Labels are constants for the gradient.
+    An empty cluster gets no attention.
 
     Args:
-        iterations: rounds of k-means from every (L/K)-th key on (>= 1); labels that rest stay.
-        weigh: add log n to the logits of a cluster of n tokens, so that it weighs as much as they did.
+        iterations: iterations of k-means (>= 1), which starts from every (L/K)-th key.
+        weigh: add log n to the logits of a cluster of n tokens, so that it weighs as much as its tokens did.
     """
 
     has_bias: ClassVar[bool] = True
@@ -88,7 +89,7 @@ class Centroids(Compressor):
         count = members.sum(dim=-1)
         empty = count == 0
         bias = (count.log() if self.weigh else torch.zeros_like(count)).masked_fill(empty, _NO_WEIGHT)
-        # An empty one gets the mean of all keys, which no query can score above each of the other clusters.
+        # An empty cluster gets the mean of all keys: no query scores that higher than every other cluster.
         weights = members.masked_fill(empty[..., None], 1.0)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         compact_key, compact_value = (weights @ tokens.to(weights.dtype) for tokens in (key, value))
@@ -96,4 +97,4 @@ class Centroids(Compressor):
 
 
 _NO_WEIGHT = -1e4
-"""A bias beside which the exponential of every other is infinite, and which half precision can hold."""
+"""The bias of an empty cluster: so low that its attention weight is 0, yet within the range of float16."""

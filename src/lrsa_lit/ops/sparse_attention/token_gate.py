@@ -1,4 +1,4 @@
-"""Selection by a gate: a linear map of a token's hidden state, in front of the attention, to a score of each head.
+"""Selection by a gate: a linear map from a token's hidden state, before the attention, to one score per head.
 
 Dimensions: B batch, H key-value heads, P partitions, L lag_size.
 """
@@ -21,26 +21,26 @@ from lrsa_lit.ops.sparse_attention.compressors import Partitions, Selector
 from lrsa_lit.paths import expanded
 
 NAME = "token_gates"
-"""The tensor (layers, H, width) in a file of gates."""
+"""The name of the tensor (layers, H, width) in a file of gates."""
 
 
 @dataclass(frozen=True)
 class TokenGate(Selector):
-    """Keep the tokens that a gate scores highest: its weights times the hidden state that the layer's keys are made of.
+    """Keep the tokens with the highest gate score: the gate's weights times the hidden state that keys are made from.
 
-    The gate is KVzap's linear one (arXiv 2601.07891), distilled from KVzip's scores. Ours is that each partition
-    chooses K of its own tokens, in training as well; KVzap drops what is below a threshold. An offset of a head would
-    change no choice, so there is none. The weights are constants, not parameters of the model: they stay in their file,
-    and what was trained with them names it and its SHA-256.
+    The gate is KVzap's linear one (arXiv 2601.07891), distilled from KVzip's scores. KVzap drops tokens below a
+    threshold; here each partition keeps K of its own tokens, in training as well. A bias per head would not change the
+    choice, so there is none. The weights are constants, not parameters of the model: they stay in their file, and
+    checkpoints record its path and SHA-256.
 
     Args:
-        weights: path of a safetensors file with ``token_gates`` (layers, H, width of the hidden states), as a training
-            of gates writes it; null draws them at random, which is the control.
-        seed: of random weights.
-        sha256: of the file, filled in when it is read; a file of another one is refused.
+        weights: path of a safetensors file with ``token_gates`` (layers, H, width of the hidden states), as written by
+            gate training. null draws random weights, as a control.
+        seed: seed of the random weights.
+        sha256: SHA-256 of the file. It is filled in when the file is read; a file with another hash is refused.
 
     Raises:
-        UserError: a file that cannot be read, is another one than was used or holds no gates.
+        UserError: the file cannot be read, has another SHA-256, or holds no gates.
     """
 
     weights: str | None = None
@@ -57,7 +57,7 @@ class TokenGate(Selector):
         path = expanded("weights", self.weights).absolute()
         digest = _digest_of(path)
         if self.sha256 not in (None, digest):
-            reason = f"holds other gates than those that were used, whose SHA-256 is {self.sha256}"
+            reason = f"has changed since it was used: its SHA-256 was {self.sha256}"
             raise UserError("weights", self.weights, reason=reason)
         object.__setattr__(self, "weights", str(path))
         object.__setattr__(self, "sha256", digest)
@@ -67,7 +67,7 @@ class TokenGate(Selector):
         """The weights (H, width) of a layer, float32.
 
         Raises:
-            UserError: the file's are of another model.
+            UserError: the file's gates are for a model of another shape.
         """
         if self.weights is None:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + layer) % 2**63)
@@ -84,7 +84,7 @@ class TokenGate(Selector):
         return gates[layer]
 
     def score(self, partitions: Partitions) -> Tensor:
-        """(B, H, P, L), as they came with the keys."""
+        """The scores (B, H, P, L) that came with the keys."""
         assert partitions.token_scores is not None
         return partitions.token_scores
 
@@ -98,16 +98,16 @@ def _digest_of(path: Path) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _gates_in(path: Path, digest: str) -> Tensor:
-    """The gates of a file of that digest, float32 (layers, H, width)."""
+    """The gates in a file, float32 (layers, H, width); the digest is part of the cache key."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         found: dict[str, Any] = load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise UserError("weights", str(path), reason=f"is no safetensors file ({message_of(error)})") from None
+        raise UserError("weights", str(path), reason=f"is not a safetensors file ({message_of(error)})") from None
     gates = found.get(NAME)
     if gates is None or gates.ndim != 3 or not gates.is_floating_point() or not bool(gates.isfinite().all()):
-        raise UserError("weights", str(path), reason=f"has no finite numbers {NAME} (layers, heads, width)")
+        raise UserError("weights", str(path), reason=f"has no tensor {NAME} (layers, heads, width) of finite numbers")
     loaded: Tensor = gates.float()
     return loaded

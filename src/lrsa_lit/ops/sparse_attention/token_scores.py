@@ -1,7 +1,7 @@
-"""A score of each token that travels with its key, as channels, until the token's partition is judged.
+"""A score per token that travels with its key, in extra channels, until the token's partition is scored.
 
-So packing, padding, groups of heads, caches and their reordering carry it without knowing of it. Attention is over the
-keys without these channels: nothing but memory is paid for, 4 / D of keys and values where they are stored.
+So packing, padding, groups of heads, caches and their reordering carry the scores without special code. Attention uses
+the keys without these channels, so the only cost is memory: 4 / D of the stored keys and values.
 
 Dimensions: B batch, H key-value heads, T tokens, D head_dim.
 """
@@ -18,16 +18,16 @@ from lrsa_lit.ops.sparse_attention.slot_bias import CHANNELS, narrow, parts
 
 
 def with_scores(key: Tensor, scores: Tensor) -> Tensor:
-    """Keys (B, H, T, D) with the scores (B, H, T) of their tokens: (B, H, T, D + 8), in the dtype of the keys.
+    """Add the scores (B, H, T) of tokens to their keys (B, H, T, D): (B, H, T, D + 8), in the dtype of the keys.
 
-    A score is two channels, the second being what the first rounds off: of bfloat16, 16 bits are exact.
+    A score takes two channels, the second of which holds the rounding error of the first: 16 exact bits in bfloat16.
     """
     both = torch.stack(parts(scores, key.dtype), dim=-1)
     return torch.cat([key, both, both.new_zeros(*both.shape[:-1], CHANNELS - 2)], dim=-1)
 
 
 def without_scores(key: Tensor) -> Tensor:
-    """Compact keys (…, D) among keys that have scores: (…, D + 8)."""
+    """Pad compact keys (…, D), whose scores are no longer needed, to the width of keys with scores: (…, D + 8)."""
     return pad(key, (0, CHANNELS))
 
 
@@ -38,14 +38,14 @@ def scores_of(key: Tensor) -> Tensor:
 
 
 def bare_keys(key: Tensor, value: Tensor, compressor: Compressor) -> Tensor:
-    """Keys (…, D) without the scores that a compressor takes, if it takes any; a view.
+    """Keys (…, D) without the scores, if the compressor takes scores; a view.
 
     Raises:
-        UserError: it takes scores, and the keys have none.
+        UserError: the compressor takes scores, but the keys have none.
     """
     if not compressor.takes_scores:
         return key
     if key.shape[-1] != value.shape[-1] + CHANNELS:
-        reason = f"have no scores of their tokens, which {type(compressor).__name__} needs"
-        raise UserError("key", reason=reason, hint="a model that LRSA is enabled on adds them, and so does with_scores")
+        reason = f"has no token scores, which {type(compressor).__name__} needs"
+        raise UserError("key", reason=reason, hint="with_scores adds them; models with LRSA enabled do so themselves")
     return narrow(key)
