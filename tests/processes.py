@@ -21,23 +21,23 @@ multiprocessing.set_forkserver_preload(
 )
 
 
-def start(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function in each process with its rank and a free port of all, and wait for their ends.
+def start(function: Callable[..., None], *arguments: Any, count: int = COUNT) -> None:
+    """Call a function in each of some processes with its rank and a free port of all, and wait for their ends.
 
     Raises:
         ProcessException: one of them failed.
     """
-    context = _started(function, *arguments)
+    context = _started(function, *arguments, count=count)
     while not context.join():
         pass
 
 
-def _started(function: Callable[..., None], *arguments: Any) -> ProcessContext:
+def _started(function: Callable[..., None], *arguments: Any, count: int = COUNT) -> ProcessContext:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return torch.multiprocessing.start_processes(
-        function, (port, *arguments), nprocs=COUNT, join=False, start_method="forkserver"
+        function, (port, *arguments), nprocs=count, join=False, start_method="forkserver"
     )
 
 

@@ -1,0 +1,169 @@
+"""What the ranks of a shared row exchange under a rule, and who compresses what: integers only.
+
+Symbols: N ranks, S sink_size, L lag_size, K top_k, P(t) partitions compressed when the token at t attends.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lrsa_lit.context_parallel.shares import Shares
+from lrsa_lit.ops.sparse_attention import Rule, compressed_at, raw_start
+from lrsa_lit.ops.sparse_attention.geometry import compact_size, partition_counts
+
+
+class Piece(NamedTuple):
+    """The part of a sequence that lies in one share.
+
+    Attributes:
+        sequence: its number in the row.
+        start: position in the sequence of the part's first token; ``stop`` is that behind its last one.
+        raw_from: position of the first raw token that it needs, at most ``start``.
+        first: the first partition whose reference ends in the part: its holder compresses it, and ``count`` in all.
+        partitions: that the sequence has compressed by its end.
+    """
+
+    sequence: int
+    start: int
+    stop: int
+    raw_from: int
+    first: int
+    count: int
+    partitions: int
+
+
+class Move(NamedTuple):
+    """Rows that one rank sends to another for the halo of a share: their place in the row, and their number."""
+
+    sender: int
+    receiver: int
+    share: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Gather:
+    """The compact rows of N shares, one of each rank, padded to equally many.
+
+    Attributes:
+        rows: that each rank gives, padding included; 0 where there is nothing to gather.
+        parts: for each sequence that lies in several shares, the rows [start, stop) of all that are gathered.
+    """
+
+    rows: int
+    parts: dict[int, list[tuple[int, int]]]
+
+    def order(self) -> list[tuple[int, int]]:
+        """All parts, one sequence after the other."""
+        return list(itertools.chain.from_iterable(self.parts.values()))
+
+    def span(self, sequence: int) -> tuple[int, int]:
+        """Where the rows of a sequence are in that order."""
+        start = 0
+        for number, parts in self.parts.items():
+            size = sum(stop - start for start, stop in parts)
+            if number == sequence:
+                return start, start + size
+            start += size
+        return start, start
+
+
+class Plan:
+    """What a rule makes of the shares of a row.
+
+    Args:
+        shares: of the row.
+        rule: decides the halos and who compresses what; its compressor does not matter.
+
+    Attributes:
+        pieces: of each share.
+        halos: of each share the tokens [start, stop) of the row that its holder needs from before it.
+        moves: who sends what for them, in the order in which each rank sends and receives.
+        gathers: of the compact rows: those of the shares from the front, and those of the others.
+    """
+
+    def __init__(self, shares: Shares, rule: Rule) -> None:
+        self.shares, self.rule = shares, rule
+        totals = partition_counts(shares.boundaries, rule)
+        self.pieces = [self._pieces(*shares.span(share), totals) for share in range(2 * shares.ranks)]
+        self.halos = [
+            (start - pieces[0].start + pieces[0].raw_from, start)
+            for pieces, start in zip(self.pieces, shares.cuts, strict=False)
+        ]
+        self.moves = sorted(self._moves())
+        self.gathers = [self._gather(half) for half in (0, 1)]
+
+    def contributed(self, piece: Piece) -> int:
+        """The compact rows that the holder of a piece makes: of sinks, and of the partitions that it compresses."""
+        sinks = self.rule.sink_size if piece.start == 0 and piece.partitions else 0
+        return sinks + piece.count * self.rule.top_k
+
+    def needed(self, piece: Piece) -> int:
+        """The compact rows that the queries of a piece see, from the sequence's start on."""
+        return compact_size(compressed_at(piece.stop - 1, self.rule), self.rule)
+
+    def is_whole(self, piece: Piece) -> bool:
+        """Whether all of its sequence is in the piece."""
+        boundaries = self.shares.boundaries
+        return piece.stop - piece.start == boundaries[piece.sequence + 1] - boundaries[piece.sequence]
+
+    @property
+    def moves_any(self) -> bool:
+        """Whether any rank needs what another one holds, so that all must call each other."""
+        return any(move.sender != move.receiver for move in self.moves)
+
+    def _pieces(self, start: int, stop: int, totals: list[int]) -> list[Piece]:
+        """Those of the tokens [start, stop) of the row."""
+        found = []
+        for sequence, (first, end) in enumerate(itertools.pairwise(self.shares.boundaries)):
+            if first < stop and start < end:
+                span = max(start, first) - first, min(stop, end) - first
+                found.append(self._piece(sequence, *span, totals[sequence]))
+        return found
+
+    def _piece(self, sequence: int, start: int, stop: int, partitions: int) -> Piece:
+        """The partition p is compressed where its reference ends: at S + (p + 2) L."""
+        sink, lag = self.rule.sink_size, self.rule.lag_size
+        first = min(max((start - sink) // lag - 1, 0), partitions)
+        end = min(max((stop - sink) // lag - 1, first), partitions)
+        return Piece(
+            sequence, start, stop, raw_start(compressed_at(start, self.rule), self.rule), first, end - first, partitions
+        )
+
+    def _moves(self) -> list[Move]:
+        found = []
+        for share, (start, stop) in enumerate(self.halos):
+            for other in range(share):
+                begin, end = self.shares.span(other)
+                begin, end = max(begin, start), min(end, stop)
+                if begin < end:
+                    holder = self.shares.holder
+                    found.append(Move(holder(other), holder(share), share, begin, end))
+        return found
+
+    def _gather(self, half: int) -> Gather:
+        count = self.shares.ranks
+        rows = [
+            [(piece.sequence, self.contributed(piece)) for piece in pieces if not self.is_whole(piece)]
+            for pieces in self.pieces
+        ]
+        shares = range(half * count, (half + 1) * count)
+        most = max(sum(size for _, size in rows[share]) for share in shares)
+        parts: dict[int, list[tuple[int, int]]] = {}
+        for share in shares:
+            start = self.shares.holder(share) * most
+            for sequence, size in rows[share]:
+                if size:
+                    parts.setdefault(sequence, []).append((start, start + size))
+                start += size
+        return Gather(most, dict(sorted(parts.items())))
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of(shares: Shares, numbers: tuple[int, int, int, int]) -> Plan:
+    """The plan of a rule of these numbers: S, L, K, C."""
+    return Plan(shares, Rule(*numbers))
