@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from lrsa_lit.errors import UserError
 
@@ -118,12 +119,24 @@ def counts_before_shares(parser: LightningArgumentParser) -> None:
 
 
 class OneMesh(ModelParallelStrategy):
-    """All devices of all machines are one mesh; Lightning's own strategy knows their number too late to be told."""
+    """All devices of all machines are one mesh; Lightning's own strategy knows their number too late to be told.
+
+    Attributes:
+        context: how many devices, neighbours in rank, share a batch: they are the second dimension of the mesh. Tensor
+            parallelism, which Lightning knows there, has another meaning: its devices make gradients of one batch.
+    """
+
+    context: int = 1
 
     def setup_environment(self) -> None:
         """Set the size before the mesh is made."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        if self.context > 1:
+            shape, names = (self.world_size // self.context, self.context), ("data_parallel", "context")
+            self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+            assert self.lightning_module is not None
+            self.lightning_module._device_mesh = self._device_mesh
 
 
 class OpenModelCheckpoint(ModelCheckpoint):

@@ -43,6 +43,13 @@ class FullySharded(OneMesh):
     Checkpoints are folders that any number of devices can load and ``lrsa export`` makes whole; they hold what is
     trained, which leaves a frozen base out. Lightning's own strategy would read the base back, too, and write in place.
 
+    Args:
+        context: how many devices share each training batch, every one a part of the tokens of its rows (context
+            parallelism); it divides the number of devices. Evaluations are shared by questions all the same.
+
+    Raises:
+        UserError: it is less than 1, or, where a run begins, no divisor.
+
     Attributes:
         reads_shards: that it loads folders of shards.
         predicts: that devices may get unequal shares of the data, as they do where every question is asked once.
@@ -51,9 +58,29 @@ class FullySharded(OneMesh):
     reads_shards = True
     predicts = False
 
-    def __init__(self) -> None:
+    def __init__(self, context: int = 1) -> None:
+        if context < 1:
+            raise UserError("context", context, "an integer >= 1")
         super().__init__(tensor_parallel_size=1)
+        self.context = context
         self._loading = Path()
+
+    def check_devices(self) -> None:
+        """Raise a UserError if the devices are not so many times those that share a batch."""
+        world = self.num_nodes * self.num_processes
+        if world % self.context:
+            field = "trainer.strategy.init_args.context"
+            raise UserError(field, self.context, f"a divisor of {world}, the number of devices")
+
+    def setup_environment(self) -> None:
+        """Start the processes and make their mesh."""
+        self.check_devices()
+        super().setup_environment()
+
+    @property
+    def evaluation_sampler_kwargs(self) -> dict[str, Any]:
+        """Which of the questions this device answers: those that share training batches share these as well."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -194,6 +221,24 @@ class SharedDevice(DDPStrategy):
         """Start the processes, which share the cores as well."""
         super().setup_environment()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_processes))
+
+
+CONTEXT = "context"
+"""The dimension of a mesh along which devices share the tokens of rows."""
+
+
+def context_of(mesh: DeviceMesh | None) -> torch.distributed.ProcessGroup | None:
+    """The devices that share this one's training batches; None where it shares them with no other."""
+    if mesh is None or CONTEXT not in (mesh.mesh_dim_names or ()):
+        return None
+    return mesh.get_group(CONTEXT)
+
+
+def whole_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh of one dimension over which weights are split: all devices that do not hold different tensors."""
+    if context_of(mesh) is None:
+        return mesh["data_parallel"]
+    return DeviceMesh(mesh.device_type, mesh.mesh.flatten(), mesh_dim_names=("data_parallel",))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None, layers_alone: bool = False) -> None:

@@ -135,3 +135,15 @@ def test_processes_that_share_a_device_find_what_one_does(tmp_path):
 def test_a_device_is_not_shared_by_a_fit(tmp_path, capfd):
     error = refusal(capfd, *command("--trainer.strategy", SHARED, folder="shared", steps=1))
     assert "trainer.strategy: 'SharedDevice' is not allowed" in error
+
+
+CONTEXT = ["--data.init_args.max_tokens", "1024", "--model.lrsa.lag_size", "8", "--model.lrsa.sink_size", "4",
+           "--model.lrsa.top_k", "3", "--model.backbone.gradient_checkpointing", "true"]  # fmt: skip
+
+
+def test_devices_that_share_rows_train_what_one_device_trains(tmp_path):
+    alone = on_one(*CONTEXT, "--data.init_args.batch_size", "1", tmp_path=tmp_path, steps=4)
+    processes.run(on_two("context_parallel", *CONTEXT, folder="half", steps=2), tmp_path)
+    half = last(tmp_path / "half")
+    processes.run(on_two("context_parallel", *CONTEXT, "--ckpt_path", str(half), folder="whole", steps=4), tmp_path)
+    assert_same(last(tmp_path / "whole"), alone)

@@ -28,7 +28,11 @@ from lrsa_lit.ops.sparse_attention import (
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL
 
 RULE = Rule(sink_size=3, lag_size=6, top_k=2, rotary=Rotary((0.7,)))
-SETTINGS = {"QueryAttention": {"window": 3, "kernel": 3}, "QueryRuns": {"window": 2, "size": 3}, "ChunkWise": {"size": 2}}
+SETTINGS = {
+    "QueryAttention": {"window": 3, "kernel": 3},
+    "QueryRuns": {"window": 2, "size": 3},
+    "ChunkWise": {"size": 2},
+}
 COMPRESSORS = {
     name: made(**SETTINGS.get(name, {}))
     for name, made in sorted(vars(ops).items())

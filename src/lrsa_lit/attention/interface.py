@@ -36,6 +36,7 @@ from lrsa_lit.attention.latents import LATENTS, attach_latents, with_latents
 from lrsa_lit.attention.layout import Layout, positions_from_mask, read_layout, restarting_positions
 from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.attention.scored_tokens import SCORES, attach_gate, scored
+from lrsa_lit.context_parallel import SharedRows, needs_all_keys
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import (
     HeadRules,
@@ -292,6 +293,8 @@ def _attend(
         with torch.autocast(query.device.type, enabled=False):
             return _attend(module, layout, cache, query, key, value, scale)
     attached: AttachedRule = getattr(module, RULE)
+    if layout.shared is not None:
+        return _attend_shared(attached, layout.shared, query, key, value, scale)
     if attached.state.observe is not None:
         if cache is not None:
             raise UserError("past_key_values", reason="an LRSACache cannot be observed; run the whole text without it")
@@ -307,6 +310,17 @@ def _attend(
     else:
         attend = functools.partial(sparse_attention, rule=attached.rule, scale=scale, impl=attached.state.impl)
     return layout.apply(attend, query, key, value)
+
+
+def _attend_shared(
+    attached: AttachedRule, shared: SharedRows, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """:func:`_attend` where devices share the rows and each has a part of the tokens."""
+    if attached.system is not None:
+        raise needs_all_keys(attached.system)
+    if attached.state.observe is not None:
+        raise UserError("context", reason="rows that devices share cannot be observed")
+    return shared.attend(query, key, value, attached.rule, scale=scale, impl=attached.state.impl)
 
 
 # A compiled layer stops for it: what it asks the rule and the layout for would be reasons to compile that layer anew.
@@ -328,9 +342,9 @@ def _is_traceable(attached: AttachedRule, layout: Layout, query: Tensor, key: Te
 
     Dense layers stop where sequences are packed, whose number would be the number of calls in the graph.
     """
-    if attached.state.observe is not None or layout.real is not None or query.shape[2] != key.shape[2]:
+    if attached.state.observe is not None or layout.real is not None or layout.shared is not None:
         return False
-    if attached.system is not None:
+    if query.shape[2] != key.shape[2] or attached.system is not None:
         return False
     if attached.rule is None:
         return layout.cu_seqlens is None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrsa_lit.context_parallel import SharedRows
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import checked_boundaries
 
@@ -29,11 +30,13 @@ class Layout:
         cu_seqlens: (N + 1,) int32 on the CPU, boundaries among the real tokens; None where each row is a sequence.
         row_spans: for each row the columns [start, stop) of its real keys, counted from the first one that the mask
             covered; None where all are real.
+        shared: the rows, if several devices share them; then the others are None.
     """
 
     real: Tensor | None = None
     cu_seqlens: Tensor | None = None
     row_spans: tuple[tuple[int, int], ...] | None = None
+    shared: SharedRows | None = None
 
     def apply(self, attend: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Run ``attend`` so that each sequence is alone; outputs of pads are 0.

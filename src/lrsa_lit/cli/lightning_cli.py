@@ -89,12 +89,15 @@ class LRSACLI(RunCLI):
             model.check_training()
             model.check_objective(self.datamodule.max_tokens, self.trainer.max_steps)
             preflight.check_pairs(model, self.datamodule)
+            preflight.check_context(model, self.datamodule, self.trainer.strategy)
             self._open_teachers()
 
     def check_examples(self) -> None:
         """Their parts have other names than attentions, and their contexts can be digested, where they are."""
         preflight.check_parts_of_data(str(self.subcommand), self.model, self.datamodule)
         preflight.check_contexts(str(self.subcommand), self.model, self.datamodule)
+        if self.subcommand == "fit":
+            preflight.check_rows(self.model, self.datamodule, self.trainer.strategy)
 
     def instead(self) -> Callable[[], None] | None:
         """The estimate of a fit."""

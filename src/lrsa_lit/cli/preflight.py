@@ -19,13 +19,17 @@ from lightning.pytorch.strategies import Strategy
 from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.attention.families import check_config
 from lrsa_lit.classes import named_class
+from lrsa_lit.context_parallel import shortest_row, too_short
 from lrsa_lit.data import token_cache
 from lrsa_lit.data.module import SPLITS, QADataModule
+from lrsa_lit.data.policies import Packed
 from lrsa_lit.errors import UserError, message_of, under
 from lrsa_lit.models.checkpoint_file import holds_shards
 from lrsa_lit.paths import expanded
+from lrsa_lit.strategies import FullySharded
 from lrsa_lit.tasks import Digests, LongContextQA
 from lrsa_lit.tasks.attentions import check_names
+from lrsa_lit.tasks.shared_batch import check_shareable
 from lrsa_lit.terminal import log_to
 
 _log = logging.getLogger("lrsa_lit")
@@ -82,6 +86,30 @@ def check_pairs(task: LongContextQA, data: QADataModule) -> None:
         if term.needs_rejected and not data.rejects:
             reason = f"{type(term).__name__} needs two answers to each prompt, and {type(data).__name__} has one"
             raise UserError("model.objective", reason=reason, hint="take data such as lrsa_lit.data.PreferencePairs")
+
+
+def check_context(task: LongContextQA, data: QADataModule, strategy: Strategy) -> None:
+    """Refuse what devices that share rows cannot train."""
+    if not isinstance(strategy, FullySharded) or strategy.context == 1:
+        return
+    strategy.check_devices()
+    with under("trainer.strategy.init_args"):
+        check_shareable(task.train_config, task.objective, task.backbone.config)
+        rule, packing = (task.train_config or task.lrsa).rule, data.packing
+        if packing is not None and packing.tokens < shortest_row(strategy.context, rule):
+            raise too_short(packing.tokens, strategy.context, rule, "data.init_args.packing.tokens is")
+
+
+def check_rows(task: LongContextQA, data: QADataModule, strategy: Strategy) -> None:
+    """Refuse prepared examples that are too short for devices to share them; packed ones make rows of a length."""
+    if not isinstance(strategy, FullySharded) or strategy.context == 1 or isinstance(data.policy, Packed):
+        return
+    data.setup("fit")
+    rule, lengths = (task.train_config or task.lrsa).rule, token_cache.longest(data.open_split("train"))
+    shortest = max(min(lengths), data.policy.row_length(lengths))
+    if shortest < shortest_row(strategy.context, rule):
+        with under("trainer.strategy.init_args"):
+            raise too_short(shortest, strategy.context, rule, "the shortest training example has")
 
 
 def check_positions(task: LongContextQA, data: QADataModule) -> None:

@@ -1,7 +1,7 @@
 """What the holder of a share does by itself: compress partitions, and let its queries attend.
 
-Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, Ts tokens of the share, Th of its halo,
-D head_dim, S sink_size, L lag_size, K top_k, w window of the compressor.
+Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, Ts tokens of the share, Th of the
+halo, D head_dim, w window of the compressor.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ class OneShare:
         sinks = self._raw(piece, 0).start if sink else 0
         rows = slice(sinks, sinks + sink)
         head = self._bare[:, :, rows], self.value[:, :, rows]
-        if not piece.count:
+        if not piece.compresses:
             return head
         raw = self._raw(piece, self.rule.sink_size + piece.first * self.rule.lag_size)
         compress = implementation(self.impl, self.query).compress
         key, value = self.key[:, :, raw], self.value[:, :, raw]
-        kept: Pair = compress(key, value, self.rule, piece.count, piece.first, self._windows(piece))
+        kept: Pair = compress(key, value, self.rule, piece.compresses, piece.first, self._windows(piece))
         return joined(head, kept)
 
     def _windows(self, piece: Piece) -> Tensor | None:
@@ -105,7 +105,7 @@ class OneShare:
         if not self.rule.compressor.window:
             return None
         queries = self._queries(piece)[:, :, window_start(piece.first + 1, self.rule) - piece.start :]
-        windows = queries.unfold(2, self.rule.compressor.window, self.rule.lag_size)[:, :, : piece.count]
+        windows = queries.unfold(2, self.rule.compressor.window, self.rule.lag_size)[:, :, : piece.compresses]
         grouped: Tensor = windows.transpose(-1, -2).unflatten(1, (self.key.shape[1], -1))
         return grouped
 

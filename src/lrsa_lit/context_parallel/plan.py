@@ -22,7 +22,8 @@ class Piece(NamedTuple):
         sequence: its number in the row.
         start: position in the sequence of the part's first token; ``stop`` is that behind its last one.
         raw_from: position of the first raw token that it needs, at most ``start``.
-        first: the first partition whose reference ends in the part: its holder compresses it, and ``count`` in all.
+        first: the first partition whose reference ends in the part: its holder compresses it.
+        compresses: how many it compresses in all.
         partitions: that the sequence has compressed by its end.
     """
 
@@ -31,7 +32,7 @@ class Piece(NamedTuple):
     stop: int
     raw_from: int
     first: int
-    count: int
+    compresses: int
     partitions: int
 
 
@@ -100,7 +101,7 @@ class Plan:
     def contributed(self, piece: Piece) -> int:
         """The compact rows that the holder of a piece makes: of sinks, and of the partitions that it compresses."""
         sinks = self.rule.sink_size if piece.start == 0 and piece.partitions else 0
-        return sinks + piece.count * self.rule.top_k
+        return sinks + piece.compresses * self.rule.top_k
 
     def needed(self, piece: Piece) -> int:
         """The compact rows that the queries of a piece see, from the sequence's start on."""

@@ -9,13 +9,15 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Rule
 
-Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
+Numbers = np.ndarray[tuple[Any, ...], np.dtype[np.int64]]
+Flags = np.ndarray[tuple[Any, ...], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Shares:
         """
         length, count = boundaries[-1], 2 * ranks
         if length < shortest_row(ranks, rule):
-            raise too_short(length, ranks, rule)
+            raise too_short(length, ranks, rule, "one has")
         inner = [_nearest_end(length * share / count, boundaries, rule) for share in range(1, count)]
         return cls(tuple(boundaries), (0, *inner, length))
 
@@ -72,7 +74,7 @@ class Shares:
     def positions(self, rank: int) -> list[int]:
         """The position, in its sequence, of each token that a rank holds."""
         starts = [self.boundaries[bisect.bisect_right(self.boundaries, start) - 1] for start, _ in self.spans(rank)]
-        found = []
+        found: list[int] = []
         for first, (start, stop) in zip(starts, self.spans(rank), strict=True):
             ends = [each for each in self.boundaries if start < each < stop]
             found += range(start - first, (ends[0] if ends else stop) - first)
@@ -80,7 +82,7 @@ class Shares:
                 found += range(end - begin)
         return found
 
-    def held(self, places: Numbers, rank: int) -> tuple[Numbers, Numbers]:
+    def held(self, places: Numbers, rank: int) -> tuple[Flags, Numbers]:
         """Of places in rows of T tokens that follow each other, which a rank holds, and where among its own tokens.
 
         Args:
@@ -88,12 +90,12 @@ class Shares:
             rank: the rank.
 
         Returns:
-            (M,) bool, and for those that it holds the place row Tr + column in rows of its Tr tokens, in the same order.
+            (M,) bool, and in the same order the places row Tr + column, in rows of its Tr tokens, of those it holds.
         """
         rows, columns = np.divmod(places, self.cuts[-1])
         spans = self.spans(rank)
         width, before = sum(stop - start for start, stop in spans), 0
-        own = np.full(len(places), -1)
+        own = np.full(len(places), -1, dtype=np.int64)
         for start, stop in spans:
             here = (columns >= start) & (columns < stop)
             own[here] = (rows * width + before + columns - start)[here]
@@ -106,10 +108,11 @@ def shortest_row(ranks: int, rule: Rule) -> int:
     return 2 * ranks * max(rule.lag_size, rule.sink_size)
 
 
-def too_short(length: int, ranks: int, rule: Rule) -> UserError:
-    """The complaint of a row of so many tokens."""
-    reason = f"{ranks} devices share rows of {shortest_row(ranks, rule)} tokens or more, two partitions each"
-    return UserError("context", ranks, reason=f"{reason}; one has {length}")
+def too_short(length: int, ranks: int, rule: Rule, what: str) -> UserError:
+    """The complaint of a row of so many tokens, ``what`` of which they are."""
+    reason = f"rows need {shortest_row(ranks, rule)} tokens, two partitions for each device, and {what} {length}"
+    hint = "pack examples (data.init_args.packing), pad them (data.init_args.pad_to_longest), or share with fewer"
+    return UserError("context", ranks, reason=reason, hint=hint)
 
 
 def _nearest_end(place: float, boundaries: Sequence[int], rule: Rule) -> int:

@@ -32,8 +32,10 @@ class TrainerSettings:
     """What the trainer decides about batches; the defaults are those of no trainer at all.
 
     Attributes:
-        rank: this process among those that share the batches.
-        ranks: how many they are.
+        rank: this process among those that share the batches of training.
+        ranks: how many they are; processes that make one batch together count once.
+        device: this process among those that share the questions of an evaluation.
+        devices: how many they are, of whose gradients the mean is taken.
         batches_a_step: that gradients are accumulated over.
         limit: the batches after which an epoch is cut short, or the share of them; the float 1.0 leaves it whole.
         same_order: whether every epoch is the first one, to overfit on some batches.
@@ -41,6 +43,8 @@ class TrainerSettings:
 
     rank: int = 0
     ranks: int = 1
+    device: int = 0
+    devices: int = 1
     batches_a_step: int = 1
     limit: int | float = 1.0
     same_order: bool = False
@@ -60,9 +64,12 @@ class TrainerSettings:
         if shared["num_replicas"] > 1 and divides_batches(trainer):
             raise UserError("use_distributed_sampler", True, "false, as the data module divides the batches itself")
         values = vars(trainer)
+        asked = getattr(trainer.strategy, "evaluation_sampler_kwargs", shared)
         return cls(
             rank=shared["rank"],
             ranks=shared["num_replicas"],
+            device=asked["rank"],
+            devices=asked["num_replicas"],
             batches_a_step=values["accumulate_grad_batches"],
             limit=values["limit_train_batches"],
             same_order=bool(values["overfit_batches"]),
@@ -120,7 +127,7 @@ def in_order(
     return DataLoader(
         _Repeating(examples),
         batch_size=batch_size,
-        sampler=_EveryRth(len(examples), batch_size, settings.rank, settings.ranks),
+        sampler=_EveryRth(len(examples), batch_size, settings.device, settings.devices),
         collate_fn=collate_fn,
         **_options(workers),
     )

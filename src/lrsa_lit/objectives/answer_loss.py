@@ -41,11 +41,11 @@ class AnswerLoss(Term):
     def loss(self, seen: Pass) -> Tensor:
         """Summed over the answers' tokens, or over the answers' means."""
         where = seen.positions.answers()
-        hidden, wanted = seen.hidden[where], seen.tokens[where + 1]
+        hidden, wanted = seen.hidden[where], seen.targets[where]
         if self.per == "token":
             return seen.head.cross_entropy(hidden, wanted)
         counts = np.array([size.answer for size in seen.positions.batch["sizes"]])
-        shares = torch.from_numpy(np.repeat(1 / np.maximum(counts, 1), counts)).to(hidden.device)
+        shares = torch.from_numpy((1 / np.maximum(counts, 1))[seen.positions.answered()]).to(hidden.device)
 
         def weighted(logits: Tensor, tokens: Tensor, share: Tensor) -> Tensor:
             return (cross_entropy(logits, tokens, reduction="none") * share).sum()

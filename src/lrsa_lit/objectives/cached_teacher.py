@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from lrsa_lit.attention import LAYOUT
 from lrsa_lit.errors import UserError
 from lrsa_lit.objectives.distribution import Distribution
 from lrsa_lit.objectives.positions import starts_of
@@ -52,6 +53,10 @@ class Cached(Teacher):
         kept, ids = self._opened[0], batch["input_ids"]
         read = [kept.of(at, size.tokens - 1) for at, size in zip(batch["position"], batch["sizes"], strict=True)]
         tokens, logs = (_spread(parts, starts_of(batch), ids) for parts in zip(*read, strict=True))
+        layout = inputs.get(LAYOUT)
+        if layout is not None and layout.shared is not None:
+            # Those of this device's tokens.
+            tokens, logs = (layout.shared.own(rows.unflatten(0, ids.shape)).flatten(0, 1) for rows in (tokens, logs))
         return CachedPass(tokens, logs, kept.width, {})
 
     def shape(self, of_model: Shape) -> Shape | None:

@@ -36,4 +36,4 @@ class LanguageModelLoss(Term):
     def loss(self, seen: Pass) -> Tensor:
         """Summed over the positions that were drawn."""
         where = seen.positions.drawn(self.count, self.name)
-        return seen.head.cross_entropy(seen.hidden[where], seen.tokens[where + 1])
+        return seen.head.cross_entropy(seen.hidden[where], seen.targets[where])

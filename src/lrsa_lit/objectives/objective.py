@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 class Pass:
     """A forward pass of the trained model, as its objectives see it.
 
+    Where devices share rows, it has this one's tokens alone: a sum over its positions is a part of the whole sum.
+
     Attributes:
-        tokens: (B T,) int64.
+        targets: (B T,) int64, the token that each position predicts; the last one of a sequence predicts none.
         positions: which of them an objective looks at.
         hidden: (B T, D), what goes into the output head.
         head: makes logits of it.
@@ -35,7 +37,7 @@ class Pass:
         taught: what each teacher made of the same tokens.
     """
 
-    tokens: Tensor
+    targets: Tensor
     positions: Positions
     hidden: Tensor
     head: Head

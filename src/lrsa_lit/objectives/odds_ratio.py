@@ -61,7 +61,7 @@ class OddsRatio(Term):
         if not tokens:
             raise UserError("objective", reason="OddsRatio needs examples that reject an answer, such as those of "
                             "PreferencePairs")  # fmt: skip
-        hidden, wanted = seen.hidden[where], seen.tokens[where + 1]
+        hidden, wanted = seen.hidden[where], seen.targets[where]
         losses = seen.head.losses(hidden, wanted).double()
         means = -torch.stack([answer.mean() for answer in losses.split(tokens)])
         lengths = torch.tensor(tokens, device=means.device)

@@ -36,8 +36,7 @@ def summed_losses(model: Any, terms: Sequence[Term], positions: Positions, input
     with outputs_of_layers(model, own) as outputs:
 
         def losses(hidden: Tensor, head: Head) -> Tensor:
-            tokens = positions.batch["input_ids"].flatten()
-            seen = Pass(tokens, positions, hidden.flatten(0, 1), head, outputs, taught)
+            seen = Pass(positions.targets(), positions, hidden.flatten(0, 1), head, outputs, taught)
             found = torch.stack([term.loss(seen) for term in terms])
             # DDP waits for a gradient of each weight, be it zero.
             return found if any(term.uses_logits for term in terms) else found + 0 * head.logits(seen.hidden[:1]).sum()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lrsa_lit.attention import LAYOUT, Greedy, LRSAConfig, disable, enable, enabled_config, packed_layout, using
+from lrsa_lit.attention import Greedy, LRSAConfig, disable, enable, enabled_config, using
 from lrsa_lit.attention.attached import warn_of_others
 from lrsa_lit.chat_template import with_arguments
 from lrsa_lit.data.collate import IGNORE_INDEX, Batch, TrainBatch, targets
@@ -32,7 +32,7 @@ from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.objectives import AnswerLoss, Objective, summed_losses
 from lrsa_lit.objectives.positions import Positions
 from lrsa_lit.objectives.teachers import Teacher, check_own_teachers
-from lrsa_lit.strategies import gathered, is_sharded, shard
+from lrsa_lit.strategies import context_of, gathered, is_sharded, shard, whole_mesh
 from lrsa_lit.tasks.answer_meter import AnswerMeter
 from lrsa_lit.tasks.attentions import check_layers, check_names, derived, evaluated, of_system
 from lrsa_lit.tasks.digests import Digests
@@ -41,6 +41,7 @@ from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
 from lrsa_lit.tasks.measures import measured
 from lrsa_lit.tasks.optimizers import check_length, optimizer_of
 from lrsa_lit.tasks.prediction_lines import prediction_lines
+from lrsa_lit.tasks.shared_batch import added_up, check_shareable, inputs_of, long_enough, shared_rows
 from lrsa_lit.tasks.soco import SoCo
 from lrsa_lit.tasks.start import begun
 from lrsa_lit.tasks.top_k import TopKSchedule, check_schedule
@@ -184,6 +185,9 @@ class LongContextQA(lightning.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
             self.check_training()
+            if context_of(self.device_mesh) is not None:
+                with under("trainer.strategy.init_args"):
+                    check_shareable(self.train_config, self.objective, self.backbone.config)
             if isinstance(data, QADataModule):
                 self.open_teachers(data)
 
@@ -203,7 +207,7 @@ class LongContextQA(lightning.LightningModule):
             disable(self.model)
         if self.device_mesh is not None:
             mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-            shard(self.model, self.device_mesh["data_parallel"], dtype=mixed)
+            shard(self.model, whole_mesh(self.device_mesh), dtype=mixed)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule in steps."""
@@ -241,12 +245,14 @@ class LongContextQA(lightning.LightningModule):
     def summed_losses(self, batch: TrainBatch, step: int, model: Any = None) -> Tensor:
         """Each of the objective's terms, summed over the batch: at least float32; it does not wait for a GPU.
 
+        Where devices share rows, it is summed over the tokens of this one.
         Only the positions that have a loss get logits, not the whole context. Another ``model`` may take the batch.
         """
-        positions = Positions(batch, torch.initial_seed(), step)
-        # No mask: pads stand behind the tokens, and neither attention looks ahead.
-        inputs = {"input_ids": batch["input_ids"], "use_cache": False, **_packed(batch)}
-        return summed_losses(model or self.model, self.objective.terms, positions, inputs)
+        config = self.train_config or self.lrsa
+        batch = long_enough(batch, self.device_mesh, config)
+        shared = shared_rows(batch, self.device_mesh, config)
+        positions = Positions(batch, torch.initial_seed(), step, shared)
+        return summed_losses(model or self.model, self.objective.terms, positions, inputs_of(batch, shared))
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The part that the batch has in the step's objective, under the training attention.
@@ -254,8 +260,10 @@ class LongContextQA(lightning.LightningModule):
         Each term is a mean over the positions of the whole step, however these are spread over batches and devices: a
         mean over batches of their means would favour short answers.
         """
-        if batch["boundaries"] is not None and self.train_config is None and enabled_config(self.model) is None:
-            # Packed sequences must not see each other, which the model's own attention needs a mask of T x T for.
+        together = batch["boundaries"] is not None or context_of(self.device_mesh) is not None
+        if together and self.train_config is None and enabled_config(self.model) is None:
+            # Packed sequences must not see each other, which the model's own attention needs a mask of T x T for; and
+            # it knows of no rows that devices share.
             enable(self.model, self._dense)
         if self.train_config is not None and self.train_top_k is not None:
             top_k = self.train_top_k(torch.initial_seed(), self.trainer.global_step, self.train_config)
@@ -266,9 +274,9 @@ class LongContextQA(lightning.LightningModule):
             model, batch = self.digests.read(model, batch, torch.initial_seed(), step)
         terms, sums = self.objective.terms, self.summed_losses(batch, step, model)
         shown, loss = torch.zeros_like(sums[0]), torch.zeros_like(sums[0])
-        for term, total in zip(terms, sums, strict=True):
+        for term, total, of_all in zip(terms, sums, added_up(sums, self.device_mesh), strict=True):
             here, of_step = (sum(map(term.count, batch[name])) for name in ("sizes", "step_sizes"))
-            mean = total.detach() / here
+            mean = of_all / here
             if len(terms) > 1:
                 self.log(f"train/loss/{term.name}", mean, batch_size=len(batch["id"]))
             shown += term.weight * mean
@@ -278,8 +286,8 @@ class LongContextQA(lightning.LightningModule):
             self.log_dict(of_part, batch_size=len(batch["id"]))
         self.log("train/loss", shown, prog_bar=True, batch_size=len(batch["id"]))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        # Lightning divides by the batches of a step, and the strategy by the devices that share the data.
-        return loss * self.trainer.accumulate_grad_batches * TrainerSettings.of(self.trainer).ranks
+        # Lightning divides by the batches of a step, and the strategy by the devices.
+        return loss * self.trainer.accumulate_grad_batches * TrainerSettings.of(self.trainer).devices
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Answers]:
         """Answer losses and generated answers under each attention, by its name, "" being the run's own rule."""
@@ -390,10 +398,3 @@ class LongContextQA(lightning.LightningModule):
     @property
     def _split(self) -> Literal["val", "test"]:
         return "test" if self.trainer.testing else "val"
-
-
-def _packed(batch: TrainBatch) -> dict[str, Any]:
-    """What a model is told of several sequences in one row; nothing where each row is one."""
-    if batch["boundaries"] is None:
-        return {}
-    return {"position_ids": batch["position_ids"], LAYOUT: packed_layout(batch["boundaries"])}
