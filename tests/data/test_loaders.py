@@ -113,6 +113,7 @@ def on_rank(rank: int, ranks: int) -> SimpleNamespace:
     shared = {"rank": rank, "num_replicas": ranks} if ranks > 1 else None
     return SimpleNamespace(
         distributed_sampler_kwargs=shared,
+        strategy=None,
         accumulate_grad_batches=1,
         limit_train_batches=1.0,
         overfit_batches=0.0,
@@ -155,6 +156,18 @@ def test_devices_share_the_batches_of_an_evaluation(
     assert len(set(shares)) == 1
     # The batches, and so their answers, are the same for any number of devices.
     assert sorted(counted) == expected
+
+
+def test_devices_that_share_training_batches_answer_questions_of_their_own(tokenizer: PreTrainedTokenizerFast):
+    trained, asked = [], []
+    for rank in range(4):
+        data = built(tokenizer=tokenizer)
+        data.trainer = on_rank(rank // 2, 2)
+        data.trainer.strategy = SimpleNamespace(evaluation_sampler_kwargs={"rank": rank, "num_replicas": 4})
+        trained.append([batch["id"] for batch in data.train_dataloader()])
+        asked += [batch["id"] for batch in data.test_dataloader() if not any(batch["repeated"])]
+    assert trained[0] == trained[1] != trained[2] == trained[3]
+    assert sorted(asked) == sorted([f"test{n}"] for n in LENGTHS["test"])
 
 
 def test_batches_of_one_length_on_request(tokenizer: PreTrainedTokenizerFast):
