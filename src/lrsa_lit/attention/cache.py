@@ -229,6 +229,27 @@ class LRSACache(Cache):
         with self.changing():
             super().batch_select_indices(indices)
 
+    def append_rows(self, other: LRSACache) -> None:
+        """Go on with the rows of another cache of the same model and rule behind those that are here; none stays there.
+
+        Nothing is copied, and rows may be of unequal lengths.
+        """
+        with self.changing():
+            for layer, of_other in zip(self.layers, other.layers, strict=True):
+                layer.append_rows(of_other)
+
+    def replace_row(self, row: int, other: LRSACache) -> None:
+        """Go on with the one row of another cache in the place of a row."""
+        with self.changing():
+            for layer, of_other in zip(self.layers, other.layers, strict=True):
+                layer.replace_row(row, of_other)
+
+    def drop_row(self, row: int) -> None:
+        """Forget a row; nothing of the others is copied."""
+        with self.changing():
+            for layer in self.layers:
+                layer.drop_row(row)
+
     def pasts(self) -> list[Past]:
         """What each layer holds, as views, which the next call changes.
 

@@ -279,6 +279,31 @@ class LRSACacheLayer(CacheLayerMixin):
             self.streams.append(stream)
         self.rows, self._columns, self._token_bytes, self.is_initialized = *past[:3], True
 
+    def append_rows(self, other: LRSACacheLayer) -> None:
+        """Go on with the rows of a layer of another cache too, each with a stream for itself, and leave none there."""
+        for layer in (self, other):
+            layer.split()
+        self.streams += other.streams
+        self.rows += other.rows
+        self._columns, self._token_bytes = max(self._columns, other._columns), other._token_bytes
+        self.is_initialized = True
+        other.reset()
+
+    def replace_row(self, row: int, other: LRSACacheLayer) -> None:
+        """Go on with the one row of another cache in the place of a row."""
+        self.split()
+        (self.streams[row],) = other.streams
+        self._columns = max(self._columns, other._columns)
+        other.reset()
+
+    def drop_row(self, row: int) -> None:
+        """Forget a row; the others keep their memory."""
+        self.split()
+        del self.streams[row]
+        self.rows -= 1
+        if not self.rows:
+            self.reset()
+
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: dropped tokens cannot come back."""
         raise UserError("cache", reason="LRSACache cannot be cropped, as assisted decoding needs; use a dense cache")

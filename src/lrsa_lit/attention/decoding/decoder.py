@@ -330,7 +330,9 @@ class _LayerMemory:
         for row, stream in enumerate(streams):
             part = slice(None) if len(streams) == 1 else slice(row, row + 1)
             for buffer, memory in zip(stream.buffers, self.memories, strict=True):
-                buffer.move_to(tuple(tensor[part] for tensor in memory))
+                place = tuple(tensor[part] for tensor in memory)
+                if buffer.address != place[0].data_ptr():
+                    buffer.move_to(place)
 
 
 class _GroupedMemory:

@@ -21,6 +21,7 @@ from lrsa_lit.ops.sparse_attention.geometry import (
     compact_size,
     compressed_at,
     raw_start,
+    stored_queries,
     stored_size,
     window_start,
 )
@@ -151,6 +152,18 @@ class KeyValueStream(Stream):
         """
         self.seen, self.partitions = seen, compressed_at(seen - 1, self.rule)
         self._restore(held)
+
+    @property
+    def settled(self) -> int:
+        """Of the first of the :attr:`held` rows, how many no later token changes: the compact ones, or all."""
+        return self.buffers[0].length if self.rule is KEEP_ALL else compact_size(self.partitions, self.rule)
+
+    def rewind(self) -> None:
+        """Forget all but the first token, while nothing is compressed."""
+        assert not self.partitions
+        self.buffers[0].length = self.seen = 1
+        for queries in self.buffers[1:]:
+            queries.length = stored_queries(1, self.rule)
 
     def _restore(self, held: Held) -> None:
         key, value = held["pairs"]

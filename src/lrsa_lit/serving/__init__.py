@@ -1,0 +1,1 @@
+"""Answers for many readers at once: rows that join and leave between tokens, and texts that are read once."""

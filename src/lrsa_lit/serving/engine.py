@@ -1,0 +1,284 @@
+"""Continuous batching over compressed caches: jobs in, tokens out, without a server.
+
+A step reads a bounded piece of one prompt and then decodes one token of each row, so a long prompt does not keep others
+waiting. Every answer is what the job gets alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import random
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.attention import LRSACache, LRSAConfig, base_of, enabled_config, prefill
+from lrsa_lit.errors import UserError, message_of
+from lrsa_lit.serving.job import Event, Finish, Job
+from lrsa_lit.serving.memory import PastBytes
+from lrsa_lit.serving.rows import Rows
+from lrsa_lit.serving.sampling import next_tokens
+from lrsa_lit.serving.snapshots import Snapshots
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may take.
+
+    Args:
+        rows: answers that are decoded together at most.
+        memory: bytes of all pasts together at most, those of snapshots aside.
+        snapshots: bytes of snapshots at most; 0 keeps none.
+        tokens_per_step: most tokens of a prompt that are read between two steps.
+    """
+
+    rows: int = 32
+    memory: int = 2 << 30
+    snapshots: int = 1 << 30
+    tokens_per_step: int = 512
+
+
+class Held(NamedTuple):
+    """What an engine holds now.
+
+    Attributes:
+        rows: that are decoded.
+        reading: jobs whose prompts are being read.
+        waiting: jobs that are not admitted yet.
+        reserved: bytes that the admitted will hold at most.
+        snapshots: bytes of snapshots.
+    """
+
+    rows: int
+    reading: int
+    waiting: int
+    reserved: int
+    snapshots: int
+
+
+class _Row(NamedTuple):
+    uid: str
+    choice: int
+
+
+@dataclass(eq=False)
+class _Answer:
+    """A choice that is being answered."""
+
+    job: Job
+    draw: random.Random
+    cached: int
+    token: int = 0
+    count: int = 0
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt that is being read."""
+
+    job: Job
+    cache: LRSACache
+    cached: int
+    planned: dict[int, bytes]
+    done: int
+    before: bytes | None
+
+
+def check_served(config: LRSAConfig) -> None:
+    """Raise a UserError unless what a cache of the rule holds is a closed form of its length."""
+    if config.system is not None:
+        reason = "is not served: what it holds is no closed form of the length; rules of partitions are"
+        raise UserError("system", type(config.system).__name__, reason=reason)
+    if config.latents:
+        raise UserError("latents", reason="are not served; only caches of keys and values are")
+
+
+class Engine:
+    """Answers jobs with a model.
+
+    Args:
+        model: a causal language model with LRSA enabled, in evaluation mode.
+        stops: tokens that end an answer.
+        limits: what it may take.
+        graphed: as :class:`Rows` has it.
+
+    Raises:
+        UserError: the model obeys a system, or its caches hold latents.
+    """
+
+    def __init__(
+        self, model: Any, stops: Container[int], limits: Limits | None = None, *, graphed: bool | None = None
+    ) -> None:
+        self.model, self._stops = base_of(model), stops
+        self.limits = Limits() if limits is None else limits
+        config = enabled_config(self.model)
+        if config is None:
+            raise UserError("model", reason="LRSA is not enabled on it; call lrsa_lit.attention.enable first")
+        check_served(config)
+        self.past_bytes = PastBytes(config, self.model.config, self.model.dtype.itemsize)
+        self.snapshots = Snapshots(config.rule, self.limits.snapshots)
+        self._rows: Rows[_Row] = Rows(self.model, graphed=graphed)
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._prompts: collections.deque[_Prompt] = collections.deque()
+        self._answers: dict[_Row, _Answer] = {}
+        self._admitted: dict[str, Job] = {}
+        self._live: dict[str, int] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._prompts or self._answers)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether all jobs so far are admitted."""
+        return not self._waiting
+
+    @property
+    def held(self) -> Held:
+        """What is held now."""
+        counts = len(self._answers), len(self._prompts), len(self._waiting)
+        return Held(*counts, self._reserved(self._admitted.values()), self.snapshots.nbytes)
+
+    def submit(self, job: Job) -> None:
+        """Take a job in, which waits until there is room for it.
+
+        Raises:
+            UserError: there will never be: it is larger than all that there is.
+        """
+        if job.choices > self.limits.rows:
+            raise UserError("n", job.choices, f"an integer from 1 to {self.limits.rows}, the rows of this server")
+        if (needed := self._reserved([job])) > self.limits.memory:
+            reason = f"would hold {needed:,} bytes of the past, more than the {self.limits.memory:,} of this server"
+            raise UserError("messages", reason=reason, hint="shorten the prompt, or lower max_tokens or n")
+        self._waiting.append(job)
+
+    def cancel(self, uid: str) -> None:
+        """Forget a job, wherever it is; one that is not there was answered already."""
+        self._waiting = collections.deque(job for job in self._waiting if job.uid != uid)
+        self._prompts = collections.deque(prompt for prompt in self._prompts if prompt.job.uid != uid)
+        for row in [row for row in self._answers if row.uid == uid]:
+            self._leave(row)
+        self._release(uid)
+
+    def step(self) -> list[Event]:
+        """Admit jobs, read a piece of a prompt, and decode a token of each row."""
+        self._admit()
+        events = list(self._read())
+        if self._answers:
+            events += self._decode()
+        return events
+
+    def _reserved(self, jobs: Any) -> int:
+        """Bytes that jobs will hold at most."""
+        tokens = [len(job.ids) + job.max_new_tokens for job in jobs for _ in range(job.choices)]
+        if self._rows.graphed and tokens:
+            # Each place has memory for the longest.
+            longest = 1 << (max(tokens) - 1).bit_length()
+            return self._rows.places(len(tokens)) * self.past_bytes.most(longest)
+        return sum(map(self.past_bytes.most, tokens))
+
+    def _admit(self) -> None:
+        """Admit jobs in their order: one that is large is not overtaken by small ones, and so has its turn."""
+        while self._waiting:
+            jobs = [*self._admitted.values(), self._waiting[0]]
+            if sum(job.choices for job in jobs) > self.limits.rows or self._reserved(jobs) > self.limits.memory:
+                return
+            job = self._waiting.popleft()
+            self._admitted[job.uid], self._live[job.uid] = job, job.choices
+            cache, (cached, planned) = LRSACache.of(self.model), self.snapshots.plan(job.ids)
+            before = None
+            if cached:
+                self.snapshots.restore(job.ids, cached, cache)
+                before = self.snapshots.key_of(job.ids, cached)
+            self._prompts.append(_Prompt(job, cache, cached, planned, cached, before))
+
+    def _read(self) -> Iterator[Event]:
+        """Read a piece of the next prompt; they take turns."""
+        if not self._prompts:
+            return
+        prompt = self._prompts.popleft()
+        job = prompt.job
+        try:
+            logits = self._read_piece(prompt)
+        except Exception as error:
+            _log.exception("Job %s failed while its prompt was read", job.uid)
+            self._release(job.uid)
+            for choice in range(job.choices):
+                yield Event(job.uid, choice, None, "error", prompt.cached, message_of(error))
+            return
+        if prompt.done < len(job.ids):
+            self._prompts.append(prompt)
+            return
+        draws, longest = job.draws(), len(job.ids) + job.max_new_tokens
+        copies = [prompt.cache]
+        for _ in draws[1:]:
+            copies.append(LRSACache.of(self.model))
+            copies[-1].restore(prompt.cache.pasts())
+        for choice, (draw, cache) in enumerate(zip(draws, copies, strict=True)):
+            row = _Row(job.uid, choice)
+            self._answers[row] = _Answer(job, draw, prompt.cached)
+            self._rows.join(row, cache, longest)
+        rows = [_Row(job.uid, choice) for choice in range(job.choices)]
+        yield from self._take(rows, logits.expand(len(rows), -1))
+
+    def _read_piece(self, prompt: _Prompt) -> Tensor:
+        """Logits (1, V) of the last token of a piece."""
+        ids, start = prompt.job.ids, prompt.done
+        stop = min(len(ids), start + self.limits.tokens_per_step)
+        stop = min([end for end in prompt.planned if start < end <= stop], default=stop)
+        piece = torch.tensor([ids[start:stop]], device=self.model.device)
+        logits = prefill(self.model, piece, prompt.cache, tokens_per_call=len(ids))
+        prompt.done = stop
+        if (key := prompt.planned.get(stop)) is not None:
+            self.snapshots.take(key, prompt.cache, prompt.before)
+            prompt.before = key
+        return logits[:, -1]
+
+    def _decode(self) -> list[Event]:
+        rows = self._rows.keys
+        try:
+            logits = self._rows.step({row: self._answers[row].token for row in rows})
+        except Exception as error:
+            # The layers may hold different tokens now.
+            _log.exception("A step of %d rows failed", len(rows))
+            answers, self._answers = self._answers, {}
+            self._rows.clear()
+            for uid in {row.uid for row in rows}:
+                self._release(uid)
+            return [Event(row.uid, row.choice, None, "error", answers[row].cached, message_of(error)) for row in rows]
+        return list(self._take(rows, logits))
+
+    def _take(self, rows: list[_Row], logits: Tensor) -> Iterator[Event]:
+        """Choose the next token of each row, of which some end with it."""
+        answers = [self._answers[row] for row in rows]
+        jobs = [answer.job for answer in answers]
+        uniform = [answer.draw.random() if answer.job.temperature > 0 else 0.0 for answer in answers]
+        tokens = next_tokens(logits, [job.temperature for job in jobs], [job.top_p for job in jobs], uniform)
+        for row, answer, token in zip(rows, answers, tokens, strict=True):
+            answer.token, answer.count = token, answer.count + 1
+            finish: Finish | None = None
+            if token in self._stops:
+                finish = "stop"
+            elif answer.count == answer.job.max_new_tokens:
+                finish = "length"
+            if finish is not None:
+                self._leave(row)
+            yield Event(row.uid, row.choice, None if finish == "stop" else token, finish, answer.cached)
+
+    def _leave(self, row: _Row) -> None:
+        del self._answers[row]
+        self._rows.leave(row)
+        self._live[row.uid] -= 1
+        if not self._live[row.uid]:
+            self._release(row.uid)
+
+    def _release(self, uid: str) -> None:
+        self._admitted.pop(uid, None)
+        self._live.pop(uid, None)

@@ -1,0 +1,116 @@
+"""The rows that are decoded together, one token of each at a time, whatever their lengths.
+
+Dimensions: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.attention import LRSACache, base_of, cache_argument, prefill
+from lrsa_lit.attention.decoding import Decoder
+from lrsa_lit.ops.sparse_attention import KeyValueStream
+
+Key = TypeVar("Key")
+
+
+class Rows(Generic[Key]):
+    """Rows join with what their prompts have left in a cache, and leave between two tokens.
+
+    With a graph, rows stand in memory that is as large for each as for the longest, and as many of them as the next
+    power of two: one graph then serves whoever joins. Without, each row has what it needs.
+
+    Args:
+        model: with LRSA enabled.
+        graphed: decode by a CUDA graph; None: where the model is on CUDA.
+
+    Attributes:
+        keys: of the rows, in their order.
+    """
+
+    def __init__(self, model: Any, *, graphed: bool | None = None) -> None:
+        self.model = base_of(model)
+        self.graphed = self.model.device.type == "cuda" if graphed is None else graphed
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.cache = LRSACache.of(self.model)
+        self._places: list[Key | None] = []
+        self._longest: dict[Key, int] = {}
+        self._decoder: Decoder | None = None
+        self._decodes = (0, 0)
+
+    @property
+    def keys(self) -> list[Key]:
+        """Of the rows, in the order of their logits."""
+        return [key for key in self._places if key is not None]
+
+    def places(self, rows: int) -> int:
+        """Places that so many rows take, those that are there already among them."""
+        return max(len(self._places), 1 << (rows - 1).bit_length()) if self.graphed else rows
+
+    def join(self, key: Key, cache: LRSACache, longest: int) -> None:
+        """Add the one row of a cache, which is empty afterwards; it will have ``longest`` tokens in all at most."""
+        if self.graphed and None in self._places:
+            place = self._places.index(None)
+            self.cache.replace_row(place, cache)
+            self._places[place] = key
+        else:
+            self.cache.append_rows(cache)
+            self._places.append(key)
+            while self.graphed and len(self._places) & (len(self._places) - 1):
+                self.cache.append_rows(self._nobody())
+                self._places.append(None)
+        self._longest[key] = longest
+
+    def leave(self, key: Key) -> None:
+        """Remove a row."""
+        del self._longest[key]
+        place = self._places.index(key)
+        if self.graphed:
+            self.cache.replace_row(place, self._nobody())
+            self._places[place] = None
+        else:
+            self.cache.drop_row(place)
+            del self._places[place]
+        if not self.keys:
+            self.clear()
+
+    @torch.no_grad()
+    def step(self, tokens: Mapping[Key, int]) -> Tensor:
+        """Take in a token of each row; the logits (R, V) that follow, in the order of :attr:`keys`."""
+        given = [[0 if key is None else tokens[key]] for key in self._places]
+        ids = torch.tensor(given, device=self.model.device)
+        if not self.graphed:
+            positions = torch.tensor([[stream.seen] for stream in self.cache.layers[0].streams], device=ids.device)
+            past = cache_argument(self.model, self.cache)
+            logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=True, **past).logits
+            return logits[:, -1]
+        free = [place for place, key in enumerate(self._places) if key is None]
+        for layer in self.cache.layers:
+            for place in free:
+                stream = layer.streams[place]
+                for part in stream.parts:
+                    assert isinstance(part, KeyValueStream)
+                    part.rewind()
+                stream.seen = 1
+        logits = self._decoding().step(ids)
+        return logits[[place for place, key in enumerate(self._places) if key is not None], -1]
+
+    def _decoding(self) -> Decoder:
+        longest = 1 << (max(self._longest.values()) - 1).bit_length()
+        needed = len(self._places), max(longest, self._decodes[1])
+        if self._decoder is None or self._decodes != needed:
+            self._decoder, self._decodes = Decoder(self.model, self.cache, longest=needed[1]), needed
+        return self._decoder
+
+    def _nobody(self) -> LRSACache:
+        """A row for a place that is free."""
+        cache = LRSACache.of(self.model)
+        prefill(self.model, torch.zeros(1, 1, dtype=torch.int64, device=self.model.device), cache)
+        return cache

@@ -1,0 +1,186 @@
+"""What prompts have left in the cache, kept at the ends of chunks for others that begin with the same tokens.
+
+Dimensions: H key-value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.attention import LRSACache
+from lrsa_lit.attention.cache_layer import Past
+from lrsa_lit.ops.sparse_attention import Held, KeyValueStream, Rule
+
+_MOST_SEEN = 100_000
+"""Ends of chunks of earlier prompts that are remembered, 32 bytes each."""
+Places = list[tuple[int, int, str]]
+
+
+@dataclass(eq=False)
+class _Snapshot:
+    """What is new since the parent: rows that no later token changes, and the window, which is all of its own.
+
+    Both are tensors (1, H, rows, D) by layer, part and kind.
+    """
+
+    key: bytes
+    length: int
+    parent: _Snapshot | None
+    settled: dict[tuple[int, int, str], tuple[Tensor, ...]]
+    recent: dict[tuple[int, int, str], tuple[Tensor, ...]]
+    token_bytes: list[int]
+    settled_rows: dict[tuple[int, int], int]
+    children: int = 0
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        tensors = [tensor for held in (self.settled, self.recent) for each in held.values() for tensor in each]
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
+
+
+class Snapshots:
+    """Pasts of one row each, by the tokens that they are of; the least recently used go first.
+
+    Snapshots of one text share their compact pairs; each has a raw window for itself. They are made where chunks end,
+    so that a prompt that goes on from one gets what it gets alone.
+
+    Args:
+        rule: of the cache.
+        capacity: most bytes of all; 0 keeps none.
+        every: tokens between two snapshots of a text that is read for the first time, about.
+
+    Attributes:
+        nbytes: of all that is kept.
+    """
+
+    def __init__(self, rule: Rule, capacity: int, every: int = 2048) -> None:
+        self.rule, self.capacity = rule, capacity
+        self._stride = max(1, every // rule.chunk)
+        self._kept: collections.OrderedDict[bytes, _Snapshot] = collections.OrderedDict()
+        self._seen: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        """Snapshots."""
+        return len(self._kept)
+
+    def plan(self, ids: Sequence[int]) -> tuple[int, dict[int, bytes]]:
+        """How much of a prompt is known, and where to take snapshots of the rest.
+
+        Args:
+            ids: its tokens.
+
+        Returns:
+            The length of the longest snapshot that the prompt begins with, 0 if there is none, and the lengths at which
+            :meth:`take` is to be called, each with its key: where the prompt departs from an earlier one, its last end
+            of a chunk, and some between.
+        """
+        if not self.capacity:
+            return 0, {}
+        keys = dict(self._keys(ids))
+        ends = list(keys)
+        known = max((end for end in ends if keys[end] in self._kept), default=0)
+        departs = max((end for end in ends if keys[end] in self._seen), default=0)
+        for key in keys.values():
+            self._seen[key] = None
+            self._seen.move_to_end(key)
+        while len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        wanted = {departs, *ends[-1:], *ends[:: self._stride]}
+        return known, {end: keys[end] for end in ends if end in wanted and end > known}
+
+    def restore(self, ids: Sequence[int], length: int, cache: LRSACache) -> None:
+        """Let an empty cache go on behind the first ``length`` tokens, which :meth:`plan` has found."""
+        snapshot: _Snapshot | None = self._kept[dict(self._keys(ids))[length]]
+        assert snapshot is not None
+        chain: list[_Snapshot] = []
+        recent, token_bytes = snapshot.recent, snapshot.token_bytes
+        while snapshot is not None:
+            chain.append(snapshot)
+            # A parent is never older than its children: these go first.
+            snapshot = snapshot.parent
+        for each in chain:
+            self._kept.move_to_end(each.key)
+        parts: dict[tuple[int, int, str], tuple[Tensor, ...]] = {}
+        for place, window in recent.items():
+            rows = [each.settled[place] for each in reversed(chain) if place in each.settled]
+            parts[place] = tuple(torch.cat(tensors, dim=2) for tensors in zip(*rows, window, strict=True))
+        cache.restore([_past(layer, length, bytes_, parts) for layer, bytes_ in enumerate(token_bytes)])
+
+    def take(self, key: bytes, cache: LRSACache, parent: bytes | None) -> None:
+        """Keep what a cache of one row holds now.
+
+        Args:
+            key: that of :meth:`plan`.
+            cache: it stands at the end of a chunk.
+            parent: the key of the snapshot before it on the way, if there was one.
+        """
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return
+        before = None if parent is None else self._kept.get(parent)
+        snapshot = _of(cache, key, before)
+        if snapshot.nbytes > self.capacity:
+            return
+        self._kept[key] = snapshot
+        self.nbytes += snapshot.nbytes
+        if before is not None:
+            before.children += 1
+            ancestor: _Snapshot | None = before
+            while ancestor is not None:
+                self._kept.move_to_end(ancestor.key)
+                ancestor = ancestor.parent
+        self._evict()
+
+    def key_of(self, ids: Sequence[int], length: int) -> bytes:
+        """The key of the first ``length`` tokens, which end a chunk."""
+        return dict(self._keys(ids))[length]
+
+    def _evict(self) -> None:
+        while self.nbytes > self.capacity:
+            oldest = next(each for each in self._kept.values() if not each.children)
+            del self._kept[oldest.key]
+            self.nbytes -= oldest.nbytes
+            if oldest.parent is not None:
+                oldest.parent.children -= 1
+
+    def _keys(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Each end of a chunk in the prompt but for its last token, and the digest of the tokens before it."""
+        digest, before = hashlib.sha256(), 0
+        first = self.rule.sink_size + 2 * self.rule.lag_size
+        for end in range(first, len(ids), self.rule.chunk):
+            digest.update(b"".join(int(token).to_bytes(4, "little") for token in ids[before:end]))
+            before = end
+            yield end, digest.digest()
+
+
+def _of(cache: LRSACache, key: bytes, parent: _Snapshot | None) -> _Snapshot:
+    pasts = cache.pasts()
+    settled, recent, settled_rows = {}, {}, {}
+    for layer, (past, of_layer) in enumerate(zip(pasts, cache.layers, strict=True)):
+        (stream,), (parts,) = of_layer.streams, past.held
+        for part, (of_part, held) in enumerate(zip(stream.parts, parts, strict=True)):
+            assert isinstance(of_part, KeyValueStream)
+            start = 0 if parent is None else parent.settled_rows[layer, part]
+            stop = settled_rows[layer, part] = of_part.settled
+            for kind, tensors in held.items():
+                if kind == "queries":
+                    start = stop = 0
+                settled[layer, part, kind] = tuple(tensor[:, :, start:stop].clone() for tensor in tensors)
+                recent[layer, part, kind] = tuple(tensor[:, :, stop:].clone() for tensor in tensors)
+    token_bytes = [past.token_bytes for past in pasts]
+    return _Snapshot(key, pasts[0].columns, parent, settled, recent, token_bytes, settled_rows)
+
+
+def _past(layer: int, length: int, token_bytes: int, parts: Mapping[tuple[int, int, str], tuple[Tensor, ...]]) -> Past:
+    held: list[Held] = []
+    numbers = sorted({part for of_layer, part, _ in parts if of_layer == layer})
+    for number in numbers:
+        held.append({kind: tensors for (of, part, kind), tensors in parts.items() if (of, part) == (layer, number)})
+    return Past(1, length, token_bytes, [length], [held])
