@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from lrsa_lit.context_parallel.plan import Gather, Plan
+from lrsa_lit.context_parallel.share_plan import Gather, Plan
 
 Group = distributed.ProcessGroup
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lrsa_lit.context_parallel.plan import Piece, Plan
+from lrsa_lit.context_parallel.share_plan import Piece, Plan
 from lrsa_lit.ops.sparse_attention import Impl, Rule, bare_keys, implementation
 from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 from lrsa_lit.ops.sparse_attention.geometry import window_start

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 
 from lrsa_lit.context_parallel.exchange import Transfer, reached, with_halos
 from lrsa_lit.context_parallel.one_share import OneShare
-from lrsa_lit.context_parallel.plan import Gather, plan_of
+from lrsa_lit.context_parallel.share_plan import Gather, plan_of
 from lrsa_lit.context_parallel.shares import Flags, Numbers, Shares
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import HeadRules, Impl, Rule, through_channels
