@@ -112,7 +112,7 @@ def test_ctrl_c_says_that_the_command_goes_on(monkeypatch, capfd):
 def test_summaries_of_another_model_are_refused(tmp_path, capfd):
     (tmp_path / "s.jsonl").write_text(json.dumps({"passage": "a", "by": "b", "summary": "c"}) + "\n")
     line = refusal(capfd, *SUMMARISE)
-    assert line.startswith("s.jsonl, line 1: by: is another model, or other settings; let each model")
+    assert line.startswith("s.jsonl, line 1: by: is another model, or other settings; use a separate file")
     assert (tmp_path / "s.jsonl").read_text().count("\n") == 1
 
 

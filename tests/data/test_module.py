@@ -156,7 +156,7 @@ def test_a_class_of_no_file_is_never_taken_for_another(tokenizer, caplog):
         data = names["Riddles"](tokenizer=tokenizer)
         assert data.fingerprint == names["Riddles"](tokenizer=tokenizer).fingerprint
         assert text in texts(data)[0]
-    assert "Riddles is defined in no file" in caplog.text
+    assert "Riddles is not defined in a file" in caplog.text
 
 
 def test_a_process_imports_what_is_asked_for_and_keeps_no_examples_of_a_class_of_no_file(cache):

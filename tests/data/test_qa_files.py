@@ -76,7 +76,7 @@ def test_what_was_prepared_does_without_its_files(jsonl: Path, tokenizer: PreTra
     jsonl.unlink()
     with caplog.at_level(logging.INFO):
         after = opened()
-    assert f"{jsonl} is not here" in caplog.text
+    assert f"{jsonl} is absent" in caplog.text
     assert after.fingerprint == before.fingerprint
     assert after.facts("train") == before.facts("train")
     with refused("train", str(jsonl)):
@@ -202,7 +202,7 @@ def test_a_bad_row_of_a_folder_is_named_by_file_and_place(tmp_path: Path, name: 
     folder = written(tmp_path / "set", name, [ROW, ROW])
     path = folder / name
     path.write_text(path.read_text()[::-1].replace('"question"'[::-1], '"answers"'[::-1], 1)[::-1])
-    with refused("hub", reason="answers: stands twice") as caught:
+    with refused("hub", reason="answers: appears twice") as caught:
         of_hub(folder)
     assert str(path) in caught.value.reason
 

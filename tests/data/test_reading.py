@@ -85,7 +85,7 @@ def doubled(text: str) -> str:
 
 
 BROKEN: dict[str, tuple[Callable[[str], bytes], str]] = {
-    "a key twice": (lambda text: doubled(text).encode(), "stands twice"),
+    "a key twice": (lambda text: doubled(text).encode(), "appears twice"),
     "half a character": (lambda text: text.replace("Q?", r"Q \ud83d?").encode(), "half a character"),
     "half a character in a key": (lambda text: text.replace("Q?", r'Q?", "\udc00": "').encode(), "half a character"),
     "half a character, raw": (lambda text: text.replace("Q?", "\ud83d").encode("utf-8", "surrogatepass"), "not UTF-8"),
@@ -184,7 +184,7 @@ def test_a_parquet_file_that_is_damaged_in_its_middle_is_one_line(tmp_path: Path
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
-    with refused(str(path), reason="damaged behind row "):
+    with refused(str(path), reason="damaged after row "):
         of_files(path)
     path.write_bytes(data[: len(data) // 2])
     with refused(str(path), reason="not a Parquet file"):

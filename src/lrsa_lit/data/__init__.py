@@ -1,4 +1,4 @@
-"""Data sets of questions over long contexts, chats and texts; each is loaded when first asked for."""
+"""Data sets of questions over long contexts, chats and texts; each class is imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain text for perplexity: the beginnings of whole articles, of which the later tokens are scored."""
+"""Plain text for perplexity: the beginnings of whole articles, with the loss on the later tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lrsa_lit.errors import UserError
 
 
 class Articles(SquadArticles):
-    """The first ``max_tokens`` tokens of each article of SQuAD that has as many; its questions are not used.
+    """The first ``max_tokens`` tokens of each SQuAD article; shorter articles are left out, questions are not used.
 
-    An example's prompt is the text up to ``scored_from``, its answer the rest.
+    The prompt of an example is the text up to token ``scored_from``, and the answer is the rest.
 
     Args:
-        scored_from: tokens that are context alone.
+        scored_from: number of tokens at the start that are only context, without a loss.
         kwargs: see SquadArticles.
     """
 
@@ -32,15 +32,15 @@ class Articles(SquadArticles):
         if not 1 <= scored_from < self.max_tokens:
             raise UserError("scored_from", scored_from, f"an integer from 1 to max_tokens - 1 ({self.max_tokens - 1})")
         if self.turns > 1:
-            raise UserError("turns", self.turns, "1: nothing is asked")
+            raise UserError("turns", self.turns, "1, as no questions are asked")
         self.scored_from = scored_from
 
     def records(self, split: Split) -> list[QARecord]:
-        """One record for each article: its first question's, which no passage is evidence for."""
+        """One record per article: that of its first question, without supporting passages."""
         return [replace(article[0], supporting_titles=()) for article in self.articles(split)]
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """The text alone; an article that is too short counts as one that does not fit."""
+        """The example of an article's text; articles that are too short are returned as :class:`TooLong`."""
         text = SEPARATOR.join(map(render_passage, record.passages))
         ids = encode_text(self.checked_tokenizer, text).ids
         if len(ids) < self.max_tokens:

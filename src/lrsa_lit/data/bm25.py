@@ -1,4 +1,4 @@
-"""Okapi BM25 (Robertson et al., 1994) over the texts of one context, by bm25s (Lù, arXiv 2407.03618)."""
+"""Okapi BM25 (Robertson et al., 1994) over the texts of one context, computed by bm25s (Lù, arXiv 2407.03618)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _WORD = re.compile(r"\w+")
 
 
 def bm25(question: str, texts: Sequence[str], k1: float = 1.5, b: float = 0.75) -> list[float]:
-    """How well each text, which counts alone among these, matches a question; 0 without a word in common.
+    r"""BM25 score of each text for a question, with the texts as the whole corpus; 0 if they share no word.
 
-    The form is Lucene's, in which no word weighs less than nothing.
+    This is Lucene's variant, in which no term weight is negative.
 
     Args:
-        question: its words are looked for, each as often as it is there.
-        texts: a word of theirs is a run of letters and digits, in lower case.
-        k1: from which count on a word that comes again adds little.
-        b: how much long texts are at a disadvantage, from 0 to 1.
+        question: the query; a repeated word counts each time.
+        texts: the documents. Words are matches of ``\w+`` in lower case.
+        k1: term-frequency saturation; the larger it is, the more repetitions of a word add.
+        b: length normalisation, from 0 (none) to 1 (full).
     """
     import bm25s
 

@@ -1,4 +1,4 @@
-"""Your own chats, and instructions with their answers, to train on each of the assistant's messages."""
+"""Your own chats and instructions with answers, for training on the assistant's messages."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lrsa_lit.errors import UserError
 class ChatFiles(SplitFiles):
     """Chats in OpenAI's format for fine-tuning: ``{"messages": [{"role": …, "content": …}, …]}``.
 
-    The loss is that of the assistant's messages, all of them, with the token that ends each. A chat longer than
-    ``max_tokens`` is left out and counted. To generate answers, the last message is asked for.
+    The loss covers all of the assistant's messages, including the token that ends each. Chats longer than
+    ``max_tokens`` are left out and counted. Evaluation generates the last message.
 
     Args:
         kwargs: see SplitFiles and QADataModule; files are .jsonl, .json or .parquet.
@@ -29,7 +29,7 @@ class ChatFiles(SplitFiles):
         super().__init__(**kwargs)
 
     def records(self, split: Split) -> Iterator[Chat]:
-        """The chats of a split in the order of its files; one without an id is named after split and number."""
+        """The chats of a split in the order of its files; a chat without an id is named by split and number."""
         for number, (place, row) in enumerate(self.rows(split), start=1):
             with blamed_on(place):
                 if not isinstance(row, dict):
@@ -38,21 +38,21 @@ class ChatFiles(SplitFiles):
             yield chat
 
     def chat(self, row: Mapping[str, Any], default_id: str, place: str) -> Chat:
-        """The chat of a row; a UserError says what is wrong with it."""
+        """Convert a row to a chat; raise a UserError if it is invalid."""
         return chat_of(row, default_id, place)
 
     def to_example(self, record: Chat) -> Example | TooLong:
-        """The tokens of a chat; an error names its place."""
+        """Tokenise a chat; errors name its place in the file."""
         tokenizer = self.checked_tokenizer
         with blamed_on(record.place):
             return encode_chat(record, tokenizer, self.max_tokens)
 
 
 class InstructionFiles(ChatFiles):
-    """Instructions as Alpaca has them: ``{"instruction": …, "input": …, "output": …}``, where ``input`` may be missing.
+    """Instructions in Alpaca's format: ``{"instruction": …, "input": …, "output": …}``; ``input`` is optional.
 
-    Instruction and input, with an empty line between them, are the user's message in the model's chat template, and the
-    output is the assistant's.
+    Instruction and input, separated by an empty line, become the user's message in the model's chat template. The
+    output becomes the assistant's message.
 
     Args:
         kwargs: see ChatFiles.
@@ -64,11 +64,11 @@ class InstructionFiles(ChatFiles):
         super().__init__(**kwargs)
 
     def chat(self, row: Mapping[str, Any], default_id: str, place: str) -> Chat:
-        """The chat of two messages that a row makes."""
+        """Convert a row to a chat of two messages."""
         check_row(row, {"instruction": str, "output": str}, {"input": str, "id": str})
         for name in ("instruction", "output"):
             if not row[name].strip():
-                raise UserError(name, reason="is empty", allowed="a text that is not")
+                raise UserError(name, reason="is empty", allowed="a non-empty text")
         asked = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text and text.strip())
         messages = Message("user", asked), Message(ASSISTANT, row["output"])
         return Chat(row.get("id") or default_id, messages, place)

@@ -1,8 +1,8 @@
-"""Chats: messages of a user and an assistant, all of whose answers are learnt.
+"""Chats: messages of a user and an assistant, with the loss on all of the assistant's messages.
 
-A chat is rendered by the model's chat template. Learnt is what the model itself would have to write: of each of the
-assistant's messages all from where the prompt for it ends up to the special token that ends it. Each prompt is
-tokenised apart from the answer, as generation has it, so both see the same tokens.
+The model's chat template renders the chat. The loss covers what the model itself would have to write: for each of the
+assistant's messages, everything from the end of its prompt up to the special token that ends it. Each prompt is
+tokenised separately from its answer, as in generation, so training and generation see the same tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ASSISTANT, ROLES = "assistant", ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """A message of a chat; ``learnt`` says of one of the assistant's whether it has a loss."""
+    """A message of a chat; ``learnt`` says whether a message of the assistant has a loss."""
 
     role: str
     content: str
@@ -40,8 +40,8 @@ class Chat:
     Attributes:
         id: unique within a data set.
         messages: in order.
-        place: where it stands, for errors.
-        task: "".
+        place: place in the file, for errors.
+        task: always "".
     """
 
     id: str
@@ -50,21 +50,21 @@ class Chat:
     task: str = ""
 
     def check_texts(self) -> None:
-        """Raise a UserError for half a character, which no tokenizer takes."""
+        """Raise a UserError for half a character (a lone surrogate), which no tokenizer accepts."""
         check_text([message.content for message in self.messages], "messages")
 
 
 def chat_of(row: Mapping[str, Any], default_id: str, place: str) -> Chat:
-    """The chat of a row in OpenAI's format for fine-tuning.
+    """Convert a row in OpenAI's fine-tuning format to a chat.
 
     Args:
-        row: ``messages``, each with ``role`` and ``content``, and maybe ``id``. A message of the assistant may have
-            ``weight``, 0 for one that is not to be learnt.
-        default_id: for a row without an id.
-        place: of the row.
+        row: has ``messages``, each with ``role`` and ``content``, and optionally ``id``. A message of the assistant may
+            have ``weight``; 0 excludes it from the loss.
+        default_id: id of a row without one.
+        place: place of the row, for errors.
 
     Raises:
-        UserError: a field is missing, unknown or wrong, a text is empty, or nothing is to be learnt.
+        UserError: a field is missing, unknown or wrong, a text is empty, or no message has a loss.
     """
     check_row(row, {"messages": [dict]}, {"id": str})
     messages = []
@@ -84,12 +84,12 @@ def chat_of(row: Mapping[str, Any], default_id: str, place: str) -> Chat:
 
 
 def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Example | TooLong:
-    """Tokenise a chat, which may have ``max_tokens``; nothing is cut to meet that.
+    """Tokenise a chat of at most ``max_tokens`` tokens; longer chats are not cut.
 
-    The prompt ends where the last answer starts, the first turn where the first one does.
+    The prompt ends where the last answer starts, and the first turn ends where the first answer starts.
 
     Raises:
-        UserError: the chat template leaves out or changes a message, or ends none of the assistant's.
+        UserError: the chat template leaves out or changes a message, or writes no special token after an answer.
     """
     messages = [{"role": message.role, "content": message.content} for message in chat.messages]
     text, spans, _ = render_messages(messages, tokenizer, answering=False)
@@ -108,7 +108,7 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_tokens: int)
         return TooLong(end)
     return Example(
         id=chat.id,
-        # What the template writes behind the last answer is nobody's.
+        # Text that the template writes after the last answer is dropped.
         input_ids=ids[:end],
         prompt_length=max(firsts[-1], 1),
         first_turn=max(firsts[0], 1),
@@ -127,23 +127,24 @@ def _message(row: Mapping[str, Any]) -> Message:
     if role not in ROLES:
         raise UserError("role", role, " or ".join(ROLES))
     if not row["content"].strip():
-        raise UserError("content", reason="is empty", allowed="a text that is not")
+        raise UserError("content", reason="is empty", allowed="a non-empty text")
     if weight is not None and (role != ASSISTANT or weight not in (0, 1)):
         raise UserError("weight", weight, "0 or 1, in messages of the assistant")
     return Message(role, row["content"], learnt=weight != 0)
 
 
 def _start(before: Sequence[Mapping[str, str]], text: str, content: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where the answer to messages starts in the text of a chat: no later than its content does.
+    """Where the answer to the messages ``before`` starts in the text of a chat.
 
-    It is where the prompt for it ends, unless the template writes an answer of the past otherwise than it is given.
+    This is the end of its prompt, if the text of the chat starts with that prompt; otherwise it is the start of its
+    ``content`` (some templates render past answers differently).
     """
     prompt = render(before, tokenizer) if before else ""
     return len(prompt) if before and len(prompt) <= content and text.startswith(prompt) else content
 
 
 def _count_to_end(piece: Tokens, content: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens of a piece, whose content ends at a character, there are up to the special token behind it."""
+    """Number of tokens up to the first special token after the content, which ends at the character ``content``."""
     special = special_ids(tokenizer)
     for place, (number, (_, end)) in enumerate(zip(piece.ids, piece.offsets, strict=True)):
         if number in special and end > content:
@@ -152,6 +153,6 @@ def _count_to_end(piece: Tokens, content: int, tokenizer: PreTrainedTokenizerBas
 
 
 def _within(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
-    """The parts of spans in [start, stop), counted from there."""
+    """The parts of spans inside [start, stop), relative to ``start``."""
     cut = ((max(first, start) - start, min(last, stop) - start) for first, last in spans)
     return [(first, last) for first, last in cut if first < last]

@@ -1,6 +1,7 @@
-"""From examples to a batch.
+"""Collation of examples into batches.
 
-B: batch, T: longest example of the batch or, packed, tokens of all of them, Tp: longest prompt, N: predicting columns.
+B: batch size; T: length of the longest example or, if packed, tokens of all examples; Tp: length of the longest prompt;
+N: number of predicting columns.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from lrsa_lit.data.tokenization import Span
 from lrsa_lit.evaluation.answer_scores import Match
 
 IGNORE_INDEX = -100
-"""Labels of this value count for nothing, as in PyTorch's cross-entropy."""
+"""Labels with this value are ignored, as in PyTorch's cross-entropy."""
 
 
 class ExampleSize(NamedTuple):
-    """How long an example is.
+    """Token counts of an example.
 
     Attributes:
-        tokens: of prompt and answer.
-        answer: tokens of all answers that are learnt: an example's first token has none before it to predict it.
-        rejected: tokens of the answer that is rejected; 0 where none is.
-        context: tokens of the context; None where the example does not say which these are.
+        tokens: tokens of prompt and answer.
+        answer: tokens of all learnt answers, without the example's first token, which no token precedes to predict it.
+        rejected: tokens of the rejected answer; 0 if there is none.
+        context: tokens of the context; None if the example does not mark its context.
     """
 
     tokens: int
@@ -38,49 +39,49 @@ class ExampleSize(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int, prompt_length: int) -> ExampleSize:
-        """That of an example with so many tokens, of which the first ones are its prompt."""
+        """The size of an example that has ``tokens`` tokens, the first ``prompt_length`` of them its prompt."""
         return cls.learning(tokens, [(prompt_length, tokens)])
 
     @classmethod
     def learning(
         cls, tokens: int, spans: Sequence[Span], rejected: int = 0, context: Sequence[int] = ()
     ) -> ExampleSize:
-        """That of an example with so many tokens, of which those at positions [start, end) are learnt.
+        """The size of an example whose tokens at the positions [start, end) of ``spans`` are learnt.
 
-        Its context is at other positions [start, end), or () where the example does not say.
+        ``context`` is the span [start, end) of its context, or () if the example does not mark it.
         """
         known = context[1] - context[0] if context else None
         return cls(tokens, sum(end - max(start, 1) for start, end in spans), rejected, known)
 
     @property
     def sequences(self) -> list[int]:
-        """Tokens of each sequence that the model reads: the example, and the prompt with the rejected answer."""
+        """Lengths of the sequences that the model reads: the example, and any prompt with the rejected answer."""
         return [self.tokens, self.tokens - self.answer + self.rejected] if self.rejected else [self.tokens]
 
 
 class TrainBatch(TypedDict):
-    """What the training loader yields.
+    """A training batch.
 
-    Behind the rows of the examples come those of the answers that some of them reject, each behind its prompt: further
-    rows without labels, or packed, further sequences. All lists are of the examples alone.
+    The examples come first. Rejected answers follow, each after its prompt, as further rows without labels or, if
+    packed, as further sequences. All lists cover only the examples.
 
     Attributes:
         input_ids: (B, T) int64, prompt and answer, padded on the right.
         attention_mask: (B, T) int64, 1 on tokens and 0 on padding.
-        labels: (B, T) int64, ``input_ids`` on learnt tokens and -100 elsewhere; not shifted, as Hugging Face has it.
-        label_columns: (N,) int64, ascending: columns j where some row has a label at j + 1, so where logits are needed.
-        position_ids: (1, T) int64, counting from 0 in each example of a packed row; None if nothing is packed.
-        boundaries: where the examples of a packed row start, and its length: [0, n1, n1 + n2, …, T]; None if nothing
-            is packed. Plain integers, so that no step waits for the device to tell them.
-        id: the records' ids, in the order of the rows or, packed, within the row.
-        sizes: of the examples, in the same order.
-        learnt: positions [start, end) of each example's tokens that have a label; where it is missing, these are the
-            last ones, as many as the sizes say.
-        rejected: of each example the positions [start, end) of its rejected answer, counted through all rows (B T);
-            None for one that rejects nothing. It is missing where all do so.
-        contexts: positions [start, end) of each example's context; () where it does not say.
-        position: of each example in its split, in the same order.
-        step_sizes: of all examples of the optimizer step that the batch belongs to, on all devices.
+        labels: (B, T) int64, ``input_ids`` on learnt tokens and -100 elsewhere; not shifted, as in Hugging Face models.
+        label_columns: (N,) int64, ascending: the columns j where some row has a label at j + 1. Only these need logits.
+        position_ids: (1, T) int64, counting from 0 in each example of a packed row; None if not packed.
+        boundaries: starts of the examples in a packed row, then its length: [0, n1, n1 + n2, …, T]; None if not packed.
+            They are Python integers, so reading them needs no synchronisation with the device.
+        id: the records' ids, in the order of the rows or, if packed, of the sequences.
+        sizes: sizes of the examples, in the same order.
+        learnt: positions [start, end) of each example's tokens that have a label. If missing, the last tokens have
+            labels, as many as ``sizes`` says.
+        rejected: positions [start, end) of each example's rejected answer in the flattened rows (B T); None for an
+            example without one. Missing if no example has one.
+        contexts: positions [start, end) of each example's context; () if the example does not mark it.
+        position: position of each example in its split, in the same order.
+        step_sizes: sizes of all examples, on all devices, of the optimizer step that the batch belongs to.
     """
 
     input_ids: Tensor
@@ -99,23 +100,24 @@ class TrainBatch(TypedDict):
 
 
 class Batch(TrainBatch):
-    """What the loaders of validation, test and prediction yield: never packed, and with what generation needs.
+    """A batch for validation, test or prediction: never packed, with the fields that generation needs.
 
     Attributes:
-        prompt_ids: (B, Tp) int64, the prompt alone, padded on the left for generation.
+        prompt_ids: (B, Tp) int64, only the prompt, padded on the left for generation.
         prompt_mask: (B, Tp) int64, 1 on tokens and 0 on padding.
         prompt_length: prompt tokens of each example.
-        context_length: how many of them come up to the end of the last passage.
-        first_turn: how many of them come before the first of several answers; all, where there is one.
-        source_length: how many tokens each prompt has without a filter.
+        context_length: prompt tokens up to the end of the last passage.
+        first_turn: prompt tokens before the first answer of a conversation; equal to ``prompt_length`` without earlier
+            turns.
+        source_length: tokens that each prompt would have without a filter.
         gold_spans: positions [start, end) in ``input_ids`` of each example's supporting passages.
-        answer_spans: positions [start, end) in ``input_ids`` of the answers within those passages.
+        answer_spans: positions [start, end) in ``input_ids`` of the answers in those passages.
         answers: the records' reference answers.
         match: how each record's answers are matched.
-        task: the records' tasks, "" where they have none.
-        source: the name of each record's data set within a mixture, "" where there is none.
-        groups: the parts of the evaluation that each row counts for, as :func:`groups_of` names them.
-        repeated: whether a row only fills up this device's share; it counts on another device already.
+        task: the records' tasks; "" for records without one.
+        source: name of each record's data set in a mixture; "" outside a mixture.
+        groups: parts of the evaluation that each row belongs to, named by :func:`groups_of`.
+        repeated: whether a row only fills up this device's share, because another device already counts it.
     """
 
     prompt_ids: Tensor
@@ -135,7 +137,7 @@ class Batch(TrainBatch):
 
 
 def collate_training(examples: Sequence[Example], pad_token_id: int, length: int = 0) -> TrainBatch:
-    """Pad examples, at least one, into a batch to train on, of at least ``length`` columns."""
+    """Pad examples, at least one, into a training batch with at least ``length`` columns."""
     rejected = _rejected(examples)
     sequences, labels = _sequences(examples, rejected)
     batch = _padded(examples, sequences, labels, pad_token_id, length)
@@ -146,7 +148,7 @@ def collate_training(examples: Sequence[Example], pad_token_id: int, length: int
 def _padded(
     examples: Sequence[Example], sequences: list[Tensor], of_each: list[Tensor], pad_token_id: int, length: int = 0
 ) -> TrainBatch:
-    """A row for each sequence, of which the first ones are the examples'."""
+    """A batch with one row per sequence; the examples' own sequences come first."""
     labels, sizes = _pad(of_each, IGNORE_INDEX, length=length), _sizes(examples)
     return TrainBatch(
         input_ids=_pad(sequences, pad_token_id, length=length),
@@ -160,16 +162,16 @@ def _padded(
         learnt=list(map(learnt_spans, examples)),
         contexts=list(map(context_of, examples)),
         position=_positions(examples),
-        # Until a loader knows of further batches.
+        # The loader replaces it with the sizes of the whole step.
         step_sizes=sizes,
     )
 
 
 def collate_packed(examples: Sequence[Example]) -> TrainBatch:
-    """One row (1, T) of all examples to train on, one after the other, without padding.
+    """Concatenate training examples into one row (1, T) without padding.
 
-    ``boundaries`` tells the attention where each starts, ``position_ids`` count from 0 in each, and no example's first
-    token is learnt, as it would be predicted from the example before it.
+    ``boundaries`` marks where each sequence starts, and ``position_ids`` count from 0 in each. The first token of a
+    sequence has no label, because the previous sequence would predict it.
     """
     rejected, sizes = _rejected(examples), _sizes(examples)
     sequences, of_each = _sequences(examples, rejected)
@@ -188,14 +190,14 @@ def collate_packed(examples: Sequence[Example]) -> TrainBatch:
         sizes=sizes,
         learnt=list(map(learnt_spans, examples)),
         position=_positions(examples),
-        # Until a loader knows of further batches.
+        # The loader replaces it with the sizes of the whole step.
         step_sizes=sizes,
     )
     return _rejecting(batch, examples, rejected, boundaries)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad examples, at least one, into a batch to evaluate on; what they reject is left out."""
+    """Pad examples, at least one, into an evaluation batch; rejected answers are left out."""
     training = _padded(examples, *_sequences(examples), pad_token_id)
     turns = [example.get("first_turn", example["prompt_length"]) for example in examples]
     prompts = [ids[: example["prompt_length"]] for ids, example in zip(training["input_ids"], examples, strict=True)]
@@ -219,16 +221,16 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 
 def groups_of(source: str, task: str) -> list[str]:
-    """The parts of an evaluation that an example counts for: its data set in a mixture, and its task there.
+    """The parts of an evaluation that an example belongs to: its data set in a mixture, and its task there.
 
-    As in ``["needle", "needle/niah_single"]``; what is "" has no part of its own.
+    For example ``["needle", "needle/niah_single"]``. An empty source or task adds no part.
     """
     data_set = [source] if source else []
     return [*data_set, "/".join([*data_set, task])] if task else data_set
 
 
 def targets(batch: TrainBatch) -> Tensor:
-    """(B, N) the labels that a batch's predicting columns are compared with."""
+    """The labels (B, N) that the logits of a batch's predicting columns are compared with."""
     return batch["labels"][:, 1:][:, batch["label_columns"]]
 
 
@@ -237,12 +239,12 @@ def _predicting_columns(labels: Tensor) -> Tensor:
 
 
 def learnt_spans(example: Example) -> list[Span]:
-    """Positions [start, end) of an example's tokens that have a loss: what it says, or all behind its prompt."""
+    """Positions [start, end) of an example's tokens that have a loss: ``learnt``, or all tokens after the prompt."""
     return _spans(example.get("learnt", [(example["prompt_length"], len(example["input_ids"]))]))
 
 
 def context_of(example: Example) -> Span | tuple[()]:
-    """Positions [start, end) of an example's context; () where it does not say."""
+    """Positions [start, end) of an example's context; () if the example does not mark it."""
     span = example.get("context_span")
     return (span[0], span[1]) if span else ()
 
@@ -261,14 +263,14 @@ def _positions(examples: Sequence[Example]) -> list[int]:
 
 
 def _sequences(examples: Sequence[Example], rejected: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor]]:
-    """The tokens and labels of each example, then those of what is rejected."""
+    """The tokens and labels of each example, followed by those of the rejected answers."""
     own = [_token_ids(example["input_ids"]) for example in examples]
     labels = [*map(_labels, examples, own), *(torch.full_like(ids, IGNORE_INDEX) for ids in rejected)]
     return [*own, *rejected], labels
 
 
 def _rejected(examples: Sequence[Example]) -> list[Tensor]:
-    """The rejected answers of those examples that have one, each behind its prompt."""
+    """The prompt with the rejected answer, for each example that has one."""
     return [
         _token_ids([*example["input_ids"][: example["prompt_length"]], *example["rejected"]])
         for example in examples
@@ -279,7 +281,7 @@ def _rejected(examples: Sequence[Example]) -> list[Tensor]:
 def _rejecting(
     batch: TrainBatch, examples: Sequence[Example], rejected: Sequence[Tensor], starts: Sequence[int]
 ) -> TrainBatch:
-    """The batch with the places of its rejected answers, given where each of its sequences starts."""
+    """Add the positions of the rejected answers to a batch; ``starts`` are the starts of all its sequences."""
     if not rejected:
         return batch
     places = zip(starts[len(examples) :], rejected, strict=False)

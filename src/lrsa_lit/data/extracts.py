@@ -1,4 +1,4 @@
-"""Rewritings of a passage that copy from it, which any writer has to beat."""
+"""Extractive rewritings of a passage: baselines that every writer must beat."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from lrsa_lit.data.filters.word_tags import tagged
 
 
 def extracts(text: str) -> dict[str, str]:
-    """The first sentence of a text, the half of its words that matters most, and all of it, by what they are called."""
+    """Extracts by name: the first sentence ("lead"), the most important half of the words, and the whole text."""
     sentences = split_sentences(text)
     return {"lead": sentences[0].strip() if sentences else "", "half": _half(sentences), "whole": text}
 
 
 def _half(sentences: list[str]) -> str:
-    """Half of the words by their parts of speech, sentence by sentence (:mod:`lrsa_lit.data.filters.pos_priority`)."""
+    """Half of the words, chosen by part of speech per sentence (:mod:`lrsa_lit.data.filters.pos_priority`)."""
     chunks = [words for words in map(tagged, sentences) if words]
     lengths = list(map(len, chunks))
     counts = allocated(lengths, chunk_scores(chunks), (sum(lengths) + 1) // 2)

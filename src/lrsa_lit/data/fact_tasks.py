@@ -1,7 +1,7 @@
 """bAbI's first seven tasks: a question about a :class:`~lrsa_lit.data.fact_world.World`, and the facts that answer it.
 
-Which facts a task has, and what it asks, is as in Weston et al., arXiv 1502.05698, section 3 and its appendix. The
-numbers of facts are ours, and so is that no question has two answers: one that would is not asked.
+The facts and questions of each task follow Weston et al., arXiv 1502.05698, section 3 and its appendix. Two choices are
+this project's own: the numbers of facts, and that no question with two answers is asked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
 class Asked(NamedTuple):
-    """A question, its answer, and the numbers of the facts that give it."""
+    """A question, its answer, and the numbers of the facts that support it."""
 
     question: str
     answer: str
@@ -31,17 +31,17 @@ class Asked(NamedTuple):
 
 
 Ask = Callable[[World, random.Random], Asked | None]
-"""A question about a world; None where there is none to ask, or it would have two answers."""
+"""Draws a question about a world; returns None if there is nothing to ask or the question would have two answers."""
 
 
 def where_is_someone(world: World, rng: random.Random) -> Asked:
-    """The first task, a single supporting fact: the place of a person who has moved."""
+    """Task 1, one supporting fact: the place of a person who has moved."""
     who = rng.choice(list(world.place))
     return Asked(f"Where is {who}?", world.place[who], [world.came[who]])
 
 
 def where_is_something(world: World, rng: random.Random) -> Asked | None:
-    """The second task, two facts: the place of a thing that was taken."""
+    """Task 2, two supporting facts: the place of a thing that was taken."""
     if not world.handled:
         return None
     what = rng.choice(list(world.handled))
@@ -50,7 +50,7 @@ def where_is_something(world: World, rng: random.Random) -> Asked | None:
 
 
 def where_was_something(world: World, rng: random.Random) -> Asked | None:
-    """The third task, three facts: where a thing was before it came to a place that it came to once."""
+    """Task 3, three supporting facts: where a thing was before it came to a place that it visited only once."""
     found = []
     for what, stays in world.trail.items():
         places = [stay.place for stay in stays]
@@ -63,7 +63,7 @@ def where_was_something(world: World, rng: random.Random) -> Asked | None:
 
 
 def who_gave_what(world: World, rng: random.Random) -> Asked | None:
-    """The fifth task, three-argument relations: who gave what to whom, where the question fits one gift alone."""
+    """Task 5, three-argument relations: who gave what to whom; the question must fit exactly one gift."""
     if not world.gifts:
         return None
     gift = rng.choice(world.gifts)
@@ -81,7 +81,7 @@ def who_gave_what(world: World, rng: random.Random) -> Asked | None:
 
 
 def is_someone_there(world: World, rng: random.Random) -> Asked:
-    """The sixth task, yes or no: whether a person is in a place; either answer is as likely as the other."""
+    """Task 6, yes or no: whether a person is in a place; both answers are equally likely."""
     who = rng.choice(list(world.place))
     others = [place for place in PLACES if place != world.place[who]]
     place = rng.choice([world.place[who], rng.choice(others)])
@@ -89,7 +89,7 @@ def is_someone_there(world: World, rng: random.Random) -> Asked:
 
 
 def how_many(world: World, rng: random.Random) -> Asked | None:
-    """The seventh task, counting: how many things a person carries who has had one in hand."""
+    """Task 7, counting: how many things a person carries, of those who have handled a thing."""
     if not world.handlings:
         return None
     who = rng.choice(list(world.handlings))
@@ -100,9 +100,10 @@ def how_many(world: World, rng: random.Random) -> Asked | None:
 def told(
     name: str, rng: random.Random, *, people: Sequence[str], kinds: Sequence[str], facts: tuple[int, int], ask: Ask
 ) -> QARecord:
-    """A world with a number of ``facts`` between two, and as many more as it takes until there is a question.
+    """Simulate a world and ask a question about it.
 
-    Each next fact is of one of the ``kinds``, as :meth:`World.step` has them.
+    The number of facts is drawn between the two of ``facts``; more facts are added until a question can be asked. Each
+    fact is of one of the ``kinds`` (see :meth:`World.step`).
     """
     world, least = World(rng, people), rng.randint(*facts)
     while True:
@@ -112,7 +113,7 @@ def told(
 
 
 def two_places(name: str, rng: random.Random) -> QARecord:
-    """The fourth task, two-argument relations: two facts about one place, of which either answers the question."""
+    """Task 4, two-argument relations: two facts about one place, one of which answers the question."""
     middle, *others = rng.sample(PLACES, 3)
     ways = rng.sample(list(_OPPOSITE), 2)
     sides = list(zip(others, ways, strict=True))
@@ -138,14 +139,14 @@ def _record(name: str, facts: Sequence[str], asked: Asked) -> QARecord:
 
 
 class FactTask(NamedTuple):
-    """How a record is made of its id and what draws it, and how its question is put."""
+    """A function that makes a record from an id and a random generator, and the prompt of its question."""
 
     make: Callable[[str, random.Random], QARecord]
     prompt: Prompt
 
 
 def _prompt(about: str, rule: str, answer: str, *examples: str) -> Prompt:
-    """BABILong's parts in its order: an instruction, solved examples, the form of the answer, context and question."""
+    """A prompt with BABILong's parts in its order: instruction, examples, answer format, context and question."""
     instruction = f"I will give you a text in which facts about {about} are hidden, and a question."
     solved = "\n\n".join(f"<example>\n{example}\n</example>" for example in examples)
     form = f"Your answer should contain only one word: {answer}. Do not write anything else after that."

@@ -1,8 +1,8 @@
-"""A small world in which persons move, carry things and hand them on, and which tells each step as a sentence.
+"""A simulated world in which people move, carry things and pass them on; each step becomes a sentence.
 
-It is re-implemented from the description of Weston et al., "Towards AI-Complete Question Answering: A Set of
-Prerequisite Toy Tasks", arXiv 1502.05698, section 4: a simulation of actors, places and things, of which each command
-becomes a sentence, with synonyms of its verb. Persons, places and things are bAbI's.
+Re-implemented from the description in Weston et al., "Towards AI-Complete Question Answering: A Set of Prerequisite Toy
+Tasks", arXiv 1502.05698, section 4: a simulation of actors, places and things, in which each command becomes a sentence
+with a synonym of its verb. People, places and things are bAbI's.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ GIVES = ("gave", "handed", "passed")
 
 
 class Stay(NamedTuple):
-    """Where a thing was for a while, and the numbers of facts that tell it.
+    """A stay of a thing at a place, with the numbers of the facts that it follows from.
 
     Attributes:
-        place: there.
-        came: whoever brought the thing went there.
-        taken: before that, they got it.
-        last: whoever had it there last went there.
+        place: the place.
+        came: fact in which the person who brought the thing went there.
+        taken: fact in which this person got the thing.
+        last: fact in which the last person who held it there went there.
     """
 
     place: str
@@ -37,7 +37,7 @@ class Stay(NamedTuple):
 
 
 class Gift(NamedTuple):
-    """Who gave what to whom, and the number of the fact that tells it."""
+    """Who gave what to whom, and the number of that fact."""
 
     giver: str
     thing: str
@@ -46,21 +46,21 @@ class Gift(NamedTuple):
 
 
 class World:
-    """Where all are. A person is nowhere before the first move, and carries nothing then.
+    """The state of the world. Before their first move, people have no place and carry nothing.
 
     Args:
-        rng: decides what happens.
-        people: who is there.
+        rng: random generator that decides what happens.
+        people: names of the people.
 
     Attributes:
         facts: the sentences so far.
-        place: of each person who has moved.
-        came: the number of each one's last move among the facts.
-        holder: who carries a thing, for those that are carried.
-        handled: the number of the last fact about each thing that was carried.
-        trail: the places of each thing since it was first taken.
-        handlings: the numbers of the facts in which each person took, left, gave or received something.
-        gifts: all of them.
+        place: place of each person who has moved.
+        came: number of the fact with each person's last move.
+        holder: the person who carries each carried thing.
+        handled: number of the last fact about each thing that was ever taken.
+        trail: the stays of each thing since it was first taken.
+        handlings: numbers of the facts in which each person took, left, gave or received something.
+        gifts: all gifts so far.
     """
 
     def __init__(self, rng: random.Random, people: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ class World:
         self.gifts: list[Gift] = []
 
     def step(self, kinds: Sequence[str]) -> None:
-        """One more fact, of a kind drawn from some of move, get, drop and give; a move where that is not possible."""
+        """Add a fact of a kind drawn from ``kinds`` (move, get, drop, give); a move if that kind is not possible."""
         kind = self._rng.choice(kinds)
         if kind == "get":
             near = [(who, what) for who in self.place for what in self._lies if self._lies[what] == self.place[who]]

@@ -1,4 +1,4 @@
-"""What decides a data set's examples, as the parts of the key that they are cached under."""
+"""Everything that decides a data set's examples, as parts of the cache key."""
 
 from __future__ import annotations
 
@@ -25,41 +25,44 @@ _NO_FILE = "no file "
 
 
 def digest(parts: Mapping[str, object]) -> str:
-    """A key of 16 hex digits that is the same wherever this project's code and the JSON-able parts are the same."""
+    """A key of 16 hex digits: equal for equal project code and equal parts, which JSON must be able to encode."""
     text = json.dumps({**parts, "project": PROJECT}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def of_code(defined: type) -> str:
-    """Names the code of a class by the source of its whole package; to be called when the class is defined.
+    """Digest of the source code of a class's whole package; call it when the class is defined.
 
-    A class of no file, as in a notebook, has a name that no other definition ever has, not even the same one again.
+    A class without a file, as in a notebook, gets a unique value: defining it again gives another one.
     """
     files = source_files(defined.__module__)
     return _of_contents(files) if files else f"{_NO_FILE}{uuid.uuid4().hex}"
 
 
 def definitions(defined: type) -> list[str]:
-    """What :func:`of_code` called the code of a class and of its bases, where they keep that as ``_definition``."""
+    """The :func:`of_code` digests of a class and its bases, which store them as ``_definition``."""
     return [vars(base)["_definition"] for base in defined.__mro__ if "_definition" in vars(base)]
 
 
 def is_of_files(*classes: type) -> bool:
-    """Whether the code of classes comes from files, so that its names mean the same in another process."""
+    """Whether the code of all classes comes from files, so that its digests are the same in another process."""
     return not any(name.startswith(_NO_FILE) for defined in classes for name in definitions(defined))
 
 
 def parameters(made: object, base: type, but: Set[str]) -> dict[str, object]:
-    """The arguments of an object's constructor, and of its bases' up to ``base``, which it keeps by their names."""
+    """The constructor arguments of an object and its bases up to ``base``, read from the attributes of those names.
+
+    Names in ``but`` are left out.
+    """
     classes = [each for each in type(made).__mro__ if issubclass(each, base)]
     names = {name for each in classes for name in inspect.signature(each.__init__).parameters}  # type: ignore[misc]
     return {name: getattr(made, name) for name in sorted(names - but - {"self", "kwargs"})}
 
 
 def source_files(module: str) -> list[Path]:
-    """The files whose code may shape the examples of a class: all of its package, or its module if there is none.
+    """The files whose code may affect a class's examples: its whole package, or its module if it has no package.
 
-    Of this project's package they are those of records, prompts and data sets.
+    For this project's own package, only the code of data sets, chat templates and answer scores counts.
     """
     top = module.partition(".")[0]
     if top == __name__.partition(".")[0]:
@@ -70,19 +73,19 @@ def source_files(module: str) -> list[Path]:
     package = sys.modules.get(top)
     if hasattr(package, "__path__") and (init := getattr(package, "__file__", None)):
         return list(Path(init).parent.rglob("*.py"))
-    # A package without an __init__.py may lie in several places: of those the module's own.
+    # A package without an __init__.py may be spread over several folders: use the module's own folder.
     return list(file.parent.rglob("*.py")) if "." in module else [file]
 
 
 def of_files(values: object) -> dict[str, str]:
-    """Size and SHA-256 of every file that the strings in mappings and lists name, wherever :func:`resolve` finds it."""
+    """Size and SHA-256 of every file named by a string in nested mappings and lists, as :func:`resolve` finds it."""
     return {name: f"{path.stat().st_size} {sha256_of(path)}" for name, path in _files(values)}
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides a prompt's tokens: the fast tokenizer's definition, chat template and end token."""
+    """SHA-256 of the fast tokenizer's definition, chat template and end token, which decide a prompt's tokens."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Both are leftovers of the last call with padding=… or truncation=…, not properties of the tokenizer.
+    # The last call with padding=… or truncation=… left these; they are not properties of the tokenizer.
     backend.pop("padding"), backend.pop("truncation")
     parts = [backend, tokenizer.chat_template, str(tokenizer.eos_token)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -94,7 +97,7 @@ def _of_contents(files: Iterable[Path]) -> str:
 
 def _files(values: object) -> Iterator[tuple[str, Path]]:
     if isinstance(values, str):
-        # It may be any text, and what is missing is for its reader to say.
+        # Not every string is a path, and the reader of a missing file reports it.
         with contextlib.suppress(UserError):
             yield values, resolve(values)
     elif isinstance(values, Mapping | list | tuple):
@@ -102,5 +105,5 @@ def _files(values: object) -> Iterator[tuple[str, Path]]:
             yield from _files(value)
 
 
-# Read now: a later edit is not what this process runs.
+# Computed at import, because this process does not run code that is edited later.
 PROJECT = _of_contents(source_files(__name__))

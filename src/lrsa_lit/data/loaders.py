@@ -1,4 +1,4 @@
-"""From examples to data loaders: what the trainer decides about batches, and what a loader is made with."""
+"""Data loaders for examples, and the trainer's settings that affect them."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What the trainer decides about batches; the defaults are those of no trainer at all.
+    """The trainer's settings about batches; the defaults apply without a trainer.
 
     Attributes:
-        rank: this process among those that share the batches of training.
-        ranks: how many they are; processes that make one batch together count once.
-        device: this process among those that share the questions of an evaluation.
-        devices: how many they are, of whose gradients the mean is taken.
-        batches_a_step: that gradients are accumulated over.
-        limit: the batches after which an epoch is cut short, or the share of them; the float 1.0 leaves it whole.
-        same_order: whether every epoch is the first one, to overfit on some batches.
+        rank: index of this process among those that share the training batches.
+        ranks: number of these processes; processes that make one batch together count once.
+        device: index of this process among those that share the questions of an evaluation.
+        devices: number of these processes; gradients are averaged over them.
+        batches_a_step: batches over which gradients are accumulated.
+        limit: training batches per epoch (int), or the share of them (float); 1.0 uses the whole epoch.
+        same_order: whether every epoch repeats the first one, as for ``overfit_batches``.
     """
 
     rank: int = 0
@@ -51,15 +51,15 @@ class TrainerSettings:
 
     @classmethod
     def of(cls, trainer: lightning.Trainer | None) -> TrainerSettings:
-        """Those of a trainer that the data module is attached to.
+        """Read the settings of the trainer that the data module is attached to, if any.
 
         Raises:
-            UserError: Lightning would divide the batches, too, or change how many a step has.
+            UserError: Lightning would also divide the batches among processes, or change the number per step.
         """
         if trainer is None:
             return cls()
         check_steps(trainer)
-        # Not the global rank: processes that hold parts of one model train on the same batches.
+        # Not the global rank, because processes that hold parts of one model train on the same batches.
         shared = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         if shared["num_replicas"] > 1 and divides_batches(trainer):
             raise UserError("use_distributed_sampler", True, "false, as the data module divides the batches itself")
@@ -76,13 +76,13 @@ class TrainerSettings:
         )
 
     def batches_of(self, epoch: int) -> int:
-        """How many of an epoch's batches Lightning takes."""
-        # The integer 1 is one batch, the float all of them.
+        """How many of an epoch's batches Lightning uses."""
+        # The integer 1 means one batch, the float 1.0 all batches.
         return min(self.limit, epoch) if isinstance(self.limit, int) else int(self.limit * epoch)
 
 
 def check_steps(trainer: lightning.Trainer) -> None:
-    """Raise a UserError if the number of batches in a step would change: a batch says what its step consists of."""
+    """Raise a UserError if the number of batches per step would change, as each batch stores the sizes of its step."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             hint = "all steps have accumulate_grad_batches of the trainer"
@@ -92,7 +92,11 @@ def check_steps(trainer: lightning.Trainer) -> None:
 def training_loader(
     examples: datasets.Dataset, plan: EpochPlan, settings: TrainerSettings, pad_token_id: int, workers: int
 ) -> ResumableLoader:
-    """This rank's training batches; a UserError if a curriculum counts steps that the trainer does not make."""
+    """Make the loader of this rank's training batches.
+
+    Raises:
+        UserError: a curriculum counts steps that the trainer would not make.
+    """
     made: Callable[[list[Example]], TrainBatch] = collate_packed
     if not isinstance(plan.policy, Packed):
         made = partial(collate_training, pad_token_id=pad_token_id, length=plan.policy.row_length(plan.lengths))
@@ -100,7 +104,7 @@ def training_loader(
 
 
 def in_plan(batches: Dataset[Any], plan: EpochPlan, settings: TrainerSettings, workers: int) -> ResumableLoader:
-    """This rank's part of what a plan decides; ``__getitems__`` of the batches makes one of examples' positions."""
+    """Make a loader of this rank's share of a plan; ``batches.__getitems__`` turns positions into a batch."""
     cut_at = settings.batches_of(len(plan) // settings.ranks)
     sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, cut_at, settings.same_order)
     if plan.curriculum and cut_at < len(sampler):
@@ -112,17 +116,17 @@ def in_plan(batches: Dataset[Any], plan: EpochPlan, settings: TrainerSettings, w
 def evaluation_loader(
     examples: datasets.Dataset, batch_size: int, settings: TrainerSettings, pad_token_id: int, workers: int
 ) -> DataLoader[Batch]:
-    """Batches in a fixed order, as :func:`in_order` has them."""
+    """Make a loader of evaluation batches in the fixed order of :func:`in_order`."""
     return in_order(examples, batch_size, settings, partial(collate, pad_token_id=pad_token_id), workers)
 
 
 def in_order(
     examples: Any, batch_size: int, settings: TrainerSettings, collate_fn: Callable[[Any], Any], workers: int
 ) -> DataLoader[Any]:
-    """Batches in a fixed order, the same ones for any number of ranks; of R ranks, each gets every R-th.
+    """Make a loader of batches in a fixed order: the same batches for any number of ranks R, each getting every R-th.
 
-    Every rank gets as many, which sharded models need: rows that come again for it are marked as ``repeated``.
-    Examples are mappings, and get their ``position`` as well.
+    Every rank gets the same number of batches, as sharded models require; rows that only fill a rank up are marked as
+    ``repeated``. Examples are mappings; ``position`` is added to each.
     """
     return DataLoader(
         _Repeating(examples),
@@ -134,9 +138,9 @@ def in_order(
 
 
 class _EveryRth(DistributedSampler[Any]):
-    """The positions of every R-th batch; one beyond the last example stands for a repeated one.
+    """The positions of every R-th batch; a position beyond the last example marks a repeated example.
 
-    It is of a type that Lightning does not wrap into another sampler.
+    It derives from DistributedSampler so that Lightning does not wrap it in another sampler.
     """
 
     def __init__(self, examples: int, batch_size: int, rank: int, ranks: int) -> None:
@@ -154,7 +158,7 @@ class _EveryRth(DistributedSampler[Any]):
 
 
 class _Batches(Dataset[Any]):
-    """Training batches, each with its examples' positions and the sizes of its optimizer step's."""
+    """Training batches, with the positions of their examples and the sizes of all examples of the optimizer step."""
 
     def __init__(self, examples: datasets.Dataset, made: Callable[[list[Example]], TrainBatch]) -> None:
         self._examples = examples
@@ -171,7 +175,7 @@ class _Batches(Dataset[Any]):
 
 
 class _Repeating(Dataset[Any]):
-    """Examples by position, from the first on again after the last."""
+    """Examples by position; positions beyond the last example start again at the first."""
 
     def __init__(self, examples: Any) -> None:
         self._examples = examples
@@ -193,6 +197,6 @@ def _options(workers: int) -> dict[str, Any]:
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": torch.cuda.is_available(),
-        # Workers are seeded from a generator of their own, so that loading leaves the run's random state alone.
+        # A separate generator seeds the workers, so loading does not change the run's random state.
         "generator": torch.Generator(),
     }

@@ -1,7 +1,7 @@
-"""Question answering from JSONL files in LongBench's format: one's own, or LongBench's.
+"""Question answering from JSONL files in LongBench's format: LongBench's own files, or yours.
 
 Source: Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding", ACL 2024. Only tasks
-that LongBench scores by ``qa_f1`` are taken: English questions with alternative answers.
+that LongBench scores by ``qa_f1`` are supported: English questions with alternative answers.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ _OTHER_SCORES = {
 
 
 class LongBench(QADataModule):
-    """Records of LongBench's format; each ``dataset`` gets a score of its own.
+    """Records in LongBench's format; each ``dataset`` is scored separately.
 
     Args:
-        train: .jsonl file, or several, to train on; optional.
-        val: the same, to validate on; optional.
-        test: the same, to test on.
-        prompt: the user's message, with {context} and {input}, as in LongBench's ``dataset2prompt.json``; one for
-            all, or by ``dataset``. Null, or a ``dataset`` that is not named: the project's own prompt.
-        truncate: "middle" cuts the middle of a context that does not fit, as LongBench does, and counts the records
-            that were cut (``truncated``); null leaves such records out.
+        train: .jsonl file or files for training; optional.
+        val: the same for validation; optional.
+        test: the same for testing; optional.
+        prompt: template of the user's message with {context} and {input}, as in LongBench's ``dataset2prompt.json``:
+            one for all records, or one by ``dataset``. Null, or a ``dataset`` that is not named, uses the default
+            prompt.
+        truncate: "middle" cuts the middle out of contexts that do not fit, as LongBench does, and counts these records
+            as ``truncated``. Null leaves them out.
         kwargs: see QADataModule.
     """
 
@@ -66,12 +67,12 @@ class LongBench(QADataModule):
         }
 
     def splits(self) -> tuple[Split, ...]:
-        """The splits that were given."""
+        """The splits that are set."""
         return tuple(split for split in SPLITS if self._files(split))
 
     def records(self, split: Split) -> Iterator[QARecord]:
-        """The records of a split in the order of its files, those that are too long cut if that was asked for."""
-        # Files of one name in several folders are counted through.
+        """The records of a split in the order of its files, truncated if ``truncate`` is set."""
+        # Files with the same name in several folders share a counter, so ids stay unique.
         counts: Counter[str] = Counter()
         for file in self._files(split):
             path = resolve(file, key=split)
@@ -86,16 +87,16 @@ class LongBench(QADataModule):
                 yield record
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """The example of a record, under the prompt of its ``dataset``."""
+        """Tokenise a record with the prompt of its ``dataset``."""
         prompt = self._prompts.get(record.task if isinstance(self.prompt, dict) else "", PROMPT)
         return self.encode(record, prompt=prompt)
 
     def _cut(self, record: QARecord, found: Example | TooLong) -> QARecord:
-        """The record without the middle of its context, as few tokens as that takes."""
+        """Remove as few tokens as necessary from the middle of a record's context."""
         text = record.passages[0].text
         spans = encode_text(self.checked_tokenizer, text).offsets
         kept = len(spans)
-        # Where both halves meet, tokens may fall apart, so the first cut may not be enough.
+        # Joining the halves may change the tokenisation and add tokens, so the first cut may not be enough.
         while isinstance(found, TooLong) and kept:
             kept = max(kept - (found.tokens - self.max_tokens), 0)
             head, tail = spans[: kept // 2], spans[len(spans) - (kept - kept // 2) :]
@@ -113,7 +114,7 @@ class LongBench(QADataModule):
 
 
 def _record(row: Mapping[str, Any]) -> QARecord:
-    """A row of LongBench's format as a record; its id and its task are empty where the row names none."""
+    """Convert a row in LongBench's format to a record; id and task are empty if the row has none."""
     check_row(row, REQUIRED, OPTIONAL)
     check_name("dataset", row.get("dataset") or "")
     _check_scored_by_f1(row)

@@ -1,4 +1,4 @@
-"""What a chat template makes of messages: their text, where their contents are in it, and what a later turn adds."""
+"""Rendering of messages by a chat template: the text, the positions of the contents, and the text of later turns."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ASKED, ANSWERED = "(question)", "(answer)"
-"""Stand for messages where only what the chat template writes around them is wanted."""
+"""Placeholder messages, used to find out what the chat template writes around a message."""
 _REWRITES = "its chat template rewrites earlier turns, which a cache cannot; ask one question only"
 
 
 class Rendered(NamedTuple):
-    """What a chat template makes of messages, and where in it the messages' contents and a prompt's passages are."""
+    """Rendered messages, with the character spans of the messages' contents and of a prompt's passages."""
 
     text: str
     user: list[Span]
@@ -31,19 +31,19 @@ class Rendered(NamedTuple):
 def render_messages(
     messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, answering: bool = True
 ) -> Rendered:
-    """A conversation up to where the next answer starts, with the place of each message's content.
+    """Render a conversation up to where the next answer starts, with the span of each message's content.
 
-    Not ``answering``, it is the conversation alone.
+    If ``answering`` is false, only the conversation is rendered.
 
     Raises:
-        UserError: the chat template leaves a message out, or changes its text, white space around it aside.
+        UserError: the chat template leaves a message out, or changes more than the white space around its text.
     """
-    # Whatever the messages hold, their places are those of contents that can stand nowhere else.
+    # Random stand-ins occur nowhere else, so they show where the contents are, whatever the messages hold.
     stand_ins = [f"[{secrets.token_hex(16)}]" for _ in messages]
     marked = [{**message, "content": name} for message, name in zip(messages, stand_ins, strict=True)]
     outline = render(marked, tokenizer, answering=answering)
     for number, (message, name) in enumerate(zip(messages, stand_ins, strict=True)):
-        # One in capitals is there, though changed.
+        # A template that writes contents in capitals keeps the message, though it changes it (an error below).
         if name not in outline.lower():
             raise UserError("tokenizer", reason=f"its chat template leaves out messages[{number}] ({message['role']})")
     between = re.split("|".join(map(re.escape, stand_ins)), outline)
@@ -65,17 +65,17 @@ def render_messages(
 
 
 def later_turn(tokenizer: PreTrainedTokenizerBase, content: str, answer: str = ANSWERED) -> Rendered:
-    """What the chat template writes behind an answer, up to where that to another message of the user starts.
+    """Render what follows an answer: the next user message, up to where the next answer starts.
 
-    Nothing before it is looked at: :func:`check_turns` says whether that makes a difference.
+    Earlier turns are ignored; :func:`check_turns` checks that they make no difference.
 
     Raises:
-        UserError: the template rewrites what it wrote before the answer, or the answer: leaves out what a model has
-            thought, say. A cache of it cannot be continued.
+        UserError: the template rewrites the answer or the text before it, for example by removing a model's thinking. A
+            cache cannot be continued then.
     """
     before = render(_conversation([ASKED]), tokenizer).rstrip()
     messages = _conversation([ASKED, content], answer)
-    # White space around an answer is the model's to write.
+    # The model writes the white space around its answer, so only the stripped answer must match.
     if not render(messages, tokenizer).removeprefix(before).lstrip().startswith(answer.strip()):
         raise UserError("tokenizer", reason=_REWRITES)
     text, [_, (start, end), (first, last)], _ = render_messages(messages, tokenizer)
@@ -86,7 +86,7 @@ def later_turn(tokenizer: PreTrainedTokenizerBase, content: str, answer: str = A
 
 @functools.lru_cache(maxsize=4)
 def check_turns(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a UserError unless a turn does not depend on those before it, so that it can be rendered alone."""
+    """Raise a UserError if the rendering of a turn depends on earlier turns, so that it cannot be rendered alone."""
     contents = [f"{ASKED} {number}" for number in range(4)]
     text, spans, _ = render_messages(_conversation(contents), tokenizer)
     ends = [start for start, _ in spans[3::2]] + [len(text)]
@@ -96,7 +96,7 @@ def check_turns(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _conversation(contents: Sequence[str], answer: str = ANSWERED) -> list[dict[str, str]]:
-    """Messages of the user with the same answer between them."""
+    """The user's messages with the same answer after each but the last."""
     messages = []
     for content in contents:
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]

@@ -1,4 +1,4 @@
-"""Several data sets in one, each with its share of the training."""
+"""A mixture of several data sets, each with its share of the training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lrsa_lit.errors import UserError
 
 
 class Mixture(QADataModule):
-    """Trains on shares of several data sets, and evaluates on all of them or on chosen ones.
+    """Trains on weighted shares of several data sets, and evaluates on all or some of them.
 
-    The weights hold in every epoch: each data set is gone through at its own pace, in another order each time. Packed,
+    The weights hold in every epoch: each data set is iterated at its own pace, in a new order each time. With packing,
     every epoch has the same number of sequences, and the few examples that do not fit into them are left out.
 
     Args:
-        data_sets: by name, each with a class_path; how batches are made is up to the mixture.
-        weights: the share of each, in any unit; 0 for one to evaluate on only.
-        examples_per_epoch: how long an epoch is; null for as many as the data sets with a weight have together.
-        evaluate_on: names of the data sets to validate and test on; null for all. A batch tells the name of each row.
-        kwargs: tokenizer (handed on to all), max_tokens (which no data set may exceed), and what QADataModule has
-            about batches.
+        data_sets: the data sets by name, each with a class_path. The mixture's settings decide how batches are made.
+        weights: relative share of each data set; 0 for a data set that is only evaluated on.
+        examples_per_epoch: number of examples per epoch; null for the total of all data sets with a positive weight.
+        evaluate_on: names of the data sets for validation and test; null for all. Batches hold the name for each row.
+        kwargs: tokenizer (passed to all data sets), max_tokens (which no data set may exceed), and QADataModule's
+            settings of batches.
 
     Raises:
-        UserError: a parameter is out of range, or one of a data set contradicts the mixture's.
+        UserError: a parameter is out of range, or a data set's parameter contradicts the mixture's.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Mixture(QADataModule):
         evaluate_on: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Those three are each data set's own, so they are no parameters of a mixture.
+        # Each data set has these three itself, so a mixture does not accept them.
         super().__init__(seed=0, limit=None, filter=None, **kwargs)
         self.data_sets = data_sets
         self.weights = weights
@@ -53,18 +53,18 @@ class Mixture(QADataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the examples of all data sets."""
+        """Identifier of the examples of all data sets."""
         parts = {name: data_set.fingerprint for name, data_set in self.data_sets.items()}
         return f"{type(self).__name__}-{fingerprint.digest({'data_sets': parts, 'evaluate_on': self.evaluate_on})}"
 
     @property
     def training_fingerprint(self) -> str:
-        """Names the examples of the data sets that have a weight."""
+        """Identifier of the examples of the data sets with a positive weight."""
         parts = [(name, self.data_sets[name].fingerprint) for name in self._serving("train")]
         return f"{type(self).__name__}-{fingerprint.digest({'train': parts})}"
 
     def sources(self) -> dict[str, str]:
-        """Those of all data sets, after their names."""
+        """The sources of all data sets, prefixed by their names."""
         return {
             f"{name}.{source}": value
             for name, data_set in self.data_sets.items()
@@ -72,16 +72,16 @@ class Mixture(QADataModule):
         }
 
     def splits(self) -> tuple[Split, ...]:
-        """The splits that some data set serves."""
+        """The splits that at least one data set has."""
         return tuple(split for split in SPLITS if self._serving(split))
 
     def prepare_split(self, split: Split) -> None:
-        """Tokenise and cache it in each data set that serves it."""
+        """Tokenise and cache a split in each data set that contributes to it."""
         for name in self._serving(split):
             self.data_sets[name].prepare_split(split)
 
     def open_split(self, split: Split) -> datasets.Dataset:
-        """The data sets that serve a split, one behind the other, each example with the name of its own."""
+        """The concatenated examples of a split's data sets; the column ``source`` holds the data set's name."""
         opened = {name: self.data_sets[name].open_split(split) for name in self._serving(split)}
         for name in opened:
             for count, value in self.data_sets[name].report[split].items():
@@ -99,22 +99,22 @@ class Mixture(QADataModule):
         for name, quota in zip(names, quotas, strict=True):
             if not quota:
                 reason = f"is less than one example of an epoch of {sum(quotas)}"
-                allowed = "0, or more, or examples_per_epoch larger"
+                allowed = "0 or larger; or make examples_per_epoch larger"
                 raise UserError(f"weights.{name}", self.weights[name], allowed, reason=reason)
         return Mixed(tuple(self._counts), quotas)
 
     def check_answers(self, command: str) -> None:
-        """As the data sets do that it evaluates on."""
+        """Check each data set that is evaluated on."""
         for name in self.evaluate_on:
             self.data_sets[name].check_answers(command)
 
     def score_of(self, group: str) -> Score:
-        """The score of the data set that the part belongs to; F1 for all together."""
+        """The published metric of the group's data set; F1 for the whole mixture."""
         name = group.partition("/")[0]
         return self.data_sets[name].score if name else self.score
 
     def _serving(self, split: Split) -> list[str]:
-        """Names of the data sets that a split is made of."""
+        """Names of the data sets that contribute to a split."""
         if split == "train":
             return [name for name in self.data_sets if self.weights[name]]
         return [name for name in self.evaluate_on if split in self.data_sets[name].splits()]
@@ -125,12 +125,12 @@ class Mixture(QADataModule):
             if unknown := [name for name in given if name not in self.data_sets]:
                 raise UserError(key, unknown[0], f"one of data_sets: {names}")
         if missing := [name for name in self.data_sets if name not in self.weights]:
-            raise UserError(f"weights.{missing[0]}", reason="is missing", hint=f"needed are all of {names}")
+            raise UserError(f"weights.{missing[0]}", reason="is missing", hint=f"give a weight to each of {names}")
         for name, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
                 raise UserError(f"weights.{name}", weight, "0 or more")
         if not any(self.weights.values()):
-            raise UserError("weights", self.weights, "more than 0 at least once")
+            raise UserError("weights", self.weights, "above 0 for at least one data set")
         if self.examples_per_epoch is not None:
             at_least("examples_per_epoch", self.examples_per_epoch, 1)
         for name, data_set in self.data_sets.items():
@@ -152,4 +152,4 @@ class Mixture(QADataModule):
         for setting in sorted(BATCHED):
             value = getattr(data_set, setting) or defaults[setting].default
             if value != defaults[setting].default:
-                raise UserError(f"{key}.{setting}", value, f"set for the mixture only, as {setting}")
+                raise UserError(f"{key}.{setting}", value, f"set only for the mixture, as {setting}")

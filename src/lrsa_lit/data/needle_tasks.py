@@ -1,6 +1,6 @@
-"""RULER's tasks as records whose passages are the needles alone, in the order they are to appear.
+"""RULER's tasks as records whose passages are only the needles, in their order of appearance.
 
-The defaults are RULER's: one queried key of one value (single); 3 further keys (multikey); 4 values of one key
+Sizes are RULER's defaults: one key with one value (single); 3 further keys (multikey); 4 values of one key
 (multivalue); 4 queried keys (multiquery); one chain of 4 hops (variable tracking).
 """
 
@@ -37,9 +37,9 @@ _KEYS = [f"{adjective}-{noun}" for adjective in _ADJECTIVES.split() for noun in 
 
 
 def magic_numbers(name: str, rng: random.Random, *, keys: int = 1, values: int = 1, queries: int = 1) -> QARecord:
-    """RULER's needle-in-a-haystack: each of ``keys`` has ``values`` numbers of 7 digits, and ``queries`` are asked for.
+    """RULER's needle in a haystack: each of ``keys`` has ``values`` 7-digit numbers; ``queries`` keys are asked for.
 
-    The answers are all numbers of these, in the order of the question.
+    The answers are all numbers of the queried keys, in the order of the question.
     """
     names = rng.sample(_KEYS, keys)
     numbers = iter(rng.sample(range(10**6, 10**7), keys * values))
@@ -60,7 +60,7 @@ def magic_numbers(name: str, rng: random.Random, *, keys: int = 1, values: int =
 
 
 def variable_tracking(name: str, rng: random.Random) -> QARecord:
-    """RULER's chain of assignments: which variables, of 5 letters each, hold the number the first one was given?"""
+    """RULER's chain of assignments: which variables (5 letters each) hold the number assigned to the first one?"""
     variables: list[str] = []
     while len(variables) <= HOPS:
         variable = "".join(rng.choices(string.ascii_uppercase, k=5))

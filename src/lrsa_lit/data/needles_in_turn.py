@@ -1,7 +1,7 @@
-"""Needles asked for one after the other: several keys in one haystack, each in a turn of its own.
+"""Needles asked for one after another: several keys in one haystack, one per turn of a conversation.
 
-After RULER's ``niah_multikey`` (see :mod:`~lrsa_lit.data.needle`), as a conversation: which key matters is not known
-when the haystack is compressed, and all of them are asked for. The conversation is this project's own.
+Based on RULER's ``niah_multikey`` (see :mod:`~lrsa_lit.data.needle`). When the haystack is compressed, it is not known
+which key will be asked for, and all keys are asked for in turn. The conversation is this project's addition.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lrsa_lit.data.records import Passage, QARecord, asked_in_turn
 
 
 class NeedlesInTurn(Needles):
-    """Conversations about haystacks, each turn an example with a score of its own.
+    """Conversations about haystacks; each turn is an example, and each turn number is scored separately.
 
-    Earlier answers are the right ones (:func:`~lrsa_lit.data.records.asked_in_turn`). All turns of a conversation have
-    the same context, which fills ``max_tokens`` in the last of them.
+    Earlier turns have the reference answers (:func:`~lrsa_lit.data.records.asked_in_turn`). All turns of a conversation
+    have the same context, which fills ``max_tokens`` in the last turn.
 
     Args:
-        turns: keys in a haystack, all of which are asked for; at least 2.
-        train: examples to train on, so ``train / turns`` conversations; ``val`` and ``test`` likewise.
-        val: examples to validate on.
-        test: examples to test on.
-        kwargs: source, sha256 (of the haystack), and see QADataModule.
+        turns: number of keys per haystack, all of which are asked for; at least 2.
+        train: number of training examples, which make ``train / turns`` conversations.
+        val: number of validation examples.
+        test: number of test examples.
+        kwargs: source and sha256 (of the haystack); further arguments of QADataModule.
     """
 
     def __init__(self, turns: int = 4, train: int = 1000, val: int = 100, test: int = 400, **kwargs: Any) -> None:
@@ -38,13 +38,13 @@ class NeedlesInTurn(Needles):
         self._last: tuple[str, tuple[Passage, ...]] = "", ()
 
     def records(self, split: Split) -> Sequence[QARecord]:
-        """The turns of one conversation after the other, with their needles alone; ids such as "test-0-turn-1"."""
+        """The turns of all conversations, with only the needles as passages; ids such as "test-0-turn-1"."""
         count = getattr(self, split)
         numbers = range(-(-count // self.turns))
         return [record for number in numbers for record in self._conversation(f"{split}-{number}")][:count]
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """The needles at random depths of a haystack, the same for all turns; decided by ``seed`` and the id."""
+        """The example with the needles at random depths of a haystack, equal for all turns of a conversation."""
         name = record.id.partition("-turn-")[0]
         if self._last[0] != name:
             rng = random.Random(f"{self.seed}:{name}:haystack")

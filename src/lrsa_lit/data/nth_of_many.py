@@ -1,9 +1,9 @@
-"""The n-th of several texts that were asked for alike, to be repeated: like OpenAI's MRCR.
+"""Repeating the n-th of several texts written for the same request: like OpenAI's MRCR.
 
 Sources: Vodrahalli et al., "Michelangelo: Long Context Evaluations Beyond Haystacks via Latent Structure Queries",
 arXiv 2409.12640 (multi-round co-reference resolution); OpenAI's MRCR data set (a random prefix, and the score). Texts
-are made by templates of ours where those are a model's, and the conversation is a text within one message, so scores
-do not compare with published ones.
+come from this project's templates instead of a model, and the conversation is a text within one message, so scores are
+not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ _PREFIX = 10
 
 
 class NthOfMany(QADataModule):
-    """A conversation in which one request comes ``of`` times, each time with another answer; one of them is asked for.
+    """A conversation with one request ``of`` times, each with another answer; one answer is to be repeated.
 
-    All other exchanges are of another kind of text or about another topic, as many as fit ``max_tokens``. The answer
-    must begin with a random prefix; behind it counts how much of the text is there
-    (:func:`~lrsa_lit.evaluation.answer_scores.verbatim_score`, which is ``f1`` here).
+    As many other exchanges as fit into ``max_tokens`` ask for another kind of text or another topic. The answer must
+    begin with a random prefix; the score is how much of the text follows it
+    (:func:`~lrsa_lit.evaluation.answer_scores.verbatim_score`, reported as ``f1``).
 
     Args:
-        of: how often the request comes; several take turns, and each gets a score of its own, such as "of-4".
-        train: examples to train on.
-        val: examples to validate on.
-        test: examples to test on.
+        of: numbers of times that the request occurs. Examples alternate between them, and each is scored separately, as
+            "of-4".
+        train: number of training examples.
+        val: number of validation examples.
+        test: number of test examples.
         kwargs: see QADataModule.
     """
 
@@ -58,12 +59,12 @@ class NthOfMany(QADataModule):
         self.test = at_least("test", test, 1)
 
     def records(self, split: Split) -> Sequence[QARecord]:
-        """The questions of a split with the texts that were asked for alike alone; ids such as "test-of-4-1"."""
+        """The questions of a split, with only the texts of the repeated request; ids such as "test-of-4-1"."""
         asked = [(number, self.of[number % len(self.of)]) for number in range(getattr(self, split))]
         return [self._record(f"{split}-of-{count}-{number}", count)[0] for number, count in asked]
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """These exchanges, in their order, among as many others as fit; decided by ``seed`` and the id."""
+        """The example with these exchanges, in order, among as many others as fit; ``seed`` and the id decide them."""
         _, target = self._record(record.id, len(record.passages))
 
         def grown(size: int) -> QARecord:
@@ -74,7 +75,7 @@ class NthOfMany(QADataModule):
         return self.encode(*largest(grown, 1, PROMPT, self.checked_tokenizer, self.max_tokens), PROMPT)
 
     def _record(self, name: str, count: int) -> tuple[QARecord, tuple[str, str]]:
-        """The record, and the kind and topic that it asks for."""
+        """The record, and the kind and topic of the text that it asks for."""
         rng = random.Random(f"{self.seed}:{name}")
         kind, topic = target = rng.choice(KINDS), rng.choice(TOPICS)
         texts: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""The examples of an epoch, in random order: those of one data set, or shares of several."""
+"""The examples of an epoch in random order: of one data set, or shares of several data sets."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from itertools import accumulate
 from typing import TypeAlias
 
 Key = dict[str, str | int | float | bool | None]
-"""What decides batches, by the names that a user knows it by."""
+"""The settings that decide the batches, by the names that users know."""
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """All examples of one data set, of which there are so many."""
+    """All ``examples`` examples of one data set."""
 
     examples: int
 
     def __call__(self, seed: int, epoch: int) -> list[int]:
-        """Each position once."""
+        """Each position once, in random order."""
         return _shuffled(range(self.examples), f"{seed}:{epoch}")
 
     def key(self) -> Key:
-        """Nothing but the number of examples, which is known anyway."""
+        """Empty: the number of examples is part of the plan's key already."""
         return {}
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Fixed shares of several data sets that lie one behind the other.
+    """Fixed shares of several concatenated data sets.
 
-    Each is gone through again and again, in another order each time, so that no example comes a second time before all
-    ``counts`` of its data set have come once; an epoch takes the next ``quotas`` of each. All are at least one.
+    Each data set is iterated repeatedly, in a new order each time, so no example repeats before all others of its data
+    set have come. An epoch takes the next ``quotas`` examples of each data set. ``counts`` are the sizes of the data
+    sets. All numbers are at least 1.
     """
 
     counts: tuple[int, ...]
     quotas: tuple[int, ...]
 
     def __call__(self, seed: int, epoch: int) -> list[int]:
-        """The quotas of all data sets, mixed."""
+        """The next quota of each data set, shuffled together."""
         starts = accumulate(self.counts, initial=0)
         drawn = [
             start + position
@@ -54,11 +55,11 @@ class Mixed:
 
 
 Order: TypeAlias = Shuffled | Mixed
-"""Decides which examples an epoch has, as many in every epoch, from the run's seed and the epoch's number."""
+"""Decides an epoch's examples from the run's seed and the epoch's number; every epoch has equally many."""
 
 
 def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
-    """Whole numbers in the proportion of the weights that add up to ``total``, by the largest remainder."""
+    """Integers proportional to the weights that add up to ``total``, by the largest-remainder method."""
     exact = [total * weight / sum(weights) for weight in weights]
     parts = [int(part) for part in exact]
     by_remainder = sorted(range(len(parts)), key=lambda number: parts[number] - exact[number])
@@ -68,7 +69,7 @@ def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
 
 
 def _cycle(count: int, start: int, length: int, seed: str) -> Iterator[int]:
-    """``length`` positions from ``start`` on of all ``count`` in random order, again and again."""
+    """``length`` positions from ``start`` on in an endless sequence of random permutations of ``count`` positions."""
     stop = start + length
     for turn in range(start // count, -(-stop // count)):
         positions = _shuffled(range(count), f"{seed}:{turn}")

@@ -1,4 +1,4 @@
-"""Pairs of rewritings, one of which is preferred, to train a model that rewrites passages shorter."""
+"""Pairs of a preferred and a rejected rewriting, to train a model that shortens passages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lrsa_lit.errors import UserError
 
 @dataclass(frozen=True)
 class PairRecord:
-    """A pair with its id, and its place for errors."""
+    """A pair with its id, and its place in the file for errors."""
 
     id: str
     pair: PreferencePair
@@ -25,19 +25,19 @@ class PairRecord:
     task: str = ""
 
     def check_texts(self) -> None:
-        """Raise a UserError for half a character, which no tokenizer takes."""
+        """Raise a UserError for half a character (a lone surrogate), which no tokenizer accepts."""
         check_text([self.pair.passage, self.pair.chosen, self.pair.rejected], "texts")
 
 
 class PreferencePairs(SplitFiles):
-    """Rewritings of passages, two of each: ``{"passage": …, "chosen": …, "rejected": …}``.
+    """Two rewritings of each passage: ``{"passage": …, "chosen": …, "rejected": …}``.
 
     The prompt asks for a summary of the passage. The answer is the chosen rewriting; the objective OddsRatio also sees
-    the rejected one behind the same prompt. A pair of which one of the two does not fit into ``max_tokens`` is left out
+    the rejected one after the same prompt. Pairs with a rewriting that does not fit into ``max_tokens`` are left out
     and counted.
 
     Args:
-        kwargs: see SplitFiles and QADataModule; files are .jsonl, .json or .parquet. Pairs are not packed.
+        kwargs: see SplitFiles and QADataModule; files are .jsonl, .json or .parquet. Packing is not supported.
     """
 
     noun: ClassVar[str] = "pair"
@@ -49,7 +49,7 @@ class PreferencePairs(SplitFiles):
             raise UserError("packing", self.packing.tokens, "null, as a budget of tokens does not count rejected ones")
 
     def records(self, split: Split) -> Iterator[PairRecord]:
-        """The pairs of a split in the order of its files, named after split and number."""
+        """The pairs of a split in the order of its files, named by split and number."""
         for number, (place, row) in enumerate(self.rows(split), start=1):
             with blamed_on(place):
                 if not isinstance(row, dict):
@@ -58,7 +58,7 @@ class PreferencePairs(SplitFiles):
             yield PairRecord(f"{split}-{number}", pair, place)
 
     def to_example(self, record: PairRecord) -> Example | TooLong:
-        """The tokens of prompt and chosen rewriting, and those of the rejected one."""
+        """Tokenise the prompt with the chosen rewriting, and the rejected rewriting."""
         asked, tokenizer = Message("user", PROMPT.format(passage=record.pair.passage)), self.checked_tokenizer
         chat = Chat(record.id, (asked, Message(ASSISTANT, record.pair.chosen)), record.place)
         other = replace(chat, messages=(asked, Message(ASSISTANT, record.pair.rejected)))

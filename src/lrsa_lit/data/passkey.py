@@ -1,4 +1,4 @@
-"""The passkey: one long number hidden in noise, asked for exactly, at several depths.
+"""Passkey retrieval: one long number hidden in noise at several depths, to be repeated exactly.
 
 Source: Mohtashami and Jaggi, "Landmark Attention", NeurIPS 2023 (arXiv 2305.16300), for the text; LagKV (arXiv
 2504.04704) asks for 64 digits.
@@ -28,17 +28,17 @@ _SENTENCES = [f"{sentence}." for sentence in NOISE.removesuffix(".").split(". ")
 
 
 class Passkey(QADataModule):
-    """A number in as many sentences of noise as fit ``max_tokens``; each depth gets a score of its own.
+    """A number hidden in as many noise sentences as fit into ``max_tokens``; each depth is scored separately.
 
-    The remainder by three tells the numbers of the three splits apart. In training the number lies anywhere.
+    Splits share no number: the remainder modulo 3 differs between them. In training, the depth is random.
 
     Args:
-        digits: of the number, the first of which is not 0.
-        depths: where the number lies in validation and test: at so many places, from the beginning of the noise to its
-            end, in turns.
-        train: examples to train on.
-        val: examples to validate on.
-        test: examples to test on.
+        digits: digits of the number; the first one is not 0.
+        depths: number of depths in validation and test, evenly spaced from the start of the noise to its end. Examples
+            alternate between them.
+        train: number of training examples.
+        val: number of validation examples.
+        test: number of test examples.
         kwargs: see QADataModule.
     """
 
@@ -55,11 +55,11 @@ class Passkey(QADataModule):
         self.test = at_least("test", test, 1)
 
     def records(self, split: Split) -> Sequence[QARecord]:
-        """The questions of a split with one sentence of noise; ids such as "test-0", tasks such as "depth_033"."""
+        """The questions of a split, with one noise sentence each; ids such as "test-0", tasks such as "depth_033"."""
         return [self._of_size(f"{split}-{number}", 1) for number in range(getattr(self, split))]
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """The record with as much noise as fits. Each is about something else, however alike two contexts are."""
+        """The example with as much noise as fits. Its id is its subject, because contexts look alike but differ."""
         grown = partial(self._of_size, record.id)
         example = self.encode(*largest(grown, 1, PROMPT, self.checked_tokenizer, self.max_tokens), PROMPT)
         if not isinstance(example, TooLong):
@@ -69,7 +69,7 @@ class Passkey(QADataModule):
     def _of_size(self, name: str, sentences: int) -> QARecord:
         split, number = name.split("-")
         rng = random.Random(f"{self.seed}:{name}")
-        # A power of ten leaves 1, so the numbers of each split leave another remainder.
+        # A power of ten is 1 modulo 3 and the step is 3, so each split has its own remainder.
         key = rng.randrange(10 ** (self.digits - 1) + SPLITS.index(split), 10**self.digits, 3)
         depth = rng.random() if split == "train" else int(number) % self.depths / (self.depths - 1)
         before = round(depth * sentences)

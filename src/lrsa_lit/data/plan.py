@@ -1,4 +1,4 @@
-"""The batches of an epoch, from the run's seed and the epoch's number, and a curriculum of lengths over epochs."""
+"""The batches of each epoch, decided by the run's seed and the epoch's number, with an optional length curriculum."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lrsa_lit.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a training: no example is longer than ``max_tokens`` before the optimizer step ``until_step``.
+    """A stage of a curriculum: no example is longer than ``max_tokens`` before the optimizer step ``until_step``.
 
-    The last stage has no such step.
+    The last stage has no ``until_step``.
     """
 
     max_tokens: int
@@ -28,21 +28,21 @@ class Stage:
 
 @dataclass(eq=False)
 class EpochPlan:
-    """Each example of an epoch's order in one batch, the same number of batches in every epoch.
+    """Puts each example of an epoch into one batch, with the same number of batches in every epoch.
 
-    With several ranks, some batches are halved so that each rank gets as many. Only where batches hold one example each
-    may this not do: then up to ``ranks`` - 1 examples are left out, others in each epoch.
+    With several ranks, some batches are halved so that each rank gets equally many. If batches hold one example each,
+    up to ``ranks`` - 1 examples are left out instead, different ones in each epoch.
 
-    A curriculum puts examples that are too long for a stage behind those of it. Where an epoch has more batches in a
-    stage than there are examples for, these come again, and as many of the longer ones have to wait for the next epoch.
+    A curriculum moves examples that are too long for a stage after it. If a stage of an epoch has more batches than its
+    examples fill, they are repeated, and an equal number of longer examples waits for the next epoch.
 
     Attributes:
         lengths: tokens of each example.
-        policy: puts examples together.
-        order: of the examples of an epoch.
-        ranks: data-parallel processes.
-        curriculum: its stages, none for all examples at any time.
-        batches_a_step: that gradients are accumulated over.
+        policy: groups examples into batches.
+        order: the order of an epoch's examples.
+        ranks: number of data-parallel processes.
+        curriculum: the stages; if empty, all examples are used at any time.
+        batches_a_step: batches over which gradients are accumulated.
 
     Raises:
         UserError: there are fewer examples than ranks.
@@ -56,20 +56,20 @@ class EpochPlan:
     batches_a_step: int = 1
 
     def __post_init__(self) -> None:
-        # Independent of the run's seed, which a checkpoint may bring after Lightning has asked for the length.
+        # The length must not depend on the run's seed: a checkpoint may set it after Lightning has read the length.
         first = self.order(0, 0)
-        # As many for each rank; and no batch can have less than one example.
+        # Each rank gets equally many batches, and each batch at least one example.
         rounded_up = -(-self.policy.count(first, self.lengths) // self.ranks) * self.ranks
         self._length = min(rounded_up, len(first) // self.ranks * self.ranks)
         if not self._length:
-            raise UserError("devices", self.ranks, f"fewer, as there are {len(first)} training examples to share")
+            raise UserError("devices", self.ranks, f"fewer, as there are only {len(first)} training examples")
 
     def __len__(self) -> int:
         return self._length
 
     def key(self) -> Key:
-        """What decides the batches beside the seed."""
-        # Other texts of exactly the same lengths would go unnoticed.
+        """Everything except the seed that decides the batches."""
+        # A change of texts that keeps all lengths is not detected.
         digest = hashlib.sha256(array("Q", self.lengths).tobytes()).hexdigest()[:8]
         examples = f"{len(self.lengths)} (lengths {digest})"
         key: Key = {"training examples": examples, **self.order.key(), **self.policy.key()}
@@ -79,7 +79,7 @@ class EpochPlan:
         return key | {"number of devices": self.ranks}
 
     def batches(self, seed: int, epoch: int) -> Batches:
-        """The batches of an epoch, for all ranks in turn."""
+        """The batches of an epoch; consecutive batches go to consecutive ranks."""
         rng = random.Random(f"{seed}:{epoch}:batches")
         order = self.order(seed, epoch)
         if not self.curriculum:
@@ -95,21 +95,21 @@ class EpochPlan:
         return batches
 
     def padding(self, seed: int, epoch: int) -> float:
-        """The share of an epoch's tokens that is padding or, packed, of its budget that is unused."""
+        """The share of an epoch's tokens that is padding; with packing, the unused share of the token budget."""
         return self.policy.padding(self.batches(seed, epoch), self.lengths)
 
     def _pool(
         self, order: Sequence[int], waiting: Sequence[int], max_tokens: int, count: int, rng: random.Random
     ) -> list[int]:
-        """Examples for ``count`` batches of a stage: those that wait and, if they are too few, more of the same."""
+        """Examples for ``count`` batches of a stage: waiting ones first, then repeated ones if too few are waiting."""
         pool = self._up_to(max_tokens, waiting)
         enough = self.policy.enough(pool, self.lengths, count)
-        # Where nothing longer is put off, the epoch simply nears its end.
+        # If no longer examples are put off, the epoch is simply near its end and needs no repetition.
         if len(pool) < count or (enough > len(pool) and len(pool) < len(waiting)):
-            # An epoch of a mixture may have none that is short enough.
+            # An epoch of a mixture may have no example that is short enough.
             allowed = self._up_to(max_tokens, order) or self._up_to(max_tokens, range(len(self.lengths)))
             while enough > len(pool):
-                # As much again each time, so that many repetitions of few examples take few turns.
+                # Double the pool each time, so that repeating few examples often takes few rounds.
                 for _ in range(max(1, len(pool) // len(allowed))):
                     pool += rng.sample(allowed, len(allowed))
                 enough = self.policy.enough(pool, self.lengths, count)
@@ -120,7 +120,7 @@ class EpochPlan:
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Raise a UserError for stages that do not follow one another."""
+    """Raise a UserError if the stages' lengths and steps do not increase, or are out of range."""
     for number, stage in enumerate(stages):
         last = number == len(stages) - 1
         if last and stage.until_step is not None:
@@ -137,22 +137,23 @@ def check_stages(stages: Sequence[Stage]) -> None:
 
 
 def check_lengths(stages: Sequence[Stage], lengths: Sequence[int]) -> None:
-    """Raise a UserError for a first stage without any example, and for a last one that leaves some out."""
+    """Raise a UserError if the first stage admits no example, or the last one does not admit all."""
     if not stages:
         return
     first, last = stages[0].max_tokens, stages[-1].max_tokens
     if first < min(lengths):
-        shortest = f"{min(lengths)} or more, as the shortest training example has so many tokens"
+        shortest = f"{min(lengths)} or more, the length of the shortest training example"
         raise UserError("curriculum.0.max_tokens", first, shortest)
     if last < max(lengths):
-        longest = f"{max(lengths)} or more, as the longest training example has so many tokens and is to be seen"
+        longest = f"{max(lengths)} or more, the length of the longest training example, which must be used"
         raise UserError(f"curriculum.{len(stages) - 1}.max_tokens", last, longest)
 
 
 def segments(stages: Sequence[Stage], epoch: int, batches: int, batches_a_step: int) -> list[tuple[int, int]]:
-    """The most tokens of an example, and the number of batches, of each stage that an epoch has a part of.
+    """The (max_tokens, number of batches) of each stage that overlaps an epoch.
 
-    ``batches`` are those of an epoch on one rank; its last step may accumulate fewer than ``batches_a_step``.
+    ``batches`` is the number of an epoch's batches on one rank; its last step may accumulate fewer than
+    ``batches_a_step``.
     """
     first_step = epoch * -(-batches // batches_a_step)
     found, start = [], 0
@@ -166,7 +167,7 @@ def segments(stages: Sequence[Stage], epoch: int, batches: int, batches_a_step: 
 
 
 def _without(order: Sequence[int], batches: Batches) -> list[int]:
-    """The order less what is in the batches, as often as it is in them."""
+    """The order without the examples in the batches; each occurrence in a batch removes one."""
     taken = Counter(position for batch in batches for position in batch)
     left = []
     for position in order:

@@ -1,6 +1,6 @@
-"""How examples are put together: so many to a batch, similar lengths to a batch, or packed into one sequence.
+"""Policies that group examples into batches: a fixed number, similar lengths, or packed into one sequence.
 
-An order is a list of positions in a data set, and so is a batch. Nothing here reads an example.
+An order is a list of positions in a data set, and so is a batch. The policies never read the examples.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from lrsa_lit.errors import UserError
 
 Batches = list[list[int]]
 
-# Sorting or packing more at once wastes less and mixes less. HF's Trainer sorts as many batches at a time.
+# Batches that are sorted or packed at once: a larger window wastes less but shuffles less. HF's Trainer also uses 50.
 _WINDOW = 50
-# What the length of batches of one length is a multiple of.
+# With to_longest, the length of batches is a multiple of this.
 _MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class FixedSize:
-    """So many examples to a batch, padded to the longest of it.
+    """A fixed number of examples per batch, padded to the longest of the batch.
 
     Attributes:
-        size: examples in a batch.
-        by_length: put examples of similar lengths together, among those that are near each other in the order; the
-            batches of one step, over all ranks, are similar as well.
-        to_longest: pad all batches to the longest example of all.
+        size: examples per batch.
+        by_length: group examples of similar lengths, within windows of the order. The batches that the ranks train on
+            at the same time are also similar.
+        to_longest: pad every batch to the longest example of the data set.
     """
 
     size: int
@@ -38,17 +38,17 @@ class FixedSize:
     to_longest: bool = False
 
     def count(self, order: Sequence[int], lengths: Sequence[int]) -> int:
-        """How many batches suffice for the examples of an order, however it is shuffled: all full, but the last."""
+        """Number of batches for the examples of an order, however it is shuffled; only the last may not be full."""
         return -(-len(order) // self.size)
 
     def enough(self, order: Sequence[int], lengths: Sequence[int], count: int) -> int:
-        """How many examples from the front of the order fill ``count`` batches; more than there are if none do."""
+        """How many examples from the start of the order fill ``count`` batches; may exceed the length of the order."""
         return count * self.size
 
     def batches(
         self, order: Sequence[int], lengths: Sequence[int], count: int, ranks: int, rng: random.Random
     ) -> Batches:
-        """Exactly ``count`` batches of an order that holds as many examples at least; what is too much is left out."""
+        """Exactly ``count`` batches from an order of at least ``count`` examples; surplus examples are left out."""
         order = order[: count * self.size]
         if not self.by_length:
             return split_into(_chunks(order, self.size), count)
@@ -60,36 +60,36 @@ class FixedSize:
         return _shuffled_in_groups(split_into(_chunks(order, self.size), count), ranks, rng)
 
     def check(self, lengths: Sequence[int]) -> None:
-        """Any length will do."""
+        """Accept any lengths."""
 
     def row_length(self, lengths: Sequence[int]) -> int:
-        """How many columns a batch has at least."""
+        """Minimum number of columns of a batch."""
         return -(-max(lengths) // _MULTIPLE) * _MULTIPLE if self.to_longest else 0
 
     def padding(self, batches: Batches, lengths: Sequence[int]) -> float:
-        """The share of the batches' tokens that is no token of an example, in [0, 1)."""
+        """The share of the batches' tokens that is padding, in [0, 1)."""
         rows = [[lengths[position] for position in batch] for batch in batches]
         least = self.row_length(lengths)
         return 1 - sum(map(sum, rows)) / sum(len(row) * max(least, *row) for row in rows)
 
     def key(self) -> Key:
-        """What decides the batches, in the words of the YAML."""
+        """The settings that decide the batches, by their YAML keys."""
         return {"data.init_args.batch_size": self.size, "data.init_args.group_by_length": self.by_length}
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Several examples in one sequence of at most so many ``tokens``; nothing is cut, and nothing padded."""
+    """Several examples packed into one sequence of at most ``tokens`` tokens, without truncation or padding."""
 
     tokens: int
 
     def count(self, order: Sequence[int], lengths: Sequence[int]) -> int:
-        """As many as this order takes, and not fewer than packing everything at once takes."""
+        """Number of sequences for this order: at least as many as packing all examples at once needs."""
         in_windows = self._in_windows(order, lengths, _WINDOW * self.tokens)
         return max(len(in_windows), len(best_fit_decreasing(order, lengths, self.tokens)))
 
     def enough(self, order: Sequence[int], lengths: Sequence[int], count: int) -> int:
-        """As if sequences could be filled to the last token, so that ``count`` of them are got from it."""
+        """How many examples from the start of the order have the tokens of ``count`` completely filled sequences."""
         tokens = 0
         for number, position in enumerate(order, start=1):
             tokens += lengths[position]
@@ -100,7 +100,7 @@ class Packed:
     def batches(
         self, order: Sequence[int], lengths: Sequence[int], count: int, ranks: int, rng: random.Random
     ) -> Batches:
-        """Packed in windows of the order, as much larger ones as it takes to get along with ``count`` sequences."""
+        """Pack within windows of the order, doubling the window until ``count`` sequences suffice or it spans all."""
         window, everything = _WINDOW * self.tokens, sum(lengths[position] for position in order)
         batches = self._in_windows(order, lengths, window)
         while len(batches) > count and window < everything:
@@ -112,20 +112,20 @@ class Packed:
     def check(self, lengths: Sequence[int]) -> None:
         """Raise a UserError if the longest example does not fit into a sequence."""
         if (longest := max(lengths)) > self.tokens:
-            allowed = f"{longest} or more, as the longest training example has so many tokens and is not cut"
+            allowed = f"{longest} or more, the length of the longest training example, which is not cut"
             raise UserError("packing.tokens", self.tokens, allowed, hint="or lower max_tokens")
 
     def padding(self, batches: Batches, lengths: Sequence[int]) -> float:
-        """The unused share of the budget."""
+        """The unused share of the token budget."""
         used = sum(lengths[position] for batch in batches for position in batch)
         return 1 - used / (self.tokens * len(batches))
 
     def key(self) -> Key:
-        """The budget."""
+        """The token budget, by its YAML key."""
         return {"data.init_args.packing.tokens": self.tokens}
 
     def _in_windows(self, order: Sequence[int], lengths: Sequence[int], window: int) -> Batches:
-        """Sequences of examples that stand within about ``window`` tokens of the order."""
+        """Pack examples that are at most about ``window`` tokens apart in the order."""
         bins: Batches = []
         part: list[int] = []
         tokens = 0
@@ -139,32 +139,36 @@ class Packed:
 
 
 Policy: TypeAlias = FixedSize | Packed
-"""Puts the examples of an order together."""
+"""Groups the examples of an order into batches."""
 
 
 def checked_policy(
     batch_size: int, packing: Packed | None, group_by_length: bool, pad_to_longest: bool = False
 ) -> Policy:
-    """The policy that the parameters of a data module ask for; a UserError if they contradict each other."""
+    """The policy for the parameters of a data module.
+
+    Raises:
+        UserError: the parameters contradict each other.
+    """
     if packing is None:
         return FixedSize(batch_size, group_by_length, pad_to_longest)
     if packing.tokens < 1:
         raise UserError("packing.tokens", packing.tokens, "1 or more")
     if batch_size != 1:
-        allowed = "1 with packing, where a batch is one sequence, which packing.tokens makes longer"
+        allowed = "1 with packing, as a batch is one sequence; packing.tokens sets its length"
         raise UserError("batch_size", batch_size, allowed)
     if group_by_length:
-        raise UserError("group_by_length", group_by_length, "false with packing, which pads nothing")
+        raise UserError("group_by_length", group_by_length, "false with packing, which needs no padding")
     return packing
 
 
 def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], budget: int) -> Batches:
-    """Pack examples into bins of ``budget`` tokens: each, the longest first, goes where it leaves the least room.
+    """Pack examples into bins of ``budget`` tokens: longest first, each into the bin where it leaves the least room.
 
-    How many bins there are depends on the lengths alone; the order decides among examples of one length.
+    The number of bins depends only on the lengths; the order decides between examples of equal length.
     """
     bins: Batches = []
-    room: list[tuple[int, int]] = []  # what is left of a bin, and the bin, ascending
+    room: list[tuple[int, int]] = []  # (free tokens, bin number) of each bin that is not full, ascending
     for position in _longest_first(order, lengths):
         place = bisect_left(room, (lengths[position], 0))
         if place == len(room):
@@ -179,9 +183,9 @@ def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], budget: in
 
 
 def split_into(batches: Batches, count: int) -> Batches:
-    """The same examples in exactly ``count`` batches, by halving the fullest ones; the last are dropped if too many.
+    """Return exactly ``count`` batches: halve the fullest ones if there are too few, drop the last if too many.
 
-    None of the batches is empty, and they have ``count`` examples at least.
+    ``batches`` must hold no empty batch and at least ``count`` examples.
     """
     batches = batches[:count]
     while len(batches) < count:
@@ -200,9 +204,9 @@ def _longest_first(order: Sequence[int], lengths: Sequence[int]) -> list[int]:
 
 
 def _shuffled_in_groups(batches: Batches, size: int, rng: random.Random) -> Batches:
-    """The batches in another order, in which each ``size`` of them from the first on stay together."""
+    """Shuffle groups of ``size`` consecutive batches; the batches of a group stay together."""
     groups = [batches[start : start + size] for start in range(0, len(batches), size)]
-    # An incomplete group stays last, or it would shift the ones behind it.
+    # An incomplete group must stay last; elsewhere it would shift the groups after it.
     last = [groups.pop()] if len(batches) % size else []
     rng.shuffle(groups)
     return [batch for group in groups + last for batch in group]

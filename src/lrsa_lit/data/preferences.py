@@ -1,4 +1,4 @@
-"""Which of several rewritings of a passage is to be preferred, as CoLoR has it (arXiv 2412.18232)."""
+"""Choosing preferred and rejected rewritings of a passage, after CoLoR (arXiv 2412.18232)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lrsa_lit.data.splits import disjoint_splits
 from lrsa_lit.errors import UserError
 
 PROMPT = "Summarize the following content.\n\n{passage}\n\nSummary:"
-"""What a model is asked for a summary with: the published prompt."""
+"""The published prompt that asks a model for a summary."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Candidate:
     """A rewriting of a passage.
 
     Attributes:
-        by: what has made it.
+        by: name of the writer.
         text: the rewriting, not empty.
-        success: whether the question is answered with it in the place of the passage.
+        success: whether the question is answered correctly when the rewriting replaces the passage.
     """
 
     by: str
@@ -31,15 +31,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two rewritings of a passage; ``dataclasses.asdict`` gives what :meth:`from_dict` takes.
+    """Two rewritings of a passage; :meth:`from_dict` reads what ``dataclasses.asdict`` returns.
 
     Attributes:
-        passage: the text that is rewritten; its title is not.
+        passage: the text that is rewritten, without its title.
         chosen: the rewriting to learn.
-        rejected: the one that is worse.
-        title: of the passage; "" if it has none.
-        chosen_by: what has made the chosen one; "" if it is not known.
-        rejected_by: what has made the other.
+        rejected: the worse rewriting.
+        title: the passage's title; "" if it has none.
+        chosen_by: name of the chosen rewriting's writer; "" if unknown.
+        rejected_by: name of the rejected rewriting's writer; "" if unknown.
     """
 
     passage: str
@@ -51,29 +51,34 @@ class PreferencePair:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> PreferencePair:
-        """Build a pair from JSON types; a UserError names a field that is missing, unknown, empty or wrong."""
+        """Build a pair from JSON types.
+
+        Raises:
+            UserError: a field is missing, unknown, empty or wrong, or both rewritings are equal.
+        """
         required = ("passage", "chosen", "rejected")
         check_row(row, dict.fromkeys(required, str), dict.fromkeys(("title", "chosen_by", "rejected_by"), str))
         for name in required:
             if not row[name].strip():
-                raise UserError(name, reason="is empty", allowed="a text that is not")
+                raise UserError(name, reason="is empty", allowed="a non-empty text")
         if row["chosen"].strip() == row["rejected"].strip():
             raise UserError("rejected", reason="is the same text as chosen, so there is nothing to prefer")
         return cls(**{name: value for name, value in row.items() if value is not None})
 
 
 def preferred(candidates: Sequence[Candidate], *, hard: bool = True) -> tuple[Candidate, Candidate] | None:
-    """The chosen and the rejected one of a passage's rewritings, lengths being those in characters.
+    """Pick the chosen and the rejected rewriting of a passage.
 
-    Chosen is the shortest success, rejected the longest failure. Where all succeed, or all fail, it is the shortest and
-    the longest of all; of equally long ones the first. The chosen one may be the longer of the two.
+    The chosen one is the shortest success, and the rejected one the longest failure, in characters. If all succeed or
+    all fail, they are the shortest and the longest of all. Ties go to the first. The chosen rewriting may be longer
+    than the rejected one.
 
     Args:
-        candidates: of one passage and question.
-        hard: leave out a passage where all fail.
+        candidates: rewritings of one passage for one question.
+        hard: return no pair if all candidates fail.
 
     Returns:
-        None where there is no pair: nothing to compare, or two equal texts.
+        The chosen and the rejected rewriting; None if there are no candidates, or both texts are equal.
     """
     good = [each for each in candidates if each.success]
     bad = [each for each in candidates if not each.success]
@@ -87,20 +92,20 @@ def preferred(candidates: Sequence[Candidate], *, hard: bool = True) -> tuple[Ca
 def in_two(
     pairs: Sequence[PreferencePair], held_out: float, seed: int
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Pairs to train on and pairs to hold out: no passage, and no title, is in both.
+    """Split pairs into training and held-out pairs that share no passage and no title.
 
     Args:
-        pairs: in any order; equal ones count once.
-        held_out: the share that is held out at least, in (0, 1).
-        seed: decides which.
+        pairs: the pairs, in any order; duplicates are dropped.
+        held_out: minimum share of held-out pairs, in (0, 1).
+        seed: seed of the split.
 
     Raises:
-        UserError: all pairs are about one passage, or one title, so that one of the two would be empty.
+        UserError: all pairs share one passage or title, so one part would be empty.
     """
     pairs = list(dict.fromkeys(pairs))
     keys = [[("text", pair.passage), *([("title", pair.title)] if pair.title else [])] for pair in pairs]
     splits = disjoint_splits(keys, held_out, 0.0, seed)
     if not splits["train"] or not splits["val"]:
-        raise UserError("pairs", len(pairs), "of two passages at least: one to train on, one to hold out")
+        raise UserError("pairs", len(pairs), "pairs of at least two passages: one to train on, one to hold out")
     train, held = ([pairs[position] for position in splits[name]] for name in ("train", "val"))
     return train, held

@@ -1,10 +1,11 @@
-"""From a record to token ids: the prompt, the answer, and where the evidence lies.
+"""Tokenisation of records: the prompt, the answer, and the positions of the evidence.
 
-One user message holds the passages, then an instruction, then the question; the assistant's message is the answer.
-The context comes first so that its keys and values do not depend on the question; :func:`prompt_of` puts it otherwise.
+One user message holds the passages, then an instruction, then the question. The assistant's message is the answer. The
+context comes first so that its keys and values do not depend on the question; :func:`prompt_of` makes prompts in
+another order.
 
-The prompt and the answer are tokenised apart and joined, so that training sees exactly the prompt tokens that
-generation starts from.
+Prompt and answer are tokenised separately and concatenated, so training sees exactly the prompt tokens that generation
+starts from.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Prompt:
     """How a question is put to the model.
 
     Attributes:
-        message: the user's message; {context} stands for the passages, {input} for the question.
-        answer: the beginning of the assistant's message, which the model is given, with {input}; a blank follows it.
-        heading: what stands above a passage in place of its title; {number} counts from 1. "" shows the titles. None:
-            passages are pieces of one text, shown exactly and without anything between them.
+        message: template of the user's message; {context} is replaced by the passages, {input} by the question.
+        answer: given start of the assistant's message, which may use {input}; a space follows it.
+        heading: heading of each passage in place of its title; {number} counts from 1. "" shows the titles. None means
+            that passages are pieces of one text, which are joined unchanged.
     """
 
     message: str
@@ -46,11 +47,11 @@ class Prompt:
 
     @property
     def between(self) -> str:
-        """What stands between two passages."""
+        """The separator between two passages."""
         return "" if self.heading is None else SEPARATOR
 
     def passage(self, passage: Passage, number: int) -> str:
-        """A passage, the ``number``-th of the context, as the prompt shows it."""
+        """The text of a passage in the prompt; ``number`` is its position in the context, from 1."""
         if self.heading is None:
             return passage.text
         if not self.heading:
@@ -58,23 +59,24 @@ class Prompt:
         return f"{self.heading.replace('{number}', str(number))}\n{passage.text}".strip()
 
     def shown(self, passages: Sequence[Passage]) -> list[str]:
-        """Each passage of a context, as the prompt shows it."""
+        """The texts of all passages in the prompt."""
         return [self.passage(passage, number) for number, passage in enumerate(passages, start=1)]
 
     def around(self, question: str) -> tuple[str, str]:
-        """What stands before the passages and behind them."""
+        """The texts before and after the passages."""
         before, after = self.message.split("{context}")
         return before.replace("{input}", question), after.replace("{input}", question)
 
     def later(self, question: str) -> str:
-        """The message of a later turn, which asks about the passages of the first one."""
+        """The user's message in a later turn: the same template without the passages."""
         return "".join(self.around(question.strip())).strip()
 
 
 def prompt_of(key: str, message: str) -> Prompt:
-    """A prompt with a message of the user's own, which may put the question before the passages, behind them, or both.
+    """Make a prompt from a custom template, which may put the question before the passages, after them, or both.
 
-    The message must hold {context} once and {input} at least once; else a UserError names the setting ``key``.
+    Raises:
+        UserError: the message does not hold {context} exactly once and {input} at least once. The error names ``key``.
     """
     for place, allowed in (("{context}", "once"), ("{input}", "once or more")):
         count = message.count(place)
@@ -84,7 +86,7 @@ def prompt_of(key: str, message: str) -> Prompt:
 
 
 PROMPT = Prompt("{context}" + SEPARATOR + INSTRUCTION + SEPARATOR + "Question: {input}")
-"""The project's own."""
+"""The default prompt."""
 
 
 class Example(TypedDict):
@@ -92,25 +94,25 @@ class Example(TypedDict):
 
     Attributes:
         input_ids: prompt tokens, then answer tokens with the end-of-message token; not padded.
-        prompt_length: how many of ``input_ids`` are the prompt.
-        context_length: how many of these come up to the end of the last passage, where what is asked stands behind
-            them; all of the first turn where an example does not say it.
-        first_turn: how many of these come before the first of several answers: all of them unless there were earlier
-            turns.
-        context_span: token positions [start, end) of the passages, empty where there are none; of a plain text all of
-            its tokens. Missing where an example does not tell its context from what is asked, as in chats.
+        prompt_length: number of prompt tokens in ``input_ids``.
+        context_length: number of prompt tokens up to the end of the last passage; the question follows. If missing, the
+            whole first turn (``first_turn``).
+        first_turn: number of prompt tokens before the first answer of a conversation; the whole prompt if there are no
+            earlier turns.
+        context_span: token positions [start, end) of the passages; empty if there are none. In a plain text, all
+            tokens. Missing if context and question are not separate, as in chats.
         gold_spans: token positions [start, end) of the supporting passages, in the order of the context.
-        answer_spans: token positions [start, end) of the answers' occurrences within those passages.
-        learnt: token positions [start, end) that have a loss, in order. Without it these are all behind the prompt; in
-            a chat earlier turns are learnt as well.
-        rejected: tokens of an answer to the same prompt that is worse than the one in ``input_ids``, with the
-            end-of-message token; empty, or missing, where there is none.
-        subject: what the context is about, where those of other questions are about it too without being the same.
-        source: the name, within a mixture, of the data set that it comes from.
-        repeated: whether it only fills up the share of one of several devices, and must not be counted.
-        position: in its split.
-        source_length: how many tokens the prompt has without a filter; ``prompt_length`` where it is missing.
-        filtered: what a filter has kept of the context, by the names of a data set's report; not stored.
+        answer_spans: token positions [start, end) of the answers' occurrences in those passages.
+        learnt: token positions [start, end) that have a loss, in order. If missing, all tokens after the prompt. In
+            chats, earlier answers are learnt as well.
+        rejected: tokens of a worse answer to the same prompt, with the end-of-message token; empty or missing if there
+            is none.
+        subject: name of the context's subject, if the contexts of several questions share a subject but not the text.
+        source: name of the example's data set in a mixture.
+        repeated: whether the example only fills up a device's share and must not be counted.
+        position: position in the split.
+        source_length: number of prompt tokens without a filter; ``prompt_length`` if missing.
+        filtered: counts of what a filter kept of the context, named as in a data set's report; not stored.
     """
 
     id: str
@@ -136,7 +138,7 @@ class Example(TypedDict):
 
 @dataclass(frozen=True)
 class TooLong:
-    """Stands in for the example of a record that does not fit, with the prompt and answer tokens that it needs."""
+    """Returned in place of an example that does not fit; ``tokens`` is what prompt and answer need together."""
 
     tokens: int
 
@@ -144,14 +146,14 @@ class TooLong:
 def encode(
     record: QARecord, tokenizer: PreTrainedTokenizerBase, max_tokens: int, prompt: Prompt = PROMPT
 ) -> Example | TooLong:
-    """Tokenise a record; prompt and answer may have ``max_tokens`` together, and nothing is cut to meet that.
+    """Tokenise a record; prompt and answer together may have ``max_tokens`` tokens, and nothing is cut.
 
-    Earlier turns follow the context as a cache would hold them: the tokens of their answers are those that are learnt
-    where that turn is the last, and what the chat template writes between turns is tokenised apart.
+    Earlier turns are tokenised as a cache would hold them: their answers have the same tokens as when they are learnt,
+    and the chat template's text between turns is tokenised separately.
 
     Raises:
-        UserError: even without any passage the record needs more than ``max_tokens``, or the chat template does not
-            keep the text of a message, or of an earlier turn.
+        UserError: the record needs more than ``max_tokens`` even without passages, or the chat template changes the
+            text of a message or of an earlier turn.
     """
     rendered = render_prompt(record, tokenizer, prompt)
     question = encode_text(tokenizer, rendered.text, rendered.user)
@@ -185,19 +187,19 @@ def encode(
 
 
 def prompt_tokens(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT) -> int:
-    """Tokens of a record's prompt; errors as for :func:`render_prompt`."""
+    """Number of tokens of a record's prompt; raises as :func:`render_prompt`."""
     rendered = render_prompt(record, tokenizer, prompt)
     return len(encode_text(tokenizer, rendered.text, rendered.user).ids) + len(_later_turns(record, tokenizer, prompt))
 
 
 def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt = PROMPT) -> Rendered:
-    """The prompt's text up to where the first answer starts; errors as for :func:`render_messages`."""
+    """Render the prompt up to where the first answer starts; raises as :func:`render_messages`."""
     asked = record.questions[0].strip()
     texts = prompt.shown(record.passages)
     before, after = prompt.around(asked)
     content = before + prompt.between.join(texts) + after if texts else (before + after).lstrip()
     text, [(start, end)], _ = render_messages([{"role": "user", "content": content}], tokenizer)
-    # The template may have left out white space at the beginning.
+    # The template may have stripped leading white space.
     place = start - content.index(text[start:end]) + len(before)
     spans = []
     for passage in texts:
@@ -207,12 +209,12 @@ def render_prompt(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: 
 
 
 def _context_length(prompt: Tokens, rendered: Rendered) -> int:
-    """Tokens up to the end of the last passage, the one that reaches beyond it included; all without passages."""
+    """Number of tokens up to the end of the last passage, including one that crosses it; without passages, all."""
     return max(1, token_span(prompt.offsets, rendered.passages[-1])[1]) if rendered.passages else len(prompt.ids)
 
 
 def _context_span(prompt: Tokens, rendered: Rendered) -> Span:
-    """Tokens of the passages, those that reach beyond them included; without any none, where the message starts."""
+    """Span of the passages, including tokens that cross its ends; without passages, empty at the message's start."""
     if not rendered.passages:
         start, _ = token_span(prompt.offsets, rendered.user[0])
         return start, start
@@ -220,7 +222,7 @@ def _context_span(prompt: Tokens, rendered: Rendered) -> Span:
 
 
 def _later_turns(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """The tokens from the first answer of a conversation up to where its last one starts."""
+    """The tokens of a conversation from its first answer up to where its last answer starts."""
     if not record.turns:
         return []
     check_turns(tokenizer)
@@ -235,14 +237,14 @@ def _later_turns(record: QARecord, tokenizer: PreTrainedTokenizerBase, prompt: P
 
 
 def render_passage(passage: Passage) -> str:
-    """A passage as the prompt shows it: its title on a line of its own, if it has one, then its text."""
+    """A passage's title on a separate line, if it has one, followed by its text."""
     return f"{passage.title}\n{passage.text}".strip()
 
 
 def find_answers(text: str, answers: Sequence[str], within: Span) -> Iterator[Span]:
     """Character spans of whole-word occurrences of any answer, ignoring case, in the order of the text.
 
-    "yes" and "no" are judgements about the text, not places in it, and are not looked for.
+    "yes" and "no" are judgements about the text, not parts of it, so they are not searched for.
     """
     words = [re.escape(answer.strip()) for answer in answers if answer.strip().lower() not in YES_NO]
     if words:
@@ -252,9 +254,9 @@ def find_answers(text: str, answers: Sequence[str], within: Span) -> Iterator[Sp
 
 
 def token_span(offsets: Sequence[Span], span: Span) -> Span:
-    """Positions [start, end) of the tokens that overlap a character span, which at least one does.
+    """Positions [start, end) of the tokens that overlap a character span; at least one token must.
 
-    ``offsets`` are the tokens' character spans, in order; several may share one (the bytes of a character).
+    ``offsets`` are the tokens' character spans, in order; several tokens may share one (the bytes of a character).
     """
     return (
         bisect_right(offsets, span[0], key=lambda offset: offset[1]),

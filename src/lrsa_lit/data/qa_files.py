@@ -1,4 +1,4 @@
-"""Your own data: files of canonical records, or a data set of the Hugging Face hub with its fields mapped to them."""
+"""Your own data: files of canonical records, or a data set of the Hugging Face hub with mapped fields."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _OPTIONAL = ("id", "supporting_titles", "supporting_sentences", "match", "task",
 
 
 class QAFiles(QADataModule):
-    """Records from JSONL or Parquet files, or from a data set of the hub. Give ``train`` and so on, or ``hub``.
+    """Records from JSONL or Parquet files, or from a hub data set. Set ``train``, ``val`` and ``test``, or ``hub``.
 
     Args:
-        train: .jsonl, .json or .parquet file of canonical records to train on (data/README.md gives the format).
-        val: the same, to validate on; optional.
-        test: the same, to test on.
+        train: .jsonl, .json or .parquet file of canonical records for training (format: data/README.md).
+        val: the same for validation; optional.
+        test: the same for testing; optional.
         hub: name of a data set on the Hugging Face hub, or a local folder of one.
-        hub_config: its configuration, where it has several.
-        hub_revision: its branch, tag or commit.
-        hub_splits: its names of the splits, as in {train: train, val: validation}, which is the default with
-            test: test; a split that is not named is not used.
-        fields: its name of each canonical field that has another name, as in {answers: answers.text}.
+        hub_config: configuration of the hub data set, if it has several.
+        hub_revision: branch, tag or commit of the hub data set.
+        hub_splits: names of the splits in the hub data set. Default: {train: train, val: validation, test: test}.
+            Splits that are not named are not used.
+        fields: column of each canonical field whose name differs, for example {answers: answers.text}.
         kwargs: see QADataModule.
     """
 
@@ -62,22 +62,22 @@ class QAFiles(QADataModule):
                 raise UserError(key, wrong[0], f"one of {', '.join(known)}")
 
     def splits(self) -> tuple[Split, ...]:
-        """The splits that were given."""
+        """The splits that are set."""
         given = self.hub_splits if self.hub else {name for name in SPLITS if getattr(self, name)}
         return tuple(split for split in SPLITS if split in given)
 
     def sources(self) -> dict[str, str]:
-        """The files, or the hash that the ``datasets`` library gives the hub's and those of them that lie here."""
+        """Digests of the files; for a hub data set, the ``datasets`` library's hash and digests of its local files."""
         if not self.hub:
             return super().sources()
         builder = self._builder()
         files = [str(path) for split in self.splits() for path in _local(builder, self.hub_splits[split])]
-        # Not by their places, which differ between machines.
+        # Without paths, which differ between machines.
         digests = enumerate(fingerprint.of_files(files).values())
         return {"hub": str(builder.hash)} | {f"file{number}": digest for number, digest in digests}
 
     def records(self, split: Split) -> Iterator[QARecord]:
-        """The records of a split in the order of its file."""
+        """The records of a split, in the order of its file."""
         return self._hub_records(split) if self.hub else read_records(resolve(getattr(self, split), key=split))
 
     def _origin(self, split: Split) -> tuple[str, object]:
@@ -99,10 +99,10 @@ class QAFiles(QADataModule):
         try:
             yield from records_of(self._hub_rows(name), record)
         except UserError as error:
-            raise UserError("hub", self.hub, reason=f"has what is no record ({error})") from None
+            raise UserError("hub", self.hub, reason=f"has an invalid record ({error})") from None
 
     def _hub_rows(self, name: str) -> Iterator[Row]:
-        """The rows of a split of the hub; files that lie here are read as they stand, without guesses at types."""
+        """The rows of a hub split; local files are read directly, without the library's type inference."""
         if files := _local(self._builder(), name):
             yield from itertools.chain.from_iterable(map(read_rows, files))
             return
@@ -118,16 +118,19 @@ class QAFiles(QADataModule):
 
 
 def _local(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
-    """The files of a split, if they are all of formats that this project reads, and lie here."""
+    """The files of a split, if all are local and of formats that this project reads; otherwise empty."""
     files = [Path(file) for file in (builder.config.data_files or {}).get(split, ())]
     return files if all(file.suffix in SUFFIXES and file.is_file() for file in files) else []
 
 
 def canonical(row: Mapping[str, Any], fields: Mapping[str, str], default_id: str) -> dict[str, Any]:
-    """A row as the dictionary :meth:`QARecord.from_dict` takes.
+    """Convert a row to the dictionary that :meth:`QARecord.from_dict` reads.
 
-    ``fields`` says where to find canonical fields, and dots there lead into nested columns ("answers.text"); columns
-    that it does not name, and that are not called like one, are ignored. A UserError names what is missing.
+    ``fields`` maps canonical fields to columns; dots lead into nested columns ("answers.text"). Columns that are
+    neither mapped nor named like a canonical field are ignored.
+
+    Raises:
+        UserError: a required column is missing, or a value has the wrong type.
     """
     record: dict[str, Any] = {}
     for name in _FIELDS:
@@ -142,13 +145,13 @@ def _find(row: Mapping[str, Any], path: str) -> object:
     value: Any = row
     for name in path.split("."):
         if not isinstance(value, Mapping) or name not in value:
-            raise UserError(path, reason=f"no such column; there are {', '.join(row)}", hint="fields can name another")
+            raise UserError(path, reason=f"no such column; columns are {', '.join(row)}", hint="fields can map another")
         value = value[name]
     return value
 
 
 def _shaped(name: str, value: object) -> object:
-    """One string may stand for a list of one, one or several plain texts for passages, and a number for an id."""
+    """Accept common other forms of a field: a string for a list of one, plain texts as passages, a number as id."""
     if name == "id":
         if isinstance(value, bool) or not isinstance(value, str | int | float | None):
             raise UserError("id", reason=f"is {kind_of(value)}", allowed="a string or a number")
@@ -157,7 +160,7 @@ def _shaped(name: str, value: object) -> object:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list):
             return texts
-        # What a broken file holds may have no hash.
+        # Values of a broken file may not be hashable, so no set is used.
         return [text for place, text in enumerate(texts) if text not in texts[:place]]
     if name != "passages":
         return value

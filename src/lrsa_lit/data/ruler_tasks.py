@@ -1,12 +1,12 @@
-"""RULER's retrieval and tracing tasks as it has them: its needles, haystacks, sizes and prompts.
+"""RULER's retrieval and tracing tasks in their original form: its needles, haystacks, sizes and prompts.
 
 Source: Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", COLM 2024 (arXiv
-2404.06654), with the code that it names. Each of RULER's prompts ends with the beginning of the answer, which is the
-assistant's here; what stands there for ``{query}`` is the question of a record.
+2404.06654), and its published code. RULER's prompts end with the beginning of the answer, which starts the assistant's
+message here. A record's question fills the place of ``{query}``.
 
-Where this differs: an essay begins with any sentence of the text and goes on at its beginning, where RULER always
-takes the first words; a sentence ends with a word that ends with a dot, a question mark or an exclamation mark, where
-RULER asks NLTK; no two needles have the same key or value; the words of keys are of letters alone and not profane.
+Differences from RULER: an essay starts at a random sentence and wraps around, while RULER always takes the first words.
+A sentence ends at a word that ends with a full stop, question mark or exclamation mark, while RULER uses NLTK. No two
+needles share a key or value. The words of keys contain only letters and no profanity.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lrsa_lit.data.word_tasks import WORD_TASKS, common_words, words_of
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 HOPS = 4
 
-# In percent of an essay's sentences.
+# Depths of needles, in percent of an essay's sentences.
 _DEPTHS = [round(100 * number / 39) for number in range(40)]
 
 _TRACK = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -37,7 +37,7 @@ _TRACK_ANSWER = (
     "Answer: According to the chain(s) of variable assignment in the text above, "
     f"{HOPS + 1} variables are assgined the value {{input}}, they are:"
 )
-# RULER gives its solved example 500 tokens: ten lines of noise, of about 25 tokens each.
+# RULER's solved example has 500 tokens: ten lines of noise with about 25 tokens each.
 _SOLVED_LINES = 10
 
 Sentence = tuple[str, bool]
@@ -51,10 +51,10 @@ class Niah:
     Attributes:
         haystack: "repeat" (lines of noise), "essay", or "needle" (needles of keys that are not asked for).
         keys: "words" or "uuids".
-        values: "numbers", of 7 digits, or "uuids".
-        num_keys: keys of the needles; there are as many as queries at least.
-        num_values: values of each key.
-        num_queries: keys that are asked for.
+        values: "numbers" (7 digits) or "uuids".
+        num_keys: number of keys of the needles; at least ``num_queries`` are used.
+        num_values: number of values per key.
+        num_queries: number of keys that are asked for.
     """
 
     haystack: str
@@ -66,7 +66,7 @@ class Niah:
 
     @property
     def prompt(self) -> Prompt:
-        """RULER's, in the singular where one value is asked for."""
+        """RULER's prompt, in the singular if one value is asked for."""
         one = self.num_queries * self.num_values == 1
         some, all_of, are = ("A", "is", "is") if one else ("Some", "are all", "are")
         kind = self.values.removesuffix("s") if one else self.values
@@ -79,10 +79,10 @@ class Niah:
         )
 
     def make(self, words: Sequence[str], name: str, rng: random.Random, size: int, max_tokens: int) -> QARecord:
-        """A record with an essay of ``size`` of the ``words``, or with as many lines of another haystack.
+        """Make a record with an essay of ``size`` words from ``words``, or with ``size`` lines of another haystack.
 
-        The answers are all values of the keys that are asked for, key by key in the order of the question, and each
-        key's in the order of the context, where RULER's have none: so they can be learnt.
+        The answers are all values of the queried keys: the keys in the order of the question, each key's values in the
+        order of the context. RULER defines no order; a fixed one makes the answers learnable.
         """
         keys, values = (_distinct(partial(_DRAWN[kind], rng)) for kind in (self.keys, self.values))
         number = max(self.num_keys, self.num_queries)
@@ -94,7 +94,7 @@ class Niah:
             hay, between = essay(words, rng, size), " "
             places = [len(hay) * depth // 100 for depth in rng.sample(_DEPTHS, len(pairs))]
         else:
-            # The lines come first: those of a smaller size are the first ones of a larger.
+            # Draw the lines before the places, so that a larger record starts with the lines of a smaller one.
             of_needles = self.haystack == "needle"
             hay = [self._needle(next(keys), next(values)) if of_needles else NOISE for _ in range(size)]
             places, between = rng.sample(range(size), len(pairs)), "\n"
@@ -127,7 +127,7 @@ SIZED_NAMES = (*NIAH, "vt", "cwe", "fwe")
 
 
 def sized_tasks(words: Sequence[str]) -> dict[str, SizedTask]:
-    """RULER's eleven tasks that grow with the budget, by its names; ``words`` are those of the essays."""
+    """RULER's eleven tasks that grow with the budget, by RULER's names; ``words`` are the words of the essays."""
     _, smallest, prompt = WORD_TASKS["common_words"]
     return {
         **{name: SizedTask(partial(task.make, words), 1, task.prompt) for name, task in NIAH.items()},
@@ -140,7 +140,7 @@ def sized_tasks(words: Sequence[str]) -> dict[str, SizedTask]:
 def variable_tracking(name: str, rng: random.Random, size: int, max_tokens: int) -> QARecord:
     """RULER's chain of assignments among ``size`` lines of noise: which variables hold the number of the first one?
 
-    A solved example, with variables of 3 letters in place of 5, comes before the task.
+    A solved example with 3-letter variables (instead of 5 letters) precedes the task.
     """
     variables, value, sentences = _chain(rng, 3, _SOLVED_LINES)
     asked = f"{_TRACK_QUESTION} {_TRACK_ANSWER}".replace("{input}", value)
@@ -160,7 +160,7 @@ def _chain(rng: random.Random, letters: int, lines: int) -> tuple[list[str], str
 
 
 def _hidden(needles: Sequence[str], places: Sequence[int], hay: Sequence[str]) -> list[Sentence]:
-    """The sentences of a haystack with each needle before the one at its place, of which none is less than the last."""
+    """Insert each needle before the haystack's sentence at its place; ``places`` must be ascending."""
     found: list[Sentence] = []
     start = 0
     for needle, place in zip(needles, places, strict=True):
@@ -170,9 +170,9 @@ def _hidden(needles: Sequence[str], places: Sequence[int], hay: Sequence[str]) -
 
 
 def in_pieces(sentences: Sequence[Sentence], between: str) -> tuple[Passage, ...]:
-    """A text as the passages of a prompt without headings: each needle, titled "Needle 1" and so on, and the rest.
+    """Split a text into passages for a prompt without headings: needles, titled "Needle 1" and so on, and the rest.
 
-    ``between`` stands between any two sentences.
+    ``between`` is the separator between any two sentences.
     """
     pieces: list[Passage] = []
     text, needles = "", 0
@@ -186,7 +186,7 @@ def in_pieces(sentences: Sequence[Sentence], between: str) -> tuple[Passage, ...
 
 
 def essay(words: Sequence[str], rng: random.Random, size: int) -> list[str]:
-    """The sentences of ``size`` of the words, in their order, from the beginning of any sentence on, and around."""
+    """The sentences of ``size`` consecutive words, starting at a random sentence and wrapping around."""
     drawn = rng.randrange(len(words))
     start = next((place for place in range(drawn, len(words)) if _ends(words[place - 1])), 0)
     sentences: list[list[str]] = [[]]

@@ -1,8 +1,8 @@
-"""Training batches that can be taken up again at any point, on any number of devices.
+"""Training batches that can be resumed at any point, on any number of devices.
 
-The batches of an epoch follow from the run's seed and the epoch's number alone. Where a run stands is therefore two
-numbers, the epoch and the batches of it that were handed out; with the seed and what else decides the batches they are
-its state.
+The run's seed and the epoch's number decide the batches of an epoch. The position of a run is therefore two numbers:
+the epoch, and how many of its batches were yielded. Its state is the position, the seed and the settings that decide
+the batches.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ class StepBatch(list[int]):
     """The positions of a batch's examples.
 
     Attributes:
-        of_step: those of all batches, on all ranks, whose gradients are added up with this one's.
+        of_step: the positions of all batches, on all ranks, of the same optimizer step.
     """
 
     of_step: list[int]
 
 
 class EpochSampler(Sampler[StepBatch]):
-    """The batches of one rank, an epoch for each pass.
+    """The batches of one rank; each pass is one epoch.
 
-    A pass that hands out a batch begins its epoch, and the next pass is the next epoch, whether the former came to its
-    end or not.
+    The epoch advances with the first batch of a pass, so the next pass is the next epoch even if this pass is not
+    finished.
 
     Args:
         plan: decides the batches.
-        seed: the run's.
-        rank: this process among those that share the batches.
-        cut_at: after how many batches the trainer ends an epoch, and a state is that of the next one's start; None for
-            after all of them.
-        same_order: every epoch is the first one, to overfit on some batches.
+        seed: the run's seed.
+        rank: index of this process among those that share the batches.
+        cut_at: number of batches after which the trainer ends an epoch, so that the state is the start of the next one;
+            None for all batches.
+        same_order: whether every epoch repeats the first one, as for ``overfit_batches``.
     """
 
     def __init__(
@@ -68,41 +68,45 @@ class EpochSampler(Sampler[StepBatch]):
         own = [StepBatch(positions) for positions in of_ranks[self.rank :: ranks]]
         for number, batch in enumerate(own):
             first = number - number % self.plan.batches_a_step
-            # The trainer makes a step where it ends an epoch.
+            # The trainer also makes a step at the end of an epoch.
             end = min(first + self.plan.batches_a_step, self.cut_at)
             batch.of_step = list(itertools.chain(*of_ranks[first * ranks : end * ranks]))
         return own
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next pass begins, and what the batches depend on."""
+        """The position where the next pass begins, and everything that the batches depend on."""
         return self.state(self.epoch, self.batch)
 
     def state(self, epoch: int, batch: int) -> dict[str, Any]:
-        """The state after ``batch`` batches of an epoch: plain types, so that a checkpoint loads with weights_only."""
+        """The state after ``batch`` batches of an epoch, in plain types that checkpoints load with weights_only."""
         epoch, batch = self._after(epoch, batch)
         return {"seed": self.seed, "epoch": epoch, "batch": batch, "made_of": self.plan.key()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next pass go on where a state was taken; a UserError if it is none, or counts other batches."""
+        """Resume the next pass at the position of a state.
+
+        Raises:
+            UserError: the state is invalid, or it belongs to other batches.
+        """
         counts = [state.get(name) for name in ("seed", "epoch", "batch")]
         if not all(isinstance(count, int) for count in counts) or not isinstance(state.get("made_of"), Mapping):
-            raise UserError("ckpt_path", reason="its place in the training data has not the form that a fit writes")
+            raise UserError("ckpt_path", reason="its position in the training data has an unknown format")
         saved, own = state["made_of"], self.plan.key()
         if differing := [name for name in own if saved.get(name) != own[name]]:
             listed = ", ".join(f"{name} was {saved.get(name)} and is {own[name]}" for name in differing)
-            reason = f"its place in the training data has no meaning here: {listed}"
+            reason = f"its position in the training data does not apply here: {listed}"
             raise UserError("ckpt_path", reason=reason, hint="resume with the former values, or start a new fit")
         self.seed = state["seed"]
         self.epoch, self.batch = self._after(state["epoch"], state["batch"])
 
     def _after(self, epoch: int, batch: int) -> tuple[int, int]:
-        """The epoch of the batch that follows, and its place there: the end of one epoch is the start of the next."""
+        """The epoch and position of the next batch: the end of one epoch is the start of the next."""
         return (epoch, batch) if batch < self.cut_at else (epoch + 1, 0)
 
 
 @dataclass(eq=False)
 class EpochIterator(Iterator[StepBatch]):
-    """One pass of an :class:`EpochSampler`, whose state a data loader keeps with each batch that it prefetches."""
+    """One pass of an :class:`EpochSampler`; a data loader stores its state with each prefetched batch."""
 
     sampler: EpochSampler
     epoch: int
@@ -119,19 +123,20 @@ class EpochIterator(Iterator[StepBatch]):
         return self.batches[self.batch - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        """The sampler's state after the batches handed out so far."""
+        """The sampler's state after the batches yielded so far."""
         return self.sampler.state(self.epoch, self.batch)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Part of torchdata's protocol, without which it would not ask for the state."""
+        """Not supported; torchdata asks for the state only if this method exists."""
         raise NotImplementedError("load the state of the sampler")
 
 
 class ResumableLoader(StatefulDataLoader[TrainBatch]):
-    """A data loader whose state is its sampler's, at the batch that was handed out last.
+    """A data loader whose state is that of its sampler after the last yielded batch.
 
-    torchdata keeps the sampler's state with each batch, however many are prefetched. The rest of its state is that of
-    its workers, which would tie a run to their number; examples are read by position, so there is nothing in it.
+    torchdata stores the sampler's state with each batch, however many are prefetched. The rest of its state belongs to
+    the workers and would tie a run to their number. It is dropped, because examples are read by position and the
+    workers have no state.
     """
 
     batch_sampler: EpochSampler
@@ -145,6 +150,6 @@ class ResumableLoader(StatefulDataLoader[TrainBatch]):
         return dict(main["_sampler_iter_state"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batch that was handed out last; a UserError if the state belongs to other batches."""
+        """Resume after the last yielded batch; raise a UserError if the state belongs to other batches."""
         super().load_state_dict({})
         self.batch_sampler.load_state_dict(state_dict)

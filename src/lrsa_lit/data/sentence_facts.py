@@ -1,4 +1,4 @@
-"""Contexts as sentences of which some support a question: batches of them, and sentences drawn to be told apart."""
+"""Contexts split into sentences, some of which support a question: batches, and positive and negative sampling."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Facts:
     """A question and its context, sentence by sentence.
 
     Attributes:
-        id: of the question.
-        question: its token ids.
-        sentences: token ids of each sentence of the context, the first one of a paragraph behind its title.
-        keys: the same for the same sentence of the same paragraph in another context.
-        paragraphs: the paragraph of each sentence.
-        lengths: tokens of each sentence without the title.
-        titles: tokens of each paragraph's title.
-        supporting: the sentences that the answer follows from, ascending.
-        bm25: the score of each sentence, its title before it.
+        id: id of the question.
+        question: token ids of the question.
+        sentences: token ids of each sentence of the context; a paragraph's first sentence starts with its title.
+        keys: identifies each sentence; the same sentence of the same paragraph has the same key in other contexts.
+        paragraphs: index of each sentence's paragraph.
+        lengths: number of tokens of each sentence, without the title.
+        titles: number of tokens of each paragraph's title.
+        supporting: indices of the sentences that the answer follows from, ascending.
+        bm25: BM25 score of each sentence together with its title.
     """
 
     id: str
@@ -42,18 +42,18 @@ class Facts:
 
 
 class FactsBatch(TypedDict):
-    """Several contexts.
+    """A batch of contexts.
 
     Attributes:
-        facts: one for each row.
-        input_ids: (B, T) int64, the sentences of each, padded on the right.
+        facts: the question and context of each row.
+        input_ids: (B, T) int64, the sentences of each context, padded on the right.
         mask: (B, T) int64, 1 on tokens and 0 on pads.
-        segments: (B, T) int64, the sentence of each token, -1 on pads.
+        segments: (B, T) int64, index of each token's sentence, -1 on pads.
         question_ids: (B, Tq) int64, padded on the right.
         question_mask: (B, Tq) int64.
         question_segments: (B, Tq) int64, 0 on tokens and -1 on pads.
-        position: of each in its split.
-        repeated: whether a row only fills up this device's share; it counts on another device already.
+        position: position of each row in its split.
+        repeated: whether a row only fills up this device's share, because another device already counts it.
     """
 
     facts: list[Facts]
@@ -68,15 +68,18 @@ class FactsBatch(TypedDict):
 
 
 def draw(facts: Facts, negatives: int, rng: random.Random) -> tuple[int, list[int]]:
-    """A sentence that supports the question, and others of the context that do not and rank below it by BM25.
+    """Draw a supporting sentence (positive) and non-supporting sentences with lower BM25 scores (negatives).
 
-    Half of the others come from paragraphs with a supporting sentence. Where too few rank below it, the lowest ones of
-    all that do not support the question take their place.
+    Half of the negatives come from paragraphs with a supporting sentence. If too few sentences have lower scores, the
+    lowest-ranked non-supporting sentences are used.
 
     Args:
-        facts: with a supporting sentence and one that is not.
-        negatives: how many; one may come several times if there are fewer.
-        rng: draws.
+        facts: must have a supporting and a non-supporting sentence.
+        negatives: number of negatives; sentences repeat if there are too few.
+        rng: random generator.
+
+    Returns:
+        The index of the positive, and the indices of the negatives.
     """
     positive = rng.choice(facts.supporting)
     others = [number for number in range(len(facts.sentences)) if number not in facts.supporting]
@@ -96,11 +99,11 @@ def draw(facts: Facts, negatives: int, rng: random.Random) -> tuple[int, list[in
 
 
 def supports_too(facts: Sequence[Facts], candidates: Sequence[tuple[int, int]]) -> list[list[bool]]:
-    """Of each question and candidate, whether it supports the question without being that question's positive.
+    """For each question and candidate: whether it supports the question without being its positive.
 
     Args:
-        facts: of B questions.
-        candidates: the row and sentence of each; the first B are the positives.
+        facts: the facts of B questions.
+        candidates: (row, sentence) of each candidate; the first B are the positives of the questions.
     """
     keys = [facts[row].keys[number] for row, number in candidates]
     gold = [{each.keys[number] for number in each.supporting} for each in facts]
@@ -108,7 +111,10 @@ def supports_too(facts: Sequence[Facts], candidates: Sequence[tuple[int, int]]) 
 
 
 def cut(facts: Facts, most: int) -> Facts:
-    """The same without the last paragraphs that support nothing, as many as it takes to have so many tokens."""
+    """Remove non-supporting paragraphs, the last ones first, until at most ``most`` tokens are left.
+
+    If the supporting paragraphs alone exceed ``most``, the result has no sentences.
+    """
     gold = {facts.paragraphs[number] for number in facts.supporting}
     tokens = sum(map(len, facts.sentences))
     gone: set[int] = set()

@@ -1,4 +1,4 @@
-"""Tasks whose context grows with the budget: records are made in any size, and the largest that fits is taken."""
+"""Tasks that can make records of any size, so that the largest record that fits the token budget is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class SizedTask(NamedTuple):
-    """How a record is made of its id, what draws it, its size and the budget; its smallest size; and its prompt."""
+    """A task: ``make(id, rng, size, max_tokens)`` makes a record; ``smallest`` is the smallest size."""
 
     make: Callable[[str, random.Random, int, int], QARecord]
     smallest: int
@@ -29,10 +29,13 @@ def largest(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
 ) -> tuple[QARecord, Example | TooLong]:
-    """The largest record that fits the budget and its example; :class:`TooLong` if even the smallest does not.
+    """Find the largest record that fits the token budget.
 
-    ``make`` gives a record of a size, and a larger one has no fewer tokens; the rest is as for
+    ``make`` returns a record of a given size; a larger size must not have fewer tokens. Other arguments are as for
     :func:`~lrsa_lit.data.prompts.encode`.
+
+    Returns:
+        The record and its example, or :class:`TooLong` if even the smallest record does not fit.
     """
     size, record = smallest, make(smallest)
     found = encode(record, tokenizer, max_tokens, prompt)
@@ -47,7 +50,7 @@ def largest(
             return record, found
         tried = make(trial)
         larger = encode(tried, tokenizer, max_tokens, prompt)
-        # Records grow evenly but for the last tokens, so a few trials suffice.
+        # Length is almost linear in size, so a few trials suffice.
         tokens = larger.tokens if isinstance(larger, TooLong) else len(larger["input_ids"])
         per_step = max((tokens - length) / (trial - size), 0.1)
         if isinstance(larger, TooLong):

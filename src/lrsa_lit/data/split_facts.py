@@ -1,4 +1,4 @@
-"""What identifies the questions of a split: a digest of their tokens, and which of them share a context."""
+"""Facts that identify the questions of a split: a digest of their tokens, and which of them share a context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrsa_lit.data.collate import learnt_spans
 from lrsa_lit.data.prompts import Example
 
 _QUESTION = 160
-"""Tokens at the end of a prompt that may be its instruction and question."""
+"""Number of tokens at the end of a prompt that may be its instruction and question."""
 
 _FIELDS = ("id", "prompt_length", "gold_spans", "answer_spans", "answers", "match")
 
@@ -26,11 +26,11 @@ class SplitFacts:
     """The questions of a split, or of one data set's part of it.
 
     Attributes:
-        digest: twelve hex digits of all tokens, spans and answers, in their order.
-        questions: how many there are.
-        length: mean number of tokens of an example, rounded down.
-        contexts: for each question the number of its context, from 0 on. Those of one context differ in the question
-            alone, or have the same subject.
+        digest: digest of all tokens, spans and answers in order; twelve hex digits.
+        questions: number of questions.
+        length: mean number of tokens per example, rounded down.
+        contexts: the number of each question's context, counting from 0. Questions share a context if their prompts
+            differ only in the question, or if they have the same subject.
     """
 
     digest: str
@@ -40,7 +40,7 @@ class SplitFacts:
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> SplitFacts:
-        """Those of at least one example."""
+        """The facts of the given examples, at least one."""
         kept: list[Any] = [
             {**example, "input_ids": np.asarray(example["input_ids"], dtype=np.int64)} for example in examples
         ]
@@ -49,16 +49,16 @@ class SplitFacts:
 
 
 def _digest(examples: Sequence[Any], flat: Any) -> str:
-    # Small vocabularies have had digests of 16-bit tokens from the first results on.
+    # Tokens below 65,536 are hashed as 16 bits, so that digests of earlier results stay valid.
     found = hashlib.sha256(flat.astype("<u2" if flat.max() < 1 << 16 else "<u4").tobytes())
     found.update(np.asarray([len(example["input_ids"]) for example in examples]).astype("<i4").tobytes())
-    # NumPy's integers are no JSON.
+    # JSON cannot encode NumPy's integers.
     found.update(json.dumps(list(map(_about, examples)), ensure_ascii=False, default=int).encode())
     return found.hexdigest()[:12]
 
 
 def _about(example: Any) -> dict[str, Any]:
-    # Not in each: the digest of a split that has none stays what it was.
+    # "subject" and "learnt" are left out where they say nothing new, so that earlier digests stay valid.
     names = (*_FIELDS, "subject") if example.get("subject") else _FIELDS
     usual = [(example["prompt_length"], len(example["input_ids"]))]
     learnt = {} if (spans := learnt_spans(example)) == usual else {"learnt": spans}
@@ -66,7 +66,7 @@ def _about(example: Any) -> dict[str, Any]:
 
 
 def _contexts(examples: Sequence[Any]) -> list[int]:
-    # Two prompts of one context begin alike, so few have to be compared.
+    # Prompts with the same context start with the same tokens, so only few pairs have to be compared.
     firsts: defaultdict[object, list[tuple[int, Any]]] = defaultdict(list)
     found: list[int] = []
     numbers = itertools.count()
@@ -81,12 +81,13 @@ def _contexts(examples: Sequence[Any]) -> list[int]:
 
 
 def _same_context(one: Any, other: Any) -> bool:
-    """Whether two prompts that begin alike are the same but for their ends; short ones never are.
+    """Whether two prompts with the same start differ only at the end; short prompts count as different.
 
-    Where they have subjects, these decide: texts made of one article can share much and begin differently.
+    Examples with a subject were grouped by it, so they share a context: texts made from one article may start
+    differently.
     """
     if one.get("subject"):
         return True
-    # Later turns are no part of the context.
+    # Later turns are not part of the context.
     shared = min(each.get("first_turn", each["prompt_length"]) for each in (one, other)) - _QUESTION
     return shared > _QUESTION and np.array_equal(one["input_ids"][:shared], other["input_ids"][:shared])

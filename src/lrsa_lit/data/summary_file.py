@@ -1,4 +1,4 @@
-"""The file of summaries that is written once and read by a filter: one JSON object a line, by the passage's digest."""
+"""The file of summaries that a filter reads: one JSON object per line, keyed by the digest of the passage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ROW = {"passage": str, "by": str, "summary": str}
 
 
 def digest_of_text(text: str) -> str:
-    """SHA-256 of a passage's text, without its title: hex."""
+    """SHA-256 of a passage's text, without its title, as hex digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -20,22 +20,23 @@ def line_of(text: str, by: str, summary: str) -> dict[str, str]:
     """A line of the file.
 
     Args:
-        text: of the passage.
-        by: digest of the model, and of the settings, that wrote the summary.
-        summary: "" where the model wrote none.
+        text: the passage's text.
+        by: digest of the model and settings that wrote the summary.
+        summary: the summary; "" if the model wrote none.
     """
     return {"passage": digest_of_text(text), "by": by, "summary": summary}
 
 
 def summaries_of(rows: Iterable[Row], by: str | None = None) -> dict[str, str]:
-    """The summary of each passage, by the passage's digest.
+    """Read the summaries, keyed by the digests of their passages.
 
     Args:
-        rows: of the file.
-        by: who must have written all of them; None: anybody, but all of them the same.
+        rows: the rows of the file.
+        by: digest of the writer that all summaries must have; None accepts any writer, but only one.
 
     Raises:
-        UserError: a row is no such line, or summaries are by different models or settings.
+        UserError: a row does not have the format of :func:`line_of`, or summaries come from different models or
+            settings.
     """
     found: dict[str, str] = {}
     for place, row in rows:
@@ -45,7 +46,7 @@ def summaries_of(rows: Iterable[Row], by: str | None = None) -> dict[str, str]:
             check_row(row, _ROW, {})
             by = row["by"] if by is None else by
             if row["by"] != by:
-                hint = "let each model and each max_new_tokens have a file of its own"
+                hint = "use a separate file for each model and each max_new_tokens"
                 raise UserError("by", reason="is another model, or other settings", hint=hint)
         found[row["passage"]] = row["summary"]
     return found

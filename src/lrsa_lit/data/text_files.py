@@ -1,4 +1,4 @@
-"""Your own plain texts: continued training on every token, and perplexity."""
+"""Your own plain texts, for continued training on every token and for perplexity."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Piece:
     """A piece of a text.
 
     Attributes:
-        id: of its text, and its number there.
-        ids: tokens.
-        context: how many of them have no loss.
-        task: "".
+        id: id of the text, and the number of the piece.
+        ids: token ids.
+        context: number of tokens at the start without a loss.
+        task: always "".
     """
 
     id: str
@@ -33,20 +33,20 @@ class Piece:
     task: str = ""
 
     def check_texts(self) -> None:
-        """Tokens hold no half character."""
+        """Do nothing: tokens hold no half characters."""
 
 
 class TextFiles(SplitFiles):
     """Plain texts, cut into pieces of ``max_tokens``: rows with a field ``text``, or whole .txt files.
 
-    No chat template is used. A piece begins with what the tokenizer puts before every text (a begin-of-text token, for
-    some), and with the last token of the piece before it, so that each token but a text's first is predicted once. The
-    last piece of a text is shorter: packing fills sequences with whole pieces, none of which sees another. No token is
-    added at the end of a text.
+    No chat template is used. A piece starts with the tokens that the tokenizer puts before every text (such as a
+    begin-of-text token), followed by the last token of the previous piece. Each token except a text's first is
+    therefore predicted exactly once. The last piece of a text is shorter; packing fills sequences with whole pieces,
+    which do not attend to each other. No token is added at the end of a text.
 
     Args:
-        scored_from: in validation and test, the first tokens of a piece, so many, are context alone; shorter pieces are
-            left out and counted as ``too_short``. Training learns all tokens.
+        scored_from: number of tokens at the start of each piece that are only context in validation and test. Shorter
+            pieces are left out and counted as ``too_short``. Training learns all tokens.
         kwargs: see SplitFiles and QADataModule; files are .jsonl, .json, .parquet or .txt. Rows may have other fields.
     """
 
@@ -61,7 +61,7 @@ class TextFiles(SplitFiles):
         self.scored_from = scored_from
 
     def records(self, split: Split) -> Iterator[Piece]:
-        """The pieces of a split's texts, in their order."""
+        """The pieces of a split's texts, in order."""
         before = self._before()
         room = self.max_tokens - len(before) - 1
         if room < 1:
@@ -71,7 +71,7 @@ class TextFiles(SplitFiles):
                 ids = encode_text(self.checked_tokenizer, text).ids
             for part, start in enumerate(range(0, max(len(ids) - 1, 1), room), start=1):
                 piece = (*before, *ids[start : start + room + 1])
-                # A token that comes again as the first one of a piece has been predicted in the one before.
+                # The repeated token at the start of a piece was predicted in the previous piece.
                 known = len(before) + (1 if start or not before else 0)
                 context = known if split == "train" else max(known, self.scored_from)
                 if context >= len(piece):
@@ -80,7 +80,7 @@ class TextFiles(SplitFiles):
                 yield Piece(f"{split}-{number}-{part}", piece, context)
 
     def to_example(self, record: Piece) -> Example | TooLong:
-        """The piece as it is."""
+        """The example of a piece, which is already tokenised."""
         return Example(
             id=record.id,
             input_ids=list(record.ids),
@@ -93,12 +93,12 @@ class TextFiles(SplitFiles):
         )
 
     def _before(self) -> list[int]:
-        """What the tokenizer puts before every text."""
+        """The tokens that the tokenizer puts before every text."""
         found = self.checked_tokenizer("x", return_special_tokens_mask=True)
         return list(found["input_ids"][: found["special_tokens_mask"].index(0)])
 
     def _texts(self, split: Split) -> Iterator[tuple[str, str]]:
-        """Each text of a split with its place."""
+        """Yield each text of a split with its place."""
         for path in self.files(split):
             for place, row in [(str(path), read_text(path))] if path.suffix == _PLAIN else read_rows(path):
                 with blamed_on(place):
@@ -107,12 +107,12 @@ class TextFiles(SplitFiles):
 
 
 def _text_of(row: object) -> str:
-    """The text of a row, or of a file; a UserError if there is none."""
+    """The text of a row or file; raises a UserError if there is none."""
     text = row.get("text") if isinstance(row, dict) else row
     if not isinstance(text, str):
         missing = isinstance(row, dict) and "text" not in row
         raise UserError("text", reason="is missing" if missing else f"is {kind_of(text)}", allowed="a string")
     if not text.strip():
-        raise UserError("text", reason="is empty", allowed="a text that is not")
+        raise UserError("text", reason="is empty", allowed="a non-empty text")
     check_text(text, "text")
     return text

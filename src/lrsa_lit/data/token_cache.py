@@ -1,4 +1,4 @@
-"""Tokenised examples on disk: one folder a split, written once, whole or not at all, and checked when it is opened."""
+"""Tokenised examples on disk: one folder per split, written once and atomically, and verified when it is opened."""
 
 from __future__ import annotations
 
@@ -46,18 +46,21 @@ _FEATURES = datasets.Features(
 
 
 def is_built(folder: Path) -> bool:
-    """Whether the folder holds a finished split that is as it was written; an unfinished one never bears its name."""
+    """Whether the folder holds a finished, undamaged split; unfinished splits are written under another name."""
     return folder.is_dir() and verified.damage(folder) is None
 
 
 def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> None:
-    """Write a split beside its place, where a damaged one may lie, and rename it once it is complete and on the disk.
+    """Write a split to a temporary folder, and rename it to ``folder`` once it is complete and on the disk.
 
-    The examples are consumed one by one, so that memory does not grow with the split; ``report`` is stored after the
-    last of them, as whoever yields them fills it. A UserError says that the cache cannot be written.
+    A damaged split in ``folder`` is replaced. Examples are consumed one by one, so memory does not grow with the split.
+    ``report`` is stored after the last example, because the iterator fills it.
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     if folder.is_dir() and (damage := verified.damage(folder)):
-        _log.warning("%s is damaged (%s); it is made again", folder, damage)
+        _log.warning("%s is damaged (%s) and will be rebuilt", folder, damage)
 
     def fill(partial: Path) -> None:
         with ArrowWriter(path=str(partial / _EXAMPLES), features=_FEATURES, writer_batch_size=256) as writer:
@@ -77,35 +80,40 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
 
 
 def load(folder: Path) -> tuple[datasets.Dataset, Counter[str]]:
-    """A finished split, memory-mapped, and its report; a UserError if it has been damaged since it was built."""
+    """Open a finished split, memory-mapped, with its report.
+
+    Raises:
+        UserError: the split has been damaged since it was built.
+    """
     if damage := verified.damage(folder):
-        raise UserError("LRSA_CACHE_DIR", folder, reason=f"is damaged ({damage}); remove it, and it will be made again")
+        raise UserError("LRSA_CACHE_DIR", folder, reason=f"is damaged ({damage}); remove it to have it rebuilt")
     return datasets.Dataset.from_file(str(folder / _EXAMPLES)), Counter(json.loads((folder / _REPORT).read_text()))
 
 
 def with_absent(path: Path, found: Mapping[str, str]) -> dict[str, str]:
-    """The source files that were found, and what :func:`keep_sources` has kept of others that are not here.
+    """Add to the source files that were found those that :func:`keep_sources` recorded and that are now absent.
 
-    The examples that were made of these may be here: prepared elsewhere, or before the files were removed.
+    Examples made from absent files may still be in the cache: they were prepared on another machine, or before the
+    files were removed.
     """
     try:
         kept = {str(name): str(content) for name, content in json.loads(path.read_text()).items()}
     except (OSError, ValueError, AttributeError):
         kept = {}
     for absent in kept.keys() - found.keys():
-        _log.info("%s is not here; taking the examples that were made of it", absent)
+        _log.info("%s is absent; using the cached examples that were made from it", absent)
     return {**kept, **found}
 
 
 def keep_sources(path: Path, found: Mapping[str, str]) -> None:
-    """Keep what the files were that examples have been made of, for where these files are not."""
+    """Record the files that examples were made from, for machines that do not have these files."""
     with writable(path):
         io.write_atomically(path, lambda file: file.write(json.dumps(found, indent=1).encode()))
 
 
 def remove_abandoned(root: Path) -> None:
-    """Remove what killed builds have left in the folders of all keys, which may never be asked for again."""
-    # What cannot be removed is in nobody's way.
+    """Remove what killed builds left behind, under all keys: a key may never be requested again."""
+    # A leftover that cannot be removed does no harm.
     with contextlib.suppress(OSError):
         for key in root.iterdir():
             if key.is_dir():
@@ -130,7 +138,7 @@ def lengths(examples: datasets.Dataset) -> list[int]:
 
 
 def longest(examples: datasets.Dataset) -> list[int]:
-    """Tokens of the longest sequence that each example trains with: of its own, or its prompt with what it rejects."""
+    """Tokens of each example's longest training sequence: the example, or its prompt with the rejected answer."""
     columns = lengths(examples), examples["prompt_length"], _counts(examples, "rejected")
     return [max(own, prompt + rejected) if rejected else own for own, prompt, rejected in zip(*columns, strict=True)]
 
@@ -147,7 +155,7 @@ def _counts(examples: datasets.Dataset, name: str) -> list[int]:
 
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Make one line of what keeps a part of the cache from being written."""
+    """Turn an OSError while writing to the cache into a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -156,7 +164,7 @@ def writable(path: Path) -> Iterator[None]:
 
 
 class _SourceError(Exception):
-    """Carries an OSError of whoever yields the examples past those of the cache."""
+    """Carries an OSError from the examples' iterator past the handler of the cache's own OSErrors."""
 
 
 def _apart(examples: Iterable[Example]) -> Iterator[Example]:

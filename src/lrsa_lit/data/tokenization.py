@@ -1,4 +1,4 @@
-"""Text to token ids, so that what a user has written never becomes a control token of the model."""
+"""Tokenisation that never turns a user's text into a control token of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Span: TypeAlias = tuple[int, int]
 
-# No text can hold it by chance or by intent; a new one in each process, which no token depends on.
+# No text can contain this mark by chance or intent. It is random per process; no token depends on it.
 _MARK = f"\ufdd0{secrets.token_hex(16)}\ufdd1"
 
 
@@ -29,16 +29,16 @@ class Tokens:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Span] | None = None) -> Tokens:
-    """Tokenise a text in one piece; special tokens are recognised only outside of what the user has written.
+    """Tokenise a text in one piece; special tokens are recognised only outside of the user's text.
 
-    A text whose user spans hold no special token's string has the ids that ``tokenizer(text,
-    add_special_tokens=False)`` gives. ``user`` are the character spans [start, end) of the user's text, such as
-    :func:`~lrsa_lit.data.messages.render_messages` returns; None where it is all of the text.
+    If the user's text contains no special token's string, the ids are those of
+    ``tokenizer(text, add_special_tokens=False)``. ``user`` holds the character spans [start, end) of the user's text,
+    as :func:`~lrsa_lit.data.messages.render_messages` returns them; None means the whole text.
 
     Raises:
-        UserError: the tokenizer's vocabulary has no other way to write a special token's string.
+        UserError: the tokenizer can encode a special token's string only as the special token.
     """
-    # Not verbose: it would warn that a long text is longer than the tokenizer's idea of the model.
+    # verbose=False suppresses the warning that a text is longer than the tokenizer's maximum.
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     found = Tokens(encoding["input_ids"], encoding["offset_mapping"])
     spans = [(0, len(text))] if user is None else user
@@ -47,7 +47,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Sp
     control = [place for place in _special(tokenizer, found) if place not in wrong]
     plain = _encode_around(tokenizer, text, found, control, cuts=[])
     if wrong := _special_in_text(tokenizer, text, plain, spans):
-        # The vocabulary itself holds the string, so only its parts are ordinary tokens.
+        # The vocabulary also contains the string as an ordinary entry, so cut it into parts.
         cuts = [_core(text, plain.offsets[place])[1] - 1 for place in wrong]
         plain = _encode_around(tokenizer, text, found, control, cuts)
         if wrong := _special_in_text(tokenizer, text, plain, spans):
@@ -57,7 +57,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Sp
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """How many tokens :func:`encode_text` makes of each of a user's texts."""
+    """Number of tokens that :func:`encode_text` makes of each of a user's texts."""
     special = special_ids(tokenizer)
     rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     pairs = zip(texts, rows, strict=True)
@@ -65,7 +65,7 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of all special tokens, named by the tokenizer or not."""
+    """The ids of all special tokens, including those without a name in the tokenizer."""
     unnamed = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
     return {*tokenizer.all_special_ids, *unnamed}
 
@@ -76,11 +76,11 @@ def _special(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
 
 
 def _special_in_text(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Tokens, spans: Sequence[Span]) -> list[int]:
-    """Places of the special tokens that a user's text has become, in whole or in part."""
+    """Positions of special tokens that come, at least in part, from a user's text."""
     found = []
     for place in _special(tokenizer, tokens):
         first, last = _core(text, tokens.offsets[place])
-        # The unknown token mostly stands for characters that the vocabulary lacks, not for its own string.
+        # The unknown token usually replaces characters that the vocabulary lacks, and is then no special string.
         written = tokens.ids[place] != tokenizer.unk_token_id or text[first:last] == str(tokenizer.unk_token)
         if written and any(first < end and start < last for start, end in spans):
             found.append(place)
@@ -88,7 +88,7 @@ def _special_in_text(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Toke
 
 
 def _core(text: str, span: Span) -> Span:
-    """A token's span without the white space around it, which some special tokens take in from their neighbours."""
+    """A token's span without surrounding white space, which some special tokens absorb."""
     found = text[slice(*span)]
     if not found.strip():
         return span
@@ -98,10 +98,10 @@ def _core(text: str, span: Span) -> Span:
 def _encode_around(
     tokenizer: PreTrainedTokenizerBase, text: str, found: Tokens, control: Sequence[int], cuts: Sequence[int]
 ) -> Tokens:
-    """Tokenise a text in which only the special tokens at the places ``control`` of those ``found`` are such.
+    """Tokenise a text so that only the special tokens at the positions ``control`` of ``found`` are kept as special.
 
-    Each of them is replaced by a mark, which splits the text as the token does, and the marks by the tokens again. So
-    are the positions ``cuts`` in the text, which no token reaches over.
+    Each of them is replaced by a mark, which splits the text as the special token does; afterwards the marks are
+    replaced by the tokens. Marks at the text positions ``cuts`` are removed afterwards; no token crosses them.
     """
     kept = {found.offsets[place]: found.ids[place] for place in control}
     parts = sorted([*kept, *((cut, cut) for cut in cuts)])
@@ -127,7 +127,7 @@ def _encode_around(
 
 @functools.lru_cache(maxsize=4)
 def _marker(tokenizer: PreTrainedTokenizerBase, size: int) -> Tokenizer:
-    """A copy of the fast tokenizer, which has so many tokens by now, that knows the mark and no special token."""
+    """A copy of the fast tokenizer that knows the mark and no special tokens; ``size`` is part of the cache key."""
     from tokenizers import AddedToken, Tokenizer
 
     marker = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -1,7 +1,7 @@
 """RULER's aggregation tasks: which words of a list, or of a coded text, are the most frequent?
 
 The recipes, sizes and prompts are RULER's (``common_words_extraction``, ``freq_words_extraction``). Each task makes a
-record of a given size, of which the answers do not depend on the size.
+record of a given size; the answers do not depend on the size.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lrsa_lit.paths import resolve
 _WORDS = "package://wonderwords/assets/{}list.txt"
 _KINDS = ("noun", "adjective", "verb", "profanity")
 WORDS = tuple(map(_WORDS.format, _KINDS))
-"""RULER's source of words, the last file being of those to leave out."""
+"""RULER's word lists; the last one lists the words to exclude."""
 
 COMMON = 10
 FREQUENT = 3
 
-# Of the Zipf distribution that the coded words follow: its exponent, and its sum.
+# Exponent and normalisation of the Zipf distribution that the coded words follow.
 _ALPHA, _ZETA = 2.0, math.pi**2 / 6
 
 _COMMON_INTRODUCTION = (
@@ -52,11 +52,11 @@ _FREQUENT_PROMPT = Prompt(
 def common_words(name: str, rng: random.Random, size: int, max_tokens: int, *, blank: str = " ") -> QARecord:
     """RULER's common words extraction: a solved example, then a list in which 10 words appear more often than others.
 
-    There are ``size`` others; those beyond the vocabulary are pairs of its words. For 4,096 ``max_tokens`` or more the
-    common words appear 30 times and others 3 times, for fewer 6 times and once. ``blank`` stands before the answer of
-    the solved example.
+    The list has ``size`` other words; if the vocabulary is exhausted, pairs of its words are used. With 4,096
+    ``max_tokens`` or more, common words appear 30 times and others 3 times; with fewer, 6 times and once. ``blank`` is
+    the separator before the solved example's answer.
     """
-    # A context of fewer tokens has less of everything.
+    # Shorter contexts have fewer words and repetitions.
     long = max_tokens >= 4096
     others_shown, *shown = (30, 10, 3) if long else (10, 3, 1)
     vocabulary = words_of("noun", "adjective", "verb")
@@ -75,8 +75,8 @@ def common_words(name: str, rng: random.Random, size: int, max_tokens: int, *, b
 def frequent_words(name: str, rng: random.Random, size: int, max_tokens: int) -> QARecord:
     """RULER's frequent words extraction: coded words whose frequencies follow Zipf's law; the most frequent is noise.
 
-    The vocabulary has a fiftieth of ``max_tokens`` words. There would be ``size`` words if it were infinite; from 80 on
-    the answers are unambiguous.
+    The vocabulary has ``max_tokens`` / 50 words. The text would have ``size`` words if the vocabulary were infinite.
+    From a size of 80 on, the answers are unambiguous.
     """
     ranks = max(max_tokens // 50, FREQUENT + 2)
     ranked = ["...", *_different(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), ranks - 1)]
@@ -94,7 +94,7 @@ WORD_TASKS = {
 
 @cache
 def words_of(*kinds: str) -> tuple[str, ...]:
-    """The words of kinds ("noun", "adjective", "verb"): letters alone, none of them profane, in alphabetical order."""
+    """The words of kinds ("noun", "adjective", "verb"): only letters, no profanity, sorted alphabetically."""
     listed = {kind: set(resolve(_WORDS.format(kind)).read_text(encoding="utf-8").split("\n")) for kind in _KINDS}
     words = set().union(*(listed[kind] for kind in kinds)) - listed["profanity"]
     return tuple(sorted(word for word in words if re.fullmatch("[a-z]+", word)))

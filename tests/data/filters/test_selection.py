@@ -91,7 +91,7 @@ def test_a_sentence_above_the_budget_is_cut_into_pieces_that_rank_apart():
 def test_forced_sentences_come_first():
     texts = record("A long sentence is here. Note: six. Another long sentence.")
     assert applied(Longest(tokens=30, forced="^Note"), texts) == [("T0", "Note: six. ")]
-    with pytest.raises(UserError, match=r"^forced: '\(' is none .*; it must be a regular expression$"):
+    with pytest.raises(UserError, match=r"^forced: '\(' is invalid .*; it must be a regular expression$"):
         Longest(forced="(")
     with pytest.raises(UserError, match=r"^rule: 'loose' is not allowed; it must be strict or published$"):
         Longest(rule="loose")

@@ -1,4 +1,4 @@
-"""Filters that make a context shorter before the model sees it, by class path in a data set's settings."""
+"""Filters that shorten a context before the model sees it; the setting ``filter`` of a data set selects one."""
 
 from __future__ import annotations
 

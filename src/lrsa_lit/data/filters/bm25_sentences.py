@@ -1,4 +1,4 @@
-"""Sentences by the words that they share with the question: a control that needs no training."""
+"""Sentences ranked by the words that they share with the question: a baseline without training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lrsa_lit.data.records import QARecord
 
 @dataclass(frozen=True)
 class BM25(SentenceFilter):
-    """Keep the sentences of the highest BM25 score, each ranked behind the title of its passage.
+    """Keep the sentences with the highest BM25 scores; each is scored together with the title of its passage.
 
     Args:
-        k1: from which count on a word that comes again adds little.
-        b: how much long sentences are at a disadvantage, from 0 to 1.
+        k1: term-frequency saturation; the larger it is, the more repetitions of a word add.
+        b: length normalisation, from 0 (none) to 1 (full).
     """
 
     k1: float = field(default=1.5, kw_only=True)
@@ -27,11 +27,11 @@ class BM25(SentenceFilter):
     asks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check each bound once."""
+        """Check the settings."""
         super().__post_init__()
         check_setting("k1", self.k1, is_weight(self.k1), "a number >= 0")
         check_setting("b", self.b, is_weight(self.b) and self.b <= 1, "a number from 0 to 1")
 
     def scores(self, record: QARecord, sentences: Sequence[Sentence]) -> list[float]:
-        """Those of BM25, where the sentences of the context are all texts there are."""
+        """The BM25 scores, with the sentences of the context as the corpus."""
         return bm25(record.question, [sentence.titled for sentence in sentences], self.k1, self.b)

@@ -1,4 +1,4 @@
-"""The base of filters: a record becomes one with a shorter context, and what it lost is accounted for."""
+"""Base classes of context filters, which shorten a record's context and report what it lost."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _TEXT = "x"
 
 @dataclass(frozen=True)
 class Filtered:
-    """A record whose context is shorter, and what has become of each sentence.
+    """A record with a shortened context, and which of its sentences were kept.
 
     Attributes:
-        record: with what is left. A passage of which nothing is left is gone, and so is its title, from
-            ``supporting_titles`` too; ``supporting_sentences`` are those that are whole.
-        source: the record as it was.
-        kept: the sentences of the source that are whole in the record, in their order.
-        dropped: all its others, which are cut, rewritten or gone, in their order.
-        tokens: of the source's context, as the prompt shows it.
-        tokens_left: of the record's.
+        record: the shortened record. Empty passages are removed, also from ``supporting_titles``, and
+            ``supporting_sentences`` holds only sentences that are still whole.
+        source: the original record.
+        kept: sentences of the source that are still whole, in order.
+        dropped: the other sentences (cut, rewritten or removed), in order.
+        tokens: tokens of the source's context in the prompt.
+        tokens_left: tokens of the shortened context in the prompt.
     """
 
     record: QARecord
@@ -46,15 +46,15 @@ class Filtered:
 
     @property
     def context(self) -> str:
-        """Names the whole context, which other questions may be asked about: 12 hex digits."""
+        """Digest of the unfiltered context, which several questions may share: 12 hex digits."""
         return hashlib.sha256(repr(self.source.passages).encode()).hexdigest()[:12]
 
     def counts(self) -> dict[str, int]:
-        """What a data set adds up over its questions: of each measure all there was, and what is left.
+        """Counts that a data set sums over its questions: for each measure, the total and what is left.
 
-        An answer survives where it is written out in what is left of the supporting passages, of all passages where
-        none are named; one of alternatives is enough. Questions whose answer never was there, as yes and no, do not
-        count.
+        An answer is left if it occurs in what is left of the supporting passages, or of all passages if none are named
+        as supporting. One of several alternative answers is enough. Questions whose answer does not occur in the
+        source, such as yes/no questions, are not counted.
         """
         before, after = self.source, self.record
         written = _has_answer(before, before)
@@ -75,14 +75,14 @@ class Filtered:
 
 
 class ContextFilter(FromSettings, ABC):
-    """Makes a context shorter before the model sees it. Subclasses are frozen dataclasses of simple values.
+    """Shortens a context before the model sees it. Subclasses are frozen dataclasses of simple values.
 
-    A data set hands over the tokenizer that tokens are counted with (:meth:`use`); settings, code and
-    :meth:`sources` are in the key of its cache.
+    The data set sets the tokenizer that counts tokens (:meth:`use`). Its cache key includes the filter's settings, code
+    and :meth:`sources`.
 
     Attributes:
-        asks: whether what is left depends on the question, so that no other question can be asked about it.
-        needs_whole: whether questions whose prompts do not fit without the filter are left out with it, too.
+        asks: whether the result depends on the question, so that it cannot be reused for other questions.
+        needs_whole: whether questions whose unfiltered prompts do not fit are left out.
     """
 
     kind: ClassVar[str] = "filters"
@@ -97,18 +97,18 @@ class ContextFilter(FromSettings, ABC):
 
     @abstractmethod
     def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
-        """What is left of the text of each passage; "" where nothing is."""
+        """Return what is left of each passage's text; "" for a removed passage."""
 
     def apply(self, record: QARecord, prompt: Prompt = PROMPT) -> QARecord:
-        """The record with a shorter context; ``prompt`` is how the model will be shown it.
+        """Shorten a record's context; ``prompt`` is the prompt that the model will get.
 
         Raises:
-            UserError: the record has no question and the filter asks for one, or a text that no tokenizer takes.
+            UserError: the filter needs a question and the record has none, or no tokenizer accepts a text.
         """
         return self.filtered(record, prompt).record
 
     def filtered(self, record: QARecord, prompt: Prompt = PROMPT) -> Filtered:
-        """The same, with what it lost."""
+        """Like :meth:`apply`, but also returns what the record lost."""
         if self.asks and not record.question.strip():
             reason = f"ranks by the question, and record {record.id!r} has none"
             raise UserError("filter", type(self).__name__, reason=reason, hint="use one that does not, as Truncate")
@@ -132,44 +132,44 @@ class ContextFilter(FromSettings, ABC):
         )
 
     def parted(self, record: QARecord, prompt: Prompt) -> tuple[Sequence[str], Sequence[Sentence], Sequence[bool]]:
-        """What is left of each passage, the sentences of the context, and which of them are whole."""
+        """What is left of each passage, the sentences of the context, and which of them are still whole."""
         left, sentences = self.shorten(record, prompt), sentences_of(record.passages)
         return left, sentences, whole_sentences(sentences, left)
 
     def count(self, passages: Sequence[Passage], prompt: Prompt) -> int:
-        """Tokens of passages as the prompt shows them, without what stands around them."""
+        """Tokens of the passages in the prompt, without the text around them."""
         return token_counts(self.tokenizer, [prompt.between.join(prompt.shown(passages))])[0]
 
     def use(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Count tokens with it from now on."""
+        """Set the tokenizer that counts tokens."""
         object.__setattr__(self, "_tokenizer", tokenizer)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one that counts tokens."""
+        """The tokenizer that counts tokens."""
         if self._tokenizer is None:
-            raise RuntimeError("no tokenizer counts the tokens: call use(tokenizer) first")
+            raise RuntimeError("no tokenizer is set: call use(tokenizer) first")
         return self._tokenizer
 
     def sources(self) -> dict[str, str]:
-        """What else decides what is left: size and SHA-256 of every file that a setting names."""
+        """Further inputs of the cache key: size and SHA-256 of every file that a setting names."""
         return fingerprint.of_files(self.to_dict()["init_args"])
 
     @property
     def key(self) -> dict[str, object]:
-        """Settings and code, for the key of a cache."""
+        """The filter's settings and code, for the key of a cache."""
         return self.to_dict() | {"code": fingerprint.definitions(type(self))}
 
 
 @dataclass(frozen=True)
 class Budgeted(ContextFilter):
-    """A filter that keeps at most so many tokens of a context, titles and what stands between passages among them.
+    """A filter with a token budget for the context, which includes titles and separators between passages.
 
     Args:
-        kept: the share of the context's tokens that may stay, rounded down.
-        tokens: so many instead of a share; a context that has no more is left as it is.
-        of: what they are a share of, and count: the context, or the prompt with all that stands around the context.
-            Then the prompt must fit without the filter, too, so that the questions are those of the unfiltered data.
+        kept: maximum share of the tokens that is kept, rounded down.
+        tokens: maximum number of tokens, in place of a share. Shorter contexts stay unchanged.
+        of: what the budget applies to: the context, or the whole prompt. With "prompt", questions whose unfiltered
+            prompts do not fit are left out, so the questions are the same as without a filter.
     """
 
     kept: float = 0.25
@@ -177,7 +177,7 @@ class Budgeted(ContextFilter):
     of: Literal["context", "prompt"] = field(default="context", kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check each bound once."""
+        """Check the settings."""
         share = is_weight(self.kept) and 0 < self.kept <= 1
         check_setting("kept", self.kept, share, "a number above 0 and at most 1")
         count = self.tokens is None or (is_integer(self.tokens) and self.tokens >= 1)
@@ -186,35 +186,35 @@ class Budgeted(ContextFilter):
 
     @property
     def needs_whole(self) -> bool:  # type: ignore[override]
-        """Whether it is measured by prompts, which must be there to be measured."""
+        """Whether the budget is a part of the unfiltered prompt, which must then fit."""
         return self.of == "prompt"
 
     def budget(self, tokens: int, record: QARecord, prompt: Prompt) -> int:
-        """How many may stay of a record's context, which has so many tokens."""
+        """The budget for a record's context, which has ``tokens`` tokens."""
         around = self._around(record, prompt) if self.of == "prompt" else 0
-        # A product such as .29 * 100 is 28.999….
+        # The small term corrects rounding: .29 * 100 is 28.999….
         most = int(self.kept * (tokens + around) + 1e-9) if self.tokens is None else self.tokens
         return max(min(most - around, tokens), 0)
 
     def _around(self, record: QARecord, prompt: Prompt) -> int:
-        """Tokens of a record's prompt beside those of its context."""
+        """Tokens of a record's prompt outside of its context."""
         return prompt_tokens(record, self.tokenizer, prompt) - self.count(record.passages, prompt)
 
     def title_tokens(self, passages: Sequence[Passage], prompt: Prompt) -> list[int]:
-        """The tokens that each passage takes beside its text, what stands before it included."""
+        """Tokens that each passage takes in addition to its text: its title and the separator before it."""
         shown = prompt.shown(with_texts(passages, [_TEXT] * len(passages)))
         return token_counts(self.tokenizer, [prompt.between + text.removesuffix(_TEXT) for text in shown])
 
 
 def with_texts(passages: Sequence[Passage], texts: Sequence[str]) -> list[Passage]:
-    """Passages with other texts, without those of which nothing is left; all of them where no text is another."""
+    """Passages with new texts, without those that are blank; if no text changed, all passages are returned."""
     if list(texts) == [each.text for each in passages]:
         return list(passages)
     return [Passage(each.title, text) for each, text in zip(passages, texts, strict=True) if text.strip()]
 
 
 def whole_sentences(sentences: Sequence[Sentence], left: Sequence[str]) -> list[bool]:
-    """Which sentences are whole in what is left of each passage, found one behind the other."""
+    """Which sentences are still whole in what is left of each passage; they are searched in order."""
     behind = [0] * len(left)
     whole = []
     for sentence in sentences:
@@ -227,7 +227,10 @@ def whole_sentences(sentences: Sequence[Sentence], left: Sequence[str]) -> list[
 
 
 def _has_answer(record: QARecord, source: QARecord) -> bool:
-    """Whether what is left of the passages that matter to a source has an answer, all of them where all are needed."""
+    """Whether the record's supporting passages (all passages if none are named) contain the answer.
+
+    ``source`` names the supporting passages and the answers: one of them suffices, or all if ``match`` is "all".
+    """
     matter = [
         each for each in record.passages if not source.supporting_titles or each.title in source.supporting_titles
     ]

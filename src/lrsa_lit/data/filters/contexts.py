@@ -1,4 +1,4 @@
-"""The questions of a data set with all that their contexts show: what a filter is handed."""
+"""The questions of a data set with their full contexts, as a filter gets them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lrsa_lit.errors import UserError
 
 
 def contexts(data: QADataModule, split: Split) -> Iterator[tuple[QARecord, Prompt]]:
-    """The questions of a split that fit, as far as ``limit`` asks, each as the prompt will show it.
+    """Yield the questions of a split that fit, up to ``limit``, each with its prompt.
 
-    A filter that the data set has is left out. Those of a mixture come one data set behind the other.
+    The data set's own filter is not applied. The data sets of a mixture come one after another.
 
     Raises:
         UserError: the data set has no questions about passages.
@@ -42,7 +42,7 @@ def _of_one(data: QADataModule, split: Split) -> Iterator[tuple[QARecord, Prompt
 
 @dataclass(frozen=True)
 class _Seen(ContextFilter):
-    """Leaves all as it is, and keeps what it was handed last."""
+    """Changes nothing, and records what it was called with last."""
 
     handed: list[tuple[QARecord, Prompt]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Sentences near the question by the vectors of a trained encoder.
+"""Sentences that are most similar to the question, by the embeddings of a trained encoder.
 
 Source: CPC, Liskavets et al., "Prompt Compression with Context-Aware Sentence Encoding for Fast and Improved LLM
 Inference", arXiv 2409.01227.
@@ -30,17 +30,17 @@ _NOWHERE = -2.0
 
 @dataclass(frozen=True)
 class CPC(SentenceFilter):
-    """Keep the sentences nearest to the question, by an encoder that reads each in its context.
+    """Keep the sentences nearest to the question, by an encoder that reads each sentence in its context.
 
-    The encoder is a base LLM without its causal mask, which a fit of the task sentence_retrieval has trained. It is
-    loaded when the first context is asked for. The same checkpoint, wherever it lies, leaves the same.
+    The encoder is a base LLM without its causal mask, trained by ``lrsa fit`` with the task sentence_retrieval. It is
+    loaded when the first context is filtered. The result depends on the checkpoint's content, not its path.
 
     Args:
-        checkpoint: of such a fit (.ckpt).
-        max_tokens: of the encoder's passes, longer contexts being read in chunks; null for those that it was trained
-            with. A sentence that is longer is read in pieces, of which the nearest one counts.
-        dtype: of the encoder's weights.
-        device: that it runs on, as cuda:1; null for a GPU if there is one.
+        checkpoint: checkpoint of that fit (.ckpt).
+        max_tokens: maximum tokens per encoder pass; longer contexts are read in chunks. Null: the length of the
+            training. A longer sentence is read in pieces, and its nearest piece counts.
+        dtype: dtype of the encoder's weights.
+        device: device of the encoder, for example cuda:1; null uses a GPU if there is one.
     """
 
     checkpoint: str = field(kw_only=True)
@@ -51,16 +51,16 @@ class CPC(SentenceFilter):
     asks = True
 
     def __post_init__(self) -> None:
-        """Check each bound once; the checkpoint is read when it is needed."""
+        """Check the settings; the checkpoint is read when it is needed."""
         super().__post_init__()
         valid = self.max_tokens is None or (is_integer(self.max_tokens) and self.max_tokens >= 1)
         check_setting("max_tokens", self.max_tokens, valid, "an integer >= 1, or null for those of the training")
 
     def scores(self, record: QARecord, sentences: Sequence[Sentence]) -> list[float]:
-        """The cosine of each sentence and the question; the first ones of passages are read behind their titles.
+        """Cosine similarity of each sentence and the question; a passage's first sentence is read with its title.
 
         Raises:
-            UserError: the checkpoint is not that of an encoder, or there is no such device.
+            UserError: the checkpoint is not that of an encoder, or the device cannot be used.
         """
         from lrsa_lit.models.sentence_encoder import embeddings
 
@@ -84,12 +84,12 @@ class CPC(SentenceFilter):
         return best
 
     def sources(self) -> dict[str, str]:
-        """None by its path: the checkpoint is in the key by what it holds."""
+        """Empty: the checkpoint is in :attr:`key` by its content, not by its path."""
         return {}
 
     @property
     def key(self) -> dict[str, object]:
-        """What decides what is left: what the checkpoint holds, wherever it lies, and not the device.
+        """The cache key: settings, code and the checkpoint's content, without its path and the device.
 
         Raises:
             UserError: the checkpoint is not that of an encoder.
@@ -111,7 +111,7 @@ class _Encoder(NamedTuple):
 
 
 def _stamp(checkpoint: str) -> object:
-    """Another one where the file is replaced; None where there is none."""
+    """Size, modification time and inode of the file, which change if it is replaced; None if there is no file."""
     try:
         about = Path(checkpoint).expanduser().stat()
     except OSError:
@@ -132,7 +132,7 @@ def _place(device: str | None) -> torch.device:
 
 @functools.lru_cache(maxsize=1)
 def _encoder(checkpoint: str, stamp: object, dtype: str, place: torch.device) -> _Encoder:
-    """The encoder of a checkpoint, which stays loaded until another one is asked for."""
+    """Load the encoder of a checkpoint; it stays loaded until another one is requested."""
     import torch
 
     from lrsa_lit.models.checkpoint import load_trained, typed
@@ -140,7 +140,8 @@ def _encoder(checkpoint: str, stamp: object, dtype: str, place: torch.device) ->
 
     trained = load_trained(Path(checkpoint), dtype, encodes=True)
     max_tokens: int = typed(int, (trained.encoder or {}).get("max_tokens"), "encoder.max_tokens")
-    # Adapters are drawn before they are loaded: a run must have the same random numbers where contexts are cached.
+    # Building draws random adapter weights before loading them. Restore the random state, so that a run has the same
+    # random numbers whether or not contexts are cached.
     with torch.random.fork_rng(devices=[]):
         model = trained.build().to(place).eval()
     remove_causal_mask(model)
@@ -149,7 +150,7 @@ def _encoder(checkpoint: str, stamp: object, dtype: str, place: torch.device) ->
 
 @functools.lru_cache(maxsize=8)
 def _digest(checkpoint: str, stamp: object) -> str:
-    """Of what the checkpoint and its base model hold, wherever they lie."""
+    """Digest of the content of the checkpoint and its base model, independent of their paths."""
     from lrsa_lit.models.checkpoint import load_trained
     from lrsa_lit.models.identity import digest_of
 

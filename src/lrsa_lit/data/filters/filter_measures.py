@@ -1,4 +1,4 @@
-"""What a filter has left of a split's contexts, in numbers: the counts of a data set's report as shares and means."""
+"""Measures of what a filter left of a split's contexts: shares and means computed from a data set's report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEASURES = {
     "without_context": "questions left without context, share",
     "without_summary": "passages that have no summary, share",
 }
-"""Labels of the measures, by the names that metrics have behind ``SPLIT/context/``."""
+"""Labels of the measures, by their metric names after ``SPLIT/context/``."""
 _RATIOS = {
     "context_tokens": ("context tokens", "filtered"),
     "context_tokens_left": ("context tokens left", "filtered"),
@@ -26,9 +26,9 @@ _RATIOS = {
 
 
 def context_measures(report: Mapping[str, int], part: str = "") -> dict[str, float]:
-    """The measures of a split's report, of a data set of a mixture where one is named; empty without a filter.
+    """The measures of a split's report, or of one data set (``part``) of a mixture; empty without a filter.
 
-    Shares are of all sentences or answers of the split together. What there is none of has no measure.
+    Shares are taken over all sentences or answers of the split. A measure whose total is 0 is left out.
     """
     stem = f"{part}/" if part else ""
     counts = {name: (report.get(stem + of, 0), report.get(stem + all_of, 0)) for name, (of, all_of) in _RATIOS.items()}
@@ -36,12 +36,12 @@ def context_measures(report: Mapping[str, int], part: str = "") -> dict[str, flo
 
 
 def filtered_parts(report: Mapping[str, int]) -> list[str]:
-    """The data sets of a mixture whose contexts a filter has shortened; [""] for one data set, [] without a filter."""
+    """Names of a mixture's data sets with a filter; [""] for a single filtered data set, [] without a filter."""
     return [name.removesuffix("filtered").removesuffix("/") for name in report if name.rpartition("/")[2] == "filtered"]
 
 
 def metrics_of(report: Mapping[str, int], split: str) -> dict[str, float]:
-    """The measures of a split as ``SPLIT/context/NAME``; of a mixture, each data set's behind its own name."""
+    """The measures of a split as ``SPLIT/context/NAME``; for a mixture, ``SPLIT/context/DATA_SET/NAME``."""
     return {
         "/".join(filter(None, (split, "context", part, name))): value
         for part in filtered_parts(report)

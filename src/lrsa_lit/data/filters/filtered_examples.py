@@ -1,4 +1,4 @@
-"""Examples of filtered records, and what a filter did to a split of them."""
+"""Examples of filtered records, and statistics of what a filter did to a split."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def encode_filtered(
     max_tokens: int,
     prompt: Prompt,
 ) -> Example | TooLong:
-    """The example of a record whose context a filter shortens, with its counts as ``filtered``.
+    """Tokenise a record after a filter has shortened its context; ``filtered`` of the example holds the counts.
 
-    Questions about one context keep that in common. ``whole`` is the example of all of the context, where it is known.
-    Contexts that do not fit as a whole may fit then, unless the filter measures them by the whole prompt.
+    ``subject`` of the example identifies the unfiltered context, so questions about the same context stay grouped.
+    ``whole`` is the unfiltered example, if known. A context that is too long unfiltered may fit after filtering, unless
+    the filter's budget is a share of the prompt (``needs_whole``).
     """
     shortens.use(tokenizer)
     unfiltered = encode(record, tokenizer, max_tokens, prompt) if whole is None else whole
@@ -48,10 +49,10 @@ def encode_filtered(
 def counted(
     examples: Iterable[Example], shortens: ContextFilter, split: str, report: Counter[str]
 ) -> Iterator[Example]:
-    """The examples of a split, what each kept added to its report.
+    """Yield the examples of a split, and add their filter counts to the split's report.
 
     Raises:
-        UserError: an example was made without the filter, or there is no context left in any.
+        UserError: an example was made without the filter, or no example has any context left.
     """
     for example in examples:
         if (counts := example.pop("filtered", None)) is None:
@@ -70,7 +71,7 @@ def counted(
 
 
 def checked_filter(shortens: ContextFilter | None, data_set: str, filterable: bool) -> ContextFilter | None:
-    """The filter of a data set; a UserError where there is one and nothing to filter."""
+    """Return the filter of a data set; raise a UserError if the data set has no contexts to filter."""
     if shortens is not None and not filterable:
         reason = f"cannot be used: {data_set} has no questions about passages, which a filter shortens"
         raise UserError("filter", type(shortens).__name__, reason=reason, hint="leave it out, or set it to null")
@@ -78,5 +79,5 @@ def checked_filter(shortens: ContextFilter | None, data_set: str, filterable: bo
 
 
 def sources_of(shortens: ContextFilter | None) -> dict[str, str]:
-    """What else decides what a filter leaves."""
+    """The :meth:`ContextFilter.sources` of a filter; empty without a filter."""
     return {} if shortens is None else shortens.sources()

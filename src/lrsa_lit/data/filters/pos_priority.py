@@ -1,8 +1,8 @@
-"""POS-priority chunks, after LanguaShrink (arXiv 2409.00855): words that readers skip are dropped.
+"""POS-priority chunks, after LanguaShrink (arXiv 2409.00855): drop words that readers skip.
 
-LanguaShrink weighs words by part of speech and chunks by their meaning and place, and distils a small model to write
-the shortened text. Its tables and that model are not public: the weights and the allocation here are ours, and nothing
-is learnt.
+LanguaShrink weights words by part of speech and chunks by meaning and position, and distils a small model that writes
+the shortened text. Its tables and model are not public. The weights and the allocation here are this project's own, and
+no model is trained.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True)
 class POSPriorityChunks(Budgeted):
-    """Keep the words of the highest priority of each chunk, joined by blanks, whatever is asked.
+    """Keep the highest-priority words of each chunk, joined by spaces, whatever the question.
 
-    A chunk gets the more words, the more its own matter and the nearer it is to either end of the context. Texts must
-    be English, and textblob be installed, which has the tagger.
+    A chunk keeps more words the higher their priority and the nearer it is to either end of the context. Texts must be
+    English. The tagger needs the package textblob.
 
     Args:
-        chunk_words: sentences are put together up to so many words a chunk; null makes each a chunk.
-        density: the weight of the mean priority of a chunk's words in its score; that of its place is 1 less it.
+        chunk_words: sentences are merged into chunks of at most this many words; null makes each sentence a chunk.
+        density: weight of the mean word priority in a chunk's score; its position has the weight 1 - density.
     """
 
     chunk_words: int | None = field(default=None, kw_only=True)
     density: float = field(default=0.7, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check each bound once, and that there is a tagger."""
+        """Check the settings, and that the tagger is installed."""
         super().__post_init__()
         count = self.chunk_words is None or (is_integer(self.chunk_words) and self.chunk_words >= 1)
         check_setting("chunk_words", self.chunk_words, count, "an integer >= 1, or null for sentences")
@@ -61,7 +61,7 @@ class POSPriorityChunks(Budgeted):
             raise UserError("filter", type(self).__name__, reason=reason, hint="pip install 'lrsa-lit[tagger]'")
 
     def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
-        """The words that stay of each passage; as many as fit, found by bisection."""
+        """The kept words of each passage: as many as fit into the budget, found by bisection."""
         total = self.count(record.passages, prompt)
         if (budget := self.budget(total, record, prompt)) >= total:
             return [passage.text for passage in record.passages]
@@ -85,7 +85,7 @@ class POSPriorityChunks(Budgeted):
         return left(fitting)
 
     def _chunks(self, record: QARecord) -> list[list[Placed]]:
-        """The words of each sentence, of several together where a chunk may hold them."""
+        """The words of each chunk: one sentence, or several if ``chunk_words`` allows."""
         found: list[list[Placed]] = []
         for sentence in sentences_of(record.passages):
             words = [Placed(sentence.passage, word) for word in tagged(sentence.text)]
@@ -97,14 +97,15 @@ class POSPriorityChunks(Budgeted):
 
 
 def priority(word: Word) -> float:
-    """How much a word matters, from 0 to 1."""
+    """The priority of a word, from 0 to 1."""
     return 1.0 if word.text.lower() in NEGATIONS else PRIORITY[word.tag]
 
 
 def chunk_scores(chunks: Sequence[Sequence[Word]], density: float = 0.7) -> list[float]:
-    """How much each chunk matters: the mean priority of its words without punctuation, and its place.
+    """Score of each chunk: the mean priority of its words, without punctuation, combined with its position.
 
-    The first and the last are remembered best, as by Ebbinghaus' curve with a third of the chunks as its time.
+    The position term decays exponentially from both ends of the context, after Ebbinghaus' forgetting curve; its time
+    constant is a third of the number of chunks.
     """
     count = len(chunks)
     tau = max(1.0, count / 3)
@@ -118,10 +119,10 @@ def chunk_scores(chunks: Sequence[Sequence[Word]], density: float = 0.7) -> list
 
 
 def allocated(lengths: Sequence[int], scores: Sequence[float], words: int) -> list[int]:
-    """How many words each chunk keeps, ``words`` together if there are so many.
+    """Distribute ``words`` words over the chunks.
 
-    Shares are proportional to length times score and no more than the length, the rest shared again; they are rounded
-    down, then up for the largest remainders, of equal ones the earlier.
+    Shares are proportional to length times score, at most the length; what exceeds a length is distributed again.
+    Shares are rounded by the largest-remainder method; ties go to the earlier chunk.
     """
     weights = [length * score for length, score in zip(lengths, scores, strict=True)]
     share, left = [0.0] * len(lengths), float(min(words, sum(lengths)))
@@ -135,7 +136,7 @@ def allocated(lengths: Sequence[int], scores: Sequence[float], words: int) -> li
             share[place] = float(lengths[place])
             left -= lengths[place]
             waiting.remove(place)
-    # A share such as 2.9999999999999996 is 3.
+    # The small term corrects rounding: 2.9999999999999996 is 3.
     count = [min(int(value + 1e-9), length) for value, length in zip(share, lengths, strict=True)]
     by_remainder = sorted(range(len(lengths)), key=lambda place: (count[place] - share[place], place))
     missing = min(words, sum(lengths)) - sum(count)
@@ -148,12 +149,12 @@ def allocated(lengths: Sequence[int], scores: Sequence[float], words: int) -> li
 
 
 def kept_words(chunk: Sequence[Word], count: int) -> list[int]:
-    """The positions of the words of the highest priority, of equal ones the earlier; ascending."""
+    """Positions of the ``count`` words with the highest priority, ascending; ties go to the earlier word."""
     return sorted(sorted(range(len(chunk)), key=lambda place: (-priority(chunk[place]), place))[:count])
 
 
 def _stay(chunks: Sequence[Sequence[Placed]], scores: Sequence[float], words: int) -> Iterator[Placed]:
-    """The words that stay where there are to be so many, in order."""
+    """Yield the kept words, ``words`` in total, in order."""
     counts = allocated(list(map(len, chunks)), scores, words)
     for chunk, count in zip(chunks, counts, strict=True):
         for place in kept_words([placed.word for placed in chunk], count):

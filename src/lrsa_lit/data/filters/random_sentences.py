@@ -1,4 +1,4 @@
-"""Sentences at random: what any filter must beat at its budget."""
+"""Random sentences: the baseline that every filter must beat at equal budget."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lrsa_lit.data.records import QARecord
 
 @dataclass(frozen=True)
 class RandomSentences(SentenceFilter):
-    """Keep sentences at random, decided by the seed and the record's id.
+    """Keep random sentences; the seed and the record's id decide which.
 
     Args:
-        seed: another one keeps others.
+        seed: seed of the random choice.
     """
 
     seed: int = 0
 
     def scores(self, record: QARecord, sentences: Sequence[Sentence]) -> list[float]:
-        """Drawn from 0 to 1."""
+        """Random numbers from 0 to 1."""
         rng = random.Random(f"{self.seed}:{record.id}")
         return [rng.random() for _ in sentences]

@@ -1,7 +1,8 @@
-"""Filters that keep whole sentences, those that rank highest within a budget of tokens.
+"""Filters that keep whole sentences: the highest-ranked ones within a token budget.
 
-The rules are those of CPC (Liskavets et al., "Prompt Compression with Context-Aware Sentence Encoding for Fast and
-Improved LLM Inference", arXiv 2409.01227): the published one, and a strict one of ours that never exceeds the budget.
+There are two selection rules: that of CPC (Liskavets et al., "Prompt Compression with Context-Aware Sentence Encoding
+for Fast and Improved LLM Inference", arXiv 2409.01227), and a strict rule of this project that never exceeds the
+budget.
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ SelectionRule: TypeAlias = Literal["strict", "published"]
 
 @dataclass(frozen=True)
 class SentenceFilter(Budgeted):
-    """Keep the sentences of the highest scores, in their order, each passage's under its title.
+    """Keep the sentences with the highest scores, in their original order, under the titles of their passages.
 
-    A sentence that is longer than the budget is cut into pieces, which rank apart.
+    Sentences longer than the budget are cut into pieces that are ranked separately.
 
     Args:
-        rule: "strict" passes over a sentence that does not fit and goes on, and never exceeds the budget; "published"
-            is CPC's, which stops behind the sentence that exceeds it, and counts a token between two sentences.
-        forced: a regular expression; sentences in which it is found come before all others.
+        rule: "strict" skips sentences that do not fit and never exceeds the budget. "published" is CPC's rule: it stops
+            after the sentence that exceeds the budget, and counts one token between two sentences.
+        forced: a regular expression; sentences that match it are ranked before all others.
     """
 
     rule: Literal["strict", "published"] = field(default="strict", kw_only=True)
     forced: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check each bound once."""
+        """Check the settings."""
         super().__post_init__()
         check_setting("rule", self.rule, self.rule in ("strict", "published"), "strict or published")
         try:
             re.compile(self.forced or "")
         except (re.error, TypeError) as error:
-            raise UserError("forced", self.forced, "a regular expression", reason=f"is none ({error})") from None
+            raise UserError("forced", self.forced, "a regular expression", reason=f"is invalid ({error})") from None
 
     @abstractmethod
     def scores(self, record: QARecord, sentences: Sequence[Sentence]) -> Sequence[float]:
-        """One for each sentence of a record's context, in their order; of equal ones the earlier ranks higher."""
+        """Return the score of each sentence of a record's context, in order; ties go to the earlier sentence."""
 
     def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
-        """The sentences of each passage that are kept, joined."""
+        """The kept sentences of each passage, joined."""
         return self.parted(record, prompt)[0]
 
     def parted(self, record: QARecord, prompt: Prompt) -> tuple[Sequence[str], Sequence[Sentence], Sequence[bool]]:
-        """As :class:`ContextFilter` has it, where pieces count as sentences."""
+        """As in :class:`ContextFilter`, with pieces of long sentences counted as sentences."""
         total = self.count(record.passages, prompt)
         if (budget := self.budget(total, record, prompt)) >= total:
             sentences = sentences_of(record.passages)
@@ -69,13 +70,13 @@ class SentenceFilter(Budgeted):
         taken = selected(order, lengths, budget, self.rule, places, titles)
         while True:
             left = _joined(sentences, taken, len(record.passages))
-            # Where sentences meet, tokens may fall apart.
+            # Joining sentences may change the tokenisation and add tokens.
             if self.rule == "published" or self.count(with_texts(record.passages, left), prompt) <= budget or not taken:
                 return left, sentences, [place in taken for place in range(len(sentences))]
             taken.pop()
 
     def _cut(self, record: QARecord, budget: int, titles: Sequence[int]) -> tuple[list[Sentence], list[int]]:
-        """The sentences of a context, in pieces where they are too long, and the tokens of each."""
+        """The sentences of a context, long ones in pieces, and the token count of each."""
         found: list[Sentence] = []
         whole = sentences_of(record.passages)
         for sentence, tokens in zip(whole, token_counts(self.tokenizer, [each.text for each in whole]), strict=True):
@@ -86,7 +87,7 @@ class SentenceFilter(Budgeted):
 
 
 def ranked(scores: Sequence[float], forced: Sequence[bool]) -> list[int]:
-    """The positions of sentences, the highest score first; those that are forced before the others."""
+    """The positions of the sentences, highest score first; forced sentences come before the others."""
     return sorted(range(len(scores)), key=lambda place: (not forced[place], -scores[place], place))
 
 
@@ -98,15 +99,15 @@ def selected(
     places: Sequence[int] | None = None,
     titles: Sequence[int] = (),
 ) -> list[int]:
-    """The sentences that are kept, in the order in which they are taken.
+    """Select sentences within a token budget, and return them in the order of selection.
 
     Args:
-        order: positions of sentences, the best first.
+        order: positions of the sentences, best first.
         lengths: tokens of each sentence.
-        budget: tokens that may be taken; all of them are at most ``budget`` under the strict rule.
+        budget: the token budget, which the strict rule never exceeds.
         rule: see :class:`SentenceFilter`.
-        places: the passage of each sentence; None where passages have no titles.
-        titles: tokens that the first sentence taken of a passage takes in addition.
+        places: the passage of each sentence; None if passages have no titles.
+        titles: tokens of each passage's title, added when its first sentence is selected.
     """
     shown: set[int] = set()
     kept: list[int] = []

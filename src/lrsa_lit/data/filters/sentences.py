@@ -1,4 +1,4 @@
-"""Sentences of a context: every character of it belongs to exactly one, so that those that are kept can be joined."""
+"""Splitting of a context into sentences: every character belongs to exactly one, so kept sentences can be joined."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _LINE = re.compile(r"[^\n]*\n*")
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a context, or a piece of one that is longer than all that may stay.
+    """A sentence of a context, or a piece of a sentence that exceeds the budget.
 
     Attributes:
-        passage: the position of its passage in the context.
-        title: of its passage; may be empty.
-        text: with the white space behind it; those of a passage together are the passage's text.
-        first: whether it is the first of its passage.
+        passage: position of its passage in the context.
+        title: title of its passage; may be empty.
+        text: the text with the white space after it; the sentences of a passage join to the passage's text.
+        first: whether it is the first sentence of its passage.
     """
 
     passage: int
@@ -34,12 +34,12 @@ class Sentence:
 
     @property
     def titled(self) -> str:
-        """What ranks it: its text behind the title of its passage."""
+        """The title of its passage followed by its text, as used for ranking."""
         return f"{self.title} {self.text}".strip()
 
 
 def sentences_of(passages: Sequence[Passage]) -> list[Sentence]:
-    """The sentences of a context in their order."""
+    """The sentences of a context, in order."""
     return [
         Sentence(place, passage.title, text, number == 0)
         for place, passage in enumerate(passages)
@@ -48,9 +48,10 @@ def sentences_of(passages: Sequence[Passage]) -> list[Sentence]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of an English text: ``"".join`` of them gives the text.
+    """Split an English text into sentences; ``"".join`` restores the text.
 
-    A line end closes a sentence. White space stays with the sentence before it, at the beginning with the first one.
+    A line end ends a sentence. White space belongs to the sentence before it; leading white space belongs to the first
+    sentence.
     """
     import sentencex
 
@@ -65,16 +66,16 @@ def split_sentences(text: str) -> list[str]:
 
 
 def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> Iterator[str]:
-    """A text in pieces of at most so many tokens each, cut between words where that is possible.
+    """Cut a text into pieces of at most ``most`` tokens, between words if possible.
 
-    A word that has more tokens is cut within. Joined, the pieces are the text.
+    A word with more tokens is cut inside. Joined, the pieces give the text.
     """
     offsets = encode_text(tokenizer, text).offsets
     start = taken = 0
     while len(offsets) - taken > most:
         end = offsets[taken + most][0]
         blank = max(text.rfind(" ", start, end), text.rfind("\n", start, end)) + 1
-        # A character of several tokens is never cut.
+        # A character that consists of several tokens is never cut.
         end = blank if text[start:blank].strip() else max(end, start + 1)
         yield text[start:end]
         start = end

@@ -1,4 +1,4 @@
-"""Passages rewritten shorter by a model beforehand, whatever is asked about them (CoLoR, arXiv 2412.18232)."""
+"""Passages replaced by summaries that a model wrote in advance, whatever the question (CoLoR, arXiv 2412.18232)."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from lrsa_lit.paths import resolve
 
 @dataclass(frozen=True)
 class Summarised(Filtered):
-    """A record with summaries in the place of its passages.
+    """A record with summaries in place of its passages.
 
     Attributes:
-        missing: how many of its passages have none in the file, or an empty one, and so stay as they are.
+        missing: number of passages without a summary, or with an empty one; they stay unchanged.
     """
 
     missing: int = 0
 
     def counts(self) -> dict[str, int]:
-        """Those of any filter, and the passages that stay as they are."""
+        """The counts of every filter, plus the passages without a summary."""
         passages = {"passages": len(self.source.passages), "passages without a summary": self.missing}
         return super().counts() | passages
 
 
 @dataclass(frozen=True)
 class Summaries(ContextFilter):
-    """The summary of each passage in its place, its title as it is. A passage without one, or an empty one, stays.
+    """Replace each passage's text by its summary; passages without a summary, or with an empty one, stay unchanged.
 
-    What is left does not depend on the question, so it can be cached, and further questions be asked about it.
+    The result does not depend on the question, so it can be cached for further questions.
 
     Args:
-        map: the file that ``lrsa summarise`` has written.
+        map: file of summaries, written by ``lrsa summarise``.
     """
 
     map: str
 
     def __post_init__(self) -> None:
-        """Read the file once; a UserError if it is no such file."""
-        self._summaries  # noqa: B018 - an error is for now
+        """Read the file once; raise a UserError if it is not a file of summaries."""
+        self._summaries  # noqa: B018 - reports errors early
 
     @property
     def _summaries(self) -> dict[str, str]:
@@ -55,17 +55,17 @@ class Summaries(ContextFilter):
         return _read(path, about.st_size, about.st_mtime_ns)
 
     def filtered(self, record: QARecord, prompt: Prompt = PROMPT) -> Summarised:
-        """The record with its summaries, and what it lost."""
+        """The record with summaries, and what it lost."""
         missing = self._found(record).count("")
         return Summarised(**vars(super().filtered(record, prompt)), missing=missing)
 
     def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
-        """The summaries."""
+        """The summary of each passage, or its text if there is no summary."""
         found = zip(self._found(record), record.passages, strict=True)
         return [summary or passage.text for summary, passage in found]
 
     def _found(self, record: QARecord) -> list[str]:
-        """What the file has for each passage; "" for nothing."""
+        """The summary of each passage in the file; "" if there is none."""
         known = self._summaries
         return [known.get(digest_of_text(passage.text), "") for passage in record.passages]
 
@@ -74,5 +74,5 @@ class Summaries(ContextFilter):
 def _read(path: Path, size: int, changed: int) -> dict[str, str]:
     found = summaries_of(read_lines(path))
     if not found:
-        raise UserError("map", path, "a file with summaries", reason="has none")
+        raise UserError("map", path, "a file with summaries", reason="has no summaries")
     return found

@@ -1,4 +1,4 @@
-"""Truncation: a context without its middle, or without an end."""
+"""Truncation: removes the middle, the end or the beginning of a context."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lrsa_lit.data.tokenization import Span, encode_text
 
 @dataclass(frozen=True)
 class Truncate(Budgeted):
-    """Keep the first and the last tokens of a context, half of them each, as LongBench truncates.
+    """Keep the first and the last tokens of a context, half of the budget each, as LongBench truncates.
 
     Args:
-        cut: what goes: the middle, the end or the beginning. A passage of which a part stays keeps its title.
+        cut: part that is removed: the middle, the end or the beginning. A passage that is kept in part keeps its title.
     """
 
     cut: Literal["middle", "end", "beginning"] = field(default="middle", kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check each bound once."""
+        """Check the settings."""
         super().__post_init__()
         check_setting("cut", self.cut, self.cut in ("middle", "end", "beginning"), "middle, end or beginning")
 
     def shorten(self, record: QARecord, prompt: Prompt) -> Sequence[str]:
-        """The beginnings and ends of passages on either side of the cut, and those passages that are whole."""
+        """The passages outside of the cut, and the parts of passages at its edges."""
         total = self.count(record.passages, prompt)
         if (budget := self.budget(total, record, prompt)) >= total:
             return [passage.text for passage in record.passages]
@@ -38,7 +38,7 @@ class Truncate(Budgeted):
         room = budget
         while room > 0:
             left = self._left(record, spans, titles, room)
-            # Where both ends meet, tokens may fall apart.
+            # Joining the two ends may change the tokenisation and add tokens.
             if (excess := self.count(with_texts(record.passages, left), prompt) - budget) <= 0:
                 return left
             room -= excess
@@ -48,7 +48,7 @@ class Truncate(Budgeted):
         lengths = list(map(len, spans))
         first = {"middle": room - room // 2, "end": room, "beginning": 0}[self.cut]
         heads = _taken(range(len(lengths)), lengths, titles, first)
-        # What its head has shown already, no passage shows again.
+        # The tail must not repeat what the head already shows of a passage.
         rest = [length - head for length, head in zip(lengths, heads, strict=True)]
         unshown = [0 if head else title for title, head in zip(titles, heads, strict=True)]
         tails = _taken(reversed(range(len(lengths))), rest, unshown, room - first)
@@ -57,7 +57,7 @@ class Truncate(Budgeted):
 
 
 def _taken(order: Iterable[int], lengths: Sequence[int], titles: Sequence[int], room: int) -> list[int]:
-    """How many tokens of each passage are taken, in an order, until the room is filled."""
+    """How many tokens of each passage are kept when passages are added in ``order`` until the room is filled."""
     taken = [0] * len(lengths)
     for place in order:
         if not lengths[place]:

@@ -1,6 +1,6 @@
-"""Words of English text with universal part-of-speech tags (Nivre et al., 2016), by textblob's tagger.
+"""Universal part-of-speech tags (Nivre et al., 2016) for English text, by textblob's tagger.
 
-It is a lexicon and rules (pattern.en), which come in textblob's package, so nothing is downloaded.
+The tagger (pattern.en) uses a lexicon and rules that are part of textblob's package, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lrsa_lit.data.records import QARecord
 from lrsa_lit.errors import UserError
 
-# Of the Penn Treebank's tags, without what VB, NN and others end with.
+# Keys are Penn Treebank tags; suffixes such as VBZ's Z are cut off before the lookup.
 _UNIVERSAL = {
     "CC": "CCONJ", "CD": "NUM", "DT": "DET", "EX": "PRON", "FW": "X", "IN": "ADP", "JJ": "ADJ", "LS": "X", "MD": "AUX",
     "NN": "NOUN", "NNP": "PROPN", "PDT": "DET", "POS": "PART", "PRP": "PRON", "RB": "ADV", "RP": "ADP", "SYM": "SYM",
@@ -28,12 +28,12 @@ class Word(NamedTuple):
 
 
 def tagged(text: str) -> list[Word]:
-    """The words of an English text, marks of punctuation among them."""
+    """The words and punctuation marks of an English text, with their tags."""
     from textblob.taggers import PatternTagger
 
     words: list[Word] = []
     for word, tag in PatternTagger().tag(text, tokenize=True):
-        # The tokenizer takes "n't" apart.
+        # The tokenizer splits "n't" into three tokens.
         if word == "t" and [each.text for each in words[-2:]] == ["n", "'"]:
             words[-2:] = [Word("n't", "PART")]
         else:
@@ -42,7 +42,7 @@ def tagged(text: str) -> list[Word]:
 
 
 def check_english(record: QARecord) -> None:
-    """Refuse a context of which most letters are not Latin; a UserError names the record."""
+    """Raise a UserError if most letters of a record's context are not Latin."""
     letters = [char for passage in record.passages for char in passage.text if char.isalpha()]
     if sum(char > _LAST_LATIN for char in letters) * 2 > len(letters):
         reason = f"tags English words, and record {record.id!r} is in another script"
