@@ -87,7 +87,7 @@ def test_any_file_of_heads_ranks_them(content, ranking):
 def test_a_file_of_layers_ranks_them(ranking):
     assert rule(ranking(LAYERS), 0.61).head_top_k == (2, 2, 8)
     assert rule(ranking(LAYERS), 0.8, top_k=0).head_top_k == (8, 0, 8)
-    with refused("gates", allowed="a list for each layer"):
+    with refused("gates", allowed="a list per layer"):
         DuoAttention(ranking(LAYERS))
 
 

@@ -104,10 +104,10 @@ def test_half_precision_costs_rounding_only():
 
 def test_a_rule_without_a_rotation_is_refused():
     rule, tensors = Rule(2, 4, 2, compressor=FreqPartition()), random_qkv(20)
-    with refused("compressor", "FreqPartition", reason="give the rule a Rotary"):
+    with refused("compressor", "FreqPartition", reason="the rule needs a Rotary"):
         sparse_attention(*tensors, rule)
     stream = KeyValueStream(rule)
-    with refused("compressor", "FreqPartition", reason="give the rule a Rotary"):
+    with refused("compressor", "FreqPartition", reason="the rule needs a Rotary"):
         stream.attend(*tensors, 1.0)
     with refused("rotary", 1.0, "a Rotary, or none"):
         Rule(rotary=1.0)

@@ -201,5 +201,5 @@ def test_settings_out_of_bounds_are_refused(make, field):
 
 @pytest.mark.parametrize(("name", "value"), [("kept", 0.25), ("pairs", 9), ("question", True)])
 def test_a_scorer_has_no_size_of_its_own(name, value):
-    with refused(f"scorer.init_args.{name}", value, reason="is not read; that of ChunkKVPress counts"):
+    with refused(f"scorer.init_args.{name}", value, reason="is not used; set it in ChunkKVPress"):
         ChunkKVPress(scorer=KeyNorm(**{name: value}))

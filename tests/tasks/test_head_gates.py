@@ -269,7 +269,7 @@ def test_texts_that_hide_nothing_are_refused():
 
 def test_what_trains_gates_holds_no_past():
     system = task().train_config.system
-    with refused("system", reason="holds no past"):
+    with refused("system", reason="has no cache"):
         system.stream(Place(0), "auto")
     assert system.attended_pairs(20) == 210 + 66 + 9 * 11
     assert LRSAConfig.from_dict(json.loads(json.dumps(LRSAConfig(system=system).to_dict()))).system.recent == RECENT

@@ -1,4 +1,4 @@
-"""Published ways to keep less of the past that are no rule of partitions, by class path in settings."""
+"""Published KV-cache systems other than rules of partitions; settings name them by class path."""
 
 from lrsa_lit.systems.adakv import AdaKV
 from lrsa_lit.systems.cascade import Cascade

@@ -1,4 +1,4 @@
-"""One cut whose pairs the heads of a layer share as their scores have it: AdaKV (arXiv 2407.11550).
+"""One-shot selection with a budget shared by the heads of a layer: AdaKV (arXiv 2407.11550).
 
 Dimensions: B batch, H key-value heads, T tokens of the prompt, n pairs of a head on average.
 """
@@ -23,14 +23,14 @@ from lrsa_lit.systems.system import Place
 
 @dataclass(frozen=True)
 class AdaKV(Rescored):
-    """Keep the H n pairs of the highest scores of all heads of a layer together, as kvpress's AdaKVPress.
+    """Keep the H n highest-scoring pairs over all heads of a layer, as kvpress's AdaKVPress.
 
-    Each head is sure of a share of its n. The others go to whichever head has the higher scores, so heads hold
-    differently many pairs, and each row of a batch has a stream for itself. kvpress hides the others from attention and
-    holds them; here they are gone.
+    Each head is guaranteed a share of its n pairs. The rest go to the heads with the highest scores, so heads hold
+    different numbers of pairs, and each row of a batch has its own stream. kvpress only masks the other pairs; here
+    they are freed.
 
     Args:
-        alpha: the share that each head is sure of, 0 to 1; with 1 all hold n.
+        alpha: the share that each head is guaranteed, 0 to 1; with 1 every head keeps n pairs.
     """
 
     alpha: float = 0.2
@@ -42,13 +42,13 @@ class AdaKV(Rescored):
         check_setting("alpha", self.alpha, is_weight(self.alpha) and self.alpha <= 1, "a number from 0 to 1")
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """Those of the scorer; what a head is sure of has the highest number that there is."""
+        """The scorer's scores; the guaranteed pairs of each head get the largest number of the dtype."""
         scores, count = super().scores(prompt), self.count(prompt.tokens)
         sure = max(int(count * self.alpha), 1) if self.alpha else 0
         return scores.scatter(-1, highest(scores, sure), torch.finfo(scores.dtype).max)
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """(B, H, most of a head): where others keep fewer, -1 stands behind their positions."""
+        """The positions to keep (B, H, most of a head); heads that keep fewer are padded with -1."""
         count, tokens = self.count(prompt.tokens), prompt.tokens
         if count == tokens:
             return super().keep(prompt)
@@ -61,10 +61,10 @@ class AdaKV(Rescored):
 
 
 def highest_together(scores: Tensor, count: int) -> Tensor:
-    """Where the highest scores (B, H, T) of all heads of a row are, of equal ones those of the earlier head and token.
+    """Positions of the highest scores (B, H, T) over all heads of a row; ties go to the earlier head and token.
 
     Returns:
-        (B, H, most of a head) int64, ascending: where others have fewer, -1 stands behind their positions.
+        (B, H, most of a head) int64, ascending; heads that have fewer are padded with -1.
     """
     tokens, best = scores.shape[2], highest(scores.flatten(1), count)
     kept = torch.zeros_like(scores, dtype=torch.bool).flatten(1).scatter(1, best, True).view_as(scores)
@@ -74,7 +74,7 @@ def highest_together(scores: Tensor, count: int) -> Tensor:
 
 
 class UnequalStream(OneShotStream):
-    """Behind the cut a stream for each group of heads that hold equally many pairs, of one row."""
+    """A one-row stream that, after the selection, has one stream per group of heads with equally many pairs."""
 
     _grouped: GroupedStream | None = None
 
@@ -90,7 +90,7 @@ class UnequalStream(OneShotStream):
 
     @property
     def nbytes(self) -> int:
-        """Those of all parts."""
+        """The sum over the parts."""
         return super().nbytes if self._grouped is None else self._grouped.nbytes
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -101,7 +101,7 @@ class UnequalStream(OneShotStream):
         return self._grouped.attend(query, key, value, scale)
 
     def cut(self, kept: Tensor) -> None:
-        """Let the pairs (1, H, most of a head) at some positions stay; -1 is none."""
+        """Keep only the pairs at these positions (1, H, most of a head); -1 is padding."""
         (counts,) = (kept >= 0).sum(dim=-1).tolist()
         heads_of = {count: tuple(head for head, own in enumerate(counts) if own == count) for count in counts}
         parts = []

@@ -1,7 +1,7 @@
 """Cascading KV cache: sub-caches, each half as dense as the one before, so that a small cache reaches far back.
 
-Dimensions: B batch, H key-value heads, G query heads of each, N new tokens, n pairs that are held, M = n and the tokens
-of a stride, D head_dim, S sinks, W slots of each of C sub-caches.
+Dimensions: B batch, H key-value heads, G query heads of each, N new tokens, n held pairs, M = n plus the tokens of a
+stride, D head_dim, S sinks, C sub-caches of W slots each.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from lrsa_lit.ops.sparse_attention.compressors import gather_kept
 from lrsa_lit.systems.system import Head, Place, System
 
 _PROBABILITIES = 1 << 26
-"""Most of them that are in memory at a time."""
+"""The most probabilities in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Cascade(System):
-    """Cascading KV cache (arXiv 2406.17808), for serving alone: what it keeps depends on the attention itself.
+    """Cascading KV cache (arXiv 2406.17808), for inference only, because what it keeps depends on the attention.
 
-    Sinks stay. A pair that falls out of a sub-cache is accepted by the next one every second time. If not, it competes
-    with the newest pair there, and the one with the higher score stays: a moving average of the attention it received.
-    Keys are rotated by their slot. A prompt is taken in by strides, whose tokens see what is held and each other; an
-    answer is taken in token by token. The two are different rules: what is kept depends on the stride.
+    Sinks are always kept. A sub-cache accepts every second pair that falls out of the previous one. The other pairs
+    compete with its newest pair, and the one with the higher score is kept. A score is a moving average of the
+    attention received. Keys are rotated by their cache slots. A prompt is processed in strides, whose tokens see the
+    cache and each other; an answer is processed token by token. So the kept pairs depend on the stride.
 
     Args:
-        window: W, slots of a sub-cache (>= 1).
-        caches: C, sub-caches (>= 1). With 1 it is StreamingLLM with positions by slot.
-        sink_size: S, first tokens that are never dropped (>= 0).
-        stride: tokens of a prompt that are taken in at a time (>= 1). The last ones may be fewer.
-        beta: how much of a score is left after a token (0 to 1).
-        reduce: score of a key-value head from those of its query heads, max (the paper's scripts) or mean.
-        eager: whether all sub-caches accept everything until they are full.
+        window: W, slots per sub-cache (>= 1).
+        caches: C, number of sub-caches (>= 1). 1 gives StreamingLLM with positions by slot.
+        sink_size: S, number of first tokens that are never dropped (>= 0).
+        stride: tokens of a prompt that are processed at a time (>= 1); the last stride may be shorter.
+        beta: decay of the scores per token (0 to 1).
+        reduce: how a key-value head's score follows from those of its query heads: max (as in the paper's scripts) or
+            mean.
+        eager: let all sub-caches accept every pair until they are full.
     """
 
     window: int = 1024
@@ -63,7 +64,7 @@ class Cascade(System):
 
     @property
     def capacity(self) -> int:
-        """Most pairs that are held between two strides, S + W C."""
+        """The most pairs held between two strides, S + W C."""
         return self.sink_size + self.window * self.caches
 
     def stream(self, place: Place, impl: Impl) -> Stream:
@@ -71,15 +72,15 @@ class Cascade(System):
         return CascadeStream(self, place)
 
     def held(self, tokens: int) -> float:
-        """The capacity: sub-caches that are not eager may take longer to fill."""
+        """At most the capacity; sub-caches that are not eager may fill more slowly."""
         return min(tokens, self.capacity)
 
     def held_bytes(self, tokens: int, head: Head) -> float:
-        """With a score for each pair."""
+        """The bytes of the pairs and of a score for each."""
         return self.held(tokens) * (head.pair + max(4, head.itemsize))
 
     def attended_pairs(self, length: int) -> int:
-        """As :class:`System` has it, of a prompt by strides."""
+        """See :class:`System`; the prompt comes in strides."""
         counts, pairs = self.empty, 0
         for start in range(0, length, self.stride):
             tokens = min(self.stride, length - start)
@@ -89,24 +90,25 @@ class Cascade(System):
 
     @property
     def empty(self) -> tuple[int, ...]:
-        """Pairs that are held as sinks and in each sub-cache, before the first token."""
+        """The counts of an empty cache: pairs held as sinks and in each sub-cache."""
         return (0,) * (self.caches + 1)
 
     def accepts(self, cache: int, token: int) -> bool:
-        """Whether a sub-cache takes what comes to it when a token arrives, instead of letting it compete."""
+        """Whether a sub-cache accepts the pair that reaches it when a token arrives, instead of letting it compete."""
         return (self.eager and token <= self.capacity) or (token - self.sink_size) % 2**cache == 0
 
     def plan(self, counts: tuple[int, ...], seen: int, tokens: int) -> tuple[list[list[list[int]]], tuple[int, ...]]:
-        """What happens in each sub-cache when tokens arrive: the same in all heads, whatever their scores.
+        """Plan which pairs compete for which slots when tokens arrive. It is the same for all heads and scores.
 
         Args:
-            counts: pairs that are held as sinks and in each sub-cache.
-            seen: tokens that arrived before.
-            tokens: those that arrive.
+            counts: pairs held as sinks and in each sub-cache.
+            seen: number of earlier tokens.
+            tokens: number of new tokens.
 
         Returns:
-            For each sub-cache that something comes to, its slots from the newest one on, each as the candidates that
-            compete for it in their order: 0 the newest pair if there is one, then what arrives. And the new counts.
+            For each sub-cache, its slots from the previously newest one on; empty if no pair reaches it. Each slot is a
+            list of the candidates that compete for it, in order: 0 is the newest pair, if there is one, and then the
+            arriving pairs follow. Second, the new counts.
         """
         new_sinks = min(self.sink_size - counts[0], tokens)
         arrivals, levels, after = list(range(seen + new_sinks, seen + tokens)), [], [counts[0] + new_sinks]
@@ -129,29 +131,30 @@ class Cascade(System):
 def _plan(
     system: Cascade, counts: tuple[int, ...], seen: int, tokens: int, device: torch.device
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """:meth:`Cascade.plan`, made once for all layers: (most candidates of a slot, slots) for each sub-cache."""
+    """:meth:`Cascade.plan`, computed once for all layers: (most candidates of a slot, slots) for each sub-cache."""
     levels, after = system.plan(counts, seen, tokens)
     tables = []
     with torch.inference_mode(False):
         for slots in levels:
             most = max(map(len, slots), default=1)
-            # The last candidate competes again with who beat it, or itself.
+            # Padding repeats the last candidate, which competes again with the winner or with itself.
             filled = [slot + slot[-1:] * (most - len(slot)) for slot in slots]
             tables.append(torch.tensor(filled, dtype=torch.int64, device=device).view(-1, most).T)
     return tables, after
 
 
 def keep(system: Cascade, counts: tuple[int, ...], seen: int, score: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Which pairs are held when tokens have come to a cache.
+    """Choose the pairs that are kept when new tokens enter a cache.
 
     Args:
-        system: whose cache it is.
-        counts: pairs that were held as sinks and in each sub-cache.
-        seen: tokens that came before.
-        score: (B, H, M) of what was held and of the new tokens behind it.
+        system: the system of the cache.
+        counts: pairs held so far as sinks and in each sub-cache.
+        seen: number of earlier tokens.
+        score: (B, H, M), of the held pairs followed by the new tokens.
 
     Returns:
-        (B, H, n) where they are, sinks first, then from the oldest sub-cache to the newest; and the new counts.
+        Indices (B, H, n) of the kept pairs: sinks first, then from the oldest sub-cache to the newest. Second, the new
+        counts.
     """
     tokens = score.shape[-1] - sum(counts)
     tables, after = _plan(system, counts, seen, tokens, score.device)
@@ -171,7 +174,7 @@ def keep(system: Cascade, counts: tuple[int, ...], seen: int, score: Tensor) -> 
 
 
 def _winners(rivals: Tensor, score: Tensor, table: Tensor) -> Tensor:
-    """Of candidates (B, H, R) the one for each slot, (B, H, slots): a later one of an equal score wins."""
+    """The winning candidate, out of (B, H, R), for each slot: (B, H, slots). Of equal scores the later wins."""
     best = rivals[..., table[0]]
     for row in table[1:]:
         other = rivals[..., row]
@@ -180,7 +183,7 @@ def _winners(rivals: Tensor, score: Tensor, table: Tensor) -> Tensor:
 
 
 class CascadeStream(Stream):
-    """What is held, keys without their rotation, and the tokens of a stride that has not ended."""
+    """Holds the cached pairs, with keys without their rotation, and the tokens of the current stride."""
 
     def __init__(self, system: Cascade, place: Place) -> None:
         assert place.rotary is not None
@@ -188,32 +191,32 @@ class CascadeStream(Stream):
         self.seen, self.stride = 0, system.stride
         self.counts = system.empty
         self._pair: Pair | None = None
-        # (B, H, n), and (B, H, G, M) what the queries of the stride have given so far.
+        # Scores (B, H, n), and the attention (B, H, G, M) from the queries of the current stride so far.
         self._score: Tensor | None = None
         self._gain: Tensor | None = None
 
     @property
     def stored(self) -> Pair | None:
-        """The tokens of the stride last."""
+        """The stored keys and values; the tokens of the current stride come last."""
         return self._pair
 
     @property
     def waiting(self) -> int:
-        """Tokens of a stride that has not ended."""
+        """The number of tokens in the current stride."""
         return 0 if self._pair is None else self._pair[0].shape[2] - sum(self.counts)
 
     @property
     def nbytes(self) -> int:
-        """Those of scores as well."""
+        """Bytes stored, including scores."""
         return super().nbytes + sum(x.nbytes for x in (self._score, self._gain) if x is not None)
 
     @property
     def attended_pairs(self) -> float:
-        """As the system has it, of a prompt."""
+        """The pairs of a prompt of this length."""
         return self.system.attended_pairs(self.seen)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it; calls are cut where a stride ends."""
+        """See :class:`Stream`; calls are split where strides end."""
         outputs, start = [], 0
         while start < key.shape[2]:
             part = slice(start, start + self.stride - self.waiting)
@@ -224,17 +227,17 @@ class CascadeStream(Stream):
         return torch.cat(outputs, dim=2)
 
     def end_prompt(self) -> None:
-        """Take in what is left of a stride; from now on each token is one."""
+        """Insert the rest of the current stride; from now on each token is a stride."""
         if self.waiting:
             self._insert()
         self.stride = 1
 
     def _attend_stride(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """:meth:`attend` of tokens of one stride."""
+        """:meth:`attend` for tokens of one stride."""
         count, beta = key.shape[2], self.system.beta
         places = torch.arange(count, device=key.device)
         new = self.rotary.unrotate(key, self.seen + places).to(key.dtype), value
-        # Always copies: what is handed over may be a part of something larger.
+        # Always copies, because the given tensors may be views of larger ones.
         self._pair = joined(self._pair or (key[:, :, :0], value[:, :, :0]), new)
         slots = torch.arange(self._pair[0].shape[2], device=key.device)
         rotated = self.rotary.rotate(self._pair[0], slots).to(key.dtype)
@@ -247,7 +250,7 @@ class CascadeStream(Stream):
         return output.flatten(1, 2)
 
     def _insert(self) -> None:
-        """The stride is over: its tokens enter the sub-caches, one after the other."""
+        """End the stride: insert its tokens into the sub-caches, one after another."""
         assert self._gain is not None
         assert self._pair is not None
         self._peak = self.peak_nbytes
@@ -273,17 +276,17 @@ class CascadeStream(Stream):
 def attention_and_sums(
     query: Tensor, key: Tensor, value: Tensor, scale: float, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the last N of M positions, bottom-right causal, and how much of it each key got.
+    """Causal attention of the last N of M positions, and the attention that each key received.
 
     Args:
         query: (B, H, G, N, D).
         key: (B, H, M, D).
         value: (B, H, M, D).
-        scale: factor of the scores.
-        weights: (N,) of the queries in the sums.
+        scale: factor of the attention logits.
+        weights: (N,), the weight of each query in the sums.
 
     Returns:
-        (B, H, G, N, D), and (B, H, G, M) sums of probabilities over queries, at least float32, without gradient.
+        (B, H, G, N, D), and weighted sums of probabilities over queries (B, H, G, M), at least float32, detached.
     """
     count, keys = query.shape[3], key.shape[2]
     exact = torch.promote_types(query.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""One cut that keeps or drops runs of consecutive tokens: ChunkKV (arXiv 2502.00299).
+"""One-shot selection of chunks of consecutive tokens: ChunkKV (arXiv 2502.00299).
 
 Dimensions: B batch, H key-value heads, T tokens of the prompt, c tokens of a chunk, w window.
 """
@@ -22,14 +22,14 @@ from lrsa_lit.systems.rescored import Rescored
 
 @dataclass(frozen=True)
 class ChunkKVPress(Rescored):
-    """Keep the chunks of the highest mean scores, the same in all heads, as kvpress's ChunkKVPress.
+    """Keep the chunks with the highest mean scores, the same in all heads, as kvpress's ChunkKVPress.
 
-    A share kept is that of chunks, and ``pairs`` gives as many as these hold, but at least one; the last chunk, which
-    may be shorter, counts as one. So the pairs that stay miss the number by up to a chunk. Unlike there, each row of a
-    batch chooses for itself.
+    ``kept`` is a share of the chunks, and ``pairs`` is divided by the chunk size, but at least one chunk is kept. The
+    last chunk counts fully, even if it is shorter. So the number of kept pairs can be off by up to a chunk. Unlike in
+    kvpress, each row of a batch chooses separately.
 
     Args:
-        size: tokens of a chunk; a prompt that has fewer is cut as the scorer alone cuts it.
+        size: tokens in a chunk. In a shorter prompt, single tokens are chosen by the scorer.
     """
 
     size: int = 20
@@ -41,17 +41,17 @@ class ChunkKVPress(Rescored):
         check_integers(self, 1, "size")
 
     def floor(self, tokens: int) -> int:
-        """A chunk, and what the scorer keeps in any case."""
+        """One chunk, and at least the pairs that the scorer always keeps."""
         return max(self.size, super().floor(tokens))
 
     def held(self, tokens: int) -> float:
-        """At most: the last chunk may be shorter, and a question behind the cut may fill what chunks leave."""
+        """An upper bound: the last chunk may be shorter, and a later question may fill up what chunks leave."""
         if tokens < self.size or self.count(tokens) == tokens or not (self.question or self.pairs is None):
             return self.count(tokens)
         return min(tokens, self._chosen(-(-tokens // self.size)) * self.size)
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """(B, H, n), of rows that keep equally many."""
+        """The positions to keep (B, H, n); all rows must keep equally many."""
         tokens = prompt.tokens
         if tokens < self.size or self.count(tokens) == tokens:
             return super().keep(prompt)
@@ -61,22 +61,22 @@ class ChunkKVPress(Rescored):
         return torch.stack(rows)[:, None].expand(-1, prompt.key.shape[1], -1)
 
     def _chosen(self, chunks: int) -> int:
-        """How many of so many chunks stay."""
+        """How many of the chunks are kept."""
         return self.share(chunks, None if self.pairs is None else self.pairs // self.size)
 
 
 @dataclass(frozen=True)
 class ChunkKV(OneShot):
-    """Keep the chunks that the last queries attend to most in sum, and their own tokens, as the paper has it.
+    """Keep the last tokens and the chunks that their queries attend to most in sum, as in the paper.
 
-    Of n pairs floor(n / size) chunks are kept, and the tokens of the window take the place of the last of them. The
-    paper leaves open whether heads choose together; here they do, as in kvpress.
+    For n pairs, floor(n / size) chunks are chosen, and the window's tokens replace the last ones of the chosen tokens.
+    The paper does not say whether heads choose together; here they do, as in kvpress.
 
     Args:
-        size: tokens of a chunk; the last may be shorter.
-        window: queries that score; the paper takes 4 to 32. No more than these stay where n is less, and a prompt that
-            has no other tokens is not cut.
-        reuse: layers that keep the same tokens, those of the first of them (2 in the paper's experiments).
+        size: tokens in a chunk; the last may be shorter.
+        window: how many last queries score; their tokens are always kept. The paper uses 4 to 32. A prompt of at most
+            ``window`` tokens is kept whole.
+        reuse: number of consecutive layers that keep the same tokens, chosen by the first of them (2 in the paper).
     """
 
     size: int = 10
@@ -90,16 +90,16 @@ class ChunkKV(OneShot):
         check_integers(self, 1, "size", "window", "reuse")
 
     def count(self, tokens: int) -> int:
-        """As :class:`OneShot` has it; all where the window holds them."""
+        """As in :class:`OneShot`, but all tokens if the window covers the prompt."""
         return tokens if tokens <= self.window else super().count(tokens)
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """The sum of the probabilities over queries and all heads."""
+        """The sum of probabilities over the queries of all heads."""
         received = window_attention(prompt).sum(dim=(1, 2, 3))
         return received[:, None].expand(-1, prompt.key.shape[1], -1)
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """(B, H, n), of rows that keep equally many."""
+        """The positions to keep (B, H, n); all rows must keep equally many."""
         tokens, count = prompt.tokens, self.count(prompt.tokens)
         if count == tokens:
             return super().keep(prompt)
@@ -111,7 +111,7 @@ class ChunkKV(OneShot):
 
     @torch.no_grad()
     def end_prompt(self, streams: Sequence[Stream]) -> None:
-        """Cut each layer where the first of its group chooses, of those that are not dense."""
+        """Select in each layer; the first layer of a group that is not dense chooses for the group."""
         kept: dict[int, Tensor] = {}
         for stream in due(streams):
             group = stream.place.layer // self.reuse
@@ -121,13 +121,13 @@ class ChunkKV(OneShot):
 
 
 def chunk_sums(of_tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Sums (B, chunks) of what tokens (B, T) have, and the lengths (chunks,) of the chunks."""
+    """Sums (B, chunks) of the tokens' numbers (B, T), and the lengths (chunks,) of the chunks."""
     runs = runs_of(of_tokens, size, 0.0)
     lengths = of_tokens.shape[-1] - size * torch.arange(runs.shape[-2], device=runs.device)
     return runs.sum(dim=-1), lengths.clamp(max=size)
 
 
 def tokens_of(chunks: Tensor, size: int, stop: int) -> Tensor:
-    """The positions below ``stop`` in some chunks (n,), ascending."""
+    """The positions below ``stop`` in the chunks (n,), ascending."""
     places = (chunks[:, None] * size + torch.arange(size, device=chunks.device)).flatten()
     return places[places < stop]

@@ -1,4 +1,4 @@
-"""DuoAttention: heads that retrieve keep everything, the others sinks and recent tokens.
+"""DuoAttention: retrieval heads keep everything, the others only sinks and recent tokens.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim.
 """
@@ -33,25 +33,25 @@ from lrsa_lit.systems.system import Head, Place, System, sequences
 
 @dataclass(frozen=True)
 class DuoAttention(System):
-    """DuoAttention (arXiv 2410.10819) with gates that are given: those of a trained model, or a ranking of heads.
+    """DuoAttention (arXiv 2410.10819) with given gates: trained ones, or a ranking of heads.
 
-    The heads of the highest gates see everything. The others see sinks and recent tokens and hold no more, at their
-    positions. How many are which is said by the sparsity, over all heads of the model: a head stays full where its gate
-    is at least that quantile of the gates. Of equal gates, those of earlier layers and heads count as higher; the
-    paper's code breaks ties at random.
+    The heads with the highest gates are full: they see and hold everything. The others see and hold only sinks and
+    recent tokens, at their original positions. The sparsity sets the share of full heads in the whole model: a head is
+    full if its gate is at least that quantile of all gates. Of equal gates, those of earlier layers and heads count as
+    higher; the paper's code breaks ties at random.
 
     Args:
-        gates: for each layer (dense ones included) a list of the gates of its KV heads, or the path of a file with
-            them: a JSON list of lists, a line for each layer with numbers between tabs or spaces (the paper's
-            ``full_attention_heads.tsv``), or the ``heads.json`` of an ablation. They are clipped to [0, 1].
-        sparsity: share of the heads that do not stay full (0 to 1; the paper has 0.5 for GQA and 0.75 for MHA), or
-            ``{budget: 0.25, tokens: 4096}``: as many stay full as this share of a dense cache allows there.
-        sink_size: first tokens that the others see (>= 0).
-        recent: last tokens that the others see, the query's own among them (>= 1).
+        gates: a list per layer (including dense layers) with a gate per KV head, or the path of a file: a JSON list of
+            lists, a line of numbers per layer separated by tabs or spaces (the paper's ``full_attention_heads.tsv``),
+            or the ``heads.json`` of an ablation. Gates are clipped to [0, 1].
+        sparsity: share of heads that are not full (0 to 1; the paper uses 0.5 for GQA and 0.75 for MHA), or
+            ``{budget: 0.25, tokens: 4096}``: as many full heads as fit into this share of a dense cache at this length.
+        sink_size: number of first tokens that the other heads see (>= 0).
+        recent: number of last tokens that the other heads see, including the query's own (>= 1).
 
     Raises:
-        UserError: a file that cannot be read, gates that are no table of numbers, a size out of bounds, a budget below
-            what all heads always hold, and, where it meets a model, gates of other layers or heads.
+        UserError: a file cannot be read, gates are not a table of numbers, a size is out of bounds, or a budget is
+            below the pairs that all heads always hold. When enabled on a model: the gates are for another shape.
     """
 
     gates: Any
@@ -73,13 +73,13 @@ class DuoAttention(System):
         check_setting("sparsity", self.sparsity, is_weight(self.sparsity) and self.sparsity <= 1, "from 0 to 1")
 
     def _sparsity(self, share: CacheShare) -> float:
-        """The least with which heads hold no more on average."""
+        """The smallest sparsity with which heads hold at most this share on average."""
         none = dataclasses.replace(self, sparsity=1.0)
         one = Head(1, 1, 1)
         found = none.at_most(float(share.pairs) * one.pair + 1e-6, share.tokens, one)
         if found is None:
             lowest = math.ceil(1e4 * none.held(share.tokens) / share.tokens - 1e-6) / 1e4
-            least = f"at least {lowest:.4f} at {share.tokens} tokens, of which all heads hold sinks and recent ones"
+            least = f"at least {lowest:.4f} at {share.tokens} tokens, because all heads hold sinks and recent tokens"
             raise UserError("sparsity.budget", share.budget, least)
         assert isinstance(found, DuoAttention)
         assert not isinstance(found.sparsity, dict)
@@ -87,37 +87,37 @@ class DuoAttention(System):
 
     @functools.cached_property
     def full(self) -> tuple[tuple[bool, ...], ...]:
-        """Whether each head of each layer stays full."""
+        """Whether each head of each layer is full."""
         places = [(layer, head) for layer, row in enumerate(self.gates) for head in range(len(row))]
         assert not isinstance(self.sparsity, dict)
-        # Where a quantile falls between two gates, the higher one is the first that reaches it.
+        # If a quantile falls between two gates, the higher gate is the first that reaches it.
         below = len(places) if self.sparsity == 1 else math.ceil(self.sparsity * (len(places) - 1) - 1e-9)
         order = sorted(places, key=lambda place: -self.gates[place[0]][place[1]])
         kept = set(order[: len(places) - below])
         return tuple(tuple((layer, head) in kept for head in range(len(row))) for layer, row in enumerate(self.gates))
 
     def floor(self, tokens: int) -> int:
-        """No head is full."""
+        """0: no head is full."""
         return 0
 
     def most(self, tokens: int) -> int:
-        """All heads are full."""
+        """The number of heads: all are full."""
         return sum(map(len, self.gates))
 
     def sized(self, size: int) -> DuoAttention:
-        """With so many full heads."""
+        """The same with ``size`` full heads."""
         heads = self.most(0)
-        # Between the gates of the last that is not full and the first that is.
+        # A quantile between the highest gate that is not full and the lowest that is.
         below = max(heads - size - 0.5, 0.0) / max(heads - 1, 1)
         return dataclasses.replace(self, sparsity=below if size else 1.0)
 
     def held(self, tokens: int) -> float:
-        """Mean of all heads."""
+        """The mean over all heads."""
         full = sum(map(sum, self.full)) / self.most(0)
         return full * tokens + (1 - full) * min(tokens, self.sink_size + self.recent)
 
     def of_layers(self, count: int) -> DuoAttention:
-        """With the gates of layers from all depths; as large a share of their heads is full."""
+        """The same for ``count`` layers, with the gates of evenly spaced layers and the same share of full heads."""
         gates = tuple(self.gates[index * len(self.gates) // count] for index in range(count))
         return dataclasses.replace(self, gates=gates)
 
@@ -129,7 +129,7 @@ class DuoAttention(System):
             raise UserError("gates", reason=reason)
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """As :class:`System` has it: a stream for the heads of each kind."""
+        """See :class:`System`; one stream for the full heads and one for the others."""
         groups, kinds = self._groups(place.layer)
         made = {True: lambda: KeyValueStream(None, impl), False: lambda: StreamingHeads(self.sink_size, self.recent)}
         parts = [made[full]() for full in kinds]
@@ -138,7 +138,7 @@ class DuoAttention(System):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None, scale: float, place: Place
     ) -> Tensor:
-        """As :class:`System` has it. With fewer queries than keys, they are the last ones."""
+        """See :class:`System`. If there are fewer queries than keys, they are the last ones."""
         groups, kinds = self._groups(place.layer)
         outputs = []
         for full, q, k, v in zip(kinds, *map(groups.split, (query, key, value)), strict=True):
@@ -151,14 +151,14 @@ class DuoAttention(System):
         return groups.join(outputs)
 
     def attended_pairs(self, length: int) -> int:
-        """As :class:`System` has it: the mean over all heads, rounded down."""
+        """See :class:`System`; the mean over all heads, rounded down."""
         full = sum(map(sum, self.full))
         streaming = len(self.gates) * len(self.gates[0]) - full
         of_streaming = streaming_pairs(length, self.sink_size, self.recent)
         return (full * attended_pairs(length, None) + streaming * of_streaming) // (full + streaming)
 
     def _groups(self, layer: int) -> tuple[HeadGroups, list[bool]]:
-        """The heads of a layer that are full, and those that are not; without a group of none."""
+        """The full heads of a layer and the others, and whether each group is full; empty groups are left out."""
         row = self.full[layer]
         kinds = [full for full in (True, False) if full in row]
         return HeadGroups(tuple(tuple(h for h, own in enumerate(row) if own == full) for full in kinds)), kinds
@@ -167,16 +167,16 @@ class DuoAttention(System):
 def gated_attention(
     query: Tensor, key: Tensor, value: Tensor, gates: Tensor, *, sink: int, recent: int, scale: float
 ) -> Tensor:
-    """What DuoAttention trains its gates by: gate x full + (1 - gate) x streaming attention, of each head.
+    """The attention for training DuoAttention's gates: gate x full + (1 - gate) x streaming attention, per head.
 
     Args:
         query: (B, Hq, N, D), the last N of T tokens.
         key: (B, H, T, D).
         value: (B, H, T, D).
-        gates: (H,), clipped to [0, 1]; they have gradient, as all inputs have.
-        sink: first tokens that streaming attention sees.
-        recent: last ones, the query's own among them.
-        scale: factor of the scores.
+        gates: (H,), clipped to [0, 1]; differentiable, as all inputs are.
+        sink: number of first tokens that streaming attention sees.
+        recent: number of last tokens that it sees, including the query's own.
+        scale: factor of the attention logits.
 
     Returns:
         (B, Hq, N, D) in the query's dtype.
@@ -188,7 +188,7 @@ def gated_attention(
 
 
 def _checked(gates: Any) -> tuple[tuple[float, ...], ...]:
-    """Gates as a table, clipped; a UserError if they are none."""
-    allowed = "a list for each layer, all of as many finite numbers as there are KV heads, or the path of a file"
+    """Gates as a table, clipped; a UserError if they are not a table of numbers."""
+    allowed = "a list per layer, each with one finite number per KV head, or the path of a file"
     check_setting("gates", gates, is_table(gates), allowed)
     return tuple(tuple(float(min(max(gate, 0), 1)) for gate in row) for row in gates)

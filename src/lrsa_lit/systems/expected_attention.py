@@ -1,4 +1,4 @@
-"""One cut by the attention that queries to come are expected to pay.
+"""One-shot selection by the expected attention of future queries.
 
 Dimensions: B batch, H key-value heads, G query heads of each, T tokens of the prompt, D head_dim.
 """
@@ -17,17 +17,17 @@ from lrsa_lit.systems.one_shot import OneShot, Prompt, forced
 
 @dataclass(frozen=True)
 class ExpectedAttention(OneShot):
-    """Expect queries like those of the prompt at the positions behind it (arXiv 2510.00636, kvpress's press).
+    """Keep the pairs that future queries are expected to attend to most (arXiv 2510.00636, as in kvpress).
 
-    They are taken for normally distributed, with the mean mu and the covariance Sigma of the prompt's own before their
-    rotation, turned by the mean rotation of the next positions.
+    Future queries are assumed to be normally distributed. Their mean mu and covariance Sigma are those of the prompt's
+    queries before rotation, rotated by the mean rotation of the next positions.
 
     Args:
-        future: how many of the next positions.
-        sink_size: first tokens, which stay and whose queries do not count.
-        covariance: whether Sigma counts, or mu alone.
-        value_norm: whether the probability is weighted with the norm of the value.
-        epsilon: what is added to the probability before that.
+        future: number of future positions to average the rotation over.
+        sink_size: number of first tokens, which are always kept and whose queries are ignored.
+        covariance: use Sigma; if false, mu alone.
+        value_norm: weight the probability by the norm of the value.
+        epsilon: number added to the probability before this weighting.
     """
 
     future: int = 512
@@ -45,7 +45,7 @@ class ExpectedAttention(OneShot):
         object.__setattr__(self, "moments_from", self.sink_size)
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """The expected probability, a mean over the group, times the norm; sinks have the highest plus 1."""
+        """The expected probability, mean over the group, times the norm. Sinks get the highest score plus 1."""
         dtype = torch.promote_types(prompt.key.dtype, torch.float32)
         key, value = (x[:, :, self.sink_size :].to(dtype) for x in (prompt.key, prompt.value))
         if prompt.moments is None:

@@ -1,7 +1,7 @@
-"""FreqKV: a cache that never exceeds its capacity, because its low frequencies take its place again and again.
+"""FreqKV: a bounded cache that is repeatedly replaced by its low frequencies.
 
 Dimensions: B batch, H key-value heads, Hq query heads, T tokens, D head_dim, N capacity, S sinks, F = N - S slots that
-are compressed to K = int(gamma F), R rounds, of F - K tokens each.
+are compressed to K = int(gamma F), R rounds of F - K tokens each.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from lrsa_lit.systems.system import Place, System, sequences
 
 @dataclass(frozen=True)
 class FreqKV(System):
-    """FreqKV (arXiv 2505.00570), the recursive form that is published: a bounded cache with positions by slot.
+    """FreqKV (arXiv 2505.00570), recursive as published: a bounded cache whose positions are cache slots.
 
-    The first N tokens attend as usual. From then on, before every (F - K)-th token, the F pairs behind the sinks become
-    K: DCT along the slots, the K lowest frequencies, inverse DCT at length K. Old tokens are compressed over and over.
-    Keys are compressed without their rotation, then rotated by their slot; a query stands at the slot of its token. No
-    position reaches N. Decoding follows the same rule as prefill; the paper's code does not decode.
+    The first N tokens attend as usual. After that, before every (F - K)-th token, the F pairs after the sinks are
+    compressed to K: a DCT along the slots, its K lowest frequencies, an inverse DCT of length K. So old tokens are
+    compressed many times. Keys are compressed without their rotation and then rotated by their slots; queries are
+    rotated by their token's slot. No position reaches N. Decoding follows the same rule as prefill; the paper's code
+    does not decode.
 
-    Without training, expect poor results beyond N tokens, because positions are mapped anew. Always report it beside a
-    trained model. ``FreqPartition`` is our form of it for partitions.
+    Without training, expect poor results beyond N tokens, because positions change. Always report a trained model as
+    well. The compressor ``FreqPartition`` is our variant per partition.
 
     Args:
-        capacity: most pairs that a head holds (N > S).
-        sink_size: first tokens of a sequence that are never compressed (S >= 0).
-        gamma: share of the slots behind them that a round leaves (0 <= gamma < 1); with 0 nothing but sinks is left.
+        capacity: the most pairs that a head holds (N > S).
+        sink_size: number of first tokens of a sequence that are never compressed (S >= 0).
+        gamma: share of the other slots that a compression leaves (0 <= gamma < 1); with 0 only sinks are left.
     """
 
     capacity: int = 4096
@@ -54,19 +55,19 @@ class FreqKV(System):
         room = is_integer(self.capacity) and self.capacity > self.sink_size
         check_setting("capacity", self.capacity, room, f"an integer above sink_size = {self.sink_size}")
         share = is_weight(self.gamma) and self.gamma < 1
-        check_setting("gamma", self.gamma, share, "a number from 0 to below 1: with 1 a round would make no room")
+        check_setting("gamma", self.gamma, share, "a number from 0 to below 1: with 1 a round would free no slot")
 
     @property
     def compressed(self) -> int:
-        """K."""
+        """The number of slots after a compression, K."""
         return int(self.gamma * (self.capacity - self.sink_size))
 
     def floor(self, tokens: int) -> int:
-        """The sinks and a slot."""
+        """The sinks and one more slot."""
         return self.sink_size + 1
 
     def held(self, tokens: int) -> float:
-        """The capacity, at which each round begins; right behind one fewer are held."""
+        """The capacity, which is reached before each compression; fewer pairs are held after one."""
         return min(tokens, self.capacity)
 
     @property
@@ -76,7 +77,7 @@ class FreqKV(System):
 
     @property
     def step(self) -> int:
-        """Tokens of a round, F - K."""
+        """Tokens in a round, F - K."""
         return self.capacity - self.first
 
     def stream(self, place: Place, impl: Impl) -> Stream:
@@ -86,9 +87,9 @@ class FreqKV(System):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None, scale: float, place: Place
     ) -> Tensor:
-        """As :class:`System` has it: all rounds' pairs first, which need no queries, then all rounds as one batch.
+        """See :class:`System`. The pairs of all rounds are computed first, then the rounds attend as one batch.
 
-        With fewer queries than keys, they are the last ones.
+        If there are fewer queries than keys, they are the last ones.
         """
         assert place.rotary is not None
         past = key.shape[2] - query.shape[2]
@@ -97,35 +98,35 @@ class FreqKV(System):
         return torch.cat([self._attend_sequence(*part, scale, place.rotary) for part in parts], dim=2)[:, :, past:]
 
     def attended_pairs(self, length: int) -> int:
-        """As :class:`System` has it, of this rule."""
+        """See :class:`System`."""
         whole, rest = divmod(max(length - self.capacity, 0), self.step)
         later = (count * self.first + attended_pairs(count, None) for count in (self.step, rest))
         of_round, of_last = later
         return attended_pairs(min(length, self.capacity), None) + whole * of_round + of_last
 
     def rounds(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cut the positions [start, stop) where a round begins."""
+        """Split the positions [start, stop) where rounds begin."""
         while start < stop:
             ahead = self.capacity - start if start < self.capacity else self.step - (start - self.capacity) % self.step
             yield start, min(start + ahead, stop)
             start += ahead
 
     def begins(self, position: int) -> bool:
-        """Whether the cache is compressed before the token at a position."""
+        """Whether the cache is compressed before the token at this position."""
         return position >= self.capacity and (position - self.capacity) % self.step == 0
 
     def slot(self, position: int) -> int:
-        """Where a token stands among the pairs that are held."""
+        """The cache slot of the token at this position."""
         return position if position < self.capacity else self.first + (position - self.capacity) % self.step
 
     def compress(self, raw: Tensor) -> Tensor:
-        """F pairs' keys, not rotated, or values (…, F, D) -> K of them, at least float32."""
+        """Compress keys without rotation, or values, (…, F, D) -> (…, K, D), at least float32."""
         weights = transform(raw.shape[-2], self.compressed, raw.device, torch.promote_types(raw.dtype, torch.float32))
         made: Tensor = weights @ raw.to(weights.dtype)
         return made
 
     def _attend_sequence(self, query: Tensor, key: Tensor, value: Tensor, scale: float, rotary: Rotary) -> Tensor:
-        """:meth:`attend` of one sequence."""
+        """:meth:`attend` for one sequence."""
         begin, tokens = self.capacity, key.shape[2]
         first = dense_attention(*(x[:, :, :begin] for x in (query, key, value)), scale=scale)
         if tokens <= begin:
@@ -143,13 +144,13 @@ class FreqKV(System):
         return torch.cat([first, later[:, :, : tokens - begin]], dim=2)
 
     def _by_round(self, x: Tensor) -> Tensor:
-        """(B, H, T - N, D) -> (B, R, H, F - K, D), zeros behind the last token."""
+        """Split by rounds: (B, H, T - N, D) -> (B, R, H, F - K, D), padded with zeros."""
         missing = -x.shape[2] % self.step
         rounds: Tensor = pad(x, (0, 0, 0, missing)).unflatten(2, (-1, self.step)).transpose(1, 2)
         return rounds
 
     def _held(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of keys, not rotated, or values (B, H, T, D) the K pairs and the tokens of each round, (B, R, H, …, D)."""
+        """The K compressed rows and the tokens of each round, (B, R, H, …, D), of unrotated keys or values."""
         tokens = self._by_round(x[:, :, self.capacity :])
         compact = [self.compress(x[:, :, self.sink_size : self.capacity])]
         for index in range(tokens.shape[1] - 1):
@@ -157,13 +158,13 @@ class FreqKV(System):
         return torch.stack(compact, dim=1), tokens
 
     def _behind_sinks(self, x: Tensor, rest: Tensor) -> Tensor:
-        """Sinks of keys or values (B, H, T, D) in front of each round's (B, R, H, F, D)."""
+        """Prepend the sinks of keys or values (B, H, T, D) to each round's rows (B, R, H, F, D)."""
         sinks = x[:, None, :, : self.sink_size].expand(-1, rest.shape[1], -1, -1, -1)
         return torch.cat([sinks, rest.to(x.dtype)], dim=-2)
 
 
 class FreqKVStream(KeyValueStream):
-    """What FreqKV holds. Slots change in rounds alone, so keys are stored rotated by them."""
+    """The cache of FreqKV. Slots change only when it is compressed, so keys are stored rotated by their slots."""
 
     def __init__(self, system: FreqKV, place: Place, impl: Impl) -> None:
         assert place.rotary is not None
@@ -188,7 +189,7 @@ class FreqKVStream(KeyValueStream):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _attend_round(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """:meth:`attend` of tokens between which nothing is compressed."""
+        """:meth:`attend` for tokens between which nothing is compressed."""
         count, slot = key.shape[2], self.system.slot(self.seen)
         if slot != self.seen:
             places = torch.arange(count, device=key.device)
@@ -200,7 +201,7 @@ class FreqKVStream(KeyValueStream):
         return super().attend(query, key, value, scale)
 
     def _reserve(self, key: Tensor, value: Tensor) -> None:
-        """Make room for more pairs, as a buffer does, but never for more than the capacity."""
+        """Reserve memory for more pairs, as a buffer does, but never beyond the capacity."""
         buffer = self._store_for(key, value)
         needed = buffer.length + key.shape[2]
         if needed > buffer.capacity and not torch.is_grad_enabled():
@@ -209,7 +210,7 @@ class FreqKVStream(KeyValueStream):
             buffer.move_to((key.new_empty(shape), value.new_empty(shape)))
 
     def _compress_all(self) -> None:
-        """One round: F slots become K."""
+        """Compress F slots to K."""
         system, sinks = self.system, self.system.sink_size
         key, value = self.buffer.cut(sinks)
         slots = torch.arange(sinks, system.capacity, device=key.device)
@@ -233,6 +234,6 @@ class FreqKVStream(KeyValueStream):
 
 @functools.lru_cache(maxsize=8)
 def transform(slots: int, compressed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """W (K, F) of :func:`low_pass`, made once for all layers and rounds."""
+    """W (K, F) of :func:`low_pass`, computed once for all layers and rounds."""
     with torch.inference_mode(False), torch.no_grad():
         return low_pass(slots, compressed, device).to(dtype)

@@ -1,4 +1,4 @@
-"""The attention that DuoAttention's gates are trained under.
+"""The attention with which DuoAttention's gates are trained.
 
 Dimensions: N layers, H key-value heads, Hq query heads, T tokens, D head_dim.
 """
@@ -21,15 +21,15 @@ from lrsa_lit.systems.system import Place, System, sequences
 
 @dataclass(frozen=True, eq=False)
 class GatedHeads(System):
-    """Each head attends to everything by its gate, and to sinks and recent tokens by the rest of 1.
+    """Each head mixes full attention, weighted by its gate g, and streaming attention, weighted by 1 - g.
 
-    It is for training alone: nothing is saved while both are computed. Written down, it is the DuoAttention of the
-    gates as they are.
+    For training only: both attentions are computed, so nothing is saved. ``to_dict`` returns the DuoAttention with the
+    current gates.
 
     Args:
-        gates: returns (N, H), with gradient.
-        sink_size: first tokens that streaming attention sees.
-        recent: last ones, the query's own among them.
+        gates: returns the gates (N, H), differentiable.
+        sink_size: number of first tokens that streaming attention sees.
+        recent: number of last tokens that streaming attention sees, including the query's own.
     """
 
     gates: Callable[[], Tensor]
@@ -38,8 +38,8 @@ class GatedHeads(System):
     trains: ClassVar[bool] = True
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """It has none."""
-        raise UserError("system", reason="trains gates and holds no past", hint="answer under DuoAttention")
+        """Refused: this system has no cache."""
+        raise UserError("system", reason="trains gates and has no cache", hint="use DuoAttention to generate answers")
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None, scale: float, place: Place
@@ -51,9 +51,9 @@ class GatedHeads(System):
         return torch.cat([gated_attention(*part, of_layer, **sizes) for part in parts], dim=2)
 
     def attended_pairs(self, length: int) -> int:
-        """Those of both attentions."""
+        """The pairs of both attentions."""
         return attended_pairs(length, None) + streaming_pairs(length, self.sink_size, self.recent)
 
     def to_dict(self) -> dict[str, Any]:
-        """As :class:`System` has it, in a form that can be read again."""
+        """The settings of the DuoAttention with the current gates, which can be read again."""
         return DuoAttention(self.gates().tolist(), sink_size=self.sink_size, recent=self.recent).to_dict()

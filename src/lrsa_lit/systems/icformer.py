@@ -1,4 +1,4 @@
-"""What an LLM attends to where digests of a context stand in its place (IC-Former): all of a shorter sequence."""
+"""The attention of an LLM that reads digests instead of its context (IC-Former): dense, over a shorter sequence."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lrsa_lit.systems.system import Place, System
 
 @dataclass(frozen=True)
 class ICFormer(System):
-    """IC-Former (arXiv 2406.13618), as attention: dense over k digests of each chunk and the tokens around them.
+    """The attention of IC-Former (arXiv 2406.13618): dense over k digests per chunk and the tokens around them.
 
-    ``lrsa_lit.tasks.Digests`` makes them outside of the LLM, and is who makes this: no setting names it.
+    ``lrsa_lit.tasks.Digests`` makes the digests outside the LLM. It also creates this system, which no setting names.
 
     Args:
-        count: digests of a chunk (k).
-        chunk: most tokens of one.
+        count: digests per chunk (k).
+        chunk: the most tokens in a chunk.
     """
 
     count: int
@@ -26,7 +26,7 @@ class ICFormer(System):
     graphable: ClassVar[bool] = True
 
     def spans(self, length: int) -> list[tuple[int, int]]:
-        """[start, stop) of the chunks of so many tokens: as few as can be, equal but for the last.
+        """[start, stop) of the chunks of ``length`` tokens: as few chunks as possible, of equal size.
 
         The size is ceil(length / chunks), so the last chunk may be shorter.
         """
@@ -36,18 +36,18 @@ class ICFormer(System):
         return [(start, min(start + size, length)) for start in range(0, length, size)]
 
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """All pairs."""
+        """A stream that keeps all pairs."""
         return KeyValueStream(None, impl)
 
     def held(self, tokens: int) -> float:
-        """Those of the digests of so many tokens, as if the whole prompt were context."""
+        """The number of digests of ``tokens``, as if the whole prompt were context."""
         return self.count * len(self.spans(tokens))
 
     def attended_pairs(self, length: int) -> int:
-        """The same of the pairs, of the LLM alone."""
+        """Query-key pairs of the LLM over these digests; those of the reader are not included."""
         return attended_pairs(self.count * len(self.spans(length)), None)
 
     def reading_pairs(self, length: int) -> int:
-        """Query-key pairs of a head of a layer that reads so many tokens of context."""
+        """Query-key pairs of one head, in one layer of the reader, over ``length`` tokens of context."""
         own = self.count * (self.count + 1) // 2
         return sum(self.count * (stop - start) + own for start, stop in self.spans(length))

@@ -1,4 +1,4 @@
-"""One cut by scores of the keys themselves, or by nothing of them.
+"""One-shot selection by scores of the keys alone, by position, or at random.
 
 Dimensions: B batch, H key-value heads, T tokens of the prompt, D head_dim.
 """
@@ -18,7 +18,7 @@ from lrsa_lit.systems.one_shot import OneShot, Prompt
 
 @dataclass(frozen=True)
 class KeyNorm(OneShot):
-    """Keep the keys of the smallest norms (Devoto et al., arXiv 2406.11430)."""
+    """Keep the keys with the smallest norms (Devoto et al., arXiv 2406.11430)."""
 
     def scores(self, prompt: Prompt) -> Tensor:
         """Minus the norm."""
@@ -31,7 +31,7 @@ class StreamingLLM(OneShot):
     """Keep the first tokens and the last ones (arXiv 2309.17453), at their original positions.
 
     Args:
-        sink_size: how many of the first; where fewer stay in all, the first of these.
+        sink_size: how many first tokens to keep. If fewer pairs are kept in all, these are the first ones.
     """
 
     sink_size: int = 4
@@ -41,7 +41,7 @@ class StreamingLLM(OneShot):
         check_integers(self, 0, "sink_size")
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """The position, and the highest for sinks."""
+        """The position; sinks have the highest score."""
         places = torch.arange(prompt.tokens, dtype=torch.float64, device=prompt.key.device)
         places[: self.sink_size] = prompt.tokens
         return places.expand(prompt.key.shape[:3])
@@ -49,7 +49,7 @@ class StreamingLLM(OneShot):
 
 @dataclass(frozen=True)
 class Random(OneShot):
-    """Keep pairs at random: a hash of seed, layer, head and token, so that each device and batch agrees.
+    """Keep random pairs, the same on every device and in every batch: a hash of seed, layer, head and token.
 
     Args:
         seed: an integer.
@@ -71,17 +71,17 @@ class Random(OneShot):
 
 @dataclass(frozen=True)
 class KeyDiff(OneShot):
-    """Keep the keys that are least like the others of the prompt (arXiv 2504.15364), as kvpress's KeyDiffPress.
+    """Keep the keys that are least similar to the others of the prompt (arXiv 2504.15364), as kvpress's KeyDiffPress.
 
-    :class:`KeyDiffBlocks` is the paper's form. The compressor of this name chooses in each partition instead.
+    :class:`KeyDiffBlocks` follows the paper. The compressor KeyDiff chooses within each partition instead.
     """
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """See :func:`unlikeness`."""
+        """The scores of :func:`unlikeness`."""
         return unlikeness(prompt.key)
 
 
 def unlikeness(key: Tensor) -> Tensor:
-    """Minus the cosine between a key (…, T, D) and the mean of all keys at length 1: (…, T), at least float32."""
+    """Minus the cosine of a key (…, T, D) and the mean of all keys scaled to length 1: (…, T), at least float32."""
     unit = normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1)
     return -cosine_similarity(unit, unit.mean(dim=-2, keepdim=True), dim=-1)

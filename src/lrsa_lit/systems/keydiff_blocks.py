@@ -1,6 +1,6 @@
-"""KeyDiff's own form: a cache of a fixed size through which a prompt goes block by block.
+"""KeyDiff as published: the prompt passes block by block through a cache of fixed size.
 
-Dimensions: B batch, H key-value heads, N pairs of the cache, b tokens of a block.
+Dimensions: B batch, H key-value heads, N pairs in the cache, b tokens in a block.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lrsa_lit.systems.system import Place, System
 
 @dataclass(frozen=True)
 class KeyDiffBlocks(System):
-    """Behind each block of a prompt, keep the N keys that are least like the others in the cache (arXiv 2504.15364).
+    """After each block of a prompt, keep the N keys that are least similar to the others in the cache.
 
-    Keys stay at their original positions, and no sink is sure of its place. Those of the answer are all kept, which is
-    ours. :class:`KeyDiff` is the form of one cut.
+    KeyDiff (arXiv 2504.15364). Keys keep their original positions, and sinks may be dropped. Unlike in the paper, all
+    pairs of the answer are kept. The system :class:`KeyDiff` selects once from the whole prompt.
 
     Args:
-        pairs: of the cache (N); the first N tokens of a prompt fill it before the first block.
-        block: tokens of a block (b).
+        pairs: pairs in the cache (N). The first N tokens of the prompt fill it before the first block.
+        block: tokens in a block (b).
     """
 
     pairs: int = 2048
@@ -49,7 +49,7 @@ class KeyDiffBlocks(System):
         return min(tokens, self.pairs)
 
     def attended_pairs(self, length: int) -> int:
-        """Each token sees the N and those of its block."""
+        """Each token sees the N cached pairs and the earlier tokens of its block."""
         first, later = min(length, self.pairs), max(length - self.pairs, 0)
         whole, rest = divmod(later, self.block)
         within = whole * self.block * (self.block + 1) // 2 + rest * (rest + 1) // 2
@@ -57,7 +57,7 @@ class KeyDiffBlocks(System):
 
 
 class BlockStream(KeyValueStream):
-    """At most N + b pairs of a prompt; where it ends, N, and all of the answer."""
+    """Holds at most N + b pairs of a prompt, N at its end, and all pairs of the answer."""
 
     def __init__(self, system: KeyDiffBlocks, impl: Impl) -> None:
         super().__init__(None, impl)
@@ -65,7 +65,7 @@ class BlockStream(KeyValueStream):
 
     @property
     def attended_pairs(self) -> float:
-        """As the system has it, of a prompt."""
+        """The pairs of a prompt of this length."""
         return self.system.attended_pairs(self.seen)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -84,13 +84,13 @@ class BlockStream(KeyValueStream):
 
     @property
     def _room(self) -> int:
-        """Tokens until the cache is full, or else until the block is."""
+        """Tokens until the cache is full, or, once it is, until the block is."""
         behind = self.seen - self.system.pairs
         return -behind if behind < 0 else self.system.block - behind % self.system.block
 
     @torch.no_grad()
     def _evict(self) -> None:
-        """Let N pairs stay."""
+        """Keep N pairs."""
         if self.buffer.length > self.system.pairs:
             self._peak = self.peak_nbytes
             key, value = self.buffer.filled
@@ -101,7 +101,7 @@ class BlockStream(KeyValueStream):
 
     @torch.no_grad()
     def end_prompt(self) -> None:
-        """The last block may be shorter."""
+        """End the last block, which may be shorter."""
         if not self._answers and self._store is not None:
             self._evict()
             self._store = PairBuffer(*self.buffer.filled)

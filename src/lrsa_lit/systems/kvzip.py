@@ -1,6 +1,6 @@
 """KVzip (arXiv 2505.23416): keep the pairs that a model needs to repeat its prompt.
 
-Dimensions: B batch, H key-value heads, G query heads of each, T tokens of the prompt, D head_dim, S sinks, C tokens of
+Dimensions: B batch, H key-value heads, G query heads of each, T tokens of the prompt, D head_dim, S sinks, C tokens in
 a part of the prompt, Q tokens that repeat it.
 """
 
@@ -22,29 +22,30 @@ from lrsa_lit.systems.one_shot import OneShot, Prompt
 from lrsa_lit.systems.system import Encode, Place, Repeat
 
 _QUERIES = 256
-"""Probabilities of so many are in memory at a time."""
+"""The most queries whose probabilities are in memory at a time."""
 _NAMED = 8
-"""A part that is not the first is asked for by so many tokens in front of it."""
+"""The number of tokens before a part that the instruction quotes, except for the first part."""
 
 
 @dataclass(frozen=True)
 class KVzip(OneShot):
-    """Keep the pairs that repeating the prompt attends to, the best over all heads and layers at once.
+    """Keep the pairs that repeating the prompt attends to most, ranked over all heads and layers at once.
 
-    Behind a prompt the model reads, for each part of it, an instruction and that part, which takes about one more
-    prefill. A pair's score is the highest probability that one of these queries gives it, among the sinks, its part and
-    what is read. So it needs no question. ``kept`` and ``pairs`` are means over heads and layers, each row chooses for
-    itself, and what is dropped is gone. kvpress's KVzipPress keeps the same pairs where four tokens precede the text:
-    its parts begin behind what a chat template puts there, and ours behind the sinks. It reads the suffix from the
-    template as well.
+    After a prompt, the model reads an instruction and one part of the prompt, for each part in turn. This costs about
+    one more prefill. A pair's score is the highest attention probability that it gets from these queries, which attend
+    to the sinks, the part and what they have read. So the selection needs no question. ``kept`` and ``pairs`` are means
+    over heads and layers. Each row of a batch chooses separately, and dropped pairs are freed.
+
+    kvpress's KVzipPress keeps the same pairs if four tokens precede the text: its parts start after the chat template's
+    first tokens, ours after the sinks. It also takes the suffix from the template.
 
     Args:
-        sink_size: first tokens that always stay, and are not scored.
-        chunk: tokens of a part; the last may have fewer.
-        per_layer: share the budget over the heads of each layer alone.
-        first: the instruction in front of the first part.
-        later: that in front of the others, followed by the 8 tokens before the part.
-        suffix: between the instruction and the part, such as the end of a turn and the beginning of the answer's.
+        sink_size: number of first tokens, which are always kept and not scored.
+        chunk: tokens in a part; the last part may be shorter.
+        per_layer: share the budget only among the heads of the same layer.
+        first: the instruction before the first part.
+        later: the instruction before the other parts; the 8 tokens before the part follow it.
+        suffix: text between the instruction and the part, such as the end of a turn and the start of the next.
     """
 
     sink_size: int = 4
@@ -62,19 +63,19 @@ class KVzip(OneShot):
         check_integers(self, 0, "sink_size")
         check_integers(self, 1, "chunk")
         enough = self.pairs is None or self.pairs >= self.sink_size
-        check_setting("pairs", self.pairs, enough, f"at least the {self.sink_size} sinks, which always stay")
+        check_setting("pairs", self.pairs, enough, f"at least the {self.sink_size} sinks, which are always kept")
 
     @property
     def least(self) -> int:
-        """The sinks, which always stay."""
+        """The sinks, which are always kept."""
         return max(1, self.sink_size)
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """Refused: a prompt alone has none."""
-        raise UserError("system", type(self).__name__, reason="scores pairs by calls of the model, not by a prompt")
+        """Refused: the prompt alone does not determine the scores."""
+        raise UserError("system", type(self).__name__, reason="needs calls of the model to score a prompt")
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """Refused: heads keep differently many."""
+        """Refused: heads keep different numbers of pairs."""
         return self.scores(prompt)
 
     def stream(self, place: Place, impl: Impl) -> Stream:
@@ -82,19 +83,19 @@ class KVzip(OneShot):
         return RepeatStream(self, place, impl)
 
     def repeats(self, streams: Sequence[Stream], prompt: Sequence[int], encode: Encode | None) -> list[Repeat]:
-        """An instruction and the part, for each part; nothing where all pairs stay, or were cut before.
+        """An instruction and a part of the prompt, for each part; empty if all pairs stay or were selected before.
 
         Raises:
-            UserError: nobody can encode the instruction, or fewer pairs than sinks are to stay.
+            UserError: ``encode`` is missing, or fewer pairs than sinks would be kept.
         """
         tokens = len(prompt)
         if not _due(streams) or self.count(tokens) == tokens:
             return []
         if self.count(tokens) < self.sink_size:
-            reason = f"leaves {self.count(tokens)} of {tokens} tokens, fewer than the {self.sink_size} sinks"
+            reason = f"keeps {self.count(tokens)} of {tokens} tokens, fewer than the {self.sink_size} sinks"
             raise UserError("kept", self.kept, reason=reason)
         if encode is None:
-            reason = "has the model repeat its prompt, which takes its tokenizer: pass encode"
+            reason = "makes the model repeat its prompt, which needs the tokenizer: pass encode"
             raise UserError("system", type(self).__name__, reason=reason)
         found, suffix = [], encode(self.suffix)
         for start in range(self.sink_size, tokens, self.chunk):
@@ -110,10 +111,10 @@ class KVzip(OneShot):
             stream.part = slice(repeat.start, repeat.stop)
 
     def end_prompt(self, streams: Sequence[Stream]) -> None:
-        """Cut those of a row.
+        """Select from the prompt of one row.
 
         Raises:
-            UserError: its prompt was not repeated.
+            UserError: the model has not repeated the prompt.
         """
         due = _due(streams)
         for shared in [[stream] for stream in due] if self.per_layer else [due] if due else []:
@@ -122,10 +123,10 @@ class KVzip(OneShot):
                 stream.cut(positions[None])
 
     def share_out(self, scores: Sequence[Tensor]) -> Tensor:
-        """The positions that stay in some layers, as :func:`highest_together` has them: (layers, H, most of a head).
+        """The positions to keep in some layers: (layers, H, most of a head), padded with -1.
 
         Args:
-            scores: (1, H, T) of each; of equal ones those of earlier layers, heads and tokens are higher.
+            scores: (1, H, T) for each layer. Ties go to the earlier layer, head and token.
         """
         together = torch.cat([layer.to(scores[0].device) for layer in scores])
         layers, heads, tokens = together.shape
@@ -134,10 +135,10 @@ class KVzip(OneShot):
 
 
 class RepeatStream(UnequalStream):
-    """A prompt, and what its repetition attends to.
+    """Holds a prompt and the scores from its repetition.
 
     Attributes:
-        part: of the prompt that is repeated next.
+        part: the part of the prompt that is repeated next.
     """
 
     part = slice(0)
@@ -148,28 +149,28 @@ class RepeatStream(UnequalStream):
 
     @property
     def scores(self) -> Tensor:
-        """Those for its own system."""
+        """The scores for the stream's own system."""
         assert isinstance(self.system, KVzip)
         return self.scores_for(self.system)
 
     def scores_for(self, system: KVzip) -> Tensor:
-        """(B, H, T), at least float32: sinks have the highest; ones where all stay and nothing was repeated."""
+        """Scores (B, H, T), at least float32; sinks have the highest. All ones if everything is kept."""
         key = self.buffer.filled[0]
         if system.count(self.seen) == self.seen:
             return key.new_ones(key.shape[:3])
         if sum(part.shape[2] for part in self._noted) != self.seen - system.sink_size:
-            reason = "cuts a prompt that the model has repeated: use lrsa_lit.attention.end_prompt"
+            reason = "needs the model to repeat the prompt first: use lrsa_lit.attention.end_prompt"
             raise UserError("system", type(system).__name__, reason=reason)
-        # No probability is as high.
+        # Higher than any probability.
         return pad(torch.cat(self._noted, dim=2), (system.sink_size, 0), value=2.0)
 
     @property
     def nbytes(self) -> int:
-        """Those of the scores as well."""
+        """Bytes stored, including the scores."""
         return super().nbytes + sum(part.nbytes for part in self._noted)
 
     def probe(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`KeyValueStream` has it; the part gets its scores."""
+        """As in :class:`KeyValueStream`; also records the scores of the part."""
         system, past = self.system, self.buffer.filled[0]
         assert isinstance(system, KVzip)
         seen = torch.cat([past[:, :, : system.sink_size], past[:, :, self.part]], dim=2)
@@ -178,7 +179,7 @@ class RepeatStream(UnequalStream):
         return super().probe(query, key, value, scale)
 
     def cut(self, kept: Tensor) -> None:
-        """As :class:`UnequalStream` has it; the scores are gone then."""
+        """As in :class:`UnequalStream`; also drops the scores."""
         self._peak = self.peak_nbytes
         super().cut(kept.to(self.buffer.filled[0].device))
         self._noted = []
@@ -196,12 +197,14 @@ def _due(streams: Sequence[Stream]) -> list[RepeatStream]:
 
 
 def repeat_scores(query: Tensor, key: Tensor, own: Tensor, sinks: int, scale: float) -> Tensor:
-    """The highest probability that any query of a repetition gives each key of a part: (B, H, C), at least float32.
+    """The highest probability that each key of a part gets from the queries of the repetition.
+
+    Returns (B, H, C), at least float32.
 
     Args:
         query: (B, H, G, Q, D).
-        key: (B, H, S + C, D), the prompt's: sinks, then the part. All queries see them.
-        own: (B, H, Q, D), those of the queries' tokens, seen causally.
+        key: (B, H, S + C, D), keys of the prompt: sinks, then the part. All queries see them.
+        own: (B, H, Q, D), keys of the queries' own tokens, seen causally.
         sinks: S.
         scale: factor of the scores.
     """

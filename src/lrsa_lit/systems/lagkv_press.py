@@ -1,4 +1,4 @@
-"""LagKV as kvpress has it: one cut, by ranks.
+"""LagKV as in kvpress: one-shot selection by ranks.
 
 Dimensions: B batch, H key-value heads, T tokens of the prompt, P scored partitions, S sink_size, L lag_size.
 """
@@ -18,16 +18,16 @@ from lrsa_lit.systems.one_shot import OneShot, Prompt
 
 @dataclass(frozen=True)
 class LagKVPress(OneShot):
-    """Keep the tokens of the highest ranks in their partitions, and sinks and the tail (kvpress's LagKVPress).
+    """Keep the sinks, the tail, and the tokens with the highest ranks in their partitions (kvpress's LagKVPress).
 
-    The published cache (arXiv 2504.04704), which is this project's rule, keeps K of each partition beside sinks and
-    tail. Here these count among the n pairs that stay, and one list of ranks decides. Where n does not divide evenly,
-    the earlier partitions keep one more. Unlike there, a constant channel counts as 0, where kvpress has NaN.
+    The published cache (arXiv 2504.04704), which is this project's rule, keeps K tokens of each partition besides sinks
+    and tail. Here sinks and tail count among the n kept pairs, and one ranking over all partitions decides. If n does
+    not divide evenly, the earlier partitions keep one more. A constant channel counts as 0, where kvpress yields NaN.
 
     Args:
-        sink_size: first tokens, which have the highest score.
-        lag_size: tokens of a partition; with fewer than sink_size + 2 lag_size in all, the last ones stay.
-        cross_scoring: compare the scores themselves, and no ranks, across partitions.
+        sink_size: number of first tokens, which have the highest score.
+        lag_size: tokens in a partition. With fewer than sink_size + 2 lag_size tokens in all, the last ones are kept.
+        cross_scoring: compare scores instead of ranks across partitions.
     """
 
     sink_size: int = 4
@@ -40,12 +40,12 @@ class LagKVPress(OneShot):
         check_integers(self, 2, "lag_size")
 
     def floor(self, tokens: int) -> int:
-        """Sinks and the tail, which is the last whole partition and what stands behind it."""
+        """The sinks and the tail, which is the last whole partition and the tokens after it."""
         behind = tokens - self.sink_size
         return super().floor(tokens) + (self.lag_size + behind % self.lag_size if behind >= 2 * self.lag_size else 0)
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """Below 1 in partitions that have a successor, 1 before and behind them."""
+        """Scores below 1 in partitions that have a successor; 1 before and after these partitions."""
         sink, lag, behind = self.sink_size, self.lag_size, prompt.tokens - self.sink_size
         if behind < 2 * lag:
             scores = torch.arange(max(behind, 0), dtype=torch.float64, device=prompt.key.device) / max(behind, 1)

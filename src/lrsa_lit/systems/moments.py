@@ -1,4 +1,4 @@
-"""Mean and covariance of queries that come in call by call.
+"""Mean and covariance of queries that arrive over several calls.
 
 Dimensions: B batch, H key-value heads, G query heads of each, N tokens, D head_dim.
 """
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the queries of some tokens, in at least float32.
+    """Mean and covariance of the queries of some tokens, in at least float32.
 
     Attributes:
-        count: of the tokens.
+        count: the number of tokens.
         mean: (B, H, G, D).
         products: (B, H, G, D, D), the sum of the outer products of deviations from the mean.
     """
@@ -26,13 +26,13 @@ class Moments:
 
     @classmethod
     def of(cls, query: Tensor) -> Moments:
-        """Those of queries (B, H, G, N, D), N >= 1."""
+        """The moments of queries (B, H, G, N, D), N >= 1."""
         mean = query.mean(dim=3)
         apart = query - mean[:, :, :, None]
         return cls(query.shape[3], mean, apart.mT @ apart)
 
     def with_those_of(self, other: Moments) -> Moments:
-        """Those of the tokens of both (Chan, Golub and LeVeque 1979), so that no query need be kept."""
+        """The moments of both sets of tokens together (Chan, Golub and LeVeque 1979), without the queries."""
         count = self.count + other.count
         apart = other.mean - self.mean
         between = apart[..., :, None] * apart[..., None, :] * (self.count * other.count / count)
@@ -49,5 +49,5 @@ class Moments:
         return self.mean.nbytes + self.products.nbytes
 
     def rows(self, indices: Tensor) -> Moments:
-        """Those of some rows of the batch."""
+        """The moments of the batch rows ``indices``."""
         return Moments(self.count, self.mean[indices], self.products[indices])

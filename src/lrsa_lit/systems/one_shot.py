@@ -1,6 +1,6 @@
-"""One cut behind the prompt: dense prefill of all of it, the best pairs of each head stay, then ordinary decoding.
+"""One-shot selection: prefill the prompt densely, keep the best pairs of each head, then decode as usual.
 
-Dimensions: B batch, H key-value heads, G query heads of each, T tokens of the prompt, D head_dim, n pairs that stay.
+Dimensions: B batch, H key-value heads, G query heads of each, T tokens of the prompt, D head_dim, n kept pairs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lrsa_lit.systems.system import Place, System
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of equally long rows in one layer, all of it in the cache.
+    """The complete prompt in one layer, for equally long rows.
 
     Attributes:
         key: (B, H, T, D), rotated.
         value: (B, H, T, D).
-        query: (B, H, G, w, D), rotated: those of its last w tokens, as many as the system asks for and there are.
-        scale: factor of the scores.
+        query: (B, H, G, w, D), rotated, of the last w tokens: the system's ``window``, or fewer in a shorter prompt.
+        scale: factor of the attention logits.
         place: the layer.
-        moments: of its queries without their rotation; None unless the system asks for them.
+        moments: the moments of its queries without their rotation; None unless the system needs them.
     """
 
     key: Tensor
@@ -43,16 +43,16 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """The number of tokens, T."""
         return self.key.shape[2]
 
 
 class Wants:
-    """What scores are made of beside keys and values; attributes of a class or fields.
+    """What scores need besides keys and values; class attributes or fields.
 
     Attributes:
-        window: how many of a prompt's last queries.
-        moments_from: the mean and covariance of queries without their rotation, from this token on; None for none.
+        window: how many of the prompt's last queries are needed.
+        moments_from: the first token whose unrotated query counts in :class:`Moments`; None if none are needed.
     """
 
     window: int = 0
@@ -61,14 +61,15 @@ class Wants:
 
 @dataclass(frozen=True)
 class OneShot(Wants, System):
-    """Keep the pairs of the highest scores when the prompt ends; those of what follows are all kept.
+    """Keep the pairs with the highest scores when the prompt ends. All later pairs are kept.
 
     Args:
-        kept: the share of a prompt's pairs that stay, sinks and windows among them: int(kept T) of each head.
-        pairs: so many instead of a share; all where a prompt has fewer. They are counted behind the first turn's
-            question: where the prompt ends before it, as many fewer stay as it has tokens, but at least 1.
-        question: whether the prompt that is cut has the first turn's question in it, as papers whose last queries know
-            what is asked have it; else it ends with the context, as in kvpress.
+        kept: share of the prompt's pairs to keep, int(kept T) per head, including sinks and windows.
+        pairs: number of pairs to keep instead of a share; all if the prompt is shorter. The number includes the first
+            turn's question: if the prompt ends before the question, the question's tokens are subtracted, but at least
+            1 pair is kept.
+        question: whether the selection sees the first turn's question, as in papers whose last queries are the
+            question's. If false, the prompt ends with the context, as in kvpress.
     """
 
     kept: float = 0.5
@@ -87,19 +88,19 @@ class OneShot(Wants, System):
 
     @abstractmethod
     def scores(self, prompt: Prompt) -> Tensor:
-        """(B, H, T), at least float32; the n highest stay, of equal ones the earlier."""
+        """Scores (B, H, T), at least float32. The n highest are kept; of equal scores the earlier."""
 
     def count(self, tokens: int) -> int:
-        """N of a prompt of so many tokens, at least 1."""
+        """The number n of pairs to keep of a prompt of ``tokens``, at least 1."""
         return self.share(tokens, self.pairs)
 
     def share(self, of: int, wanted: int | None) -> int:
-        """So many of a number, by default the share kept, but at least 1."""
-        # A product such as .29 * 100 is 28.999….
+        """``wanted`` out of ``of``, or the share ``kept`` if None, but at least 1."""
+        # The small number is for products such as .29 * 100, which is 28.999….
         return max(1, min(int(self.kept * of + 1e-9) if wanted is None else wanted, of))
 
     def floor(self, tokens: int) -> int:
-        """Sinks and the window, which always stay."""
+        """The sinks and the window, which are always kept."""
         return max(1, getattr(self, "sink_size", 0) + self.window)
 
     def held(self, tokens: int) -> float:
@@ -108,7 +109,7 @@ class OneShot(Wants, System):
 
     @property
     def least(self) -> int:
-        """Pairs that stay however long the question is."""
+        """The fewest pairs to keep, however long the question is."""
         return 1
 
     def cutting_before(self, tokens: int) -> System:
@@ -119,12 +120,12 @@ class OneShot(Wants, System):
 
     @torch.no_grad()
     def end_prompt(self, streams: Sequence[Stream]) -> None:
-        """Cut each layer."""
+        """Select in each layer."""
         for stream in due(streams):
             stream.cut(self.keep(stream.prompt()))
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """(B, H, n) int64 positions, ascending. Where all stay there are no scores, whatever they would need."""
+        """The positions to keep, (B, H, n) int64, ascending. If all are kept, no scores are computed."""
         count = self.count(prompt.tokens)
         if count == prompt.tokens:
             return torch.arange(count, device=prompt.key.device).expand(*prompt.key.shape[:2], -1)
@@ -136,18 +137,18 @@ class OneShot(Wants, System):
 
 
 def due(streams: Sequence[Stream]) -> list[OneShotStream]:
-    """Those whose prompt has not been cut."""
+    """The streams that have not selected from their prompt yet."""
     return [stream for stream in streams if isinstance(stream, OneShotStream) and stream.is_due]
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
-    """The places of the highest scores (…, T), of equal ones the earlier: (…, count) int64, ascending."""
-    # A stable sort, because torch.topk promises nothing about ties.
+    """Indices of the highest scores (…, T), of equal scores the earlier: (…, count) int64, ascending."""
+    # A stable sort, because torch.topk does not define the order of ties.
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
 
 
 def forced(scores: Tensor, before: int, behind: int) -> Tensor:
-    """Scores (B, H, …) with sinks ``before`` them and a window ``behind``, which get the highest of the row plus 1."""
+    """Extend scores (B, H, …) by sinks ``before`` and a window ``behind``, which get the row's highest score plus 1."""
     batch, heads, _ = scores.shape
     most = scores.amax(dim=(1, 2)) if scores.shape[2] else scores.new_zeros(batch)
     ends = ((most + 1).view(-1, 1, 1).expand(batch, heads, count) for count in (before, behind))
@@ -156,11 +157,11 @@ def forced(scores: Tensor, before: int, behind: int) -> Tensor:
 
 
 class OneShotStream(KeyValueStream):
-    """All of a prompt until it ends, then what its system keeps of it, and all that follows.
+    """Holds the whole prompt until it ends, then the pairs that its system keeps and all later pairs.
 
     Attributes:
-        kept: (B, H, n) the positions that stayed, for those who look: on the CPU, because the cache needs them no more;
-            None before the cut.
+        kept: (B, H, n) the kept positions, for analysis. They are on the CPU, because the cache does not need them.
+            None before the selection.
     """
 
     def __init__(self, system: OneShot, place: Place, impl: Impl) -> None:
@@ -173,13 +174,13 @@ class OneShotStream(KeyValueStream):
 
     @property
     def nbytes(self) -> int:
-        """Those of what is known of the queries until the cut as well."""
+        """Bytes stored, including queries and their moments until the selection."""
         queries = 0 if self._waiting is None else self._waiting.nbytes
         return super().nbytes + queries + (0 if self._moments is None else self._moments.nbytes)
 
     @property
     def attended_pairs(self) -> float:
-        """Dense ones of the prompt; later tokens see what stayed of it, and one another."""
+        """The dense pairs of the prompt, then those of later tokens, which see the kept pairs and each other."""
         if self.kept is None:
             return super().attended_pairs
         later, stayed = self.seen - self._cut_at, float((self.kept >= 0).sum()) / self.kept.shape[:2].numel()
@@ -187,7 +188,7 @@ class OneShotStream(KeyValueStream):
 
     @property
     def is_due(self) -> bool:
-        """Whether there is a prompt that has not been cut. A second one behind an answer is kept whole."""
+        """Whether there is a prompt to select from. A second prompt, after an answer, is kept whole."""
         return self.kept is None and self._store is not None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -199,7 +200,7 @@ class OneShotStream(KeyValueStream):
 
     @torch.no_grad()
     def _take(self, query: Tensor) -> None:
-        """Note what the system wants of the queries (B, H, G, N, D) of the next tokens."""
+        """Store what the system needs of the queries (B, H, G, N, D) of the next tokens."""
         wants, count = self.system, query.shape[3]
         if wants.window:
             parts = [query] if self._waiting is None else [self._waiting, query]
@@ -211,23 +212,23 @@ class OneShotStream(KeyValueStream):
             self._moments = new if self._moments is None else self._moments.with_those_of(new)
 
     def prompt(self) -> Prompt:
-        """What the scores are made of, before the cut."""
+        """The prompt, before the selection."""
         key, value = self.buffer.filled
         query = key[:, :, None, :0] if self._waiting is None else self._waiting
         return Prompt(key, value, query, self._scale, self.place, self._moments)
 
     def end_prompt(self) -> None:
-        """Cut, once."""
+        """Select, once."""
         self.system.end_prompt([self])
 
     def cut(self, kept: Tensor) -> None:
-        """Let the pairs (B, H, n) at some positions stay, in memory of their own."""
+        """Keep only the pairs at these positions (B, H, n), copied so that the others are freed."""
         key, value = self.buffer.filled
         self._store = PairBuffer(gather_kept(key, kept), gather_kept(value, kept))
         self.forget_queries(kept)
 
     def forget_queries(self, kept: Tensor) -> None:
-        """Behind the cut, which let these positions stay."""
+        """Drop the stored queries after the selection, and record the kept positions."""
         self.kept, self._waiting, self._moments, self._cut_at = kept.cpu(), None, None, self.seen
 
     def most_stored(self, tokens: int) -> int:

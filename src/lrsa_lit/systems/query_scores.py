@@ -1,4 +1,4 @@
-"""One cut by the attention that the last queries of a prompt pay to it.
+"""One-shot selection by the attention from the last queries of a prompt.
 
 Dimensions: B batch, H key-value heads, G query heads of each, T tokens of the prompt, D head_dim, w window.
 """
@@ -18,7 +18,7 @@ from lrsa_lit.systems.one_shot import OneShot, Prompt, forced
 
 
 def window_attention(prompt: Prompt) -> Tensor:
-    """Probabilities (B, H, G, w, T), at least float32, by which the last w queries attend causally to all tokens."""
+    """Causal attention probabilities (B, H, G, w, T) of the last w queries over all tokens, at least float32."""
     dtype = torch.promote_types(prompt.key.dtype, torch.float32)
     logits = prompt.query.to(dtype) @ prompt.key[:, :, None].to(dtype).mT * prompt.scale
     window, tokens = logits.shape[-2:]
@@ -28,15 +28,15 @@ def window_attention(prompt: Prompt) -> Tensor:
 
 @dataclass(frozen=True)
 class SnapKV(OneShot):
-    """Keep the tokens that the last queries attend to most, and their own (arXiv 2404.14469), as kvpress's SnapKVPress.
+    """Keep the last tokens and those that their queries attend to most (arXiv 2404.14469), as kvpress's SnapKVPress.
 
-    The original sums over the window, and chooses for each query head, which then has keys and values of its own; this
-    takes means over the window and the group, and chooses for each key-value head.
+    The original sums over the window and chooses for each query head, which then has separate keys and values. This
+    averages over the window and the group and chooses for each key-value head.
 
     Args:
-        window: queries that score; their own tokens stay.
-        kernel: scores are pooled over so many neighbouring tokens, beyond which they count as 0; odd, 1 for none.
-        pooling: avg, or max, which makes neighbours tie: of these the earlier stay.
+        window: how many of the prompt's last queries score; their own tokens are always kept.
+        kernel: tokens to pool scores over, padded with 0; odd. 1 does not pool.
+        pooling: avg or max. With max, neighbours often tie; the earlier ones are kept.
     """
 
     window: int = 64
@@ -50,13 +50,13 @@ class SnapKV(OneShot):
         check_setting("pooling", self.pooling, self.pooling in ("avg", "max"), "avg or max")
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """Mean probability, pooled; the window has the highest plus 1.
+        """The mean probability, pooled. The window gets the highest score plus 1.
 
         Raises:
-            UserError: the prompt has no token in front of the window.
+            UserError: the prompt has no token before the window.
         """
         if prompt.tokens <= self.window:
-            reason = f"takes in all of a prompt of {prompt.tokens} tokens, which nothing then scores"
+            reason = f"covers the whole prompt of {prompt.tokens} tokens, so no token is left to score"
             raise UserError("window", self.window, reason=reason)
         received = window_attention(prompt)[..., : prompt.tokens - self.window].mean(dim=3)
         pool = avg_pool1d if self.pooling == "avg" else max_pool1d
@@ -68,12 +68,12 @@ class SnapKV(OneShot):
 class TOVA(OneShot):
     """Keep the tokens that the last query attends to most, the same in all heads, as kvpress's TOVAPress.
 
-    The original (arXiv 2401.06104) chooses anew at each token of the answer, and does not force the last token.
+    The original (arXiv 2401.06104) chooses again at each token of the answer, and does not always keep the last token.
     """
 
     window = 1
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """Mean probability over all query heads; the last token has the highest plus 1."""
+        """The mean probability over all query heads. The last token gets the highest score plus 1."""
         received = window_attention(prompt)[:, :, :, -1, :-1].mean(dim=(1, 2))
         return forced(received[:, None].expand(-1, prompt.key.shape[1], -1), 0, 1)

@@ -1,4 +1,4 @@
-"""How much each layer or key-value head is worth, from a file, and the share of a cache that settings ask for."""
+"""Importance of layers or key-value heads from a file, and the share of a dense cache that settings allow."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lrsa_lit.paths import expanded
 
 
 class CacheShare(NamedTuple):
-    """A share of a dense cache that is not to be exceeded at the end of a prompt of so many tokens."""
+    """The largest allowed share of a dense cache at the end of a prompt of ``tokens``."""
 
     budget: float
     tokens: int
 
     @classmethod
     def of(cls, field: str, asked: Mapping[str, Any], *further: str) -> CacheShare:
-        """Read ``{budget: 0.25, tokens: 4096}``; a UserError unless it has these settings and the further ones."""
+        """Read ``{budget: 0.25, tokens: 4096}``; a UserError unless it has exactly these keys and ``further``."""
         needed = {"budget", "tokens", *further}
         check_setting(field, dict(asked), set(asked) == needed, f"settings with {', '.join(sorted(needed))}")
         share, tokens = asked["budget"], asked["tokens"]
@@ -31,23 +31,23 @@ class CacheShare(NamedTuple):
 
     @property
     def pairs(self) -> Fraction:
-        """Pairs that heads may hold on average: of the decimal share that was asked for, 0.1 of 20 tokens are 2."""
+        """Pairs that heads may hold on average; exact for decimal shares, so that 0.1 of 20 tokens is 2."""
         return Fraction(str(self.budget)) * self.tokens
 
 
 def read_ranking(field: str, path: str) -> Any:
-    """Numbers of each layer, or of each layer a list with those of its key-value heads; higher ones are worth more.
+    """A number per layer, or a list per layer with a number per key-value head. Higher numbers are more important.
 
     Args:
         field: the setting that names the file.
-        path: of gates (a JSON list of lists, or a table of numbers between tabs or spaces with a line for each layer),
-            or of the ``heads.json`` or ``layers.json`` that an ablation has left.
+        path: a file of gates (a JSON list of lists, or one line of numbers per layer, separated by tabs or spaces), or
+            the ``heads.json`` or ``layers.json`` of an ablation.
 
     Returns:
-        The gates, whatever they are, or places in the ranking of an ablation: 1 for the best, above 0 for the last.
+        The gates, unchecked, or ranks from an ablation: 1 for the best, decreasing to just above 0 for the last.
 
     Raises:
-        UserError: the file cannot be read, or holds neither.
+        UserError: the file cannot be read or has neither format.
     """
     try:
         text = expanded(field, path).read_text(encoding="utf-8")
@@ -60,25 +60,25 @@ def read_ranking(field: str, path: str) -> Any:
     except UserError:
         raise
     except (KeyError, TypeError, RecursionError):
-        raise UserError(field, path, reason="holds neither gates nor what an ablation has left") from None
+        raise UserError(field, path, reason="holds neither gates nor the results of an ablation") from None
     except ValueError as error:
         raise UserError(field, path, reason=f"is neither JSON nor a table of numbers ({message_of(error)})") from None
 
 
 def is_table(rows: Any) -> bool:
-    """Whether it has a list for each layer, all of as many finite numbers."""
+    """Whether it is a list of equally long, non-empty lists of finite numbers, one per layer."""
     if not (_is_list(rows) and rows and all(_is_list(row) and len(row) == len(rows[0]) > 0 for row in rows)):
         return False
     return all(_is_number(number) for row in rows for number in row)
 
 
 def is_of_layers(numbers: Any) -> bool:
-    """Whether it has a finite number for each layer."""
+    """Whether it is a non-empty list of finite numbers, one per layer."""
     return _is_list(numbers) and bool(numbers) and all(map(_is_number, numbers))
 
 
 def _of_ablation(found: Mapping[str, Any]) -> Any:
-    """Places in the ranking by what each head is worth, or each layer."""
+    """Ranks by the importance of each head, or of each layer."""
     if "worths" in found:
         if not is_table(found["worths"]):
             raise TypeError
@@ -90,7 +90,7 @@ def _of_ablation(found: Mapping[str, Any]) -> Any:
 
 
 def _places(worths: Sequence[float]) -> list[float]:
-    """1 for the highest and less for each that follows, the earlier of equal ones before the later."""
+    """Ranks: 1 for the highest number, then decreasing; of equal numbers the earlier ranks higher."""
     if not all(map(_is_number, worths)):
         raise TypeError
     order = sorted(range(len(worths)), key=lambda index: -worths[index])

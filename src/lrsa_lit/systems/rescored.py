@@ -1,4 +1,4 @@
-"""Systems of one cut that choose by the scores of another one."""
+"""One-shot systems that use the scores of another one-shot system."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lrsa_lit.systems.system import System
 
 @dataclass(frozen=True)
 class Rescored(OneShot):
-    """Chooses by the scores of another system, which has no ``kept`` or ``pairs`` of its own.
+    """A system that chooses by another system's scores; only this system's ``kept`` and ``pairs`` apply.
 
     Args:
-        scorer: a system of one cut, also as the dict that its ``to_dict`` made.
+        scorer: a one-shot system that scores tokens, or its dict from ``to_dict``.
     """
 
     scorer: OneShot = field(default_factory=SnapKV)
@@ -31,15 +31,15 @@ class Rescored(OneShot):
         object.__setattr__(self, "scorer", scorer)
         for item in dataclasses.fields(OneShot):
             if (own := getattr(scorer, item.name)) != item.default:
-                reason = f"is not read; that of {type(self).__name__} counts"
+                reason = f"is not used; set it in {type(self).__name__}"
                 raise UserError(f"scorer.init_args.{item.name}", own, reason=reason)
         for name in ("window", "moments_from", "needs_rotary"):
             object.__setattr__(self, name, getattr(scorer, name))
 
     def floor(self, tokens: int) -> int:
-        """What the scorer keeps in any case."""
+        """The pairs that the scorer always keeps."""
         return self.scorer.floor(tokens)
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """Those of the scorer."""
+        """The scores of the scorer."""
         return self.scorer.scores(prompt)

@@ -1,7 +1,7 @@
-"""SparseAccelerate (arXiv 2412.06198): prompts are read through a sparse mask of each head, answers densely.
+"""SparseAccelerate (arXiv 2412.06198): a sparse mask per head for the prompt, dense attention for the answer.
 
-Of that paper only the abstract is public: three patterns, chosen for each head while it runs. The definitions here are
-those of the patterns of MInference (arXiv 2407.02490) which the names resemble; that they are meant is our reading.
+We had only the paper's abstract: three patterns, chosen per head at run time. The definitions here are those of the
+MInference patterns (arXiv 2407.02490) with similar names; that the paper means these is our assumption.
 
 Dimensions: B batch, H key-value heads, G query heads of each, T tokens of a prompt, D head_dim.
 """
@@ -24,33 +24,34 @@ from lrsa_lit.systems.system import Place, System
 PATTERNS = ("triangular", "interval_slash", "block_cluster")
 
 _QUERIES = 512
-"""Queries whose masks exist at a time."""
+"""The most queries whose masks are in memory at a time."""
 
 Mask = Callable[[Tensor], Tensor]
-"""From the numbers (N,) of queries to what they see, (B, H, G, N, T) bool or what broadcasts to it."""
+"""From the indices (N,) of queries to their mask, bool, broadcastable to (B, H, G, N, T)."""
 
 
 @dataclass(frozen=True)
 class SparseAccelerate(System):
-    """The pattern that holds most of a head's dense attention masks its prompt; the cache keeps everything.
+    """Mask the prompt in each head by the pattern that covers most of its dense attention; the cache keeps everything.
 
-    A prompt comes in one call. Each query head is masked by the pattern of the highest recall: the dense probability
-    inside of it, a mean over the queries from ``recall_from`` on (of the second half, where a prompt is shorter). Masks
-    are applied densely, so this measures quality and the pairs attended to, and is no faster than dense attention.
+    A prompt must come in one call. Each query head uses the pattern with the highest recall: the dense probability
+    inside the pattern, mean over the queries from ``recall_from`` on (over the second half of a shorter prompt). Masks
+    are applied densely, so this measures quality and attended pairs and is not faster than dense attention.
 
-    The default sizes are ours: at 4,096 tokens and more each pattern has some 900 keys a query.
+    The default sizes are ours: from 4,096 tokens on, each pattern has about 900 keys per query.
 
     Args:
-        initial: triangular: the first tokens, which all see,
-        local: and the last ones behind each.
-        columns: interval-slash: keys by the attention of the last queries,
-        diagonals: distances by it,
-        last_queries: of so many queries,
-        first_columns: of the keys so many first ones in any case,
-        near_diagonals: and of the distances the nearest.
-        block: block-cluster: tokens of a block,
-        blocks: blocks that each block of queries sees by the product of their means; its own is added.
-        recall_from: the first query that counts.
+        initial: triangular pattern: number of first tokens that all queries see.
+        local: triangular pattern: how far back each query sees.
+        columns: interval-slash pattern: number of keys, those with the most attention from the last queries.
+        diagonals: interval-slash pattern: number of distances, likewise.
+        last_queries: interval-slash pattern: how many last queries decide.
+        first_columns: interval-slash pattern: number of first keys that are always among the columns.
+        near_diagonals: interval-slash pattern: number of nearest distances that are always among the diagonals.
+        block: block-cluster pattern: tokens in a block.
+        blocks: block-cluster pattern: blocks of keys that each block of queries sees, those with the highest product of
+            means; its own block is added.
+        recall_from: the first query that counts in the recall.
     """
 
     needs_whole_prompt: ClassVar[bool] = True
@@ -82,10 +83,10 @@ class SparseAccelerate(System):
 
 
 class MaskedPromptStream(KeyValueStream):
-    """All of the past of a layer; the first call, which is the prompt, sees it through masks.
+    """The whole past of a layer; masks apply in the first call, which is the prompt.
 
     Attributes:
-        patterns: (B, H, G) int64, the number in :data:`PATTERNS` of each query head; None before the prompt.
+        patterns: (B, H, G) int64, the index in :data:`PATTERNS` for each query head; None before the prompt.
         attended: (B, H, G) query-key pairs of the prompt.
     """
 
@@ -98,15 +99,15 @@ class MaskedPromptStream(KeyValueStream):
 
     @property
     def attended_pairs(self) -> float:
-        """Those of the prompt."""
+        """The pairs of the prompt."""
         return super().attended_pairs if self.attended is None else float(self.attended.double().mean())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it; a UserError for a prompt in several calls."""
+        """As in :class:`Stream`; a UserError if a prompt comes in several calls."""
         if self._ended:
             return super().attend(query, key, value, scale)
         if self.seen:
-            reason = "a prompt must come in one call, as its last queries choose what all of it sees"
+            reason = "a prompt must come in one call, because its last queries choose the masks for all of it"
             raise UserError("input_ids", reason=reason)
         self.extend(key, value)
         grouped = query.unflatten(1, (key.shape[1], -1))
@@ -133,7 +134,7 @@ class Masks:
     """The three patterns of each head of a prompt.
 
     Args:
-        system: says how large they are.
+        system: the sizes of the patterns.
         query: (B, H, G, T, D), rotated.
         key: (B, H, T, D), rotated.
         scale: factor of the scores.
@@ -148,11 +149,11 @@ class Masks:
         self.masks: list[Mask] = [self._triangular, self._interval_slash(), self._block_cluster()]
 
     def best(self) -> Tensor:
-        """(B, H, G) int64: which pattern has the highest recall; the earlier of equal ones."""
+        """(B, H, G) int64: the pattern with the highest recall; of equal ones the earlier."""
         return self.recalls().argmax(dim=0)
 
     def recalls(self) -> Tensor:
-        """(3, B, H, G) dense probability within each pattern, a mean over queries."""
+        """(3, B, H, G): the dense probability within each pattern, mean over queries."""
         first = self.system.recall_from if self.system.recall_from < self.tokens else self.tokens // 2
         total = self.query.new_zeros(len(PATTERNS), *self.query.shape[:3])
         for numbers in self.places[first:].split(_QUERIES):
@@ -193,7 +194,7 @@ class Masks:
         probabilities = self._probabilities(last)
         away = last[:, None] - self.places
         columns = probabilities.sum(dim=-2)
-        # What lies ahead has no probability.
+        # Future tokens have probability 0, so their clamped distances add nothing.
         flat = away.clamp(min=0).flatten().expand(*probabilities.shape[:3], -1)
         diagonals = torch.zeros_like(columns).scatter_add(-1, flat, probabilities.flatten(-2))
         columns[..., : self.system.first_columns] = torch.inf
@@ -206,7 +207,7 @@ class Masks:
         def mask(numbers: Tensor) -> Tensor:
             distance = (numbers[:, None] - self.places).clamp(min=0)
             of_diagonals = diagonal[..., distance]
-            # Whatever the counts, a query sees itself.
+            # A query always sees itself.
             own = self.places == numbers[:, None]
             return self._causal(numbers) & (column[..., None, :] | of_diagonals | own)
 
@@ -235,6 +236,6 @@ class Masks:
 
 
 def _marked(scores: Tensor, count: int) -> Tensor:
-    """Bool, true at the ``count`` highest of each row of scores (…, M), of equal ones the earlier."""
+    """A mask of the ``count`` highest scores of each row (…, M); of equal scores the earlier."""
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

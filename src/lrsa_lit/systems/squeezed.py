@@ -1,4 +1,4 @@
-"""Squeezed Attention (arXiv 2411.09688): all of a long prompt stays, and later tokens read the clusters that matter.
+"""Squeezed Attention (arXiv 2411.09688): keep the whole prompt, but let later tokens read only relevant clusters.
 
 Dimensions: B batch, H key-value heads, G query heads of each, N new tokens, n clustered keys, K clusters, D head_dim.
 """
@@ -25,14 +25,14 @@ class Level(NamedTuple):
 
     Attributes:
         labels: (B, H, n) int64, each key's cluster.
-        centroids: (B, H, K, D), means of the raw keys; zeros where a cluster is empty.
+        centroids: (B, H, K, D), means of the raw keys; zeros for an empty cluster.
     """
 
     labels: Tensor
     centroids: Tensor
 
     def member_probabilities(self, query: Tensor, scale: float, alive: Tensor | None = None) -> Tensor:
-        """(B, H, n): the estimated attention of each single key, a mean over queries and group.
+        """(B, H, n): the estimated attention to each key, mean over queries and group.
 
         Args:
             query: (B, H, G, N, D).
@@ -43,23 +43,23 @@ class Level(NamedTuple):
         present = torch.ones_like(self.labels, dtype=dtype) if alive is None else alive.to(dtype)
         counts = torch.zeros_like(self.centroids[..., 0], dtype=dtype).scatter_add(2, self.labels, present)
         logits = query.to(dtype) @ self.centroids.to(dtype)[:, :, None].mT * scale
-        # Beside a cluster without keys, whose logit may be the highest, those of all others could round to 0.
+        # A cluster without keys may have the highest logit, and all others could round to 0.
         logits = logits.masked_fill((counts == 0)[:, :, None, None], -torch.inf)
         most = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
         weights = (logits - most).exp()  # (B, H, G, N, K)
         total = (weights * counts[:, :, None, None]).sum(dim=-1, keepdim=True)
-        # Where no key is left nothing is read, whatever the threshold.
+        # If no key is left, nothing is read, whatever the threshold.
         of_clusters = torch.where(total > 0, weights / total.clamp(min=torch.finfo(dtype).tiny), -1.0)
         return of_clusters.mean(dim=(2, 3)).gather(2, self.labels)
 
 
 def labels_of(keys: Tensor, count: int, iterations: int) -> Tensor:
-    """(B, H, n) int64, the cluster of each key (B, H, n, D); the paper's k-means begins with k-means++."""
+    """(B, H, n) int64: the cluster of each key (B, H, n, D). The paper initialises k-means with k-means++ instead."""
     return cluster_members(keys, count, iterations, until_settled=True).argmax(dim=-2)
 
 
 def centroids(keys: Tensor, labels: Tensor, count: int) -> Tensor:
-    """(B, H, K, D) means of the raw keys (B, H, n, D) of each cluster, in the keys' dtype; zeros where it is empty."""
+    """(B, H, K, D): the mean of the raw keys (B, H, n, D) of each cluster, in the keys' dtype; zeros if empty."""
     members = labels[:, :, None] == torch.arange(count, device=keys.device)[:, None]
     weights = members.to(torch.promote_types(keys.dtype, torch.float32))
     sums = weights @ keys.to(weights.dtype)
@@ -68,21 +68,22 @@ def centroids(keys: Tensor, labels: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SqueezedAttention(System):
-    """Read the keys of those clusters whose estimated attention passes one threshold for all layers and heads.
+    """Read only the keys of clusters whose estimated attention exceeds a threshold, one for all layers and heads.
 
-    The cache holds everything: what is saved is reading. Clusters are made when the prompt ends; queries of its last
-    tokens set the threshold. What comes behind (a question, the answer) is compared with centroids first: tokens that
-    are fed in one call by the mean over them, single tokens each for itself. Those last tokens of the prompt and all
-    behind it are always read. The paper has no grouped heads: we take the mean over a group.
+    The cache holds everything; only reading is saved. Clusters are made when the prompt ends, and the queries of its
+    last tokens set the threshold. Later tokens (a question, the answer) are compared with the centroids first: the
+    tokens of one call by their mean, so single tokens individually. The last tokens of the prompt and all later ones
+    are always read. The paper does not cover grouped heads; we average over the group.
 
     Args:
-        sparsity: p, the quantile of the scores at which the threshold lies: about the share of keys that is not read.
-        observed: the last tokens of a prompt, which are not clustered.
-        clusters: number of clusters by the clustered tokens.
-        coarse: of a first level as well, whose clusters are of centroids; null for one level. The paper has 0.01.
+        sparsity: p, the quantile of the scores that is the threshold: about the share of keys that are not read.
+        observed: number of last tokens of the prompt, which set the threshold and are not clustered.
+        clusters: number of clusters, as a share of the clustered tokens.
+        coarse: number of clusters of an additional first level, which clusters the centroids, as a share of the
+            clustered tokens; null for one level. The paper uses 0.01.
         coarse_sparsity: p of the first level.
-        iterations: of k-means, at most.
-        question: whether the prompt that is clustered has the first turn's question in it, and not the context alone.
+        iterations: the most iterations of k-means.
+        question: whether the clustered prompt includes the first turn's question, instead of the context alone.
     """
 
     sparsity: float = 0.7
@@ -116,7 +117,7 @@ class SqueezedAttention(System):
 
     @torch.no_grad()
     def end_prompt(self, streams: Sequence[Stream]) -> None:
-        """Cluster each layer's keys, and find the thresholds of all layers together."""
+        """Cluster each layer's keys, and compute the thresholds over all layers."""
         fresh = [stream for stream in streams if isinstance(stream, SqueezedStream) and stream.levels is None]
         for stream in fresh:
             stream.cluster()
@@ -131,7 +132,7 @@ class SqueezedAttention(System):
 
 
 def quantile(scores: Tensor, share: float) -> Tensor:
-    """(B,) quantiles of (B, M) by linear interpolation; torch.quantile takes no more than 16 million."""
+    """(B,) quantiles of (B, M) by linear interpolation; torch.quantile is limited to 16 million elements."""
     place = share * (scores.shape[1] - 1)
     below = int(place)
     ordered = scores.sort(dim=1).values
@@ -142,11 +143,11 @@ class SqueezedStream(KeyValueStream):
     """The whole past of a layer, with an index of the prompt's clusters.
 
     Attributes:
-        levels: the clusterings, coarse first; none where the prompt has no more tokens than are observed; None before
-            the prompt ends.
-        thresholds: (B,) of each level.
-        reads: for each call of a single token behind the prompt the pairs that each head read (B, H); a centroid is
-            half a pair.
+        levels: the clusterings, coarse first; empty if the prompt has at most ``observed`` tokens; None before the
+            prompt ends.
+        thresholds: (B,), for each level.
+        reads: the pairs that each head read (B, H), for each call with a single token after the prompt. A centroid
+            counts as half a pair.
     """
 
     def __init__(self, system: SqueezedAttention, impl: Impl) -> None:
@@ -160,19 +161,19 @@ class SqueezedStream(KeyValueStream):
 
     @property
     def nbytes(self) -> int:
-        """Those of the index and of waiting queries as well."""
+        """Bytes stored, including the index and the stored queries."""
         parts = [part for level in self.levels or () for part in level]
         parts += [] if self._waiting is None else [self._waiting]
         return super().nbytes + sum(part.numel() * part.element_size() for part in parts)
 
     @property
     def attended_pairs(self) -> float:
-        """Without the clustered keys that tokens behind the prompt, such as a question's, have not read."""
+        """The dense pairs without the clustered keys that tokens after the prompt have not read."""
         return super().attended_pairs - self._unread
 
     @property
     def read_share(self) -> float | None:
-        """Mean of the heads and of the single tokens behind the prompt."""
+        """Mean over the heads and over the single tokens after the prompt."""
         if not self.reads:
             return None
         dense = range(self.seen - len(self.reads) + 1, self.seen + 1)
@@ -190,7 +191,7 @@ class SqueezedStream(KeyValueStream):
         return self._attend_squeezed(grouped, *self.extend(key, value), scale).flatten(1, 2)
 
     def cluster(self) -> None:
-        """Make the index of all tokens but the last ``observed``."""
+        """Cluster all tokens except the last ``observed``."""
         self.levels, system = [], self.system
         key, _ = self.buffer.filled
         keys = key[:, :, : max(key.shape[2] - system.observed, 0)]
@@ -207,7 +208,7 @@ class SqueezedStream(KeyValueStream):
             self.levels.insert(0, Level(of_tokens, centroids(keys, of_tokens, coarse)))
 
     def observed_scores(self, level: int) -> Tensor:
-        """(B, H, n) what the waiting queries give each key at a level by itself."""
+        """(B, H, n): the estimated attention of the stored queries to each key, at one level alone."""
         assert self.levels is not None
         assert self._waiting is not None
         scores = self.levels[level].member_probabilities(self._waiting, self._scale)
@@ -216,7 +217,7 @@ class SqueezedStream(KeyValueStream):
         return scores
 
     def lookup(self, query: Tensor, scale: float) -> Tensor:
-        """(B, H, n) bool: the clustered keys that queries (B, H, G, N, D) read together."""
+        """(B, H, n) bool: the clustered keys that the queries (B, H, G, N, D) of one call read."""
         assert self.levels is not None
         alive: Tensor | None = None
         for level, threshold in zip(self.levels, self.thresholds, strict=True):
@@ -238,7 +239,7 @@ class SqueezedStream(KeyValueStream):
         return other
 
     def _attend_squeezed(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Exact attention (B, H, G, N, D) over a list of the keys that are read, those left alone, and new ones."""
+        """Exact attention (B, H, G, N, D) over the clustered keys that are read, the unclustered ones and new ones."""
         chosen, count = self.lookup(query, scale), query.shape[3]
         most = int(chosen.sum(dim=-1).max())
         listed = chosen.sort(dim=-1, descending=True, stable=True).indices[..., :most]

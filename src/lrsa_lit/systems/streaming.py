@@ -1,7 +1,7 @@
-"""Attention to the first tokens and the most recent ones, exactly: in blocks, so that no mask is larger than a block's.
+"""Exact attention to the first and the most recent tokens, computed in blocks to keep masks small.
 
-Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, N queries, T tokens, D head_dim, S
-sinks, R recent tokens.
+Dimensions: B batch, H key-value heads, Hq query heads, G query heads per key-value head, N queries, T tokens, D
+head_dim, S sinks, R recent tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def streaming_attention(query: Tensor, key: Tensor, value: Tensor, sink: int, re
     """
     tokens, full = key.shape[2], sink + recent
     first, outputs = tokens - query.shape[2], []
-    # Up to here nothing is hidden.
+    # The first S + R queries see everything before them.
     if first < full:
         stop = min(full, tokens)
         early = dense_attention(query[:, :, : stop - first], key[:, :, :stop], value[:, :, :stop], scale=scale)
@@ -44,13 +44,13 @@ def streaming_attention(query: Tensor, key: Tensor, value: Tensor, sink: int, re
 
 
 def streaming_pairs(length: int, sink: int, recent: int) -> int:
-    """Query-key pairs of a head over so many tokens."""
+    """Query-key pairs of a head over ``length`` tokens."""
     seen = min(length, sink + recent)
     return attended_pairs(seen, None) + (length - seen) * (sink + recent)
 
 
 def _in_blocks(query: Tensor, sinks: Pair, raw: Pair, recent: int, scale: float) -> Tensor:
-    """Attention of N queries that see all sinks; raw keys and values (B, H, R + N, D) begin R before the first."""
+    """Attention of N queries that see all sinks; raw keys and values (B, H, R + N, D) start R before the queries."""
     (batch, heads), count = raw[0].shape[:2], query.shape[2]
     block = min(recent, count)
     missing = -count % block
@@ -69,14 +69,14 @@ def _in_blocks(query: Tensor, sinks: Pair, raw: Pair, recent: int, scale: float)
 
 
 def _beside_sinks(sinks: Tensor, raw: Tensor, recent: int, block: int, missing: int) -> Tensor:
-    """What the queries of each block see: (B blocks, H, S + R + block, D)."""
+    """The keys or values that the queries of each block see: (B blocks, H, S + R + block, D)."""
     windows = pad(raw, (0, 0, 0, missing)).unfold(2, recent + block, block).permute(0, 2, 1, 4, 3)
     repeated = sinks[:, None].expand(-1, windows.shape[1], -1, -1, -1)
     return torch.cat([repeated, windows], dim=3).flatten(0, 1)
 
 
 class StreamingHeads(Stream):
-    """Sinks and recent pairs of heads that see no others, at their positions."""
+    """Sinks and recent pairs, at their original positions, for heads that see only these."""
 
     def __init__(self, sink: int, recent: int) -> None:
         self.sink, self.recent = sink, recent
@@ -103,7 +103,7 @@ class StreamingHeads(Stream):
             output = _in_blocks(query, sinks, raw, self.recent, scale)
         self.seen += key.shape[2]
         last = raw[0][:, :, -self.recent :], raw[1][:, :, -self.recent :]
-        # In memory of its own, so that what is dropped is freed.
+        # A copy, so that the dropped pairs are freed.
         self._pair = joined(sinks, last)
         return output
 

@@ -1,4 +1,4 @@
-"""Systems: other ways to keep less of the past than a rule of partitions, such as one cut behind the prompt.
+"""Systems: KV-cache methods other than rules of partitions, such as one selection at the end of the prompt.
 
 Dimensions: B batch, H key-value heads, Hq query heads, N new tokens, T tokens, D head_dim.
 """
@@ -25,16 +25,16 @@ from lrsa_lit.ops.sparse_attention import (
 )
 
 Encode = Callable[[str], list[int]]
-"""The token ids of a text, without special ones."""
+"""The token ids of a text, without special tokens."""
 
 
 class Repeat(NamedTuple):
-    """Tokens that the model reads behind a prompt, to show what it needs of a part of it.
+    """Tokens that the model reads after a prompt, to show which pairs of a part of the prompt it needs.
 
     Attributes:
-        start: of the part, counted in the prompt's tokens.
-        stop: its end.
-        ids: the tokens.
+        start: index in the prompt of the part's first token.
+        stop: index after the part's last token.
+        ids: the tokens to read.
     """
 
     start: int
@@ -44,11 +44,11 @@ class Repeat(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A layer that a system works in.
+    """A layer that a system is applied to.
 
     Attributes:
-        layer: its number.
-        rotary: the rotation of its keys; None where the system did not ask for it.
+        layer: its index.
+        rotary: the rotation of its keys; None unless the system needs it.
     """
 
     layer: int
@@ -57,14 +57,13 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What of a model decides the bytes of one of its key-value heads.
+    """The sizes of a model that determine the cache bytes of one key-value head.
 
     Attributes:
-        group: query heads that share it.
+        group: query heads per key-value head.
         dim: channels of a key, and of a value.
-        itemsize: bytes of a number.
-        latent: bytes that a cache of latents holds of a token for it, a mean where layers differ; None where the model
-            has none.
+        itemsize: bytes per number.
+        latent: bytes per token and head in a cache of latents, mean over layers; None if the model has no such cache.
     """
 
     group: int
@@ -84,26 +83,26 @@ class Head:
 
 
 class System(FromSettings, ABC):
-    """What stands in the place of the rule in all layers that are not dense: ``LRSAConfig(system=…)``.
+    """A KV-cache method that replaces the rule in all layers that are not dense: ``LRSAConfig(system=…)``.
 
-    Subclasses are frozen dataclasses, so that they compare and hash. One that can be set to a budget names its
-    ``budget_field``, and says how much it has :meth:`held` then.
+    Subclasses are frozen dataclasses, so that they compare and hash. A system that can be set to a cache budget names
+    its ``budget_field`` and computes the pairs it has :meth:`held`.
 
     Attributes:
-        budget_field: the field that a budget sets; "" where none does. It is an integer, the size, unless :meth:`sized`
-            is overridden.
-        trains: whether :meth:`attend` is what its streams make of the same tokens, and has gradients: then a model can
-            be trained under it, and losses need no cache.
-        needs_rotary: whether it takes rotations off keys.
+        budget_field: the field that a budget sets; "" if no field does. It is an integer size, unless :meth:`sized` is
+            overridden.
+        trains: whether :meth:`attend` gives the outputs of the streams and has gradients. Then a model can be trained
+            with it, and losses need no cache.
+        needs_rotary: whether it removes the rotation of keys.
         needs_whole_prompt: whether a prompt must come in one call.
-        graphable: whether its streams are KeyValueStreams, equally full in all layers once the prompt is over, so that
-            a CUDA graph can serve single tokens.
-        answers_by_token: whether what a token of an answer attends to depends on those that come in the same call.
-        rows_differ: whether rows of a batch may hold different numbers of pairs behind the prompt, so that each then
-            has a stream for itself.
-        repeats_prompt: whether the model must read :meth:`repeats` before the prompt is over.
-        question: whether its prompt ends behind the question of the first turn, and not behind the context. One that
-            cuts has it as a field, false by default.
+        graphable: whether its streams are KeyValueStreams that are equally full in all layers after the prompt, so that
+            single tokens can be decoded by a CUDA graph.
+        answers_by_token: whether the attention of an answer token depends on the other tokens of the same call.
+        rows_differ: whether rows of a batch may hold different numbers of pairs after the prompt, so that each row
+            needs its own stream.
+        repeats_prompt: whether the model must read :meth:`repeats` before the prompt ends.
+        question: whether the prompt ends after the question of the first turn instead of after the context. Systems
+            that select from the prompt have it as a field, false by default.
     """
 
     kind: ClassVar[str] = "systems"
@@ -119,18 +118,18 @@ class System(FromSettings, ABC):
 
     @abstractmethod
     def stream(self, place: Place, impl: Impl) -> Stream:
-        """What a layer holds of the past of equally long sequences: empty."""
+        """An empty stream: the cache of one layer for equally long sequences."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None, scale: float, place: Place
     ) -> Tensor:
-        """The pass of whole sequences without a cache; unless it is overridden, dense causal attention.
+        """Attention over whole sequences without a cache; dense causal attention unless overridden.
 
         Args:
             query: (B, Hq, T, D), rotated.
             key: (B, H, T, D), rotated; ``value`` likewise.
             value: as key.
-            cu_seqlens: boundaries 0 … T of sequences packed in one row (B = 1); none sees another.
+            cu_seqlens: boundaries 0 … T of sequences packed in one row (B = 1). Sequences do not see each other.
             scale: factor of the scores.
             place: the layer.
 
@@ -140,66 +139,66 @@ class System(FromSettings, ABC):
         return dense_attention(query, key, value, cu_seqlens=cu_seqlens, scale=scale)
 
     def check(self, layers: int, heads: int) -> None:
-        """Raise a UserError unless it suits a model of so many layers and key-value heads."""
+        """Raise a UserError unless the system fits a model with these numbers of layers and key-value heads."""
 
     def of_layers(self, count: int) -> System:
-        """The same for a model of so many layers, which a cost is worked out from; override it where layers differ."""
+        """The system for a model of ``count`` layers, used for cost estimates. Override it if layers differ."""
         return self
 
     def repeats(self, streams: Sequence[Stream], prompt: Sequence[int], encode: Encode | None) -> list[Repeat]:
-        """What the model is to read behind a prompt, one after the other, each as if the others were not there.
+        """Texts that the model must read after a prompt. Each is read separately and does not see the others.
 
         Args:
-            streams: those of :meth:`end_prompt`, which note what they see.
-            prompt: its token ids.
-            encode: of the model's tokenizer; None if nobody has it.
+            streams: the streams of :meth:`end_prompt`; they record the attention of these texts.
+            prompt: the prompt's token ids.
+            encode: the tokenizer's encoding; None if there is no tokenizer.
         """
         return []
 
     def begin_repeat(self, streams: Sequence[Stream], repeat: Repeat) -> None:
-        """Tell the streams what is read next."""
+        """Tell the streams which repeat is read next."""
 
     def cutting_before(self, tokens: int) -> System:
-        """What ends a prompt in its place where so many tokens of the first turn follow: a size counts them in it."""
+        """The system that ends a prompt if ``tokens`` more of the first turn follow, because a size includes them."""
         return self
 
     def end_prompt(self, streams: Sequence[Stream]) -> None:
-        """The prompt is over: what the streams of all layers that are not dense, in their order, do then."""
+        """End the prompt in the streams of all layers that are not dense, given in layer order."""
         for stream in streams:
             stream.end_prompt()
 
     def attended_pairs(self, length: int) -> int:
-        """Query-key pairs of one head over a prompt; unless it is overridden, those of dense causal attention."""
+        """Query-key pairs of one head over a prompt; those of dense causal attention unless overridden."""
         return attended_pairs(length, None)
 
     def floor(self, tokens: int) -> int:
-        """The least that its size can be for a prompt of so many: override it where sinks or a window always stay."""
+        """The smallest size for a prompt of ``tokens``. Override it if sinks or a window are always kept."""
         return 1
 
     def most(self, tokens: int) -> int:
-        """The largest size that a prompt of so many tokens has a use for."""
+        """The largest size that makes a difference for a prompt of ``tokens``."""
         return tokens
 
     def held(self, tokens: int) -> float:
-        """Pairs that are held at the end of a prompt of so many tokens, mean of the heads: all, unless overridden.
+        """Pairs held at the end of a prompt of ``tokens``, mean over the heads; all of them unless overridden.
 
-        It may not fall where the size grows.
+        It must not decrease as the size grows.
         """
         return tokens
 
     def held_bytes(self, tokens: int, head: Head) -> float:
-        """The same in bytes: override it where more than pairs is held."""
+        """:meth:`held` in bytes. Override it if more than pairs is held."""
         return self.held(tokens) * head.pair
 
     def at_most(self, held: float, tokens: int, head: Head) -> System | None:
-        """The largest of its kind that holds no more bytes at the end of so many tokens; None if none does."""
+        """This system with the largest size that holds at most ``held`` bytes after ``tokens``; None if none does."""
         floor = self.floor(tokens)
         sizes = range(floor, max(self.most(tokens), floor) + 1)
         count = bisect.bisect_right(sizes, held, key=lambda size: self.sized(size).held_bytes(tokens, head))
         return self.sized(sizes[count - 1]) if count else None
 
     def sized(self, size: int) -> System:
-        """The same with another size."""
+        """The same system with another size."""
         kind: Any = self
         found: System = dataclasses.replace(kind, **{self.budget_field: size})
         return found
@@ -208,7 +207,7 @@ class System(FromSettings, ABC):
 def sequences(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Those (B, heads, T, D) of each packed sequence; empty ones are left out."""
+    """Query, key and value (B, heads, T, D) of each packed sequence; empty sequences are skipped."""
     boundaries = (0, key.shape[2]) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), key.shape[2])
     for start, stop in itertools.pairwise(boundaries):
         yield query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
