@@ -82,7 +82,7 @@ def test_the_runs_own_row_is_headed_by_its_system(tmp_path, capfd):
         (["--model.evaluate", "{x: {system: Nope}}"], ["model.evaluate.x.system: 'Nope'"]),
         (["--model.evaluate", "{x: {system: MeanPool}}"], ["model.evaluate.x.system: 'MeanPool'"]),
         (["--model.evaluate", "{x: {system: {class_path: SnapKV, init_args: {window: 9999}}}}"],
-         ["model.evaluate.x.system.init_args.window: 9999", "a prompt of 354 tokens"]),
+         ["model.evaluate.x.system.init_args.window: 9999", "the whole prompt of 354 tokens"]),
         (["--model.evaluate", "{x: {system: {class_path: KVzip, init_args: {kept: 0.005}}}}"],
          ["model.evaluate.x.system.init_args.kept: 0.005", "1 of 354 tokens", "4 sinks"]),
     ],

@@ -46,7 +46,7 @@ def test_sinks_beyond_the_prompt_leave_its_first_tokens(cls):
 
 @pytest.mark.parametrize("tokens", [3, 5])
 def test_a_window_that_leaves_nothing_to_score_is_refused(tokens):
-    with refused("window", 5, reason=f"a prompt of {tokens} tokens"):
+    with refused("window", 5, reason=f"the whole prompt of {tokens} tokens"):
         cut(SnapKV(0.5, window=5), *tensors(tokens))
 
 
@@ -55,7 +55,7 @@ def test_of_padded_rows_the_refused_one_is_named(model, ids):
     with using(model, LRSAConfig(system=SnapKV(0.5, window=6))):
         cache = LRSACache.of(model)
         prefill(model, ids(2, 12), cache, attention_mask=mask)
-        with refused("window", 6, reason="a prompt of 5 tokens"):
+        with refused("window", 6, reason="the whole prompt of 5 tokens"):
             cache.end_prompt()
 
 
