@@ -83,7 +83,7 @@ def test_the_last_of_a_run_is_the_one_of_most_steps(tmp_path, clock):
 def test_a_damaged_one_that_was_named_is_refused(fitted, capfd):
     truncate(fitted / "last.ckpt")
     line = refusal(capfd, *FIT, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt")
-    assert "is no checkpoint, or a truncated or damaged one" in line
+    assert "is not a checkpoint, or is truncated or damaged" in line
     assert f"the newest good one beside it is {CHECKPOINTS}/{best(fitted).name}" in line
 
 

@@ -159,4 +159,6 @@ def test_predictions_into_an_unwritable_folder(capfd):
 @pytest.mark.parametrize("content", [{"weights": 1}, [1]], ids=["dict", "list"])
 def test_a_file_of_torch_that_is_no_checkpoint(content, tmp_path, capfd):
     torch.save(content, tmp_path / "x.ckpt")
-    assert "ckpt_path: x.ckpt is no checkpoint" in refusal(capfd, "test", *DEBUG, *NO_LOGGER, "--ckpt_path", "x.ckpt")
+    assert "ckpt_path: x.ckpt is not a checkpoint" in refusal(
+        capfd, "test", *DEBUG, *NO_LOGGER, "--ckpt_path", "x.ckpt"
+    )

@@ -148,7 +148,7 @@ def test_what_does_not_suit_is_refused(capfd, elsewhere):
     other_model()
     for command in ([*answer, "--model.start_from"], ["test", *STAGES["answer"], "--ckpt_path"]):
         told = refusal(capfd, *command, str(first), "--model.backbone.source", "./other")
-        assert "its digests were trained for another base model, 'tiny'; this run has './other'" in told
+        assert "its digests were trained for another base model, 'tiny'; this run uses './other'" in told
     told = refusal(capfd, "ask", "--model", str(first), "tiny.yaml", "Which model?")
     assert "holds digests and no weights of a model" in told
     rows = {"digests": {"model": {"digests": {"class_path": "lrsa_lit.tasks.Digests"}}}}

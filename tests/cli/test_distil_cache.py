@@ -45,7 +45,7 @@ def test_a_fit_without_a_cache_names_the_line_that_makes_it(teacher, tmp_path, c
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=2e-4)
     line = refusal(capfd, "fit", *FIT, *kept, "--data.init_args.seed", "1", "--data.init_args.limit.train", "2")
-    assert "is cached for other data alone" in line
+    assert "is cached only for other data" in line
     assert "--data.init_args.limit.train 2" in line
 
 

@@ -267,7 +267,7 @@ def test_checkpoints_that_are_none(fit, tmp_path, capfd):
     (tmp_path / "folder").mkdir()
     for name in ("nowhere.ckpt", "junk.ckpt", "folder", "truncated.ckpt"):
         line = refusal(capfd, "export", name, "--out", "out")
-        what = "does not exist" if name == "nowhere.ckpt" else "is no checkpoint"
+        what = "does not exist" if name == "nowhere.ckpt" else "is not a checkpoint"
         assert line.startswith(f"CKPT: {name} {what}")
     assert not (tmp_path / "out").exists()
 

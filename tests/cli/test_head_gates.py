@@ -92,7 +92,7 @@ def test_a_file_says_what_the_checkpoint_says(elsewhere, capfd):
     main(["test", "--config", "served.yaml", *NO_LOGGER])
     assert losses(capfd.readouterr()) == by_checkpoint
     error = refusal(capfd, "ask", str(file), "What?", "--model", str(last("runs")))
-    assert "holds gates of heads and no weights; name the model itself" in error
+    assert "holds gates of heads and no weights; name the base model" in error
 
 
 def test_gates_of_trained_weights_are_evaluated_on_these(capfd):

@@ -66,7 +66,7 @@ def test_factors_train_and_stay_those_of_the_checkpoint(tmp_path, capfd, lora):
         line = refusal(capfd, "export", "whole/checkpoints/last.ckpt", "--out", "adapters", "--adapters")
         assert line.startswith("--adapters: a folder of adapters cannot hold factors")
     line = refusal(capfd, *FIT, "--model.backbone.source", "model", "--model.backbone.low_rank.rank", "3")
-    assert line.startswith("model.backbone.low_rank: 'model' has factors already; leave low_rank out")
+    assert line.startswith("model.backbone.low_rank: 'model' has low-rank factors already; leave low_rank out")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_factors_train_and_stay_those_of_the_checkpoint(tmp_path, capfd, lora):
         (["low_rank.ratio=2"], "model.backbone.low_rank.ratio: 2.0 is not allowed; it must be above 0 and at most 1"),
         (
             ["low_rank.ratio=0.5", "low_rank.whitening=none.safetensors"],
-            "model.backbone.low_rank.whitening: 'none.safetensors' is no file; `lrsa input-moments --to FILE …`",
+            "model.backbone.low_rank.whitening: 'none.safetensors' is not a file; write it with `lrsa input-moments",
         ),
         (["low_rank.rank=3", "low_rank.dense_layers=[7]"], "model.backbone.low_rank.dense_layers: [7] is not allowed"),
         (["low_rank.ranks=3"], "model.backbone.low_rank.ranks: no such setting; the nearest are model.backbone.low_r"),

@@ -115,9 +115,9 @@ def test_an_encoder_answers_nothing(capfd):
         "0.05",
     ]
     qa = ["test", *DEBUG, *NO_LOGGER, *lora, "--ckpt_path", str(last("runs"))]
-    assert "an encoder that a fit with task sentence_retrieval has trained" in refusal(capfd, *qa)
+    assert "an encoder trained by a fit with task sentence_retrieval" in refusal(capfd, *qa)
     Path("text.txt").write_text("A text.")
     told = refusal(capfd, "ask", "--model", str(last("runs")), "text.txt", "What?")
-    assert "encodes sentences, and answers nothing" in told
+    assert "is a sentence encoder, which cannot answer" in told
     export = refusal(capfd, "export", str(last("runs")), "--out", "model")
-    assert "the filter CPC takes" in export
+    assert "the filter CPC" in export

@@ -125,7 +125,7 @@ def test_what_spectra_do_not_go_with_is_told_in_one_line(capfd):
     error = refusal(capfd, "fit", *SHIPPED, "--model.backbone.lora", "{rank: 2}")
     assert error == "model.backbone.lora: is not allowed beside spectra: all weights are frozen"
     error = refusal(capfd, "fit", *SHIPPED, "--model.objective.init_args.adapters", "true")
-    assert error.startswith("model.objective: a model that trains with dense attention teaches itself nothing")
+    assert error.startswith("model.objective: a model that trains with dense attention cannot learn from itself")
     error = refusal(capfd, "fit", *SHIPPED, "--config", "configs/trainer/fsdp.yaml", "--trainer.devices", "1")
     assert error == "trainer.strategy: cannot train model.spectra where the model is sharded"
     one_rate = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 24}}

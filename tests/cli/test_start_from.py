@@ -47,7 +47,7 @@ def test_a_fit_begins_with_the_weights_of_another_one(kind, tmp_path):
     ("given", "told"),
     [
         ("nothing.ckpt", "nothing.ckpt does not exist"),
-        ("damaged.ckpt", "is no checkpoint that a fit has written"),
+        ("damaged.ckpt", "is not a checkpoint written by a fit"),
         ("./nowhere", "is no folder"),
         (
             "model",

@@ -139,7 +139,8 @@ def test_a_data_set_is_filtered_once(checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(False, "is a model that answers"), (None, "does not exist"), ("text", "is no checkpoint")]
+    ("content", "reason"),
+    [(False, "is a model that answers"), (None, "does not exist"), ("text", "is not a checkpoint")],
 )
 def test_other_checkpoints(tmp_path, content, reason):
     path = tmp_path / "other.ckpt"

@@ -145,5 +145,5 @@ def test_digests_that_begin_as_zeros_have_finite_gradients():
 def test_a_base_without_rotary_positions_of_all_channels_is_refused():
     shape = config()
     shape.rope_parameters = {**shape.rope_parameters, "partial_rotary_factor": 0.5}
-    with refused("backbone", "llama", reason="no rotary positions"):
+    with refused("backbone", "llama", reason="does not rotate all channels"):
         DigestReader(shape, 3, 2)

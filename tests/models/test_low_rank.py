@@ -293,7 +293,7 @@ def test_moments_of_another_model(tmp_path, moments):
     whitening.write(file, torch.eye(64).expand(3, 64, 64))
     with refused("low_rank.whitening", reason="3 layers"):
         Backbone("tiny", low_rank=LowRank(rank=1, whitening=str(file))).build()
-    with refused("low_rank.sha256", "0", "the file's"):
+    with refused("low_rank.sha256", "0", "that of the file"):
         Backbone("tiny", low_rank=LowRank(rank=1, whitening=moments, sha256="0")).build()
     file.write_bytes(b"no file of tensors")
     with refused("low_rank.whitening", reason="cannot be read"):
@@ -309,7 +309,7 @@ def test_a_model_without_such_layers():
 
 
 def test_factors_are_not_factored_again():
-    with refused("low_rank", "LowRankLinear", reason="no layer that can be factored"):
+    with refused("low_rank", "LowRankLinear", reason="a layer that cannot be factored"):
         factor(Backbone("tiny", low_rank=LowRank(ratio=0.5)).build(), LowRank(rank=1))
 
 

@@ -157,7 +157,7 @@ def test_what_is_not_kept_is_refused(teacher, tmp_path):
         cached(teacher, data, temperature=2.0)
     with refused("teacher", teacher, reason="other data"):
         cached(teacher, words(word="z"))
-    with refused("teacher", teacher, reason="another size of vocabulary"):
+    with refused("teacher", teacher, reason="another vocabulary size"):
         distillation(teacher, cached=True).teacher.open(data.training_fingerprint, VOCABULARY + 1)
     other = save(tmp_path / "other", 6)
     with refused("teacher", other, reason="not the teacher that is cached"):
@@ -202,7 +202,7 @@ def test_batches_of_other_data_are_refused(teacher):
     (batch,) = words(word="zz", batch_size=10).train_dataloader()
     with refused("teacher", reason="other data"):
         losses(enable(tiny_model(), RULE), objective, batch)
-    with refused("teacher", teacher, reason="not open"):
+    with refused("teacher", teacher, reason="has not been opened"):
         losses(enable(tiny_model(), RULE), distillation(teacher, cached=True), batch)
 
 
@@ -211,7 +211,7 @@ def test_an_estimate_needs_no_cache(teacher):
     task = LongContextQA(Backbone("tiny"), RULE, objective=distillation(teacher, cached=True))
     short = _shortened(task, Layers(dense=1, sparse=1))
     assert all(value.isfinite() for value in losses(enable(tiny_model(), RULE), short.objective, batch))
-    with refused("teacher", teacher, reason="not open"):
+    with refused("teacher", teacher, reason="has not been opened"):
         losses(enable(tiny_model(), RULE), task.objective, batch)
 
 

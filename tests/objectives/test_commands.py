@@ -62,12 +62,10 @@ def test_help_lists_objectives_and_the_settings_of_each(capfd):
 def test_a_dense_fit_teaches(tmp_path, caplog):
     dense = fit(tmp_path / "dense", "--model.train_attention", "null")
     fit(tmp_path / "taught", *objective(teacher=str(dense), positions=100), steps=2)
-    assert "teaches with dense attention" not in caplog.text
+    assert "runs with dense attention" not in caplog.text
     ruled = fit(tmp_path / "ruled")
     fit(tmp_path / "again", *objective(teacher=str(ruled), positions=100), steps=2)
-    (line,) = [
-        record.getMessage() for record in caplog.records if "teaches with dense attention" in record.getMessage()
-    ]
+    (line,) = [record.getMessage() for record in caplog.records if "runs with dense attention" in record.getMessage()]
     assert str(ruled) in line
     assert "'top_k': 8" in line
 
@@ -85,7 +83,7 @@ def test_a_teacher_with_another_vocabulary(tmp_path, capfd):
     tokenizer.save_pretrained(tmp_path / "other")
     line = refusal(capfd, *FIT, *objective(teacher=str(tmp_path / "other")))
     assert "model.objective.teacher: " in line
-    assert "another vocabulary (260 tokens)" in line
+    assert "different vocabulary (260 tokens)" in line
 
 
 @pytest.mark.parametrize(

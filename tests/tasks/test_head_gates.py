@@ -205,8 +205,8 @@ def test_weights_are_frozen_and_a_checkpoint_holds_gates_alone(tmp_path):
     assert list(of_gates["state_dict"]) == ["head_gates.gates"]
     assert of_gates["lrsa_lit"]["rule"] is None
     for task_, checkpoint, reason in (
-        (made, of_weights, "it holds all weights of another shape than this configuration, which trains gates of"),
-        (other, of_gates, "it holds gates of heads of another shape than this configuration, which trains all weights"),
+        (made, of_weights, "it holds all weights, which do not fit this configuration, which trains gates of"),
+        (other, of_gates, "it holds gates of heads, which do not fit this configuration, which trains all weights"),
     ):
         with refused("ckpt_path", reason=reason):
             task_.on_load_checkpoint(checkpoint)

@@ -267,7 +267,7 @@ def test_damaged_spectra_are_refused(tmp_path):
                    "lrsa_lit": {**whole["lrsa_lit"], "spectra": dict(spectra_in(whole))}}  # fmt: skip
         change(damaged)
         torch.save(damaged, tmp_path / "damaged.ckpt")
-        with refused("model", reason="is no checkpoint that a fit has written, or a truncated or damaged one"):
+        with refused("model", reason="is not a checkpoint written by a fit, or is truncated or damaged"):
             load_trained(tmp_path / "damaged.ckpt")
 
 
@@ -316,10 +316,10 @@ def test_what_else_would_be_trained_is_refused(options, field):
 
 def test_a_teacher_that_is_the_same_is_refused():
     options = {"train_attention": None, "spectra": SoCo(0.5)}
-    with refused("objective", reason="teaches itself nothing"):
+    with refused("objective", reason="cannot learn from itself"):
         LongContextQA(Backbone("tiny"), objective=Distillation(), **options)
     LongContextQA(Backbone("tiny"), objective=Distillation(adapters=False), **options)
-    with refused("objective", reason="teaches itself nothing"):
+    with refused("objective", reason="cannot learn from itself"):
         LongContextQA(Backbone("tiny"), objective=Distillation(adapters=False), train_attention=None)
 
 

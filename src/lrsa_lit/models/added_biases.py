@@ -1,4 +1,4 @@
-"""Biases of keys and values that a model did not have, in a folder that transformers loads."""
+"""Add biases of keys and values to a model without biases, in a form that transformers loads."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor
 
 
 def with_place_for_biases(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model whose config has a place for each bias, which may change that config.
+    """Make sure that the model's config supports each bias in ``weights``; returns the weights to write.
 
-    Families have biases in all of an attention's projections or, by ``attention_bias: false``, in none. Deviations of
-    spectra are biases of keys and values alone: the other projections then get biases of zero.
+    Model families have biases in all of an attention's projections or, with ``attention_bias: false``, in none.
+    Deviations of spectra are biases of keys and values only, so ``attention_bias`` is enabled in the config and the
+    other projections get zero biases.
 
     Args:
         model: a ``PreTrainedModel`` whose config is about to be written.
-        weights: about to be written, by their names.
+        weights: the weights about to be written, by name.
 
     Raises:
-        ValueError: its family has no such setting, in one line.
+        ValueError: the model family does not support such biases.
     """
     names = _names(model, model.config)
     homeless = [name for name in weights if name.endswith("_proj.bias") and name not in names]
@@ -31,7 +32,7 @@ def with_place_for_biases(model: Any, weights: Mapping[str, Tensor]) -> dict[str
     changed.get_text_config().attention_bias = True
     wider = _names(model, changed)
     if missing := [name for name in homeless if name not in wider]:
-        raise ValueError(f"{type(model).__name__} has no place for {missing[0]}; train with deviation_rate: 0")
+        raise ValueError(f"{type(model).__name__} does not support {missing[0]}; train with deviation_rate: 0")
     model.config.get_text_config().attention_bias = True
     like = weights[homeless[0]]
     zeros = {name: like.new_zeros(shape) for name, shape in wider.items() if name not in {*names, *homeless}}
@@ -39,6 +40,6 @@ def with_place_for_biases(model: Any, weights: Mapping[str, Tensor]) -> dict[str
 
 
 def _names(model: Any, config: Any) -> dict[str, torch.Size]:
-    """The weights of a model of the same class, by name, with their shapes."""
+    """The shapes of the weights, by name, of a model of the same class with this config."""
     with torch.device("meta"):
         return {name: weight.shape for name, weight in type(model)(copy.deepcopy(config)).state_dict().items()}

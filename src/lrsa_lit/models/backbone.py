@@ -1,4 +1,4 @@
-"""A base LLM and its tokenizer from one line of YAML."""
+"""A base LLM and its tokenizer, from a few lines of YAML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lrsa_lit.systems.system import Head
 
 TINY = "tiny"
-"""This source is a tiny random Llama, for tests and dry runs."""
+"""The source of a tiny random Llama, for tests and dry runs."""
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that peft writes beside adapters."""
 
@@ -41,8 +41,8 @@ class LoRA:
     Args:
         rank: inner dimension of the adapters.
         alpha: scaling; the adapters' output is multiplied by alpha / rank.
-        dropout: dropout in front of the adapters.
-        target_modules: peft's choice of layers; "all-linear" takes every linear layer but the head.
+        dropout: dropout rate at the adapters' input.
+        target_modules: layers to adapt, as in peft; "all-linear" means every linear layer except the head.
     """
 
     rank: int = 16
@@ -59,23 +59,23 @@ class LoRA:
 
 @dataclass(eq=False)
 class Backbone:
-    """Where the base LLM comes from, and in which form it is trained. Nothing is loaded before it is asked for.
+    """The base LLM and the form in which it is trained. Nothing is loaded until it is needed.
 
     Args:
         source: a model folder, a hub name, a GGUF file (a path, or package://DISTRIBUTION/FILE for one inside an
             installed package; converted once into the cache), or "tiny" for a tiny random Llama.
-        sha256: expected digest of a GGUF file; null skips the check.
+        sha256: expected SHA-256 of a GGUF file; null skips the check.
         dtype: dtype of the weights. Float32 is 3x faster than bfloat16 on most CPUs.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
-        lora: train LoRA adapters only; null trains all weights.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        lora: train only LoRA adapters; null trains all weights.
         compile_layers: compile each decoder layer with torch.compile for training; evaluation stays eager.
-        quantization: "nf4" holds the frozen weights below the adapters in 4 bits (QLoRA, arXiv 2305.14314, through
-            bitsandbytes: the extra qlora); null holds them in ``dtype``.
+        quantization: "nf4" stores the frozen weights under the adapters in 4 bits (QLoRA, arXiv 2305.14314; needs
+            bitsandbytes, the extra qlora); null stores them in ``dtype``.
         trust_remote_code: run code that comes with a hub model.
-        rope_scaling: more positions than the model has; null keeps them.
-        low_rank: make keys and values from latents of a lower rank; null keeps the projections that the source has.
-        random_weights: take the shape alone from the source's config.json and draw the weights, the same ones each time
-            on the same kind of device. For measurements: without tokenizer files the tokenizer is tiny's, of bytes.
+        rope_scaling: scale rotary positions, so that the model has more of them; null keeps the model's positions.
+        low_rank: compute keys and values from latents of a lower rank; null keeps the source's projections.
+        random_weights: read only the shape from the source's config.json and draw random weights, the same each time
+            on the same kind of device. For measurements. Without tokenizer files, tiny's byte tokenizer is used.
     """
 
     source: str
@@ -91,14 +91,14 @@ class Backbone:
     random_weights: bool = False
 
     def __post_init__(self) -> None:
-        """Check what does not go together, and that what is asked for is installed."""
+        """Check that quantization fits the other settings and that bitsandbytes is installed."""
         if self.quantization is None:
             return
         reason = ""
         if self.lora is None:
-            reason = "is not allowed without lora; weights of 4 bits cannot be trained"
+            reason = "is not allowed without lora, because 4-bit weights cannot be trained"
         elif self.is_random:
-            reason = "is not allowed for random weights; it needs a source that is loaded"
+            reason = "is not allowed with random weights"
         elif importlib.util.find_spec("bitsandbytes") is None:
             reason = "needs bitsandbytes, which is not installed; pip install 'lrsa-lit[qlora]'"
         if reason:
@@ -106,17 +106,17 @@ class Backbone:
 
     @property
     def is_random(self) -> bool:
-        """Whether its weights are drawn and not loaded."""
+        """Whether its weights are random instead of loaded."""
         return self.source == TINY or self.random_weights
 
     @property
     def name(self) -> str:
-        """Short readable name, for run names."""
+        """A short readable name, for run names."""
         return self.source.removeprefix(PACKAGE_SCHEME).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a pad token; a UserError if it has no chat template, or more tokens than the model."""
+        """The tokenizer, with a pad token; a UserError if it has no chat template or more tokens than the model."""
         from transformers import AutoTokenizer
 
         from lrsa_lit.models.tiny import tiny_tokenizer
@@ -131,7 +131,7 @@ class Backbone:
             raise UserError("source", self.source, reason="has no chat template; use an instruction-tuned model")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        # Tokens that were added to the vocabulary, such as one that stands for an image, may be beyond the embeddings.
+        # vocab_size leaves out added tokens, such as an image placeholder, which may lie beyond the embeddings.
         rows = getattr(self.config, "vocab_size", None)
         if rows is not None and tokenizer.vocab_size > rows:
             reason = f"has a tokenizer of {tokenizer.vocab_size} tokens, but a config.json with a vocab_size of {rows}"
@@ -140,7 +140,7 @@ class Backbone:
 
     @functools.cached_property
     def location(self) -> str:
-        """What ``from_pretrained`` takes: a folder (a GGUF file's converted copy), or a hub name."""
+        """The argument for ``from_pretrained``: a folder (for a GGUF file its converted copy), or a hub name."""
         if self.source.startswith(PACKAGE_SCHEME) or self.source.endswith(".gguf"):
             from lrsa_lit.models.gguf import converted
 
@@ -148,22 +148,22 @@ class Backbone:
         path = expanded("source", self.source)
         if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
             allowed = "a whole model, such as `lrsa export` writes without --adapters"
-            raise UserError("source", self.source, allowed, reason="holds adapters alone")
+            raise UserError("source", self.source, allowed, reason="holds only adapters")
         if path.is_dir():
             return str(path)
         if self.source.startswith((".", "/", "~")):
             allowed = f"a folder, a hub name, a GGUF file, package://…, or {TINY}"
-            raise UserError("source", self.source, allowed, reason="is no folder")
+            raise UserError("source", self.source, allowed, reason="is not a folder")
         return self.source
 
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
-        """The text model's configuration, read without its weights, rotary positions scaled as configured."""
+        """The text model's config, read without the weights, with ``rope_scaling`` applied."""
         return self._whole_config.get_text_config()
 
     @functools.cached_property
     def _whole_config(self) -> PreTrainedConfig:
-        """What a model is made from; the text model's config may be a part of it."""
+        """The config of the whole model, which may contain the text model's config as a part."""
         from transformers import AutoConfig
 
         from lrsa_lit.models.tiny import tiny_config
@@ -175,7 +175,7 @@ class Backbone:
 
     @property
     def head(self) -> Head:
-        """The key-value heads of a layer, as budgets count their bytes."""
+        """The sizes from which budgets compute the bytes of a key-value head."""
         import torch
 
         from lrsa_lit.attention import head_of
@@ -195,9 +195,9 @@ class Backbone:
         """Load a ``PreTrainedModel`` in training mode, or a ``PeftModel`` around it; a UserError if that fails.
 
         Args:
-            dequantize: hold quantised weights in ``dtype`` again, with the values that quantisation left them.
-            factors: those of keys and values that were trained, by their names in the model; the source's weights are
-                then not factored again. None: :meth:`narrow` decides.
+            dequantize: convert quantised weights back to ``dtype``; they keep their rounded values.
+            factors: trained low-rank factors of keys and values, by their names in the model. The source's weights are
+                then not factored again. With None, :meth:`narrow` decides.
         """
         model = self._load()
         if dequantize and self.quantization is not None:
@@ -210,7 +210,7 @@ class Backbone:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         if self.gradient_checkpointing:
-            # The cache and recomputation exclude each other; generation switches the cache on by itself.
+            # The cache does not work with recomputation; generation enables the cache itself.
             model.config.use_cache = False
         trained = model if self.lora is None else _with_adapters(model, self.lora)
         if self.compile_layers:
@@ -218,23 +218,23 @@ class Backbone:
         return trained
 
     def check_low_rank(self) -> None:
-        """Raise a UserError if the model cannot have the factors that are asked for, before its weights are read."""
+        """Raise a UserError if the model cannot be factored as ``low_rank`` says, before its weights are read."""
         if self.low_rank is None:
             return
         if self.has_factors:
-            hint = "leave low_rank out, or take the model that they were made of"
-            raise UserError("low_rank", self.source, reason="has factors already", hint=hint)
+            hint = "leave low_rank out, or use the original model"
+            raise UserError("low_rank", self.source, reason="has low-rank factors already", hint=hint)
         self.low_rank.check(self.config)
 
     @property
     def has_factors(self) -> bool:
-        """Whether the source is a folder that holds factors of keys and values, as an export writes them."""
+        """Whether the source is a folder with low-rank factors of keys and values, as an export writes them."""
         return not self.is_random and (Path(self.location) / FACTOR_FILE).is_file()
 
     def narrow(self, model: PreTrainedModel, factors: Mapping[str, Tensor] | None = None) -> None:
-        """Put factors of low rank in the place of a model's keys and values, if it is to have some.
+        """Replace a model's key and value projections by low-rank factors, if it should have any.
 
-        They are those that are given, those that lie in the source's folder, or made as ``low_rank`` has it.
+        The factors are the given ones, those computed according to ``low_rank``, or those in the source's folder.
         """
         if not factors and self.low_rank is None and not self.has_factors:
             return
@@ -256,7 +256,7 @@ class Backbone:
         config, dtype = copy.deepcopy(self._whole_config), getattr(torch, self.dtype)
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
         if self.is_random:
-            # Lightning makes the device that trains the default one: on a CPU a large model takes minutes to draw.
+            # Lightning makes the training device the default; drawing a large model on a CPU would take minutes.
             device = torch.get_default_device()
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(0)
@@ -264,7 +264,7 @@ class Backbone:
         if self.quantization is not None:
             from transformers import BitsAndBytesConfig
 
-            # The paper's double quantisation included.
+            # With the paper's double quantisation.
             nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
             options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
         model: PreTrainedModel = load_model(self.location, self.source, config=config, **options)
@@ -276,25 +276,25 @@ class Backbone:
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
-    """The decoder layers of a causal language model, in order, peft's wrapper around it or not."""
+    """The decoder layers of a causal language model, in order, with or without peft's wrapper."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _compile_layers(model: nn.Module, checkpointing: bool) -> None:
-    """Compile layer by layer: all share one compilation, and what a GPU must be asked for stays outside.
+    """Compile layer by layer: all layers share one compilation, and code that waits for the GPU stays outside.
 
-    Checkpointing goes around what is compiled. Transformers' own would stand inside, where an attention that cannot be
-    traced may not interrupt it.
+    Gradient checkpointing wraps the compiled layer. Transformers' own checkpointing would be inside it, where an
+    attention that cannot be traced must not break the graph.
     """
     import torch._dynamo
 
-    # Under a rule, dense, dense without gradient for a teacher, each of one row, more rows or packed ones: past the
-    # default of 8 torch would leave what is new uncompiled.
+    # There are many variants: with a rule, dense, dense without gradients for a teacher, each with one row, several
+    # rows or packed ones. Beyond the default limit of 8, torch would run new variants uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for layer in decoder_layers(model):
-        # Of the class, not of the layer: a copy of the model must run its own layers.
+        # Compile the class's method, not the layer's, because a copy of the model must run its own layers.
         compiled = torch.compile(type(layer).forward)
         layer.forward = functools.partial(_run_compiled, compiled, checkpointing, layer)
 
@@ -311,7 +311,7 @@ def _run_compiled(
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Run compiled layers as they are: evaluation hands them ever other lengths, rules and caches."""
+    """Run compiled layers eagerly, for evaluation, whose lengths, rules and caches change all the time."""
     import torch
 
     return cast("AbstractContextManager[None]", torch.compiler.set_stance("force_eager"))
@@ -320,7 +320,7 @@ def uncompiled() -> AbstractContextManager[None]:
 def _with_adapters(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     import peft
 
-    # Adapters need a gradient at their input even where the embeddings below are frozen.
+    # Adapters need a gradient at their input even if the embeddings are frozen.
     model.enable_input_require_grads()
     config = peft.LoraConfig(
         r=lora.rank,

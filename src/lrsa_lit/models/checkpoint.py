@@ -1,4 +1,4 @@
-"""What was trained, as a model: backbone, rule and weights of a fit's checkpoint or of an adapter folder."""
+"""Trained models: the backbone, rule and weights of a fit's checkpoint or of an adapter folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 _KEY = "lrsa_lit"
 _PREFIX = "model."
-"""Where LongContextQA keeps the LLM among its weights."""
+"""Prefix of the LLM's weights in LongContextQA."""
 GATES = "head_gates.gates"
-"""The gates of heads, where a fit has trained these and no weights."""
+"""Name of the heads' gates, if a fit has trained only these."""
 DIGESTS = "digests."
-"""Before the names of the weights that make digests, where a fit has trained these and not the LLM."""
+"""Prefix of the weights that make digests, if a fit has trained these instead of the LLM."""
 _TRUST = "trust_remote_code"
 
 
@@ -33,11 +33,11 @@ class Trained(NamedTuple):
     """A trained model that is not loaded yet.
 
     Attributes:
-        backbone: where the base LLM comes from, with the adapters that were trained.
-        rule: the LRSAConfig that it was trained with, as a dict; None where it was trained densely.
-        weights: all weights, or those of the adapters; None for the base LLM's own.
+        backbone: the base LLM, with the settings of trained adapters.
+        rule: the LRSAConfig that it was trained with, as a dict; None if it was trained densely.
+        weights: all weights, or only those of the adapters; None means the base LLM's.
         template_arguments: arguments of the chat template.
-        encoder: of one that encodes sentences and answers nothing, ``max_tokens`` of a pass; else None.
+        encoder: for a sentence encoder, its settings (``max_tokens`` per pass); None for a model that answers.
     """
 
     backbone: Backbone
@@ -52,10 +52,10 @@ class Trained(NamedTuple):
         return with_arguments(self.backbone.tokenizer, self.template_arguments)
 
     def build(self, *, dequantize: bool = False) -> nn.Module:
-        """The model with the trained weights, in training mode; ``dequantize`` as :meth:`Backbone.build` has it.
+        """The model with the trained weights, in training mode; ``dequantize`` as in :meth:`Backbone.build`.
 
         Raises:
-            UserError: the base model cannot be loaded, or the weights are not those of such a model.
+            UserError: the base model cannot be loaded, or the trained weights do not fit it.
         """
         if self.weights is None:
             return self.backbone.build(dequantize=dequantize)
@@ -63,7 +63,7 @@ class Trained(NamedTuple):
 
         factors = factors_in(self.weights)
         if not factors and self.backbone.low_rank is not None and self.backbone.lora is None:
-            # What was trained with whole matrices is factored now.
+            # The model was trained with whole matrices and is factored now.
             whole = self._replace(backbone=dataclasses.replace(self.backbone, low_rank=None)).build()
             self.backbone.narrow(whole)  # type: ignore[arg-type]
             return whole
@@ -72,7 +72,7 @@ class Trained(NamedTuple):
         held = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         for names, what in (
             (needed.keys() - held.keys(), "are missing"),
-            (held.keys() - needed.keys(), "have no place"),
+            (held.keys() - needed.keys(), "do not exist"),
             ({name for name in needed.keys() & held.keys() if needed[name] != held[name]}, "have another shape"),
         ):
             if names:
@@ -85,9 +85,9 @@ class Trained(NamedTuple):
 def trained_weights(
     backbone: Backbone, model: nn.Module, weights: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What a fit changes, of a state dict of the model or a module around it: gates, digests, the adapters, or all.
+    """The trained part of a state dict of the model or a module around it: gates, digests, adapters, or all weights.
 
-    Factors that were made of the source's weights belong to the adapters: made again they might be others.
+    Factors computed from the source's weights count as adapters, because computing them again could give others.
     """
     weights = model.state_dict() if weights is None else weights
     if digests := {name: weight for name, weight in weights.items() if name.startswith(DIGESTS)}:
@@ -105,20 +105,20 @@ def trained_weights(
 
 
 def check_weights(checkpoint: Mapping[str, Any], needed: Mapping[str, Tensor], *, encodes: bool = False) -> None:
-    """Refuse to go on with a checkpoint's weights where others are trained, or an encoder where answers are wanted.
+    """Refuse to resume from a checkpoint with other trained weights, or from an encoder in a task that needs answers.
 
-    Parts of one of another kind of training would be left out without a word.
+    Otherwise the weights of another kind of training would be ignored silently.
     """
     about, saved = checkpoint.get(_KEY) or {}, checkpoint["state_dict"]
     if about and ("encoder" in about) != encodes:
         held, task = ("an encoder", "sentence_retrieval") if "encoder" in about else ("a model", "question_answering")
-        raise UserError("ckpt_path", reason=f"it holds {held} that a fit with task {task} has trained")
+        raise UserError("ckpt_path", reason=f"it holds {held} trained by a fit with task {task}")
     shapes, wanted = ({name: tuple(weight.shape) for name, weight in weights.items()} for weights in (saved, needed))
     if shapes == wanted:
         return
     held, trained = map(_kind_of, (saved, needed))
     differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
-    kinds = f"it holds {held} of another shape than this configuration, which trains {trained}"
+    kinds = f"it holds {held}, which do not fit this configuration, which trains {trained}"
     raise UserError("ckpt_path", reason=f"{kinds}; they differ in {len(differing)} tensors, such as {differing[0]}")
 
 
@@ -139,19 +139,19 @@ def describe(
     encoder: dict[str, Any] | None = None,
     digests: dict[str, Any] | None = None,
 ) -> None:
-    """Write into a checkpoint what :func:`load_trained` needs beside the weights.
+    """Add to a checkpoint what :func:`load_trained` needs besides the weights.
 
     Args:
-        checkpoint: that is written.
-        backbone: what it is trained from.
-        rule: that it is trained with.
-        template_arguments: of the chat template.
-        spectra: which components of spectra are kept, where these are trained.
-        encoder: of one that encodes sentences, see :class:`Trained`.
-        digests: of which LLM they are, where these are trained.
+        checkpoint: the checkpoint that is being written.
+        backbone: the base model of the training.
+        rule: the rule of the training.
+        template_arguments: arguments of the chat template.
+        spectra: the budget of spectra, if they are trained.
+        encoder: the settings of a sentence encoder, see :class:`Trained`.
+        digests: the settings of digests and their LLM, if they are trained.
     """
     settings = dataclasses.asdict(backbone)
-    # Whose code may run is for the one to say who loads it.
+    # Whoever loads the checkpoint decides which code may run.
     del settings[_TRUST]
     checkpoint[_KEY] = {"backbone": settings, "rule": rule, "template_arguments": template_arguments}
     for name, value in (("spectra", spectra), ("encoder", encoder), ("digests", digests)):
@@ -160,25 +160,25 @@ def describe(
 
 
 def described(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`describe` has written; empty where nothing was."""
+    """The description that :func:`describe` has written; empty if there is none."""
     about = checkpoint.get(_KEY)
     return about if isinstance(about, dict) else {}
 
 
 def rule_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The rule in what :func:`describe` has written; None where it is none, or nothing was written."""
+    """The rule in the description of a checkpoint; None if it has no rule or no description."""
     rule = described(checkpoint).get("rule")
     return rule if isinstance(rule, dict) else None
 
 
 def spectra_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What :func:`describe` has written of spectra; None where none are trained."""
+    """The budget of spectra in the description of a checkpoint; None if they were not trained."""
     spectra = (checkpoint.get(_KEY) or {}).get("spectra")
     return spectra if isinstance(spectra, dict) else None
 
 
 def holds_factors(path: Path) -> bool:
-    """Whether some weights of a checkpoint, which can be read, are factors of low rank."""
+    """Whether some weights of a readable checkpoint are low-rank factors."""
     from lrsa_lit.models.factors import is_factor
     from lrsa_lit.models.shards import WEIGHTS, empty_weights
 
@@ -187,19 +187,19 @@ def holds_factors(path: Path) -> bool:
 
 
 def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = False, encodes: bool = False) -> Trained:
-    """Read a checkpoint that a fit has written. Every byte of it is checked, and no code in it runs.
+    """Read a checkpoint that a fit has written. All bytes are checked, and no code in it runs.
 
-    Spectra are cut to what they may keep, and become factors of low rank.
+    Spectra are pruned to their budget and become low-rank factors.
 
     Args:
         path: the file, or the folder of a sharded checkpoint.
-        dtype: dtype to load the weights in; None: that of the training.
+        dtype: dtype to load the weights in; None means the dtype of the training.
         trust_remote_code: run the code that comes with the base model, whatever the checkpoint says.
-        encodes: whether it is to be an encoder of sentences, which answers nothing, or a model that answers.
+        encodes: whether a sentence encoder is expected, or a model that answers.
 
     Raises:
-        UserError: it is none, is truncated or damaged, is of an earlier version that described nothing, or of the other
-            kind.
+        UserError: it is not a checkpoint, is truncated or damaged, was written by an early version without a
+            description, or is not of the expected kind.
     """
     from lrsa_lit.attention import LRSAConfig
 
@@ -212,21 +212,21 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         rule = typed(dict[str, Any] | None, about.get("rule"), f"{_KEY}.rule")
         arguments = typed(dict[str, Any], about.get("template_arguments", {}), f"{_KEY}.template_arguments")
         encoder = typed(dict[str, Any] | None, about.get("encoder"), f"{_KEY}.encoder")
-        # What only training has a use for.
+        # Only training needs these settings.
         changes = {"gradient_checkpointing": False, "compile_layers": False, _TRUST: trust_remote_code}
         settings = typed(dict[str, Any], about.get("backbone"), f"{_KEY}.backbone")
         backbone = typed(Backbone, settings | changes | ({} if dtype is None else {"dtype": dtype}), f"{_KEY}.backbone")
         weights = _weights(path, content)
         if GATES in weights:
-            hint = "name the model itself, and the file of gates as system DuoAttention's"
+            hint = "name the base model, and use the file of gates with the system DuoAttention"
             raise UserError("model", path, reason="holds gates of heads and no weights", hint=hint)
         if any(name.startswith(DIGESTS) for name in weights):
-            hint = "name the model itself; lrsa validate, test and predict take them by --ckpt_path"
+            hint = "name the base model; lrsa validate, test and predict read digests by --ckpt_path"
             raise UserError("model", path, reason="holds digests and no weights of a model", hint=hint)
         if (spectra := spectra_in(content)) is not None:
             backbone, weights = _folded(backbone, weights, spectra)
     except Unreadable as error:
-        reason = f"is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
+        reason = f"is not a checkpoint written by a fit, or is truncated or damaged ({error})"
         raise UserError("model", path, reason=reason) from error
     try:
         if rule is not None:
@@ -235,17 +235,17 @@ def load_trained(path: Path, dtype: Any = None, *, trust_remote_code: bool = Fal
         raise UserError("model", path, reason=f"has no valid rule: {error}") from error
     if encodes and encoder is None:
         hint = "lrsa fit --task sentence_retrieval trains one"
-        raise UserError("model", path, reason="is a model that answers, no encoder of sentences", hint=hint)
+        raise UserError("model", path, reason="is a model that answers, not a sentence encoder", hint=hint)
     if encoder is not None and not encodes:
-        hint = "it is what the filter CPC takes as its checkpoint"
-        raise UserError("model", path, reason="encodes sentences, and answers nothing", hint=hint)
+        hint = "use it as the checkpoint of the filter CPC"
+        raise UserError("model", path, reason="is a sentence encoder, which cannot answer", hint=hint)
     return Trained(backbone, rule, weights, arguments, encoder)
 
 
 def _folded(
     backbone: Backbone, weights: dict[str, Tensor], spectra: dict[str, Any]
 ) -> tuple[Backbone, dict[str, Tensor]]:
-    """The model of low rank that is left of one with spectra; Unreadable if these are no such weights."""
+    """Convert a model with spectra to its low-rank form; Unreadable if the weights do not fit."""
     from lrsa_lit.models.spectral_budget import SpectralBudget
 
     settings = {name: value for name, value in spectra.items() if name != "total_steps"}
@@ -267,13 +267,13 @@ def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def typed(kind: Any, value: Any, name: str) -> Any:
-    """A value of a file, of which a dict becomes the dataclass that is meant; Unreadable if it is of another type."""
+    """Check a value from a file against a type and convert dicts to dataclasses; Unreadable if it does not fit."""
     origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (Union, types.UnionType):
         matching = [part for part in parts if _fits(part, value)]
         return typed(matching[0] if matching else parts[0], value, name)
     if not _fits(kind, value):
-        raise Unreadable(f"{name} is missing" if value is None else f"{name} has not the type that a fit writes")
+        raise Unreadable(f"{name} is missing" if value is None else f"{name} has the wrong type")
     if origin is dict and parts[1] is not Any:
         return {key: typed(parts[1], part, f"{name}.{key}") for key, part in value.items()}
     if origin is list:
@@ -291,7 +291,7 @@ def typed(kind: Any, value: Any, name: str) -> Any:
 
 
 def _fits(kind: Any, value: Any) -> bool:
-    """Whether a value has the outer form of a type."""
+    """Whether a value matches the outermost part of a type."""
     origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is Literal:
         return value in parts and isinstance(value, str)

@@ -1,7 +1,7 @@
-"""Checkpoints on the disk, read without trust: damage is noticed first, and no code in them runs.
+"""Read untrusted checkpoints from the disk: they are checked for damage first, and no code in them runs.
 
 A checkpoint is one file, or a folder of shards: ``*.distcp`` with the tensors, their :data:`INDEX`, :data:`META` with
-all else, and a seal with the digests of these files.
+everything else, and a seal with the digests of these files.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ META = "meta.pt"
 
 _BLOCK = 1 << 24
 _TENSORS = "/data/"
-"""In the names of the parts of a file that hold the bytes of tensors."""
+"""A part of the names of archive entries that hold the bytes of tensors."""
 
 _log = logging.getLogger(__name__)
 
 
 class Unreadable(ValueError):  # noqa: N818 - what it is, not what to do
-    """Why a file or folder is no checkpoint, or a truncated or damaged one; one line."""
+    """A file or folder is not a checkpoint, or is truncated or damaged; the message is one line."""
 
 
 def read(path: Path, *, tensors: bool = True, mapped: bool = True) -> dict[str, Any]:
-    """What a checkpoint holds: of a file everything; of a folder all but its tensors.
+    """The contents of a checkpoint: everything in a file, or everything in a folder except its tensors.
 
     Args:
         path: a file, or a folder of shards.
-        tensors: false checks all but the bytes of the tensors, for a quick look at many checkpoints.
+        tensors: false skips the bytes of the tensors in the check, for a quick look at many checkpoints.
         mapped: whether tensors stay on the disk until they are used.
 
     Raises:
-        Unreadable: it is no checkpoint, or a damaged one.
+        Unreadable: it is not a checkpoint, or is damaged.
     """
     import torch
 
@@ -51,19 +51,19 @@ def read(path: Path, *, tensors: bool = True, mapped: bool = True) -> dict[str, 
         file = path / META if path.is_dir() else path
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        # An unpickler fails in as many ways as a file can be made up.
+        # Malformed files make the unpickler raise many kinds of exceptions.
         raise Unreadable(reason_of(error)) from error
     if not isinstance(content, dict):
-        raise Unreadable(f"it holds a {type(content).__name__} and no dict")
+        raise Unreadable(f"it holds a {type(content).__name__} instead of a dict")
     return content
 
 
 def damage(path: Path, *, tensors: bool = True) -> str | None:
-    """What is wrong with a file, or a folder of shards; None if nothing is.
+    """What is wrong with a file or a folder of shards; None if nothing is.
 
-    Every byte is read and compared with the checksums of the file, or the digests of the folder, once a process: some
-    gigabytes a second, and it is in the system's memory when it is loaded thereafter. Folders of earlier versions hold
-    no digests: of those only :data:`META` is read, and the log says so. ``tensors=False`` leaves out the bytes of the
+    All bytes are read and compared with the file's checksums or the folder's digests, once per process. This takes a
+    second for some gigabytes and leaves the data in the page cache for loading. Folders of earlier versions have no
+    digests, so only their :data:`META` is checked, and a warning is logged. ``tensors=False`` skips the bytes of the
     tensors.
     """
     try:
@@ -77,26 +77,26 @@ def damage(path: Path, *, tensors: bool = True) -> str | None:
             if tensors:
                 _say_unsealed(path)
         elif not path.is_file():
-            return "it is no file" if path.exists() else "no such file"
+            return "it is not a file" if path.exists() else "no such file"
         return _read_through(file, tensors, *verified.version(file))
     except (OSError, ValueError) as error:
         return reason_of(error)
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a library says, short enough for a line."""
+    """A library's error message, shortened to fit a line."""
     if isinstance(error, OSError) and error.filename:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
     return (message_of(error) or type(error).__name__)[:120]
 
 
 def unusable(path: str | Path, reason: object) -> UserError:
-    """What to say of a file or folder that cannot be read as a checkpoint."""
-    return UserError("ckpt_path", reason=f"{path} is no checkpoint, or a truncated or damaged one ({reason})")
+    """The error for a file or folder that cannot be read as a checkpoint."""
+    return UserError("ckpt_path", reason=f"{path} is not a checkpoint, or is truncated or damaged ({reason})")
 
 
 def complete_shards(folder: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Add :data:`META` with the content to the tensors of a folder, and the seal; some digests are known by name."""
+    """Add :data:`META` with ``content``, and the seal, to a folder of tensors; ``digests`` are those known already."""
     import torch
 
     with (folder / META).open("wb") as file:
@@ -105,7 +105,7 @@ def complete_shards(folder: Path, content: Mapping[str, Any], digests: Mapping[s
 
 
 def holds_shards(path: Path) -> bool:
-    """Whether a folder is a sharded checkpoint, complete as far as can be told without reading it."""
+    """Whether a folder looks like a complete sharded checkpoint, without reading its files."""
     return (path / META).is_file() and (path / INDEX).is_file()
 
 
@@ -120,7 +120,7 @@ def _read_through(path: Path, tensors: bool, *version: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                # torch compresses nothing, and what says that it is compressed may unpack to any size.
+                # torch never compresses, and a compressed entry could unpack to any size.
                 if entry.compress_type != zipfile.ZIP_STORED:
                     return f"{entry.filename} is compressed"
                 if tensors or _TENSORS not in entry.filename:

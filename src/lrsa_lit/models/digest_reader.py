@@ -1,6 +1,6 @@
-"""Vectors that read a text by cross-attention over its embeddings (IC-Former, arXiv 2406.13618).
+"""Learned vectors that summarise a text by cross-attention over its embeddings (IC-Former, arXiv 2406.13618).
 
-Dimensions: N chunks, T embeddings of the longest, k digests, h width, D head_dim.
+Dimensions: N chunks, T embeddings of the longest chunk, k digests, h width, D head_dim.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Rotary
 
 _SPREAD = 0.02
-"""Of random weights."""
+"""Standard deviation of random weights."""
 
 
 class DigestReader(nn.Module):
-    """k digests of a chunk: learnt vectors that go through cross-attention layers, each followed by a SwiGLU.
+    """Makes k digests of a chunk: learned vectors pass through cross-attention layers, each followed by a SwiGLU.
 
-    The keys and values of every layer are of [embeddings; the learnt vectors], which no layer changes. Digest i attends
-    to all embeddings and to the learnt vectors 0 to i. Keys stand at positions 0 to n + k - 1, queries at the last k.
-    Heads, widths, the norms' epsilon and the base of RoPE are those of the LLM; no weight is, and there are no biases.
+    Every layer's keys and values come from [embeddings; learned vectors], which no layer changes. Digest i attends to
+    all embeddings and to the learned vectors 0 to i. Keys have the positions 0 to n + k - 1, queries the last k. The
+    number of heads, the widths, the norms' epsilon and the base of RoPE are the LLM's. Weights are separate, and there
+    are no biases.
 
     Args:
-        config: of the LLM's text model; scaled positions count as unscaled.
-        count: k.
-        layers: of cross-attention.
-        init: of the learnt vectors: ``zeros`` as the paper's code has it, or ``normal``.
+        config: config of the LLM's text model; its position scaling is ignored.
+        count: k, the number of digests.
+        layers: number of cross-attention layers.
+        init: initial values of the learned vectors: ``zeros`` as in the paper's code, or ``normal``.
 
     Raises:
-        UserError: the LLM has no rotary positions of one kind, or rotates a part of its channels.
+        UserError: the LLM has several kinds of rotary positions or none, or rotates only a part of its channels.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class DigestReader(nn.Module):
         self._rotary = _rotary_of(config)
 
     def forward(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
-        """Read N chunks, each for itself.
+        """Read N chunks, each independently.
 
         Args:
             embeddings: (N, T, h), padded on the right.
-            lengths: (N,) int64, embeddings of each chunk, at least 1.
+            lengths: (N,) int64, the number of embeddings in each chunk, at least 1.
 
         Returns:
             (N, k, h).
@@ -78,7 +79,7 @@ class DigestReader(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Cross-attention and SwiGLU, each behind norms and beside a shortcut."""
+    """Cross-attention and SwiGLU, each with pre-norm and a residual connection."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class _Layer(nn.Module):
             for part in (self.q(self.norm_query(hidden)), self.k(context), self.v(context))
         )
         query, key = rotary.rotate(query, behind).to(value.dtype), rotary.rotate(key, at).to(value.dtype)
-        # The fused kernels have their softmax in float32.
+        # The fused kernels compute the softmax in float32.
         attended = scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
         hidden = hidden + self.o(attended.transpose(1, 2).flatten(2))
         inner = self.norm_inner(hidden)
@@ -111,10 +112,10 @@ class _Layer(nn.Module):
 
 
 def _rotary_of(config: PreTrainedConfig) -> Rotary:
-    """Of an LLM's config, without its scaling: no chunk is longer than what a model is trained with."""
+    """The rotation from an LLM's config, without scaling, because no chunk is longer than the training length."""
     found = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in found or found.get("partial_rotary_factor", 1.0) != 1.0:
-        reason = "has no rotary positions of one kind, of all channels, whose base the digests could have"
+        reason = "does not rotate all channels by one kind of rotary positions, which digests need"
         raise UserError("backbone", config.model_type, reason=reason)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Rotary.plain(dim, found["rope_theta"])

@@ -1,4 +1,4 @@
-"""Digests in a fit's checkpoint: their weights, which fit one base LLM alone."""
+"""The weights of digests in a checkpoint; they fit only the base LLM that they were trained for."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BASE = "base"
-"""What a checkpoint says of the LLM of its digests, among what describes these."""
+"""The key under which a checkpoint's description of digests names their base LLM."""
 
 
 def read_digests(path: str, backbone: Backbone) -> dict[str, Tensor]:
-    """The weights of a checkpoint's digests, by their names within the part that makes them.
+    """The weights of a checkpoint's digests, by their names within the digest module.
 
     Raises:
-        UserError: it is no checkpoint, holds none, or those of another base LLM.
+        UserError: it is not a checkpoint, holds no digests, or holds digests for another base LLM.
     """
     from torch import Tensor
 
@@ -35,21 +35,21 @@ def read_digests(path: str, backbone: Backbone) -> dict[str, Tensor]:
         content = read(file)
         weights = typed(dict[str, Tensor], content.get("state_dict"), "state_dict")
     except Unreadable as error:
-        reason = f"is no checkpoint that a fit has written, or a truncated or damaged one ({error})"
+        reason = f"is not a checkpoint written by a fit, or is truncated or damaged ({error})"
         raise UserError("start_from", path, reason=reason) from error
     found = {name.removeprefix(DIGESTS): each for name, each in weights.items() if name.startswith(DIGESTS)}
     if not found:
-        raise UserError("start_from", path, "a fit's checkpoint of digests", reason="holds no digests")
+        raise UserError("start_from", path, "a checkpoint with digests", reason="holds no digests")
     check_base("start_from", content, backbone)
     return found
 
 
 def check_base(field: str, checkpoint: Mapping[str, Any], backbone: Backbone) -> None:
-    """Refuse a checkpoint whose digests were trained for another base LLM; one that does not say is taken as it is."""
+    """Refuse a checkpoint whose digests were trained for another base LLM; accept one that does not name it."""
     about = described(checkpoint)
     held = about.get("digests") or {}
     if BASE not in held or held[BASE] == base_digest(backbone):
         return
     source = (about.get("backbone") or {}).get("source")
-    reason = f"its digests were trained for another base model, {source!r}; this run has {backbone.source!r}"
+    reason = f"its digests were trained for another base model, {source!r}; this run uses {backbone.source!r}"
     raise UserError(field, reason=reason)

@@ -1,4 +1,4 @@
-"""Factors of low rank in a model's folder, beside their products, which transformers loads as ordinary weights."""
+"""The file of low-rank factors in a model's folder; the ordinary weights next to it are the factors' products."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def write(folder: Path, factors: Mapping[str, Tensor]) -> None:
 
 
 def latent_bytes(folder: Path, heads: int, layers: int, pair: int, itemsize: int) -> float:
-    """As :meth:`~lrsa_lit.models.LowRank.latent_bytes`, of the factors in a folder, whose weights are not read.
+    """:meth:`~lrsa_lit.models.LowRank.latent_bytes` for the factors in a folder, without reading the weights.
 
     Args:
-        folder: that of the model.
-        heads: key-value heads of a layer.
-        layers: of the model.
-        pair: bytes of a key and a value of a head, which layers without factors hold.
-        itemsize: bytes of a number.
+        folder: the model's folder.
+        heads: key-value heads per layer.
+        layers: number of layers.
+        pair: bytes of a head's key and value, for layers without factors.
+        itemsize: bytes per number.
     """
     from safetensors import safe_open
 

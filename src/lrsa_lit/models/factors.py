@@ -1,4 +1,4 @@
-"""Factors of low rank in the place of a model's projections of keys and values: made, taken from files, and found.
+"""Replace a model's key and value projections by low-rank factors: compute, install, find and multiply them.
 
 Dimensions: N layers, d width of the hidden states, w width of a layer's keys.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROJECTIONS = ("k_proj", "v_proj")
-"""The layers of an attention that make keys and values."""
+"""The modules of an attention that compute keys and values."""
 _OF_PEFT, _ADAPTED = "base_model.model.", ".base_layer."
 _NAME = re.compile(r"^(.+\.(?:k_proj|v_proj))\.(down|up\.\d+)\.(weight|bias)$")
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def projections(model: nn.Module) -> list[nn.Module]:
-    """The attention of each layer, in order; a UserError unless each makes keys and values by layers of their own."""
+    """The attention module of each layer, in order; a UserError unless each has a ``k_proj`` and a ``v_proj``."""
     found: list[Any] = [
         module
         for module in model.modules()
@@ -44,15 +44,15 @@ def projections(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def factor(model: PreTrainedModel, low_rank: LowRank, moments: Tensor | None = None) -> None:
-    """Put factors in the place of a model's projections of keys and values, in float64 on the CPU.
+    """Replace a model's key and value projections by low-rank factors, computed in float64 on the CPU.
 
     Args:
-        model: whose dtype the factors have; weights of 4 bits are read as the numbers that they stand for.
-        low_rank: what is wanted.
-        moments: (N, d, d), the mean of x^T x over inputs x (1, d) of each layer, to whiten with; None does not whiten.
+        model: the model. Factors get its dtype; 4-bit weights are dequantised first.
+        low_rank: the ranks and the method.
+        moments: (N, d, d), the mean of x^T x over inputs x (1, d) of each layer, for whitening; None does not whiten.
 
     Raises:
-        UserError: as of :meth:`LowRank.check`, or the layers have no linear ``k_proj`` and ``v_proj`` that can be read.
+        UserError: as in :meth:`LowRank.check`, or a layer has no readable linear ``k_proj`` and ``v_proj``.
     """
     config = model.config.get_text_config()
     low_rank.check(config)
@@ -61,7 +61,7 @@ def factor(model: PreTrainedModel, low_rank: LowRank, moments: Tensor | None = N
         needed = (config.num_hidden_layers, config.hidden_size)
         if (has := (moments.shape[0], moments.shape[2])) != needed:
             of = f"holds moments of {has[0]} layers of width {has[1]}; the model has {needed[0]} of width {needed[1]}"
-            raise UserError("low_rank.whitening", reason=of, hint="`lrsa input-moments` measures those of a model")
+            raise UserError("low_rank.whitening", reason=of, hint="measure this model's with `lrsa input-moments`")
     ranks, blocks = _ranks(list(layers.values()), low_rank, config), low_rank.blocks(config)
     for (index, attention), rank in zip(layers.items(), ranks, strict=True):
         inputs = None if moments is None else moments[index].double().cpu()
@@ -84,15 +84,15 @@ def _ranks(layers: Sequence[nn.Module], low_rank: LowRank, config: Any) -> list[
 
 
 def install(model: PreTrainedModel, factors: Mapping[str, Tensor], *, of_these: bool = False) -> None:
-    """Put the factors that :func:`factors_in` has found in the place of a model's projections.
+    """Replace a model's projections by existing factors, such as those found by :func:`factors_in`.
 
     Args:
-        model: with whole projections.
-        factors: by their names in the model.
-        of_these: whether they must be factors of the weights that the model has.
+        model: a model with whole projections.
+        factors: the factors, by their names in the model.
+        of_these: require that the factors' products equal the model's weights.
 
     Raises:
-        UserError: the model has no such projections, of another width or, if that must not be, with other weights.
+        UserError: the model has no such projections, they have another width, or their weights differ.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     for name, weights in _of_layers(factors).items():
@@ -101,22 +101,22 @@ def install(model: PreTrainedModel, factors: Mapping[str, Tensor], *, of_these: 
         widths = None if down is None or not ups else (down.shape[1], sum(len(up) for up in ups))
         old = modules.get(name)
         if widths is None or old is None or widths != (old.in_features, old.out_features):
-            raise UserError("low_rank", name, reason="has factors of another model")
+            raise UserError("low_rank", name, reason="has factors for another model")
         ranks = [weights[each].shape[1] for each in sorted(filter(_is_up, weights), key=_block)]
         like = torch.empty(0, dtype=model.dtype, device=old.weight.device)
         layer = LowRankLinear(widths[0], ranks, widths[1], bias="up.0.bias" in weights, like=like)
         try:
             layer.load_state_dict(weights)
         except RuntimeError:
-            raise UserError("low_rank", name, reason="has factors that do not fit each other") from None
+            raise UserError("low_rank", name, reason="has factors whose shapes do not fit together") from None
         if of_these and not _are_factors_of(old, weights):
-            hint = "remove low_rank.safetensors from its folder if the others were trained since"
-            raise UserError("source", name, reason="is not the product of the factors beside it", hint=hint)
+            hint = "remove low_rank.safetensors from its folder if the other weights were trained since"
+            raise UserError("source", name, reason="is not the product of its low-rank factors", hint=hint)
         setattr(modules[owner], last, layer)
 
 
 def _of_layers(factors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The weights of each factored layer, by the layer's name and then by theirs in it."""
+    """The weights of each factored layer, by the layer's name and then by the weight's name in it."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, weight in factors.items():
         if (found := _NAME.match(name)) is None:
@@ -127,7 +127,7 @@ def _of_layers(factors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model without factors that computes the same: their products in their place, in their dtype."""
+    """Replace factors by their products, in the same dtype: the weights of an equal model without factors."""
     found = {name: weight for name, weight in weights.items() if not is_factor(name)}
     for name, parts in _of_layers(factors_in(weights)).items():
         found[f"{name}.weight"] = _product(parts).to(parts["down.weight"].dtype)
@@ -144,7 +144,7 @@ def _product(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _are_factors_of(whole: nn.Module, parts: Mapping[str, Tensor]) -> bool:
-    """Whether a layer's weight is the product of factors, as far as their dtypes tell it; of 4 bits nobody can tell."""
+    """Whether a layer's weight is the product of factors, up to rounding; always true for 4-bit weights."""
     weight: Any = whole.weight
     if getattr(weight, "quant_state", None) is not None:
         return True
@@ -154,12 +154,12 @@ def _are_factors_of(whole: nn.Module, parts: Mapping[str, Tensor]) -> bool:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a weight of that name, in a model or in what is around it, is one of a factor of keys or values."""
+    """Whether a weight of this name, in a model or in a wrapper around it, is a factor of keys or values."""
     return _NAME.match(name.replace(_ADAPTED, ".")) is not None
 
 
 def factors_in(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The factors among the weights of a model or of peft's wrapper around it, by their names in the model."""
+    """The factors among the weights of a model or of peft's wrapper around it, by name in the model."""
     return {
         name.removeprefix(_OF_PEFT).replace(_ADAPTED, "."): weight
         for name, weight in weights.items()
@@ -172,19 +172,19 @@ def _is_up(name: str) -> bool:
 
 
 def _block(name: str) -> int:
-    """Which block a weight reads, by its name in the layer."""
+    """The index of the block that a weight belongs to, by its name in the layer; -1 for ``down``."""
     return int(name.split(".")[1]) if name.startswith("up.") else -1
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    """The weight (w, d) of a linear layer, whole, float64 on the CPU."""
+    """The weight (w, d) of a linear layer, dequantised, float64 on the CPU."""
     weight: Any = getattr(linear, "weight", torch.empty(0, dtype=torch.uint8))
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(weight.data, state)
     if not isinstance(linear, nn.Linear) or not weight.is_floating_point():
-        hint = "take a model with whole projections, in float32, float16, bfloat16 or nf4"
-        raise UserError("low_rank", type(linear).__name__, reason="is no layer that can be factored", hint=hint)
+        hint = "use a model with whole projections, in float32, float16, bfloat16 or nf4"
+        raise UserError("low_rank", type(linear).__name__, reason="is a layer that cannot be factored", hint=hint)
     whole: Tensor = weight.detach().double().cpu()
     return whole

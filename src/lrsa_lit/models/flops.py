@@ -1,6 +1,6 @@
-"""How much arithmetic a training step needs: the one count behind ``perf/mfu`` and the ``kv_ratio`` param.
+"""The floating-point operations of a training step, for ``perf/mfu`` and the parameter ``kv_ratio``.
 
-Hq query heads, D head_dim, T tokens of a sequence.
+Dimensions: Hq query heads, D head_dim, T tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
-"""Dense 16-bit matrix products of the data sheets, without sparsity; the first name found in a device's name counts."""
+"""Dense 16-bit matrix throughput from data sheets, without sparsity. The first name found in a device's name counts."""
 
 
 class Shape(NamedTuple):
-    """What of a model decides its arithmetic.
+    """The sizes of a model that determine its floating-point operations.
 
     Attributes:
-        linear: weights that every token is multiplied with: all but the embedding and the head.
-        trained: those of ``linear`` that are trained; fewer with adapters.
-        head: weights of the output head, multiplied only where logits are computed.
-        head_trained: those of ``head`` that are trained.
+        linear: number of weights that every token is multiplied with: all except the embedding and the head.
+        trained: how many of ``linear`` are trained; fewer with adapters.
+        head: number of weights of the output head, used only where logits are computed.
+        head_trained: how many of ``head`` are trained.
     """
 
     layers: int
@@ -71,13 +71,13 @@ class Shape(NamedTuple):
 def training_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSAConfig | None) -> int:
     """Floating-point operations of one forward and backward pass over sequences of ``lengths`` tokens, without padding.
 
-    - Linear layers: 2 operations for each weight and token, and as many in the backward pass for the gradient of the
-      input, and again for that of the weight where it is trained: 3x the forward pass when all weights are.
-    - Attention: 4 Hq D for each layer and query-key pair that is attended to (scores, and values), 3x with backward.
-    - The head: as a linear layer, only at the positions that get logits.
+    - Linear layers: 2 operations per weight and token, as many in the backward pass for the gradient of the input, and
+      as many again for the gradient of a trained weight. So 3x the forward pass if all weights are trained.
+    - Attention: 4 Hq D per layer and attended query-key pair (scores and values), 3x with the backward pass.
+    - The head: like a linear layer, but only at the positions that get logits.
 
-    Padding, recomputed activations, the choice of what is kept, norms and the optimizer are not counted: they are what
-    a good implementation saves. ``logits`` is the number of positions that get logits, of all sequences together.
+    Padding, recomputed activations, token selection, norms and the optimizer are not counted, because a good
+    implementation saves them. ``logits`` is the number of positions with logits, over all sequences.
     """
     linear = sum(lengths) * (4 * shape.linear + 2 * shape.trained)
     head = logits * (4 * shape.head + 2 * shape.head_trained)
@@ -86,24 +86,24 @@ def training_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSA
 
 
 def forward_flops(shape: Shape, lengths: Sequence[int], logits: int, rule: LRSAConfig | None) -> int:
-    """As :func:`training_flops`, of a forward pass alone."""
+    """:func:`training_flops` for a forward pass alone."""
     pairs = sum(_pairs_of_layers(length, shape.layers, rule) for length in lengths)
     return int(2 * (sum(lengths) * shape.linear + logits * shape.head) + 4 * shape.query_heads * shape.head_dim * pairs)
 
 
 def kv_ratio(rule: LRSAConfig, tokens: int, layers: int) -> float:
-    """Share of the query-key pairs of dense causal attention that a rule attends to, over all layers of a model.
+    """Attended query-key pairs as a share of dense causal attention, over all layers, for T >= 1 ``tokens``.
 
-    It is that of a sequence of T >= 1 tokens. Dense layers count with all their pairs, sinks and raw windows with those
-    that they are. 1.0 is dense; for long texts and no dense layer it comes near K/L.
+    Dense layers, sinks and raw windows are included. 1.0 means dense; for long texts without dense layers it approaches
+    K/L.
     """
     return float(_pairs_of_layers(tokens, layers, rule) / _pairs_of_layers(tokens, layers, None))
 
 
 def peak_flops(device: str) -> float | None:
-    """Most 16-bit operations a second of a GPU by its name, as in "NVIDIA H100 80GB HBM3"; None if it is not known.
+    """Peak 16-bit operations per second of a GPU by its name, such as "NVIDIA H100 80GB HBM3"; None if unknown.
 
-    It is the measure for other dtypes too, which makes their MFU as low as they are slow.
+    MFU uses it for other dtypes, too, so slower dtypes have a lower MFU.
     """
     for name, tflops in _PEAK_TFLOPS.items():
         if re.search(rf"\b{name}\b", device):
@@ -112,19 +112,19 @@ def peak_flops(device: str) -> float | None:
 
 
 def _numel(weight: Any) -> int:
-    """Numbers that a weight stands for: bitsandbytes packs two of them into a byte."""
+    """The number of values in a weight: bitsandbytes packs two of them into a byte."""
     state = getattr(weight, "quant_state", None)
     return int(weight.numel() if state is None else state.shape.numel())
 
 
 def _pairs_of_layers(length: int, layers: int, rule: LRSAConfig | None) -> int | Fraction:
-    """Of one head in each layer; where heads differ, of their mean."""
+    """Query-key pairs of one head, summed over layers; the mean over heads if they differ."""
     if rule is None:
         return layers * attended_pairs(length, None)
     dense = len(rule.dense_layers)
     system = rule.system
     if rule.head_top_k is not None:
-        # Pairs are linear in K, and as many as dense attention has at K = L.
+        # The number of pairs is linear in K, and at K = L equals dense attention's.
         none, one = (attended_pairs(length, rule.rule.replace(top_k=top_k)) for top_k in (0, 1))
         return layers * none + layers * mean_top_k(rule, layers) * (one - none)
     each = attended_pairs(length, rule.rule) if system is None else system.attended_pairs(length)

@@ -1,4 +1,4 @@
-"""A trained model as a folder that transformers loads: the weights, or the adapters, and the tokenizer."""
+"""Write a trained model as a folder that transformers loads: the weights or adapters, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OF_LOADING = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
-"""Settings of a config that say where a model came from and how it was loaded, not which one it is."""
+"""Settings of a config about where a model came from and how it was loaded; they do not change the model."""
 
 
 class AnotherModel(Exception):  # noqa: N818 - what was written
-    """What was written is not what was trained."""
+    """The written model differs from the trained one."""
 
 
 def save_folder(
@@ -40,29 +40,29 @@ def save_folder(
     expected: Tensor | None = None,
     replace: bool = False,
 ) -> None:
-    """Write a model and its tokenizer as ``AutoModelForCausalLM`` and ``AutoTokenizer`` load them.
+    """Write a model and its tokenizer so that ``AutoModelForCausalLM`` and ``AutoTokenizer`` can load them.
 
-    A ``PreTrainedModel`` becomes safetensors, config.json, with the rule it runs under as ``lrsa``, and its generation
-    config. Factors of low rank are written as their products, which any program loads, and by themselves beside them,
-    for a :class:`~lrsa_lit.models.Backbone`. A ``PeftModel`` becomes its adapter, adapter_config.json, which names the
-    base model, and, with LRSA enabled, :data:`RULE_FILE`. ``transformers`` loads either, ``peft`` the latter. No code
-    is written, even where the model was loaded from code of its own.
+    For a ``PreTrainedModel``, the folder holds safetensors, the generation config, and a config.json with the current
+    rule as ``lrsa``. Low-rank factors are written as their products, which any program can load, and also separately,
+    for :class:`~lrsa_lit.models.Backbone`. For a ``PeftModel``, the folder holds the adapter, an adapter_config.json
+    that names the base model, and, with LRSA enabled, :data:`RULE_FILE`. ``transformers`` loads both, ``peft`` the
+    latter. No code is written, even if the model was loaded from its own code.
 
-    The folder is loaded again, on the CPU, and compared before it gets its name. A whole model takes its room in memory
-    once more for that, unless ``expected`` is given.
+    Before the folder gets its name, it is loaded again on the CPU and compared. A whole model needs its memory a second
+    time for that, unless ``expected`` is given.
 
     Args:
         model: a ``PreTrainedModel`` or a ``PeftModel``.
-        tokenizer: the model's.
-        folder: its parents are made.
-        weights: weights to write instead of those that the model has now, under the names of its ``state_dict``.
-        expected: what :func:`logits` must give of the ``PreTrainedModel`` that is loaded again. The one that is given
-            then loses its weights, to make room. None: all weights and settings must be the same.
-        replace: whether the folder may exist, and what is in it goes.
+        tokenizer: the model's tokenizer.
+        folder: the folder to write; its parents are created.
+        weights: weights to write instead of the model's current ones, by the names of its ``state_dict``.
+        expected: the :func:`logits` that the reloaded ``PreTrainedModel`` must have. The given model then loses its
+            weights, to free memory. None means that all weights and settings must be equal.
+        replace: whether an existing folder is replaced with all its contents.
 
     Raises:
-        AnotherModel: what was written is another model; nothing is left behind.
-        OSError: the folder exists or cannot be written; nothing is left behind, and what was there still is.
+        AnotherModel: the written model differs; nothing is left behind.
+        OSError: the folder exists or cannot be written. Nothing is left behind, and an existing folder is unchanged.
     """
     if folder.exists() and not replace:
         raise FileExistsError(f"{folder} exists")
@@ -78,7 +78,7 @@ def save_folder(
 
 
 def logits(model: Any) -> Tensor:
-    """Logits (1, T, V) of a few tokens, in float32 on the CPU, to compare models with; densely attended."""
+    """Logits (1, T, V) of a few tokens, in float32 on the CPU, for comparing models."""
     import torch
 
     vocabulary = base_of(model).config.get_text_config().vocab_size
@@ -93,7 +93,7 @@ def logits(model: Any) -> Tensor:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The distance of two models' logits, as a share of the size of the expected ones."""
+    """The norm of the difference of two models' logits, relative to the norm of the expected ones."""
     if found.shape != expected.shape:
         return float("inf")
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
@@ -107,7 +107,7 @@ def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tenso
             weights = with_place_for_biases(model, whole(state))
         except ValueError as error:
             raise AnotherModel(message_of(error)) from error
-    # peft would ask the hub whether the vocabulary has grown, which it never does here.
+    # Otherwise peft asks the hub whether the vocabulary has grown, which never happens here.
     options = {} if base is model else {"save_embedding_layers": False}
     with _with_cache(base.config):
         model.save_pretrained(folder, state_dict=None if weights is None else dict(weights), **options)
@@ -115,7 +115,7 @@ def _write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tenso
     _leave_code_out(folder, str(base.config._name_or_path))
     if base is not model:
         _complete_adapter(base, folder)
-    # safetensors lets nobody else read what it writes.
+    # safetensors writes files that other users cannot read.
     mode = (folder / "tokenizer_config.json").stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)
@@ -125,26 +125,26 @@ def _check_model(model: Any, folder: Path, weights: Mapping[str, Tensor] | None,
     """Load a folder's model and compare it; AnotherModel if it differs."""
     if expected is not None:
         model.to("meta")
-    # By a class that is at hand: so none of the files can name code.
+    # Load by the class of the given model, so that no file can name code to run.
     loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     check_complete(info, str(folder))
     if (folder / FACTOR_FILE).is_file():
         install(loaded, factor_file.read(folder), of_these=True)
     if expected is not None:
         if not (distance := difference(logits(loaded), expected)) <= 1e-3:
-            raise AnotherModel(f"its logits differ by {distance:.1%} from those of what was trained")
+            raise AnotherModel(f"its logits differ by {distance:.1%} from those of the trained model")
         return
     held = loaded.state_dict()
     for name, weight in (model.state_dict() if weights is None else weights).items():
         if name not in held or not _same(held[name], weight):
-            raise AnotherModel(f"its {name} is not the one that was trained")
+            raise AnotherModel(f"its {name} differs from the trained one")
     written, trained = _settings(loaded.config), _settings(model.config)
     if different := sorted(name for name in written | trained if written.get(name) != trained.get(name)):
-        raise AnotherModel(f"its config.json has another {different[0]}")
+        raise AnotherModel(f"its config.json has a different {different[0]}")
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What of a config decides the logits, as JSON has it; configs of several models have one for each."""
+    """The settings of a config that determine the logits, as plain JSON values, including nested configs."""
 
     def decisive(values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name not in _OF_LOADING}
@@ -159,10 +159,10 @@ def _check_adapters(model: Any, folder: Path, weights: Mapping[str, Tensor] | No
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     given = trained if weights is None else weights
     if held.keys() != trained.keys() or not all(_same(held[name], given[name]) for name in trained):
-        raise AnotherModel("its adapters are not those that were trained")
+        raise AnotherModel("its adapters differ from the trained ones")
     config = model.peft_config[model.active_adapter]
     if (lora.rank, lora.alpha) != (config.r, config.lora_alpha):
-        raise AnotherModel("its adapters are scaled otherwise than those that were trained")
+        raise AnotherModel("its adapters have another scaling than the trained ones")
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
@@ -171,7 +171,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 
 def _complete_adapter(base_model: Any, folder: Path) -> None:
-    """Name a base model in a local folder wherever the adapter is loaded from, and write the rule."""
+    """Make the path of a local base model absolute, so that the adapter loads from anywhere, and write the rule."""
     path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     base = Path(config["base_model_name_or_path"] or "")
@@ -184,7 +184,7 @@ def _complete_adapter(base_model: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _with_cache(config: Any) -> Iterator[None]:
-    """Gradient checkpointing switched the cache off, which who loads the folder to generate wants on."""
+    """Enable the cache in a written config: gradient checkpointing has disabled it, but generation needs it."""
     before, config.use_cache = config.use_cache, True
     try:
         yield
@@ -193,7 +193,7 @@ def _with_cache(config: Any) -> Iterator[None]:
 
 
 def _leave_code_out(folder: Path, origin: str) -> None:
-    """Remove the code that transformers has copied; what the files say of it names the place that it came from."""
+    """Remove code files that transformers has copied, and make ``auto_map`` refer to their origin."""
     for path in folder.glob("*.py"):
         path.unlink()
     source = str(Path(origin).resolve()) if Path(origin).is_dir() else origin
@@ -206,7 +206,7 @@ def _leave_code_out(folder: Path, origin: str) -> None:
 
 
 def _in(source: str, name: Any) -> Any:
-    """The name of a class, or of several, in the code of a source, as transformers writes it."""
+    """The reference to a class, or to several, in the code of a source, as transformers writes it."""
     if isinstance(name, list):
         return [_in(source, each) for each in name]
     return f"{source}--{name}" if isinstance(name, str) and "--" not in name else name

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, ascending: every special one, named by the tokenizer or not.
+    """The tokens that end an answer, ascending: all special tokens, including those without a role in the tokenizer.
 
-    What a model writes behind one is no part of its answer, even if it left out the end-of-sequence token: it begins
-    another message, or a text of another kind. Decoding hides such a token, and nothing would tell the two apart.
+    Text after a special token is not part of the answer, even if the model omitted the end-of-sequence token: it starts
+    another message or another kind of text. Decoding drops special tokens, so the two could not be told apart later.
     """
     unnamed = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
     return sorted({*tokenizer.all_special_ids, *unnamed})
 
 
 def before_stop(tokens: Iterable[int], stops: Container[int]) -> list[int]:
-    """Generated tokens up to the first of ``stops``, which is not among them; all of them if none is there."""
+    """The generated tokens before the first of ``stops``, or all of them if there is none."""
     return list(itertools.takewhile(lambda token: token not in stops, tokens))

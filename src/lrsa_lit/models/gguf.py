@@ -1,4 +1,4 @@
-"""GGUF files converted once into a Hugging Face folder, which loads in seconds instead of a minute."""
+"""Convert GGUF files once into a Hugging Face folder, which loads in seconds instead of a minute."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# A folder that other code has converted is not taken for this one's.
+# Part of the folder's name, so that folders converted by other versions of this code are not reused.
 _CODE = sha256_of(Path(__file__))[:8]
 
 
 def converted(path: Path, sha256: str | None = None) -> Path:
-    """The folder of the de-quantised model and its tokenizer, made on the first call.
+    """The folder with the de-quantised model and its tokenizer, written on the first call.
 
-    The folder is named by the file's hash and that of this module, appears only when it is complete, and is made again
-    where it is damaged.
+    The folder's name contains the hashes of the file and of this module. It appears only when it is complete, and is
+    written again if it is damaged.
 
     Args:
         path: a GGUF file; its weights are de-quantised to float32.
-        sha256: its hex digest, where that is known.
+        sha256: its SHA-256 in hex, if known.
 
     Raises:
         UserError: the file is not a GGUF model that transformers can read, or the cache cannot be written.
@@ -38,7 +38,7 @@ def converted(path: Path, sha256: str | None = None) -> Path:
     reason = verified.damage(target) if target.is_dir() else None
     if target.is_dir() and reason is None:
         return target
-    why = "" if reason is None else f" again, for {reason}"
+    why = "" if reason is None else f" again, because {reason}"
     _log.info("converting %s once into %s (up to a minute)%s", path.name, target, why)
     try:
         with system_errors():
@@ -49,7 +49,7 @@ def converted(path: Path, sha256: str | None = None) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    """Write the model and tokenizer; transformers shows the progress."""
+    """Write the model and the tokenizer; transformers shows the progress."""
     import torch
     from transformers.utils.quantization_config import GgufConfig
 
@@ -58,16 +58,16 @@ def _convert(path: Path, folder: Path) -> None:
         str(path.parent),
         str(path),
         dtype=torch.float32,
-        # Without it the model stays quantised and cannot be saved.
+        # Otherwise the model stays quantised and cannot be saved.
         quantization_config=GgufConfig(dequantize=True),
         gguf_file=path.name,
     ).save_pretrained(folder)
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the file describes, whatever the version of transformers.
+    """The tokenizer that the file describes, corrected for all versions of transformers.
 
-    Release 5.17 ends answers with the wrong token, pads with none, and gives a byte-level BPE parts of Llama's
+    Release 5.17 uses the wrong end-of-sequence token and no pad token, and gives a byte-level BPE parts of Llama's
     pipeline, which decode "▁" as a space.
     """
     from gguf import GGUFReader

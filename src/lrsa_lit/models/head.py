@@ -1,6 +1,6 @@
-"""What the hidden states of a causal language model become at its output head, without ever holding all logits at once.
+"""Losses and logits at the output head of a causal language model, without ever holding all logits at once.
 
-Dimensions: B examples, T tokens, N positions of each, M positions of all, D width of the model, V vocabulary.
+Dimensions: B examples, T tokens, N positions per example, M positions in all, D width of the model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 ROWS = 1024
-"""Most positions whose logits exist at a time."""
+"""The most positions whose logits exist at a time."""
 
 LOGITS = 1 << 25
-"""Most logits at a time. A loss holds several tensors of so many float32: of a vocabulary of 128k, half a gigabyte each
-in 1,024 rows."""
+"""The most logits at a time. A loss holds several float32 tensors of this size. With a vocabulary of 128k, 1,024 rows
+would take half a gigabyte each."""
 
 RowsLoss = Callable[..., Tensor]
-"""Sums a loss over rows: from logits (rows, V) and as many rows of further tensors."""
+"""A loss summed over rows, from logits (rows, V) and further tensors with as many rows."""
 
 _AFTERWARDS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
     "logit_scale": lambda logits, scale: logits * scale,
     "logits_scaling": lambda logits, divisor: logits / divisor,
 }
-"""What models do to logits behind their head, by the name in their configuration; 1.0 and None leave them alone."""
+"""What models do to logits after the head, by the setting in their config; 1.0 and None change nothing."""
 
 _log = logging.getLogger(__name__)
 
 
 class Head:
-    """An output head that makes logits of some rows at a time, to be made and used inside of the model's own forward.
+    """An output head that computes logits for some rows at a time. Create and use it inside the model's forward.
 
     Args:
-        layer: the model's; None where the rows are logits already.
-        config: of the text model, which says what happens to logits afterwards.
+        layer: the model's output layer; None if the rows are logits already.
+        config: the text model's config, which says what happens to logits afterwards.
     """
 
     def __init__(self, layer: nn.Linear | None = None, config: Any = None) -> None:
@@ -51,13 +51,13 @@ class Head:
         self._afterwards = {name: value for name, value in values.items() if value not in (None, 1.0)}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(M, V), at least float32, of (M, D)."""
+        """Logits (M, V), at least float32, of hidden states (M, D)."""
         hidden, weight, bias = self._operands(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             return self._changed(hidden if weight is None else linear(hidden, weight, bias))
 
     def as_autocast(self) -> Head:
-        """Itself, its weights in the dtype that autocast computes linear layers in: once for many calls."""
+        """This head with its weights converted once to autocast's dtype for linear layers, for many calls."""
         device = "cpu" if self.weight is None else self.weight.device.type
         if self.weight is None or not torch.is_autocast_enabled(device):
             return self
@@ -68,11 +68,11 @@ class Head:
 
     @torch.no_grad()
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The cross-entropy (M,) of each row, piece by piece; without a gradient.
+        """The cross-entropy (M,) of each row, computed piece by piece, without gradients.
 
         Args:
             hidden: (M, D).
-            targets: (M,) int64, -100 where there is none.
+            targets: (M,) int64, -100 for rows without a target.
         """
         head = self.as_autocast()
         parts = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
@@ -84,10 +84,10 @@ class Head:
         Args:
             loss: called with logits (R, V) and R rows of each of the others; only the logits get a gradient.
             hidden: (M, D).
-            others: what else has M rows.
+            others: further tensors with M rows.
 
         Returns:
-            At least float32, no dimensions.
+            A scalar, at least float32.
         """
         hidden, weight, bias = self._operands(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -95,17 +95,17 @@ class Head:
         return total
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross-entropies, fused by liger-kernel on a GPU, else piece by piece.
+        """The sum of the cross-entropies, by liger-kernel's fused kernel on a GPU, else piece by piece.
 
-        The fused kernel waits for the GPU once, to count the targets. Few positions are not worth that.
+        The fused kernel waits for the GPU once, to count the targets, so it is not used for few positions.
 
         Args:
             hidden: (M, D).
-            targets: (M,) int64, -100 where there is none.
+            targets: (M,) int64, -100 for rows without a target.
         """
         head = self.as_autocast()
         on_gpu = hidden.device.type == "cuda" and len(targets) > ROWS
-        # In float16 its gradients, which no scaler has scaled yet, would underflow.
+        # In float16 its gradients would underflow, because the gradient scaler has not scaled them yet.
         fusible = head.weight is not None and head.weight.dtype != torch.float16 and not self.changes_logits
         if not (on_gpu and fusible and _has_liger()):
             return head.summed(lambda logits, wanted: cross_entropy(logits, wanted, reduction="sum"), hidden, targets)
@@ -118,7 +118,7 @@ class Head:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether the model does something to logits behind the layer."""
+        """Whether the model changes logits after the layer."""
         return bool(self._afterwards)
 
     def _operands(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -136,19 +136,19 @@ class Head:
 def at_head(
     model: Any, compute: Callable[[Tensor, Head], Tensor], columns: Tensor | None = None, **inputs: Any
 ) -> Tensor:
-    """Run a model up to its output head, and something else in place of that.
+    """Run a model, but replace its output head by ``compute``.
 
-    It runs inside of the model's own forward: only there are sharded weights whole. A model whose head is no plain
-    linear layer makes the logits itself.
+    ``compute`` runs inside the model's forward, because only there are sharded weights whole. If the head is not a
+    plain linear layer, the model computes the logits itself.
 
     Args:
         model: a causal language model of transformers, or peft's wrapper around it.
         compute: takes the hidden states (B, N, D) and the head.
-        columns: (N,) int64, the positions whose hidden states it takes, on the model's device; None for all T.
-        **inputs: what else the model's forward takes.
+        columns: (N,) int64, the positions whose hidden states it takes, on the model's device; None means all T.
+        **inputs: other inputs of the model's forward.
 
     Returns:
-        What ``compute`` returns.
+        The result of ``compute``.
     """
     layer = model.get_output_embeddings()
     keep = {} if columns is None else {"logits_to_keep": columns}
@@ -167,7 +167,7 @@ def at_head(
         returned: Tensor = model(**inputs, **keep).logits
     finally:
         del layer.forward
-    # A sharded model gathers its weights again when a gradient reaches what it returned, whatever it has made of it.
+    # A sharded model gathers its weights again when a gradient reaches its returned logits, so keep these in the graph.
     ((head, computed),) = made
     returned = returned.reshape(computed.shape)
     return computed + 0 * returned if head.changes_logits else returned
@@ -175,13 +175,13 @@ def at_head(
 
 @torch.no_grad()
 def losses_of_rows(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) -> Tensor:
-    """Sums of the cross-entropies of each row's next tokens, to evaluate with.
+    """The summed cross-entropy of each row's next tokens, for evaluation.
 
     Args:
-        model: as for :func:`at_head`.
+        model: as in :func:`at_head`.
         targets: (B, N) int64, the tokens to predict; -100 where there is none.
         columns: (N,) int64, the positions that predict them, on the model's device.
-        **inputs: what else the model's forward takes.
+        **inputs: other inputs of the model's forward.
 
     Returns:
         (B,) float64.
@@ -195,7 +195,7 @@ def losses_of_rows(model: Any, targets: Tensor, columns: Tensor, **inputs: Any) 
 
 
 class _PieceByPiece(torch.autograd.Function):
-    """A summed loss and its gradients by a head's input and weights, computed together for some rows at a time."""
+    """A summed loss and its gradients with respect to the head's input and weights, for some rows at a time."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -208,11 +208,11 @@ class _PieceByPiece(torch.autograd.Function):
         *others: Tensor,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[2:5]
-        # No scaler has scaled these gradients yet: in float16 many would be zero.
+        # The gradient scaler has not scaled these gradients yet; in float16 many would be zero.
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         weights = None if weight is None else weight.to(dtype)
         by_hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
-        # Sums over many pieces, and a model's own dtype may have eight bits.
+        # These are sums over many pieces, and the model's dtype may have only eight bits of precision.
         by_weight = torch.zeros_like(weight, dtype=_precise_dtype(weight)) if weight is not None and wanted[1] else None
         by_bias = torch.zeros_like(bias, dtype=_precise_dtype(bias)) if bias is not None and wanted[2] else None
         total = hidden.new_zeros((), dtype=_precise_dtype(hidden))
@@ -262,5 +262,5 @@ def _precise_dtype(of: Tensor) -> torch.dtype:
 def _has_liger() -> bool:
     if importlib.util.find_spec("liger_kernel"):
         return True
-    _log.info("liger-kernel is not installed: the loss takes %d positions at a time instead", ROWS)
+    _log.info("liger-kernel is not installed: the loss is computed for %d positions at a time instead", ROWS)
     return False

@@ -1,4 +1,4 @@
-"""What transformers loads, held to be whole: it draws weights that a folder lacks at random, and goes on."""
+"""Load models with transformers and check that they are complete: transformers draws missing weights at random."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 def pretrained(auto_class: Any, location: str, source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """What one of transformers' Auto classes loads from a folder or hub name; a UserError calls it ``source``."""
+    """Load by one of transformers' Auto classes from a folder or hub name; errors become a UserError of ``source``."""
     with _in_one_line(source):
         return auto_class.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
 
 
 def from_config(config: PreTrainedConfig, source: str, **options: Any) -> PreTrainedModel:
-    """A causal language model with the weights that transformers draws; a UserError for a config without sense."""
+    """A causal language model with random weights from transformers; a UserError for an invalid config."""
     from transformers import AutoModelForCausalLM
 
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
@@ -40,7 +40,7 @@ def from_config(config: PreTrainedConfig, source: str, **options: Any) -> PreTra
 
 
 def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
-    """A causal language model whose weights all come from its files; a UserError if some are missing or do not fit."""
+    """A causal language model with all weights from its files; a UserError if some are missing or do not fit."""
     from transformers import AutoModelForCausalLM
 
     if "config" in options:
@@ -49,7 +49,7 @@ def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
     with _without_table():
         model, info = pretrained(AutoModelForCausalLM, location, source, **options)
     check_complete(info, source)
-    # Others, a value head for example, may be left out.
+    # Other weights, such as a value head, may be left out.
     known = {_NUMBER.sub(".N.", name) for name in model.state_dict()}
     if left_out := sorted(name for name in info["unexpected_keys"] if _NUMBER.sub(".N.", name) in known):
         layers = f"has weights of more layers than its config.json, such as {left_out[0]}"
@@ -58,9 +58,9 @@ def load_model(location: str, source: str, **options: Any) -> PreTrainedModel:
 
 
 def check_complete(info: dict[str, Any], source: str) -> None:
-    """Raise a UserError if weights are missing or have another shape; log those for which the model has no place.
+    """Raise a UserError if weights are missing or have another shape; log those that the model does not use.
 
-    ``info`` is that of ``from_pretrained(..., output_loading_info=True)``; tied weights count as present.
+    ``info`` comes from ``from_pretrained(..., output_loading_info=True)``; tied weights count as present.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     reason = ""
@@ -76,11 +76,11 @@ def check_complete(info: dict[str, Any], source: str) -> None:
     if reason:
         raise UserError("source", source, reason=reason)
     if unexpected:
-        _log.warning("%s: %d weights have no place in the model, such as %s", source, len(unexpected), unexpected[0])
+        _log.warning("%s: the model does not use %d weights, such as %s", source, len(unexpected), unexpected[0])
 
 
 def _check_size(config: PreTrainedConfig, location: str, source: str, trust_remote_code: bool) -> None:
-    """Refuse a config whose model is far larger than its files: transformers would make room for it first."""
+    """Refuse a config whose model is far larger than its files; transformers would allocate its memory first."""
     import torch
 
     files = [path for path in Path(location).glob("*") if path.suffix in (".safetensors", ".bin") and path.is_file()]
@@ -88,7 +88,7 @@ def _check_size(config: PreTrainedConfig, location: str, source: str, trust_remo
         return
     with torch.device("meta"):
         needed = from_config(copy.deepcopy(config), source, trust_remote_code=trust_remote_code).num_parameters()
-    # No quantisation holds a weight in less than a bit.
+    # No quantisation needs less than one bit per weight.
     if needed > 8 * sum(path.stat().st_size for path in files):
         reason = f"has a config.json that asks for {needed:,} weights, more than its files hold"
         raise UserError("source", source, reason=reason)
@@ -96,20 +96,20 @@ def _check_size(config: PreTrainedConfig, location: str, source: str, trust_remo
 
 @contextlib.contextmanager
 def _in_one_line(source: str) -> Iterator[None]:
-    """Make a UserError of whatever a library raises: no code of ours runs within, and files fail in many ways."""
+    """Turn any exception of a library into a UserError: none of our code runs inside, and files fail in many ways."""
     try:
         yield
     except Exception as error:
         reason = message_of(error) or type(error).__name__
         if "trust_remote_code" in reason:
-            reason = "comes with code of its own, which only this setting runs; set it if you trust that code"
+            reason = "comes with its own code, which runs only with this setting; set it if you trust the code"
             raise UserError("trust_remote_code", source, reason=reason) from error
         raise UserError("source", source, reason=f"cannot be loaded: {reason[:300]}") from error
 
 
 @contextlib.contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise what the system says, a full disk for example, as an OSError: libraries in Rust raise others."""
+    """Raise system errors, such as a full disk, as an OSError: libraries written in Rust raise other exceptions."""
     try:
         yield
     except OSError:
@@ -122,7 +122,7 @@ def system_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_table() -> Iterator[None]:
-    """Transformers shows a table of missing weights, of which :func:`check_complete` makes one line."""
+    """Hide transformers' table of missing weights; :func:`check_complete` reports them in one line."""
     logger = logging.getLogger("transformers.modeling_utils")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,8 @@
-"""Narrow caches: keys and values through factors of low rank, whose inner activation is all that a cache need hold.
+"""Low-rank factors of the key and value projections, so that a cache needs to hold only their inner activations.
 
-LoRC (arXiv 2410.03111) replaces the projections of keys and values by truncated singular value decompositions. Which
-interpolation makes its progressive ranks is recalled, not read: results are of "LoRC, schedule as recalled".
+LoRC (arXiv 2410.03111) replaces the key and value projections by truncated singular value decompositions. Its formula
+for progressive ranks was written from memory, not checked in the paper, so report results as "LoRC, schedule as
+recalled".
 """
 
 from __future__ import annotations
@@ -15,31 +16,32 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.paths import expanded
 
 FACTOR_FILE = "low_rank.safetensors"
-"""Holds a folder's factors by their names in the model. What knows of none finds whole matrices in the other files."""
-OTHERS = "leave low_rank out, or take a model with k_proj and v_proj in each layer, such as Llama, Qwen or Mistral"
+"""The file with a folder's factors, by their names in the model. The other files hold the whole matrices, for programs
+that do not know factors."""
+OTHERS = "leave low_rank out, or use a model with k_proj and v_proj in each layer, such as Llama, Qwen or Mistral"
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Make keys and values from latents of a lower rank (LoRC, arXiv 2410.03111), with or without whitening.
+    """Compute keys and values from latents of a lower rank (LoRC, arXiv 2410.03111), with or without whitening.
 
-    W_k and W_v (d, H D) of each layer become A (d, r) and B (r, H D) when the model is loaded: the best of rank r in
-    the Frobenius norm, or, whitened, for the layer's outputs (SVD-LLM, arXiv 2403.07378; not LoRC). Training then
-    changes the factors, and checkpoints hold them: a model that is loaded from a checkpoint is never factored again,
-    and needs no file of moments. Factors keep the model's dtype where the weights around them are quantised. Where
-    r > d H D / (d + H D), the factors have more weights than W: then only the cache shrinks.
+    When the model is loaded, W_k and W_v (d, H D) of each layer become A (d, r) and B (r, H D). These are the best of
+    rank r in the Frobenius norm or, with whitening, for the layer's outputs (SVD-LLM, arXiv 2403.07378; not in LoRC).
+    Training then changes the factors, and checkpoints hold them. So a model from a checkpoint is never factored again
+    and needs no file of moments. If the other weights are quantised, factors keep the model's dtype. If
+    r > d H D / (d + H D), the factors have more weights than W, so only the cache shrinks.
 
     Args:
-        ratio: the mean rank as a share of the width of what is factored, in (0, 1]; null where ``rank`` is given.
-        rank: the mean rank itself, of each matrix that is factored; null where ``ratio`` is given.
-        schedule: "uniform", the same rank in each layer, or "progressive", falling with depth as errors of early layers
-            are amplified by more of those behind them.
-        min_share: the last layer's rank as a share of the first's, in the progressive schedule.
-        grouping: "joint" factors a layer's whole matrix, "head" that of each key-value head by itself, so that heads
-            that keep different tokens keep different latents.
-        whitening: the file of the layers' input moments, which ``lrsa input-moments`` writes; null is LoRC without.
-        sha256: expected digest of that file; null skips the check.
-        dense_layers: layers whose keys and values stay as they are.
+        ratio: mean rank as a share of the factored matrix's width, in (0, 1]; null if ``rank`` is given.
+        rank: mean rank of each factored matrix; null if ``ratio`` is given.
+        schedule: "uniform" for the same rank in each layer, or "progressive" for ranks that decrease with depth,
+            because later layers amplify the errors of early ones.
+        min_share: the last layer's rank as a share of the first layer's, in the progressive schedule.
+        grouping: "joint" factors a layer's whole matrix; "head" factors each key-value head's matrix separately, so
+            that heads which keep different tokens have different latents.
+        whitening: a file of the layers' input moments from ``lrsa input-moments``; null does not whiten.
+        sha256: expected SHA-256 of that file; null skips the check.
+        dense_layers: layers that are not factored.
     """
 
     ratio: float | None = None
@@ -63,14 +65,14 @@ class LowRank:
         object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
 
     def check(self, config: Any) -> None:
-        """Refuse a model by its config, before its weights are read, and a file of moments that is not there.
+        """Refuse an unsuitable model by its config, before its weights are read, and a missing file of moments.
 
         Args:
-            config: of the text model.
+            config: the text model's config.
 
         Raises:
-            UserError: the model shares keys and values between layers or stores them compressed (MLA), has no such
-                dense layer, or not so large a rank.
+            UserError: the model shares keys and values between layers, stores them compressed (MLA), lacks one of the
+                dense layers, or is too narrow for the rank; or the file of moments is missing.
         """
         if getattr(config, "kv_lora_rank", None):
             raise UserError("low_rank", config.model_type, reason="stores latents already (MLA)", hint=OTHERS)
@@ -80,27 +82,27 @@ class LowRank:
         if outside := [layer for layer in self.dense_layers if not 0 <= layer < layers]:
             raise UserError("low_rank.dense_layers", outside, f"from 0 to {layers - 1}")
         if len(self.dense_layers) == layers:
-            raise UserError("low_rank.dense_layers", reason="are all layers", hint="leave low_rank out")
+            raise UserError("low_rank.dense_layers", reason="includes all layers", hint="leave low_rank out")
         self.mean_rank(config)
         self.moments_file()
 
     def moments_file(self) -> Path | None:
-        """The file of moments, or None; a UserError if it is not there or another one than expected."""
+        """The file of moments, or None; a UserError if it is missing or has another SHA-256 than expected."""
         if (name := self.whitening) is None:
             return None
         path = expanded("low_rank.whitening", name)
         if not path.is_file():
-            reason, hint = "is no file", "`lrsa input-moments --to FILE …` writes it, or take whitening: null"
+            reason, hint = "is not a file", "write it with `lrsa input-moments --to FILE …`, or set whitening: null"
             raise UserError("low_rank.whitening", name, reason=reason, hint=hint)
         if self.sha256 is not None:
             from lrsa_lit.io import sha256_of
 
             if (found := sha256_of(path)) != self.sha256:
-                raise UserError("low_rank.sha256", self.sha256, f"{found}, the file's, or null")
+                raise UserError("low_rank.sha256", self.sha256, f"{found}, that of the file, or null")
         return path
 
     def mean_rank(self, config: Any) -> int:
-        """The mean rank of each matrix that is factored; a UserError if it is beyond its width."""
+        """The mean rank of each factored matrix; a UserError if it exceeds the matrix's width."""
         width = min(self.width(config), config.hidden_size)
         rank = max(int((self.ratio or 0.0) * width + 0.5), 1) if self.rank is None else self.rank
         if rank > width:
@@ -109,9 +111,9 @@ class LowRank:
         return rank
 
     def latent_bytes(self, config: Any, itemsize: int) -> float:
-        """Bytes that a cache of latents holds of a token for one key-value head, mean of the layers.
+        """Bytes that a cache of latents holds per token and key-value head, mean over layers.
 
-        Each position is 4 bytes, and a latent of a layer serves all its heads.
+        A position takes 4 bytes. With grouping "joint", all heads of a layer share one latent and one position.
         """
         layers, heads, blocks = int(config.num_hidden_layers), self.heads(config), self.blocks(config)
         whole = len(self.dense_layers)
@@ -119,7 +121,7 @@ class LowRank:
         return float((layers - whole) * latent + whole * 2 * self.head_dim(config) * itemsize) / layers
 
     def total_rank(self, config: Any) -> int:
-        """The ranks of all layers together, of each matrix that is factored."""
+        """The sum over layers of the rank of a factored matrix."""
         layers = int(config.num_hidden_layers) - len(self.dense_layers)
         mean = self.mean_rank(config)
         if self.ratio is None or self.schedule == "uniform":
@@ -129,18 +131,18 @@ class LowRank:
 
     @staticmethod
     def heads(config: Any) -> int:
-        """Key-value heads of a layer."""
+        """Key-value heads per layer."""
         return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
     @staticmethod
     def head_dim(config: Any) -> int:
-        """Channels of a head."""
+        """Channels per head."""
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def width(self, config: Any) -> int:
-        """Columns of each matrix that is factored: D of a head, or H D of all key-value heads of a layer."""
+        """Columns of each factored matrix: D for one head, or H D for all key-value heads of a layer."""
         return self.head_dim(config) * (1 if self.grouping == "head" else self.heads(config))
 
     def blocks(self, config: Any) -> int:
-        """Matrices that keys, or values, of a layer are factored in."""
+        """The number of matrices per layer in which keys, or values, are factored."""
         return self.heads(config) if self.grouping == "head" else 1

@@ -1,4 +1,4 @@
-"""More positions than a model was trained with, by scaling its rotary frequencies."""
+"""Give a model more positions than it was trained with, by scaling its rotary frequencies."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LARGEST_FACTOR = 1_000_000
-"""More positions than any tokens that fit into memory."""
+"""The largest factor: it gives more positions than any memory can hold."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Give a model more positions than it was trained with; fine-tuning at the new length then makes them good ones.
+    """Give a model more positions than it was trained with. Fine-tuning at the new length then improves them.
 
-    It becomes ``rope_parameters`` and ``max_position_embeddings`` of transformers' config, and so is saved with it.
+    The scaling is written to ``rope_parameters`` and ``max_position_embeddings`` of transformers' config and saved with
+    it.
 
     Args:
-        rope_type: "yarn" (arXiv 2309.00071: slow frequencies are interpolated, fast ones kept, attention tempered) or
-            "linear" (all are interpolated).
-        factor: how many times the original positions there are to be.
-        original_max_position_embeddings: positions of the pre-training; null takes the model's. A model that is scaled
-            already needs it said, for its scaling is replaced.
+        rope_type: "yarn" (arXiv 2309.00071: interpolates low frequencies, keeps high ones and scales the attention) or
+            "linear" (interpolates all frequencies).
+        factor: factor by which the number of positions grows.
+        original_max_position_embeddings: number of positions in pre-training; null takes the model's. It is required
+            for a model that is scaled already, whose scaling is then replaced.
     """
 
     rope_type: Literal["yarn", "linear"]
@@ -40,14 +41,16 @@ class RopeScaling:
             raise UserError("original_max_position_embeddings", original, "an integer >= 1")
 
     def apply(self, config: PreTrainedConfig) -> None:
-        """Write the scaling into a text model's config, in place; one that has it already stays as it is.
+        """Write the scaling into a text model's config, in place. A config with the same scaling is not changed.
 
-        A UserError if the model has no rotary positions of one kind for all layers, or is scaled otherwise.
+        Raises:
+            UserError: the model does not have the same kind of rotary positions in all layers, or is scaled
+                differently.
         """
         present = getattr(config, "rope_parameters", None)
         positions = getattr(config, "max_position_embeddings", None)
         if not positions or not present or "rope_type" not in present:
-            reason = "has no rotary positions of one kind for all layers that could be scaled"
+            reason = "cannot be scaled, because it does not have the same kind of rotary positions in all layers"
             raise UserError("rope_scaling", config.model_type, reason=reason)
         asked, found = self.original_max_position_embeddings, present.get("original_max_position_embeddings")
         same = (present["rope_type"], present.get("factor")) == (self.rope_type, self.factor)
@@ -55,7 +58,7 @@ class RopeScaling:
             return
         if present["rope_type"] != "default" and asked is None:
             scaling = f"{present['rope_type']}, factor {present.get('factor')}, {positions} positions"
-            how = "to replace that give original_max_position_embeddings, too"
+            how = "to replace this scaling, also set original_max_position_embeddings"
             raise UserError("rope_scaling", reason=f"the model is scaled already ({scaling}); {how}")
         original = asked or positions
         kept = {name: present[name] for name in ("rope_theta", "partial_rotary_factor") if name in present}

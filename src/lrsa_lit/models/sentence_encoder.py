@@ -1,6 +1,7 @@
-"""Sentences as unit vectors, by a causal language model without its causal mask: the encoder of CPC (arXiv 2409.01227).
+"""CPC's sentence encoder (arXiv 2409.01227): unit vectors from a causal language model without its causal mask.
 
-A sentence's vector is the mean of its tokens' last hidden states, in one pass over the sentences around it.
+A sentence's vector is the mean of its tokens' last hidden states, from one pass that includes the surrounding
+sentences.
 
 Dimensions: B rows, T tokens of the longest row, S sentences, D width of the model.
 """
@@ -19,34 +20,34 @@ from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.errors import UserError
 
 NO_SEGMENT = -1
-"""The segment of tokens that belong to no sentence, such as pads."""
+"""The segment of tokens that belong to no sentence, such as padding."""
 
 Sentences = Sequence[Sequence[int]]
 """The token ids of each sentence of a context, encoded without special tokens."""
 
 
 def remove_causal_mask(model: Any) -> None:
-    """Let each token of a causal language model attend to all tokens of its row, for as long as the model exists.
+    """Let each token of a causal language model attend to all tokens of its row, permanently.
 
     Args:
-        model: of transformers, or peft's wrapper around one.
+        model: a transformers model, or peft's wrapper around one.
 
     Raises:
-        UserError: a layer is not plain causal attention of transformers' interface, or the model stays causal.
+        UserError: a layer is not plain causal attention through transformers' interface, or the model stays causal.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = attention_modules(base)
-    # The mask is made by the config; where none is needed, the kernels go by the module.
+    # The config decides about the mask; without a mask, kernels use the module's setting.
     base.config.get_text_config().is_causal = False
     for module in modules:
         module.is_causal = False  # type: ignore[assignment]
     if not _looks_ahead(model):
-        raise UserError("model", type(base).__name__, reason="attends backwards alone, whatever its config says")
+        raise UserError("model", type(base).__name__, reason="remains causal, whatever its config says")
 
 
 @torch.no_grad()
 def _looks_ahead(model: Any) -> bool:
-    """Whether the first token's state depends on the last token, without pads and with some."""
+    """Whether the first token's state depends on the last token, with and without padding."""
     device = next(model.parameters()).device
     ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=device)
     training = model.training
@@ -61,12 +62,12 @@ def _looks_ahead(model: Any) -> bool:
 
 
 def states(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """The last hidden states (B, T, D), behind the final norm.
+    """The last hidden states (B, T, D), after the final norm.
 
     Args:
-        model: as :func:`remove_causal_mask` leaves it.
+        model: a model after :func:`remove_causal_mask`.
         input_ids: (B, T) int64.
-        mask: (B, T), 1 on tokens and 0 on pads, which no token attends to.
+        mask: (B, T), 1 for tokens and 0 for padding, which no token attends to.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: Tensor = base.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -74,34 +75,34 @@ def states(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def segment_means(hidden: Tensor, segments: Tensor, count: int) -> Tensor:
-    """The mean state of each segment's tokens, of unit length, at least float32; zeros for one without tokens.
+    """The mean state of each segment's tokens, scaled to length 1, at least float32; zeros for an empty segment.
 
     Args:
         hidden: (B, T, D).
         segments: (B, T) int64, each token's segment in [0, ``count``), or NO_SEGMENT.
-        count: of segments in a row, C.
+        count: C, the number of segments per row.
 
     Returns:
         (B, C, D).
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # A product of matrices sums in one order on every device, which adding by index does not.
+    # A matrix product, because adding by index does not sum in a fixed order on every device.
     with torch.autocast(hidden.device.type, enabled=False):
         members = segments[:, None] == torch.arange(count, device=segments.device)[:, None]
         sums = members.to(dtype) @ hidden.to(dtype)
-        # Its length does not matter: the mean has the direction of the sum.
+        # The sum has the same direction as the mean.
         return normalize(sums, dim=-1)
 
 
 def balanced_chunks(lengths: Sequence[int], max_tokens: int) -> list[range]:
-    """The fewest runs of sentences that have at most ``max_tokens`` each, the longest of them as short as can be.
+    """Split sentences into as few runs of at most ``max_tokens`` as possible, and keep the longest run short.
 
     Args:
         lengths: tokens of each sentence.
-        max_tokens: of a run.
+        max_tokens: the most tokens of a run.
 
     Returns:
-        The sentences of each run; none without sentences.
+        The sentence indices of each run; empty without sentences.
 
     Raises:
         UserError: a sentence is longer than ``max_tokens``.
@@ -109,7 +110,7 @@ def balanced_chunks(lengths: Sequence[int], max_tokens: int) -> list[range]:
     if not lengths:
         return []
     if max(lengths) > max_tokens:
-        raise UserError("max_tokens", max_tokens, f"{max(lengths)} or more, as a sentence has so many tokens")
+        raise UserError("max_tokens", max_tokens, f"at least {max(lengths)}, the tokens of the longest sentence")
     fewest = len(list(_runs(lengths, max_tokens)))
     low, high = max(lengths), max_tokens
     while low < high:
@@ -119,7 +120,7 @@ def balanced_chunks(lengths: Sequence[int], max_tokens: int) -> list[range]:
 
 
 def _runs(lengths: Sequence[int], most: int) -> Iterator[range]:
-    """Runs of at most so many tokens, each filled before the next one begins."""
+    """Runs of at most ``most`` tokens, each filled before the next one starts."""
     start = taken = 0
     for place, length in enumerate(lengths):
         if taken + length > most and place > start:
@@ -135,14 +136,14 @@ def embeddings(
 ) -> list[Tensor]:
     """The vectors (S, D) of the sentences of each context, on the model's device.
 
-    A context of more than ``max_tokens`` is read in chunks of about equal length, cut between sentences, each in a pass
-    of its own. A question is a context of one sentence.
+    A context of more than ``max_tokens`` is split between sentences into chunks of about equal length, each with its
+    own pass. A question is a context of one sentence.
 
     Args:
-        model: as :func:`remove_causal_mask` leaves it, in evaluation mode.
-        contexts: of which each sentence has at least one token.
-        max_tokens: of a chunk.
-        batch_tokens: most tokens of the rows that are read at once, pads included; a longer row is read alone.
+        model: a model after :func:`remove_causal_mask`, in evaluation mode.
+        contexts: the contexts; each sentence has at least one token.
+        max_tokens: the most tokens of a chunk.
+        batch_tokens: the most tokens of a batch of rows, including padding; a longer row is a batch by itself.
 
     Raises:
         UserError: a sentence is longer than ``max_tokens``.
@@ -177,7 +178,7 @@ def joined(rows: Sequence[Sentences], device: torch.device | None = None) -> tup
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of rows that are read at once, in order."""
+    """The indices of the rows of each batch, in order."""
     batch: list[int] = []
     for place, length in enumerate(lengths):
         longest = max([length, *(lengths[other] for other in batch)])

@@ -1,7 +1,7 @@
-"""The tensors of sharded checkpoints, by ``torch.distributed.checkpoint`` but without the code that its files may hold.
+"""Read the tensors of sharded checkpoints by ``torch.distributed.checkpoint``, without running code in their files.
 
-Torch unpickles the index and what is no tensor without restriction. Here the index may hold the classes of torch's
-metadata alone, name no file outside of its folder, and all else is loaded as plain values.
+Torch unpickles the index and non-tensor values without restrictions. Here the index may contain only the classes of
+torch's metadata and only files in its folder, and other values are loaded as plain data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ADMITTED: Mapping[tuple[str, str], Any] = {
         set,
     )
 } | {
-    # What pickle calls for a dtype and a layout, and for the path that a checkpoint was written to.
+    # Called by pickle for layouts, and for the path that a checkpoint was written to.
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("pathlib", "PosixPath"): Path,
     ("pathlib", "WindowsPath"): Path,
@@ -55,7 +55,7 @@ def read_index(folder: Path) -> Metadata:
             index = _Unpickler(file).load()
         _check(index)
     except Exception as error:
-        # An unpickler fails in as many ways as a file can be made up.
+        # Malformed files make the unpickler raise many kinds of exceptions.
         raise Unreadable(f"{INDEX}: {reason_of(error)}") from error
     return index  # type: ignore[no-any-return]
 
@@ -71,38 +71,38 @@ def empty_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a sharded checkpoint, whole, on the CPU; errors as of :func:`load_into`."""
+    """All weights of a sharded checkpoint, whole, on the CPU. Raises as :func:`load_into`."""
     weights = {name: torch.empty_like(weight, device="cpu") for name, weight in empty_weights(path).items()}
     with warnings.catch_warnings():
-        # That no other process takes part is what is wanted.
+        # Reading in a single process is intended.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         load_into({WEIGHTS: weights}, path, no_dist=True)
     return weights
 
 
 def load_into(tensors: dict[str, Any], path: Path, *, no_dist: bool = False) -> None:
-    """Fill nested dicts with values of a sharded checkpoint, each process its parts; Unreadable if that fails."""
+    """Fill nested dicts with values of a sharded checkpoint; each process reads its parts. Unreadable if it fails."""
     try:
         load(tensors, storage_reader=_Reader(path), planner=_Planner(), no_dist=no_dist)
     except CheckpointException as error:
-        # It is no Exception, and would pass by all who wait for one.
+        # CheckpointException is not a subclass of Exception, so callers would not catch it.
         cause = next(iter(error.failures.values()))[0]
         raise Unreadable(reason_of(cause)) from error
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of torch's metadata alone."""
+    """Allows only the classes of torch's metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | torch.layout):
             return found
         if (admitted := _ADMITTED.get((module, name))) is None:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint needs")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}, which no checkpoint needs")
         return admitted
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader, with the index as :func:`read_index` reads it."""
+    """Torch's reader, but the index is read by :func:`read_index`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         index = read_index(Path(self.path))
@@ -111,7 +111,7 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Torch's planner, which loads values that are no tensors as plain ones only."""
+    """Torch's planner, but non-tensor values are loaded only as plain data."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = torch.load(value, weights_only=True)
@@ -122,9 +122,9 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _check(index: Any) -> None:
-    """Raise a ValueError if it is no index, or names a file outside of its folder."""
+    """Raise a ValueError if it is not an index, or names a file outside its folder."""
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        raise ValueError("it is no index of a checkpoint")
+        raise ValueError("it is not an index of a checkpoint")
     for info in index.storage_data.values():
         name = info.relative_path
         if name in ("", "..") or name != Path(name).name:

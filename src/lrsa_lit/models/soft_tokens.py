@@ -1,4 +1,4 @@
-"""A causal language model some of whose tokens are vectors.
+"""A causal language model that takes vectors as some of its tokens.
 
 Dimensions: B rows, T tokens, V vectors, h width.
 """
@@ -14,15 +14,15 @@ from lrsa_lit.attention import base_of
 
 
 class SoftTokens:
-    """A model that takes the token id -1 - i for vector i, and is itself in all else.
+    """Wraps a model so that the token id -1 - i stands for vector i; everything else is passed through.
 
-    So whatever hands token ids to a model works with vectors among them: output heads, prefill, greedy decoding.
+    So code that passes token ids to a model also works with vectors: output heads, prefill, greedy decoding.
 
     Args:
         model: a causal language model of transformers, or peft's wrapper around it.
 
     Attributes:
-        vectors: (V, h), which gradients flow to.
+        vectors: (V, h), the vectors, which can get gradients.
     """
 
     vectors: Tensor
@@ -35,15 +35,15 @@ class SoftTokens:
         return self.model(inputs_embeds=self.embedded(input_ids), **inputs)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """(B, T, h) of ids (B, T), in the dtype of the model's embeddings."""
+        """Embeddings (B, T, h) of ids (B, T), in the dtype of the model's embeddings."""
         tokens: Tensor = self.model.get_input_embeddings()(ids.clamp(min=0))
         vectors = self.vectors[(-1 - ids).clamp(min=0)]
         return torch.where((ids < 0)[..., None], vectors.to(tokens.dtype), tokens)
 
     def get_base_model(self) -> Any:
-        """The model of transformers."""
+        """The wrapped transformers model, without peft's wrapper."""
         return base_of(self.model)
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else of the model."""
+        """Other attributes are the model's."""
         return getattr(self.model, name)

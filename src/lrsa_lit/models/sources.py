@@ -1,4 +1,4 @@
-"""A model by what a user calls it."""
+"""Find a model from the name or path that a user gives."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lrsa_lit.models.checkpoint_file import SUFFIX
 
 
 def trained_model(source: str, dtype: Any, *, trust_remote_code: bool = False) -> Trained:
-    """What a source names: a fit's checkpoint, a folder of adapters, or a model as :class:`Backbone` finds it.
+    """The model of a source: a fit's checkpoint, a folder of adapters, or any source of a :class:`Backbone`.
 
     Args:
-        source: a checkpoint (.ckpt), a folder or a hub name; the ``config.json`` of a model may hold a rule.
+        source: a checkpoint (.ckpt), a folder or a hub name. A model's ``config.json`` may hold a rule.
         dtype: dtype to load the weights in.
         trust_remote_code: run the code that comes with the model.
 

@@ -1,6 +1,6 @@
-"""How much of keys and values spectra may keep, and the factors of low rank that a training leaves of them.
+"""How many components the spectra of keys and values may keep, and their conversion to low-rank factors.
 
-Dimensions: G blocks of a layer that are decomposed by themselves, R components of a block.
+Dimensions: G separately decomposed blocks of a layer, R components of a block.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _PARTS = ("left", "sigma", "right", "logits", "deviation")
 
 @dataclass(frozen=True)
 class SpectralBudget:
-    """What may be kept of the spectra of key and value projections.
+    """Which components of the spectra of key and value projections may be kept.
 
     Args:
-        ratio: components of all layers together, as a share of the width of their keys and values, in (0, 1].
-        threshold: the scores of what is kept are above it.
-        grouping: "joint" decomposes a layer's whole matrix, "head" that of each key-value head by itself.
-        dense_layers: layers that have no spectrum.
+        ratio: kept components of all layers together, as a share of the width of their keys and values, in (0, 1].
+        threshold: only components with a score above it are kept.
+        grouping: "joint" decomposes a layer's whole matrix, "head" each key-value head's matrix separately.
+        dense_layers: layers without a spectrum.
     """
 
     ratio: float
@@ -46,34 +46,34 @@ class SpectralBudget:
 
     def __post_init__(self) -> None:
         check_setting("ratio", self.ratio, 0.0 < self.ratio <= 1.0, "above 0 and at most 1")
-        check_setting("threshold", self.threshold, 0.0 <= self.threshold < 1.0, "from 0 to below 1, where scores begin")
+        check_setting("threshold", self.threshold, 0.0 <= self.threshold < 1.0, "from 0 to below 1, the initial score")
         check_setting("grouping", self.grouping, self.grouping in ("joint", "head"), "joint or head")
         object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
 
     @property
     def low_rank(self) -> LowRank:
-        """What the model is in the end."""
+        """The low-rank form of the model after training."""
         return LowRank(self.ratio, grouping=self.grouping, dense_layers=self.dense_layers)
 
     def check(self, config: Any) -> None:
         """Refuse a model by the config of its text model.
 
         Raises:
-            UserError: it shares keys and values between layers or stores them compressed, which is said of "spectra";
-                it has no such dense layer, or a ratio leaves blocks without a component.
+            UserError: the model shares keys and values between layers or stores them compressed (the error's field is
+                "spectra"), lacks one of the dense layers, or the ratio leaves blocks without a component.
         """
         with _said_of_spectra():
             self.low_rank.check(config)
         width = self.low_rank.width(config)
         if self.ratio * width < 1:
-            allowed = f"at least {1 / width:.3g}: each of {width} components, or more, keeps one"
+            allowed = f"at least {1 / width:.3g}, so that each block of {width} components keeps one"
             raise UserError("ratio", self.ratio, allowed)
 
     def install(self, model: PreTrainedModel) -> None:
-        """Put spectra in the place of a model's key and value projections.
+        """Replace a model's key and value projections by spectra.
 
         Raises:
-            UserError: as of :meth:`check`; the model has no such linear layers.
+            UserError: as in :meth:`check`, or the projections are not plain linear layers.
         """
         config = model.config.get_text_config()
         self.check(config)
@@ -83,26 +83,26 @@ class SpectralBudget:
             for name in PROJECTIONS if index not in self.dense_layers else ():
                 linear = getattr(attention, name)
                 if type(linear) is not nn.Linear:
-                    raise UserError("spectra", type(linear).__name__, reason="is no plain linear layer")
+                    raise UserError("spectra", type(linear).__name__, reason="is not a plain linear layer")
                 setattr(attention, name, SpectrumLinear(linear, self.low_rank.blocks(config)))
 
     def kept(self, scores: Mapping[str, Tensor], whole: int) -> list[Tensor]:
         """The components to keep, (G, R) bool on the CPU for each layer.
 
         Args:
-            scores: (G, R) of each layer, by its name in the model.
-            whole: the floats of a token's keys and values in these layers.
+            scores: (G, R) for each layer, by its name in the model.
+            whole: how many numbers a token's keys and values have in these layers.
         """
         layers = [int(found[1]) if (found := _LAYER.search(name)) else 0 for name in scores]
         return pruned(list(scores.values()), layers, self.threshold, int(self.ratio * whole + 0.5))
 
     def folded(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of a model of low rank that computes what one with spectra computes of its kept components.
+        """The weights of the low-rank model that equals a model with spectra and only its kept components.
 
-        Scores go into the right factors, B; deviations that are not zero are biases.
+        Scores are multiplied into the right factors, B. Nonzero deviations become biases.
 
         Args:
-            weights: of a model with spectra, by their names.
+            weights: weights of a model with spectra, by name.
         """
         names = [name.removesuffix(_LOGITS) for name in weights if name.endswith(_LOGITS)]
         parts = {name: {part: weights[f"{name}.{part}"] for part in _PARTS} for name in names}
@@ -127,7 +127,7 @@ class SpectralBudget:
 
 @contextlib.contextmanager
 def _said_of_spectra() -> Iterator[None]:
-    """Name the argument of spectra that one of low rank stands for, and "spectra" where it is the model."""
+    """Rename error fields from low_rank to the corresponding ones of spectra."""
     try:
         yield
     except UserError as error:

@@ -1,11 +1,10 @@
-"""Linear layers whose singular values have trained scores, after SoCo (arXiv 2502.15092).
+"""Linear layers with trained scores for their singular values, after SoCo (arXiv 2502.15092).
 
-W = U diag(sigma) V^T becomes U diag(sigma s) V^T with scores s from 0 to 2, which begin at 1. Components with small
-scores are cut, whatever their singular values are; the scores of the others make up for them. How scores are
-parametrised and where the deviation is added are this project's choice: what could be read of the paper does not say.
+W = U diag(sigma) V^T becomes U diag(sigma s) V^T with scores s from 0 to 2, which start at 1. Components with small
+scores are removed, whatever their singular values; the scores of the others compensate. How scores are parametrised and
+where the deviation is added is our choice, because the parts of the paper available to us do not say.
 
-Dimensions: n inputs, m outputs, G blocks of outputs that are factored by themselves, R <= min(n, m / G) components of a
-block.
+Dimensions: n inputs, m outputs, G separately decomposed blocks of outputs, R <= min(n, m / G) components of a block.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.nn.functional import linear
 
 
 class SpectrumLinear(nn.Module):
-    """x -> U diag(sigma s) V^T x + bias + deviation, of which only the scores s and the deviation are trained.
+    """x -> U diag(sigma s) V^T x + bias + deviation; only the scores s and the deviation are trained.
 
     Attributes:
         logits: (G, R), at least float32, zero at first; s = 2 sigmoid(logits).
@@ -28,12 +27,12 @@ class SpectrumLinear(nn.Module):
         left: (G, m / G, R), U.
         sigma: (G, R), at least float32, descending.
         right: (G, R, n), V^T.
-        kept: (G, R), 1 for components that are used and 0 for others; None uses all.
-        untouched: whether it computes what it was made of, without scores and deviation.
+        kept: (G, R), 1 for components in use and 0 for others; None uses all.
+        untouched: whether it computes the original layer, without scores and deviation.
 
     Args:
-        layer: what it is made of; its factors have the dtype and device of that one's weight.
-        blocks: G, which divides the outputs.
+        layer: the original layer; factors get the dtype and device of its weight.
+        blocks: G, a divisor of the number of outputs.
     """
 
     def __init__(self, layer: nn.Linear, blocks: int = 1) -> None:
@@ -43,10 +42,10 @@ class SpectrumLinear(nn.Module):
         left, sigma, right = torch.linalg.svd(parts, full_matrices=False)
 
         def frozen(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
-            # Parameters, as DDP would send buffers to all devices before each step.
+            # Parameters, because DDP would send buffers to all devices before each step.
             return nn.Parameter(value.to(weight.device, dtype), requires_grad=False)
 
-        # In bfloat16 most steps would be rounded away.
+        # In bfloat16 most updates would be rounded away.
         precise = torch.promote_types(weight.dtype, torch.float32)
         self.left, self.right, self.sigma = (
             frozen(left, weight.dtype),
@@ -87,47 +86,47 @@ class SpectrumLinear(nn.Module):
         return output if self.untouched else output + self.deviation.to(output.dtype)
 
     def extra_repr(self) -> str:
-        """Its shapes."""
+        """The shapes, for printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, blocks={len(self.left)}"
 
 
 def scores_of(logits: Tensor) -> Tensor:
-    """2 sigmoid(logits): 1 at 0, so that a layer is what it was made of."""
+    """2 sigmoid(logits), which is 1 at 0, so that a new layer equals the original."""
     return 2 * torch.sigmoid(logits)
 
 
 def counted(scores: Tensor, threshold: float, temperature: float) -> Tensor:
-    """How far each component counts as kept, in (0, 1): sigmoid((s - threshold) / temperature)."""
+    """The degree to which each component counts as kept, in (0, 1): sigmoid((s - threshold) / temperature)."""
     return torch.sigmoid((scores - threshold) / temperature)
 
 
 def ratio_of(counts: Sequence[Tensor], whole: int, cost: int = 1) -> Tensor:
-    """What components take, as a share of the whole.
+    """The size of the kept components as a share of the original size.
 
     Args:
-        counts: of each layer, how far each component counts.
-        whole: what the layers took before: floats of a cache (outputs of all layers), or weights.
-        cost: of a component: one float of a cache, or m + n weights.
+        counts: for each layer, the degree to which each component counts as kept.
+        whole: the original size: numbers in a cache (outputs of all layers), or weights.
+        cost: the size of a component: one number in a cache, or m + n weights.
     """
     return torch.stack([each.sum() for each in counts]).sum() * cost / whole
 
 
 def undecided(counts: Sequence[Tensor]) -> Tensor:
-    """Mean of p (1 - p) over components: 0 where each is surely kept or surely cut."""
+    """Mean of p (1 - p) over components; 0 if each one is definitely kept or definitely removed."""
     return torch.cat([(each * (1 - each)).flatten() for each in counts]).mean()
 
 
 def pruned(scores: Sequence[Tensor], layers: Sequence[int], threshold: float, most: int) -> list[Tensor]:
-    """The components to keep of some matrices: those above the threshold, and no more than fit.
+    """The components to keep of some matrices: those with scores above the threshold, up to a total number.
 
-    While there are too many, the lowest score goes; of equal ones that of the deeper layer, then of the higher index,
-    then of the later matrix. The highest score of each block stays in any case.
+    If there are too many, those with the lowest scores are removed; ties remove the deeper layer first, then the higher
+    index, then the later matrix. The component with the highest score in each block is always kept.
 
     Args:
-        scores: (G, R) of each matrix.
-        layers: which layer each matrix is of.
+        scores: (G, R) for each matrix.
+        layers: the layer index of each matrix.
         threshold: scores must be above it.
-        most: components of all matrices together; at least one for each block.
+        most: the most components of all matrices together; at least one per block.
 
     Returns:
         (G, R) bool on the CPU for each matrix.
@@ -135,7 +134,7 @@ def pruned(scores: Sequence[Tensor], layers: Sequence[int], threshold: float, mo
     flat = [each.detach().double().cpu() for each in scores]
     keep = [each > threshold for each in flat]
     first = [each == each.amax(dim=1, keepdim=True) for each in flat]
-    # Of equal ones the first alone.
+    # Of equal scores only the first.
     first = [each & (each.cumsum(dim=1) == 1) for each in first]
     keep = [each | of_block for each, of_block in zip(keep, first, strict=True)]
     excess = sum(int(each.sum()) for each in keep) - most
@@ -151,25 +150,25 @@ def pruned(scores: Sequence[Tensor], layers: Sequence[int], threshold: float, mo
 
 
 def cut(layers: Iterable[SpectrumLinear], kept: Iterable[Tensor]) -> None:
-    """Let layers use some of their components alone, (G, R) bool for each layer."""
+    """Make layers use only some of their components, (G, R) bool for each layer."""
     for layer, of_layer in zip(layers, kept, strict=True):
         layer.kept = of_layer.to(layer.logits)
 
 
 def whole_again(layers: Iterable[SpectrumLinear]) -> None:
-    """Let layers use all of their components."""
+    """Make layers use all their components again."""
     for layer in layers:
         layer.kept = None
 
 
 def spectra_of(model: nn.Module) -> dict[str, SpectrumLinear]:
-    """The layers of a model that have scores, by name and in its order."""
+    """The layers of a model that have scores, by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SpectrumLinear)}
 
 
 @contextlib.contextmanager
 def without_scores(model: nn.Module) -> Iterator[None]:
-    """Let all layers compute what they were made of."""
+    """Make all layers compute their original function in a with block."""
     layers = spectra_of(model).values()
     for layer in layers:
         layer.untouched = True

@@ -16,7 +16,7 @@ _CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 259 tokens (three special ones and the 256 bytes) with a ChatML template."""
+    """A tokenizer with 259 tokens (three special tokens and the 256 bytes) and a ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

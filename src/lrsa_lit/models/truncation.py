@@ -1,6 +1,6 @@
-"""Truncated singular value decompositions, and the ranks that LoRC (arXiv 2410.03111) gives to layers.
+"""Truncated singular value decompositions, and LoRC's ranks per layer (arXiv 2410.03111).
 
-Dimensions: d width of the hidden states, w width of a matrix that is factored, r its rank.
+Dimensions: d width of the hidden states, w width of the factored matrix, r its rank.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 from lrsa_lit.attention.low_rank_linear import Factors
 
 RIDGE = 1e-6
-"""What is added to the diagonal of the moments, as a share of its mean: inputs may not span all directions."""
+"""Added to the diagonal of the moments, as a share of its mean, because inputs may not span all directions."""
 _ZERO = 1e-6
-"""Singular values below this share of the largest do not count in a condition number."""
+"""Singular values below this share of the largest one are left out of condition numbers."""
 
 
 def factors_of(weight: Tensor, rank: int, moments: Tensor | None = None, ridge: float = RIDGE) -> Factors:
-    """The best A (d, r) and B (r, w) for a matrix W (d, w): of the outputs x W where the inputs' moments are given.
+    """The best A (d, r) and B (r, w) with A B ≈ W (d, w), or, given the inputs' moments, with x A B ≈ x W.
 
-    Without moments, U S V^T = W, A = U_r and B = S_r V_r^T. With moments C + ridge tr(C) / d = R R^T it is the
-    decomposition of R^T W, and A = R^-T U_r (arXiv 2403.07378). The largest entry of each column of A is positive.
+    Without moments, U S V^T = W, A = U_r and B = S_r V_r^T. With moments, C + ridge tr(C) / d = R R^T, U S V^T = R^T W
+    and A = R^-T U_r (arXiv 2403.07378). The largest entry of each column of A is positive.
 
     Args:
         weight: (d, w) float64.
-        rank: at most min(d, w).
+        rank: r, at most min(d, w).
         moments: (d, d) float64, the mean of x^T x over inputs x (1, d).
-        ridge: share of the moments' mean diagonal.
+        ridge: the number to add to the diagonal of the moments, as a share of its mean.
     """
     root = None
     if moments is not None:
@@ -45,22 +45,22 @@ def factors_of(weight: Tensor, rank: int, moments: Tensor | None = None, ridge: 
 
 
 def log_condition(weight: Tensor) -> float:
-    """Logarithm of a matrix's condition number, over the singular values that are not zero."""
+    """Logarithm of a matrix's condition number, without singular values that are zero."""
     sizes = torch.linalg.svdvals(weight.double())
     kept = sizes[sizes > _ZERO * sizes[0]]
     return float((kept[0] / kept[-1]).log()) if len(kept) else 0.0
 
 
 def progressive(log_conditions: Sequence[float], d_max: float, d_min: float) -> list[float]:
-    """LoRC's rank of each layer, before rounding: from d_max in the first to d_min in the last.
+    """LoRC's rank of each layer before rounding, from d_max in the first layer to d_min in the last.
 
-    Each falls with the logarithm of the product of its own and all deeper condition numbers. The product itself would
-    leave float64 in a large model.
+    Ranks decrease with the logarithm of the product of a layer's own and all deeper condition numbers. The product
+    itself would overflow float64 in a large model.
 
     Args:
-        log_conditions: of each layer, that of W_k plus that of W_v.
-        d_max: of the first layer.
-        d_min: of the last layer.
+        log_conditions: for each layer, the log condition number of W_k plus that of W_v.
+        d_max: rank of the first layer.
+        d_min: rank of the last layer.
     """
     sums = list(itertools.accumulate(reversed(log_conditions)))[::-1]
     span = max(sums) - min(sums)
@@ -70,10 +70,10 @@ def progressive(log_conditions: Sequence[float], d_max: float, d_min: float) -> 
 
 
 def progressive_ranks(log_conditions: Sequence[float], total: int, width: int, min_share: float) -> list[int]:
-    """Ranks from 1 to ``width`` that fall as :func:`progressive` has it and sum to ``total``.
+    """Ranks from 1 to ``width`` that decrease as in :func:`progressive` and sum to ``total``.
 
-    The first layer's is found by bisection, the last is ``min_share`` of it, and what rounding leaves over is taken
-    from, or given to, the deepest layers that have room. Where the first would exceed the width, deeper ones get more.
+    The first layer's rank is found by bisection; the last is ``min_share`` of it. The rest from rounding is added to,
+    or taken from, the deepest layers that have room. If the first rank would exceed the width, deeper layers get more.
     """
 
     def ranks(d_max: float) -> list[int]:

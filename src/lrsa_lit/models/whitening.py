@@ -1,4 +1,4 @@
-"""Second moments of what a model's keys and values are made of: measured on contexts, written and read.
+"""Second moments of the inputs of a model's key and value projections: measure, write and read them.
 
 Dimensions: N layers, T tokens of a context, d width of the hidden states.
 """
@@ -19,7 +19,7 @@ from lrsa_lit.io import write_atomically
 from lrsa_lit.models.factors import projections
 
 NAME = "input_moments"
-"""The tensor (N, d, d) in a file of moments."""
+"""The name of the tensor (N, d, d) in a file of moments."""
 
 
 @torch.no_grad()
@@ -31,20 +31,20 @@ def measure(
 ) -> Tensor:
     """The mean of x^T x (N, d, d) over all tokens of all contexts, float64 on the CPU; x (1, d) enters ``k_proj``.
 
-    The same model and contexts on the same kind of device give the same moments. The model keeps its weights, and
-    reads under the attention that it has.
+    The same model and contexts give the same moments on the same kind of device. The model uses its current attention,
+    and its weights do not change.
 
     Args:
-        model: a causal language model, with adapters or without.
-        contexts: token ids of each.
-        track: shows how far it is.
+        model: a causal language model, with or without adapters.
+        contexts: the token ids of each context.
+        track: an iterator over the contexts that shows progress.
 
     Raises:
         UserError: there are no tokens, or layers have no ``k_proj``.
     """
     count = sum(map(len, contexts))
     if not count:
-        raise UserError("contexts", len(contexts), "at least one with tokens in it")
+        raise UserError("contexts", len(contexts), "at least one context with tokens")
     inner, training = base_of(model), model.training
     model.eval()
     try:
@@ -60,7 +60,7 @@ def measure(
 
 @contextlib.contextmanager
 def _sums(model: Any) -> Iterator[list[Tensor]]:
-    """Sums of x^T x (d, d) in each layer, while the block runs."""
+    """Sums of x^T x (d, d) in each layer, collected in a with block."""
     layers: list[Any] = projections(model)
     found: list[Tensor] = [torch.zeros((), dtype=torch.float64, device="cpu")] * len(layers)
 
@@ -89,7 +89,7 @@ def write(path: Path, moments: Tensor) -> None:
 
 
 def read(path: Path) -> Tensor:
-    """The moments (N, d, d) of a file, float32; a UserError if it holds none."""
+    """The moments (N, d, d) in a file, float32; a UserError if there are none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -99,6 +99,7 @@ def read(path: Path) -> Tensor:
         raise UserError("low_rank.whitening", path, reason=f"cannot be read ({message_of(error)[:120]})") from None
     square = found is not None and found.ndim == 3 and found.shape[1] == found.shape[2]
     if found is None or not square or not found.is_floating_point() or not bool(found.isfinite().all()):
-        hint = "`lrsa input-moments` writes such a file"
-        raise UserError("low_rank.whitening", path, reason=f"has no finite numbers {NAME} (N, d, d)", hint=hint)
+        hint = "write the file with `lrsa input-moments`"
+        reason = f"has no tensor {NAME} (N, d, d) of finite numbers"
+        raise UserError("low_rank.whitening", path, reason=reason, hint=hint)
     return found

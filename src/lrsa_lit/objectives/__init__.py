@@ -1,4 +1,4 @@
-"""What training minimises: losses that settings name by class path."""
+"""Training objectives: losses that settings name by class path."""
 
 from lrsa_lit.objectives.answer_loss import AnswerLoss
 from lrsa_lit.objectives.distillation import Distillation

@@ -20,11 +20,12 @@ class AnswerLoss(Term):
     """Cross-entropy of the answer's tokens, given the context and the question.
 
     Args:
-        weight: what the mean is multiplied with.
-        per: what counts the same: each ``token`` of a step, or each ``answer``, whose loss is the mean of its tokens.
+        weight: factor of the mean.
+        per: the unit with equal weight: each ``token`` of a step, or each ``answer``, whose loss is the mean over its
+            tokens.
 
     Raises:
-        UserError: a weight below 0, or another ``per``.
+        UserError: the weight is below 0, or ``per`` is neither of these.
     """
 
     name = "answers"
@@ -35,11 +36,11 @@ class AnswerLoss(Term):
         self.per = per
 
     def count(self, size: ExampleSize) -> int:
-        """All tokens of the answer, or one."""
+        """The number of tokens in the answer, or 1 per answer."""
         return size.answer if self.per == "token" else min(size.answer, 1)
 
     def loss(self, seen: Pass) -> Tensor:
-        """Summed over the answers' tokens, or over the answers' means."""
+        """The loss summed over the answers' tokens, or over the answers' means."""
         where = seen.positions.answers()
         hidden, wanted = seen.hidden[where], seen.targets[where]
         if self.per == "token":

@@ -1,6 +1,6 @@
-"""A teacher that is read from the disk.
+"""A teacher whose outputs are read from the disk.
 
-Dimensions: B rows, T tokens of each, n tokens that are kept of a position.
+Dimensions: B rows, T tokens per row, n cached tokens per position.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cached(Teacher):
-    """A teacher whose most likely tokens are on the disk; it is not loaded.
+    """A teacher whose most likely tokens are on the disk; the model is not loaded.
 
     Args:
-        model: the teacher.
-        n: how many of a position.
-        temperature: that its logits are divided by.
+        model: the teacher model.
+        n: tokens per position.
+        temperature: the divisor of its logits.
     """
 
     model: Loaded
@@ -47,28 +47,28 @@ class Cached(Teacher):
     _opened: list[Kept | MadeUp] = field(default_factory=list, compare=False, repr=False)
 
     def run(self, model: Any, batch: TrainBatch, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
-        """What is kept of the batch's examples, sent to its device without waiting for it."""
+        """Read the batch's examples and copy them to the device without waiting."""
         if not self._opened:
-            raise UserError("teacher", self.model.source, reason="is cached, and the cache is not open for any data")
+            raise UserError("teacher", self.model.source, reason="is cached, but its cache has not been opened")
         kept, ids = self._opened[0], batch["input_ids"]
         read = [kept.of(at, size.tokens - 1) for at, size in zip(batch["position"], batch["sizes"], strict=True)]
         tokens, logs = (_spread(parts, starts_of(batch), ids) for parts in zip(*read, strict=True))
         layout = inputs.get(LAYOUT)
         if layout is not None and layout.shared is not None:
-            # Those of this device's tokens.
+            # Only the rows of this device's tokens.
             tokens, logs = (layout.shared.own(rows.unflatten(0, ids.shape)).flatten(0, 1) for rows in (tokens, logs))
         return CachedPass(tokens, logs, kept.width, {})
 
     def shape(self, of_model: Shape) -> Shape | None:
-        """None: reading is no arithmetic."""
+        """None, because reading computes nothing."""
         return None
 
     def check(self, tokenizer: Any) -> None:
-        """That of the model."""
+        """Check the teacher model."""
         self.model.check(tokenizer)
 
     def open(self, data: str, vocabulary: int) -> None:
-        """As :class:`Teacher` has it; a UserError for other data, another teacher, fewer tokens, or damage."""
+        """Open the cache; a UserError if it is damaged or is for other data, another teacher or fewer tokens."""
         if self._opened:
             return
         try:
@@ -79,7 +79,7 @@ class Cached(Teacher):
             raise
 
     def make_up(self, vocabulary: int) -> None:
-        """Teach anything, to measure steps with."""
+        """Use made-up values, to measure training steps."""
         self._opened[:] = [MadeUp(min(self.n, vocabulary), vocabulary)]
 
     def write(
@@ -89,16 +89,16 @@ class Cached(Teacher):
         device: torch.device,
         context: Callable[[], AbstractContextManager[Any]],
     ) -> Path:
-        """Run the model over the training split and keep what :meth:`open` looks for.
+        """Run the teacher over the training split and write the cache that :meth:`open` reads.
 
         Args:
-            data: its training split is prepared; ``batch_size`` examples are run at a time.
+            data: the data, whose training split must be prepared; ``batch_size`` examples run at a time.
             vocabulary: rows of the trained model's head.
-            device: to run on.
-            context: of the passes, such as the trainer's precision.
+            device: the device to run on.
+            context: a context for the passes, such as the trainer's precision.
 
         Returns:
-            The folder; one that is there already is left alone, unless it is damaged.
+            The folder. An existing one is kept unless it is damaged.
         """
         place = self._place(data.training_fingerprint, vocabulary)
         return write(place, min(self.n, vocabulary), self.model, data, device, context)
@@ -109,12 +109,12 @@ class Cached(Teacher):
 
 @dataclass(frozen=True)
 class CachedPass(TeacherPass):
-    """What is kept of a batch.
+    """The cached outputs for a batch.
 
     Attributes:
-        tokens: (B T, n), int32, or int16 whose bits are those of uint16, of which PyTorch knows little.
-        logs: (B T, n + 1) float16.
-        width: of the vocabulary.
+        tokens: (B T, n), int32, or int16 with the bits of uint16, which PyTorch hardly supports.
+        logs: (B T, n + 1) float16, log-probabilities.
+        width: the size of the vocabulary.
     """
 
     tokens: Tensor
@@ -123,15 +123,15 @@ class CachedPass(TeacherPass):
     layers: dict[int, Tensor]
 
     def rows(self, where: Tensor) -> tuple[Tensor, ...]:
-        """Tokens and logarithms."""
+        """Tokens and log-probabilities."""
         return self.tokens[where], self.logs[where]
 
     def distributions(self, own: Head, temperature: float, top_n: int | None) -> Callable[..., Distribution]:
-        """Of as many tokens as are asked for; others that are kept belong to the rest."""
+        """The distributions over ``top_n`` tokens; additional cached tokens are added to the rest."""
 
         def taught(_: int, tokens: Tensor, logs: Tensor) -> Distribution:
             tokens = tokens[:, :top_n]
-            # What was rounded sums no longer to 1.
+            # Rounded to float16, probabilities no longer sum to 1.
             logs = log_softmax(logs.float(), dim=1)
             by_themselves, others = logs[:, : tokens.shape[1]], logs[:, tokens.shape[1] :]
             logs = torch.cat([by_themselves, torch.logsumexp(others, dim=1, keepdim=True)], dim=1)
@@ -142,10 +142,10 @@ class CachedPass(TeacherPass):
 
 
 def _spread(parts: Sequence[Any], starts: Sequence[int], ids: Tensor) -> Tensor:
-    """(B T, …) on the device of ids, with each example's rows from its start on; all others hold anything."""
+    """(B T, …) on the device of ``ids``, with each example's rows from its start on; other rows are arbitrary."""
     first = parts[0].view(np.int16) if parts[0].dtype == np.uint16 else parts[0]
     dtype = torch.from_numpy(np.empty(0, first.dtype)).dtype
-    # From pageable memory a copy may wait for the device.
+    # A copy from pageable memory may wait for the device.
     rows = torch.empty((ids.numel(), first.shape[1]), dtype=dtype, pin_memory=ids.device.type == "cuda")
     into = rows.numpy()
     for start, part in zip(starts, parts, strict=False):

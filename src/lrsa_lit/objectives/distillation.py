@@ -24,20 +24,22 @@ Direction = Literal["forward", "reverse"]
 
 
 class Distillation(Term):
-    """Kullback-Leibler divergence from a dense teacher at the answers and at positions drawn anew in each step.
+    """Kullback-Leibler divergence from a dense teacher, at the answers and at positions drawn at random in each step.
 
     Args:
-        teacher: "self", the same weights under dense attention in the same step; or a checkpoint, a folder or a hub
+        teacher: "self" for the same weights with dense attention in the same step; or a checkpoint, a folder or a hub
             name.
-        positions: how many of an example are drawn beside those that predict its answer; fewer where it has fewer.
-        temperature: of both distributions; the loss is multiplied by its square, so that gradients stay as large.
-        direction: forward is KL(teacher || model), reverse KL(model || teacher).
+        positions: positions per example to draw in addition to those that predict the answer, if it has as many.
+        temperature: temperature of both distributions. The loss is multiplied by its square to keep the gradients'
+            scale.
+        direction: forward is KL(teacher || model), reverse is KL(model || teacher).
         top_n: compare the teacher's n most likely tokens and all others as one; null compares the whole vocabulary.
-        adapters: of a run that trains adapters, or spectra, and is its own teacher: whether the teacher has them, too;
-            without them it is the model that training began with.
-        teacher_dtype: of the weights of a teacher that is loaded.
-        cached: read what ``lrsa distil-cache`` has kept of the teacher's ``top_n`` tokens, and load no teacher.
-        weight: what the mean is multiplied with.
+        adapters: whether the teacher "self" uses the trained adapters or spectra. If false, the teacher is the model
+            that training started from.
+        teacher_dtype: dtype of the weights of a loaded teacher.
+        cached: read the teacher's ``top_n`` tokens from the cache that ``lrsa distil-cache`` wrote, without loading
+            the teacher.
+        weight: factor of the mean.
     """
 
     name = "kl"
@@ -71,11 +73,11 @@ class Distillation(Term):
             self.teacher = self.as_cached()
 
     def count(self, size: ExampleSize) -> int:
-        """Those that are drawn, and the answer's."""
+        """The drawn positions and those of the answer."""
         return self._drawn(size) + size.answer
 
     def loss(self, seen: Pass) -> Tensor:
-        """Summed over both."""
+        """The loss summed over drawn and answer positions."""
         taught = seen.taught[self.teacher]
         taught_at = taught.distributions(seen.head, self.temperature, self.top_n)
 
@@ -89,21 +91,21 @@ class Distillation(Term):
         return seen.head.summed(divergence_of, seen.hidden[where], *taught.rows(where))
 
     def as_cached(self) -> Cached:
-        """The teacher's most likely tokens as they are kept on the disk.
+        """The cached form of the teacher.
 
         Raises:
-            UserError: the teacher changes with the model, or all tokens are compared.
+            UserError: the teacher is the trained model itself, or the whole vocabulary is compared.
         """
         if isinstance(self.teacher, Cached):
             return self.teacher
         if not isinstance(self.teacher, Loaded):
-            raise UserError("teacher", SELF, "another model to be kept on the disk, as the trained one changes")
+            raise UserError("teacher", SELF, "another model to be cached, because the trained one changes")
         if self.top_n is None:
-            raise UserError("top_n", "null", "an integer >= 1, as the whole vocabulary is not kept on the disk")
+            raise UserError("top_n", "null", "an integer >= 1, because the whole vocabulary is not cached")
         return Cached(self.teacher, self.top_n, self.temperature)
 
     def check(self, max_tokens: int, layers: int) -> None:
-        """Refuse more positions than examples have."""
+        """Refuse more positions than examples can have."""
         if self.positions >= max_tokens:
             raise UserError("positions", self.positions, f"< {max_tokens}, the max_tokens of the data")
 
@@ -115,9 +117,9 @@ def divergence(logits: Tensor, wanted: Distribution, direction: Direction = "for
     """Kullback-Leibler divergence of two distributions, summed over rows.
 
     Args:
-        logits: (R, V), of the model.
-        wanted: the teacher's.
-        direction: forward is KL(teacher || model), reverse KL(model || teacher).
+        logits: (R, V), the model's logits.
+        wanted: the teacher's distributions.
+        direction: forward is KL(teacher || model), reverse is KL(model || teacher).
     """
     log_model, log_teacher = wanted.bins_of(logits), wanted.logs
     if direction == "reverse":

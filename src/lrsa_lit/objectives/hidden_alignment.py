@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 class HiddenAlignment(Term):
-    """Squared distance of each layer's output from the one that the same weights have under dense attention.
+    """Squared distance of each layer's output from its output with the same weights and dense attention.
 
-    It is divided by the squared length of the dense output, so that layers count alike although later ones are longer,
-    and averaged over layers. SSA aligns the outputs of the attention, in both directions; here the dense ones get no
+    The distance is divided by the squared norm of the dense output, because later layers have larger norms, and
+    averaged over layers. SSA aligns the outputs of the attention, in both directions; here the dense outputs get no
     gradient.
 
     Args:
-        of_layers: which layers; null takes all.
-        positions: how many of an example are compared, drawn anew in each step; null takes all.
-        weight: what the mean is multiplied with.
+        of_layers: indices of the layers to compare; null compares all.
+        positions: positions per example to compare, drawn at random in each step; null compares all.
+        weight: factor of the mean.
     """
 
     name = "hidden"
@@ -45,16 +45,16 @@ class HiddenAlignment(Term):
         self.positions = positions
 
     def layers(self, count: int) -> Sequence[int]:
-        """Those that are compared; of a model with fewer layers, which an estimate measures, as many as there are."""
+        """The layers to compare; an index beyond ``count`` becomes the last layer (estimates use fewer layers)."""
         return range(count) if self.of_layers is None else sorted({min(layer, count - 1) for layer in self.of_layers})
 
     def count(self, size: ExampleSize) -> int:
-        """All positions that predict a token, or some of them."""
+        """All positions that predict a token, or ``positions`` of them."""
         predicting = size.tokens - 1
         return predicting if self.positions is None else min(self.positions, predicting)
 
     def loss(self, seen: Pass) -> Tensor:
-        """Summed over positions, averaged over layers."""
+        """The loss summed over positions and averaged over layers."""
         assert self.teacher is not None
         wanted = seen.taught[self.teacher].layers
         where = seen.positions.drawn(self.count, self.name)
@@ -62,7 +62,7 @@ class HiddenAlignment(Term):
         return torch.stack(distances).mean()
 
     def check(self, max_tokens: int, layers: int) -> None:
-        """Refuse more positions than examples have, and layers that the model does not have."""
+        """Refuse more positions than examples can have, and layers that the model does not have."""
         if self.of_layers is not None and max(self.of_layers) >= layers:
             raise UserError("of_layers", max(self.of_layers), f"< {layers}, the model's number of layers")
         if self.positions is not None and self.positions >= max_tokens:
@@ -70,7 +70,7 @@ class HiddenAlignment(Term):
 
 
 def _distance(output: Tensor, wanted: Tensor) -> Tensor:
-    """Summed over rows (M, D)."""
+    """The relative squared distance, summed over rows (M, D)."""
     dtype = torch.promote_types(output.dtype, torch.float32)
     output, wanted = output.to(dtype), wanted.to(dtype)
     return ((output - wanted).square().sum(dim=1) / wanted.square().sum(dim=1)).sum()

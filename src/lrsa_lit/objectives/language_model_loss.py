@@ -1,4 +1,4 @@
-"""Cross-entropy of the next tokens of whole contexts."""
+"""Next-token cross-entropy over whole sequences."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class LanguageModelLoss(Term):
-    """Cross-entropy of the next token, at all positions of prompt and answer or at some of them.
+    """Cross-entropy of the next token, at all positions of prompt and answer or at a random share of them.
 
     Args:
-        share: of the positions of each example, drawn anew in each step; 1.0 takes all of them.
-        weight: what the mean is multiplied with.
+        share: share of each example's positions, drawn at random in each step; 1.0 uses all of them.
+        weight: factor of the mean.
     """
 
     name = "next_tokens"
@@ -30,10 +30,10 @@ class LanguageModelLoss(Term):
         self.share = share
 
     def count(self, size: ExampleSize) -> int:
-        """The share, at least one position."""
+        """The share of the positions, at least one."""
         return min(max(round(self.share * (size.tokens - 1)), 1), size.tokens - 1)
 
     def loss(self, seen: Pass) -> Tensor:
-        """Summed over the positions that were drawn."""
+        """The loss summed over the drawn positions."""
         where = seen.positions.drawn(self.count, self.name)
         return seen.head.cross_entropy(seen.hidden[where], seen.targets[where])

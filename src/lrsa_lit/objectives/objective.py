@@ -1,6 +1,6 @@
-"""What an objective is, and what it sees of a training step.
+"""The base classes of objectives, and what objectives see of a training step.
 
-Dimensions: B rows, T tokens of each (padding included), M positions with a loss, D width, V vocabulary.
+Dimensions: B rows, T tokens per row (including padding), M positions with a loss, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 class Pass:
     """A forward pass of the trained model, as its objectives see it.
 
-    Where devices share rows, it has this one's tokens alone: a sum over its positions is a part of the whole sum.
+    If several devices share the rows, it covers only this device's tokens, and a sum over its positions is only a part
+    of the whole sum.
 
     Attributes:
-        targets: (B T,) int64, the token that each position predicts; the last one of a sequence predicts none.
-        positions: which of them an objective looks at.
-        hidden: (B T, D), what goes into the output head.
-        head: makes logits of it.
-        layers: the output (B T, D) of each decoder layer that an objective asks for, by its number.
-        taught: what each teacher made of the same tokens.
+        targets: (B T,) int64, the token that each position predicts. The last position of a sequence predicts none.
+        positions: the positions that objectives can choose from.
+        hidden: (B T, D), the inputs of the output head.
+        head: the output head, which makes logits from ``hidden``.
+        layers: the output (B T, D) of each decoder layer that an objective needs, by layer index.
+        taught: the pass of each teacher over the same tokens.
     """
 
     targets: Tensor
@@ -46,31 +47,31 @@ class Pass:
 
 
 class Objective(ABC):
-    """What training minimises: the weighted sum of its terms' means."""
+    """A training objective: the weighted sum of its terms' means."""
 
     @property
     @abstractmethod
     def terms(self) -> Sequence[Term]:
-        """What it consists of."""
+        """The terms of the sum."""
 
-    def check(self, max_tokens: int, layers: int) -> None:  # noqa: B027 - most ask for nothing
-        """Raise a UserError if it asks for more than examples of ``max_tokens`` tokens or so many layers have."""
+    def check(self, max_tokens: int, layers: int) -> None:  # noqa: B027 - most need no check
+        """Raise a UserError if it needs more than ``max_tokens`` tokens per example or ``layers`` layers."""
 
 
 class Term(Objective):
-    """A loss over some positions of each example, of which the mean over an optimizer step counts.
+    """A loss over some positions of each example, averaged over all positions of an optimizer step.
 
-    Every position weighs the same, however a step's examples are spread over batches and devices. So a subclass says
-    how many positions an example has, and sums the loss over those of a batch.
+    Every position has the same weight, however a step's examples are spread over batches and devices. So a subclass
+    states how many positions an example has, and sums the loss over the positions of a batch.
 
     Args:
-        weight: what the mean is multiplied with.
+        weight: factor of the mean.
 
     Attributes:
-        name: of the loss in logs: train/loss/NAME.
-        uses_logits: whether its positions get logits; else it looks at hidden states alone.
-        needs_rejected: whether it compares an example's answer with one that the example rejects.
-        teacher: whose pass over the same tokens it needs, or None.
+        name: name of the loss in logs: train/loss/NAME.
+        uses_logits: whether it needs logits at its positions, or only hidden states.
+        needs_rejected: whether it compares an example's answer with a rejected one.
+        teacher: the teacher whose pass over the same tokens it needs, or None.
     """
 
     name: ClassVar[str]
@@ -85,21 +86,21 @@ class Term(Objective):
 
     @property
     def terms(self) -> Sequence[Term]:
-        """Itself."""
+        """Only this term."""
         return (self,)
 
     @abstractmethod
     def count(self, size: ExampleSize) -> int:
-        """How many losses of an example the mean is over: one at each position, if nothing else is said."""
+        """How many losses an example adds to the mean; one per position unless the term documents otherwise."""
 
     def logits(self, size: ExampleSize) -> int:
-        """How many positions of an example the losses take: more than there are losses where one is of several."""
+        """How many positions of an example need logits. Override it if one loss covers several positions."""
         return self.count(size)
 
     @abstractmethod
     def loss(self, seen: Pass) -> Tensor:
-        """The loss summed over the positions of a batch: at least float32, no dimensions."""
+        """The loss summed over the positions of a batch: a scalar, at least float32."""
 
     def layers(self, count: int) -> Sequence[int]:
-        """Which of the model's ``count`` decoder layers it needs the outputs of."""
+        """The indices of the decoder layers, out of ``count``, whose outputs it needs."""
         return ()

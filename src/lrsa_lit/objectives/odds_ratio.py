@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from lrsa_lit.data.collate import ExampleSize
 
 _CERTAIN = -1e-6
-"""Highest mean log-probability: the odds of a text that is certain are infinite."""
+"""The highest mean log-probability; at 0 the odds would be infinite."""
 
 
 class OddsRatio(Term):
-    """Minus the log-sigmoid of how many times higher the odds of the chosen answer are than those of the rejected one.
+    """Minus the log-sigmoid of the log odds ratio of the chosen and the rejected answer, mean over pairs.
 
-    With the mean log-probability l of an answer's tokens, its odds are e^l / (1 - e^l). The logarithm of the ratio is
-    multiplied by max(1, length_factor (rejected tokens - chosen tokens)), so that pairs count more that save much. The
-    mean is over pairs. ORPO, and CoLoR's loss, is the sum of this and LanguageModelLoss.
+    With the mean log-probability l of an answer's tokens, its odds are e^l / (1 - e^l). The log odds ratio is
+    multiplied by max(1, length_factor (rejected tokens - chosen tokens)), so that pairs which save many tokens count
+    more. The losses of ORPO and CoLoR are the sum of this and LanguageModelLoss.
 
     Args:
-        length_factor: 0.1 is CoLoR's, 0 is ORPO without a factor.
-        weight: what the mean is multiplied with; beta.
+        length_factor: 0.1 as in CoLoR; 0 gives ORPO, without a length factor.
+        weight: factor of the mean (beta).
     """
 
     name = "odds_ratio"
@@ -44,7 +44,7 @@ class OddsRatio(Term):
         self.length_factor = length_factor
 
     def count(self, size: ExampleSize) -> int:
-        """One, of an example that rejects an answer."""
+        """1 if the example has a rejected answer, else 0."""
         return int(size.rejected > 0)
 
     def logits(self, size: ExampleSize) -> int:
@@ -52,14 +52,14 @@ class OddsRatio(Term):
         return size.answer + size.rejected if size.rejected else 0
 
     def loss(self, seen: Pass) -> Tensor:
-        """Summed over the pairs; a UserError if there is none.
+        """The loss summed over pairs; a UserError if there are none.
 
-        The logits of all answers never exist at once: the first pass over them finds each answer's log-probability, and
-        the second the gradient by each token's, which all tokens of an answer share.
+        To save memory, the logits of all answers never exist at once. A first pass computes each answer's
+        log-probability. A second pass computes the gradient; all tokens of an answer have the same factor.
         """
         where, tokens = seen.positions.pairs()
         if not tokens:
-            raise UserError("objective", reason="OddsRatio needs examples that reject an answer, such as those of "
+            raise UserError("objective", reason="OddsRatio needs examples with a rejected answer, such as those of "
                             "PreferencePairs")  # fmt: skip
         hidden, wanted = seen.hidden[where], seen.targets[where]
         losses = seen.head.losses(hidden, wanted).double()
@@ -86,10 +86,10 @@ def odds_ratio_losses(
 
     Args:
         chosen: mean log-probability (P,) of the chosen answers' tokens, <= 0.
-        rejected: of the rejected answers'.
-        chosen_tokens: (P,) their lengths.
-        rejected_tokens: (P,).
-        length_factor: as :class:`OddsRatio` has it.
+        rejected: the same for the rejected answers.
+        chosen_tokens: (P,), lengths of the chosen answers.
+        rejected_tokens: (P,), lengths of the rejected answers.
+        length_factor: as in :class:`OddsRatio`.
     """
     chosen, rejected = chosen.clamp(max=_CERTAIN), rejected.clamp(max=_CERTAIN)
     log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
@@ -98,5 +98,5 @@ def odds_ratio_losses(
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) of x < 0, exact near 0 and far below (Mächler, 2012)."""
+    """log(1 - e^x) for x < 0, accurate near 0 and far below (Mächler, 2012)."""
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

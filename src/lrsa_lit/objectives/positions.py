@@ -1,4 +1,4 @@
-"""Which positions of a batch have a loss. All of it is known on the host, so no step waits for the device."""
+"""The positions of a batch that have a loss. They are computed on the host, so training never waits for the device."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a batch, counted through all of its rows (B T).
+    """The positions of a batch, numbered through all its rows (B T).
 
-    A position predicts the token behind it, so an example's last one predicts nothing. Where devices share the rows,
-    these are the positions among this one's tokens, counted through its parts of the rows.
+    A position predicts the next token, so an example's last position predicts nothing. If several devices share the
+    rows, positions are numbered through this device's parts of the rows.
 
     Args:
-        batch: to train on.
-        seed: of the run.
-        step: of the optimizer, from 0.
-        shared: the rows, if devices share them.
+        batch: the training batch.
+        seed: the seed of the run.
+        step: the optimizer step, from 0.
+        shared: how devices share the rows, if they do.
     """
 
     batch: TrainBatch
@@ -41,32 +41,32 @@ class Positions:
     shared: SharedRows | None = None
 
     def targets(self) -> Tensor:
-        """(B T,) int64: the token behind each position, of the batch's last one the first."""
+        """(B T,) int64: the token after each position; the batch's last position gets the batch's first token."""
         behind = self.batch["input_ids"].flatten().roll(-1)
         if self.shared is None:
             return behind
         return self.shared.own(behind.view_as(self.batch["input_ids"])).flatten()
 
     def answers(self) -> Tensor:
-        """(M,) int64: those that predict a token of an answer."""
+        """(M,) int64: the positions that predict a token of an answer."""
         return self._answers
 
     def answered(self) -> Numbers:
-        """(M,): the number of the example whose answer each of :meth:`answers` is in."""
+        """(M,): for each of :meth:`answers`, the index of its example in the batch."""
         counts = [len(_before(spans)) for spans in self._learnt]
         held, _ = self._held(self._joined(lambda size, name, answers: answers))
         return np.repeat(np.arange(len(counts)), counts)[held]
 
     @functools.cached_property
     def _answers(self) -> Tensor:
-        # Several terms of a step ask for them, and each copy to the device is a launch.
+        # Cached, because several terms of a step need them and each copy to the device costs a launch.
         return self._of_each(lambda size, name, answers: answers)
 
     def pairs(self) -> tuple[Tensor, list[int]]:
-        """Of each example that rejects an answer, those that predict its own, then those that predict the rejected one.
+        """The positions of the chosen and then of the rejected answer, for each example that has a rejected one.
 
         Returns:
-            (M,) int64 positions, and how many each answer has: two numbers a pair.
+            (M,) int64 positions, and the number of positions of each answer: two numbers per pair.
         """
         parts = []
         learnt, rejected = self._learnt, self.batch.get("rejected", [None] * len(self.batch["id"]))
@@ -76,15 +76,15 @@ class Positions:
         return self._on_device(_join(parts)), list(map(len, parts))
 
     def drawn(self, count: Callable[[ExampleSize], int], name: str, *, besides_answers: bool = False) -> Tensor:
-        """(M,) int64: some of those that predict a token, drawn anew in each step.
+        """(M,) int64: positions that predict a token, drawn at random in each step.
 
-        What is drawn of an example follows from the run's seed, the step, the example and ``name`` alone, whatever else
-        is in the batch.
+        The positions of an example depend only on the run's seed, the step, the example and ``name``, not on the rest
+        of the batch.
 
         Args:
-            count: how many of an example.
-            name: tells objectives of one run apart.
-            besides_answers: draw among those that predict no token of an answer.
+            count: how many positions to draw from an example.
+            name: distinguishes the objectives of a run.
+            besides_answers: draw only positions that predict no token of an answer.
         """
 
         def draw(size: ExampleSize, record: str, answers: Numbers) -> Numbers:
@@ -101,17 +101,17 @@ class Positions:
         return self._of_each(draw)
 
     def _of_each(self, within: Callable[[ExampleSize, str, Numbers], Numbers]) -> Tensor:
-        """Positions of each example, by its size, its id and those that predict its answers."""
+        """The positions that ``within`` returns for each example's size, id and answer positions, on the device."""
         return self._on_device(self._held(self._joined(within))[1])
 
     def _joined(self, within: Callable[[ExampleSize, str, Numbers], Numbers]) -> Numbers:
-        """Those of all examples, whoever holds them."""
+        """The positions of all examples, including those on other devices."""
         sizes, names = self.batch["sizes"], self.batch["id"]
         named = zip(starts_of(self.batch), sizes, names, map(_before, self._learnt), strict=False)
         return _join([start + within(size, name, answers) for start, size, name, answers in named])
 
     def _held(self, places: Numbers) -> tuple[Flags, Numbers]:
-        """Which of some places this device holds, (M,) bool, and where those are among its own."""
+        """Which of these positions are on this device, (M,) bool, and their numbers among the device's own."""
         return (np.ones(len(places), dtype=bool), places) if self.shared is None else self.shared.held(places)
 
     @property
@@ -121,7 +121,7 @@ class Positions:
 
     def _on_device(self, joined: Numbers) -> Tensor:
         device, found = self.batch["input_ids"].device, torch.from_numpy(joined)
-        # From pageable memory a copy may wait for the device.
+        # A copy from pageable memory may wait for the device.
         return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
 
@@ -130,11 +130,11 @@ def _join(parts: Sequence[Numbers]) -> Numbers:
 
 
 def _before(spans: Sequence[Span]) -> Numbers:
-    """The positions that predict the tokens at [start, end) of an example, whose first token nothing predicts."""
+    """The positions that predict the tokens in [start, end) of an example; its first token is never predicted."""
     return np.concatenate([np.arange(max(start, 1) - 1, end - 1) for start, end in spans])
 
 
 def starts_of(batch: TrainBatch) -> Sequence[int]:
-    """Where each example of a batch starts among all of its positions (B T); after the last one may be one more."""
+    """Where each example starts among the batch's positions (B T); one more number may follow the last start."""
     rows, width = batch["input_ids"].shape
     return batch["boundaries"] or range(0, rows * width, width)

@@ -1,4 +1,4 @@
-"""What CPC's sentence encoder minimises (arXiv 2409.01227): a contrastive loss and masked next-token prediction.
+"""The losses of CPC's sentence encoder (arXiv 2409.01227): contrastive, and masked next-token prediction.
 
 Dimensions: B questions, N candidates, D width of the model, T tokens of the longest context.
 """
@@ -15,16 +15,16 @@ from lrsa_lit.data.collate import IGNORE_INDEX
 def contrastive_loss(
     questions: Tensor, candidates: Tensor, scale: float = 20.0, others: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy of each question's own sentence among all candidates, by ``scale`` times their cosines.
+    """Mean cross-entropy of each question's positive among all candidates; logits are ``scale`` times the cosines.
 
     Args:
         questions: (B, D).
-        candidates: (N, D), N >= B; the i-th is the positive of question i, those from B on are positives of none.
+        candidates: (N, D), N >= B. Candidate i is the positive of question i; those from B on are only negatives.
         scale: the inverse temperature.
-        others: (B, N) bool, candidates that support a question without being its positive: no negatives of it.
+        others: (B, N) bool, candidates that also support a question and so must not count as its negatives.
 
     Returns:
-        At least float32, no dimensions.
+        A scalar, at least float32.
     """
     dtype = torch.promote_types(candidates.dtype, torch.float32)
     with torch.autocast(candidates.device.type, enabled=False):
@@ -35,26 +35,26 @@ def contrastive_loss(
 
 
 def masked(ids: Tensor, mask: Tensor, mask_id: int, share: float = 0.8) -> tuple[Tensor, Tensor]:
-    """Contexts of which tokens are replaced, each with a probability, and the labels of those tokens.
+    """Replace each token of the contexts by a mask token with some probability.
 
     Args:
         ids: (B, T) int64.
-        mask: (B, T), 1 on tokens and 0 on pads.
-        mask_id: the token that stands in the place of others.
+        mask: (B, T), 1 for tokens and 0 for padding.
+        mask_id: the mask token.
         share: the probability.
 
     Returns:
-        What the model reads, and (B, T) int64 labels, -100 where a token was left.
+        The masked ids (B, T), and int64 labels (B, T), -100 where a token was not replaced.
     """
     hidden = (torch.rand(ids.shape, device=ids.device) < share) & mask.bool()
     return ids.masked_fill(hidden, mask_id), ids.masked_fill(~hidden, IGNORE_INDEX)
 
 
 def predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where masked tokens are predicted: from the position before each, as a causal model was trained to.
+    """Where masked tokens are predicted: at the position before each, as in causal language models.
 
     Args:
-        labels: (B, T), -100 where nothing is predicted; a row's first token has no position before it.
+        labels: (B, T), -100 for tokens that are not predicted. A row's first token is never predicted.
 
     Returns:
         (B, T) bool, and the M labels in the order of these positions.

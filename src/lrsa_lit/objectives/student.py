@@ -15,16 +15,16 @@ from lrsa_lit.objectives.teachers import outputs_of_layers
 
 
 def summed_losses(model: Any, terms: Sequence[Term], positions: Positions, inputs: Mapping[str, Any]) -> Tensor:
-    """Each term's loss summed over the positions of a batch.
+    """Each term's loss, summed over the positions of a batch.
 
     Args:
-        model: the trained one, its rule attached.
-        terms: at least one.
-        positions: of the batch.
-        inputs: of the model's forward.
+        model: the trained model, with its rule enabled.
+        terms: at least one term.
+        positions: the positions of the batch.
+        inputs: the inputs of the model's forward.
 
     Returns:
-        (len(terms),) at least float32.
+        (len(terms),), at least float32.
     """
     count = model.config.get_text_config().num_hidden_layers
     needed = {term: term.layers(count) for term in terms}
@@ -38,7 +38,7 @@ def summed_losses(model: Any, terms: Sequence[Term], positions: Positions, input
         def losses(hidden: Tensor, head: Head) -> Tensor:
             seen = Pass(positions.targets(), positions, hidden.flatten(0, 1), head, outputs, taught)
             found = torch.stack([term.loss(seen) for term in terms])
-            # DDP waits for a gradient of each weight, be it zero.
+            # DDP needs a gradient for every weight, even if it is zero.
             return found if any(term.uses_logits for term in terms) else found + 0 * head.logits(seen.hidden[:1]).sum()
 
         return at_head(model, losses, **inputs)

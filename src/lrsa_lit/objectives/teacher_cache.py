@@ -1,7 +1,7 @@
-"""What a fixed teacher holds most likely at each position of a training split, written once and read in every epoch.
+"""A cache of a fixed teacher's most likely tokens in a training split, written once and read in every epoch.
 
-It lies beside the prepared data, in a folder that is sealed as that is: for each position that predicts a token the n
-most likely tokens, the logarithms of their probabilities, and that of all other tokens together.
+The cache is a folder next to the prepared data, protected by the same checksums. For each position that predicts a
+token, it holds the n most likely tokens, their log-probabilities, and the log-probability of all other tokens together.
 
 Dimensions: P positions of the split that predict a token, n tokens, V vocabulary.
 """
@@ -42,10 +42,10 @@ _FACTS, _STARTS, _TOKENS, _LOGS = "facts.json", "starts.npy", "tokens.bin", "log
 
 
 class Kept:
-    """An open folder of :func:`write`, memory-mapped.
+    """A folder written by :func:`write`, opened with memory-mapped files.
 
     Attributes:
-        width: V, the tokens that the distributions are over.
+        width: V, the number of tokens that the distributions cover.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,39 +57,39 @@ class Kept:
         self._logs = np.memmap(folder / _LOGS, np.float16, "r", shape=(rows, n + 1))
 
     def of(self, position: int, count: int) -> tuple[Array, Array]:
-        """Tokens (count, n) and logarithms (count, n + 1) of the example at a position of the split.
+        """Tokens (count, n) and log-probabilities (count, n + 1) of the example at an index of the split.
 
         Raises:
-            UserError: the example has not so many positions that predict a token, so it is of other data.
+            UserError: the cached example has another number of positions, so the cache is for other data.
         """
         start, end = self._starts[position : position + 2]
         if end - start != count:
-            held = f"example {position} has {end - start} positions there and not {count}"
+            held = f"example {position} has {end - start} positions there instead of {count}"
             raise UserError("teacher", reason=f"is cached for other data: {held}")
         return self._tokens[start:end], self._logs[start:end]
 
 
 class MadeUp:
-    """Any values for any example, to measure steps with."""
+    """Made-up values for any example, to measure training steps."""
 
     def __init__(self, n: int, width: int) -> None:
         self.width = width
         self._tokens, self._logs = np.zeros((1, n), _dtype_of(width)), np.full((1, n + 1), -1.0, np.float16)
 
     def of(self, position: int, count: int) -> tuple[Array, Array]:
-        """As :meth:`Kept.of`."""
+        """Values in the shapes of :meth:`Kept.of`."""
         return self._tokens.repeat(count, axis=0), self._logs.repeat(count, axis=0)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a teacher's values for a training split lie, by what decides them; how many tokens apart.
+    """Where a teacher's values for a training split are cached; the folder depends on all that determines the values.
 
     Attributes:
         data: fingerprint of the training split.
-        teacher: digest of the model.
-        temperature: that its logits are divided by.
-        vocabulary: rows of the trained model's head; those that the teacher's has beyond them are left out.
+        teacher: digest of the teacher model.
+        temperature: the divisor of its logits.
+        vocabulary: rows of the trained model's head; additional rows of the teacher's head are ignored.
     """
 
     data: str
@@ -103,14 +103,14 @@ class Place:
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def folder(self, n: int) -> Path:
-        """That of n tokens a position."""
+        """The folder with n tokens per position."""
         return cache_dir("data", self.data, "teachers", f"{self._key}-{n}")
 
     def open(self, n: int) -> Kept:
-        """The values of n tokens a position or more.
+        """Open a cache with at least n tokens per position.
 
         Raises:
-            UserError: there are none, or they have been damaged since they were written.
+            UserError: there is none, or its files are damaged.
         """
         kept = sorted(int(path.name.rpartition("-")[2]) for path in self.folder(n).parent.glob(f"{self._key}-*"))
         enough = [count for count in kept if count >= n]
@@ -122,18 +122,18 @@ class Place:
         return Kept(folder)
 
     def _missing(self, n: int, kept: Sequence[int]) -> UserError:
-        """What there is instead."""
+        """The error for a missing cache, which names what is cached instead."""
         if kept:
-            return UserError("top_n", n, f"at most {kept[-1]}, the tokens of a position that are cached")
+            return UserError("top_n", n, f"at most {kept[-1]}, the number of tokens cached per position")
         found = [json.loads(path.read_text()) for path in cache_dir("data").glob(f"*/teachers/*/{_FACTS}")]
         own = [facts for facts in found if facts["teacher"] == self.teacher]
         here = [facts for facts in own if facts["data"] == self.data]
         if at := [facts["temperature"] for facts in here if facts["vocabulary"] == self.vocabulary]:
-            return UserError("temperature", self.temperature, f"{at[0]}, at which the teacher is cached")
+            return UserError("temperature", self.temperature, f"{at[0]}, the temperature of the cached teacher")
         if here:
-            reason = "is cached for a model with another size of vocabulary"
+            reason = "is cached only for a model with another vocabulary size"
         elif own:
-            reason = "is cached for other data alone"
+            reason = "is cached only for other data"
         elif any(facts["data"] == self.data for facts in found):
             reason = "is not the teacher that is cached for this data"
         else:
@@ -149,17 +149,17 @@ def write(
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> Path:
-    """Run a teacher once over a training split and keep its n most likely tokens at each position.
+    """Run a teacher once over a training split and store its n most likely tokens at each position.
 
-    The folder appears whole or not at all. One that is there already is left alone, unless it is damaged.
+    The folder is written completely or not at all. An existing folder is kept unless it is damaged.
 
     Args:
-        place: of the values.
-        n: at most the vocabulary.
-        teacher: the model.
-        data: its training split is prepared; ``batch_size`` examples are run at a time.
-        device: to run on.
-        context: of the passes, such as the trainer's precision.
+        place: where to write.
+        n: tokens per position, at most the vocabulary.
+        teacher: the teacher model.
+        data: the data, whose training split must be prepared; ``batch_size`` examples run at a time.
+        device: the device to run on.
+        context: a context for the passes, such as the trainer's precision.
 
     Returns:
         The folder.
@@ -197,16 +197,16 @@ def _taught(
     size: int,
     device: torch.device,
 ) -> Iterator[tuple[int, Distribution]]:
-    """Each example's position and the distributions at all of its tokens but the last, the longest examples first."""
+    """Each example's index and the distributions at all its tokens but the last; the longest examples come first."""
     order = sorted((at for at, length in enumerate(lengths) if length > 1), key=lambda at: -lengths[at])
     console, firsts = PlainConsole(stderr=True), range(0, len(order), size)
     for first in track(firsts, "Asking the teacher", console=console, transient=True, disable=not console.is_terminal):
         positions = order[first : first + size]
-        # Pads stand behind the tokens, so it does not matter which token they are.
+        # Padding is on the right and attention causal, so any token id will do.
         batch = collate_training(examples.__getitems__(positions), pad_token_id=0)
         batch["input_ids"] = batch["input_ids"].to(device)
         taught = teacher.run(None, batch, {"input_ids": batch["input_ids"], "use_cache": False}, ())
-        # A model that is loaded has a head of its own.
+        # A loaded model always has a head.
         head = (taught.head or Head()).as_autocast()
         for position, start in zip(positions, starts_of(batch), strict=True):
             pieces = []
@@ -223,5 +223,5 @@ def _put(file: Any, row: int, values: torch.Tensor, dtype: np.dtype[Any]) -> Non
 
 
 def _dtype_of(width: int) -> np.dtype[Any]:
-    """Of tokens; the smallest that PyTorch can be handed."""
+    """The smallest dtype for token ids that PyTorch can read."""
     return np.dtype(np.uint16 if width <= 1 << 16 else np.int32)

@@ -1,6 +1,6 @@
-"""Whose output a model is trained to have: its own under dense attention, or another model's.
+"""Teachers, whose outputs a model is trained to reproduce: the model itself with dense attention, or another model.
 
-Dimensions: B rows, T tokens of each, D width of the teacher.
+Dimensions: B rows, T tokens per row, D width of the teacher.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ _log = logging.getLogger(__name__)
 
 
 class TeacherPass(ABC):
-    """What a teacher makes of the tokens that the model is trained on.
+    """A teacher's outputs for the tokens that the model is trained on.
 
     Attributes:
-        layers: the output (B T, D) of each decoder layer that was asked for, by its number.
+        layers: the output (B T, D) of each requested decoder layer, by layer index.
     """
 
     layers: dict[int, Tensor]
 
     @abstractmethod
     def rows(self, where: Tensor) -> tuple[Tensor, ...]:
-        """What :meth:`distributions` needs of some positions (M,), M rows of each."""
+        """The inputs of :meth:`distributions` at some positions (M,): tensors with M rows each."""
 
     @abstractmethod
     def distributions(self, own: Head, temperature: float, top_n: int | None) -> Callable[..., Distribution]:
-        """A function from the model's V and R of those rows to what is taught there.
+        """A function that maps the model's V and R of these rows to the teacher's distributions there.
 
         Args:
             own: the output head of the trained model.
-            temperature: that logits are divided by.
-            top_n: how many of the most likely tokens stand by themselves; None: all.
+            temperature: the divisor of the logits.
+            top_n: how many of the most likely tokens have separate probabilities; None means all tokens.
         """
 
 
 @dataclass(frozen=True)
 class ModelPass(TeacherPass):
-    """That of a model.
+    """The outputs of a teacher model.
 
     Attributes:
-        hidden: (B T, D), what goes into its output head.
-        head: makes logits of it; None where it is the trained model's own.
+        hidden: (B T, D), the inputs of its output head.
+        head: its output head; None if it is the trained model's.
     """
 
     hidden: Tensor
@@ -77,35 +77,35 @@ class ModelPass(TeacherPass):
         return (self.hidden[where],)
 
     def distributions(self, own: Head, temperature: float, top_n: int | None) -> Callable[..., Distribution]:
-        """From the head's logits."""
+        """The distributions from the head's logits."""
         with torch.no_grad():
             head = (self.head or own).as_autocast()
         return lambda width, rows: Distribution.of(head.logits(rows)[:, :width] / temperature, top_n)
 
 
 class Teacher(ABC):
-    """A pass over a batch without gradient, once for all objectives that have the same teacher."""
+    """A teacher runs over a batch without gradients, once for all objectives that share it."""
 
     @abstractmethod
     def run(self, model: Any, batch: TrainBatch, inputs: Mapping[str, Any], layers: Sequence[int]) -> TeacherPass:
-        """The pass.
+        """Run the teacher over a batch.
 
         Args:
-            model: the one that is trained, its rule attached.
-            batch: that it is trained on.
-            inputs: of the model's forward.
+            model: the trained model, with its rule enabled.
+            batch: the training batch.
+            inputs: the inputs of the model's forward.
             layers: the decoder layers whose outputs are needed.
         """
 
     @abstractmethod
     def shape(self, of_model: Shape) -> Shape | None:
-        """What decides its arithmetic, given that of the trained model; known once it has taught. None: it has none."""
+        """The teacher's shape, for counting operations, known after its first run; None if it computes nothing."""
 
-    def check(self, tokenizer: Any) -> None:  # noqa: B027 - oneself is always fit to teach
-        """Raise a UserError unless it can teach a model with a tokenizer."""
+    def check(self, tokenizer: Any) -> None:  # noqa: B027 - a model can always teach itself
+        """Raise a UserError unless the teacher can teach a model with this tokenizer."""
 
-    def open(self, data: str, vocabulary: int) -> None:  # noqa: B027 - most read nothing
-        """Open what it reads from the disk; a UserError if it is not there.
+    def open(self, data: str, vocabulary: int) -> None:  # noqa: B027 - most read nothing from the disk
+        """Open the files that the teacher reads; a UserError if they are missing.
 
         Args:
             data: fingerprint of the training split.
@@ -115,10 +115,10 @@ class Teacher(ABC):
 
 @dataclass(frozen=True)
 class OwnDense(Teacher):
-    """The trained model's current weights under dense attention: no second copy of them, and dropout off.
+    """The trained model's current weights with dense attention and without dropout; they are not copied.
 
     Args:
-        adapters: whether adapters, or scores of spectra, are on; without them it is the base model.
+        adapters: use the adapters, or the scores of spectra; if false, the teacher is the base model.
     """
 
     adapters: bool = True
@@ -132,17 +132,17 @@ class OwnDense(Teacher):
         return ModelPass(hidden, None, found)
 
     def shape(self, of_model: Shape) -> Shape:
-        """The model's own."""
+        """The shape of the trained model."""
         return of_model
 
 
 @dataclass(frozen=True)
 class Loaded(Teacher):
-    """Another model under dense attention, loaded once, frozen; where the trained one is sharded, its layers are, too.
+    """Another model with dense attention, loaded once and frozen. If the trained model is sharded, so are its layers.
 
     Args:
-        source: a fit's checkpoint, a folder or a hub name.
-        dtype: of its weights.
+        source: a checkpoint of a fit, a folder or a hub name.
+        dtype: the dtype of its weights.
     """
 
     source: str
@@ -154,7 +154,7 @@ class Loaded(Teacher):
         """See :class:`Teacher`."""
         teacher = self._model(model, inputs["input_ids"].device)
         if LAYOUT in inputs and enabled_config(teacher) is None:
-            # Packed sequences must not see each other.
+            # Keeps packed sequences from seeing each other.
             count = teacher.config.get_text_config().num_hidden_layers
             enable(teacher, LRSAConfig(dense_layers=tuple(range(count))))
         made: list[Head] = []
@@ -168,29 +168,29 @@ class Loaded(Teacher):
         return ModelPass(hidden, made[0], found)
 
     def shape(self, of_model: Shape) -> Shape:
-        """That of the other model."""
+        """The shape of the teacher model."""
         return Shape.of(self._held[0])
 
     def check(self, tokenizer: Any) -> None:
-        """Refuse a teacher of another vocabulary, and warn of one that was trained under a rule.
+        """Refuse a teacher with another vocabulary, and warn if it was trained with a rule.
 
         Args:
-            tokenizer: that of the trained model.
+            tokenizer: the trained model's tokenizer.
 
         Raises:
-            UserError: its tokens are others, or there is no such model.
+            UserError: the teacher has another vocabulary, or does not exist.
         """
         with named("teacher"):
             trained = trained_model(self.source, self.dtype)
             own, other = tokenizer.get_vocab(), trained.tokenizer.get_vocab()
         if own != other:
-            reason = f"has another vocabulary ({len(other)} tokens) than the trained model ({len(own)})"
+            reason = f"has a different vocabulary ({len(other)} tokens) from the trained model's ({len(own)})"
             raise UserError("teacher", self.source, reason=reason)
         if trained.rule is not None:
-            _log.warning("teacher %s was trained with %s and teaches with dense attention", self.source, trained.rule)
+            _log.warning("teacher %s was trained with %s but runs with dense attention", self.source, trained.rule)
 
     def digest(self) -> str:
-        """Names what it teaches, by the contents of its files; a UserError if there is no such model."""
+        """A digest of the teacher's files; a UserError if the model does not exist."""
         with named("teacher"):
             return digest_of(self.source, trained_model(self.source, self.dtype))
 
@@ -207,7 +207,7 @@ class Loaded(Teacher):
 
 @contextlib.contextmanager
 def outputs_of_layers(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """The outputs (B T, D) of some decoder layers of the forward pass in a block, by number."""
+    """Record the outputs (B T, D) of some decoder layers, by layer index, in the forward pass of a with block."""
     found: dict[int, Tensor] = {}
 
     def keep(number: int, output: Any) -> None:
@@ -226,33 +226,33 @@ def outputs_of_layers(model: Any, layers: Sequence[int]) -> Iterator[dict[int, T
 
 
 def check_own_teachers(teachers: Sequence[Teacher], *, beside: bool) -> None:
-    """Refuse that a model which trains with dense attention teaches itself what it says anyway.
+    """Refuse self-distillation for a model that trains with dense attention: it would equal its teacher.
 
     Args:
-        teachers: of its objective.
-        beside: whether there are adapters, or scores of spectra, that a teacher may do without.
+        teachers: the teachers of its objective.
+        beside: whether there are adapters, or scores of spectra, that a teacher can leave out.
 
     Raises:
-        UserError: one would.
+        UserError: a teacher equals the trained model.
     """
     if any(isinstance(each, OwnDense) and (each.adapters or not beside) for each in teachers):
         hint = "set train_attention, or name another teacher"
         if beside:
-            hint += ", or the model without what is trained: adapters: false"
-        reason = "a model that trains with dense attention teaches itself nothing"
+            hint += ", or use the base model without the trained part: adapters: false"
+        reason = "a model that trains with dense attention cannot learn from itself with dense attention"
         raise UserError("objective", reason=reason, hint=hint)
 
 
 @contextlib.contextmanager
 def _without_additions(model: Any) -> Iterator[None]:
-    """The base model alone, without adapters and scores of spectra, if there are any."""
+    """Run the model without its adapters or scores of spectra, if it has any."""
     if not hasattr(model, "disable_adapter"):
         with without_scores(model):
             yield
         return
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     with model.disable_adapter():
-        # peft freezes them meanwhile, and a sharded model never trains what it gathers frozen the first time.
+        # peft freezes adapters here, and a sharded model never trains weights that are frozen when first gathered.
         for weight in trained:
             weight.requires_grad_(True)
         yield

@@ -1,4 +1,4 @@
-"""How much arithmetic an objective asks for."""
+"""The floating-point operations of an objective."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lrsa_lit.objectives.objective import Objective, Term
 
 
 def flops(objective: Objective, shape: Shape, sizes: Sequence[ExampleSize], rule: LRSAConfig | None) -> int:
-    """Floating-point operations of the model's passes over some examples, and of the teachers'.
+    """Floating-point operations of the model's and the teachers' passes over some examples.
 
     Args:
-        objective: the run's.
-        shape: the model's.
-        sizes: of the examples.
-        rule: the training attention; None is dense.
+        objective: the objective of the run.
+        shape: the shape of the model.
+        sizes: the sizes of the examples.
+        rule: the training attention; None means dense.
     """
     lengths = [tokens for size in sizes for tokens in size.sequences]
 

@@ -136,7 +136,7 @@ def test_what_is_no_checkpoint(content, tmp_path, capfd):
         main(["ask", "--model", "last.ckpt", "text.txt", FIRST])
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
-    what = "does not exist" if content is None else "is no checkpoint"
+    what = "does not exist" if content is None else "is not a checkpoint"
     assert line.startswith(f"lrsa: error: --model: last.ckpt {what}")
 
 
