@@ -122,13 +122,13 @@ def test_what_does_not_suit_is_refused(capfd, elsewhere):
     told = refusal(capfd, *answer, "--model.lrsa.top_k", "16")
     assert told == "model.lrsa.top_k: 16 is not read by the system ICFormer; leave one of them out"
     told = refusal(capfd, *answer, "--model.lrsa.dense_layers", "[0]")
-    assert told == "model.lrsa.dense_layers: is not allowed beside digests: the LLM attends to all digests"
+    assert told == "model.lrsa.dense_layers: is not allowed with digests: the LLM attends to all digests"
     told = refusal(capfd, *answer, "--model.digests.init_args.count", "33")
     assert told.startswith("model.digests.init_args.count: 33 is not allowed; it must be at most chunk, which is 32")
     told = refusal(capfd, *answer, "--model.backbone.lora", "{rank: 2}")
-    assert told == "model.backbone.lora: is not allowed beside digests: the LLM is frozen"
+    assert told == "model.backbone.lora: is not allowed with digests: the LLM is frozen"
     told = refusal(capfd, *repeat, "--model.generate_answers", "true")
-    assert told.startswith("model.generate_answers: is not allowed beside digests: what is repeated is judged")
+    assert told.startswith("model.generate_answers: is not allowed with digests: the stage repeat is evaluated")
     told = refusal(capfd, *answer, "--data.init_args.packing", "{tokens: 900}", "--data.init_args.batch_size", "1")
     assert told == "data.init_args.packing: is not allowed beside model.digests; it must be null"
     told = refusal(capfd, *answer, "--data.init_args.max_tokens", "40000")
@@ -144,7 +144,7 @@ def test_what_does_not_suit_is_refused(capfd, elsewhere):
     chats = ["--data", "lrsa_lit.data.ChatFiles", *(f"--data.init_args.{name}=data/sample-chats.jsonl" for name in
                                                      ("train", "val", "test"))]  # fmt: skip
     told = refusal(capfd, *answer, *chats)
-    assert told.startswith("data: has examples that do not tell their context from what is asked")
+    assert told.startswith("data: has examples without a marked context")
     other_model()
     for command in ([*answer, "--model.start_from"], ["test", *STAGES["answer"], "--ckpt_path"]):
         told = refusal(capfd, *command, str(first), "--model.backbone.source", "./other")

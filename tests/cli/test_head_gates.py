@@ -118,9 +118,9 @@ def test_what_gates_do_not_go_with_is_told_in_one_line(capfd):
     error = refusal(capfd, "fit", *SHIPPED, "--model.head_gates.init_args.recent", "0")
     assert error == "model.head_gates.init_args.recent: 0 is not allowed; it must be an integer >= 1"
     error = refusal(capfd, "fit", *SHIPPED, "--model.head_gates.init_args.recent", "900")
-    assert error.startswith("model.head_gates.init_args.recent: 900 leaves nothing of 900 tokens")
+    assert error.startswith("model.head_gates.init_args.recent: 900 and sink_size ")
     error = refusal(capfd, "fit", *SHIPPED, "--model.objective", "LanguageModelLoss")
-    assert error == "model.objective: is not allowed beside head_gates: gates train alone"
+    assert error == "model.objective: is not allowed with head_gates: only gates are trained"
     error = refusal(capfd, "fit", *SHIPPED, "--config", "configs/trainer/fsdp.yaml", "--trainer.devices", "1")
     assert error == "trainer.strategy: cannot train model.head_gates where the model is sharded"
     gates = {"class_path": "lrsa_lit.tasks.HeadGates"}

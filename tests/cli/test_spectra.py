@@ -123,7 +123,7 @@ def test_what_spectra_do_not_go_with_is_told_in_one_line(capfd):
     error = refusal(capfd, "fit", *SHIPPED, "--model.spectra.init_args.dense_layers", "[7]")
     assert error.startswith("model.spectra.init_args.dense_layers: [7] is not allowed; it must be from 0 to 1")
     error = refusal(capfd, "fit", *SHIPPED, "--model.backbone.lora", "{rank: 2}")
-    assert error == "model.backbone.lora: is not allowed beside spectra: all weights are frozen"
+    assert error == "model.backbone.lora: is not allowed with spectra: all weights are frozen"
     error = refusal(capfd, "fit", *SHIPPED, "--model.objective.init_args.adapters", "true")
     assert error.startswith("model.objective: a model that trains with dense attention cannot learn from itself")
     error = refusal(capfd, "fit", *SHIPPED, "--config", "configs/trainer/fsdp.yaml", "--trainer.devices", "1")
@@ -131,7 +131,9 @@ def test_what_spectra_do_not_go_with_is_told_in_one_line(capfd):
     one_rate = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 24}}
     Path("rate.yaml").write_text(yaml.safe_dump({"model": {"lr_scheduler": one_rate}}))
     error = refusal(capfd, "fit", *SHIPPED, "--config", "rate.yaml")
-    assert error.startswith("model.lr_scheduler: 'OneCycleLR' is not allowed; it must be one that multiplies the rate")
+    assert error.startswith(
+        "model.lr_scheduler: 'OneCycleLR' is not allowed; it must be a schedule that scales"
+    )
     assert not list(Path("runs").rglob("*"))
 
 

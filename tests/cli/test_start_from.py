@@ -70,4 +70,4 @@ def test_adapters_and_all_weights_do_not_go_together(tmp_path, capfd):
     adapters = fit(tmp_path / "adapters", *LORA, steps=1)
     line = refusal(capfd, *FIT, "--model.start_from", str(adapters))
     assert "model.start_from: " in line
-    assert "holds adapters, and this run trains all weights; lrsa export makes it a model.backbone.source" in line
+    assert "holds adapters, but this run trains all weights; convert it by lrsa export" in line

@@ -75,7 +75,7 @@ def test_the_runs_own_row_is_headed_by_its_system(tmp_path, capfd):
         (["--config", "sys.yaml", "--model.evaluate", "{x: {top_k: 4}}"], ["model.evaluate.x.top_k: 4", "KeyNorm"]),
         (["--config", "sys.yaml", "--model.train_attention", "{top_k: 4}"], ["model.train_attention.top_k: 4"]),
         (["--model.lrsa.system", "FreqKV", "--model.train_top_k", "SampledTopK", "--model.train_top_k.choices", "[4]"],
-         ["model.train_top_k: it is not allowed beside system, which has no K"]),
+         ["model.train_top_k: it is not allowed with system, which has no K"]),
         (["--model.evaluate", "{x: {system: {class_path: AdaKV, init_args: {scorer: {class_path: SnapKV,"
           " init_args: {window: 0}}}}}}"], ["model.evaluate.x.system.init_args.scorer.init_args.window: 0 is not"]),
         (["--model.evaluate", "{4: {top_k: 4}}"], ["model.evaluate: 4 is not allowed", "a name of letters"]),
@@ -111,4 +111,4 @@ def test_a_checkpoint_of_a_system_says_so_where_it_runs_without(tmp_path, caplog
 
 def test_a_system_that_cannot_train_is_not_trained(capfd):
     error = refusal(capfd, "fit", *DEBUG, *NO_LOGGER, "--model.lrsa.system", "ExpectedAttention")
-    assert "model.train_attention: 'ExpectedAttention' is a system that cannot train" in error
+    assert "model.train_attention: 'ExpectedAttention' is a system that cannot be trained with" in error

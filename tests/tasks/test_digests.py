@@ -355,7 +355,7 @@ def test_examples_that_cannot_be_digested_are_refused():
         made.digests.read(made.model, collate([EXAMPLES[0] | {"prompt_length": 5}], END))
     long = ExampleSize(8184, 0, context=8184)
     made.digests.check_size(long, 7)
-    with refused("backbone", reason="has 8192 positions, and an example of 8184 tokens takes 8193"):
+    with refused("backbone", reason="has 8192 positions, but an example of 8184 tokens needs 8193"):
         made.digests.check_size(long, 8)
 
 

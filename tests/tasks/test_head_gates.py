@@ -263,7 +263,7 @@ def test_a_size_of_what_is_evaluated_is_named_whole():
 def test_texts_that_hide_nothing_are_refused():
     made = task()
     made.check_objective(12, 1)
-    with refused("head_gates.init_args.recent", 9, reason="leaves nothing of 11 tokens"):
+    with refused("head_gates.init_args.recent", 9, reason="cover all of 11 tokens"):
         made.check_objective(11, 1)
 
 

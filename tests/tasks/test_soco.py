@@ -208,7 +208,7 @@ def test_a_schedule_keeps_the_two_rates_apart():
     made.make_scheduler = functools.partial(
         torch.optim.lr_scheduler.OneCycleLR, max_lr=RATE, total_steps=10, cycle_momentum=False
     )
-    with refused("lr_scheduler", "OneCycleLR", allowed="multiplies the rate of each group"):
+    with refused("lr_scheduler", "OneCycleLR", allowed="scales the rates of all groups alike"):
         made.check_optimizer()
 
 
@@ -276,7 +276,7 @@ def test_a_run_of_another_length_does_not_go_on(tmp_path):
     checkpoint = saved(made, tmp_path / "spectra.ckpt")
     made._trainer = quiet_trainer(max_steps=STEPS + 1)
     made._trainer.training = True
-    with refused("ckpt_path", reason="its run of phases is 100 steps long and cannot go on to max_steps=101"):
+    with refused("ckpt_path", reason="its sequence of phases is 100 steps long and cannot be changed to max_steps=101"):
         made.on_load_checkpoint(checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""Tasks: LightningModules that receive built parts."""
+"""Tasks: LightningModules, which receive their parts as objects."""
 
 from lrsa_lit.tasks.digests import Digests
 from lrsa_lit.tasks.head_gates import HeadGates

@@ -1,4 +1,4 @@
-"""What an evaluation under one attention finds."""
+"""The metrics of an evaluation with one attention."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lrsa_lit.evaluation.answers import Answers, means, perplexity, scores
 
 
 class AnswerMeter:
-    """Losses and scores of the answers of one process: of all (""), and of each data set of a mixture and each task.
+    """Sums of the losses and scores of one process's answers: over all (""), and per data set of a mixture and task.
 
     Args:
-        generated: whether there are generated answers; else there are losses alone.
+        generated: whether answers are generated; if not, there are only losses.
     """
 
     def __init__(self, *, generated: bool = True) -> None:
@@ -23,13 +23,13 @@ class AnswerMeter:
         self.reset(())
 
     def reset(self, groups: Iterable[str], texts: Container[str] = ()) -> None:
-        """Start anew, with sums for these parts; those of plain text (``texts``) have a perplexity."""
+        """Start again with sums for these groups; groups of plain text (``texts``) also get a perplexity."""
         self._texts = texts
         self.sums: dict[str, Counter[str]] = {name: Counter() for name in ("", *groups)}
         self.usages: list[Usage] = []
 
     def update(self, answers: Answers, batch: Batch, usage: Usage | None = None) -> None:
-        """Add the answers to a batch, except those of rows that count on another device, and what it took."""
+        """Add a batch's answers and usage, without rows that are counted on another device."""
         if usage is not None:
             prompts = zip(usage.rows, batch["source_length"], batch["prompt_length"], batch["repeated"], strict=True)
             rows = [row.shortened(source, own) for row, source, own, repeated in prompts if not repeated]
@@ -44,7 +44,7 @@ class AnswerMeter:
                 self.sums[group].update(counted)
 
     def means(self, of_processes: Sequence[dict[str, Counter[str]]]) -> dict[str, float]:
-        """The means over the ``sums`` of all processes by name: ``loss``, ``f1`` …, and of a part ``needle/f1`` …."""
+        """The means over the ``sums`` of all processes, by name: ``loss``, ``f1`` …, and ``needle/f1`` … for groups."""
         found: dict[str, float] = {}
         for group in self.sums:
             values = means([sums[group] for sums in of_processes], generated=self.generated)

@@ -1,4 +1,4 @@
-"""The attentions that settings ask for, as rules."""
+"""Build the rules of the attentions in settings, and check them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrsa_lit.systems.icformer import ICFormer
 
 
 def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | None:
-    """The rule with some values changed, each of which must be read; None is dense. Errors name ``field``."""
+    """The rule with some values changed, all of which must have an effect; None means dense. Errors name ``field``."""
     if changes is None:
         return None
     with under(field):
@@ -28,10 +28,10 @@ def derived(field: str, own: LRSAConfig, changes: Attention) -> LRSAConfig | Non
 
 
 def check_weight(rule: LRSAConfig) -> None:
-    """Refuse a value weight that somebody has set and the compressor does not read; files may hold one.
+    """Refuse a value weight that was set but that the compressor does not use.
 
     Raises:
-        UserError: it is not 1, and the compressor has none.
+        UserError: it is not 1, and the compressor has no value weight.
     """
     if rule.value_weight != 1 and rule.system is None and not isinstance(rule.compressor, ValueWeighted):
         reason = f"is not read by the compressor {type(rule.compressor).__name__}"
@@ -39,13 +39,13 @@ def check_weight(rule: LRSAConfig) -> None:
 
 
 def check_names(attentions: Collection[str], groups: Iterable[str]) -> None:
-    """Raise a UserError if an attention is named as a part of the data, so that scores of both would be one."""
+    """Raise a UserError if an attention has the name of a data set or task, because their metrics would collide."""
     if both := {group.partition("/")[0] for group in groups} & set(attentions):
         raise UserError("evaluate", min(both), "another name than those of the data sets and tasks")
 
 
 def check_layers(rules: Mapping[str, LRSAConfig | None], count: int, heads: int | None) -> None:
-    """Raise a UserError if a rule, by its setting, names layers beyond ``count``, or other key-value heads."""
+    """Raise a UserError if a rule, named by its setting, uses layers or heads that the model does not have."""
     for field, rule in rules.items():
         if rule is not None:
             with under(field), of_system(rule):
@@ -53,7 +53,7 @@ def check_layers(rules: Mapping[str, LRSAConfig | None], count: int, heads: int 
 
 
 def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LRSAConfig | None]:
-    """The rules to evaluate under, by name: the run's own as "", then the further ones."""
+    """The rules to evaluate, by name: the run's own as "", then the further ones."""
     with under("lrsa"):
         check_weight(own)
         rules: dict[str, LRSAConfig | None] = {"": _without_digests(own)}
@@ -61,14 +61,14 @@ def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LR
         if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
             raise UserError("evaluate", name, "a name of letters, digits, - and _")
         if name in rules:
-            raise UserError("evaluate", name, f"another name: {name.rpartition('-')[0]} stands for it as well")
+            raise UserError("evaluate", name, f"another name, because {name.rpartition('-')[0]} expands to it, too")
         rules[name] = derived(f"evaluate.{name}", own, changes)
     return rules
 
 
 @contextlib.contextmanager
 def of_system(rule: LRSAConfig | None) -> Iterator[None]:
-    """Name the arguments of a rule's system, about which it complains in the block, as the rule's own arguments do."""
+    """In a with block, prefix errors about arguments of a rule's system with ``system.init_args``."""
     try:
         yield
     except UserError as error:
@@ -79,7 +79,7 @@ def of_system(rule: LRSAConfig | None) -> Iterator[None]:
 
 
 def _without_digests(rule: LRSAConfig) -> LRSAConfig:
-    """The rule; a UserError if it is what digests alone make, without which it would be dense attention."""
+    """The rule; a UserError if its system is the one that only digests may create."""
     if isinstance(rule.system, ICFormer):
-        raise UserError("system", "ICFormer", reason="is what digests train and evaluate", hint="set model.digests")
+        raise UserError("system", "ICFormer", reason="is created by digests", hint="set model.digests instead")
     return rule

@@ -1,6 +1,6 @@
-"""A trained model with its own dense attention, which writes and is asked outside of runs.
+"""A trained model with its own dense attention, for generating text outside runs.
 
-Dimensions: B prompts, T tokens of the longest one.
+Dimensions: B prompts, T tokens of the longest prompt.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class DenseModel:
-    """A model and its tokenizer on a device, frozen; whatever rule it was trained with, nothing is dropped.
+    """A frozen model and its tokenizer on a device. It uses dense attention, even if it was trained with a rule.
 
     Args:
         trained: the model, which is loaded here.
-        device: where it runs.
+        device: the device to run on.
     """
 
     def __init__(self, trained: Trained, device: torch.device) -> None:
@@ -33,19 +33,19 @@ class DenseModel:
         self.device = device
         self.tokenizer: PreTrainedTokenizerBase = trained.tokenizer
         self.model: Any = base_of(trained.build().to(device).eval().requires_grad_(False))
-        # Defaults of a model's own, such as a penalty of repetitions, would change what is the likeliest token.
+        # A model's generation defaults, such as a repetition penalty, would change the greedy choice.
         self.model.generation_config = GenerationConfig()
         self._stops = stop_tokens(self.tokenizer)
 
     @torch.no_grad()
     def answers(self, prompts: Tensor, mask: Tensor, max_new_tokens: int, **drawing: Any) -> list[str]:
-        """What follows each prompt, up to a special token.
+        """The generated text after each prompt, up to a special token.
 
         Args:
             prompts: (B, T) int64, padded on the left.
-            mask: (B, T) int64, 1 on tokens and 0 on padding.
-            max_new_tokens: most tokens of an answer.
-            drawing: arguments of transformers' ``generate`` that draw; the likeliest tokens without any.
+            mask: (B, T) int64, 1 for tokens and 0 for padding.
+            max_new_tokens: the most tokens of an answer.
+            drawing: sampling arguments of transformers' ``generate``; without any, decoding is greedy.
         """
         ends = {"max_new_tokens": max_new_tokens, "eos_token_id": self._stops, "pad_token_id": self._stops[0]}
         options = {"attention_mask": mask.to(self.device), "use_cache": True, "do_sample": bool(drawing), **ends}

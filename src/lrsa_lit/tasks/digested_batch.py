@@ -1,6 +1,6 @@
-"""Batches in which vectors stand in the place of tokens. What stands where is known on the host: no step waits for it.
+"""Batches in which vectors replace tokens. They are built from host data, so training does not wait for the device.
 
-Dimensions: B rows, N chunks, n tokens of the longest.
+Dimensions: B rows, N chunks, n tokens of the longest chunk.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ AnyBatch = TypeVar("AnyBatch", bound=TrainBatch)
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a batch, rewritten.
+    """A rewritten row of a batch.
 
     Attributes:
-        parts: in order, columns of the row as it was, as a range, or token ids that were not in it.
+        parts: the row's parts in order: a range of columns of the original row, or new token ids.
         learnt: positions [start, end) that have a loss.
-        prompt: tokens before the answer.
+        prompt: number of tokens before the answer.
     """
 
     parts: Sequence[range | list[int]]
@@ -37,17 +37,17 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """The number of tokens."""
         return sum(map(len, self.parts))
 
 
 def rewritten(batch: AnyBatch, rows: Sequence[Row], step_sizes: list[ExampleSize]) -> AnyBatch:
-    """The batch with rows rewritten, padded on the right, and, where it has them, prompts padded on the left.
+    """The batch with rewritten rows, padded on the right; prompts, if it has any, are padded on the left.
 
     Args:
-        batch: as the loader yields it.
-        rows: one for each of its own.
-        step_sizes: of the whole optimizer step.
+        batch: a batch of the loader.
+        rows: a rewritten row for each of its rows.
+        step_sizes: the sizes of all examples of the optimizer step.
     """
     ids = batch["input_ids"]
     sizes = [ExampleSize.learning(row.tokens, row.learnt) for row in rows]
@@ -76,10 +76,10 @@ def rewritten(batch: AnyBatch, rows: Sequence[Row], step_sizes: list[ExampleSize
 
 
 def chunks_of(ids: Tensor, chunks: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-    """Tokens of chunks, each a row and its columns [start, stop) there.
+    """The tokens of chunks; a chunk is a row index and columns [start, stop).
 
     Returns:
-        (N, n) padded on the right with tokens of the row, and the lengths (N,).
+        (N, n), padded on the right with arbitrary tokens of the row, and the lengths (N,).
     """
     table = np.array(chunks, dtype=np.int64).reshape(-1, 3)
     rows, starts, stops = (on_device(column, ids) for column in table.T.copy())
@@ -89,7 +89,7 @@ def chunks_of(ids: Tensor, chunks: Sequence[tuple[int, int, int]]) -> tuple[Tens
 
 
 def on_device(numbers: np.ndarray, like: Tensor) -> Tensor:  # type: ignore[type-arg]
-    """Numbers of the host beside a tensor; from pageable memory a copy may wait for the device."""
+    """Copy numbers to a tensor's device from pinned memory; a copy from pageable memory may wait for the device."""
     found = torch.from_numpy(numbers)
     return (found.pin_memory() if like.is_cuda else found).to(like.device, non_blocking=True)
 

@@ -1,6 +1,6 @@
-"""Digests that stand in the place of a context, trained in two stages (IC-Former, arXiv 2406.13618).
+"""Digests that replace a context, trained in two stages (IC-Former, arXiv 2406.13618).
 
-Dimensions: k digests of a chunk, N chunks, h width of the LLM.
+Dimensions: k digests per chunk, N chunks, h width of the LLM.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ if TYPE_CHECKING:
 
 _FIELD = "digests"
 _AE, _FT, _FIRST = -1, -2, -3
-"""Token ids of the vectors: those that begin a repetition and follow a context, and the first digest."""
+"""Token ids of the vectors AE (starts a repetition), FT (follows a context) and the first digest."""
 
 
 class Digests(TrainedPart, nn.Module):
-    """k vectors for each chunk of a context, which the LLM is given in the place of the context.
+    """k vectors per chunk of a context, which the LLM reads instead of the context.
 
-    The LLM is frozen. A context of n tokens is read in ceil(n / chunk) chunks of equal size, each for itself, from the
-    LLM's input embeddings. In the stage ``repeat`` the LLM is given [digests; AE] and is to repeat the text: so much of
-    a text, or of a question's context, as one chunk holds, from a place that is drawn anew in each step. Its loss under
-    other attentions is that of the same tokens without digests. In the stage ``answer`` the prompt has [digests; FT] in
-    the place of its context, and the answer is learnt. AE and FT are vectors that are learnt too, each in its stage.
+    The LLM is frozen. A context of n tokens is read from the LLM's input embeddings in ceil(n / chunk) chunks of equal
+    size, each independently. In the stage ``repeat``, the LLM reads [digests; AE] and learns to repeat one chunk of a
+    text or context, whose start is drawn at random in each step. Other attentions are evaluated on the same tokens
+    without digests. In the stage ``answer``, [digests; FT] replaces the context in the prompt, and the answer is
+    learned. The vectors AE and FT are also trained, each in its stage.
 
     Args:
-        stage: ``repeat`` first, then ``answer``, which ``start_from`` gives the first one's checkpoint.
-        count: digests of a chunk (k).
-        chunk: most tokens of a chunk; the paper has 512 for 128 digests.
-        layers: of cross-attention.
-        init: of the learnt vectors that digests begin as: ``zeros``, as the paper's code has it, or ``normal``.
+        stage: ``repeat`` first, then ``answer`` with the first stage's checkpoint as ``start_from``.
+        count: digests per chunk (k).
+        chunk: the most tokens in a chunk; the paper uses 512 for 128 digests.
+        layers: number of cross-attention layers.
+        init: initial values of the learned vectors: ``zeros`` as in the paper's code, or ``normal``.
 
     Raises:
-        UserError: one out of bounds, or more digests than a chunk has tokens.
+        UserError: an argument is out of bounds, or there are more digests than tokens in a chunk.
     """
 
     def __init__(
@@ -77,24 +77,24 @@ class Digests(TrainedPart, nn.Module):
         self._seconds = 0.0
 
     def begin(self, backbone: Backbone, rule: LRSAConfig, others: dict[str, Any]) -> LRSAConfig:
-        """Make the vectors and the layers for a model.
+        """Create the vectors and layers for a model.
 
         Args:
             backbone: the model.
-            rule: the run's.
-            others: arguments of the task that say how else it would train or evaluate.
+            rule: the rule of the run.
+            others: other arguments of the task about training and evaluation.
 
         Returns:
-            What the run evaluates.
+            The attention that the run evaluates.
 
         Raises:
-            UserError: something else is to be trained, or evaluated, as well.
+            UserError: another argument asks for other training or evaluation.
         """
         generates, objective = (others.pop(name, None) for name in ("generate_answers", "objective"))
         check_alone(_FIELD, others | {"backbone.lora": backbone.lora}, "the LLM is frozen")
-        check_alone(_FIELD, {"objective": not isinstance(objective, AnswerLoss | None)}, "they train on answers alone")
+        check_alone(_FIELD, {"objective": not isinstance(objective, AnswerLoss | None)}, "only answers are trained")
         repeats = self.stage == "repeat"
-        check_alone(_FIELD, {"generate_answers": repeats and generates}, "what is repeated is judged by its loss")
+        check_alone(_FIELD, {"generate_answers": repeats and generates}, "the stage repeat is evaluated by its loss")
         own = {"system": rule.system, "dense_layers": rule.dense_layers, "head_top_k": rule.head_top_k}
         own |= {"compressor": rule.compressor != LRSAConfig().compressor, "latents": rule.latents}
         check_alone(_FIELD, {f"lrsa.{name}": of for name, of in own.items()}, "the LLM attends to all digests")
@@ -107,32 +107,32 @@ class Digests(TrainedPart, nn.Module):
 
     @property
     def described(self) -> dict[str, str]:
-        """What a checkpoint says of the LLM."""
+        """The description of the LLM in a checkpoint."""
         return {BASE: base_digest(self._backbone)}
 
     def install(self, model: Any) -> None:
-        """Freeze the LLM, which digests are handed to from outside."""
+        """Freeze the LLM; digests are passed to it as inputs."""
         model.requires_grad_(False)
 
     def penalised(
         self, loss: Tensor, mean: Tensor, batch: TrainBatch, step: int, steps: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Nothing is added."""
+        """Return the loss without a penalty."""
         return loss, mean, {}
 
     def served(self, rule: LRSAConfig) -> LRSAConfig:
-        """The attention stays the same, whatever digests have become."""
+        """The same attention: training does not change it."""
         return rule
 
     def check_base(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of digests of another LLM."""
+        """Refuse a checkpoint whose digests are for another LLM."""
         check_base("ckpt_path", checkpoint, self._backbone)
 
     def start(self, checkpoint: str | None) -> None:
-        """Take the weights of a fit's checkpoint, of either stage; None keeps those that there are.
+        """Load the weights of a checkpoint of either stage; None keeps the current weights.
 
         Raises:
-            UserError: it cannot be read, is of another base LLM, or holds no digests of this number and depth.
+            UserError: it cannot be read, is for another base LLM, or holds no digests of this number and depth.
         """
         if checkpoint is None:
             return
@@ -141,14 +141,14 @@ class Digests(TrainedPart, nn.Module):
         if shapes != needed:
             differing = min(name for name in shapes | needed if shapes.get(name) != needed.get(name))
             counts = f"count {self.count} and layers {self.depth}"
-            reason = f"holds digests of another shape than {counts} make; they differ in {differing}"
+            reason = f"holds digests whose shape does not fit {counts}; they differ in {differing}"
             raise UserError("start_from", checkpoint, reason=reason)
         self.load_state_dict(held)
 
     def size_of(self, size: ExampleSize) -> ExampleSize:
-        """That of an example as the LLM gets it; a UserError if it does not say which tokens are its context."""
+        """The size of an example as the LLM reads it; a UserError if the example does not mark its context."""
         if size.context is None:
-            reason = "has examples that do not tell their context from what is asked, so there is nothing to digest"
+            reason = "has examples without a marked context, so there is nothing to digest"
             raise UserError("data", reason=reason)
         if self.stage == "repeat":
             window = min(size.context, self.chunk)
@@ -156,35 +156,36 @@ class Digests(TrainedPart, nn.Module):
         return ExampleSize(size.tokens - size.context + len(self._slots(size.context)) + 1, size.answer)
 
     def longest(self, max_tokens: int) -> int:
-        """Tokens that the LLM gets of an example of ``max_tokens`` that is all context, its answer aside."""
+        """The tokens that the LLM reads for a context of ``max_tokens``, without question and answer."""
         return self.size_of(ExampleSize(max_tokens, 0, context=max_tokens)).tokens
 
     def check_size(self, size: ExampleSize, new_tokens: int = 0) -> None:
-        """Refuse an example that leaves no room for so many tokens among the LLM's positions."""
+        """Refuse an example that, with ``new_tokens``, does not fit into the LLM's positions."""
         positions = getattr(self._backbone.config, "max_position_embeddings", None)
         needed = self.size_of(size).tokens + new_tokens
         if positions is not None and needed > positions:
-            of = f"an example of {size.tokens} tokens takes {needed} positions with digests for its context"
-            raise UserError("backbone", reason=f"has {positions} positions, and {of}")
+            of = f"an example of {size.tokens} tokens needs {needed} with digests for its context"
+            raise UserError("backbone", reason=f"has {positions} positions, but {of}")
 
     def read(
         self, model: Any, batch: AnyBatch, seed: int = 0, step: int | None = None, *, digested: bool = True
     ) -> tuple[Any, AnyBatch]:
-        """A batch as the LLM gets it, and the LLM as it gets that.
+        """Replace contexts of a batch by digests; returns a wrapped LLM that accepts them, and the batch.
 
         Args:
             model: a causal language model.
-            batch: as the loader yields it.
-            seed: of the run.
-            step: of the optimizer, by which windows of the stage ``repeat`` are drawn; None takes the first tokens.
-            digested: false, in the stage ``repeat``, for the window alone.
+            batch: a batch of the loader.
+            seed: the seed of the run.
+            step: the optimizer step, which determines the random windows of the stage ``repeat``; None uses the first
+                tokens.
+            digested: false, in the stage ``repeat``, for the same window without digests.
 
         Raises:
-            UserError: its examples are packed, do not tell their context, learn tokens of it where it is digested, or
-                need more positions than there are.
+            UserError: the examples are packed, do not mark their context, have a loss on tokens of a digested context,
+                or need more positions than the LLM has.
         """
         if batch["boundaries"] is not None:
-            raise UserError("packing", reason="is not allowed beside digests", allowed="null")
+            raise UserError("packing", reason="is not allowed with digests", allowed="null")
         began = time.perf_counter()
         rows: list[Row] = []
         chunks: list[tuple[int, int, int]] = []
@@ -207,15 +208,15 @@ class Digests(TrainedPart, nn.Module):
         return self._soft, found
 
     def evaluated(self, model: Any, batch: Batch, *, own: bool) -> tuple[Any, Batch]:
-        """As :meth:`read`, to evaluate under the run's ``own`` attention, or under another, which has no digests."""
+        """:meth:`read` for evaluation with the run's ``own`` attention, or with another, which has no digests."""
         return self.read(model, batch, digested=own) if own or self.stage == "repeat" else (model, batch)
 
     def usage(self, usage: Usage, batch: Batch) -> Usage:
-        """What answering a batch has taken, as shares of the tokens that it had before, and with the digests' work.
+        """Correct the measured usage of a batch: include the reader's work, and compare with the undigested prompt.
 
         Args:
-            usage: as it was measured, of the LLM.
-            batch: as the loader yields it, the last one that was read.
+            usage: the measured usage of the LLM.
+            batch: the loader's batch, which must be the last one that :meth:`read` got.
         """
         rows = []
         for row, length, context in zip(usage.rows, batch["prompt_length"], batch["contexts"], strict=True):
@@ -235,12 +236,12 @@ class Digests(TrainedPart, nn.Module):
         return usage._replace(rows=rows, first_token=usage.first_token + self._seconds)
 
     def _slots(self, length: int, first: int = 0) -> list[int]:
-        """Token ids of the digests of so many tokens, whose first chunk is the ``first``."""
+        """Token ids of the digests of ``length`` tokens; ``first`` is the index of their first chunk."""
         count = self.count * len(self.system.spans(length))
         return list(range(_FIRST - first * self.count, _FIRST - first * self.count - count, -1))
 
     def _digestible(self, batch: TrainBatch, number: int, seed: int, step: int | None) -> Span:
-        """Columns [start, end) of what is digested of a row: its context, or a window of it that one chunk holds."""
+        """Columns [start, end) to digest in a row: its context, or, in the stage ``repeat``, one chunk of it."""
         start, end = batch["contexts"][number] or (0, 0)
         room = end - start - self.chunk
         if self.stage == "answer" or room <= 0:
@@ -256,7 +257,7 @@ class Digests(TrainedPart, nn.Module):
 
     def _vectors(self, model: Any, ids: Tensor, chunks: list[tuple[int, int, int]]) -> Tensor:
         """(2 + N k, h): AE, FT, then the digests."""
-        # Without any context one chunk of a token stands in: each weight then has a gradient, which DDP waits for.
+        # Without any context, use one chunk of a single token, because DDP needs a gradient for every weight.
         tokens, lengths = chunks_of(ids, chunks or [(0, 0, 1)])
         embeddings = model.get_input_embeddings()(tokens)
         digests = self.reader(embeddings, lengths)[: len(chunks)]
@@ -264,10 +265,10 @@ class Digests(TrainedPart, nn.Module):
 
 
 def _answering(digests: list[int], start: int, end: int, batch: TrainBatch, number: int) -> Row:
-    """A row with digests in the place of the columns [start, end)."""
+    """A row in which digests replace the columns [start, end)."""
     learnt, moved = batch["learnt"][number], len(digests) - (end - start)
     if learnt[0][0] < end:
-        reason = "learns tokens of the context itself, which digests stand for; the stage repeat is for texts"
+        reason = "has a loss on tokens of the context, which digests replace; use the stage repeat for texts"
         raise UserError("data", reason=reason)
     prompts: Sequence[int] = batch.get("prompt_length", [0] * (number + 1))  # type: ignore[assignment]
     parts: list[range | list[int]] = [range(start), digests, range(end, batch["sizes"][number].tokens)]

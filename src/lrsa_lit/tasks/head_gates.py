@@ -1,4 +1,4 @@
-"""Gates of key-value heads that are trained in the place of weights (DuoAttention, arXiv 2410.10819).
+"""Gates of key-value heads, trained instead of weights (DuoAttention, arXiv 2410.10819).
 
 Dimensions: N layers, H key-value heads, D width of the model.
 """
@@ -31,21 +31,21 @@ _FIELD = "head_gates"
 
 
 class HeadGates(TrainedPart, nn.Module):
-    """One gate for each head: how much of dense attention it gets, the rest being sinks and recent tokens.
+    """One gate per head: the weight of dense attention; the rest is streaming attention to sinks and recent tokens.
 
-    All weights are frozen. Training minimises the mean squared error of the last hidden states to those under dense
-    attention, where they predict the answer's tokens, and ``penalty`` times the mean gate. Gates begin at 1 and are
-    clipped to [0, 1] after each step. Data should have answers that the context must be searched for, such as passkeys.
+    All weights are frozen. Training minimises the mean squared error of the last hidden states, compared with dense
+    attention, at the positions that predict the answer, plus ``penalty`` times the mean gate. Gates start at 1 and are
+    clipped to [0, 1] after each step. Use data whose answers must be searched for in the context, such as passkeys.
     Validations evaluate DuoAttention with the gates.
 
     Args:
-        sink_size: first tokens that streaming attention sees in training (>= 0).
-        recent: last ones, the query's own among them (>= 1).
+        sink_size: number of first tokens that streaming attention sees in training (>= 0).
+        recent: number of last tokens that it sees, including the query's own (>= 1).
         penalty: factor of the mean gate (>= 0).
-        served: arguments of the DuoAttention that is evaluated: sparsity, sink_size, recent.
+        served: arguments of the evaluated DuoAttention: sparsity, sink_size, recent.
 
     Raises:
-        UserError: one out of bounds.
+        UserError: an argument is out of bounds.
     """
 
     gates: nn.Parameter
@@ -66,23 +66,23 @@ class HeadGates(TrainedPart, nn.Module):
         check_setting("served", served, known, "settings with some of sparsity, sink_size, recent")
 
     def begin(self, backbone: Backbone, rule: LRSAConfig, others: dict[str, Any]) -> LRSAConfig:
-        """Make a gate for each head of a model.
+        """Create a gate for each head of a model.
 
         Args:
             backbone: the model.
-            rule: the run's.
-            others: arguments of the task that say how else it would train.
+            rule: the rule of the run.
+            others: other arguments of the task about training.
 
         Returns:
-            What the run evaluates.
+            The attention that the run evaluates.
 
         Raises:
-            UserError: something else is to be trained, or evaluated, as well.
+            UserError: another argument asks for other training or evaluation.
         """
-        check_alone(_FIELD, others, "gates train alone")
+        check_alone(_FIELD, others, "only gates are trained")
         check_alone(_FIELD, {"backbone.lora": backbone.lora}, "all weights are frozen")
         own = {"system": rule.system, "dense_layers": rule.dense_layers, "head_top_k": rule.head_top_k}
-        check_alone(_FIELD, {f"lrsa.{name}": of for name, of in own.items()}, "the heads' gates say what is dense")
+        check_alone(_FIELD, {f"lrsa.{name}": of for name, of in own.items()}, "the gates decide which heads are dense")
         self.gates = nn.Parameter(torch.ones(backbone.config.num_hidden_layers, heads_of(backbone.config)))
         with under(f"{_FIELD}.init_args.served"):
             return rule.replace(system=DuoAttention(self.table, **self.arguments))
@@ -95,12 +95,12 @@ class HeadGates(TrainedPart, nn.Module):
 
     @property
     def attention(self) -> LRSAConfig:
-        """What gates train under."""
+        """The training attention."""
         return LRSAConfig(system=GatedHeads(lambda: self.gates, self.sink_size, self.recent))
 
     @property
     def objective(self) -> Term:
-        """What they minimise besides the penalty."""
+        """The objective besides the penalty."""
         return _LastHidden()
 
     def install(self, model: Any) -> None:
@@ -108,24 +108,24 @@ class HeadGates(TrainedPart, nn.Module):
         model.requires_grad_(False)
 
     def prepare(self, optimizer: Optimizer) -> None:
-        """Clip behind each step."""
+        """Clip the gates after each optimizer step."""
         optimizer.register_step_post_hook(self.clip)
 
     def served(self, rule: LRSAConfig) -> LRSAConfig:
-        """What :meth:`begin` returned, its size maybe changed since, with the gates as they are now."""
+        """The attention of :meth:`begin` with the current gates; its size may have been changed since."""
         assert isinstance(rule.system, DuoAttention)
         return rule.replace(system=dataclasses.replace(rule.system, gates=self.table))
 
     def check(self, max_tokens: int, steps: int) -> None:
         """Raise a UserError if streaming attention would see all of the longest example."""
         if self.sink_size + self.recent >= max_tokens:
-            sees = f"leaves nothing of {max_tokens} tokens to tell heads by; sink_size is {self.sink_size}"
+            sees = f"and sink_size {self.sink_size} cover all of {max_tokens} tokens, so heads would not differ"
             raise UserError(f"{_FIELD}.init_args.recent", self.recent, reason=sees)
 
     def penalised(
         self, loss: Tensor, mean: Tensor, batch: TrainBatch, step: int, steps: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Add the penalty to squared errors."""
+        """Add the penalty to the squared errors."""
         now = self.gates.detach()
         shown = {"loss/hidden": mean, "gates/mean": now.mean(), "gates/open": (now > 0.5).float().mean()}
         of_step = loss + share_of_step(batch) * self.penalty * self.gates.mean()
@@ -133,12 +133,12 @@ class HeadGates(TrainedPart, nn.Module):
 
     @torch.no_grad()
     def clip(self, *_: Any) -> None:
-        """To [0, 1]; a hook behind each step of an optimizer."""
+        """Clip the gates to [0, 1]; a hook that runs after each optimizer step."""
         self.gates.clamp_(0, 1)
 
 
 class _LastHidden(Term):
-    """Squared distance of the last hidden states to those under dense attention, mean of channels."""
+    """Squared distance of the last hidden states from those with dense attention, mean over channels."""
 
     name = "hidden"
     uses_logits = False

@@ -1,4 +1,4 @@
-"""Losses of answers where prompts are compressed in a cache, for systems that have no pass of whole sequences.
+"""Losses of answers after prompts in a compressed cache, for systems that cannot process whole sequences at once.
 
 Dimensions: B examples, A tokens of the longest answer, V vocabulary.
 """
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Sums (B,) float64 of the cross-entropies of each answer, which follows its prompt in the cache.
+    """The summed cross-entropy (B,) float64 of each answer, given its prompt in the cache.
 
-    Where several turns of a chat are learnt, the prompt ends with the first of them, and all behind it is the answer.
+    If several turns of a chat have a loss, the prompt ends before the first of them, and the rest counts as the answer.
 
     Args:
-        model: a causal language model, a system enabled.
-        batch: to evaluate on.
-        tokenizer: the model's, for systems that have it repeat the prompt.
+        model: a causal language model with a system enabled.
+        batch: the batch to evaluate.
+        tokenizer: the model's tokenizer, for systems that repeat the prompt.
     """
     prompts, mask, answers, labels = _in_two(batch)
     cache, synced = LRSACache.of(model), is_sharded(model)
     if synced:
-        # Calls of the model take all processes: where another one has a longer answer, pads are behind these.
+        # All processes must call the model equally often, so answers are padded to the longest of all processes.
         missing = most_of_all(answers.shape[1], answers.device) - answers.shape[1]
         answers, labels = (pad(each, (0, missing), value=IGNORE_INDEX) for each in (answers, labels))
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
@@ -48,7 +48,7 @@ def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokeniz
     given, wanted = answers[:, :-1], labels[:, 1:]
     if not wanted.numel():
         return losses
-    # The last token of a shorter answer predicts nothing, and stands in the place of a pad.
+    # The last token of a shorter answer predicts nothing, so it is masked like padding.
     mask = torch.cat([seen, (answers[:, 1:] != IGNORE_INDEX).to(seen)], dim=1)
     system, count, start = cache.config.system, given.shape[1], seen.shape[1]
     for call in torch.arange(count, device=given.device).split(1 if system and system.answers_by_token else count):
@@ -60,7 +60,7 @@ def losses_behind_prompts(model: Any, batch: Batch, tokenizer: PreTrainedTokeniz
 
 
 def _in_two(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows up to their first label, (B, Tp) padded on the left, and their mask; the rest, (B, A), and its labels."""
+    """Split rows at their first label: (B, Tp) padded on the left and its mask, then the rest (B, A) and its labels."""
     starts = [[start for start, _ in spans] for spans in batch.get("learnt", ())]
     if not starts or starts == [[length] for length in batch["prompt_length"]]:
         answers = [row[row != IGNORE_INDEX] for row in batch["labels"]]

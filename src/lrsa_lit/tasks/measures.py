@@ -1,4 +1,4 @@
-"""Attentions at a budget, and what they are measured to take."""
+"""Set attentions to a budget, and measure their costs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ MEASURES = {
     "first_token_seconds": "first token, s",
     "token_seconds": "token, s",
 }
-"""What an evaluation says that its attentions took, with a title each, all as shares of what dense attention takes of
-prompts that no filter has shortened. The bytes of the cache are those at the end of the prompts, and those of ``peak``
-behind any call of the prefill; ``read`` is there for systems that look up what to read. Seconds are medians over
-batches, of the size that was asked for."""
+"""The costs of an attention in an evaluation, with their titles. All but seconds are shares of dense attention's cost
+for prompts that no filter has shortened. ``cache`` counts bytes at the end of prompts, ``peak`` the most bytes after
+any call of the prefill. ``read`` exists only for systems that look up what to read. Seconds are medians of batches."""
 
 
 def at_budgets(
@@ -33,15 +32,15 @@ def at_budgets(
     share: float | None = None,
     cache_tokens: int | None = None,
 ) -> dict[str, LRSAConfig | None]:
-    """Attentions by their names, each but dense ones set to a share of the cache of a prompt of ``max_tokens`` tokens.
+    """Set all attentions except dense ones to a share of the cache of a prompt of ``max_tokens`` tokens.
 
-    The share may be given as the tokens of a dense cache; without either they stay as they are.
+    The share may also be given as a number of tokens in a dense cache. Without either, the attentions do not change.
 
     Raises:
-        UserError: both are given, or an attention cannot be set to it.
+        UserError: both are given, or an attention cannot be set to the share.
     """
     if share is not None and cache_tokens is not None:
-        raise UserError("budget, cache_tokens", reason="one of them is allowed, not both")
+        raise UserError("budget, cache_tokens", reason="only one of them is allowed")
     if cache_tokens is not None and cache_tokens < 1:
         raise UserError("cache_tokens", cache_tokens, "an integer >= 1")
     budget = share if cache_tokens is None else min(1.0, cache_tokens / max_tokens)
@@ -61,7 +60,7 @@ def at_budgets(
 def measured(
     rules: Mapping[str, LRSAConfig | None], meters: Mapping[str, AnswerMeter], layers: int, split: str
 ) -> dict[str, float]:
-    """The :data:`MEASURES` of each attention by the names of metrics, over all processes; none without answers."""
+    """The :data:`MEASURES` of each attention, by metric name, over all processes; empty without generated answers."""
     processes = gathered({name: meter.usages for name, meter in meters.items()})
     found: dict[str, float] = {}
     for name, rule in rules.items():
@@ -69,7 +68,7 @@ def measured(
             values = shares(usages)
             left = values.pop("left")
             if rule is not None and rule.system is None:
-                # K/L, mean of layers and heads, of which dense ones keep all. Sinks and windows come on top.
+                # K/L, mean over layers and heads; dense ones count as 1. Sinks and windows are additional.
                 values["kept"] = left * float(mean_top_k(rule, layers) / rule.lag_size)
             found |= {f"{split}/{name}/{key}" if name else f"{split}/{key}": value for key, value in values.items()}
     return found

@@ -1,4 +1,4 @@
-"""The optimizer and the schedule that settings describe."""
+"""Create and check the optimizer and the schedule of the settings."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def optimizer_of(
     parameters: list[nn.Parameter],
     part: TrainedPart | None = None,
 ) -> tuple[Any, Any]:
-    """An optimizer over parameters and its schedule, or None; a UserError if one of them cannot be made.
+    """The optimizer of some parameters and its schedule, or None; a UserError if one of them cannot be created.
 
-    A part that is trained in the place of weights may group the parameters and change the optimizer.
+    A part that is trained instead of weights may group the parameters and change the optimizer.
     """
     optimizer = _built("optimizer", make_optimizer, parameters if part is None else part.groups(parameters))
     if part is not None:
@@ -34,27 +34,27 @@ def optimizer_of(
     asked = [group["lr"] for group in optimizer.param_groups]
     scheduler = _built("lr_scheduler", make_scheduler, optimizer)
     if isinstance(scheduler, ReduceLROnPlateau):
-        allowed = "one without a metric, as it is stepped after each optimizer step"
+        allowed = "a schedule without a metric, because it is stepped after each optimizer step"
         raise UserError("lr_scheduler", type(scheduler).__name__, allowed)
     first = optimizer.param_groups[0]["lr"]
     for group, rate in zip(optimizer.param_groups, asked, strict=True):
         if not math.isclose(group["lr"] * asked[0], first * rate, rel_tol=1e-6, abs_tol=1e-12):
-            allowed = "one that multiplies the rate of each group, such as CosineAnnealingLR, or null"
+            allowed = "a schedule that scales the rates of all groups alike, such as CosineAnnealingLR, or null"
             raise UserError("lr_scheduler", type(scheduler).__name__, allowed)
     return optimizer, scheduler
 
 
 def check_length(checkpoint: Mapping[str, Any], steps: int) -> None:
-    """Refuse to go on to another last step than the one that a checkpoint's schedule was made for."""
+    """Refuse to resume with another number of steps than a checkpoint's schedule was made for."""
     schedules = [("its learning-rate schedule is", state) for state in checkpoint.get("lr_schedulers", [])[:1]]
-    for what, state in (*schedules, ("its run of phases is", spectra_in(checkpoint) or {})):
+    for what, state in (*schedules, ("its sequence of phases is", spectra_in(checkpoint) or {})):
         if (planned := state.get("total_steps")) not in (None, steps):
-            reason = f"{what} {planned} steps long and cannot go on to max_steps={steps}"
+            reason = f"{what} {planned} steps long and cannot be changed to max_steps={steps}"
             raise UserError("ckpt_path", reason=f"{reason}; resume with max_steps={planned}")
 
 
 def _built(field: str, build: Callable[[Any], Built], argument: Any) -> Built:
-    """What an argument of the task builds; its complaint becomes one line that names the argument."""
+    """Call a factory from the settings; its errors become a UserError that names the argument."""
     try:
         return build(argument)
     except (TypeError, ValueError, ArithmeticError) as error:

@@ -1,4 +1,4 @@
-"""What ``lrsa predict`` writes of a question."""
+"""The JSON lines that ``lrsa predict`` writes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lrsa_lit.evaluation.answers import scores
 def prediction_lines(
     batch: Batch, texts: Sequence[str], lengths: Sequence[int], rule: LRSAConfig
 ) -> list[dict[str, Any]]:
-    """A dict, ready to be a JSON line, for each question of a batch that no other process has.
+    """A dict for a JSON line for each question of a batch, except rows that another process writes.
 
     Args:
         batch: the questions.
-        texts: the answer to each.
-        lengths: the tokens of each answer.
-        rule: that they were answered with.
+        texts: the answer to each question.
+        lengths: the number of tokens of each answer.
+        rule: the rule of the answers.
     """
     lines = []
     for row, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""Whether a question is still answered with a passage rewritten: what tells good rewritings from bad ones.
+"""Judge rewritten passages by whether a model still answers the question.
 
 Dimensions: B records.
 """
@@ -23,19 +23,19 @@ from lrsa_lit.models.head import losses_of_rows
 from lrsa_lit.tasks.dense_model import DenseModel
 
 ANSWERED = 0.5
-"""F1 from which on a question is answered."""
+"""The least F1 with which a question counts as answered."""
 HARMLESS = 0.1
-"""Nats that the loss of a token of the answer may rise by, where the question is not answered with the passage."""
+"""How much the answer's loss per token may rise (nats) if the question is not answered with the original passage."""
 
 
 class Verdict(NamedTuple):
-    """What a judge makes of a question: F1 of its answer, and the reference answer's mean loss of a token (nats)."""
+    """A judge's result for a question: the F1 of its answer, and the reference answer's mean loss per token (nats)."""
 
     f1: float
     loss: float
 
     def succeeds(self, whole: Verdict) -> bool:
-        """Whether a rewriting does, given the verdict with the passage itself."""
+        """Whether a rewriting succeeds, given the verdict ``whole`` with the original passage."""
         answered = self.f1 >= ANSWERED
         return answered or (whole.f1 < ANSWERED and self.loss - whole.loss < HARMLESS)
 
@@ -45,10 +45,10 @@ class PreferenceJudge:
 
     Args:
         trained: the model, which is loaded here.
-        device: where it runs.
-        max_tokens: most tokens of a question with its context and answer; no more than the model has positions for.
-        batch_size: questions at once.
-        max_new_tokens: most tokens of an answer.
+        device: the device to run on.
+        max_tokens: the most tokens of a question with its context and answer; limited by the model's positions.
+        batch_size: questions per batch.
+        max_new_tokens: the most tokens of an answer.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PreferenceJudge:
         self._at_once, self._longest = batch_size, max_new_tokens
 
     def verdicts(self, records: Sequence[QARecord], prompt: Prompt) -> list[Verdict | None]:
-        """One for each record; None for one that does not fit into ``max_tokens``."""
+        """A verdict for each record; None if a record does not fit into ``max_tokens``."""
         tokenizer = self._asked.tokenizer
         examples = [encode(record, tokenizer, self._most, prompt) for record in records]
         fitting = [example for example in examples if not isinstance(example, TooLong)]
@@ -75,7 +75,7 @@ class PreferenceJudge:
         return [None if isinstance(example, TooLong) else next(of_fitting) for example in examples]
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed loss and number of the tokens of each reference answer, (B,)."""
+        """The summed loss and the number of tokens of each reference answer, (B,)."""
         device, wanted = self._asked.device, targets(batch)
         ids, columns = batch["input_ids"].to(device), batch["label_columns"].to(device)
         with uncompiled():
@@ -85,16 +85,17 @@ class PreferenceJudge:
     def judged(
         self, record: QARecord, prompt: Prompt, place: int, texts: Mapping[str, str]
     ) -> list[tuple[Candidate, Verdict]] | None:
-        """Rewritings of one of a record's passages, each judged with it in the passage's place.
+        """Judge rewritings of one of a record's passages; each one replaces the passage.
 
         Args:
             record: a question with its context.
-            prompt: how it is put.
-            place: of the passage.
-            texts: the rewritings, by what has made them; equal ones are judged once, as the first.
+            prompt: the prompt's form.
+            place: the passage's index.
+            texts: the rewritings, by the name of their method; of equal ones only the first is judged.
 
         Returns:
-            Those with which the question fits into ``max_tokens``; None if it does not with the passage itself.
+            The rewritings with which the question fits into ``max_tokens``, with their verdicts; None if it does not
+            fit with the original passage.
         """
         passage = record.passages[place]
         made = {text: by for by, text in reversed(list(texts.items()))}

@@ -54,31 +54,33 @@ if TYPE_CHECKING:
 class LongContextQA(lightning.LightningModule):
     """A base LLM with lag-relative sparse attention, trained to answer questions over long contexts.
 
-    Training minimises the objective. Validation and test generate the answers greedily, with the compressed cache, and
-    log ``val/loss`` (of the answers' tokens), ``val/f1``, ``val/em`` and ``val/recall`` for the run's own rule, and the
-    same under ``val/NAME/…`` for each further attention, each data set of a mixture and each task of a data set.
+    Training minimises the objective. Validation and test generate answers greedily with the compressed cache. They log
+    ``val/loss`` (of the answers' tokens), ``val/f1``, ``val/em`` and ``val/recall`` for the run's rule, and the same as
+    ``val/NAME/…`` for each further attention, each data set of a mixture and each task of a data set.
 
     Args:
         backbone: the base LLM.
-        lrsa: the rule that the run trains and evaluates with.
-        objective: what training minimises: Distillation, LanguageModelLoss … or a Sum of several; null is AnswerLoss.
-        start_from: a fit's checkpoint (.ckpt) or a folder of adapters: training begins with its weights, at step 0 with
-            a new optimizer; null begins with the backbone's. With ``--ckpt_path`` it is not read, but for head_gates.
-        optimizer: made from the trainable parameters.
-        lr_scheduler: made from the optimizer and stepped after each optimizer step; null keeps the rate.
-        train_attention: what training changes of the rule ({} nothing, {top_k: 64} another K); null trains dense.
-        train_top_k: another K in each training step: falling (AnnealedTopK) or drawn from several (SampledTopK); null
-            keeps the one of the training attention.
-        head_gates: train gates of heads and no weights, and evaluate DuoAttention with them; null trains weights.
-        spectra: train scores of the singular values of keys and values and no weights (SoCo), and evaluate with the
-            components that are kept; null trains weights.
-        digests: train vectors that stand in the place of the context, the LLM being frozen (IC-Former); null does not.
-        evaluate: further attentions to evaluate the same weights with, by name: {dense: null, k16: {top_k: 16}}. One
-            with ``dense_layers: {only: 30}`` stands for 30, named NAME-0 to NAME-29, each with that layer alone dense;
-            {only: 30, beside: [18]} leaves layer 18 dense as well, {all_but: 30} all layers but one.
-        max_new_tokens: most tokens of a generated answer.
-        generate_answers: whether validation and test generate answers; else they find losses alone.
-        template_arguments: arguments of the model's chat template, as in {enable_thinking: false}.
+        lrsa: the rule for training and evaluation.
+        objective: the training objective: Distillation, LanguageModelLoss … or a Sum of several; null means AnswerLoss.
+        start_from: a fit's checkpoint (.ckpt) or a folder of adapters, whose weights training starts from, at step 0
+            with a new optimizer; null starts from the backbone. Ignored with ``--ckpt_path``, except for head_gates.
+        optimizer: the optimizer, created with the trainable parameters.
+        lr_scheduler: the learning-rate schedule, stepped after each optimizer step; null keeps the rate constant.
+        train_attention: changes to the rule during training ({} for none, {top_k: 64} for another K); null trains with
+            dense attention.
+        train_top_k: a schedule of K over training steps: linear (AnnealedTopK) or random (SampledTopK); null keeps the
+            training attention's K.
+        head_gates: train only gates of heads, and evaluate DuoAttention with them; null trains weights.
+        spectra: train only scores of the singular values of keys and values (SoCo), and evaluate with the kept
+            components; null trains weights.
+        digests: train vectors that replace the context, with a frozen LLM (IC-Former); null trains weights.
+        evaluate: further attentions to evaluate with the same weights, by name: {dense: null, k16: {top_k: 16}}. An
+            entry with ``dense_layers: {only: 30}`` expands to 30 attentions NAME-0 to NAME-29, each with only that
+            layer dense; {only: 30, beside: [18]} also keeps layer 18 dense; {all_but: 30} makes all layers but one
+            dense.
+        max_new_tokens: the most tokens of a generated answer.
+        generate_answers: whether validation and test generate answers; if false, they compute only losses.
+        template_arguments: arguments of the model's chat template, such as {enable_thinking: false}.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class LongContextQA(lightning.LightningModule):
         self._greedy: dict[LRSAConfig, Greedy] = {}
         # Checkpoints of adapters or gates leave the frozen base out; it is loaded from its source.
         self.strict_loading = backbone.lora is None and head_gates is None and digests is None
-        self.logs_measures = True  # but not in a fit, whose validations would log the same again and again
+        self.logs_measures = True  # except in a fit, whose validations would log the same values repeatedly
         self.model: Any = None
 
     @functools.cached_property
@@ -140,27 +142,28 @@ class LongContextQA(lightning.LightningModule):
         return with_arguments(self.backbone.tokenizer, self.template_arguments)
 
     def check_layers(self, count: int, heads: int | None = None) -> None:
-        """Raise a UserError if a rule names layers beyond the model's ``count``, or other key-value heads."""
+        """Raise a UserError if a rule's layers or key-value heads do not exist in the model."""
         rules = {f"evaluate.{name}" if name else "lrsa": rule for name, rule in self.attentions.items()}
         check_layers(rules | {"train_attention": self.train_config}, count, heads)
 
     def check_training(self) -> None:
-        """Refuse a system that no model can be trained under."""
+        """Refuse a system that models cannot be trained with."""
         system = None if self.train_config is None else self.train_config.system
         if system is not None and not system.trains:
-            raise UserError("train_attention", type(system).__name__, reason="is a system that cannot train",
-                            hint="model.train_attention: null trains dense")  # fmt: skip
+            raise UserError("train_attention", type(system).__name__, reason="is a system that cannot be trained with",
+                            hint="model.train_attention: null trains with dense attention")  # fmt: skip
 
     @property
     def part(self) -> TrainedPart | None:
-        """What is trained in the place of weights, if it is not these."""
+        """The part that is trained instead of weights, or None."""
         return self.head_gates or self.spectra or self.digests
 
     def check_objective(self, max_tokens: int, steps: int) -> None:
-        """Refuse an objective that asks for more than examples of so many tokens or the model have, or for no teacher.
+        """Check the objective, its teachers and the trained part against the data, the model and the length of the fit.
 
         Raises:
-            UserError: it does, or a part that is trained in the place of weights cannot be in so many steps.
+            UserError: the objective needs more tokens or layers than there are, a teacher does not fit the model, or
+                the trained part cannot be trained in ``steps``.
         """
         if self.part is not None:
             self.part.check(max_tokens, steps)
@@ -170,7 +173,7 @@ class LongContextQA(lightning.LightningModule):
                 teacher.check(self.tokenizer)
 
     def open_teachers(self, data: QADataModule) -> None:
-        """Open what teachers have kept on the disk for the training split; a UserError if it is not there."""
+        """Open the teachers' caches for the training split; a UserError if one is missing."""
         examples = data.training_fingerprint
         with under("objective"):
             for teacher in self._teachers:
@@ -181,7 +184,7 @@ class LongContextQA(lightning.LightningModule):
         return [term.teacher for term in self.objective.terms if term.teacher is not None]
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot train, and open what the training reads, once the data is there."""
+        """In a fit, check what cannot be trained, and open the teachers' caches, once the data is prepared."""
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
             self.check_training()
@@ -192,11 +195,11 @@ class LongContextQA(lightning.LightningModule):
                 self.open_teachers(data)
 
     def start(self) -> Trained:
-        """The model that a run begins with, not loaded yet; errors are those of :func:`begun`."""
+        """The model that a run starts with, not loaded yet. Raises as :func:`begun`."""
         return begun(self.start_from, self.backbone, self.digests)
 
     def configure_model(self) -> None:
-        """Load the base LLM and give it the training attention; runs once, on the trainer's first use."""
+        """Load the base LLM and enable the training attention; done only once."""
         if self.model is not None:
             return
         self.model = self.start().build()
@@ -217,14 +220,14 @@ class LongContextQA(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_optimizer(self) -> None:
-        """Raise a UserError if optimizer and schedule cannot be made, before anything long begins."""
+        """Raise a UserError if optimizer or schedule cannot be created, before anything slow starts."""
         self._optimizer([nn.Parameter(torch.zeros(1, 1))])
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> tuple[Any, Any]:
         return optimizer_of(self.make_optimizer, self.make_scheduler, parameters, self.part)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other weights or of a schedule of another length."""
+        """Refuse a checkpoint with other trained weights or with a schedule of another length."""
         check_weights(checkpoint, trained_weights(self.backbone, self))
         if self.digests is not None:
             self.digests.check_base(checkpoint)
@@ -234,19 +237,19 @@ class LongContextQA(lightning.LightningModule):
             check_length(checkpoint, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained, if that is adapters, gates or digests, and say what it is."""
+        """Keep only trained weights (adapters, gates, digests, or all), and add a description."""
         checkpoint["state_dict"] = trained_weights(self.backbone, self, checkpoint["state_dict"])
-        # Beside gates, no weights were trained under any rule.
+        # With gates, no weights were trained under any rule.
         rule = None if self.train_config is None or self.head_gates is not None else self.train_config.to_dict()
         spectra = None if self.spectra is None else self.spectra.described(self.trainer.max_steps)
         digests = None if self.digests is None else self.digests.described
         describe(checkpoint, self.backbone, rule, self.template_arguments, spectra, digests=digests)
 
     def summed_losses(self, batch: TrainBatch, step: int, model: Any = None) -> Tensor:
-        """Each of the objective's terms, summed over the batch: at least float32; it does not wait for a GPU.
+        """Each of the objective's terms summed over the batch, at least float32, without waiting for a GPU.
 
-        Where devices share rows, it is summed over the tokens of this one.
-        Only the positions that have a loss get logits, not the whole context. Another ``model`` may take the batch.
+        If devices share rows, the sums are over this device's tokens. Only the positions that have a loss get logits,
+        not the whole context. ``model`` can replace the trained model.
         """
         config = self.train_config or self.lrsa
         batch = long_enough(batch, self.device_mesh, config)
@@ -255,15 +258,15 @@ class LongContextQA(lightning.LightningModule):
         return summed_losses(model or self.model, self.objective.terms, positions, inputs_of(batch, shared))
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        """The part that the batch has in the step's objective, under the training attention.
+        """The batch's part of the step's objective, with the training attention.
 
-        Each term is a mean over the positions of the whole step, however these are spread over batches and devices: a
-        mean over batches of their means would favour short answers.
+        Each term is a mean over all positions of the step, however these are spread over batches and devices; a mean of
+        the batches' means would favour short answers.
         """
         together = batch["boundaries"] is not None or context_of(self.device_mesh) is not None
         if together and self.train_config is None and enabled_config(self.model) is None:
-            # Packed sequences must not see each other, which the model's own attention needs a mask of T x T for; and
-            # it knows of no rows that devices share.
+            # Packed sequences must not see each other, for which the model's own attention would need a T x T mask. It
+            # also cannot handle rows that devices share.
             enable(self.model, self._dense)
         if self.train_config is not None and self.train_top_k is not None:
             top_k = self.train_top_k(torch.initial_seed(), self.trainer.global_step, self.train_config)
@@ -286,11 +289,11 @@ class LongContextQA(lightning.LightningModule):
             self.log_dict(of_part, batch_size=len(batch["id"]))
         self.log("train/loss", shown, prog_bar=True, batch_size=len(batch["id"]))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        # Lightning divides by the batches of a step, and the strategy by the devices.
+        # Cancels two divisions: Lightning divides by the batches of a step, and the strategy by the devices.
         return loss * self.trainer.accumulate_grad_batches * TrainerSettings.of(self.trainer).devices
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Answers]:
-        """Answer losses and generated answers under each attention, by its name, "" being the run's own rule."""
+        """Answer losses and generated answers with each attention, by its name; "" is the run's own rule."""
         found = {}
         for name, rule in self.attentions.items():
             with under(f"evaluate.{name}") if name else contextlib.nullcontext(), of_system(rule):
@@ -304,13 +307,13 @@ class LongContextQA(lightning.LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """The run's own answers, ready to be written as JSON lines."""
+        """The answers with the run's own rule, as dicts for JSON lines."""
         texts, lengths = self.generate(batch, self.lrsa)
         return prediction_lines(batch, texts, lengths, self.lrsa)
 
     @torch.no_grad()
     def losses(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Tensor, Tensor]:
-        """Summed answer loss and answer tokens of each question (B,) under a rule; None is dense attention."""
+        """The summed loss and the number of tokens of each answer (B,), with a rule; None means dense attention."""
         with using(self.model, rule), uncompiled():
             model, batch = self._given(batch, rule)
             wanted, columns = targets(batch), batch["label_columns"]
@@ -321,7 +324,7 @@ class LongContextQA(lightning.LightningModule):
         return losses, (wanted != IGNORE_INDEX).sum(dim=1)
 
     def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
-        """Greedy answers to prompts (B, Tp), up to a special token, and their lengths; None is dense, also a rule."""
+        """Greedy answers to prompts (B, Tp), up to a special token, and their lengths in tokens; None means dense."""
         rule = rule or self._dense
         with using(self.model, rule), uncompiled(), torch.no_grad():
             answering = self._answering(rule)
@@ -334,7 +337,7 @@ class LongContextQA(lightning.LightningModule):
         return [text.strip() for text in texts], list(map(len, answers))
 
     def _given(self, batch: Batch, rule: LRSAConfig | None) -> tuple[Any, Batch]:
-        """The model and a batch as it gets it under a rule: with digests, where these are the run's own attention."""
+        """The model and the batch that it reads with a rule; with digests if this is the run's own rule."""
         if self.digests is None:
             return self.model, batch
         return self.digests.evaluated(self.model, batch, own=rule == self.lrsa)
@@ -344,7 +347,7 @@ class LongContextQA(lightning.LightningModule):
         return self.lrsa.replace(dense_layers=tuple(range(self.model.config.get_text_config().num_hidden_layers)))
 
     def _answering(self, rule: LRSAConfig) -> Greedy:
-        """What answers under a rule, in the same memory until an evaluation ends."""
+        """The greedy decoder for a rule; it reuses its memory until the evaluation ends."""
         if rule not in self._greedy:
             data = getattr(trainer_of(self), "datamodule", None)
             self._greedy[rule] = Greedy(
@@ -352,7 +355,7 @@ class LongContextQA(lightning.LightningModule):
                 stop_tokens(self.tokenizer),
                 max_new_tokens=self.max_new_tokens,
                 longest_prompt=0 if data is None else data.max_tokens,
-                # All devices of a sharded model go on until the last one has its answers: each step takes them all.
+                # All devices of a sharded model must continue until the last one has finished its answers.
                 synced=is_sharded(self.model),
                 encode=functools.partial(self.tokenizer.encode, add_special_tokens=False),
             )
@@ -360,7 +363,8 @@ class LongContextQA(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the metrics of an evaluation."""
-        # Of an evaluation that an error ended: weights may have changed, and what inference mode made cannot be used.
+        # Decoders may remain from an evaluation that failed: weights may have changed since, and tensors made in
+        # inference mode cannot be reused.
         self._greedy.clear()
         self.on_predict_epoch_start()
         data = getattr(self.trainer, "datamodule", None)
@@ -386,12 +390,12 @@ class LongContextQA(lightning.LightningModule):
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
 
     def on_predict_epoch_start(self) -> None:
-        """Evaluate with gates or spectra as they are now, if there are any."""
+        """Evaluate with the current gates or spectra, if there are any."""
         if self.part is not None:
             self.lrsa = self.attentions[""] = self.part.served(self.lrsa)
 
     def on_predict_epoch_end(self) -> None:
-        """Let them be trained again."""
+        """Continue training the part, if there is one."""
         if self.part is not None:
             self.part.released()
 

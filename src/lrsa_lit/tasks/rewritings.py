@@ -1,4 +1,4 @@
-"""Candidates for a passage, and which of them a judge can still answer from: what preference pairs are made of."""
+"""Generate and judge rewritings of passages, from which preference pairs are made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lrsa_lit.tasks.preference_judge import PreferenceJudge
 from lrsa_lit.tasks.summariser import Summariser
 
 SAMPLES, TEMPERATURE = 4, 0.7
-"""How many summaries of a passage are drawn, and at which temperature."""
+"""Number of sampled summaries per passage, and their temperature."""
 _LINE = {
     "key": str,
     "title": str,
@@ -29,17 +29,17 @@ _LINE = {
 
 
 class Rewritings:
-    """Rewritings of the supporting passages of questions, each judged; those that a file has are not made again.
+    """Makes and judges rewritings of the supporting passages of questions; reuses those in a file.
 
     Args:
-        writer: draws summaries.
+        writer: samples summaries.
         judge: answers the questions.
         by: digest of both models and their settings.
         kept: the file.
 
     Attributes:
-        without: how many questions name no supporting passage.
-        too_long: how many passages are left out because the judge has no room for the question.
+        without: number of questions without a supporting passage.
+        too_long: number of passages left out because the question does not fit into the judge.
     """
 
     def __init__(self, writer: Summariser, judge: PreferenceJudge, by: str, kept: GrowingFile) -> None:
@@ -48,7 +48,7 @@ class Rewritings:
         self.without = self.too_long = 0
 
     def of(self, contexts: Iterable[tuple[QARecord, Prompt]]) -> Iterator[Mapping[str, Any]]:
-        """A line for each supporting passage of each question: key, title, passage, question, candidates."""
+        """A dict for each supporting passage of each question: key, title, passage, question, candidates."""
         for record, prompt in contexts:
             places = [n for n, passage in enumerate(record.passages) if passage.title in record.supporting_titles]
             self.without += not places
@@ -73,7 +73,7 @@ class Rewritings:
 
 
 def pair_of(line: Mapping[str, Any], *, hard: bool) -> PreferencePair | None:
-    """The pair that the candidates of a line make, if they make one; ``hard`` is as in :func:`preferred`."""
+    """The preference pair from a line's candidates, or None if they give none; ``hard`` as in :func:`preferred`."""
     candidates = [Candidate(each["by"], each["text"], each["success"]) for each in line["candidates"]]
     found = preferred(candidates, hard=hard)
     if found is None:
@@ -90,5 +90,5 @@ def _read(kept: GrowingFile) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def digest_of_rewritings(*parts: object) -> str:
-    """Names what decides rewritings and verdicts: digests of models, and settings."""
+    """A digest of everything that determines rewritings and verdicts: digests of models, and settings."""
     return hashlib.sha256(json.dumps([*parts, SAMPLES, TEMPERATURE]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""How many of the sentences that support an answer are kept at a budget of tokens, beside what needs no training."""
+"""Recall of supporting sentences at a token budget, compared with baselines that need no training."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.evaluation.statistics import Comparison, compare
 
 CONTROLS = ("bm25", "random")
-"""What ranks the same sentences without a model."""
+"""Baselines that rank the same sentences without a model."""
 
 
 class RecallMeter:
-    """Sums over the questions of one process, of the encoder ("") and of each control.
+    """Sums over the questions of one process, for the encoder ("") and for each baseline.
 
     Args:
-        budgets: shares of a context's tokens that may be kept, titles among them.
-        rule: how sentences are kept, as :class:`~lrsa_lit.data.filters.SentenceFilter` has it.
+        budgets: shares of a context's tokens that may be kept, including titles.
+        rule: how sentences are kept, as in :class:`~lrsa_lit.data.filters.SentenceFilter`.
 
     Raises:
-        UserError: a budget is no share.
+        UserError: a budget is not a share.
     """
 
     def __init__(self, budgets: Sequence[float], rule: SelectionRule) -> None:
@@ -44,12 +44,12 @@ class RecallMeter:
         """Count a question.
 
         Args:
-            facts: of the question.
-            scores: of each sentence, the encoder's.
+            facts: the question and its sentences.
+            scores: the encoder's score of each sentence.
 
         Returns:
-            A line of JSON: the question's ``id``, ``tokens`` of its context, how many sentences are ``supporting``, and
-            how many of these each of ``encoder``, ``bm25`` and ``random`` keeps, by budget.
+            A dict for a JSON line: the question's ``id``, the ``tokens`` of its context, the number of ``supporting``
+            sentences, and how many of these ``encoder``, ``bm25`` and ``random`` keep, by budget.
         """
         rng = random.Random(facts.id)
         of_name = {"": scores, "bm25": facts.bm25, "random": [rng.random() for _ in scores]}
@@ -68,7 +68,7 @@ class RecallMeter:
         return len({*kept} & {*facts.supporting})
 
     def recalls(self, of_processes: Sequence[Mapping[str, int]]) -> dict[str, float]:
-        """From the ``sums`` of all processes: ``recall_10`` …, ``recall`` (their mean) and ``bm25/recall`` …."""
+        """Recalls over the ``sums`` of all processes: ``recall_10`` …, their mean ``recall``, ``bm25/recall`` …."""
         sums: Counter[str] = Counter()
         for each in of_processes:
             sums.update(each)
@@ -81,9 +81,10 @@ class RecallMeter:
         return found
 
     def over_bm25(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Comparison]:
-        """The encoder's recalls less BM25's of the same questions, whose lines :meth:`update` returned, by budget.
+        """The difference of the encoder's and BM25's recalls on the same questions, by budget.
 
-        Recalls are of each question's sentences, so that all questions weigh the same.
+        ``lines`` are those that :meth:`update` returned. Recalls are computed per question, so all questions have the
+        same weight.
         """
 
         def recalls(name: str, key: str) -> NDArray[np.float64]:
@@ -94,5 +95,5 @@ class RecallMeter:
 
 
 def label(budget: float) -> str:
-    """A share in percent."""
+    """A share as a percentage, for names."""
     return f"{100 * budget:g}"

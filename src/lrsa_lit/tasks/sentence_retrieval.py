@@ -3,7 +3,8 @@
 Source: Liskavets et al., "Prompt Compression with Context-Aware Sentence Encoding for Fast and Improved LLM Inference",
 arXiv 2409.01227.
 
-Dimensions: B contexts, T tokens of the longest, S sentences of the most, n negatives of each, D width of the model.
+Dimensions: B contexts, T tokens of the longest context, S most sentences of a context, n negatives per context, D width
+of the model.
 """
 
 from __future__ import annotations
@@ -38,25 +39,25 @@ if TYPE_CHECKING:
 class SentenceRetrieval(lightning.LightningModule):
     """A base LLM without its causal mask, trained to embed sentences in their context near the questions they support.
 
-    Training minimises the contrastive loss of each question's sentence among all sentences of the batch that were
-    drawn, and the loss of masked tokens, each predicted from the position before it. Validation and test log
-    ``val/recall_10`` …: of the sentences that support answers the share kept at a budget of tokens, ``val/recall``,
-    their mean, and the same for BM25 and for sentences at random under ``val/bm25/`` and ``val/random/``. Outside of a
-    fit they also log what the encoder's mean recall of a question is over BM25's, with its 95 % interval and p-value:
-    ``test/over_bm25/10``, ``10_low``, ``10_high`` and ``10_p``.
+    Training minimises two losses: a contrastive loss of each question's sentence among all drawn sentences of the
+    batch, and the loss of masked tokens, each predicted from the position before it. Validation and test log
+    ``val/recall_10`` …, the share of supporting sentences that are kept at a token budget, and their mean
+    ``val/recall``. The same metrics for BM25 and for random sentences are ``val/bm25/…`` and ``val/random/…``. Outside
+    a fit they also log the difference of the encoder's and BM25's mean recall per question, with its 95 % CI and
+    p-value: ``test/over_bm25/10``, ``10_low``, ``10_high`` and ``10_p``.
 
     Args:
-        backbone: the base LLM; with ``lora`` adapters are trained, without all weights.
-        optimizer: made from the trainable parameters.
-        lr_scheduler: made from the optimizer and stepped after each optimizer step; null keeps the rate.
-        max_tokens: of what is read in one pass; longer contexts are read in chunks, by the filter too.
-        negatives: sentences of each context that do not support its question.
-        scale: of cosines in the contrastive loss.
+        backbone: the base LLM. With ``lora`` only adapters are trained, otherwise all weights.
+        optimizer: the optimizer, created with the trainable parameters.
+        lr_scheduler: the learning-rate schedule, stepped after each optimizer step; null keeps the rate constant.
+        max_tokens: the most tokens per pass; longer contexts are read in chunks, also by the filter.
+        negatives: number of sentences per context that do not support its question.
+        scale: factor of the cosines in the contrastive loss.
         masked_share: probability that a token is masked.
-        mask: a text of one token, which stands in the place of those that are masked.
-        masked_weight: of the loss of masked tokens; 0 leaves it out.
+        mask: a text of one token, which replaces masked tokens.
+        masked_weight: weight of the loss of masked tokens; 0 leaves it out.
         budgets: shares of tokens at which the recall is measured.
-        rule: how sentences are kept within a budget: strict or published, as the filters have it.
+        rule: how sentences are kept within a budget: strict or published, as in the filters.
     """
 
     def __init__(
@@ -90,19 +91,19 @@ class SentenceRetrieval(lightning.LightningModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's."""
+        """The backbone's tokenizer."""
         return self.backbone.tokenizer
 
     @property
     def mask_id(self) -> int:
-        """The token that stands for those that are masked; a UserError if ``mask`` is not one token."""
+        """The id of the mask token; a UserError if ``mask`` is not one token."""
         ids = self.tokenizer.encode(self.mask, add_special_tokens=False)
         if len(ids) != 1:
             raise UserError("mask", self.mask, f"a text of one token of {self.backbone.name}; it has {len(ids)}")
         return int(ids[0])
 
     def configure_model(self) -> None:
-        """Load the base LLM and take its causal mask away; runs once, on the trainer's first use."""
+        """Load the base LLM and remove its causal mask; done only once."""
         if self.model is None:
             self.model = self.backbone.build()
             remove_causal_mask(self.model)
@@ -116,22 +117,22 @@ class SentenceRetrieval(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_optimizer(self) -> None:
-        """Raise a UserError if optimizer and schedule cannot be made, before anything long begins."""
+        """Raise a UserError if optimizer or schedule cannot be created, before anything slow starts."""
         optimizer_of(self.make_optimizer, self.make_scheduler, [nn.Parameter(torch.zeros(1, 1))])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other weights, of a model that answers, or of a schedule of another length."""
+        """Refuse a checkpoint with other weights, of a model that answers, or with a schedule of another length."""
         check_weights(checkpoint, trained_weights(self.backbone, self), encodes=True)
         if self.trainer.training:
             check_length(checkpoint, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained, and say what it is."""
+        """Keep only trained weights, and add a description."""
         checkpoint["state_dict"] = trained_weights(self.backbone, self, checkpoint["state_dict"])
         describe(checkpoint, self.backbone, None, encoder={"max_tokens": self.max_tokens})
 
     def training_step(self, batch: FactsBatch, batch_idx: int) -> Tensor:
-        """The contrastive loss of the batch and that of its masked tokens."""
+        """The contrastive loss of the batch plus the weighted loss of its masked tokens."""
         contrast = self.contrastive(batch)
         self.log("train/loss/contrastive", contrast.detach(), batch_size=len(batch["facts"]))
         loss = contrast
@@ -144,8 +145,8 @@ class SentenceRetrieval(lightning.LightningModule):
         return loss
 
     def contrastive(self, batch: FactsBatch) -> Tensor:
-        """The contrastive loss of sentences that are drawn with the run's random numbers."""
-        # Of the run's generator, which a resumed run takes up where it was.
+        """The contrastive loss of sentences drawn with the run's random numbers."""
+        # Seeded from the run's generator, whose state a resumed run restores.
         rng = random.Random(int(torch.randint(2**62, ())))
         drawn = [draw(facts, self.negatives, rng) for facts in batch["facts"]]
         candidates = [(row, positive) for row, (positive, _) in enumerate(drawn)]
@@ -160,7 +161,7 @@ class SentenceRetrieval(lightning.LightningModule):
         return contrastive_loss(questions, means[rows, numbers], self.scale, others)
 
     def masked_tokens(self, batch: FactsBatch) -> Tensor:
-        """The mean cross-entropy of tokens that are masked with the run's random numbers."""
+        """The mean cross-entropy of tokens masked with the run's random numbers."""
         read, labels = masked(batch["input_ids"], batch["mask"], self.mask_id, self.masked_share)
         where, wanted = predicting(labels)
         hidden = states(self.model, read, batch["mask"])[where]
@@ -168,7 +169,7 @@ class SentenceRetrieval(lightning.LightningModule):
         return head.cross_entropy(hidden, wanted) / max(len(wanted), 1)
 
     def validation_step(self, batch: FactsBatch, batch_idx: int) -> dict[str, Any]:
-        """What is kept of each question's supporting sentences: ``lines``, each of :meth:`RecallMeter.update`."""
+        """Measure recall: the ``lines`` of :meth:`RecallMeter.update` for each question."""
         lines = []
         for facts, scores, repeated in zip(batch["facts"], self.similarities(batch), batch["repeated"], strict=True):
             if not repeated:
@@ -179,7 +180,7 @@ class SentenceRetrieval(lightning.LightningModule):
     test_step = validation_step
 
     def similarities(self, batch: FactsBatch) -> list[list[float]]:
-        """The cosine of each sentence and the question of its context."""
+        """The cosine between each sentence and the question of its context."""
         contexts = [facts.sentences for facts in batch["facts"]]
         questions = embeddings(self.model, [[facts.question] for facts in batch["facts"]], self.max_tokens)
         found = embeddings(self.model, contexts, self.max_tokens)

@@ -1,6 +1,6 @@
-"""Training batches whose rows several devices share: each gets the whole batch and reads its own tokens.
+"""Training batches whose rows several devices share: each gets the whole batch and reads only its own tokens.
 
-Dimensions: B rows, T tokens of each, Tr of them on one device.
+Dimensions: B rows, T tokens per row, Tr tokens of a row on one device.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lrsa_lit.objectives import Objective
 from lrsa_lit.strategies import context_of
 
 _BY_LENGTH = ("dynamic", "longrope")
-"""Rotations of transformers that follow the longest position of a call, which devices would have different ones of."""
+"""Rotations of transformers that depend on the longest position of a call, which would differ between devices."""
 
 
 def check_shareable(config: LRSAConfig | None, objective: Objective, model: Any) -> None:
-    """Refuse what a device cannot do that has a part of the tokens.
+    """Refuse settings that a device with only a part of the tokens cannot support.
 
     Args:
-        config: that trains; None is dense attention.
-        objective: that is minimised.
-        model: configuration of the base model.
+        config: the training attention; None means dense.
+        objective: the training objective.
+        model: the base model's config.
 
     Raises:
         UserError: the system, a term or the rotation needs the whole row.
@@ -46,7 +46,7 @@ def check_shareable(config: LRSAConfig | None, objective: Objective, model: Any)
 
 
 def _rotation_by_length(parameters: Any) -> str | None:
-    """The kind of rotation that changes with the longest position of a call, of any kind of layers."""
+    """The kind of rotation, in any layers, that depends on the longest position of a call; None if there is none."""
     if not isinstance(parameters, dict):
         return None
     kind = parameters.get("rope_type")
@@ -54,7 +54,7 @@ def _rotation_by_length(parameters: Any) -> str | None:
 
 
 def long_enough(batch: TrainBatch, mesh: DeviceMesh | None, config: LRSAConfig) -> TrainBatch:
-    """The batch, with a further packed sequence of pads where the last row of an epoch is too short to be shared."""
+    """The batch, with an additional packed sequence of padding if the last row of an epoch is too short to share."""
     if (group := context_of(mesh)) is None or batch["boundaries"] is None:
         return batch
     length = batch["boundaries"][-1]
@@ -72,7 +72,7 @@ def long_enough(batch: TrainBatch, mesh: DeviceMesh | None, config: LRSAConfig) 
 
 
 def shared_rows(batch: TrainBatch, mesh: DeviceMesh | None, config: LRSAConfig) -> SharedRows | None:
-    """The rows of a batch as the devices of a mesh share them; None where each device has batches of its own.
+    """How the devices of a mesh share the rows of a batch; None if each device has its own batches.
 
     Raises:
         UserError: a row is shorter than two partitions for each device.
@@ -84,9 +84,9 @@ def shared_rows(batch: TrainBatch, mesh: DeviceMesh | None, config: LRSAConfig) 
 
 
 def inputs_of(batch: TrainBatch, shared: SharedRows | None) -> dict[str, Any]:
-    """What a model's forward takes of a batch, or of this device's part of its rows (B, Tr).
+    """The inputs of a model's forward for a batch, or for this device's part of its rows (B, Tr).
 
-    No mask: pads stand behind the tokens, and neither attention looks ahead.
+    There is no mask, because padding follows the tokens and attention is causal.
     """
     ids = batch["input_ids"]
     if shared is not None:
@@ -104,7 +104,7 @@ def inputs_of(batch: TrainBatch, shared: SharedRows | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def added_up(sums: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """What all devices that share rows have of some sums, added up; it does not wait for a GPU."""
+    """The sums added up over all devices that share rows, without waiting for a GPU."""
     if (group := context_of(mesh)) is None:
         return sums.detach()
     total = sums.detach().clone()

@@ -1,11 +1,11 @@
 """Learned spectra of keys and values, after SoCo (arXiv 2502.15092).
 
-Known are the factorisation, the deviation, three phases by step, one threshold for all layers, and an objective of
-compression, divergence and sparsity. The formulas are this project's: results are of "after SoCo".
+From the paper we know the factorisation, the deviation, three phases by step, one threshold for all layers, and an
+objective of compression, divergence and sparsity. The formulas are ours, so report results as "after SoCo".
 
-So are the constants. Where scores begin, at 1, a component should feel the ratio about as much as the divergence. A
-threshold of 0.05 and a temperature of 0.1 make the sigmoid flat there, so that at a weight of 1 no score falls, and one
-that has fallen to 0 counts for 0.38 of a component.
+The constants are ours, too. At the initial score of 1, the gradients of ratio and divergence should have a similar
+size. A threshold of 0.05 and a temperature of 0.1 make the sigmoid flat there: with a weight of 1 no score decreases,
+and a score of 0 would still count as 0.38 of a component.
 """
 
 from __future__ import annotations
@@ -34,35 +34,37 @@ if TYPE_CHECKING:
 
 _FIELD = "spectra"
 _BLOCK = 10
-"""Steps of the second phase with and without compression, in turn."""
+"""In the second phase, compression is on for this many steps, then off for as many, and so on."""
 
 
 class SoCo(TrainedPart):
-    """Scores of the singular values of key and value projections, and a deviation of their outputs; no weights.
+    """Trains only scores of the singular values of key and value projections, and a deviation of their outputs.
 
-    A cache holds one float of each component of a token. Where p is how far each counts as kept, R is their sum as a
-    share of the width of keys and values. Training adds ``ratio_weight`` relu(R - ratio) to the objective in the first
-    phase, the same or nothing in turns of 10 steps in the second, and in the third ``ratio_weight`` |R - ratio| +
-    ``decision_weight`` mean p (1 - p). Evaluations use the components with scores above the threshold, the highest ones
-    where these are too many; ``lrsa ask`` and ``lrsa export`` of a checkpoint make factors of a low rank of them.
+    A cache holds one number per token and component. A component counts as kept to the degree p, and R is the sum of p
+    as a share of the width of keys and values. In the first phase, training adds ``ratio_weight`` relu(R - ratio) to
+    the objective. In the second phase this is on and off in turns of 10 steps. In the third phase it is
+    ``ratio_weight`` |R - ratio| + ``decision_weight`` mean p (1 - p). Evaluations use the components with scores above
+    the threshold; if there are too many, those with the highest scores. ``lrsa ask`` and ``lrsa export`` convert a
+    checkpoint's kept components to low-rank factors.
 
-    The paper's objective besides is the divergence from the untouched model: Distillation with ``teacher: self`` and
-    ``adapters: false``.
+    In the paper, the rest of the objective is the divergence from the original model: Distillation with
+    ``teacher: self`` and ``adapters: false``.
 
     Args:
-        ratio: the share of the floats of dense keys and values that may be kept, in (0, 1].
-        threshold: of the scores, which are from 0 to 2 and begin at 1.
+        ratio: the share of the numbers in dense keys and values that may be kept, in (0, 1].
+        threshold: threshold of the scores, which range from 0 to 2 and start at 1.
         temperature: p is sigmoid((score - threshold) / temperature) (> 0).
-        phases: shares of the steps, whose sum is 1.
-        ratio_weight: of the ratio (>= 0).
-        decision_weight: of what is undecided (>= 0).
-        deviation_rate: the deviation's learning rate as a share of that of the scores, the optimizer's (>= 0).
-        grouping: "joint" decomposes a layer's keys, or values, of all heads together, "head" those of each
-            key-value head by itself; heads then keep different numbers of components, which no cache of latents holds.
-        dense_layers: layers whose keys and values stay as they are; the ratio is of the others.
+        phases: the three phases as shares of the steps; they must sum to 1.
+        ratio_weight: weight of the ratio's penalty (>= 0).
+        decision_weight: weight of the penalty p (1 - p) on undecided components (>= 0).
+        deviation_rate: learning rate of the deviation, as a share of the optimizer's rate (>= 0).
+        grouping: "joint" decomposes the keys, or values, of all heads of a layer together, "head" each key-value
+            head's separately. With "head", heads keep different numbers of components, which caches of latents do not
+            support.
+        dense_layers: layers that are not decomposed; the ratio refers to the other layers.
 
     Raises:
-        UserError: one out of bounds.
+        UserError: an argument is out of bounds.
     """
 
     def __init__(
@@ -94,18 +96,18 @@ class SoCo(TrainedPart):
         self._backbone: Backbone | None = None
 
     def begin(self, backbone: Backbone, others: dict[str, Any]) -> None:
-        """Refuse what it cannot be trained beside.
+        """Refuse settings that cannot be combined with spectra.
 
         Args:
             backbone: the model.
-            others: arguments of the task that say how else it would train.
+            others: other arguments of the task about what is trained.
 
         Raises:
-            UserError: something else is to be trained as well, or the weights are packed.
+            UserError: something else would be trained as well, or the weights are quantised or factored.
         """
         check_alone(_FIELD, {"backbone.lora": backbone.lora} | others, "all weights are frozen")
-        check_alone(_FIELD, {"backbone.quantization": backbone.quantization}, "packed weights are not decomposed")
-        check_alone(_FIELD, {"backbone.low_rank": backbone.low_rank}, "it decomposes whole projections")
+        check_alone(_FIELD, {"backbone.quantization": backbone.quantization}, "quantised weights cannot be decomposed")
+        check_alone(_FIELD, {"backbone.low_rank": backbone.low_rank}, "only whole projections can be decomposed")
         self._backbone = backbone
 
     def check(self, max_tokens: int, steps: int) -> None:
@@ -113,7 +115,7 @@ class SoCo(TrainedPart):
         self._ends(steps)
         if self._backbone is not None:
             if self._backbone.has_factors:
-                raise UserError(_FIELD, self._backbone.source, reason="has factors of low rank already")
+                raise UserError(_FIELD, self._backbone.source, reason="has low-rank factors already")
             try:
                 self.budget.check(self._backbone.config)
             except UserError as error:
@@ -122,40 +124,40 @@ class SoCo(TrainedPart):
                 raise
 
     def install(self, model: Any) -> None:
-        """Decompose keys and values; only scores and deviations get a gradient."""
+        """Decompose key and value projections; only scores and deviations get gradients."""
         model.requires_grad_(False)
         self.budget.install(model)
         self.layers = spectra_of(model)
 
     def groups(self, parameters: list[Any]) -> list[Any]:
-        """Scores, and deviations."""
-        # A vector is a deviation: scores have a row for each block.
+        """Two groups: scores and deviations."""
+        # Deviations are vectors; scores have a row for each block.
         parts = ([each for each in parameters if each.ndim == number] for number in (2, 1))
         return [{"params": part} for part in parts]
 
     def prepare(self, optimizer: Optimizer) -> None:
-        """Lower the rate of deviations."""
+        """Lower the learning rate of deviations."""
         optimizer.param_groups[1]["lr"] *= self.deviation_rate
 
     def phase(self, step: int, steps: int) -> int:
-        """1, 2 or 3."""
+        """The phase of a step: 1, 2 or 3."""
         return 1 + sum(step >= end for end in self._ends(steps)[:2])
 
     def penalty(self, scores: Sequence[Tensor], whole: int, step: int, steps: int) -> Tensor:
-        """What is added to the objective in a step.
+        """The penalty that is added to the objective in a step.
 
         Args:
-            scores: (G, R) of each layer.
-            whole: floats of a token's dense keys and values in these layers.
-            step: of the optimizer, from 0.
-            steps: of the fit.
+            scores: (G, R) for each layer.
+            whole: how many numbers a token's dense keys and values have in these layers.
+            step: the optimizer step, from 0.
+            steps: optimizer steps of the fit.
         """
         counts = [self._counted(each) for each in scores]
         excess, phase = ratio_of(counts, whole) - self.budget.ratio, self.phase(step, steps)
         if phase == 3:
             return self.ratio_weight * excess.abs() + self.decision_weight * undecided(counts)
         if phase == 2 and step // _BLOCK % 2 == 1:
-            # DDP waits for a gradient of each weight, be it zero.
+            # DDP needs a gradient for every weight, even if it is zero.
             return 0 * excess
         return self.ratio_weight * relu(excess)
 
@@ -179,11 +181,11 @@ class SoCo(TrainedPart):
         return loss + share_of_step(batch) * penalty, mean + penalty.detach(), shown
 
     def described(self, steps: int) -> dict[str, Any]:
-        """What a checkpoint says of it: the budget, and the steps of the fit, which decide its phases."""
+        """The description in a checkpoint: the budget, and the steps of the fit, which determine the phases."""
         return {**dataclasses.asdict(self.budget), "total_steps": steps}
 
     def served(self, rule: LRSAConfig) -> LRSAConfig:
-        """Use what is kept as scores are now; the attention is as it was."""
+        """Use only the components that the current scores keep; the attention does not change."""
         scores = {name: layer.scores for name, layer in self.layers.items()}
         cut(self.layers.values(), self.budget.kept(scores, self._whole))
         return rule
@@ -197,7 +199,7 @@ class SoCo(TrainedPart):
         return sum(layer.out_features for layer in self.layers.values())
 
     def _ends(self, steps: int) -> list[int]:
-        """The step behind each phase."""
+        """The first step after each phase."""
         ends = [round(share * steps) for share in itertools.accumulate(self.phases)] if steps > 0 else [0, 0, 0]
         if not 0 < ends[0] < ends[1] < ends[2]:
             reason = f"leaves a phase without a step; trainer.max_steps is {steps}"

@@ -1,4 +1,4 @@
-"""The weights that a run begins with."""
+"""The weights that a run starts with."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from lrsa_lit.tasks.digests import Digests
 
 
 def begun(start_from: str | None, backbone: Backbone, digests: Digests | None = None) -> Trained:
-    """The model that a run begins with, not loaded yet.
+    """The model that a run starts with, not loaded yet.
 
     Args:
-        start_from: a fit's checkpoint or a folder of adapters; None begins with the backbone's own weights.
-        backbone: the run's.
-        digests: the run's, which begin with those of a checkpoint beside the backbone's own weights.
+        start_from: a fit's checkpoint or a folder of adapters; None means the backbone's weights.
+        backbone: the run's backbone.
+        digests: the run's digests, if any. They load their weights from ``start_from``, and the model keeps the
+            backbone's.
 
     Raises:
-        UserError: ``start_from`` cannot be read, or holds adapters where all weights are trained, or the reverse.
+        UserError: ``start_from`` cannot be read, or it holds adapters but the run trains all weights, or the reverse.
     """
     if digests is not None:
         digests.start(start_from)
@@ -31,6 +32,7 @@ def begun(start_from: str | None, backbone: Backbone, digests: Digests | None = 
                         hint="a whole model is a model.backbone.source")  # fmt: skip
     held, trained = ("all weights" if each.lora is None else "adapters" for each in (found.backbone, backbone))
     if held != trained:
-        reason = f"holds {held}, and this run trains {trained}"
-        raise UserError("start_from", start_from, reason=reason, hint="lrsa export makes it a model.backbone.source")
+        reason = f"holds {held}, but this run trains {trained}"
+        hint = "convert it by lrsa export and set it as model.backbone.source"
+        raise UserError("start_from", start_from, reason=reason, hint=hint)
     return Trained(backbone, None, found.weights)

@@ -1,4 +1,4 @@
-"""A model that rewrites passages shorter, one by one and without knowing any question (CoLoR, arXiv 2412.18232)."""
+"""A model that shortens passages one by one, without knowing the question (CoLoR, arXiv 2412.18232)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lrsa_lit.tasks.dense_model import DenseModel
 
 
 class Summariser:
-    """Writes summaries, greedily or by drawing.
+    """Writes summaries, greedily or by sampling.
 
     Args:
         trained: the model, which is loaded here.
-        device: where it runs.
-        max_new_tokens: most tokens of a summary.
+        device: the device to run on.
+        max_new_tokens: the most tokens of a summary.
     """
 
     def __init__(self, trained: Trained, device: torch.device, max_new_tokens: int) -> None:
@@ -32,7 +32,7 @@ class Summariser:
         self._most = None if positions is None else positions - max_new_tokens
 
     def summaries(self, passages: Sequence[str]) -> list[str]:
-        """The likeliest tokens, one after the other: a summary of each passage, which may be empty.
+        """A greedy summary of each passage, which may be empty.
 
         Raises:
             UserError: a passage leaves no room for a summary in the model's positions.
@@ -40,7 +40,7 @@ class Summariser:
         return self._writer.answers(*left_padded(list(map(self._prompt, passages))), self.max_new_tokens)
 
     def drawn(self, passage: str, count: int, temperature: float, seed: str) -> list[str]:
-        """So many summaries of one passage, drawn from the model's distribution; a seed gives the same again."""
+        """``count`` sampled summaries of one passage, reproducible by their seed."""
         prompts, device = left_padded([self._prompt(passage)] * count), self._writer.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7]))
@@ -51,12 +51,12 @@ class Summariser:
         rendered = render_messages([{"role": "user", "content": PROMPT.format(passage=passage)}], tokenizer)
         ids = list(encode_text(tokenizer, rendered.text, rendered.user).ids)
         if self._most is not None and len(ids) > self._most:
-            reason = f"leaves {self._most} positions for prompts, and that of a passage has {len(ids)} tokens"
+            reason = f"leaves {self._most} positions for prompts, but a passage's prompt has {len(ids)} tokens"
             raise UserError("--max-new-tokens", self.max_new_tokens, reason=reason)
         return torch.tensor(ids)
 
 
 def digest_of_summaries(model: str, trained: Trained, max_new_tokens: int) -> str:
-    """Names what decides summaries: the model's digest, the prompt, the template's arguments and their length."""
+    """A digest of everything that determines summaries: the model, the prompt, template arguments and the length."""
     parts = [model, PROMPT, trained.template_arguments, max_new_tokens]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

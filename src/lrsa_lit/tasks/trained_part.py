@@ -1,4 +1,4 @@
-"""What a run may train in the place of a model's weights."""
+"""The base class of parts that a run can train instead of the model's weights."""
 
 from __future__ import annotations
 
@@ -16,68 +16,68 @@ if TYPE_CHECKING:
 
 
 class TrainedPart(ABC):
-    """A part of the task that is trained while all weights stay as they are."""
+    """A part of the task that is trained while all weights are frozen."""
 
-    def check(self, max_tokens: int, steps: int) -> None:  # noqa: B027 - most ask for nothing
-        """Raise a UserError if a fit says nothing about it.
+    def check(self, max_tokens: int, steps: int) -> None:  # noqa: B027 - most need no check
+        """Raise a UserError if a fit of this length or with these examples cannot train it.
 
         Args:
-            max_tokens: of the longest example.
-            steps: of the optimizer; -1 where epochs end the fit.
+            max_tokens: tokens of the longest example.
+            steps: optimizer steps of the fit; -1 if the number of epochs ends it.
         """
 
     @abstractmethod
     def install(self, model: Any) -> None:
-        """Freeze a model that is loaded, and put what is trained into it."""
+        """Freeze a loaded model and insert the trained part."""
 
     def groups(self, parameters: list[Any]) -> list[Any]:
-        """What the optimizer is made from: the trained parameters, or groups of them as PyTorch has them."""
+        """The optimizer's first argument: the trained parameters, or PyTorch's parameter groups."""
         return parameters
 
-    def prepare(self, optimizer: Optimizer) -> None:  # noqa: B027 - most leave it as it is
-        """Change an optimizer that was just made, before its schedule is."""
+    def prepare(self, optimizer: Optimizer) -> None:  # noqa: B027 - most do not change it
+        """Change a new optimizer, before its schedule is created."""
 
     @abstractmethod
     def penalised(
         self, loss: Tensor, mean: Tensor, batch: TrainBatch, step: int, steps: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Add to the objective what all examples of a step share.
+        """Add a penalty to the objective.
 
         Args:
-            loss: the batch's part in that of a step.
-            mean: of the objective over the batch.
-            batch: that it is of.
-            step: of the optimizer, from 0.
-            steps: of the fit.
+            loss: the batch's part of the step's loss.
+            mean: the mean of the objective over the batch.
+            batch: the batch.
+            step: the optimizer step, from 0.
+            steps: optimizer steps of the fit.
 
         Returns:
-            The part and the mean with it, and what else is logged.
+            Both with the penalty added (the loss with the batch's share of it), and further values to log.
         """
 
     @abstractmethod
     def served(self, rule: LRSAConfig) -> LRSAConfig:
-        """The attention to evaluate with from now on, given that of the last evaluation."""
+        """The attention for the next evaluation, given the one of the last evaluation."""
 
-    def released(self) -> None:  # noqa: B027 - most change nothing
-        """Let training go on behind an evaluation."""
+    def released(self) -> None:  # noqa: B027 - most need not do anything
+        """Called after an evaluation, before training continues."""
 
 
 def share_of_step(batch: TrainBatch) -> float:
-    """The batch's share of the examples of its optimizer step; those of all batches and devices sum to 1."""
+    """The batch's share of the examples in its optimizer step; the shares of all batches and devices sum to 1."""
     return len(batch["sizes"]) / len(batch["step_sizes"])
 
 
 def check_alone(field: str, why: dict[str, Any], because: str) -> None:
-    """Refuse other settings that would train or change something as well.
+    """Refuse settings that are not allowed together with a trained part.
 
     Args:
-        field: the part's, as the task calls it.
-        why: by name of a setting, what is given there; nothing of it may be true.
-        because: what is said of the first that is.
+        field: the part's name among the task's settings.
+        why: values by the name of their setting; none of them may be true.
+        because: the reason for the error message.
 
     Raises:
-        UserError: one is given.
+        UserError: one of the values is true.
     """
     for name, value in why.items():
         if value:
-            raise UserError(name, reason=f"is not allowed beside {field}: {because}")
+            raise UserError(name, reason=f"is not allowed with {field}: {because}")
