@@ -131,9 +131,7 @@ def test_what_spectra_do_not_go_with_is_told_in_one_line(capfd):
     one_rate = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 24}}
     Path("rate.yaml").write_text(yaml.safe_dump({"model": {"lr_scheduler": one_rate}}))
     error = refusal(capfd, "fit", *SHIPPED, "--config", "rate.yaml")
-    assert error.startswith(
-        "model.lr_scheduler: 'OneCycleLR' is not allowed; it must be a schedule that scales"
-    )
+    assert error.startswith("model.lr_scheduler: 'OneCycleLR' is not allowed; it must be a schedule that scales")
     assert not list(Path("runs").rglob("*"))
 
 

@@ -300,7 +300,7 @@ def test_digests_of_another_model_or_shape_are_refused(tmp_path):
         other.on_load_checkpoint(checkpoint)
     for changes in ({"count": 4}, {"layers": 1}):
         made = LongContextQA(Backbone("tiny"), digests=digests(**changes), start_from=str(tmp_path / "first.ckpt"))
-        with refused("start_from", reason="another shape"):
+        with refused("start_from", reason="whose shape does not fit"):
             made.start()
     plain = LongContextQA(Backbone("tiny"))
     saved(plain, tmp_path / "weights.ckpt")
@@ -329,7 +329,7 @@ def test_digests_of_another_model_or_shape_are_refused(tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_else_would_be_trained_or_evaluated_is_refused(options, field):
-    with refused(field, reason="beside digests"):
+    with refused(field, reason="with digests"):
         LongContextQA(**{"backbone": Backbone("tiny"), "digests": digests()} | options)
 
 
@@ -346,12 +346,12 @@ def test_sizes_out_of_bounds_are_refused(changes, field):
 def test_examples_that_cannot_be_digested_are_refused():
     made = task(count=8)
     made.configure_model()
-    with refused("packing", reason="beside digests"):
+    with refused("packing", reason="with digests"):
         made.digests.read(made.model, collate_packed(EXAMPLES))
     untold = {name: value for name, value in EXAMPLES[0].items() if name != "context_span"}
     with refused("data", reason="nothing to digest"):
         made.digests.read(made.model, collate([untold], END))
-    with refused("data", reason="the stage repeat is for texts"):
+    with refused("data", reason="use the stage repeat for texts"):
         made.digests.read(made.model, collate([EXAMPLES[0] | {"prompt_length": 5}], END))
     long = ExampleSize(8184, 0, context=8184)
     made.digests.check_size(long, 7)
@@ -362,7 +362,7 @@ def test_examples_that_cannot_be_digested_are_refused():
 def test_what_digests_make_is_no_system_of_its_own():
     system = task().lrsa.system
     for options in ({"lrsa": LRSAConfig(system=system)}, {"evaluate": {"x": {"system": system}}}):
-        with refused("lrsa.system" if "lrsa" in options else "evaluate.x.system", reason="what digests train"):
+        with refused("lrsa.system" if "lrsa" in options else "evaluate.x.system", reason="is created by digests"):
             LongContextQA(Backbone("tiny"), **options)
     assert (system.held(20), system.attended_pairs(20)) == (9, 45)
     assert (system.held(0), system.attended_pairs(0)) == (0, 0)

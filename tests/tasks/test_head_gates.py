@@ -241,7 +241,7 @@ def test_evaluations_take_the_gates_as_they_are():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_else_would_be_trained_or_evaluated_is_refused(options, field):
-    with refused(field, reason="beside head_gates"):
+    with refused(field, reason="with head_gates"):
         LongContextQA(**{"backbone": Backbone("tiny"), "head_gates": gates()} | options)
 
 

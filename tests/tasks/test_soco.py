@@ -310,7 +310,7 @@ def test_settings_out_of_bounds_are_refused(arguments, field):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_else_would_be_trained_is_refused(options, field):
-    with refused(field, reason="beside spectra"):
+    with refused(field, reason="with spectra"):
         LongContextQA(**{"backbone": Backbone("tiny"), "spectra": SoCo(0.5)} | options)
 
 

@@ -66,7 +66,7 @@ def test_every_answer_token_weighs_the_same(train_attention):
 
 def test_a_system_that_cannot_train_is_refused_by_the_task_itself():
     """Its pass of whole sequences is dense."""
-    with refused("train_attention", "KeyNorm", reason="cannot train"):
+    with refused("train_attention", "KeyNorm", reason="cannot be trained with"):
         fit(task(train_attention={"system": KeyNorm()}), [collate(EXAMPLES, 2)])
 
 
