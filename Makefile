@@ -9,7 +9,7 @@ RANGE_TESTS := tests/test_ranges.py tests/attention tests/models tests/tasks tes
 	$(addprefix tests/data/test_,token_cache.py loaders.py module.py) tests/ops/triton/test_decoding.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format docs docs-serve figures results ui clean
+.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format docs docs-serve figures schema results ui clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -72,6 +72,9 @@ figures: setup ## Draw the picture of the rule, and record what `make fit` print
 	$(BIN)/python docs/draw_method.py
 	COLUMNS=100 $(BIN)/lrsa fit $(QUICKSTART) | sed -n '/Validation on/,/^Compare/p' \
 	  | sed 's#$(CURDIR)#/home/you/lrsa-lit#; s/ *$$//' > docs/figures/quickstart.txt
+
+schema: setup ## Write configs/schema.json, with which editors complete YAML
+	$(BIN)/lrsa schema > configs/schema.json.new && mv configs/schema.json.new configs/schema.json
 
 results: setup ## Write the tables and plots of README.md, RESULTS.md and docs/study anew; study/data has the studies' data
 	$(BIN)/lrsa study report study/results.jsonl study/objectives.jsonl study/claim.jsonl \

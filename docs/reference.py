@@ -66,6 +66,14 @@ def _settings() -> Iterator[str]:
         "`--model.lrsa.top_k 16` on the command line is `model: {lrsa: {top_k: 16}}` in YAML. What a chosen "
         "class takes (a data set, a compressor, an objective) is listed [by class](classes.md).\n"
     )
+    yield "## Completion in editors\n"
+    yield (
+        "A comment in a YAML file names the JSON schema of the settings. Editors with the YAML language server (VS "
+        "Code, Neovim, JetBrains) then complete keys, show what they do, and mark mistakes. Every shipped file has "
+        "such a comment. `lrsa schema > schema.json` writes the schema for files of your own; `--plugins my_module` "
+        "adds your classes.\n"
+    )
+    yield "```yaml\n# yaml-language-server: $schema=schema.json\nmodel: {lrsa: {top_k: 16}}\n```\n"
     for part, title in PARTS.items():
         path = catalogue.DATA if part == "data" else str(catalogue.part_of(part))
         prefix = "data.init_args" if part == "data" else part

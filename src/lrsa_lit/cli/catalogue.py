@@ -41,6 +41,8 @@ _CALLBACKS = (
     "lrsa_lit.checkpoints",
     *(f"lrsa_lit.analysis.{name}" for name in ("callback", "ablation", "run_pictures", "survival")),
 )
+MODELINE = "# yaml-language-server: $schema="
+"""Begins the comment with which a YAML file names its schema to an editor."""
 EVERY_RUN_HAS = {
     "CheckedForm",
     "ExactState",
@@ -159,7 +161,7 @@ def configs() -> dict[str, Path]:
 def about(path: Path) -> str:
     """The line that says what a shipped file is."""
     second = path.read_text(encoding="utf-8").splitlines()[1]
-    return second.removeprefix("#").strip() if second.startswith("#") else ""
+    return second.removeprefix("#").strip() if second.startswith("#") and not second.startswith(MODELINE) else ""
 
 
 def setting_files(key: str, folder: str) -> list[str]:

@@ -40,6 +40,7 @@ TOOLS = {
     "export": "write a checkpoint as a folder that transformers loads",
     "input-moments": "measure what keys and values are made of, for latents of low rank that err less",
     "preference-pairs": "rewrite passages, and tell by a model's answers which rewritings a summariser should prefer",
+    "schema": "print the JSON schema of the settings, with which editors complete YAML",
     "study": "train and evaluate the rows of a study, part by part",
     "summarise": "write the summaries that the filter Summaries shows in the place of passages",
     "sweep": "fit once for each point of a grid of settings",
