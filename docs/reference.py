@@ -79,7 +79,7 @@ def _settings() -> Iterator[str]:
         prefix = "data.init_args" if part == "data" else part
         yield f"## {title}: `{prefix}`\n"
         given = catalogue.value_at(defaults, prefix)
-        yield from _table(catalogue.keys(path), f"{prefix}.", given if isinstance(given, Mapping) else {})
+        yield from _listed(catalogue.keys(path), f"{prefix}.", given if isinstance(given, Mapping) else {})
     yield "## The defaults of every command\n"
     yield "The file `cli.yaml`, which is read before any other:\n"
     yield f"```yaml\n{shipped('cli.yaml').read_text(encoding='utf-8').rstrip()}\n```\n"
@@ -100,7 +100,7 @@ def _classes() -> Iterator[str]:
             yield f"### {name}\n"
             yield f"`{path}`\n"
             yield f"{_plain(found.about if found else '')}\n"
-            yield from _table(catalogue.keys(path), "", {})
+            yield from _listed(catalogue.keys(path), "", {})
     assert set(KINDS) == {*plugins.KINDS, "callbacks"}
 
 
@@ -113,24 +113,25 @@ def _configs() -> Iterator[str]:
         if name.partition("/")[0] != folder:
             folder = name.partition("/")[0]
             yield f"\n## {folder}\n\n| file | what it sets |\n|---|---|"
-        yield f"| [{name}](../../configs/{name}) | {_cell(catalogue.about(path))} |"
+        yield f"| [{name}](../../configs/{name}) | {catalogue.about(path).replace('|', '/')} |"
     yield ""
 
 
-def _table(settings: Mapping[str, Setting], prefix: str, given: Mapping[str, object]) -> Iterable[str]:
-    if not settings:
-        return
-    yield "| key | default | what it does |\n|---|---|---|"
+def _listed(settings: Mapping[str, Setting], prefix: str, given: Mapping[str, object]) -> Iterable[str]:
+    """A line for each setting: its type, default, and what it does."""
     for name, setting in settings.items():
         value = given.get(name)
         plain = isinstance(value, int | float | str) and "$" not in str(value)
-        default = str(value) if plain else "required" if setting.default is None else _in_yaml(setting.default)
-        kind = f"`{setting.kind}`. " if setting.kind else ""
-        yield f"| `{prefix}{name}` | {f'`{_cell(default)}`'} | {_cell(kind)}{_cell(_plain(setting.about))} |"
+        default = str(value) if plain else None if setting.default is None else _in_yaml(setting.default)
+        kind = " ".join(re.sub(r"\bNone\b", "null", setting.kind).split())
+        facts = [f"`{kind}`"] if kind else []
+        facts += ["required" if default is None else f"default `{' '.join(default.split())}`"]
+        yield f"- **`{prefix}{name}`** ({', '.join(facts)}): {' '.join(_plain(setting.about).split())}"
     yield ""
 
 
 def _in_yaml(written: str) -> str:
+    """A default of the code as YAML writes it."""
     plain = {"None": "null", "True": "true", "False": "false"}.get(written, written)
     return plain.strip("'\"") or "''"
 
@@ -139,7 +140,3 @@ def _plain(text: str) -> str:
     """Docstrings with Markdown in the place of Sphinx's marks."""
     text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text).replace("``", "`")
     return re.sub(r"(?<!\n)\n(?!\n)", " ", text)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
