@@ -1,7 +1,9 @@
 """The site builds without a warning, and the README stays short."""
 
 import importlib.util
+import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,21 @@ def test_each_page_has_a_place_in_the_navigation():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_speed_that_the_readme_names_was_measured():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    picture = re.search(r"\((benchmarks/results/attention_\S+)\.png\)", text)[1]
+    rows = json.loads((ROOT / f"{picture}.json").read_text())["rows"]
+    fastest = max(row["cudnn"]["both"] / row["lrsa"]["both"] for row in rows if row["dim"] == 128)
+    assert f"up to {fastest:.1f} times as fast" in text
+
+
+def test_the_versions_are_the_same_everywhere():
+    import lrsa_lit
+
+    assert f"\nversion: {lrsa_lit.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {lrsa_lit.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/start/cpu.md"])
