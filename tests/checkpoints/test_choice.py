@@ -84,7 +84,7 @@ def test_a_damaged_one_that_was_named_is_refused(fitted, capfd):
     truncate(fitted / "last.ckpt")
     line = refusal(capfd, *FIT, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt")
     assert "is not a checkpoint, or is truncated or damaged" in line
-    assert f"the newest good one beside it is {CHECKPOINTS}/{best(fitted).name}" in line
+    assert f"the newest good one in its folder is {CHECKPOINTS}/{best(fitted).name}" in line
 
 
 def test_all_are_damaged(fitted, capfd):
@@ -129,12 +129,12 @@ def test_other_data(fitted, elsewhere, capfd, option, value, said):
     shutil.copy(shipped("data/sample.jsonl"), "other.jsonl")
     line = refusal(capfd, *FIT, option, value, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt")
     assert said in line
-    assert "decides the order of the training data; resume with that, or" in line
+    assert "changes the order of the training data; resume with the same value, or" in line
 
 
 def test_other_settings_are_said(fitted, caplog):
     main([*FIT, "--model.lrsa.top_k", "4", "--ckpt_path", str(best(fitted))])
-    assert "not as an uninterrupted run: model.lrsa.top_k 8 (here 4)" in caplog.text
+    assert "not equal to an uninterrupted run: model.lrsa.top_k 8 (here 4)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_fit_goes_on_with_the_budgets_that_it_began_with(elsewhere, caplog):
     main(budgets)
     (elsewhere / "heads.json").write_text("[[8, 4], 3]")
     main([*budgets, "--ckpt_path", f"{CHECKPOINTS}/last.ckpt"])
-    assert 'not as an uninterrupted run: model.lrsa.head_top_k "file ' in caplog.text
+    assert 'not equal to an uninterrupted run: model.lrsa.head_top_k "file ' in caplog.text
 
 
 def test_another_number_of_processes(fitted, capfd):
@@ -175,7 +175,7 @@ def test_another_number_of_processes(fitted, capfd):
     state["exact_state"]["random"] *= 2
     torch.save(state, path)
     line = refusal(capfd, *FIT, "--ckpt_path", str(path))
-    assert "it was written by 2 processes and cannot go on with 1" in line
+    assert "it was written by 2 processes and cannot be resumed with 1" in line
     assert "trainer.devices x trainer.num_nodes = 2" in line
 
 
@@ -210,7 +210,7 @@ def test_a_full_disk_does_not_stop_the_run(elsewhere, full_disk, capfd, caplog, 
     )
     main([*FIT, "--config", "mine.yaml", "--trainer.val_check_interval", "2"])
     assert "No space left on device" in caplog.text
-    assert "is intact; the training goes on" in caplog.text
+    assert "is intact; training continues" in caplog.text
     (kept,) = (elsewhere / CHECKPOINTS).iterdir()
     assert torch.load(kept, weights_only=True)["global_step"] == 2
 

@@ -97,7 +97,7 @@ def test_a_fit_goes_on_with_as_many_processes_as_it_had(tmp_path):
     written = processes.refused(on_two("fsdp", "--ckpt_path", str(half), folder="whole", steps=4), tmp_path)
     for text in written:
         (line,) = [line for line in text.splitlines() if "lrsa: error: " in line]
-        assert "it was written by 1 process and cannot go on with 2" in line
+        assert "it was written by 1 process and cannot be resumed with 2" in line
     assert not (tmp_path / "whole" / "checkpoints").exists()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted, and training that goes on from one as if it had never stopped."""
+"""Reliable checkpoints, and training that resumes from them as if it had never stopped."""
 
 from lrsa_lit.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lrsa_lit.checkpoints.exact_state import ExactState

@@ -1,4 +1,4 @@
-"""Checkpoints in their folder: written whole or not at all, claimed by the run that writes them, found again."""
+"""Checkpoint files: write them completely or not at all, claim their folder while a run writes, and list them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _claimed: dict[Path, IO[bytes]] = {}
 
 
 class CheckpointNotSaved(UserError):  # noqa: N818 - what happened, as with KeyboardInterrupt
-    """A checkpoint could not be written; the files of earlier ones are as they were."""
+    """A checkpoint could not be written; the files of earlier ones are unchanged."""
 
 
 class NonFiniteLoss(UserError):  # noqa: N818
-    """The loss, or a weight, is NaN or infinite; nothing was saved since."""
+    """The loss or a weight is NaN or infinite; nothing was saved since."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves under a temporary name, brings it to the disk and renames it; loads tensors and plain values only.
+    """Saves under a temporary name, syncs to the disk and renames; loads only tensors and plain values.
 
-    It streams, where Lightning's own first makes a copy of the whole checkpoint in memory. What is not on a local disk
-    is left to Lightning. Strategies that write folders of shards do not use it.
+    It writes directly to the file, whereas Lightning first copies the whole checkpoint in memory. Paths that are not on
+    a local disk are left to Lightning. Strategies that write folders of shards do not use it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; CheckpointNotSaved if the disk is full, for example, and what was there before stays."""
+        """Write a checkpoint; CheckpointNotSaved if it fails (a full disk, say), and the previous file is kept."""
         if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -59,9 +59,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint after every byte of it was checked; code in it runs only where ``weights_only`` is false.
+        """Check all bytes of a checkpoint and read it; code in it runs only if ``weights_only`` is false.
 
-        A UserError if it is damaged, or a folder of shards, which other strategies read.
+        Raises:
+            UserError: it is damaged, or is a folder of shards, which other strategies read.
         """
         if Path(path).is_dir():
             hint = "trainer.strategy must be FullySharded to read it"
@@ -75,27 +76,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def system_error(error: BaseException | None) -> OSError | None:
-    """The OSError among what led to an error: torch's writers raise errors of their own over a full disk's."""
+    """The OSError in an error's chain of causes, or None: torch's writers wrap errors such as a full disk."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def claim(folder: Path) -> bool:
-    """Claim a run's checkpoints until :func:`release`, or until this process ends; false if another process has them.
+    """Claim a run's checkpoints until :func:`release` or the end of this process; false if another process has them.
 
-    The claim is a lock of this process alone: those that it starts, such as workers of a data loader, do not keep it.
-    File systems without locks let everybody.
+    The claim is a lock of this process only; its child processes, such as data-loader workers, do not hold it. On file
+    systems without locks, every claim succeeds.
     """
     path = _lock_of(folder)
     if fcntl is None or path in _claimed:
-        # To open and close the file once more would end this process's lock.
+        # Opening and closing the file again would release this process's lock.
         return True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
     except OSError:
-        # Who cannot write here is told so elsewhere.
+        # Other checks report a folder that is not writable.
         return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,7 +108,7 @@ def claim(folder: Path) -> bool:
 
 
 def release(folder: Path) -> None:
-    """Let other processes go on from a run's checkpoints."""
+    """Release a run's checkpoints, so that other processes can resume from them."""
     if (file := _claimed.pop(_lock_of(folder), None)) is not None:
         file.close()
 
@@ -118,7 +119,7 @@ def _lock_of(folder: Path) -> Path:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what processes that are gone have left half-written, and finish what they were replacing."""
+    """Remove half-written files of dead processes, and finish replacements that they had started."""
     if folder.is_dir():
         remove_abandoned(folder)
     for replaced in folder.glob(f".*{SUFFIX}{REPLACED}"):
@@ -130,7 +131,7 @@ def tidy(folder: Path) -> None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder by the time they were written, the last one first."""
-    # A link may lead nowhere.
+    """The checkpoints in a folder by modification time, the newest first."""
+    # Links may be broken.
     paths = [path for path in folder.glob(f"*{SUFFIX}") if path.exists()]
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)

@@ -1,4 +1,4 @@
-"""What Lightning's checkpoints lack for a run to go on as if it had never stopped."""
+"""State that Lightning's checkpoints lack, so that a run can resume as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from lrsa_lit.strategies import gathered
 
 
 class _Boundary(NamedTuple):
-    """The moment after an optimizer step: from here, the same steps can be taken again."""
+    """The state after an optimizer step, from which the same next steps can be repeated."""
 
     loops: dict[str, Any]
-    """Lightning's counters, and the positions in the data."""
+    """Lightning's counters and the positions in the data."""
 
     random: dict[str, Any]
 
 
 class ExactState(Callback):
-    """Save and restore random number generators and positions in the data, of every process.
+    """Save and restore the random number generators and data positions of every process.
 
-    Every checkpoint holds the last boundary between two optimizer steps, whenever it is saved: the weights have not
-    changed since, and the random numbers, the position in the data and the counters are those of the boundary. What
-    came after it is done again by the resumed run: a batch or a validation that an exception interrupted, and the
-    batches and validations of a step that was not finished, because the fit was stopped while it accumulated gradients.
+    Whenever it is saved, a checkpoint holds the last boundary between two optimizer steps: the weights have not changed
+    since, and the random numbers, the data position and the counters are those of the boundary. The resumed run repeats
+    what came after it: a batch or validation that an exception interrupted, and the batches and validations of an
+    unfinished step, if the fit was stopped while it accumulated gradients.
 
     Args:
-        settings: the settings of the run by dotted name, to be kept in its checkpoints.
+        settings: the settings of the run by dotted name, to store in its checkpoints.
     """
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
         self.settings = dict(settings or {})
         self._boundary: _Boundary | None = None
-        # Of other callbacks at the boundary, where a validation has changed them since.
+        # The states of other callbacks at the boundary, if a validation may have changed them since.
         self._callbacks: dict[str, Any] = {}
         self._loaded: _Boundary | None = None
         self._max_steps: int | None = None
 
     @property
     def at_hand(self) -> bool:
-        """Whether there is a boundary to save."""
+        """Whether there is a boundary that can be saved."""
         return self._boundary is not None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take this process's part of the checkpoint; a UserError if it is of another number of processes."""
+        """Read this process's part of the checkpoint; a UserError if another number of processes wrote it."""
         state = checkpoint.get(KEY)
         if state is None or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -66,15 +66,15 @@ class ExactState(Callback):
         validated = loops[VALIDATED]["total"]
         interrupted = validated["started"] > validated["processed"] and trainer.enable_validation
         if interrupted and 0 <= trainer.max_steps <= checkpoint["global_step"]:
-            # The last validation of a run: Lightning would find all steps done and end at once.
+            # The run's last validation was interrupted: Lightning would find all steps done and end at once.
             self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore, once everything is in place that draws random numbers while it is built."""
+        """Restore the state, after everything that draws random numbers during setup."""
         if self._loaded is not None:
             restore_data(trainer, self._loaded.loops)
-            # These counters mark an interrupted validation, which Lightning has noticed and would for ever repeat.
+            # These counters mark an interrupted validation, which Lightning has noticed and would repeat forever.
             validated = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             validated.ready = validated.started = validated.completed  # type: ignore[attr-defined]
             rng.restore(self._loaded.random, trainer.strategy.root_device)
@@ -82,27 +82,27 @@ class ExactState(Callback):
         self._loaded = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """From here on, and until the step is over, the weights belong to no boundary."""
+        """Drop the boundary: from now until the end of the step, the weights belong to none."""
         self._boundary = None
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Look at the boundary after a step."""
+        """Record the boundary after a step."""
         if not accumulating(trainer):
             boundary = _look(trainer)
             complete_batch(boundary.loops, validation_is_due(trainer))
             self._set_boundary(boundary)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let a run end after its last validation; keep what callbacks knew at a boundary that will not know of it."""
+        """Let a run end after its last validation; within a step, keep the callbacks' states at the boundary."""
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         if _validating_in_a_fit(trainer) and accumulating(trainer) and not self._callbacks:
-            # All but those that save checkpoints: they must know the files that they have written.
+            # Except those that save checkpoints, which must remember the files that they have written.
             others = [each for each in trainer.callbacks if not isinstance(each, Checkpoint)]  # type: ignore[attr-defined]
             self._callbacks = {each.state_key: copy.deepcopy(state) for each in others if (state := each.state_dict())}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look again: the validation is done, and callbacks have counted it."""
+        """Record the boundary again, after the validation and with the callbacks' new states."""
         if _validating_in_a_fit(trainer) and not accumulating(trainer):
             self._set_boundary(_look(trainer))
 
@@ -111,7 +111,7 @@ class ExactState(Callback):
         boundary = self._boundary
         if boundary is None:
             if trainer.training:
-                raise CheckpointNotSaved("no checkpoint of this moment: it is in the middle of an optimizer step")
+                raise CheckpointNotSaved("no checkpoint can be saved in the middle of an optimizer step")
             boundary = _look(trainer)
         checkpoint["loops"]["fit_loop"] = boundary.loops
         checkpoint["callbacks"] |= self._callbacks
@@ -126,14 +126,14 @@ class ExactState(Callback):
 
 
 def _look(trainer: Trainer) -> _Boundary:
-    """The boundary that a run is at now."""
+    """The current state of a run, as a boundary."""
     return _Boundary(trainer.fit_loop.state_dict(), rng.capture(trainer.strategy.root_device))
 
 
 def other_processes(before: int, now: int) -> UserError:
-    """What to say of a checkpoint of another number of processes."""
-    written = f"it was written by {before} process{'es' * (before > 1)} and cannot go on with {now}"
-    own = "as each has its own position in the data"
+    """The error for a checkpoint from another number of processes."""
+    written = f"it was written by {before} process{'es' * (before > 1)} and cannot be resumed with {now}"
+    own = "because each has its own position in the data"
     resume = f"resume with trainer.devices x trainer.num_nodes = {before}"
     hint = f"{resume}, or `lrsa export` it and start a new fit from its weights"
     return UserError("ckpt_path", reason=f"{written}, {own}", hint=hint)

@@ -1,4 +1,4 @@
-"""A run ends where its loss is NaN or infinite, before anything of it is saved."""
+"""End a run whose loss is NaN or infinite, before a spoilt checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lrsa_lit.strategies import gathered
 
 
 class _Verdict(NamedTuple):
-    """What is known about a batch of an optimizer step (counted from 1), once the device has come to it.
+    """The check of a batch's loss, complete once the device has reached it; steps are counted from 1.
 
     Attributes:
-        bad: () bool on the CPU, whether some process's loss was not finite; being copied until ``copied``.
-        own: the same of this process's loss.
-        copied: the event of the copies; None on the CPU.
+        bad: () bool on the CPU, whether some process's loss is not finite; valid after ``copied``.
+        own: the same for this process's loss.
+        copied: an event after the copies; None on the CPU.
     """
 
     bad: Tensor
@@ -34,23 +34,23 @@ class _Verdict(NamedTuple):
 
 
 class FiniteLoss(Callback):
-    """Stop with the step and the sample ids of the batch whose loss is not finite.
+    """Stop if a loss is not finite, and report the step and the sample ids of its batch.
 
-    The loss of a batch is looked at when the next one has been submitted, so that the device never waits: one step more
-    may be taken with spoilt weights. Saving a checkpoint looks at all losses until then, and at the weights.
+    A batch's loss is checked after the next batch has been submitted, so that the device never waits. So one more step
+    may be taken with spoilt weights. Before a checkpoint is saved, all losses so far and the weights are checked.
     """
 
     def __init__(self) -> None:
         self._open: deque[_Verdict] = deque()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget a run before this one."""
+        """Forget earlier runs."""
         self._open.clear()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Look at the loss of the batch before (NonFiniteLoss ends the run), and start copying that of this one."""
+        """Check the previous batch's loss (NonFiniteLoss ends the run), and start copying this batch's."""
         self._examine(trainer)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
@@ -58,11 +58,11 @@ class FiniteLoss(Callback):
             self._open.append(_verdict(loss, trainer, ids))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last batch's."""
+        """Check the last batch's loss."""
         self._examine(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let nothing be saved that is spoilt: NonFiniteLoss if a loss, or a weight, is NaN or infinite."""
+        """Prevent spoilt checkpoints: NonFiniteLoss if a loss or a weight is NaN or infinite."""
         self._examine(trainer)
         if not trainer.strategy.reduce_boolean_decision(_finite(pl_module)):
             raise NonFiniteLoss(f"a weight is NaN or infinite after step {trainer.global_step}{_advice(trainer)}")
@@ -96,14 +96,14 @@ def _verdict(loss: Tensor, trainer: Trainer, ids: list[str]) -> _Verdict:
 def _finite(module: nn.Module) -> bool:
     """Whether all trained weights of this process are finite."""
     weights = [weight.detach() for weight in module.parameters() if weight.requires_grad]
-    # A shard of a distributed weight answers for itself.
+    # Each process checks only its shards of distributed weights.
     local = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
     checks = [torch.isfinite(weight).all() for weight in local]
     return bool(torch.stack(checks).all()) if checks else True
 
 
 def _flat(ids: Any) -> Iterator[str]:
-    """The ids of a batch, whose rows may be of several samples."""
+    """The ids of a batch, whose rows may contain several samples."""
     for part in ids:
         if isinstance(part, str):
             yield part

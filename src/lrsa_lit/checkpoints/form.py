@@ -1,4 +1,4 @@
-"""The form of what a checkpoint holds, compared with what this run would write, before any library reads it."""
+"""Compare a checkpoint's structure with what this run would write, before any library reads it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lrsa_lit.checkpoints import rng
 from lrsa_lit.errors import UserError
 
 KEY = "exact_state"
-"""Where a checkpoint keeps what Lightning's own lack."""
+"""The key of what Lightning's own checkpoints lack."""
 
 _LARGEST = 2**63
 _NEEDED = ("loops", "optimizer_states", "lr_schedulers")
-"""What Lightning writes into every checkpoint but those of weights alone."""
+"""Keys that Lightning writes into every checkpoint, except into those with weights only."""
 
 
 def check_form(value: Any, like: Any, name: str) -> None:
-    """Raise a UserError unless a value has the types, keys and shapes of another one; it may have more keys.
+    """Raise a UserError unless a value has the types, keys and shapes of another one; additional keys are allowed.
 
     Args:
-        value: of a checkpoint.
-        like: what this run would write in its place. None, and an empty dict or list, say nothing of what they hold.
+        value: a value of a checkpoint.
+        like: what this run would write instead. None accepts anything, and an empty dict or list any contents.
         name: the dotted name of ``value`` in the checkpoint.
     """
     if like is None:
@@ -46,19 +46,19 @@ def check_form(value: Any, like: Any, name: str) -> None:
 
 
 def check_optimizer(value: Any, like: Mapping[str, Any], weights: Sequence[Tensor], name: str) -> None:
-    """Raise a UserError if the state of an optimizer is that of another one or of other weights.
+    """Raise a UserError if an optimizer's state belongs to another optimizer or to other weights.
 
     Args:
-        value: of a checkpoint.
-        like: the ``state_dict`` of this run's optimizer, which has not made a step.
-        weights: its parameters, in its own order.
+        value: the state in a checkpoint.
+        like: the ``state_dict`` of this run's optimizer before its first step.
+        weights: the optimizer's parameters, in its order.
         name: the dotted name of ``value`` in the checkpoint.
     """
     check_form(value, like, name)
     for number, (found, own) in enumerate(zip(value["param_groups"], like["param_groups"], strict=True)):
         if found["params"] != own["params"]:
             raise malformed(f"{name}.param_groups.{number}.params")
-    # What an optimizer keeps of a weight depends on the number of its dimensions, as Adafactor's does.
+    # The state of a weight can depend on the number of its dimensions, as in Adafactor.
     kept: dict[int, Mapping[str, Any]] = {}
     for key, state in value["state"].items():
         of = f"{name}.state.{key}"
@@ -74,8 +74,8 @@ def check_optimizer(value: Any, like: Mapping[str, Any], weights: Sequence[Tenso
 
 
 def malformed(name: str) -> UserError:
-    """What to say of a value of another form."""
-    reason = f"{name} is missing, or has not the form that a fit of this configuration writes and goes on from"
+    """The error for a value with another structure."""
+    reason = f"{name} is missing, or does not have the structure that a fit of this configuration writes"
     return UserError("ckpt_path", reason=reason)
 
 
@@ -97,7 +97,7 @@ def _is_like(value: Any, like: Any) -> bool:
 
 
 def _fits(held: Any, weight: Tensor) -> bool:
-    """Whether a value can be kept of a weight: a tensor of its shape, or of one or no number along a dimension."""
+    """Whether a value can be the state of a weight: a tensor of its shape, some dimensions reduced, or one number."""
     if not isinstance(held, Tensor) or held.numel() <= 1:
         return isinstance(held, Tensor | int | float | str | None)
     wider = zip(held.shape, weight.shape, strict=False)
@@ -105,13 +105,13 @@ def _fits(held: Any, weight: Tensor) -> bool:
 
 
 class CheckedForm(Callback):
-    """Refuse a checkpoint of another form; it stands before the callbacks that read one."""
+    """Refuse a malformed checkpoint; this callback comes before those that read checkpoints."""
 
     def __init__(self) -> None:
         self._checkpoint: dict[str, Any] | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise a UserError if a part is missing or of another form; the optimizers are not made yet."""
+        """Raise a UserError if a part is missing or malformed; optimizers do not exist yet and are checked later."""
         found = checkpoint.get("callbacks", {})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in found:
@@ -128,11 +128,11 @@ class CheckedForm(Callback):
             _check_exact_state(trainer, checkpoint.get(KEY))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise a UserError if the state is of other optimizers or schedules, now that they are made."""
+        """Raise a UserError if the state is of other optimizers or schedules, now that these exist."""
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
             return
-        # A sharded checkpoint holds them as tensors by name, which its reader compares.
+        # For sharded checkpoints this list is empty: their reader compares the tensors by name.
         for number, (state, own) in enumerate(zip(checkpoint["optimizer_states"], trainer.optimizers, strict=False)):
             weights = [weight for group in own.param_groups for weight in group["params"]]
             check_optimizer(state, own.state_dict(), weights, f"optimizer_states.{number}")
@@ -142,7 +142,7 @@ class CheckedForm(Callback):
 
 
 def _check_exact_state(trainer: Trainer, state: dict[str, Any] | None) -> None:
-    # That of another number of processes is refused with advice, by who reads it.
+    # ExactState refuses another number of processes, with advice.
     if state is None or len(state["random"]) != trainer.world_size:
         return
     rank = trainer.global_rank
@@ -151,7 +151,7 @@ def _check_exact_state(trainer: Trainer, state: dict[str, Any] | None) -> None:
 
 
 def _check_random(state: Any, device: torch.device, name: str) -> None:
-    """Check that a value is what :func:`rng.capture` finds; a GPU's state may be missing, where none was used."""
+    """Check that a value has the structure of :func:`rng.capture`; a GPU's state may be missing if none was used."""
     like = rng.capture(device)
     if isinstance(state, dict) and "cuda" not in state:
         like.pop("cuda", None)

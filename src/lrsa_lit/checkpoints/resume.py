@@ -1,4 +1,4 @@
-"""Which checkpoint a command takes, and whether a run can go on from it."""
+"""Find the checkpoint for a command, and check whether a run can resume from it."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from lrsa_lit.models.checkpoint_file import Unreadable, damage, read, unusable
 from lrsa_lit.paths import check_path
 
 LAST = "last"
-"""As a path: the newest good checkpoint of this configuration."""
+"""This path means the newest good checkpoint of the configuration."""
 
 RUN = "mlflow_run"
-"""Where a checkpoint keeps the id of the run that wrote it."""
+"""The key of the id of the run that wrote a checkpoint."""
 
 _SECTION = dict[str, Any]
 _VERSION = "pytorch-lightning_version"
-"""What every checkpoint of Lightning says, and no other file of torch."""
+"""A key that every checkpoint of Lightning has, and no other torch file."""
 
 _PARTS: dict[str, Any] = {"epoch": int, "global_step": int, "loops": _SECTION, "callbacks": _SECTION, RUN: str}
 _PARTS |= {"state_dict": dict[str, Tensor], "optimizer_states": list[_SECTION], "lr_schedulers": list[_SECTION]}
-"""What Lightning writes into a checkpoint, and goes on from."""
+"""What Lightning writes into a checkpoint and needs to resume."""
 
 _log = logging.getLogger("lrsa_lit.checkpoints")
-# Data that is not trained on, and the workers, which do not change the order.
+# Settings that do not change training: other data splits, and workers, which do not change the order.
 _INDIFFERENT = {"val", "test", "evaluate_on", "eval_batch_size", "num_workers"}
 _RULES = ("model.lrsa.", "model.train_attention.")
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
 class About(NamedTuple):
-    """What a checkpoint says about the run that wrote it; None where it does not say.
+    """What a checkpoint says about the run that wrote it; None where it says nothing.
 
     Attributes:
-        settings: by dotted name, as :func:`settings_of` has them.
-        processes: how many wrote it.
-        run: the id of the run, where it has one.
-        step: the optimizer steps that were done.
+        settings: the settings by dotted name, as from :func:`settings_of`.
+        processes: the number of processes.
+        run: the id of the run, if it has one.
+        step: the number of optimizer steps done.
     """
 
     settings: dict[str, str] | None
@@ -59,9 +59,9 @@ class About(NamedTuple):
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """What of a resolved config decides the weights, by dotted name, as JSON.
+    """The settings of a resolved config that determine the weights, by dotted name, as JSON.
 
-    A file that the rule is read from, as budgets and gates are, stands there by its content.
+    Files that the rule reads, such as budgets and gates, are represented by a digest of their contents.
     """
     kept = {name: config.get(name) for name in ("seed_everything", "model", "data")}
     trainer = config.get("trainer") or {}
@@ -71,7 +71,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def files_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """By dotted name, the digests of the files that the rule of a resolved config is read from."""
+    """The digests of the files that the rule of a resolved config reads, by the setting's dotted name."""
     found = {}
     for name, value in _leaves("", {"model": config.get("model")}):
         if name.startswith(_RULES) and isinstance(path := json.loads(value), str):
@@ -81,9 +81,9 @@ def files_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def about(path: Path) -> About:
-    """Read what a checkpoint says about its run; Unreadable if Lightning has not written it, or it is damaged.
+    """Read what a checkpoint says about its run; Unreadable if it is damaged or was not written by Lightning.
 
-    The bytes of its tensors are not checked; see :func:`damage`.
+    The bytes of tensors are not checked; see :func:`damage`.
     """
     content = read(path, tensors=False)
     try:
@@ -97,27 +97,31 @@ def about(path: Path) -> About:
     if state is None:
         return About(None, None, run, step)
     if not isinstance(state, dict) or not isinstance(state.get("random"), list):
-        raise Unreadable(f"{KEY} has not the form that a fit writes")
+        raise Unreadable(f"{KEY} does not have the structure that a fit writes")
     settings = typed(dict[str, str], state.get("settings") or {}, f"{KEY}.settings")
     return About(settings or None, len(state["random"]), run, step)
 
 
 def named(path: Path) -> Path:
-    """A checkpoint that somebody has named; if it cannot be read, a UserError names the newest good one beside it."""
+    """Check a checkpoint that the user named, and return its path.
+
+    Raises:
+        UserError: it cannot be read; the error suggests the newest good one in its folder.
+    """
     check_path("ckpt_path", path)
     if not path.exists():
-        raise UserError("ckpt_path", str(path), f"a checkpoint that a fit has written, or {LAST}", reason="is no file")
+        raise UserError("ckpt_path", str(path), f"a checkpoint written by a fit, or {LAST}", reason="does not exist")
     found = damage(path) or _about(path)
     if isinstance(found, str):
         others = (other for other in newest_first(path.parent) if other != path and damage(other) is None)
         error = unusable(path, found)
-        error.hint = next((f"the newest good one beside it is {other}" for other in others), "")
+        error.hint = next((f"the newest good one in its folder is {other}" for other in others), "")
         raise error
     return path
 
 
 def _about(path: Path) -> About | str:
-    """What a checkpoint says, or why it cannot be read."""
+    """What a checkpoint says about its run, or why it cannot be read."""
     try:
         return about(path)
     except Unreadable as error:
@@ -125,7 +129,7 @@ def _about(path: Path) -> About | str:
 
 
 def _latest_first(folders: list[Path]) -> Iterator[tuple[Path, About | str]]:
-    """The run that wrote last comes first, and of each run the most steps: a clock may have been set back since."""
+    """Checkpoints by run, the run that wrote last first; within a run by steps, as clocks may have been set back."""
     inside = [paths for folder in folders if (paths := newest_first(folder))]
     for paths in sorted(inside, key=lambda paths: paths[0].stat().st_mtime_ns, reverse=True):
         places: dict[str | Path, int] = {}
@@ -133,20 +137,20 @@ def _latest_first(folders: list[Path]) -> Iterator[tuple[Path, About | str]]:
         for path in paths:
             says = _about(path)
             run, step = (None, 0) if isinstance(says, str) else (says.run, says.step)
-            # One of no run is a run of its own, as nothing says that its neighbours belong to it.
+            # A checkpoint without a run id counts as a separate run.
             place = places.setdefault(run or path, len(places))
             found.append((place, -step, path, says))
         yield from ((path, says) for _, _, path, says in sorted(found, key=lambda each: each[:2]))
 
 
 def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "") -> Path | None:
-    """The newest good checkpoint of a configuration; those that are damaged are named and passed over.
+    """The newest good checkpoint of a configuration; damaged ones are logged and skipped.
 
-    None where no run of this configuration has saved one: the log names the newest one of another. It is the same
-    configuration where all :func:`settings_of` it whose names begin with the prefix are.
+    Configurations are the same if all :func:`settings_of` them whose names start with the prefix are equal. If there is
+    no checkpoint of this configuration, the result is None and the log names the newest one of another configuration.
 
     Raises:
-        UserError: there are some, and all are damaged.
+        UserError: there are checkpoints, but all are damaged.
     """
     damaged: list[Path] = []
     other = ""
@@ -160,7 +164,7 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
         elif (reason := found if isinstance(found, str) else damage(path)) is None:
             return path
         else:
-            _log.warning("%s is truncated or damaged (%s) and passed over", path, reason)
+            _log.warning("%s is truncated or damaged (%s), so it is skipped", path, reason)
             damaged.append(path)
     if damaged:
         reason = f"{LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}"
@@ -171,22 +175,22 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
 
 
 def check_continues(path: Path, found: About, settings: Mapping[str, str], processes: int) -> bool:
-    """Whether a fit goes on with the same settings; a UserError if its position in the data would be another one."""
+    """Whether a fit resumes with the same settings; a UserError if its position in the data would change."""
     if found.processes is not None and found.processes != processes:
         raise other_processes(found.processes, processes)
     changes = differences(found.settings, settings)
     order = [change for change in changes if change.startswith(("data.", "seed_everything"))]
     if order:
-        reason = f"{path} was written with {_listed(order)}, which decides the order of the training data"
-        hint = "resume with that, or `lrsa export` it and start a new fit from its weights"
+        reason = f"{path} was written with {_listed(order)}, which changes the order of the training data"
+        hint = "resume with the same value, or `lrsa export` it and start a new fit from its weights"
         raise UserError("ckpt_path", reason=reason, hint=hint)
     if changes:
-        _log.warning("Resumed with other settings, so not as an uninterrupted run: %s", _listed(changes))
+        _log.warning("Resumed with other settings, so not equal to an uninterrupted run: %s", _listed(changes))
     return not changes
 
 
 def differences(before: Mapping[str, str] | None, now: Mapping[str, str], prefix: str = "") -> list[str]:
-    """Settings that changed, such as ``model.lrsa.top_k 8 (here 4)``; none where nothing is known."""
+    """Settings that changed, such as ``model.lrsa.top_k 8 (here 4)``; empty if the earlier ones are unknown."""
     if before is None:
         return []
     names = sorted(name for name in before.keys() | now.keys() if name.startswith(prefix))

@@ -1,4 +1,4 @@
-"""The states of all random number generators as tensors and plain values, which a checkpoint can hold safely."""
+"""The states of all random number generators as tensors and plain values, which checkpoints can hold safely."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def capture(device: torch.device) -> dict[str, Any]:
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
-        # The words go into a tensor: as a list of Python integers they take longer than all the rest.
+        # As a tensor, because a list of Python integers takes longer to save than everything else.
         "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":
-        # The process's own device: asking for all would open a context on each of the others.
+        # Only the process's own device: asking for all would create a context on each of the others.
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:
-    """Set what :func:`capture` has found."""
+    """Restore the states from :func:`capture`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -1,4 +1,4 @@
-"""Lightning's ModelCheckpoint, held to what a resumed run needs."""
+"""Lightning's ModelCheckpoint, changed so that runs can resume exactly."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _log = logging.getLogger("lrsa_lit.checkpoints")
 
 
 class SafeModelCheckpoint(OpenModelCheckpoint):
-    """ModelCheckpoint that saves between optimizer steps only, and survives what goes wrong while it saves.
+    """ModelCheckpoint that saves only between optimizer steps and handles errors while saving.
 
-    What is due between the batches of one step is saved after that step, what is due where a validation follows, after
-    the validation, and all of it when the loggers have what was logged until then. A run that ends after its last
-    validation still saves its end as ``last``.
+    A checkpoint that is due between the batches of a step is saved after the step. If a validation follows, it is saved
+    after the validation. Before each save, the loggers write what was logged so far. A run that ends after its last
+    validation also saves its end as ``last``.
 
     Args:
-        on_save_error: what a checkpoint that cannot be written means for the run: ``stop`` ends it, ``continue`` says
-            so and goes on. Either way the checkpoints before it stay.
-        kwargs: those of :class:`lightning.pytorch.callbacks.ModelCheckpoint`.
+        on_save_error: what happens if a checkpoint cannot be written: ``stop`` ends the run, ``continue`` logs a
+            warning. Earlier checkpoints are kept in both cases.
+        kwargs: arguments of :class:`lightning.pytorch.callbacks.ModelCheckpoint`.
     """
 
     def __init__(self, on_save_error: Literal["stop", "continue"] = "stop", **kwargs: Any) -> None:
@@ -43,24 +43,24 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
 
     @property
     def last_good(self) -> str:
-        """The checkpoint to go on from; empty if there is none."""
+        """The checkpoint to resume from; empty if there is none."""
         return self.saved or self.last_model_path
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, and claim it: nobody else goes on from its checkpoints while this run writes them."""
+        """Find the folder and claim it, so that no other run resumes from its checkpoints while this run writes."""
         super().setup(trainer, pl_module, stage)
         writes = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if writes and self.dirpath is not None and is_local(self.dirpath):
             claim(Path(self.dirpath))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let others go on from the checkpoints."""
+        """Release the folder, so that other runs can resume from its checkpoints."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
             self._release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what Lightning saves, of which it forgets one value; a UserError if it is of another form."""
+        """Restore the state, including a value that Lightning forgets; a UserError if it is malformed."""
         score, scores = self.kth_value, state_dict["best_k_models"]
         check_form(scores, dict.fromkeys(scores, score), "callbacks.SafeModelCheckpoint.best_k_models")
         for name in ("best_model_score", "current_score"):
@@ -70,13 +70,13 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
         self.current_score = state_dict["current_score"]
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Save what the batch before has made due: only now is recorded what it has logged."""
+        """Save what the previous batch made due; its metrics are recorded only now."""
         if self._between_steps:
             self._save_due(trainer)
         self._between_steps = False
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        """See whether a checkpoint is due, and when it can be saved."""
+        """Check whether a checkpoint is due, and when it can be saved."""
         if accumulating(trainer):
             return
         with self._putting_off():
@@ -87,25 +87,25 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
         self._between_steps = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the last batch has made due, or the epoch, or a fit that ends within a step."""
+        """Save what the last batch, the epoch or the end of the fit made due."""
         self._save_due(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if it is due, or after the step that has begun."""
+        """Save if due, or, if a step is in progress, after that step."""
         within_a_step = trainer.state.fn == "fit" and not trainer.sanity_checking and accumulating(trainer)
         with self._putting_off() if within_a_step else nullcontext():
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the run, where that is not what was saved last."""
+        """Save the end of the run, unless it was saved already."""
         self._save_due(trainer)
         if self.save_last and not self.nothing_to_save(trainer):
             self.save_end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the last boundary between two steps, unless there is reason not to trust it."""
-        # Of several processes only a stop is known to reach all, and saving needs them all.
+        """Save the last boundary between two steps, unless it cannot be trusted."""
+        # Saving needs all processes, and of all exceptions only a stop is certain to reach all of them.
         alone = trainer.world_size == 1 or isinstance(exception, StoppedByUser | Terminated)
         trusted = alone and not isinstance(exception, CheckpointNotSaved | NonFiniteLoss)
         try:
@@ -115,10 +115,10 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
                 else:
                     self.write(trainer, self.format_checkpoint_name(self.metrics(trainer)))
         except (CheckpointNotSaved, NonFiniteLoss) as error:
-            # The exception is what ends the run; this is what it has cost.
+            # The exception ends the run; the missing checkpoint is only logged.
             _log.warning("%s", error)
         finally:
-            # Lightning does not tear a failed fit's callbacks down.
+            # Lightning does not call teardown after a failed fit.
             self._release()
 
     def _release(self) -> None:
@@ -131,7 +131,7 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
             self.save_best(trainer)
 
     def book(self, save: Callable[[Trainer, dict[str, Tensor]], None], trainer: Trainer, metrics: Any) -> None:
-        """Save with Lightning's bookkeeping, which is taken back where that fails; CheckpointNotSaved ends the run."""
+        """Save with Lightning's bookkeeping, and undo the bookkeeping on failure; CheckpointNotSaved ends the run."""
         if self._put_off:
             self._due = True
             return
@@ -143,23 +143,23 @@ class SafeModelCheckpoint(OpenModelCheckpoint):
             kept = f"; {self.last_good} is intact" if self.last_good else ""
             if self.on_save_error == "stop":
                 raise CheckpointNotSaved(f"{error}{kept}") from error
-            _log.warning("%s%s; the training goes on", error, kept)
+            _log.warning("%s%s; training continues", error, kept)
 
     def write(self, trainer: Trainer, path: str) -> None:
-        """Write a checkpoint; CheckpointNotSaved on every process if that has failed on one."""
+        """Write a checkpoint; CheckpointNotSaved on every process if it fails on any."""
         failure = None
         for logger in trainer.loggers:
-            # A run that is killed goes on after the checkpoint: what was logged before it must have arrived.
+            # If the run is killed, it resumes after the checkpoint, so all earlier metrics must be written now.
             logger.save()
         try:
             super().write(trainer, path)
         except CheckpointNotSaved as error:
             failure = error
         except (OSError, CheckpointException) as error:
-            # Of a strategy that writes a folder of shards, on all processes.
+            # From a strategy that writes a folder of shards, on all processes.
             failure = CheckpointNotSaved(f"checkpoint {path}: not saved ({_reason(error)})")
         if failure is not None:
-            # Where the others wait that had nothing to write.
+            # The processes that had nothing to write wait here.
             trainer.strategy.barrier("Trainer.save_checkpoint")
         message = trainer.strategy.broadcast(failure and str(failure))
         if message is not None:
@@ -181,6 +181,6 @@ def _reason(error: OSError | CheckpointException) -> str:
 
 
 def last_good(trainer: Trainer) -> str:
-    """The checkpoint that a run can be taken up from; empty if there is none."""
+    """The checkpoint that a run can resume from; empty if there is none."""
     found = (each.last_good for each in trainer.checkpoint_callbacks if isinstance(each, SafeModelCheckpoint))
     return next(filter(None, found), str(trainer.ckpt_path or ""))
