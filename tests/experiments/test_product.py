@@ -115,5 +115,5 @@ def test_a_filter_without_a_budget_is_compared_alone(tmp_path):
     file.write_text(json.dumps(line_of("A town.", "somebody", "Town.")))
     assert not product(f"Summaries={{map: {file}}}").has_budget
     text = f"Summaries={{map: {file}}}@0.5*LagRelative"
-    with refused("--systems", text, reason="leaves what it leaves"):
+    with refused("--systems", text, reason="whose size no budget can set"):
         product(text)

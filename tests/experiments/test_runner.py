@@ -70,7 +70,7 @@ def test_a_vocabulary_that_16_bits_cannot_count_a_stop_and_a_report(tmp_path, mo
         ["study", "run", str(study_file), "--part", "few", "--data", "data", "--out", "results.jsonl", "--work", "work"]
     )
     shown = capfd.readouterr().out
-    assert "training goes on" in shown
+    assert "training resumes" in shown
     assert "few: done" in shown
     training, dense, own = read_lines(tmp_path / "results.jsonl")
     assert len(training["losses"]) == training["steps"] == 3
@@ -218,7 +218,7 @@ def test_a_teacher_and_a_start_that_are_rows(study_file, data, tmp_path, capsys)
         assert not run_in("stopped")[0]
     done, again, _ = run_in("stopped")
     assert done
-    assert "taught, seed 0: training goes on\n" in capsys.readouterr().out
+    assert "taught, seed 0: training resumes\n" in capsys.readouterr().out
     assert [line["weights"] for line in again] == [line["weights"] for line in lines]
 
 

@@ -256,7 +256,7 @@ def test_ctrl_c_stops_the_fit_in_order_and_keeps_what_is_done(number, fits, runs
 
 
 def bad_inputs():
-    yield "no grid", [], ["--grid: none is given"]
+    yield "no grid", [], ["--grid: is empty"]
     yield "unknown key", ["--grid", "model.lrsa.topk=1,2"], ["model.lrsa.topk", "model.lrsa.top_k"]
     yield "no values", ["--grid", "model.lrsa.top_k="], ["--grid", "'model.lrsa.top_k='", "KEY=VALUE"]
     yield "no key", ["--grid", "=1"], ["--grid", "'=1'"]
@@ -266,7 +266,7 @@ def bad_inputs():
     yield (
         "key twice",
         ["--grid", "model.lrsa.top_k=1", "--grid", "model.lrsa.top_k=2"],
-        ["'model.lrsa.top_k' stands twice"],
+        ["'model.lrsa.top_k' appears twice"],
     )
     yield "value of another type", ["--grid", "model.lrsa.top_k=4,abc"], ["model.lrsa.top_k", "abc", "int"]
     yield (

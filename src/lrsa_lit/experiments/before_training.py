@@ -1,4 +1,4 @@
-"""What would fail in the middle of a study, looked for before its first training."""
+"""Checks before the first training of a study, for mistakes that would otherwise fail in the middle."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from lrsa_lit.models import Backbone
 
 _HALF_A_PERCENT = 0.005
-"""As bars allow it."""
+"""The tolerance that bars also have."""
 
 
 def check(study: Study, works: Iterable[Work], settings_of: Callable[[Row], Settings]) -> None:
-    """Refuse what the classes of a row refuse, and what the model of a row of the whole study cannot have.
+    """Check the settings of the planned work, and the whole study against the limits of its models.
 
     Args:
-        study: the study, of which all data sets are held against the positions of the models that read them, and all
-            bars against what their rows hold.
-        works: what is about to be done.
-        settings_of: what is given to a row's commands on this machine.
+        study: the study. The lengths of all its data sets are checked against the models' positions, and the cache
+            shares of all its bars against what their rows can hold.
+        works: the planned work.
+        settings_of: returns the settings of a row's commands on this machine.
 
     Raises:
-        UserError: of the first mistake.
+        UserError: the first mistake that is found.
     """
     from lrsa_lit.data.module import QADataModule
 
@@ -50,13 +50,13 @@ def check(study: Study, works: Iterable[Work], settings_of: Callable[[Row], Sett
 
 
 class _Models:
-    """The configs of the rows' models, each read once."""
+    """The models of the rows; each backbone is made once."""
 
     def __init__(self, study: Study, settings_of: Callable[[Row], Settings]) -> None:
         from lrsa_lit.tasks import LongContextQA
 
         self.study, self.settings_of = study, settings_of
-        # What a fit takes where no setting says it.
+        # The default of a fit.
         self._new_tokens: int = inspect.signature(LongContextQA).parameters["max_new_tokens"].default
         self._backbones: dict[str, Backbone] = {}
 
@@ -64,7 +64,7 @@ class _Models:
         return self._backbone(row).config
 
     def check_training(self, row: Row) -> None:
-        """A row's rule must suit its model, whose positions hold what it trains on."""
+        """Check that a row's rule suits its model, and that the training examples fit the model's positions."""
         from lrsa_lit.tasks.attentions import of_system
 
         if row.rule is not None:
@@ -77,7 +77,7 @@ class _Models:
             self._check_positions(f"rows.{row.name}.data.init_args.max_tokens", row, tokens, new)
 
     def check_data_set(self, row: Row, data_set: str, tokens: int) -> None:
-        """Nor must those, with their answers, that it is evaluated on."""
+        """Check that the examples of an evaluation, with answers, fit the model's positions."""
         new = self.study.new_tokens(data_set, self.settings_of(row)) or self._new_tokens
         self._check_positions(f"data_sets.{data_set}.init_args.max_tokens", row, tokens, new)
 
@@ -88,7 +88,7 @@ class _Models:
             raise UserError(where, tokens, f"at most {positions - new}", hint=reason)
 
     def check_cache(self, where: str, bar: Settings, row: Row, tokens: int) -> None:
-        """A row that a bar names must be able to hold as little as the bar allows."""
+        """Check that a row named by a bar can hold as little of a dense cache as the bar allows."""
         rule, backbone = self.study.rule_of(row, bar["inference"]), self._backbone(row)
         layers = backbone.config.num_hidden_layers
         share = 1.0 if rule is None else cache_share(rule, tokens, layers, backbone.head)

@@ -1,4 +1,4 @@
-"""What a study file may hold beside the settings of its fits, which the parser of ``lrsa fit`` checks."""
+"""Checks of a study file, except for the settings of its fits, which the parser of ``lrsa fit`` checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWN = "own"
 """The inference attention that a row was trained with."""
 
 Kind = tuple[str, Callable[[Any], bool]]
-"""What a setting must be, in words, and whether a value is that."""
+"""A description of what a setting must be, and a function that checks a value."""
 
 
 def _list_of(allowed: str, holds: Callable[[Any], bool]) -> Kind:
@@ -74,11 +74,11 @@ _BARS = {
     ("set", "row", "inference", "at_least"): {**_SET, **_CELL, **_AIM, "row": _ROWS, "at_least": _NUMBER},
     ("set", "row", "inference", "above", "p"): {**_SET, **_CELL, "above": _CELLS, "p": _NUMBER, "draw_seeds": _SWITCH},
 }  # fmt: skip
-"""What a bar may have, by what it must have."""
+"""The allowed settings of each kind of bar, keyed by its required settings."""
 
 
 def check_study(name: str, content: Any) -> None:
-    """Raise a UserError where a study file holds a setting that is unknown or of another kind, or lacks one."""
+    """Raise a UserError if a study file has an unknown or wrong setting, or lacks a required one."""
     _check(name, content, _STUDY)
     for data_set, given in (content.get("data_sets") or {}).items():
         _check(f"{name}: data_sets.{data_set}", given, _DATA_SET, ("class_path",))
@@ -106,19 +106,19 @@ def check_study(name: str, content: Any) -> None:
 
 
 def bar_rows(bar: Settings) -> list[str]:
-    """The rows whose best a bar is about."""
+    """The rows of a bar, of which the best one counts."""
     rows = bar.get("row", [])
     return [rows] if isinstance(rows, str) else rows
 
 
 def bar_of(bar: Settings) -> list[list[str]]:
-    """The cells [row, inference] of whose best a bar asks a share."""
+    """The cells [row, inference] of a bar's ``of``; the bar asks for a share of the best one's score."""
     cells = bar.get("of", [])
     return [cells] if cells and isinstance(cells[0], str) else cells
 
 
 def bar_cells(bar: Settings) -> list[list[str]]:
-    """Each [row, inference] that a bar names."""
+    """All [row, inference] cells that a bar names."""
     own = [[row, bar["inference"]] for row in bar_rows(bar)]
     references = [[row, OWN] for row in bar.get("reference", [])]
     return [*own, *bar_of(bar), *bar.get("above", []), *references]
@@ -130,7 +130,7 @@ def _check(where: str, given: Any, kinds: Mapping[str, Kind], needed: Collection
     if missing := [name for name in needed if name not in given]:
         raise UserError(where, reason=f"{missing[0]} is missing")
     if unknown := sorted(map(str, given.keys() - set(kinds))):
-        raise UserError(where, reason=f"there is no setting {unknown[0]!r}; allowed are {', '.join(sorted(kinds))}")
+        raise UserError(where, reason=f"unknown setting {unknown[0]!r}; allowed are {', '.join(sorted(kinds))}")
     for name, value in given.items():
         allowed, holds = kinds[name]
         if not holds(value):

@@ -1,4 +1,4 @@
-"""The commands of a study: what ``lrsa fit`` and ``lrsa test`` are told for a row, and where they write."""
+"""The ``lrsa fit`` and ``lrsa test`` commands of a study's rows, and the files that they write."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _COMMANDS = {"val": "validate", "test": "test"}
 
 
 RECORD = "training.json"
-"""In the folder of a row and seed: what the training was, once it is over."""
+"""Record of a finished training, in the folder of a row and seed."""
 
 CHECKPOINT = "checkpoints/last.ckpt"
-"""In the same folder: the last one of the training."""
+"""Last checkpoint of a training, in the same folder."""
 
 
 def answers_of(evaluations: Sequence[Evaluation], folder: Path) -> Path:
-    """Where the answers of an evaluation go in that folder; what was evaluated stands beside them."""
+    """The file of an evaluation's answers in a folder; a JSON file beside it describes the evaluation."""
     about = [(item.rule_digest, item.data_set, item.split, item.generates) for item in evaluations]
     return folder / digest(about) / "answers.jsonl"
 
@@ -30,9 +30,9 @@ def answers_of(evaluations: Sequence[Evaluation], folder: Path) -> Path:
 def fit(
     study: Study, row: Row, seed: int, folder: Path, overlay: Settings, checkpoints: Mapping[str, str]
 ) -> list[str]:
-    """The fit of a row: no validations, a checkpoint now and then, and a record of the training.
+    """The fit command of a row: no validation, a checkpoint every 100 steps, and a record of the training.
 
-    ``checkpoints`` are those of the rows that it needs, by name.
+    ``checkpoints`` are the paths of the checkpoints of the rows that it needs, by row name.
     """
     checkpoint = folder / CHECKPOINT
     saving = {"every_n_train_steps": _CHECKPOINT_EVERY, "save_top_k": 0, "save_last": True, "save_on_exception": True}
@@ -56,23 +56,23 @@ def fit(
 def evaluation(
     study: Study, row: Row, evaluations: Sequence[Evaluation], folder: Path, overlay: Settings, workers: int = 1
 ) -> list[str]:
-    """The evaluation of a row under several attentions, on one data set and split, by some processes on each device.
+    """The evaluation command of a row under several attentions, on one split, with ``workers`` processes per device.
 
-    The rule of the run itself is the first of theirs, so that none is evaluated that nobody asks for.
+    The run's own rule is the first of these attentions, so that no attention is evaluated in addition.
     """
     own = next((item for item in evaluations if item.rule is not None), None)
     first, answers = evaluations[0], answers_of(evaluations, folder)
     data = study.data_set(first.data_set)
-    # A text of which most is scored needs a logit for each word at most positions.
+    # A plain text needs the logits of the whole vocabulary at most positions, so batches are small.
     several = study.overlay.get("data", {}).get("init_args", {}).get("eval_batch_size", 8)
     batch = several if study.generates(first.data_set) else 1
     model: dict[str, Any] = {
         "train_attention": {},
         "train_top_k": None,
-        # What is evaluated is trained: nothing of another row is read.
+        # The weights are trained already, so no other row's checkpoint is needed.
         "objective": None,
         "start_from": None,
-        # Changes of the first one's rule, which may have a system.
+        # These are changes of the first attention's rule, which may have a system, so all settings are given.
         "evaluate": {item.name: item.rule and _whole(item.rule) for item in evaluations if item is not own},
         "generate_answers": first.generates,
     }
@@ -82,7 +82,7 @@ def evaluation(
         model["lrsa"] = _whole(own.rule)
     precision = row.settings["trainer"].get("precision")
     if str(precision).startswith("bf16"):
-        # The weights alone: there is nothing to add up in float32.
+        # Evaluation needs no float32 copy of the weights.
         model["backbone"], precision = {"dtype": "bfloat16"}, None
     trainer: dict[str, Any] = {
         "default_root_dir": str(folder.parent),
@@ -98,7 +98,7 @@ def evaluation(
     without_data = ({**layer, "data": {}} for layer in trained)
     layers = [*without_data, {"trainer": trainer, "model": model, "data": data}, overlay]
     for path in (answers, answers.with_name(answers.name + ".partial")):
-        # Of a command that was stopped, or of other weights.
+        # They may come from a stopped command or from other weights.
         path.unlink(missing_ok=True)
     checkpoint = folder / CHECKPOINT if row.steps else row.checkpoint
     weights = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
@@ -106,7 +106,7 @@ def evaluation(
 
 
 def _whole(rule: LRSAConfig) -> Settings:
-    """All settings of a rule, over whatever has others."""
+    """All settings of a rule, so that they override any others."""
     return {"system": None, "head_top_k": None, **rule.to_dict()}
 
 
@@ -115,12 +115,12 @@ def _part(name: str, **arguments: Any) -> Settings:
 
 
 def _files(folder: Path, layers: Sequence[Settings]) -> list[str]:
-    """The options that give settings over settings to a command, each from a file of its own."""
+    """Write each layer of settings to a file, and return the ``--config`` options, later ones overriding earlier."""
     folder.mkdir(parents=True, exist_ok=True)
     options = []
     for number, layer in enumerate(layers):
         path = folder / f"settings-{number}.yaml"
-        # JSON is YAML, too.
+        # JSON is also YAML.
         path.write_text(json.dumps({key: value for key, value in layer.items() if value}), encoding="utf-8")
         options += ["--config", str(path)]
     return options

@@ -1,6 +1,6 @@
 """A comparison as a study: systems, the rule and products at budgets, on the same weights and questions.
 
-An attention is an inference of the study, a filter another data set of it, a low rank another row.
+In the study, each attention is an inference, each filter adds a data set, and each low rank adds a row.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from lrsa_lit.models.low_rank import LowRank
 
 _SHOWN = " [q]"
-"""Behind the name of a system whose prompt ends with the question, in tables."""
+"""In tables, follows the name of a system that sees the question before it cuts."""
 _OF_PART = ": "
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is compared.
+    """The arguments of a comparison.
 
     Attributes:
-        model: a file of settings, or a model as a backbone's source.
-        data: files of settings, each with a data set.
-        budgets: shares of a dense cache.
-        systems: names of systems, compressors, filters and LoRC, as ``NAME={arguments}`` with arguments of their own;
-            products of these, as ``NAME@SHARE*NAME``; or "all".
-        checkpoint: of trained weights.
-        limit: most questions of each data set.
-        lag_size: L of the rule, in the place of the model's.
-        batch_size: questions at a time, on which the seconds depend.
-        plugins: modules with more systems.
+        model: a settings file, or a model as in a backbone's ``source``.
+        data: settings files, each with a data set.
+        budgets: budgets as shares of a dense cache.
+        systems: names of systems, compressors, filters and LoRC, optionally with arguments (``NAME={arguments}``);
+            products of them (``NAME@SHARE*NAME``); or "all".
+        checkpoint: checkpoint of trained weights.
+        limit: maximum number of questions per data set.
+        lag_size: L of the rule; replaces the model's.
+        batch_size: questions per batch; measured seconds depend on it.
+        plugins: modules that register more systems.
     """
 
     model: str
@@ -58,12 +58,11 @@ class Asked:
 
 
 class Place(NamedTuple):
-    """A part of the study: one data set, and what of it is compared there.
+    """A part of the study: one data set, and the attentions that are compared on it.
 
     Attributes:
-        data_set: the name of its file, whatever filter it has.
-        attentions: for each of its attentions, as the study names it, the name in tables and the budget, None where it
-            has none.
+        data_set: name of the data set's file, independent of a filter.
+        attentions: for each attention's name in the study, its name in tables and its budget, or None without one.
     """
 
     data_set: str
@@ -71,10 +70,10 @@ class Place(NamedTuple):
 
 
 def place_of(part: str, attentions: Sequence[str]) -> Place:
-    """What a part of a comparison's study is, by its name and those of its attentions.
+    """Parse the name of a part of a comparison's study, and the names of its attentions.
 
-    A part of attentions alone is called as the data set is, one of a filter or a low rank
-    ``DATA_SET: NAME-at-TOKENS-of-TOKENS``. Behind the name stands [q] where the system sees the question before it
+    A part with only attentions is named like its data set; one with a filter or low rank is named
+    ``DATA_SET: NAME-at-TOKENS-of-TOKENS``. The name in tables ends with [q] if the system sees the question before it
     cuts.
     """
     data_set, _, product = part.partition(_OF_PART)
@@ -89,11 +88,11 @@ def _system_and_budget(name: str) -> tuple[str, float | None]:
 
 
 def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[str]]:
-    """The content of the study's file, and what had to be left out of all, a line each.
+    """The content of the study's file, and one line for each system of "all" that had to be left out.
 
     Raises:
-        UserError: a name or file is unknown, a budget below what always stays or out of bounds, or factors of a
-            product do not suit each other or a data set.
+        UserError: a name or file is unknown, a budget is out of bounds or smaller than what is always kept, or the
+            factors of a product do not suit each other or a data set.
     """
     from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.data.module import QADataModule
@@ -101,7 +100,7 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
 
     sets = _data_sets(asked)
     is_file = asked.model.endswith((".yaml", ".yml"))
-    # K is up to the budgets; that of the defaults may be more than L. Whatever the model's file has is not compared.
+    # The budgets decide K, so any K <= L will do here. Systems and K of each head in the model's file are not compared.
     sizes = {"lag_size": asked.lag_size, "top_k": asked.lag_size // 4}
     model: Settings = {"lrsa": {"system": None, "head_top_k": None, **sizes}}
     model |= {} if is_file else {"backbone": {"source": asked.model}}
@@ -128,7 +127,7 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
         for product in products:
             if product.shortens is not None and not module.filterable:
                 if product.text in asked.systems:
-                    reason = f"has a filter, and {name} no questions about passages"
+                    reason = f"has a filter, but {name} has no questions about passages"
                     raise UserError("--systems", product.text, reason=reason)
                 left_out.append(f"{product.words} is left out of {name}, which has no questions about passages")
                 continue
@@ -140,7 +139,7 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
 
 
 class _Content:
-    """The data sets, rows, attentions and parts of a comparison, as they are put together."""
+    """Collects the data sets, rows, attentions and parts of a comparison."""
 
     def __init__(self, checkpoint: str | None) -> None:
         self._row = "base" if checkpoint is None else "checkpoint"
@@ -151,14 +150,14 @@ class _Content:
         self._parts: dict[str, Settings] = {}
 
     def add(self, name: str, data: Settings) -> None:
-        """A data set as it is, densely."""
+        """Add an unfiltered data set with dense attention."""
         self._sets[name] = data
         self._parts[name] = {"rows": [self._row], "inference": [DENSE], "sets": [name]}
 
     def put(self, data_set: str, product: Product, budget: str, sized: Sized) -> None:
-        """Add a product at a budget, which its name ends with.
+        """Add a product at a budget; ``budget`` is the end of its name.
 
-        An attention goes to the data set's part, all else has a part of its own.
+        An attention is added to the data set's part; other products get a separate part.
         """
         attention = DENSE
         if sized.attention is not None:
@@ -184,19 +183,19 @@ class _Content:
         self._parts[part] = {"rows": [row], "inference": [attention], "sets": [name]}
 
     def content(self) -> Settings:
-        """What the study's file has of it."""
+        """The collected sections of the study's file."""
         return {"data_sets": self._sets, "inference": self._inference, "rows": self._rows, "parts": self._parts}
 
 
 def _added(among: dict[str, Any], name: str, settings: Settings, end: str = "") -> str:
-    """Add settings by a name with an end, or by a further one if others have it; returns that."""
+    """Add settings under ``name + end``, or under a new name if that has other settings; return the name used."""
     while among.setdefault(name + end, settings) != settings:
         name += "-other"
     return name + end
 
 
 def _plain(low_rank: LowRank) -> Settings:
-    """What is given of a low rank, as YAML has it."""
+    """The settings of a low rank that differ from the defaults, in plain types."""
     values = dataclasses.asdict(low_rank)
     fields = {field.name: field.default for field in dataclasses.fields(low_rank)}
     given = {name: value for name, value in values.items() if value != fields[name]}
@@ -204,9 +203,9 @@ def _plain(low_rank: LowRank) -> Settings:
 
 
 def _at_budgets(product: Product, asked: Asked, tokens: int, backbone: Backbone) -> tuple[dict[str, Sized], list[str]]:
-    """A product at each budget, by what its names end with, and what of all cannot be set to one.
+    """A product at each budget, keyed by the end of its name, and messages about budgets that are left out.
 
-    What has no budget stands under "".
+    A product without a budget has the key "".
     """
     if not product.has_budget:
         return {"": product.asked_for}, []
@@ -219,9 +218,9 @@ def _at_budgets(product: Product, asked: Asked, tokens: int, backbone: Backbone)
             if error.field == "budget":
                 of_product = f"--systems {product.text} at {share:g}"
                 error.field = of_product if len(product.factors) > 1 else "--budgets"
-                # What is left of a budget has many digits.
+                # The rest of a budget has many digits.
                 error.value = round(error.value, 4) if isinstance(error.value, float) else error.value
-            # What the rule itself cannot have, nobody asked for.
+            # Only systems that "all" added are left out; those that the user named, and the rule itself, must work.
             if ALL not in asked.systems or product.text in (*asked.systems, f"{RULE}{LagRelative.__name__}"):
                 raise
             left_out.append(f"{product.words} at {share:g} is left out: {error}")
@@ -231,19 +230,19 @@ def _at_budgets(product: Product, asked: Asked, tokens: int, backbone: Backbone)
 
 
 def _check_low_rank(products: Sequence[Product], asked: Asked, backbone: Backbone) -> None:
-    """Refuse a model that cannot be factored where products want it, and weights that are loaded after it was."""
+    """Raise a UserError if a product needs a low rank but the model cannot be factored, or a checkpoint is given."""
     narrow = next((product.narrow for product in products if product.narrow is not None), None)
     if narrow is None:
         return
     if asked.checkpoint is not None:
-        hint = "`lrsa export` makes of it a folder for --model"
-        raise UserError("--checkpoint", asked.checkpoint, reason=f"is not allowed beside {narrow.label}", hint=hint)
+        hint = "export it with `lrsa export`, and give the folder as --model"
+        raise UserError("--checkpoint", asked.checkpoint, reason=f"is not allowed with {narrow.label}", hint=hint)
     with named(f"--systems {narrow.label}"):
         dataclasses.replace(backbone, low_rank=narrow.part).check_low_rank()
 
 
 def _data_sets(asked: Asked) -> dict[str, Settings]:
-    """The data set of each file by its name, with the most tokens of an answer that the file asks for."""
+    """The data set of each file, by the file's name, with ``max_new_tokens`` if the file sets it."""
     found: dict[str, Settings] = {}
     for name in asked.data:
         settings = read_settings(resolve(name, key="--data"))
@@ -251,11 +250,11 @@ def _data_sets(asked: Asked) -> dict[str, Settings]:
         if not isinstance(data, dict) or "class_path" not in data:
             raise UserError("--data", name, reason="holds no data set; data.class_path is missing")
         if data["class_path"] == MIXTURE:
-            raise UserError("--data", name, reason="is of a mixture", hint="name the files of its data sets")
+            raise UserError("--data", name, reason="is a mixture", hint="name the files of its data sets")
         if stem in found:
-            raise UserError("--data", name, reason=f"is a second file of the name {stem}")
+            raise UserError("--data", name, reason=f"is a second file with the name {stem}")
         if (data.get("init_args") or {}).get("filter") is not None:
-            reason, hint = "has a filter of its own", "leave it out, and name it among --systems"
+            reason, hint = "has a filter already", "remove it there, and name it in --systems"
             raise UserError("--data", name, reason=reason, hint=hint)
         limit = {} if asked.limit is None else {"limit": {"test": asked.limit}}
         found[stem] = {"class_path": data["class_path"], "init_args": (data.get("init_args") or {}) | limit}

@@ -1,4 +1,4 @@
-"""Commands as child processes: one that fails, or is out of memory, leaves the others alone."""
+"""Commands as child processes, so that one that fails or runs out of memory does not affect the others."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import NamedTuple
 
 STOP_SECONDS = 120.0
-"""How long a stopped command may take to save its checkpoint."""
+"""Seconds that a stopped command may take to save its checkpoint."""
 
 EVERY = 60.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 
 _SPARE = 15.0
-"""Seconds before the end of the time at which a command is stopped: to write a checkpoint of a small model."""
+"""A command is stopped this many seconds before the time limit, to have time to write a small checkpoint."""
 
 _CONTEXT = "MLFLOW_RUN_CONTEXT"
 
-# A parent that is killed takes the child along (PR_SET_PDEATHSIG), so that nobody else writes the child's checkpoints.
+# PR_SET_PDEATHSIG kills the child with its parent, so that no orphan keeps writing the child's checkpoints.
 _WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
@@ -31,10 +31,11 @@ class Job(NamedTuple):
     """One command.
 
     Attributes:
-        command: its arguments behind ``lrsa``; asked for each time that it is begun, since there may be a checkpoint.
-        tags: of the MLflow run that it makes.
-        environment: variables that it needs.
-        trainer: its settings of the trainer, which say what devices it takes.
+        command: returns the arguments after ``lrsa``. It is called at each start, because there may be a checkpoint to
+            resume from by then.
+        tags: tags of the MLflow run that the command makes.
+        environment: environment variables that the command needs.
+        trainer: its trainer settings, which decide the devices.
     """
 
     command: Callable[[], list[str]]
@@ -43,44 +44,43 @@ class Job(NamedTuple):
     trainer: Mapping[str, object]
 
     def variables(self) -> dict[str, str]:
-        """What its process has in its environment beside what its machine has."""
-        # MLflow adds these tags to the runs of the process; the command's own config stays what it is.
+        """Environment variables of its process, in addition to those of the machine."""
+        # MLflow adds these tags to the runs of the process without a change of the command's config.
         tags = json.loads(os.environ.get(_CONTEXT) or "{}") | dict(self.tags)
         return {**self.environment, _CONTEXT: json.dumps(tags)}
 
 
 class OutOfTimeError(Exception):
-    """The minutes are over; what is done is on the disk."""
+    """Raised when the time limit is reached; finished work is on the disk."""
 
 
 Unit = Generator[Job, int, None]
-"""Jobs that follow from each other: it yields what is to be run, and is sent the exit code or, where that is stopped,
-closed."""
+"""Consecutive jobs: a generator that yields jobs and is sent their exit codes; it is closed if a job is stopped."""
 
 
 class Executor:
-    """Runs jobs one after the other on this machine.
+    """Runs jobs one after another on this machine.
 
     Args:
-        seconds: after which nothing new is begun, and what runs is stopped; None for no end.
+        seconds: time limit, after which no job is started and the running one is stopped; None for no limit.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
         self._until = float("inf") if seconds is None else time.monotonic() + seconds - _SPARE
 
     def left(self) -> float:
-        """Seconds until all is stopped."""
+        """Seconds until everything is stopped."""
         return self._until - time.monotonic()
 
     def drive(self, units: Iterable[Unit], beat: Callable[[], None]) -> None:
-        """Run all units to their ends, and call ``beat`` once a minute.
+        """Run all units to completion, and call ``beat`` once a minute.
 
         Raises:
-            OutOfTimeError: there was no time for all of them.
-            KeyboardInterrupt: Ctrl-C, after which the commands have saved what they had.
+            OutOfTimeError: the time limit was reached first.
+            KeyboardInterrupt: Ctrl-C; the commands have saved their state.
         """
         for unit in units:
-            # One that is stopped hears of it, as it is closed.
+            # Closing tells a unit that it was stopped.
             with contextlib.closing(unit), contextlib.suppress(StopIteration):
                 job = next(unit)
                 while True:
@@ -90,25 +90,27 @@ class Executor:
 
 
 def command_line(arguments: list[str]) -> list[str]:
-    """The process of a command."""
+    """The command line that runs ``lrsa`` with some arguments."""
     return [sys.executable, "-m", "lrsa_lit.cli", *arguments]
 
 
 def run(
     arguments: list[str], environment: Mapping[str, str], left: Callable[[], float], beat: Callable[[], None]
 ) -> int:
-    """Run the command ``lrsa`` with some arguments and variables, ``beat`` once a minute; returns its exit code.
+    """Run ``lrsa`` with some arguments and environment variables, and return its exit code.
+
+    ``beat`` is called once a minute.
 
     Raises:
-        OutOfTimeError: ``left`` says that no seconds are left; the command was stopped by SIGTERM.
-        KeyboardInterrupt: Ctrl-C; the command was stopped in order, too.
+        OutOfTimeError: ``left`` returned no more seconds; the command was stopped by SIGTERM.
+        KeyboardInterrupt: Ctrl-C; the command was stopped by SIGINT and could save its state.
     """
     wrapped = [sys.executable, "-c", _WITH_PARENT] if sys.platform == "linux" else []
     process = subprocess.Popen(
         [*wrapped, *command_line(arguments)],
         env=os.environ | dict(environment),
         stdin=subprocess.DEVNULL,
-        # Ctrl-C reaches this process alone, which hands it on: once.
+        # Ctrl-C reaches only this process, which passes it on exactly once.
         process_group=0,
     )
     try:

@@ -1,6 +1,7 @@
 """Jobs as tasks of a Ray cluster, each with the GPUs that its trainer needs.
 
-Its machines share the folders of the runs: a job whose worker dies goes on, on another one, from its last checkpoint.
+The machines must share the folders of the runs. If a worker dies, its job resumes on another one from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ _ANSWER_SECONDS = 10.0
 
 @contextlib.contextmanager
 def executor(on: str | None, seconds: float | None = None) -> Iterator[Executor]:
-    """Where jobs run within a block.
+    """Context manager that yields the executor of jobs.
 
     Args:
         on: None for this machine; ``ray`` or ``ray://HOST:PORT`` for a cluster.
-        seconds: after which nothing new is begun, and what runs is stopped; None for no end.
+        seconds: time limit, after which no job is started and running jobs are stopped; None for no limit.
 
     Raises:
         UserError: Ray is not installed, or does not answer.
@@ -43,11 +44,11 @@ def executor(on: str | None, seconds: float | None = None) -> Iterator[Executor]
 
 
 class OnRay(Executor):
-    """Runs the jobs of all units side by side, each after the one before it in its unit, as many as there is room for.
+    """Runs units in parallel, as many as the cluster has room for; the jobs of a unit run one after another.
 
     Args:
-        ray: the module, connected.
-        seconds: after which nothing new is begun, and what runs is stopped; None for no end.
+        ray: the connected module ``ray``.
+        seconds: time limit, after which no job is started and running jobs are stopped; None for no limit.
     """
 
     def __init__(self, ray: Any, seconds: float | None = None) -> None:
@@ -56,7 +57,7 @@ class OnRay(Executor):
         self._running: dict[Any, tuple[Unit, Job, int]] = {}
 
     def drive(self, units: Iterable[Unit], beat: Callable[[], None]) -> None:
-        """Run all units side by side."""
+        """Run all units in parallel."""
         try:
             for unit in units:
                 self._go_on(unit, None)
@@ -86,7 +87,7 @@ class OnRay(Executor):
             code = self._ray.get(task)
         except self._ray.exceptions.RayError as error:
             if attempt < _ATTEMPTS:
-                print("a worker died; its job goes on elsewhere", flush=True)
+                print("a worker died; its job continues on another one", flush=True)
                 self._submit(unit, job, attempt + 1)
                 return
             print(f"a worker died {_ATTEMPTS} times: {message_of(error)}", flush=True)
@@ -94,7 +95,7 @@ class OnRay(Executor):
         self._go_on(unit, code)
 
     def _stop(self) -> None:
-        """Let what still runs save its checkpoints."""
+        """Cancel the running jobs, and give them time to save their checkpoints."""
         for task in self._running:
             self._ray.cancel(task)
         if self._running:
@@ -105,7 +106,7 @@ class OnRay(Executor):
 
 
 def gpus_of(trainer: Mapping[str, Any], largest: int) -> int:
-    """How many GPUs a trainer takes; a UserError if these are more than ``largest``, those of one machine."""
+    """Number of GPUs that a trainer needs; raises a UserError if the largest machine has fewer (``largest``)."""
     if trainer.get("accelerator") == "cpu" or not largest:
         return 0
     devices = trainer.get("devices", 1)
@@ -122,7 +123,7 @@ def _connected(address: str) -> Any:
         raise UserError(_KEY, address, reason="needs Ray, which is not installed; pip install 'lrsa-lit[ray]'")
     if address != "ray":
         _check_answers(address)
-    # Else each worker's environment would be made anew from this checkout.
+    # Otherwise Ray would rebuild each worker's environment from this checkout.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
     import ray.exceptions
@@ -135,12 +136,12 @@ def _connected(address: str) -> Any:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself would try for half a minute."""
+    """Check that the address answers, because Ray itself would try for half a minute."""
     try:
         found = urlsplit(address)
         host, port = found.hostname, found.port
     except ValueError:
-        # Of a port that is no number, and of brackets around no IPv6 address.
+        # The port is not a number, or brackets do not enclose an IPv6 address.
         host = port = None
     if not address.startswith("ray://") or not host or not port:
         raise UserError(_KEY, address, "ray, or ray://HOST:PORT")
@@ -151,6 +152,6 @@ def _check_answers(address: str) -> None:
 
 
 def _run(arguments: list[str], environment: Mapping[str, str], folder: str) -> int:
-    """In a worker, where the folder is shared; cancelling raises KeyboardInterrupt here."""
+    """Run a command in a worker, in the shared folder; cancelling raises KeyboardInterrupt here."""
     os.chdir(folder)
     return run(arguments, environment, lambda: float("inf"), lambda: None)

@@ -1,4 +1,4 @@
-"""The MLflow run of a sweep or a study, whose children are the runs of its commands."""
+"""The parent MLflow run of a sweep or study; the runs of its commands are the children."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 LOGGER = "trainer.logger.init_args"
-"""The settings that name the store of a command's runs."""
+"""Settings key of the MLflow logger, which names the store of a command's runs."""
 
 PARENT = "mlflow.parentRunId"
 STUDY = "study"
-"""Tag of a study's run: the study's title."""
+"""Tag of a study's run; its value is the study's title."""
 
 _NEWEST = ["attributes.start_time DESC"]
 
 
 class Record:
-    """A run of the store that the commands record to.
+    """A parent run in the store of the commands' runs.
 
     Args:
-        trainer: the trainer's settings of a command, whose logger is MLflowRun.
-        key: name of the tag that tells one sweep or study from the others.
-        value: its value; the run that has it already is gone on with.
-        name: of a new run, as are the further ``tags``.
+        trainer: trainer settings of a command, whose logger must be MLflowRun.
+        key: name of the tag that identifies the sweep or study.
+        value: value of this tag; a run that already has it is continued.
+        name: name of a new run.
+        tags: further tags of a new run.
 
     Raises:
-        UserError: the logger is another one, or its store does not answer.
+        UserError: the logger is not MLflowRun, or its store does not answer.
     """
 
     def __init__(self, trainer: Mapping[str, Any], key: str, value: str, name: str, tags: Mapping[str, str]) -> None:
@@ -57,7 +58,7 @@ class Record:
 
     @contextlib.contextmanager
     def running(self, failed: Sized) -> Iterator[None]:
-        """Close the run behind a block, by how that has ended and whether anything has failed."""
+        """Close the run after a block, with a status that reflects how it ended and whether ``failed`` is empty."""
         status = "FAILED"
         try:
             yield
@@ -70,41 +71,45 @@ class Record:
                 self.client.set_terminated(self.run_id, status)
 
     def beat(self) -> None:
-        """Say that the run lives; a store that does not answer misses it."""
+        """Record a heartbeat of the run; ignored if the store does not answer."""
         with contextlib.suppress(UserError), answering(self.uri):
             heartbeat.beat(self.client, self.run_id)
 
     def newest_first(self, tags: Mapping[str, str]) -> list[Run]:
-        """The runs with some tags."""
+        """The runs that have these tags, newest first."""
         conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
         with answering(self.uri):
             return list(self.client.search_runs([self.experiment], " AND ".join(conditions), order_by=_NEWEST))
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run; a store that does not answer misses them."""
+        """Set tags of the run; ignored if the store does not answer."""
         with contextlib.suppress(UserError), answering(self.uri):
             for name, value in tags.items():
                 self.client.set_tag(self.run_id, name, value)
 
     def text(self, name: str, text: str) -> None:
-        """Make a text an artifact of the run, in place of the one before; a store that does not answer misses it."""
+        """Save a text as an artifact of the run, replacing an earlier one; ignored if the store does not answer."""
         with contextlib.suppress(UserError), answering(self.uri):
             self.client.log_text(self.run_id, text, name)
 
     def picture(self, name: str, figure: Figure) -> None:
-        """The same with a figure, ``pictures/NAME.png``."""
+        """Save a figure as the artifact ``pictures/NAME.png``; ignored if the store does not answer."""
         with contextlib.suppress(UserError), answering(self.uri):
             self.client.log_figure(self.run_id, figure, f"{PICTURES}/{name}.png")
 
     def keep(self, path: Path) -> None:
-        """Put a file, if there is one, into the run; a store that does not answer misses it."""
+        """Save a file as an artifact of the run if it exists; ignored if the store does not answer."""
         with contextlib.suppress(UserError), answering(self.uri):
             if path.exists():
                 self.client.log_artifact(self.run_id, str(path))
 
 
 def results_in(uri: str, study: str, folder: Path) -> Path:
-    """A file in a folder, with the results of a study's last run in a store; a UserError where there are none."""
+    """Download the results of a study's latest run from a store into a folder, and return the file.
+
+    Raises:
+        UserError: the store does not answer, or it has no results of the study.
+    """
     uri = existing_uri(uri, "results")
     client = connect(uri, "results")
     with answering(uri, "results"):
@@ -117,7 +122,7 @@ def results_in(uri: str, study: str, folder: Path) -> Path:
 
 
 def logger_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a trainer's MLflowRun, alone or among other loggers; a UserError if there is none."""
+    """The settings of a trainer's MLflowRun, alone or among other loggers; raises a UserError if there is none."""
     logger = trainer.get("logger")
     for each in logger if isinstance(logger, list) else [logger]:
         settings: dict[str, Any] = (each.get("init_args") or {}) if isinstance(each, dict) else {}

@@ -1,7 +1,7 @@
-"""A product of what holds less: a filter of contexts, a model of low rank and an attention, set to one budget.
+"""A product of methods that reduce the cache: a context filter, a low-rank model and an attention, with one budget.
 
-Each factor takes a share of the bytes that the ones before it leave, so the shares of a product multiply to the bytes
-that are held at the end of the prompt, over those that a dense cache holds of the prompt before it was shortened.
+Each factor keeps a share of the bytes that the factors before it leave. The shares therefore multiply to the bytes held
+at the end of the prompt, relative to a dense cache of the unfiltered prompt.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _CLOSE = 1e-9
 
 @dataclass(frozen=True)
 class Factor(Generic[Part]):
-    """One factor.
+    """One factor of a product.
 
     Attributes:
-        label: its name in tables.
-        part: what it is, not yet of its size.
-        share: of the bytes that it leaves; None for what is left of a budget.
+        label: name in tables.
+        part: the filter, low rank or attention; :meth:`Product.at` sets its size.
+        share: share of the bytes that the factor keeps; None for the rest of the budget.
     """
 
     label: str
@@ -39,17 +39,17 @@ class Factor(Generic[Part]):
 
     @property
     def words(self) -> str:
-        """The label, with the share that is fixed."""
+        """The label, followed by the share if it is fixed."""
         return self.label if self.share is None else f"{self.label} to {100 * self.share:g}%"
 
 
 class Sized(NamedTuple):
-    """A product at a budget, or what has none.
+    """A product sized for a budget, or one without a budget.
 
     Attributes:
-        shortens: the filter of the data set; None without one.
-        narrow: the low rank of the model; None without one.
-        attention: the inference; None is dense.
+        shortens: the data set's filter; None without one.
+        narrow: the model's low rank; None without one.
+        attention: the inference attention; None is dense.
     """
 
     shortens: ContextFilter | None
@@ -59,11 +59,11 @@ class Sized(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """At most one factor of each kind, one of which has no share.
+    """At most one factor of each kind; one of them has no fixed share.
 
     Attributes:
-        text: as it was asked for.
-        rule: the rule that holds everything where there is no attention but a low rank.
+        text: the text that asks for the product.
+        rule: the rule that keeps all tokens if there is a low rank but no attention.
     """
 
     text: str
@@ -74,27 +74,27 @@ class Product:
 
     @property
     def factors(self) -> list[Factor[Any]]:
-        """Those that there are, in the order in which they work."""
+        """The factors that are set, in the order in which they are applied."""
         return [each for each in (self.shortens, self.narrow, self.attention) if each is not None]
 
     @property
     def words(self) -> str:
-        """Its name in tables: ``BM25 to 50%, then rule-LagRelative``."""
+        """Name in tables: ``BM25 to 50%, then rule-LagRelative``."""
         return ", then ".join(factor.words for factor in self.factors)
 
     @property
     def name(self) -> str:
-        """Its name among attentions, which metrics can have: ``BM25_to_50_then_rule-LagRelative``."""
+        """Name that is allowed in metric names: ``BM25_to_50_then_rule-LagRelative``."""
         return re.sub(r"[^\w.-]+", "_", self.words)
 
     @property
     def attends_alone(self) -> bool:
-        """Whether it is an attention and nothing else."""
+        """Whether the product is only an attention."""
         return self.attention is not None and len(self.factors) == 1
 
     @property
     def has_budget(self) -> bool:
-        """Whether something sets its size; a product must have one that does."""
+        """Whether the product can be set to a budget; always true for several factors."""
         if len(self.factors) > 1:
             return True
         if self.shortens is not None:
@@ -103,21 +103,21 @@ class Product:
 
     @property
     def asked_for(self) -> Sized:
-        """What has no budget, as it was asked for."""
+        """A product without a budget, as it was asked for."""
         shortens, attention = self.shortens, self.attention
         return Sized(None if shortens is None else shortens.part, None, None if attention is None else attention.part)
 
     def at(self, budget: float, tokens: int, config: Any, head: Head) -> Sized:
-        """The largest sizes at which no more is held than a share of a dense cache.
+        """The largest sizes at which at most ``budget`` of a dense cache is held.
 
         Args:
-            budget: the share, of a prompt of so many tokens that nothing has shortened.
-            tokens: of that prompt.
-            config: of the text model.
-            head: of its key-value heads.
+            budget: share of a dense cache of the unfiltered prompt.
+            tokens: number of tokens of the unfiltered prompt.
+            config: config of the text model.
+            head: the model's key-value heads.
 
         Raises:
-            UserError: the fixed shares take the budget alone, or a factor cannot be so small.
+            UserError: the fixed shares alone already meet the budget, or a factor cannot be that small.
         """
         rest = self._rest(budget)
         shortens, narrow, attention, left = None, None, None, 1.0
@@ -132,7 +132,7 @@ class Product:
             fewer = math.floor(left * tokens + _CLOSE)
             wanted = self.attention.part if narrow is None else self.attention.part.replace(latents=True)
             if (share := self.attention.share) is None:
-                # What rounding of the other factors leaves is its own.
+                # The attention may also use what rounding of the other factors leaves.
                 allowed = budget * tokens / max(fewer, 1)
             else:
                 allowed = share * (1.0 if head.latent is None or narrow is None else head.latent / head.pair)
@@ -140,11 +140,11 @@ class Product:
         return Sized(shortens, narrow, attention)
 
     def _rest(self, budget: float) -> float:
-        """The share of the factor that has none of its own."""
+        """The share of the factor without a fixed share."""
         fixed = math.prod(factor.share for factor in self.factors if factor.share is not None)
         if len(self.factors) > 1 and budget >= fixed * (1 - _CLOSE):
             free = next(factor.label for factor in self.factors if factor.share is None)
-            reason = f"holds no more than {fixed:g} without {free}, to which the budget {budget:g} leaves nothing"
+            reason = f"keeps only {fixed:g} without {free}, which then has nothing to save at the budget {budget:g}"
             raise UserError("--systems", self.text, reason=reason, hint="give larger shares, or smaller budgets")
         return budget / fixed
 
@@ -154,13 +154,13 @@ class Product:
 
 
 def _shortened(shortens: ContextFilter, share: float) -> ContextFilter:
-    """The filter that leaves a share of each whole prompt, rounded down to tokens."""
+    """The filter with a budget of ``share`` of each whole prompt, rounded down to tokens."""
     assert isinstance(shortens, Budgeted)
     return dataclasses.replace(shortens, kept=share, tokens=None, of="prompt")
 
 
 def _narrowed(narrow: LowRank, share: float, config: Any, head: Head) -> LowRank:
-    """The largest rank whose latents, positions among them, are no more than a share of keys and values."""
+    """The low rank with the largest rank whose latents and positions take at most ``share`` of keys and values."""
 
     def held(rank: int) -> float:
         return dataclasses.replace(narrow, rank=rank).latent_bytes(config, head.itemsize)

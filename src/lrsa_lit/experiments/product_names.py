@@ -1,4 +1,4 @@
-"""What ``--systems`` names: attentions, filters of contexts, models of low rank, and products of them."""
+"""Parsing of ``--systems``: names of attentions, context filters and low-rank models, and products of them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 ALL = "all"
 RULE = "rule-"
-"""Before a compressor's name: the rule with it, which a system of the same name is not."""
+"""Prefix of a compressor's name, for the rule with this compressor; a system of the same name is something else."""
 LORC = "LoRC"
-"""Keys and values of low rank, whose rank the budget sets."""
+"""Name of low-rank keys and values; the budget sets the rank."""
 CONTROLS = ("Truncate", "RandomSentences")
-"""Filters that what makes prompts shorter or caches narrower has to beat."""
+"""Baseline filters that other filters and low ranks must beat."""
 QUESTION = "-q"
-"""Behind the name of a system whose prompt ends with the question."""
-_FORM = "NAME, or NAME={argument: value}, with @SHARE behind it in a product"
+"""Suffix of the name of a system that sees the question before it cuts."""
+_FORM = "NAME, or NAME={argument: value}, followed by @SHARE in a product"
 _SHARED = "of all heads of a layer, which keep different tokens"
 
 
 def products_of(names: Sequence[str], rule: LRSAConfig) -> tuple[list[Product], list[str]]:
-    """What is asked for, and what of all cannot be made, a line each.
+    """The requested products, and one line for each name of "all" that cannot be made.
 
-    The controls are among them where a filter or a low rank is.
+    The control filters are added if there is a filter or a low rank.
 
     Raises:
-        UserError: a name is unknown or stands twice, arguments do not suit, or factors do not make a product.
+        UserError: a name is unknown or appears twice, an argument is wrong, or factors cannot be combined.
     """
     known = _Known(rule)
     everything = ALL in names
@@ -67,14 +67,14 @@ def products_of(names: Sequence[str], rule: LRSAConfig) -> tuple[list[Product], 
     for product in products:
         if product.words in seen:
             shown = product.words.removesuffix(QUESTION) + " [q]" * product.words.endswith(QUESTION)
-            raise UserError("--systems", shown, known.allowed, reason="stands twice")
+            raise UserError("--systems", shown, known.allowed, reason="appears twice")
         seen.add(product.words)
     return products, left_out
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """One factor as it was written."""
+    """One factor as it was written: name, arguments and share."""
 
     name: str
     arguments: dict[str, Any]
@@ -82,7 +82,7 @@ class _Asked:
 
 
 class _Known:
-    """All that can be named."""
+    """All known names."""
 
     def __init__(self, rule: LRSAConfig) -> None:
         self.rule = rule
@@ -92,21 +92,21 @@ class _Known:
         self.allowed = f"{ALL}, or some of {', '.join(self.names)}"
 
     def product(self, text: str) -> Product:
-        """The product of the factors in a text, or the single one."""
+        """Parse a text into a product of one or more factors."""
         asked = [self._asked(text, part) for part in _split(text)]
         if len(asked) == 1 and asked[0].share is not None:
-            raise UserError("--systems", text, reason="has a share, which is for products", hint="--budgets sets it")
+            raise UserError("--systems", text, reason="has a share, but is not a product", hint="--budgets sets it")
         without = [each.name for each in asked if each.share is None]
         if len(asked) > 1 and len(without) != 1:
             which = f"{' and '.join(without)} have no share" if without else "each factor has a share"
-            hint = "give all but one of them @SHARE; that one takes what is left of a budget"
+            hint = "give all but one of them @SHARE; that one gets the rest of the budget"
             raise UserError("--systems", text, reason=which, hint=hint)
         product = Product(text, self.rule)
         found: dict[str, Factor[Any]] = {}
         for each in asked:
             kind, factor = self._factor(each)
             if kind in found:
-                reason = f"has two factors of a kind, {found[kind].label} and {factor.label}"
+                reason = f"has two factors of the same kind, {found[kind].label} and {factor.label}"
                 raise UserError("--systems", text, reason=reason)
             found[kind] = factor
         product = Product(text, self.rule, **found)
@@ -132,7 +132,7 @@ class _Known:
         return _Asked(name, _arguments(text, written[2]), share)
 
     def _factor(self, asked: _Asked) -> tuple[str, Factor[Any]]:
-        """A factor and its kind, as :class:`Product` calls it."""
+        """A factor, and its kind as the attribute of :class:`Product`."""
         if asked.name == LORC:
             made = _low_rank(asked.arguments)
             return "narrow", Factor(_lorc_label(made), made, asked.share)
@@ -141,7 +141,7 @@ class _Known:
             with _of_system(asked.name, "context filter"):
                 shortens = ContextFilter.from_dict(settings)
             if {"kept", "tokens", "of"} & asked.arguments.keys():
-                reason = "are what a budget sets"
+                reason = "are set by the budget"
                 raise UserError(f"--systems {asked.name}", reason=f"kept, tokens and of {reason}")
             return "shortens", Factor(asked.name, shortens, asked.share)
         kind = "system" if asked.name in self.systems else "compressor"
@@ -153,22 +153,22 @@ class _Known:
         return "attention", Factor(label, attention, asked.share)
 
     def _fitting(self, product: Product, asked: Sequence[_Asked]) -> Product:
-        """A product whose factors suit each other."""
+        """Check that the factors of a product suit each other, and adapt the low rank's grouping to the attention."""
         shortens, narrow, attention = product.shortens, product.narrow, product.attention
         if shortens is not None and not isinstance(shortens.part, Budgeted):
-            reason = f"has {shortens.label}, which leaves what it leaves and has no budget"
+            reason = f"has {shortens.label}, whose size no budget can set"
             raise UserError("--systems", product.text, reason=reason, hint="compare it alone")
         if narrow is None or attention is None:
             return product
         try:
             attention.part.replace(latents=True)
         except UserError as error:
-            reason = f"saves nothing by its low rank: a cache of latents {error.reason}"
+            reason = f"saves nothing with its low rank: a cache of latents {error.reason}"
             raise UserError("--systems", product.text, reason=reason) from None
         shared = getattr(attention.part.compressor, "shared_heads", False)
         own = next(each.arguments for each in asked if each.name == LORC)
         if "grouping" not in own and not shared:
-            # Each head then keeps latents of its own tokens.
+            # Heads keep different tokens, so each head needs latents of its own.
             made = _low_rank(own | {"grouping": "head"})
             narrow = Factor(_lorc_label(made), made, narrow.share)
         elif narrow.part.grouping == "joint" and not shared:
@@ -178,7 +178,7 @@ class _Known:
 
 
 def _split(text: str) -> list[str]:
-    """The factors of a product; what stands in braces is not looked at."""
+    """Split a product at its ``*``, except inside braces."""
     parts, depth = [""], 0
     for character in text:
         depth += (character == "{") - (character == "}")
@@ -190,9 +190,9 @@ def _split(text: str) -> list[str]:
 
 
 def _low_rank(arguments: dict[str, Any]) -> LowRank:
-    """A low rank of 1, which a budget raises."""
+    """A low rank with rank 1, which the budget raises."""
     if given := sorted({"rank", "ratio"} & arguments.keys()):
-        raise UserError(f"--systems {LORC}.{given[0]}", arguments[given[0]], reason="is what a budget sets")
+        raise UserError(f"--systems {LORC}.{given[0]}", arguments[given[0]], reason="is set by the budget")
     known = sorted(set(LowRank.__dataclass_fields__) - {"rank", "ratio"})
     if unknown := sorted(arguments.keys() - set(known)):
         raise UserError(f"--systems {LORC}.{unknown[0]}", allowed=f"one of {', '.join(known)}", reason="is unknown")
@@ -216,13 +216,13 @@ def _lorc_label(made: LowRank) -> str:
 
 
 def _cuts_questions(system: System) -> bool:
-    """Whether it was chosen to: to what has no such setting, the end of a prompt means nothing."""
+    """Whether the system's setting ``question`` is on; systems without it do not see the question first."""
     return bool(system.to_dict()["init_args"].get("question"))
 
 
 @contextlib.contextmanager
 def _of_system(label: str, kind: str) -> Iterator[None]:
-    """Name an argument of a system or compressor by the flag: ``--systems SnapKV.window``."""
+    """Name the argument of a system or compressor in errors by its flag: ``--systems SnapKV.window``."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The data sets of a study, tokenised in a folder, and an index of them: what a run must know before it reads one."""
+"""The tokenised data sets of a study in a folder, with an index that runs can read before the data."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 
 _CACHE = "LRSA_CACHE_DIR"
 _FIELDS = {"asked", "folder", "facts"}
-"""Of a split in the index: the digest of its settings, where it lies, and what identifies its examples."""
+"""Fields of a split in the index: the digest of its settings, its folder, and the facts that identify its examples."""
 
 
 class Questions:
-    """The tokenised data sets of a study, in a folder that is the cache of the commands which the study runs.
+    """The tokenised data sets of a study; the commands that the study runs use the folder as their cache.
 
     Raises:
-        UserError: the index of the folder is none; from each method, a split is not in it or its settings have
-            changed since.
+        UserError: the folder's index is invalid. Methods also raise it if a split is not in the index or its settings
+            have changed since.
     """
 
     def __init__(self, study: Study, folder: Path) -> None:
         self._study, self.folder = study, folder
         self._index = folder / f"{study.title}.json"
         self._splits = _read(self._index)
-        # What lets a command read and write the folder.
+        # Environment with which commands use the folder as their cache.
         self.environment = {_CACHE: str(folder.absolute())}
 
     def prepare(self, splits: Iterable[tuple[str, str]], *, anew: bool = False) -> None:
-        """Tokenise splits that are not in the folder yet, and say how many examples they have.
+        """Tokenise the splits that are not in the folder yet, and print their numbers of examples.
 
         Args:
-            splits: data sets and splits of them.
-            anew: look at those that are in the index as well: code that makes examples may have changed.
+            splits: (data set, split) pairs.
+            anew: also check splits that are in the index, because the code that makes examples may have changed.
 
         Raises:
-            UserError: one cannot be made, or the folder cannot be written.
+            UserError: a split cannot be made, or the folder cannot be written.
         """
         missing = [split for split in dict.fromkeys(splits) if anew or self._found(*split) is None]
         if missing:
@@ -61,7 +61,7 @@ class Questions:
             print(f"{data_set}/{split}: {facts.questions} examples, {facts.digest}", flush=True)
 
     def facts(self, data_set: str, split: str) -> SplitFacts:
-        """What identifies the examples of a split."""
+        """The facts that identify the examples of a split."""
         return SplitFacts(**self._named(data_set, split)["facts"])
 
     def examples(self, data_set: str, split: str) -> Dataset:
@@ -81,7 +81,7 @@ class Questions:
         return found if found and found["asked"] == self._asked(data_set) else None
 
     def _asked(self, data_set: str) -> str:
-        """Digest of what decides the examples of a data set, code aside."""
+        """Digest of the settings that decide the examples of a data set; code is not included."""
         model = self._study.common["model"]
         backbone = {name: model["backbone"].get(name) for name in ("source", "sha256")}
         return digest([self._study.data_set(data_set), backbone, model.get("template_arguments")])
@@ -110,7 +110,7 @@ class Questions:
 
 
 def splits_of(works: Sequence[Work]) -> list[tuple[str, str]]:
-    """The splits that some rows train on and are evaluated on."""
+    """The splits that are used by the trainings and evaluations of ``works``."""
     found = dict.fromkeys((name, "train") for work in works for name in work.row.train_sets)
     return list(found | dict.fromkeys((item.data_set, item.split) for work in works for item in work.evaluations))
 
@@ -122,4 +122,4 @@ def _read(path: Path) -> dict[str, Settings]:
             return content
     except (OSError, ValueError, AttributeError):
         pass
-    raise UserError("--data", str(path), reason="is no index that `lrsa study data` has written")
+    raise UserError("--data", str(path), reason="is not an index written by `lrsa study data`")

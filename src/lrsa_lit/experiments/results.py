@@ -1,4 +1,4 @@
-"""Results as JSON lines: each is on the disk before the next one is begun."""
+"""Results as JSON lines: each line is on the disk before the next job starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lrsa_lit.paths import check_writable
 Line = dict[str, Any]
 
 _TRAINED = ("config", "seed", "train_digest")
-"""What a training depends on. On a GPU another one of the same need not give the same bits."""
+"""Fields that identify a training. On a GPU, repeating a training need not give identical weights."""
 
 _BEGINNING = b'{"kind": "'
-"""Of each line."""
+"""The beginning of each line."""
 
 _KEYS = {
     "training": (*_TRAINED, "weights"),
@@ -33,14 +33,15 @@ _FIELDS = {
     "evaluation": (*_ABOUT, "attention", "rule_digest", "rule", "layers", "kv_share", "set", "split", "set_digest",
                    "questions", "loss", "tokens", "f1", "em", "recall", "text"),
 }  # fmt: skip
-"""What a report reads of each line; the rest, such as the weights, lines did not always say."""
+"""Fields of each line that a report needs; older lines may lack others, such as the weights."""
 
 
 class Results:
-    """The results of a study in a file, which need not exist; a line that was cut off at its end is dropped.
+    """The results file of a study, which need not exist yet; an incomplete last line is dropped.
 
     Raises:
-        UserError: a line of it is no result, or all are another study's; later, that it cannot be written.
+        UserError: a line is not a result, or all lines belong to another study. Methods also raise it if the file
+            cannot be written.
     """
 
     def __init__(self, path: Path, study: Study) -> None:
@@ -53,14 +54,14 @@ class Results:
         self._weights = _last_weights(self.lines)
 
     def weights_of(self, trained: Line) -> str | None:
-        """Digest of the last weights of a config, seed and training data; None where they were not trained."""
+        """Digest of the latest weights of a config, seed and training data; None if they were not trained."""
         return self._weights.get(_trained(trained))
 
     def has(self, trained: Line, item: Evaluation, set_digest: str, new_tokens: int) -> bool:
-        """Whether an evaluation of the last weights is there; one with answers has the losses too.
+        """Whether the results hold an evaluation of the latest weights; one with answers also has the losses.
 
-        Answers that could be of another length than ``new_tokens`` are others, unless it is 0, for the default; older
-        lines do not say how long.
+        Answers generated with another ``max_new_tokens`` than ``new_tokens`` do not count. If ``new_tokens`` is 0 (the
+        default length), or an older line does not state it, any length counts.
         """
         asked = {"kind": "evaluation", **trained, "weights": self.weights_of(trained) or "", **_asked(item)}
         asked["set_digest"] = set_digest
@@ -70,13 +71,13 @@ class Results:
         return answered in self._known and (not new_tokens or self._known[answered] in (None, new_tokens))
 
     def check_writable(self) -> None:
-        """Refuse, before there is a result, a file that cannot be written."""
+        """Raise a UserError if the file cannot be written, before there are results to lose."""
         check_writable("--out", self.path, self.path.absolute().parent)
         if self.path.exists() and not os.access(self.path, os.W_OK):
             raise UserError("--out", self.path, reason="cannot be written (it is read-only)")
 
     def append(self, line: Line) -> None:
-        """Write a line, and wait until it is on the disk."""
+        """Append a line and sync it to disk."""
         text = json.dumps(line, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ class Results:
 
 
 def training_line(about: Line, found: Settings, settings: Settings) -> Line:
-    """The line of a training, of whose study and row ``about`` tells, by what the fit has recorded."""
+    """The line of a training, from the fit's record ``found``; ``about`` identifies the study and row."""
     return {
         "kind": "training",
         **about,
@@ -109,7 +110,7 @@ def training_line(about: Line, found: Settings, settings: Settings) -> Line:
 
 
 def evaluation_lines(about: Line, weights: str, items: Sequence[Evaluation], path: Path) -> list[Line]:
-    """A line for each attention that a command has evaluated, whose answers are at ``path``."""
+    """One line per attention that a command has evaluated; ``path`` is its file of answers."""
     found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     (part,) = found["data_sets"].values()
@@ -153,7 +154,11 @@ def evaluation_lines(about: Line, weights: str, items: Sequence[Evaluation], pat
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The results of a file, the last one of each key; a UserError at a line that is none, but a last one cut off."""
+    """Read the results of a file, the last line of each key; an incomplete last line is skipped.
+
+    Raises:
+        UserError: a line is not a result, or the file cannot be read.
+    """
     if not path.exists():
         return []
     found: dict[tuple[Hashable, ...], Line] = {}
@@ -170,18 +175,18 @@ def read_lines(path: Path) -> list[Line]:
             if lacking := [name for name in _FIELDS[line["kind"]] if name not in line]:
                 raise UserError(where, reason=f"it lacks {lacking[0]!r}, which each {line['kind']} has")
             if line["kind"] == "evaluation":
-                # Lines from before losses could be asked for alone do not say it.
+                # Lines written before evaluations could be losses only lack this field.
                 line.setdefault("generated", bool(line["text"]))
-            # Nor did lines always say of which weights they are.
+            # Old lines also lack the weights.
             line.setdefault("weights", "")
             found[_key_of(line)] = line
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise UserError(where, reason="it is no result of a study") from None
+            raise UserError(where, reason="it is not a result of a study") from None
     return list(found.values())
 
 
 def current(lines: Sequence[Line]) -> list[Line]:
-    """Without what was found with weights that were trained anew since, as they had been lost."""
+    """Drop results of weights that were lost and have been trained again since."""
     last = _last_weights(lines)
     return [line for line in lines if line["weights"] == last.get(_trained(line), line["weights"])]
 
@@ -191,7 +196,7 @@ def _asked(item: Evaluation) -> Line:
 
 
 def _key_of(line: Mapping[str, Any]) -> tuple[Hashable, ...]:
-    """What makes a result another one."""
+    """The key that identifies a result."""
     return (line["kind"], *(line[name] for name in _KEYS[line["kind"]]))
 
 
@@ -208,9 +213,9 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def _is_cut_off(last: bytes) -> bool:
-    """Whether what follows the last line's end is the beginning of a result, or nothing.
+    """Whether the text after the last line end is the beginning of a result, or empty.
 
-    A whole result without its end, as some editors leave it, is none; nor is what was never a result.
+    False for a complete result without a line end, as some editors leave it, and for other text.
     """
     with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
         json.loads(last)
@@ -219,7 +224,7 @@ def _is_cut_off(last: bytes) -> bool:
 
 
 def _end_last_line(path: Path) -> None:
-    """Remove what a process that was killed has left of its last line; end one that is whole."""
+    """Remove an incomplete last line that a killed process left; add the line end to a complete one."""
     with path.open("rb+") as file:
         content = file.read()
         whole = content.rfind(b"\n") + 1

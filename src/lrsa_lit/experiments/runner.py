@@ -1,4 +1,4 @@
-"""Run parts of a study: what their results do not hold yet, by the commands that users have."""
+"""Run the parts of a study that have no results yet, with the same commands that users have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lrsa_lit.experiments.study import Evaluation, Row, Settings, Study, Work, d
 from lrsa_lit.paths import check_writable
 
 ATTENTIONS_AT_ONCE = 8
-"""Most attentions of one command: what it has found is lost where it is stopped."""
+"""Maximum number of attentions per command; a command that is stopped loses all its results."""
 
 
 @dataclass
@@ -31,13 +31,13 @@ class Runner:
 
     Attributes:
         study: the study.
-        questions: its data.
-        results: what was found before, and where to write.
-        folder: where weights, unfinished trainings and answers lie; it may be deleted at any time between two calls.
-        overlay: settings over all others, which decide no results, such as where the base LLM lies on this machine.
-        shared: whether others use the device as well, so that no speed is recorded.
-        workers: processes that share a device in an evaluation.
-        failed: what has failed, in a line each.
+        questions: the study's data.
+        results: earlier results, and the file for new ones.
+        folder: folder of weights, unfinished trainings and answers; it may be deleted between two calls.
+        overlay: settings that override all others but do not affect results, such as the local path of the base LLM.
+        shared: whether other processes also use the device, so that no speed is recorded.
+        workers: number of processes that share a device in an evaluation.
+        failed: one line for each failure.
     """
 
     study: Study
@@ -50,7 +50,11 @@ class Runner:
     failed: list[str] = field(default_factory=list)
 
     def chosen(self, parts: Sequence[str], rows: Collection[str] = (), seeds: Collection[int] = ()) -> list[Work]:
-        """The work of parts, of all rows and seeds or of some; a UserError if the parts do not have these."""
+        """The work of parts, for all or selected rows and seeds.
+
+        Raises:
+            UserError: the parts do not have a selected row or seed.
+        """
         works = self.study.work(*parts)
         names, numbers = {work.row.name: None for work in works}, {work.seed: None for work in works}
         for option, asked, known in (("--rows", rows, names), ("--seeds", seeds, numbers)):
@@ -60,17 +64,17 @@ class Runner:
         return [work for work in works if (not rows or work.row.name in rows) and (not seeds or work.seed in seeds)]
 
     def todo(self, works: Iterable[Work]) -> Iterator[tuple[Work, bool, list[Evaluation]]]:
-        """For each row and seed whether there is nothing to train, and the evaluations that are missing."""
+        """For each row and seed: whether the training is done, and the missing evaluations."""
         for work in works:
             trained = self.results.weights_of(self._trained_by(work)) is not None
             yield work, work.row.steps == 0 or trained, self._missing(work)
 
     def run(self, works: Sequence[Work], executor: Executor) -> bool:
-        """Do what the results do not hold yet; returns whether all of it is done.
+        """Do all work that has no results yet; return whether everything is done.
 
         Raises:
             UserError: the results or weights cannot be written, or the data cannot be made.
-            KeyboardInterrupt: Ctrl-C, after which the commands have saved what they had.
+            KeyboardInterrupt: Ctrl-C; the commands have saved their state.
         """
         todo = [work for work, trained, missing in self.todo(works) if not trained or missing]
         if not todo:
@@ -94,29 +98,29 @@ class Runner:
         return not self.failed
 
     def _stages(self, works: list[Work]) -> list[list[Work]]:
-        """Some work, and the trainings of other rows that it needs before it, and those that these need before them."""
+        """Stages of work: the given work last, preceded by the trainings that it needs, recursively."""
         stages = [works]
         while before := self._needed(stages[0]):
             stages.insert(0, before)
         return stages
 
     def _needed(self, works: Sequence[Work]) -> list[Work]:
-        """The trainings of other rows without which some work cannot be done."""
+        """The missing trainings of other rows that ``works`` depend on."""
         asked = {(other.row.hash, other.seed): other for work in works if not self._at_hand(work)
                  for other in _before(work)}  # fmt: skip
         return [other for other in asked.values() if not self._at_hand(other)]
 
     def _unit(self, work: Work, record: Record | None) -> Unit:
-        """Train a row unless its weights are at hand, then evaluate it."""
+        """Train a row unless its weights are available, then evaluate it."""
         row, folder = work.row, self._folder(work)
         if not self._at_hand(work):
             before = _before(work)
             if lacking := [other.row.name for other in before if not self._at_hand(other)]:
                 self._fail(work, f"row {lacking[0]}, which it needs, is not trained")
                 return
-            _say(work, f"training{' goes on' if (folder / CHECKPOINT).exists() else ''}")
+            _say(work, f"training{' resumes' if (folder / CHECKPOINT).exists() else ''}")
             if (folder / RECORD).exists():
-                # Of weights that are gone, or that the results do not know.
+                # The record belongs to weights that are lost or that the results do not know.
                 shutil.rmtree(folder)
             checkpoints = {other.row.name: str(self._folder(other) / CHECKPOINT) for other in before}
             command = partial(commands.fit, self.study, row, work.seed, folder, self.overlay, checkpoints)
@@ -162,7 +166,7 @@ class Runner:
             _say(work, told)
 
     def _settings(self, row: Row) -> Settings:
-        """What is given to the row's commands on this machine."""
+        """The settings of the row's commands on this machine."""
         root = {"trainer": {"default_root_dir": str(self.folder)}}
         layers = row.layers({other.name: other.hash for other in row.needs})
         return self.study.fit_settings.given(self.study.arguments, [*layers, root, self.overlay])
@@ -171,7 +175,7 @@ class Runner:
         return {"study": self.study.title, "row": work.row.name, **self._trained_by(work)}
 
     def _trained_by(self, work: Work) -> Line:
-        """What a training of a row and seed depends on."""
+        """The fields that identify the training of a row and seed."""
         data = {name: self.questions.facts(name, "train").digest for name in work.row.train_sets}
         return {"config": work.row.hash, "seed": work.seed, "train_digest": digest(data) if data else ""}
 
@@ -185,11 +189,11 @@ class Runner:
         return [item for item in work.evaluations if not is_there(item)]
 
     def _folder(self, work: Work) -> Path:
-        """Where the checkpoint and the answers of a row and seed lie."""
+        """The folder of a row and seed's checkpoint and answers."""
         return self.folder / "-".join(map(str, self._trained_by(work).values()))
 
     def _at_hand(self, work: Work) -> bool:
-        """Whether there is nothing to train, or the checkpoint is that of the weights which the results name."""
+        """Whether there is nothing to train, or the checkpoint has the weights that the results name."""
         if work.row.steps == 0:
             return True
         folder = self._folder(work)
@@ -200,12 +204,12 @@ class Runner:
 
 
 def _before(work: Work) -> list[Work]:
-    """The trainings of the rows that a row needs, with its seed."""
+    """The trainings, with the same seed, of the rows that a row needs."""
     return [Work(row, work.seed, []) for row in work.row.needs]
 
 
 def _groups(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
-    """What one command evaluates: attentions on the same questions, with answers or without."""
+    """Groups of evaluations for one command each: same questions, all with or all without answers."""
     groups: dict[tuple[str, str, bool], list[Evaluation]] = {}
     for item in evaluations:
         groups.setdefault((item.data_set, item.split, item.generates), []).append(item)

@@ -1,7 +1,7 @@
-"""What a study file asks for: its rows as complete settings of fits, and the work of a part in order.
+"""Study files: rows as complete settings of fits, and the ordered work of each part.
 
-Settings are in the words of ``lrsa fit``. In those of a row ``{row: NAME}`` stands for the path of the last checkpoint
-of another row with the same seed: a teacher, or what training starts from.
+Settings have the names of ``lrsa fit``. In a row's settings, ``{row: NAME}`` is replaced by the path of the last
+checkpoint of another row with the same seed, for example a teacher or the initial weights.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from lrsa_lit.yaml_file import read_settings
 Made = TypeVar("Made")
 
 DENSE = "dense"
-"""The digest of dense attention, which has no rule."""
+"""Digest of dense attention, which has no rule."""
 
 MIXTURE = "lrsa_lit.data.Mixture"
-"""What all rows train on: shares of the study's data sets."""
+"""Class of all rows' training data: shares of the study's data sets."""
 
 _DECIDE = ("max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches")
-"""The trainer's settings that decide the weights, and stand in the digest of each row."""
+"""Trainer settings that decide the weights and are part of each row's digest."""
 
-# Later ones, which stand in the digest where they are given.
+# Added later, so they are part of the digest only if they are set: digests of older results stay valid.
 _MAY_DECIDE = ("gradient_clip_algorithm",)
 _INDIFFERENT = {
     "backbone": {"gradient_checkpointing", "compile_layers"},
@@ -45,32 +45,32 @@ _INDIFFERENT = {
     "data": {"max_tokens", "batch_size", "eval_batch_size", "num_workers", "weights", "data_sets",
              "evaluate_on", "pad_to_longest"},
 }  # fmt: skip
-"""What does not decide the weights, or stands in the digest under another name."""
+"""Settings that do not decide the weights, or are part of the digest under another name."""
 
 
 class FitSettings(Protocol):
-    """The parser of ``lrsa fit``; the command line has one."""
+    """Interface of the parser of ``lrsa fit``, which the command line implements."""
 
     def given(
         self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = (), *, defaults: bool = False
     ) -> Settings:
-        """What the shipped defaults, arguments and overlays say, or all settings of a fit."""
+        """The settings given by shipped defaults, arguments and overlays; with ``defaults``, all settings of a fit."""
 
     def made(self, key: str, kind: type[Made], settings: Mapping[str, Any]) -> Made:
-        """The object that settings describe; errors begin with ``key``."""
+        """The object that settings describe; errors start with ``key``."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train.
+    """One training configuration.
 
     Attributes:
-        overlays: the study's settings, and what it changes in them, its data sets included.
-        settings: all ``trainer``, ``model`` and ``data`` settings that are given, in the words of ``lrsa fit``; what
-            stands for the checkpoint of another row is that row's digest.
-        rule: the rule that training starts from; None for dense training.
-        needs: the rows whose checkpoints the settings name, trained before this one.
-        checkpoint: of weights that were trained elsewhere, which are evaluated; then it trains nothing.
+        overlays: the study's settings, and the row's changes to them, including its data sets.
+        settings: all ``trainer``, ``model`` and ``data`` settings that are given, with the names of ``lrsa fit``;
+            checkpoints of other rows are replaced by the digests of these rows.
+        rule: the rule at the start of training; None for dense training.
+        needs: the rows whose checkpoints the settings name; they are trained before this one.
+        checkpoint: checkpoint of weights that were trained elsewhere. The row then only evaluates them.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps; 0 for the base LLM as it is."""
+        """Number of optimizer steps; 0 for the untrained base LLM."""
         return int(self.settings["trainer"]["max_steps"])
 
     @property
@@ -93,16 +93,16 @@ class Row:
 
     @property
     def train_sets(self) -> list[str]:
-        """The data sets that its training and those of the rows before it read; none for the base LLM."""
+        """The data sets that its training, and those of the rows that it needs, read; none for the base LLM."""
         own = self.weights if self.steps else ()
         return list(dict.fromkeys([*own, *(name for row in self.needs for name in row.train_sets)]))
 
     def layers(self, checkpoints: Mapping[str, str]) -> list[Settings]:
-        """The overlays with the checkpoints of the rows that it needs, by their names."""
+        """The overlays with ``{row: NAME}`` replaced; ``checkpoints`` has the path for each row name."""
         return [_filled(overlay, checkpoints.__getitem__) for overlay in self.overlays]
 
     def trained_by(self) -> Settings:
-        """All that decides the trained weights beside the seed and the data; nothing for the base LLM."""
+        """Everything except seed and data that decides the weights; for the base LLM, only backbone and checkpoint."""
         model, trainer, data = (self.settings[name] for name in ("model", "trainer", "data"))
         backbone = _without(model["backbone"], _INDIFFERENT["backbone"])
         if self.steps == 0:
@@ -127,7 +127,7 @@ class Row:
 
 
 class Evaluation(NamedTuple):
-    """One attention (a rule of None is dense) on a split of a data set; losses alone where nothing is generated."""
+    """One attention (None as rule is dense) on a split of a data set; only losses if ``generates`` is false."""
 
     name: str
     rule: LRSAConfig | None
@@ -137,12 +137,12 @@ class Evaluation(NamedTuple):
 
     @property
     def rule_digest(self) -> str:
-        """Of the rule, or :data:`DENSE`."""
+        """Digest of the rule, or :data:`DENSE`."""
         return digest_of(self.rule)
 
 
 class Work(NamedTuple):
-    """A row with a seed, and what to evaluate it on."""
+    """A row with a seed, and its evaluations."""
 
     row: Row
     seed: int
@@ -150,11 +150,10 @@ class Work(NamedTuple):
 
 
 class Study:
-    """A study file, which lies here or ships with the project.
+    """A study, read from a local file or one that ships with the project.
 
     Raises:
-        UserError: unknown keys, or a row or part that does not fit together; from each method, something is not
-            there.
+        UserError: a key is unknown, or a row or part is inconsistent. Methods also raise it if a name does not exist.
     """
 
     def __init__(self, name: str, fit_settings: FitSettings) -> None:
@@ -175,13 +174,13 @@ class Study:
         made: dict[str, Row] = {}
         for row in rows:
             self._add(row, rows, made)
-        # In the order of the file.
+        # Rows that others need were made first; restore the order of the file.
         self.rows: dict[str, Row] = {row: made[row] for row in rows}
         self.inference = {
             attention: None if changes is None else self.rule(f"inference.{attention}", changes)
             for attention, changes in each_layer("inference", content.get("inference") or {})
         }
-        # What a part names and the study does not have is told now, not when its turn has come.
+        # Listing all work reports unknown names of every part now, not when the part runs.
         in_parts = {work.row.name for work in self.work(*self.parts)}
         for name, bar in self.bars.items():
             self._check_set(f"bars.{name}", bar["set"])
@@ -205,8 +204,7 @@ class Study:
     def work(self, *parts: str) -> list[Work]:
         """The rows of each part with each of its seeds: all rows with the first seed, then with the next one.
 
-        What several parts ask of the same row and seed stands together, where the first of them has it, and each
-        evaluation once.
+        Evaluations that several parts ask of the same row and seed are merged into the first one, without duplicates.
         """
         found: dict[tuple[str, int], Work] = {}
         for part in parts:
@@ -225,30 +223,30 @@ class Study:
         return list(found.values())
 
     def rule_of(self, row: Row, attention: str, where: str = "inference") -> LRSAConfig | None:
-        """The rule of an attention named at ``where``, for a row's own as well; None is dense."""
+        """The rule of an inference attention, or of the row's own; None is dense. Errors name ``where``."""
         if attention != OWN and attention not in self.inference:
             raise UserError(where, reason=f"there is no {attention!r} in inference")
         return row.rule if attention == OWN else self.inference[attention]
 
     def generates(self, data_set: str, part: str | None = None) -> bool:
-        """Whether the questions of a data set are answered, in a part or at all; else there are losses alone."""
+        """Whether answers are generated for a data set (in a part, if given); otherwise only losses are computed."""
         asked = [self.data_sets[data_set], *([self.parts[part]] if part else [])]
         return all(settings.get("generate", True) for settings in asked)
 
     def new_tokens(self, data_set: str, settings: Settings) -> int:
-        """The most tokens of an answer on a data set, by a row's settings unless the data set has its own."""
+        """Maximum tokens of an answer: the data set's own limit, or that of a row's settings; 0 for the default."""
         return int(self.data_sets[data_set].get("max_new_tokens") or settings["model"].get("max_new_tokens") or 0)
 
     def named(self, patterns: Sequence[str]) -> list[str]:
-        """The inference attentions of some names, in which ``*`` stands for anything."""
+        """The names of inference attentions that match patterns with ``*`` as wildcard."""
         return [name for pattern in patterns for name in fnmatch.filter(self.inference, pattern) or [pattern]]
 
     def rule(self, key: str, changes: Mapping[str, Any]) -> LRSAConfig:
-        """The rule of ``model.lrsa`` with changes, which errors call ``key``."""
+        """The rule of ``model.lrsa`` with changes; errors name ``key``."""
         common = self.common["model"]["lrsa"]
         with under(f"{self.name}: {key}"):
             check_read(changes, common.get("system"))
-        # Another K is one for all heads.
+        # A changed top_k applies to all heads.
         settings = {**common, **({"head_top_k": None} if "top_k" in changes else {}), **changes}
         name = digest(settings)
         if name not in self._rules:
@@ -261,9 +259,9 @@ class Study:
         return {"class_path": given["class_path"], "init_args": given.get("init_args") or {}}
 
     def as_config(self, name: str, seed: int) -> Settings:
-        """A row as a file for ``lrsa fit --config``, over nothing but the shipped defaults.
+        """A row as the content of a file for ``lrsa fit --config``, relative to the shipped defaults.
 
-        The checkpoint of another row is called ``NAME.ckpt``.
+        Checkpoints of other rows appear as ``NAME.ckpt``.
         """
         row = self.row(name)
         settings = self._given("", *row.layers({other.name: f"{other.name}.ckpt" for other in row.needs}))
@@ -271,12 +269,12 @@ class Study:
         trainer = {key: value for key, value in settings["trainer"].items() if key in own}
         model = _without(settings["model"], {"evaluate"})
         if changes := model.get("train_attention"):
-            # The fit's own rule, which it validates with.
+            # The fit then also validates with this rule.
             model |= {"lrsa": {**model["lrsa"], **changes}, "train_attention": {}}
         return {"seed_everything": seed, "trainer": trainer, "model": model, "data": settings["data"]}
 
     def evaluations(self, part: str, row: Row) -> list[Evaluation]:
-        """What a part asks of a row; the same attention, which may have several names, once."""
+        """The evaluations that a part asks of a row; an attention with several names is evaluated once."""
         asked = self.parts[part]
         if unknown := [name for name in asked["sets"] if name not in self.data_sets]:
             raise UserError(f"parts.{part}.sets", reason=f"there is no data set {unknown[0]!r} in data_sets")
@@ -296,7 +294,7 @@ class Study:
         self.rule_of(self.row(row), attention, f"{self.name}: {where}")
 
     def _add(self, name: str, rows: Mapping[str, Settings | None], made: dict[str, Row], *above: str) -> Row:
-        """Make a row unless it is made, those that it needs first; ``above`` need it."""
+        """Make a row, after the rows that it needs, unless it exists; ``above`` are the rows that need it."""
         if name in made:
             return made[name]
         asking = f"rows.{(*above, name)[0]}"
@@ -309,9 +307,7 @@ class Study:
         def digest_of_row(other: str) -> str:
             needs[other] = found = self._add(other, rows, made, *above, name)
             if found.steps == 0:
-                raise UserError(
-                    self.name, reason=f"rows.{name}: row {other!r} trains nothing; name its model in its place"
-                )
+                raise UserError(self.name, reason=f"rows.{name}: row {other!r} trains nothing; name its model instead")
             return f"row {found.hash}"
 
         changes = dict(rows[name] or {})
@@ -336,7 +332,7 @@ class Study:
         return made[name]
 
     def _data(self, row: str, changes: Settings) -> Settings:
-        """A row's data, with the data sets that have a share: an overlay leaves one below it out with 0."""
+        """A row's data, with only the data sets that have a share; a row can exclude a data set by a share of 0."""
         below = self.overlay.get("data", {})
         if (kind := {**below, **changes}.get("class_path", MIXTURE)) != MIXTURE:
             raise UserError(self.name, reason=f"data.class_path: {kind!r} is not allowed; rows train on a {MIXTURE}")
@@ -346,7 +342,7 @@ class Study:
             raise UserError(self.name, reason=f"rows.{row}: data_sets has no {unknown[0]!r}")
         weights = {name: share for name, share in shares.items() if share}
         named = {name: self.data_set(name) for name in weights}
-        # What is evaluated, and when, is up to the parts.
+        # The parts decide what is evaluated, so the fit evaluates nothing.
         own = {"weights": weights, "data_sets": named, "evaluate_on": []}
         return {**changes, "class_path": MIXTURE, "init_args": {**arguments[1], **own}}
 
@@ -361,13 +357,13 @@ class Study:
 
 
 def _identity(checkpoint: Path) -> list[Any]:
-    """What tells a checkpoint from another one without reading all of it."""
+    """Path, size and modification time, which identify a checkpoint without reading it."""
     about = checkpoint.stat()
     return [str(checkpoint.resolve()), about.st_size, about.st_mtime_ns]
 
 
 def _filled(settings: Any, checkpoint: Callable[[str], str]) -> Any:
-    """Settings with what ``checkpoint`` says of NAME for each ``{row: NAME}``."""
+    """Settings with each ``{row: NAME}`` replaced by ``checkpoint(NAME)``."""
     if isinstance(settings, dict):
         if settings.keys() == {"row"} and isinstance(settings["row"], str):
             return checkpoint(settings["row"])
@@ -376,17 +372,17 @@ def _filled(settings: Any, checkpoint: Callable[[str], str]) -> Any:
 
 
 def digest(values: Any) -> str:
-    """Twelve hex digits of plain values, whatever the order of their keys."""
+    """Digest of plain values, independent of the order of keys: twelve hex digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def digest_of(rule: LRSAConfig | None) -> str:
-    """Of a rule, or :data:`DENSE`."""
+    """Digest of a rule, or :data:`DENSE`."""
     return DENSE if rule is None else rule.digest()
 
 
 def _once(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Without those that another one serves: of the same questions, the one with answers has the losses too."""
+    """Drop duplicates; for the same questions, an evaluation with answers replaces one with only losses."""
     found: dict[tuple[str, str, str], Evaluation] = {}
     for item in evaluations:
         key = item.rule_digest, item.data_set, item.split

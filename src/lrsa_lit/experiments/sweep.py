@@ -1,11 +1,11 @@
-"""A sweep: fits at the points of a grid of settings, each evaluated by its last validation.
+"""A sweep: fits at all points of a grid of settings, each evaluated by its last validation.
 
-What is finished is told by the digest of the whole resolved config, so that the same command goes on where it was
-stopped, within a point from its last checkpoint, and a larger grid runs only what is new.
+The digest of the whole resolved config identifies a finished point. The same command therefore resumes where it was
+stopped, even within a point from its last checkpoint, and a larger grid runs only the new points.
 
-No sweeper library is used. Optuna's GridSampler would add its own store of trials beside MLflow's, its MLflow callback
-a second run for each fit that has one already, and its resuming knows nothing of the fit's other settings; hydra's
-sweeper needs hydra's configs in place of LightningCLI's. What would remain of either is :func:`itertools.product`.
+No sweeper library is used. Optuna's GridSampler would add a second store of trials to MLflow's, its MLflow callback
+would add a second run per fit, and its resuming ignores the fit's other settings. Hydra's sweeper needs hydra's configs
+in place of LightningCLI's. Only :func:`itertools.product` would remain of either.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 FLAG = "--grid"
 
 POINT = "sweep.point"
-"""Tag of a child: the digest of its config."""
+"""Tag of a child run: the digest of its config."""
 
 _SWEEP = "sweep.key"
-"""Tag of a parent: the digest of its points."""
+"""Tag of a parent run: the digest of its points."""
 
 BEST = "sweep.best"
-"""Tag of a parent: the name of its best child; with ``_run`` behind it, that one's id."""
+"""Tag of a parent run: the name of its best child; ``sweep.best_run`` is the child's id."""
 
 
 class Sweep:
-    """The points of a grid (values of each setting), and what came of them; a UserError without their store."""
+    """The points of a grid (values of each setting) and their results; raises a UserError if the store fails."""
 
     def __init__(self, points: Sequence[Point], grid: Mapping[str, Sequence[str]]) -> None:
         self._points = points
@@ -55,11 +55,11 @@ class Sweep:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """Of the points that were finished before, have ended or were stopped, in the order of the points."""
+        """Results of all points that are finished, have failed or were stopped, in the order of the points."""
         return [outcome for _, outcome in sorted(self._found.items())]
 
     def run(self, executor: Executor) -> bool:
-        """Fit at all points that are not finished, until Ctrl-C; returns whether none has failed."""
+        """Fit at all unfinished points, until Ctrl-C; return whether none has failed."""
         with self._record.running(self._failed):
             try:
                 executor.drive([self._unit(number) for number in range(len(self._points))], self._record.beat)
@@ -68,7 +68,7 @@ class Sweep:
         return not self._failed
 
     def _report(self) -> None:
-        """Put the table, its picture and the best child into the sweep's own run."""
+        """Log the table, its plot and the best child to the sweep's own run."""
         if not self.outcomes:
             return
         self._record.text("sweep.csv", as_csv(self.outcomes))
@@ -80,7 +80,7 @@ class Sweep:
             self._record.picture("f1-against-kept", figure)
 
     def _unit(self, number: int) -> Unit:
-        """Fit at one point unless that is done, and keep what came of it."""
+        """Fit at one point unless it is finished, and store the result."""
         point = self._points[number]
         label = " ".join(f"{key}={value}" for key, value in point.values.items())
         shown = f"[{number + 1}/{len(self._points)}] {label}"
@@ -107,12 +107,12 @@ class Sweep:
             self._found[number] = Outcome(point, state, self._ended(tags))
 
     def _left_behind(self, point: Point) -> Path | None:
-        """The last checkpoint of a fit of this point that did not finish; its run becomes this sweep's."""
+        """The last checkpoint of an unfinished fit of this point; its run becomes a child of this sweep."""
         from lrsa_lit.models.checkpoint_file import damage
 
         root = Path(point.config["trainer"].get("default_root_dir") or ".", self._record.experiment)
         for run in self._record.newest_first({POINT: point.digest}):
-            # The fit would refuse a damaged one each time.
+            # Skip damaged checkpoints, which the fit would refuse.
             saved: list[Path] = [path for path in (root / run.info.run_id).rglob("last*.ckpt") if damage(path) is None]
             if saved:
                 with answering(self._record.uri):
@@ -121,7 +121,7 @@ class Sweep:
         return None
 
     def _ended(self, tags: Mapping[str, str]) -> Run | None:
-        """The run of a process that has ended, closed if that was so sudden that it could not do so itself."""
+        """The run of an ended process; marked as FAILED if the process died before it could close its run."""
         with contextlib.suppress(UserError):
             run = next(iter(self._record.newest_first(tags)), None)
             if run is not None and run.info.status == "RUNNING":
@@ -133,28 +133,36 @@ class Sweep:
 
 
 def parse(axes: Sequence[str]) -> dict[str, list[str]]:
-    """The YAML values of each setting, from texts such as ``model.lrsa.top_k=16,32``, or a UserError."""
+    """Parse the YAML values of each setting from texts such as ``model.lrsa.top_k=16,32``.
+
+    Raises:
+        UserError: a text is malformed, or a setting or value appears twice.
+    """
     if not axes:
-        raise UserError(FLAG, reason="none is given; at least one KEY=VALUE,VALUE is needed")
+        raise UserError(FLAG, reason="is empty; at least one KEY=VALUE,VALUE is needed")
     grid: dict[str, list[str]] = {}
     for axis in axes:
         key, _, text = axis.partition("=")
         if key in grid:
-            raise UserError(FLAG, key, reason=f"stands twice; give all its values in one {FLAG}")
+            raise UserError(FLAG, key, reason=f"appears twice; give all its values in one {FLAG}")
         if key.startswith("trainer.logger"):
-            raise UserError(FLAG, key, reason="is not allowed; the runs of a sweep stand in one store and experiment")
+            raise UserError(FLAG, key, reason="is not allowed; all runs of a sweep go to one store and experiment")
         values = _values(key, text)
-        # YAML allows a comma at the end, which rather is a value that was forgotten.
+        # YAML allows a trailing comma, but here it is more likely a forgotten value.
         if not key or not values or text.rstrip().endswith(","):
             raise UserError(FLAG, axis, "KEY=VALUE,VALUE without empty values")
         if doubled := [value for value in values if values.count(value) > 1]:
-            raise UserError(FLAG, key, reason=f"has the value {doubled[0]} twice; each must be another one")
+            raise UserError(FLAG, key, reason=f"has the value {doubled[0]} twice; all values must differ")
         grid[key] = values
     return grid
 
 
 def points(grid: Mapping[str, Sequence[str]], arguments: Sequence[str], fit_settings: FitSettings) -> list[Point]:
-    """All combinations of the settings' values, each parsed as its fit would be, or refused by a UserError."""
+    """All combinations of the settings' values, each parsed as its fit would be.
+
+    Raises:
+        UserError: a combination is invalid, or a setting is not allowed in a sweep.
+    """
     from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.checkpoints.resume import files_of
 
@@ -163,7 +171,7 @@ def points(grid: Mapping[str, Sequence[str]], arguments: Sequence[str], fit_sett
         chosen = dict(zip(grid, values, strict=True))
         own = [*arguments, *(part for key, value in chosen.items() for part in (f"--{key}", value))]
         config = fit_settings.given(own, defaults=True)
-        # The bounds that depend on each other are the rule's own to check.
+        # Making the rule checks bounds that depend on each other.
         fit_settings.made("model.lrsa", LRSAConfig, config["model"]["lrsa"])
         if config.get("ckpt_path"):
             raise UserError("--ckpt_path", reason="it is not allowed in a sweep, whose fits would all resume one run")
@@ -171,14 +179,14 @@ def points(grid: Mapping[str, Sequence[str]], arguments: Sequence[str], fit_sett
             raise UserError("--estimate", reason="it is not allowed in a sweep; lrsa fit estimates one point")
         if run_id := logger_of(config["trainer"]).get("run_id"):
             raise UserError(f"{LOGGER}.run_id", run_id, reason="is not allowed in a sweep; each fit has its own")
-        # Not of a password, which may be another one next time; but of what a rule is read from.
+        # The digest excludes passwords, which may change, but includes the files that a rule is read from.
         decides = json.dumps(config, sort_keys=True) + "".join(sorted(files_of(config).values()))
         made.append(Point(chosen, own, config, _digest(redacted(decides))))
     return made
 
 
 def _values(key: str, text: str) -> list[str]:
-    """The values of an axis; none where they cannot be read."""
+    """The values of an axis; empty if they cannot be parsed."""
     import yaml
 
     from lrsa_lit.yaml_file import check_bounds
@@ -187,7 +195,7 @@ def _values(key: str, text: str) -> list[str]:
     try:
         return [value if isinstance(value, str) else json.dumps(value) for value in yaml.safe_load(f"[{text}]")]
     except (yaml.YAMLError, TypeError, ValueError):
-        # JSON has neither dates nor sets, which are no settings either.
+        # YAML's dates and sets are not JSON, and no setting takes them.
         return []
 
 

@@ -1,4 +1,4 @@
-"""What came of a sweep's points: a table for the terminal, and what its own run shows in MLflow."""
+"""Results of a sweep's points: a table for the terminal, and artifacts of the sweep's MLflow run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SCORES = ("val/loss", "val/f1", "val/em")
 
 
 class Point(NamedTuple):
-    """One fit: its values of the grid's settings, what follows ``lrsa fit``, and the whole resolved config."""
+    """One fit: its values of the grid's settings, the arguments of ``lrsa fit``, and the resolved config."""
 
     values: dict[str, str]
     arguments: list[str]
@@ -30,32 +30,32 @@ class Point(NamedTuple):
 
     @property
     def kept_share(self) -> float:
-        """K/L; NaN where neither K nor L decides what is kept."""
+        """K/L; NaN if K and L do not decide what is kept."""
         rule = self.config["model"]["lrsa"]
         one_k = rule.get("head_top_k") is None and rule.get("system") is None
         return rule["top_k"] / rule["lag_size"] if one_k else math.nan
 
 
 class Outcome(NamedTuple):
-    """What came of a point: a word for it, and its run if there is one."""
+    """The result of a point: its state, and its run if there is one."""
 
     point: Point
     state: str
     run: Run | None
 
     def score(self, metric: str = "val/f1") -> float:
-        """Of its last validation; NaN where it has none."""
+        """A metric of its last validation; NaN without one."""
         return math.nan if self.run is None else float(self.run.data.metrics.get(metric, math.nan))
 
 
 def tabulated(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
-    """The headings and rows of a table: settings, share of kept pairs, the last validation's scores, and the run."""
+    """Header and rows of a table: settings, share of kept pairs, scores of the last validation, state and run."""
     keys = list(outcomes[0].point.values)
     last = [key.rpartition(".")[2] for key in keys]
     found = [outcome.run.data.metrics if outcome.run is not None else {} for outcome in outcomes]
     others = sorted({name for metrics in found for name in metrics if name.startswith("val/") and name.endswith("/f1")})
     columns = [*_SCORES, *(name for name in others if name not in _SCORES)]
-    # The last part of each setting's name, where that tells it from the others.
+    # Shorten each setting to the last part of its name if that is unique.
     short = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
     rows = []
     for (point, state, run), metrics in zip(outcomes, found, strict=True):
@@ -66,7 +66,7 @@ def tabulated(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
 
 
 def show(outcomes: Sequence[Outcome], count: int) -> None:
-    """Print what came of so many points."""
+    """Print the results; ``count`` is the number of all points of the sweep."""
     from rich.table import Table
 
     from lrsa_lit.terminal import PlainConsole
@@ -83,7 +83,7 @@ def show(outcomes: Sequence[Outcome], count: int) -> None:
     for row in rows:
         table.add_row(*row)
     console = PlainConsole()
-    # A file has no width that columns must fit in.
+    # Output to a file is not limited to a terminal's width.
     (console if console.is_terminal else PlainConsole(width=200)).print(table)
     logger = logger_of(outcomes[0].point.config["trainer"])
     store = ["--store", str(logger.get("tracking_uri"))]
@@ -91,7 +91,7 @@ def show(outcomes: Sequence[Outcome], count: int) -> None:
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The finished point of the highest F1, without one that of the lowest loss; None where nothing was validated."""
+    """The finished point with the highest F1, or without F1 with the lowest loss; None without validations."""
     finished = [outcome for outcome in outcomes if outcome.state.startswith("finished")]
     for metric, sign in (("val/f1", 1), ("val/loss", -1)):
         if scored := [outcome for outcome in finished if not math.isnan(outcome.score(metric))]:
@@ -100,7 +100,7 @@ def best(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 
 def as_csv(outcomes: Sequence[Outcome]) -> str:
-    """The table as CSV, which MLflow's page of artifacts shows as one."""
+    """The table as CSV, which MLflow's artifact page shows as a table."""
     text = io.StringIO()
     titles, rows = tabulated(outcomes)
     csv.writer(text, lineterminator="\n").writerows([titles, *rows])
@@ -108,7 +108,7 @@ def as_csv(outcomes: Sequence[Outcome]) -> str:
 
 
 def as_note(outcomes: Sequence[Outcome]) -> str:
-    """The best point and the table as Markdown, which MLflow shows on the page of the sweep's run."""
+    """The best point and the table in Markdown, for the description of the sweep's run in MLflow."""
     titles, rows = tabulated(outcomes)
     lines = [markdown(titles, rows, align="---:")]
     chosen = best(outcomes)
@@ -122,7 +122,7 @@ def as_note(outcomes: Sequence[Outcome]) -> str:
 
 
 def f1_against_kept(outcomes: Sequence[Outcome]) -> Figure | None:
-    """F1 against K/L, a line for each value of the grid's other settings; None where no point has both."""
+    """Plot F1 against K/L, one line per combination of the other settings; None if no point has both."""
     from lrsa_lit.analysis.plots import legend, subplots
 
     drawn = [each for each in outcomes if not math.isnan(each.score()) and not math.isnan(each.point.kept_share)]

@@ -106,7 +106,7 @@ def test_places_are_those_of_one_k_and_of_no_system(against, data, monkeypatch):
     assert places.by_place(table, data).frame(intervals=False)["inference"].tolist() == ["short", "dense"]
     for other, reason in (
         (rule.replace(system=KeyNorm()), "no partitions"),
-        (rule.replace(head_top_k=[0, 1]), "not one"),
+        (rule.replace(head_top_k=[0, 1]), "a K for each head"),
     ):
         monkeypatch.setitem(against.inference, "short", other)
         with refused("parts.places.against", reason=reason):
@@ -127,4 +127,4 @@ def test_what_has_no_places_is_refused(case, against, study_file, data, results,
               "--data", str(data)])  # fmt: skip
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert ("parts.main.against" if case == "no-rule" else "other questions") in said
+    assert ("parts.main.against" if case == "no-rule" else "its questions are not those") in said

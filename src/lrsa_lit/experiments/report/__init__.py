@@ -1,1 +1,1 @@
-"""What a study's results say, by their lines and the study's file alone; nothing here trains or evaluates."""
+"""Reports of a study's results, made only from the results and the study file; nothing is trained or evaluated."""

@@ -1,4 +1,4 @@
-"""The report of a comparison: tables of quality beside what each system takes, and quality against cache bytes."""
+"""The report of a comparison: tables of quality and cost, and plots of quality against cache bytes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ from lrsa_lit.experiments.study import DENSE, Study
 from lrsa_lit.io import write_atomically
 
 LEGEND = """\
-All numbers are measured, and shares are of what dense attention takes of the prompt, of the one before a filter
-shortened it. *kept*: K/L of the rule, with dense layers whole; of a system the pairs that it holds, of a filter the
-tokens that it leaves. *cache*: bytes held at the end of the prompt as a share of what a dense cache holds of it, sinks,
-windows, dense layers and waiting queries among them; memory that is made for later tokens does not count. *peak*: the
-most that was held in prefill. *pairs*: attended query-key pairs of the prompt. *read*: bytes that a token of the answer
-reads. Seconds are medians over batches, and depend on their size and on the machine; those of a filter are not among
-them. A budget is met for a prompt of max_tokens tokens.
-Systems that cut a prompt once do so behind the context, before they see the question, which they then hold in full
-within the budget; those marked *[q]* cut behind the question, which can decide what they keep."""
+All numbers are measured. Shares are relative to dense attention on the unfiltered prompt. *kept*: K/L of the rule, with
+1 for dense layers; for a system, the pairs that it holds; for a filter, the tokens that it leaves. *cache*: bytes held
+at the end of the prompt, including sinks, windows, dense layers and waiting queries; memory that is allocated for later
+tokens does not count. *peak*: the most bytes held during prefill. *pairs*: query-key pairs attended to in the prompt.
+*read*: bytes that one token of the answer reads. Times are medians over batches; they depend on the batch size and the
+machine, and do not include filters. Budgets hold for a prompt of max_tokens tokens.
+Systems that cut a prompt once do so after the context, before they see the question, which they then hold in full
+within the budget. Systems marked *[q]* cut after the question, so the question can decide what they keep."""
 _OF_PRODUCTS = f"""
-Filters shorten each prompt to the budget, what stands around the context counted. LoRC makes keys and values of a low
-rank, and the cache holds their latents and positions. Shares of a product multiply; *to 50%* is fixed, the other factor
-takes what is left of the budget. *reusable*: whether what is held serves another question about the same context.
-{" and ".join(CONTROLS)} are the controls: a cut in the middle, and sentences at random, with dense attention at the
-same budget."""
+Filters shorten each whole prompt to the budget. LoRC gives keys and values a low rank; the cache holds their latents
+and positions. The shares of a product multiply: *to 50%* is a fixed share, and the other factor gets the rest of the
+budget. *reusable*: whether the cache can serve another question about the same context. {" and ".join(CONTROLS)} are
+baselines with dense attention at the same budget: they cut the middle, and keep random sentences."""
 
 
 class _Shown(NamedTuple):
@@ -46,12 +44,13 @@ class _Shown(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A data set's results.
+    """The results of a data set.
 
     Attributes:
-        at_budgets: dense attention, and what was set to budgets.
-        holding: what holds everything.
-        figure: quality against the bytes of the cache, a file beside the report.
+        title: heading of the section.
+        at_budgets: dense attention, and everything with a budget or a filter.
+        holding: systems that keep the whole cache.
+        figure: file, beside the report, with the plot of quality against cache bytes.
     """
 
     title: str
@@ -61,9 +60,9 @@ class Section(NamedTuple):
 
 
 def write(study: Study, lines: Sequence[Line], folder: Path) -> list[Section]:
-    """Write ``README.md`` and a plot of each data set into a folder; returns the tables.
+    """Write ``README.md`` and a plot for each data set into a folder, and return the tables.
 
-    A data set that has no results yet is left out.
+    Data sets without results are left out.
     """
     cells = Cells(study, lines)
     tables: dict[str, list[Table]] = {}
@@ -79,7 +78,7 @@ def write(study: Study, lines: Sequence[Line], folder: Path) -> list[Section]:
         sections.append(section)
         texts += ["", f"## {section.title}", "", section.at_budgets.markdown(), "", f"![]({section.figure.name})"]
         if holding := section.holding.markdown():
-            texts += ["", "These hold everything, and read or attend to less:", "", holding]
+            texts += ["", "These systems hold the whole cache, and read or attend to less of it:", "", holding]
     write_atomically(folder / "README.md", lambda file: file.write(("\n".join(texts) + "\n").encode()))
     return sections
 
@@ -134,7 +133,10 @@ def _grid(measure: str, rows: Sequence[_Shown], dense: Cell | None, reuse: bool,
 
 
 def _on_questions_of(cell: Cell, dense: Cell) -> Cell:
-    """Dense attention as if on a filtered data set, whose prompts are others, where the questions are the same."""
+    """Dense attention's cell with the filtered data set's digest, so that both can be compared.
+
+    A filter changes the prompts and so the digest; the cell stays unchanged unless the questions are the same.
+    """
     asked = dense.line.get("ids_digest")
     if asked is None or asked != cell.line.get("ids_digest"):
         return dense
@@ -142,7 +144,7 @@ def _on_questions_of(cell: Cell, dense: Cell) -> Cell:
 
 
 def _is_reusable(study: Study, table: Table, cell: Cell) -> bool:
-    """Whether what a cell holds of a context does not depend on the question."""
+    """Whether the cache of a cell is independent of the question, so that it can serve other questions."""
     shortens = study.data_set(table.data_set)["init_args"].get("filter")
     if shortens and plugins.find("filters", shortens["class_path"], "filter").asks:  # type: ignore[attr-defined]
         return False

@@ -1,20 +1,19 @@
-"""What a study must reach, as its ``bars`` say, and what it has reached.
+"""Targets of a study (its ``bars``), and whether the results reach them.
 
-A bar asks for one of four things on a data set's test split:
+A bar sets one of four targets on a data set's test split:
 
-- ``kept`` (or ``pairs``) and ``of_dense``: that the best LRSA-trained row under LRSA that keeps (or attends to) no more
-  than this share of the pairs reaches so much of the score of dense training with dense inference, and, where they are
-  given, only of the dense rows in ``reference`` with the scores of ``reference_at_least``, since a share of a weak
-  model is easily reached; rows with fewer seeds than the study's do not count where others have them;
-- ``row``, ``inference`` and ``at_least``: a score of one cell, or of the best of several rows;
-- ``row``, ``inference``, ``of`` and ``at_least``: so much of the score of another cell, ``[row, inference]``, or of the
-  best of several, by seeds and questions that both have; of several rows the best one counts, and with ``cache`` only
-  those that hold no more than this share of a dense cache's bytes;
-- ``row``, ``inference``, ``above`` and ``p``: a score above those of other cells, each ``[row, inference]``, by paired
-  tests adjusted by Holm's method; with ``draw_seeds: true`` seeds are drawn as questions are, of which there must be
-  two or more.
+- ``kept`` (or ``pairs``) and ``of_dense``: the best LRSA-trained row under LRSA that keeps (or attends to) at most this
+  share of the pairs must reach the share ``of_dense`` of dense training's score with dense inference. ``reference``
+  restricts the dense rows, and ``reference_at_least`` requires minimum scores of them, since a share of a weak model's
+  score is easily reached. Rows with fewer seeds than the study has do not count if other rows have all of them.
+- ``row``, ``inference`` and ``at_least``: a minimum score of one cell, or of the best of several rows.
+- ``row``, ``inference``, ``of`` and ``at_least``: a minimum share of the score of another cell ``[row, inference]``, or
+  of the best of several, on common seeds and questions. The best of several rows counts; with ``cache``, only rows that
+  hold at most this share of a dense cache's bytes.
+- ``row``, ``inference``, ``above`` and ``p``: a score above those of other cells ``[row, inference]``, by paired tests
+  adjusted by Holm's method. With ``draw_seeds: true``, seeds are resampled like questions; this needs two or more.
 
-``aim`` is what a score or share is hoped to reach beyond what is required.
+``aim`` is a score or share beyond the requirement that one hopes to reach.
 """
 
 from __future__ import annotations
@@ -36,17 +35,20 @@ from lrsa_lit.experiments.study import DENSE, Settings
 from lrsa_lit.ops.sparse_attention import LagRelative
 
 _HALF_A_PERCENT = 0.005
-"""Shares are held against a bar's as whole percents, as the tables show them."""
+"""Tolerance of shares, which tables show as whole percents."""
 
 
 class Best(NamedTuple):
-    """The best cell of so many candidates that a bar allows, and the dense training that it is held against.
+    """The best cell that a bar allows, and the cell that it is compared with.
 
     Attributes:
-        same: dense training under the cell's attention, of the reference's seeds, if there are results.
-        ratio: of the cell's score by the reference's.
-        ratio_apart: the same when the cell is chosen on one half of the questions and measured on the other; None for
-            a single candidate.
+        cell: the best cell.
+        reference: the cell that it is compared with, such as dense training.
+        same: the reference's row under the cell's attention, with the reference's seeds, if there are results.
+        ratio: the cell's score divided by the reference's.
+        candidates: number of cells that the best one was chosen from.
+        ratio_apart: the ratio if the cell is chosen on one half of the questions and measured on the other; None for a
+            single candidate.
     """
 
     cell: Cell
@@ -58,13 +60,18 @@ class Best(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A bar, what it requires, what was reached (nothing without results), the verdict, and which cells reached it.
+    """The verdict on a bar.
 
     Attributes:
-        best: the cell that was held against the bar.
-        data_set: what it is about.
-        asked: what it requires, without the names of rows.
-        aim: what is hoped for.
+        bar: name of the bar.
+        required: the requirement.
+        reached: the result; empty without results.
+        verdict: met, missed or open, with a note on the error.
+        by: the cells that the result is from.
+        best: the cell that was compared with the requirement.
+        data_set: the bar's data set.
+        asked: the requirement without the names of rows.
+        aim: the bar's ``aim``.
     """
 
     bar: str
@@ -79,7 +86,7 @@ class Verdict(NamedTuple):
 
 
 class Bars:
-    """The bars of a study, held against all results; a UserError if one names what the study does not have."""
+    """The bars of a study and all results; raises a UserError if a bar's measure does not exist on its data set."""
 
     def __init__(self, cells: Cells) -> None:
         self.cells, self.study = cells, cells.study
@@ -89,7 +96,7 @@ class Bars:
                 raise UserError(where, measure, "a score of answers, which this data set does not have")
 
     def verdicts(self) -> list[Verdict]:
-        """One for each bar."""
+        """The verdict on each bar."""
         kinds = {"of_dense": self._of_dense, "of": self._of, "at_least": self._at_least, "above": self._above}
         bars = self.study.bars.items()
         found = [next(of for key, of in kinds.items() if key in bar)(name, bar) for name, bar in bars]
@@ -97,10 +104,10 @@ class Bars:
         return [item._replace(**more) for item, more in zip(found, about, strict=True)]
 
     def best(self, bar: Settings) -> Best | None:
-        """The cell with the largest share of dense training's score, or what else a bar asks a share of.
+        """The cell with the largest share of the score that a bar asks a share of, for example dense training's.
 
-        Of those that the bar allows or names only the ones of as many seeds as the study has, or else of the most: of
-        one seed the best is the luckiest.
+        Only cells with all seeds of the study count, or else those with the most seeds: with few seeds, the best cell
+        may just be lucky.
         """
         scope = self._scope(bar)
         pairs = self._of_named(bar, scope) if "of" in bar else self._of_allowed(bar, scope)
@@ -115,10 +122,10 @@ class Bars:
         return Best(cell, reference, same, found.ratio, len(pairs), _apart(pairs, scope.measure))
 
     def summary(self) -> Grid:
-        """The best of each budget, and of each share that is asked of it, beside dense training.
+        """The best cell of each bar that asks for a share of a score, beside dense training.
 
-        What is the best of several budgets stands once: at the smallest one of kept pairs, else of all pairs. Dense
-        inference has no budget.
+        A cell that is the best of several budgets is listed once, at the smallest budget of kept pairs, or else of all
+        pairs. Cells with dense inference are left out.
         """
         bars = {name: bar for name, bar in self.study.bars.items() if "of_dense" in bar or "of" in bar}
         found = {name: best for name, bar in bars.items() if (best := self.best(bar)) and best.cell.line["rule"]}
@@ -148,12 +155,12 @@ class Bars:
         )
 
     def _of_allowed(self, bar: Settings, scope: Cells) -> list[tuple[Cell, Cell]]:
-        """Each cell that counts, and the dense training that it is held against."""
+        """Each cell that counts, with the dense training that it is compared with."""
         allowed = [cell for cell in scope.cells() if self._counts(bar, cell)]
         return [pair for cell in allowed if (pair := self._with_reference(bar, scope, cell)) is not None]
 
     def _of_named(self, bar: Settings, scope: Cells) -> list[tuple[Cell, Cell]]:
-        """Each cell that a bar names, and the best of those that it asks a share of, of as many seeds as any has."""
+        """Each cell that a bar names, paired with the best cell of its ``of``, among those with the most seeds."""
         own = [cell for row in bar_rows(bar) if (cell := scope.cell(row, bar["inference"])) and _fits(bar, cell)]
         others = [cell for row, attention in bar_of(bar) if (cell := scope.cell(row, attention)) is not None]
         if not others:
@@ -162,14 +169,14 @@ class Bars:
         return [pair for cell in own if (pair := cell.paired(other)) is not None and pair[1].mean(scope.measure)]
 
     def _counts(self, bar: Settings, cell: Cell) -> bool:
-        """Whether a row was trained to choose tokens, does so here, and keeps no more pairs than the bar says."""
+        """Whether a row was trained with selection, selects tokens here, and has at most the bar's share of pairs."""
         row, kind, rule = self.study.row(cell.row), _kind(bar), cell.line["rule"]
         trained = row.steps and row.rule is not None and _selects(row.rule.to_dict())
         chooses = _selects(rule) and len(rule["dense_layers"]) < cell.line["layers"]
         return bool(trained and chooses and getattr(cell, kind) <= bar[kind] + _HALF_A_PERCENT)
 
     def _with_reference(self, bar: Settings, scope: Cells, cell: Cell) -> tuple[Cell, Cell] | None:
-        """A cell and dense training with dense inference that it is held against, if the bar allows that one."""
+        """A cell, paired with dense training with dense inference; None if the bar does not allow that reference."""
         dense = reference_of(self.study, self.study.row(cell.row))
         if dense is None or dense.name not in bar.get("reference", [dense.name]):
             return None
@@ -256,14 +263,14 @@ class Bars:
 
 
 def table_of(verdicts: Sequence[Verdict]) -> Grid:
-    """A row for each bar."""
+    """A row per bar, with the cells that reached it."""
     return Grid([Column(name, [getattr(item, name) for item in verdicts]) for name in Verdict._fields[:5]], names=5)
 
 
 def claim_of(verdicts: Sequence[Verdict]) -> Grid:
-    """A row for each bar, with what its best cell attends to and holds; one without results was not run.
+    """A row per bar, with the pairs and cache bytes of its best cell; bars without results are "not run yet".
 
-    Which rows a bar is about is left to :func:`table_of`.
+    The names of rows are only in :func:`table_of`.
     """
     cells = [item.best for item in verdicts]
     return Grid(
@@ -283,19 +290,19 @@ def claim_of(verdicts: Sequence[Verdict]) -> Grid:
 
 
 def _fits(bar: Settings, cell: Cell) -> bool:
-    """Whether a cell holds no more of the cache than a bar allows, which may say nothing of it."""
+    """Whether a cell holds at most the bar's ``cache``; always true for a bar without it."""
     return (cell.cache or 0.0) <= float(bar.get("cache", 1.0)) + _HALF_A_PERCENT
 
 
 def _chosen(best: Best) -> str:
-    """What remains of the best of several, if it is chosen on other questions."""
+    """A note with the ratio when the best of several cells is chosen on other questions."""
     if best.ratio_apart is None:
         return ""
     return f"; best of {best.candidates}, {best.ratio_apart:.1%} if chosen on other questions"
 
 
 def _kind(bar: Settings) -> str:
-    """Which pairs a bar counts: those ``kept``, or all ``pairs``."""
+    """Which pairs a bar counts: ``kept`` pairs, or all ``pairs`` attended to."""
     return "kept" if "kept" in bar else "pairs"
 
 
@@ -306,22 +313,22 @@ def _aim(bar: Settings) -> str:
 
 
 def _selects(rule: Settings | None) -> bool:
-    """Whether tokens are kept by the lag-relative score; sinks and window alone are a control."""
+    """Whether a rule keeps tokens by the lag-relative score; with top_k 0 it is only a control."""
     if not rule or rule.get("system"):
         return False
     return bool(rule["top_k"] and rule["compressor"]["class_path"].endswith(f".{LagRelative.__name__}"))
 
 
 def _mean(cell: Cell, measure: str, seeds: int) -> str:
-    """A cell's score, with its seeds where it has fewer than others of its row."""
+    """A cell's score, with its number of seeds if it has fewer than ``seeds``."""
     fewer = f" ({columns.seeds(len(cell.lines))})" if len(cell.lines) < seeds else ""
     return f"{cell.mean(measure):.3f}{fewer}"
 
 
 def _judged(found: Estimate, required: float) -> str:
-    """By the number; its interval says whether another sample might have told otherwise.
+    """The verdict on a score: the value decides, and the interval adds whether it is beyond the error.
 
-    Where all questions score the same the bootstrap knows no error, which is not to say that there is none.
+    If all questions have the same score, the bootstrap interval is empty; the error is then unknown, not zero.
     """
     if found.value >= required:
         return "met" if found.low >= required and found.high > found.low else "met, not beyond the error"
@@ -338,7 +345,7 @@ def _significant(found: Sequence[Comparison], p_values: Sequence[float], level: 
 
 
 def _apart(pairs: Sequence[tuple[Cell, Cell]], measure: str) -> float | None:
-    """Ratio of what is chosen on each half of the questions and measured on the other."""
+    """The ratio when the cell is chosen on one half of the questions and measured on the other, for both halves."""
     cells = [pair for pair in pairs if pair[0].line["set_digest"] == pairs[0][0].line["set_digest"]]
     groups = cells[0][0].groups
     numbers = np.arange(cells[0][0].line["questions"]) if groups is None else groups

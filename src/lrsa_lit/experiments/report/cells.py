@@ -1,4 +1,4 @@
-"""Results as cells, rows under attentions over their seeds, and what the cells of a part are held against."""
+"""Results as cells (a row under an attention, with all seeds), and the comparisons of a part's cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lrsa_lit.experiments.study import DENSE, OWN, Row, Study, digest_of
 from lrsa_lit.systems.system import Head
 
 _SAME = ("backbone", "trainer", "data")
-"""What dense training shares with a row that is held against it."""
+"""What dense training must share with a row that is compared with it."""
 
 
 _ANY = Head(1, 1, 1)
@@ -25,7 +25,7 @@ _ANY = Head(1, 1, 1)
 
 @dataclass(frozen=True)
 class Cell:
-    """A row under one attention on one data set: its lines, one for each seed, on the same questions."""
+    """The results of a row under one attention on one data set: one line per seed, for the same questions."""
 
     row: str
     attention: str
@@ -33,25 +33,25 @@ class Cell:
 
     @property
     def line(self) -> Line:
-        """Any of them, for what they have in common."""
+        """One of the lines, for fields that are equal in all."""
         return self.lines[0]
 
     @property
     def key(self) -> tuple[str, str]:
-        """The row and the digest of the rule, whatever the attention is called."""
+        """The row and the digest of the rule, independent of the attention's name."""
         return self.row, self.line["rule_digest"]
 
     @property
     def groups(self) -> Groups | None:
-        """(Q,) which questions share a context; None where the results do not say."""
+        """(Q,) the context of each question, as a number; None if the results do not have it."""
         contexts = self.line.get("contexts")
         return np.array(contexts, dtype=np.int64) if contexts else None
 
     @property
     def kept(self) -> float:
-        """Share of pairs kept: K/L in a sparse layer or head, 1 in a dense one; windows and sinks come on top.
+        """Share of pairs kept: K/L in a sparse layer or head, 1 in a dense one; without windows and sinks.
 
-        What a system keeps has been measured.
+        For systems, the share is measured.
         """
         if measured := self.line.get("measured"):
             return float(measured["kept"])
@@ -62,54 +62,54 @@ class Cell:
 
     @property
     def pairs(self) -> float:
-        """Share of query-key pairs attended to, windows and sinks counted."""
+        """Share of query-key pairs attended to, including windows and sinks."""
         measured = self.line.get("measured")
         return float(measured["pairs"] if measured else self.line["kv_share"])
 
     @property
     def cache(self) -> float | None:
-        """Bytes held at the end of the prompt, as a share of a dense cache's; of the rule where it was not measured.
+        """Bytes held at the end of the prompt, as a share of a dense cache: measured, or else computed from the rule.
 
-        None where neither says.
+        None if the results allow neither.
         """
         if (measured := self.line.get("measured")) or self.line["rule"] is None:
             return float(measured["cache"]) if measured else 1.0
         rule = LRSAConfig.from_dict(self.line["rule"])
-        # Old results name no model; the bytes of a pair are the same on both sides, unless more than pairs is held.
+        # Old results do not name the model. If only pairs are held, the bytes per pair cancel out.
         further = rule.system or rule.latents or rule.compressor.has_bias or rule.compressor.window
         if further or not self.line.get("length"):
             return None
         return cache_share(rule, self.line["length"], self.line["layers"], _ANY)
 
     def scores(self, name: str) -> Scores:
-        """(R, Q) of ``f1``, ``em``, ``recall``, ``loss`` or ``tokens``."""
+        """(R, Q) values of ``f1``, ``em``, ``recall``, ``loss`` or ``tokens``, for R seeds and Q questions."""
         return np.array([line[name] for line in self.lines], dtype=np.float64)
 
     def mean(self, measure: str) -> float:
-        """Of all questions and seeds."""
+        """Mean over all questions and seeds."""
         return float(self.scores(measure).mean())
 
     def estimate(self, measure: str) -> Estimate:
-        """Mean of a measure over the questions; of the loss over their tokens."""
+        """Mean of a measure over the questions; for the loss, over their tokens."""
         if measure == "loss":
             return statistics.ratio_of_sums(self.scores("loss"), self.scores("tokens"), self.groups)
         return statistics.mean(self.scores(measure), self.groups)
 
     def survival(self, name: str) -> Any:
-        """What a head keeps, mean of the seeds that say it; None where none does.
+        """Share of tokens that a head keeps, averaged over the seeds that recorded it; None if none did.
 
         Args:
-            name: ``gold`` passages or ``answer`` spans, a share of whose tokens is kept; or the ``quarters`` of a
-                partition, each of which has a share.
+            name: ``gold`` (supporting passages), ``answer`` (answer spans), or ``quarters`` (a list with the share of
+                each quarter of a partition).
         """
         found = [line["survival"].get(name) for line in self.lines if line.get("survival")]
         known = [kept for kept in found if kept is not None and not (isinstance(kept, list) and None in kept)]
         return np.mean(known, axis=0).tolist() if known else None
 
     def paired(self, other: Cell) -> tuple[Cell, Cell] | None:
-        """Both with the seeds that both have; None if they have none, or answered other questions.
+        """Both cells restricted to their common seeds; None if there are none, or the questions differ.
 
-        The base LLM, untrained, goes with any seed.
+        The untrained base LLM matches any seed.
         """
         if other.line["set_digest"] != self.line["set_digest"]:
             return None
@@ -123,25 +123,25 @@ class Cell:
         return replace(self, lines=tuple(by_seed[seed] for seed in seeds))
 
     def compared(self, other: Cell | None, measure: str) -> Comparison | None:
-        """This cell against another one, :meth:`paired` with it; None where that cannot be, or it is the same."""
+        """Compare this cell with another one, :meth:`paired`; None if they cannot be paired or are the same."""
         if other is None or other.lines == self.lines or (pair := self.paired(other)) is None:
             return None
         one, two = (side.scores(measure) for side in pair)
-        # Two attentions of the same weights: another seed on one side would be mistaken for the attention.
+        # Both sides have the same weights, so seeds must match, or a seed's effect would pass for the attention's.
         return statistics.compare(one, two, self.groups, same_seeds=self.row == other.row)
 
 
 class Cells:
-    """Results of a study, all of them or those with a measure :meth:`on` one split.
+    """Results of a study: all of them, or those with a measure :meth:`on` one split.
 
-    Those of weights that were trained anew since stay out.
+    Results of weights that have been trained again since are left out.
     """
 
     def __init__(self, study: Study, lines: Sequence[Line], measure: str = "") -> None:
         self.study, self.lines, self.measure = study, current(lines), measure
 
     def on(self, data_set: str, split: str = "test", measure: str | None = None) -> Cells:
-        """Those on a split of a data set that have a measure; the data set's where none is named."""
+        """The results on a split of a data set that have a measure; by default the data set's measure."""
         measure = measure or measure_of(self.study, data_set)
         lines = [line for line in self.lines if line["kind"] == "evaluation"]
         on_it = [line for line in lines if (line["set"], line["split"]) == (data_set, split) and line[measure]]
@@ -150,22 +150,22 @@ class Cells:
     def cell(
         self, row: str, attention: str, digest: str | None = None, seeds: Container[int] | None = None
     ) -> Cell | None:
-        """The cell of a row under an attention, or under the rule of a digest; of all seeds or of some."""
+        """The cell of a row under an attention, or under the rule with a digest; with all or selected seeds."""
         trained = self.study.row(row)
         if digest is None:
             digest = digest_of(self.study.rule_of(trained, attention))
         key = trained.hash, digest
         lines = [line for line in self.lines if (line["config"], line["rule_digest"]) == key]
         found = [line for line in lines if seeds is None or line["seed"] in seeds]
-        # Answers to other questions, and after training on others, of a former version of the data, stay out.
+        # Leave out results of an earlier version of the data, for training or evaluation.
         data = ("set_digest", "train_digest")
         same = [line for line in found if all(line[name] == found[-1][name] for name in data)]
-        # A seed whose losses came first and whose answers later has two.
+        # A seed has two lines if its losses were computed first and its answers later.
         by_seed = {line["seed"]: line for line in same}
         return Cell(row, attention, tuple(by_seed.values())) if by_seed else None
 
     def cells(self) -> list[Cell]:
-        """All cells of attentions that the study still has, row by row of the study, in the order of the results."""
+        """All cells of attentions that the study still has: by row of the study, then in the order of the results."""
         names = {digest_of(rule): name for name, rule in reversed(self.study.inference.items())}
         cells: list[Cell | None] = []
         for row in self.study.rows.values():
@@ -177,15 +177,15 @@ class Cells:
 
 
 def measure_of(study: Study, data_set: str, part: str | None = None) -> str:
-    """What the tables of a data set show; the loss where no answers are generated."""
+    """The measure in the tables of a data set; the loss if no answers are generated."""
     return str(study.data_sets[data_set].get("measure", "f1")) if study.generates(data_set, part) else "loss"
 
 
 def reference_of(study: Study, row: Row) -> Row | None:
-    """The dense training that a row is held against: the study's first one of as many steps on the same data.
+    """The dense training that a row is compared with: the study's first one with as many steps on the same data.
 
-    It has the learning rate that is best for it, which need not be the row's: each attention has its own, and dense
-    training at a rate that was tuned for another one would be too easy to reach.
+    Its learning rate may differ from the row's: each attention has its own best rate, and dense training at a rate that
+    was tuned for another attention would be a weak baseline.
     """
     dense = [other for other in study.rows.values() if other.rule is None and other.steps]
     if row.steps == 0:
@@ -195,12 +195,14 @@ def reference_of(study: Study, row: Row) -> Row | None:
 
 
 class Entry(NamedTuple):
-    """A cell of a table, with its score, and that against those of others.
+    """A cell of a table, with its score and comparisons.
 
     Attributes:
-        of_dense: against dense training with dense inference.
-        of_same: against dense training under the same attention; None for dense training itself.
-        of_named: against the row and attention that the part names.
+        cell: the cell.
+        score: the estimate of the table's measure.
+        of_dense: comparison with dense training with dense inference.
+        of_same: comparison with dense training under the same attention; None for dense training itself.
+        of_named: comparison with the row and attention in the part's ``against``.
     """
 
     cell: Cell
@@ -211,9 +213,9 @@ class Entry(NamedTuple):
 
 
 class Table:
-    """The results of a part on one data set: cells, ``done`` of the results that are ``asked`` for, seed by seed.
+    """The results of a part on one data set; ``done`` of the ``asked`` results exist, counted per seed.
 
-    All of it, what cells are held against as well, is of the part's seeds: other parts may have more of the same cells.
+    Cells, and the cells that they are compared with, have only the part's seeds; other parts may have more.
     """
 
     def __init__(self, cells: Cells, part: str, data_set: str) -> None:
@@ -226,7 +228,7 @@ class Table:
         self._on_it = cells.on(data_set, self.split, self.measure)
         rows = [self.study.row(name) for name in dict.fromkeys(asked["rows"])]
         seeds = set(asked.get("seeds") or self.study.seeds)
-        # Of trained rows: what else is held against them is of these seeds too.
+        # Cells that trained rows are compared with have the same seeds.
         self._seeds = seeds if any(row.steps for row in rows) else {0}
         items = [(row, item, seeds if row.steps else {0}) for row in rows
                  for item in self.study.evaluations(part, row) if item.data_set == data_set]  # fmt: skip
@@ -237,17 +239,17 @@ class Table:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """One for each cell that has results, in the order of the part."""
+        """One entry per cell with results, in the order of the part."""
         return [self._entry(cell) for cell in self.cells]
 
     def entry(self, row: str, attention: str) -> Entry | None:
-        """The entry of a row under an attention of the part, by whichever name it stands there."""
+        """The entry of a row under an attention of the part, by any of the attention's names."""
         key = row, self._digest(row, attention)
         return next((entry for entry in self.entries if entry.cell.key == key), None)
 
     @property
     def attentions(self) -> list[str]:
-        """Those of the part, without the rows' own where each of them is another one as well."""
+        """The attentions of the part; "own" is left out if each row's own attention is also listed by name."""
         names = list(dict.fromkeys(self.study.named(self.study.parts[self.part]["inference"])))
         others = {self._digest(cell.row, name) for cell in self.cells[:1] for name in names if name != OWN}
         own = {self._digest(cell.row, OWN) for cell in self.cells if OWN in names}

@@ -1,4 +1,4 @@
-"""Tables of results: Markdown for documents, frames of pandas for notebooks."""
+"""Tables of results, as Markdown for documents and as pandas data frames for notebooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrsa_lit.experiments.report.cells import Cell
 
 
 class Column(NamedTuple):
-    """A column: its values, None where there is none; what documents (``show``) and frames (``number``) make of one."""
+    """A column: its values, None for an empty cell; ``show`` formats a value for Markdown, ``number`` for a frame."""
 
     title: str
     values: Sequence[Any]
@@ -25,13 +25,13 @@ class Column(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A table: its columns, of which the first ones, so many as ``names``, stand to the left."""
+    """A table: its columns, of which the first ``names`` are left-aligned."""
 
     columns: Sequence[Column]
     names: int = 2
 
     def markdown(self) -> str:
-        """The table as documents have it; nothing where it has no rows."""
+        """The table in Markdown; empty if it has no rows."""
         shown = [["" if value is None else column.show(value) for value in column.values] for column in self.columns]
         rule = "|".join("---" if number < self.names else "---:" for number in range(len(shown)))
         titles = [column.title for column in self.columns]
@@ -39,7 +39,7 @@ class Grid(NamedTuple):
         return "\n".join([head, f"|{rule}|", *body]) if body else ""
 
     def frame(self, *, intervals: bool = True) -> pd.DataFrame:
-        """The values, each estimate with the ends of its interval beside it in ``NAME low`` and ``NAME high``."""
+        """The values as a data frame; ends of intervals are in the columns ``NAME low`` and ``NAME high``."""
         series: list[pd.Series[Any]] = []
         for column in self.columns:
             values = [None if value is None else column.number(value) for value in column.values]
@@ -51,7 +51,7 @@ class Grid(NamedTuple):
 
 
 def about(cells: Sequence[Cell]) -> list[Column]:
-    """What each table says of its cells first: how they were trained and used, with how many seeds."""
+    """The first columns of each table: the cells' training, inference and number of seeds."""
     return [
         Column("trained", [cell.row for cell in cells]),
         Column("inference", [cell.attention for cell in cells]),
@@ -60,20 +60,20 @@ def about(cells: Sequence[Cell]) -> list[Column]:
 
 
 def shares(cells: Sequence[Cell]) -> list[Column]:
-    """How much of the pairs each cell keeps, and attends to; and of the bytes it holds, where any was measured."""
+    """The shares of pairs that each cell keeps and attends to, and of cache bytes if any cell measured them."""
     names = ["kept", "pairs"] + ["cache"] * any(cell.line.get("measured") for cell in cells)
     return [Column(name, [getattr(cell, name) for cell in cells], share) for name in names]
 
 
 def plain(text: str) -> str:
-    """Text as Markdown shows it, within one line: names in results are those of devices, commits, rows and data."""
-    # A space after it, and it begins no element.
+    """Escape text for one line of Markdown."""
+    # "<" followed by a space does not start an HTML element, so it stays readable.
     escaped = html.escape(text, quote=False).replace("&lt; ", "< ").replace("|", "\\|")
     return printable("<br>".join(escaped.split("\n")))
 
 
 def interval(estimate: Estimate, form: str = ".3f") -> str:
-    """``0.412 [0.380, 0.444]``; nothing for NaN."""
+    """Format an estimate as ``0.412 [0.380, 0.444]``; empty for NaN."""
     value, low, high = (format(number, form) for number in estimate)
     return "" if math.isnan(estimate.value) else f"{value} [{low}, {high}]"
 
@@ -83,15 +83,15 @@ percent = partial(interval, form=".1%")
 
 
 def perplexity(loss: Estimate) -> str:
-    """Of a loss in nats for each token."""
+    """Format the perplexity of a loss in nats per token."""
     return interval(loss.exp(), ".2f")
 
 
 def share(value: float) -> str:
-    """``25%``, ``12.5%``."""
+    """Format a share as ``25%`` or ``12.5%``."""
     return f"{100 * value:.1f}".removesuffix(".0") + "%"
 
 
 def seeds(count: int) -> str:
-    """How many there are, in words."""
+    """Format a number of seeds as ``1 seed`` or ``3 seeds``."""
     return "1 seed" if count == 1 else f"{count} seeds"

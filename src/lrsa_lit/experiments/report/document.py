@@ -1,7 +1,7 @@
-"""A report of a study's results, and the generated blocks of documents.
+"""The report of a study's results, and generated blocks in Markdown documents.
 
-A block stands between two lines of their own, ``<!-- study:NAME -->`` and ``<!-- /study -->``, within Markdown that is
-written by hand. All else is kept byte for byte. A document of several studies says whose block each is, as in
+A block is enclosed by the lines ``<!-- study:NAME -->`` and ``<!-- /study -->`` in a handwritten document. Everything
+outside of blocks is kept byte for byte. Documents about several studies name the study of each block:
 ``<!-- study:STUDY:NAME -->``.
 """
 
@@ -32,20 +32,20 @@ from lrsa_lit.io import write_atomically
 _MARK = re.compile(rb"^<!-- (?:study:(\S+)|/study) -->[^\S\n]*(?:\n|\Z)", re.MULTILINE)
 
 _FORMS = "PART, PART/SET, PART/SET/plot, PART/SET/places"
-"""Blocks of a part: its matrices, all of one data set, its plot, and its scores by the place of the answer."""
+"""Blocks of a part: its matrices; and for one data set the full table, the plot, and scores by answer position."""
 
 _TITLES = {"perplexity": "Perplexity", "survival": "Supporting tokens kept", "training": "Training",
            "machines": "Machines"}  # fmt: skip
 
 
 class Blocks:
-    """Texts and plots of a study's results, by name; some texts look at the questions in the folder of its data.
+    """Texts and plots of a study's results, by name; some texts read the questions from the study's data folder.
 
     Attributes:
-        texts: what writes the Markdown of a block, empty where there are no results yet.
-        plots: what a plot shows, in words, and what draws it; None where there are no results yet.
-        tables: those of each ``PART/SET``.
-        images: the plots that were asked for, by their files.
+        texts: functions that write the Markdown of a block; empty without results.
+        plots: the caption of each plot, and the function that draws it; it returns None without results.
+        tables: the table of each ``PART/SET``.
+        images: contents of the plots that were requested, by file.
     """
 
     def __init__(self, study: Study, lines: Sequence[Line], data: Path | None = None) -> None:
@@ -79,22 +79,22 @@ class Blocks:
         self.texts = {part: partial(self._matrices, part) for part in study.parts} | self.texts
 
     def check(self, name: str) -> None:
-        """Refuse a name that no block has."""
+        """Raise a UserError if there is no block of this name."""
         if name not in self.texts and name not in self.plots:
             allowed, parts = ", ".join([*self._whole, _FORMS]), ", ".join(self.study.parts)
-            raise UserError(f"there is no block {name!r}", reason=f"there are {allowed} with PART one of {parts}")
+            raise UserError(f"there is no block {name!r}", reason=f"blocks are {allowed} with PART one of {parts}")
 
     def markdown(self, name: str, document: Path, folder: Path, prefix: str = "") -> str:
-        """A block as a document has it; empty where there are no results yet. Plots are to be in a folder.
+        """The Markdown of a block in ``document``; empty without results.
 
-        Their files are named after the block, behind a prefix.
+        A plot becomes a link to a file in ``folder``, named by ``prefix`` and the block.
         """
         if name in self.texts:
             return self.texts[name]()
         caption, draw = self.plots[name]
         if (figure := draw()) is None:
             return ""
-        # Of few colours, which makes files small, and without a time or version: the same results give the same file.
+        # Few colours keep files small. Without time and version in it, equal results give an identical file.
         drawn, packed = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=120)
         Image.open(drawn).convert("RGB").quantize(64).save(packed, format="png", optimize=True)
@@ -119,7 +119,7 @@ class Blocks:
         )
 
     def _parts(self) -> str:
-        """All tables, part by part, each below its name."""
+        """All tables by part, each with a heading."""
         titles = [(f"{table.part}: {table.data_set} ({table.split})", table) for table in self.tables.values()]
         return "\n\n".join(f"### {title}\n\n{_full(table)}" for title, table in titles if table.cells)
 
@@ -132,14 +132,15 @@ class Blocks:
         title = f"{table.part}: {table.data_set}"
         if table.measure != "loss":
             return result_plots.against_share(table.entries, table.measure, title) if table.cells else None
-        # The texts of all parts stand in one plot of their own.
+        # The perplexities of all parts are in one separate plot.
         return result_plots.layers(evidence.layers(table), title) if self.study.generates(table.data_set) else None
 
 
 def results_of(study: Study, path: Path, *, may_be_empty: bool = False) -> list[Line]:
-    """The results of a file, by the names that the study's rows have now; those of rows that it has no more stay out.
+    """The results of a file, with the current names of the study's rows; results of removed rows are left out.
 
-    A UserError if nothing is left, unless the file is empty and may be: of a study that was not run yet.
+    Raises:
+        UserError: there is no file, or no result is left. With ``may_be_empty``, an empty file is allowed.
     """
     if not path.exists():
         raise UserError(str(path), reason="no such file; `lrsa study run` writes it")
@@ -151,7 +152,7 @@ def results_of(study: Study, path: Path, *, may_be_empty: bool = False) -> list[
 
 
 def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
-    """Write ``report.md`` with everything that there is, part by part of the study, and its plots into a folder."""
+    """Write ``report.md`` with all results, by part of the study, and its plots into a folder."""
     blocks, report = Blocks(study, lines), folder / "report.md"
     parts = {name: f"{table.part}: {table.data_set} ({table.split})" for name, table in blocks.tables.items()}
     texts = [f"# Results of {study.title}", "", tables.LEGEND]
@@ -166,12 +167,16 @@ def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
 
 
 def fill(study: Study, lines: Sequence[Line], files: Sequence[Path], folder: Path, data: Path | None = None) -> None:
-    """As :func:`fill_all`, of one study."""
+    """Like :func:`fill_all`, for one study."""
     fill_all([Blocks(study, lines, data)], files, folder)
 
 
 def fill_all(studies: Sequence[Blocks], files: Sequence[Path], folder: Path) -> None:
-    """Write the blocks of Markdown files anew, and the plots that they show into a folder, or raise a UserError."""
+    """Update the blocks of Markdown files, and write their plots into a folder.
+
+    Raises:
+        UserError: a block is unknown or malformed, or a file cannot be read or written.
+    """
 
     def text_of(name: str, document: Path) -> str:
         blocks, own, prefix = _block_of(studies, name)
@@ -183,9 +188,10 @@ def fill_all(studies: Sequence[Blocks], files: Sequence[Path], folder: Path) -> 
 
 
 def _block_of(studies: Sequence[Blocks], name: str) -> tuple[Blocks, str, str]:
-    """The blocks of the study that a mark names, its name among them, and what the files of its plots begin with.
+    """Resolve a block's mark: the study's blocks, the block's name among them, and the prefix of its plot files.
 
-    A UserError where there is none.
+    Raises:
+        UserError: there is no such block.
     """
     title, _, own = name.rpartition(":")
     titles = {blocks.study.title: blocks for blocks in studies}
@@ -195,15 +201,16 @@ def _block_of(studies: Sequence[Blocks], name: str) -> tuple[Blocks, str, str]:
         blocks = titles[title]
     else:
         named = " or ".join(f"{title}:NAME" for title in titles)
-        raise UserError(f"there is no block {name!r}", reason=f"of these studies it is called {named}")
+        raise UserError(f"there is no block {name!r}", reason=f"with several studies, name it {named}")
     blocks.check(own)
     return blocks, own, f"{title}-" if title else ""
 
 
 def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
-    """The content of a file with the text of each of its blocks written anew, which ``text_of`` gives by its name.
+    """The content of a file with the text of each block replaced by ``text_of(NAME)``.
 
-    A UserError of the line if it cannot be filled: no block, one that is not closed or not begun, or by ``text_of``.
+    Raises:
+        UserError: the file has no block, a block is not opened or closed, or ``text_of`` fails; it names the line.
     """
     try:
         content = path.read_bytes()
@@ -218,7 +225,7 @@ def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
         number = content.count(b"\n", 0, opening.start()) + 1
         where = f"{path}, line {number}"
         if not opening[1]:
-            raise UserError(where, reason="<!-- /study --> closes nothing; allowed is one for each block")
+            raise UserError(where, reason="<!-- /study --> closes nothing; each block has exactly one")
         name = opening[1].decode()
         if closing is None or closing[1]:
             raise UserError(where, reason=f"the block {name!r} is not closed by a line <!-- /study -->")
@@ -227,15 +234,19 @@ def filled(path: Path, text_of: Callable[[str], str]) -> bytes:
         except UserError as error:
             raise UserError(where, reason=str(error)) from None
         if _MARK.search(text):
-            raise UserError(where, reason=f"the text of the block {name!r} holds the mark of a block itself")
-        # Markdown takes a table right after a comment for a part of it.
+            raise UserError(where, reason=f"the text of the block {name!r} contains the mark of a block")
+        # A blank line is needed: Markdown would treat a table right after a comment as part of the comment.
         parts += [content[kept_from : opening.end()], b"\n" + text + b"\n\n" if text else b""]
         kept_from = closing.start()
     return b"".join([*parts, content[kept_from:]])
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Give a file another content at once, or raise a UserError; one that exists keeps its permissions."""
+    """Replace the content of a file atomically; an existing file keeps its permissions.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
 
     def write(file: IO[bytes]) -> None:
         if path.exists():
@@ -249,7 +260,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def _write(contents: dict[Path, bytes]) -> None:
-    """Write files where that changes anything."""
+    """Write the files whose contents change."""
     for path, content in contents.items():
         if not path.exists() or path.read_bytes() != content:
             replace(path, content)
@@ -264,5 +275,5 @@ def _places(table: Table, data: Path | None) -> str:
 
 
 def _counted(table: Table) -> str:
-    """How many of the results of a part there are, where some are missing."""
+    """A note on how many results of a part exist, if some are missing."""
     return f"{table.done} of {table.asked} results are in.\n\n" if table.done < table.asked else ""

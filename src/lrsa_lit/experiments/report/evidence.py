@@ -1,4 +1,4 @@
-"""What compression costs before any answer: perplexity, supporting tokens that are dropped, and in which layers."""
+"""Effects of compression apart from answers: perplexity, kept supporting tokens, and the gain of dense layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrsa_lit.experiments.report.columns import Column, Grid
 
 
 class LayerGain(NamedTuple):
-    """The fall of a row's loss (nats for each token) by one more dense layer, beside those that are dense already."""
+    """The decrease of a row's loss (nats per token) by one more dense layer; ``base`` are the other dense layers."""
 
     row: str
     attention: str
@@ -23,13 +23,13 @@ class LayerGain(NamedTuple):
 
 
 def texts(cells: Cells) -> list[Cell]:
-    """All cells on data sets without answers, on their test splits."""
+    """All cells on the test splits of data sets without answers."""
     names = [name for name in cells.study.data_sets if measure_of(cells.study, name) == "loss"]
     return [cell for name in names for cell in cells.on(name).cells()]
 
 
 def perplexity(cells: Cells) -> Grid:
-    """A row for each cell: the share of pairs kept, and the perplexity."""
+    """A row per cell: the share of pairs kept, and the perplexity."""
     found = texts(cells)
     names = Column("text", [cell.line["set"] for cell in found])
     losses = Column("perplexity", [cell.estimate("loss") for cell in found], columns.perplexity)
@@ -37,7 +37,7 @@ def perplexity(cells: Cells) -> Grid:
 
 
 def pairs(cells: Cells) -> list[tuple[Cell, Cell]]:
-    """The base LLM, and a trained row, under the same attention on a test split where selections were looked at."""
+    """Pairs of the base LLM and a trained row under the same attention, on test splits with recorded selections."""
     found: list[tuple[Cell, Cell]] = []
     for data_set in cells.study.data_sets:
         looked = [cell for cell in cells.on(data_set).cells() if cell.survival("gold") is not None]
@@ -48,9 +48,9 @@ def pairs(cells: Cells) -> list[tuple[Cell, Cell]]:
 
 
 def survival(cells: Cells) -> Grid:
-    """A row for each trained cell: the share of supporting and answer tokens that a head keeps, before and after.
+    """A row per trained cell: the share of supporting and answer tokens that a head keeps, before and after training.
 
-    Last stands what is kept of each quarter of a partition after training, where results say so.
+    The last column is the share kept of each quarter of a partition after training, if the results have it.
     """
     found = pairs(cells)
     trained = [after for _, after in found]
@@ -69,9 +69,9 @@ def survival(cells: Cells) -> Grid:
 
 
 def layers(table: Table) -> list[LayerGain]:
-    """What one more dense layer gains, under the same rule otherwise, in the order of the table.
+    """The gain of one more dense layer under an otherwise equal rule, in the order of the table.
 
-    Where several cells have one layer less, a cell is held against the one that most cells can be held against.
+    If several cells have one dense layer less, each cell is compared with the one that most cells can be compared with.
     """
     both = ((cell, base) for cell in table.cells for base in table.cells if _has_one_more(cell, base))
     pairs = [pair for cell, base in both if (pair := cell.paired(base)) is not None]
@@ -83,7 +83,7 @@ def layers(table: Table) -> list[LayerGain]:
 
 
 def _has_one_more(cell: Cell, base: Cell) -> bool:
-    """Whether a cell is another one with one more dense layer."""
+    """Whether ``cell`` equals ``base`` except for one more dense layer."""
     rule, below = cell.line["rule"], base.line["rule"]
     if rule is None or below is None or {**below, "dense_layers": rule["dense_layers"]} != rule:
         return False

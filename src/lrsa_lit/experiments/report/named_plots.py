@@ -1,4 +1,4 @@
-"""The plots that a study names itself: cells of any rows, attentions and data sets in one picture."""
+"""Plots that a study file defines: cells of any rows, attentions and data sets in one plot."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _AXES = {
 
 
 def named_plot(cells: Cells, name: str) -> Figure | None:
-    """The plot of a name in the study's ``plots``, a line for each of its ``lines``; None without results.
+    """Draw the plot ``name`` of the study's ``plots``, one line for each of its ``lines``; None without results.
 
-    Points without results are left out. With names as ``x`` a line has a point at each of them, or null.
+    Points without results are left out. If ``x`` is a list of names, each line has one point, or null, per name.
     """
     plot: dict[str, Any] = cells.study.plots[name]
     ticks = plot["x"] if isinstance(plot["x"], list) else []

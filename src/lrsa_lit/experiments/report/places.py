@@ -1,4 +1,4 @@
-"""Single questions: where the answer stands, how often each attention answers it from there, and what it answered."""
+"""Analysis of single questions: the position of the answer, scores by position, and the models' answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lrsa_lit.experiments.report.columns import Column, Grid
 from lrsa_lit.ops.sparse_attention import compressed_at, raw_start
 from lrsa_lit.paths import nearest
 
-# Of tqdm, which misses ipywidgets in a notebook.
+# tqdm warns in notebooks without ipywidgets.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 ALWAYS = "seen by all"
@@ -30,15 +30,14 @@ LAST = "in a partition's last K"
 ELSEWHERE = "elsewhere"
 NOWHERE = "not in the text"
 PLACES = (ALWAYS, LAST, ELSEWHERE, NOWHERE)
-"""Of an answer: among the sinks and the raw window; whole among the K tokens of a partition that recency keeps; in
-other compressed tokens; or in no words of the supporting passages, as yes and no."""
+"""Positions of an answer: in sinks or raw window; in a partition's last K tokens; in other tokens; not in the text."""
 
 _TAIL = 400
-"""Tokens at the end of a prompt in which its question is looked for."""
+"""Number of tokens at the end of a prompt that are searched for its question."""
 
 
 def place_of(example: Example, rule: LRSAConfig) -> str:
-    """The first place that has the answer whole, when the last token of the prompt attends."""
+    """The first place that contains a whole answer, as seen by the last token of the prompt."""
     spans = example["answer_spans"]
     for name, kept in ((ALWAYS, 0), (LAST, rule.top_k)):
         seen = _seen(example["prompt_length"], kept, rule)
@@ -48,20 +47,20 @@ def place_of(example: Example, rule: LRSAConfig) -> str:
 
 
 def by_place(table: Table, data: Path | None) -> Grid:
-    """For each cell of a part its score by the place of the answer, under the rule that the part holds others against.
+    """Scores of each cell of a part by the place of the answer, under the rule in the part's ``against``.
 
-    The heads of the columns say of how many questions each is; these are in the folder ``data`` of the study.
+    The column titles give the numbers of questions, which are read from the study's data folder.
 
     Raises:
-        UserError: the part names no rule of one K, or has one of other sinks, partitions or chunks or a system, no
-            folder is given, or it has other questions.
+        UserError: ``against`` does not name a rule with a single K; a cell has a system, or other sinks, partitions or
+            chunks; no folder is given, or it has other questions.
     """
     study, rule = table.study, None
     if table.against is not None:
         rule = study.rule_of(study.row(table.against[0]), table.against[1])
     if rule is None:
-        raise UserError(f"parts.{table.part}.against", reason="it must name a rule, for places are those of a rule")
-    for name, has in (("system", "a system, which has no partitions"), ("head_top_k", "K of each head, and not one")):
+        raise UserError(f"parts.{table.part}.against", reason="it must name a rule, because places depend on a rule")
+    for name, has in (("system", "a system, which has no partitions"), ("head_top_k", "a K for each head")):
         if getattr(rule, name) is not None:
             raise UserError(f"parts.{table.part}.against", reason=f"the rule that it names has {has}")
     _check_alike(table, rule)
@@ -75,17 +74,17 @@ def by_place(table: Table, data: Path | None) -> Grid:
 
 
 def questions_of(table: Table, data: Path | None) -> list[Example]:
-    """The questions that the results of a part are about; a UserError if the folder of the data has others or none."""
+    """The questions of a part's results; raises a UserError if the data folder has other questions or none."""
     if data is None:
         raise UserError("--data", reason="it is needed for the questions; name the folder of `lrsa study data`")
     questions = Questions(table.study, data)
     if questions.facts(table.data_set, table.split).digest != table.cells[0].line["set_digest"]:
-        raise UserError(str(data), reason="other questions than those of the results", hint="write them anew")
+        raise UserError(str(data), reason="its questions are not those of the results", hint="run `lrsa study data`")
     return list(questions.examples(table.data_set, table.split))
 
 
 def answers(table: Table, number: int) -> pd.DataFrame:
-    """What each model of a part, seed by seed, answered to a question, counted from 0; a UserError if there is none."""
+    """The answers of each model and seed of a part to question ``number`` (from 0); raises a UserError without any."""
     asked = min((cell.line["questions"] for cell in table.cells), default=0)
     if table.measure == "loss" or not 0 <= number < asked:
         raise UserError("number", number, f"from 0 to {asked - 1}, the questions that {table.part} has answers to")
@@ -95,7 +94,11 @@ def answers(table: Table, number: int) -> pd.DataFrame:
 
 
 def question(table: Table, number: int, data: str) -> dict[str, Any]:
-    """A question's text and right answers, from a folder here or above with the study's data; else a UserError."""
+    """Text and reference answers of a question, from the study's data folder ``data`` here or in a parent folder.
+
+    Raises:
+        UserError: there is no such folder, or its questions differ from those of the results.
+    """
     example = questions_of(table, nearest(data))[number]
     from lrsa_lit.models import Backbone
 
@@ -106,7 +109,7 @@ def question(table: Table, number: int, data: str) -> dict[str, Any]:
 
 
 def _seen(length: int, kept: int, rule: LRSAConfig) -> NDArray[np.bool_]:
-    """Which of the tokens the last one sees where each compressed partition keeps its last ``kept``."""
+    """Which tokens the last token sees if each compressed partition keeps its last ``kept`` tokens."""
     seen = np.ones(length, dtype=np.bool_)
     compressed = seen[rule.sink_size : raw_start(compressed_at(length - 1, rule.rule), rule.rule)]
     compressed.reshape(-1, rule.lag_size)[:, : rule.lag_size - kept] = False
@@ -114,14 +117,14 @@ def _seen(length: int, kept: int, rule: LRSAConfig) -> NDArray[np.bool_]:
 
 
 def _check_alike(table: Table, rule: LRSAConfig) -> None:
-    """The tokens that all see must be the same under every rule; how many others are kept, by a head, may differ."""
+    """Check that all rules of a part have the same sinks, partitions and chunks; K may differ."""
     named = rule.to_dict()
     for cell in table.cells:
         own = cell.line["rule"]
         if own is not None and own.get("system"):
             system = own["system"]["class_path"].rpartition(".")[2]
             reason = f"{cell.row} under {cell.attention} has a system, {system}, whose places are not those of a rule"
-            raise UserError(f"parts.{table.part}", reason=reason, hint="leave it to a part of its own")
+            raise UserError(f"parts.{table.part}", reason=reason, hint="move it to a separate part")
         for key in ("sink_size", "lag_size", "chunk_size"):
             if own is not None and own[key] != named[key]:
                 has = f"{cell.row} under {cell.attention} has {key} {own[key]}"

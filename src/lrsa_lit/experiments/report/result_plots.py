@@ -23,7 +23,7 @@ _MARKERS = "osD^vP*X"
 
 
 def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
-    """The score of each row, with its interval, against the share of query-key pairs that are attended to."""
+    """Plot the score of each row, with its interval, against the share of query-key pairs attended to."""
     figure, axes = subplots(1, 1, size=(7, 4))
     lines_of(axes, [(entry.cell.row, entry.cell.pairs, entry.score) for entry in entries])
     axes.set(
@@ -36,7 +36,7 @@ def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
 
 
 def against_cache(found: Sequence[tuple[str, float, Estimate]], label: str, title: str) -> Figure:
-    """A score with its interval against the bytes of the cache, as a share of a dense one's, a line for each system."""
+    """Plot a score with its interval against cache bytes, as a share of a dense cache; one line per system."""
     systems = len({name for name, *_ in found})
     figure, axes = subplots(1, 1, size=(9, max(5, 1 + 0.25 * systems)))
     lines_of(axes, found, "system")
@@ -49,7 +49,7 @@ def against_cache(found: Sequence[tuple[str, float, Estimate]], label: str, titl
 
 
 def perplexity(texts: Sequence[Cell]) -> Figure | None:
-    """Perplexity of each row against the share of pairs kept, the texts one below the other; None without results."""
+    """Plot the perplexity of each row against the share of pairs kept, one panel per text; None without results."""
     names = list(dict.fromkeys(cell.line["set"] for cell in texts))
     if not names:
         return None
@@ -62,13 +62,13 @@ def perplexity(texts: Sequence[Cell]) -> Figure | None:
 
 
 def survival(found: Sequence[tuple[Cell, Cell]]) -> Figure | None:
-    """Share of the supporting passages' tokens that a head keeps, by K/L; None without results.
+    """Plot the share of the supporting passages' tokens that a head keeps, divided by K/L; None without results.
 
     Each attention has a line, with the base LLM and all rows trained from it.
     """
     groups: dict[str, list[tuple[Cell, Cell]]] = {}
     for pair in found:
-        # Where nothing is kept, nothing can be kept by chance.
+        # If nothing is kept, chance is 0 and the ratio is undefined.
         if pair[1].survival("chance"):
             groups.setdefault(f"{pair[1].line['set']}: {pair[1].attention}", []).append(pair)
     if not groups:
@@ -87,9 +87,9 @@ def survival(found: Sequence[tuple[Cell, Cell]]) -> Figure | None:
 
 
 def layers(found: Sequence[LayerGain], title: str) -> Figure | None:
-    """What the loss falls by for each more dense layer; None without results.
+    """Plot by how much one more dense layer lowers the loss; None without results.
 
-    Each row has a panel for each attention that a layer is added to, one below the other.
+    There is one panel for each row and each attention that a dense layer is added to.
     """
     groups: dict[tuple[str, str, tuple[int, ...]], list[LayerGain]] = {}
     for item in found:
@@ -111,11 +111,11 @@ def layers(found: Sequence[LayerGain], title: str) -> Figure | None:
 
 
 def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
-    """The answer loss of each training, step by step, as a mean over a window of steps; a row's seeds in one colour."""
+    """Plot the answer loss of each training as a moving average over batches; the seeds of a row share a colour."""
     figure, axes = subplots(1, 1, size=(7, 4))
     shown = [line for line in lines if line["kind"] == "training" and line.get("losses")]
     for number, row in enumerate(dict.fromkeys(line["row"] for line in shown)):
-        # One entry of the legend a row: matplotlib leaves out what begins with an underscore.
+        # One legend entry per row: matplotlib hides labels that start with an underscore.
         label = row
         for line in (line for line in shown if line["row"] == row):
             means = pd.Series(line["losses"]).rolling(window, min_periods=1).mean()
@@ -132,9 +132,9 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
 def lines_of(
     axes: Axes, found: Sequence[tuple[str, float, Estimate]], of: str = "trained", *, joined: bool = True
 ) -> None:
-    """A line for each row, or whatever is named, through its estimates with their intervals, by their places.
+    """Draw a line for each name through its estimates (name, x, estimate), with intervals.
 
-    Those that are not ``joined`` stand side by side.
+    If not ``joined``, the estimates are drawn as separate points, side by side.
     """
     names = list(dict.fromkeys(name for name, *_ in found))
     for number, row in enumerate(names):
@@ -146,7 +146,7 @@ def lines_of(
 
 
 def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
-    """Lengths of the bars below and above; rounding may put the ends of an empty interval on the wrong side."""
+    """Lengths of the error bars below and above; at least 0, because rounding may flip an empty interval's ends."""
     below = [max(0.0, estimate.value - estimate.low) for estimate in estimates]
     above = [max(0.0, estimate.high - estimate.value) for estimate in estimates]
     return [below, above]

@@ -1,4 +1,4 @@
-"""The tables of a part, and of all trainings and machines."""
+"""Tables of a part's scores, and of all trainings and machines."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SHARES = """\
 sinks and windows included."""
 
 LEGEND = f"""\
-Brackets are 95 % bootstrap intervals over questions; questions about one text are drawn together. With several seeds,
-seeds are drawn too. Comparisons are over the seeds that both sides have, each of which takes the data in its own order;
-one seed's interval knows nothing of other trainings.
+Brackets are 95 % bootstrap intervals over questions; questions about one text are resampled together. With several
+seeds, seeds are resampled as well. Comparisons use the seeds that both sides have; each seed has its own order of the
+data. The interval of a single seed does not cover the variation between trainings.
 
-{SHARES} *of dense* is the score by that of dense training, of as many steps on the same data
-at the rate chosen for it, with dense inference; *minus dense-trained* the difference to dense training under the same
-attention, with the p-value of a paired permutation test of the questions, alone and adjusted for the tests of its
-column by Holm's method: whether these trained models differ, not whether others would. *gold kept* is the share of the
-supporting passages' tokens that a head of a sparse layer keeps, of the first 16 questions."""
+{SHARES} *of dense* is the score divided by that of dense training with dense inference: as many
+steps on the same data, at the learning rate chosen for dense training. *minus dense-trained* is the difference to dense
+training under the same attention. *p* is from a paired permutation test over the questions, and *Holm* adjusts it for
+the tests of its column; it tells whether these trained models differ, not whether other trainings would. *gold kept* is
+the share of the supporting passages' tokens that a head of a sparse layer keeps, over the first 16 questions."""
 
 
 def matrix(table: Table) -> Grid:
-    """A row for each training and a column for each attention: the score, and its share of dense training."""
+    """A row per training and a column per attention: the score, and its ratio to dense training."""
     rows: dict[str, int] = {}
     for cell in table.cells:
         rows[cell.row] = max(rows.get(cell.row, 0), len(cell.lines))
@@ -50,7 +50,7 @@ def matrix(table: Table) -> Grid:
 
 
 def full(table: Table) -> Grid:
-    """A row for each cell, with all that is compared."""
+    """A row per cell, with all scores and comparisons."""
     cells, scores = table.cells, [entry.score for entry in table.entries]
     shown = [*columns.about(cells), *columns.shares(cells)]
     if table.measure == "loss":
@@ -83,7 +83,7 @@ def _differences(title: str, found: Sequence[Comparison | None]) -> list[Column]
 
 
 def training(lines: Sequence[Line]) -> Grid:
-    """Loss, speed, memory and time of each training, means of its seeds."""
+    """Loss, speed, memory and time of each training, averaged over its seeds."""
     rows = _grouped((line for line in lines if line["kind"] == "training"), lambda line: line["row"])
     groups = list(rows.values())
 
@@ -107,7 +107,7 @@ def training(lines: Sequence[Line]) -> Grid:
 
 
 def machines(lines: Sequence[Line]) -> Grid:
-    """Where and with what the results were made, in how many hours."""
+    """The devices and versions with which the results were made, and the hours that they took."""
     rows = _grouped(
         lines, lambda line: tuple((name, str(of)) for name, of in line["machine"].items() if name != "commit")
     )
