@@ -1,1 +1,1 @@
-"""What answers are worth: scores, the task's own one for a question, and statistics over questions."""
+"""Evaluation of answers: scores of single answers, averages, and statistics over questions."""

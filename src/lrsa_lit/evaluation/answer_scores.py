@@ -1,13 +1,13 @@
 """Scores of an answer against its references: token F1, exact match and recall, as pure functions.
 
 F1 and exact match follow the SQuAD script as LongBench uses it (``qa_f1_score``): lower case, no punctuation, no
-articles, single spaces. There, and so here, yes and no are words like any other: "yes, they were" has an F1 of 0.5
-against "yes". (HotpotQA's own script gives 0 to every such answer that is not exactly yes or no.) Recall is
-RULER's ``string_match``.
+articles, single spaces. As in LongBench, yes and no are ordinary words: "yes, they were" has an F1 of 0.5 against
+"yes". (HotpotQA's own script gives 0 to every such answer that is not exactly yes or no.) Recall is RULER's
+``string_match``.
 
-In one place this project departs from LongBench: an answer of which that leaves nothing, such as the letter "A" or "?",
-is compared with its articles and, if need be, with its punctuation. LongBench gives its F1 as 0 whatever the
-prediction, and its exact match as 1 to any prediction of which nothing is left either.
+This project differs from LongBench in one case. If normalisation leaves nothing of a reference answer, such as "A" or
+"?", articles and, if necessary, punctuation are kept in the comparison. LongBench then gives an F1 of 0 for every
+prediction, and an exact match of 1 for every prediction that normalisation also leaves empty.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and articles, words separated by single spaces (SQuAD, LongBench)."""
+    """Lower-case a text, remove ASCII punctuation and articles, and collapse white space (SQuAD, LongBench)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def f1_score(prediction: str, answers: Sequence[str], match: Match = "any") -> float:
     """F1 in [0, 1] of the normalised words, counted with repetition.
 
-    ``match="any"``: the answers, at least one, are alternatives and the best one counts; ``"all"``: they are required
-    together, and the reference is all of them joined by ", "; ``"verbatim"``: there is one, and the score is
-    :func:`verbatim_score`.
+    ``match="any"``: the answers, at least one, are alternatives, and the best one counts. ``"all"``: the reference is
+    all answers joined by ", ". ``"verbatim"``: there is one answer, and the score is :func:`verbatim_score`.
     """
     if match == "verbatim":
         return verbatim_score(prediction, answers[0])
@@ -44,10 +43,11 @@ def f1_score(prediction: str, answers: Sequence[str], match: Match = "any") -> f
 
 
 def verbatim_score(prediction: str, answer: str) -> float:
-    """How much of a text is repeated, in [0, 1]: 0 unless the prediction begins with the answer's first word.
+    """How much of a text is repeated, in [0, 1]; 0 unless the prediction starts with the answer's first word.
 
-    Behind that word it is 2 M / T of Python's ``difflib``, an F1 of characters: M of them match in their order, of T in
-    both texts. This is how OpenAI's MRCR is scored, but for difflib's shortcut for texts of 200 characters or more.
+    For the text after that word, the score is the ratio 2 M / T of Python's ``difflib``, an F1 over characters: M
+    characters match in order, and both texts have T characters together. OpenAI's MRCR is scored in this way, except
+    that difflib's heuristic for texts of 200 characters or more (``autojunk``) is off here.
     """
     word, _, text = answer.strip().partition(" ")
     said = prediction.strip()
@@ -64,7 +64,7 @@ def exact_match(prediction: str, answers: Sequence[str], match: Match = "any") -
 def recall(prediction: str, answers: Sequence[str], match: Match = "any") -> float:
     """Share of the answers that occur in the prediction, ignoring case (RULER's ``string_match``).
 
-    With ``match="any"`` 1 if any answer occurs and 0 otherwise (``string_match_part``), else the fraction of the
+    With ``match="any"``, 1 if any answer occurs and 0 otherwise (``string_match_part``); otherwise the fraction of the
     answers that occur (``string_match_all``).
     """
     found = [answer.lower() in prediction.lower() for answer in answers]
@@ -72,7 +72,7 @@ def recall(prediction: str, answers: Sequence[str], match: Match = "any") -> flo
 
 
 def _compared(prediction: str, answers: Sequence[str], match: Match) -> Iterator[tuple[str, str]]:
-    """The prediction and each reference, both in the form that leaves something of all answers of the reference."""
+    """Pairs of prediction and reference, normalised as far as possible without making a reference answer empty."""
     for reference in [[answer] for answer in answers] if match == "any" else [answers]:
         form = next((form for form in _FORMS if all(map(form, reference))), _spaced)
         yield form(prediction), form(", ".join(reference))

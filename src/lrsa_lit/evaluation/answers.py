@@ -1,4 +1,4 @@
-"""What a model makes of some questions under one attention, and the averages over them."""
+"""A model's losses and answers under one attention, and averages over questions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SCORES = {"f1": f1_score, "em": exact_match, "recall": recall}
 
 @dataclass(frozen=True)
 class Answers:
-    """Losses of the reference answers and, where they are asked for, generated answers; one of each for a question.
+    """Losses of the reference answers and, if requested, generated answers; one of each per question.
 
     Attributes:
-        loss: summed cross-entropy of the reference answer's tokens.
-        tokens: how many these are.
-        text: generated answers; None where only losses are asked for.
+        loss: summed cross-entropy of the reference answer's tokens, in nats.
+        tokens: number of tokens of the reference answer.
+        text: generated answers; None if only losses are requested.
     """
 
     loss: list[float]
@@ -33,16 +33,19 @@ def scores(prediction: str, answers: Sequence[str], match: Match) -> dict[str, f
 
 
 def perplexity(loss: float) -> float:
-    """That of a mean loss of a token, in nats; infinite where it is too large for a float."""
+    """The perplexity of a mean loss per token in nats; infinite if it is too large for a float."""
     return math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
 
 
 def means(sums: Iterable[Mapping[str, float]], *, generated: bool) -> dict[str, float]:
-    """``loss`` per token, the scores if answers were ``generated``, and ``count``; NaN without questions.
+    """Means over questions: ``loss`` per token, the scores if answers were ``generated``, and ``count``.
+
+    The means are NaN if there are no questions.
 
     Args:
-        sums: of parts of the questions, such as those of each process: ``loss`` and ``tokens`` as in :class:`Answers`,
-            ``count`` of questions, and the scores. They add up, so the means do not depend on who had which question.
+        sums: sums over parts of the questions, for example one part per process: ``loss`` and ``tokens`` as in
+            :class:`Answers`, ``count`` of questions, and the scores. The means do not depend on how questions are
+            divided.
         generated: whether there are scores.
     """
     total: defaultdict[str, float] = defaultdict(float)

@@ -1,4 +1,4 @@
-"""Settings of one attention that stand for one attention per layer."""
+"""Shorthand settings that expand one attention into one attention per layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from lrsa_lit.bounds import is_integer
 from lrsa_lit.errors import UserError
 
 Attention = Mapping[str, Any] | None
-"""What an attention changes of a run's own rule, as in ``{top_k: 16}``; None is dense attention."""
+"""Changes of a run's own rule, for example ``{top_k: 16}``; None is dense attention."""
 
 
 def each_layer(field: str, attentions: Mapping[str, Attention]) -> Iterator[tuple[str, Attention]]:
-    """The attentions, with NAME-0, NAME-1 and so on in place of a NAME whose ``dense_layers`` is a mapping.
+    """Expand each attention NAME whose ``dense_layers`` is a mapping into NAME-0, NAME-1 and so on.
 
-    ``{only: 30}`` leaves just layer i of 30 dense, ``{only: 30, beside: [18]}`` layer 18 as well, ``{all_but: 30}`` all
-    others. A UserError names other keys or values below ``field``, the argument that holds the attentions.
+    For NAME-i, ``{only: 30}`` makes only layer i of 30 dense; ``{only: 30, beside: [18]}`` layer i and layer 18;
+    ``{all_but: 30}`` all layers except i. ``field`` is the argument that holds the attentions.
+
+    Raises:
+        UserError: a mapping has other keys or values.
     """
     for name, changes in attentions.items():
         if changes is None or not isinstance(changes.get("dense_layers"), Mapping):
@@ -27,7 +30,7 @@ def each_layer(field: str, attentions: Mapping[str, Attention]) -> Iterator[tupl
 
 
 def _dense_layers(field: str, given: Mapping[str, Any]) -> Iterator[tuple[int, list[int]]]:
-    """Each layer i, with the layers that are dense for it."""
+    """Yield each layer i with the list of layers that are dense in NAME-i."""
     if given.keys() not in ({"only"}, {"only", "beside"}, {"all_but"}):
         allowed = "layers, or {only: N} or {all_but: N} for each of N layers, or {only: N, beside: [LAYER, ...]}"
         raise UserError(field, dict(given), allowed)

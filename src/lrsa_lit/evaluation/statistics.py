@@ -1,15 +1,15 @@
-"""Intervals and p-values for scores of the same questions under several seeds.
+"""Bootstrap intervals and permutation p-values for scores of the same questions under several seeds.
 
-Dimensions: R seeds, Q questions, G groups of questions that share a context, n draws.
+Dimensions: R seeds, Q questions, G groups of questions that share a context, n resamples.
 
-Questions are drawn with replacement, each with all of its seeds, so that a question counts as one however many models
-answered it. Questions about one text are no independent ones: they are drawn together, as a group. Seeds are drawn as
-well, where there is more than one: R - 1 of R, as draws of R of so few would have (R - 1) / R of the variance; of two
-or three seeds the intervals are rough all the same. SciPy's bootstrap and permutation test know no such clusters of two
-kinds, and are not needed for means.
+Questions are resampled with replacement, each with all of its seeds, so a question counts once however many models
+answered it. Questions about one text are not independent, so they are resampled together, as a group. If there are
+several seeds, they are resampled as well: R - 1 of R, because R of R would have only (R - 1) / R of the variance. With
+two or three seeds, the intervals are rough nevertheless. SciPy's bootstrap and permutation test do not support these
+two kinds of clusters.
 
-The p-values are of the questions alone: they say whether these trained models differ on other such questions, and
-the intervals and ``p_drawn`` whether other trainings would.
+The p-values cover only the questions: they tell whether these trained models would differ on other questions of this
+kind. The intervals and ``p_drawn`` tell whether other trainings would differ.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ from lrsa_lit.errors import UserError
 
 Scores = NDArray[np.float64]
 Groups = NDArray[np.int64]
-"""(Q,) number of each question's group, from 0 on."""
+"""(Q,) the number of each question's group, counting from 0."""
 
 DRAWS = 10_000
 _BLOCK = 500
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval (percentiles of the bootstrap)."""
+    """A value with its 95 % bootstrap percentile interval."""
 
     value: float
     low: float
     high: float
 
     def exp(self) -> Estimate:
-        """The perplexity of a loss in nats for each token."""
+        """The perplexity of a loss in nats per token."""
         return Estimate(*map(math.exp, self))
 
 
 class Comparison(NamedTuple):
-    """Two means on the same questions: first - second, first / second (NaN where that is 0), and a two-sided p-value.
+    """The comparison of two means on the same questions.
 
     Attributes:
-        p_value: of the questions' signs being exchangeable (a paired permutation test).
-        p_drawn: twice the share of draws of questions and seeds in which the difference has the other sign.
+        difference: first - second.
+        ratio: first / second; NaN if the second is 0.
+        p_value: two-sided p-value of a paired permutation test (sign flips) over the questions.
+        p_drawn: twice the share of resamples of questions and seeds in which the difference has the other sign.
     """
 
     difference: Estimate
@@ -58,14 +60,14 @@ class Comparison(NamedTuple):
 
 
 def mean(scores: Scores, groups: Groups | None = None, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """Mean of scores (R, Q), in groups (Q,)."""
+    """Mean of scores (R, Q); ``groups`` (Q,) are resampled together."""
     return _estimate(scores.mean(), _means([_checked(scores)], groups, draws, seed)[0])
 
 
 def ratio_of_sums(
     numerator: Scores, denominator: Scores, groups: Groups | None = None, *, draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
-    """Sum of (R, Q) by the sum of another (R, Q), as losses by tokens: both drawn together."""
+    """Sum of one (R, Q) divided by the sum of another, for example losses by tokens; both use the same resamples."""
     above, below = _means([_checked(numerator), _checked(denominator)], groups, draws, seed, same_seeds=True)
     return _estimate(numerator.mean() / denominator.mean(), above / below)
 
@@ -79,14 +81,17 @@ def compare(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Comparison:
-    """Scores (R, Q) against other ones (R', Q) of the same questions.
+    """Compare scores (R, Q) with scores (R', Q) of the same questions.
 
-    Each draw takes the same questions on both sides, which removes what makes a question hard for both. With
-    ``same_seeds`` it takes the same seeds too, since both are of the same trained weights, R = R'; else they are drawn
-    apart, since equal seeds of two trainings have little in common.
+    Each resample takes the same questions on both sides, which removes the difficulty of questions that both share. Set
+    ``same_seeds`` if both sides have the same trained weights (R = R'): then each resample also takes the same seeds.
+    Otherwise seeds are resampled independently, because equal seeds of two trainings have little in common.
+
+    Raises:
+        UserError: the numbers of questions differ, or there are no scores.
     """
     if first.shape[1] != second.shape[1]:
-        reason = f"of {first.shape[1]} and {second.shape[1]} questions; they must be of the same ones"
+        reason = f"are for {first.shape[1]} and {second.shape[1]} questions; both sides need the same questions"
         raise UserError("scores", reason=reason)
     one, other = _means([_checked(first), _checked(second)], groups, draws, seed, same_seeds=same_seeds)
     difference = _estimate(first.mean() - second.mean(), one - other)
@@ -102,12 +107,12 @@ def compare(
 def permutation_p_value(
     differences: Scores, rng: np.random.Generator, draws: int = DRAWS, groups: Groups | None = None
 ) -> float:
-    """Two-sided p-value of the mean of paired differences (Q,) under random signs; never 0, as one draw is the data.
+    """Two-sided p-value of the mean of paired differences (Q,) under random sign flips.
 
-    The questions of a group change their sign together.
+    The questions of a group flip together. The observed data count as one draw, so the value is never 0.
     """
     sums = _grouped(differences[None], groups)[0]
-    # Sums in another order differ in their last bits.
+    # The tolerance allows for rounding: summation in another order changes the last bits.
     observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
     signs = (rng.integers(0, 2, (size, len(sums)), dtype=np.int8) * 2 - 1 for size in _blocks(draws))
     extreme = sum(int((np.abs(block @ sums) >= observed).sum()) for block in signs)
@@ -115,7 +120,7 @@ def permutation_p_value(
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """P-values of a family of tests, adjusted by Holm's method."""
+    """Adjust the p-values of a family of tests by Holm's method."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
@@ -126,7 +131,7 @@ def holm(p_values: list[float]) -> list[float]:
 def _means(
     sides: list[Scores], groups: Groups | None, draws: int, seed: int, *, same_seeds: bool = False
 ) -> list[NDArray[np.float64]]:
-    """Means of each side (n,) under the same drawn questions."""
+    """Resampled means (n,) of each side, with the same resampled questions for all sides."""
     sums = [_grouped(side, groups) for side in sides]
     sizes = _grouped(np.ones((1, sides[0].shape[1])), groups)[0]
     rng, found = np.random.default_rng([seed, 1]), []
@@ -135,14 +140,14 @@ def _means(
         runs = [_seeds(rng, len(drawn), len(side)) for side in sides]
         runs = [runs[0]] * len(sides) if same_seeds else runs
         total = drawn @ sizes
-        # Each draw's seeds are summed last: a product of two matrices, and as many numbers as seeds.
+        # Sum over seeds last: the matrix product then has only one column per seed.
         found.append([(run * (drawn @ side.T)).sum(axis=1) / total for run, side in zip(runs, sums, strict=True)])
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
 @functools.lru_cache(maxsize=4)
 def _questions(count: int, draws: int, seed: int) -> NDArray[np.uint8]:
-    """(n, G) how often each group is drawn: the same in every comparison, and slower to draw than all that follows."""
+    """(n, G) how often each group is drawn; cached, as drawing is the slowest step and all comparisons share it."""
     rng = np.random.default_rng(seed)
     even = np.full(count, 1 / count)
     return np.concatenate([rng.multinomial(count, even, size=size).astype(np.uint8) for size in _blocks(draws)])
@@ -161,7 +166,7 @@ def _seeds(rng: np.random.Generator, draws: int, count: int) -> NDArray[np.float
 
 
 def _blocks(draws: int) -> list[int]:
-    """In pieces, so that thousands of questions need no gigabytes."""
+    """Sizes of blocks of draws, which limit the memory for thousands of questions."""
     return [min(_BLOCK, draws - start) for start in range(0, draws, _BLOCK)]
 
 
@@ -172,7 +177,7 @@ def _checked(scores: Scores) -> Scores:
 
 
 def _p_drawn(differences: NDArray[np.float64]) -> float:
-    """Never 0, as one draw is the data."""
+    """Twice the share of differences with the rarer sign; never 0, because the data count as one draw."""
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     return min(1.0, 2 * float(rarer + 1) / (len(differences) + 1))
 
