@@ -285,8 +285,8 @@ def test_budgets_of_layers(tmp_path):
 def test_heads_are_ranked_under_one_k(tmp_path):
     ragged = task(tiny_model(), RULE.replace(head_top_k=[2, [0, 1]]))
     for callback, made, reason in (
-        (HeadAblation(), ragged, "one number"),
-        (LayerAblation(), ragged, "one number"),
+        (HeadAblation(), ragged, "a single K"),
+        (LayerAblation(), ragged, "a single K"),
         (HeadAblation(top_k=0), task(tiny_model()), "anything to lose"),
     ):
         with refused("top_k", reason=reason):

@@ -1,4 +1,4 @@
-"""Callbacks that tell which layers are worth being left dense, and which heads may keep less, for data of one's own."""
+"""Callbacks that rank, on the user's own data, which layers to leave dense and which heads may keep less."""
 
 from __future__ import annotations
 
@@ -32,26 +32,25 @@ if TYPE_CHECKING:
 
 
 class LayerAblation(Callback):
-    """Rank the layers by the answer loss with each of them alone dense, and suggest which ones to leave dense.
+    """Rank the layers by the answer loss when only one layer is dense, and suggest which layers to leave dense.
 
-    It looks at the questions of ``trainer.validate`` (``lrsa validate``) and does nothing in a fit. Besides what the
-    validation costs anyhow it takes N + 2 forwards of each question for N layers. It prints the layers, best first,
-    with 95 % intervals over the questions, and the settings that leave as many of them dense as ``share`` allows;
-    ``layers.json`` has the same and each question's losses. The file is in the run's folder, beside its checkpoints,
-    and an artifact of an MLflow run; without one the folder is a new one, ``validate-1``. Each layer is judged alone,
-    all others having the run's rule: what several dense ones do together is not looked at. ``dense_layers`` of that
-    rule are left out of account.
+    The callback uses the questions of ``lrsa validate`` and does nothing in a fit. It costs N + 2 forward passes per
+    question for N layers, in addition to the validation. It prints the layers, best first, with 95 % intervals over the
+    questions, and the settings that leave as many layers dense as ``share`` allows. ``layers.json`` has the same, and
+    the losses of each question. This file is in the run's folder, beside its checkpoints, and an artifact of the MLflow
+    run; without MLflow, the folder is a new ``validate-1``. Each layer is tested alone, while all others have the run's
+    rule, so joint effects of several dense layers are not measured. ``dense_layers`` of the run's rule are ignored.
 
     Args:
-        top_k: K of the sparse layers meanwhile, 0 <= K < L; null takes the run's.
-        share: of the key-value pairs that the suggestion may keep over all layers, 1/L <= share < 1. A dense layer
-            keeps 1, a sparse one K/L.
-        limit: look at the first so many questions of the validation; null at all.
+        top_k: K of the sparse layers during the ablation, 0 <= K < L; null uses the run's.
+        share: share of the key-value pairs that the suggestion may keep over all layers, 1/L <= share < 1. A dense
+            layer keeps 1, a sparse one K/L.
+        limit: number of validation questions to use, from the first; null uses all.
     """
 
     name = "layers"
     only_validates = True
-    """The command line leaves it out of a fit, whose validations before and after training are not asked for it."""
+    """The command line leaves the callback out of fits."""
 
     def __init__(self, top_k: int | None = None, share: float = 0.25, limit: int | None = None) -> None:
         if top_k is not None and top_k < 0:
@@ -66,16 +65,16 @@ class LayerAblation(Callback):
         self._found: tuple[LayerGains, Path] | None = None
 
     def check_settings(self, task: LightningModule, stage: str) -> None:
-        """Refuse what does not suit the run's rule; the command line asks before it records or prepares anything.
+        """Check the settings against the run's rule; the command line calls this before it prepares anything.
 
         Raises:
-            UserError: ``top_k`` (or the run's) or ``share`` does not go with the lag size.
+            UserError: ``top_k`` (or the run's) or ``share`` does not fit the lag size.
         """
         if stage == "validate":
             self._sparse(task)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Decide the rule, before anything is run."""
+        """Make the rule for the ablation."""
         self._rule = self._sparse(pl_module) if stage == "validate" else None
         self._questions, self._found = [], None
 
@@ -89,12 +88,12 @@ class LayerAblation(Callback):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Run the questions of a batch with no layer dense, with each single one, and with all."""
+        """Run the questions of a batch with no dense layer, with each single dense layer, and with all layers dense."""
         if self._rule is None:
             return
         count = len(batch["id"])
         if self.limit is not None:
-            # Each device has every R-th batch, and they all do as many forwards, which sharded models need.
+            # Each device has every R-th batch. All must do equally many forward passes, as sharded models require.
             size = cast("DataLoader[Any]", trainer.val_dataloaders).batch_size or 1
             first = batch_idx * trainer.world_size * size
             within = sum(position < self.limit for position in batch["position"])
@@ -105,7 +104,7 @@ class LayerAblation(Callback):
                 self._questions.extend(_ablated(pl_module, first_rows(batch, count), attentions))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what was found on all devices."""
+        """Save the results of all devices."""
         if self._rule is None:
             return
         of_all = (question for share in gathered(self._questions) for question in share if not question.repeated)
@@ -117,7 +116,7 @@ class LayerAblation(Callback):
             self._found = found, path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Show it, once the progress bar is gone."""
+        """Print the results after the progress bar has closed."""
         if self._found is None:
             return
         (found, path), self._found = self._found, None
@@ -127,7 +126,7 @@ class LayerAblation(Callback):
         console.say(f"{self.name.capitalize()}: {path}")
 
     def _attentions(self, task: Any, rule: LRSAConfig) -> list[LRSAConfig | None]:
-        """The rule, those that are ranked, and dense attention."""
+        """The rule, the variants that are ranked, and dense attention."""
         layers = range(task.model.config.get_text_config().num_hidden_layers)
         return [rule, *(rule.replace(dense_layers=(layer,)) for layer in layers), None]
 
@@ -135,7 +134,7 @@ class LayerAblation(Callback):
         return LayerGains(rule, task.backbone.name, questions)
 
     def _write(self, found: LayerGains, path: Path) -> list[Path]:
-        """Write what was found; returns the files."""
+        """Write the results, and return the files."""
         text = json.dumps(found.to_dict(self.share), ensure_ascii=False, indent=1)
         write_atomically(path, lambda file: file.write(text.encode()))
         return [path]
@@ -144,36 +143,36 @@ class LayerAblation(Callback):
         return str(found.suggestion(self.share))
 
     def _sparse(self, task: Any) -> LRSAConfig:
-        """The run's rule, or the one with another K, with no layer dense."""
+        """The run's rule without dense layers, with another K if ``top_k`` is set."""
         rule: LRSAConfig = task.lrsa
         if rule.system is not None:
             system = type(rule.system).__name__
             raise UserError("lrsa.system", system, reason=f"has no K; {type(self).__name__} is for rules")
         if self.top_k is None and rule.head_top_k is not None:
-            raise UserError("top_k", reason="must be set where the run has head_top_k: K of the others is one number")
+            raise UserError("top_k", reason="must be set if the run has head_top_k, as the others need a single K")
         key, top_k = ("lrsa.top_k", rule.top_k) if self.top_k is None else ("top_k", self.top_k)
         if top_k >= rule.lag_size:
-            below = f"below lag_size ({rule.lag_size}), as layers that drop nothing are dense ones"
+            below = f"below lag_size ({rule.lag_size}), as layers that drop nothing are dense"
             raise UserError(key, top_k, below, reason=f"is not allowed for {type(self).__name__}")
         if exactly(self.share) * rule.lag_size < 1:
-            least = f"1/{rule.lag_size} or more: K = 1 in all layers keeps so much"
+            least = f"1/{rule.lag_size} or more: K = 1 in all layers keeps this share"
             raise UserError("share", self.share, f"{least} with lag_size {rule.lag_size}")
         return rule.replace(top_k=top_k, dense_layers=())
 
 
 class HeadAblation(LayerAblation):
-    """Rank the key-value heads by the answer loss with each of them alone keeping nothing, and give each its K.
+    """Rank the key-value heads by the answer loss when only one head keeps nothing, and assign each head a K.
 
-    As :class:`LayerAblation`, with N H + 2 forwards of each question for N layers of H heads: all others have the run's
-    rule, the one of a forward K = 0. It leaves ``heads.json``, with what each head is worth (N, H), and beside it
-    ``head_top_k.json``, which ``model.lrsa.head_top_k`` takes: K = L for the best heads and 0 for the others, with
-    ``share`` of L as their mean. ``write_budgets`` of ``head_worths`` makes such a file for another mean, also from
-    a ``layers.json``.
+    Like :class:`LayerAblation`, with N H + 2 forward passes per question for N layers of H heads: one head has K = 0,
+    and all others have the run's rule. It writes ``heads.json`` with the loss increase (N, H) of each head, and
+    ``head_top_k.json``, which can be passed as ``model.lrsa.head_top_k``: K = L for the best heads and 0 for the
+    others, with a mean of ``share`` times L. ``write_budgets`` in ``head_worths`` makes such a file for another mean,
+    also from a ``layers.json``.
 
     Args:
-        top_k: K of the other heads meanwhile, 1 <= K < L; null takes the run's.
-        share: of the key-value pairs that all heads keep together, 1/L <= share < 1.
-        limit: look at the first so many questions of the validation; null at all.
+        top_k: K of the other heads during the ablation, 1 <= K < L; null uses the run's.
+        share: share of the key-value pairs that all heads keep together, 1/L <= share < 1.
+        limit: number of validation questions to use, from the first; null uses all.
     """
 
     name = "heads"
@@ -200,7 +199,7 @@ class HeadAblation(LayerAblation):
         return f"{100 * self.share:.3g} % kept: --model.lrsa.head_top_k {shlex.quote(str(self._budgets(path)))}"
 
     def _budgets(self, path: Path) -> Path:
-        """The file beside that of the ranking."""
+        """The file of the budgets, beside that of the ranking."""
         return path.with_name(path.name.replace(self.name, "head_top_k", 1))
 
     def _sparse(self, task: Any) -> LRSAConfig:
@@ -212,7 +211,7 @@ class HeadAblation(LayerAblation):
 
 
 def _ablated(task: Any, batch: Batch, attentions: list[LRSAConfig | None]) -> list[Question]:
-    """The questions of a batch under each attention."""
+    """Losses of a batch's questions under each attention."""
     with _unwarned():
         losses, tokens = zip(*(task.losses(batch, attention) for attention in attentions), strict=True)
     by_question = torch.stack(losses, dim=1).tolist()
@@ -222,7 +221,7 @@ def _ablated(task: Any, batch: Batch, attentions: list[LRSAConfig | None]) -> li
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
-    """Say nothing of weights that were trained with another rule: N + 2 rules are asked for here."""
+    """Suppress the warning that weights were trained with another rule, which each of the N + 2 rules would cause."""
     log, silent = logging.getLogger(attached.__name__), lambda record: False
     log.addFilter(silent)
     try:

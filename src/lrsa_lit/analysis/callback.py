@@ -1,4 +1,4 @@
-"""A callback that records, before and after training, what the layers keep of some validation samples."""
+"""A callback that records, before and after training, which tokens the layers keep of some validation samples."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 class CaptureSelections(Callback):
     """Record the selections of the first validation samples at step 0 and at the end of training.
 
-    Each record is ``selections/step000000.npz`` in the run's folder, beside its checkpoints, with figures. All of them
-    are artifacts of an MLflow run; without one the folder is a new one, ``fit-1``. Logged as ``selection/…`` are the
-    shares of the gold passages' and the answers' tokens that were kept on average and by any head, and what chance
-    gives. Each record costs one more forward of those samples. Of several processes the first one records its own
-    samples.
+    Each record is a file such as ``selections/step000000.npz`` in the run's folder, beside its checkpoints, with
+    figures. They are also artifacts of the MLflow run; without MLflow, the folder is a new ``fit-1``. The metrics
+    ``selection/…`` are the shares of the gold passages' and the answers' tokens that are kept on average and by any
+    head, and the values expected by chance. Each record costs one additional forward pass of the samples. With several
+    processes, only the first one records its samples.
 
     Args:
-        samples: how many validation samples.
-        figures: whether to draw the first sample's positions and the survival by layer.
+        samples: number of validation samples.
+        figures: whether to plot the first sample's positions and the survival by layer.
     """
 
     def __init__(self, samples: int = 8, figures: bool = True) -> None:
@@ -44,28 +44,28 @@ class CaptureSelections(Callback):
         self._recorded: int | None = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the samples anew: a validation by itself is another loop over the same data."""
+        """Collect the samples again: each validation is a new loop over the data."""
         self._batches = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any, **__: Any
     ) -> None:
-        """Put the first samples aside."""
+        """Keep the first samples."""
         missing = self.samples - sum(len(kept["id"]) for kept in self._batches)
         if missing > 0 and trainer.is_global_zero:
             self._batches.append(first_rows(batch, missing))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record what weights keep that this run has not trained."""
+        """Record the selections of the weights before training."""
         if trainer.global_step == 0 and not trainer.sanity_checking:
             self._record(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record what the trained weights keep."""
+        """Record the selections of the trained weights."""
         self._record(trainer, pl_module)
 
     def _record(self, trainer: Trainer, pl_module: Any) -> None:
-        """Run the samples, unless there are none or this step was recorded, then save and log."""
+        """Run the samples, save and log; skipped if there are none or this step is recorded already."""
         if not self._batches or self._recorded == trainer.global_step:
             return
         self._recorded = trainer.global_step
@@ -93,7 +93,7 @@ class CaptureSelections(Callback):
 
 
 def _shares(found: SelectionRecord) -> dict[str, float]:
-    """The metrics of a record; evidence that no compressed partition holds gives none."""
+    """The metrics of a record; evidence without tokens in compressed partitions has no metrics."""
     values: dict[str, float] = {}
     evidence: metrics.Evidence
     for evidence in ("gold", "answer"):

@@ -1,4 +1,4 @@
-"""Record what the layers of a model keep while it runs, by the operator's own ``select`` on what the attention sees.
+"""Record which tokens a model's layers keep while it runs, by calling the operator's ``select`` on their inputs.
 
 Dimensions: B rows, T tokens, H key-value heads, P compressed partitions, K top_k, L lag_size.
 """
@@ -32,42 +32,42 @@ _SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_a
 
 
 class LayerSelection(NamedTuple):
-    """What one layer kept of one sequence: positions and scores (H, P, K), as in :class:`Sample`."""
+    """The selection of one layer in one sequence: positions and scores (H, P, K), as in :class:`Sample`."""
 
     positions: NDArray[np.int32]
     scores: NDArray[np.float32]
 
 
 class Captured(NamedTuple):
-    """What each layer kept of one sequence of a forward, of so many real tokens; None where the layer is dense."""
+    """The selection of each layer in one sequence of ``length`` tokens, without padding; None for dense layers."""
 
     length: int
     layers: dict[int, LayerSelection | None]
 
 
 class Capture:
-    """The forwards of a :func:`capture` block."""
+    """The forward passes of a :func:`capture` block."""
 
     def __init__(self) -> None:
-        # By the identity of the layout, which all layers of one forward share; layers that gradient checkpointing runs
-        # again find their place. The layout is kept, so that no later one can take its identity.
+        # Keyed by the identity of the layout, which all layers of one forward pass share. A layer that gradient
+        # checkpointing runs again overwrites its entry. Keeping the layout prevents reuse of its identity.
         self._forwards: dict[int, tuple[Layout, list[Captured]]] = {}
 
     @property
     def forwards(self) -> list[list[Captured]]:
-        """The sequences of each forward, in the order of their rows; a row of pads alone holds none."""
+        """The sequences of each forward pass, in the order of rows; a row with only padding has none."""
         return [sequences for _, sequences in self._forwards.values()]
 
     @torch.no_grad()
     def observe(self, attached: AttachedRule, layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Take down what one layer keeps in one forward."""
+        """Record the selections of one layer in one forward pass."""
         pieces: list[tuple[int, LayerSelection | None]] = []
 
         def keep_pieces(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
             pieces.extend(_sequences(attached, query, key, value, cu_seqlens))
             return query
 
-        # The layout cuts the rows into sequences here just as it does for the attention.
+        # The layout splits the rows into sequences, exactly as for the attention.
         layout.apply(keep_pieces, query, key, value)
         _, sequences = self._forwards.setdefault(id(layout), (layout, [Captured(length, {}) for length, _ in pieces]))
         for sequence, (_, selection) in zip(sequences, pieces, strict=True):
@@ -76,13 +76,13 @@ class Capture:
 
 @contextlib.contextmanager
 def capture(model: Any) -> Iterator[Capture]:
-    """Record what each layer keeps of each sequence in the forwards of a block, padded, packed or continued.
+    """Record which tokens each layer keeps of each sequence in a block's forward passes (padded, packed or continued).
 
     Args:
-        model: a causal language model that LRSA is enabled on. The block must not switch its rule.
+        model: a causal language model with LRSA enabled. The block must not change its rule.
 
     Raises:
-        UserError: LRSA is not enabled, or :func:`unrecordable` says why not.
+        UserError: LRSA is not enabled, or the rule is :func:`unrecordable`.
     """
     inner = base_of(model)
     config = enabled_config(inner)
@@ -95,14 +95,14 @@ def capture(model: Any) -> Iterator[Capture]:
 
 
 def unrecordable(config: LRSAConfig, layers: int) -> UserError | None:
-    """Why there is nothing to record of a rule in a model of so many layers; None where there is."""
+    """The error why a rule has no selections to record in a model with ``layers`` layers; None if it has."""
     name = type(config.compressor).__name__
     if config.system is not None:
-        return UserError("system", type(config.system).__name__, reason="is no rule of partitions to record")
+        return UserError("system", type(config.system).__name__, reason="has no partitions to record")
     if not isinstance(config.compressor, Selector):
-        return UserError("compressor", name, reason="makes new pairs and selects none, so there is nothing to record")
+        return UserError("compressor", name, reason="makes new pairs and selects none, so nothing can be recorded")
     if config.head_top_k is not None:
-        return UserError("head_top_k", reason="is set, and a record is of one K: set top_k instead")
+        return UserError("head_top_k", reason="is set, but a record needs a single K: set top_k instead")
     if len(config.dense_layers) == layers:
         return UserError("dense_layers", reason="every layer is dense, so there is nothing to record")
     return None
@@ -112,17 +112,17 @@ def unrecordable(config: LRSAConfig, layers: int) -> UserError | None:
 def record(
     model: Any, batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase, *, name: str, step: int = 0
 ) -> SelectionRecord:
-    """Run the prompts of some batches through a model and record what is kept when the answer begins.
+    """Run the prompts of some batches through a model, and record which tokens are kept when the answer begins.
 
     Args:
-        model: a causal language model that LRSA is enabled on; it is left in the mode that it came in.
+        model: a causal language model with LRSA enabled; its training mode is restored.
         batches: batches of a data module, at least one.
-        tokenizer: gives the tokens' texts.
-        name: what the model is called.
-        step: training steps that the weights have seen.
+        tokenizer: decodes the tokens.
+        name: name of the model.
+        step: number of training steps of the weights.
     """
     batches, modes = list(batches), [(module, module.training) for module in model.modules()]
-    # Without dropout and gradient checkpointing; each module gets its own mode back.
+    # Evaluation mode turns off dropout and gradient checkpointing; each module's mode is restored below.
     model.eval()
     try:
         with capture(model) as found:
@@ -152,13 +152,13 @@ def record(
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
-    """The first ``count`` rows of a batch, of all its fields that have rows."""
+    """The first ``count`` rows of all fields of a batch that have rows."""
     of_all = ("label_columns", "position_ids", "boundaries")
     return {name: values if name in of_all else values[:count] for name, values in batch.items()}  # type: ignore
 
 
 def shape_digest(config: Any) -> str:
-    """Twelve hex digits of what makes the selections of two models comparable: family, vocabulary, layers and heads."""
+    """Digest of a model's family, vocabulary, layers and heads (12 hex digits); equal for comparable selections."""
     values = {name: getattr(config.get_text_config(), name, None) for name in _SHAPE}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -166,7 +166,7 @@ def shape_digest(config: Any) -> str:
 def _sequences(
     attached: AttachedRule, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
 ) -> Iterator[tuple[int, LayerSelection | None]]:
-    """Length and selection of each sequence in keys and values (B, H, T, D), or packed in (1, H, T, D)."""
+    """Yield length and selection of each sequence in keys and values (B, H, T, D), or packed in (1, H, T, D)."""
     boundaries = [0, key.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(boundaries)]
     rule = attached.rule
@@ -179,13 +179,13 @@ def _sequences(
     for row in range(key.shape[0]):
         for length, part in zip(lengths, parts, strict=True):
             indices = part.indices[row]
-            # Of all scores (H, P, L) those of the kept tokens (H, P, K).
+            # The scores (H, P, K) of the kept tokens, from all scores (H, P, L).
             scores = part.scores[row].gather(-1, (indices - rule.sink_size) % rule.lag_size)
             yield length, LayerSelection(indices.int().cpu().numpy(), scores.float().cpu().numpy())
 
 
 def _sample(batch: Batch, row: int, sequence: Captured) -> Sample:
-    """A captured sequence with what the batch knows of it; prompts are padded on the left."""
+    """A sample from a captured sequence and its row in the batch; prompts are padded on the left."""
     positions, scores = zip(*(layer for layer in sequence.layers.values() if layer is not None), strict=True)
     return Sample(
         id=batch["id"][row],

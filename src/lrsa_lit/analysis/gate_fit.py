@@ -1,4 +1,4 @@
-"""Gates of tokens, fitted to the scores that KVzip's repetition of a context gives.
+"""Token gates, fitted to the scores that KVzip computes by repeating a context.
 
 Dimensions: N layers, H key-value heads, T tokens of a context, P partitions of it, L lag_size, W width of the hidden
 states, K top_k.
@@ -27,23 +27,22 @@ from lrsa_lit.systems.one_shot import highest
 from lrsa_lit.systems.system import Encode
 
 RIDGE = 1e-3
-"""What is added to the diagonal of the normal equations, as a share of its mean: directions that hardly occur get no
-large weights."""
+"""Ridge term on the diagonal of the normal equations, as a share of its mean; limits weights of rare directions."""
 LEAST = 1e-6
-"""Scores below it count as it: what is never attended to in the repetition need not be told apart."""
+"""Lower bound of scores: tokens that the repetition never attends to need not be distinguished."""
 
 
 @dataclass(frozen=True)
 class FittedGates:
-    """What a fit of gates gives.
+    """The result of a fit of gates.
 
     Attributes:
         gates: (N, H, W) float32, on the CPU, for :class:`~lrsa_lit.ops.sparse_attention.TokenGate`.
-        fitted_on: contexts that the gates were fitted on.
-        held_out: others, which the shares below were found on.
-        found: share of the tokens that KVzip's scores keep of a partition which the gates keep as well.
-        lag_relative: the same of the lag-relative score.
-        chance: the same of tokens at random, K / L.
+        fitted_on: number of contexts that the gates were fitted on.
+        held_out: number of held-out contexts, on which the shares below were measured.
+        found: of the tokens of a partition that KVzip's scores keep, the share that the gates also keep.
+        lag_relative: the same for the lag-relative score.
+        chance: the same for random tokens, K / L.
     """
 
     gates: Tensor
@@ -62,29 +61,30 @@ def fit_token_gates(
     encode: Encode,
     track: Callable[[Sequence[Sequence[int]]], Iterable[Sequence[int]]] = iter,
 ) -> FittedGates:
-    """Fit a linear gate for each head of a model, whose weights stay as they are.
+    """Fit a linear gate for each head of a model; the model's weights do not change.
 
-    The gate of a head is the least-squares fit of the logarithm of KVzip's score by the hidden state in front of the
-    attention, both less their means over the partition: a partition chooses among its own tokens, so what differs
-    between partitions must not be learnt. KVzap (arXiv 2601.07891) fits the same logarithm over whole texts, by steps
-    of an optimizer. Here the fit is exact, from sums over all tokens, and has neither a rate nor a seed. The last tenth
-    of the contexts, or at least one, is held out: neighbours may be about one text.
+    The gate of a head is the least-squares fit of the logarithm of KVzip's score by the hidden state before the
+    attention. Means over the partition are subtracted from both: tokens compete only within their partition, so
+    differences between partitions must not be learnt. KVzap (arXiv 2601.07891) fits the same logarithm over whole texts
+    with an optimizer. Here the fit is exact, from sums over all tokens, and needs no learning rate or seed. The last
+    tenth of the contexts, at least one, is held out; it is not a random tenth because neighbouring contexts may be
+    about the same text.
 
     Args:
         model: a causal language model; LRSA may be enabled on it.
-        contexts: token ids of each; those too short to be compressed are passed over.
-        rule: whose partitions are to be judged.
-        encode: token ids of a text, without special ones.
-        track: shows how far it is.
+        contexts: token ids of each context; contexts too short to be compressed are skipped.
+        rule: the rule that defines the partitions.
+        encode: returns the token ids of a text, without special tokens.
+        track: wraps the contexts to show progress.
 
     Raises:
         UserError: nothing is kept, fewer than two contexts are long enough, or one does not fit into the model's
             positions.
     """
-    check_setting("top_k", rule.top_k, rule.top_k > 0, "at least 1: gates choose what is kept")
+    check_setting("top_k", rule.top_k, rule.top_k > 0, "at least 1, as gates select the kept tokens")
     usable = [context for context in contexts if compressed_at(len(context) - 1, rule)]
     if len(usable) < 2:
-        needed = f"at least two of {rule.first_compression + 1} tokens, from which on partitions are compressed"
+        needed = f"at least two of {rule.first_compression + 1} tokens or more, as shorter ones are not compressed"
         raise UserError("contexts", f"{len(usable)} of {len(contexts)}", needed)
     last = max(len(usable) // 10, 1)
     fitted_on, held_out = usable[:-last], usable[-last:]
@@ -107,7 +107,7 @@ def fit_token_gates(
 
 
 class _Judged(NamedTuple):
-    """A context in one layer: hidden states (T, W), KVzip's scores (H, T), keys and values (1, H, T, D)."""
+    """One layer's data for a context: hidden states (T, W), KVzip's scores (H, T), keys and values (1, H, T, D)."""
 
     hidden: Tensor
     scores: Tensor
@@ -117,7 +117,7 @@ class _Judged(NamedTuple):
 
 @torch.no_grad()
 def _judge(model: Any, context: Sequence[int], encode: Encode) -> list[_Judged]:
-    """Of each layer; the model reads the context, and repeats it over the cache."""
+    """The data of each layer: the model reads the context, then repeats it with the cache."""
     ids, cache = torch.tensor([context], device=base_of(model).device), LRSACache.of(model)
     with _hidden_of_layers(model) as hidden:
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
@@ -134,7 +134,7 @@ def _judge(model: Any, context: Sequence[int], encode: Encode) -> list[_Judged]:
 
 @contextlib.contextmanager
 def _hidden_of_layers(model: Any) -> Iterator[list[Tensor]]:
-    """What the attention of each layer is given in the block's one call: (B, T, W)."""
+    """Collect the inputs (B, T, W) of each layer's attention in the block's only model call."""
     found: list[Tensor] = []
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,14 +149,14 @@ def _hidden_of_layers(model: Any) -> Iterator[list[Tensor]]:
 
 
 class _Sums:
-    """Normal equations of each layer's gates: sums (W, W) of products of states, (W, H) of states and targets."""
+    """Normal equations of each layer's gates: sums of states times states (W, W) and states times targets (W, H)."""
 
     def __init__(self) -> None:
         self.of_layers: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def add(self, judged: Sequence[_Judged], rule: Rule) -> None:
-        """Those of all complete partitions of a context."""
+        """Add the sums over all complete partitions of a context."""
         added = []
         for layer in judged:
             states, targets = _centred(layer.hidden, rule), _centred(layer.scores.T.clamp(min=LEAST).log(), rule)
@@ -175,7 +175,7 @@ class _Sums:
 
 
 def _centred(of_tokens: Tensor, rule: Rule) -> Tensor:
-    """Rows (T, C) of all complete partitions (P L, C), less their means over the partition, at least float32."""
+    """Rows (P L, C) of all complete partitions in (T, C), minus their partition's mean, in float32 or higher."""
     count = (len(of_tokens) - rule.sink_size) // rule.lag_size
     rows = of_tokens[rule.sink_size : rule.sink_size + count * rule.lag_size]
     parts = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(0, (count, rule.lag_size))
@@ -185,7 +185,7 @@ def _centred(of_tokens: Tensor, rule: Rule) -> Tensor:
 
 @torch.no_grad()
 def _shares(layer: _Judged, gate: Tensor, rule: Rule) -> tuple[float, float]:
-    """Of the tokens that KVzip's scores keep in compressed partitions, the share of gate and lag-relative score."""
+    """Of the tokens that KVzip's scores keep, the shares that the gate and the lag-relative score also keep."""
     count = compressed_at(len(layer.hidden) - 1, rule)
 
     def kept(scores: Tensor) -> Tensor:

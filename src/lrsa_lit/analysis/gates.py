@@ -1,4 +1,4 @@
-"""A callback that keeps the gates of heads as they are trained, as files for DuoAttention and as a picture."""
+"""A callback that saves the trained gates of heads as files for DuoAttention and as a plot."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lrsa_lit.io import write_atomically
 from lrsa_lit.tracking.artifacts import run_folder, upload
 
 FOLDER = "gates"
-"""In the run's folder, and among its artifacts."""
+"""Folder in the run's folder, and among its artifacts."""
 
 _log = logging.getLogger(__name__)
 
 
 class GatesRecord(Callback):
-    """Write the gates with each checkpoint, and at the end of a fit; the command line adds it to those that train any.
+    """Save the gates with each checkpoint and at the end of a fit; the command line adds it to fits that train gates.
 
-    In the run's folder, beside its checkpoints, ``gates/step000100.json`` has the gates of the checkpoint of that step
-    and ``gates.json`` those of the end: for each layer a list of those of its heads, which ``gates`` of DuoAttention
-    and ``ranking`` of ``head_top_k`` read. The last ones are artifacts of an MLflow run, with a picture.
+    In the run's folder, beside its checkpoints, ``gates/step000100.json`` has the gates at that step, and
+    ``gates.json`` the final ones: a list of heads' gates per layer. The settings ``gates`` of DuoAttention and
+    ``ranking`` of ``head_top_k`` read these files. The final gates are also logged as MLflow artifacts, with a plot.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write those of the checkpoint."""
+        """Save the gates of the checkpoint."""
         if trainer.is_global_zero:
             self._write(trainer, pl_module, f"{FOLDER}/step{trainer.global_step:06d}.json")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last ones, and draw them."""
+        """Save and plot the final gates."""
         if not trainer.is_global_zero:
             return
         written, gates = self._write(trainer, pl_module, f"{FOLDER}.json"), _gates(pl_module)

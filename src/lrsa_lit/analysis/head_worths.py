@@ -1,4 +1,4 @@
-"""How much the answer loss rises where one head of one layer keeps nothing, and K of each head for it.
+"""How much the answer loss rises when one head keeps nothing, and the K that each head gets from this.
 
 Dimensions: N layers, H key-value heads of each, L lag_size.
 """
@@ -21,14 +21,15 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.io import write_atomically
 
 _SHOWN = 10
-"""Rows of the table: the first heads of the ranking."""
+"""Number of rows of the table: the first heads of the ranking."""
 Worth = TypeVar("Worth", Sequence[float], Sequence[Sequence[float]])
 
 
 class HeadWorths(LayerGains):
-    """What the answer losses of questions say of each head; ``losses`` has one for each of N x H, layer by layer.
+    """The worth of each head, from the answer losses of questions.
 
-    A ``fall`` is that of the loss against the one of a head that keeps nothing: what the head is worth.
+    ``losses`` of a question has one entry for each of the N x H heads, layer by layer. The ``fall`` of a :class:`Gain`
+    is how much the loss rises if the head keeps nothing, which is the worth of the head.
     """
 
     def __init__(self, rule: LRSAConfig, model: str, questions: Sequence[Question], heads: int) -> None:
@@ -37,17 +38,17 @@ class HeadWorths(LayerGains):
 
     @property
     def worths(self) -> list[list[float]]:
-        """(N, H), in nats a token."""
+        """(N, H), the worth of each head in nats per token."""
         falls = [gain.fall for _, gain in sorted(self.ranking)]
         return [falls[start : start + self.heads] for start in range(0, len(falls), self.heads)]
 
     def budgets(self, share: float) -> list[list[int]]:
-        """K of each head, with a mean of ``share`` of L: see :func:`budgets_for`."""
+        """K of each head, with a mean of ``share`` times L: see :func:`budgets_for`."""
         budgets: list[list[int]] = budgets_for(self.worths, exactly(share) * self.rule.lag_size, self.rule.lag_size)
         return budgets
 
     def table(self) -> Table:
-        """The first heads of the ranking, to be printed."""
+        """The first heads of the ranking as a table to print."""
         title = f"One head with K=0, the others L={self.rule.lag_size} K={self.rule.top_k}, on {self._count()}"
         table = Table(title=title)
         table.add_column("K=0")
@@ -58,12 +59,12 @@ class HeadWorths(LayerGains):
         table.add_section()
         table.add_row("none", f"{self._mean(self._none):.4f}", "", "")
         table.caption = (
-            f"Nats a token; {min(_SHOWN, len(self.ranking))} of {len(self.ranking)} heads, each judged alone."
+            f"Nats per token; {min(_SHOWN, len(self.ranking))} of {len(self.ranking)} heads, each tested alone."
         )
         return table
 
     def to_dict(self, share: float) -> dict[str, Any]:
-        """Plain values for JSON: the rule, the worths (N, H), their ranking, and the budgets of a share."""
+        """Plain values for JSON: the rule, the worths (N, H), their ranking, and the budgets for a share."""
         ranking = [
             {"layer": index // self.heads, "head": index % self.heads, **gain._asdict()} for index, gain in self.ranking
         ]
@@ -86,16 +87,16 @@ class HeadWorths(LayerGains):
 def budgets_for(worths: Worth, mean_top_k: float | Fraction, lag_size: int, least: int = 0) -> Any:
     """K of each head, or of each layer, with a given mean: K = L for the best, ``least`` for the others.
 
-    One between them gets what is left, so that all together keep the largest number of pairs that the mean allows.
+    One head between the two groups gets the rest, so that the total is the largest that the mean allows.
 
     Args:
-        worths: of each head, (N, H), or of each layer, (N,), as an ablation found them.
-        mean_top_k: over all of them.
+        worths: worth of each head (N, H) or layer (N,), from an ablation.
+        mean_top_k: mean K over all heads or layers.
         lag_size: L.
-        least: K of the worst.
+        least: K of the worst heads or layers.
 
     Returns:
-        Lists of integers, nested as ``worths`` are; ``LRSAConfig`` takes them as ``head_top_k``.
+        Lists of integers, nested like ``worths``; ``LRSAConfig`` accepts them as ``head_top_k``.
 
     Raises:
         UserError: the mean is not between ``least`` and L.
@@ -112,7 +113,7 @@ def budgets_for(worths: Worth, mean_top_k: float | Fraction, lag_size: int, leas
 
 
 def write_budgets(ablation: Path, target: Path, mean_top_k: float, least: int = 0) -> None:
-    """Write the budgets of a ``heads.json`` (of heads) or a ``layers.json`` (of layers) for another mean K."""
+    """Write the budgets for another mean K, from a ``heads.json`` or ``layers.json`` file of an ablation."""
     found = json.loads(ablation.read_text(encoding="utf-8"))
     if "worths" in found:
         worths = found["worths"]

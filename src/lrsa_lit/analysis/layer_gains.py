@@ -1,4 +1,4 @@
-"""How much the answer loss falls where one of N layers alone is left dense, and which layers to leave dense for it."""
+"""How much the answer loss falls when only one of N layers is dense, and which layers to leave dense."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from lrsa_lit.evaluation.statistics import ratio_of_sums
 
 
 class Question(NamedTuple):
-    """One question: its place in the split, whether it counts on another device, and its answer's tokens.
+    """One question with its losses.
 
-    ``losses`` are of the whole answer in nats: with no layer dense, with each single one (N), with all.
+    Attributes:
+        id: id of the question.
+        position: position in the split.
+        repeated: whether another device already counts it.
+        tokens: number of tokens of the answer.
+        losses: losses of the whole answer in nats: with no dense layer, with each single dense layer (N), with all
+            layers dense.
     """
 
     id: str
@@ -30,7 +36,7 @@ class Question(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """The answer loss, its fall against the loss with no layer dense, and the fall's 95 % interval; in nats a token."""
+    """The answer loss, its decrease from the loss without dense layers, and the 95 % interval; in nats per token."""
 
     loss: float
     fall: float
@@ -39,7 +45,7 @@ class Gain(NamedTuple):
 
 
 class Suggestion(NamedTuple):
-    """Layers to leave dense (ascending), K >= 1 of the others, and the share of the pairs that all layers keep.
+    """Layers to leave dense (ascending), K >= 1 of the others, and the share of pairs kept over all layers.
 
     A dense layer keeps 1, a sparse one K/L.
     """
@@ -49,16 +55,16 @@ class Suggestion(NamedTuple):
     kept: float
 
     def __str__(self) -> str:
-        """As settings of the command line."""
+        """The suggestion as command-line settings."""
         layers = shlex.quote(str(list(self.dense_layers)))
         return f"{100 * self.kept:.3g} % kept: --model.lrsa.dense_layers {layers} --model.lrsa.top_k {self.top_k}"
 
 
 class LayerGains:
-    """What the answer losses of Q questions say of each layer.
+    """The gain of making each layer dense, from the answer losses of Q questions.
 
-    The rule is that of the sparse layers, and has no dense ones. ``ranking`` has all layers, the most telling one first
-    and equal ones in their order.
+    ``rule`` is the rule of the sparse layers, without dense layers. ``ranking`` lists all layers by gain, largest
+    first; ties keep the layers' order.
     """
 
     def __init__(self, rule: LRSAConfig, model: str, questions: Sequence[Question]) -> None:
@@ -69,12 +75,12 @@ class LayerGains:
         self.ranking = sorted(enumerate(gains), key=lambda ranked: -ranked[1].fall)
 
     def suggestion(self, share: float) -> Suggestion:
-        """The best layers, as :func:`suggest` has it; none whose dense attention does not lower the loss."""
+        """The result of :func:`suggest`, only with layers whose dense attention lowers the loss."""
         best = [layer for layer, gain in self.ranking if gain.fall > 0]
         return suggest(best, len(self._single), self.rule.lag_size, share)
 
     def table(self) -> Table:
-        """The ranking, to be printed."""
+        """The ranking as a table to print."""
         rule = f"L={self.rule.lag_size} K={self.rule.top_k}"
         table = Table(title=f"One layer dense, the others {rule}, on {self._count()}")
         table.add_column("dense")
@@ -85,7 +91,7 @@ class LayerGains:
         table.add_section()
         table.add_row("none", f"{self._mean(self._none):.4f}", "", "")
         table.add_row("all", *self._shown(self._gain(self._dense)))
-        table.caption = "Nats a token; each layer is judged alone."
+        table.caption = "Nats per token; each layer is tested alone."
         return table
 
     def to_dict(self, share: float) -> dict[str, Any]:
@@ -115,11 +121,11 @@ class LayerGains:
         return float(losses.sum() / self._tokens.sum())
 
     def _gain(self, losses: NDArray[np.float64]) -> Gain:
-        """Of losses (Q,); the questions are drawn in pairs with those of no dense layer."""
+        """The gain for losses (Q,), paired by question with the losses without dense layers."""
         return Gain(self._mean(losses), *ratio_of_sums((self._none - losses)[None], self._tokens[None]))
 
     def _shown(self, gain: Gain) -> tuple[str, str, str]:
-        """Of a single question there is no interval."""
+        """Formatted loss, fall and interval; a single question has no interval."""
         interval = f"[{gain.low:.4f}, {gain.high:.4f}]" if len(self._questions) > 1 else "-"
         return f"{gain.loss:.4f}", f"{gain.fall:.4f}", interval
 
@@ -127,7 +133,7 @@ class LayerGains:
 def suggest(best: Sequence[int], layers: int, lag_size: int, share: float) -> Suggestion:
     """Leave as many of the best layers dense as a share of kept pairs allows, with the largest K >= 1 in the others.
 
-    The ``best`` of N ``layers`` are those worth being dense, the best one first; 1/L <= share < 1.
+    ``best`` lists the layers (of N ``layers``) that gain from being dense, best first; 1/L <= share < 1.
     """
     budget = exactly(share) * layers
     count = min(math.floor((budget * lag_size - layers) / (lag_size - 1)), len(best))
@@ -138,5 +144,5 @@ def suggest(best: Sequence[int], layers: int, lag_size: int, share: float) -> Su
 
 
 def exactly(share: float) -> Fraction:
-    """The decimal number that was asked for, not the binary one beside it: 0.29 of 100 layers are 29."""
+    """The exact decimal value, without binary rounding: 0.29 of 100 layers is 29."""
     return Fraction(str(share))

@@ -1,7 +1,8 @@
-"""What selections are worth: does the evidence survive, do layers agree, which tokens are kept.
+"""Metrics of selections: whether the evidence is kept, whether layers agree, and which tokens are kept.
 
-Only tokens in compressed partitions count, so that the sinks and the raw window, which everybody sees, flatter nobody.
-Dimensions: N layers with LRSA, H key-value heads, T tokens, K of L tokens kept of a partition, n tokens that count.
+Only tokens in compressed partitions count. Sinks and the raw window are left out, because every head sees them.
+
+Dimensions: N layers with LRSA, H key-value heads, T tokens, K of L tokens kept per partition, n tokens that count.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ Evidence = Literal["gold", "answer"]
 
 KINDS = ("number", "name", "rare", "punctuation", "space", "other")
 
-# A word, and what stands before it where a sentence or a line opens with it.
+# A word, preceded by its ``opening`` if it starts a sentence or line.
 _WORD = re.compile(r"""(?P<opening>(?:\A|[.!?:\n])[\s"'“(]*)?(?P<word>\w+)""")
 
 
 class Survival(NamedTuple):
-    """Which share of some tokens was kept; NaN where none of them lies in a compressed partition.
+    """The kept share of some tokens; NaN if none of them is in a compressed partition.
 
     Attributes:
-        tokens: n, how many tokens were asked about, over all samples.
-        by_head: (N, H), kept by a head of a layer.
-        mean: of all layers and heads.
-        anywhere: kept by at least one head of any layer.
-        chance: K/L, which a head that chooses at random reaches.
-        chance_anywhere: 1 - (1 - K/L)^(N H), what all heads reach together if each chooses at random.
+        tokens: n, the number of these tokens in compressed partitions, over all samples.
+        by_head: (N, H), the share kept by each head of each layer.
+        mean: mean over all layers and heads.
+        anywhere: share kept by at least one head of any layer.
+        chance: K/L, the expected share of a head with random selection.
+        chance_anywhere: 1 - (1 - K/L)^(N H), the expected share of ``anywhere`` if every head selects at random.
     """
 
     tokens: int
@@ -45,7 +46,7 @@ class Survival(NamedTuple):
 
 
 def survival(record: SelectionRecord, evidence: Evidence) -> Survival:
-    """What became of the tokens of supporting passages (``"gold"``) or of the answers within them (``"answer"``)."""
+    """The kept share of the tokens of supporting passages (``"gold"``) or of the answers in them (``"answer"``)."""
     asked = [of_evidence(sample, evidence)[record.compressed(sample)] for sample in record.samples]
     kept = record.all_kept()[:, :, np.concatenate(asked)]
     tokens = kept.shape[2]
@@ -55,13 +56,13 @@ def survival(record: SelectionRecord, evidence: Evidence) -> Survival:
 
 
 def by_place(record: SelectionRecord, parts: int) -> NDArray[np.float64]:
-    """Which share of each stretch of a partition was kept, pooled over the samples' partitions and the heads.
+    """The kept share of each section of a partition, pooled over the samples' partitions and the heads.
 
-    The score is of rotated keys: one that changes along the partition tells of the place, and not of the token alone.
-    Places i with equal floor(i parts / L) are one of the ``parts`` stretches.
+    Scores are computed from rotated keys, so a share that changes along the partition shows an effect of position. The
+    places i with equal floor(i parts / L) form one of the ``parts`` sections.
 
     Returns:
-        (N, parts), from the first to the last tokens; NaN where nothing was compressed, or a stretch has no token.
+        (N, parts), from the first to the last tokens; NaN if nothing was compressed or a section has no token.
     """
     lag, kept = record.rule["lag_size"], record.all_kept()
     partitions = kept.reshape(*kept.shape[:2], -1, lag)
@@ -73,10 +74,11 @@ def by_place(record: SelectionRecord, parts: int) -> NDArray[np.float64]:
 
 
 def agreement(record: SelectionRecord) -> NDArray[np.float64]:
-    """Cohen's kappa between the heads of each two layers (N, N), mean over their pairs; the diagonal is of other heads.
+    """Cohen's kappa between the heads of each pair of layers (N, N), averaged over pairs of heads.
 
-    It is 1 for equal choices, 0 for what chance gives to heads that keep so many, and NaN where both keep all or both
-    nothing, so that equal choices are certain, and where a layer has one head only.
+    The diagonal compares different heads of one layer. Kappa is 1 for equal selections and 0 for the agreement expected
+    by chance. It is NaN if both heads keep everything or both keep nothing, and on the diagonal of layers with one
+    head.
     """
     kept = record.all_kept()
     layers, heads, tokens = kept.shape
@@ -90,12 +92,12 @@ def agreement(record: SelectionRecord) -> NDArray[np.float64]:
 
 
 def agreement_between(first: SelectionRecord, second: SelectionRecord) -> NDArray[np.float64]:
-    """Cohen's kappa of each head (N, H) with itself in another record: other weights, or another rule.
+    """Cohen's kappa of each head (N, H) between two records: with other weights, or another rule.
 
-    Under two rules only tokens count that lie in compressed partitions of both.
+    Only tokens that are in compressed partitions of both records count.
 
     Raises:
-        UserError: records of other models or other samples.
+        UserError: the records have different models or samples.
     """
     check_comparable(first, second)
     pairs = []
@@ -109,7 +111,7 @@ def agreement_between(first: SelectionRecord, second: SelectionRecord) -> NDArra
 
 
 def kinds_kept(record: SelectionRecord) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The shares of each of :data:`KINDS` of all tokens, and of those kept, pooled over samples, layers and heads."""
+    """The share of each of :data:`KINDS` among all tokens and among kept ones, over all samples, layers and heads."""
     votes = record.all_kept().sum(axis=(0, 1))  # heads that kept each token
     flags = [
         np.stack([*token_kinds(record.tokens(sample)).values()])[:, record.compressed(sample)]
@@ -120,14 +122,14 @@ def kinds_kept(record: SelectionRecord) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def token_kinds(texts: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    """The kinds of each token, judged by the word that it belongs to; a token may be of several.
+    """The kinds of each token, decided by the word that it belongs to; a token may have several kinds.
 
-    A *number* has a digit. A *name* starts with a capital, and not only because a sentence or line starts there. A
-    *rare* word stands once in the text, whatever its case. *Punctuation* belongs to no word, *space* shows nothing, and
-    what is none of all that is *other*.
+    A *number* contains a digit. A *name* starts with a capital letter and does not start a sentence or line. A *rare*
+    word occurs once in the text, ignoring case. *Punctuation* belongs to no word, *space* is only white space, and all
+    remaining tokens are *other*.
 
     Args:
-        texts: of each token (T); joined they are the whole text.
+        texts: the text of each token (T); joined, they give the whole text.
 
     Returns:
         (T,) bool for each of :data:`KINDS`.
@@ -162,8 +164,8 @@ def of_evidence(sample: Sample, evidence: Evidence) -> NDArray[np.bool_]:
 
 
 def _kappa(both: NDArray[Any], first: NDArray[Any], second: NDArray[Any], count: int) -> NDArray[np.float64]:
-    """Cohen's kappa from the numbers kept by both, by the first, by the second, of ``count`` tokens."""
-    # observed - expected and 1 - expected agreement, both times count ** 2, in integers that float64 holds exactly.
+    """Cohen's kappa, from the numbers of tokens kept by both, by the first and by the second, of ``count`` tokens."""
+    # (observed - expected) and (1 - expected) agreement, times count ** 2: integers that float64 represents exactly.
     above_chance = 2 * (count * both - first * second)
     possible = count * (first + second) - 2 * first * second
     kappa: NDArray[np.float64] = np.full(both.shape, np.nan)

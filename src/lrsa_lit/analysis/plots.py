@@ -1,7 +1,8 @@
-"""Figures and coloured text, the same in notebooks and in the runs of MLflow.
+"""Figures and coloured text for notebooks and MLflow runs.
 
-Shares run from white (0) to dark (1), so what nothing kept is as pale as the page; lines and boxes have Okabe-Ito's
-colours, which colour-blind readers can tell apart. Figures are made without pyplot, so a training run gathers none.
+Shares are shaded from white (0) to dark (1). Lines and boxes use Okabe and Ito's palette, which colour-blind readers
+can distinguish. Figures are made without pyplot, which would keep them all in memory during training.
+
 Dimensions: N layers with LRSA, H key-value heads, T tokens.
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 SCORES = (-0.02, 1.02)
-"""Limits of an axis of scores or shares: 0 to 1, with room for the points on both ends."""
+"""Axis limits for scores or shares: 0 to 1, with room for points at both ends."""
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _WHITE, _DARK = "#ffffff", "#00204c"
 _SHADES = LinearSegmentedColormap.from_list("kept", [_WHITE, _DARK])
@@ -37,10 +38,10 @@ _GOLD, _ANSWER = OKABE_ITO[4], OKABE_ITO[1]
 
 
 def context_html(record: SelectionRecord, index: int = 0) -> str:
-    """A sample's text as HTML, below a legend: the darker a token, the more heads of all layers kept it.
+    """A sample's text as HTML with a legend; the more heads of all layers kept a token, the darker it is.
 
-    What no head kept is white. Tokens that nobody chose about (sinks and the raw window) are grey and italic. Gold
-    passages and answers are boxed, answers bold as well.
+    Tokens that no head kept are white. Tokens that are not subject to selection (sinks and the raw window) are grey and
+    italic. Gold passages and answers are boxed; answers are also bold.
     """
     sample = record.samples[index]
     region = record.compressed(sample)
@@ -59,9 +60,9 @@ def context_html(record: SelectionRecord, index: int = 0) -> str:
 
 
 def positions(record: SelectionRecord, index: int = 0) -> Figure:
-    """Layer by position: the share of a layer's heads that kept a token, gold passages and answers boxed.
+    """Plot, by layer and position, the share of a layer's heads that kept a token.
 
-    They are marked above as well, where a box is too narrow to be seen.
+    Gold passages and answers are boxed, and also marked above the plot, because narrow boxes are hard to see.
     """
     sample = record.samples[index]
     region = record.compressed(sample)
@@ -71,12 +72,12 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
     figure, (marks, axes) = subplots(2, 1, size=(10, height), gridspec_kw={"height_ratios": [1, 4]}, sharex=True)
     if region.stop > region.start:
         extent = (region.start - 0.5, region.stop - 0.5, len(layers) - 0.5, -0.5)
-        # Where a pixel of some 800 holds several tokens their mean is shown; else nothing is to blur the layers.
+        # With more tokens than pixels (about 800), show their mean; otherwise do not blur between layers.
         smooth = "auto" if len(sample.token_ids) > 800 else "nearest"
         scale = {"cmap": _SHADES, "vmin": 0, "vmax": 1}
         image = axes.imshow(shares, aspect="auto", extent=extent, interpolation=smooth, **scale)
         figure.colorbar(image, ax=[marks, axes], label="share of the layer's heads that kept it")
-    # Hatched, as a pale share would look the same.
+    # Hatched, because a small share would look the same.
     axes.patch.set(facecolor=_UNCOMPRESSED, edgecolor="#a0a0a0", hatch="////")
     axes.set(xlim=(-0.5, len(sample.token_ids) - 0.5), ylim=(len(layers) - 0.5, -0.5))
     axes.set(xlabel="position in the prompt, tokens", ylabel="layer")
@@ -85,7 +86,7 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
     for row, (spans, colour) in enumerate(boxes.values()):
         marks.broken_barh([(start - 0.5, end - start) for start, end in spans], (row - 0.4, 0.8), color=colour)
         for start, end in spans:
-            # Clipped at the axes, half of its upper and lower line would be lost.
+            # Clipping at the axes would hide half of the upper and lower lines.
             box = Rectangle((start - 0.5, -0.5), end - start, len(layers), fill=False, clip_on=False)
             box.set(edgecolor=colour, linewidth=1 + 0.3 * row)
             axes.add_patch(box)
@@ -102,7 +103,7 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
 
 
 def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
-    """Share of the evidence that each layer's heads keep on average, a line for each record, against chance."""
+    """Plot the share of the evidence that each layer's heads keep on average, one line per record, with chance."""
     figure, panels = subplots(1, 2, size=(10, 3.4), sharey=True)
     shown: dict[metrics.Evidence, str] = {"gold": "gold passages", "answer": "answers"}
     for axes, (evidence, title) in zip(panels, shown.items(), strict=True):
@@ -119,7 +120,7 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
 
 
 def by_place(records: Sequence[SelectionRecord]) -> Figure:
-    """Share of the tokens that is kept along a partition, mean of the layers and from the least to the most of them."""
+    """Plot the kept share of tokens along a partition: the mean over layers, and a band from minimum to maximum."""
     figure, axes = subplots(1, 1, size=(7, 3.4))
     for record in records:
         parts = min(32, record.rule["lag_size"])
@@ -135,7 +136,7 @@ def by_place(records: Sequence[SelectionRecord]) -> Figure:
 
 
 def kinds(records: Sequence[SelectionRecord]) -> Figure:
-    """What kinds of tokens are kept, against their share of the text (a token may be of several kinds)."""
+    """Plot the kinds of kept tokens beside those of all tokens (a token may have several kinds)."""
     figure, axes = subplots(1, 1, size=(8, 3.4))
     columns = {"all tokens": metrics.kinds_kept(records[0])[0]}
     columns |= {f"kept, {_name(record)}": metrics.kinds_kept(record)[1] for record in records}
@@ -150,7 +151,7 @@ def kinds(records: Sequence[SelectionRecord]) -> Figure:
 
 
 def agreement(record: SelectionRecord) -> Figure:
-    """Cohen's kappa between the heads of each two layers; on the diagonal between the heads of one layer."""
+    """Plot Cohen's kappa between the heads of each pair of layers; on the diagonal, between heads of one layer."""
     means = metrics.agreement(record)
     figure, axes = subplots(1, 1, size=(5, 4))
     image = axes.imshow(means, cmap="cividis", vmin=min(0.0, float(np.nanmin(means, initial=0))))
@@ -162,10 +163,10 @@ def agreement(record: SelectionRecord) -> Figure:
 
 
 def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
-    """How much of a head's choice is the same in two records, layer by layer.
+    """Plot, by layer, how well each head's selections in two records agree.
 
     Raises:
-        UserError: records of other models or other samples.
+        UserError: the records have different models or samples.
     """
     kappa = metrics.agreement_between(first, second)
     figure, axes = subplots(1, 1, size=(6, 3.4))
@@ -181,7 +182,7 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
 
 
 def gates(values: Sequence[Sequence[float]], title: str) -> Figure:
-    """Layer by head: the gates (N, H) of DuoAttention, from 0 (sinks and recent tokens) to 1 (everything)."""
+    """Plot DuoAttention's gates (N, H) by layer and head, from 0 (sinks and recent tokens) to 1 (everything)."""
     layers, heads = len(values), len(values[0])
     figure, axes = subplots(1, 1, size=(2.5 + 0.25 * heads, 1.5 + 0.16 * layers))
     image = axes.imshow(values, cmap=_SHADES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -193,7 +194,7 @@ def gates(values: Sequence[Sequence[float]], title: str) -> Figure:
 
 
 def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
-    """F1 with its interval against a column of :func:`~lrsa_lit.analysis.runs.by_rule`, labelled with name and unit."""
+    """Plot F1 with its interval against a column of :func:`~lrsa_lit.analysis.runs.by_rule`; ``label`` has the unit."""
     figure, axes = subplots(1, 1, size=(6, 3.6))
     lines = rules.dropna(subset=[column]).sort_values(column).groupby(["model", "lag_size"], dropna=False)
     for (model, lag_size), line in lines:
@@ -210,7 +211,7 @@ def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
 
 
 def differences(pairs: pd.DataFrame) -> Figure:
-    """Paired differences of :func:`~lrsa_lit.analysis.runs.differences`; what reaches over 0 may be chance."""
+    """Plot the paired :func:`~lrsa_lit.analysis.runs.differences`; intervals that include 0 may be chance."""
     figure, axes = subplots(1, 1, size=(7, 1.4 + 0.35 * len(pairs)))
     rows = np.arange(len(pairs))
     errors = np.stack([pairs["mean"] - pairs["low"], pairs["high"] - pairs["mean"]])
@@ -222,7 +223,7 @@ def differences(pairs: pd.DataFrame) -> Figure:
 
 
 def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    """A figure of some inches, and its axes, as pyplot's function of this name has them; colours are Okabe-Ito's."""
+    """Like ``pyplot.subplots``, without pyplot and with Okabe and Ito's palette; ``size`` is in inches."""
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, **options)
     for axes in figure.axes:
@@ -231,7 +232,7 @@ def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: A
 
 
 def legend(axes: Axes, title: str | None = None) -> None:
-    """A legend beside the axes."""
+    """Add a legend beside the axes."""
     axes.legend(title=title, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -241,7 +242,7 @@ def _name_layers(axis: Axis, layers: Sequence[int]) -> None:
 
 
 def _mark_chance(axes: Axes, records: Sequence[SelectionRecord]) -> None:
-    """A line at each K/L of the records, which heads that choose at random keep."""
+    """Draw a line at each K/L of the records, the share that heads with random selection keep."""
     for chance in sorted({record.chance for record in records}):
         axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
 
@@ -251,7 +252,7 @@ def _name(record: SelectionRecord) -> str:
 
 
 def _numbered(spans: Sequence[tuple[int, int]], length: int) -> list[int]:
-    """For each token the number of its span, from 1; 0 outside of all."""
+    """For each token, the number of its span, from 1; 0 outside of all spans."""
     numbers = [0] * length
     for number, (start, end) in enumerate(spans, 1):
         numbers[start:end] = [number] * (min(end, length) - start)
@@ -259,7 +260,7 @@ def _numbered(spans: Sequence[tuple[int, int]], length: int) -> list[int]:
 
 
 def _word(text: str, share: float) -> str:
-    """One token as HTML, which no text can break out of."""
+    """One token as escaped HTML."""
     if np.isnan(share):
         style, kept = f"background: {_UNCOMPRESSED}; color: #555; font-style: italic", "never compressed"
     else:
@@ -269,7 +270,7 @@ def _word(text: str, share: float) -> str:
 
 
 def _boxed(inner: str, colour: str, more: str = "") -> str:
-    """HTML in a box that goes on over ends of lines."""
+    """HTML in a box that continues over line breaks."""
     box = f"border: 2px solid {colour}; border-radius: 3px"
     goes_on = "-webkit-box-decoration-break: clone; box-decoration-break: clone"
     return f'<span style="{box}; {goes_on}{more}">{inner}</span>'
@@ -283,4 +284,4 @@ _LEGEND = (
     f' &emsp; <span style="background: {_UNCOMPRESSED}; color: #555; font-style: italic">sinks and raw window</span>'
     " (all heads see them)</div>"
 )
-"""What the colours and boxes of a text mean."""
+"""Legend of the colours and boxes of a text."""

@@ -1,4 +1,4 @@
-"""What the layers kept of some samples, as a file that needs neither the model nor PyTorch to be read.
+"""Records of the tokens that layers kept, in a file format that can be read without the model and PyTorch.
 
 Dimensions: N layers with LRSA, H key-value heads, T tokens of a sample, P compressed partitions, K top_k.
 """
@@ -20,7 +20,7 @@ from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.io import write_atomically
 
 SCHEMA = 1
-"""Version of the file format; a reader takes its own only."""
+"""Version of the file format; other versions cannot be read."""
 
 Span: TypeAlias = tuple[int, int]
 
@@ -29,16 +29,16 @@ _HEADER = "header"
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One text and what the layers with LRSA kept of it by the time of its last token.
+    """One text, and the tokens that the layers with LRSA kept of it when its last token was processed.
 
     Attributes:
-        id: the example's.
+        id: the example's id.
         token_ids: (T,) int32, without padding.
         gold_spans: positions [start, end) of the supporting passages.
-        answer_spans: positions [start, end) of the answers within those passages.
+        answer_spans: positions [start, end) of the answers in those passages.
         positions: (N, H, P, K) int32, counted from the first token, ascending within a partition.
-        scores: (N, H, P, K) float32, the scores of those tokens; a file keeps three digits of them. They were ranked by
-            log score, which tells apart tokens whose scores are 0 in float32.
+        scores: (N, H, P, K) float32, the scores of those tokens; files keep three digits. Tokens were ranked by the
+            logarithm of the score, which distinguishes tokens whose scores are 0 in float32.
     """
 
     id: str
@@ -51,14 +51,14 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class SelectionRecord:
-    """What a model with one set of weights kept of some samples under one rule.
+    """The tokens that a model with one set of weights kept of some samples under one rule.
 
     Attributes:
-        samples: at least one; all by the same layers and heads.
-        rule: as ``LRSAConfig.to_dict`` gives it.
-        model: its name.
-        digest: twelve hex digits of the model's shape; records of one digest can be laid beside each other.
-        step: training steps that the weights had seen.
+        samples: the samples, at least one, all with the same layers and heads.
+        rule: the rule, as returned by ``LRSAConfig.to_dict``.
+        model: name of the model.
+        digest: digest of the model's shape, twelve hex digits; records with the same digest are comparable.
+        step: number of training steps of the weights.
         texts: the text of each token id that occurs.
         layers: indices of the N layers with LRSA.
     """
@@ -73,11 +73,11 @@ class SelectionRecord:
 
     @property
     def chance(self) -> float:
-        """K/L, the share that a head keeps that chooses at random."""
+        """K/L, the share of tokens that a head with random selection keeps."""
         return float(self.rule["top_k"] / self.rule["lag_size"])
 
     def compressed(self, sample: Sample) -> slice:
-        """The tokens that lie in compressed partitions: behind the sinks, before the raw window."""
+        """The tokens in compressed partitions: after the sinks, before the raw window."""
         start = self.rule["sink_size"]
         return slice(start, start + sample.positions.shape[2] * self.rule["lag_size"])
 
@@ -89,7 +89,7 @@ class SelectionRecord:
         return kept
 
     def all_kept(self) -> NDArray[np.bool_]:
-        """(N, H, tokens): :meth:`kept` of all samples, one after the other."""
+        """(N, H, tokens): :meth:`kept` of all samples, concatenated."""
         return np.concatenate([self.kept(sample) for sample in self.samples], axis=2)
 
     def tokens(self, sample: Sample) -> list[str]:
@@ -97,7 +97,7 @@ class SelectionRecord:
         return [self.texts[int(token)] for token in sample.token_ids]
 
     def save(self, path: Path) -> None:
-        """Write the record; the file appears only when it is complete."""
+        """Write the record atomically."""
         header: dict[str, Any] = {"schema": SCHEMA}
         header |= {name: getattr(self, name) for name in ("rule", "model", "digest", "step", "texts")}
         header["layers"] = [index in self.layers for index in range(max(self.layers) + 1)]
@@ -106,7 +106,7 @@ class SelectionRecord:
         arrays: dict[str, NDArray[Any]] = {_HEADER: np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
         for index, sample in enumerate(self.samples):
             arrays[f"tokens{index}"] = _smallest(sample.token_ids)
-            # Within their partitions, where a byte mostly holds them.
+            # Positions relative to the partition mostly fit into a byte.
             arrays[f"places{index}"] = _smallest(sample.positions - _starts(self.rule, sample.positions))
             arrays[f"scores{index}"] = _halved(sample.scores)
         write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ class SelectionRecord:
         """Read a record.
 
         Raises:
-            UserError: no such file, no record or a truncated one, another version of the format.
+            UserError: the file does not exist, is not a record, is truncated, or has another version of the format.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -140,7 +140,7 @@ class SelectionRecord:
 
 
 def check_comparable(first: SelectionRecord, second: SelectionRecord) -> None:
-    """Raise a UserError unless two records are of one model's layers and heads and of the same samples."""
+    """Raise a UserError if two records differ in model shape, compressed layers or samples."""
     if first.digest != second.digest:
         models = " and ".join(f"{record.model} ({record.digest})" for record in (first, second))
         raise UserError("selections", reason=f"recorded with {models}; only records of one model can be compared")
@@ -161,7 +161,7 @@ def _sample(file: Any, index: int, about: Mapping[str, Any], rule: Mapping[str, 
         places = file[f"places{index}"]
         positions = places + _starts(rule, places)
     else:
-        # Written before positions were counted within their partitions.
+        # Older files have absolute positions.
         positions = file[f"positions{index}"]
     return Sample(
         id=about["id"],
@@ -180,7 +180,7 @@ def _starts(rule: Mapping[str, Any], positions: NDArray[Any]) -> NDArray[Any]:
 
 
 def _halved(scores: NDArray[np.float32]) -> NDArray[Any]:
-    """Scores as float16, three digits of them, unless one is too large for it."""
+    """Scores as float16 (three digits), unless one is too large for it."""
     largest = np.finfo(np.float16).max
     return scores.astype(np.float16) if np.abs(scores).max(initial=0.0) <= largest else scores
 

@@ -1,4 +1,4 @@
-"""A callback that draws what a run has found: scores under each attention, over the steps of a fit."""
+"""A callback that plots a run's scores under each attention, over the steps of a fit."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _DRAWN = ("f1", "loss")
 
 
 class RunPictures(ValidationHistory):
-    """Log F1 and answer loss under each attention as a picture, ``pictures/scores.png``, after each evaluation.
+    """Log F1 and answer loss under each attention as the plot ``pictures/scores.png`` after each evaluation.
 
-    In a fit they are lines over its validations, which each one draws anew; an evaluation alone gives bars. A picture
-    that cannot be drawn or kept costs a warning. Without a logger nothing is drawn.
+    In a fit, the plot has lines over the validations so far; for a single evaluation, it has bars. If the plot cannot
+    be drawn or saved, a warning is logged. Without a logger, nothing is drawn.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the validations so far."""
+        """Plot the validations so far."""
         super().on_validation_end(trainer, pl_module)
         if not trainer.sanity_checking:
             self._draw(trainer, pl_module, self.history, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the test."""
+        """Plot the test."""
         found = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._draw(trainer, pl_module, [(trainer.global_step, found)], "test")
 
@@ -49,13 +49,13 @@ class RunPictures(ValidationHistory):
 
 
 def scores_figure(history: Sequence[tuple[int, Mapping[str, float]]], stems: Mapping[str, str]) -> Figure:
-    """F1 and loss of each attention: lines over the steps of several evaluations, or bars of one.
+    """Plot F1 and loss of each attention: lines over the steps of several evaluations, or bars for a single one.
 
     Args:
-        history: of each evaluation the optimizer step and its metrics.
-        stems: for each attention's label what stands before the names of its metrics.
+        history: the optimizer step and the metrics of each evaluation.
+        stems: the prefix of each attention's metric names, by the attention's label.
     """
-    # matplotlib takes a second to import, which a run without a logger does not have to wait for.
+    # Importing matplotlib takes a second, which runs without a logger should not pay.
     from matplotlib.ticker import MaxNLocator
 
     from lrsa_lit.analysis.plots import legend, subplots
@@ -83,5 +83,5 @@ def scores_figure(history: Sequence[tuple[int, Mapping[str, float]]], stems: Map
 
 
 def _limits(axis: str, name: str) -> dict[str, tuple[float, float]]:
-    """F1 is a share, whose line at 0 or 1 is to be seen; a loss has no upper bound."""
+    """Axis limits: F1 is a share, with room around 0 and 1; a loss has no upper bound."""
     return {f"{axis}lim": (-0.02, 1.02)} if name == "f1" else {}

@@ -1,6 +1,6 @@
-"""Runs out of MLflow: tables of what was set and what came of it, selections, and the answers to single questions.
+"""MLflow runs for analysis: tables of settings and results, selections, and answers to single questions.
 
-Dimensions: R runs that differ in their seed only, Q questions.
+Dimensions: R runs that differ only in their seed, Q questions.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ MEASURES = {
     "step_seconds": "perf/step_seconds",
     "peak_memory_gib": "perf/peak_memory_gib",
 }
-"""Columns of a table of runs, and the metrics that they show."""
+"""Columns of a table of runs, with their metrics."""
 
 RULE = ["model", "lag_size", "top_k"]
-"""Runs with equal values here are repetitions of one another."""
+"""Runs with equal values in these columns are repetitions of each other."""
 
 DEFAULT = Path("runs/mlflow.db")
-"""Where a store is looked for, in a folder and those above it."""
+"""Path of the default store, relative to the current folder or one of its parents."""
 
 _ADVICE = "train with --config configs/experiment/selections.yaml"
 
 
 def open_store(uri: str | None = None) -> MlflowClient:
-    """The store of the runs: by default MLFLOW_TRACKING_URI, else ``runs/mlflow.db`` in this folder or one above.
+    """Open the store of the runs, and print which one it is.
 
-    It says which one that is.
+    The default is MLFLOW_TRACKING_URI, or else ``runs/mlflow.db`` in the current folder or one of its parents.
 
     Raises:
-        UserError: it does not exist, is empty, or does not answer.
+        UserError: the store does not exist, is empty, or does not answer.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -71,16 +71,16 @@ def open_store(uri: str | None = None) -> MlflowClient:
     named = str(sqlite_path(uri, "tracking_uri")) if uri.startswith(SQLITE) else redacted(uri)
     print(printable(f"Runs of {named}"), file=sys.stderr)
     with warnings.catch_warnings():
-        # Of tqdm, which misses ipywidgets in a notebook.
+        # tqdm warns in notebooks without ipywidgets.
         warnings.filterwarnings("ignore", message="IProgress not found")
         return connect(uri, "tracking_uri")
 
 
 def latest_experiment(store: MlflowClient, *, with_selections: bool = False) -> str:
-    """The experiment of the latest run that was validated, or that recorded selections; it says which others there are.
+    """The experiment of the latest run that was validated, or that recorded selections; prints the others.
 
     Raises:
-        UserError: no run of the store did.
+        UserError: the store has no such run.
     """
     names: dict[str, str] = {found.experiment_id: found.name for found in store.search_experiments()}
     validated = f"metrics.`{MEASURES['f1']}` >= 0"
@@ -95,7 +95,7 @@ def latest_experiment(store: MlflowClient, *, with_selections: bool = False) -> 
 
 
 def find_run(store: MlflowClient, experiment: str, name: str) -> Run:
-    """A run by its name or id; of several runs of one name the latest.
+    """A run by its name or id; if several runs have the name, the latest.
 
     Raises:
         UserError: there is none; the message lists the nearest names.
@@ -113,7 +113,7 @@ def latest_with_selections(store: MlflowClient, experiment: str) -> Run:
     """The latest run that recorded selections.
 
     Raises:
-        UserError: none did.
+        UserError: no run did.
     """
     for run in _runs(store, experiment):
         if store.list_artifacts(run.info.run_id, SELECTIONS):
@@ -122,10 +122,10 @@ def latest_with_selections(store: MlflowClient, experiment: str) -> Run:
 
 
 def selections(store: MlflowClient, run: Run) -> list[SelectionRecord]:
-    """The selections of a run, by step: the first before training, the last after it.
+    """The selections of a run in order of step: the first before training, the last after it.
 
     Raises:
-        UserError: it recorded none, or they cannot be read.
+        UserError: the run recorded none, or they cannot be read.
     """
     found = [item.path for item in store.list_artifacts(run.info.run_id, SELECTIONS) if item.path.endswith(".npz")]
     if not found:
@@ -135,14 +135,14 @@ def selections(store: MlflowClient, run: Run) -> list[SelectionRecord]:
 
 
 def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
-    """The validated runs of an experiment, latest first: a row each, by run id.
+    """The validated runs of an experiment, latest first: one row per run, indexed by run id.
 
-    Columns: ``name``, ``model`` (``-dense`` where it was trained so; with its system and the arguments of that, or its
-    ``head_top_k``), ``lag_size``, ``top_k``, ``kept_share`` (K/L), ``seed`` and those of :data:`MEASURES`, NaN where a
-    run did not record one or its attention has none.
+    Columns: ``name``, ``model`` (with ``-dense`` if it was trained densely, and with its system and arguments, or its
+    ``head_top_k``), ``lag_size``, ``top_k``, ``kept_share`` (K/L), ``seed`` and those of :data:`MEASURES`. A value is
+    NaN if the run did not record it or its attention does not have it.
 
     Raises:
-        UserError: no such experiment, or no run in it has a validation.
+        UserError: the experiment does not exist, or none of its runs has a validation.
     """
     runs = _runs(store, experiment)
     rows = {run.info.run_id: _row(run) for run in runs if MEASURES["f1"] in run.data.metrics}
@@ -153,10 +153,10 @@ def table(store: MlflowClient, experiment: str) -> pd.DataFrame:
 
 
 def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = OWN) -> pd.DataFrame:
-    """What each run answered at its last validation, by run id and question id.
+    """The answers of each run at its last validation, indexed by run id and question id.
 
-    Columns: ``question``, ``gold``, ``prediction``, ``f1``. Attentions have their names in ``model.evaluate``; ``LRSA``
-    is the run's own rule.
+    Columns: ``question``, ``gold``, ``prediction``, ``f1``. ``attention`` is a name from ``model.evaluate``, or
+    ``LRSA`` for the run's own rule.
 
     Raises:
         UserError: a run recorded no answers, or none under that attention.
@@ -166,10 +166,10 @@ def questions(store: MlflowClient, runs: Iterable[str], *, attention: str = OWN)
 
 
 def shared_scores(answers: pd.DataFrame) -> pd.DataFrame:
-    """F1 of each run (R) on the questions (Q) that all of them answered.
+    """F1 of each run on the questions that all runs answered, (R, Q).
 
     Raises:
-        UserError: they share no question.
+        UserError: the runs have no question in common.
     """
     scores = answers["f1"].unstack("run").dropna().T
     if scores.shape[1] == 0:
@@ -178,9 +178,9 @@ def shared_scores(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_rule(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """A row for each model and rule of a :func:`table`, with its :func:`shared_scores` (R, Q).
+    """One row per model and rule of a :func:`table`: F1 with its interval, and the means of the other measures.
 
-    It has F1 over seeds and questions with its interval, and the means of the other measures.
+    ``scores`` are the :func:`shared_scores` (R, Q); F1 is averaged over seeds and questions.
     """
     rows = []
     for key, group in runs.loc[scores.index].groupby(RULE, sort=True, dropna=False):
@@ -192,7 +192,7 @@ def by_rule(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """A row for each two rules: the first's F1 less the second's, on the same questions, with its interval."""
+    """One row per pair of rules: the first's F1 minus the second's, on the same questions, with its interval."""
     groups = {
         title_of_run(*key): scores.loc[group.index].to_numpy()
         for key, group in runs.loc[scores.index].groupby(RULE, sort=True, dropna=False)
@@ -205,7 +205,7 @@ def differences(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def answered_by_one(answers: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
-    """Those of the :func:`questions` that exactly one of two runs answers (F1 of 0.5 or more), with both answers."""
+    """The :func:`questions` that exactly one of two runs answers (F1 of 0.5 or more), with both answers."""
     one, other = answers.loc[first], answers.loc[second, ["prediction", "f1"]]
     both = one.join(other, how="inner", lsuffix="_first", rsuffix="_second")
     answered = both[["f1_first", "f1_second"]] >= 0.5
@@ -213,7 +213,7 @@ def answered_by_one(answers: pd.DataFrame, first: str, second: str) -> pd.DataFr
 
 
 def _answers(store: MlflowClient, run_id: str, attention: str) -> list[dict[str, Any]]:
-    """The questions of the last validation: all of them, or those in the run's table where it did not record all."""
+    """The answers of the last validation: all of them, or those in the run's table if it did not record all."""
     folder = ANSWERS.rpartition("/")[0]
     artifacts = [item.path for path in (folder, None) for item in store.list_artifacts(run_id, path)]
     artifact = ANSWERS if ANSWERS in artifacts else QUESTIONS
@@ -224,7 +224,7 @@ def _answers(store: MlflowClient, run_id: str, attention: str) -> list[dict[str,
         rows = [json.loads(line) for line in text.splitlines()]
         found = [row | row[attention] for row in rows if attention in row]
     else:
-        # Not by pandas' own reader, which takes answers such as 1911 for numbers.
+        # pandas' own reader would convert answers such as 1911 to numbers.
         table = json.loads(text)
         rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
         last = max(row["step"] for row in rows)
@@ -239,7 +239,7 @@ def _answers(store: MlflowClient, run_id: str, attention: str) -> list[dict[str,
 
 
 def _runs(store: MlflowClient, experiment: str) -> list[Run]:
-    """The runs of an experiment, latest first, at least one."""
+    """The runs of an experiment, latest first; raises a UserError if there are none."""
     found = find_experiment(store, experiment, "experiment")
     runs = list(_latest_first(store, [found.experiment_id]))
     if not runs:
@@ -248,7 +248,7 @@ def _runs(store: MlflowClient, experiment: str) -> list[Run]:
 
 
 def _latest_first(store: MlflowClient, experiment_ids: list[str], asked: str = "") -> Iterator[Run]:
-    """The runs of some experiments that MLflow's filter lets pass, fetched page by page."""
+    """The runs of some experiments that match MLflow's filter ``asked``, latest first, fetched page by page."""
     search = functools.partial(store.search_runs, experiment_ids, asked, order_by=["attributes.start_time DESC"])
     page = search()
     yield from page
@@ -260,7 +260,7 @@ def _latest_first(store: MlflowClient, experiment_ids: list[str], asked: str = "
 def _row(run: Run) -> dict[str, Any]:
     params, metrics = run.data.params, run.data.metrics
     lag_size, top_k = (int(params[f"model.lrsa.{name}"]) for name in ("lag_size", "top_k"))
-    # K of each head is no number to lay beside others, and a system has none: kv_ratio is one.
+    # K of each head is not a single number, and a system has no K, so top_k is NaN for these.
     of_heads, system = (params.get(f"model.lrsa.{name}", "None") for name in ("head_top_k", "system"))
     if (gated := params.get("model.head_gates", "None")) != "None":
         system = gated
@@ -291,5 +291,5 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def _arguments(params: Mapping[str, str], key: str) -> list[str]:
-    """What was given below a setting, by name."""
+    """The params whose names start with ``key``, as NAME=VALUE, sorted."""
     return [f"{name.removeprefix(key)}={params[name]}" for name in sorted(params) if name.startswith(key)]

@@ -1,4 +1,4 @@
-"""A callback that says, beside the answers, how much of the evidence for them each attention keeps."""
+"""A callback that records, beside the answers, how much of the evidence each attention keeps."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class EvidenceSurvival(Callback):
-    """Add what is kept of the evidence to the file beside the answers of a test, or of a validation by itself.
+    """Add the kept share of the evidence to the JSON file beside the answers of ``lrsa test`` or ``lrsa validate``.
 
-    ``survival`` there has, for each attention and each data set, which share is kept, over all layers and heads, of the
-    tokens of supporting passages (``gold``) and of the answers in them (``answer``), null where no such token lies in a
-    compressed partition; ``chance`` (K/L); and ``quarters``, the shares that are kept of the quarters of a partition.
-    An attention that selects nothing has null in place of all that.
+    The file's ``survival`` has for each attention and data set: the kept share, over all layers and heads, of the
+    tokens of supporting passages (``gold``) and of the answers in them (``answer``), null if none of these tokens is in
+    a compressed partition; ``chance`` (K/L); and ``quarters``, the kept share of each quarter of a partition. It is
+    null for an attention without selection.
 
     Args:
-        questions: how many of each data set are looked at, the first ones.
+        questions: number of questions per data set to analyse, from the first.
 
     Raises:
         UserError: fewer than one.
@@ -46,13 +46,14 @@ class EvidenceSurvival(Callback):
             raise UserError("EvidenceSurvival.questions", questions, "an integer >= 1")
         self.questions = questions
         self._first: dict[str, dict[int, Any]] = {}
-        """Of each data set, by their positions, questions as batches of one row without pads."""
+        """For each data set: questions, by position, as batches of one row without padding."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew.
+        """Reset the state.
 
         Raises:
-            UserError: the weights are sharded: not all devices look at as many questions.
+            UserError: the weights are sharded; this is not supported because devices may have different numbers of
+                questions.
         """
         self._first = {}
         if shards_weights(trainer.strategy):
@@ -61,7 +62,7 @@ class EvidenceSurvival(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any, **__: Any
     ) -> None:
-        """Put the first questions aside."""
+        """Keep the first questions of each data set."""
         for row, source in enumerate(batch["source"]):
             kept = self._first.setdefault(source, {})
             if len(kept) < self.questions and not batch["repeated"][row]:
@@ -76,12 +77,12 @@ class EvidenceSurvival(Callback):
                 }
 
     def on_validation_batch_end(self, trainer: Trainer, *arguments: Any, **keywords: Any) -> None:
-        """The same for a validation, unless it is one of a fit."""
+        """Do the same in ``lrsa validate``, but not in a fit."""
         if trainer.state.fn == "validate":
             self.on_test_batch_end(trainer, *arguments, **keywords)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the questions under each attention, and hand over what is found to the writers of answers."""
+        """Analyse the questions under each attention, and pass the results to the writers of answers."""
         task: LongContextQA = pl_module  # type: ignore[assignment]
         of_all: dict[str, list[int]] = {}
         for process in gathered({source: list(kept) for source, kept in self._first.items()}):
@@ -97,12 +98,12 @@ class EvidenceSurvival(Callback):
                 callback.more["survival"] = survival
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for a validation, unless it is one of a fit."""
+        """Do the same in ``lrsa validate``, but not in a fit."""
         if trainer.state.fn == "validate":
             self.on_test_epoch_end(trainer, pl_module)
 
     def _found(self, task: LongContextQA, rule: LRSAConfig | None, source: str, chosen: list[int]) -> Any:
-        """What the questions of all processes show of a rule; None where it selects nothing."""
+        """The results of a rule over the questions of all processes; None if the rule selects nothing."""
         layers = task.model.config.get_text_config().num_hidden_layers
         if rule is None or unrecordable(rule, layers) is not None:
             return None
