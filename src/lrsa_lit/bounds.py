@@ -1,4 +1,4 @@
-"""Settings: what kinds of numbers they are, and the one line that refuses another."""
+"""Checks of settings, which raise a UserError of one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether it is an integer; true and false are none."""
+    """Whether it is an integer; true and false do not count."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -25,7 +25,7 @@ def is_weight(value: object) -> TypeGuard[float]:
 
 
 def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
-    """Raise a UserError that names a setting and what it must be, unless its value is valid."""
+    """Raise a UserError with the setting's name and what it must be, unless its value is valid."""
     if not valid:
         raise UserError(name, value, allowed)
 

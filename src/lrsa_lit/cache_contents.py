@@ -1,6 +1,6 @@
-"""What the project's cache holds, entry by entry, and the removal of entries: converted models, tokenised data, ….
+"""List and remove the entries of the project's cache: converted models, tokenised data, ….
 
-Nothing is imported that takes time.
+This module must import quickly.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from lrsa_lit.paths import cache_dir
 
 KINDS = {
     "models": "GGUF files converted for transformers; converted again when they are needed",
-    "data": "tokenised examples; made again when they are needed, if their source files are there",
-    "teachers": "what teachers say of training data; only `lrsa distil-cache` makes it again",
-    "sources": "digests of source files that may be gone by now",
-    "hub": "what the library datasets has downloaded",
-    "unfinished": "what killed processes have left half-written",
-    "other": "nothing that this version of lrsa writes",
+    "data": "tokenised examples; made again when they are needed, if their source files still exist",
+    "teachers": "outputs of teachers for training data; only `lrsa distil-cache` makes them again",
+    "sources": "digests of source files",
+    "hub": "downloads of the library datasets",
+    "unfinished": "half-written files of killed processes",
+    "other": "not written by this version of lrsa",
 }
-"""What an entry may be, and whether it comes back."""
+"""The kinds of entries, and whether they are made again."""
 
 REMADE = ("models", "data", "sources", "hub", "unfinished")
-"""Kinds that come back by themselves."""
+"""Kinds that can be removed without loss, because they are made again when needed or are useless."""
 
 _TEACHERS = "teachers"
 _SOURCES = ".sources.json"
@@ -35,14 +35,14 @@ _SOURCES = ".sources.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that can be removed without harm to the others.
+    """A part of the cache that can be removed without affecting the others.
 
     Attributes:
         kind: one of :data:`KINDS`.
-        name: as the user calls it: the path below the cache's folder.
-        paths: files and folders that it consists of.
+        name: its path within the cache folder, by which users name it.
+        paths: its files and folders.
         size: bytes on the disk.
-        made: when the latest of its paths was written, in seconds since 1970.
+        made: the latest modification time of its files, in seconds since 1970.
     """
 
     kind: str
@@ -53,19 +53,19 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All that the cache holds, kind by kind; what disappears or cannot be read meanwhile is left out."""
+    """All entries of the cache, sorted by kind; unreadable ones and those that disappear meanwhile are left out."""
     root = cache_dir()
     found = [entry for path in _children(root) for entry in _within(root, path)]
     return sorted(found, key=lambda entry: ([*KINDS].index(entry.kind), entry.name))
 
 
 def remove(entry: Entry) -> None:
-    """Remove an entry. Its name goes first, so that no process takes a half-removed folder for a whole one.
+    """Remove an entry. It is renamed first, so that no process mistakes a half-removed folder for a complete one.
 
-    What a living process is writing stays, and processes that have it open keep what they opened.
+    Files that a living process is writing are kept, and processes that have opened files can still read them.
 
     Raises:
-        OSError: it may not be removed.
+        OSError: the entry cannot be removed.
     """
     for path in entry.paths:
         if path.name.endswith(io.PARTIAL):
@@ -73,7 +73,7 @@ def remove(entry: Entry) -> None:
         else:
             with contextlib.suppress(FileNotFoundError):
                 io.remove(path)
-        # The folder of a fingerprint goes with the last of its splits and teachers.
+        # A fingerprint's folder is removed with the last of its splits and teachers.
         for parent in path.parents[:2]:
             if cache_dir("data") in parent.parents:
                 with contextlib.suppress(OSError):
@@ -81,7 +81,7 @@ def remove(entry: Entry) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes that a file or a folder takes on the disk; links are not followed."""
+    """Bytes of a file or folder on the disk; links are not followed."""
     return sum(_on_disk(each) for each in _files(path))
 
 
@@ -151,7 +151,7 @@ def _files(path: Path) -> Iterator[Path]:
 def _on_disk(path: Path) -> int:
     with contextlib.suppress(OSError):
         about = path.lstat()
-        # Windows does not count blocks.
+        # Windows does not report blocks.
         return getattr(about, "st_blocks", -(-about.st_size // 512)) * 512
     return 0
 
@@ -163,7 +163,7 @@ def _modified(path: Path) -> float:
 
 
 def free_space(path: Path) -> int | None:
-    """Bytes that are free where a path is or would be; None where nobody says."""
+    """Free bytes on the file system of a path, which need not exist; None if unknown."""
     there = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
     with contextlib.suppress(OSError):
         return shutil.disk_usage(there).free

@@ -1,4 +1,4 @@
-"""Chat templates: the one place that renders a conversation, and the arguments that a model's template takes."""
+"""Render conversations by a model's chat template, and set the template's arguments."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PASSED = ("messages", "tools", "documents", "add_generation_prompt")
-"""What ``apply_chat_template`` always passes, beside the special tokens."""
+"""Variables that ``apply_chat_template`` always passes, besides the special tokens."""
 _GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
-"""A block that transformers adds to Jinja; it reads nothing."""
+"""A block that transformers adds to Jinja; it uses no variables."""
 
 
 def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, answering: bool = True) -> str:
-    """The text of messages with a ``role`` and a ``content``, up to where the assistant's next message starts.
+    """The text of messages with a ``role`` and a ``content``, up to the start of the assistant's next message.
 
-    Not ``answering``, it is the text of the messages alone.
+    If not ``answering``, the text ends with the last message.
 
     Raises:
         UserError: the chat template cannot be rendered, or raises an error.
     """
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering))
-    # A template is a program that comes with the model, so any error in it is possible.
+    # A template is a program that comes with the model and can raise any error.
     except Exception as error:
         reason = message_of(error) or type(error).__name__
         raise UserError("tokenizer", reason=f"the chat template of {_name(tokenizer)} fails: {reason[:300]}") from error
 
 
 def with_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """A tokenizer whose chat template has other defaults for its arguments.
+    """A tokenizer whose chat template has new defaults for its arguments.
 
-    The defaults become part of the template's text, so every use of the tokenizer and of its saved copies has them:
+    The defaults become part of the template's text, so they apply wherever the tokenizer or a saved copy is used:
     training, evaluation, cache keys and exported folders.
 
     Args:
-        tokenizer: it is not changed; the one that is returned is a copy where there are arguments.
-        arguments: values by name, of the types that JSON has, as in ``{"enable_thinking": False}``.
+        tokenizer: the tokenizer, which is not changed. If there are arguments, a copy is returned.
+        arguments: values by name, of JSON types, as in ``{"enable_thinking": False}``.
 
     Raises:
-        UserError: the template does not use an argument, or a value has no JSON type.
+        UserError: the template does not use an argument, or a value does not have a JSON type.
     """
     if not arguments:
         return tokenizer
@@ -71,7 +71,7 @@ def with_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, A
 
 
 def _argument_names(template: str, tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Variables that a template reads and that nothing but an argument gives a value."""
+    """Variables that a template reads and that only arguments can set."""
     import jinja2.meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -86,7 +86,7 @@ def _argument_names(template: str, tokenizer: PreTrainedTokenizerBase) -> set[st
 
 
 def _literal(name: str, value: Any) -> str:
-    """A value as Jinja's grammar has it, which is Python's for the types of JSON."""
+    """A value in Jinja's syntax, which for JSON types is Python's."""
     with contextlib.suppress(TypeError, ValueError):
         if json.loads(json.dumps(value, allow_nan=False)) == value:
             return repr(value)

@@ -1,4 +1,4 @@
-"""Classes that settings name by ``class_path``: a setting makes objects of its own kind and calls nothing else."""
+"""Check the classes that settings name by ``class_path``, so that a setting can only create objects of its kind."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lrsa_lit.errors import UserError
 Kinds = tuple[type, ...]
 
 _LIBRARIES = frozenset({"lightning", "torch"})
-"""Their classes are admitted by type alone: some run a command when they are made."""
+"""Libraries whose classes are allowed only by type, because creating some of them runs a command."""
 
 
 def check_class_path(key: str, path: object) -> str:
-    """Refuse a path into Python's standard library, which has no class for a setting, before anything is imported."""
+    """Refuse a path into Python's standard library, which has no classes for settings, before importing anything."""
     if not isinstance(path, str) or _package(path) in sys.stdlib_module_names:
         raise UserError(f"{key}.class_path".lstrip("."), path, "the name of a class for this setting")
     return path
 
 
 def check_class_paths(key: str, value: Any) -> None:
-    """Apply :func:`check_class_path` to every ``class_path`` within settings that have just been read from a file."""
+    """Apply :func:`check_class_path` to every ``class_path`` in settings that were read from a file."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
         if name == "class_path":
@@ -39,13 +39,13 @@ def named_class(key: str, path: object, kinds: Kinds, owner: type | None = None)
 
     Args:
         key: the setting, for errors.
-        path: what it names; its module is imported. A subclass of ``kinds`` also by its name alone.
+        path: the class path, whose module is imported. For a subclass of ``kinds``, its name is enough.
         kinds: the class must be a subclass of one of these.
-        owner: the class of the object that takes this one as an argument: others of its package are admitted as well,
-            unless it is of Lightning or PyTorch.
+        owner: the class that takes the object as an argument. Other classes of its package are allowed as well, except
+            for Lightning and PyTorch.
 
     Raises:
-        UserError: it is not a class, or not one that is allowed there.
+        UserError: it is not a class, or the class is not allowed there.
     """
     path = check_class_path(key, path)
     for known in _subclasses(kinds) if "." not in path else ():
@@ -66,12 +66,12 @@ def named_class(key: str, path: object, kinds: Kinds, owner: type | None = None)
 
 
 def argument_kinds(owner: type, name: str) -> Kinds:
-    """The classes that a constructor's argument is annotated with, inside of unions and containers too."""
+    """The classes in the annotation of a constructor's argument, including those in unions and containers."""
     for base in owner.__mro__:
         try:
             hints = typing.get_type_hints(vars(base)["__init__"])
         except Exception:
-            # It has none of its own, or annotations that name what only a type checker imports.
+            # The class has no own __init__, or annotations with names that only a type checker imports.
             continue
         if name in hints:
             return tuple(_classes(hints[name]))
@@ -83,13 +83,13 @@ def check_classes(key: str, value: Any, kinds: Kinds, slots: Mapping[str, Kinds]
 
     Args:
         key: the dotted name of ``value``.
-        value: settings as a parser left them, which checks no type where it is ``Any``.
-        kinds: what settings make objects of; arguments of these may also be of the type that they are annotated with.
-        slots: stricter kinds of the objects within some settings, by dotted name.
-        owner: the class that ``value`` is given to, as :func:`named_class` has it.
+        value: parsed settings; the parser does not check types that are ``Any``.
+        kinds: the allowed classes; arguments may also be of the classes in their annotations.
+        slots: stricter kinds for some settings, by dotted name.
+        owner: the class that takes ``value``, as in :func:`named_class`.
 
     Raises:
-        UserError: something there is a class that is not allowed, or a function of Python's standard library.
+        UserError: a class is not allowed, or a function is from Python's standard library.
     """
     if key in slots:
         kinds, owner = slots[key], None
@@ -113,13 +113,13 @@ def _classes(hint: Any) -> Iterator[type]:
     if parts := typing.get_args(hint):
         for part in parts:
             yield from _classes(part)
-    # Any class is an object, and many can be called.
+    # object and Callable are left out, because they would allow almost any class.
     elif inspect.isclass(hint) and hint not in (object, Callable):
         yield hint
 
 
 def _subclasses(kinds: Iterable[type]) -> Iterator[type]:
-    """All of them that are imported."""
+    """All imported subclasses, recursively."""
     for kind in kinds:
         children: list[type] = type.__subclasses__(kind)
         for child in children:
@@ -129,7 +129,7 @@ def _subclasses(kinds: Iterable[type]) -> Iterator[type]:
 
 def _is_any_of(found: type, kinds: Kinds) -> bool:
     for kind in kinds:
-        # Protocols and typed dicts know no subclasses.
+        # Protocols and typed dicts do not support issubclass.
         with contextlib.suppress(TypeError):
             if issubclass(found, kind):
                 return True

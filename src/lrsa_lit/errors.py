@@ -1,4 +1,4 @@
-"""The exception that means "the user can mend this", shown as a single line with exit code 2, and what others say."""
+"""UserError, for mistakes that users can fix, and helpers for one-line messages."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _OPTION = re.compile(
 
 
 class UserError(ValueError):
-    """A mistake in a config, a file or an argument, told in one line.
+    """A mistake in a config, a file or an argument, with a message of one line.
 
-    The command line prints it without a traceback and exits with code 2; library users catch it as a
+    The command line prints it without a traceback and exits with code 2; library users can catch it as a
     :class:`ValueError`.
 
     Args:
-        field: the argument as its owner calls it (``max_tokens``), or the file, variable or option that is wrong.
-        value: what was given; None where there is nothing to show.
-        allowed: what it must be: "an integer >= 1".
-        reason: what is wrong with it, where "is not allowed" says too little: "is a folder".
-        hint: how to mend it, where ``allowed`` says too little: "use ddp instead".
+        field: the name of the wrong argument (``max_tokens``), file, variable or option.
+        value: the given value; None if there is nothing to show.
+        allowed: what the value must be: "an integer >= 1".
+        reason: what is wrong, if "is not allowed" says too little: "is a folder".
+        hint: how to fix it, if ``allowed`` says too little: "use ddp instead".
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def under(key: str) -> Iterator[None]:
-    """Name the arguments of a part by the argument that the part is: ``top_k`` becomes ``KEY.top_k``."""
+    """In a with block, prefix the fields of UserErrors with a key: ``top_k`` becomes ``KEY.top_k``."""
     try:
         yield
     except UserError as error:
@@ -58,7 +58,7 @@ def under(key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def named(field: str) -> Iterator[None]:
-    """Name ``field`` in place of the argument of a part that it was given to."""
+    """In a with block, replace the fields of UserErrors by ``field``."""
     try:
         yield
     except UserError as error:
@@ -67,15 +67,15 @@ def named(field: str) -> Iterator[None]:
 
 
 def message_of(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     return " ".join(str(error).split())
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text of files and stores as a terminal may show it: control characters stand as their escapes in Python.
+    """Make text from files and stores safe for a terminal: control characters become Python escapes.
 
-    Escaped are also line ends, lone surrogates, which no stream can encode, and what turns the direction of writing;
-    ``keep`` holds characters that are not.
+    So do line ends, lone surrogates (which no stream can encode) and characters that change the writing direction.
+    Characters in ``keep`` are not escaped.
     """
 
     def controls(char: str) -> bool:
@@ -86,5 +86,5 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def redacted(text: str) -> str:
-    """Text without the user names and passwords of the addresses in it."""
+    """Remove user names, passwords and tokens from the addresses in a text."""
     return _OPTION.sub(r"\1***", _USER.sub("", text))

@@ -1,4 +1,4 @@
-"""What settings and files name by a class and its arguments, and what can be written down so: compressors, systems."""
+"""Base of objects that settings and files describe by a class and its arguments: compressors, systems."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _SIMPLE: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 class FromSettings:
-    """A base of frozen dataclasses that configs hold.
+    """Base of frozen dataclasses in configs.
 
     Attributes:
-        kind: the plugins' name of what it is.
+        kind: their kind, a key of ``plugins.KINDS``.
     """
 
     kind: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Class name and arguments, as in YAML."""
+        """The class and its arguments, as in YAML."""
         arguments: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
-        # Of others within it, the classes as well.
+        # For nested objects, record their classes, too.
         own = ((name, getattr(self, name)) for name in arguments)
         arguments |= {name: value.to_dict() for name, value in own if isinstance(value, FromSettings)}
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": arguments}
 
     @classmethod
     def from_dict(cls, values: Any, key: str = "") -> Self:
-        """The one that :meth:`to_dict` wrote, or of a name. Only imported classes are found: a file runs no code.
+        """The object from a dict of :meth:`to_dict`, or from a class name. A file cannot cause imports or run code.
 
-        Errors call it ``key``, by default what it is.
+        Errors name ``key``, by default the kind.
         """
         title, base = key or plugins.KINDS[cls.kind].title, plugins.KINDS[cls.kind].base
         values = {"class_path": values} if isinstance(values, str) else values
@@ -59,9 +59,9 @@ class FromSettings:
 
 
 def check_types(found: type, arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of a dataclass whose fields are simple and of another type; others are for it to check.
+    """Check the types of a dataclass's simple arguments; it checks the others itself.
 
-    A parser does this where it knows the class, and a truth value that is a text would be true.
+    Parsers check types only if they know the class. Without this check, the text "false" would count as true.
     """
     for item in dataclasses.fields(found) if dataclasses.is_dataclass(found) else ():
         kind, _, nothing = str(getattr(item.type, "__name__", item.type)).partition(" | ")

@@ -1,7 +1,7 @@
-"""Files and folders that appear under their names only when they are whole.
+"""Write files and folders so that they appear under their names only when they are complete.
 
-While one is written it has a hidden name that ends in ``.partial``, and its writer holds a lock on it. So another
-process can tell it from what a dead process has left.
+Until then they have a hidden name that ends in ``.partial``, and their writer holds a lock. So other processes can
+distinguish them from the remains of dead processes.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # Windows, where what a dead process left stays.
+except ImportError:  # Windows, where the remains of dead processes are not removed.
     fcntl = None  # type: ignore[assignment]
 
 PARTIAL = ".partial"
 REPLACED = ".old"
-"""The end of the hidden name of a folder that is being replaced."""
+"""The suffix of the hidden name of a folder that is being replaced."""
 
 _OURS = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a file that appears under its name only when it is whole and on the disk.
+    """Let ``write`` fill a file, which appears under its name only when it is complete and on the disk.
 
     Raises:
-        OSError: the disk is full, for example. What was at ``path`` before is still there.
+        OSError: writing failed, for example because the disk is full. An existing file at ``path`` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         partial = _hidden(path)
         with partial.open("xb") as file:
             if not lock(file) or not os.fstat(file.fileno()).st_nlink:
-                # Between its creation and its lock, another process has taken it for abandoned.
+                # Before the lock, another process has removed the file as abandoned.
                 continue
             try:
                 write(file)
@@ -54,9 +54,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 @contextlib.contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
-    """A new, empty, hidden folder beside ``target``, for its writer to fill and rename; what is not renamed is removed.
+    """A new hidden folder next to ``target``, for the caller to fill and rename; otherwise it is removed.
 
-    Its mode is what the umask says. What dead processes left half-written beside it is removed.
+    Its mode follows the umask. Half-written files of dead processes next to it are removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent)
@@ -70,9 +70,9 @@ def partial_folder(target: Path) -> Iterator[Path]:
 
 
 def put_in_place(complete: Path, target: Path) -> None:
-    """Give a complete folder its final name, in place of what bears it now; both are on one file system.
+    """Rename a complete folder to its final name, replacing what is there; both must be on the same file system.
 
-    A folder that is not empty cannot be renamed over, so for a moment there is none of that name.
+    A non-empty folder cannot be renamed over, so for a moment nothing has that name.
     """
     old = target.with_name(f".{target.name}{REPLACED}")
     _remove(old)
@@ -83,15 +83,15 @@ def put_in_place(complete: Path, target: Path) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a path has the hidden name of what is being written or replaced, or was when its writer died."""
+    """Whether a path has the hidden name of a file or folder that is, or was, being written or replaced."""
     return bool(_OURS.fullmatch(path.name)) or (path.name.startswith(".") and path.name.endswith(REPLACED))
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, which loses its name first: nobody sees a part of it under that name.
+    """Remove a file or a folder. A folder is renamed first, so that no process sees a part of it under its name.
 
     Raises:
-        OSError: it is not there, or may not be removed.
+        OSError: it does not exist or cannot be removed.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink()
@@ -102,13 +102,13 @@ def remove(path: Path) -> None:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the files and folders that dead processes have left half-written in a folder."""
+    """Remove half-written files and folders of dead processes from a folder."""
     if fcntl is None:
         return
     for partial in parent.iterdir():
         if not _OURS.fullmatch(partial.name) or partial.is_symlink():
             continue
-        # It may be gone by now, or somebody else's: then it stays.
+        # Files that are gone by now or belong to another user are left alone.
         with contextlib.suppress(OSError):
             descriptor = os.open(partial, os.O_RDONLY)
             try:
@@ -119,7 +119,7 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def bring_to_disk(folder: Path) -> None:
-    """Wait until a folder, its files and its folders are on the disk: a rename must not arrive before them."""
+    """Sync a folder with all its files and folders to the disk, so that a later rename cannot get there first."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with Path(parent, name).open("rb") as file:
@@ -128,7 +128,7 @@ def bring_to_disk(folder: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Sync the names in a folder to the disk."""
     if fcntl is None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -145,7 +145,10 @@ def sha256_of(path: Path) -> str:
 
 
 def lock(file: IO[bytes], *, otherwise: bool | None = None) -> bool:
-    """Lock a file, if nobody else has; file systems without locks say ``otherwise``, None being whether it is new."""
+    """Lock a file; false if another process has locked it.
+
+    On file systems without locks the result is ``otherwise``; None means whether the file was just created.
+    """
     return _lock(file.fileno(), created="x" in file.mode if otherwise is None else otherwise)
 
 
@@ -169,11 +172,11 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
     """A new folder beside ``target``, and the descriptor that keeps it locked."""
     while True:
         partial = _hidden(target)
-        # Not tempfile.mkdtemp: nobody else could read what comes of it.
+        # Not tempfile.mkdtemp, whose folders other users cannot read.
         partial.mkdir()
         if fcntl is None:
             return partial, None
-        # Between its creation and its lock, another process may have taken it for abandoned.
+        # Before the lock, another process may have removed it as abandoned.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(partial, os.O_RDONLY)
             if _lock(descriptor, created=True) and partial.is_dir():

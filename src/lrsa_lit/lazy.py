@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that the package itself costs no time."""
+"""Import a package's names when they are first used, so that importing the package is fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` (PEP 562), by the modules (``homes``) that define its names."""
+    """A package's ``__getattr__`` (PEP 562); ``homes`` maps names to the modules that define them."""
 
     def find(name: str) -> Any:
         if name not in homes:

@@ -1,7 +1,7 @@
-"""All that this package uses of Lightning's private members, which may change with any release.
+"""All uses of Lightning's private members, which may change with any release.
 
-Checked with :data:`CHECKED_WITH`. Each function and class says why Lightning's public interface does not do. A test
-holds that no other file reaches for a private member, and that the installed Lightning has those that are used here.
+Checked with the versions :data:`CHECKED_WITH`. Each function and class says why Lightning's public interface is not
+enough. A test checks that no other file uses private members, and that the installed Lightning has those used here.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from lrsa_lit.errors import UserError
 CHECKED_WITH = ("2.6.0", "2.6.6")
 
 BATCHES, VALIDATED = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
-"""Where the state of a fit's loops keeps the progress in batches, and in those of its validation."""
+"""Keys of the progress in training and validation batches in the state of a fit's loops."""
 LOGGED = "epoch_loop.state_dict"
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether a path is on a local disk, by the rule by which Lightning itself opens it."""
+    """Whether a path is on a local disk, by the same rule that Lightning uses to open it."""
     return _is_local_file_protocol(path)
 
 
 def accumulating(trainer: Trainer) -> bool:
-    """Whether gradients of the last batch wait for those of further ones; Lightning tells no callback."""
+    """Whether more batches follow before the next optimizer step; Lightning does not tell callbacks."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation follows on the last batch: a checkpoint that is due waits for it."""
+    """Whether a validation follows the last batch; a due checkpoint waits for it. Lightning does not tell callbacks."""
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def number_logged_steps(trainer: Trainer) -> None:
-    """Give loggers the optimizer's step as theirs: their own counter also counts a batch that Ctrl-C cut short."""
+    """Make loggers use the optimizer's step: Lightning's own counter includes a batch that Ctrl-C interrupted."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def complete_batch(loops: dict[str, Any], validation_follows: bool) -> None:
-    """Count a batch as complete, as Lightning will in a moment, and a validation after it as interrupted at its start.
+    """Mark a batch as complete, as Lightning is about to do, and a following validation as interrupted at its start.
 
-    Lightning itself treats what was saved here, before that moment, as if the validation had been done.
+    Without this, Lightning would treat a state saved at this moment as if the validation had been done.
     """
     batches, validated = loops[BATCHES], loops[VALIDATED]
     for progress in (batches["total"], batches["current"]):
@@ -66,39 +66,39 @@ def complete_batch(loops: dict[str, Any], validation_follows: bool) -> None:
 
 
 def restore_data(trainer: Trainer, loops: dict[str, Any]) -> None:
-    """See to the position in the data, where Lightning does not."""
+    """Restore the position in the data in cases that Lightning does not handle."""
     loop = trainer.fit_loop
     loader, fetcher = loop._combined_loader, loop._data_fetcher
     assert loader is not None
     assert fetcher is not None
     if loop._combined_loader_states_to_load:
-        # Something asked for the data before the checkpoint was restored, as trainer.estimated_stepping_batches does;
+        # Something used the data before the checkpoint was restored, as trainer.estimated_stepping_batches does.
         # Lightning then forgets the position.
         loop._load_combined_loader_states()
         iter(fetcher)
     if loops[BATCHES]["is_last_batch"]:
-        # The epoch has no batch left, but what remains of it, a validation maybe, is still to be done. Loaders whose
-        # state is at the end of an epoch begin the next one: not now, but when Lightning asks for it.
+        # The epoch has no batches left, but its rest, such as a validation, must still run. Loaders whose state is at
+        # the end of an epoch start the next one; this must not happen before Lightning asks for it.
         exhausted = loader._iterator
         loader.reset()
         loader._load_state_dicts(loops["state_dict"]["combined_loader"])
         fetcher.iterator = iter(())
-        # If no epoch follows, Lightning still asks for the number of batches.
+        # Lightning asks for the number of batches even if no epoch follows.
         loader._iterator = exhausted
 
 
 def divides_batches(trainer: Trainer) -> bool:
-    """Whether Lightning would divide the batches among devices; the Trainer takes the setting and does not show it."""
+    """Whether Lightning would divide the batches among devices; the Trainer does not expose this setting."""
     return trainer._accelerator_connector.use_distributed_sampler
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """The trainer that a module is attached to; the public property raises where there is none."""
+    """The trainer that a module is attached to, or None; the public property raises if there is none."""
     return module._trainer  # type: ignore[no-any-return]
 
 
 def setting_names(parser: LightningArgumentParser) -> Iterator[str]:
-    """Names of all settings of a parser and its subcommands, to find the nearest of a misspelt one."""
+    """The names of all settings of a parser and its subcommands, to suggest corrections of misspelt ones."""
     for action in parser._actions:
         if isinstance(action.choices, Mapping):
             for child in action.choices.values():
@@ -107,10 +107,10 @@ def setting_names(parser: LightningArgumentParser) -> Iterator[str]:
 
 
 def counts_before_shares(parser: LightningArgumentParser) -> None:
-    """Let 1 be a count where a setting is a count or a share: one batch, not all of them.
+    """Make the parser read 1 as a count in settings that are a count or a share: one batch, not all of them.
 
-    The parser tries types in their order, and for ``Optional[Union[int, float]]``, which Lightning writes, ``typing``
-    may return ``Optional[Union[float, int]]`` that another library made before.
+    The parser tries types in order. Lightning writes ``Optional[Union[int, float]]``, but ``typing`` may return
+    ``Optional[Union[float, int]]``, cached from another library.
     """
     for action in parser._actions:
         kinds = typing.get_args(getattr(action, "_typehint", None))
@@ -119,17 +119,18 @@ def counts_before_shares(parser: LightningArgumentParser) -> None:
 
 
 class OneMesh(ModelParallelStrategy):
-    """All devices of all machines are one mesh; Lightning's own strategy knows their number too late to be told.
+    """One mesh of all devices of all machines; Lightning's own strategy learns their number too late.
 
     Attributes:
-        context: how many devices, neighbours in rank, share a batch: they are the second dimension of the mesh. Tensor
-            parallelism, which Lightning knows there, has another meaning: its devices make gradients of one batch.
+        context: how many devices with adjacent ranks share a batch; they form the mesh's second dimension. Lightning
+            uses that dimension for tensor parallelism, which is different: its devices all compute the gradients of the
+            whole batch.
     """
 
     context: int = 1
 
     def setup_environment(self) -> None:
-        """Set the size before the mesh is made."""
+        """Set the mesh's size before Lightning creates it."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
         if self.context > 1:
@@ -140,14 +141,14 @@ class OneMesh(ModelParallelStrategy):
 
 
 class OpenModelCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint whose decisions and writing can be overridden: Lightning has no hooks around them."""
+    """ModelCheckpoint whose decisions and writing can be overridden; Lightning has no hooks for them."""
 
     metrics = ModelCheckpoint._monitor_candidates
     nothing_to_save = ModelCheckpoint._should_skip_saving_checkpoint
     saves_on_exception = ModelCheckpoint._should_save_on_exception
 
     def book(self, save: Callable[[Trainer, dict[str, Tensor]], None], trainer: Trainer, metrics: Any) -> None:
-        """Save as one of Lightning's decisions to save does, with its bookkeeping: call ``save(trainer, metrics)``."""
+        """Called for each of Lightning's decisions to save; ``save(trainer, metrics)`` saves with its bookkeeping."""
         save(trainer, metrics)
 
     def write(self, trainer: Trainer, path: str) -> None:
@@ -156,21 +157,21 @@ class OpenModelCheckpoint(ModelCheckpoint):
 
     @property
     def saved(self) -> str:
-        """The checkpoint that was written last; empty if there is none."""
+        """The last written checkpoint; empty if there is none."""
         return self._last_checkpoint_saved
 
     def save_after_validation(self) -> None:
-        """Save when the next validation is done."""
+        """Save after the next validation."""
         self._defer_save_until_validation = True
 
     def save_best(self, trainer: Trainer) -> None:
-        """Save the best and the last ones, as the metrics say."""
+        """Save the best and the last checkpoints, according to the metrics."""
         metrics = self.metrics(trainer)
         self._save_topk_checkpoint(trainer, metrics)
         self._save_last_checkpoint(trainer, metrics)
 
     def save_end(self, trainer: Trainer, *, booked: bool = True) -> None:
-        """Save as ``last``; without :meth:`book` if not ``booked``."""
+        """Save as ``last``, with :meth:`book` only if ``booked``."""
         save = self._save_last_checkpoint if booked else super()._save_last_checkpoint
         save(trainer, self.metrics(trainer))
 
@@ -185,23 +186,23 @@ class OpenModelCheckpoint(ModelCheckpoint):
 
 
 class OpenCLI(LightningCLI):
-    """LightningCLI with hooks where it has none, which leaves a checkpoint's settings alone."""
+    """LightningCLI with additional hooks; it does not read settings from checkpoints."""
 
     build_trainer = LightningCLI._instantiate_trainer
     run_subcommand = LightningCLI._run_subcommand
 
     def asked(self, key: str) -> Any:
-        """A setting of the subcommand as files and flags say."""
+        """A setting of the subcommand, from files and flags."""
         return self._get(self.config, key)
 
     def dumped(self) -> str:
-        """The subcommand's settings as YAML, without those that are linked to others."""
+        """The subcommand's settings as YAML, without those linked to other settings."""
         name = str(self.subcommand)
         options = {"skip_none": False, "skip_link_targets": True, "skip_validation": True, "format": "yaml"}
         return str(self._parser(name).dump(self.config[name], **options))
 
     def adapt(self, parser: LightningArgumentParser, subcommand: str) -> None:
-        """Change the parser of a subcommand; for subclasses."""
+        """A hook for subclasses to change the parser of a subcommand."""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -215,10 +216,10 @@ class OpenCLI(LightningCLI):
         self.run_subcommand(subcommand)
 
     def _parse_ckpt_path(self) -> None:
-        """Keep what the user asked for: Lightning would override it with the checkpoint's settings."""
+        """Do nothing, because Lightning would override the user's settings with the checkpoint's."""
 
     def _set_seed(self) -> None:
-        """Lightning's, with a complaint that names the setting."""
+        """Set the seed as Lightning does, but with errors that name the setting."""
         try:
             super()._set_seed()
         except ValueError as error:

@@ -1,6 +1,6 @@
-"""Classes of one's own: from modules that the user names, and from the entry points of installed packages.
+"""Plugins: classes from modules that the user names, and from the entry points of installed packages.
 
-A file never imports anything: a class that a checkpoint or a config.json names is looked up among those that are known.
+Files never cause imports of user modules: a class named by a checkpoint or a config.json is looked up among known ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lrsa_lit.errors import UserError, message_of
 
 
 class Kind(NamedTuple):
-    """What a plugin can add: its title in messages, the package that exports the shipped ones, and their base there."""
+    """A kind of plugin: its title in messages, the package that exports the shipped classes, and their base class."""
 
     title: str
     home: str
@@ -32,27 +32,27 @@ KINDS = {
     "systems": Kind("system", "lrsa_lit.systems", "System"),
     "objectives": Kind("objective", "lrsa_lit.objectives", "Objective"),
 }
-"""By name. An installed package registers a class as the entry point ``NAME = "module:NAME"`` of ``lrsa_lit.KIND``."""
+"""The kinds by name. Packages register a class as the entry point ``NAME = "module:NAME"`` of ``lrsa_lit.KIND``."""
 
 _added: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 
 
 def names_of(value: object) -> list[str]:
-    """The modules that a setting names: one, or a list; none of Python's standard library, which has no plugins."""
+    """The modules that a setting names, one or a list; those of Python's standard library are refused."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list):
         raise UserError("plugins", value, "a list of modules, such as [my_package]")
     for name in names:
         if not _is_module_name(name):
-            raise UserError("plugins", name, "a module of yours, such as my_package")
+            raise UserError("plugins", name, "one of your modules, such as my_package")
     return list(dict.fromkeys(names))
 
 
 def load(modules: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> None:
-    """Make known the classes of modules that the user names, and those of ``kinds`` that installed packages register.
+    """Register the classes of modules that the user names, and those of ``kinds`` from installed packages.
 
     Raises:
-        UserError: one cannot be imported, or adds a class under a name that another class has.
+        UserError: a module cannot be imported, or a class has the name of another one.
     """
     for name in names_of(list(modules)):
         module = _imported(name, name)
@@ -65,34 +65,34 @@ def load(modules: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> No
             origin = f"{point.value} of {point.dist.name if point.dist else 'a package'}"
             named = getattr(_imported(point.module, origin), point.attr, None)
             if not _is_of(named, kind) or named.__name__ != point.name:
-                raise UserError("plugins", reason=f"{origin} is not a {KINDS[kind].title} of the name {point.name}")
+                raise UserError("plugins", reason=f"{origin} is not a {KINDS[kind].title} named {point.name}")
             _add(kind, named, origin)
 
 
 def registered(kind: str) -> dict[str, type]:
-    """The classes of a kind by name: the shipped ones, then those that :func:`load` has added."""
+    """The classes of a kind by name: the shipped ones, then those added by :func:`load`."""
     home = importlib.import_module(KINDS[kind].home)
     return {found.__name__: found for found in _classes_in(home, kind)} | _added[kind]
 
 
 def added(kind: str) -> dict[str, type]:
-    """The classes of a kind that :func:`load` has added, by name."""
+    """The classes of a kind that :func:`load` added, by name."""
     return dict(_added[kind])
 
 
 def find(kind: str, path: object, key: str) -> type:
     """The class that a file names, if it is imported or registered by an installed package.
 
-    By module and name, or by the name alone: then it is shipped, of a module that was loaded, or registered.
+    The path may be a full path, or only the name of a shipped class, a class of a loaded module, or a registered one.
 
     Raises:
-        UserError: it is neither; the message names the ``key`` in the file and says what would make it known.
+        UserError: the class is unknown; the message names the ``key`` in the file and how to load the class.
     """
     home = importlib.import_module(KINDS[kind].home)
     base = getattr(home, KINDS[kind].base)
     module, _, name = str(path).rpartition(".")
     if f"{module}.".startswith(f"{home.__name__}.") and name in (shipped := registered(kind)):
-        # Wherever the package defines it by now.
+        # Its module within the package may have changed since the file was written.
         return shipped[name]
     for look_again in (True, False):
         if isinstance(path, str) and path in (by_name := registered(kind)):
@@ -104,8 +104,8 @@ def find(kind: str, path: object, key: str) -> type:
             load(kinds=[kind])
     if isinstance(path, str) and not module:
         raise UserError(key, path, f"a {KINDS[kind].base}: {', '.join(sorted(registered(kind)))}")
-    hint = f"; --plugins {module} (in YAML, plugins: [{module}]) would make it known" if _is_module_name(module) else ""
-    raise UserError(key, path, reason=f"is no {KINDS[kind].title} that is known here{hint}")
+    hint = f"; load it by --plugins {module} (in YAML, plugins: [{module}])" if _is_module_name(module) else ""
+    raise UserError(key, path, reason=f"is not a known {KINDS[kind].title}{hint}")
 
 
 def _is_module_name(name: object) -> bool:
@@ -117,25 +117,25 @@ def _is_module_name(name: object) -> bool:
 def _imported(name: str, origin: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    # It is somebody else's code, which can fail in any way.
+    # Foreign code can raise anything.
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {message_of(error)}".removesuffix(": ")
-        hint = "; install it, or name its folder in PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        hint = "; install it, or add its folder to PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
         raise UserError("plugins", reason=f"{origin} cannot be imported ({what}){hint}") from error
 
 
 def _add(kind: str, found: type, origin: str) -> None:
     other = registered(kind).get(found.__name__, found)
     where = f"{other.__module__}.{other.__qualname__}"
-    # A module that was imported anew, as in a notebook, defines the same class.
+    # A module that was imported again, as in a notebook, defines the same class again.
     if where != f"{found.__module__}.{found.__qualname__}":
-        both = f"{origin} has a {KINDS[kind].title} {found.__name__}, and so has {where}"
-        raise UserError("plugins", reason=f"{both}; rename one")
+        both = f"both {origin} and {where} define the {KINDS[kind].title} {found.__name__}"
+        raise UserError("plugins", reason=f"{both}; rename one of them")
     _added[kind][found.__name__] = found
 
 
 def _classes_in(module: ModuleType, kind: str) -> Iterator[type]:
-    """The public, complete classes of a kind that a module or its package defines and the module exports."""
+    """The public, non-abstract classes of a kind that a module exports and its package defines."""
     package = module.__name__.partition(".")[0]
     for name in getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]:
         found = getattr(module, name, None)
@@ -144,7 +144,7 @@ def _classes_in(module: ModuleType, kind: str) -> Iterator[type]:
 
 
 def _is_of(found: object, kind: str) -> TypeGuard[type]:
-    """Whether it is a complete class of a kind; by names, since the base may never have been imported."""
+    """Whether it is a non-abstract class of a kind, judged by names, because the base may not have been imported."""
     if not inspect.isclass(found) or inspect.isabstract(found):
         return False
     home, base = KINDS[kind].home, KINDS[kind].base

@@ -1,4 +1,4 @@
-"""Strategies of Lightning: several devices that share one model by FSDP2, and several processes that share a device."""
+"""Lightning strategies: shard a model over devices (FSDP2), and run several processes per device."""
 
 from __future__ import annotations
 
@@ -38,21 +38,22 @@ _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 class FullySharded(OneMesh):
-    """Each device holds a part of the weights, gradients and optimizer state, and trains on batches of its own (FSDP2).
+    """Each device holds a part of the weights, gradients and optimizer state, and trains on its own batches (FSDP2).
 
-    Checkpoints are folders that any number of devices can load and ``lrsa export`` makes whole; they hold what is
-    trained, which leaves a frozen base out. Lightning's own strategy would read the base back, too, and write in place.
+    Checkpoints are folders that any number of devices can load and that ``lrsa export`` converts to a whole model. They
+    hold only trained weights, without a frozen base. Lightning's own strategy would also read the base back, and would
+    write the checkpoint in place.
 
     Args:
-        context: how many devices share each training batch, every one a part of the tokens of its rows (context
-            parallelism); it divides the number of devices. Evaluations are shared by questions all the same.
+        context: how many devices share each training batch, each with a part of the tokens of its rows (context
+            parallelism). It must divide the number of devices. Evaluations are still divided by questions.
 
     Raises:
-        UserError: it is less than 1, or, where a run begins, no divisor.
+        UserError: ``context`` is less than 1 or, at the start of a run, does not divide the number of devices.
 
     Attributes:
-        reads_shards: that it loads folders of shards.
-        predicts: that devices may get unequal shares of the data, as they do where every question is asked once.
+        reads_shards: whether the strategy loads folders of shards.
+        predicts: whether devices may get unequal shares of the data, as when every question is asked exactly once.
     """
 
     reads_shards = True
@@ -66,36 +67,36 @@ class FullySharded(OneMesh):
         self._loading = Path()
 
     def check_devices(self) -> None:
-        """Raise a UserError if the devices are not so many times those that share a batch."""
+        """Raise a UserError unless ``context`` divides the number of devices."""
         world = self.num_nodes * self.num_processes
         if world % self.context:
             field = "trainer.strategy.init_args.context"
             raise UserError(field, self.context, f"a divisor of {world}, the number of devices")
 
     def setup_environment(self) -> None:
-        """Start the processes and make their mesh."""
+        """Start the processes and create their mesh."""
         self.check_devices()
         super().setup_environment()
 
     @property
     def evaluation_sampler_kwargs(self) -> dict[str, Any]:
-        """Which of the questions this device answers: those that share training batches share these as well."""
+        """How evaluations are divided: over all devices, including those that share training batches."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning asks for the optimizer's state after it has restored the weights."""
+        """True, so that Lightning restores the optimizer's state after the weights."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This process' parts of the trained weights, on the CPU."""
+        """This process's parts of the trained weights, on the CPU."""
         return self._weights(cpu_offload=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a sharded checkpoint beside its place and rename it there once it is complete.
+        """Write a sharded checkpoint under a temporary name and rename it when it is complete.
 
         Raises:
-            OSError: on all processes, if one of them cannot write; what was there before still is.
+            OSError: on all processes, if one of them cannot write; an existing checkpoint is unchanged.
         """
         path = Path(self.broadcast(filepath))
         tensors = {WEIGHTS: checkpoint.pop(WEIGHTS)}
@@ -105,9 +106,9 @@ class FullySharded(OneMesh):
             try:
                 save(tensors, storage_writer=FileSystemWriter(folder))
             except CheckpointException as error:
-                # It is no Exception, and would pass by all who wait for one.
+                # CheckpointException is not a subclass of Exception, so callers would not catch it.
                 raise OSError(f"{path} cannot be written ({next(iter(error.failures.values()))[0]})") from error
-            # Each process has just written its own.
+            # Each process hashes the files that it has just written.
             own = {file.name: sha256_of(file) for file in folder.glob(f"__{self.global_rank}_*")}
             digests = {name: digest for of_one in gathered(own) for name, digest in of_one.items()}
             failure = None
@@ -121,21 +122,24 @@ class FullySharded(OneMesh):
                 raise failure
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """What a checkpoint holds but its tensors; of the weights their shapes, for the module to check.
+        """The contents of a checkpoint without its tensors, but with the weights' shapes, for the module to check.
 
-        It may also be a file that one device or DDP has written; its tensors are there. No code in a checkpoint runs,
-        whatever ``weights_only`` is. A UserError if it is no checkpoint, or a damaged one.
+        A checkpoint file of a single device or of DDP is read with its tensors. No code in a checkpoint runs, whatever
+        ``weights_only`` is.
+
+        Raises:
+            UserError: it is not a checkpoint, or is damaged.
         """
         self._loading = Path(self.broadcast(checkpoint_path))
         with self._readable():
-            # Every process would read all files to check them; the command has, before it started.
+            # The bytes of tensors are not checked here, by every process: the command did it before it started.
             content = read(self._loading, tensors=False)
             if not holds_shards(self._loading):
                 return content
             return {**content, WEIGHTS: empty_weights(self._loading), "optimizer_states": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the trained weights, each process its parts."""
+        """Load the trained weights; each process loads its parts."""
         assert self.model is not None
         if holds_shards(self._loading):
             weights = self._weights()
@@ -148,7 +152,7 @@ class FullySharded(OneMesh):
         set_model_state_dict(self.model, weights, options=options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizer's state, each process its parts."""
+        """Load the optimizer's state; each process loads its parts."""
         assert self.model is not None
         for index, optimizer in enumerate(self.optimizers):
             if holds_shards(self._loading):
@@ -164,21 +168,21 @@ class FullySharded(OneMesh):
     def _weights(self, *, cpu_offload: bool = False) -> dict[str, Any]:
         assert self.model is not None
         assert self.lightning_module is not None
-        # Where adapters alone are trained.
+        # If only adapters are trained.
         partial = not self.lightning_module.strict_loading
         options = StateDictOptions(cpu_offload=cpu_offload, ignore_frozen_params=partial)
         return get_model_state_dict(self.model, options=options)
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
-        """Make one line of what keeps the checkpoint from being read."""
+        """Turn reading errors into a UserError about the checkpoint."""
         try:
             yield
         except Unreadable as error:
             raise unusable(self._loading, error) from error
 
     def _by_name(self, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-        """An optimizer's state with the weights' names in place of their numbers."""
+        """An optimizer's state with the weights' names instead of their indices."""
         assert self.model is not None
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         held = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
@@ -187,15 +191,15 @@ class FullySharded(OneMesh):
 
 
 class SharedDevice(DDPStrategy):
-    """Several processes on each device, to evaluate with: few questions at a time leave a GPU waiting for its process.
+    """Several processes per device, for evaluation: with small batches, a GPU mostly waits for its process.
 
-    They share the questions, each with a copy of the model, and find what one process finds.
+    The processes divide the questions, each with a copy of the model. Results are the same as with one process.
 
     Args:
-        processes: on each of ``trainer.devices``, at least one.
+        processes: number of processes on each of ``trainer.devices``, at least one.
 
     Attributes:
-        trains: that it is for training too.
+        trains: whether the strategy can be used for training.
     """
 
     trains = False
@@ -203,7 +207,7 @@ class SharedDevice(DDPStrategy):
     def __init__(self, processes: int = 2) -> None:
         if processes < 1:
             raise UserError("processes", processes, "an integer >= 1")
-        # NCCL refuses a second process on a device.
+        # NCCL does not support two processes on a device.
         super().__init__(process_group_backend="gloo")
         self._processes = processes
 
@@ -218,24 +222,24 @@ class SharedDevice(DDPStrategy):
         DDPStrategy.parallel_devices.fset(self, shared)  # type: ignore[attr-defined]
 
     def setup_environment(self) -> None:
-        """Start the processes, which share the cores as well."""
+        """Start the processes, and divide the CPU cores among them."""
         super().setup_environment()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_processes))
 
 
 CONTEXT = "context"
-"""The dimension of a mesh along which devices share the tokens of rows."""
+"""The name of the mesh dimension along which devices share the tokens of rows."""
 
 
 def context_of(mesh: DeviceMesh | None) -> torch.distributed.ProcessGroup | None:
-    """The devices that share this one's training batches; None where it shares them with no other."""
+    """The group of devices that share this device's training batches; None if it does not share them."""
     if mesh is None or CONTEXT not in (mesh.mesh_dim_names or ()):
         return None
     return mesh.get_group(CONTEXT)
 
 
 def whole_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh of one dimension over which weights are split: all devices that do not hold different tensors."""
+    """The one-dimensional mesh over which weights are split: all devices, including those that share a batch."""
     if context_of(mesh) is None:
         return mesh["data_parallel"]
     return DeviceMesh(mesh.device_type, mesh.mesh.flatten(), mesh_dim_names=("data_parallel",))
@@ -248,28 +252,28 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = Non
 
     Args:
         model: a causal language model of transformers, or peft's wrapper around it, the same on each process.
-        mesh: of one dimension.
-        dtype: weights are gathered and used in it while the split ones stay in theirs; None: in theirs.
-        layers_alone: leave embeddings, head and final norm whole on each device.
+        mesh: a one-dimensional mesh.
+        dtype: dtype in which weights are gathered and used; the split weights keep theirs. None means their own dtype.
+        layers_alone: split only the layers; embeddings, head and final norm stay whole on each device.
 
     Raises:
-        UserError: the model does not say what its layers are, or its weights are packed in 4 bits.
+        UserError: the model does not declare its layers, or its weights are quantised to 4 bits.
     """
     base = base_of(model)
     names = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in names]
     if not layers:
-        raise UserError("strategy", type(base).__name__, reason="does not say what its layers are; use ddp instead")
+        raise UserError("strategy", type(base).__name__, reason="does not declare its layers; use ddp instead")
     if any(not weight.is_floating_point() for weight in base.parameters()):
         raise UserError("strategy", reason="quantized weights cannot be sharded; use ddp instead")
-    # Inputs keep their dtype: autocast decides what runs in which, as on one device.
+    # Inputs keep their dtype, because autocast chooses dtypes as on one device.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
-        # Without a root above them layers would stay whole after their first use.
+        # Without this, layers that have no sharded root above them would stay whole after their first use.
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if layers_alone:
         return
-    # The Hugging Face model is the root and not peft's wrapper: that one is left out when it generates.
+    # The root is the Hugging Face model, because generation bypasses peft's wrapper.
     module_of_class = type(base).__module__
     fully_shard(base, mesh=mesh, mp_policy=policy)
     # transformers reads the source of that module to learn whether the attention can be exchanged.

@@ -1,6 +1,6 @@
-"""What reaches the terminal beside plain prints: text is shown as it is, whatever files and stores have in it.
+"""Print and log to the terminal with text shown literally, even if it comes from files and stores.
 
-Rich would take brackets in a path or a name for markup, and fail at some, and would hand on control characters.
+By default, Rich would interpret brackets in paths and names as markup, fail on some, and pass on control characters.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from lrsa_lit.errors import printable, redacted
 
 
 class PlainConsole(Console):
-    """A console for which no text is markup, in tables and their titles too."""
+    """A console that treats no text as markup, including tables and their titles."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options | {"markup": False, "emoji": False, "highlight": False})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Rich's, of the text as it is."""
+        """Render text literally."""
         return super().render_str(printable(text, keep="\n"), **options | {"markup": False, "emoji": False})
 
     def say(self, line: str) -> None:
-        """Print a line unwrapped, so that paths and commands in it can be copied."""
+        """Print a line without wrapping, so that paths and commands in it can be copied."""
         self.print(printable(line), soft_wrap=True)
 
 
 class _Formatter(logging.Formatter):
-    """One line for a message of this project; those of others may have several, and so may tracebacks."""
+    """Prints this project's messages in one line each; messages of others and tracebacks may have several lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
         own = record.name.partition(".")[0] == "lrsa_lit"
@@ -39,7 +39,7 @@ class _Formatter(logging.Formatter):
 
 
 def log_to(console: Console | None = None) -> None:
-    """Log warnings, and this project's lines, to a console; to the standard output if there is none."""
+    """Log all warnings and this project's messages to a console; to standard output if None."""
     handler = RichHandler(console=console or PlainConsole(), show_path=False, show_time=False)
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler])

@@ -1,4 +1,4 @@
-"""Folders that are sealed with the size and SHA-256 of each file, and checked when they are opened."""
+"""Seal folders with the size and SHA-256 of each file, and check them when they are opened."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 from lrsa_lit.io import bring_to_disk, partial_folder, put_in_place, sha256_of, sync_names
 
 SEAL = "seal.json"
-"""Holds ``{"files": {name: {"size": bytes, "sha256": hex}}}``; the last file that is written."""
+"""The seal's file, which is written last: ``{"files": {name: {"size": bytes, "sha256": hex}}}``."""
 
 
 def build(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let ``fill`` write a folder that appears under its name only when it is whole, sealed and on the disk.
+    """Let ``fill`` write a folder, which appears under its name only when it is complete, sealed and on the disk.
 
-    What bears the name already is replaced, unless it is sealed and undamaged: then another process was first.
+    An existing folder is replaced, unless it is sealed and undamaged, because then another process was first.
 
     Raises:
-        OSError: the disk is full, for example. What bore the name before still does, and nothing is left beside it.
+        OSError: writing failed, for example because the disk is full. An existing folder is unchanged, and no partial
+            folder is left.
     """
     with partial_folder(folder) as partial:
         fill(partial)
         seal(partial)
         try:
             if not folder.exists():
-                # Fails where another process was first: its folder, which may be in use by now, stays.
+                # This fails if another process was first; its folder, which may be in use by now, is kept.
                 partial.rename(folder)
             elif damage(folder) is not None:
                 put_in_place(partial, folder)
@@ -38,7 +39,7 @@ def build(folder: Path, fill: Callable[[Path], object]) -> None:
 
 
 def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
-    """Bring a folder to the disk and write its :data:`SEAL`; ``digests`` are those that are known, by path in it."""
+    """Write a folder's :data:`SEAL` and sync the folder to the disk; ``digests`` are known ones, by relative path."""
     known = digests or {}
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": known.get(name) or sha256_of(folder / name)}
@@ -49,15 +50,16 @@ def seal(folder: Path, digests: Mapping[str, str] | None = None) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether the folder has a seal; folders of earlier versions have none."""
+    """Whether the folder has a seal; folders from earlier versions do not."""
     return (folder / SEAL).is_file()
 
 
 def damage(folder: Path) -> str | None:
     """What differs from the seal, in a few words; None if nothing does.
 
-    Names and sizes are compared each time, contents once a process: again only where a file has changed since. Hidden
-    files that the seal does not name are passed over: systems leave theirs, such as ``.DS_Store`` or ``.nfs0123``.
+    Names and sizes are compared each time. Contents are compared once per process, and again if a file has changed
+    since. Hidden files that the seal does not name are ignored, because systems create some (``.DS_Store``,
+    ``.nfs0123``).
     """
     try:
         files = _sealed(folder)
@@ -79,7 +81,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _sealed(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files that the seal names, sorted; an OSError if there is no seal, or it is damaged itself."""
+    """The files in the seal, sorted; an OSError if the seal is missing or damaged."""
     path = folder / SEAL
     try:
         files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["files"]
@@ -87,17 +89,17 @@ def _sealed(folder: Path) -> dict[str, dict[str, Any]]:
             entry["size"] + 0, entry["sha256"] + ""
         return dict(sorted(files.items()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OSError(None, "it is no seal", str(path)) from error
+        raise OSError(None, "it is not a seal", str(path)) from error
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a folder, as paths within it; hidden ones too, but not the seal."""
+    """The files of a folder as relative paths, including hidden ones, without the seal."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in found if name != SEAL)
 
 
 def version(path: Path) -> tuple[int, ...]:
-    """What changes when a file does, as far as the file system knows."""
+    """Numbers from the file system that change when a file changes."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

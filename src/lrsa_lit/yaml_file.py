@@ -1,4 +1,4 @@
-"""YAML that users write: what is wrong with it is said in one line, and nothing in it is dropped unseen."""
+"""Read YAML from users: errors are reported in one line, and nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MOST_VALUES = 100_000
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What a parser would not be done with, or not tell: values too large or without end, keys that are no names."""
+    """YAML that other parsers accept or hang on: values that are too large or endless, and keys that are not names."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML's own loader would keep the last one alone.
+    """Refuses a key that occurs twice in a mapping; YAML's own loader would silently keep the last one.
 
-    Reads 2e-4 as the number that it is to the command line: YAML 1.1 takes it, without a dot, for a name.
+    Reads 2e-4 as a number, as the command line does; in YAML 1.1 it is a string, because it has no dot.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
                 raise _Refused(problem=problem, problem_mark=key.start_mark)
             name = key.tag, str(key.value)
             if name in seen and key.tag != _MERGE:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark)
             seen.add(name)
         return node
 
@@ -52,7 +52,7 @@ _Loader.add_implicit_resolver(
 
 
 def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """How many values a node would have with its aliases written out; _Refused if too many, or without end."""
+    """The number of values in a node with expanded aliases; _Refused if there are too many or infinitely many."""
     if counts.get(node):
         return counts[node]
     if node in counts:
@@ -63,14 +63,14 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
         parts = [part for pair in parts for part in pair]
     total = 1 + sum(_count(part, counts) for part in parts)
     if total > _MOST_VALUES:
-        problem = f"it holds more than {_MOST_VALUES} values, counting repeated ones"
+        problem = f"it contains more than {_MOST_VALUES} values, counting repeated ones"
         raise _Refused(problem=problem, problem_mark=node.start_mark)
     counts[node] = total
     return total
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file in UTF-8 holds.
+    """The mapping in a YAML file, which must be UTF-8.
 
     Raises:
         UserError: it cannot be read, is not YAML or not a mapping, has a key twice, contains itself, or is too large.
@@ -86,7 +86,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(str(path), reason="it is nested too deeply") from None
     except (yaml.YAMLError, OSError, ValueError) as error:
-        # ValueError: text that is not UTF-8, a date that there is not, or an integer of thousands of digits.
+        # ValueError: text that is not UTF-8, an invalid date, or an integer of thousands of digits.
         raise UserError(str(path), reason=f"it cannot be read as YAML ({message_of(error)})") from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
@@ -95,10 +95,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def check_bounds(key: str, text: str | Path) -> None:
-    """Check that YAML, or a file of it, has an end, before a library reads it; what else is wrong, that one says.
+    """Check that YAML text or a YAML file is finite, before a library reads it, which reports other errors.
 
     Raises:
-        UserError: it contains itself, or is nested too deeply or too large; ``key`` is set to it.
+        UserError: the value of ``key`` contains itself, is nested too deeply, or is too large.
     """
     try:
         if isinstance(text, Path):
@@ -117,4 +117,4 @@ def check_bounds(key: str, text: str | Path) -> None:
 
 def _check_size(path: Path) -> None:
     if (size := path.stat().st_size) > _MOST_BYTES:
-        raise UserError(str(path), reason=f"it has {size} bytes; settings may have {_MOST_BYTES}")
+        raise UserError(str(path), reason=f"it has {size} bytes; settings may have at most {_MOST_BYTES}")

@@ -250,7 +250,7 @@ def test_a_bad_instruction_is_refused_with_its_file_and_line(row, said, tmp_path
 def test_files_that_are_not_there_are_refused(tmp_path):
     with refused("train", reason="neither train, val nor test"):
         ChatFiles()
-    with refused("val", str(tmp_path / "no.jsonl"), reason="is no file that exists"):
+    with refused("val", str(tmp_path / "no.jsonl"), reason="is not an existing file"):
         list(ChatFiles(val=str(tmp_path / "no.jsonl"), tokenizer=tiny_tokenizer()).records("val"))
     with refused("test", str(tmp_path), reason="is a folder without any file that ends in .jsonl"):
         list(ChatFiles(test=str(tmp_path), tokenizer=tiny_tokenizer()).records("test"))

@@ -66,18 +66,16 @@ class LongContextQA(lightning.LightningModule):
             with a new optimizer; null starts from the backbone. Ignored with ``--ckpt_path``, except for head_gates.
         optimizer: the optimizer, created with the trainable parameters.
         lr_scheduler: the learning-rate schedule, stepped after each optimizer step; null keeps the rate constant.
-        train_attention: changes to the rule during training ({} for none, {top_k: 64} for another K); null trains with
-            dense attention.
+        train_attention: changes to the rule in training ({} for none, {top_k: 64} for another K); null trains dense.
         train_top_k: a schedule of K over training steps: linear (AnnealedTopK) or random (SampledTopK); null keeps the
             training attention's K.
         head_gates: train only gates of heads, and evaluate DuoAttention with them; null trains weights.
         spectra: train only scores of the singular values of keys and values (SoCo), and evaluate with the kept
             components; null trains weights.
         digests: train vectors that replace the context, with a frozen LLM (IC-Former); null trains weights.
-        evaluate: further attentions to evaluate with the same weights, by name: {dense: null, k16: {top_k: 16}}. An
-            entry with ``dense_layers: {only: 30}`` expands to 30 attentions NAME-0 to NAME-29, each with only that
-            layer dense; {only: 30, beside: [18]} also keeps layer 18 dense; {all_but: 30} makes all layers but one
-            dense.
+        evaluate: further attentions to evaluate with the same weights, by name: {dense: null, k16: {top_k: 16}}.
+            ``dense_layers: {only: 30}`` expands to 30 attentions NAME-0 to NAME-29, each with only that layer dense;
+            {only: 30, beside: [18]} also keeps layer 18 dense; {all_but: 30} makes all layers but one dense.
         max_new_tokens: the most tokens of a generated answer.
         generate_answers: whether validation and test generate answers; if false, they compute only losses.
         template_arguments: arguments of the model's chat template, such as {enable_thinking: false}.
@@ -159,11 +157,10 @@ class LongContextQA(lightning.LightningModule):
         return self.head_gates or self.spectra or self.digests
 
     def check_objective(self, max_tokens: int, steps: int) -> None:
-        """Check the objective, its teachers and the trained part against the data, the model and the length of the fit.
+        """Check the objective, its teachers and the trained part.
 
         Raises:
-            UserError: the objective needs more tokens or layers than there are, a teacher does not fit the model, or
-                the trained part cannot be trained in ``steps``.
+            UserError: it needs more tokens or layers, a teacher does not fit, or ``steps`` are too few for the part.
         """
         if self.part is not None:
             self.part.check(max_tokens, steps)
@@ -363,8 +360,7 @@ class LongContextQA(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the metrics of an evaluation."""
-        # Decoders may remain from an evaluation that failed: weights may have changed since, and tensors made in
-        # inference mode cannot be reused.
+        # Decoders of a failed evaluation: weights may have changed, and inference-mode tensors cannot be reused.
         self._greedy.clear()
         self.on_predict_epoch_start()
         data = getattr(self.trainer, "datamodule", None)
