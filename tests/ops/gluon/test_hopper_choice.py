@@ -1,5 +1,6 @@
 """Which calls go to the Hopper kernels, and that the log says once if only Triton's version keeps them away."""
 
+import importlib
 import logging
 
 import pytest
@@ -25,14 +26,25 @@ def choice(tensor, caplog, calls=1):
     return chosen[0], [record.getMessage() for record in caplog.records]
 
 
-def test_another_triton_is_named_once_with_the_one_that_has_the_kernels(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("installed", "state"),
+    [("9.8.7", "is not known to compile them"), ("3.8.0", "compiles them, but no GPU has run them with it")],
+)
+def test_another_triton_is_named_once_with_the_one_that_has_the_kernels(installed, state, monkeypatch, caplog):
     monkeypatch.setattr(hopper, "CHECKED", False)
-    monkeypatch.setattr(hopper.triton, "__version__", "9.8.7")
+    monkeypatch.setattr(hopper.triton, "__version__", installed)
     chosen, warnings = choice(FITTING, caplog, calls=3)
     assert not chosen
     (warning,) = warnings
-    assert "triton 3.6" in warning
-    assert "9.8.7" in warning
+    assert "have run with triton 3.6 alone (torch 2.11 has 3.6); " in warning
+    assert warning.endswith(f"triton {installed}, which is installed, {state}")
+
+
+def test_the_installed_triton_has_what_the_kernels_name():
+    assert set(hopper.RAN_WITH) <= set(hopper.COMPILES_WITH)
+    assert hopper._is_among(hopper.COMPILES_WITH), "benchmarks/hopper_compile.py tells whether it compiles them"
+    for name in ("forward_pipeline", "query_gradient_pipeline", "key_gradient_pipeline"):
+        importlib.import_module(f"lrsa_lit.ops.sparse_attention.gluon.{name}")
 
 
 def test_nothing_is_said_where_the_kernels_run(monkeypatch, caplog):

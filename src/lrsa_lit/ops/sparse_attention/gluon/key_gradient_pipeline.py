@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -161,8 +160,8 @@ def _produce(buffers, stages, descriptors, scalars, work, rule):
             mbarrier.wait(key_free.index(i_half), (i_round & 1) ^ 1)
             mbarrier.expect(b_full, d_key.block_type.nbytes + d_value.block_type.nbytes)
             i_half_row = i_row + i_half * HALF
-            tma.async_copy_global_to_shared(d_key, [i_b, i_h, i_half_row, 0], b_full, s_key.index(i_half))
-            tma.async_copy_global_to_shared(d_value, [i_b, i_h, i_half_row, 0], b_full, s_value.index(i_half))
+            pipeline.load_block(d_key, [i_b, i_h, i_half_row, 0], b_full, s_key.index(i_half))
+            pipeline.load_block(d_value, [i_b, i_h, i_half_row, 0], b_full, s_value.index(i_half))
         i_query_row = gl.load(p_sequence + device.QUERY_ROW)
         i_group = i_h * group + i_split * (group // work[6])
         for i_block in range(n_full + n_masked):
@@ -176,13 +175,13 @@ def _produce(buffers, stages, descriptors, scalars, work, rule):
             mbarrier.wait(block_free.index(i_buffer), i_parity ^ 1)
             mbarrier.expect(b_full, d_query.block_type.nbytes + d_do.block_type.nbytes)
             i_m_row = i_query_row + i_m
-            tma.async_copy_global_to_shared(d_query, [i_b, i_head, i_m_row, 0], b_full, s_query.index(i_buffer))
-            tma.async_copy_global_to_shared(d_do, [i_b, i_head, i_m_row, 0], b_full, s_do.index(i_buffer))
+            pipeline.load_block(d_query, [i_b, i_head, i_m_row, 0], b_full, s_query.index(i_buffer))
+            pipeline.load_block(d_do, [i_b, i_head, i_m_row, 0], b_full, s_do.index(i_buffer))
             # Rows start anywhere, and the copy engine only where 16 bytes do.
             i_scalar = (i_b * heads * group + i_head).to(gl.int64) * n_queries + i_m_row
             m_m = i_m + o_m < cuts[5]
-            async_copy.async_copy_global_to_shared(s_lse.index(i_buffer), p_lse + i_scalar + o_m, mask=m_m)
-            async_copy.async_copy_global_to_shared(s_delta.index(i_buffer), p_delta + i_scalar + o_m, mask=m_m)
+            pipeline.load_scalars(s_lse.index(i_buffer), p_lse + i_scalar + o_m, mask=m_m)
+            pipeline.load_scalars(s_delta.index(i_buffer), p_delta + i_scalar + o_m, mask=m_m)
             async_copy.mbarrier_arrive(b_full, increment_count=False)
             i_step += 1
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -25,6 +26,11 @@ visible_range = gluon.jit(device.visible_range.fn)
 split_blocks = gluon.jit(device.split_blocks.fn)
 masked_block = gluon.jit(device.masked_block.fn)
 first_seen_by = gluon.jit(device.first_seen_by.fn)
+
+# Triton 3.7 and 3.8 have renamed them.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+load_scalars = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 _ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
@@ -127,9 +133,9 @@ def _copy_block(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free)
     mbarrier.wait(free.index(i_buffer), i_parity ^ 1)
     mbarrier.expect(full.index(i_buffer), d_raw.block_type.nbytes)
     if m_compact:
-        tma.async_copy_global_to_shared(d_compact, i_from, full.index(i_buffer), s_rows.index(i_buffer))
+        load_block(d_compact, i_from, full.index(i_buffer), s_rows.index(i_buffer))
     else:
-        tma.async_copy_global_to_shared(d_raw, i_from, full.index(i_buffer), s_rows.index(i_buffer))
+        load_block(d_raw, i_from, full.index(i_buffer), s_rows.index(i_buffer))
 
 
 @gluon.jit
@@ -157,7 +163,7 @@ def produce_tiles(queries, keys, values, full, free, work, rule, group):
             mbarrier.expect(b_full, n_queries * queries[0][0].block_type.nbytes)
             i_from = [i_b, i_h, i_row + i_half * HALF, 0]
             for i in gl.static_range(n_queries):
-                tma.async_copy_global_to_shared(queries[i][0], i_from, b_full, queries[i][1].index(i_query))
+                load_block(queries[i][0], i_from, b_full, queries[i][1].index(i_query))
         i_raw_row = gl.load(p_sequence + device.KEY_ROW)
         i_compact_row = gl.load(p_sequence + device.COMPACT_ROW)
         for i_block in range(n_all):
@@ -191,4 +197,4 @@ def clear(s_rows, count):
         o_row = i_row + gl.arange(0, 32, gl.SliceLayout(1, layout))
         s_part.store(gl.where((o_row < count)[:, None], b_rows, gl.zeros_like(b_rows)))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()

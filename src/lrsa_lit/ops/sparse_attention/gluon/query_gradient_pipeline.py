@@ -289,7 +289,7 @@ def _store(b_dq, s_rows, query_free, i_b, i_h, i_row, i_first, i_low, i_high, re
     s_rows.store((b_dq * scale).to(s_rows.dtype))
     b_rows = s_rows.load(layout)
     fence_async_shared()
-    gl.thread_barrier()
+    pipeline.thread_barrier()
     mbarrier.arrive(query_free)
     o_row, m_row = pipeline.own_rows(i_first, i_low, i_high, layout)
     o_dim = gl.arange(0, n_dim, gl.SliceLayout(0, layout))
