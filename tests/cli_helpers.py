@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-DEBUG = ["--config", "configs/debug/tiny.yaml"]
+WHOLE = ["--config", "configs/debug/tiny.yaml"]
+"""The debug config as it is."""
+DEBUG = [*WHOLE, "--config", str(Path(__file__).with_name("short.yaml"))]
+"""The same with fewer questions and shorter answers."""
 NO_LOGGER = ["--trainer.logger", "false"]
 STOPS = (signal.SIGINT, signal.SIGTERM)
 

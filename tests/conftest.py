@@ -80,7 +80,19 @@ def pytest_collection():
     finally:
         gc.collect()
         gc.freeze()
+        # Tests make many objects that live shortly, and few in cycles: looking for these as often as usual takes 3 %.
+        gc.set_threshold(10_000, 10, 10)
         gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """Models of the slow tests may have gigabytes, and their trainers are cycles."""
+    try:
+        return (yield)
+    finally:
+        if item.get_closest_marker("slow"):
+            gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

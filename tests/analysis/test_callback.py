@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import DEBUG, elsewhere, forwards, recorded_runs  # noqa: F401 - a fixture
+from cli_helpers import DEBUG, WHOLE, elsewhere, forwards, recorded_runs  # noqa: F401 - a fixture
 from helpers import refused
 
 from lrsa_lit.analysis.callback import CaptureSelections
@@ -24,7 +24,7 @@ CAPTURE = ["--config", "configs/experiment/selections.yaml"]
 
 
 def test_before_and_after_training_are_artifacts_and_metrics(tmp_path):
-    main(["fit", *DEBUG, *CAPTURE])
+    main(["fit", *WHOLE, *CAPTURE])
     (run,) = recorded_runs(tmp_path / "runs/mlflow.db", "debug")
     folder = next((tmp_path / "runs/artifacts").rglob("selections"))
     assert sorted(file.name for file in folder.iterdir()) == sorted(
@@ -56,7 +56,7 @@ def test_it_costs_a_forward_of_the_samples_and_no_other(tmp_path):
         "trainer:\n  callbacks+:\n    - class_path: lrsa_lit.analysis.callback.CaptureSelections\n"
         "      init_args: {samples: 3, figures: false}\n"
     )
-    batches = ["--data.init_args.eval_batch_size", "2"]
+    batches = ["--data.init_args.eval_batch_size", "2", "--data.init_args.limit", "{val: 4}"]
     without = forwards(*batches)
     assert not list(tmp_path.rglob("selections"))
     # Three samples lie in two batches, and are recorded twice.

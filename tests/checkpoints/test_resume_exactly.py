@@ -42,7 +42,7 @@ def fits(tmp_path_factory):
     root = tmp_path_factory.mktemp("fits")
     recorded_fit.write_records(root / "records.jsonl", 10)
     (root / "common.yaml").write_text(yaml.safe_dump(recorded_fit.common(root / "records.jsonl", STEPS)))
-    unpacked = {"data": {"init_args": {"packing": None, "batch_size": 2, "num_workers": 0}}}
+    unpacked = {"data": {"init_args": {"packing": None, "batch_size": 2, "num_workers": 0}}, "model": {"evaluate": {}}}
     full, lora = recorded_fit.cases()
     changes = {
         "plain": (full, {}),

@@ -8,7 +8,7 @@ import sys
 import processes
 import pytest
 import torch
-from cli_helpers import DEBUG, NO_LOGGER, refusal
+from cli_helpers import DEBUG, NO_LOGGER, WHOLE, refusal
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.models.checkpoint import load_trained
@@ -110,7 +110,7 @@ def test_processes_that_share_a_device_find_what_one_does(tmp_path):
     found = []
     for name, options in (("one", []), ("two", ["--trainer.strategy", SHARED])):
         options += ["--data.init_args.eval_batch_size", "3", "--trainer.default_root_dir", name]
-        arguments = ["test", *DEBUG, *NO_LOGGER, "--trainer.accelerator", "cpu", "--trainer.callbacks", WRITERS]
+        arguments = ["test", *WHOLE, *NO_LOGGER, "--trainer.accelerator", "cpu", "--trainer.callbacks", WRITERS]
         if name == "one":
             main([*arguments, *options])
         else:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from cli_helpers import DEBUG, interruptible, refusal
+from cli_helpers import DEBUG, WHOLE, interruptible, refusal
 from helpers import refused
 
 from lrsa_lit.attention import LRSAConfig
@@ -148,7 +148,7 @@ def test_lengths_of_data_that_is_tokenised(tmp_path, capfd):
     )
     data.prepare_data("fit")
     before = sorted(tmp_path.rglob("*"))
-    main(["fit", *DEBUG, "--estimate", "--trainer.accumulate_grad_batches", "3"])
+    main(["fit", *WHOLE, "--estimate", "--trainer.accumulate_grad_batches", "3"])
     shown = " ".join(capfd.readouterr().out.split())
     assert "lengths of 8 batches" in shown
     assert sorted(tmp_path.rglob("*")) == before

@@ -5,12 +5,12 @@ import shlex
 import signal
 
 import pytest
-from cli_helpers import DEBUG, NO_LOGGER, refusal
+from cli_helpers import NO_LOGGER, WHOLE, interruptible, refusal
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.data.growing_file import GrowingFile
 
-QUICK = [*DEBUG, "--data.init_args.eval_batch_size", "8", "--max-new-tokens", "6"]
+QUICK = [*WHOLE, "--data.init_args.eval_batch_size", "8", "--max-new-tokens", "6"]
 PAIRS = ["preference-pairs", "--judge", "tiny", "--to", "pairs", "--pairs", "4", *QUICK]
 SUMMARISE = ["summarise", "--writer", "tiny", "--to", "s.jsonl", "--splits", "val", *QUICK]
 
@@ -103,7 +103,7 @@ def recorded(added, add=GrowingFile.add):
 
 def test_ctrl_c_says_that_the_command_goes_on(monkeypatch, capfd):
     monkeypatch.setattr(GrowingFile, "add", lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit) as stop:
+    with interruptible(), pytest.raises(SystemExit) as stop:
         main(SUMMARISE)
     assert stop.value.code == 130
     assert "lrsa: what is done is kept in s.jsonl; the same command goes on" in capfd.readouterr().err
@@ -120,7 +120,7 @@ BARE = '{"id": "1", "passages": [{"title": "T", "text": "It rains."}], "question
 MISTAKES = [
     (["preference-pairs", "--to", "p", *QUICK], "--judge: it is needed"),
     (["preference-pairs", "--judge", "tiny", *QUICK], "--to: it is needed"),
-    ([*PAIRS, "--judge", "./no"], "--judge: './no' is no folder"),
+    ([*PAIRS, "--judge", "./no"], "--judge: './no' is not a folder"),
     ([*PAIRS, "--pairs", "1"], "--pairs: '1' is not allowed"),
     ([*PAIRS, "--estimate"], "--estimate: it is not allowed for preference-pairs"),
     ([*PAIRS, "--jugde", "x"], "jugde: no such setting; the nearest are judge"),

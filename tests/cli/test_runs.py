@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cli_helpers import DEBUG, NO_LOGGER, before_step, ctrl_c, recorded_runs
+from cli_helpers import DEBUG, NO_LOGGER, WHOLE, before_step, ctrl_c, recorded_runs
 
 from lrsa_lit.cli.main import main
 
@@ -16,7 +16,7 @@ BRIEF = [*DEBUG, *NO_LOGGER, "--data.init_args.limit", "{val: 1}"]
 
 
 def test_fit_then_test_then_predict_then_validate(tmp_path, capfd):
-    main(["fit", *DEBUG])
+    main(["fit", *WHOLE])
     shown = capfd.readouterr().out
     assert "Validation on 8 questions, step 0 → step 4" in shown
     assert re.search(r"LRSA .* → ", shown)
@@ -36,17 +36,17 @@ def test_fit_then_test_then_predict_then_validate(tmp_path, capfd):
     assert not {"val/cache", "val/dense/pairs", "val/token_seconds"} & set(run.data.metrics)
 
     checkpoint = next((tmp_path / "runs").rglob("last.ckpt"))
-    main(["test", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])
+    main(["test", *WHOLE, "--ckpt_path", str(checkpoint), *NO_LOGGER])
     assert "Test on 8 questions" in capfd.readouterr().out
 
-    main(["predict", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])
+    main(["predict", *WHOLE, "--ckpt_path", str(checkpoint), *NO_LOGGER])
     lines = [json.loads(line) for line in (tmp_path / "runs/predict-1/predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 8
     fields = {"id", "prediction", "gold", "f1", "exact_match", "prompt_tokens", "new_tokens", "config"}
     assert set(lines[0]) == fields
     assert not list((tmp_path / "runs").rglob("*.partial"))
 
-    main(["validate", *DEBUG, "--ckpt_path", str(checkpoint), *NO_LOGGER])
+    main(["validate", *WHOLE, "--ckpt_path", str(checkpoint), *NO_LOGGER])
     assert "Validation on 8 questions" in capfd.readouterr().out
 
 
@@ -189,7 +189,7 @@ def test_mixed_precision_runs(capfd):
 def test_a_single_validation_is_shown_as_one_and_the_last_checkpoint_named(tmp_path, capfd):
     main(["fit", *DEBUG, *NO_LOGGER, "--validate_first", "false", "--trainer.max_steps", "2"])
     shown = capfd.readouterr().out
-    assert "Validation on 8 questions, step 2" in shown
+    assert "Validation on 2 questions, step 2" in shown
     assert "→" not in shown
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert f"Last checkpoint: {checkpoint.relative_to(tmp_path)}" in shown

@@ -193,7 +193,7 @@ def test_a_fit_ends_with_the_commands_that_go_on_with_it(capfd):
     assert command[:2] == ["lrsa", "test"]
     assert command[-2:] == ["--ckpt_path", checkpoint]
     main(command[1:])
-    assert "Test on 8 questions" in capfd.readouterr().out
+    assert "Test on 2 questions" in capfd.readouterr().out
 
 
 def test_the_test_of_a_resumed_fit_takes_its_last_checkpoint(capfd):

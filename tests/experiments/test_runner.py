@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import warm
 from cli_helpers import before_step, refusal
 from experiments import tiny_study
 from experiments.executors import Fabricated, InProcess
@@ -17,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments import commands
+from lrsa_lit.experiments import commands, jobs
 from lrsa_lit.experiments.questions import Questions
 from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.experiments.results import Results, read_lines
@@ -66,9 +67,10 @@ def test_a_vocabulary_that_16_bits_cannot_count_a_stop_and_a_report(tmp_path, mo
         assert not run.run(run.chosen(["few"]), InProcess())
     assert not (tmp_path / "results.jsonl").exists()
     # The same in processes of their own, from the checkpoint on.
-    main(
-        ["study", "run", str(study_file), "--part", "few", "--data", "data", "--out", "results.jsonl", "--work", "work"]
-    )
+    files = ["--data", "data", "--out", "results.jsonl", "--work", "work"]
+    with warm.commands() as command, monkeypatch.context() as patch:
+        patch.setattr(jobs, "command_line", command)
+        main(["study", "run", str(study_file), "--part", "few", *files])
     shown = capfd.readouterr().out
     assert "training resumes" in shown
     assert "few: done" in shown

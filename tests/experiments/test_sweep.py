@@ -9,6 +9,7 @@ import threading
 from multiprocessing.connection import Client, Listener
 
 import pytest
+import warm
 from cli_helpers import DEBUG, before_step, ctrl_c, elsewhere, interruptible, recorded_runs, refusal
 from helpers import refused
 from mlflow.tracking import MlflowClient
@@ -98,6 +99,14 @@ def fits(elsewhere, monkeypatch):
 
 
 @pytest.fixture
+def quickly(monkeypatch):
+    """Real fits, in processes that start at once."""
+    with warm.commands() as command:
+        monkeypatch.setattr(jobs, "command_line", command)
+        yield
+
+
+@pytest.fixture
 def runs(elsewhere):
     """The runs by name; of several of one name the latest."""
 
@@ -113,7 +122,7 @@ def rows(shown):
 
 
 @pytest.mark.slow
-def test_real_fits_one_of_which_fails(runs, monkeypatch, capfd):
+def test_real_fits_one_of_which_fails(quickly, runs, monkeypatch, capfd):
     # No question fits into 20 tokens, which the config alone does not show.
     asked = ["sweep", *DEBUG, *SHORT, "--grid", "data.init_args.max_tokens=20,4096"]
     with pytest.raises(SystemExit) as stop:
@@ -214,7 +223,7 @@ def test_a_point_is_another_one_where_the_budgets_in_a_file_are(elsewhere):
 
 
 @pytest.mark.slow
-def test_a_stopped_fit_goes_on_from_its_checkpoint_in_its_run(elsewhere, runs, monkeypatch, capfd):
+def test_a_stopped_fit_goes_on_from_its_checkpoint_in_its_run(quickly, elsewhere, runs, monkeypatch, capfd):
     (point,) = points(parse(["model.lrsa.top_k=4"]), DEBUG, FitSettings())
     monkeypatch.setenv("MLFLOW_RUN_CONTEXT", json.dumps({sweep.POINT: point.digest}))
     with before_step(2, ctrl_c), pytest.raises(SystemExit):

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrsa_lit.models.tiny import tiny_config, tiny_tokenizer
 
-VOCABULARY = 130_000
+VOCABULARY = 66_000
 
 
 def _files(**splits: str | None) -> dict[str, Any]:

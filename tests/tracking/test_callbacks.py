@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from cli_helpers import DEBUG, before_step, recorded_runs
+from cli_helpers import DEBUG, WHOLE, before_step, recorded_runs
 from mlflow.tracking import MlflowClient
 
 from lrsa_lit.attention import LRSAConfig
@@ -98,7 +98,7 @@ def test_no_mfu_where_the_peak_is_unknown(elsewhere):
 
 
 def test_sample_predictions_of_each_validation(elsewhere):
-    main(["fit", *DEBUG, "--data.init_args.eval_batch_size", "3"])
+    main(["fit", *WHOLE, "--data.init_args.eval_batch_size", "3"])
     (path,) = (elsewhere / "runs/artifacts").rglob("predictions.json")
     table = json.loads(path.read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
@@ -113,7 +113,7 @@ def test_sample_predictions_of_each_validation(elsewhere):
 
 
 def test_all_answers_of_the_last_validation(elsewhere):
-    main(["fit", *DEBUG, "--data.init_args.eval_batch_size", "3", "--trainer.callbacks", ONE_IN_THE_TABLE])
+    main(["fit", *WHOLE, "--data.init_args.eval_batch_size", "3", "--trainer.callbacks", ONE_IN_THE_TABLE])
     (run,) = recorded_runs(elsewhere / "runs/mlflow.db", "debug")
     (path,) = (elsewhere / "runs/artifacts").rglob("val.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
