@@ -61,7 +61,7 @@ def test_texts_have_a_perplexity(tmp_path, capfd):
     loss, perplexity = (next(row for row in cells if row[2] == name) for name in ("answer loss", "perplexity"))
     for one, other in zip(loss[3:], perplexity[3:], strict=True):
         assert float(other) == pytest.approx(math.exp(float(one)), rel=1e-2)
-    assert "With nothing behind the first tokens that are context alone, so left out: " in shown
+    assert "Left out, as no token follows their context (scored_from): " in shown
 
 
 def test_chats_and_texts_mix_with_questions_under_every_objective(tmp_path, capfd):

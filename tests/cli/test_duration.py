@@ -55,4 +55,4 @@ def test_on_a_cpu_it_is_guessed_before_the_first_batch(answers, minutes, monkeyp
             callback.on_validation_batch_end(trainer, task)
     assert lengths == [1, 1, 64]
     (guessed,) = [record.getMessage() for record in caplog.records]
-    assert f"about {minutes} minutes (2 batches under 1 attention, guessed from 64 tokens" in guessed
+    assert f"about {minutes} minutes (2 batches under 1 attention, estimated from 64 tokens" in guessed

@@ -53,7 +53,7 @@ def test_ruler_gives_each_task_a_line(tmp_path, capfd):
         lines = [line for line in found if line["task"] == task]
         means = [sum(line[name]["recall"] for line in lines) / len(lines) for name in ("LRSA", "dense")]
         assert values == [f"{mean:.3f}" for mean in means]
-    assert re.search(r"Longer than max_new_tokens \(4\), so never given in full: 1\d of 18 reference", shown)
+    assert re.search(r"Longer than max_new_tokens \(4\), so never generated in full: 1\d of 18 reference", shown)
     assert not list((tmp_path / "runs").rglob("*.partial"))
 
 

@@ -1,4 +1,4 @@
-"""What a run shows and writes at its end, and a check of the metrics that callbacks watch."""
+"""Callbacks that print and write a run's results, and one that checks monitored metrics."""
 
 from lrsa_lit.callbacks.duration import ValidationDuration
 from lrsa_lit.callbacks.end_of_run import (

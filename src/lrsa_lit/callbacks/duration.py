@@ -1,4 +1,4 @@
-"""How long the first validation will take, where that is long: a fit shows nothing else before it is done."""
+"""A notice of how long the first validation will take if it is long: a fit shows nothing else until it is done."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lrsa_lit.tasks import LongContextQA
 
 _log = logging.getLogger("lrsa_lit")
 LONG = 60.0
-"""Seconds; a shorter validation needs no word."""
+"""Seconds; shorter validations get no notice."""
 
 _PIECE = 64
-"""Tokens that are timed in place of a batch."""
+"""Number of tokens that are timed in place of a batch."""
 
 
 class ValidationDuration(Callback):
-    """Log the expected duration of the first long validation, judged by its first batch.
+    """Log the expected duration of the first long validation, estimated from its first batch.
 
-    On a CPU that batch may take minutes itself, so before it the duration is guessed from the time of a few tokens.
+    On a CPU, this batch alone may take minutes, so the duration is first estimated from the time of a few tokens.
     """
 
     def __init__(self) -> None:
@@ -35,35 +35,35 @@ class ValidationDuration(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any = None, *_: Any, **__: Any
     ) -> None:
-        """Note when the first batch begins; on a CPU, guess what it and the others will take."""
+        """Start the clock at the first batch; on a CPU, also log an estimate from a few tokens."""
         if self._told or self._since is not None:
             return
         if isinstance(pl_module, LongContextQA) and pl_module.device.type == "cpu":
             self._say(
-                _guessed(pl_module, batch), trainer, pl_module, f"guessed from {_PIECE} tokens of its first batch"
+                _guessed(pl_module, batch), trainer, pl_module, f"estimated from {_PIECE} tokens of its first batch"
             )
         self._since = time.perf_counter()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Tell what the other batches will take, if they are as long."""
+        """Log the duration of all batches, assuming that they are as long as the first."""
         if self._told or self._since is None:
             return
         self._told = True
-        self._say(time.perf_counter() - self._since, trainer, pl_module, "judged by its first batch")
+        self._say(time.perf_counter() - self._since, trainer, pl_module, "estimated from its first batch")
 
     def _say(self, seconds: float, trainer: Trainer, pl_module: LightningModule, how: str) -> None:
-        """Log what all batches take, if one takes so long."""
+        """Log how long all batches take if one takes ``seconds``."""
         batches = sum(map(int, trainer.num_val_batches))
         if seconds * batches > LONG:
             attentions = len(getattr(pl_module, "attentions", {})) or 1
             of = f"{batches} batches under {attentions} attention{'' if attentions == 1 else 's'}, {how}"
-            hint = "fewer questions: data.init_args.limit; none before training: --validate_first false"
+            hint = "for fewer questions, set data.init_args.limit; to skip it before training, --validate_first false"
             _log.info("This validation will take about %s (%s; %s)", _text(seconds * batches), of, hint)
 
 
 @torch.no_grad()
 def _guessed(task: LongContextQA, batch: Any) -> float:
-    """Seconds of a batch: a pass for its losses and, with answers, one more to read prompts, then token by token."""
+    """Estimated seconds of a batch: one pass for losses and, with answers, a prefill and one pass per new token."""
     ids: Tensor = batch["input_ids"]
 
     def seconds(tokens: int) -> float:
@@ -72,7 +72,7 @@ def _guessed(task: LongContextQA, batch: Any) -> float:
         return time.perf_counter() - begun
 
     with using(task.model, None), uncompiled():
-        # The first call makes what others find.
+        # The first call does one-time initialisation, so it is not timed.
         seconds(1)
         one, piece = seconds(1), seconds(_PIECE)
     each = piece / min(_PIECE, ids.shape[1]) * ids.numel()

@@ -1,4 +1,4 @@
-"""What a run shows at its end: scores, what was left out, and where the run, its answers and checkpoints are."""
+"""Summaries at the end of a run: scores, left-out questions, and the places of run, answers and checkpoints."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ _FITTED = {**SCORES, "perplexity": "perplexity"}
 _EVALUATED = {**SCORES, "recall": "recall", "perplexity": "perplexity"}
 _STAGES = {"val": "Validation", "test": "Test"}
 _COLUMNS = 5
-"""Attentions that fit into a table side by side."""
+"""Maximum number of attentions that fit side by side in a table."""
 _BATCHES = 10
-"""Over which a term's loss is averaged at either end of a fit."""
+"""Number of batches over which a term's loss is averaged at the start and end of a fit."""
 
 
 class ValidationHistory(Callback):
-    """Keep what each whole validation of a run has found.
+    """Keep the metrics of each complete validation of a run.
 
     Attributes:
-        history: of each validation the optimizer step and its metrics ``val/…``.
+        history: the optimizer step and the metrics ``val/…`` of each validation.
     """
 
     def __init__(self) -> None:
         self.history: list[tuple[int, dict[str, float]]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed fit goes on from, so that it begins where the run began."""
+        """The history for a checkpoint, so that a resumed fit still has the run's first validations."""
         return {"history": [[step, values] for step, values in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the validations of the run so far; a UserError if they are none."""
+        """Restore the history of the run; raise a UserError if it has a wrong form."""
         key = f"callbacks.{type(self).__name__}.history"
         for number, entry in enumerate(state_dict["history"]):
             check_form(entry, [0, {}], f"{key}.{number}")
@@ -56,45 +56,45 @@ class ValidationHistory(Callback):
         self.history = [(step, values) for step, values in state_dict["history"]]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metrics of a whole validation."""
+        """Keep the metrics of a complete validation."""
         if not trainer.sanity_checking:
             values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             self.history.append((trainer.global_step, values))
 
 
 class ClosingSummary(ABC):
-    """What a fit closes with.
+    """The summary at the end of a fit.
 
     Attributes:
-        history: as :class:`ValidationHistory` has it.
+        history: see :class:`ValidationHistory`.
     """
 
     history: list[tuple[int, dict[str, float]]]
 
     @abstractmethod
     def show(self, trainer: Trainer) -> None:
-        """Print it on the first process, once the progress bar is gone."""
+        """Print the summary on the first process, after the progress bar has closed."""
 
 
 class FitSummary(ValidationHistory, ClosingSummary):
-    """Keep what each validation found, for a table: every attention's scores before and after training.
+    """Print a table at the end of a fit: every attention's scores before and after training.
 
-    "Before" is the validation that ran at step 0, "after" the last one. Where an objective has several terms, a second
-    table has the mean loss of each over the first and over the last batches that the first process trained on.
+    "Before" is the first validation (at step 0), "after" the last one. If the objective has several terms, a second
+    table has the mean loss of each term over the first and over the last batches of the first process.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.losses: dict[str, tuple[list[Any], list[Any]]] = {}
-        """Of each term of the objective: in the first batches and in the last ones."""
+        """For each term of the objective: losses of the first batches, and of the last ones."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed fit goes on from, so that its tables begin where the run began."""
+        """The state for a checkpoint, so that the tables of a resumed fit still cover the start of the run."""
         losses = {name: [list(map(float, end)) for end in ends] for name, ends in self.losses.items()}
         return super().state_dict() | ({"losses": losses} if losses else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the validations and losses of the run so far; a UserError if they are none."""
+        """Restore the validations and losses of the run; raise a UserError if they have a wrong form."""
         super().load_state_dict(state_dict)
         losses = state_dict.get("losses", {})
         check_form(losses, {}, "callbacks.FitSummary.losses")
@@ -104,7 +104,7 @@ class FitSummary(ValidationHistory, ClosingSummary):
         self.losses = {name: (first, last) for name, (first, last) in losses.items()}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Keep the losses of the objective's terms, without waiting for the device."""
+        """Keep the losses of the objective's terms, without synchronising with the device."""
         terms = pl_module.objective.terms if isinstance(pl_module, LongContextQA) else ()
         for term in terms if len(terms) > 1 else ():
             loss = trainer.callback_metrics[f"train/loss/{term.name}"].detach().clone()
@@ -113,7 +113,7 @@ class FitSummary(ValidationHistory, ClosingSummary):
             last[:] = [*last, loss][-_BATCHES:]
 
     def show(self, trainer: Trainer) -> None:
-        """Print the summary on the first process, once the progress bar is gone."""
+        """Print the summary on the first process, after the progress bar has closed."""
         if not trainer.is_global_zero:
             return
         console = PlainConsole()
@@ -124,7 +124,7 @@ class FitSummary(ValidationHistory, ClosingSummary):
             console.print(_summary_table(self.history, own, getattr(data, "noun", QADataModule.noun)))
         if self.losses:
             console.print(_losses_table(self.losses))
-        # Without a validation in training there is no best one.
+        # Without a validation during training, there is no best checkpoint.
         for kind, name in (("Best", "best_model_path"), ("Last", "last_model_path")):
             if checkpoint := getattr(trainer.checkpoint_callback, name, ""):
                 console.say(f"{kind} checkpoint: {checkpoint}")
@@ -133,7 +133,7 @@ class FitSummary(ValidationHistory, ClosingSummary):
 
 
 def _summary_table(history: Sequence[tuple[int, dict[str, float]]], own: str, noun: str) -> Table:
-    """First and last entry side by side, with a row for each attention; a single entry stands alone."""
+    """A table with one row per attention: scores of the first and last entry, or of the only one."""
     ends, last = [*history[:1], *history[1:][-1:]], history[-1][1]
     steps = " → ".join(f"step {step}" for step, _ in ends)
     found_of = {name.rpartition("/")[2] for name in last}
@@ -143,14 +143,14 @@ def _summary_table(history: Sequence[tuple[int, dict[str, float]]], own: str, no
     for prefix in sorted({name.removeprefix("val/").rpartition("/")[0] for name in last}):
         stem = f"val/{prefix}/" if prefix else "val/"
         found = [[values.get(stem + name, math.nan) for _, values in ends] for name in known]
-        # The parts of an evaluation have no loss of their own.
+        # Parts of an evaluation have no loss.
         shown = ("" if math.isnan(scores[-1]) else " → ".join(f"{score:.3f}" for score in scores) for scores in found)
         table.add_row(prefix or own, *shown)
     return table
 
 
 def _losses_table(losses: Mapping[str, tuple[Sequence[Any], Sequence[Any]]]) -> Table:
-    """A row for each term of an objective, before its weight."""
+    """A table with one row per term of an objective; losses are not weighted."""
     count = min(len(first) for first, _ in losses.values())
     table = Table("training loss")
     for end in ("first", "last"):
@@ -173,7 +173,7 @@ def _counted(count: float, noun: str) -> str:
 
 
 def _show_run(trainer: Trainer, console: PlainConsole) -> None:
-    """Name the run and the command that compares it with others, where something is recorded."""
+    """Print the run, and the command that compares it with others, if runs are recorded."""
     for other in others_of(trainer):
         console.say(f"{type(other).__name__}: {run_folder(trainer) if other is trainer.logger else other.save_dir}")
     if (logger := mlflow_run(trainer)) is not None:
@@ -184,7 +184,7 @@ def _show_run(trainer: Trainer, console: PlainConsole) -> None:
 
 
 def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, split: Split) -> None:
-    """Print what an evaluation found, what it left out and where its answers are, on the first process."""
+    """Print the results of an evaluation, the left-out questions and the files of answers, on the first process."""
     if not trainer.is_global_zero:
         return
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -197,7 +197,7 @@ def show_evaluation(trainer: Trainer, model: LongContextQA, data: QADataModule, 
 
 
 def show_answers(trainer: Trainer) -> None:
-    """Print where the answers of an evaluation and its run are, on the first process."""
+    """Print the files of an evaluation's answers and its run, on the first process."""
     if not trainer.is_global_zero:
         return
     console = PlainConsole()
@@ -209,16 +209,16 @@ def show_answers(trainer: Trainer) -> None:
 
 
 def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrites: str = "", asks: bool = True) -> None:
-    """Print what goes on with a fit's checkpoint: the test with the fit's arguments, and questions about a text.
+    """Print commands for the next steps with a fit's checkpoint: a test, and questions about a text.
 
-    With the checkpoint of a fit on pairs of rewritings, summaries go on in the place of questions.
+    For a model trained on pairs of rewritings, the command summarises passages instead of asking questions.
 
     Args:
-        checkpoint: the best one.
-        arguments: what followed ``lrsa fit``.
+        checkpoint: path of the best checkpoint.
+        arguments: the arguments of ``lrsa fit``, which the test repeats.
         tests: whether the data set has a test split.
-        rewrites: the source of the model, where it was trained on pairs of rewritings.
-        asks: whether the checkpoint is one that ``lrsa ask`` takes.
+        rewrites: the model's source if it was trained on pairs of rewritings; otherwise "".
+        asks: whether ``lrsa ask`` accepts the checkpoint.
     """
     console = PlainConsole()
     if tests:
@@ -244,10 +244,10 @@ def _without(arguments: Sequence[str], flag: str) -> list[str]:
 def _evaluation_tables(
     metrics: Mapping[str, float], model: LongContextQA, data: QADataModule, split: Split
 ) -> list[Table]:
-    """What an evaluation found, with a column for each attention, or a line for each where they are many.
+    """Tables of an evaluation's results, with one column per attention, or one row per attention if there are many.
 
-    There is a line for each part of the evaluation with the score that it is published with (the loss, if nothing else
-    was asked for), then all scores of all questions, that score in bold, then what each attention took.
+    With columns, there is one row per part with its published metric (or the loss, if no answers were generated), then
+    all scores over all questions with the published metric in bold, then the cost of each attention.
     """
     names, own = list(model.attentions), title_of_own(model.lrsa, model.attentions)
     scores = {name: label for name, label in _EVALUATED.items() if f"{split}/{name}" in metrics}
@@ -256,7 +256,7 @@ def _evaluation_tables(
 
     def values(group: str, score: str) -> list[str]:
         found = [metrics.get(f"{stem}{group}{score}", math.nan) for stem in stems]
-        # Fewer than all batches may leave a part without a question.
+        # If not all batches are run, a part may have no question.
         return ["-" if math.isnan(value) else f"{value:.3f}" for value in found]
 
     taken = {name: label for name, label in MEASURES.items() if any(f"{stem}{name}" in metrics for stem in stems)}
@@ -289,7 +289,7 @@ def _evaluation_tables(
 
 
 def _evaluation_notes(data: QADataModule, split: Split, new_tokens: int | None) -> list[str]:
-    """Lines on questions that were left out or cut, and on answers that were given too little room, if any were."""
+    """Notes on questions that were left out or cut, and on answers that max_new_tokens is too small for, if any."""
     totals: Counter[str] = Counter()
     for name, count in data.report[split].items():
         totals[name.rpartition("/")[2]] += count
@@ -300,10 +300,8 @@ def _evaluation_notes(data: QADataModule, split: Split, new_tokens: int | None) 
     notes = {
         f"Left out, as they exceed {budget}: {{}} {data.noun}s{f' ({tasks})' if tasks else ''}": totals["too_long"],
         f"Cut in the middle of the context, as they exceed {budget}: {{}} of {kept} {data.noun}s": totals["truncated"],
-        f"With nothing behind the first tokens that are context alone, so left out: {{}} {data.noun}s": totals[
-            "too_short"
-        ],
-        f"Longer than max_new_tokens ({new_tokens}), so never given in full: {{}} of {kept} reference answers": (
+        f"Left out, as no token follows their context (scored_from): {{}} {data.noun}s": totals["too_short"],
+        f"Longer than max_new_tokens ({new_tokens}), so never generated in full: {{}} of {kept} reference answers": (
             0 if new_tokens is None else data.unanswerable(split, new_tokens)
         ),
     }

@@ -1,4 +1,4 @@
-"""What an evaluation was: the model, its attentions, and the questions."""
+"""The description of an evaluation: the model, its attentions, and the questions."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from lrsa_lit.tracking.machine import describe
 
 
 def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
-    """What decides an evaluation's answers, as plain values.
+    """Everything that decides an evaluation's answers, as plain values.
 
     Returns:
-        - ``machine``: its device, the commit and the versions of libraries;
+        - ``machine``: the device, the commit and the versions of libraries;
         - ``command`` ("test" or "validate"), ``split`` ("test" or "val"), ``checkpoint`` (a path, or null);
         - ``model`` (its name), ``layers``, ``dtype`` of its weights, ``precision`` of the trainer;
-        - ``generated``: whether there are answers, and not losses alone; ``max_new_tokens``;
-        - ``attentions``: for each name, as in the lines of the answers, ``rule`` (null is dense) and ``rule_digest``
-          ("dense" for that);
-        - ``measured``: for each name, where there are answers, what the attention took, by the names of
+        - ``generated``: whether answers were generated, or only losses computed; ``max_new_tokens``;
+        - ``attentions``: for each name in the lines of answers, ``rule`` (null is dense) and ``rule_digest`` ("dense"
+          for dense attention);
+        - ``measured``: for each name, if answers were generated, the cost of the attention, by the names of
           :data:`~lrsa_lit.tasks.measures.MEASURES`;
-        - ``filtered``: for each data set whose contexts a filter has shortened, what that has left, by the names of
+        - ``filtered``: for each data set with a context filter, what the filter left, by the names of
           :data:`~lrsa_lit.data.filters.filter_measures.MEASURES`;
-        - ``data_sets``: for each name, as in those lines ("" without a mixture), ``set_digest``, ``questions``,
-          ``length`` (mean tokens), ``contexts`` (for each question the number of its context) and ``kv_share`` (for
-          each attention, the key-value pairs that it attends to as a share of all). The lines of a data set are in the
-          order of ``contexts``.
+        - ``data_sets``: for each name in these lines ("" without a mixture), ``set_digest``, ``questions``, ``length``
+          (mean tokens), ``contexts`` (the number of each question's context, in the order of the lines) and
+          ``kv_share`` (for each attention, the share of key-value pairs that it attends to).
     """
     command = "validate" if trainer.state.fn == "validate" else "test"
     split: Split = "val" if command == "validate" else "test"
@@ -65,7 +64,7 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
 
 def _measured(trainer: Trainer, stem: str) -> dict[str, Any]:
     values = {name: trainer.callback_metrics.get(f"{stem}{name}") for name in MEASURES}
-    # JSON has no NaN, as which a second token stands that no answer had.
+    # JSON has no NaN, which is the time of a second token if no answer has one.
     return {name: float(value) for name, value in values.items() if value is not None and not value.isnan()}
 
 

@@ -1,4 +1,4 @@
-"""What a context filter has left, as a table at the end of an evaluation."""
+"""A table, at the end of an evaluation, of what a context filter left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lrsa_lit.data.module import QADataModule, Split
 
 
 def filter_tables(data: QADataModule, split: Split) -> list[Table]:
-    """One with a column for each data set of a mixture whose contexts are filtered; none without a filter."""
+    """A table with one column per filtered data set; an empty list without a filter."""
     report = data.report[split]
     parts = {part: context_measures(report, part) for part in filtered_parts(report)}
     if not parts:

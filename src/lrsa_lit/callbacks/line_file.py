@@ -1,4 +1,4 @@
-"""JSON lines that are written as they come, one file in the end, and never over others."""
+"""JSONL files that are written line by line, merged over processes at the end, and never overwrite a file."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _log = logging.getLogger("lrsa_lit")
 
 
 class LineFile:
-    """A file of JSON lines that are written as they come.
+    """A file of JSON lines that are written one by one.
 
-    Each of several processes writes a file. In the end the first process makes one of them, in the order of the
-    positions; but processes of several machines, whose disks may differ, keep theirs.
+    With several processes, each writes its own file. At the end, the first process merges them in the order of
+    positions. On several machines, whose disks may differ, the files are kept separate.
 
     Args:
-        key: the setting of the path, for errors.
-        path: as the user named it; None is a new file in the run's folder.
-        name: of that file.
+        key: the setting that names the path, for errors.
+        path: the path given by the user; None is a new file in the run's folder.
+        name: name of that new file.
 
     Attributes:
-        written: the files, on the first process, when they are complete.
+        written: the complete files, on the first process; empty before.
     """
 
     def __init__(self, key: str, path: str | None, name: str) -> None:
@@ -42,7 +42,7 @@ class LineFile:
         self.written: list[Path] = []
 
     def check(self) -> None:
-        """Raise a UserError if there is a folder or a file of the path already."""
+        """Raise a UserError if the path already exists."""
         if self._path is None:
             return
         path = Path(self._path)
@@ -53,7 +53,7 @@ class LineFile:
                 raise self._exists(taken)
 
     def begin(self, trainer: Trainer) -> None:
-        """Open the file; a UserError if it exists or cannot be written."""
+        """Open the file; raise a UserError if it exists or cannot be written."""
         self.check()
         self.written, self._positions = [], []
         try:
@@ -64,27 +64,28 @@ class LineFile:
             raise self._unwritable(self._path or error.filename, error) from None
 
     def write(self, lines: Iterable[Any], positions: Iterable[int]) -> None:
-        """Add lines, each with its position among those of all processes; they reach the disk's cache at once.
+        """Write lines, each with its position among the lines of all processes, without buffering.
 
-        A UserError if the disk is full, for example; the whole lines before are kept.
+        Raises:
+            UserError: a line cannot be written, for example because the disk is full; earlier lines are kept.
         """
         assert self._file is not None
         for line, position in zip(lines, positions, strict=True):
             start, text = self._file.tell(), json.dumps(line, ensure_ascii=False) + "\n"
             try:
-                # Unbuffered, so a line is there or it is not. Lone surrogates are no UTF-8.
+                # Unbuffered, so a line is written completely or not at all. UTF-8 cannot encode lone surrogates.
                 rest = memoryview(text.encode("utf-8", "backslashreplace"))
                 while rest:
                     rest = rest[self._file.write(rest) :]
             except OSError as error:
                 self._file.truncate(start)
                 self._close()
-                kept = f"; the {len(self._positions)} answers before stand in {self._partial}"
+                kept = f"; the {len(self._positions)} answers before are in {self._partial}"
                 raise self._unwritable(self._partial, error, kept) from None
             self._positions.append(position)
 
     def finish(self, trainer: Trainer) -> None:
-        """Give the lines of all processes their place and name, and log the file as an artifact."""
+        """Merge the lines of all processes into the final file, and log it as an artifact."""
         if self._file is None:
             return
         self._close()
@@ -98,11 +99,11 @@ class LineFile:
                 self._join(parts)
         if trainer.is_global_zero:
             self.written = targets
-            # Those of another machine may stand on a disk of its own.
+            # Files of other machines may be on disks that this machine cannot read.
             upload(trainer, [path for path in targets if path.is_file()])
 
     def _join(self, parts: list[tuple[Path, list[int]]]) -> None:
-        """Write the lines of all processes in order, then remove the files that these have written."""
+        """Write the lines of all processes in order, then remove the files of the single processes."""
         try:
             lines = [line for path, positions in parts
                      for line in zip(positions, path.read_bytes().splitlines(keepends=True), strict=True)]  # fmt: skip
@@ -113,16 +114,16 @@ class LineFile:
             path.unlink()
 
     def stop(self) -> None:
-        """Close the file where the evaluation ends early; without a line there is none."""
+        """Close the file if the evaluation ends early; an empty file is removed."""
         if self._file is None:
             return
         self._close()
         if self._positions:
-            _log.warning("The %d answers so far stand in %s", len(self._positions), self._partial)
+            _log.warning("The %d answers so far are in %s", len(self._positions), self._partial)
             return
         self._partial.unlink(missing_ok=True)
         if self._path is None:
-            # The run's folder, unless something else is in it.
+            # Remove the run's folder, unless it contains something else.
             with contextlib.suppress(OSError):
                 self._target.parent.rmdir()
 
@@ -132,7 +133,7 @@ class LineFile:
         self._file = None
 
     def _open(self, asked: Path, process: str) -> None:
-        """Open the file; in the run's folder the next one whose name is free, for a run may be evaluated again."""
+        """Open the file; in the run's folder, with the next free name, because a run may be evaluated again."""
         for target in numbered(asked) if self._path is None else [asked]:
             self._target = target
             self._own = self._target.with_name(f"{self._target.stem}{process}{self._target.suffix}")

@@ -1,4 +1,4 @@
-"""A metric that a callback watches and that there is not ends a run in one line, at the first validation."""
+"""A check, at the first validation, that the metrics that callbacks monitor exist."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lrsa_lit.errors import UserError
 
 
 class MonitoredMetrics(Callback):
-    """Refuse a ``monitor`` that is no metric, once a validation says which there are.
+    """Raise a UserError for a ``monitor`` that is not a metric, once a validation shows which metrics exist.
 
-    It stands before the callbacks that it looks at: EarlyStopping would end the run with a traceback.
+    It must come before the callbacks that it checks, because EarlyStopping would end the run with a traceback.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise a UserError if a callback watches a metric that there is not."""
+        """Raise a UserError if a callback monitors a metric that does not exist."""
         if trainer.sanity_checking:
             return
         known = list(trainer.callback_metrics)
@@ -23,7 +23,7 @@ class MonitoredMetrics(Callback):
             monitor = getattr(callback, "monitor", None)
             if monitor is None or monitor in known or not getattr(callback, "strict", True):
                 continue
-            # A training may log others later, for which a checkpoint can wait and EarlyStopping does not.
+            # Training may log other metrics later. A checkpoint callback can wait for them; EarlyStopping does not.
             if monitor.startswith("val/") or (trainer.state.fn == "fit" and isinstance(callback, EarlyStopping)):
-                told = f"{type(callback).__name__} cannot monitor {monitor!r}; there are {', '.join(known)}"
+                told = f"{type(callback).__name__} cannot monitor {monitor!r}; metrics are {', '.join(known)}"
                 raise UserError("callbacks", reason=told)

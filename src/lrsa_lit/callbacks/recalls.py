@@ -1,4 +1,4 @@
-"""What an evaluation of a sentence encoder shows and writes."""
+"""Callbacks that print and write the results of sentence encoders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TITLES = {"": "encoder", "bm25": "BM25", "random": "random"}
 
 
 class RecallSummary(ValidationHistory, ClosingSummary):
-    """Keep what each validation found, for a table: recalls of supporting sentences before and after training."""
+    """Print a table at the end of a fit: recall of supporting sentences before and after training."""
 
     def show(self, trainer: Trainer) -> None:
         """Print the summary on the first process, once the progress bar is gone."""
@@ -33,10 +33,11 @@ class RecallSummary(ValidationHistory, ClosingSummary):
 
 
 class RecallWriter(LineWriter, Callback):
-    """Write what a test, or a validation by itself, finds for each question, as JSON lines in the order of the split.
+    """Write the results of ``lrsa test`` or ``lrsa validate`` for each question, as JSON lines in the split's order.
 
-    A line has ``id``, ``tokens`` of the context, the number of ``supporting`` sentences and, of ``encoder``, ``bm25``
-    and ``random``, how many of these are kept at each budget in percent. The file is an artifact of the run too.
+    A line has ``id``, ``tokens`` of the context, and the number of ``supporting`` sentences. For ``encoder``, ``bm25``
+    and ``random``, it has the number of supporting sentences kept at each budget in percent. The file is also an
+    artifact of the run.
 
     Args:
         path: the file, which must not exist; null is ``recalls.jsonl`` in the run's folder.
@@ -57,22 +58,22 @@ class RecallWriter(LineWriter, Callback):
         self.lines.write(outputs["lines"], [position for position, repeated in rows if not repeated])
 
     def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        """The same for a validation, unless it is one of a fit."""
+        """Do the same in ``lrsa validate``, but not in a fit."""
         if trainer.state.fn == "validate":
             self.on_test_batch_end(trainer, *arguments)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the file its name."""
+        """Give the file its final name."""
         self.lines.finish(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for a validation, unless it is one of a fit."""
+        """Do the same in ``lrsa validate``, but not in a fit."""
         if trainer.state.fn == "validate":
             self.on_test_end(trainer, pl_module)
 
 
 def show_recalls(trainer: Trainer, split: str) -> None:
-    """Print what an evaluation found, and where its lines are, on the first process."""
+    """Print the results of an evaluation and the path of its file, on the first process."""
     if not trainer.is_global_zero:
         return
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -88,7 +89,7 @@ def show_recalls(trainer: Trainer, split: str) -> None:
 
 
 def _table(title: str, split: str, found: Sequence[Mapping[str, float]]) -> Table:
-    """Recalls by budget, with a row for the encoder and for each control; those of several evaluations side by side."""
+    """Recall by budget, with one row for the encoder and each control; several evaluations are joined by arrows."""
     stem = f"{split}/recall_"
     budgets = sorted((name.removeprefix(stem) for name in found[-1] if name.startswith(stem)), key=float)
     table = Table(title=title)
@@ -97,7 +98,7 @@ def _table(title: str, split: str, found: Sequence[Mapping[str, float]]) -> Tabl
         table.add_column(f"recall at {budget} %", justify="right")
     for name in ("", *CONTROLS):
         of_name = f"{split}/{name}/recall_" if name else stem
-        # Controls find the same each time.
+        # Controls have the same recall in every evaluation.
         shown = found[-1:] if name else found
         cells = [" → ".join(f"{values[of_name + budget]:.3f}" for values in shown) for budget in budgets]
         table.add_row(_TITLES[name], *cells)

@@ -1,4 +1,4 @@
-"""What a training was: its losses, its speed, and a digest of the weights that came out of it."""
+"""A record of a training: losses, speed, and a digest of the trained weights."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.machine import describe
 
 _WARM_UP = 5
-"""Batches after each start that are left out of the measured speed: they compile kernels."""
+"""Number of batches after each start that are not part of the measured speed, because they compile kernels."""
 
 _EVERY = 10
-"""Batches after which the device is waited for."""
+"""Synchronise with the device every this many batches."""
 
 
 class TrainingRecord(Callback):
-    """Write a JSON file when a fit has come to its last step; a resumed fit goes on with what it had recorded.
+    """Write a JSON file when a fit reaches its last step; a resumed fit continues the earlier record.
 
-    The file has ``steps``, ``losses`` (the objective's, of each batch), ``tokens_per_second`` (padding included, behind
-    the first few batches of each start; null where there were no more), ``peak_memory_bytes`` (of a GPU, else null),
-    ``seconds``, ``weights`` (twelve hex digits of every bit of the trained weights) and ``machine``.
+    The file has ``steps``, ``losses`` (the objective's, of each batch), ``tokens_per_second`` (with padding, without
+    the first few batches of each start; null if there were no others), ``peak_memory_bytes`` (of a GPU, else null),
+    ``seconds``, ``weights`` (a digest of all bits of the trained weights, twelve hex digits) and ``machine``.
 
     Args:
-        path: the file, which is replaced.
+        path: the file; an existing one is replaced.
     """
 
     def __init__(self, path: str) -> None:
@@ -43,12 +43,12 @@ class TrainingRecord(Callback):
         self._batches, self._queued, self._since = 0, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; batches that the device was not waited for yet count for no speed."""
+        """The record so far, for a checkpoint; batches since the last synchronisation have no measured time."""
         losses = [*self._losses, *(float(loss) for loss in self._pending)]
         return {"losses": losses, "tokens": self._tokens, "seconds": self._seconds, "wall": self._wall}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what a checkpoint has kept."""
+        """Continue the record of a checkpoint."""
         self._losses = list(state_dict["losses"])
         self._tokens, self._seconds, self._wall = (state_dict[name] for name in ("tokens", "seconds", "wall"))
 
@@ -68,7 +68,7 @@ class TrainingRecord(Callback):
             self._read(pl_module.device)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, on the first process."""
+        """Write the file on the first process."""
         if trainer.global_step < trainer.max_steps or not isinstance(pl_module, LongContextQA):
             return
         trained = pl_module.model if pl_module.digests is None else pl_module
@@ -88,7 +88,7 @@ class TrainingRecord(Callback):
             write_atomically(self.path, lambda file: file.write(text.encode()))
 
     def _read(self, device: torch.device) -> None:
-        """Wait for the device, which steps between do not, and take the time."""
+        """Synchronise with the device, and read the clock and the pending losses."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         passed = time.perf_counter() - self._since
@@ -102,7 +102,7 @@ class TrainingRecord(Callback):
 
 
 def digest_of(weights: dict[str, Tensor]) -> str:
-    """Twelve hex digits of the names and of every bit."""
+    """Digest of the names and all bits of weights: twelve hex digits."""
     found = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         found.update(name.encode())

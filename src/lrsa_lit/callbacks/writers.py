@@ -1,4 +1,4 @@
-"""The answers of evaluations as JSON lines."""
+"""Callbacks that write the answers of evaluations as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.artifacts import upload
 
 _ABOUT = ("id", "data_set", "task", "gold", "prompt_tokens", "answer_tokens")
-"""What a line of the answers says of the question."""
+"""Keys of a line of answers that describe the question."""
 
 
 class LineWriter:
-    """What callbacks have in common that write a line for each example of some stages."""
+    """Base class of callbacks that write one line per example in some stages."""
 
     title = "Answers"
     stages: tuple[str, ...]
     lines: LineFile
 
     def check_settings(self, task: LightningModule, stage: str) -> None:
-        """Raise a UserError if the file exists. The command line asks before it records or prepares anything."""
+        """Raise a UserError if the file exists; the command line calls this before it prepares anything."""
         if stage in self.stages:
             self.lines.check()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Fail before the answers are generated, not after, where the folder cannot be written."""
+        """Open the file now, so that an unwritable folder fails before answers are generated."""
         if stage in self.stages:
             self.check_settings(pl_module, stage)
             self.lines.begin(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep what there is."""
+        """Keep the lines written so far."""
         self.lines.stop()
 
 
 class PredictionWriter(LineWriter, BasePredictionWriter):
     """Write predictions as JSON lines: id, prediction, gold, f1, exact_match, token counts, config hash.
 
-    The file is an artifact of the run too.
+    The file is also an artifact of the run.
 
     Args:
-        path: the file, which must not exist; null is ``predictions.jsonl`` in the run's folder. It has the end
-            ``.partial`` until all predictions are made.
+        path: the file, which must not exist; null is ``predictions.jsonl`` in the run's folder. Its name ends with
+            ``.partial`` until all predictions are written.
     """
 
     stages = ("predict",)
@@ -66,31 +66,31 @@ class PredictionWriter(LineWriter, BasePredictionWriter):
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, batch_indices: Any, batch: Any, *_: Any
     ) -> None:
-        """Write the lines of a batch."""
+        """Write the predictions of a batch."""
         rows = zip(batch["position"], batch["repeated"], strict=True)
         self.lines.write(prediction, [position for position, repeated in rows if not repeated])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the file its name."""
+        """Give the file its final name."""
         self.lines.finish(trainer)
 
 
 class AnswerWriter(LineWriter, Callback):
-    """Write what a test, or a validation by itself, finds for each question, as JSON lines in the order of the split.
+    """Write the results of ``lrsa test`` or ``lrsa validate`` for each question, as JSON lines in the split's order.
 
-    A line has ``id``, ``data_set``, ``task``, ``gold``, ``prompt_tokens``, ``answer_tokens`` (of the reference answer)
-    and, under the name of each attention (``LRSA`` is the run's own), the summed ``loss`` of these tokens and, where
-    answers are generated, ``prediction``, ``f1``, ``exact_match`` and ``recall``.
+    A line has ``id``, ``data_set``, ``task``, ``gold``, ``prompt_tokens`` and ``answer_tokens`` (of the reference
+    answer). Under the name of each attention (``LRSA`` is the run's own), it has the summed ``loss`` of these tokens
+    and, if answers are generated, ``prediction``, ``f1``, ``exact_match`` and ``recall``.
 
-    Beside it lies a file of the same name with the end ``.json``, which says what was evaluated:
-    :func:`lrsa_lit.callbacks.evaluation_facts.facts`. Both are artifacts of the run too.
+    A file of the same name with the suffix ``.json`` describes the evaluation:
+    :func:`lrsa_lit.callbacks.evaluation_facts.facts`. Both files are also artifacts of the run.
 
     Args:
-        path: the file, which must not exist; null is ``answers.jsonl`` in the run's folder. It has the end ``.partial``
-            until all answers are there.
+        path: the file, which must not exist; null is ``answers.jsonl`` in the run's folder. Its name ends with
+            ``.partial`` until all answers are written.
 
     Attributes:
-        more: what other callbacks add to the file that says what was evaluated.
+        more: entries that other callbacks add to the ``.json`` file.
     """
 
     only_validates = True
@@ -102,32 +102,32 @@ class AnswerWriter(LineWriter, Callback):
         self._began = 0.0
 
     def check_settings(self, task: LightningModule, stage: str) -> None:
-        """Refuse also an attention of the name of another key, whose place it would take without a word."""
+        """Also raise a UserError if an attention has the name of another key, which it would overwrite."""
         super().check_settings(task, stage)
         taken = sorted({*getattr(task, "attentions", ())} & {*_ABOUT, OWN})
         if taken and stage in self.stages:
-            raise UserError("evaluate", taken[0], "a name that no line of the answers has already")
+            raise UserError("evaluate", taken[0], "a name that is not a key of the answers already")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the file, and take the time."""
+        """Open the file, and start the clock."""
         super().setup(trainer, pl_module, stage)
         self.more, self._began = {}, time.perf_counter()
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Write the answers of a batch, but not of rows that another device has as well."""
+        """Write the answers of a batch, except for rows that another device also has."""
         rows = [row for row, repeated in enumerate(batch["repeated"]) if not repeated]
         positions = [batch["position"][row] for row in rows]
         self.lines.write((_answers(batch, row, outputs) for row in rows), positions)
 
     def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        """The same for a validation, unless it is one of a fit."""
+        """Do the same in ``lrsa validate``, but not in a fit."""
         if trainer.state.fn == "validate":
             self.on_test_batch_end(trainer, *arguments)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the file its name, and write what was evaluated."""
+        """Give the file its final name, and write the file that describes the evaluation."""
         self.lines.finish(trainer)
         if self.lines.written:
             path, seconds = self.lines.written[0].with_suffix(".json"), time.perf_counter() - self._began
@@ -137,7 +137,7 @@ class AnswerWriter(LineWriter, Callback):
             upload(trainer, [path])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for a validation, unless it is one of a fit."""
+        """Do the same in ``lrsa validate``, but not in a fit."""
         if trainer.state.fn == "validate":
             self.on_test_end(trainer, pl_module)
 
