@@ -87,7 +87,7 @@ def bad_inputs():
     yield "experiment without runs", ["--experiment", "none"], ["--experiment: 'none' has no runs"]
     yield "missing store", ["--store", "sqlite:///nowhere.db"], ["--store: sqlite:///nowhere.db does not exist"]
     yield "empty file", ["--store", "sqlite:///empty.db"], ["--store: sqlite:///empty.db is empty"]
-    yield "no SQLite file", ["--store", "sqlite:///text.db"], ["--store", "text.db is no SQLite file"]
+    yield "no SQLite file", ["--store", "sqlite:///text.db"], ["--store", "text.db is not an SQLite file"]
     yield "file store", ["--store", "./mlruns"], ["--store: './mlruns' is not allowed", "sqlite:///PATH"]
     yield "no server", ["--store", "http://127.0.0.1:9"], ["--store: http://127.0.0.1:9 does not answer"]
     yield "port taken", ["--port", "TAKEN"], ["--port: ", "is not free", "0 for any"]

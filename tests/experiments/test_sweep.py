@@ -204,7 +204,7 @@ def test_one_that_fails_leaves_the_others_alone(end, said, fits, runs, capfd):
     assert fits.ran == ["4", "8"]
     assert [row[-2] for row in rows(capfd.readouterr().out)[-2:]] == [said, "finished"]
     assert runs()["K4"].info.status == runs()["sweep-top_k"].info.status == "FAILED"
-    assert ("without a word" in runs()["K4"].data.tags.get(heartbeat.DIED, "")) == (end == "dies")
+    assert ("unexpectedly" in runs()["K4"].data.tags.get(heartbeat.DIED, "")) == (end == "dies")
 
     fits.ends.clear()
     main(TWO)

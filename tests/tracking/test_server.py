@@ -179,7 +179,7 @@ def test_a_server_that_dies_does_not_stop_the_training(line, server, monkeypatch
     (run,) = runs_of(server, "cut")
     assert run.info.status == "RUNNING"
     (spool,) = (elsewhere / "runs").rglob("undelivered.jsonl")
-    assert f"the metrics stand in {spool.relative_to(elsewhere)} and are sent when the run is resumed" in lost[-1]
+    assert f"the metrics are in {spool.relative_to(elsewhere)} and will be sent when the run is resumed" in lost[-1]
 
     line.mend()
     resumed = ["--validate_first", "false", "--ckpt_path", str(next((elsewhere / "runs").rglob("last.ckpt")))]

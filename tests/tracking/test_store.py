@@ -83,7 +83,7 @@ def test_silent_runs_are_marked_when_the_store_is_opened(uri):
     connect(uri)
     status = {run: client.get_run(run).info.status for run in (dead, alive, foreign, ended)}
     assert status == {dead: "FAILED", alive: "RUNNING", foreign: "RUNNING", ended: "FINISHED"}
-    assert "no sign of life since" in client.get_run(dead).data.tags[heartbeat.DIED]
+    assert "no heartbeat since" in client.get_run(dead).data.tags[heartbeat.DIED]
     assert heartbeat.mark_dead(client) == []
 
 

@@ -126,7 +126,7 @@ class Sweep:
             run = next(iter(self._record.newest_first(tags)), None)
             if run is not None and run.info.status == "RUNNING":
                 with answering(self._record.uri):
-                    self._record.client.set_tag(run.info.run_id, heartbeat.DIED, "its process ended without a word")
+                    self._record.client.set_tag(run.info.run_id, heartbeat.DIED, "its process ended unexpectedly")
                     self._record.client.set_terminated(run.info.run_id, "FAILED")
             return run
         return None

@@ -1,4 +1,4 @@
-"""Runs in MLflow: with each run what is needed to repeat it, to compare it and to take it up again."""
+"""Tracking of runs in MLflow: everything needed to repeat, compare and resume a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's callbacks leave files, and how those reach its MLflow run."""
+"""The folder for files of a run's callbacks, and their upload to the MLflow run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lrsa_lit.tracking")
 
 _made: weakref.WeakKeyDictionary[Trainer, Path] = weakref.WeakKeyDictionary()
-"""The folders of trainers without a logger."""
+"""The folders that were made for trainers without a logger."""
 
 
 def loggers_of(trainer: Trainer) -> list[Logger]:
-    """All loggers of a trainer but the one that stands for none in a ``fast_dev_run``."""
+    """All loggers of a trainer, except the dummy logger of a ``fast_dev_run``."""
     return [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
 
 
 def others_of(trainer: Trainer) -> list[Logger]:
-    """Those on the first process that are not MLflow's."""
+    """All loggers except MLflow's, on the first process; empty on other processes."""
     found = loggers_of(trainer) if trainer.is_global_zero else []
     return [logger for logger in found if not isinstance(logger, MLflowRun)]
 
@@ -44,8 +44,11 @@ def others_of(trainer: Trainer) -> list[Logger]:
 def run_folder(trainer: Trainer) -> Path:
     """The folder for files of a trainer's run, on the first process.
 
-    It is where Lightning puts checkpoints: the folder of the first logger's run. Without one it is a new folder, such
-    as ``test-1``, which the first call makes, or raises an OSError.
+    This is the folder of the first logger's run, where Lightning also puts checkpoints. Without a logger, the first
+    call makes a new folder, such as ``test-1``.
+
+    Raises:
+        OSError: the new folder cannot be made.
     """
     root = Path(trainer.default_root_dir)
     if loggers := loggers_of(trainer):
@@ -73,14 +76,14 @@ def shared_run_folder(trainer: Trainer) -> Path:
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """A path, then the names to try where it is taken: ``answers-2.jsonl``, ``answers-3.jsonl`` and so on."""
+    """Yield a path, then alternatives if it exists: ``answers-2.jsonl``, ``answers-3.jsonl`` and so on."""
     yield path
     for number in itertools.count(2):
         yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def upload(trainer: Trainer, files: Sequence[Path], folder: str | None = None) -> None:
-    """Make files artifacts of an MLflow run, in the background; the files stay where they are."""
+    """Upload files as artifacts of the MLflow run, in the background; the files themselves are kept."""
     if (logger := run_of(trainer)) is None:
         return
     for file in files:
@@ -89,7 +92,7 @@ def upload(trainer: Trainer, files: Sequence[Path], folder: str | None = None) -
 
 
 def log_figure(trainer: Trainer, name: str, figure: Figure) -> None:
-    """Keep a figure as ``pictures/NAME.png`` of the run's folder, in place of the one before, and log it.
+    """Save a figure as ``pictures/NAME.png`` in the run's folder, replacing an earlier one, and log it.
 
     Raises:
         OSError: the file cannot be written.
@@ -101,7 +104,7 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> None:
 
 
 def show_figure(trainer: Trainer, name: str, figure: Figure, file: Path) -> None:
-    """Hand a figure, which is in a file, to the loggers beside MLflow's that show pictures."""
+    """Pass a figure, saved in ``file``, to the loggers besides MLflow's that show images."""
     for logger in others_of(trainer):
         with harmless(f"{name} in {type(logger).__name__}"):
             if isinstance(logger, WandbLogger):
@@ -111,7 +114,7 @@ def show_figure(trainer: Trainer, name: str, figure: Figure, file: Path) -> None
 
 
 def show_table(trainer: Trainer, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Hand rows with the same columns to the loggers beside MLflow's that show tables."""
+    """Pass rows with the same columns to the loggers besides MLflow's that show tables."""
     titles, cells = list(rows[0]), [list(row.values()) for row in rows]
     for logger in others_of(trainer):
         with harmless(f"{name} in {type(logger).__name__}"):
@@ -123,7 +126,7 @@ def show_table(trainer: Trainer, name: str, rows: Sequence[Mapping[str, Any]]) -
 
 @contextlib.contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """Make a warning of anything that goes wrong in a block that a run can do without."""
+    """Turn any exception in a block that the run can do without into a warning."""
     try:
         yield
     except Exception as error:
@@ -131,14 +134,14 @@ def harmless(what: str) -> Iterator[None]:
 
 
 def _command(trainer: Trainer) -> str:
-    """The command that is run: a fit may begin with a validation, so the trainer's stage does not say it."""
+    """The running command, taken from the command line's callback, because a fit may start with a validation."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     of_cli = [str(getattr(each, "command", "")) for each in callbacks if isinstance(each, SaveConfigCallback)]
     return of_cli[0] if of_cli else str(trainer.state.fn and trainer.state.fn.value)
 
 
 def _new_folder(path: Path) -> Path:
-    """Make the first of ``path-1``, ``path-2`` and so on that does not exist."""
+    """Make the first folder of ``path-1``, ``path-2`` and so on that does not exist."""
     for number in itertools.count(1):
         folder = path.with_name(f"{path.name}-{number}")
         with contextlib.suppress(FileExistsError):

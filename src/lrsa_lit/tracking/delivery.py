@@ -1,8 +1,8 @@
-"""What a run has to say, sent to its store by a thread: the training neither waits for it nor dies of it.
+"""A background thread that sends a run's records to its store, so that the training neither waits nor fails.
 
-MLflow's own queue (``log_batch(synchronous=False)``) does not do: it drops what a server does not take while one
-request is tried again, nobody can bound the wait for it, and a run's status and artifacts do not go through it.
-``tests/tracking/test_mlflow_queue.py`` fails where a version of MLflow has learned that.
+MLflow's own queue (``log_batch(synchronous=False)``) is not sufficient. It drops metrics that a server does not accept
+while a request is retried, the wait for it cannot be limited, and a run's status and artifacts do not go through it.
+``tests/tracking/test_mlflow_queue.py`` fails as soon as a version of MLflow can do this.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger("lrsa_lit.tracking")
 
 
 class _Task(NamedTuple):
-    """One thing to send, which counts as undelivered until ``done`` takes it off the queue."""
+    """One item to send; it counts as undelivered until ``done`` removes it from the queue."""
 
     what: str
     send: Callable[[], object]
@@ -33,12 +33,12 @@ class _Task(NamedTuple):
 
 
 class Delivery:
-    """Sends metrics and other records in the background, keeping what a store does not take until it answers again.
+    """Sends metrics and other records in the background; while the store does not answer, they are kept.
 
     Args:
-        send_metrics: sends a batch.
-        beat: says that the run lives; called at the start and then every ``every`` seconds, but not after :meth:`rest`.
-        every: seconds between two beats.
+        send_metrics: sends a batch of metrics.
+        beat: sends a heartbeat; called at the start and then every ``every`` seconds, but not after :meth:`rest`.
+        every: seconds between two heartbeats.
         retry: seconds between two attempts while the store does not answer.
     """
 
@@ -66,22 +66,22 @@ class Delivery:
             self._changed.notify_all()
 
     def call(self, what: str, send: Callable[[], object]) -> None:
-        """Queue anything else; ``what`` names it if it cannot be delivered."""
+        """Queue any other call; ``what`` names it in messages if it cannot be delivered."""
         with self._changed:
             self._calls.append((what, send))
             self._changed.notify_all()
 
     def rest(self, resting: bool = True) -> None:
-        """Stop or start the beats: an ended run must not come alive again."""
+        """Stop the heartbeats, so that an ended run is not marked as running again; or restart them."""
         with self._changed:
             self._resting, self._next_beat = resting, 0.0
             self._changed.notify_all()
 
     def flush(self, patience: float) -> list[str]:
-        """Wait until all is sent, at most ``patience`` seconds.
+        """Wait until everything is sent, at most ``patience`` seconds.
 
         Returns:
-            What is still undelivered, such as ``["12 metric values", "predictions.json"]``.
+            Names of undelivered items, such as ``["12 metric values", "predictions.json"]``.
         """
         with self._changed:
             self._flushing = True
@@ -91,7 +91,7 @@ class Delivery:
             return [f"{len(self._metrics)} {METRICS}"] * bool(self._metrics) + [what for what, _ in self._calls]
 
     def undelivered(self) -> list[Any]:
-        """Metrics that are still queued, in their order."""
+        """Metrics that are still queued, in order."""
         with self._changed:
             return list(self._metrics)
 
@@ -118,18 +118,18 @@ class Delivery:
                 if dealt_with:
                     task.done()
                     self._changed.notify_all()
-                # Give the store some time; less while somebody waits, and none when somebody begins to.
+                # Pause before the next attempt: shorter during flush(), and interrupted when a flush starts.
                 elif self._flushing:
                     self._changed.wait(timeout=min(1.0, self._retry))
                 else:
                     self._changed.wait_for(lambda: self._flushing, timeout=self._retry)
 
     def _attempt(self, task: _Task) -> bool:
-        """Send one thing; true if it is dealt with: taken, or refused for good."""
+        """Send one item; return whether it is finished: accepted, or refused permanently."""
         try:
             task.send()
         except Exception as error:
-            # Whatever it was, the training goes on.
+            # No error may stop the training.
             if refused(error):
                 if task.what not in self._refused:
                     self._refused.add(task.what)
@@ -141,5 +141,5 @@ class Delivery:
             return False
         if self._late:
             self._late = False
-            _log.info("The run's store answers again; what was kept is being sent")
+            _log.info("The run's store answers again; kept metrics are being sent")
         return True

@@ -1,7 +1,7 @@
-"""Signs of life: a run says now and then that it lives, and who opens its store marks the ones that fell silent.
+"""Heartbeats of runs: a running run updates a tag regularly, and opening a store marks runs without heartbeats.
 
-MLflow has nothing of the kind: a run whose process was killed, or whose machine was, counts as running for ever. On the
-same machine it is known at once that a process is gone, on another one by its silence.
+MLflow has no such mechanism: a run whose process or machine died stays RUNNING for ever. On the same machine, a dead
+process is detected at once; on another machine, by its missing heartbeats.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 TAG = "heartbeat"
-"""When the run's process last said that it lives, in seconds since 1970."""
+"""Tag with the time of the run's last heartbeat, in seconds since 1970."""
 
 PROCESS = "heartbeat.process"
-"""Which process writes the run: a digest of its machine, its number and when it was started."""
+"""Tag with the process that writes the run: a digest of its machine, its process id and its start time."""
 
 DIED = "died"
-"""Why a run counts as failed that its own process did not end."""
+"""Tag with the reason why a run was marked as FAILED by another process."""
 
 EVERY = 60.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 
 STALE = 600.0
-"""Seconds of silence after which a run counts as dead: long enough for the clocks of two machines to differ."""
+"""Seconds without a heartbeat after which a run counts as dead; long enough for machines' clocks to differ."""
 
 
 def tags() -> dict[str, str]:
-    """Tags of a run that this process has begun."""
+    """Tags of a run that this process writes."""
     machine, started = _machine(), _started(os.getpid())
     this = {} if machine is None or started is None else {PROCESS: f"{machine} {os.getpid()} {started}"}
-    # The process first: the one before, which a run was taken over from, is dead.
+    # Set the process first: the tag of a continued run still names the earlier process, which is dead.
     return this | {TAG: f"{time.time():.0f}"}
 
 
 def beat(client: MlflowClient, run_id: str) -> None:
-    """Say that a run lives, whatever somebody concluded from a longer silence."""
+    """Record a heartbeat, and mark the run as RUNNING again if another process has marked it as dead."""
     run = client.get_run(run_id)
     for name, value in tags().items():
         if run.data.tags.get(name) != value:
@@ -54,9 +54,12 @@ def beat(client: MlflowClient, run_id: str) -> None:
 
 
 def mark_dead(client: MlflowClient) -> list[str]:
-    """Mark as failed each run that counts as running but whose process is gone or has been silent for too long.
+    """Mark as FAILED each RUNNING run whose process is gone or has had no heartbeat for too long.
 
-    Runs without a sign of life are another program's and left alone. Returned are the ids of the runs marked now.
+    Runs without any heartbeat belong to other programs and are not changed.
+
+    Returns:
+        Ids of the runs that were marked now.
     """
     experiments = [found.experiment_id for found in client.search_experiments()]
     marked = []
@@ -65,7 +68,7 @@ def mark_dead(client: MlflowClient) -> list[str]:
         gone = _is_gone(run.data.tags.get(PROCESS, ""))
         if gone or time.time() - last > STALE:
             when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(last))
-            why = "its process is gone, last sign of life at" if gone else "no sign of life since"
+            why = "its process is gone, last heartbeat at" if gone else "no heartbeat since"
             client.set_tag(run_id, DIED, f"{why} {when}")
             client.set_terminated(run_id, "FAILED", end_time=int(last * 1000))
             marked.append(run_id)
@@ -73,7 +76,7 @@ def mark_dead(client: MlflowClient) -> list[str]:
 
 
 def _is_gone(process: str) -> bool:
-    """Whether a process is known to have ended: one of this machine, whose number is free or another's now."""
+    """Whether a process has certainly ended: it ran on this machine, and its id is free or used by another process."""
     machine, _, rest = process.partition(" ")
     number, _, started = rest.partition(" ")
     return bool(started) and machine == _machine() and _started(int(number)) != started
@@ -81,7 +84,7 @@ def _is_gone(process: str) -> bool:
 
 @functools.cache
 def _machine() -> str | None:
-    """Within which numbers of processes mean the same, until it is started anew; None where that cannot be told."""
+    """Digest of the machine's current boot and process namespace, in which process ids are unique; None if unknown."""
     try:
         boot, numbers = Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -90,9 +93,9 @@ def _machine() -> str | None:
 
 
 def _started(number: int) -> str | None:
-    """When a process was started, in ticks of the machine; None if there is none, or it has ended."""
+    """Start time of a process in clock ticks; None if there is no such process, or it has ended."""
     try:
-        # The name, which stands in brackets, may hold any character.
+        # The process name in brackets may contain any character, so parse after the last bracket.
         fields = Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None

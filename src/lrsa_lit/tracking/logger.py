@@ -1,4 +1,4 @@
-"""One MLflow run as a logger of Lightning."""
+"""A Lightning logger that records one MLflow run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 _FLUSH_SECONDS = 15.0
-"""How long the end of a run waits for a store that does not answer."""
+"""Seconds that the end of a run waits for a store that does not answer."""
 
 _SAVE_SECONDS = 2.0
-"""How long a checkpoint waits for it."""
+"""Seconds that a checkpoint waits for it."""
 
 _log = logging.getLogger("lrsa_lit.tracking")
 
@@ -44,21 +44,23 @@ class MLflowRun(Logger):
     """One MLflow run. Metrics are grouped by their prefix (train/, val/, test/, perf/).
 
     The store must answer when the run starts. If it stops answering later, metrics are kept and sent late. A new SQLite
-    store is made with its first run.
+    store is created with its first run.
 
     Args:
-        experiment_name: runs of one experiment are compared with each other; null is that of experiment_id, else lrsa.
+        experiment_name: name of the experiment, whose runs are compared with each other; null is that of experiment_id,
+            or else lrsa.
         run_name: name of the run; null derives one from command, model, lag size, K, seed and checkpoint.
-        tracking_uri: sqlite:///PATH for a store without a server (the folder is made), or a server's http:// address.
-        run_id: continue this run instead of a new one.
+        tracking_uri: sqlite:///PATH for a store without a server (the folder is created), or a server's http://
+            address.
+        run_id: id of a run to continue, in place of a new one.
         tags: further tags.
-        experiment_id: of an experiment that exists.
+        experiment_id: id of an existing experiment.
 
     Attributes:
-        tracking_uri: with the user and password that a server may take: not to be shown.
+        tracking_uri: URI of the store, possibly with user and password, so it must not be shown.
         named: whether the user named the run.
-        continues: whether the run was begun by another process.
-        stopped: set where somebody stops the run, before it ends.
+        continues: whether the run was started by another process.
+        stopped: whether the user stopped the run; set before the run ends.
     """
 
     def __init__(
@@ -82,14 +84,14 @@ class MLflowRun(Logger):
         self._recorded: dict[str, int] = {}
         self._spool: Path | None = None
         if getattr(rank_zero_only, "rank", 0) == 0 and not is_new(self.tracking_uri):
-            # Now, before a model is loaded.
+            # Check now, before a model is loaded.
             with self.answering():
                 self._check()
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """MLflow's client, with the run made or taken up."""
+        """MLflow's client; the first access creates or continues the run."""
         if not self._initialized:
             with self.answering():
                 self._open()
@@ -98,12 +100,12 @@ class MLflowRun(Logger):
 
     @property
     def store(self) -> str:
-        """Where the runs are recorded, as it may be shown and kept."""
+        """URI of the store without user and password, so it may be shown."""
         return redacted(self.tracking_uri)
 
     @property
     def version(self) -> str | None:
-        """The id of the run, which is made if need be; None on other processes than the first."""
+        """The id of the run, which is created if necessary; None on other processes than the first."""
         _ = self.experiment
         return self._run_id
 
@@ -113,7 +115,7 @@ class MLflowRun(Logger):
         _ = self.experiment
         return self._experiment_id
 
-    # What Lightning calls version and name.
+    # Lightning calls these ids version and name.
     run_id, experiment_id = version, name
 
     @property
@@ -122,25 +124,25 @@ class MLflowRun(Logger):
         return str(self._experiment_name or EXPERIMENT)
 
     def folder(self, root: Path) -> Path:
-        """The run's folder within the trainer's; its checkpoints are there as well."""
+        """The run's folder inside the trainer's; its checkpoints are also there."""
         return root / str(self.name) / str(self.version)
 
     def answering(self) -> AbstractContextManager[None]:
-        """Turn the store's failures within a block into a UserError."""
+        """Turn the store's errors in a block into a UserError."""
         return answering(self.tracking_uri)
 
     def reopen(self) -> None:
-        """Mark the run as running again: a validation before the fit closed it."""
+        """Mark the run as RUNNING again, because a validation before the fit closed it."""
         if self._initialized:
             self.deliver("the status RUNNING", self.experiment.update_run, status="RUNNING")
             self._delivery.rest(False)
 
     def continue_run(self, run_id: str, step: int, same: bool = True) -> bool:
-        """Take up the run that wrote a checkpoint after ``step`` optimizer steps, and return whether that was done.
+        """Continue the run that wrote a checkpoint after ``step`` optimizer steps; return whether it is continued.
 
-        One that went on after the checkpoint is left as it is and a new one made if it came to its end, or if what
-        follows will not be the ``same`` again. Otherwise it was killed: what it has recorded is not recorded twice. A
-        run of another store becomes a new one.
+        A new run is made if the run is in another store. It is also made if the run has recorded steps after the
+        checkpoint and either finished, or would not be repeated identically (``same`` is false). In all other cases the
+        run is continued, and values that it has recorded already are not recorded twice.
 
         Raises:
             UserError: the run was deleted, or the store does not answer.
@@ -153,16 +155,16 @@ class MLflowRun(Logger):
         with self.answering():
             run = find_run(client, run_id, self.tracking_uri, "ckpt_path")
             if run is None:
-                # Recorded in another store.
+                # The run is in another store.
                 return False
-            # What is logged beside the steps may be logged again; system/ is of runs before that.
+            # System metrics are not tied to steps, so they may be logged again; older runs call them system/.
             names = [name for name in run.data.metrics if not name.startswith((WORKLOAD, "system/"))]
             recorded = {name: max(each.step for each in client.get_metric_history(run_id, name)) for name in names}
         # The first step after the checkpoint is logged under the number of those before it.
         went_on = recorded.get("train/loss", -1) >= step
         if went_on and (run.info.status == "FINISHED" or not same):
             self.tags["resumed_from"] = run_id
-            _log.info("A new run, as %s went on after this checkpoint", run_id)
+            _log.info("Starting a new run, because %s continued after this checkpoint", run_id)
             return False
         self._run_id, self.continues, self._recorded = run_id, True, recorded
         return True
@@ -170,7 +172,7 @@ class MLflowRun(Logger):
     def deliver(self, what: str, send: Callable[..., object], *args: Any, **options: Any) -> None:
         """Call a method of MLflow's client in the background, with the run's id and further arguments.
 
-        ``what`` names it if it cannot be delivered.
+        ``what`` names the call in messages if it cannot be delivered.
         """
         self._delivery.call(what, functools.partial(send, self.run_id, *args, **options))
 
@@ -184,27 +186,27 @@ class MLflowRun(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Queue metrics; Lightning's own ``epoch`` belongs to the training's."""
+        """Queue metrics; Lightning's ``epoch`` is logged only with training metrics, as ``train/epoch``."""
         from mlflow.entities import Metric
 
         now, values = int(time.time() * 1000), dict(metrics)
         epoch = values.pop("epoch", None)
         if epoch is not None and any(name.startswith("train/") for name in values):
             values["train/epoch"] = epoch
-        # What MLflow allows in names.
+        # Remove characters that MLflow does not allow in names.
         named = {re.sub(r"[^\w/. -]", "", name): _short(float(value)) for name, value in values.items()}
         new = {name: value for name, value in named.items() if (step or 0) > self._recorded.get(name, -1)}
         self._delivery.metrics([Metric(name, value, now, step or 0) for name, value in new.items()])
 
     @rank_zero_only
     def save(self) -> None:
-        """Send what is queued, as a checkpoint is about to be saved; a store that does not answer gets it later."""
+        """Send queued metrics before a checkpoint is saved; a store that does not answer gets them later."""
         if self._initialized:
             self._delivery.flush(_SAVE_SECONDS)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Send what is left and close the run, naming what could not be sent."""
+        """Send what is left and close the run; a warning lists what could not be sent."""
         if not self._initialized:
             return
         self._delivery.rest()
@@ -213,12 +215,12 @@ class MLflowRun(Logger):
         lost = self._delivery.flush(_FLUSH_SECONDS)
         kept = self._keep_undelivered()
         if lost:
-            where = "" if kept is None else f"; the metrics stand in {kept} and are sent when the run is resumed"
+            where = "" if kept is None else f"; the metrics are in {kept} and will be sent when the run is resumed"
             _log.warning("Not delivered to %s, which does not answer: %s%s", self.store, ", ".join(lost), where)
 
     @rank_zero_only
     def keep_under(self, root: Path) -> None:
-        """Keep what an ended run could not deliver in its folder within the trainer's, and send what is there."""
+        """Set the file for undelivered metrics, in the run's folder; send the metrics that an earlier process left."""
         self._spool = self.folder(root) / "undelivered.jsonl"
         if not self.continues or not self._spool.is_file():
             return
@@ -227,18 +229,18 @@ class MLflowRun(Logger):
         kept = [Metric(**json.loads(line)) for line in self._spool.read_text(encoding="utf-8").splitlines()]
         for metric in kept:
             self._recorded[metric.key] = max(metric.step, self._recorded.get(metric.key, -1))
-        # The file stays until they have arrived.
+        # The file is removed only after they are delivered.
         self._delivery.metrics(kept)
-        _log.info("%d metric values of the time before are sent from %s", len(kept), self._spool)
+        _log.info("Sending %d metric values that an earlier process left in %s", len(kept), self._spool)
 
     def _keep_undelivered(self) -> Path | None:
-        """Write undelivered metrics to a file; None where there are none, or no place for them."""
+        """Write undelivered metrics to a file, and return it; None if there are none or no folder is set."""
         if self._spool is None:
             return None
         text = "".join(json.dumps(dict(metric)) + "\n" for metric in self._delivery.undelivered())
         try:
             if text:
-                # Replaced: what an earlier stage could not deliver is still queued.
+                # Overwriting loses nothing: undelivered metrics of earlier stages are still queued.
                 write_atomically(self._spool, lambda file: file.write(text.encode()))
                 return self._spool
             self._spool.unlink(missing_ok=True)
@@ -248,7 +250,7 @@ class MLflowRun(Logger):
 
     @functools.cached_property
     def _client(self) -> MlflowClient:
-        """A store of its own: mlflow.set_tracking_uri would set that of the whole process, and of later runs."""
+        """A separate client, because mlflow.set_tracking_uri would change the store of the whole process."""
         return connect(self.tracking_uri)
 
     @functools.cached_property
@@ -261,11 +263,11 @@ class MLflowRun(Logger):
         return Delivery(send, lambda: heartbeat.beat(client, run_id), heartbeat.EVERY)
 
     def _check(self) -> Run | None:
-        """Ask the store for what was named by its id; the run, if it was."""
+        """Check that the run or experiment given by id exists, and return the run, if one was given."""
         client = self._client
         if self._run_id is not None:
             if (found := find_run(client, self._run_id, self.tracking_uri, "run_id")) is None:
-                raise UserError("run_id", self._run_id, reason=f"is no run of {self.store}")
+                raise UserError("run_id", self._run_id, reason=f"is not a run of {self.store}")
             return found
         if self._experiment_id is not None:
             experiment_id(client, self._experiment_name, self.tracking_uri, self._experiment_id)
@@ -281,22 +283,22 @@ class MLflowRun(Logger):
         else:
             named = self._experiment_name, self.tracking_uri, self._experiment_id
             self._experiment_id = experiment_id(client, *named)
-            # With what the environment says: a sweep names the parent run in MLFLOW_RUN_CONTEXT.
+            # resolve_tags adds tags from the environment: a sweep names the parent run in MLFLOW_RUN_CONTEXT.
             tags = resolve_tags(self.tags | heartbeat.tags())
             self._run_id = client.create_run(self._experiment_id, tags=tags, run_name=self._run_name).info.run_id
         self._experiment_name = client.get_experiment(self._experiment_id).name
 
 
 def _short(value: float) -> float:
-    """A number that is no integer to seven digits, those of float32: more are noise."""
+    """Round a non-integer to seven digits, the precision of float32."""
     return value if value.is_integer() else float(f"{value:.7g}")
 
 
 def mlflow_run(trainer: Trainer) -> MLflowRun | None:
-    """The MLflow run of a trainer, which may have other loggers beside it."""
+    """The MLflow run of a trainer, alone or among other loggers; None without one."""
     return next((logger for logger in trainer.loggers if isinstance(logger, MLflowRun)), None)
 
 
 def run_of(trainer: Trainer) -> MLflowRun | None:
-    """The MLflow run of a trainer on its first process; None on others, and where nothing is recorded."""
+    """The MLflow run of a trainer on its first process; None on other processes, and without MLflow."""
     return mlflow_run(trainer) if trainer.is_global_zero else None

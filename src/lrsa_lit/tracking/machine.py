@@ -1,4 +1,4 @@
-"""Where and with what a result was made."""
+"""The device, commit and versions with which a result was made."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 
 @functools.cache
 def describe() -> dict[str, str | None]:
-    """The device, the commit, and the versions of the libraries that decide a result."""
+    """The device, the commit, and the versions of the libraries that affect a result."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     commit = os.environ.get("LRSA_COMMIT") or git("rev-parse", "--short", "HEAD")
     return {"device": device, "commit": commit, **versions("torch", "triton", "transformers", "lightning")}
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """The version of each package; None where it is not installed."""
+    """The version of each package; None if it is not installed."""
     found: dict[str, str | None] = {}
     for name in packages:
         try:
@@ -32,7 +32,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def git(*arguments: str) -> str | None:
-    """What git answers in the folder of the code; None outside of a checkout of it."""
+    """The output of a git command in the folder of this code; None outside of this project's checkout."""
 
     def answer(*command: str) -> str:
         options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}

@@ -1,4 +1,4 @@
-"""Tables as Markdown, which MLflow's notes and TensorBoard's texts show."""
+"""Markdown tables, for MLflow's notes and TensorBoard's texts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lrsa_lit.errors import printable
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "---") -> str:
-    """A table, whose cells hold no syntax of Markdown."""
+    """A Markdown table with escaped cells."""
     lines = [titles, [align] * len(titles), *rows]
     shown = [[cell if cell == align else escaped(str(cell)) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in shown)
 
 
 def escaped(text: str) -> str:
-    """A text for a cell of a Markdown table: one line, with its syntax escaped."""
+    """Escape a text for a cell of a Markdown table, as one line."""
     return "".join(f"\\{letter}" if letter in "|[]<>`*_\\" else letter for letter in printable(" ".join(text.split())))

@@ -1,4 +1,4 @@
-"""The trained model in its run, as a folder that transformers loads."""
+"""Logging of the trained model to its run, as a folder that transformers can load."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ _log = logging.getLogger("lrsa_lit.tracking")
 class LogModel(Callback):
     """Log the best checkpoint's model once, at the end of a fit, as the artifact folder ``model/``.
 
-    It holds what :func:`lrsa_lit.models.folder.save_folder` writes, compared with what was trained: all weights, or the
-    adapters where those were trained. Without a best checkpoint it is the model as the training left it. A store on
-    this machine has the folder written in its place; to any other it is uploaded. A fit that was stopped logs none, nor
-    does one of adapters with scaled positions, which a folder of adapters cannot hold. Weights that a strategy has
-    sharded are left to their checkpoint. Of spectra it is the model of low rank that the best checkpoint makes.
+    The folder is written by :func:`lrsa_lit.models.folder.save_folder`, with all weights or, if adapters were trained,
+    the adapters. Without a best checkpoint, it has the model at the end of training. For a store on this machine, the
+    folder is written in place; otherwise it is uploaded. No folder is logged if the fit was stopped, if the weights are
+    sharded, or for adapters with scaled positions, which a folder of adapters cannot hold. With ``spectra``, it has the
+    low-rank model of the best checkpoint.
 
     Args:
-        what: ``all`` trained weights, which take as much room as the model; ``adapters`` leaves out models whose
-            weights were all trained; ``none``.
+        what: ``all`` logs all trained weights, which take as much space as the model; ``adapters`` logs only adapters;
+            ``none`` logs nothing.
     """
 
     def __init__(self, what: Literal["all", "adapters", "none"] = "all") -> None:
         self.what = what
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and log the folder; a failure is said and costs the run nothing else."""
+        """Write and log the folder; a failure is only logged as a warning."""
         logger = run_of(trainer)
         if logger is None or not isinstance(pl_module, LongContextQA) or shards_weights(trainer.strategy):
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         same = pl_module.head_gates is not None or pl_module.digests is not None
         if same or (pl_module.spectra is not None and not best):
-            # The model is the one that it was, or one that no checkpoint has made anything of.
+            # The model's weights did not change, or no checkpoint gives the low-rank model.
             return
         adapted = pl_module.backbone.lora is not None
         if self.what == "none" or (self.what == "adapters" and not adapted):
@@ -66,7 +66,7 @@ class LogModel(Callback):
                 model, weights = pl_module.model, None if trained is None else trained.weights
                 if pl_module.spectra is not None and trained is not None:
                     model, weights = trained.build(), None
-                # A run that was taken up again may have logged one before.
+                # A resumed run may have logged a folder before.
                 save_folder(model, pl_module.tokenizer, target, weights=weights, replace=True)
                 if local is None:
                     logger.experiment.log_artifacts(logger.run_id, str(scratch), FOLDER)
@@ -74,7 +74,7 @@ class LogModel(Callback):
         except AnotherModel as error:
             _log.warning("The model folder was not logged: %s", error)
         except UserError as error:
-            kept = f"; it stands in {scratch}" if scratch.is_dir() else ""
+            kept = f"; it is in {scratch}" if scratch.is_dir() else ""
             _log.warning("The model folder was not logged: %s%s", reason(error.__cause__ or error), kept)
 
 

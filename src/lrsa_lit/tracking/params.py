@@ -1,4 +1,4 @@
-"""A run's settings as flat params: those that say something, which the others do not hide."""
+"""A run's settings as flat params, without those that equal the defaults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ALWAYS = {
     *("model.backbone.source", "model.optimizer", "model.optimizer.lr"),
     *("trainer.max_steps", "data", "data.max_tokens", "data.batch_size"),
 }
-"""What runs are compared by, defaults or not."""
+"""Params that are always logged, because runs are compared by them."""
 
 _KINDS: dict[str, Any] = {
     "model": LongContextQA,
@@ -44,14 +44,14 @@ _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 def beside_defaults(values: Mapping[str, Any]) -> dict[str, str]:
-    """The :func:`flatten`-ed settings without those that equal the shipped defaults, or a class's own where it has one.
+    """The :func:`flatten`-ed settings that differ from the shipped defaults, or from the defaults of their class.
 
-    Some are always there: lag size, K, model, learning rate and what else runs are compared by.
+    Settings that runs are compared by, such as lag size, K, model and learning rate, are always included.
     """
     flat = flatten(values)
     register()
     shipped_flat = flatten(OmegaConf.to_container(OmegaConf.load(shipped("cli.yaml"))))
-    # The defaults of one class say nothing of another one.
+    # The shipped defaults of a class do not apply to another class in its place.
     replaced = tuple(f"{name}." for name in shipped_flat if flat.get(name) != shipped_flat[name])
     defaults: dict[str, str | None] = {**flatten(_own_defaults(values))}
     defaults |= {name: _resolved(text, flat) for name, text in shipped_flat.items() if not name.startswith(replaced)}
@@ -59,9 +59,9 @@ def beside_defaults(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested config values under dotted keys, without the ``class_path``/``init_args`` wrapping, cut as MLflow does.
+    """Nested config values with dotted keys, without ``class_path`` and ``init_args``, cut to MLflow's maximum length.
 
-    Logger and callbacks are left out: they say how a run is watched, not what it does, and config.yaml has them.
+    Logger and callbacks are left out: they do not change what a run does, and config.yaml has them.
     """
     key = prefix.rstrip(".")
     if key in ("trainer.logger", "trainer.callbacks"):
@@ -77,13 +77,13 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _resolved(text: str, flat: Mapping[str, str]) -> str | None:
-    """A shipped default, which may be another setting's value."""
+    """A shipped default, with a reference to another setting replaced by that setting's value."""
     reference = _REFERENCE.fullmatch(text)
     return flat.get(reference[1].replace(".init_args", "")) if reference else text
 
 
 def _own_defaults(values: Any, prefix: str = "") -> Any:
-    """The defaults of the constructors that settings are given to, nested as the settings are."""
+    """The defaults of the constructors that receive the settings, nested like the settings."""
     if not isinstance(values, Mapping):
         return None
     if "class_path" in values:
@@ -101,15 +101,15 @@ def _is_nested(value: Any) -> bool:
 
 def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
-    # A name alone stays one where a parser knows no type: in further attentions and in schedules.
+    # The parser does not resolve short names where it knows no type: in further attentions and in schedules.
     return getattr(importlib.import_module(module), name) if module else named_class("", name, _BY_NAME)
 
 
 def _arguments(kind: Any) -> dict[str, Any]:
-    """The defaults of a class's arguments, those of the classes that it hands further ones to included."""
+    """The defaults of a class's arguments, including those of its base classes."""
     found: dict[str, Any] = {}
     for each in getattr(kind, "__mro__", (kind,)):
-        with contextlib.suppress(ValueError):  # of a class without a signature, as some of C have none
+        with contextlib.suppress(ValueError):  # some classes written in C have no signature
             for name, argument in inspect.signature(each).parameters.items():
                 default = argument.default
                 if default is not argument.empty:

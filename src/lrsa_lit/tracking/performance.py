@@ -1,4 +1,4 @@
-"""How fast a fit is, what share of the device's arithmetic it uses, and what the machine does meanwhile."""
+"""Metrics of a fit's speed, its share of the device's peak arithmetic, and the machine's load."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _log = logging.getLogger("lrsa_lit.tracking")
 
 
 class Throughput(Callback):
-    """Log tokens a second, seconds a step, peak memory, padding and MFU as ``perf/…``.
+    """Log tokens per second, seconds per step, peak memory, padding and MFU as ``perf/…``.
 
-    Each is of one device and over the steps since the last logged one, waiting for data included, validation and
-    checkpoints not. Tokens are those without padding. The peak is that of PyTorch's allocator on a GPU and of the whole
-    process elsewhere. Padding is its share of the training batches or, packed, the unused share of the budget.
-    MFU is the rate of :func:`lrsa_lit.objectives.work.flops` by the device's 16-bit peak; it is left out where
-    that is not known.
+    Values are for one device, over the steps since the last logged one, including waiting for data, excluding
+    validation and checkpoints. Tokens do not include padding. Peak memory is that of PyTorch's allocator on a GPU, and
+    of the whole process elsewhere. Padding is its share in the training batches or, with packing, the unused share of
+    the budget. MFU is the rate of :func:`lrsa_lit.objectives.work.flops` divided by the device's 16-bit peak; it is
+    left out if the peak is unknown.
     """
 
     def __init__(self) -> None:
@@ -39,20 +39,20 @@ class Throughput(Callback):
         self._restart(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the model, which is whole by now."""
+        """Read the model's shape; the model is complete by now."""
         if isinstance(pl_module, LongContextQA):
             self._shape = Shape.of(pl_module.model)
         self._restart(trainer.global_step)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock, at first and after each pause."""
+        """Start the clock at the beginning and after each pause."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Count the batch, and log at the steps where Lightning logs."""
+        """Count the batch, and log at the steps at which Lightning logs."""
         if self._shape is None:
             return
         self._sizes += batch["sizes"]
@@ -77,7 +77,7 @@ class Throughput(Callback):
         if (memory := _peak_memory(module.device)) is not None:
             values["perf/peak_memory_gib"] = memory / _GIB
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
-        # The arithmetic of digests is not counted.
+        # The arithmetic of digests is not counted, so MFU would be wrong.
         if (peak := peak_flops(device)) is not None and module.digests is None:
             done = flops(module.objective, shape, self._sizes, module.train_config)
             values["perf/mfu"] = done / self._seconds / peak
@@ -97,25 +97,25 @@ class Throughput(Callback):
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    """Bytes; None where the system does not tell."""
+    """Peak memory in bytes; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:
         return None
-    # Kibibytes, but bytes on macOS.
+    # The value is in kibibytes, but in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class SystemMetrics(Callback):
-    """Sample processor, memory, network and, with nvidia-ml-py, the GPU as ``workload/…`` metrics during a fit.
+    """Log processor, memory, network and, with nvidia-ml-py, GPU load as ``workload/…`` metrics during a fit.
 
-    MLflow's own monitor takes the samples; a fit shorter than one has none. They are sent with the run's other metrics,
-    and behind them in an alphabetical list: MLflow would show its own ``system/…`` above a run's scores.
+    MLflow's own monitor takes the samples; a fit shorter than the interval has none. They are sent with the run's other
+    metrics. The prefix ``workload/`` sorts them after the run's scores, unlike MLflow's own ``system/…``.
 
     Args:
-        seconds: between two samples.
+        seconds: interval between two samples, in seconds.
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
@@ -134,7 +134,7 @@ class SystemMetrics(Callback):
             return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        # It announces its start, its end and a missing GPU.
+        # Suppress the monitor's messages about its start, its end and a missing GPU.
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
 
         def publish(metrics: dict[str, float]) -> None:
@@ -145,7 +145,7 @@ class SystemMetrics(Callback):
         self._monitor.start()
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Stop it; Lightning calls this after a fit."""
+        """Stop the monitor; Lightning calls this after a fit."""
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             monitor.finish()

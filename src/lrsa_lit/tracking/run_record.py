@@ -1,4 +1,4 @@
-"""What is recorded with a run so that it can be repeated, compared and taken up again."""
+"""The record of a run with which it can be repeated, compared and resumed."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _VARIANT = re.compile(r"[-_](?:instruct|chat|it|hf|base)$", re.IGNORECASE)
 
 
 class RecordConfig(SaveConfigCallback):
-    """Put the resolved config, its values as params, the data sets and the run's circumstances into the MLflow run.
+    """Log the resolved config, its values as params, the data sets and the run's circumstances to the MLflow run.
 
-    ``lrsa fit --config config.yaml`` with the recorded file repeats the run. Checkpoints get the run's id, so that a
-    resumed fit goes on in its run. Other loggers get the params; without MLflow's the config is a file in the run's
-    folder, and without a logger there is none.
+    ``lrsa fit --config config.yaml`` with the logged file repeats the run. The run's id is stored in checkpoints, so a
+    resumed fit continues its run. Other loggers get the params. Without MLflow, the config is written to the run's
+    folder; without any logger, it is not written.
 
     Args:
-        args: as of SaveConfigCallback.
-        command: which of the command line's it is: fit, validate, test or predict.
-        kwargs: as of SaveConfigCallback.
+        args: see SaveConfigCallback.
+        command: the command: fit, validate, test or predict.
+        kwargs: see SaveConfigCallback.
     """
 
     def __init__(self, *args: Any, command: str = "fit", **kwargs: Any) -> None:
@@ -53,7 +53,7 @@ class RecordConfig(SaveConfigCallback):
         self._recorded_splits: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Record the config once, and the data of each stage as it is opened."""
+        """Record the config once, and the data of each stage when it is opened."""
         if (run := mlflow_run(trainer)) is not None and stage == "fit":
             run.keep_under(Path(trainer.default_root_dir))
         super().setup(trainer, pl_module, stage)
@@ -73,7 +73,7 @@ class RecordConfig(SaveConfigCallback):
                 logger.experiment.log_inputs(logger.run_id, [_dataset_input(data, split)])
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called once, on the first process, before the run's first stage."""
+        """Log the config and params; called once, on the first process, before the run's first stage."""
         logger, others = run_of(trainer), others_of(trainer)
         if logger is None and not others:
             return
@@ -99,22 +99,22 @@ class RecordConfig(SaveConfigCallback):
                 client.set_tag(run_id, name, value)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Number the steps of a resumed fit without a gap: Lightning counts the batch that Ctrl-C cut short as done."""
+        """Number the steps of a resumed fit without a gap: Lightning counts a batch interrupted by Ctrl-C as done."""
         number_logged_steps(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Name the run in its checkpoints."""
+        """Store the run's id in the checkpoint."""
         if (run := mlflow_run(trainer)) is not None:
             checkpoint[RUN] = run.run_id
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tell a run that was stopped from one that failed."""
+        """Mark a stopped run, to distinguish it from a failed one."""
         if (run := mlflow_run(trainer)) is not None and isinstance(exception, KeyboardInterrupt | Terminated):
             run.stopped = True
 
 
 def _log_params(logger: MLflowRun, shown: Mapping[str, str], all_params: Mapping[str, str]) -> None:
-    """Log params; MLflow refuses to change those of a continued run, so a changed one becomes a tag."""
+    """Log params; MLflow does not allow changes in a continued run, so changed params become tags."""
     known = logger.experiment.get_run(logger.run_id).data.params if logger.continues else {}
     logger.log_hyperparams({name: value for name, value in shown.items() if name not in known})
     for name in known.keys() & all_params.keys():
@@ -123,10 +123,10 @@ def _log_params(logger: MLflowRun, shown: Mapping[str, str], all_params: Mapping
 
 
 def _kv_ratio(trainer: Trainer, module: LightningModule) -> dict[str, str]:
-    """The share of the query-key pairs of dense attention that the run's rule attends to.
+    """The share of dense attention's query-key pairs that the run's rule attends to.
 
-    It is that of a sequence of ``max_tokens``, over all layers, dense ones included: one number to compare runs of
-    another lag size, K, number of sinks or chunk length by.
+    It is computed for a sequence of ``max_tokens``, over all layers, including dense ones. This single number makes
+    runs with different lag size, K, number of sinks or chunk length comparable.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(module, LongContextQA) or not isinstance(data, QADataModule):
@@ -136,12 +136,12 @@ def _kv_ratio(trainer: Trainer, module: LightningModule) -> dict[str, str]:
 
 
 def _dataset_input(data: QADataModule, split: str) -> Any:
-    """A split as MLflow's record of a run's input: its name, its fingerprint as the digest, and how many were kept."""
+    """A split as an MLflow dataset input, with its name, the fingerprint as digest, and the counts of its report."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     name, _, digest = data.fingerprint.rpartition("-")
     dataset = Dataset(
-        # MLflow keeps one data set of a name and digest, so each split needs a name of its own.
+        # MLflow keeps one data set per name and digest, so the name includes the split.
         name=f"{name} {split}",
         digest=digest,
         source_type="lrsa_lit",
@@ -152,7 +152,7 @@ def _dataset_input(data: QADataModule, split: str) -> Any:
 
 
 def _repeatable(config: Any) -> Any:
-    """A config without the run that it went on in: who repeats it means another one."""
+    """The config without the id of a continued run, because repeating it should make a new run."""
     logger = config.get("trainer.logger")
     if not getattr(logger, "get", lambda name: None)("init_args.run_id"):
         return config
@@ -162,7 +162,7 @@ def _repeatable(config: Any) -> Any:
 
 
 def _evaluated(values: Mapping[str, Any], command: str) -> dict[str, str]:
-    """Tags that say what a run has done and, of an evaluation, on which weights: ``checkpoint`` and its run."""
+    """Tags with the command and, for an evaluation, the ``checkpoint`` and the run that wrote it."""
     checkpoint = values.get("ckpt_path")
     if command == "fit" or not checkpoint:
         return {"command": command}
@@ -171,7 +171,7 @@ def _evaluated(values: Mapping[str, Any], command: str) -> dict[str, str]:
 
 
 def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
-    """A readable name such as ``smollm2-L128-K32-s0``, of an evaluation ``test-smollm2-L128-K32-s0@last``."""
+    """A readable name: ``smollm2-L128-K32-s0``, or ``test-smollm2-L128-K32-s0@last`` for an evaluation."""
     model = values["model"]
     source = model["backbone"].get("init_args", model["backbone"])["source"]
     trained = "-dense" if model.get("train_attention", {}) is None else ""
@@ -183,7 +183,7 @@ def run_name(values: Mapping[str, Any], command: str = "fit") -> str:
 
 
 def rule_name(model: Mapping[str, Any]) -> str:
-    """What a model's settings compress by, in a word: ``L128-K32``, or the name of a system; else that it encodes."""
+    """A short name for a model's compression: ``L128-K32``, the name of a system, or ``encoder`` without a rule."""
     if model.get("lrsa") is None:
         return "encoder"
     if model.get("head_gates") is not None:
@@ -199,14 +199,14 @@ def rule_name(model: Mapping[str, Any]) -> str:
 
 
 def family(source: str) -> str:
-    """The model family of a backbone's source, in lower case: what stands before size, variant and quantisation."""
+    """The model family in a backbone's source, in lower case: the part before size, variant and quantisation."""
     stem = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
     stem = _QUANTISATION.sub("", stem)
     return _VARIANT.sub("", _PARAMETER_COUNT.sub("", stem) or stem).lower()
 
 
 def circumstances(values: Mapping[str, Any], trainer: Trainer) -> dict[str, str]:
-    """Tags that say under which code, versions, seed and device the run was made."""
+    """Tags with the code version, library versions, seed, device and data of the run."""
     tags = {
         "seed": str(values.get("seed_everything")),
         "device": str(trainer.strategy.root_device),
@@ -214,7 +214,7 @@ def circumstances(values: Mapping[str, Any], trainer: Trainer) -> dict[str, str]
         "data": getattr(trainer.datamodule, "fingerprint", ""),  # type: ignore[attr-defined]
     }
     if (commit := git("rev-parse", "HEAD")) is not None:
-        # New files count among the code alone: a link to a virtual environment or to a disk for runs changes nothing.
+        # New files count only inside the package: a link to a virtual environment or a disk for runs does not matter.
         changed = git("status", "--porcelain", "--untracked-files=no")
         new = git("ls-files", "--others", "--exclude-standard", "--", "..")
         tags |= {"git_commit": commit, "git_dirty": str(bool(changed or new)).lower()}

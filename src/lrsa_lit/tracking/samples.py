@@ -1,4 +1,4 @@
-"""What the model answers: a few questions of each validation as a table in the run, and all of the last as a file."""
+"""Logging of the model's answers: some of each validation as a table, and all of the last one as a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lrsa_lit.tracking.artifacts import harmless, loggers_of, run_folder, show_t
 from lrsa_lit.tracking.logger import run_of
 
 _QUESTION_TOKENS = 64
-"""The end of a prompt that is shown: the question stands last."""
+"""Number of tokens shown from the end of a prompt, where the question is."""
 
 
 _STYLE = (
@@ -32,14 +32,14 @@ _STYLE = (
 class SamplePredictions(Callback):
     """Log the answers of each validation, under each attention.
 
-    The first ones are added to the table ``predictions.json`` and are a page to read, ``predictions.html``; all of them
-    are ``predictions/val.jsonl``. The next validation replaces the page and the file. Of several processes the first
-    one logs its own questions. Other loggers than MLflow's get the table if they show any; without MLflow's the page
-    and the file stand in the run's folder.
+    The first answers are added to the table ``predictions.json`` and shown on the page ``predictions.html``; all
+    answers are in ``predictions/val.jsonl``. The next validation replaces the page and the file. With several
+    processes, only the first one logs its questions. Other loggers that can show tables also get the table. Without
+    MLflow, the page and the file are written to the run's folder.
 
     Args:
-        count: questions in the table; 0 logs none.
-        all_answers: whether to log the file.
+        count: number of questions in the table; 0 logs no table.
+        all_answers: whether to log the file with all answers.
     """
 
     def __init__(self, count: int = 8, all_answers: bool = True) -> None:
@@ -48,13 +48,13 @@ class SamplePredictions(Callback):
         self._rows: list[dict[str, Any]] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew, whatever became of the validation before."""
+        """Drop the answers of an earlier validation."""
         self._rows = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Keep what is to be logged."""
+        """Keep the answers that are to be logged."""
         if trainer.sanity_checking or not isinstance(pl_module, LongContextQA) or not pl_module.generate_answers:
             return
         rows = len(batch["id"])
@@ -71,7 +71,7 @@ class SamplePredictions(Callback):
             self._rows.append(values)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add to the table, and replace the file."""
+        """Extend the table, and replace the page and the file."""
         rows, self._rows, logger = self._rows, [], run_of(trainer)
         if not rows or not loggers_of(trainer) or not trainer.is_global_zero:
             return
@@ -90,7 +90,7 @@ class SamplePredictions(Callback):
             logger.deliver(ANSWERS, logger.experiment.log_text, _lines(rows), ANSWERS)
 
     def _keep(self, folder: Path, shown: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
-        """The page and the file in the run's folder."""
+        """Write the page and the file to the run's folder."""
         texts = ({PAGE: page(shown)} if shown else {}) | ({ANSWERS: _lines(rows)} if self.all_answers else {})
         for name, text in texts.items():
             write_atomically(folder / name, functools.partial(_write, text))
@@ -105,7 +105,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows with the same columns as a page of HTML, which no text can break out of."""
+    """An HTML page with a table of rows that have the same columns; all text is escaped."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
     lines = ("".join(f"<td>{html.escape(_shown(value))}</td>" for value in row.values()) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -117,7 +117,7 @@ def _shown(value: Any) -> str:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table: an attention's answer under its name, and the F1 beside it."""
+    """A row of the table: each attention's answer under its name, and its F1 as ``NAME F1``."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         flat |= {name: value["prediction"], f"{name} F1": value["f1"]} if isinstance(value, dict) else {name: value}

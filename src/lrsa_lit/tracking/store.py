@@ -1,6 +1,6 @@
-"""Where runs are recorded: an SQLite file or a tracking server, opened with what goes wrong told in one line.
+"""The store of runs: an SQLite file or a tracking server; errors become one-line UserErrors.
 
-Imports nothing heavy before a store is opened, so that every command can use it.
+Heavy imports happen only when a store is opened, so every command can import this module.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ URI = "tracking_uri"
 """The argument that names a store, for errors."""
 
 EXPERIMENT = "lrsa"
-"""The experiment of runs for which none is named."""
+"""The default experiment."""
 
 MARKS = {
-    # Without a kind MLflow opens an experiment in its pages for GenAI, which list no training runs.
+    # Without this kind, MLflow opens an experiment in its pages for GenAI, which do not list training runs.
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": (
         "Runs of lrsa-lit: language models trained or evaluated with Lag-Relative Sparse Attention. `val/` and `test/` "
@@ -37,25 +37,25 @@ MARKS = {
         "run's artifacts hold its config, pictures and answers."
     ),
 }
-"""Tags of an experiment that has not got them yet: MLflow's names for what kind it is, and its description."""
+"""Tags that every experiment gets unless it has them: MLflow's tags for its kind and its description."""
 
 SERVER = ("http://", "https://")
 _SQLITE_HEADER = b"SQLite format 3\0"
 _TURN = 120
-"""Seconds to wait for others that open the same file."""
+"""Seconds to wait for other processes that open the same file."""
 _SCHEMES = (SQLITE, *SERVER, "postgresql", "mysql", "mssql", "databricks")
-# MLflow's own defaults try 7 times with growing pauses, two minutes each. Metrics are kept and sent again anyway.
+# By default, MLflow retries 7 times with growing pauses and a timeout of two minutes. Metrics are resent later anyway.
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # They would show a user and password, and the last lines of a run name it anyway.
+    # These URLs would show user and password; a run's last lines name the store anyway.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
 def default_uri() -> str:
-    """The store that cli.yaml names; it lets the environment variable MLFLOW_TRACKING_URI name another."""
+    """The store in cli.yaml, which the environment variable MLFLOW_TRACKING_URI overrides."""
     from omegaconf import OmegaConf
 
     register()
@@ -63,9 +63,10 @@ def default_uri() -> str:
 
 
 def checked_uri(uri: str, key: str = URI) -> str:
-    """The URI of a store to write to, with an absolute SQLite path, or with the user's name.
+    """Check the URI of a store to write to, and return it with an absolute SQLite path, or with the user's name.
 
-    A UserError if it names no store, or a file that is no SQLite file or cannot be written.
+    Raises:
+        UserError: it does not name a store, or names a file that is not an SQLite file or cannot be written.
     """
     if not uri.startswith(_SCHEMES):
         raise UserError(key, redacted(uri), "sqlite:///PATH, a database or a server's http(s):// address")
@@ -80,12 +81,12 @@ def checked_uri(uri: str, key: str = URI) -> str:
         except OSError as error:
             raise UserError(key, uri, reason=f"cannot be written ({error.strerror})") from None
         if header not in (b"", _SQLITE_HEADER):
-            raise UserError(key, reason=f"{path} is no SQLite file; name another one")
+            raise UserError(key, reason=f"{path} is not an SQLite file; name another one")
     return sqlite_uri(path, key)
 
 
 def existing_uri(uri: str, key: str) -> str:
-    """As :func:`checked_uri`, for a store that must be there already and hold something."""
+    """Like :func:`checked_uri`, for a store that must already exist and not be empty."""
     if uri.startswith(SQLITE):
         path = sqlite_path(uri, key)
         if not path.is_file() or not path.stat().st_size:
@@ -95,20 +96,20 @@ def existing_uri(uri: str, key: str) -> str:
 
 
 def is_new(uri: str) -> bool:
-    """Whether it is an SQLite store that opening would make."""
+    """Whether the URI is an SQLite store that does not exist yet."""
     return uri.startswith(SQLITE) and not sqlite_path(uri, URI).exists()
 
 
 def artifact_location(uri: str) -> str | None:
-    """Artifacts stand beside an SQLite store; a server decides by itself."""
+    """The folder of artifacts, beside an SQLite store; None for a server, which decides itself."""
     return (sqlite_path(uri, URI).parent / "artifacts").as_uri() if uri.startswith(SQLITE) else None
 
 
 def connect(uri: str, key: str = URI) -> MlflowClient:
-    """Open a store, asking it something, and mark the runs in it that died without a word."""
+    """Open a store, check that it answers, and mark its crashed runs as FAILED."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    # It logs each failure with a traceback before it raises it.
+    # MLflow logs each database error with a traceback before it raises it.
     logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
@@ -121,9 +122,9 @@ def connect(uri: str, key: str = URI) -> MlflowClient:
 
 
 def _one_at_a_time(uri: str, key: str) -> contextlib.AbstractContextManager[Any]:
-    """MLflow makes the tables of a new SQLite file without asking whether another process is about to.
+    """A lock for opening an SQLite store: MLflow creates the tables of a new file without any locking.
 
-    The folder of the file is made.
+    This also makes the folder of the file.
     """
     if not uri.startswith(SQLITE):
         return contextlib.nullcontext()
@@ -131,19 +132,19 @@ def _one_at_a_time(uri: str, key: str) -> contextlib.AbstractContextManager[Any]
 
     path = sqlite_path(uri, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the file: so others who write there wait as well, whatever their caches are.
+    # The lock is beside the store, so all processes that open it share the lock, whatever their caches are.
     return filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=_TURN)
 
 
 @contextlib.contextmanager
 def answering(uri: str, key: str = URI) -> Iterator[None]:
-    """Make a UserError of what a store does within the block: it does not answer, or refuses."""
+    """Turn errors of a store in a block into a UserError: it does not answer, or refuses a request."""
     import alembic.util
     import requests
     import sqlalchemy.exc
     from mlflow.exceptions import MlflowException
 
-    # CommandError: a database of another version.
+    # CommandError means a database of another version.
     of_databases = (sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError)
     try:
         yield
@@ -155,14 +156,14 @@ def answering(uri: str, key: str = URI) -> Iterator[None]:
 
 
 def refused(error: Exception) -> bool:
-    """Whether a store understood what it was asked and does not want it; anything else may pass."""
+    """Whether a store understood a request and refused it; other errors may be temporary."""
     from mlflow.exceptions import MlflowException
 
     return isinstance(error, MlflowException) and error.get_http_status_code() in (400, 403, 404)
 
 
 def reason(error: BaseException) -> str:
-    """Why a store does not answer, without the layers that its libraries wrap it in."""
+    """Why a store does not answer, without the wrapping messages of its libraries."""
     text = redacted(message_of(error))
     if cause := re.search(r"\[Errno -?\d+\] ([\w ]+)", text):
         return cause[1]
@@ -170,11 +171,16 @@ def reason(error: BaseException) -> str:
 
 
 def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str | None = None) -> str:
-    """The id of an experiment, which is made if need be.
+    """The id of an experiment, which is created if necessary and gets the :data:`MARKS` that it lacks.
 
-    It is called by its name (None stands for ``lrsa``), or by the id of one that exists, with its name or None. It
-    gets the :data:`MARKS` that it lacks. A UserError if it was deleted, there is none of that id, or it has another
-    name.
+    Args:
+        client: client of the store.
+        name: name of the experiment; None is ``lrsa`` or, with ``named``, any name.
+        uri: the store's URI.
+        named: id of an existing experiment, in place of the name.
+
+    Raises:
+        UserError: the experiment was deleted, there is none with this id, or it has another name.
     """
     found: Experiment | None
     if named is None:
@@ -184,7 +190,7 @@ def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str |
     else:
         key, shown, found = "experiment_id", named, _found(client.get_experiment, named)
         if found is None:
-            raise UserError(key, reason=f"{named} is no experiment of {redacted(uri)}")
+            raise UserError(key, reason=f"{named} is not an experiment of {redacted(uri)}")
     if found.lifecycle_stage == "deleted":
         raise UserError(key, reason=f"{shown} was deleted in {redacted(uri)}; restore it or name another")
     if name not in (None, found.name):
@@ -194,13 +200,13 @@ def experiment_id(client: MlflowClient, name: str | None, uri: str, named: str |
 
 
 def mark(client: MlflowClient, experiment: Experiment) -> None:
-    """Give an experiment the :data:`MARKS` that it lacks; those that somebody has changed stay."""
+    """Add the :data:`MARKS` that an experiment lacks; existing ones are not changed."""
     for name in MARKS.keys() - experiment.tags.keys():
         client.set_experiment_tag(experiment.experiment_id, name, MARKS[name])
 
 
 def find_run(client: MlflowClient, run_id: str, uri: str, key: str) -> Run | None:
-    """The run of that id; None where the store has none. A UserError if it was deleted."""
+    """The run with an id; None if there is none. Raises a UserError if it was deleted."""
     run: Run | None = _found(client.get_run, run_id)
     if run is not None and run.info.lifecycle_stage == "deleted":
         restore = f"restore it with mlflow runs restore --run-id {run_id}, or start a new one without {key}"
@@ -209,16 +215,16 @@ def find_run(client: MlflowClient, run_id: str, uri: str, key: str) -> Run | Non
 
 
 def find_experiment(client: MlflowClient, name: str, key: str) -> Experiment:
-    """The experiment of that name; a UserError with the nearest names where there is none."""
+    """The experiment with a name; raises a UserError that lists the nearest names if there is none."""
     found = {experiment.name: experiment for experiment in client.search_experiments()}
     if name not in found:
         nearest = difflib.get_close_matches(name, found, n=3, cutoff=0.0)
-        raise UserError(key, reason=f"{name} is no experiment of this store; the nearest are {', '.join(nearest)}")
+        raise UserError(key, reason=f"{name} is not an experiment of this store; the nearest are {', '.join(nearest)}")
     return found[name]
 
 
 def _found(get: Any, name: str) -> Any:
-    """What a store has of that id; None where it has none."""
+    """The object with an id in a store; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,10 +1,10 @@
-"""MLflow's server with one more page, for browsers that have never shown its UI.
+"""MLflow's server with one additional page, for browsers that open its UI for the first time.
 
-MLflow opens in its pages for GenAI until somebody switches it to those for training; its links forget what the address
-of a page says about it, and no tag of an experiment decides it. The browser keeps the choice for each server. So this
-page makes the choice in a browser that has none, and leads to the page of the UI that follows ``#``.
+MLflow opens its pages for GenAI until the user switches to those for model training. The browser stores this choice for
+each server; neither a page's address nor a tag of an experiment can set it permanently. This page stores the choice if
+the browser has none, and redirects to the page of the UI given after ``#``.
 
-``lrsa ui`` has MLflow run it, as the app that pyproject.toml registers.
+``lrsa ui`` starts MLflow with this app, which pyproject.toml registers.
 """
 
 from flask import Response
@@ -27,5 +27,5 @@ _PAGE = """\
 
 @of_mlflow.route(PATH)
 def training() -> Response:
-    """The page, which is the same for all."""
+    """Serve the page."""
     return Response(_PAGE, mimetype="text/html")
