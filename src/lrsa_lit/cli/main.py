@@ -37,6 +37,7 @@ TOOLS = {
     "compare": "hold published systems and the rule against each other, at the same shares of the cache",
     "distil-cache": "keep what a fit's teacher says of the training data, to train on it in any number of epochs",
     "env": "say versions, devices, kernels, caches and extras, for a bug report",
+    "eval": "evaluate a model with lm-evaluation-harness, under any rule",
     "export": "write a checkpoint as a folder that transformers loads",
     "input-moments": "measure what keys and values are made of, for latents of low rank that err less",
     "preference-pairs": "rewrite passages, and tell by a model's answers which rewritings a summariser should prefer",

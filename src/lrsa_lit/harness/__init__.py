@@ -1,0 +1,1 @@
+"""Models under a rule for lm-evaluation-harness (the extra ``eval``)."""

@@ -1,0 +1,188 @@
+"""A causal language model, under a rule, a system or dense, as a model of lm-evaluation-harness.
+
+Dimensions: B requests, T tokens, A tokens of the longest continuation, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from lrsa_lit.attention import LRSACache, cache_argument, enabled_config, graphed_decoding, read_prompts
+from lrsa_lit.attention.decoding.turns import left_padded
+from lrsa_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lrsa_lit.systems.system import System
+
+_Request = tuple[Any, list[int], list[int]]
+"""As the harness has it: what was asked, the tokens of the context and those of the continuation."""
+
+
+class RuledLM(HFLM):
+    """The harness's own ``hf`` model, with attention and cache those of what is enabled on the model.
+
+    Whole sequences are read in one pass under the rule, which gives each token what a cache would have given it, and
+    texts are generated from an :class:`~lrsa_lit.attention.LRSACache`. A system that cuts behind the prompt has no such
+    pass: it reads the context of each request into a cache, cuts, and reads the continuation behind that.
+
+    Args:
+        model: LRSA enabled or not.
+        tokenizer: the model's.
+        batch_size: requests at a time, or ``auto``, as the harness has it.
+        max_length: most tokens of a request; None: the model's positions.
+
+    Raises:
+        UserError: the system cannot be evaluated so.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+    ) -> None:
+        rule = enabled_config(model)
+        self.system = None if rule is None else rule.system
+        check_system(self.system, batch_size)
+        log = logging.getLogger("lm_eval.models.huggingface")
+        before = log.level
+        try:
+            # It warns of a model that is no name, which is what this class is for.
+            log.setLevel(logging.ERROR)
+            super().__init__(
+                pretrained=model,  # type: ignore[arg-type]
+                tokenizer=tokenizer,  # type: ignore[arg-type]
+                backend="causal",
+                batch_size=batch_size,
+                max_length=max_length,
+            )
+        finally:
+            log.setLevel(before)
+        self._ruled = rule is not None
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of whole sequences, padded on the right: what is behind a token changes nothing for it."""
+        with torch.no_grad():
+            logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
+        return logits
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """Prompts (B, T), padded on the left, with what follows them."""
+        if not self._ruled:
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        if self.system is not None and self.system.repeats_prompt:
+            reason = f"{_name(self.system)} reads prompts twice, which no generation of the harness does"
+            raise UserError("system", reason=reason, hint="evaluate it on multiple choice, or with lrsa compare")
+        cache = LRSACache.of(self.model)
+        with graphed_decoding(self.model, cache, room=max(max_length - context.shape[1], 1)):
+            generation_kwargs |= cache_argument(self.model, cache)
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The harness's; refused where a system needs a prompt."""
+        if _cuts(self.system):
+            reason = f"{_name(self.system)} answers behind a prompt, and the texts of perplexity have none"
+            raise UserError("system", reason=reason, hint="leave tasks of loglikelihood_rolling out")
+        return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation, and whether it is the likeliest tokens."""
+        if not _cuts(self.system):
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        # Contexts of about one length share a batch.
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]))
+        found: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(order), disable=disable_tqdm, desc="Running loglikelihood requests") as progress:
+            for chunk in _batched(order, override_bs or self.batch_size):
+                asked = [requests[index] for index in chunk]
+                answers = self._behind_prompts([request[1:] for request in asked])
+                for index, (text, _, _), answer in zip(chunk, asked, answers, strict=True):
+                    found[index] = answer
+                    if text is not None:
+                        self.cache_hook.add_partial("loglikelihood", text, answer)
+                progress.update(len(chunk))
+        return [found[index] for index in range(len(requests))]
+
+    @torch.no_grad()
+    def _behind_prompts(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """The same of a batch of contexts and continuations, each cut behind its context."""
+        assert self.system is not None
+        contexts, wanted = zip(*(self._fitting(*request) for request in requests), strict=True)
+        prompts, mask = left_padded(contexts)
+        targets = pad_sequence(wanted, batch_first=True)
+        real = pad_sequence(list(map(torch.ones_like, wanted)), batch_first=True)
+        cache = LRSACache.of(self.model)
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+        logits, seen = read_prompts(self.model, cache, prompts, mask, encode=encode)
+        parts, count = [logits], targets.shape[1] - 1
+        step = 1 if self.system.answers_by_token else max(count, 1)
+        # The last token of a shorter continuation predicts nothing, and stands in the place of a pad.
+        seen = torch.cat([seen, real[:, 1:].to(seen)], dim=1)
+        for first in range(0, count, step):
+            stop = min(first + step, count)
+            given = {"input_ids": targets[:, first:stop], "attention_mask": seen[:, : seen.shape[1] - count + stop]}
+            parts.append(self.model(**given, use_cache=True, **cache_argument(self.model, cache)).logits)
+        scores = log_softmax(torch.cat(parts, dim=1), dim=-1, dtype=self.softmax_dtype)
+        likeliest = scores.argmax(dim=-1)
+        return [
+            (
+                float(row[: len(tokens)].gather(1, tokens[:, None]).sum()),
+                bool((best[: len(tokens)] == tokens).all()),
+            )
+            for row, best, tokens in zip(scores, likeliest, wanted, strict=True)
+        ]
+
+    def _fitting(self, context: list[int], continuation: list[int]) -> tuple[Tensor, Tensor]:
+        """Both as tensors, without the first tokens of a context that would be too long, as the harness cuts it."""
+        tokens = (context + continuation)[-(self.max_length + 1) :]
+        count = len(continuation)
+        if count >= len(tokens):
+            reason = f"a continuation has {count} tokens, and the model reads {self.max_length} with their context"
+            raise UserError("max_length", reason=reason)
+        found = torch.tensor(tokens, device=self.device)
+        return found[:-count], found[-count:]
+
+
+def check_system(system: System | None, batch_size: int | str) -> None:
+    """Raise a UserError unless a system can be evaluated on requests that are a context and a continuation."""
+    if system is None or not _cuts(system):
+        return
+    if not system.question:
+        reason = f"{_name(system)} cuts behind the context of a question, and the harness does not say where that ends"
+        hint = "question: true among its init_args lets it cut behind the whole prompt, which it then has seen"
+        raise UserError("system", reason=reason, hint=hint)
+    if not isinstance(batch_size, int):
+        raise UserError("batch_size", batch_size, "an integer for a system that cuts behind prompts")
+
+
+def _cuts(system: System | None) -> bool:
+    """Whether what a system makes of a text depends on where its prompt ends."""
+    return system is not None and not system.trains
+
+
+def _name(system: System | None) -> str:
+    return type(system).__name__
+
+
+def _batched(items: Sequence[int], count: int) -> Iterator[tuple[int, ...]]:
+    rest = iter(items)
+    while chunk := tuple(itertools.islice(rest, count)):
+        yield chunk
