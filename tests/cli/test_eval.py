@@ -90,7 +90,7 @@ def test_chat_template_and_generation(capfd):
     main(["eval", "tiny", "--tasks", "local_answer", *EVAL[4:], "--no-mlflow", "--out", "out", *options])
     (line, *_) = map(json.loads, Path("out/samples_local_answer.jsonl").read_text().splitlines())
     assert line["arguments"][0][0].startswith("<|im_start|>system\nBe short.<|im_end|>")
-    assert len(tiny_tokenizer().encode(line["resps"][0][0])) <= 3
+    assert 0 < len(line["resps"][0][0]) <= 3
 
 
 MISTAKES = {
