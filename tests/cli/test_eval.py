@@ -17,7 +17,6 @@ from lrsa_lit.cli.main import main
 from lrsa_lit.harness import run
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.checkpoint import describe
-from lrsa_lit.models.tiny import tiny_tokenizer
 
 EVAL = ["eval", "tiny", "--tasks", "local_choice", "--include-path", "tasks", "--limit", "3"]
 RULE = {"sink_size": 2, "lag_size": 16, "top_k": 4}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lrsa_lit.attention.decoding import (
         Greedy,
         end_prompt,
+        generate_under_rule,
         graphed_decoding,
         greedy_tokens,
         prefill,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LAYOUT", "AttachedRule", "Greedy", "LRSACache", "LRSAConfig", "LayerRules", "Layout", "Measured", "Usage",
     "at_budget", "base_of", "cache_argument", "cache_share", "dense_pass", "disable", "enable", "enabled_config",
-    "end_prompt", "graphed_decoding", "greedy_tokens", "head_of", "mean_top_k", "observing", "packed_layout", "prefill",
-    "read_prompts", "rotaries_of", "shares", "single_token_steps", "using",
+    "end_prompt", "generate_under_rule", "graphed_decoding", "greedy_tokens", "head_of", "mean_top_k", "observing",
+    "packed_layout", "prefill", "read_prompts", "rotaries_of", "shares", "single_token_steps", "using",
 ]  # fmt: skip
 
 _NAMES = {
@@ -50,6 +51,7 @@ _NAMES = {
     "decoding": (
         "Greedy",
         "end_prompt",
+        "generate_under_rule",
         "graphed_decoding",
         "greedy_tokens",
         "prefill",

@@ -102,6 +102,13 @@ def about(path: Path) -> About:
     return About(settings or None, len(state["random"]), run, step)
 
 
+def writer_of(path: Path) -> str | None:
+    """The id of the run that wrote a checkpoint; None where the checkpoint does not say."""
+    with contextlib.suppress(Unreadable):
+        return about(path).run
+    return None
+
+
 def named(path: Path) -> Path:
     """Check a checkpoint that the user named, and return its path.
 

@@ -85,12 +85,13 @@ def run(arguments: Sequence[str]) -> None:
     quiet()
     check_system(None if rule is None else rule.system, options.batch_size)
     metadata = {"pretrained": str(options.model), "tokenizer": str(trained.backbone.location)}
-    tasks = load_tasks(options.tasks, options.include_path, metadata)
+    tasks, manager = load_tasks(options.tasks, options.include_path, metadata)
     model = loaded(trained, rule, device)
     language_model = RuledLM(model, trained.tokenizer, batch_size=options.batch_size, max_length=options.max_length)
     results: Any = simple_evaluate(
         language_model,
         tasks=tasks,
+        task_manager=manager,
         num_fewshot=options.num_fewshot,
         batch_size=options.batch_size,
         device=str(device),
@@ -122,7 +123,7 @@ def _record(
     options: argparse.Namespace, trained: Trained, rule: LRSAConfig | None, metrics: Mapping[str, float], folder: Path
 ) -> str:
     """Record the evaluation; returns the run's id."""
-    from lrsa_lit.checkpoints.resume import about
+    from lrsa_lit.checkpoints.resume import writer_of
     from lrsa_lit.tracking.evaluation_run import EvaluationRun
     from lrsa_lit.tracking.params import flatten
     from lrsa_lit.tracking.run_record import family, rule_name
@@ -132,7 +133,7 @@ def _record(
     tags = {"command": "eval", "rule": named, "seed": str(options.seed)}
     if options.model.endswith(SUFFIX):
         tags["checkpoint"] = options.model
-        if (writer := about(Path(options.model)).run) is not None:
+        if (writer := writer_of(Path(options.model))) is not None:
             tags["checkpoint.run"] = writer
     asked = ("tasks", "num_fewshot", "limit", "batch_size", "max_length", "apply_chat_template", "gen_kwargs")
     params = {name: value for name in asked if (value := getattr(options, name)) is not None}

@@ -13,14 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from lrsa_lit import plugins
 from lrsa_lit.cli.arguments import Parser, add_plugins, called
-from lrsa_lit.errors import UserError
+from lrsa_lit.errors import UserError, redacted
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import Trained, load_trained
+from lrsa_lit.models.generation_code import write_generation_code
+from lrsa_lit.models.hub_upload import check_upload, upload
 from lrsa_lit.paths import check_writable, expanded
 from lrsa_lit.terminal import PlainConsole, log_to
+from lrsa_lit.tracking.store import default_uri, existing_uri, is_new
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lrsa_lit.tracking.model_card import Card
+
+CARD = "README.md"
+"""The card's name in a folder, by which the hub knows it."""
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 """One of them stands in every folder that this command writes."""
@@ -30,6 +38,8 @@ _FLAGS = {
     "trust_remote_code": "--trust-remote-code",
     "rope_scaling": "--adapters",
     "low_rank": "--adapters",
+    "push": "--push",
+    "tracking_uri": "--store",
 }
 """What this command calls the arguments of its parts."""
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.15}
@@ -41,9 +51,13 @@ CKPT is a file, or the folder that several devices have written (configs/trainer
 the tokenizer and a config.json with the rule as "lrsa": AutoModelForCausalLM loads it, and so do lrsa ask --model and
 model.backbone.source. Adapters are merged into the weights below them.
 
+--card adds README.md, the model's card, with the scores of the store, and custom_generate/, by which
+model.generate(**inputs, custom_generate=DIR, trust_remote_code=True) decodes under the rule.
+
 examples:
   lrsa export runs/1/RUN/checkpoints/last.ckpt --out my-model
   lrsa export runs/1/RUN/checkpoints/last.ckpt --out my-adapters --adapters
+  lrsa export runs/1/RUN/checkpoints/last.ckpt --out my-model --card --license apache-2.0 --push ORG/my-model
 """
 
 
@@ -60,10 +74,15 @@ def run(arguments: Sequence[str]) -> None:
         if trained.backbone.lora is None:
             raise UserError("--adapters", options.checkpoint, reason="holds all weights and no adapters")
         check_holdable(trained.backbone)
-    _write(trained, options.out, merge=not options.adapters)
+    card = _card(trained, options) if options.card else None
+    if options.push is not None:
+        check_upload(options.push)
+    _write(trained, options.out, merge=not options.adapters, card=card)
     kind = "Adapters" if options.adapters else "Model"
     console = PlainConsole()
     console.say(f"{kind} of {options.checkpoint} in {options.out}")
+    if options.push is not None:
+        console.say(f"Pushed: {upload(options.out, options.push, private=options.private)}")
     console.say(f"Ask it: {shlex.join(['lrsa', 'ask', '--model', str(options.out), 'report.txt'])}")
 
 
@@ -77,7 +96,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     add_plugins(parser)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the one of the training")
-    return parser.parse_args(arguments)
+    add("--card", action="store_true", help="add a model card and, of a model with a rule, custom_generate/")
+    add("--license", metavar="ID", help="the card's licence, such as apache-2.0 (default: that of a base model's card)")
+    store = f"the MLflow store with the run's data and scores, for the card (default: {default_uri()})"
+    add("--store", metavar="URI", help=store)
+    add("--push", metavar="ORG/NAME", help="put the folder on the Hugging Face hub")
+    add("--private", action="store_true", help="where the repository is made for that: let nobody else see it")
+    options = parser.parse_args(arguments)
+    for flag, of, needed in (
+        ("--license", options.license, options.card),
+        ("--store", options.store, options.card),
+        ("--private", options.private, options.push),
+    ):
+        if of and not needed:
+            raise UserError(flag, reason=f"is for {'--push' if flag == '--private' else '--card'} alone")
+    return options
 
 
 def _check_out(out: Path, *, force: bool) -> None:
@@ -99,13 +132,42 @@ def _check_out(out: Path, *, force: bool) -> None:
     check_writable("--out", out, out.absolute().parent)
 
 
-def _write(trained: Trained, out: Path, *, merge: bool) -> None:
+def _card(trained: Trained, options: argparse.Namespace) -> Card:
+    """What the model's card is to say."""
+    from lrsa_lit.checkpoints.resume import writer_of
+    from lrsa_lit.tracking.model_card import Card, license_of
+    from lrsa_lit.tracking.run_facts import run_facts
+
+    uri, facts = options.store or default_uri(), None
+    run_id = writer_of(options.checkpoint)
+    if run_id is not None and (options.store or not is_new(uri)):
+        facts = run_facts(existing_uri(uri, "--store"), run_id, "--store")
+    if facts is None:
+        what = "names no run" if run_id is None else f"is of the run {run_id}, which {redacted(uri)} does not have"
+        PlainConsole(stderr=True).say(f"{options.checkpoint} {what}: the card has no scores and no data.")
+    return Card(
+        trained,
+        options.push or str(options.out),
+        facts,
+        options.license or license_of(trained.backbone.source),
+        adapters=options.adapters,
+    )
+
+
+def _write(trained: Trained, out: Path, *, merge: bool, card: Card | None) -> None:
     """Write the trained model with its rule in the config; adapters merged or not."""
     from lrsa_lit.models.folder import AnotherModel, save_folder
 
+    def add(folder: Path) -> None:
+        if card is None:
+            return
+        (folder / CARD).write_text(card.text(), encoding="utf-8")
+        if merge and trained.rule is not None:
+            write_generation_code(folder)
+
     try:
         model, expected = _model(trained, merge=merge)
-        save_folder(model, trained.tokenizer, out, expected=expected, replace=True)
+        save_folder(model, trained.tokenizer, out, expected=expected, replace=True, add=add)
     except AnotherModel as error:
         raise UserError("--out", out, reason=f"was not written: {error}") from error
     except OSError as error:

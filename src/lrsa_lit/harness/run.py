@@ -22,8 +22,10 @@ Results = dict[str, Any]
 _NOT_IN_NAMES = re.compile(r"[^\w\-. /]")
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None, metadata: Mapping[str, Any]) -> list[Any]:
-    """The tasks and groups of some names, with their documents; a name that ends in .yaml is a file.
+def load_tasks(
+    names: Sequence[str], include_path: Path | None, metadata: Mapping[str, Any]
+) -> tuple[list[Any], TaskManager]:
+    """The tasks and groups of some names, with their documents, and what knows them; a name in .yaml is a file.
 
     The harness's own tasks are looked through only where other ones do not have all names.
 
@@ -50,7 +52,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None, metadata: Mappin
             inner = {child for children in loaded["group_map"].values() for child in children}
             groups = [group for title, group in loaded["groups"].items() if title not in inner]
             found += groups or list(loaded["tasks"].values())
-    return found
+    return found, manager
 
 
 def _folder(path: Path | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ def save_folder(
     weights: Mapping[str, Tensor] | None = None,
     expected: Tensor | None = None,
     replace: bool = False,
+    add: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a model and its tokenizer so that ``AutoModelForCausalLM`` and ``AutoTokenizer`` can load them.
 
@@ -59,6 +60,7 @@ def save_folder(
         expected: the :func:`logits` that the reloaded ``PreTrainedModel`` must have. The given model then loses its
             weights, to free memory. None means that all weights and settings must be equal.
         replace: whether an existing folder is replaced with all its contents.
+        add: writes further files into the folder, before it gets its name.
 
     Raises:
         AnotherModel: the written model differs; nothing is left behind.
@@ -73,6 +75,8 @@ def save_folder(
             _check_adapters(model, partial, weights)
         else:
             _check_model(model, partial, weights, expected)
+        if add is not None:
+            add(partial)
         bring_to_disk(partial)
         put_in_place(partial, folder)
 

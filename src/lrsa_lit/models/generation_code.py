@@ -1,0 +1,26 @@
+"""The ``custom_generate`` folder beside a model: ``generate`` of transformers then decodes under the model's rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = "custom_generate"
+
+_CODE = '''\
+"""Decodes under the rule in config.json, from a compressed cache (Lag-Relative Sparse Attention)."""
+
+
+def generate(*inputs, model, **arguments):
+    """As ``model.generate``; everything is done by the package lrsa-lit."""
+    try:
+        from lrsa_lit.attention import generate_under_rule
+    except ImportError:
+        raise ImportError("decoding under this model's rule needs the package lrsa-lit: pip install lrsa-lit") from None
+    return generate_under_rule(model, *inputs, **arguments)
+'''
+
+
+def write_generation_code(folder: Path) -> None:
+    """Write ``custom_generate/generate.py``, which transformers runs with ``trust_remote_code=True`` alone."""
+    (folder / FOLDER).mkdir()
+    (folder / FOLDER / "generate.py").write_text(_CODE, encoding="utf-8")
