@@ -94,7 +94,8 @@ def trained_of(options: argparse.Namespace, device: torch.device) -> Trained:
     from lrsa_lit.models.sources import trained_model
 
     plugins.load(options.plugins, ["compressors", "systems"])
-    dtype, trust = options.dtype or ("bfloat16" if device.type == "cuda" else "float32"), options.trust_remote_code
+    dtype: Any = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    trust = options.trust_remote_code
     if options.model is not None:
         trained = trained_model(options.model, dtype, trust_remote_code=trust)
     else:

@@ -85,28 +85,35 @@ class RuledLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """Prompts (B, T), padded on the left, with what follows them."""
         if not self._ruled:
-            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+            return self._generated(context, max_length, stop, **generation_kwargs)
         if self.system is not None and self.system.repeats_prompt:
             reason = f"{_name(self.system)} reads prompts twice, which no generation of the harness does"
             raise UserError("system", reason=reason, hint="evaluate it on multiple choice, or with lrsa compare")
         cache = LRSACache.of(self.model)
         with graphed_decoding(self.model, cache, room=max(max_length - context.shape[1], 1)):
             generation_kwargs |= cache_argument(self.model, cache)
-            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+            return self._generated(context, max_length, stop, **generation_kwargs)
+
+    def _generated(self, *given: Any, **generation_kwargs: Any) -> Tensor:
+        """The harness's own."""
+        tokens: Tensor = super()._model_generate(*given, **generation_kwargs)
+        return tokens
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The harness's; refused where a system needs a prompt."""
         if _cuts(self.system):
             reason = f"{_name(self.system)} answers behind a prompt, and the texts of perplexity have none"
             raise UserError("system", reason=reason, hint="leave tasks of loglikelihood_rolling out")
-        return super().loglikelihood_rolling(requests, disable_tqdm)
+        sums: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return sums
 
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether it is the likeliest tokens."""
         if not _cuts(self.system):
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            whole: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return whole
         # Contexts of about one length share a batch.
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]))
         found: dict[int, tuple[float, bool]] = {}
@@ -125,10 +132,11 @@ class RuledLM(HFLM):
     def _behind_prompts(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """The same of a batch of contexts and continuations, each cut behind its context."""
         assert self.system is not None
-        contexts, wanted = zip(*(self._fitting(*request) for request in requests), strict=True)
-        prompts, mask = left_padded(contexts)
+        fitting = [self._fitting(*request) for request in requests]
+        wanted = [continuation for _, continuation in fitting]
+        prompts, mask = left_padded([context for context, _ in fitting])
         targets = pad_sequence(wanted, batch_first=True)
-        real = pad_sequence(list(map(torch.ones_like, wanted)), batch_first=True)
+        real = pad_sequence([torch.ones_like(row) for row in wanted], batch_first=True)
         cache = LRSACache.of(self.model)
         encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
         logits, seen = read_prompts(self.model, cache, prompts, mask, encode=encode)
