@@ -1,6 +1,5 @@
 """Classes of one's own from the first fit to the questions about what was exported: the worked examples of the docs."""
 
-import gc
 import json
 import sys
 
@@ -8,9 +7,8 @@ import pytest
 import torch
 import yaml
 from cli_helpers import DEBUG, NO_LOGGER, refusal
-from plugin_helpers import write_examples
+from plugin_helpers import forget
 
-from lrsa_lit import plugins
 from lrsa_lit.cli.main import main
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.checkpoint import describe
@@ -26,26 +24,6 @@ data: {class_path: TableCells, init_args: {table: towns.csv, rows: 4, limit: {tr
 """
 RUN = [*DEBUG, *NO_LOGGER, "--config", "own.yaml", "--plugins", "table_cells"]
 ASK = ["ask", "own.yaml", "What is it?", "--max-new-tokens", "2"]
-
-
-@pytest.fixture
-def examples(tmp_path, monkeypatch):
-    """The examples in this folder, which can be imported, and are forgotten afterwards."""
-    monkeypatch.setattr(plugins, "_added", {kind: {} for kind in plugins.KINDS})
-    texts = write_examples(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in texts:
-        # Those of other tests are there again afterwards.
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield texts
-    forget(*texts)
-
-
-def forget(*names):
-    """Nobody finds the classes of these modules any more, not even by asking a base for its subclasses."""
-    for name in names:
-        sys.modules.pop(name, None)
-    gc.collect()
 
 
 def test_the_examples_are_as_short_as_they_are_said_to_be(examples):

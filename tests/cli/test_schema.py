@@ -7,7 +7,6 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from plugin_helpers import write_examples
 
 from lrsa_lit import plugins
 from lrsa_lit.cli import catalogue
@@ -21,6 +20,12 @@ STUDIES = [path for path in SHIPPED if path.read_text(encoding="utf-8").startswi
 # Settings of another task, which are others.
 OF_A_TASK = [ROOT / "configs" / "experiment" / "cpc.yaml", ROOT / "configs" / "task" / "sentence_retrieval.yaml"]
 made = functools.cache(settings_schema)
+
+
+@pytest.fixture(autouse=True)
+def no_plugins(monkeypatch):
+    """The schema is made once, and must not have classes of other tests."""
+    monkeypatch.setattr(plugins, "_added", {kind: {} for kind in plugins.KINDS})
 
 
 @functools.cache
@@ -112,9 +117,7 @@ def test_the_grouped_help_has_the_settings_of_each_class(kind):
     assert shapes == {path: catalogue.keys(path).keys() - {"tokenizer"} for path in catalogue.named(kind).values()}
 
 
-def test_a_class_of_ones_own_is_in_the_printed_schema(capsys, monkeypatch):
-    write_examples(Path.cwd())
-    monkeypatch.syspath_prepend(str(Path.cwd()))
+def test_a_class_of_ones_own_is_in_the_printed_schema(examples, capsys):
     main(["schema", "--plugins", "key_norm"])
     printed = json.loads(capsys.readouterr().out)
     assert "key_norm.KeyNorm" in json.dumps(printed["$defs"]["Compressor"])

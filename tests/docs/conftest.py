@@ -1,1 +1,6 @@
-from cli_helpers import elsewhere  # noqa: F401 - for all tests of this folder
+"""Commands of the pages run as a user far from the checkout would run them."""
+
+from cli_helpers import elsewhere
+from plugin_helpers import examples
+
+__all__ = ["elsewhere", "examples"]

@@ -93,9 +93,7 @@ PARSED, RUN = ([block for block in SHELL if block.parsed is parsed] for parsed i
 
 
 @pytest.mark.parametrize("block", PARSED, ids=ids(PARSED))
-def test_commands_are_understood(block, only_parsed, monkeypatch):
-    write_examples(Path.cwd())
-    monkeypatch.syspath_prepend(str(Path.cwd()))
+def test_commands_are_understood(block, only_parsed, examples):
     for command, *arguments in lrsa_commands(block):
         assert command in COMMANDS | TOOLS, command
         understand(command, *arguments)
