@@ -70,7 +70,7 @@ docs-serve: setup ## Show the documentation on http://127.0.0.1:8000 while you w
 
 figures: setup ## Draw the picture of the rule, and record what `make fit` prints (minutes)
 	$(BIN)/python docs/draw_method.py
-	COLUMNS=100 $(BIN)/lrsa fit $(QUICKSTART) | sed -n '/Validation on/,/^Compare/p' \
+	COLUMNS=100 $(BIN)/lrsa fit $(QUICKSTART) | sed -n '/Validation on/,$$p' \
 	  | sed 's#$(CURDIR)#/home/you/lrsa-lit#; s/ *$$//' > docs/figures/quickstart.txt
 
 schema: setup ## Write configs/schema.json, with which editors complete YAML
