@@ -105,7 +105,7 @@ def resolve(source: str, sha256: str | None = None, key: str = "source") -> Path
     except OSError as error:
         raise UserError(key, _short(source), reason=f"cannot be read ({error.strerror})") from None
     if sha256 is not None and (found := sha256_of(path)) != sha256:
-        reason = f"is corrupt or another version: its SHA-256 is {found}, expected {sha256}"
+        reason = f"is corrupt or another version: its sha256 is {found}, expected {sha256}"
         raise UserError(key, _short(source), reason=reason)
     return path
 

@@ -90,8 +90,8 @@ def bad_files():
         {"x.db": "no database"},
         ["tracking_uri", "x.db"],
     )
-    yield "config with a NUL", ["--config", "a\0b"], {}, ["--config: ", "no path"]
-    yield "config of a long name", ["--config", "a" * 5000], {}, ["--config: ", "no path"]
+    yield "config with a NUL", ["--config", "a\0b"], {}, ["--config: ", "not a path"]
+    yield "config of a long name", ["--config", "a" * 5000], {}, ["--config: ", "not a path"]
     yield "config that contains itself", ["--config", "x.yaml"], {"x.yaml": "a: &a [*a]"}, ["x.yaml", "contains itself"]
     yield "group of a file that explodes", ["--model.lrsa", "x.yaml"], {"x.yaml": laughs}, ["model.lrsa", "values"]
     yield (

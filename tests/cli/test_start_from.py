@@ -48,7 +48,7 @@ def test_a_fit_begins_with_the_weights_of_another_one(kind, tmp_path):
     [
         ("nothing.ckpt", "nothing.ckpt does not exist"),
         ("damaged.ckpt", "is not a checkpoint written by a fit"),
-        ("./nowhere", "is no folder"),
+        ("./nowhere", "is not a folder"),
         (
             "model",
             "it must be a fit's checkpoint (.ckpt), or a folder of adapters; a whole model is a model.backbone.source",

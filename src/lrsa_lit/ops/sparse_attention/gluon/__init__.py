@@ -1,1 +1,1 @@
-"""Warp-specialised kernels for Hopper GPUs in Gluon, Triton's lower-level language; ``hopper`` is the way in."""
+"""Warp-specialised kernels for Hopper GPUs in Gluon, Triton's lower-level language; ``hopper`` is the entry point."""

@@ -1,10 +1,10 @@
 """The attention forward on Hopper, in Gluon: one warp loads, two warpgroups take turns at the tensor cores.
 
-One program per multiprocessor walks many tiles of 128 queries. Its *producer* warp copies queries, keys and values into
-shared memory and runs ahead as far as the buffers reach, over the ends of tiles. Its two *consumers* own half a tile
-each. While one computes its softmax, the products of the other keep the tensor cores busy; a *turn* that the two hand
-to each other keeps them out of step. Within a consumer the next block's scores are queued before the product P V of
-this one, and so are those of the next tile's first block.
+One program per multiprocessor processes many tiles of 128 queries. Its *producer* warp copies queries, keys and values
+into shared memory and runs ahead as far as there are buffers, also across tiles. Its two *consumers* own half a tile
+each. While one computes its softmax, the products of the other keep the tensor cores busy; a *turn* that they pass to
+each other keeps them out of step. A consumer queues the next block's scores before the product P V of the current
+block, also across tiles.
 
 Names in the kernel are explained in pipeline.py.
 """
@@ -28,11 +28,11 @@ from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 TILE = host.Tile(128, 128, 4, 2)
-"""Warps are those of one consumer."""
+"""The number of warps is that of one consumer."""
 
 
 def launch(inputs: host.Inputs, output: Tensor, lse: Tensor, geometry: Geometry, scale: float) -> None:
-    """Fill output and log-sum-exp; see ``forward_kernel.attend_forward``. The copy engine can express all tensors."""
+    """Fill output and log-sum-exp; see ``forward_kernel.attend_forward``. TMA must support all tensors' layouts."""
     work, tables, counts = query_walk(inputs, geometry, TILE.rows)
     _hopper_forward_kernel[(min(work, pipeline.multiprocessors(output.device)),)](
         pipeline.descriptor(inputs.query, HALF.value), *pipeline.sources(inputs, TILE.columns), output, lse, *tables,
@@ -48,7 +48,7 @@ def _hopper_forward_kernel(
     sink, lag, keep, chunk, scale_log2, DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Allocate buffers and barriers, then run the three roles side by side."""
-    # Two tiles' queries, of two consumers each.
+    # The queries of two tiles, for two consumers each.
     s_query = gl.allocate_shared_memory(d_query.dtype, [4, 1, 1, HALF, DIM], d_query.layout)
     s_key = gl.allocate_shared_memory(d_key.dtype, [STAGES, 1, 1, BLOCK_N, DIM], d_key.layout)
     s_value = gl.allocate_shared_memory(d_value.dtype, [STAGES, 1, 1, BLOCK_N, DIM], d_value.layout)
@@ -70,14 +70,14 @@ def _hopper_forward_kernel(
             (pipeline.produce_tiles, (queries, sources[0], sources[1], full, free, work, rule, group)),
         ],
         [4, 1],
-        # Of 504 registers for a thread of each warpgroup the first consumer gets what these leave: 240.
+        # The warpgroups share 504 registers per thread; the first consumer gets the remaining 240.
         [240, 24],
     )
 
 
 @gluon.jit
 def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results, scale_log2):
-    """Attention of half of every tile."""
+    """A consumer: the attention of its half of every tile."""
     s_query, s_key = buffers[:2]
     query_full, key_full = full[:2]
     query_free, key_free, value_free = free
@@ -108,7 +108,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
         b_output = gl.zeros([HALF, n_dim], gl.float32, layout)
         b_sum = gl.zeros([HALF], gl.float32, row_layout)
         b_max = gl.full([HALF], device.LOWEST, gl.float32, row_layout)
-        # Values from here on in the block belong to another sequence, or to nobody.
+        # From this row on, values of the block belong to another sequence or to none.
         n_own = n_columns
         if n_full == 0:
             m_visible, n_own = _visible(0, n_full, cuts, p_sequence, i_first, rule, n_columns, score_layout)
@@ -134,7 +134,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
             i_step += 1
         mbarrier.arrive(query_free.index(i_query))
 
-        # The first scores of the next tile; after the last one, a product of what the buffers still hold.
+        # The first scores of the next tile; after the last tile, a useless product of old buffers.
         m_more = i_round + 1 < n_rounds
         i_buffer, i_parity = around(i_round + 1, 2)
         i_query = i_buffer * 2 + WHICH
@@ -142,7 +142,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
         i_buffer, i_parity = around(i_step + 1, n_stages)
         mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_more)
         b_score, b_output = _queue(WHICH, i_query, i_step, b_left, b_output, n_own, buffers, full, free, turn)
-        # All that the next tile needs to know is looked up while the tensor cores are busy.
+        # Look up the next tile's numbers while the tensor cores are busy.
         b_factor = 1.0 / b_sum
         b_lse = b_max * scale_log2 + gl.log2(b_sum)
         i_row = gl.load(p_sequence + device.QUERY_ROW)
@@ -156,7 +156,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, turn, work, rule, results
 
 @gluon.jit
 def _queue(WHICH: gl.constexpr, i_query, i_step, b_left, b_output, n_own, buffers, full, free, turn):
-    """Queue the scores of the next block and this one's product P V; wait for the former."""
+    """Queue the next block's scores and this block's product P V; wait for the scores."""
     s_query, s_key, s_value = buffers
     n_stages: gl.constexpr = s_key.shape[0]
     n_columns: gl.constexpr = s_key.shape[3]
@@ -167,7 +167,7 @@ def _queue(WHICH: gl.constexpr, i_query, i_step, b_left, b_output, n_own, buffer
     s_mine = s_query.index(i_query).reshape([HALF, n_dim])
     s_keys = s_key.index(i_next).reshape([n_columns, n_dim]).permute([1, 0])
     s_values = s_value.index(i_buffer).reshape([n_columns, n_dim])
-    # The first consumer has the first turn, though nobody hands it over.
+    # The first consumer has the first turn without an arrival.
     mbarrier.wait(turn.index(WHICH), (i_step & 1) ^ (1 - WHICH))
     b_score = gl.zeros([HALF, n_columns], gl.float32, score_layout)
     b_score = warpgroup_mma(s_mine, s_keys, b_score, use_acc=False, is_async=True)
@@ -186,8 +186,8 @@ def _take(i_step, m_wait, b_output, b_factor, key_full, value_free):
     """Wait for the product P V, and scale its rows."""
     n_stages: gl.constexpr = value_free.shape[0]
     layout: gl.constexpr = gl.SliceLayout(1, b_output.type.tensor_type.layout)
-    # ptxas moves the wait for a product in front of the softmax that should run beside it, but not over the loop of
-    # another wait: that for the keys of the block after the next one stands here and not where they are needed.
+    # ptxas moves the wait for a product before the softmax that should overlap it, but not across the loop of another
+    # wait. Therefore the wait for the keys of the block after the next one is here, not where they are needed.
     i_next, i_parity = around(i_step + 2, n_stages)
     mbarrier.wait(key_full.index(i_next), i_parity, pred=m_wait)
     b_output = warpgroup_mma_wait(0, deps=[b_output])

@@ -1,8 +1,8 @@
-"""Which calls go to the kernels for Hopper GPUs: forward, dQ, and dK and dV of the compact buffer.
+"""Decide which calls use the kernels for Hopper GPUs: forward, dQ, and dK and dV of the compact buffer.
 
-Everything else runs the plain kernels, to the same accuracy. Gluon is experimental: another version of Triton may
-compile the kernels to code that computes something else, or that is slower. So only versions with which they have
-passed the tests on a Hopper GPU are let in.
+Everything else uses the plain kernels, with the same accuracy. Gluon is experimental: with another version of Triton,
+the kernels could compute something else, or be slower. So they are used only with versions with which they have passed
+the tests on a Hopper GPU.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = [
 ]  # fmt: skip
 
 RAN_WITH = ("3.6",)
-"""Versions of Triton with which the tests of these kernels have passed on a Hopper GPU: ``make test-gpu``."""
+"""Versions of Triton with which these kernels have passed their tests on a Hopper GPU (``make test-gpu``)."""
 
 COMPILES_WITH = ("3.6", "3.7", "3.8", "3.9")
-"""Versions of Triton that compile the kernels, by benchmarks/hopper_compile.py; those that pass on a GPU move up."""
+"""Versions that compile the kernels (benchmarks/hopper_compile.py). After passing on a GPU, add them to RAN_WITH."""
 
 
 def _is_among(versions: tuple[str, ...]) -> bool:
-    """Whether the installed Triton is a release of one of some versions."""
+    """Whether the installed Triton is a release of one of these versions."""
     return ".".join(triton.__version__.split(".")[:2]) in versions
 
 
 CHECKED: bool = _is_among(RAN_WITH)
-"""Whether the kernels were run with this version of Triton."""
+"""Whether the kernels were tested with the installed version of Triton."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
@@ -43,18 +43,17 @@ if CHECKED:
     from lrsa_lit.ops.sparse_attention.gluon import forward_pipeline, key_gradient_pipeline, query_gradient_pipeline
 
 DIM = 128
-"""The head size that the kernels are faster for; at 64 the plain ones are."""
+"""The head size for which these kernels are faster; at 64 the plain ones are."""
 
 ENOUGH = 1 << 18
-"""Rows of queries of all heads below which the plain kernels are faster: a program here lives for many tiles."""
+"""With fewer rows of queries of all heads, the plain kernels are faster: a program here needs many tiles to pay off."""
 
 
 def suits(query: Tensor, *sources: Tensor) -> bool:
-    """Whether a call goes to these kernels; ``sources`` are all tensors beside the query that are loaded in blocks.
+    """Whether a call uses these kernels; ``sources`` are all tensors besides the query that are loaded in blocks.
 
-    That takes what :func:`refusal` looks at, a number of rows that they are faster for, and tensors that the copy
-    engine can express; compact buffers may be empty. Where enough rows of a Hopper GPU run the plain kernels, the log
-    says once why.
+    The conditions are those of :func:`refusal`, enough rows, and tensor layouts that TMA supports; compact buffers may
+    be empty. If :func:`refusal` is why a large call on a Hopper GPU uses the plain kernels, it is logged once.
     """
     rows = query.numel() // query.shape[3]
     if rows < ENOUGH or not _is_hopper(query.device):
@@ -65,7 +64,7 @@ def suits(query: Tensor, *sources: Tensor) -> bool:
 
 
 def refusal(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    """Why calls of such tensors run the plain kernels, however many rows they have; None if these kernels run."""
+    """Why tensors of this kind always use the plain kernels; None if these kernels can run."""
     if not _is_hopper(device):
         return "the faster kernels are for Hopper GPUs (compute capability 9.0)"
     if dim != DIM:
@@ -89,13 +88,13 @@ def _is_hopper(device: torch.device) -> bool:
 
 @functools.lru_cache
 def _let_in(device: torch.device, dtype: torch.dtype, dim: int, checked: bool) -> bool:
-    """Cached, so that a refusal is logged once; what another Triton would mend is a warning."""
+    """Cached, so that a refusal is logged once; it is a warning if another version of Triton would help."""
     reason = refusal(device, dtype, dim)
     if reason is not None:
         mendable = dim == DIM and dtype in _DTYPES
         _log.log(
             logging.WARNING if mendable else logging.INFO,
-            "sparse_attention runs its plain Triton kernels: %s",
+            "sparse_attention uses its plain Triton kernels: %s",
             reason,
         )
     return reason is None

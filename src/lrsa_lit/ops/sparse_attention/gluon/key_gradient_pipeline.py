@@ -1,11 +1,11 @@
 """dK and dV of the compact buffer on Hopper, in Gluon: one warp loads, two warpgroups own half a tile of keys each.
 
-One program per multiprocessor walks tiles of 128 keys. Its *producer* warp loads a tile's keys and values once, and
-blocks of queries and output gradients, with their log-sum-exps and deltas, as far ahead as the ring of buffers reaches.
-Its two *consumers* add what each block gives to dK and dV of their 64 keys, in registers. Scores stand transposed:
-keys are the rows, so that P and dS are left operands of the next products as they stand. dP is multiplied while a
-consumer computes P, and dV while it computes dS; at the end of a block, where it waits for dK, the other one's products
-keep the tensor cores busy.
+One program per multiprocessor processes tiles of 128 keys. Its *producer* warp loads a tile's keys and values once, and
+blocks of queries and output gradients, with their log-sum-exps and deltas, as far ahead as there are buffers. Its two
+*consumers* add each block's contribution to dK and dV of their 64 keys, in registers. The rows of scores are keys, so
+that P and dS can directly be left operands of the next products. The product dP runs while a consumer computes P, and
+dV while it computes dS. At the end of a block, while it waits for dK, the other consumer's products keep the tensor
+cores busy.
 
 Names in the kernel are explained in pipeline.py.
 """
@@ -30,14 +30,14 @@ from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
 
 TILE = host.Tile(128, 64, 4, 4)
-"""Warps are those of one consumer."""
+"""The number of warps is that of one consumer."""
 
 
 def launch(
     saved: host.Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], table: Tensor,
     geometry: Geometry, scale: float
 ) -> None:  # fmt: skip
-    """Fill ``partial``; see ``key_gradient_kernel.compact_gradient``. The copy engine can express all tensors."""
+    """Fill ``partial``; see ``key_gradient_kernel.compact_gradient``. TMA must support all tensors' layouts."""
     query, _, _, compact_key, compact_value = saved.inputs
     batch, query_heads, queries, dim = query.shape
     heads, rows = compact_key.shape[1:3]
@@ -60,7 +60,7 @@ def _hopper_key_kernel(
     sink, lag, keep, chunk, scale_log2, scale, DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Allocate buffers and barriers, then run the three roles side by side."""
-    # One tile's keys and values, of two consumers each.
+    # The keys and values of one tile, for two consumers each.
     s_key = gl.allocate_shared_memory(d_key.dtype, [2, 1, 1, HALF, DIM], d_key.layout)
     s_value = gl.allocate_shared_memory(d_value.dtype, [2, 1, 1, HALF, DIM], d_value.layout)
     s_query = gl.allocate_shared_memory(d_query.dtype, [STAGES, 1, 1, BLOCK_M, DIM], d_query.layout)
@@ -68,7 +68,7 @@ def _hopper_key_kernel(
     scalar_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalar_layout)
-    # A block is full when the copy engine's bytes are there, and what each of the producer's 32 threads copies itself.
+    # A block is full when TMA's bytes have arrived and each of the producer's 32 threads has finished its own copies.
     stages = barriers(2, 1), barriers(2, 1), barriers(STAGES, 33), barriers(STAGES, 2)
     fence_async_shared()
 
@@ -85,14 +85,14 @@ def _hopper_key_kernel(
             (_produce, (buffers, stages, descriptors, scalars, work, rule)),
         ],
         [4, 1],
-        # Of 504 registers for a thread of each warpgroup the first consumer gets what these leave: 240.
+        # The warpgroups share 504 registers per thread; the first consumer gets the remaining 240.
         [240, 24],
     )
 
 
 @gluon.jit
 def _tile(i_round, work):
-    """Batch x head, split, row of the sequence table, and first column of the tile that a round brings."""
+    """Batch x head, split, row of the sequence table, and first column of a round's tile."""
     p_tiles, p_sequences, _, n_batch_heads, _, _, n_splits = work
     i_work = i_round * gl.num_programs(0) + pipeline.place(i_round)
     n_programs = n_batch_heads * n_splits
@@ -104,9 +104,9 @@ def _tile(i_round, work):
 
 @gluon.jit
 def _blocks(p_sequence, i_first, work, rule, BLOCK_M: gl.constexpr):
-    """How the queries that see the tile are cut: numbers of full and of masked blocks of all heads; cuts.
+    """The blocks of queries that see the tile: numbers of full and of masked blocks of all heads; their bounds.
 
-    There is at least one: no row stands in the buffer before a query sees it.
+    There is at least one block, because every row in the buffer is seen by some query.
     """
     sink, lag, keep, chunk = rule
     i_end_row = gl.minimum(i_first + 2 * HALF, sink + gl.load(p_sequence + device.PARTITIONS) * keep)
@@ -123,9 +123,10 @@ def _blocks(p_sequence, i_first, work, rule, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def _full_block(i_block, cuts, BLOCK_M: gl.constexpr):
-    """Which of the tile's heads a full block belongs to, and its first query.
+    """The head of a full block of the tile, and the block's first query.
 
-    Backwards: programs that run together then start at the same queries, the last ones, and share them in L2.
+    Blocks run backwards, so that programs that run together start at the same queries, the last ones, and share them in
+    L2.
     """
     n_full, _, _, _, i_end, _ = cuts
     return i_block // n_full, i_end - (i_block % n_full + 1) * BLOCK_M
@@ -133,14 +134,14 @@ def _full_block(i_block, cuts, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def _partial_block(i_block, cuts, BLOCK_M: gl.constexpr):
-    """The same for a masked block."""
+    """The head of a masked block of the tile, and the block's first query."""
     _, n_masked, i_start, i_begin, i_end, _ = cuts
     return i_block // n_masked, pipeline.masked_block(i_block % n_masked * BLOCK_M, i_start, i_begin, i_end)
 
 
 @gluon.jit
 def _produce(buffers, stages, descriptors, scalars, work, rule):
-    """Load what the consumers read, in the order in which they read it."""
+    """The producer: load data in the order in which the consumers read it."""
     s_key, s_value, s_query, s_do, s_lse, s_delta = buffers
     key_full, key_free, block_full, block_free = stages
     d_key, d_value, d_query, d_do = descriptors
@@ -177,7 +178,7 @@ def _produce(buffers, stages, descriptors, scalars, work, rule):
             i_m_row = i_query_row + i_m
             pipeline.load_block(d_query, [i_b, i_head, i_m_row, 0], b_full, s_query.index(i_buffer))
             pipeline.load_block(d_do, [i_b, i_head, i_m_row, 0], b_full, s_do.index(i_buffer))
-            # Rows start anywhere, and the copy engine only where 16 bytes do.
+            # Not by TMA, which needs an alignment of 16 bytes: rows can start anywhere.
             i_scalar = (i_b * heads * group + i_head).to(gl.int64) * n_queries + i_m_row
             m_m = i_m + o_m < cuts[5]
             pipeline.load_scalars(s_lse.index(i_buffer), p_lse + i_scalar + o_m, mask=m_m)
@@ -188,7 +189,7 @@ def _produce(buffers, stages, descriptors, scalars, work, rule):
 
 @gluon.jit
 def _consume(WHICH: gl.constexpr, buffers, stages, work, rule, results, scale_log2):
-    """dK and dV of half of every tile."""
+    """A consumer: dK and dV of its half of every tile."""
     s_key, s_value, s_query = buffers[:3]
     key_full, key_free, block_full, block_free = stages
     n_stages: gl.constexpr = s_query.shape[0]
@@ -216,7 +217,7 @@ def _consume(WHICH: gl.constexpr, buffers, stages, work, rule, results, scale_lo
         o_seen = pipeline.first_seen_by(o_n, sink, lag, keep, chunk, True)
         for i_block in range(n_masked):
             i_m = _partial_block(i_block, cuts, n_block)[1]
-            # Queries from here on in the block belong to another sequence, or to nobody.
+            # From this row on, queries of the block belong to another sequence or to none.
             n_own = cuts[5] - i_m
             i_buffer, i_parity = around(i_step, n_stages)
             mbarrier.wait(block_full.index(i_buffer), i_parity)
@@ -229,9 +230,9 @@ def _consume(WHICH: gl.constexpr, buffers, stages, work, rule, results, scale_lo
 
 @gluon.jit
 def _step(i_buffer, b_dk, b_dv, s_keys, s_values, buffers, scale_log2, o_seen, n_own):
-    """Add what one block of queries gives to dK (before the scale) and dV, as ``key_gradient_kernel._key_block``.
+    """Add the contribution of one block of queries to dK (before the scale) and dV, as in ``_key_block``.
 
-    Key n is seen by the block's queries ``o_seen[n]`` … ``n_own``; by all of them if ``o_seen`` is None.
+    The block's queries in [``o_seen[n]``, ``n_own``) see key n; all of them do if ``o_seen`` is None.
     """
     s_query, s_do, s_lse, s_delta = buffers[2:]
     n_block: gl.constexpr = s_query.shape[3]
@@ -276,7 +277,7 @@ def _store(b_dk, b_dv, WHICH: gl.constexpr, i_bh, i_split, p_sequence, i_first, 
     i_first += WHICH * HALF
     m_row = i_first + o_row < sink + gl.load(p_sequence + device.PARTITIONS) * keep
     i_row = (i_split * work[3] + i_bh).to(gl.int64) * n_rows + gl.load(p_sequence + device.COMPACT_ROW) + i_first
-    # Straight from where the products leave them: four threads fill a sector, and shared memory is full.
+    # Store directly from the products' layout: four threads fill a sector, and shared memory has no room.
     o_rows = (o_row * n_dim)[:, None] + o_dim[None, :]
     gl.store(p_dk + i_row * n_dim + o_rows, b_dk, mask=m_row[:, None])
     gl.store(p_dv + i_row * n_dim + o_rows, b_dv, mask=m_row[:, None])

@@ -1,7 +1,7 @@
-"""What the Hopper kernels share: how a program walks its tiles, and how a tile of queries is cut into blocks of keys.
+"""Shared by the Hopper kernels: how a program iterates over its tiles, and the blocks of keys of a tile of queries.
 
-Prefixes of kernel locals are those of device_functions.py, and s a buffer in shared memory. ``*_full`` and ``*_free``
-are the barriers at which a buffer is handed to the consumers and back; both count how often it went round.
+Prefixes of kernel locals are those of device_functions.py, plus s for a buffer in shared memory. ``*_full`` and
+``*_free`` are the barriers that pass a buffer to the consumers and back; their phases count how often it was reused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs
 
 HALF = gl.constexpr(64)
-"""Queries of a consumer: the rows of one warpgroup's product."""
+"""The number of queries of a consumer: the rows of one warpgroup's product."""
 
 visible_range = gluon.jit(device.visible_range.fn)
 split_blocks = gluon.jit(device.split_blocks.fn)
@@ -37,30 +37,30 @@ _ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at a time: one on each multiprocessor."""
+    """The number of multiprocessors, and so of programs: one runs on each."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """For blocks of rows of one head of (B, H, T, D)."""
+    """A descriptor for blocks of rows of one head of (B, H, T, D)."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, tensor.shape[3]], _ROWS)
 
 
 def sources(inputs: Inputs, columns: int) -> list[TensorDescriptor]:
-    """For blocks of raw keys and values and of compact ones; a compact buffer of no rows is never read."""
+    """Descriptors for blocks of raw and compact keys and values; for an empty compact buffer they are never used."""
     raw, compact = inputs[1:3], inputs[3:]
     return [descriptor(tensor, columns) for tensor in (*raw, *(compact if compact[0].numel() else raw))]
 
 
 @gluon.jit
 def place(i_round):
-    """Which of a round's tiles this program takes: there and back, as tiles are sorted by length."""
+    """The index of this program's tile in a round; the order alternates, because tiles are sorted by length."""
     return gl.where(i_round % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
 
 
 @gluon.jit
 def count_rounds(n_work):
-    """Number of tiles that this program takes."""
+    """The number of tiles of this program."""
     n_whole = n_work // gl.num_programs(0)
     return n_whole + (place(n_whole) < n_work % gl.num_programs(0)).to(gl.int32)
 
@@ -69,7 +69,7 @@ def count_rounds(n_work):
 def tile_of(i_round, work):
     """Batch, query head, row of the sequence table, first position, and the tile's queries [low, high)."""
     p_tiles, p_sequences, n_work, n_batch_heads, heads = work
-    # The next tile is looked up before it is known whether there is one.
+    # The next tile is looked up even if there is none, so limit its index.
     i_work = gl.minimum(i_round * gl.num_programs(0) + place(i_round), n_work - 1)
     i_tile, i_bh = i_work // n_batch_heads, i_work % n_batch_heads
     p_sequence = p_sequences + gl.load(p_tiles + i_tile * 2) * device.COLUMNS
@@ -81,9 +81,9 @@ def tile_of(i_round, work):
 
 @gluon.jit
 def blocks_of(i_low, i_high, rule, BLOCK_N: gl.constexpr):
-    """How the tile's sources are cut: numbers of full blocks, of all, of compact ones among full and masked; raw cuts.
+    """The blocks of a tile: the numbers of full and of all blocks, of compact full and compact masked ones; raw bounds.
 
-    Full blocks come first, and compact ones before raw ones in both.
+    Full blocks come first; in both kinds, compact blocks come before raw ones.
     """
     sink, lag, keep, chunk = rule
     _, i_full_to = visible_range(i_low, sink, lag, keep, chunk, True)
@@ -100,7 +100,7 @@ def blocks_of(i_low, i_high, rule, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def block_at(i_block, n_full, cuts, BLOCK_N: gl.constexpr):
-    """Whether the tile's block lies in the compact buffer, and its first column there or in the raw tokens."""
+    """Whether a block of the tile is in the compact buffer, and its first column there or in the raw tokens."""
     n_compact_full, n_compact_masked, i_start, i_begin, i_end = cuts
     i_masked = i_block - n_full
     i_raw = masked_block((i_masked - n_compact_masked) * BLOCK_N, i_start, i_begin, i_end)
@@ -113,13 +113,13 @@ def block_at(i_block, n_full, cuts, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def around(i_step, STAGES: gl.constexpr):
-    """Buffer of a step, and the parity of how often it went round."""
+    """The buffer of a step, and the parity of how often it was reused."""
     return i_step % STAGES, (i_step // STAGES) & 1
 
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """That many barriers, each of which waits for so many arrivals."""
+    """COUNT barriers, each of which waits for ARRIVALS arrivals."""
     each = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(each.index(i), count=ARRIVALS)
@@ -128,7 +128,7 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def _copy_block(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free):
-    """Copy a block of the raw or the compact source into the buffer of the step, once that is free."""
+    """Copy a block of the raw or the compact source into the step's buffer, once this is free."""
     i_buffer, i_parity = around(i_step, s_rows.shape[0])
     mbarrier.wait(free.index(i_buffer), i_parity ^ 1)
     mbarrier.expect(full.index(i_buffer), d_raw.block_type.nbytes)
@@ -140,10 +140,10 @@ def _copy_block(i_step, i_from, m_compact, d_raw, d_compact, s_rows, full, free)
 
 @gluon.jit
 def produce_tiles(queries, keys, values, full, free, work, rule, group):
-    """Load what the consumers of tiles of queries read, in the order in which they read it.
+    """The producer for tiles of queries: load data in the order in which the consumers read it.
 
-    ``queries`` are pairs of descriptor and buffers, of what is loaded once a tile; ``keys`` and ``values`` are the
-    descriptors of the raw and the compact source, and buffers.
+    ``queries`` are pairs of a descriptor and buffers, for data that is loaded once per tile. ``keys`` and ``values``
+    are the descriptors of the raw and the compact source, and buffers.
     """
     d_key, d_compact_key, s_key = keys
     d_value, d_compact_value, s_value = values
@@ -177,16 +177,16 @@ def produce_tiles(queries, keys, values, full, free, work, rule, group):
 
 @gluon.jit
 def own_rows(i_first, i_low, i_high, layout: gl.constexpr):
-    """The rows of a consumer's half of a tile, and which of them hold a query."""
+    """The rows of a consumer's half of a tile, and which of them have a query."""
     o_row = gl.arange(0, HALF, gl.SliceLayout(1, layout))
     return o_row, (i_first + o_row >= i_low) & (i_first + o_row < i_high)
 
 
 @gluon.jit
 def clear(s_rows, count):
-    """Zero the rows from ``count`` on: a P of zero does not hide what is not finite there.
+    """Zero the rows from ``count`` on, because a P of zero does not remove non-finite values there.
 
-    Both consumers do this, each before its own product, and write the same bits.
+    Both consumers do this before their products, and write the same bits.
     """
     n_rows: gl.constexpr = s_rows.shape[0]
     n_dim: gl.constexpr = s_rows.shape[1]

@@ -1,9 +1,9 @@
 """The gradient of the queries on Hopper, in Gluon: one warp loads, two warpgroups of 64 queries each compute.
 
-Programs, tiles, the order of blocks and the way from one tile to the next are those of forward_pipeline.py. A block
-takes three products: scores Q K^T, dP = dO V^T, and what the block adds to dQ. A consumer queues scores and dP of the
-next block, then this block's part of dQ, and computes beside it. That keeps the tensor cores busy without turns. Keys
-serve two of the products, values one and for a shorter time: there are twice as many buffers for keys.
+Programs, tiles, the order of blocks and the transition between tiles are those of forward_pipeline.py. A block takes
+three products: scores Q K^T, dP = dO V^T, and its contribution to dQ. A consumer queues scores and dP of the next
+block, then this block's part of dQ, and computes in the meantime. That keeps the tensor cores busy without turns. Keys
+are needed for two products, values for one and for a shorter time, so there are twice as many buffers for keys.
 
 Names in the kernel are explained in pipeline.py.
 """
@@ -27,13 +27,13 @@ from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 TILE = host.Tile(128, 64, 4, 4)
-"""Warps are those of one consumer, stages those of the keys; values have half as many, which is all that fits."""
+"""Warps are per consumer; stages are the buffers of keys. Values have half as many, because no more fit."""
 
 
 def launch(
     saved: host.Saved, output_grad: Tensor, delta: Tensor, query_grad: Tensor, geometry: Geometry, scale: float
 ) -> None:
-    """Fill delta and query_grad; see ``query_gradient``. The copy engine can express all tensors."""
+    """Fill delta and query_grad; see ``query_gradient``. TMA must support all tensors' layouts."""
     work, tables, counts = query_walk(saved.inputs, geometry, TILE.rows)
     _hopper_query_kernel[(min(work, pipeline.multiprocessors(delta.device)),)](
         *(pipeline.descriptor(tensor, HALF.value) for tensor in (saved.inputs.query, output_grad)),
@@ -51,7 +51,7 @@ def _hopper_query_kernel(
     sink, lag, keep, chunk, scale_log2, scale, DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Allocate buffers and barriers, then run the three roles side by side."""
-    # Two tiles' queries and gradients, of two consumers each.
+    # The queries and gradients of two tiles, for two consumers each.
     s_query = gl.allocate_shared_memory(d_query.dtype, [4, 1, 1, HALF, DIM], d_query.layout)
     s_do = gl.allocate_shared_memory(d_do.dtype, [4, 1, 1, HALF, DIM], d_do.layout)
     s_key = gl.allocate_shared_memory(d_key.dtype, [STAGES, 1, 1, BLOCK_N, DIM], d_key.layout)
@@ -74,14 +74,14 @@ def _hopper_query_kernel(
             (pipeline.produce_tiles, (queries, sources[0], sources[1], full, free, work, rule, group)),
         ],
         [4, 1],
-        # As in forward_pipeline.py: the first consumer gets what these leave of 504.
+        # As in forward_pipeline.py, the first consumer gets the rest of 504 registers.
         [240, 24],
     )
 
 
 @gluon.jit
 def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results, scale_log2):
-    """dQ of half of every tile."""
+    """A consumer: dQ of its half of every tile."""
     s_query, s_do, s_key, s_value = buffers
     query_full, key_full, value_full = full
     query_free, key_free, value_free = free
@@ -92,7 +92,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_dim, 16])
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n_columns, 16])
     left_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    # Queries stay in registers: 64 x 64 products with both operands in shared memory ask for all of its bandwidth.
+    # Queries stay in registers: 64 x 64 products with both operands in shared memory would use all its bandwidth.
     query_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     dtype: gl.constexpr = s_query.dtype
 
@@ -116,7 +116,7 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
         i_query = (i_round % 2) * 2 + WHICH
         s_mine = s_do.index(i_query)
         b_dq = gl.zeros([HALF, n_dim], gl.float32, layout)
-        # Keys from here on in the block belong to another sequence, or to nobody.
+        # From this row on, keys of the block belong to another sequence or to none.
         n_own = n_columns
         b_p = gl.exp2(b_score * scale_log2 - b_lse[:, None])
         b_ds = b_p * (b_dp - b_delta[:, None])
@@ -137,13 +137,13 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
         for i_block in range(gl.maximum(n_full, 1), n_all):
             queued = _queue(i_step, b_query, s_mine, b_left, b_dq, n_own, s_key, s_value)
             b_ds, b_dq = _take(i_step, i_block + 1 < n_all, queued, b_lse, b_delta, scale_log2, full, free)
-            # Behind the products: in front of them, 64 bits a thread would be packed into registers and unpacked.
+            # After the products: before them, the mask's 64 bits per thread would be packed and unpacked in registers.
             m_visible, n_own = _visible(i_block, n_full, cuts, i_first, bounds, n_columns, score_layout)
             b_ds = gl.where(m_visible, b_ds, 0.0)
             b_left = gl.convert_layout(b_ds.to(dtype), left_layout)
             i_step += 1
 
-        # The first scores of the next tile; after the last one, products of what the buffers still hold.
+        # The first scores of the next tile; after the last tile, useless products of old buffers.
         m_more = i_round + 1 < n_rounds
         i_buffer, i_parity = around(i_round + 1, 2)
         i_next = i_buffer * 2 + WHICH
@@ -154,10 +154,10 @@ def _consume(WHICH: gl.constexpr, buffers, full, free, work, rule, rows, results
         i_buffer, i_parity = around(i_step + 1, n_values)
         mbarrier.wait(value_full.index(i_buffer), i_parity, pred=m_more)
         queued = _queue(i_step, b_query, s_do.index(i_next), b_left, b_dq, n_own, s_key, s_value)
-        # All that the next tile needs to know is looked up while the tensor cores are busy.
+        # Look up the next tile's numbers while the tensor cores are busy.
         i_next_b, i_next_h, p_sequence, i_next_first, i_next_low, i_next_high = pipeline.tile_of(i_round + 1, work)
         n_full, n_all, cuts = pipeline.blocks_of(i_next_low, i_next_high, rule, n_columns)
-        # Behind the last tile stands one of no queries.
+        # The tile after the last one has no queries.
         i_next_high = gl.where(m_more, i_next_high, i_next_low)
         i_next_first += WHICH * HALF
         i_next_row = gl.load(p_sequence + device.QUERY_ROW) + i_next_first
@@ -192,7 +192,7 @@ def _queue_scores(b_query, s_do, s_keys, s_values):
 
 @gluon.jit
 def _queue(i_step, b_query, s_do, b_left, b_dq, n_own, s_key, s_value):
-    """Queue scores and dP of the next block, and what this one adds to dQ."""
+    """Queue scores and dP of the next block, and this block's contribution to dQ."""
     n_keys: gl.constexpr = s_key.shape[0]
     n_values: gl.constexpr = s_value.shape[0]
     s_keys = s_key.index(i_step % n_keys).reshape([s_key.shape[3], s_key.shape[4]])
@@ -207,7 +207,7 @@ def _queue(i_step, b_query, s_do, b_left, b_dq, n_own, s_key, s_value):
 
 @gluon.jit
 def _take(i_step, m_wait, queued, b_lse, b_delta, scale_log2, full, free):
-    """Wait for what ``_queue`` queued: the gradient of the next block's scores, and dQ so far."""
+    """Wait for the products of ``_queue``; returns the gradient of the next block's scores, and dQ so far."""
     _, key_full, value_full = full
     _, key_free, value_free = free
     n_keys: gl.constexpr = key_full.shape[0]
@@ -215,7 +215,7 @@ def _take(i_step, m_wait, queued, b_lse, b_delta, scale_log2, full, free):
     b_score, b_dp, b_dq = queued
     b_score = warpgroup_mma_wait(2, deps=[b_score])
     b_p = gl.exp2(b_score * scale_log2 - b_lse[:, None])
-    # As in forward_pipeline.py: only the loop of another wait keeps a wait for products where it is written.
+    # As in forward_pipeline.py, the loop of another wait is needed to keep the wait for a product in its place.
     i_buffer, i_parity = around(i_step + 2, n_keys)
     mbarrier.wait(key_full.index(i_buffer), i_parity, pred=m_wait)
     b_dp = warpgroup_mma_wait(1, deps=[b_dp])
@@ -230,7 +230,7 @@ def _take(i_step, m_wait, queued, b_lse, b_delta, scale_log2, full, free):
 
 @gluon.jit
 def _bounds(p_sequence, i_first, rule, layout: gl.constexpr):
-    """Ends of the compact columns that queries see, starts of the raw ones; numbers of what the sequence owns."""
+    """Where each query's compact columns end and raw ones start; the sequence's numbers of compact and raw rows."""
     sink, lag, keep, chunk = rule
     o_t = i_first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
     _, o_compact_to = pipeline.visible_range(o_t, sink, lag, keep, chunk, True)
@@ -282,7 +282,7 @@ def _delta(b_output, s_do, i_b, i_h, i_row, i_first, i_low, i_high, rows, score_
 
 @gluon.jit
 def _store(b_dq, s_rows, query_free, i_b, i_h, i_row, i_first, i_low, i_high, results):
-    """Store the rows of the queries in [low, high), by way of the buffer that held the queries, and hand that back."""
+    """Store the rows of the queries in [low, high) through the buffer of the queries, and free that buffer."""
     p_dq, stride_db, stride_dh, stride_dt, scale = results
     n_dim: gl.constexpr = s_rows.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // n_dim, n_dim // 8], [4, 1], [1, 0])

@@ -1,8 +1,8 @@
-"""The attention with its gradient: straight from autograd to the kernels, and as an operator that torch.compile sees.
+"""The attention with its gradient: as an autograd function, and as an operator for torch.compile.
 
-The operator also selects, and is all that a compiled layer's graph sees. Its shapes follow from those of query and key
-alone. So the ranks stand in the first elements of a buffer that holds as many as there are tokens, and the backward
-gathers the compact buffer again, which is cheaper than to keep it.
+The operator includes the selection, so it is all that a compiled layer's graph sees. Its output shapes depend only on
+the shapes of query and key. So ranks are stored at the start of a buffer with one element per token, and the backward
+gathers the compact buffer again, which is cheaper than storing it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS, Geometry, ran
 
 
 class Attend(torch.autograd.Function):
-    """``apply(*Inputs, ranks, geometry, scale)`` gives the output (B, Hq, Tq, D); see ``attend_forward``.
+    """``apply(*Inputs, ranks, geometry, scale)`` returns the output (B, Hq, Tq, D); see ``attend_forward``.
 
-    With ranks the compact buffer holds copies of raw tokens: their gradient goes to the tokens, not to the buffer. No
-    registered operator: the dispatcher costs the host more than the launches, for which short sequences wait.
+    With ranks, the compact buffer holds copies of raw tokens, and its gradient goes to the tokens. This is not a
+    registered operator, because the dispatcher takes more host time than the launches, and short sequences wait for it.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """A ``setup_context`` would read the signature of this method at each call."""
+        """Attend. There is no ``setup_context``, because it would inspect this method's signature at each call."""
         *tensors, ranks, ctx.geometry, ctx.scale = inputs
         output, lse = attend_forward(Inputs(*tensors), ctx.geometry, ctx.scale)
         ctx.save_for_backward(*tensors, output, lse, ranks)
@@ -50,7 +50,7 @@ class Attend(torch.autograd.Function):
 def traced_attention(
     query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
-    """Output (B, Hq, T, D); arguments as in ``api.traced_attention``."""
+    """The output (B, Hq, T, D); the arguments are those of ``api.traced_attention``."""
     output: Tensor = _forward_op(query, key, value, rule_tensor, cu_seqlens, scale)[0]
     return output
 
@@ -58,7 +58,7 @@ def traced_attention(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks of each group in front."""
+    """Output, base-2 log-sum-exp (B, Hq, T), and a buffer (B, H, T) int32 with the ranks of each group of heads."""
     groups, calls = _calls(key, rule_tensor, cu_seqlens)
     buffer = torch.empty(key.shape[:3], dtype=torch.int32, device=key.device)
     outputs = []
@@ -145,7 +145,7 @@ _forward_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 def _calls(
     key: Tensor, rule_tensor: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[HeadGroups, list[tuple[Geometry, list[float]]]]:
-    """The groups of heads that have one rule; of each the geometry, and the selector's ``kernel_code``."""
+    """The groups of heads with the same rule, and the geometry and ``kernel_code`` of each group."""
     groups, rules = groups_of_tensor(rule_tensor, key.shape[1])
     length = key.shape[2]
     boundaries = (0, length) if cu_seqlens is None else checked_boundaries(cu_seqlens.tolist(), length)
@@ -156,18 +156,18 @@ def _calls(
 
 
 def _of_groups(groups: HeadGroups, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Each group's heads of some tensors (B, H or Hq, T, D)."""
+    """The heads of each group in some tensors (B, H or Hq, T, D)."""
     return zip(*map(groups.split, tensors), strict=True)
 
 
 def _rooms(groups: HeadGroups, buffer: Tensor) -> list[Tensor]:
-    """The part (B, heads, T) of a buffer (B, H, T) that each group has, one behind the other."""
+    """Split a buffer (B, H, T) into one contiguous part (B, heads, T) per group."""
     batch, _, length = buffer.shape
     sizes = [batch * len(heads) * length for heads in groups.heads]
     return [part.view(batch, -1, length) for part in buffer.flatten().split(sizes)]
 
 
 def _ranks_in(buffer: Tensor, geometry: Geometry) -> Tensor:
-    """The ranks (B, H, P, L) in front of a buffer."""
+    """The ranks (B, H, P, L) at the start of a buffer."""
     shape = ranks_shape(buffer, geometry)
     return buffer.flatten()[: math.prod(shape)].view(shape)

@@ -1,8 +1,8 @@
-"""Attention of one new query per row over a buffer whose filled lengths stand on the device.
+"""Attention of one new query per row over a buffer whose filled lengths are on the device.
 
-The keys are split among programs, each of which leaves what its slice adds up to, and a second kernel joins the slices.
-Grids and memory depend on the buffer's capacity alone and the slices are cut on the device, for each row by its own
-length: the host never waits for the lengths, and a CUDA graph of the call stays right while they grow.
+The keys are split into slices among programs, and a second kernel joins their partial results. Grids and memory depend
+only on the buffer's capacity, and each row's slices follow from its length on the device. So the host never waits for
+the lengths, and a CUDA graph of the call stays valid while they grow.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_block
 
 _PROGRAMS = 2 * 132
-"""Programs wanted: enough loads under way to saturate the memory of a GPU with 132 multiprocessors."""
+"""The desired number of programs: enough loads in flight to saturate the memory of a GPU with 132 multiprocessors."""
 _MOST_SPLITS = 128
 _CHANNELS = 32
-"""Channels that one program of the second kernel joins."""
+"""The number of channels that one program of the second kernel joins."""
 
 
 @torch.library.custom_op("lrsa_lit::attend_one", mutates_args=())
 def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
-    """Attention of one query per row over the filled rows of a buffer; arguments as in ``eager.attend_one``."""
+    """Attention of one query per row over the filled rows of a buffer; arguments of ``eager.attend_one``."""
     query, scale = host.positive_scale(query, scale)
     scale_log2 = scale * host.LOG2_E
     query, key, value = host.with_rows(query), host.with_rows(key), host.with_rows(value)
@@ -35,7 +35,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
     group, rows = query_heads // heads, batch * query_heads
     tile, splits = _cut_for(dim, query.dtype, group, batch * heads, capacity)
     partial_output = query.new_empty((splits, rows, dim), dtype=torch.float32)
-    # Maximum and sum, not the log-sum-exp: see _join_kernel.
+    # Maximum and sum instead of the log-sum-exp; see _join_kernel.
     partial_max, partial_sum = query.new_empty((2, splits, rows), dtype=torch.float32)
     _slice_kernel[(splits, batch * heads, triton.cdiv(group, tile.rows))](
         query, key, value, length, partial_output, partial_max, partial_sum,
@@ -56,9 +56,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -
 
 
 def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacity: int) -> tuple[host.Tile, int]:
-    """Blocks that fit registers and shared memory twice per multiprocessor; splits of the keys that fill the device.
+    """A tile that fits twice into a multiprocessor's registers and shared memory, and as many splits as fill the GPU.
 
-    A tile's rows are query heads of one group, at least the 16 that a matrix product needs; its columns are keys.
+    A tile's rows are query heads of one group, at least 16, as matrix products need; its columns are keys.
     """
     rows = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
@@ -68,7 +68,7 @@ def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacit
     else:
         rows, columns, stages = min(rows, 64), 128 if dim <= 64 and rows == 16 else 64, 3
     wanted = max(_PROGRAMS // max(batch_heads * triton.cdiv(group, rows), 1), 1)
-    # The power of two at or below what is wanted, at most one split per block.
+    # The largest power of two up to the desired number, and at most one split per block.
     splits = min(1 << (wanted.bit_length() - 1), triton.next_power_of_2(triton.cdiv(capacity, columns)), _MOST_SPLITS)
     return host.Tile(rows, columns, 4, stages), splits
 
@@ -80,14 +80,14 @@ def _slice_kernel(
     heads, group, scale_log2,
     DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """One program per slice of the keys, key-value head, and BLOCK_M of its query heads: keys and values are read once.
+    """One program per slice of keys, key-value head, and BLOCK_M of its query heads; keys and values are read once.
 
-    Leaves per query head the highest score, the sum of exponentials relative to it, and the values weighted by them.
+    Stores, for each query head, the highest score, the sum of exponentials relative to it, and the weighted values.
     """
     i_split, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     n_keys = tl.load(p_length + i_b * stride_lb)
-    # A slice is whole blocks, so only the last one that holds keys has a block that is not full.
+    # Slices consist of whole blocks, so only the last slice with keys has a block that is not full.
     n_slice = tl.cdiv(tl.cdiv(n_keys, tl.num_programs(0)), BLOCK_N) * BLOCK_N
     i_from = i_split * n_slice
     i_to = tl.minimum(i_from + n_slice, n_keys)
@@ -116,9 +116,9 @@ def _slice_kernel(
     o_row = (i_split.to(tl.int64) * (tl.num_programs(1) // heads) + i_b) * heads * group + o_h
     tl.store(p_partial_max + o_row, b_max, mask=m_g)
     tl.store(p_partial_sum + o_row, b_sum, mask=m_g)
-    # An empty slice is known by its sum, zero, and its output never read.
+    # An empty slice has the sum zero, and its output is never read.
     p_partial_output += o_row[:, None] * DIM + o_dim[None, :]
-    # Compared as a block: the interpreter of triton 3.9 makes an integer of two compared scalars.
+    # Compare as a block, because Triton 3.9's interpreter returns an integer for compared scalars.
     m_some = tl.zeros([1, 1], tl.int32) + i_from < i_to
     tl.store(p_partial_output, b_output, mask=m_g[:, None] & (o_dim < DIM)[None, :] & m_some)
 
@@ -130,8 +130,8 @@ def _join_kernel(
 ):  # fmt: skip
     """One program per query head and BLOCK of its channels.
 
-    Slices are weighted by the difference of their maxima, subtracted before it is scaled as within a slice: logarithms
-    of their sums would carry the rounding of the highest score.
+    Slices are weighted by the difference of their maxima, which is computed before scaling, as within a slice.
+    Logarithms of their sums would include the rounding of the highest score.
     """
     i_row, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_slice = tl.arange(0, SPLITS) * tl.cast(n_rows, tl.int64) + i_row

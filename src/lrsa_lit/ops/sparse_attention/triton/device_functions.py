@@ -1,12 +1,12 @@
-"""What the kernels share: the rule's arithmetic on the device, tile bounds, and row loads.
+"""Functions shared by the kernels: the rule's arithmetic on the device, tile bounds, and row loads.
 
-Every query sees one contiguous range of a *source*, and so the same few numbers serve all kernels. There are two
-sources: the compact buffer (``COMPACT``), seen from 0 to S + K P(t), and the raw tokens, seen from their start
-S + P(t) L to t. Both ends of both ranges never fall as t grows: the queries of a tile see from(first query) …
-to(last query), and all of them see from(last query) … to(first query), where no mask is needed.
+Every query sees one contiguous range of each *source*, so the same few numbers serve all kernels. There are two
+sources: the compact buffer (``COMPACT``), visible from 0 to S + K P(t), and the raw tokens, visible from S + P(t) L to
+t. Both ends of both ranges never decrease as t grows. So the queries of a tile together see from(first query) …
+to(last query), and every one of them sees from(last query) … to(first query), where no mask is needed.
 
 Prefixes of kernel locals: i index, n count, p pointer, o offsets, m mask, b block of values, d TMA descriptor.
-Symbols: S sink, L lag, K keep, C chunk, t a query's position in its sequence, P(t) partitions compressed by then.
+Symbols: S sink, L lag, K keep, C chunk, t a query's position in its sequence, P(t) compressed partitions at t.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import triton.language as tl
 
 from lrsa_lit.ops.sparse_attention import rule_arithmetic
 
-# Columns of the sequence table (work_tables.sequence_table), in its order, and how many they are.
+# Columns of the sequence table (work_tables.sequence_table), in order, and their number.
 QUERY_ROW, QUERY_FROM, QUERY_TO, KEY_ROW, KEY_FROM, KEY_TO = map(tl.constexpr, range(6))
 COMPACT_ROW, PARTITION_ROW, PARTITIONS, COLUMNS = map(tl.constexpr, range(6, 10))
 
 LOWEST = tl.constexpr(-3.3e38)
-"""Running maximum before the first key: finite, so that a row that sees nothing of a block needs no special case."""
+"""The running maximum before the first key: finite, so that rows which see nothing of a block need no special case."""
 
 
 def _compiled(function: Any) -> Any:
-    """The function for kernels. Triton's interpreter wants to find itself among a function's globals."""
+    """The function compiled for kernels, with this module's globals, because Triton's interpreter patches those."""
     return triton.jit(FunctionType(function.__code__, globals(), function.__name__))
 
 
@@ -39,7 +39,7 @@ sinks_and = _compiled(rule_arithmetic.sinks_and)
 
 @triton.jit
 def visible_range(t, sink, lag, keep, chunk, COMPACT: tl.constexpr):
-    """Columns [from, to) of the source that queries at t see."""
+    """The columns [from, to) of the source that queries at t see."""
     count = partitions_at(t, sink, lag, chunk)
     if COMPACT:
         return count * 0, sinks_and(count, sink, keep)
@@ -48,7 +48,7 @@ def visible_range(t, sink, lag, keep, chunk, COMPACT: tl.constexpr):
 
 @triton.jit
 def first_seen_by(column, sink, lag, keep, chunk, COMPACT: tl.constexpr):
-    """First query that sees the column."""
+    """The first query that sees the column."""
     if COMPACT:
         kept = tl.maximum(column - sink, 0) // tl.maximum(keep, 1)
         return first_position(kept + 1, sink, lag, chunk)
@@ -57,7 +57,7 @@ def first_seen_by(column, sink, lag, keep, chunk, COMPACT: tl.constexpr):
 
 @triton.jit
 def lost_to(column, sink, lag, chunk, COMPACT: tl.constexpr):
-    """First query that no longer sees the column; compact columns are never lost."""
+    """The first query that no longer sees the column; compact columns stay visible forever."""
     if COMPACT:
         return column * 0 + 2147483647
     return first_position(tl.maximum(column - sink, 0) // lag + 1, sink, lag, chunk)
@@ -65,7 +65,7 @@ def lost_to(column, sink, lag, chunk, COMPACT: tl.constexpr):
 
 @triton.jit
 def split_blocks(start, full_from, full_to, stop, BLOCK: tl.constexpr):
-    """Cut [start, stop) into blocks: full ones [begin, end) within [full_from, full_to), masked ones on both sides.
+    """Split [start, stop) into blocks: full ones [begin, end) within [full_from, full_to), masked ones on both sides.
 
     Returns begin, end, and BLOCK times the number of masked blocks.
     """
@@ -78,16 +78,16 @@ def split_blocks(start, full_from, full_to, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def masked_block(step, start, begin, end):
-    """Where the masked block at ``step`` stands: from ``start`` on before the full ones, then from ``end`` on."""
+    """The start of the masked block at ``step``: first those before the full blocks, then those after them."""
     return tl.where(step < begin - start, start + step, end + step - (begin - start))
 
 
 @triton.jit
 def query_tile(p_tiles, p_sequences, n_batch_heads, heads, BLOCK_M: tl.constexpr):
-    """Which tile of queries of which head a program works on; the heads of a tile run together and share keys in L2.
+    """The tile of queries and the head of a program; heads of the same tile run together and share keys in L2.
 
-    Returns batch, head, and the number of the two; row of the sequence table; row of position 0, first position, all
-    positions [BLOCK_M], which of them hold a query, and the range of those.
+    Returns batch, head, and their combined index; row of the sequence table; row of position 0, first position, all
+    positions [BLOCK_M], which of them have a query, and the range of those.
     """
     i_tile, i_bh = tl.program_id(0) // n_batch_heads, tl.program_id(0) % n_batch_heads
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
@@ -96,7 +96,7 @@ def query_tile(p_tiles, p_sequences, n_batch_heads, heads, BLOCK_M: tl.constexpr
     i_row = tl.load(p_sequence + QUERY_ROW)
     i_low = tl.maximum(i_first, tl.load(p_sequence + QUERY_FROM))
     i_high = tl.minimum(i_first + BLOCK_M, tl.load(p_sequence + QUERY_TO))
-    # Rows in front of the first query repeat it: they are never stored.
+    # Rows before the first query repeat it; they are never stored.
     o_t = tl.maximum(i_first + tl.arange(0, BLOCK_M), i_low)
     m_t = (i_first + tl.arange(0, BLOCK_M) >= i_low) & (o_t < i_high)
     return i_b, i_h, i_bh.to(tl.int64), p_sequence, i_row, i_first, o_t, m_t, i_low, i_high
@@ -104,14 +104,14 @@ def query_tile(p_tiles, p_sequences, n_batch_heads, heads, BLOCK_M: tl.constexpr
 
 @triton.jit
 def partition_row(i_partition, p_partitions, p_sequences, sink, lag):
-    """Row of the first token of a partition."""
+    """The row of a partition's first token."""
     i_sequence, i_ordinal = tl.load(p_partitions + i_partition * 2), tl.load(p_partitions + i_partition * 2 + 1)
     return tl.load(p_sequences + i_sequence * COLUMNS + KEY_ROW) + sink + i_ordinal * lag
 
 
 @triton.jit
 def load_tile(p_base, o_row, stride, m_row, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows ``o_row`` of a matrix of DIM columns: [rows, PADDED], zero where not ``m_row`` and from column DIM on."""
+    """Load rows ``o_row`` of a matrix with DIM columns: [rows, PADDED], zero where not ``m_row`` and in padding."""
     o_dim = tl.arange(0, PADDED)
     m_tile = m_row[:, None] & (o_dim < DIM)[None, :]
     return tl.load(p_base + o_row[:, None] * stride + o_dim[None, :], mask=m_tile, other=0.0)
@@ -121,9 +121,9 @@ def load_tile(p_base, o_row, stride, m_row, DIM: tl.constexpr, PADDED: tl.conste
 def load_rows(
     p_base, row, stride, count, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Rows ``row`` … of a matrix: [BLOCK, PADDED], zero in columns from DIM on; if MASKED, in rows from ``count`` on.
+    """Load rows from ``row`` on: [BLOCK, PADDED], zero from column DIM on and, if MASKED, from row ``count`` on.
 
-    Offsets of whole rows are 64-bit: a million tokens of 32 heads overflow 32.
+    Row offsets are 64-bit: a million tokens of 32 heads overflow 32 bits.
     """
     o_row = tl.arange(0, BLOCK)
     o_dim = tl.arange(0, PADDED)
@@ -142,7 +142,7 @@ def load_rows(
 
 @triton.jit
 def load_block(d_base, i_b, i_head, p_base, row, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
-    """Whole rows ``row`` … of one head: by its descriptor, or from ``p_base`` on where it has none."""
+    """Load whole rows of one head from ``row`` on, by its descriptor, or from ``p_base`` if it has none."""
     if d_base is None:
         b_rows = load_rows(p_base, row, stride, BLOCK, DIM, BLOCK, PADDED, False)
     else:
@@ -152,7 +152,7 @@ def load_block(d_base, i_b, i_head, p_base, row, stride, DIM: tl.constexpr, BLOC
 
 @triton.jit
 def store_rows(p_base, row, stride, m_row, b_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
-    """Store [BLOCK, PADDED] as rows ``row`` … of a matrix of DIM columns, where ``m_row``."""
+    """Store [BLOCK, PADDED] from ``row`` on in a matrix with DIM columns, where ``m_row``."""
     o_row = tl.arange(0, BLOCK)
     o_dim = tl.arange(0, PADDED)
     p_rows = p_base + tl.cast(row, tl.int64) * stride + o_row[:, None] * stride + o_dim[None, :]
@@ -164,10 +164,10 @@ def walk_sources(
     state, tile, seen, place, compact, raw, rule, scale_log2,
     STEP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Fold STEP over all blocks of keys that a tile of queries sees: of the compact buffer, then of the raw tokens.
+    """Fold STEP over all blocks of keys that a tile of queries sees, first in the compact buffer, then in raw tokens.
 
-    ``state`` is what STEP(state, tile, key, value, mask, scale_log2, PRECISION) returns, ``tile`` what it knows of the
-    queries; ``seen`` are their positions, and the range of those that hold one; ``place`` is batch, key-value head, and
+    ``state`` is what STEP(state, tile, key, value, mask, scale_log2, PRECISION) returns, and ``tile`` its data of the
+    queries. ``seen`` has the positions, and the range of those with a query. ``place`` is batch, key-value head, and
     row of the sequence table. ``compact`` points to keys and values of the head, with row strides and descriptors;
     ``raw`` points to those of all heads, with strides of B, H and T.
     """
@@ -188,7 +188,7 @@ def _walk(
     state, tile, seen, place, i_row, source, rule, scale_log2, STEP: tl.constexpr, COMPACT: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """:func:`walk_sources` of one source: full blocks, then masked ones."""
+    """:func:`walk_sources` for one source: full blocks, then masked ones."""
     o_t, i_low, i_high = seen
     i_b, i_head, _ = place
     p_key, p_value, stride_k, stride_v, d_key, d_value = source

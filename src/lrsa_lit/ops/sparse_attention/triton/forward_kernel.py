@@ -14,10 +14,10 @@ from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_wal
 
 
 def attend_forward(inputs: host.Inputs, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of every query over its prefix of the compact buffer and its range of raw tokens, at a scale > 0.
+    """Attention of every query over its prefix of the compact buffer and its range of raw tokens, for a scale > 0.
 
     Returns:
-        Output (B, Hq, Tq, D), laid out as the query; base-2 log-sum-exp of its scores (B, Hq, Tq) float32.
+        Output (B, Hq, Tq, D) in the query's memory layout; base-2 log-sum-exp of its scores (B, Hq, Tq) float32.
     """
     inputs = inputs.for_kernels()
     query, dim = inputs.query, inputs.query.shape[3]
@@ -84,8 +84,8 @@ def attend_block(state, tile, b_key, b_value, m_visible, scale_log2, PRECISION: 
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
     if m_visible is not None:
         b_score = tl.where(m_visible, b_score, float("-inf"))
-    # Subtract, then scale: the P of the highest score is then 1 exactly. With the two in one multiply-add it is off
-    # by the rounding of the highest score, which at scores of 1e5 is more than half precision loses.
+    # Subtract first, then scale, so that P of the highest score is exactly 1. A fused multiply-add would be off by the
+    # rounding of the highest score, which at scores of 1e5 exceeds half precision's rounding.
     b_top = tl.maximum(b_max, tl.max(b_score, axis=1))
     b_p = tl.exp2((b_score - b_top[:, None]) * scale_log2)
     b_decay = tl.exp2((b_max - b_top) * scale_log2)
@@ -93,7 +93,7 @@ def attend_block(state, tile, b_key, b_value, m_visible, scale_log2, PRECISION: 
     b_output = b_output * b_decay[:, None]
     # [BLOCK_M, PADDED]
     if b_value.dtype == tl.float32:
-        # A running sum over all keys rounds at each; summing blocks first rounds less.
+        # A running sum over all keys rounds at each key; summing within blocks first rounds less.
         b_output += tl.dot(b_p, b_value, input_precision=PRECISION)
     else:
         b_output = tl.dot(b_p.to(b_value.dtype), b_value, b_output)

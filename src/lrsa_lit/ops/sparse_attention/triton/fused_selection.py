@@ -1,7 +1,7 @@
-"""Selection by the kernels, for every selector that has a code: scores of its family, then one ranking for all.
+"""Selection by kernels for selectors with a code: a score kernel per family, then a common ranking kernel.
 
-Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, T tokens, P partitions, D head_dim, w
-window.
+Dimensions: B batch, H key-value heads, Hq query heads, G query heads per key-value head, T tokens, P partitions, D
+head_dim, w window.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def fused_ranks(
     code: Sequence[float], query: Tensor | None, key: Tensor, value: Tensor, geometry: Geometry,
     ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Ranks and scores, as ``select_ranks`` returns them, by the selector of a ``kernel_code``.
+    """Ranks and scores by the selector of a ``kernel_code``, in the form of ``select_ranks``.
 
-    Of the queries (B, Hq, Tq, D), those of the last Tq of the T tokens, some selectors need the windows. Or these alone
-    are given: (B, H, G, P, w, D).
+    Some selectors need queries: either all those of the last Tq tokens, (B, Hq, Tq, D), or only the windows,
+    (B, H, G, P, w, D).
     """
     if code[0] >= 0:
         first, second, *last = code
@@ -36,7 +36,7 @@ def fused_ranks(
         scores = key_diff_scores(key, geometry)
     else:
         assert code[0] == QUERIES
-        # Without partitions none need be given.
+        # Without partitions, queries may be missing.
         query = key if query is None else query
         window, kernel, shared_heads, size = map(int, code[1:])
         scores = _query_scores(query, key, geometry, QueryRuns(window, kernel, bool(shared_heads), size))
@@ -44,7 +44,7 @@ def fused_ranks(
 
 
 def _query_scores(query: Tensor, key: Tensor, geometry: Geometry, selector: QueryRuns) -> Tensor:
-    """Its scores (B, H, P, L): what it makes of the attention received is small, so PyTorch does."""
+    """The selector's scores (B, H, P, L); PyTorch computes them from the received attention, which is small."""
     window = selector.window
     if query.ndim == 6:
         first_rows = torch.arange(query.shape[3], dtype=torch.int32, device=query.device) * window

@@ -1,4 +1,4 @@
-"""The compact buffer of a selection: sinks, then the kept tokens of each partition."""
+"""Gather the compact buffer of a selection: sinks, then the kept tokens of each partition."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _BLOCK = 32
 
 
 def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Copy the pairs that stay visible of keys and values (B, H, T, D).
+    """Copy the kept pairs out of keys and values (B, H, T, D).
 
-    The ranks (B, H, P, L) int32 are a token's place among the K kept of its partition, -1 where it is dropped.
+    A rank (B, H, P, L) int32 is a token's index among the K kept tokens of its partition, or -1 if it is dropped.
 
     Returns:
-        Keys and values (B, H, M, D), contiguous; one sequence's rows after the other's.
+        Keys and values (B, H, M, D), contiguous; the rows of sequences follow one another.
     """
     key, value = host.with_rows(key), host.with_rows(value)
     shape = batch, heads, rows, dim = compact_shape(key, geometry)
@@ -58,7 +58,7 @@ def _gather_kernel(
     is_sink = i_partition < 0
     p_rank = p_ranks + (i_bh * n_partitions + tl.load(p_sequence + device.PARTITION_ROW) + i_partition) * lag
 
-    # Sinks stay in place; the kept tokens of partition p follow those of p - 1.
+    # Sinks come first; the kept tokens of partition p follow those of p - 1.
     n_tokens = tl.where(is_sink, tl.where(tl.load(p_sequence + device.PARTITIONS) > 0, sink, 0), lag)
     n_ranked = tl.where(is_sink, 0, lag)
     i_token = i_key + tl.where(is_sink, 0, sink + i_partition * lag)
@@ -83,7 +83,7 @@ def _gather_kernel(
 
 
 def ranks_of(indices: Tensor, geometry: Geometry) -> Tensor:
-    """The ranks (B, H, P, L) int32 of a selection's positions (B, H, P, K), ascending within a partition."""
+    """The ranks (B, H, P, L) int32 of a selection's positions (B, H, P, K), which ascend within a partition."""
     places = torch.arange(indices.shape[3], dtype=torch.int32, device=indices.device).expand(indices.shape)
     ranks = places.new_full((*indices.shape[:3], geometry.lag), -1)
     return ranks.scatter_(3, indices - partition_starts(geometry, indices.device)[:, None], places)

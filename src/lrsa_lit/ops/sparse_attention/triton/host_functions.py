@@ -1,6 +1,6 @@
-"""What launches hand over: tensors, descriptors for the copy engine (TMA), block sizes and launch options.
+"""Arguments of kernel launches: tensors, descriptors for the copy engine (TMA), block sizes and launch options.
 
-Sizes and options, by head size and dtype, were measured in benchmarks/LOG.md.
+The choice of sizes and options by head size and dtype is documented in benchmarks/LOG.md.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
-"""Scores times this are exponents of 2, the base that the hardware has."""
+"""Factor that turns scores into exponents of 2, the base of the hardware's exponential."""
 
 INTEGERS = [
     "n_work", "n_batch_heads", "heads", "group", "n_splits", "n_queries", "n_rows", "n_partitions", "stride_lb",
     "sink", "lag", "keep", "chunk", "last", "window",
 ]  # fmt: skip
-"""Arguments for whose values no kernel is compiled anew."""
+"""Arguments that kernels are not specialised on, so that new values do not cause recompilation."""
 
 
 class Inputs(NamedTuple):
-    """What the attention reads: queries (B, Hq, Tq, D), raw keys and values (B, H, T, D), compact ones (B, H, M, D)."""
+    """Inputs of the attention: queries (B, Hq, Tq, D), raw keys and values (B, H, T, D), compact ones (B, H, M, D)."""
 
     query: Tensor
     key: Tensor
@@ -32,12 +32,12 @@ class Inputs(NamedTuple):
     compact_value: Tensor
 
     def for_kernels(self) -> Inputs:
-        """The same with contiguous rows, and contiguous compact buffers."""
+        """The same with contiguous rows and contiguous compact buffers."""
         return Inputs(*map(with_rows, self[:3]), *(tensor.contiguous() for tensor in self[3:]))
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward: its inputs, output (B, Hq, Tq, D) and log-sum-exp (B, Hq, Tq)."""
+    """Tensors saved for the backward: inputs, output (B, Hq, Tq, D) and log-sum-exp (B, Hq, Tq)."""
 
     inputs: Inputs
     output: Tensor
@@ -45,7 +45,7 @@ class Saved(NamedTuple):
 
 
 def row_descriptors(rows: int, columns: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
-    """TMA descriptors for blocks of rows of one head of (B, H, T, D); None where the copy engine cannot express it."""
+    """TMA descriptors for blocks of rows of one head of (B, H, T, D); None for layouts that TMA does not support."""
     shape = [1, 1, rows, columns]
     return [
         TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape) if expressible(tensor) else None
@@ -54,31 +54,31 @@ def row_descriptors(rows: int, columns: int, *tensors: Tensor) -> list[TensorDes
 
 
 def row_strides(*tensors: Tensor) -> list[int]:
-    """The strides of B, H and T of each of some (B, H, T, D)."""
+    """The strides of B, H and T for each tensor (B, H, T, D)."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 def with_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its rows are contiguous, whatever its other strides."""
+    """The tensor itself if its rows are contiguous, or else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Query and scale with the same products: the kernels take the maximum of the scores before they scale them."""
+    """Query and scale with a positive scale and the same product: kernels take the maximum of unscaled scores."""
     if scale < 0:
         query, scale = -query, -scale
-    # Masked scores are minus infinity, which zero would turn into NaN.
+    # Masked scores are minus infinity; a scale of zero would turn them into NaN.
     return query, max(scale, 1e-30)
 
 
 def expressible(tensor: Tensor) -> bool:
-    """Whether the copy engine can express blocks of rows of the tensor."""
+    """Whether TMA supports the tensor's layout for blocks of rows."""
     aligned = tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:3])
     return aligned and tensor.numel() > 0 and 0 not in tensor.stride()
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: queries (forward, dQ) or keys (dK and dV) that a program owns; what it takes in per step."""
+    """A kernel's tile: the rows of a program are queries (forward, dQ) or keys (dK, dV); it reads columns per step."""
 
     rows: int
     columns: int
@@ -86,13 +86,13 @@ class Tile(NamedTuple):
     stages: int
 
     def options(self, dim: int, *, keys_are_rows: bool = False) -> dict[str, Any]:
-        """The compile-time arguments of a kernel cut like this, for a head size: BLOCK_M queries by BLOCK_N keys."""
+        """The compile-time arguments of a kernel with this tile, for a head size: BLOCK_M queries by BLOCK_N keys."""
         queries, keys = (self.columns, self.rows) if keys_are_rows else (self.rows, self.columns)
         return {
             "DIM": dim,
             "PADDED": triton.next_power_of_2(dim),
-            # float32 matrices as three TF32 products on tensor cores, or as a chain of multiply-adds, which rounds at
-            # every step and is 3 to 5 times slower. Beyond 128 channels what the products leave out weighs more.
+            # float32 matrices are multiplied by three TF32 products on tensor cores, or by multiply-adds, which round
+            # at every step and are 3 to 5 times slower. Above 128 channels, the error of the TF32 products is larger.
             "PRECISION": "tf32x3" if dim <= 128 else "ieee",
             "BLOCK_M": queries,
             "BLOCK_N": keys,
@@ -110,7 +110,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles for a head size and dtype. float32: small blocks that fit the registers."""
+    """The tiles for a head size and dtype; small blocks for float32, to fit into registers."""
     if dtype == torch.float32:
         if dim > 128:
             return Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))

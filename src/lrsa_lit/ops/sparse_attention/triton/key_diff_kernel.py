@@ -1,4 +1,4 @@
-"""The scores of KeyDiff in float32: two passes over the keys of a partition, the second of them from the cache."""
+"""The scores of KeyDiff in float32: two passes over the keys of a partition; the second one hits the cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _key_diff_kernel(
     p_key, p_scores, p_partitions, p_sequences, stride_kb, stride_kh, stride_kt, heads, n_partitions, sink, lag,
     DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
-    """One program per partition and head. Lengths are bounded as ``normalize`` and ``cosine_similarity`` bound them."""
+    """One program per partition and head. Norms have the lower bounds of ``normalize`` and ``cosine_similarity``."""
     i_bh = tl.program_id(1).to(tl.int64)
     p_key += (i_bh // heads) * stride_kb + (i_bh % heads) * stride_kh
     i_row = partition_row(tl.program_id(0), p_partitions, p_sequences, sink, lag)
@@ -50,7 +50,7 @@ def _key_diff_kernel(
     for i_block in range(0, lag, BLOCK):
         # [BLOCK, PADDED]
         b_key = load_rows(p_key, i_row + i_block, stride_kt, lag - i_block, DIM, BLOCK, PADDED, True).to(tl.float32)
-        # A key is divided by at least 1e-12, and the result's own length bounded by 1e-8: by at least 1e-20 in all.
+        # A key is divided by at least 1e-12 and its new norm is at least 1e-8, so by at least 1e-20 in all.
         b_length = tl.maximum(tl.sqrt(tl.sum(b_key * b_key, axis=1)), 1e-20)
         b_score = -tl.sum(b_key * b_mean[None, :], axis=1) / b_length
         tl.store(p_scores + i_block + o_token, b_score, mask=i_block + o_token < lag)

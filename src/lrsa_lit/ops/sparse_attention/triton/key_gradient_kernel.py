@@ -1,7 +1,7 @@
 """The attention backward, and its kernel for the gradient of keys and values: one program per tile of keys.
 
-One kernel for dQ, one for dK and dV; both recompute the scores, which costs seven products a tile instead of five and
-needs no order between programs. There are no atomics, so every run gives the same bits.
+One kernel computes dQ, another dK and dV. Both recompute the scores, which takes seven products per tile instead of
+five but needs no synchronisation between programs. There are no atomics, so every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gra
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_tiles, raw_tiles, sequence_table
 
 _PROGRAMS = 512
-"""Programs that keep a large GPU busy to the end; with fewer, the heads of a group are split over programs."""
+"""The number of programs that keep a large GPU busy; with fewer, the heads of a group are split over programs."""
 
 
 def attend_backward(
     saved: host.Saved, output_grad: Tensor, ranks: Tensor | None, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, and of the compact keys and values, from that of the output (B, Hq, Tq, D).
+    """Gradients of query, key, value, and of compact keys and values, from the output's gradient (B, Hq, Tq, D).
 
-    With ``ranks`` (B, H, P, L) the buffer holds copies of tokens, at most one of each: their gradient is added to that
-    of the tokens, and there is none for the buffer.
+    With ``ranks`` (B, H, P, L), the buffer holds copies of tokens, at most one per token. Their gradient is added to
+    the tokens' gradient, and the buffer gets none.
     """
     saved, output_grad = saved._replace(inputs=saved.inputs.for_kernels()), host.with_rows(output_grad)
     query_grad, delta = query_gradient(saved, output_grad, geometry, scale)
@@ -42,7 +42,7 @@ def attend_backward(
 def compact_gradient(
     saved: host.Saved, output_grad: Tensor, delta: Tensor, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """dK and dV of the compact buffer, float32 (splits, B, H, M, D): what each split of the query heads adds."""
+    """dK and dV of the compact buffer, float32 (splits, B, H, M, D): the contribution of each split of query heads."""
     query, _, _, *compact = saved.inputs
     batch, heads, rows, dim = compact[0].shape
     on_hopper = hopper.suits(query, *compact, output_grad)
@@ -62,7 +62,7 @@ def raw_gradient(
     saved: host.Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], ranks: Tensor | None,
     geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dK and dV of the raw tokens (B, H, T, D); with ``ranks`` each takes in the gradient of its compact copy."""
+    """dK and dV of the raw tokens (B, H, T, D); with ``ranks``, the gradient of each token's compact copy is added."""
     query, key, value = saved.inputs[:3]
     grads = torch.empty_like(key), torch.empty_like(value)
     table = raw_tiles(geometry, key.device, host.tiles_for(query.shape[3], query.dtype).key.rows)
@@ -74,7 +74,7 @@ def _launch(
     saved: host.Saved, output_grad: Tensor, delta: Tensor, partial: tuple[Tensor, Tensor], ranks: Tensor | None,
     grads: tuple[Tensor, Tensor] | None, table: Tensor, geometry: Geometry, scale: float
 ) -> None:  # fmt: skip
-    """Fill ``grads``, of the raw tokens, or without them ``partial``."""
+    """Fill ``grads`` of the raw tokens or, if they are None, ``partial`` of the compact buffer."""
     query, key, value, *compact = saved.inputs
     batch, query_heads, queries, dim = query.shape
     heads, splits = key.shape[1], partial[0].shape[0]
@@ -92,7 +92,7 @@ def _launch(
 
 
 def _splits(programs: int, group: int) -> int:
-    """Over how many programs the query heads of a group are spread: a divisor of G."""
+    """The number of programs for the query heads of a group: a divisor of G."""
     enough = [count for count in range(1, group + 1) if group % count == 0 and programs * count >= _PROGRAMS]
     return enough[0] if enough else group
 
@@ -109,8 +109,8 @@ def _key_kernel(
 ):  # fmt: skip
     """dK and dV of one tile of compact rows or raw tokens of one key-value head, over all queries that see it.
 
-    COMPACT: the heads of the group are spread over ``n_splits`` programs, and float32 sums go to their own buffers.
-    Otherwise the gradient of the compact copy of a token, if it has one, is added before the only rounding.
+    If COMPACT, the group's heads are split over ``n_splits`` programs, which store float32 sums in separate buffers.
+    Otherwise the gradient of a token's compact copy, if it has one, is added before the only rounding.
     """
     n_programs = n_batch_heads
     i_split = 0
@@ -157,8 +157,8 @@ def _key_kernel(
     p_query += i_b * stride_qb
     p_do += i_b * stride_gb
     o_scalars = i_b * heads * group * n_queries + i_query_row
-    # One loop over the blocks of all heads, so that loads run ahead across heads too. It goes backwards: programs that
-    # run together then start at the same queries, the last ones, and share them in L2.
+    # One loop over the blocks of all heads, so that loads are prefetched across heads. It runs backwards, so that
+    # programs that run together start at the same queries, the last ones, and share them in L2.
     n_full = i_end - i_begin
     for i_step in range(0, n_group * n_full, BLOCK_M):
         i_query_head = i_group + i_step // n_full
@@ -215,9 +215,9 @@ def _key_kernel(
 
 @triton.jit
 def _key_block(b_dk, b_dv, b_key, b_value, block, m_visible, scale_log2, PRECISION: tl.constexpr):
-    """What one block of queries adds to dK (before the scale) and dV. Scores stand transposed: keys are the rows."""
+    """Add the contribution of one block of queries to dK (before the scale) and dV. The rows of scores are keys."""
     b_query, b_do, b_lse, b_delta = block
-    # In this order fewer values are alive at a time: dV takes in P before dP is computed.
+    # This order needs fewer registers, because dV consumes P before dP is computed.
     # [BLOCK_N, BLOCK_M]
     b_score = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION)
     b_p = tl.exp2(b_score * scale_log2 - b_lse[None, :])

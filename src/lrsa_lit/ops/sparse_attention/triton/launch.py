@@ -1,7 +1,8 @@
-"""The Triton implementation of the operator, for CUDA devices, and for the CPU under Triton's interpreter.
+"""The Triton implementation of the operator, for CUDA devices, and for the CPU in Triton's interpreter.
 
-``forward`` is the operator; ``attend`` and ``compress`` are its parts, for callers that keep their own compact buffer;
-``attend_one`` is the kernel for decoding, ``select`` the fused selection. Gradients flow to everything that floats.
+``forward`` is the operator. ``attend`` and ``compress`` are its parts, for callers that keep their own compact buffer.
+``attend_one`` is the kernel for decoding, and ``select`` the fused selection. All floating-point inputs get gradients,
+except those of ``attend_one`` and ``select``.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def unsupported(device: str, dtype: torch.dtype, dim: int) -> UserError | None:
-    """Why these kernels cannot run on such tensors; None if they can."""
+    """Why these kernels cannot run on tensors with this device, dtype and head size; None if they can."""
     interpreted = triton.knobs.runtime.interpret
     if device != "cuda" and not interpreted:
         return UserError("device", device, "cuda for impl=triton, or the CPU with TRITON_INTERPRET=1")
     if dtype not in _DTYPES:
         return UserError("dtype", dtype, "bfloat16, float16 or float32 for impl=triton")
     if interpreted and dtype == torch.bfloat16:
-        return UserError("dtype", dtype, "float32 or float16 in Triton's interpreter, which computes others wrongly")
+        return UserError("dtype", dtype, "float32 or float16 in Triton's interpreter, which is wrong in bfloat16")
     if dim % 8 or not 16 <= dim <= 256:
         return UserError("head size", dim, "a multiple of 8 from 16 to 256 for impl=triton")
     return None
@@ -52,7 +53,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, rule: Rule, *,
     boundaries: Sequence[int], scale: float, selection: Selection | None
 ) -> Tensor:  # fmt: skip
-    """The operator; arguments as in ``eager.forward``."""
+    """The operator; the arguments are those of ``eager.forward``."""
     if not torch.compiler.is_compiling():
         return _forward(query, key, value, rule, boundaries, scale, selection)
     rule_tensor = tensor_of_rule(rule)
@@ -92,7 +93,7 @@ def _forward(
 
 
 def _trains_choice(rule: Rule, *tensors: Tensor) -> bool:
-    """Whether the compact pairs have a gradient beside that of the tokens that they are copies of."""
+    """Whether compact pairs have an additional gradient, besides the one of the tokens that they copy."""
     return rule.compressor.plain is not rule.compressor and _want_gradient(*tensors)
 
 
@@ -112,7 +113,7 @@ def _attend(inputs: Inputs, ranks: Tensor | None, geometry: Geometry, scale: flo
 def attend(
     query: Tensor, compact: Pair, raw: Pair, rule: Rule, *, scale: float, query_offset: int = 0, raw_offset: int = 0
 ) -> Tensor:
-    """Attention of one sequence's queries over compact buffer and raw tokens; arguments as in ``eager.attend``."""
+    """Attention of one sequence's queries over compact buffer and raw tokens; arguments of ``eager.attend``."""
     geometry = Geometry.of(rule, (0, query_offset + query.shape[2]), query_offset, raw_offset)
     return _attend(Inputs(query, *raw, *compact), None, geometry, scale)
 
@@ -120,7 +121,7 @@ def attend(
 def compress(
     key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0, next_query: Tensor | None = None
 ) -> Pair:
-    """What ``count`` partitions of a sequence become; arguments as in ``eager.compress``."""
+    """Compress ``count`` partitions of a sequence; the arguments are those of ``eager.compress``."""
     if type(rule.compressor) is FreqPartition:
         compact = compress_frequencies(in_pytorch.partitions_of(key, value, rule, count, first))
         return compact[0].flatten(2, 3), compact[1].flatten(2, 3)
@@ -128,9 +129,9 @@ def compress(
     if code is None or _want_gradient(key, value, next_query):
         return in_pytorch.compress(key, value, rule, count, first, next_query)
     if next_query is not None:
-        # There may be more, for the gradient.
+        # More queries may be given, for the gradient's selector.
         next_query = next_query[..., next_query.shape[-2] - rule.compressor.plain.window :, :]
-    # A sequence of its own, without sinks, that is just long enough to have compressed them.
+    # Treat them as a separate sequence without sinks, just long enough for these partitions to be compressed.
     geometry = Geometry(0, rule.lag_size, rule.top_k, rule.lag_size, (0, (count + 1) * rule.lag_size + 1))
     ranks, _ = fused_ranks(code, next_query, key, value, geometry)
     return gather_compact(key, value, ranks, geometry)
@@ -139,19 +140,19 @@ def compress(
 @torch.compiler.disable
 @torch.no_grad()
 def select(key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], query: Tensor | None = None) -> Selection:
-    """What :func:`forward` keeps; compressors that know other scores select in PyTorch."""
+    """The tokens that :func:`forward` keeps; compressors without fused scores select in PyTorch."""
     code = kernel_code(rule.compressor.plain, rule.top_k)
     if code is None:
         return in_pytorch.select(key, value, rule, boundaries, query)
     geometry = Geometry.of(rule, boundaries, queries_from=0 if query is None else key.shape[2] - query.shape[2])
     _check_windows(query, key, rule, geometry)
     ranks, scores = fused_ranks(code, query, key, value, geometry)
-    # Exactly K ranks of a partition are not -1, so the positions of those form rows of K.
+    # Exactly K ranks of each partition are not -1, so their positions form rows of K.
     tokens = (ranks >= 0).flatten(0, 2).nonzero()[:, 1].view(*ranks.shape[:3], rule.top_k)
     return Selection(tokens + partition_starts(geometry, key.device)[:, None], scores)
 
 
 def _check_windows(query: Tensor | None, key: Tensor, rule: Rule, geometry: Geometry) -> None:
-    """Raise a UserError if the compressor scores by queries that are not given."""
+    """Raise a UserError if the compressor needs queries that are missing."""
     if rule.compressor.window and any(partitions(geometry)):
         in_pytorch.windows_of(query, key, rule, 1)

@@ -14,7 +14,7 @@ from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_wal
 
 
 def query_gradient(saved: host.Saved, output_grad: Tensor, geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
-    """dQ (B, Hq, Tq, D), and the row sums of output x gradient (B, Hq, Tq) that the other kernel needs too."""
+    """dQ (B, Hq, Tq, D), and the row sums of output x gradient (B, Hq, Tq), which the other kernel needs, too."""
     inputs, dim = saved.inputs, saved.inputs.query.shape[3]
     query_grad, delta = torch.empty_like(inputs.query), torch.empty_like(saved.lse)
     if hopper.suits(*inputs, output_grad):
@@ -52,7 +52,7 @@ def _query_kernel(
     b_delta = tl.sum(b_output.to(tl.float32) * b_do.to(tl.float32), axis=1)
     o_rows = i_bh * n_queries + o_row
     tl.store(p_delta + o_rows, b_delta, mask=m_t)
-    # An infinite log-sum-exp makes rows without a query count for nothing.
+    # An infinite log-sum-exp makes P zero in rows without a query.
     b_lse = tl.load(p_lse + o_rows, mask=m_t, other=float("inf"))
     b_query = device.load_tile(p_query + i_b * stride_qb + i_h * stride_qh, o_row, stride_qt, m_t, DIM, PADDED)
     state = (tl.zeros([BLOCK_M, PADDED], tl.float32),)
@@ -70,7 +70,7 @@ def _query_kernel(
 
 @triton.jit
 def _query_block(state, tile, b_key, b_value, m_visible, scale_log2, PRECISION: tl.constexpr):
-    """What one block of keys adds to dQ, before the scale."""
+    """Add the contribution of one block of keys to dQ, before the scale."""
     (b_dq,) = state
     b_query, b_do, b_lse, b_delta = tile
     # [BLOCK_M, BLOCK_N]

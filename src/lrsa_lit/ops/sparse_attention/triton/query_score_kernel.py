@@ -1,6 +1,6 @@
-"""The attention that a partition's tokens get from the last queries of its reference, in float32.
+"""The attention that a partition's tokens receive from the last queries of its reference, in float32.
 
-Nothing of the size queries times tokens reaches memory: probabilities are added up over the queries as they come.
+The matrix of queries times tokens is never written to memory: probabilities are summed over the queries on the fly.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from lrsa_lit.ops.sparse_attention.triton.device_functions import LOWEST, load_r
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, ranks_shape, sequence_table
 
 _HALF = host.Tile(rows=64, columns=128, warps=4, stages=2)
-"""Queries by tokens for 16-bit inputs: a partition of the usual length is one block."""
+"""Queries by tokens for 16-bit inputs; a partition of the usual length fits into one block."""
 
 
 def attention_received(query: Tensor, key: Tensor, geometry: Geometry, window: int, first_rows: Tensor) -> Tensor:
-    """What ``query_selectors.attention_received`` computes of the partitions of keys (B, H, T, D): (B, H, P, L).
+    """Compute ``query_selectors.attention_received`` for the partitions of keys (B, H, T, D): (B, H, P, L).
 
-    The windows are rows of queries (B, Hq, rows, D): w from each of ``first_rows`` (P,) int32 on.
+    The window of each partition consists of w rows of queries (B, Hq, rows, D) from ``first_rows`` (P,) int32 on.
     """
     query, key = host.with_rows(query), host.with_rows(key)
     batch, heads, count, lag = ranks_shape(key, geometry)
     dim = key.shape[3]
     tile = _HALF if key.dtype.itemsize == 2 else host.tiles_for(dim, key.dtype).forward
     tile = tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(lag))))
-    # If one block holds the partition, it is written once; if not, each block of queries adds to it. Decisions want
-    # the exact products of float32, those of 16-bit numbers are exact anyway.
+    # If the partition fits into one block, results are stored once; otherwise each block of queries adds to them.
+    # Selection needs exact float32 products; products of 16-bit numbers are exact anyway.
     whole = lag <= tile.columns
     received = (torch.empty if whole else torch.zeros)(
         (batch, heads, count, lag), dtype=torch.float32, device=key.device
@@ -93,7 +93,7 @@ def _received_kernel(
 def _query_rows(
     p_query, i_row, n_rows, window, stride_qh, stride_qt, DIM: tl.constexpr, BLOCK_M: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
-    """Rows of the windows of a group, head after head: [BLOCK_M, PADDED], and which of them hold a query."""
+    """Rows of a group's windows, head after head: [BLOCK_M, PADDED], and which of them have a query."""
     o_row = i_row + tl.arange(0, BLOCK_M)
     o_dim = tl.arange(0, PADDED)
     m_row = o_row < n_rows
@@ -104,18 +104,18 @@ def _query_rows(
 
 @triton.jit
 def _products(b_query, b_key, n_keys, PRECISION: tl.constexpr):
-    """[BLOCK_M, BLOCK_N], minus infinity from key ``n_keys`` on."""
+    """Products [BLOCK_M, BLOCK_N]; minus infinity from key ``n_keys`` on."""
     b_product = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
     return tl.where((tl.arange(0, b_key.shape[0]) < n_keys)[None, :], b_product, float("-inf"))
 
 
 @triton.jit
 def _add_to(p_received, b_sums, i_n, lag, n_rows, ADD: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Add means over the rows [BLOCK_M, BLOCK_N] to what the tokens from ``i_n`` on have received, or store them."""
+    """Store the sums over rows [BLOCK_M, BLOCK_N] / ``n_rows`` for the tokens from ``i_n`` on; if ADD, add them."""
     o_token = i_n + tl.arange(0, BLOCK_N)
     b_mean = tl.sum(b_sums, axis=0) / n_rows
     if ADD:
-        # Nobody else adds to this partition, so the order, and with it the rounding, is always the same.
+        # No other program adds to this partition, so the order and the rounding are always the same.
         tl.atomic_add(p_received + o_token, b_mean, mask=o_token < lag, sem="relaxed")
     else:
         tl.store(p_received + o_token, b_mean, mask=o_token < lag)

@@ -1,4 +1,4 @@
-"""The K tokens of each partition that stand highest in an order, whoever made it."""
+"""Rank the K tokens of each partition with the highest scores, for scores from any kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 def rank_highest(order: Tensor, keep: int, ranks: Tensor | None = None) -> Tensor:
     """Rank the K highest of an order (B, H, P, L) float32 by position, as ``Selector.keep`` chooses them.
 
-    Contiguous ranks are written to, if given.
+    If ``ranks`` (contiguous) is given, it is filled.
 
     Returns:
         Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped.
@@ -29,7 +29,7 @@ def rank_highest(order: Tensor, keep: int, ranks: Tensor | None = None) -> Tenso
 
 
 def warps_for(lag: int) -> int:
-    """Warps of a program that holds one number of each token of a partition."""
+    """The number of warps for a program that holds one number per token of a partition."""
     return 1 if lag <= 128 else 4
 
 
@@ -40,7 +40,7 @@ def _rank_kernel(p_order, p_ranks, n_partitions, lag, keep, BLOCK: tl.constexpr)
     o_token = tl.arange(0, BLOCK)
     m_token = o_token < lag
     b_order = tl.load(p_order + o_partition + o_token, mask=m_token, other=0.0)
-    # Integers that order as torch sorts the floats: -0 is 0, NaN goes first.
+    # Integers in the order of torch's sort of the floats: -0 equals 0, NaN is first.
     b_bits = tl.where(b_order == 0.0, 0.0, b_order).to(tl.int32, bitcast=True)
     b_bits = tl.where(b_bits < 0, b_bits ^ 2147483647, b_bits)
     b_bits = tl.where(b_order == b_order, b_bits, 2147483647)
@@ -50,11 +50,11 @@ def _rank_kernel(p_order, p_ranks, n_partitions, lag, keep, BLOCK: tl.constexpr)
 
 @triton.jit
 def store_ranks(p_ranks, b_order, o_partition, o_token, m_token, keep, SIGNED: tl.constexpr):
-    """Rank the K tokens with the highest integers, ties to the earlier.
+    """Rank the K tokens with the highest integers; ties go to the earlier token.
 
-    The integers are not negative but for that of padding, -1; if SIGNED, they are any, and that of padding is -2 ** 31.
+    Integers are not negative, and padding is -1. If SIGNED, they can be any, and padding is -2 ** 31.
     """
-    # The K-th highest, bit by bit: exact for any L without sorting.
+    # Find the K-th highest bit by bit, which is exact for any L without sorting.
     cut = 0
     if SIGNED:
         cut = tl.where(tl.sum((b_order >= 0).to(tl.int32), axis=0) >= keep, 0, -2147483648)

@@ -1,6 +1,6 @@
-"""A linear map along the tokens of each partition, between rotations: one pass over keys or values, and back again.
+"""A linear map along the tokens of each partition, between two rotations: one pass over keys or values.
 
-The rotations work on pairs of channels in the registers, so nothing but the tokens and the new rows touches memory.
+The rotations are applied to pairs of channels in registers, so only the tokens and the new rows go through memory.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lrsa_lit.ops.sparse_attention.synthesizers import low_pass, places
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 
 Tables = tuple[Tensor, Tensor] | tuple[None, None]
-"""Cosines and sines (rows, D/2) float32 of each pair of channels; none where nothing turns."""
+"""Cosines and sines (rows, D/2) float32 of each pair of channels; None without a rotation."""
 
 
 def compress_frequencies(partitions: Partitions) -> tuple[Tensor, Tensor]:
-    """What ``FreqPartition`` makes of partitions: keys and values (B, H, P, K, D)."""
+    """Compress partitions as ``FreqPartition`` does: keys and values (B, H, P, K, D)."""
     key, rotary = partitions.key, partitions.rotary
     assert rotary is not None
     lag, kept, half = key.shape[3], partitions.top_k, key.shape[4] // 2
     weights = low_pass(lag, kept, key.device).float()
     turned = len(rotary.frequencies)
-    # The scaling that is taken off is put on again.
+    # The scaling cancels: it is removed before the map and applied again after it.
     padded = Rotary(rotary.frequencies + (0.0,) * (half - turned))
     before, after = (
         padded.tables(at, weights) for at in (torch.arange(lag, device=key.device), places(lag, kept, key.device))
@@ -41,19 +41,19 @@ def compress_frequencies(partitions: Partitions) -> tuple[Tensor, Tensor]:
 class Resample(torch.autograd.Function):
     """``apply(x, weights, before, after, turned)``: R(after) W R(before)^-1 x, for x (B, H, P, L, D) and W (K, L).
 
-    The first ``turned`` pairs of channels are i and i + ``turned``; the rest does not turn.
+    The first ``turned`` pairs of channels are i and i + ``turned``; the other channels are not rotated.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, before: Tables, after: Tables, turned: int) -> Tensor:
-        """(B, H, P, K, D), contiguous."""
+        """The new rows (B, H, P, K, D), contiguous."""
         ctx.save_for_backward(weights, *before, *after)
         ctx.turned = turned
         return _launch(x, weights, before, after, turned)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The same map, transposed: rotations are put on where they were taken off."""
+        """The transposed map: rotations are applied where the forward removed them, and the reverse."""
         weights, *tables = ctx.saved_tensors
         return _launch(grad, weights.T.contiguous(), tables[2:], tables[:2], ctx.turned), None, None, None, None
 
@@ -79,14 +79,14 @@ def _resample_kernel(
     stride_xb, stride_xh, stride_xp, stride_xt, heads, tokens, rows,
     HALF: tl.constexpr, TURNED: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """One program per BLOCK_M new rows of a partition of a head; those of one partition run together."""
+    """One program per BLOCK_M new rows of a partition and head; programs of the same partition run together."""
     n_blocks = tl.cdiv(rows, BLOCK_M)
     i_p, i_bh = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m, o_pair = tl.program_id(0) % n_blocks * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
     m_m, m_pair = (o_m < rows)[:, None], (o_pair < HALF)[None, :]
     o_first, o_second = o_pair, HALF + o_pair
     if TURNED > 0 and TURNED < HALF:
-        # Pairs that do not turn are those of the two halves of the remaining channels.
+        # Pairs without a rotation consist of the two halves of the remaining channels.
         o_first += tl.where(o_pair < TURNED, 0, TURNED)
         o_second = tl.where(o_pair < TURNED, TURNED + o_pair, o_second)
     p_x += i_bh // heads * stride_xb + i_bh % heads * stride_xh + i_p * stride_xp

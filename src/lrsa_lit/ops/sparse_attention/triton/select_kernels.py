@@ -1,4 +1,4 @@
-"""Lag-relative selection in float32: one kernel for the spread of each token, one that keeps the K highest."""
+"""Lag-relative selection in float32: a kernel for the spread of each token, and a kernel that keeps the K highest."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def select_ranks(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Score the tokens of all partitions of keys and values (B, H, T, D), and rank the K highest by position.
 
-    The weights of the key and of the value score are not both 0; a score of weight 0 is not computed. Contiguous ranks
-    are written to, if given. Of the K, ``last`` are the last tokens, whatever their scores.
+    The weights of the key and value scores must not both be 0; a score with weight 0 is not computed. If ``ranks``
+    (contiguous) is given, it is filled. The ``last`` tokens are always among the K, whatever their scores.
 
     Returns:
         Ranks (B, H, P, L) int32, 0 … K - 1 in the order of the tokens, -1 for those dropped; and the scores
@@ -62,10 +62,10 @@ def _spread_kernel(
     stride_fb, stride_fh, stride_ft, stride_sb, stride_sh, stride_st, heads, n_partitions, sink, lag,
     DIM: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, CONSTANT: tl.constexpr, SHRINK: tl.constexpr
 ):  # fmt: skip
-    """Unbiased standard deviation over channels of each token, in the range of the next partition.
+    """Unbiased standard deviation over channels of each token, normalised by the range of the next partition.
 
-    One program per partition, head and source. Neighbouring programs run together, so that a partition is read from
-    memory once: as the reference of the one before it, it comes from the cache.
+    One program per partition, head and source. Adjacent programs run together, so a partition is read from memory only
+    once; as the reference of the previous one, it comes from the cache.
     """
     i_partition = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -95,7 +95,7 @@ def _spread_kernel(
         b_highs = tl.maximum(b_highs, tl.where(m_tile, b_tile, float("-inf")))
     b_low, b_high = tl.min(b_lows, axis=0), tl.max(b_highs, axis=0)
 
-    # A constant channel's value is 0 whatever its tokens are: its factor is.
+    # For a constant channel the factor is 0, so its values are 0.
     m_varies = b_high - b_low > CONSTANT * tl.maximum(tl.abs(b_low), tl.abs(b_high))
     b_factor = tl.where(m_varies, 1.0 / tl.where(m_varies, b_high - b_low, 1.0), 0.0)
     b_low = tl.where(m_varies, b_low, 0.0)
@@ -115,8 +115,8 @@ def _spread_kernel(
 
 @triton.jit
 def _exponentials(p_spread, o_token, m_token):
-    """Spreads, the highest of them, their exponentials relative to it and the sum of those; padding is 0."""
-    # Spreads are not negative: padding does not change the highest.
+    """Spreads, their maximum, their exponentials relative to it, and the sum of those; padding is 0."""
+    # Spreads are not negative, so padding does not change the maximum.
     b_spread = tl.load(p_spread + o_token, mask=m_token, other=0.0)
     highest = tl.max(b_spread, axis=0)
     b_exp = tl.where(m_token, tl.exp(b_spread - highest), 0.0)
@@ -128,9 +128,9 @@ def _keep_kernel(
     p_spreads, p_scores, p_ranks, n_partitions, lag, keep, last, first_weight, second_weight, log_ratio,
     BOTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program per partition and head: one softmax or two, then the K highest, ties to the earlier token.
+    """One program per partition and head: one softmax or two, then the K highest; ties go to the earlier token.
 
-    Tokens are ordered by the logarithms of their scores, as in ``scoring.weighted_ranking``: scores underflow.
+    Tokens are ordered by the logarithms of their scores, as in ``scoring.weighted_ranking``, because scores underflow.
     """
     n_heads = tl.num_programs(1)
     o_partition = (tl.program_id(1).to(tl.int64) * n_partitions + tl.program_id(0)) * lag
@@ -151,8 +151,8 @@ def _keep_kernel(
 
     if last is not None:
         b_log = tl.where(o_token < lag - last, b_log, float("inf"))
-    # The logarithms are not negative, so their bits order as integers do. NaN goes first, as torch sorts it; padding
-    # last.
+    # The numbers are not negative, so their bits as integers have the same order. NaN is first, as in torch's sort, and
+    # padding last.
     b_bits = b_log.to(tl.int32, bitcast=True)
     b_order = tl.where(m_token, tl.where(b_log == b_log, b_bits, 2147483647), -1)
     store_ranks(p_ranks, b_order, o_partition, o_token, m_token, keep, False)

@@ -1,7 +1,7 @@
 """The integers of a call, and which program works on what: small integer tables on the device, built once per shape.
 
-Tiles are ordered long first, so that the last ones to run are short. A table depends on nothing that a layer computes:
-all layers of a model, and both passes, share one, and no launch waits for the device.
+Tiles are sorted by work, the longest first, so that the last ones to run are short. Tables do not depend on computed
+values, so all layers of a model and both passes share them, and no launch waits for the device.
 
 Symbols: S sink_size, L lag_size, K top_k, C chunk, T tokens, N packed sequences, P partitions, M compact rows.
 """
@@ -21,17 +21,17 @@ from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
-"""Of every operator that uses the tables: they outlive a call, in memory that CUDA graph trees must not recycle."""
+"""Tags of operators that use the tables: these outlive a call, so CUDA graph trees must not recycle their memory."""
 
 TABLES = 64
-"""Of how many geometries what follows from them is kept."""
+"""The number of geometries whose tables are cached."""
 
 
 class Geometry(NamedTuple):
-    """Everything about a call that is no tensor: S, L, K, C, and where the packed sequences start and end, 0 … T.
+    """The integers of a call: S, L, K, C, and the boundaries 0 … T of packed sequences.
 
-    Queries and raw tokens that are at hand start at ``queries_from`` and ``keys_from``; 0 where several sequences are
-    packed.
+    The given queries and raw tokens start at the positions ``queries_from`` and ``keys_from``, which are 0 if several
+    sequences are packed.
     """
 
     sink: int
@@ -44,12 +44,12 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, rule: Rule, boundaries: Sequence[int], queries_from: int = 0, keys_from: int = 0) -> Geometry:
-        """That of a rule, without its compressor."""
+        """The geometry of a rule, without its compressor."""
         return cls(*rule.numbers, tuple(boundaries), queries_from, keys_from)
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:
-        """S, L, K, C, the order of ``Rule.numbers`` and of the kernels' arguments."""
+        """S, L, K, C, in the order of ``Rule.numbers`` and of the kernels' arguments."""
         return self.sink, self.lag, self.keep, self.chunk
 
     @property
@@ -59,34 +59,34 @@ class Geometry(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
+        """The number of tokens of each sequence."""
         return [stop - start for start, stop in itertools.pairwise(self.boundaries)]
 
 
 @functools.lru_cache(maxsize=TABLES)
 def partitions(geometry: Geometry) -> tuple[int, ...]:
-    """Partitions that each sequence has compressed by its end."""
+    """The number of compressed partitions at the end of each sequence."""
     return tuple(partition_counts(geometry.boundaries, geometry.rule))
 
 
 @functools.lru_cache(maxsize=TABLES)
 def compact_rows(geometry: Geometry) -> tuple[int, ...]:
-    """Rows of the compact buffer that each sequence owns."""
+    """The number of rows of each sequence in the compact buffer."""
     return tuple(compact_size(count, geometry.rule) for count in partitions(geometry))
 
 
 def ranks_shape(key: Tensor, geometry: Geometry) -> tuple[int, ...]:
-    """(B, H, P, L) of the partitions of keys (B, H, …)."""
+    """The shape (B, H, P, L) of ranks, for keys (B, H, …)."""
     return *key.shape[:2], sum(partitions(geometry)), geometry.lag
 
 
 def compact_shape(key: Tensor, geometry: Geometry) -> tuple[int, ...]:
-    """(B, H, M, D) of the compact buffer of keys (B, H, T, D)."""
+    """The shape (B, H, M, D) of the compact buffer, for keys (B, H, T, D)."""
     return *key.shape[:2], sum(compact_rows(geometry)), key.shape[3]
 
 
 def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep on the device what ``build`` makes of a geometry and further integers, for the most recent calls."""
+    """A decorator that caches the tables of ``build`` on the device, by geometry and further integers."""
     captured: list[Tensor] = []
 
     @functools.lru_cache(maxsize=TABLES)
@@ -95,7 +95,7 @@ def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def lookup(geometry: Geometry, device: torch.device, *sizes: int) -> Tensor:
         table = cached(geometry, device, *sizes)
-        # A CUDA graph remembers the address, so a table that it uses must outlive the cache.
+        # A captured CUDA graph uses the table's address, so the table must outlive the cache.
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             captured.append(table)
         return table
@@ -105,9 +105,9 @@ def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_table
 def sequence_table(geometry: Geometry) -> Tensor:
-    """(N, 9), the columns that device_functions.py names: where the parts of each sequence stand.
+    """(N, 9): where the parts of each sequence are; device_functions.py names the columns.
 
-    Rows are those of position 0, wherever the first position at hand stands: row of t = row + t.
+    Rows refer to position 0, even if the given tokens start later: the row of position t is row + t.
     """
     rows = []
     compact_row = partition_row = 0
@@ -123,14 +123,14 @@ def sequence_table(geometry: Geometry) -> Tensor:
 
 @_table
 def partition_table(geometry: Geometry) -> Tensor:
-    """(P + N, 2): sequence and ordinal of each partition; then, for the sinks of each sequence, ordinal -1."""
+    """(P + N, 2): sequence and index of each partition; then, for the sinks of each sequence, index -1."""
     rows = [[index, ordinal] for index, count in enumerate(partitions(geometry)) for ordinal in range(count)]
     return torch.tensor(rows + [[index, -1] for index in range(len(geometry.lengths))])
 
 
 @_table
 def partition_starts(geometry: Geometry) -> Tensor:
-    """(P,): where in the row each partition starts."""
+    """(P,): the start of each partition in the row."""
     return _starts(geometry)
 
 
@@ -142,7 +142,7 @@ def _starts(geometry: Geometry) -> Tensor:
 
 @_table
 def window_rows(geometry: Geometry, window: int) -> Tensor:
-    """(P,): where, in the queries at hand, the windows of the partitions' references start."""
+    """(P,): the start of the window of each partition's reference among the given queries."""
     return _starts(geometry) + 2 * geometry.lag - window - geometry.queries_from
 
 
@@ -159,7 +159,7 @@ def query_tiles(geometry: Geometry, block: int) -> Tensor:
 
 
 def query_walk(inputs: Inputs, geometry: Geometry, block: int) -> tuple[int, tuple[Tensor, Tensor], tuple[int, ...]]:
-    """For kernels that walk tiles of queries: how many there are, of all heads; both tables; B Hq, Hq, Hq / H, Tq."""
+    """For kernels over tiles of queries: the number of tiles of all heads; both tables; B Hq, Hq, Hq / H, Tq."""
     batch, heads, queries, _ = inputs.query.shape
     tables = query_tiles(geometry, inputs.query.device, block), sequence_table(geometry, inputs.query.device)
     return len(tables[0]) * batch * heads, tables, (batch * heads, heads, heads // inputs.key.shape[1], queries)
@@ -167,13 +167,13 @@ def query_walk(inputs: Inputs, geometry: Geometry, block: int) -> tuple[int, tup
 
 @_table
 def raw_tiles(geometry: Geometry, block: int) -> Tensor:
-    """(tiles, 2): sequence and first position of tiles of raw keys; each is seen by about as many queries."""
+    """(tiles, 2): sequence and first position of tiles of raw keys, which are all seen by about as many queries."""
     return _tiles(geometry, block, aligned=True, first=geometry.keys_from)
 
 
 @_table
 def compact_tiles(geometry: Geometry, block: int) -> Tensor:
-    """(tiles, 2): sequence and first column of tiles of the compact buffer, the most seen first."""
+    """(tiles, 2): sequence and first column of tiles of the compact buffer; those seen by most queries come first."""
     tiles = _tiles(geometry, block, aligned=False, lengths=compact_rows(geometry))
     lengths = torch.tensor(geometry.lengths)[tiles[:, 0]]
     unseen = (tiles[:, 1] - geometry.sink).clamp(min=0) // max(geometry.keep, 1) * geometry.lag
