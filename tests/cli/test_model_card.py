@@ -249,7 +249,7 @@ def test_what_the_hub_refuses_is_one_line(checkpoint, capfd, monkeypatch):
     assert not Path("model").exists()
     Hub(monkeypatch, fail="upload_folder")
     error = refusal(capfd, "export", checkpoint(), "--out", "model", "--push", "org/tiny")
-    assert "`hf upload org/tiny model` sends it" in error
+    assert "upload it later by `hf upload org/tiny model`" in error
     assert (Path("model") / "config.json").is_file()
 
 

@@ -120,9 +120,7 @@ class CheckedForm(Callback):
             self._checkpoint = checkpoint
             if lacking := [name for name in _NEEDED if name not in checkpoint]:
                 reason = f"it has no {lacking[0]}, as if saved with save_weights_only"
-                hint = (
-                    "a fit goes on from a whole checkpoint, and `lrsa export` makes a model to start from of this one"
-                )
+                hint = "`lrsa export` it and start a new fit from its weights"
                 raise UserError("ckpt_path", reason=reason, hint=hint)
             check_form(checkpoint["loops"].get("fit_loop", ()), trainer.fit_loop.state_dict(), "loops.fit_loop")
             _check_exact_state(trainer, checkpoint.get(KEY))

@@ -1,4 +1,4 @@
-"""The ``custom_generate`` folder beside a model: ``generate`` of transformers then decodes under the model's rule."""
+"""The ``custom_generate`` folder of a model, by which transformers' ``generate`` decodes with the model's rule."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def generate(*inputs, model, **arguments):
 
 
 def write_generation_code(folder: Path) -> None:
-    """Write ``custom_generate/generate.py``, which transformers runs with ``trust_remote_code=True`` alone."""
+    """Write ``custom_generate/generate.py``, which transformers runs only with ``trust_remote_code=True``."""
     (folder / FOLDER).mkdir()
     (folder / FOLDER / "generate.py").write_text(_CODE, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A model's folder on the Hugging Face hub."""
+"""Upload a model's folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _KEY = "push"
 
 
 def check_upload(repo: str) -> None:
-    """Ask the hub, before anything is written, whether its user may be known.
+    """Check the repository's name, and that the hub accepts the user's token, before anything is written.
 
     Raises:
-        UserError: the name is none of a repository, there is no token, or the hub does not accept it.
+        UserError: the name is not valid, there is no token, or the hub refuses it.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
@@ -24,25 +24,25 @@ def check_upload(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(_KEY, repo, "ORG/NAME", reason=f"is no name of a repository ({message_of(error)})") from None
+        raise UserError(_KEY, repo, "ORG/NAME", reason=f"is not a repository name ({message_of(error)})") from None
     if repo.count("/") != 1:
         raise UserError(_KEY, repo, "ORG/NAME")
     if get_token() is None:
-        raise UserError(_KEY, repo, reason="needs a token of the hub", hint="`hf auth login`, or set HF_TOKEN")
+        raise UserError(_KEY, repo, reason="needs a hub token", hint="run `hf auth login`, or set HF_TOKEN")
     with _answering(repo):
         HfApi().whoami()
 
 
 def upload(folder: Path, repo: str, *, private: bool) -> str:
-    """Make the repository if there is none, and put a folder's files into it; returns the commit's address.
+    """Create the repository if it does not exist, and upload a folder's files; returns the commit's URL.
 
     Raises:
-        UserError: the hub does not take it.
+        UserError: the upload fails.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _answering(repo, f"; {folder} is complete: `hf upload {repo} {folder}` sends it"):
+    with _answering(repo, f"; {folder} is complete, so upload it later by `hf upload {repo} {folder}`"):
         api.create_repo(repo, private=private or None, exist_ok=True)
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model exported by lrsa-lit")
     return str(commit.commit_url)
@@ -50,7 +50,7 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
 
 @contextlib.contextmanager
 def _answering(repo: str, remedy: str = "") -> Iterator[None]:
-    """Make one line of whatever the hub's library raises: it speaks through several HTTP libraries."""
+    """Turn any exception of the hub's library, which uses several HTTP libraries, into a UserError."""
     try:
         yield
     except Exception as error:

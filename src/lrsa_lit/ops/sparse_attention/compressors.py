@@ -167,7 +167,7 @@ class ValueWeighted(Compressor):
     """A compressor that uses the lag-relative score. ``model.lrsa.value_weight`` sets its weight, too.
 
     Args:
-        value_weight: weight of the value score beside the key score, a finite number >= 0.
+        value_weight: weight of the value score relative to the key score, a finite number >= 0.
     """
 
     value_weight: float = field(default=1.0, kw_only=True)

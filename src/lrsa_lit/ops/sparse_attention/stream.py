@@ -30,7 +30,7 @@ from lrsa_lit.ops.sparse_attention.slot_bias import narrow, through_channels
 from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, without_scores
 
 Held = Mapping[str, tuple[Tensor, ...]]
-"""What a stream holds, by name: tensors (B, heads, rows, channels), pairs (or latents and positions) and queries."""
+"""The contents of a stream by name: pairs (or latents and positions) and queries, (B, heads, rows, channels)."""
 
 
 class Stream(ABC):
@@ -139,27 +139,27 @@ class KeyValueStream(Stream):
 
     @property
     def held(self) -> Held:
-        """All that is held of the past by name: views of the filled rows, compact ones first."""
+        """Everything that is stored, by name: views of the filled rows, compact ones first."""
         named = {"pairs": self._store, "queries": self._queries}
         return {name: buffer.filled for name, buffer in named.items() if buffer is not None}
 
     def restore(self, seen: int, held: Held) -> None:
-        """Go on, empty so far, from copies of what a stream of the same rule :attr:`held` between two calls.
+        """Continue from copies of what a stream with the same rule :attr:`held` between two calls; self must be empty.
 
         Args:
-            seen: tokens that it had taken in.
-            held: each part (B, heads, rows, channels).
+            seen: tokens that the other stream had received.
+            held: its contents, each (B, heads, rows, channels).
         """
         self.seen, self.partitions = seen, compressed_at(seen - 1, self.rule)
         self._restore(held)
 
     @property
     def settled(self) -> int:
-        """Of the first of the :attr:`held` rows, how many no later token changes: the compact ones, or all."""
+        """How many of the first :attr:`held` rows never change: the compact rows, or all if everything is kept."""
         return self.buffers[0].length if self.rule is KEEP_ALL else compact_size(self.partitions, self.rule)
 
     def rewind(self) -> None:
-        """Forget all but the first token, while nothing is compressed."""
+        """Forget all tokens but the first; only before anything is compressed."""
         assert not self.partitions
         self.buffers[0].length = self.seen = 1
         for queries in self.buffers[1:]:
@@ -302,7 +302,7 @@ class KeyValueStream(Stream):
         """Slices of [start, stop), relative to ``start``, with the queries that later compressions need."""
         lag, window = self.rule.lag_size, self.rule.compressor.window
         first = window_start(self.partitions + 1, self.rule)
-        # The window that ends behind ``start``, or the first one that is needed.
+        # The first window that ends after ``start`` and is needed.
         first += max(0, start - first - window + lag) // lag * lag
         return [slice(max(at - start, 0), min(at + window, stop) - start) for at in range(first, stop, lag)]
 
