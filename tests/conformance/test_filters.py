@@ -142,7 +142,7 @@ def test_only_a_filter_that_asks_depends_on_the_question(shortens):
     def holds(record):
         unasked = replace(record, question=" ")
         if shortens.asks:
-            with pytest.raises(UserError, match="has none; use one that does not, as Truncate"):
+            with pytest.raises(UserError, match="has none; use another filter, such as Truncate"):
                 shortens.apply(unasked)
         else:
             assert shortens.apply(unasked).passages == shortens.apply(record).passages

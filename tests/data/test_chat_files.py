@@ -187,7 +187,7 @@ BAD = {
     "null": (turns("a", None), "messages[1].content: is null"),
     "nothing learnt": (turns("a", "b", weights=[0]), "has weight 0 in all"),
     "weight": (turns("a", "b", weights=[2]), "messages[1].weight: 2 is not allowed; it must be 0 or 1"),
-    "field": ({"message": []}, "message: no such field; there are messages, id"),
+    "field": ({"message": []}, "message: no such field; fields are messages, id"),
     "tools": ({**turns("a", "b"), "tools": []}, "tools: no such field"),
     "no object": ([1], "chat: is list; it must be an object"),
 }
@@ -206,7 +206,7 @@ DROPS = {
     "changes": ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "changes the text"),
     "cuts": ("{% for m in messages %}{{ m.content.split('Z')[0] }}<|im_end|>{% endfor %}", "changes the text"),
     "fails": ("{{ raise_exception('No') }}", "the chat template"),
-    "never ends": ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token behind an answer"),
+    "never ends": ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token after an answer"),
 }  # fmt: skip
 
 

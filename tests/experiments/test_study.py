@@ -91,7 +91,7 @@ def test_what_a_row_needs_reads_its_data(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ({"a": taught("none")}, "rows.a: there is no row 'none'; there are base, "),
+        ({"a": taught("none")}, "rows.a: there is no row 'none'; rows are base, "),
         ({"a": taught("a")}, "rows.a needs itself: a needs a"),
         ({"a": taught("b"), "b": {"model": {"start_from": {"row": "a"}}}}, "rows.a needs itself: a needs b needs a"),
         ({"a": taught("base")}, "rows.a: row 'base' trains nothing; name its model"),

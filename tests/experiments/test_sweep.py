@@ -235,7 +235,7 @@ def test_a_stopped_fit_goes_on_from_its_checkpoint_in_its_run(quickly, elsewhere
     next((elsewhere / "runs").rglob("last.ckpt")).with_name("last-v1.ckpt").write_bytes(b"PK")
 
     main(["sweep", *DEBUG, "--grid", "model.lrsa.top_k=4"])
-    assert "model.lrsa.top_k=4: goes on from runs/" in capfd.readouterr().out
+    assert "model.lrsa.top_k=4: resumes from runs/" in capfd.readouterr().out
     found = runs()
     assert set(found) == {"tiny-L32-K4-s0", "sweep-top_k"}
     child = found["tiny-L32-K4-s0"]

@@ -75,7 +75,7 @@ def chat_of(row: Mapping[str, Any], default_id: str, place: str) -> Chat:
         raise UserError("messages", reason="has no message of the assistant, so there is nothing to learn")
     if messages[-1].role != ASSISTANT:
         reason = f"ends with a message of the {messages[-1].role}"
-        raise UserError("messages", reason=reason, allowed="messages that end with one of the assistant")
+        raise UserError("messages", reason=reason, allowed="messages that end with a message of the assistant")
     if not any(message.learnt for message in messages if message.role == ASSISTANT):
         raise UserError(
             "messages", reason="has weight 0 in all messages of the assistant, so there is nothing to learn"
@@ -149,7 +149,7 @@ def _count_to_end(piece: Tokens, content: int, tokenizer: PreTrainedTokenizerBas
     for place, (number, (_, end)) in enumerate(zip(piece.ids, piece.offsets, strict=True)):
         if number in special and end > content:
             return place + 1
-    raise UserError("tokenizer", reason="its chat template writes no special token behind an answer, to end it")
+    raise UserError("tokenizer", reason="its chat template writes no special token after an answer to end it")
 
 
 def _within(spans: Sequence[Span], start: int, stop: int) -> list[Span]:

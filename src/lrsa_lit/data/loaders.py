@@ -85,7 +85,7 @@ def check_steps(trainer: lightning.Trainer) -> None:
     """Raise a UserError if the number of batches per step would change, as each batch stores the sizes of its step."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
-            hint = "all steps have accumulate_grad_batches of the trainer"
+            hint = "all steps must have the trainer's accumulate_grad_batches"
             raise UserError("callbacks", type(callback).__name__, hint=hint)
 
 
@@ -109,7 +109,7 @@ def in_plan(batches: Dataset[Any], plan: EpochPlan, settings: TrainerSettings, w
     sampler = EpochSampler(plan, torch.initial_seed(), settings.rank, cut_at, settings.same_order)
     if plan.curriculum and cut_at < len(sampler):
         hint = "only limit_train_batches=1.0 and overfit_batches=0 are allowed with it"
-        raise UserError("curriculum", reason="it counts steps by whole epochs", hint=hint)
+        raise UserError("curriculum", reason="counts steps in whole epochs", hint=hint)
     return ResumableLoader(batches, batch_sampler=sampler, collate_fn=_made, **_options(workers))
 
 

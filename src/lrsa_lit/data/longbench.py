@@ -131,9 +131,9 @@ def _record(row: Mapping[str, Any]) -> QARecord:
 def _check_scored_by_f1(row: Mapping[str, Any]) -> None:
     language, data_set = row.get("language") or "en", row.get("dataset") or ""
     if language != "en":
-        raise UserError("language", language, "en: the score is qa_f1, of English words")
+        raise UserError("language", language, "en, as the score qa_f1 is for English words")
     if row.get("all_classes"):
-        raise UserError("all_classes", reason="is set", allowed="null: the score is qa_f1, not of classes")
+        raise UserError("all_classes", reason="is set", allowed="null, as the score qa_f1 is not for classes")
     if data_set.removesuffix("_e") in _OTHER_SCORES:
         other = _OTHER_SCORES[data_set.removesuffix("_e")]
         raise UserError("dataset", data_set, "scored by qa_f1", reason=f"is scored by {other}")

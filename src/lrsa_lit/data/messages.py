@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ASKED, ANSWERED = "(question)", "(answer)"
 """Placeholder messages, used to find out what the chat template writes around a message."""
-_REWRITES = "its chat template rewrites earlier turns, which a cache cannot; ask one question only"
+_REWRITES = "its chat template rewrites earlier turns, which a cache cannot do; ask only one question"
 
 
 class Rendered(NamedTuple):

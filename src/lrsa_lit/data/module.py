@@ -345,7 +345,7 @@ class QADataModule(lightning.LightningDataModule):
         """The error for a split without any example."""
         report = self.report[split]
         if not report["too_long"]:
-            return UserError(*self._origin(split), reason=f"has no records for the split {split!r}; one is needed")
+            return UserError(*self._origin(split), reason=f"has no records for the split {split!r}; it needs one")
         reason = f"leaves the split {split!r} empty, as each of its {report['too_long']} {self.noun}s needs more"
         return UserError("max_tokens", self.max_tokens, f"{report['shortest_too_long']} or more", reason=reason)
 

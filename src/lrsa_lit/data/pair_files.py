@@ -46,7 +46,7 @@ class PreferencePairs(SplitFiles):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.packing is not None:
-            raise UserError("packing", self.packing.tokens, "null, as a budget of tokens does not count rejected ones")
+            raise UserError("packing", self.packing.tokens, "null, as the token budget does not count rejected answers")
 
     def records(self, split: Split) -> Iterator[PairRecord]:
         """The pairs of a split in the order of its files, named by split and number."""

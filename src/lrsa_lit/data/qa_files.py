@@ -182,6 +182,6 @@ def _passage(item: object) -> object:
         return {"title": "", "text": item}
     if isinstance(item, Mapping) and isinstance(sentences := item.get("text"), list):
         if wrong := [sentence for sentence in sentences if not isinstance(sentence, str)]:
-            raise UserError("passages", reason=f"holds {kind_of(wrong[0])}", allowed="of sentences of text")
+            raise UserError("passages", reason=f"holds {kind_of(wrong[0])}", allowed="a list of sentences")
         return {**item, "text": "".join(sentences)}
     return item

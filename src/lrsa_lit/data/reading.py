@@ -151,7 +151,7 @@ def check_row(row: Mapping[str, Any], required: Mapping[str, Any], optional: Map
     """
     known = {**required, **optional}
     if unknown := [name for name in row if name not in known]:
-        raise UserError(unknown[0], reason=f"no such field; there are {', '.join(known)}")
+        raise UserError(unknown[0], reason=f"no such field; fields are {', '.join(known)}")
     present = {name: shape for name, shape in optional.items() if row.get(name) is not None}
     check_shape(row, {**required, **present}, "")
 

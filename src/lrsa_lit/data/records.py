@@ -162,9 +162,9 @@ def check_record(record: QARecord) -> None:
             raise UserError(name, reason="is empty, at least one is needed")
     check_name("task", record.task)
     if not all(answer.strip() for answer in record.answers):
-        raise UserError("answers", list(record.answers), "of texts that are not empty")
+        raise UserError("answers", list(record.answers), "a list of non-empty texts")
     if record.match == "verbatim" and (len(record.answers) > 1 or len(record.answers[0].split()) < 2):
-        raise UserError("answers", list(record.answers), 'one of several words, as match is "verbatim"')
+        raise UserError("answers", list(record.answers), 'one answer of several words, as match is "verbatim"')
     for number, turn in enumerate(record.turns):
         for name in _TURN:
             if not getattr(turn, name).strip():
@@ -174,7 +174,7 @@ def check_record(record: QARecord) -> None:
         raise UserError("supporting_titles", missing[0], "the title of a passage")
     for sentence in record.supporting_sentences:
         if not is_in(sentence, record.passages):
-            raise UserError("supporting_sentences", sentence.text, "a part of a passage with its title")
+            raise UserError("supporting_sentences", sentence.text, "a part of a passage with the same title")
 
 
 def is_in(sentence: Passage, passages: Iterable[Passage]) -> bool:
@@ -185,4 +185,4 @@ def is_in(sentence: Passage, passages: Iterable[Passage]) -> bool:
 def check_name(field: str, value: str) -> None:
     """Raise a UserError for a value that cannot be part of a metric's name."""
     if not re.fullmatch(r"[\w.-]*", value):
-        raise UserError(field, value, "of letters, digits, dot, - and _")
+        raise UserError(field, value, "made of letters, digits, dot, - and _")

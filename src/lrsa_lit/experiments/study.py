@@ -188,7 +188,7 @@ class Study:
                 self._check_cell(f"bars.{name}", *cell)
                 if cell[0] not in in_parts:
                     raise UserError(
-                        self.name, reason=f"bars.{name}: no part trains row {cell[0]!r}, so none can reach it"
+                        self.name, reason=f"bars.{name}: no part trains row {cell[0]!r}, so the bar cannot be reached"
                     )
         for name, plot in self.plots.items():
             for row, attention, *data_set in (cell for line in plot["lines"].values() for cell in line if cell):
@@ -198,7 +198,7 @@ class Study:
     def row(self, name: str) -> Row:
         """A row by its name."""
         if name not in self.rows:
-            raise UserError(self.name, reason=f"there is no row {name!r}; there are {', '.join(self.rows)}")
+            raise UserError(self.name, reason=f"there is no row {name!r}; rows are {', '.join(self.rows)}")
         return self.rows[name]
 
     def work(self, *parts: str) -> list[Work]:
@@ -299,7 +299,7 @@ class Study:
             return made[name]
         asking = f"rows.{(*above, name)[0]}"
         if name not in rows:
-            raise UserError(self.name, reason=f"{asking}: there is no row {name!r}; there are {', '.join(rows)}")
+            raise UserError(self.name, reason=f"{asking}: there is no row {name!r}; rows are {', '.join(rows)}")
         if name in above:
             raise UserError(self.name, reason=f"{asking} needs itself: {' needs '.join((*above, name))}")
         needs: dict[str, Row] = {}
@@ -322,7 +322,7 @@ class Study:
             raise UserError(self.name, reason=f"rows.{name}.data.init_args.weights: nothing is left to train on")
         if checkpoint is not None:
             if given["trainer"]["max_steps"]:
-                raise UserError(self.name, reason=f"rows.{name}.checkpoint: it is not allowed where max_steps is not 0")
+                raise UserError(self.name, reason=f"rows.{name}.checkpoint: it is not allowed unless max_steps is 0")
             checkpoint = Path(checkpoint)
             if not checkpoint.exists():
                 raise UserError(self.name, reason=f"rows.{name}.checkpoint: {checkpoint} does not exist")

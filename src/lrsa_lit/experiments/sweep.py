@@ -92,7 +92,7 @@ class Sweep:
 
         def command() -> list[str]:
             checkpoint = self._left_behind(point)
-            print(printable(f"{shown}{f': goes on from {checkpoint}' if checkpoint else ''}"), flush=True)
+            print(printable(f"{shown}{f': resumes from {checkpoint}' if checkpoint else ''}"), flush=True)
             resumed = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
             return ["fit", *point.arguments, *resumed]
 

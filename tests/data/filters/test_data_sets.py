@@ -134,7 +134,7 @@ def test_a_data_set_that_hands_nothing_to_its_filter_is_refused(tokenizer):
         def to_example(self, record):
             return encode(record, self.checked_tokenizer, self.max_tokens)
 
-    with pytest.raises(UserError, match=r"^filter: the data set hands no context to it; leave it out"):
+    with pytest.raises(UserError, match=r"^filter: the data set passes no contexts to it; leave it out"):
         Alone(tokenizer=tokenizer, filter=Truncate()).prepare_data("test")
 
 

@@ -110,8 +110,8 @@ class ContextFilter(FromSettings, ABC):
     def filtered(self, record: QARecord, prompt: Prompt = PROMPT) -> Filtered:
         """Like :meth:`apply`, but also returns what the record lost."""
         if self.asks and not record.question.strip():
-            reason = f"ranks by the question, and record {record.id!r} has none"
-            raise UserError("filter", type(self).__name__, reason=reason, hint="use one that does not, as Truncate")
+            reason = f"ranks by the question, but record {record.id!r} has none"
+            raise UserError("filter", type(self).__name__, reason=reason, hint="use another filter, such as Truncate")
         left, sentences, whole = self.parted(record, prompt)
         passages = tuple(with_texts(record.passages, left))
         titles = {passage.title for passage in passages}

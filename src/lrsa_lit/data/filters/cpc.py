@@ -54,7 +54,7 @@ class CPC(SentenceFilter):
         """Check the settings; the checkpoint is read when it is needed."""
         super().__post_init__()
         valid = self.max_tokens is None or (is_integer(self.max_tokens) and self.max_tokens >= 1)
-        check_setting("max_tokens", self.max_tokens, valid, "an integer >= 1, or null for those of the training")
+        check_setting("max_tokens", self.max_tokens, valid, "an integer >= 1, or null for the length of the training")
 
     def scores(self, record: QARecord, sentences: Sequence[Sentence]) -> list[float]:
         """Cosine similarity of each sentence and the question; a passage's first sentence is read with its title.

@@ -57,7 +57,7 @@ def counted(
     for example in examples:
         if (counts := example.pop("filtered", None)) is None:
             raise UserError(
-                "filter", reason="the data set hands no context to it", hint="leave it out, or set it to null"
+                "filter", reason="the data set passes no contexts to it", hint="leave it out, or set it to null"
             )
         report.update(counts)
         yield example

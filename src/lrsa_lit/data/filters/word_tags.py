@@ -45,7 +45,7 @@ def check_english(record: QARecord) -> None:
     """Raise a UserError if most letters of a record's context are not Latin."""
     letters = [char for passage in record.passages for char in passage.text if char.isalpha()]
     if sum(char > _LAST_LATIN for char in letters) * 2 > len(letters):
-        reason = f"tags English words, and record {record.id!r} is in another script"
+        reason = f"tags English words, but record {record.id!r} is in another script"
         raise UserError("filter", reason=reason, hint="use BM25, RandomSentences or Truncate")
 
 
