@@ -31,10 +31,10 @@ _NAMED = 8
 class KVzip(OneShot):
     """Keep the pairs that repeating the prompt attends to most, ranked over all heads and layers at once.
 
-    After a prompt, the model reads an instruction and one part of the prompt, for each part in turn. This costs about
-    one more prefill. A pair's score is the highest attention probability that it gets from these queries, which attend
-    to the sinks, the part and what they have read. So the selection needs no question. ``kept`` and ``pairs`` are means
-    over heads and layers. Each row of a batch chooses separately, and dropped pairs are freed.
+    After a prompt, the model reads an instruction and one part of the prompt, for each part in turn. This costs one
+    more prefill in linear layers and two in attention. A pair's score is the highest attention probability that it gets
+    from these queries, normalised over the sinks, the part and what they have read. So the selection needs no question.
+    ``kept`` and ``pairs`` are means over heads and layers. Each row chooses separately, and dropped pairs are freed.
 
     kvpress's KVzipPress keeps the same pairs if four tokens precede the text: its parts start after the chat template's
     first tokens, ours after the sinks. It also takes the suffix from the template.

@@ -159,7 +159,7 @@ class System(FromSettings, ABC):
         """Tell the streams which repeat is read next."""
 
     def cutting_before(self, tokens: int) -> System:
-        """The system that ends a prompt if ``tokens`` more of the first turn follow, because a size includes them."""
+        """The system for a prompt that ``tokens`` more of the first turn follow; a size that counts them is reduced."""
         return self
 
     def end_prompt(self, streams: Sequence[Stream]) -> None:

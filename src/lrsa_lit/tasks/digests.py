@@ -40,10 +40,10 @@ class Digests(TrainedPart, nn.Module):
     """k vectors per chunk of a context, which the LLM reads instead of the context.
 
     The LLM is frozen. A context of n tokens is read from the LLM's input embeddings in ceil(n / chunk) chunks of equal
-    size, each independently. In the stage ``repeat``, the LLM reads [digests; AE] and learns to repeat one chunk of a
-    text or context, whose start is drawn at random in each step. Other attentions are evaluated on the same tokens
-    without digests. In the stage ``answer``, [digests; FT] replaces the context in the prompt, and the answer is
-    learned. The vectors AE and FT are also trained, each in its stage.
+    size, each independently. In the stage ``repeat``, the LLM reads [digests; AE] and must repeat one chunk of a text
+    or context, whose start is drawn at random in each step. Other attentions are evaluated on the same tokens without
+    digests. In the stage ``answer``, [digests; FT] replaces the context in the prompt, and the loss is that of the
+    answer. The vectors AE and FT are also trained, each in its stage.
 
     Args:
         stage: ``repeat`` first, then ``answer`` with the first stage's checkpoint as ``start_from``.

@@ -57,7 +57,7 @@ class TokenGate(Selector):
         path = expanded("weights", self.weights).absolute()
         digest = _digest_of(path)
         if self.sha256 not in (None, digest):
-            reason = f"has changed since it was used: its SHA-256 was {self.sha256}"
+            reason = f"has another SHA-256 than the gates that were used ({self.sha256})"
             raise UserError("weights", self.weights, reason=reason)
         object.__setattr__(self, "weights", str(path))
         object.__setattr__(self, "sha256", digest)
