@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class LayerAblation(Callback):
-    """Rank the layers by the answer loss when only one layer is dense, and suggest which layers to leave dense.
+    """Rank layers by the answer loss when only one is dense; suggest which layers to leave dense.
 
     The callback uses the questions of ``lrsa validate`` and does nothing in a fit. It costs N + 2 forward passes per
     question for N layers, in addition to the validation. It prints the layers, best first, with 95 % intervals over the
@@ -161,7 +161,7 @@ class LayerAblation(Callback):
 
 
 class HeadAblation(LayerAblation):
-    """Rank the key-value heads by the answer loss when only one head keeps nothing, and assign each head a K.
+    """Rank key-value heads by the answer loss when only one keeps nothing; assign each head a K.
 
     Like :class:`LayerAblation`, with N H + 2 forward passes per question for N layers of H heads: one head has K = 0,
     and all others have the run's rule. It writes ``heads.json`` with the loss increase (N, H) of each head, and

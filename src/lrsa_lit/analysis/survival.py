@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class EvidenceSurvival(Callback):
-    """Add the kept share of the evidence to the JSON file beside the answers of ``lrsa test`` or ``lrsa validate``.
+    """Add the kept share of the evidence to the JSON file beside the answers; only in tests and ``lrsa validate``.
 
     The file's ``survival`` has for each attention and data set: the kept share, over all layers and heads, of the
     tokens of supporting passages (``gold``) and of the answers in them (``answer``), null if none of these tokens is in

@@ -33,11 +33,11 @@ class RecallSummary(ValidationHistory, ClosingSummary):
 
 
 class RecallWriter(LineWriter, Callback):
-    """Write the results of ``lrsa test`` or ``lrsa validate`` for each question, as JSON lines in the split's order.
+    """Write the recall for each question as JSON lines; only in ``lrsa test`` and ``lrsa validate``.
 
-    A line has ``id``, ``tokens`` of the context, and the number of ``supporting`` sentences. For ``encoder``, ``bm25``
-    and ``random``, it has the number of supporting sentences kept at each budget in percent. The file is also an
-    artifact of the run.
+    The lines are in the order of the split. A line has ``id``, ``tokens`` of the context, and the number of
+    ``supporting`` sentences. For ``encoder``, ``bm25`` and ``random``, it has the number of supporting sentences kept
+    at each budget in percent. The file is also an artifact of the run.
 
     Args:
         path: the file, which must not exist; null is ``recalls.jsonl`` in the run's folder.

@@ -76,11 +76,12 @@ class PredictionWriter(LineWriter, BasePredictionWriter):
 
 
 class AnswerWriter(LineWriter, Callback):
-    """Write the results of ``lrsa test`` or ``lrsa validate`` for each question, as JSON lines in the split's order.
+    """Write each question's losses, answers and scores as JSON lines; only in ``lrsa test`` and ``lrsa validate``.
 
-    A line has ``id``, ``data_set``, ``task``, ``gold``, ``prompt_tokens`` and ``answer_tokens`` (of the reference
-    answer). Under the name of each attention (``LRSA`` is the run's own), it has the summed ``loss`` of these tokens
-    and, if answers are generated, ``prediction``, ``f1``, ``exact_match`` and ``recall``.
+    The lines are in the order of the split. A line has ``id``, ``data_set``, ``task``, ``gold``, ``prompt_tokens`` and
+    ``answer_tokens`` (of the reference answer). Under the name of each attention (``LRSA`` is the run's own), it has
+    the summed ``loss`` of these tokens and, if answers are generated, ``prediction``, ``f1``, ``exact_match`` and
+    ``recall``.
 
     A file of the same name with the suffix ``.json`` describes the evaluation:
     :func:`lrsa_lit.callbacks.evaluation_facts.facts`. Both files are also artifacts of the run.

@@ -23,7 +23,7 @@ from lrsa_lit.errors import UserError
 
 
 class Needles(QADataModule):
-    """RULER's retrieval and tracing tasks: any number of examples at any length, alternating between the tasks.
+    """RULER's retrieval and tracing tasks, with any number of examples at any length; examples alternate between tasks.
 
     Args:
         tasks: any of niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking.

@@ -19,7 +19,7 @@ from lrsa_lit.data.records import Passage, QARecord, asked_in_turn
 
 
 class NeedlesInTurn(Needles):
-    """Conversations about haystacks; each turn is an example, and each turn number is scored separately.
+    """Conversations about several needles in a haystack; each turn is an example, scored separately by turn number.
 
     Earlier turns have the reference answers (:func:`~lrsa_lit.data.records.asked_in_turn`). All turns of a conversation
     have the same context, which fills ``max_tokens`` in the last turn.

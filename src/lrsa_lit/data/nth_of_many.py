@@ -32,15 +32,15 @@ _PREFIX = 10
 
 
 class NthOfMany(QADataModule):
-    """A conversation with one request ``of`` times, each with another answer; one answer is to be repeated.
+    """A conversation that repeats one request, each time with another text; one of the texts is asked for.
 
     As many other exchanges as fit into ``max_tokens`` ask for another kind of text or another topic. The answer must
     begin with a random prefix; the score is how much of the text follows it
     (:func:`~lrsa_lit.evaluation.answer_scores.verbatim_score`, reported as ``f1``).
 
     Args:
-        of: numbers of times that the request occurs. Examples alternate between them, and each is scored separately, as
-            "of-4".
+        of: how often the request occurs; several numbers are possible. Examples alternate between them, and each is
+            scored separately, as "of-4".
         train: number of training examples.
         val: number of validation examples.
         test: number of test examples.

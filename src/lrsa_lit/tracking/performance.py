@@ -109,7 +109,7 @@ def _peak_memory(device: torch.device) -> int | None:
 
 
 class SystemMetrics(Callback):
-    """Log processor, memory, network and, with nvidia-ml-py, GPU load as ``workload/…`` metrics during a fit.
+    """Log processor, memory, network and GPU load as ``workload/…`` metrics during a fit; GPUs need nvidia-ml-py.
 
     MLflow's own monitor takes the samples; a fit shorter than the interval has none. They are sent with the run's other
     metrics. The prefix ``workload/`` sorts them after the run's scores, unlike MLflow's own ``system/…``.
