@@ -20,8 +20,8 @@ PAGES = [
     ROOT / "data" / "README.md",
     *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.parent.name != "study"),
 ]
-ONLY_PARSED = {ROOT / "docs" / name for name in ("context-parallelism.md", "evaluate.md", "publish.md", "serving.md")}
-"""Pages about several GPUs, servers, the hub and tasks of others: no block of them runs within a test."""
+ONLY_PARSED = {ROOT / "docs" / name for name in ("context-parallelism.md", "serving.md")}
+"""Pages about several GPUs and servers: no block of them runs within a test."""
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- check: (\w+) -->\n *\Z")
 _HEREDOC = re.compile(r"^cat > (\S+) <<'(\w+)'\n(.*?)^\2$\n?", re.MULTILINE | re.DOTALL)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from code_blocks import ONLY_PARSED, PAGES, blocks_of, commands_of, files_of
 from plugin_helpers import write_examples
 
-from lrsa_lit.cli import fit_tool, sweep
+from lrsa_lit.cli import catalogue, fit_tool, sweep
 from lrsa_lit.cli.arguments import Parser
 from lrsa_lit.cli.ask import command as ask
 from lrsa_lit.cli.main import COMMANDS, TOOLS, main
@@ -184,3 +185,24 @@ def test_settings_and_data_are_read(block):
             return
         Path("page.yaml").write_text(block.text)
         understand("fit", "--config", "configs/debug/tiny.yaml", "--config", "page.yaml")
+
+
+OF_DATA = {"init_args", "class_path"}.union(*(catalogue.keys(path) for path in catalogue.named("data").values()))
+_SETTING = re.compile(r"`(?:--)?((?:model|trainer|data)(?:\.\w+)+)(?!\w|\()")
+
+
+def unknown_settings(text):
+    """The keys in a text's inline code that are no settings; what stands below a chosen class is not looked at."""
+    for key in _SETTING.findall(text):
+        part, *names = key.replace("data.init_args.", "data.").split(".")
+        while names and (part == "data" or catalogue.part_of(part)):
+            name, *names = names
+            if name not in (OF_DATA if part == "data" else catalogue.keys(catalogue.part_of(part))):
+                yield key
+            part = f"{part}.{name}"
+
+
+# The page on classes of one's own has settings of its own.
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "extending.md"], ids=lambda page: page.name)
+def test_settings_in_the_text_exist(page):
+    assert [*unknown_settings(page.read_text(encoding="utf-8"))] == []
