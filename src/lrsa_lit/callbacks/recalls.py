@@ -21,7 +21,7 @@ class RecallSummary(ValidationHistory, ClosingSummary):
     """Print a table at the end of a fit: recall of supporting sentences before and after training."""
 
     def show(self, trainer: Trainer) -> None:
-        """Print the summary on the first process, once the progress bar is gone."""
+        """Print the summary on the first process, after the progress bar has closed."""
         if not trainer.is_global_zero:
             return
         if self.history:

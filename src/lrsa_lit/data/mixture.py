@@ -93,7 +93,7 @@ class Mixture(QADataModule):
         )
 
     def order(self, examples: int) -> Order:
-        """Shares of the data sets, mixed."""
+        """The order of an epoch: weighted shares of the data sets, shuffled together."""
         names = self._serving("train")
         quotas = shares([self.weights[name] for name in names], self.examples_per_epoch or examples)
         for name, quota in zip(names, quotas, strict=True):

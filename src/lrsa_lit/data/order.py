@@ -50,7 +50,7 @@ class Mixed:
         return _shuffled(drawn, f"{seed}:{epoch}")
 
     def key(self) -> Key:
-        """The quotas."""
+        """The quotas, in the order of the data sets."""
         return {"examples of each data set in an epoch": ", ".join(map(str, self.quotas))}
 
 

@@ -84,7 +84,7 @@ class QARecord:
 
     @property
     def questions(self) -> tuple[str, ...]:
-        """Those of the earlier turns, then its own."""
+        """The questions of the earlier turns, then the record's own."""
         return (*(turn.question for turn in self.turns), self.question)
 
     def check_texts(self) -> None:

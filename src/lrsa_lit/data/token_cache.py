@@ -125,7 +125,7 @@ def forget_at_exit(folder: Path) -> None:
     process = os.getpid()
 
     def forget() -> None:
-        # A process that was forked from this one ends earlier.
+        # Forked processes run this handler as well, but must not remove the folder.
         if os.getpid() == process:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,1 +1,1 @@
-"""Rows of settings run by ``lrsa fit`` and ``lrsa test``, their results, and what the results say."""
+"""Studies, sweeps and comparisons: settings run by ``lrsa fit`` and ``lrsa test``, their results and reports."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LogModel", "MLflowRun", "RecordConfig", "SamplePredictions", "SystemMetrics", "Throughput"]
 
-# Lightning takes seconds to import, and the store is asked by commands that do without it.
+# Importing Lightning takes seconds, and commands that only need the store do without it.
 __getattr__ = lazily(
     __name__,
     {

@@ -160,7 +160,7 @@ class MLflowRun(Logger):
             # System metrics are not tied to steps, so they may be logged again; older runs call them system/.
             names = [name for name in run.data.metrics if not name.startswith((WORKLOAD, "system/"))]
             recorded = {name: max(each.step for each in client.get_metric_history(run_id, name)) for name in names}
-        # The first step after the checkpoint is logged under the number of those before it.
+        # A step is logged with the number of steps before it, so the first one after the checkpoint has ``step``.
         went_on = recorded.get("train/loss", -1) >= step
         if went_on and (run.info.status == "FINISHED" or not same):
             self.tags["resumed_from"] = run_id
