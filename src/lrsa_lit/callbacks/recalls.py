@@ -83,7 +83,7 @@ def show_recalls(trainer: Trainer, split: str) -> None:
     for name in values:
         if name.startswith(f"{split}/over_bm25/") and f"{name}_p" in values:
             low, high, p_value = (values[f"{name}_{end}"] for end in ("low", "high", "p"))
-            told = f"{values[name]:+.3f} a question (95 % CI {low:+.3f} to {high:+.3f}, p = {p_value:.4f})"
+            told = f"{values[name]:+.3f} per question (95 % CI {low:+.3f} to {high:+.3f}, p = {p_value:.4f})"
             console.say(f"Encoder over BM25 at {name.rpartition('/')[2]} %: {told}")
     show_answers(trainer)
 
