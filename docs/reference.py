@@ -89,7 +89,7 @@ def _classes() -> Iterator[str]:
     slots = {kind: slot for slot, kind in catalogue.SLOTS.items()}
     yield "# Classes\n"
     yield (
-        "A setting that takes a class takes it by its name, or by `class_path` and `init_args` where it has arguments. "
+        "To choose a class, give its name. To set its arguments, give `class_path` and `init_args`. "
         "[A class of your own](../extending.md) is chosen in the same way.\n"
     )
     for kind, title in KINDS.items():
