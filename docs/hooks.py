@@ -37,7 +37,7 @@ DOCUMENTS = {
 PENDING = {"context-parallelism.md", "serving.md"}
 """Pages that have a place in the navigation before they are written."""
 _ORIGINS = {page: document for document, page in DOCUMENTS.items()}
-_LINK = re.compile(r"(\]\(|\bsrc=\"|\bhref=\")(?!\w+:|#|/)([^)\s#\"]+)(#[^)\s\"]+)?")
+_LINK = re.compile(r"\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]+)?")
 _FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".jsonl": "json", ".json": "json", ".toml": "toml", ".txt": "text"}
 
@@ -80,14 +80,11 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     source, here = _source(page.file.src_uri), posixpath.dirname(page.file.src_uri)
 
     def moved(match: re.Match[str]) -> str:
-        target = _target(source, match[2])
-        known = target is not None and (ROOT / target).exists()
-        # What is not there stays as it is written, and mkdocs complains about it.
-        link = posixpath.relpath(_page_of(target), here or ".") if known and target else match[2]
-        # Links within HTML are not looked at by mkdocs.
-        if "src=" in match[1] or "href=" in match[1]:
-            link = re.sub(r"\.md$", ".html", link)
-        return f"{match[1]}{link}{match[3] or ''}"
+        target = _target(source, match[1])
+        if target is None or not (ROOT / target).exists():
+            # It stays as it is written, and mkdocs complains about it.
+            return match[0]
+        return f"]({posixpath.relpath(_page_of(target), here or '.')}{match[2] or ''})"
 
     parts = _FENCE.split(markdown)
     return "".join(part if number % 2 else _LINK.sub(moved, part) for number, part in enumerate(parts))
@@ -113,7 +110,7 @@ def _linked(file: File) -> Iterator[str]:
     source = _source(file.src_uri)
     for number, part in enumerate(_FENCE.split(file.content_string)):
         for match in () if number % 2 else _LINK.finditer(part):
-            if (target := _target(source, match[2])) is not None:
+            if (target := _target(source, match[1])) is not None:
                 yield target
 
 
