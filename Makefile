@@ -63,7 +63,7 @@ format: setup ## Format the code
 	$(BIN)/ruff format .
 
 docs: setup ## Build the documentation into site/; fails on a warning
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docs-serve: setup ## Show the documentation on http://127.0.0.1:8000 while you write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
