@@ -95,13 +95,21 @@ def _classes() -> Iterator[str]:
     for kind, title in KINDS.items():
         yield f"## {title}\n"
         yield f"Setting: `{slots[kind]}`.\n"
-        for name, path in catalogue.named(kind).items():
-            found = source_text.find(path)
-            yield f"### {name}\n"
-            yield f"`{path}`\n"
-            yield f"{_plain(found.about if found else '')}\n"
-            yield from _listed(catalogue.keys(path), "", {})
+        for path in catalogue.named(kind).values():
+            yield from _class(path, f"`{path}`")
     assert set(KINDS) == {*plugins.KINDS, "callbacks"}
+    yield "## Gates, schedules, strategies and the logger\n"
+    for setting, paths in catalogue.OTHERS.items():
+        for path in paths:
+            yield from _class(path, f"`{path}`, for `{setting}`")
+
+
+def _class(path: str, where: str) -> Iterator[str]:
+    found = source_text.find(path)
+    yield f"### {path.rpartition('.')[2]}\n"
+    yield f"{where}\n"
+    yield f"{_plain(found.about if found else '')}\n"
+    yield from _listed(catalogue.keys(path), "", {})
 
 
 def _configs() -> Iterator[str]:

@@ -117,6 +117,17 @@ def test_the_grouped_help_has_the_settings_of_each_class(kind):
     assert shapes == {path: catalogue.keys(path).keys() - {"tokenizer"} for path in catalogue.named(kind).values()}
 
 
+@pytest.mark.parametrize("path", [path for paths in catalogue.OTHERS.values() for path in paths])
+def test_other_classes_have_the_settings_that_their_source_has(path):
+    shapes = [shape for each in made()["$defs"].values() for shape in each.get("anyOf", ()) if isinstance(shape, dict)]
+    (found,) = {
+        tuple(shape["properties"]["init_args"]["properties"])
+        for shape in shapes
+        if path in shape.get("properties", {}).get("class_path", {}).get("enum", ())
+    }
+    assert set(found) == catalogue.keys(path).keys()
+
+
 def test_a_class_of_ones_own_is_in_the_printed_schema(examples, capsys):
     main(["schema", "--plugins", "key_norm"])
     printed = json.loads(capsys.readouterr().out)

@@ -25,6 +25,15 @@ SLOTS = {
     "trainer.callbacks": "callbacks",
 }
 """Settings that take a class, and the kind of it."""
+OTHERS = {
+    "model.train_top_k": ("lrsa_lit.tasks.AnnealedTopK", "lrsa_lit.tasks.SampledTopK"),
+    "model.head_gates": ("lrsa_lit.tasks.HeadGates",),
+    "model.spectra": ("lrsa_lit.tasks.SoCo",),
+    "model.digests": ("lrsa_lit.tasks.Digests",),
+    "trainer.strategy": ("lrsa_lit.strategies.FullySharded", "lrsa_lit.strategies.SharedDevice"),
+    "trainer.logger": ("lrsa_lit.tracking.MLflowRun",),
+}
+"""Further settings that take a class, and those of this project that they take."""
 # A mapping of settings each, of a class that is not chosen.
 _PARTS = {
     "model": TASK,

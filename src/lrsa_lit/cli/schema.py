@@ -7,7 +7,9 @@ truth value may also be an interpolation such as ``${model.lrsa.lag_size}``.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +73,7 @@ def _generator() -> Any:
         """Lists the classes of this project and of plugins; others may be named and are not described."""
 
         def subclass_def(self, class_type: Any, action: Any) -> Any:
-            known = _paths(kinds[class_type]) if class_type in kinds else ()
+            known = _paths(kinds[class_type]) if class_type in kinds else _others(class_type)
             shapes = [self.class_path_schema(path, action) for path in known]
             for shape in shapes:
                 # The command line sets it.
@@ -84,6 +86,12 @@ def _generator() -> Any:
             return anyof_schema([*named, {"type": "string"}, *shapes, other])
 
     return Generator()
+
+
+def _others(class_type: Any) -> tuple[str, ...]:
+    """The classes of this project that fit a setting of no :data:`~lrsa_lit.plugins.KINDS`."""
+    known = itertools.chain(*catalogue.OTHERS.values()) if isinstance(class_type, type) else ()
+    return tuple(path for path in known if issubclass(pkgutil.resolve_name(path), class_type))
 
 
 def _paths(kind: str) -> tuple[str, ...]:
