@@ -42,6 +42,7 @@ TOOLS = {
     "input-moments": "measure what keys and values are made of, for latents of low rank that err less",
     "preference-pairs": "rewrite passages, and tell by a model's answers which rewritings a summariser should prefer",
     "schema": "print the JSON schema of the settings, with which editors complete YAML",
+    "serve": "answer chats of many readers at once over OpenAI's interface",
     "study": "train and evaluate the rows of a study, part by part",
     "summarise": "write the summaries that the filter Summaries shows in the place of passages",
     "sweep": "fit once for each point of a grid of settings",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import logging
 import random
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -175,14 +175,10 @@ class Engine:
             events += self._decode()
         return events
 
-    def _reserved(self, jobs: Any) -> int:
+    def _reserved(self, jobs: Iterable[Job]) -> int:
         """Bytes that jobs will hold at most."""
-        tokens = [len(job.ids) + job.max_new_tokens for job in jobs for _ in range(job.choices)]
-        if self._rows.graphed and tokens:
-            # Each place has memory for the longest.
-            longest = 1 << (max(tokens) - 1).bit_length()
-            return self._rows.places(len(tokens)) * self.past_bytes.most(longest)
-        return sum(map(self.past_bytes.most, tokens))
+        lengths = [job.tokens for job in jobs for _ in range(job.choices)]
+        return self.past_bytes.together(lengths, self._rows.places(len(lengths)) if self._rows.graphed else None)
 
     def _admit(self) -> None:
         """Admit jobs in their order: one that is large is not overtaken by small ones, and so has its turn."""
@@ -216,7 +212,7 @@ class Engine:
         if prompt.done < len(job.ids):
             self._prompts.append(prompt)
             return
-        draws, longest = job.draws(), len(job.ids) + job.max_new_tokens
+        draws, longest = job.draws(), job.tokens
         copies = [prompt.cache]
         for _ in draws[1:]:
             copies.append(LRSACache.of(self.model))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Finish = Literal["stop", "length", "error"]
+Finish = Literal["stop", "length", "refused", "error"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Job:
     seed: int | None = None
     choices: int = 1
 
+    @property
+    def tokens(self) -> int:
+        """Of the prompt and the longest answer."""
+        return len(self.ids) + self.max_new_tokens
+
     def draws(self) -> list[random.Random]:
         """What draws the tokens of each choice; not what else is answered meanwhile, nor on which device."""
         seed = secrets.randbits(64) if self.seed is None else self.seed
@@ -46,8 +51,8 @@ class Event(NamedTuple):
         uid: the job's.
         choice: its number.
         token: the next one; None where there is none.
-        finish: why the choice ends with it: a token that ends answers (which is not shown), the most tokens, or an
-            error; None: it goes on.
+        finish: why the choice ends with it: a token that ends answers (which is not shown), the most tokens,
+            a job that is too large, or an error; None: it goes on.
         cached: tokens of the prompt that were not read again.
         error: what went wrong.
     """

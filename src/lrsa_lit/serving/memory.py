@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lrsa_lit.attention import LRSAConfig, cache_share, head_of
@@ -34,6 +35,12 @@ class PastBytes:
         ends = {tokens, *(span.stop for span in spans(first, tokens, rule))}
         # Buffers have spare rows.
         return max(map(self._at, ends)) * 33 // 32
+
+    def together(self, lengths: Sequence[int], places: int | None = None) -> int:
+        """The most bytes of rows of these lengths: as much as each needs, or where there are places, of the longest."""
+        if places is None or not lengths:
+            return sum(map(self.most, lengths))
+        return places * self.most(1 << (max(lengths) - 1).bit_length())
 
     def _at(self, tokens: int) -> int:
         dense = tokens * self._head.pair * self._layers * self._heads

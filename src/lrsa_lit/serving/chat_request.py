@@ -1,0 +1,154 @@
+"""What OpenAI's clients send to ``/v1/chat/completions``: read, checked, and what is not supported refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lrsa_lit.serving.api_error import ApiError
+
+_ONLY: dict[str, Sequence[Any]] = {
+    "audio": [],
+    "frequency_penalty": [0],
+    "function_call": ["none"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [True, False],
+    "prediction": [],
+    "presence_penalty": [0],
+    "reasoning_effort": [],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "top_logprobs": [0],
+    "verbosity": [],
+    "web_search_options": [],
+}
+"""Fields of the specification that are not supported, and the values with which they ask for nothing."""
+_NOTES = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+"""Fields that say who asks and why, and nothing about the answer."""
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Any
+
+
+class ChatRequest(BaseModel):
+    """A chat completion that is asked for; ranges are OpenAI's.
+
+    Attributes:
+        model: the name of the model.
+        messages: the conversation.
+        max_tokens: most tokens of an answer; ``max_completion_tokens`` is its newer name.
+        temperature: 0 takes the likeliest token.
+        top_p: the share of the probability that is drawn from.
+        seed: of the draws.
+        n: answers.
+        stop: texts before which an answer ends.
+        stream: send tokens as they come.
+        stream_options: ``include_usage`` sends the usage at the end of a stream.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    messages: list[_Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(None, ge=1, le=128)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts before which an answer ends."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """Messages with a role and a text; a developer's are the system's."""
+        role = {"developer": "system"}
+        return [
+            {"role": role.get(message.role, message.role), "content": _text_of(message.content, number)}
+            for number, message in enumerate(self.messages)
+        ]
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """What the body of a request asks for.
+
+    Raises:
+        ApiError: it is no JSON, a field has a value that is not allowed, or asks for what is not supported.
+    """
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            raise ApiError(f"the body is not valid JSON: {first['msg']}", code="invalid_json") from None
+        raise ApiError(f"{(param := _param(first['loc'])) or 'the body'}: {first['msg']}", param) from None
+    for name, value in (request.model_extra or {}).items():
+        if name in _NOTES or value is None:
+            continue
+        if name not in _ONLY:
+            raise ApiError(f"{name}: there is no such field", name, code="unknown_parameter")
+        if value not in _ONLY[name]:
+            raise ApiError(f"{name} is not supported by this server; leave it out", name, code="unsupported_parameter")
+    for number, message in enumerate(request.messages):
+        for name, value in (message.model_extra or {}).items():
+            if value not in (None, []):
+                param = f"messages[{number}].{name}"
+                raise ApiError(f"{param} is not supported by this server", param, code="unsupported_parameter")
+    if len(request.stops) > 4 or not all(request.stops):
+        raise ApiError("stop: up to 4 texts are allowed, none of them empty", "stop")
+    if None not in (request.max_tokens, request.max_completion_tokens):
+        raise ApiError("max_tokens is not allowed beside max_completion_tokens, its newer name", "max_tokens")
+    assert request.conversation
+    return request
+
+
+def _text_of(content: Any, number: int) -> str:
+    if isinstance(content, str):
+        return content
+    param = f"messages[{number}].content"
+    if not isinstance(content, list) or not content:
+        raise ApiError(f"{param}: it must be a text, or a list of parts of the type text", param)
+    texts = []
+    for place, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind != "text":
+            where = f"{param}[{place}]"
+            message = f"{where}: parts of the type {kind!r} are not supported by this server; only text is"
+            raise ApiError(message, where, code="unsupported_content")
+        if not isinstance(text, str):
+            raise ApiError(f"{param}[{place}].text: it must be a text", f"{param}[{place}].text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _param(place: tuple[int | str, ...]) -> str | None:
+    """A field as OpenAI writes it, without the types that pydantic names behind it."""
+    known = place[:3] if place[:1] == ("messages",) else place[:2] if place[:1] == ("stream_options",) else place[:1]
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in known)
+    return text.removeprefix(".") or None

@@ -1,0 +1,139 @@
+"""What LitServe runs in a worker: jobs from its queue into the engine, events back to who asked."""
+
+from __future__ import annotations
+
+import collections
+import multiprocessing
+import queue
+from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any
+
+from litserve.loops.base import LitLoop
+from litserve.utils import LitAPIStatus, LoopResponseType
+
+from lrsa_lit.serving.job import Event, Job
+
+EVENTS = "events"
+"""In the place of a request's name: what comes is of many requests. One message a step costs less than one a token."""
+_IDLE = 0.5
+"""Seconds to wait for a job while there is nothing to do."""
+_MOST_CANCELLED = 10_000
+
+
+@dataclass
+class Shared:
+    """What processes tell each other beside LitServe's queues.
+
+    Args:
+        workers: number of workers.
+
+    Attributes:
+        waiting: requests that no worker has taken yet.
+        cancelled: for each worker, the names of jobs that nobody waits for any more.
+    """
+
+    workers: int
+    waiting: Synchronized[int] = field(init=False)
+    cancelled: list[Queue[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # LitServe starts its workers so.
+        context = multiprocessing.get_context("spawn")
+        self.waiting = context.Value("i", 0)
+        self.cancelled = [context.Queue() for _ in range(self.workers)]
+
+    def enter(self, most: int) -> bool:
+        """Count one more that waits, unless so many do already."""
+        with self.waiting.get_lock():
+            if self.waiting.value >= most:
+                return False
+            self.waiting.value += 1
+            return True
+
+    def taken(self) -> None:
+        """One that waited is with a worker."""
+        with self.waiting.get_lock():
+            self.waiting.value -= 1
+
+    def cancel(self, uid: str) -> None:
+        """Tell all workers, of which one has the job or will get it."""
+        for names in self.cancelled:
+            names.put(uid)
+
+
+class EngineLoop(LitLoop):  # type: ignore[misc]
+    """Each run takes jobs and takes one step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._homes: dict[str, int] = {}
+        self._live: dict[str, int] = {}
+        self._cancelled: collections.OrderedDict[str, None] = collections.OrderedDict()
+
+    def run(  # type: ignore[override]
+        self,
+        lit_api: Any,
+        device: str,
+        worker_id: int,
+        request_queue: Any,
+        transport: Any,
+        workers_setup_status: Any,
+        callback_runner: Any,
+    ) -> None:
+        """As LitServe has it, without end."""
+        engine = lit_api.engine
+        if lit_api.ending and engine.idle:
+            raise SystemExit
+        self._take_cancelled(lit_api, worker_id)
+        events = self._take_jobs(lit_api, request_queue)
+        events += engine.step()
+        lit_api.note(engine.held)
+        for_consumer: dict[int, list[Event]] = {}
+        for event in events:
+            for_consumer.setdefault(self._homes[event.uid], []).append(event)
+            if event.finish is not None:
+                self._live[event.uid] -= 1
+                if not self._live[event.uid]:
+                    self._forget(event.uid)
+        for consumer, of_consumer in for_consumer.items():
+            message = of_consumer, LitAPIStatus.OK, LoopResponseType.STREAMING, worker_id
+            transport.send((EVENTS, message), consumer_id=consumer)
+
+    def _take_cancelled(self, lit_api: Any, worker_id: int) -> None:
+        while True:
+            try:
+                uid = lit_api.shared.cancelled[worker_id].get_nowait()
+            except queue.Empty:
+                return
+            if uid in self._homes:
+                lit_api.engine.cancel(uid)
+                self._forget(uid)
+                continue
+            # It may still be in the queue, or with another worker.
+            self._cancelled[uid] = None
+            if len(self._cancelled) > _MOST_CANCELLED:
+                self._cancelled.popitem(last=False)
+
+    def _take_jobs(self, lit_api: Any, request_queue: Any) -> list[Event]:
+        """Take jobs while there is room for them: the next one is another worker's otherwise."""
+        engine, refused = lit_api.engine, []
+        while engine.has_room:
+            given = self.get_request(request_queue, block=engine.idle, timeout=_IDLE)
+            if given is None:
+                break
+            consumer, uid, _, job = given
+            assert isinstance(job, Job)
+            lit_api.shared.taken()
+            if self._cancelled.pop(uid, uid) is None:
+                continue
+            self._homes[uid], self._live[uid] = consumer, job.choices
+            try:
+                engine.submit(job)
+            except ValueError as error:
+                refused += [Event(uid, choice, None, "refused", 0, str(error)) for choice in range(job.choices)]
+        return refused
+
+    def _forget(self, uid: str) -> None:
+        del self._homes[uid], self._live[uid]
