@@ -356,7 +356,7 @@ def test_texts_have_no_plot_of_layers(tmp_path):
 
 
 def test_the_legend_says_of_how_many_questions_selections_are_looked_at():
-    assert f"of the first {EvidenceSurvival().questions} questions." in " ".join(tables.LEGEND.split())
+    assert f"over the first {EvidenceSurvival().questions} questions." in " ".join(tables.LEGEND.split())
 
 
 def test_perplexity_of_texts_is_by_tokens(tmp_path):
