@@ -166,7 +166,7 @@ def test_filters_low_rank_and_products_are_compared_at_equal_bytes(in_process, c
     assert half["cache"] < 0.6 < 1.0 == dense["measured"]["cache"]
     report = Path("out/README.md").read_text()
     assert all(f"\n| {name} | 40% |" in report for name in products)
-    assert "are the controls" in report
+    assert "baselines with dense attention" in report
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in report.splitlines() if line.startswith("| ")}
     assert " no |" in rows["BM25"]
     assert " yes |" in rows["LoRC"]

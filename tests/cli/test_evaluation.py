@@ -102,7 +102,7 @@ def test_losses_alone_for_each_layer(tmp_path, capfd):
     main(["test", *TINY, "--config", "configs/data/longbench.yaml", *options])
     shown = capfd.readouterr().out
     assert "F1" not in shown
-    assert "never given in full" not in shown
+    assert "never generated in full" not in shown
     names = ["LRSA", "dense", "only-0", "only-1", "but-0", "but-1"]
     # A line each, since they are many.
     assert [row[0] for row in rows(shown)] == names

@@ -64,7 +64,7 @@ def test_factors_train_and_stay_those_of_the_checkpoint(tmp_path, capfd, lora):
     assert answers[0] == answers[1]
     if lora:
         line = refusal(capfd, "export", "whole/checkpoints/last.ckpt", "--out", "adapters", "--adapters")
-        assert line.startswith("--adapters: a folder of adapters cannot hold factors")
+        assert line.startswith("--adapters: a folder of adapters cannot hold low-rank factors")
     line = refusal(capfd, *FIT, "--model.backbone.source", "model", "--model.backbone.low_rank.rank", "3")
     assert line.startswith("model.backbone.low_rank: 'model' has low-rank factors already; leave low_rank out")
 
