@@ -39,6 +39,8 @@ PENDING = {"context-parallelism.md", "serving.md"}
 _ORIGINS = {page: document for document, page in DOCUMENTS.items()}
 _LINK = re.compile(r"\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]+)?")
 _FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
+# Files would bury what pages say.
+_UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".jsonl": "json", ".json": "json", ".toml": "toml", ".txt": "text"}
 
 
@@ -126,6 +128,6 @@ def _page_of(target: str) -> str:
 def _shown(path: Path, target: str) -> str:
     if path.is_dir():
         names = sorted(each.name + "/" * each.is_dir() for each in path.iterdir() if each.name[0] not in "._")
-        return f"# {target}/\n\n" + "\n".join(f"- `{name}`" for name in names) + "\n"
+        return f"{_UNSEARCHED}# {target}/\n\n" + "\n".join(f"- `{name}`" for name in names) + "\n"
     text = path.read_text(encoding="utf-8").rstrip()
-    return f"# {target}\n\n````{_LANGUAGES.get(path.suffix, 'text')}\n{text}\n````\n"
+    return f"{_UNSEARCHED}# {target}\n\n````{_LANGUAGES.get(path.suffix, 'text')}\n{text}\n````\n"
