@@ -144,7 +144,7 @@ MISTAKES = {
     "data set": ([*DEBUG, "--data", "QAFile"], "data: QAFile is no class that is known here; the nearest are QAFiles"),
     "compressor": ([*DEBUG, "--model.lrsa.compressor", "KeyDif"], "model.lrsa.compressor: KeyDif is no class"),
     "callback": ([*DEBUG, "--trainer.callbacks+", "AnswerWriters"], "trainer.callbacks: AnswerWriters is no class"),
-    "data file": ([*DEBUG, "--data.init_args.val", "no.jsonl"], "data.init_args.val: 'no.jsonl' is no file"),
+    "data file": ([*DEBUG, "--data.init_args.val", "no.jsonl"], "data.init_args.val: 'no.jsonl' is not an"),
     "model folder": ([*DEBUG, "--model.backbone.source", "./no"], "model.backbone.source: './no' is no file"),
     "checkpoint": ([*DEBUG, "--ckpt_path", "no.ckpt"], "ckpt_path: 'no.ckpt' is no file"),
     "key in a file": (["--config", "x.yaml"], "--config: x.yaml: model.lrsa.lag: no such setting"),
