@@ -34,7 +34,7 @@ DOCUMENTS = {
     "src/lrsa_lit/ops/sparse_attention/README.md": "concepts/operator.md",
 }
 """Pages of the site that are kept elsewhere in the repository."""
-PENDING = {"context-parallelism.md", "serving.md"}
+PENDING = {"context-parallelism.md"}
 """Pages that have a place in the navigation before they are written."""
 _ORIGINS = {page: document for document, page in DOCUMENTS.items()}
 _LINK = re.compile(r"\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]+)?")

@@ -1,0 +1,54 @@
+"""A thousand requests of 32 clients: none is lost, each is answered as alone, and memory stays flat."""
+
+import concurrent.futures
+import random
+
+import psutil
+import pytest
+from serving_helpers import RULE, Server, chat, text_alone
+
+from lrsa_lit.attention import enable
+from lrsa_lit.models.tiny import tiny_model
+
+REQUESTS, CLIENTS = 1000, 32
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path / "log", "--rows", "16", "--snapshots", "0.001", "--max-waiting", "64")
+    yield server
+    assert server.end() == 0
+
+
+def bytes_of(server):
+    """Of all processes of the server, what is theirs alone."""
+    processes = [
+        server.process.pid,
+        *(each.pid for each in psutil.Process(server.process.pid).children(recursive=True)),
+    ]
+    return sum(psutil.Process(pid).memory_full_info().uss for pid in processes)
+
+
+@pytest.mark.slow
+def test_a_thousand_requests(server):
+    model, client, draw = enable(tiny_model().eval(), RULE).double(), server.client(), random.Random(0)
+    texts = [f"{'A sentence of the book. ' * draw.randrange(12)}Question {number}" for number in range(40)]
+    expected = [text_alone(model, text, 12) for text in texts]
+
+    def one(number):
+        given = {"model": "tiny", "messages": chat(texts[number % 40])[0], "temperature": 0, "max_tokens": 12}
+        if number % 4:
+            return client.chat.completions.create(**given).choices[0].message.content
+        chunks = client.chat.completions.create(stream=True, **given)
+        return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+
+    held = []
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        for _ in range(4):
+            assert list(pool.map(one, range(REQUESTS // 4))) == [
+                expected[number % 40] for number in range(REQUESTS // 4)
+            ]
+            held.append(bytes_of(server))
+    assert held[-1] < 1.03 * held[1], held
+    assert server.count('lrsa_requests_total{status="200"}') == REQUESTS
+    assert server.count("lrsa_rows") == server.count("lrsa_reserved_bytes") == 0
