@@ -8,7 +8,7 @@ Dimensions: B batch, H key-value heads, N ranks, Tr tokens that a rank holds, W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from lrsa_lit.context_parallel.share_plan import Gather, Plan
+from lrsa_lit.context_parallel.share_plan import Gather, Plan, exchange_of
 
 Group = distributed.ProcessGroup
 
@@ -31,23 +31,24 @@ class _Halos(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pairs: Tensor, plan: Plan, group: Group) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         ctx.plan, ctx.group = plan, group
-        sent = [pairs[:, :, part] for part in _sent(plan, group.rank())]
-        came = _all_to_all(sent, pairs, plan, group, backwards=False)
+        mine = exchange_of(plan, group.rank())
+        sent = [pairs[:, :, part] for part in mine.sent]
+        came = _all_to_all(sent, pairs, mine.outgoing, mine.incoming, group if plan.moves_any else None)
         found, start = [], 0
-        for share, halo in zip(plan.shares.of_rank(group.rank()), _came(plan, group.rank()), strict=True):
-            size = plan.shares.cuts[share + 1] - plan.shares.cuts[share]
-            found.append(torch.cat([*(came[:, :, part] for part in halo), pairs[:, :, start : start + size]], dim=2))
-            start += size
+        for (begin, end), halo in zip(plan.shares.spans(group.rank()), mine.halos, strict=True):
+            own = pairs[:, :, start : start + end - begin]
+            found.append(torch.cat([*(came[:, :, part] for part in halo), own], dim=2))
+            start += end - begin
         return found[0], found[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         plan, group = ctx.plan, ctx.group
-        rank = group.rank()
+        mine = exchange_of(plan, group.rank())
         back: list[tuple[int, Tensor]] = []
         own = []
-        for gradient, halo in zip(gradients, _came(plan, rank), strict=True):
+        for gradient, halo in zip(gradients, mine.halos, strict=True):
             start = 0
             for part in halo:
                 size = part.stop - part.start
@@ -57,58 +58,28 @@ class _Halos(torch.autograd.Function):
         whole = torch.cat(own, dim=2)
         # In the order in which they came.
         parts = [part for _, part in sorted(back, key=lambda pair: pair[0])]
-        returned = _all_to_all(parts, whole, plan, group, backwards=True)
+        returned = _all_to_all(parts, whole, mine.incoming, mine.outgoing, group if plan.moves_any else None)
         start = 0
-        for part in _sent(plan, rank):
+        # One after the other: a token that several ranks have got has the same gradient each time.
+        for part in mine.sent:
             size = part.stop - part.start
             whole[:, :, part] += returned[:, :, start : start + size]
             start += size
         return whole, None, None
 
 
-def _sent(plan: Plan, rank: int) -> list[slice]:
-    """Which of its own tokens a rank sends, in the order of the moves."""
-    before, found = 0, {}
-    for share in plan.shares.of_rank(rank):
-        found[share] = before - plan.shares.cuts[share]
-        before += plan.shares.cuts[share + 1] - plan.shares.cuts[share]
-    return [
-        slice(move.start + offset, move.stop + offset)
-        for move in plan.moves
-        if move.sender == rank
-        for share, offset in found.items()
-        if plan.shares.cuts[share] <= move.start < plan.shares.cuts[share + 1]
-    ]
+def _all_to_all(
+    parts: Sequence[Tensor], like: Tensor, outgoing: list[int], incoming: list[int], group: Group | None
+) -> Tensor:
+    """Send parts (B, H, rows, W), so many rows to each rank; returns all that come, one behind the other.
 
-
-def _came(plan: Plan, rank: int) -> list[list[slice]]:
-    """For each share of a rank where, in what came, the parts of its halo are, from the first token on."""
-    halos: dict[int, list[tuple[int, slice]]] = {share: [] for share in plan.shares.of_rank(rank)}
-    before = 0
-    for move in plan.moves:
-        if move.receiver == rank:
-            size = move.stop - move.start
-            halos[move.share].append((move.start, slice(before, before + size)))
-            before += size
-    return [[part for _, part in sorted(parts, key=lambda pair: pair[0])] for parts in halos.values()]
-
-
-def _all_to_all(parts: Sequence[Tensor], like: Tensor, plan: Plan, group: Group, *, backwards: bool) -> Tensor:
-    """Send parts (B, H, rows, W) as the moves say, or as they came; returns all that comes, one behind the other."""
-    rank, ranks = group.rank(), range(group.size())
-    outgoing, incoming = (
-        [sum(move.stop - move.start for move in plan.moves if ends(move) == (rank, other)) for other in ranks]
-        for ends in (lambda move: (move.sender, move.receiver), lambda move: (move.receiver, move.sender))
-    )
-    if backwards:
-        outgoing, incoming = incoming, outgoing
-    nothing = like[:, :, :0]
-    packed = torch.cat([nothing, *parts], dim=2).permute(2, 0, 1, 3).contiguous()
+    Without a group, what a rank sends to itself is all.
+    """
+    packed = torch.cat([like[:, :, :0], *parts], dim=2).permute(2, 0, 1, 3).contiguous()
+    if group is None:
+        return packed.permute(1, 2, 0, 3)
     came = packed.new_empty(sum(incoming), *packed.shape[1:])
-    if plan.moves_any:
-        distributed.all_to_all_single(came, packed, incoming, outgoing, group=group)
-    else:
-        came.copy_(packed)
+    distributed.all_to_all_single(came, packed, incoming, outgoing, group=group)
     return came.permute(1, 2, 0, 3)
 
 
@@ -123,13 +94,23 @@ class Transfer:
 
     gather: Gather
     group: Group
-    _wait: Callable[[], Any] = field(default=lambda: None, repr=False)
+    _under_way: list[Any] = field(default_factory=list, repr=False)
     _summed: Tensor | None = field(default=None, repr=False)
 
     def begin(self, rows: Tensor) -> Tensor:
         """Send compact rows (B, H, up to ``gather.rows``, W) to all; what it returns is for :meth:`end` alone."""
         begun: Tensor = _Begin.apply(rows, self)
         return begun
+
+    def under_way(self, work: Any, sent: Tensor) -> None:
+        """Note what is waited for, and what must live until then."""
+        self._under_way[:] = [work, sent]
+
+    def wait(self) -> None:
+        """Until it is there; on a GPU, what is launched from now on waits."""
+        if self._under_way:
+            self._under_way[0].wait()
+            self._under_way.clear()
 
     def end(self, begun: Tensor) -> Tensor:
         """Wait; returns the compact rows (B, H, rows, W) in ``gather.order()``."""
@@ -146,14 +127,14 @@ class _Begin(torch.autograd.Function):
         sent[:count] = rows.permute(2, 0, 1, 3)
         whole = sent.new_empty(transfer.group.size() * len(sent), *sent.shape[1:])
         work = distributed.all_gather_into_tensor(whole, sent, group=transfer.group, async_op=True)
-        transfer._wait = _holding(work, sent)
+        transfer.under_way(work, sent)
         return whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         transfer: Transfer = ctx.transfer
-        transfer._wait()
+        transfer.wait()
         summed, transfer._summed = transfer._summed, None
         assert summed is not None
         return summed[: ctx.rows].permute(1, 2, 0, 3), None
@@ -162,7 +143,7 @@ class _Begin(torch.autograd.Function):
 class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, transfer: Transfer) -> Tensor:  # type: ignore[override]
-        transfer._wait()
+        transfer.wait()
         ctx.transfer, ctx.shape = transfer, whole.shape
         return torch.cat([whole[start:stop] for start, stop in transfer.gather.order()]).permute(1, 2, 0, 3)
 
@@ -177,13 +158,9 @@ class _End(torch.autograd.Function):
             place += stop - start
         summed = whole.new_empty(transfer.gather.rows, *whole.shape[1:])
         work = distributed.reduce_scatter_tensor(summed, whole, group=transfer.group, async_op=True)
-        transfer._wait, transfer._summed = _holding(work, whole), summed
+        transfer.under_way(work, whole)
+        transfer._summed = summed
         return whole, None
-
-
-def _holding(work: Any, sent: Tensor) -> Callable[[], Any]:
-    """Waits for a transfer, until when its memory must live."""
-    return lambda: (work.wait(), sent)
 
 
 def reached(output: Tensor, *others: Tensor) -> Tensor:

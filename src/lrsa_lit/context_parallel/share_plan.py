@@ -5,6 +5,7 @@ Symbols: N ranks, S sink_size, L lag_size, K top_k, P(t) partitions compressed w
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 from dataclasses import dataclass
@@ -37,13 +38,35 @@ class Piece(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Rows that one rank sends to another for the halo of a share: their place in the row, and their number."""
+    """The tokens [start, stop) of the row, which one rank sends to another for the halo of a share."""
 
     sender: int
     receiver: int
     share: int
     start: int
     stop: int
+
+    @property
+    def size(self) -> int:
+        """How many these are."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one rank sends and receives for halos, in the order in which it does.
+
+    Attributes:
+        sent: which of its own tokens.
+        outgoing: how many to each rank.
+        incoming: how many from each rank.
+        halos: for each of its shares where, in what comes, the parts of the halo are, from its first token on.
+    """
+
+    sent: list[slice]
+    outgoing: list[int]
+    incoming: list[int]
+    halos: list[list[slice]]
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,7 @@ class Plan:
         pieces: of each share.
         halos: of each share the tokens [start, stop) of the row that its holder needs from before it.
         moves: who sends what for them, in the order in which each rank sends and receives.
+        moves_any: whether any rank needs what another one holds, so that all must call each other.
         gathers: of the compact rows: those of the shares from the front, and those of the others.
     """
 
@@ -96,6 +120,7 @@ class Plan:
             for pieces, start in zip(self.pieces, shares.cuts, strict=False)
         ]
         self.moves = sorted(self._moves())
+        self.moves_any = any(move.sender != move.receiver for move in self.moves)
         self.gathers = [self._gather(half) for half in (0, 1)]
 
     def contributed(self, piece: Piece) -> int:
@@ -112,18 +137,21 @@ class Plan:
         boundaries = self.shares.boundaries
         return piece.stop - piece.start == boundaries[piece.sequence + 1] - boundaries[piece.sequence]
 
-    @property
-    def moves_any(self) -> bool:
-        """Whether any rank needs what another one holds, so that all must call each other."""
-        return any(move.sender != move.receiver for move in self.moves)
+    def received(self, rank: int) -> tuple[int, int]:
+        """The pairs of a key-value head that others send to a rank: of halos, and compact ones with their padding.
+
+        The backward pass sends a gradient back for each.
+        """
+        halos = sum(move.size for move in self.moves if move.receiver == rank != move.sender)
+        return halos, (self.shares.ranks - 1) * sum(gather.rows for gather in self.gathers)
 
     def _pieces(self, start: int, stop: int, totals: list[int]) -> list[Piece]:
         """Those of the tokens [start, stop) of the row."""
         found = []
-        for sequence, (first, end) in enumerate(itertools.pairwise(self.shares.boundaries)):
-            if first < stop and start < end:
-                span = max(start, first) - first, min(stop, end) - first
-                found.append(self._piece(sequence, *span, totals[sequence]))
+        for sequence in self.shares.sequences(start, stop):
+            first, end = self.shares.boundaries[sequence : sequence + 2]
+            span = max(start, first) - first, min(stop, end) - first
+            found.append(self._piece(sequence, *span, totals[sequence]))
         return found
 
     def _piece(self, sequence: int, start: int, stop: int, partitions: int) -> Piece:
@@ -137,12 +165,11 @@ class Plan:
 
     def _moves(self) -> list[Move]:
         found = []
+        holder, cuts = self.shares.holder, self.shares.cuts
         for share, (start, stop) in enumerate(self.halos):
-            for other in range(share):
-                begin, end = self.shares.span(other)
-                begin, end = max(begin, start), min(end, stop)
+            for other in range(bisect.bisect_right(cuts, start) - 1, share):
+                begin, end = max(cuts[other], start), min(cuts[other + 1], stop)
                 if begin < end:
-                    holder = self.shares.holder
                     found.append(Move(holder(other), holder(share), share, begin, end))
         return found
 
@@ -168,3 +195,28 @@ class Plan:
 def plan_of(shares: Shares, numbers: tuple[int, int, int, int]) -> Plan:
     """The plan of a rule of these numbers: S, L, K, C."""
     return Plan(shares, Rule(*numbers))
+
+
+@functools.lru_cache(maxsize=256)
+def exchange_of(plan: Plan, rank: int) -> Exchange:
+    """The part of a rank in the moves of a plan."""
+    cuts, before = plan.shares.cuts, 0
+    own, came = plan.shares.of_rank(rank), [move for move in plan.moves if move.receiver == rank]
+    sent = [move for move in plan.moves if move.sender == rank]
+    # Where a token of its second share stands among its own.
+    second = cuts[own[0] + 1] - cuts[own[0]] - cuts[own[1]]
+    offsets = [second if move.start >= cuts[own[1]] else -cuts[own[0]] for move in sent]
+    outgoing, incoming = ([0] * plan.shares.ranks for _ in range(2))
+    halos: dict[int, list[tuple[int, slice]]] = {share: [] for share in own}
+    for move in came:
+        halos[move.share].append((move.start, slice(before, before + move.size)))
+        incoming[move.sender] += move.size
+        before += move.size
+    for move in sent:
+        outgoing[move.receiver] += move.size
+    return Exchange(
+        [slice(move.start + offset, move.stop + offset) for move, offset in zip(sent, offsets, strict=True)],
+        outgoing,
+        incoming,
+        [[part for _, part in sorted(parts, key=lambda pair: pair[0])] for parts in halos.values()],
+    )

@@ -43,7 +43,9 @@ class SharedRows:
 
     def positions(self, device: torch.device) -> Tensor:
         """(1, Tr) the position of each token that this rank holds, in its sequence."""
-        return torch.tensor([self.shares.positions(self.group.rank())], device=device)
+        found = torch.from_numpy(self.shares.positions(self.group.rank()))[None]
+        # From pageable memory a copy may wait for the device.
+        return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
     def held(self, places: Numbers) -> tuple[Flags, Numbers]:
         """Of places in the rows, which this rank holds and where; as :meth:`Shares.held` has it."""

@@ -71,16 +71,20 @@ class Shares:
         """Those of a rank's two shares, in the order in which it holds them."""
         return [self.span(share) for share in self.of_rank(rank)]
 
-    def positions(self, rank: int) -> list[int]:
-        """The position, in its sequence, of each token that a rank holds."""
-        starts = [self.boundaries[bisect.bisect_right(self.boundaries, start) - 1] for start, _ in self.spans(rank)]
-        found: list[int] = []
-        for first, (start, stop) in zip(starts, self.spans(rank), strict=True):
-            ends = [each for each in self.boundaries if start < each < stop]
-            found += range(start - first, (ends[0] if ends else stop) - first)
-            for begin, end in itertools.pairwise([*ends, stop]):
-                found += range(end - begin)
-        return found
+    def sequences(self, start: int, stop: int) -> range:
+        """The numbers of the sequences that have some of the tokens [start, stop)."""
+        return range(bisect.bisect_right(self.boundaries, start) - 1, bisect.bisect_left(self.boundaries, stop))
+
+    def positions(self, rank: int) -> Numbers:
+        """(Tr,) the position, in its sequence, of each token that a rank holds."""
+        return np.concatenate(
+            [
+                np.arange(max(start, self.boundaries[number]), min(stop, self.boundaries[number + 1]))
+                - self.boundaries[number]
+                for start, stop in self.spans(rank)
+                for number in self.sequences(start, stop)
+            ]
+        )
 
     def held(self, places: Numbers, rank: int) -> tuple[Flags, Numbers]:
         """Of places in rows of T tokens that follow each other, which a rank holds, and where among its own tokens.
