@@ -238,6 +238,12 @@ def context_of(mesh: DeviceMesh | None) -> torch.distributed.ProcessGroup | None
     return mesh.get_group(CONTEXT)
 
 
+def sharing_devices(mesh: DeviceMesh | None) -> int:
+    """How many devices share a training batch."""
+    group = context_of(mesh)
+    return 1 if group is None else group.size()
+
+
 def whole_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The one-dimensional mesh over which weights are split: all devices, including those that share a batch."""
     if context_of(mesh) is None:

@@ -5,6 +5,7 @@ Two processes share a row; of four, two share each row and all four share the we
 
 import functools
 import os
+from types import SimpleNamespace
 
 import lightning
 import processes
@@ -12,9 +13,11 @@ import pytest
 import torch
 from helpers import quiet_trainer
 from objective_helpers import RULE, example
+from torch import distributed
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from lrsa_lit.attention import enable
 from lrsa_lit.data.collate import collate_packed, collate_training
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
@@ -22,6 +25,7 @@ from lrsa_lit.objectives import AnswerLoss, Distillation, HiddenAlignment, Langu
 from lrsa_lit.ops.sparse_attention import MeanPool
 from lrsa_lit.strategies import FullySharded
 from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.tasks.shared_batch import inputs_of, shared_rows
 
 pytestmark = pytest.mark.slow
 
@@ -37,13 +41,24 @@ CASES = {
         AnswerLoss(), Distillation(positions=30, weight=0.7), HiddenAlignment(positions=9, weight=2.0)])),
     "another model teaches": (PLAIN, RULE.replace(compressor=MeanPool(), dense_layers=(0,)), collate_training,
                               lambda: Distillation(positions=30, **TAUGHT)),
+    "compiled": ({"compile_layers": True, "gradient_checkpointing": True}, RULE, collate_training, AnswerLoss),
     "dense": (PLAIN, None, collate_packed, AnswerLoss),
 }  # fmt: skip
+
+
+BATCH = collate_packed(EXAMPLES)
+
+
+def cases_of(ranks):
+    """Compiling takes each process its time."""
+    return [name for name in CASES if ranks == 2 or name != "compiled"]
 
 
 def trained(name, groups, strategy="auto", **options):
     """What two steps change in what is trained, and the losses shown, of the batches of some context groups."""
     backbone, rule, collate, objective = CASES[name]
+    if strategy == "auto":
+        backbone = {**backbone, "compile_layers": False}
     made = collate if collate is collate_packed else functools.partial(collate, pad_token_id=2)
     batches = []
     for step in STEPS:
@@ -58,7 +73,7 @@ def trained(name, groups, strategy="auto", **options):
     shown = []
     task.on_train_batch_end = lambda *_: shown.append(float(trainer.callback_metrics["train/loss"]))
     trainer.fit(task, DataLoader(batches, batch_size=1, collate_fn=lambda rows: rows[0]))
-    before = dict(Backbone("tiny", **backbone).build().named_parameters())
+    before = dict(Backbone("tiny", **{**backbone, "compile_layers": False}).build().named_parameters())
     after = {key: whole(weight) for key, weight in task.model.named_parameters() if weight.requires_grad}
     return {key: weight - before[key].detach() for key, weight in after.items()}, shown
 
@@ -73,11 +88,20 @@ def of_one_process(rank, port, ranks, folder):
     os.environ.update({name: str(value) for name, value in (own | found).items()})
     os.chdir(folder)
     torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend="eager")
     results = {}
-    for name in CASES:
+    for name in cases_of(ranks):
         options = {"devices": ranks, "of": range(ranks // 2)}
         results[name] = trained(name, [rank // 2], FullySharded(context=2), **options)
+    shared = shared_rows(BATCH, SimpleNamespace(mesh_dim_names=["context"], get_group=group), RULE)
+    with torch.no_grad():
+        results["logits"] = enable(tiny_model(), RULE)(**inputs_of(BATCH, shared)).logits
+    results["spans"] = shared.shares.spans(rank)
     torch.save(results, folder / f"{rank}.pt")
+
+
+def group(_):
+    return distributed.group.WORLD
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["one group", "two groups"])
@@ -93,6 +117,8 @@ def found(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_devices_that_share_rows_train_what_one_does(name, found, monkeypatch):
     folder, results = found
+    if name not in cases_of(len(results)):
+        pytest.skip("compiled layers are trained by two processes")
     monkeypatch.chdir(folder)
     expected, shown = trained(name, range(len(results) // 2))
     assert sum(change.norm() for change in expected.values()) > 0
@@ -103,3 +129,14 @@ def test_devices_that_share_rows_train_what_one_does(name, found, monkeypatch):
             assert (changes[key] - change).norm() <= 1e-4 * change.norm() + 1e-7, (rank, key)
         if len(results) == 2:
             assert losses == pytest.approx(shown, rel=1e-4)
+
+
+def test_logits_are_those_of_one_device(found):
+    _, results = found
+    with torch.no_grad():
+        whole = enable(tiny_model(), RULE)(**inputs_of(BATCH, None)).logits
+        dense = enable(tiny_model(), RULE.replace(top_k=RULE.lag_size))(**inputs_of(BATCH, None)).logits
+    assert (whole - dense).abs().max() > 1e-2
+    for result in results:
+        expected = torch.cat([whole[:, start:stop] for start, stop in result["spans"]], dim=1)
+        torch.testing.assert_close(result["logits"], expected, atol=1e-4, rtol=0)

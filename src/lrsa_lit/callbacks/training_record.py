@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrsa_lit.io import write_atomically
 from lrsa_lit.models.checkpoint import trained_weights
+from lrsa_lit.strategies import sharing_devices
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.machine import describe
 
@@ -62,7 +63,7 @@ class TrainingRecord(Callback):
         """Count a batch."""
         self._batches += 1
         self._pending.append(trainer.callback_metrics["train/loss"].detach().clone())
-        self._queued += batch["input_ids"].numel()
+        self._queued += batch["input_ids"].numel() // sharing_devices(pl_module.device_mesh)
         last = trainer.global_step == trainer.max_steps
         if last or self._batches == _WARM_UP or self._batches % _EVERY == 0:
             self._read(pl_module.device)

@@ -16,6 +16,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.models.flops import Shape, peak_flops
 from lrsa_lit.objectives.work import flops
 from lrsa_lit.run_labels import WORKLOAD
+from lrsa_lit.strategies import sharing_devices
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.logger import run_of
 
@@ -27,10 +28,10 @@ class Throughput(Callback):
     """Log tokens per second, seconds per step, peak memory, padding and MFU as ``perf/…``.
 
     Values are for one device, over the steps since the last logged one, including waiting for data, excluding
-    validation and checkpoints. Tokens do not include padding. Peak memory is that of PyTorch's allocator on a GPU, and
-    of the whole process elsewhere. Padding is its share in the training batches or, with packing, the unused share of
-    the budget. MFU is the rate of :func:`lrsa_lit.objectives.work.flops` divided by the device's 16-bit peak; it is
-    left out if the peak is unknown.
+    validation and checkpoints. Tokens do not include padding; of rows that devices share, each device counts its part.
+    Peak memory is that of PyTorch's allocator on a GPU, and of the whole process elsewhere. Padding is its share in the
+    training batches or, with packing, the unused share of the budget. MFU is the rate of
+    :func:`lrsa_lit.objectives.work.flops` divided by the device's 16-bit peak; it is left out if the peak is unknown.
     """
 
     def __init__(self) -> None:
@@ -70,8 +71,9 @@ class Throughput(Callback):
 
     def _measured(self, module: Any, shape: Shape, steps: int) -> dict[str, float]:
         self._stop(module.device)
+        sharing = sharing_devices(module.device_mesh)
         values = {
-            "perf/tokens_per_second": sum(sum(size.sequences) for size in self._sizes) / self._seconds,
+            "perf/tokens_per_second": sum(sum(size.sequences) for size in self._sizes) / self._seconds / sharing,
             "perf/step_seconds": self._seconds / steps,
         }
         if (memory := _peak_memory(module.device)) is not None:
@@ -80,7 +82,7 @@ class Throughput(Callback):
         # The arithmetic of digests is not counted, so MFU would be wrong.
         if (peak := peak_flops(device)) is not None and module.digests is None:
             done = flops(module.objective, shape, self._sizes, module.train_config)
-            values["perf/mfu"] = done / self._seconds / peak
+            values["perf/mfu"] = done / self._seconds / peak / sharing
         return values
 
     def _stop(self, device: torch.device) -> None:

@@ -1,0 +1,273 @@
+"""What do GPUs that share the tokens of each row train, how fast, and how much do they send each other?
+
+Run ``python benchmarks/context_parallel.py`` on a machine with two GPUs. Random weights of Llama-3.2-1B's shape, bf16,
+LRSA with L=128 and K=16, AdamW, activations recomputed, one row a step, an answer of 64 tokens at its end. Parts:
+
+- ``step``: a step at ``--tokens`` (128k) on one device, on two that share it, and dense on two that share it.
+- ``longest``: the longest of ``--lengths`` that one device trains, and that two train.
+- ``bytes``: what a device receives of others, a layer and step, for keys and values: measured where it is called for,
+  beside what a ring of dense attention moves and K / L of that.
+
+Each row runs in processes of its own through the same Trainer, strategy and task as ``lrsa fit``. Writes
+``results/context_parallel.json``; ``--smoke`` runs all of it with a tiny model on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lrsa_lit.attention import LRSAConfig
+from lrsa_lit.context_parallel import exchange
+from lrsa_lit.data.collate import collate
+from lrsa_lit.models import Backbone
+from lrsa_lit.strategies import FullySharded
+from lrsa_lit.tasks import LongContextQA
+
+HERE = Path(__file__).parent
+RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
+SHAPE, ANSWER, WARM_UP, GIB = "llama-3.2-1b", 64, 2, 2**30
+LENGTHS = [1 << 17, 3 << 16, 1 << 18, 3 << 17, 1 << 19, 5 << 17, 3 << 18, 7 << 17, 1 << 20]
+
+
+def main(args: list[str] | None = None) -> int:
+    options = _parse(args)
+    if options.one:
+        _train(options)
+        return 0
+    rows: list[dict[str, Any]] = []
+    for devices, attention in ((1, "lrsa"), (options.devices, "lrsa"), (options.devices, "dense")):
+        if "step" in options.parts or ("bytes" in options.parts and devices > 1):
+            rows.append(_told(_in_processes("step", devices, attention, options.tokens, options)))
+    for devices in (1, options.devices) if "longest" in options.parts else ():
+        for tokens in options.lengths:
+            rows.append(_told(_in_processes("longest", devices, "lrsa", tokens, options)))
+            if "error" in rows[-1]:
+                break
+    trained = {
+        devices: max((row["tokens"] for row in rows if "error" not in row and row["devices"] == devices), default=None)
+        for devices in (1, options.devices)
+    }
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": "cpu" if options.smoke else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lightning": lightning.__version__,
+        "dtype": "bfloat16",
+        "rule": str(RULE),
+        "rows": rows,
+        "longest": trained,
+    }
+    print(f"Longest row: {trained}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "context_parallel.json").write_text(json.dumps(record, indent=1) + "\n")
+    return int(any("error" in row for row in rows if row["part"] == "step"))
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _parse(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts", nargs="+", choices=["step", "longest", "bytes"], default=["step", "longest", "bytes"]
+    )
+    parser.add_argument("--devices", type=int, default=2, help="that share each row")
+    parser.add_argument("--tokens", type=int, default=1 << 17, help="of the rows of step and bytes")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="that longest tries, ascending")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps, after the warm-up")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, with --tokens and --lengths")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--one", choices=["step", "longest"], help=argparse.SUPPRESS)
+    parser.add_argument("--attention", choices=["lrsa", "dense"], help=argparse.SUPPRESS)
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(args)
+
+
+def _in_processes(part: str, devices: int, attention: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a case in processes that end with it; its row, or what went wrong."""
+    row = options.out / f".context_parallel-{part}-{devices}-{attention}-{tokens}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    row.unlink(missing_ok=True)
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", part, "--devices", str(devices)]
+    command += ["--attention", attention, "--row", str(row), "--tokens", str(tokens)]
+    command += ["--steps", str(options.steps if part == "step" else 1)] + ["--smoke"] * options.smoke
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode or not row.exists():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"part": part, "devices": devices, "attention": attention, "tokens": tokens, "error": last[:300]}
+    found: dict[str, Any] = json.loads(row.read_text())
+    row.unlink()
+    return found
+
+
+def _train(options: argparse.Namespace) -> None:
+    source = "tiny" if options.smoke else str(HERE / "shapes" / SHAPE)
+    backbone = Backbone(source, dtype="bfloat16", random_weights=True, gradient_checkpointing=True)
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-5, fused=not options.smoke)
+    clock, counted = _Clock(), _Counted()
+    exchange.distributed = counted  # type: ignore[assignment]
+    trainer = lightning.Trainer(
+        accelerator="cpu" if options.smoke else "cuda",
+        devices=options.devices,
+        # One device is measured as a run on one device is: without weights to gather.
+        strategy="auto" if options.devices == 1 else _OnDevice(context=options.devices),
+        max_steps=WARM_UP + options.steps,
+        gradient_clip_val=1.0,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    dense = {"train_attention": None} if options.attention == "dense" else {}
+    task = LongContextQA(backbone, RULE, optimizer, **dense)
+    trainer.fit(task, _batches(options))
+    if not trainer.is_global_zero:
+        return
+    seconds, steps = statistics.median(clock.seconds[WARM_UP:]), WARM_UP + options.steps
+    row = {
+        "part": options.one,
+        "shape": "tiny" if options.smoke else SHAPE,
+        "devices": options.devices,
+        "attention": options.attention,
+        "tokens": options.tokens,
+        "step_seconds": seconds,
+        "slowest_step_seconds": max(clock.seconds[WARM_UP:]),
+        "tokens_per_second": options.tokens / seconds,
+        "peak_gib": clock.peak_gib,
+        "loss": float(trainer.callback_metrics["train/loss"]),
+        **_traffic(counted, task.model.config.get_text_config(), steps, options),
+    }
+    options.row.write_text(json.dumps(row))
+
+
+def _traffic(counted: _Counted, config: Any, steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Bytes that this device has received for keys and values, a layer and step, and what a dense ring would move."""
+    if options.devices == 1:
+        return {}
+    each = steps * config.num_hidden_layers
+    received = {name: size / each for name, size in counted.received.items()}
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pair = 2 * config.num_key_value_heads * dim * torch.bfloat16.itemsize
+    # A ring moves all keys and values but one's own in the forward pass, again where it is recomputed, and their
+    # gradients in the backward pass.
+    ring = 3 * pair * options.tokens * (options.devices - 1) / options.devices
+    return {
+        "received_bytes_a_layer": received,
+        "ring_bytes_a_layer": ring,
+        "of_ring": sum(received.values()) / ring,
+        "k_over_l": RULE.top_k / RULE.lag_size,
+    }
+
+
+def _batches(options: argparse.Namespace) -> DataLoader[Any]:
+    """A batch of one row for each step, the same on all devices."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = 259 if options.smoke else 128256
+    examples = [
+        {
+            "id": str(step),
+            "input_ids": torch.randint(3, vocabulary, (options.tokens,), generator=generator).tolist(),
+            "prompt_length": options.tokens - ANSWER,
+            "gold_spans": [],
+            "answer_spans": [],
+            "answers": [""],
+            "match": "any",
+        }
+        for step in range(WARM_UP + options.steps)
+    ]
+    return DataLoader(examples, collate_fn=functools.partial(collate, pad_token_id=2), pin_memory=not options.smoke)
+
+
+class _Counted:
+    """torch.distributed for what shared rows exchange, counting the bytes that come from other devices."""
+
+    ProcessGroup = torch.distributed.ProcessGroup
+
+    def __init__(self) -> None:
+        self.received = {"halos": 0, "compact": 0, "gradients of compact": 0}
+
+    def all_to_all_single(
+        self, output: Tensor, given: Tensor, incoming: list[int], outgoing: list[int], group: Any
+    ) -> Any:
+        own = incoming[group.rank()]
+        self.received["halos"] += _bytes(output) * (sum(incoming) - own) // max(sum(incoming), 1)
+        return torch.distributed.all_to_all_single(output, given, incoming, outgoing, group=group)
+
+    def all_gather_into_tensor(self, output: Tensor, given: Tensor, group: Any, async_op: bool) -> Any:
+        self.received["compact"] += _bytes(output) - _bytes(given)
+        return torch.distributed.all_gather_into_tensor(output, given, group=group, async_op=async_op)
+
+    def reduce_scatter_tensor(self, output: Tensor, given: Tensor, group: Any, async_op: bool) -> Any:
+        self.received["gradients of compact"] += _bytes(given) - _bytes(output)
+        return torch.distributed.reduce_scatter_tensor(output, given, group=group, async_op=async_op)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class _OnDevice(FullySharded):
+    """Draws the random weights where they are sharded: a CPU would take minutes for them."""
+
+    @contextlib.contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        with self.root_device:
+            yield
+
+
+class _Clock(Callback):
+    """Seconds of each step, of all devices together, and the largest peak of memory since training started."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.peak_gib = 0.0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        _wait(trainer)
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        _wait(trainer)
+        self.seconds.append(time.perf_counter() - self._since)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+        self.peak_gib = float(trainer.strategy.reduce(torch.tensor(peak, device=pl_module.device), reduce_op="max"))
+
+
+def _wait(trainer: Any) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    trainer.strategy.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
